@@ -1,0 +1,2 @@
+if __name__ != "slipstream.clients":
+    raise ImportError("import this package as slipstream.clients")

@@ -1,0 +1,38 @@
+"""Engine configuration: frozen, resolved once; the command line is generated from these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, help: str) -> Any:  # noqa: A002
+    """A configuration field with its command-line help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the engine needs to know. Sizes are in tokens or bytes as named; None means decided at load."""
+
+    model: str = option("default", "Hugging Face folder, GGUF file, or 'default' for the embedded model.")
+    load_format: Literal["auto", "dummy"] = option("auto", "'dummy' fills the model with random weights.")
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "Weights and KV cache; auto is bfloat16.")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto takes a GPU if there is one.")
+    kernels: Literal["auto", "native", "torch"] = option(
+        "auto", "CPU kernels: compiled ones, or the torch reference; auto takes compiled ones where they run."
+    )
+    threads: int = option(0, "Compute threads on the CPU; 0 takes every core this process may use.")
+    max_model_len: int | None = option(None, "Longest prompt plus output in tokens; default from the model.")
+    max_running: int = option(128, "Requests that may run at once.")
+    max_step_tokens: int = option(512, "Most tokens computed in one step.")
+    block_size: int = option(16, "Tokens per KV-cache block.")
+    kv_cache_memory: str | None = option(
+        None, "Size of the KV cache, for example 512MiB or 2GiB; default a quarter of the free memory, at most 2GiB."
+    )
+    prefix_caching: bool = option(True, "Reuse the KV cache of equal prompt beginnings.")
+    chunked_prefill: bool = option(True, "Split long prompts so that they do not stall running streams.")
+    step_latency_ms: float = option(25.0, "Step time to hold while streams run; long prompts are split to fit.")
+    priority_step_s: float = option(30.0, "Head start in seconds that one level of request priority is worth.")
+    pipeline: bool = option(True, "Schedule the next step while the device runs this one; off for the plain loop.")
+    seed: int = option(0, "Seeds the random weights of --load-format dummy.")

@@ -1,0 +1,178 @@
+"""What crosses the boundary between the API process and the engine process, in both directions.
+
+Every message is a msgspec struct, so one definition is the type, the validation and the wire format. The engine
+sees token ids only: text, templates, stop strings and tokenizers belong to the server.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+LogprobsMode = Literal["raw", "processed"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the tokens of one request are drawn; validated by the server, trusted by the engine.
+
+    Processors apply in this order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition, frequency and
+    presence penalty, temperature, top_k, min_p, top_p. ``temperature == 0`` takes the most likely token after the
+    penalties and biases.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than min_p times the most likely one."""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of every token seen in prompt or output."""
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()
+    """Empty means every token is allowed."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that must not appear in the output."""
+    seed: int | None = None
+    """Selects the request's random stream; None lets the engine draw one."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the request (end-of-sequence tokens included by the server); masked until min_tokens."""
+    logprobs: int | None = None
+    """None: no log-probabilities; k: of the sampled token and of the k most likely tokens."""
+    prompt_logprobs: int | None = None
+    logprobs_mode: LogprobsMode = "raw"
+    """raw: of the model's own distribution; processed: of the distribution the token was drawn from."""
+
+
+class NewRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="new"):
+    """One sequence to generate. ``request_id`` is unique within the life of the client."""
+
+    request_id: int
+    prompt: list[int]
+    params: SamplingParams
+    priority: int = 0
+    """Lower is more urgent; a level is worth a fixed head start in the queue, so nothing starves."""
+    cache_salt: str = ""
+    """Prefix-cache blocks are shared only between requests of equal salt."""
+    tenant: str = ""
+    arrival: float = 0.0
+    """time.monotonic() at the server, seconds; comparable between processes of one host."""
+
+
+class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
+    """Unknown ids are ignored: the request may have ended while the message was on its way."""
+
+    request_ids: list[int]
+
+
+class Call(msgspec.Struct, frozen=True, tag="call"):
+    """A control operation by name (see ``engine.process.OPERATIONS``), answered by exactly one CallReply."""
+
+    call_id: int
+    operation: str
+    arguments: dict[str, Any] = {}
+
+
+ToEngine = NewRequest | AbortRequests | Call
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural logarithm) at one position."""
+
+    token: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top: list[tuple[int, float]] = []
+    """The most likely tokens, best first."""
+
+
+class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Progress of one request in one step. Exactly one delta of a request carries a finish_reason: its last."""
+
+    request_id: int
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """In the first delta of a request that asked for them; the first prompt token has none."""
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    """The member of stop_token_ids that ended the request; it is the last of ``tokens``."""
+    error: str | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache; in the first delta."""
+    scheduled_at: float = 0.0
+    """time.monotonic() when the request first entered a step; in the first delta."""
+    num_preemptions: int = 0
+    """In the last delta."""
+    target_version: int = 0
+    drafter_version: int = 0
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A snapshot after a step; counters count from the start of the engine."""
+
+    step: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_cache_hits: int = 0
+    """Prompt tokens found there."""
+    preemptions: int = 0
+    step_tokens: int = 0
+    """Tokens computed in this step."""
+    step_seconds: float = 0.0
+    target_version: int = 0
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag="step"):
+    """Everything one step has to tell the server; also sent without deltas as a heartbeat."""
+
+    deltas: list[TokenDelta]
+    stats: EngineStats
+
+
+class CallReply(msgspec.Struct, frozen=True, tag="reply"):
+    call_id: int
+    result: Any = None
+    error: str | None = None
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The first message of an engine process that came up."""
+
+    model_type: str
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+    device: str
+    kernels: str
+    """Which backend runs the hot path, for example ``native-avx512bf16`` or ``torch``."""
+    block_size: int
+    num_blocks: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    load_seconds: float
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The last message of an engine process that ends in an error."""
+
+    message: str
+    user_error: bool = False
+    """True when the user can mend it (a wrong path, too little memory): shown without a traceback."""
+
+
+FromEngine = StepOutputs | CallReply | EngineReady | EngineFailed

@@ -1,0 +1,2 @@
+if __name__ != "slipstream.loadtest":
+    raise ImportError("import this package as slipstream.loadtest")
