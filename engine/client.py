@@ -1,0 +1,267 @@
+"""The API process's view of the engine: submit, abort, call, and one stream of token deltas per request.
+
+The engine runs in a process of its own, so that Python work for HTTP and text never holds the interpreter lock the
+step loop needs. One message goes out per request and one comes back per step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import EngineDiedError, ModelError, SlipstreamError
+from slipstream.engine.messages import (
+    AbortRequests,
+    Call,
+    CallReply,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    NewRequest,
+    StepOutputs,
+    ToEngine,
+    TokenDelta,
+)
+
+DIED = "the engine process ended unexpectedly; see its log above"
+
+
+class RequestStream:
+    """The deltas of one request, in order; ends after the one that carries a finish_reason."""
+
+    def __init__(self, client: EngineClient, request_id: int) -> None:
+        self.request_id = request_id
+        self._client = client
+        self._deltas: list[TokenDelta] = []
+        self._wake: asyncio.Future[None] | None = None
+        self._finished = False
+
+    def put(self, delta: TokenDelta) -> None:
+        self._deltas.append(delta)
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def next(self) -> list[TokenDelta]:
+        """Every delta that has arrived since the last call, at least one; empty once the stream has ended."""
+        if self._finished:
+            return []
+        if not self._deltas:
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+            self._wake = None
+        deltas, self._deltas = self._deltas, []
+        self._finished = deltas[-1].finish_reason is not None
+        return deltas
+
+    async def __aiter__(self) -> AsyncIterator[TokenDelta]:
+        while deltas := await self.next():
+            for delta in deltas:
+                yield delta
+
+    def abort(self) -> None:
+        """Stops the request if it is still running; its blocks are freed at the next step."""
+        if not self._finished:
+            self._client.abort([self.request_id])
+
+
+class EngineClient:
+    """Owns the engine process and the two sockets to it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
+        self.ready: EngineReady
+        self.stats = EngineStats()
+        self.on_step: list[Callable[[StepOutputs], None]] = []
+        self.last_step_at = time.monotonic()
+        """When the engine last finished a step or reported that it has nothing to do."""
+        self.failure: str | None = None
+        self._process = process
+        self._folder = folder
+        self._streams: dict[int, RequestStream] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._ids = itertools.count(1)
+        self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._context = zmq.Context()
+        self._to_engine = self._context.socket(zmq.PUSH)
+        self._from_engine = self._context.socket(zmq.PULL)
+        for socket, name in ((self._to_engine, "to-engine"), (self._from_engine, "from-engine")):
+            socket.set_hwm(0)
+            socket.linger = 0
+            socket.bind(endpoint(folder, name))
+        self._closing = False
+        self._watcher: asyncio.Task[None]
+
+    @classmethod
+    async def start(cls, config: EngineConfig, entry: str = "slipstream.engine.process") -> EngineClient:
+        """Starts the engine process and waits until its model is loaded.
+
+        Raises:
+            ModelError: the model or the configuration cannot be served; the message is meant for the user.
+            EngineDiedError: the process ended for another reason.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
+        arguments = msgspec.json.encode(dataclasses.asdict(config)).decode()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", entry, str(folder), arguments),
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            # Ctrl-C reaches the whole process group; the server decides when the engine ends.
+            start_new_session=True,
+        )
+        client = cls(process, folder)
+        asyncio.get_running_loop().add_reader(client._from_engine.fileno(), client._receive)
+        client._watcher = asyncio.create_task(client._watch())
+        client._receive()
+        try:
+            client.ready = await client._ready
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def num_open(self) -> int:
+        """Requests submitted and not yet finished."""
+        return len(self._streams)
+
+    def next_request_id(self) -> int:
+        return next(self._ids)
+
+    def submit(self, request: NewRequest) -> RequestStream:
+        """Hands a request to the engine; the stream yields exactly one delta with a finish_reason, whatever happens."""
+        stream = RequestStream(self, request.request_id)
+        if self.failure is not None:
+            stream.put(TokenDelta(request_id=request.request_id, tokens=[], finish_reason="error", error=self.failure))
+            return stream
+        self._streams[request.request_id] = stream
+        self._send(request)
+        return stream
+
+    def abort(self, request_ids: list[int]) -> None:
+        if open_ids := [request_id for request_id in request_ids if request_id in self._streams]:
+            self._send(AbortRequests(request_ids=open_ids))
+
+    async def call(self, operation: str, **arguments: Any) -> Any:
+        """Runs a control operation between two steps and returns its result.
+
+        Raises:
+            SlipstreamError: the engine refused or failed the operation; serving goes on.
+            EngineDiedError: the engine process is gone.
+        """
+        if self.failure is not None:
+            raise EngineDiedError(self.failure)
+        call_id = next(self._ids)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
+        self._send(Call(call_id, operation, arguments))
+        return await future
+
+    async def close(self) -> None:
+        """Ends the engine process; open requests end with finish_reason "abort"."""
+        self._closing = True
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), 10)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        await self._watcher
+        with contextlib.suppress(ValueError, OSError):
+            asyncio.get_running_loop().remove_reader(self._from_engine.fileno())
+        self._to_engine.close()
+        self._from_engine.close()
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _send(self, message: ToEngine) -> None:
+        self._to_engine.send(self._encoder.encode(message), zmq.NOBLOCK)
+        # A send may consume the readiness edge of the receiving socket's shared signaller.
+        asyncio.get_running_loop().call_soon(self._receive)
+
+    def _receive(self) -> None:
+        """Drains the socket: its descriptor is edge-triggered, so what is left behind would wait for the next edge."""
+        if self._from_engine.closed:
+            return
+        while True:
+            try:
+                frame = self._from_engine.recv(zmq.NOBLOCK, copy=True)
+            except zmq.Again:
+                return
+            self._handle(self._decoder.decode(frame))
+
+    def _handle(self, message: FromEngine) -> None:
+        match message:
+            case StepOutputs():
+                self.stats = message.stats
+                self.last_step_at = time.monotonic()
+                for delta in message.deltas:
+                    stream = self._streams.get(delta.request_id)
+                    if stream is not None:
+                        if delta.finish_reason is not None:
+                            del self._streams[delta.request_id]
+                        stream.put(delta)
+                for callback in self.on_step:
+                    callback(message)
+            case CallReply():
+                future = self._calls.pop(message.call_id)
+                if future.done():
+                    return
+                if message.error is None:
+                    future.set_result(message.result)
+                else:
+                    future.set_exception(SlipstreamError(message.error))
+            case EngineReady():
+                self._ready.set_result(message)
+            case EngineFailed():
+                error = ModelError(message.message) if message.user_error else EngineDiedError(message.message)
+                self._end(message.message, error)
+
+    async def _watch(self) -> None:
+        code = await self._process.wait()
+        self._receive()
+        if self._closing:
+            self._end("the server is shutting down", EngineDiedError("the engine was closed"))
+        else:
+            self._end(f"{DIED} (exit code {code})", EngineDiedError(f"{DIED} (exit code {code})"))
+
+    def _end(self, reason: str, error: SlipstreamError) -> None:
+        """Gives every open request and call its terminal message."""
+        if self.failure is None:
+            self.failure = reason
+        if not self._ready.done():
+            self._ready.set_exception(error)
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(error)
+        self._calls.clear()
+        streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            if self._closing:
+                stream.put(TokenDelta(request_id=request_id, tokens=[], finish_reason="abort"))
+            else:
+                stream.put(TokenDelta(request_id=request_id, tokens=[], finish_reason="error", error=reason))
+
+
+def endpoint(folder: Path, name: str) -> str:
+    return f"ipc://{folder / name}"

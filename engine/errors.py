@@ -1,0 +1,23 @@
+"""The errors a caller may want to tell apart.
+
+SlipstreamError
+├── ModelError        a model cannot be loaded or served; the user can mend it
+├── ConfigError       an option is wrong; the user can mend it
+└── EngineDiedError   the engine process is gone; requests cannot be served any more
+"""
+
+
+class SlipstreamError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class ModelError(SlipstreamError):
+    """A model file is missing, broken, too large or of a kind that cannot be served."""
+
+
+class ConfigError(SlipstreamError):
+    """A configuration value is wrong or does not fit the others."""
+
+
+class EngineDiedError(SlipstreamError):
+    """The engine process ended while it was needed."""
