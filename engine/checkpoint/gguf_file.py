@@ -1,0 +1,243 @@
+"""Reads GGUF files: metadata, tensor table and dequantised tensors.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. The header is
+parsed over a memory map, because gguf.GGUFReader makes numpy views of every string of the vocabulary (2 s and
+170 MB for a vocabulary of 49152). Nothing read from the file is trusted: every length is checked against what is left.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slipstream.engine.errors import ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_DIMENSIONS = 4
+
+# Metadata value types with a fixed size, as struct codes; the others are strings and arrays.
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING = 8
+ARRAY = 9
+
+CHUNK_ELEMENTS = 1 << 17
+"""Weights dequantised at once: large enough to hide the interpreter, small enough that buffers are reused."""
+
+
+@dataclass(frozen=True)
+class TensorType:
+    name: str
+    block_elements: int
+    block_bytes: int
+
+
+TENSOR_TYPES = {
+    0: TensorType("F32", 1, 4),
+    1: TensorType("F16", 1, 2),
+    2: TensorType("Q4_0", 32, 18),
+    3: TensorType("Q4_1", 32, 20),
+    6: TensorType("Q5_0", 32, 22),
+    7: TensorType("Q5_1", 32, 24),
+    8: TensorType("Q8_0", 32, 34),
+    10: TensorType("Q2_K", 256, 84),
+    11: TensorType("Q3_K", 256, 110),
+    12: TensorType("Q4_K", 256, 144),
+    13: TensorType("Q5_K", 256, 176),
+    14: TensorType("Q6_K", 256, 210),
+    30: TensorType("BF16", 1, 2),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    """Row-major: the last dimension is contiguous (the file stores the dimensions the other way round)."""
+    offset: int
+    """First byte, from the start of the file."""
+    num_bytes: int
+
+
+class GGUFFile:
+    """A parsed GGUF file. ``metadata`` maps keys to Python values, arrays to lists."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise ModelError(f"cannot read the GGUF file {self.path}: {error}") from error
+        cursor = _Cursor(self._data, self.path)
+        try:
+            num_tensors, num_entries = cursor.preamble()
+            self.metadata = cursor.metadata(num_entries)
+            self.tensors = cursor.tensor_table(num_tensors, self.metadata)
+        except UnicodeDecodeError as error:
+            raise cursor.broken("a string is not UTF-8") from error
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """The named tensor dequantised to float32, as a fresh array."""
+        import gguf
+        import numpy as np
+
+        info = self.tensors.get(name)
+        if info is None:
+            raise ModelError(f"{self.path} has no tensor {name!r}")
+        kind = gguf.GGMLQuantizationType[info.type.name]
+        packed = np.frombuffer(self._data, np.uint8, count=info.num_bytes, offset=info.offset)
+        packed = packed.reshape(-1, info.type.block_bytes)  # [num_blocks, block_bytes]
+        out = np.empty((len(packed), info.type.block_elements), np.float32)
+        step = max(1, CHUNK_ELEMENTS // info.type.block_elements)
+        with np.errstate(all="ignore"):  # a scale may be infinite or NaN in a damaged file
+            for start in range(0, len(packed), step):
+                chunk = packed[start : start + step]
+                # One long row: the library works through rows in small groups, in the interpreter.
+                flat = gguf.quants.dequantize(chunk.reshape(1, -1), kind)
+                out[start : start + step] = flat.reshape(len(chunk), -1)
+        return out.reshape(info.shape)
+
+
+class _Cursor:
+    """A position in the header that never moves past the end of the file."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data = data
+        self.path = path
+        self.size = len(data)
+        self.offset = 0
+        self.reading = "the header"
+
+    def broken(self, problem: str) -> ModelError:
+        return ModelError(
+            f"{self.path} is not a valid GGUF file: {problem} ({self.reading}, byte {self.offset} of {self.size}). "
+            "Download or convert the file again."
+        )
+
+    def unpack(self, code: str) -> tuple[Any, ...]:
+        layout = "<" + code
+        end = self.offset + struct.calcsize(layout)
+        if end > self.size:
+            raise self.broken("it ends in the middle of the header")
+        values = struct.unpack_from(layout, self.data, self.offset)
+        self.offset = end
+        return values
+
+    def check_count(self, count: int, least_bytes: int, what: str) -> None:
+        if count * least_bytes > self.size - self.offset:
+            raise self.broken(f"it states {count} {what}, more than fit in the rest of the file")
+
+    def string(self) -> str:
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        self.check_count(count, 8, "strings")
+        read_length = struct.Struct("<Q").unpack_from
+        data, size, offset = self.data, self.size, self.offset
+        values = []
+        for _ in range(count):
+            start = offset + 8
+            if start > size:
+                raise self.broken("it ends in the middle of the header")
+            end = start + read_length(data, offset)[0]
+            if end > size:
+                self.offset = offset
+                raise self.broken(f"a string of {end - start} bytes reaches past the end of the file")
+            values.append(str(data[start:end], "utf-8"))
+            offset = end
+        self.offset = offset
+        return values
+
+    def preamble(self) -> tuple[int, int]:
+        """The numbers of tensors and of metadata entries."""
+        magic = self.data[:4]
+        if magic != MAGIC:
+            raise self.broken(f"it begins with {magic!r} instead of {MAGIC!r}")
+        self.offset = 4
+        (version,) = self.unpack("I")
+        if version not in VERSIONS:
+            if version and version & 0xFFFF == 0:
+                raise self.broken("it is big-endian, which is not supported")
+            raise self.broken(f"version {version} is not supported, versions {VERSIONS[0]} and {VERSIONS[1]} are")
+        num_tensors, num_entries = self.unpack("QQ")
+        self.check_count(num_tensors, 24, "tensors")
+        self.check_count(num_entries, 13, "metadata entries")
+        return num_tensors, num_entries
+
+    def metadata(self, count: int) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        for index in range(count):
+            self.reading = f"metadata entry {index}"
+            key = self.string()
+            if key in entries:
+                raise self.broken(f"the metadata key {key!r} occurs twice")
+            self.reading = f"metadata {key!r}"
+            entries[key] = self.value(self.unpack("I")[0])
+        return entries
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind in SCALARS:
+            return self.unpack(SCALARS[kind])[0]
+        if kind != ARRAY:
+            raise self.broken(f"unknown value type {kind}")
+        element, count = self.unpack("IQ")
+        if element == STRING:
+            return self.strings(count)
+        if element not in SCALARS:
+            raise self.broken(f"arrays of value type {element} are not supported")
+        self.check_count(count, struct.calcsize("<" + SCALARS[element]), "numbers")
+        return list(self.unpack(f"{count}{SCALARS[element]}"))
+
+    def tensor_table(self, count: int, metadata: dict[str, Any]) -> dict[str, TensorInfo]:
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+            raise self.broken(f"general.alignment is {alignment!r}, not a power of two")
+        found: list[tuple[str, TensorType, tuple[int, ...], int]] = []
+        names = set()
+        for index in range(count):
+            self.reading = f"tensor {index}"
+            name = self.string()
+            self.reading = f"tensor {name!r}"
+            if name in names:
+                raise self.broken("two tensors have this name")
+            names.add(name)
+            (num_dimensions,) = self.unpack("I")
+            if not 1 <= num_dimensions <= MAX_DIMENSIONS:
+                raise self.broken(f"it has {num_dimensions} dimensions, 1 to {MAX_DIMENSIONS} are possible")
+            shape = tuple(reversed(self.unpack(f"{num_dimensions}Q")))
+            kind, offset = self.unpack("IQ")
+            if kind not in TENSOR_TYPES:
+                supported = ", ".join(each.name for each in TENSOR_TYPES.values())
+                raise ModelError(
+                    f"{self.path}: tensor {name!r} has type {kind}, which cannot be read. Supported types are "
+                    f"{supported}; choose a file of one of these, for example Q4_K_M or Q8_0."
+                )
+            if 0 in shape or shape[-1] % TENSOR_TYPES[kind].block_elements:
+                raise self.broken(f"shape {list(shape)} does not fit type {TENSOR_TYPES[kind].name}")
+            if offset % alignment:
+                raise self.broken(f"its data offset {offset} is not a multiple of {alignment}")
+            found.append((name, TENSOR_TYPES[kind], shape, offset))
+        data_start = -(-self.offset // alignment) * alignment
+        return {name: self.placed(name, kind, shape, data_start + offset) for name, kind, shape, offset in found}
+
+    def placed(self, name: str, kind: TensorType, shape: tuple[int, ...], offset: int) -> TensorInfo:
+        num_bytes = math.prod(shape) // kind.block_elements * kind.block_bytes
+        if offset + num_bytes > self.size:
+            raise ModelError(
+                f"{self.path} is truncated: the data of tensor {name!r} ends at byte {offset + num_bytes}, the file at "
+                f"byte {self.size}. Download the file again."
+            )
+        return TensorInfo(name, kind, shape, offset, num_bytes)

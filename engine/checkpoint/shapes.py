@@ -1,0 +1,65 @@
+"""Parameter names and shapes of the decoder families that are served natively, in Hugging Face naming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from slipstream.engine.errors import ModelError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def positive_int(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ModelError(f"the model configuration has {key} = {value!r}, a positive whole number is needed")
+    return value
+
+
+def head_dim(config: dict[str, Any]) -> int:
+    heads = positive_int(config, "num_attention_heads")
+    return positive_int(config, "head_dim", default=positive_int(config, "hidden_size") // heads)
+
+
+def parameter_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every parameter of a model with this Hugging Face configuration; linear weights are [out, in]."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ModelError(
+            f"parameter shapes are known for the model types {', '.join(FAMILIES)}, not for {family!r}; "
+            "load this model from its weights (without --load-format dummy)"
+        )
+    hidden = positive_int(config, "hidden_size")
+    inner = positive_int(config, "intermediate_size")
+    vocab = positive_int(config, "vocab_size")
+    heads = positive_int(config, "num_attention_heads")
+    size = head_dim(config)
+    queries = heads * size
+    keys = positive_int(config, "num_key_value_heads", default=heads) * size
+    biased = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
+    linears = {
+        "self_attn.q_proj": (queries, hidden, biased or family == "qwen2"),
+        "self_attn.k_proj": (keys, hidden, biased or family == "qwen2"),
+        "self_attn.v_proj": (keys, hidden, biased or family == "qwen2"),
+        "self_attn.o_proj": (hidden, queries, biased),
+    }
+    for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+        linears[f"mlp.{name}_proj"] = (rows, columns, family == "llama" and bool(config.get("mlp_bias")))
+    yield "model.embed_tokens.weight", (vocab, hidden)
+    for layer in range(positive_int(config, "num_hidden_layers")):
+        prefix = f"model.layers.{layer}."
+        yield prefix + "input_layernorm.weight", (hidden,)
+        yield prefix + "post_attention_layernorm.weight", (hidden,)
+        if family == "qwen3":
+            yield prefix + "self_attn.q_norm.weight", (size,)
+            yield prefix + "self_attn.k_norm.weight", (size,)
+        for name, (rows, columns, bias) in linears.items():
+            yield f"{prefix}{name}.weight", (rows, columns)
+            if bias:
+                yield f"{prefix}{name}.bias", (rows,)
+    yield "model.norm.weight", (hidden,)
+    if not config.get("tie_word_embeddings", False):
+        yield "lm_head.weight", (vocab, hidden)
