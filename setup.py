@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 ROOTS = ("server", "engine", "kernels", "drafter", "clients", "loadtest")
 GLOBS = [glob for root in ROOTS for glob in (root, f"{root}.*")]
 CSRC = Path("kernels/csrc")
-COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-fvisibility=hidden"]
+COMMON_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
     "isa_avx512bf16.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"],
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],

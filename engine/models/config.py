@@ -1,0 +1,143 @@
+"""What a decoder looks like, read from a Hugging Face config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.engine.errors import ModelError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types with implementations of our own; others run through transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the KV cache and the scheduler need to know of any model."""
+
+    model_type: str
+    vocab_size: int
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """The Llama family: pre-norm decoder, rotary positions, grouped-query attention, gated MLP."""
+
+    shape: ModelShape
+    hidden: int
+    intermediate: int
+    heads: int
+    norm_eps: float
+    tied: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int, ...]
+    """Sliding window per layer; 0 attends to everything."""
+    rope: dict[str, Any]
+    """Rotary parameters as in config.json: rope_type, rope_theta and what the type needs."""
+
+    @property
+    def qkv_width(self) -> int:
+        return (self.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
+
+
+def model_shape(config: dict[str, Any]) -> ModelShape:
+    """Raises ModelError naming the missing key."""
+    hidden, heads = need(config, "hidden_size"), need(config, "num_attention_heads")
+    return ModelShape(
+        model_type=need(config, "model_type"),
+        vocab_size=need(config, "vocab_size"),
+        num_layers=need(config, "num_hidden_layers"),
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        max_positions=config.get("max_position_embeddings") or 2048,
+    )
+
+
+def decoder_config(config: dict[str, Any]) -> DecoderConfig:
+    """Translates config.json of one of FAMILIES; raises ModelError for what these implementations do not cover."""
+    family = need(config, "model_type")
+    assert family in FAMILIES
+    shape = model_shape(config)
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ModelError(f"{family} with hidden_act {activation!r} is not supported; these models use 'silu'")
+    attention_bias = bool(config.get("attention_bias", False))
+    return DecoderConfig(
+        shape=shape,
+        hidden=need(config, "hidden_size"),
+        intermediate=need(config, "intermediate_size"),
+        heads=need(config, "num_attention_heads"),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2" or attention_bias,
+        out_bias=family != "qwen2" and attention_bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        windows=_windows(config, shape.num_layers),
+        rope=_rope(config),
+    )
+
+
+def rope_tables(config: DecoderConfig, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [length, head_dim / 2] float32, scaling of long-context models included."""
+    head_dim, rope = config.shape.head_dim, config.rope
+    if rope["rope_type"] == "default":
+        theta = torch.tensor(float(rope["rope_theta"]))
+        inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+        factor = 1.0
+    else:
+        inverse, factor = _scaled_frequencies(config, length)
+    angles = torch.outer(torch.arange(length).float(), inverse)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def _scaled_frequencies(config: DecoderConfig, length: int) -> tuple[Tensor, float]:
+    from transformers import PretrainedConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = config.rope["rope_type"]
+    if kind not in ROPE_INIT_FUNCTIONS:
+        raise ModelError(f"rope_type {kind!r} is unknown; transformers knows {sorted(ROPE_INIT_FUNCTIONS)}")
+    standard = PretrainedConfig(
+        hidden_size=config.hidden,
+        num_attention_heads=config.heads,
+        head_dim=config.shape.head_dim,
+        max_position_embeddings=config.shape.max_positions,
+        rope_parameters=config.rope,
+    )
+    inverse, factor = ROPE_INIT_FUNCTIONS[kind](standard, torch.device("cpu"), seq_len=length)
+    return inverse.float(), float(factor)
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Both spellings: rope_parameters of new config files, rope_theta and rope_scaling of older ones."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    return rope
+
+
+def _windows(config: dict[str, Any], num_layers: int) -> tuple[int, ...]:
+    window = config.get("sliding_window") or 0
+    if config["model_type"] == "llama" or not config.get("use_sliding_window", config["model_type"] == "mistral"):
+        return (0,) * num_layers
+    if kinds := config.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    first = config.get("max_window_layers", 0) if config["model_type"] != "mistral" else 0
+    return tuple(window if layer >= first else 0 for layer in range(num_layers))
+
+
+def need(config: dict[str, Any], key: str) -> Any:
+    if config.get(key) is None:
+        raise ModelError(f"config.json has no {key!r}; is this the folder of a causal language model?")
+    return config[key]

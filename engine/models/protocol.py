@@ -1,0 +1,34 @@
+"""What the runner asks of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from slipstream.engine.models.config import ModelShape
+from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.kv_cache import PagedKVCache
+
+
+class CausalModel(Protocol):
+    """Weights and their forward pass. Every call runs over a ragged batch and writes keys and values to the cache."""
+
+    shape: ModelShape
+    dtype: torch.dtype
+    kernels: str
+    """Name of what runs the hot path, for logs and metrics."""
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies weights in, by their Hugging Face names, in place; raises ModelError for a misfit or a gap."""
+
+    def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
+        """A cache in the layout this model reads."""
+
+    def forward(self, batch: RaggedBatch, cache: PagedKVCache) -> Tensor:
+        """Hidden states [num_tokens, hidden] before the final norm."""
+
+    def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
+        """Logits [len(rows), vocab_size] float32 of some rows of hidden."""

@@ -1,0 +1,111 @@
+"""The Llama family in plain torch: runs on every device, and specifies what the fast paths compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slipstream.engine.models.config import DecoderConfig, rope_tables
+from slipstream.engine.models.weights import WeightSlots
+from slipstream.kernels import reference
+from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
+
+
+class TorchDecoder:
+    """Parameters by their Hugging Face names; the arithmetic follows transformers operation by operation."""
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device, max_length: int) -> None:
+        self.shape = config.shape
+        self.dtype = dtype
+        self.kernels = f"torch-{device.type}"
+        self._config = config
+        self._device = device
+        self._weights = {
+            name: torch.empty(size, dtype=dtype, device=device) for name, size in decoder_parameters(config).items()
+        }
+        self._cos, self._sin = (table.to(device) for table in rope_tables(config, max_length))
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        slots = WeightSlots(decoder_parameters(self._config))
+        for name, tensor in tensors:
+            if slots.take(name, tensor):
+                self._weights[name].copy_(tensor)
+        slots.check_complete()
+
+    def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
+        shape = self.shape
+        return TorchKVCache(
+            shape.num_layers, num_blocks, block_size, shape.kv_heads, shape.head_dim, self.dtype, self._device
+        )
+
+    def forward(self, batch: RaggedBatch, cache: PagedKVCache) -> Tensor:
+        positions = torch.from_numpy(batch.positions).to(self._device)
+        cos, sin = self._cos[positions], self._sin[positions]
+        token_ids = torch.from_numpy(batch.token_ids).to(self._device)
+        hidden = functional.embedding(token_ids, self._weights["model.embed_tokens.weight"])
+        for layer in range(self.shape.num_layers):
+            hidden = self._layer(layer, hidden, cos, sin, batch, cache)
+        return hidden
+
+    def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
+        chosen = hidden[torch.from_numpy(rows).to(self._device, torch.long)]
+        chosen = reference.rms_norm(chosen, self._weights["model.norm.weight"], self._config.norm_eps)
+        head = "model.embed_tokens" if self._config.tied else "lm_head"
+        return functional.linear(chosen, self._weights[f"{head}.weight"]).float()
+
+    def _layer(
+        self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor, batch: RaggedBatch, cache: PagedKVCache
+    ) -> Tensor:
+        config, prefix = self._config, f"model.layers.{layer}."
+        head_dim, eps = self.shape.head_dim, config.norm_eps
+        x = reference.rms_norm(hidden, self._weights[prefix + "input_layernorm.weight"], eps)
+        q = self._linear(prefix + "self_attn.q_proj", x).unflatten(-1, (-1, head_dim))
+        k = self._linear(prefix + "self_attn.k_proj", x).unflatten(-1, (-1, head_dim))
+        v = self._linear(prefix + "self_attn.v_proj", x).unflatten(-1, (-1, head_dim))
+        if config.qk_norm:
+            q = reference.rms_norm(q, self._weights[prefix + "self_attn.q_norm.weight"], eps)
+            k = reference.rms_norm(k, self._weights[prefix + "self_attn.k_norm.weight"], eps)
+        cache.store(layer, reference.rope(k, cos, sin), v, batch)
+        values = cache.attend(layer, reference.rope(q, cos, sin), batch, head_dim**-0.5, config.windows[layer])
+        hidden = hidden + self._linear(prefix + "self_attn.o_proj", values.flatten(1))
+        x = reference.rms_norm(hidden, self._weights[prefix + "post_attention_layernorm.weight"], eps)
+        gate, up = self._linear(prefix + "mlp.gate_proj", x), self._linear(prefix + "mlp.up_proj", x)
+        return hidden + self._linear(prefix + "mlp.down_proj", reference.silu_mul(gate, up))
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return functional.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
+
+
+def decoder_parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name and shape of every parameter."""
+    hidden, head_dim = config.hidden, config.shape.head_dim
+    q_width, kv_width = config.heads * head_dim, config.shape.kv_heads * head_dim
+    parameters: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.shape.vocab_size, hidden)}
+
+    def linear(name: str, n: int, k: int, bias: bool) -> None:
+        parameters[f"{name}.weight"] = (n, k)
+        if bias:
+            parameters[f"{name}.bias"] = (n,)
+
+    for layer in range(config.shape.num_layers):
+        prefix = f"model.layers.{layer}."
+        parameters[prefix + "input_layernorm.weight"] = (hidden,)
+        linear(prefix + "self_attn.q_proj", q_width, hidden, config.qkv_bias)
+        linear(prefix + "self_attn.k_proj", kv_width, hidden, config.qkv_bias)
+        linear(prefix + "self_attn.v_proj", kv_width, hidden, config.qkv_bias)
+        if config.qk_norm:
+            parameters[prefix + "self_attn.q_norm.weight"] = (head_dim,)
+            parameters[prefix + "self_attn.k_norm.weight"] = (head_dim,)
+        linear(prefix + "self_attn.o_proj", hidden, q_width, config.out_bias)
+        parameters[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        linear(prefix + "mlp.gate_proj", config.intermediate, hidden, config.mlp_bias)
+        linear(prefix + "mlp.up_proj", config.intermediate, hidden, config.mlp_bias)
+        linear(prefix + "mlp.down_proj", hidden, config.intermediate, config.mlp_bias)
+    parameters["model.norm.weight"] = (hidden,)
+    if not config.tied:
+        parameters["lm_head.weight"] = (config.shape.vocab_size, hidden)
+    return parameters

@@ -1,0 +1,48 @@
+"""The shape of every forward pass: a ragged batch of segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedBatch:
+    """Segments of sequences laid end to end; prefill, decode and verification differ only in segment lengths.
+
+    Segment s holds the tokens ``q_start[s] : q_start[s + 1]`` and ends its sequence for now: with them the sequence
+    is ``kv_len[s]`` tokens long, so the last one has position ``kv_len[s] - 1``. Row ``table_row[s]`` of
+    ``block_tables`` maps the sequence's blocks to cache blocks; every block below ``kv_len[s]`` must be mapped.
+    All arrays are C-contiguous int32.
+    """
+
+    token_ids: Int32  # [num_tokens]
+    positions: Int32  # [num_tokens]
+    q_start: Int32  # [num_segments + 1]
+    kv_len: Int32  # [num_segments]
+    block_tables: Int32  # [rows, max_blocks]
+    table_row: Int32  # [num_segments]
+    block_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids.shape[0])
+
+    @property
+    def num_segments(self) -> int:
+        return int(self.kv_len.shape[0])
+
+
+def make_batch(
+    token_ids: Int32, num_new: Int32, kv_len: Int32, block_tables: Int32, table_row: Int32, block_size: int
+) -> RaggedBatch:
+    """Derives starts and positions from the tokens per segment and the lengths after them (both [num_segments])."""
+    q_start = np.zeros(len(num_new) + 1, np.int32)
+    np.cumsum(num_new, out=q_start[1:])
+    offset = np.repeat(kv_len - q_start[1:], num_new)
+    positions = (np.arange(len(token_ids), dtype=np.int32) + offset).astype(np.int32)
+    return RaggedBatch(token_ids, positions, q_start, kv_len, block_tables, table_row, block_size)

@@ -1,0 +1,103 @@
+// The C interface of the native CPU kernels, loaded with ctypes (see native/library.py for the Python twin).
+//
+// Layouts. A "panel" is 16 output columns of a matrix, interleaved so that one 16-lane vector holds the 16 columns
+// at one step along the reduction: bfloat16 [k/2][16][2] (pairs along k, what a bf16 dot product wants), float32
+// [k][16]. Weights are panels of rows of the [n, k] matrix; the K cache of 16 tokens is a panel per KV head
+// (columns = tokens, reduction = head_dim); the V cache of 16 tokens is head_dim/16 panels per KV head (columns =
+// head_dim, reduction = tokens). One micro-kernel therefore serves linear layers, scores and weighted values.
+//
+// Row results do not depend on the other rows: every output element is reduced over k in one fixed sequence.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+enum SlipDtype : int32_t { SLIP_F32 = 0, SLIP_BF16 = 1 };
+
+// y = x W^T + bias with W [n, k]; n and k are the padded sizes (n to 16, k to 2), out_n the real number of columns.
+struct SlipLinear {
+  int32_t n;
+  int32_t k;
+  const void* panels;  // [n/16][k/2][16][2] bf16 or [n/16][k][16] f32
+  const float* bias;   // [n] or null
+};
+
+struct SlipLayer {
+  SlipLinear qkv;      // q heads, then k heads, then v heads
+  SlipLinear out;
+  SlipLinear gate_up;  // panels alternate: gate, up, gate, up, …
+  SlipLinear down;
+  const float* attn_norm;  // [hidden]
+  const float* mlp_norm;   // [hidden]
+  const float* q_norm;     // [head_dim] or null
+  const float* k_norm;     // [head_dim] or null
+  void* k_cache;           // [tiles][kv_heads][head_dim * 16]
+  void* v_cache;
+  int32_t window;          // attend to the last `window` tokens; 0 = all
+  int32_t reserved;
+};
+
+struct SlipModel {
+  int32_t dtype;
+  int32_t hidden;
+  int32_t heads;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t intermediate;
+  int32_t num_layers;
+  float norm_eps;
+  const float* rope_cos;  // [max_positions][head_dim/2]
+  const float* rope_sin;
+  const SlipLayer* layers;
+  SlipLinear embed;       // used as a lookup table
+  SlipLinear lm_head;
+  const float* final_norm;
+};
+
+// A ragged batch: segment s holds tokens [q_start[s], q_start[s+1]) of one sequence whose length, these tokens
+// included, is kv_len[s]. Tiles are groups of 16 tokens; block_table maps a sequence's blocks to cache blocks.
+struct SlipBatch {
+  int32_t num_tokens;
+  int32_t num_segments;
+  const int32_t* token_ids;     // [num_tokens]
+  const int32_t* q_start;       // [num_segments + 1]
+  const int32_t* kv_len;        // [num_segments]
+  const int32_t* block_tables;  // row of segment s begins at block_tables + table_row[s] * table_stride
+  const int32_t* table_row;     // [num_segments]
+  int32_t table_stride;
+  int32_t tiles_per_block;
+};
+
+struct SlipAttention {
+  int32_t dtype;
+  int32_t heads;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t window;
+  float scale;
+};
+
+#define SLIP_API __attribute__((visibility("default")))
+
+// Picks the best instruction set this processor has. Returns its name, or null when none of ours runs here.
+SLIP_API const char* slip_init(int32_t threads);
+SLIP_API const char* slip_isa(void);
+// Selects an instruction set by name; 0 on success. For tests.
+SLIP_API int32_t slip_select(const char* isa);
+SLIP_API void slip_set_threads(int32_t threads);
+
+// out[m, :n] (f32, row stride ld) = x[m, k] (f32, rounded to dtype) W^T + bias
+SLIP_API void slip_linear(int32_t dtype, const SlipLinear* w, const float* x, int32_t rows, float* out, int32_t ld);
+// Stores k and v [tokens, kv_heads, head_dim] (f32) of a ragged batch into one layer's cache.
+SLIP_API void slip_store_kv(const SlipAttention* a, const SlipBatch* b, const float* k, const float* v, void* k_cache,
+                            void* v_cache);
+// out [tokens, heads, head_dim] = causal attention of q over the paged cache.
+SLIP_API void slip_attention(const SlipAttention* a, const SlipBatch* b, const float* q, const void* k_cache,
+                             const void* v_cache, float* out);
+// hidden [tokens, hidden] f32 before the final norm. `workspace` holds slip_workspace_bytes(model, tokens).
+SLIP_API int64_t slip_workspace_bytes(const SlipModel* m, int32_t tokens);
+SLIP_API void slip_forward(const SlipModel* m, const SlipBatch* b, float* hidden, void* workspace);
+// logits [num_rows, vocab] f32 of the chosen rows of hidden, final norm included.
+SLIP_API void slip_logits(const SlipModel* m, const float* hidden, const int32_t* rows, int32_t num_rows, float* logits,
+                          int32_t vocab, void* workspace);
+}

@@ -1,0 +1,231 @@
+// Causal attention over the paged cache, and the cache writes. Included once per instruction set, inside its namespace.
+//
+// Keys are visited in chunks of kChunk positions counted from the beginning of the sequence, with one online-softmax
+// update per chunk (Milakov & Gimelshein 2018). Chunk borders and the order within a chunk depend on positions only,
+// so a query gets the same bits in a prefill, a decode step or a verification of drafts.
+
+constexpr int kChunk = 128;          // positions per softmax update
+constexpr int kChunkTiles = kChunk / 16;
+constexpr int kMaxQueryRows = 32;    // query heads x queries that share one pass over the keys
+constexpr int kMaxHeadDim = 256;
+
+template <class D>
+struct Cache {
+  const SlipAttention& a;
+  const SlipBatch& b;
+  size_t tile_elems() const { return static_cast<size_t>(a.head_dim) * 16; }
+  int tile(int segment, int index) const {
+    const int32_t* table = b.block_tables + static_cast<size_t>(b.table_row[segment]) * b.table_stride;
+    return table[index / b.tiles_per_block] * b.tiles_per_block + index % b.tiles_per_block;
+  }
+  template <class T>
+  T* at(T* cache, int tile_index, int kv_head) const {
+    return cache + (static_cast<size_t>(tile_index) * a.kv_heads + kv_head) * tile_elems();
+  }
+};
+
+// Writes k, v [head_dim] of one token and head at its place in the tile.
+template <class D>
+inline void store_token(typename D::elem* k_tile, typename D::elem* v_tile, int slot, const float* k, const float* v,
+                        int head_dim) {
+  constexpr int kPair = D::kPair;
+  for (int d = 0; d < head_dim; ++d) k_tile[(d / kPair) * 16 * kPair + slot * kPair + d % kPair] = D::narrow(k[d]);
+  for (int d = 0; d < head_dim; ++d)
+    v_tile[static_cast<size_t>(d / 16) * 256 + (slot / kPair) * 16 * kPair + (d % 16) * kPair + slot % kPair] =
+        D::narrow(v[d]);
+}
+
+inline int segment_of(const SlipBatch& b, int token) {
+  int low = 0, high = b.num_segments - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (b.q_start[middle] <= token) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+inline int position_of(const SlipBatch& b, int segment, int token) {
+  return b.kv_len[segment] - (b.q_start[segment + 1] - token);
+}
+
+// One query tile: rows are (query, head of the group), all against the same KV head.
+template <class D>
+struct QueryTile {
+  using elem = typename D::elem;
+  alignas(64) elem q[kMaxQueryRows * kMaxHeadDim];
+  alignas(64) float scores[kMaxQueryRows * kChunk];
+  alignas(64) elem probs[kMaxQueryRows * kChunk];
+  alignas(64) float acc[kMaxQueryRows * kMaxHeadDim];
+  vec sum[kMaxQueryRows];
+  float top[kMaxQueryRows];
+  int position[kMaxQueryRows];
+};
+
+template <class D, int R>
+inline void score_rows(QueryTile<D>& t, int row, const typename D::elem* const* k_tiles, int tiles, int head_dim) {
+  const typename D::elem* q = t.q + row * head_dim;
+  const int steps = head_dim / D::kPair;
+  int j = 0;
+  for (; j + kPanels <= tiles; j += kPanels) {
+    vec acc[R][kPanels];
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < kPanels; ++p) acc[r][p] = vzero();
+    accumulate<D, R, kPanels>(q, head_dim, k_tiles + j, steps, acc);
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < kPanels; ++p) vstore(t.scores + (row + r) * kChunk + (j + p) * 16, acc[r][p]);
+  }
+  for (; j < tiles; ++j) {
+    vec acc[R][1];
+    for (int r = 0; r < R; ++r) acc[r][0] = vzero();
+    accumulate<D, R, 1>(q, head_dim, k_tiles + j, steps, acc);
+    for (int r = 0; r < R; ++r) vstore(t.scores + (row + r) * kChunk + j * 16, acc[r][0]);
+  }
+}
+
+// P panels of 16 head dimensions at `d`, accumulated over all tiles of the chunk.
+template <class D, int R, int P>
+inline void weigh_rows(QueryTile<D>& t, int row, const typename D::elem* const* v_tiles, int tiles, int head_dim, int d) {
+  vec acc[R][P];
+  float* out = t.acc + row * head_dim + d;
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) acc[r][p] = vload(out + r * head_dim + p * 16);
+  for (int j = 0; j < tiles; ++j) {
+    const typename D::elem* panels[P];
+    for (int p = 0; p < P; ++p) panels[p] = v_tiles[j] + static_cast<size_t>(d / 16 + p) * 256;
+    accumulate<D, R, P>(t.probs + row * kChunk + j * 16, kChunk, panels, 16 / D::kPair, acc);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) vstore(out + r * head_dim + p * 16, acc[r][p]);
+}
+
+// Softmax numerators of one row for the chunk that begins at `base`; rescales what came before.
+template <class D>
+inline void soften_row(QueryTile<D>& t, int row, int base, int tiles, int window, float scale, int head_dim) {
+  const int position = t.position[row];
+  const int last = position + 1 - base;                         // positions base … base+last-1 are visible
+  const int first = window > 0 ? position + 1 - window - base : 0;
+  float* scores = t.scores + row * kChunk;
+  const vec hidden = vset1(-INFINITY);
+  vec best = hidden;
+  for (int j = 0; j < tiles; ++j) {
+    vec s = vkeep(vmul(vload(scores + j * 16), vset1(scale)), last - j * 16, -INFINITY);
+    if (first > j * 16) {
+      float lanes[16];
+      vstore(lanes, s);
+      for (int i = 0; i < 16 && j * 16 + i < first; ++i) lanes[i] = -INFINITY;
+      s = vload(lanes);
+    }
+    vstore(scores + j * 16, s);
+    best = vmax(best, s);
+  }
+  const float previous = t.top[row];
+  const float chunk_top = vmaximum(best);
+  const float top = chunk_top > previous ? chunk_top : previous;
+  typename D::elem* probs = t.probs + row * kChunk;
+  if (top == -INFINITY) {  // nothing visible yet: a window that begins in a later chunk
+    for (int j = 0; j < tiles; ++j) D::store(probs + j * 16, vzero());
+    return;
+  }
+  if (top > previous) {
+    float factor[16];
+    vstore(factor, vexp(vset1(previous - top)));
+    const vec f = vset1(factor[0]);
+    for (int d = 0; d < head_dim; d += 16) vstore(t.acc + row * head_dim + d, vmul(vload(t.acc + row * head_dim + d), f));
+    t.sum[row] = vmul(t.sum[row], f);
+    t.top[row] = top;
+  }
+  for (int j = 0; j < tiles; ++j) {
+    const vec p = vexp(vsub(vload(scores + j * 16), vset1(top)));
+    t.sum[row] = vadd(t.sum[row], p);
+    D::store(probs + j * 16, p);
+  }
+}
+
+// Work split of one attention call: item -> (segment, query tile, KV head, group of query heads).
+struct AttentionWork {
+  int heads_per_kv, heads_per_tile, head_groups, queries_per_tile;
+  std::vector<int> first_tile;  // [num_segments + 1], prefix sums of query tiles
+
+  AttentionWork(const SlipAttention& a, const SlipBatch& b) {
+    heads_per_kv = a.heads / a.kv_heads;
+    heads_per_tile = heads_per_kv < kMaxQueryRows ? heads_per_kv : kMaxQueryRows;
+    head_groups = (heads_per_kv + heads_per_tile - 1) / heads_per_tile;
+    queries_per_tile = kMaxQueryRows / heads_per_tile;
+    first_tile.resize(b.num_segments + 1);
+    first_tile[0] = 0;
+    for (int s = 0; s < b.num_segments; ++s) {
+      const int queries = b.q_start[s + 1] - b.q_start[s];
+      first_tile[s + 1] = first_tile[s] + (queries + queries_per_tile - 1) / queries_per_tile;
+    }
+  }
+  int items(const SlipAttention& a) const { return first_tile.back() * a.kv_heads * head_groups; }
+};
+
+// One work item; q and out are [tokens, heads, head_dim].
+template <class D, class Q, class O>
+inline void attend(const Cache<D>& cache, const AttentionWork& work, int item, const Q* q, const typename D::elem* k_cache,
+                   const typename D::elem* v_cache, O* out) {
+  const SlipAttention& a = cache.a;
+  const SlipBatch& b = cache.b;
+  const int head_dim = a.head_dim;
+  const int group = item % work.head_groups;
+  const int kv_head = item / work.head_groups % a.kv_heads;
+  const int tile_index = item / work.head_groups / a.kv_heads;
+  const int segment =
+      static_cast<int>(std::upper_bound(work.first_tile.begin(), work.first_tile.end(), tile_index) - work.first_tile.begin()) - 1;
+  const int begin = b.q_start[segment] + (tile_index - work.first_tile[segment]) * work.queries_per_tile;
+  const int end = std::min(begin + work.queries_per_tile, b.q_start[segment + 1]);
+  const int head0 = kv_head * work.heads_per_kv + group * work.heads_per_tile;
+  const int heads = std::min(work.heads_per_tile, work.heads_per_kv - group * work.heads_per_tile);
+
+  QueryTile<D> t;
+  int rows = 0;
+  for (int token = begin; token < end; ++token) {
+    const Q* from = q + (static_cast<size_t>(token) * a.heads + head0) * head_dim;
+    for (int h = 0; h < heads; ++h, ++rows) {
+      t.position[rows] = position_of(b, segment, token);
+      t.top[rows] = -INFINITY;
+      t.sum[rows] = vzero();
+      if constexpr (std::is_same_v<Q, typename D::elem>) {
+        std::memcpy(t.q + rows * head_dim, from + h * head_dim, head_dim * sizeof(Q));
+      } else {
+        for (int d = 0; d < head_dim; ++d) t.q[rows * head_dim + d] = D::narrow(from[h * head_dim + d]);
+      }
+    }
+  }
+  for (int i = 0; i < rows * head_dim; i += 16) vstore(t.acc + i, vzero());
+
+  const int lowest = t.position[0];
+  const int highest = t.position[rows - 1];
+  const int first_visible = a.window > 0 ? std::max(0, lowest + 1 - a.window) : 0;
+  for (int base = first_visible / kChunk * kChunk; base <= highest; base += kChunk) {
+    const int tiles = std::min(kChunkTiles, (highest - base) / 16 + 1);
+    const typename D::elem *k_tiles[kChunkTiles], *v_tiles[kChunkTiles];
+    for (int j = 0; j < tiles; ++j) {
+      const int tile = cache.tile(segment, base / 16 + j);
+      k_tiles[j] = cache.at(k_cache, tile, kv_head);
+      v_tiles[j] = cache.at(v_cache, tile, kv_head);
+    }
+    for_row_tiles(rows, [&]<int R>(int row) { score_rows<D, R>(t, row, k_tiles, tiles, head_dim); });
+    for (int row = 0; row < rows; ++row) soften_row<D>(t, row, base, tiles, a.window, a.scale, head_dim);
+    for_row_tiles(rows, [&]<int R>(int row) {
+      int d = 0;
+      for (; d + 16 * kPanels <= head_dim; d += 16 * kPanels) weigh_rows<D, R, kPanels>(t, row, v_tiles, tiles, head_dim, d);
+      for (; d < head_dim; d += 16) weigh_rows<D, R, 1>(t, row, v_tiles, tiles, head_dim, d);
+    });
+  }
+
+  rows = 0;
+  for (int token = begin; token < end; ++token) {
+    O* to = out + (static_cast<size_t>(token) * a.heads + head0) * head_dim;
+    for (int h = 0; h < heads; ++h, ++rows) {
+      const vec inverse = vset1(1.0f / vsum(t.sum[rows]));
+      for (int d = 0; d < head_dim; d += 16) {
+        const vec y = vmul(vload(t.acc + rows * head_dim + d), inverse);
+        if constexpr (std::is_same_v<O, typename D::elem>) D::store(to + h * head_dim + d, y);
+        else vstore(to + h * head_dim + d, y);
+      }
+    }
+  }
+}

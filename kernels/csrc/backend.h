@@ -1,0 +1,21 @@
+// What one instruction set offers; the table that api.h's functions go through.
+#pragma once
+#include "api.h"
+#include "team.h"
+
+namespace slip {
+
+struct Backend {
+  const char* name;
+  void (*linear)(Team&, int32_t, const SlipLinear&, const float*, int32_t, float*, int32_t);
+  void (*store_kv)(Team&, const SlipAttention&, const SlipBatch&, const float*, const float*, void*, void*);
+  void (*attention)(Team&, const SlipAttention&, const SlipBatch&, const float*, const void*, const void*, float*);
+  int64_t (*workspace_bytes)(const SlipModel&, int32_t);
+  void (*forward)(Team&, const SlipModel&, const SlipBatch&, float*, void*);
+  void (*logits)(Team&, const SlipModel&, const float*, const int32_t*, int32_t, float*, int32_t, void*);
+};
+
+extern const Backend kAvx512Bf16;
+extern const Backend kAvx2;
+
+}  // namespace slip

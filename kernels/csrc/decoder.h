@@ -1,0 +1,178 @@
+// The decoder stack of the Llama family (Llama, Mistral, Qwen2, Qwen3) as one call. Included once per instruction
+// set, inside its namespace. The residual stream and all reductions are float32; matrix inputs are rounded to D.
+
+template <class D>
+inline void norm_row(const float* x, const float* weight, int n, float eps, typename D::elem* out) {
+  vec sum = vzero();
+  for (int i = 0; i < n; i += 16) {
+    const vec v = vload(x + i);
+    sum = vfma(v, v, sum);
+  }
+  const vec inverse = vset1(1.0f / std::sqrt(vsum(sum) / n + eps));
+  for (int i = 0; i < n; i += 16) D::store(out + i, vmul(vmul(vload(x + i), inverse), vload(weight + i)));
+}
+
+template <class D>
+inline void norm_rows(Team& team, const float* x, const int32_t* rows, const float* weight, int count, int n, float eps,
+                      typename D::elem* out) {
+  for (int first; (first = team.take(4)) < count;)
+    for (int r = first; r < std::min(first + 4, count); ++r)
+      norm_row<D>(x + static_cast<size_t>(rows ? rows[r] : r) * n, weight, n, eps, out + static_cast<size_t>(r) * n);
+  team.barrier();
+}
+
+// Normalises (Qwen3) and rotates one head in place; halves form the rotated pairs, as in Hugging Face checkpoints.
+inline void rotate_head(float* x, int head_dim, const float* norm, float eps, const float* cos, const float* sin) {
+  if (norm) norm_row<F32>(x, norm, head_dim, eps, x);
+  const int half = head_dim / 2;
+  for (int i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i] + a * sin[i];
+  }
+}
+
+// Row `token` of the embedding, read from the panels it shares with a tied LM head.
+template <class D>
+inline void embed_row(const SlipLinear& table, int token, float* out) {
+  const auto* panel = static_cast<const typename D::elem*>(table.panels) + static_cast<size_t>(token / 16) * 16 * table.k;
+  const int lane = token % 16;
+  for (int k = 0; k < table.k; ++k)
+    out[k] = D::widen(panel[(k / D::kPair) * 16 * D::kPair + lane * D::kPair + k % D::kPair]);
+}
+
+template <class D>
+struct Workspace {
+  using elem = typename D::elem;
+  elem* x;       // [tokens, hidden]
+  float* qkv;    // [tokens, (heads + 2 kv_heads) head_dim]
+  elem* q;       // [tokens, heads, head_dim]
+  elem* values;  // [tokens, heads, head_dim]
+  elem* act;     // [tokens, intermediate]
+  int64_t bytes;
+
+  Workspace(const SlipModel& m, int64_t tokens, void* memory) {
+    char* at = static_cast<char*>(memory);
+    auto take = [&](int64_t count, int64_t size) {
+      char* mine = at;
+      at += (tokens * count * size + 63) / 64 * 64;
+      return mine;
+    };
+    x = reinterpret_cast<elem*>(take(m.hidden, sizeof(elem)));
+    qkv = reinterpret_cast<float*>(take((m.heads + 2 * m.kv_heads) * m.head_dim, sizeof(float)));
+    q = reinterpret_cast<elem*>(take(m.heads * m.head_dim, sizeof(elem)));
+    values = reinterpret_cast<elem*>(take(m.heads * m.head_dim, sizeof(elem)));
+    act = reinterpret_cast<elem*>(take(m.intermediate, sizeof(elem)));
+    bytes = at - static_cast<char*>(memory);
+  }
+};
+
+template <class D>
+inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer, const SlipBatch& b, const AttentionWork& work,
+                          const Workspace<D>& ws, float* hidden) {
+  using elem = typename D::elem;
+  const int tokens = b.num_tokens;
+  const int q_width = m.heads * m.head_dim;
+  const int qkv_width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+  const SlipAttention a{m.dtype, m.heads, m.kv_heads, m.head_dim, layer.window, 1.0f / std::sqrt(static_cast<float>(m.head_dim))};
+  const Cache<D> cache{a, b};
+  auto* k_cache = static_cast<elem*>(layer.k_cache);
+  auto* v_cache = static_cast<elem*>(layer.v_cache);
+
+  norm_rows<D>(team, hidden, nullptr, layer.attn_norm, tokens, m.hidden, m.norm_eps, ws.x);
+  matmul<D>(team, layer.qkv, ws.x, m.hidden, tokens, StoreRows{ws.qkv, static_cast<size_t>(qkv_width), qkv_width, layer.qkv.bias});
+
+  for (int token; (token = team.take(1)) < tokens;) {
+    const int segment = segment_of(b, token);
+    const int position = position_of(b, segment, token);
+    const int half = m.head_dim / 2;
+    const float* cos = m.rope_cos + static_cast<size_t>(position) * half;
+    const float* sin = m.rope_sin + static_cast<size_t>(position) * half;
+    float* qkv = ws.qkv + static_cast<size_t>(token) * qkv_width;
+    for (int h = 0; h < m.heads; ++h) rotate_head(qkv + h * m.head_dim, m.head_dim, layer.q_norm, m.norm_eps, cos, sin);
+    for (int i = 0; i < q_width; i += 16) D::store(ws.q + static_cast<size_t>(token) * q_width + i, vload(qkv + i));
+    const int tile = cache.tile(segment, position / 16);
+    for (int h = 0; h < m.kv_heads; ++h) {
+      float* k = qkv + q_width + h * m.head_dim;
+      rotate_head(k, m.head_dim, layer.k_norm, m.norm_eps, cos, sin);
+      store_token<D>(cache.at(k_cache, tile, h), cache.at(v_cache, tile, h), position % 16, k, k + m.kv_heads * m.head_dim,
+                     m.head_dim);
+    }
+  }
+  team.barrier();
+
+  const int items = work.items(a);
+  for (int item; (item = team.take(1)) < items;)
+    attend<D>(cache, work, item, ws.q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), ws.values);
+  team.barrier();
+
+  matmul<D>(team, layer.out, ws.values, q_width, tokens, AddRows{hidden, static_cast<size_t>(m.hidden), layer.out.bias});
+  norm_rows<D>(team, hidden, nullptr, layer.mlp_norm, tokens, m.hidden, m.norm_eps, ws.x);
+  matmul<D>(team, layer.gate_up, ws.x, m.hidden, tokens, SiluMulRows<D>{ws.act, static_cast<size_t>(m.intermediate), layer.gate_up.bias});
+  matmul<D>(team, layer.down, ws.act, m.intermediate, tokens, AddRows{hidden, static_cast<size_t>(m.hidden), layer.down.bias});
+}
+
+template <class D>
+inline void forward(Team& team, const SlipModel& m, const SlipBatch& b, float* hidden, void* memory) {
+  const Workspace<D> ws(m, b.num_tokens, memory);
+  const SlipAttention shape{m.dtype, m.heads, m.kv_heads, m.head_dim, 0, 1.0f};
+  const AttentionWork work(shape, b);
+  team.run([&](int) {
+    for (int token; (token = team.take(1)) < b.num_tokens;)
+      embed_row<D>(m.embed, b.token_ids[token], hidden + static_cast<size_t>(token) * m.hidden);
+    team.barrier();
+    for (int l = 0; l < m.num_layers; ++l) decoder_layer<D>(team, m, m.layers[l], b, work, ws, hidden);
+  });
+}
+
+template <class D>
+inline void logits(Team& team, const SlipModel& m, const float* hidden, const int32_t* rows, int num_rows, float* out, int vocab,
+                   void* memory) {
+  auto* x = static_cast<typename D::elem*>(memory);
+  team.run([&](int) {
+    norm_rows<D>(team, hidden, rows, m.final_norm, num_rows, m.hidden, m.norm_eps, x);
+    matmul<D>(team, m.lm_head, x, m.hidden, num_rows, StoreRows{out, static_cast<size_t>(vocab), vocab, m.lm_head.bias});
+  });
+}
+
+template <class D>
+inline void linear(Team& team, const SlipLinear& w, const float* x, int rows, float* out, int ld) {
+  using elem = typename D::elem;
+  std::vector<elem> narrow(static_cast<size_t>(rows) * w.k + 32);
+  for (size_t i = 0; i < static_cast<size_t>(rows) * w.k; ++i) narrow[i] = D::narrow(x[i]);
+  team.run([&](int) { matmul<D>(team, w, narrow.data(), w.k, rows, StoreRows{out, static_cast<size_t>(ld), ld, w.bias}); });
+}
+
+template <class D>
+inline void store_kv(Team& team, const SlipAttention& a, const SlipBatch& b, const float* k, const float* v, void* k_cache,
+                     void* v_cache) {
+  using elem = typename D::elem;
+  const Cache<D> cache{a, b};
+  const size_t width = static_cast<size_t>(a.kv_heads) * a.head_dim;
+  team.run([&](int) {
+    for (int token; (token = team.take(4)) < b.num_tokens;)
+      for (int t = token; t < std::min(token + 4, b.num_tokens); ++t) {
+        const int segment = segment_of(b, t);
+        const int position = position_of(b, segment, t);
+        const int tile = cache.tile(segment, position / 16);
+        for (int h = 0; h < a.kv_heads; ++h)
+          store_token<D>(cache.at(static_cast<elem*>(k_cache), tile, h), cache.at(static_cast<elem*>(v_cache), tile, h),
+                         position % 16, k + t * width + h * a.head_dim, v + t * width + h * a.head_dim, a.head_dim);
+      }
+    team.barrier();
+  });
+}
+
+template <class D>
+inline void attention(Team& team, const SlipAttention& a, const SlipBatch& b, const float* q, const void* k_cache,
+                      const void* v_cache, float* out) {
+  using elem = typename D::elem;
+  const Cache<D> cache{a, b};
+  const AttentionWork work(a, b);
+  const int items = work.items(a);
+  team.run([&](int) {
+    for (int item; (item = team.take(1)) < items;)
+      attend<D>(cache, work, item, q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), out);
+    team.barrier();
+  });
+}

@@ -1,0 +1,146 @@
+// Rows times panels: the one matrix micro-kernel. Included once per instruction set, inside its namespace.
+
+template <class D, int R, int P>
+[[gnu::always_inline]] inline void accumulate(const typename D::elem* x, size_t ldx, const typename D::elem* const* panels,
+                                              int steps, vec (&acc)[R][P]) {
+  for (int k = 0; k < steps; ++k) {
+    typename D::wvec w[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) w[p] = D::load(panels[p] + static_cast<size_t>(k) * 16 * D::kPair);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const typename D::xvec xr = D::broadcast(x + r * ldx + static_cast<size_t>(k) * D::kPair);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) acc[r][p] = D::dot(acc[r][p], xr, w[p]);
+    }
+  }
+}
+
+template <class D, int R, int P, class Epilogue>
+inline void row_tile(const typename D::elem* x, size_t ldx, const typename D::elem* const* panels, int steps, int row,
+                     int panel, const Epilogue& epilogue) {
+  vec acc[R][P];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) acc[r][p] = vzero();
+  accumulate<D, R, P>(x, ldx, panels, steps, acc);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) epilogue.template operator()<P>(row + r, panel, acc[r]);
+}
+
+// Calls f<R>(first_row) over `rows` rows in tiles of nearly equal height, at most kMaxRows.
+template <int R = kMaxRows, class F>
+inline void tile_of(int height, int row, const F& f) {
+  if constexpr (R > 1) {
+    if (height < R) return tile_of<R - 1>(height, row, f);
+  }
+  f.template operator()<R>(row);
+}
+
+template <class F>
+inline void for_row_tiles(int rows, const F& f) {
+  const int tiles = (rows + kMaxRows - 1) / kMaxRows;
+  for (int t = 0, row = 0; t < tiles; ++t) {
+    const int height = rows / tiles + (t < rows % tiles);
+    tile_of(height, row, f);
+    row += height;
+  }
+}
+
+template <class D, int P, class Epilogue>
+inline void panel_group(const typename D::elem* x, size_t ldx, int rows, const typename D::elem* first, int k, int panel,
+                        const Epilogue& epilogue) {
+  const typename D::elem* panels[P];
+  for (int p = 0; p < P; ++p) panels[p] = first + static_cast<size_t>(p) * 16 * k;
+  for_row_tiles(rows, [&]<int R>(int row) {
+    row_tile<D, R, P>(x + row * ldx, ldx, panels, k / D::kPair, row, panel, epilogue);
+  });
+}
+
+// Y = X W^T on the whole team, ending with a barrier. epilogue.operator()<P>(row, first_panel, acc[P]) consumes the results.
+template <class D, class Epilogue>
+inline void matmul(Team& team, const SlipLinear& w, const typename D::elem* x, size_t ldx, int rows,
+                   const Epilogue& epilogue) {
+  const auto* base = static_cast<const typename D::elem*>(w.panels);
+  const int panels = w.n / 16;
+  const int groups = (panels + kPanels - 1) / kPanels;
+  const int grain = groups / (team.size() * 16) + 1;
+  for (int first; (first = team.take(grain)) < groups;) {
+    const int last = first + grain < groups ? first + grain : groups;
+    for (int g = first; g < last; ++g) {
+      const int panel = g * kPanels;
+      const auto* start = base + static_cast<size_t>(panel) * 16 * w.k;
+      if (panels - panel >= kPanels) {
+        panel_group<D, kPanels>(x, ldx, rows, start, w.k, panel, epilogue);
+      } else if constexpr (kPanels > 2) {
+        int p = panel;
+        for (; panels - p >= 2; p += 2)
+          panel_group<D, 2>(x, ldx, rows, base + static_cast<size_t>(p) * 16 * w.k, w.k, p, epilogue);
+        if (p < panels) panel_group<D, 1>(x, ldx, rows, base + static_cast<size_t>(p) * 16 * w.k, w.k, p, epilogue);
+      } else {
+        panel_group<D, 1>(x, ldx, rows, start, w.k, panel, epilogue);
+      }
+    }
+  }
+  team.barrier();
+}
+
+// Epilogues ------------------------------------------------------------------------------------------------------
+
+struct StoreRows {  // out[row, col] = acc + bias, for the columns that exist
+  float* out;
+  size_t ld;
+  int columns;
+  const float* bias;
+  template <int P>
+  void operator()(int row, int panel, vec (&acc)[P]) const {
+    for (int p = 0; p < P; ++p) {
+      const int col = (panel + p) * 16;
+      const vec y = bias ? vadd(acc[p], vload(bias + col)) : acc[p];
+      if (col + 16 <= columns) {
+        vstore(out + row * ld + col, y);
+      } else if (col < columns) {
+        float lanes[16];
+        vstore(lanes, y);
+        for (int i = 0; col + i < columns; ++i) out[row * ld + col + i] = lanes[i];
+      }
+    }
+  }
+};
+
+struct AddRows {  // out[row, col] += acc + bias
+  float* out;
+  size_t ld;
+  const float* bias;
+  template <int P>
+  void operator()(int row, int panel, vec (&acc)[P]) const {
+    for (int p = 0; p < P; ++p) {
+      const int col = (panel + p) * 16;
+      const vec y = bias ? vadd(acc[p], vload(bias + col)) : acc[p];
+      float* at = out + row * ld + col;
+      vstore(at, vadd(vload(at), y));
+    }
+  }
+};
+
+template <class D>
+struct SiluMulRows {  // panels alternate gate, up: out = silu(gate) * up, rounded to D
+  typename D::elem* out;
+  size_t ld;
+  const float* bias;
+  template <int P>
+  void operator()(int row, int panel, vec (&acc)[P]) const {
+    if constexpr (P % 2 == 0) {
+      for (int p = 0; p < P; p += 2) {
+        vec gate = acc[p], up = acc[p + 1];
+        if (bias) {
+          gate = vadd(gate, vload(bias + (panel + p) * 16));
+          up = vadd(up, vload(bias + (panel + p + 1) * 16));
+        }
+        const vec sigmoid = vdiv(vset1(1.0f), vadd(vset1(1.0f), vexp(vsub(vzero(), gate))));
+        D::store(out + row * ld + (panel + p) / 2 * 16, vmul(vmul(gate, sigmoid), up));
+      }
+    }
+  }
+};

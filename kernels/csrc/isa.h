@@ -1,0 +1,40 @@
+// Instantiates the kernels for the instruction set whose vec_*.h was included before, in namespace SLIP_ISA.
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "backend.h"
+
+namespace slip::SLIP_ISA {
+
+#include "gemm.h"
+#include "attention.h"
+#include "decoder.h"
+
+#define SLIP_BY_DTYPE(dtype, call) ((dtype) == SLIP_BF16 ? call<Bf16> : call<F32>)
+
+static void run_linear(Team& team, int32_t dtype, const SlipLinear& w, const float* x, int32_t rows, float* out, int32_t ld) {
+  SLIP_BY_DTYPE(dtype, linear)(team, w, x, rows, out, ld);
+}
+static void run_store_kv(Team& team, const SlipAttention& a, const SlipBatch& b, const float* k, const float* v, void* kc, void* vc) {
+  SLIP_BY_DTYPE(a.dtype, store_kv)(team, a, b, k, v, kc, vc);
+}
+static void run_attention(Team& team, const SlipAttention& a, const SlipBatch& b, const float* q, const void* kc, const void* vc,
+                          float* out) {
+  SLIP_BY_DTYPE(a.dtype, attention)(team, a, b, q, kc, vc, out);
+}
+static int64_t run_workspace_bytes(const SlipModel& m, int32_t tokens) {
+  return m.dtype == SLIP_BF16 ? Workspace<Bf16>(m, tokens, nullptr).bytes : Workspace<F32>(m, tokens, nullptr).bytes;
+}
+static void run_forward(Team& team, const SlipModel& m, const SlipBatch& b, float* hidden, void* memory) {
+  SLIP_BY_DTYPE(m.dtype, forward)(team, m, b, hidden, memory);
+}
+static void run_logits(Team& team, const SlipModel& m, const float* hidden, const int32_t* rows, int32_t num_rows, float* out,
+                       int32_t vocab, void* memory) {
+  SLIP_BY_DTYPE(m.dtype, logits)(team, m, hidden, rows, num_rows, out, vocab, memory);
+}
+
+}  // namespace slip::SLIP_ISA

@@ -1,0 +1,80 @@
+// Chooses the instruction set at run time and owns the team of threads.
+#include <cstring>
+#include <memory>
+
+#include "api.h"
+#include "backend.h"
+
+namespace {
+
+using slip::Backend;
+
+const Backend* g_backend = nullptr;
+std::unique_ptr<slip::Team> g_team;
+
+bool runs_here(const Backend& backend) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (&backend == &slip::kAvx2) return avx2;
+  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* slip_init(int32_t threads) {
+  for (const Backend* backend : {&slip::kAvx512Bf16, &slip::kAvx2}) {
+    if (!runs_here(*backend)) continue;
+    g_backend = backend;
+    slip_set_threads(threads);
+    return backend->name;
+  }
+  return nullptr;
+}
+
+const char* slip_isa(void) { return g_backend->name; }
+
+int32_t slip_select(const char* isa) {
+  for (const Backend* backend : {&slip::kAvx512Bf16, &slip::kAvx2}) {
+    if (std::strcmp(backend->name, isa) == 0 && runs_here(*backend)) {
+      g_backend = backend;
+      return 0;
+    }
+  }
+  return 1;
+}
+
+void slip_set_threads(int32_t threads) {
+  if (!g_team || g_team->size() != threads) g_team = std::make_unique<slip::Team>(threads);
+}
+
+void slip_linear(int32_t dtype, const SlipLinear* w, const float* x, int32_t rows, float* out, int32_t ld) {
+  g_backend->linear(*g_team, dtype, *w, x, rows, out, ld);
+}
+
+void slip_store_kv(const SlipAttention* a, const SlipBatch* b, const float* k, const float* v, void* k_cache, void* v_cache) {
+  g_backend->store_kv(*g_team, *a, *b, k, v, k_cache, v_cache);
+}
+
+void slip_attention(const SlipAttention* a, const SlipBatch* b, const float* q, const void* k_cache, const void* v_cache,
+                    float* out) {
+  g_backend->attention(*g_team, *a, *b, q, k_cache, v_cache, out);
+}
+
+int64_t slip_workspace_bytes(const SlipModel* m, int32_t tokens) { return g_backend->workspace_bytes(*m, tokens); }
+
+void slip_forward(const SlipModel* m, const SlipBatch* b, float* hidden, void* workspace) {
+  g_backend->forward(*g_team, *m, *b, hidden, workspace);
+}
+
+void slip_logits(const SlipModel* m, const float* hidden, const int32_t* rows, int32_t num_rows, float* logits, int32_t vocab,
+                 void* workspace) {
+  g_backend->logits(*g_team, *m, hidden, rows, num_rows, logits, vocab, workspace);
+}
+}

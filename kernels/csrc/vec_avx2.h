@@ -1,0 +1,118 @@
+// The same 16 lanes as two AVX2 registers; bf16 products are widened to float and fused.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace slip::avx2 {
+
+constexpr const char* kName = "avx2";
+constexpr int kMaxRows = 2;
+constexpr int kPanels = 2;
+
+struct vec {
+  __m256 lo, hi;
+};
+
+inline vec vzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline vec vset1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline vec vload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void vstore(float* p, vec a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
+inline vec vadd(vec a, vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline vec vsub(vec a, vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline vec vmul(vec a, vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline vec vdiv(vec a, vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline vec vmax(vec a, vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline vec vfma(vec a, vec b, vec c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+inline float sum8(__m256 a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline float vsum(vec a) { return sum8(_mm256_add_ps(a.lo, a.hi)); }
+inline float vmaximum(vec a) {
+  const __m256 both = _mm256_max_ps(a.lo, a.hi);
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
+}
+inline vec vkeep(vec a, int count, float fill) {
+  const __m256i n = _mm256_set1_epi32(count);
+  const __m256i first = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 lo = _mm256_castsi256_ps(_mm256_cmpgt_epi32(n, first));
+  const __m256 hi = _mm256_castsi256_ps(_mm256_cmpgt_epi32(n, _mm256_add_epi32(first, _mm256_set1_epi32(8))));
+  const __m256 f = _mm256_set1_ps(fill);
+  return {_mm256_blendv_ps(f, a.lo, lo), _mm256_blendv_ps(f, a.hi, hi)};
+}
+inline __m256 exp8(__m256 x) {
+  const __m256 live = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_GT_OQ);
+  x = _mm256_max_ps(_mm256_min_ps(x, _mm256_set1_ps(88.0f)), _mm256_set1_ps(-87.0f));
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 p = _mm256_set1_ps(1.9875691500e-4f);
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
+  p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_and_ps(live, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
+}
+inline vec vexp(vec x) { return {exp8(x.lo), exp8(x.hi)}; }
+
+struct F32 {
+  using elem = float;
+  static constexpr int kPair = 1;
+  using wvec = vec;
+  using xvec = __m256;
+  static wvec load(const elem* p) { return {_mm256_load_ps(p), _mm256_load_ps(p + 8)}; }
+  static xvec broadcast(const elem* p) { return _mm256_set1_ps(*p); }
+  static vec dot(vec acc, xvec x, wvec w) { return {_mm256_fmadd_ps(x, w.lo, acc.lo), _mm256_fmadd_ps(x, w.hi, acc.hi)}; }
+  static void store(elem* p, vec a) { vstore(p, a); }
+  static float widen(elem x) { return x; }
+  static elem narrow(float x) { return x; }
+};
+
+struct Bf16 {
+  using elem = uint16_t;
+  static constexpr int kPair = 2;
+  struct wvec {
+    __m256i lo, hi;
+  };
+  struct xvec {
+    __m256 even, odd;
+  };
+  static wvec load(const elem* p) {
+    const __m256i* q = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_load_si256(q), _mm256_load_si256(q + 1)};
+  }
+  static __m256 even(__m256i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)); }
+  static __m256 odd(__m256i w) {
+    return _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static xvec broadcast(const elem* p) { return {_mm256_set1_ps(widen(p[0])), _mm256_set1_ps(widen(p[1]))}; }
+  static vec dot(vec acc, xvec x, wvec w) {
+    acc.lo = _mm256_fmadd_ps(x.even, even(w.lo), acc.lo);
+    acc.hi = _mm256_fmadd_ps(x.even, even(w.hi), acc.hi);
+    acc.lo = _mm256_fmadd_ps(x.odd, odd(w.lo), acc.lo);
+    acc.hi = _mm256_fmadd_ps(x.odd, odd(w.hi), acc.hi);
+    return acc;
+  }
+  static void store(elem* p, vec a) {
+    alignas(32) float lanes[16];
+    vstore(lanes, a);
+    for (int i = 0; i < 16; ++i) p[i] = narrow(lanes[i]);
+  }
+  static float widen(elem x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }
+  static elem narrow(float x) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    return static_cast<elem>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+};
+
+}  // namespace slip::avx2

@@ -1,0 +1,146 @@
+"""Loads the compiled kernels and mirrors the structs of csrc/api.h.
+
+The library is built when the package is installed, if a compiler is there. It holds one variant per instruction set
+and picks the best one this processor runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.kernels.batch import RaggedBatch
+
+LIBRARY = Path(__file__).parent.parent / "_native.so"
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class CLinear(Structure):
+    _fields_ = (("n", c_int32), ("k", c_int32), ("panels", c_void_p), ("bias", c_void_p))
+
+
+class CLayer(Structure):
+    _fields_ = (
+        ("qkv", CLinear),
+        ("out", CLinear),
+        ("gate_up", CLinear),
+        ("down", CLinear),
+        ("attn_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("k_cache", c_void_p),
+        ("v_cache", c_void_p),
+        ("window", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class CModel(Structure):
+    _fields_ = (
+        ("dtype", c_int32),
+        ("hidden", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("intermediate", c_int32),
+        ("num_layers", c_int32),
+        ("norm_eps", c_float),
+        ("rope_cos", c_void_p),
+        ("rope_sin", c_void_p),
+        ("layers", POINTER(CLayer)),
+        ("embed", CLinear),
+        ("lm_head", CLinear),
+        ("final_norm", c_void_p),
+    )
+
+
+class CBatch(Structure):
+    _fields_ = (
+        ("num_tokens", c_int32),
+        ("num_segments", c_int32),
+        ("token_ids", c_void_p),
+        ("q_start", c_void_p),
+        ("kv_len", c_void_p),
+        ("block_tables", c_void_p),
+        ("table_row", c_void_p),
+        ("table_stride", c_int32),
+        ("tiles_per_block", c_int32),
+    )
+
+
+class CAttention(Structure):
+    _fields_ = (
+        ("dtype", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("window", c_int32),
+        ("scale", c_float),
+    )
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The library, or None where it was not built or this processor runs none of its variants."""
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        return None
+    library.slip_init.restype = c_char_p
+    library.slip_init.argtypes = [c_int32]
+    library.slip_isa.restype = c_char_p
+    library.slip_select.argtypes = [c_char_p]
+    library.slip_set_threads.argtypes = [c_int32]
+    library.slip_linear.argtypes = [c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_int32]
+    library.slip_store_kv.argtypes = [c_void_p] * 6
+    library.slip_attention.argtypes = [c_void_p] * 6
+    library.slip_workspace_bytes.argtypes = [c_void_p, c_int32]
+    library.slip_workspace_bytes.restype = c_int64
+    library.slip_forward.argtypes = [c_void_p] * 4
+    library.slip_logits.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
+    for name in ("set_threads", "linear", "store_kv", "attention", "forward", "logits"):
+        getattr(library, f"slip_{name}").restype = None
+    return library if library.slip_init(torch.get_num_threads()) is not None else None
+
+
+def isa() -> str | None:
+    """Name of the instruction set in use, None without native kernels."""
+    library = load()
+    return library.slip_isa().decode() if library is not None else None
+
+
+def supports(head_dim: int, *widths: int) -> bool:
+    """Whether the kernels handle these sizes: vectors of 16 lanes, head_dim up to 256."""
+    return head_dim <= 256 and head_dim % 32 == 0 and all(width % 16 == 0 for width in widths)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def c_batch(batch: RaggedBatch) -> CBatch:
+    """A view of the batch; valid while the batch lives."""
+    for array in (batch.token_ids, batch.q_start, batch.kv_len, batch.table_row):
+        assert array.dtype == np.int32 and array.flags.c_contiguous
+    assert batch.block_tables.dtype == np.int32 and batch.block_tables.strides[1] == 4
+    return CBatch(
+        batch.num_tokens,
+        batch.num_segments,
+        batch.token_ids.ctypes.data,
+        batch.q_start.ctypes.data,
+        batch.kv_len.ctypes.data,
+        batch.block_tables.ctypes.data,
+        batch.table_row.ctypes.data,
+        batch.block_tables.strides[0] // 4,
+        batch.block_size // 16,
+    )
