@@ -1,0 +1,246 @@
+"""Renders a conversation with a model's chat template, as transformers' apply_chat_template does.
+
+Differences from it, all for requests in OpenAI's form:
+
+- ``content`` may be a text or a list of text parts, whatever the template was written for. A template is tried with
+  both once: parts are joined with newlines for one that takes texts only, a text becomes a list of one part for one
+  that takes lists only, and everything else is passed through.
+- ``tool_calls[].function.arguments`` is a JSON text in that API where templates expect an object, so it is parsed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.utils
+
+from slipstream.engine.errors import SlipstreamError
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Names under which clients pass the reasoning of a message; templates read the first or the second."""
+PROBE = "slipstream-probe"
+CONTINUE_TAG = "slipstream-continue-here "
+"""Marks where a message is to be continued. Ends in a space to tell whether the template strips contents."""
+
+
+class TemplateError(SlipstreamError):
+    """A conversation cannot be rendered: the template refuses it or is wrong. The message is for the caller."""
+
+
+class ChatTemplate:
+    """A compiled chat template with the special tokens it may refer to (``bos_token``, ``eos_token``, …).
+
+    ``source`` is one template or several by name, of which ``tool_use`` is taken for requests with tools and
+    ``default`` otherwise.
+    """
+
+    def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
+        sources = {"default": source} if isinstance(source, str) else dict(source)
+        self._templates = {name: _compile(text, name) for name, text in sources.items()}
+        self._sources = sources
+        self._special_tokens = dict(special_tokens or {})
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt text, special tokens included: encode it with ``add_special_tokens=False``.
+
+        ``variables`` are visible to the template and override the special tokens. Raises TemplateError.
+        """
+        if not messages:
+            raise TemplateError("messages is empty; a conversation needs at least one message")
+        if continue_final_message and add_generation_prompt:
+            raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        chat = [self._message(message, index) for index, message in enumerate(messages)]
+        final_text = self._mark_end(chat[-1]) if continue_final_message else ""
+        request = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        rendered = self._render(name, chat, variables | request)
+        return _cut_at_tag(rendered, final_text) if continue_final_message else rendered
+
+    def text_after_answer(self) -> str:
+        """What the template writes right after the content of an assistant message; empty if it does not tell."""
+        chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": CONTINUE_TAG.strip()}]
+        try:
+            rendered = self.render(chat)
+        except TemplateError:
+            return ""
+        return rendered.rpartition(CONTINUE_TAG.strip())[2]
+
+    def _render(self, name: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        template = self._templates.get(name)
+        if template is None:
+            raise TemplateError(f"the model has the chat templates {sorted(self._templates)} but none called {name!r}")
+        try:
+            return template.render(self._special_tokens | variables | {"messages": messages})
+        except TemplateError:
+            raise
+        except Exception as error:  # whatever a template does wrong
+            raise TemplateError(f"the chat template cannot render this conversation: {error}") from error
+
+    def _message(self, message: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """A copy in the form the template expects. Templates test for missing keys, so those without value go."""
+        copy = {key: value for key, value in message.items() if value is not None}
+        if "content" in copy:
+            copy["content"] = self._content(copy["content"], index)
+        if "tool_calls" in copy:
+            copy["tool_calls"] = [_parse_arguments(call) for call in copy["tool_calls"]]
+        reasoning = next((copy[field] for field in REASONING_FIELDS if field in copy), None)
+        if reasoning is not None:
+            copy = {"thinking": reasoning} | copy | {"reasoning_content": reasoning}
+        return copy
+
+    def _content(self, content: Any, index: int) -> Any:
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}] if self._content_forms == {"list"} else content
+        texts = []
+        for part in content:
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                raise TemplateError(
+                    f"messages[{index}].content has a part of type {kind!r}; only text parts can be used"
+                )
+            texts.append(part["text"])
+        return list(content) if "list" in self._content_forms else "\n".join(texts)
+
+    @cached_property
+    def _content_forms(self) -> set[str]:
+        """Which forms of ``content`` come out readable: "string", "list"."""
+        forms: dict[str, Any] = {"string": PROBE, "list": [{"type": "text", "text": PROBE}]}
+        return {form for form, content in forms.items() if self._shows(content)}
+
+    def _shows(self, content: Any) -> bool:
+        name = "default" if "default" in self._templates else next(iter(self._templates), "")
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            rendered = self._render(name, [{"role": "user", "content": content}], variables)
+        except TemplateError:
+            return False
+        printed = any(
+            f"{quote}text{quote}: {quote}{PROBE}" in rendered for quote in "'\""
+        )  # the list as Python or JSON
+        return PROBE in rendered and not printed
+
+    def _mark_end(self, message: dict[str, Any]) -> str:
+        """Appends the tag to the text of the message and returns the text as it was."""
+        content = message.get("content")
+        if isinstance(content, str):
+            message["content"] = content + CONTINUE_TAG
+            return content
+        if content:
+            *before, last = content
+            message["content"] = [*before, {**last, "text": last["text"] + CONTINUE_TAG}]
+            return str(last["text"])
+        raise TemplateError("continue_final_message is set, but the final message has no text to continue")
+
+
+def _cut_at_tag(rendered: str, final_text: str) -> str:
+    before, tag, after = rendered.rpartition(CONTINUE_TAG.strip())
+    if not tag or final_text.strip() not in before:
+        raise TemplateError(
+            "continue_final_message is set, but the chat template does not show the final message as it is"
+        )
+    return before if after.startswith(" ") else before.rstrip()
+
+
+def _parse_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call  # what a model once wrote may not be JSON; the template gets it as it is
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _compile(source: str, name: str) -> jinja2.Template:
+    try:
+        return _environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(
+            f"the chat template {name!r} is not valid Jinja: {error.message} (line {error.lineno})"
+        ) from error
+    except RecursionError as error:
+        raise TemplateError(f"the chat template {name!r} is nested too deeply") from error
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}…{% endgeneration %}`` marks the assistant's text for training; here its body is rendered."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's namespace without underscored names, through which a template could reach the interpreter."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        _refuse_private(dict(*args[1:], **kwargs))
+        jinja2.utils.Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private([name])
+        super().__setitem__(name, value)
+
+
+def _refuse_private(names: Any) -> None:
+    for name in names:
+        if str(name).startswith("_"):
+            raise TemplateError(f"a chat template cannot set the attribute {name!r} of a namespace")
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(str(message))
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's filter this does not escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "namespace": _Namespace,
+    }
+    return environment
+
+
+_environment = _make_environment()

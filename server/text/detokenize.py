@@ -1,0 +1,151 @@
+"""Turns tokens into text while they arrive, and finds stop strings in that text.
+
+This runs for every token of every stream on the cores the model runs on, so the paths for one token are short.
+"""
+
+from __future__ import annotations
+
+from codecs import utf_8_decode
+from collections.abc import Sequence
+from typing import Protocol
+
+from slipstream.server.text.tokenizer import Tokenizer
+
+
+class _Decoder(Protocol):
+    def push(self, token_ids: Sequence[int]) -> str: ...
+    def finish(self) -> str: ...
+
+
+class IncrementalDetokenizer:
+    """The text of one sequence, piece by piece.
+
+    What the ``push`` calls and the final ``finish`` return adds up to ``tokenizer.decode`` of all tokens. Text is held
+    back while later tokens could still change it: the bytes of an unfinished character, or with byte-fallback
+    vocabularies a whole run of byte tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        table = tokenizer.byte_table(skip_special_tokens)
+        decoder: _Decoder = _Bytes(table) if table is not None else _PrefixDifference(tokenizer, skip_special_tokens)
+        self.push = decoder.push
+        self.finish = decoder.finish
+
+
+class _Bytes:
+    """Byte-level vocabularies: every token stands for fixed bytes."""
+
+    def __init__(self, table: list[bytes]) -> None:
+        self._table = table
+        self._pending = b""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        table = self._table
+        try:
+            data = self._pending + b"".join([table[token_id] for token_id in token_ids])
+        except IndexError:  # models pad their vocabulary; such a token has no text
+            known = [table[token_id] for token_id in token_ids if token_id < len(table)]
+            data = self._pending + b"".join(known)
+        text, used = utf_8_decode(data, "replace", False)
+        self._pending = data[used:]
+        return text
+
+    def finish(self) -> str:
+        text, _ = utf_8_decode(self._pending, "replace", True)
+        self._pending = b""
+        return text
+
+
+class _PrefixDifference:
+    """Any other vocabulary: the text of new tokens is what they add to the text of the token before them.
+
+    The token before them is enough context, because decoders treat only the very first token in a special way
+    (leading space) and otherwise join across tokens only in runs of byte tokens, which are never cut.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._decode = tokenizer.decode
+        self._byte_ids = tokenizer.byte_fallback_ids
+        self._dropped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._size = tokenizer.vocab_size
+        self._context: list[int] = []
+        self._context_text = ""
+        self._pending: list[int] = []
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        pending = self._pending
+        pending += [token for token in token_ids if token < self._size and token not in self._dropped]
+        end = len(pending)
+        while end and pending[end - 1] in self._byte_ids:
+            end -= 1
+        return self._commit(end)
+
+    def finish(self) -> str:
+        return self._commit(len(self._pending))
+
+    def _commit(self, count: int) -> str:
+        if count == 0:
+            return ""
+        tokens = self._pending[:count]
+        text = self._decode(self._context + tokens, skip_special_tokens=False)
+        new = text[len(self._context_text) :]
+        del self._pending[:count]
+        self._context = tokens[-1:]
+        self._context_text = self._decode(self._context, skip_special_tokens=False)
+        return new
+
+
+class StopChecker:
+    """Cuts a text, given in chunks, before (or after) the first stop string in it.
+
+    The stop string that is complete first wins, and of several complete at the same character the longest, so the
+    result does not depend on how the text is split into chunks. Text that may be the beginning of a stop string is held
+    back. Push the text of one token at a time to have ``chunks`` count tokens.
+    """
+
+    def __init__(self, stops: Sequence[str], include_stop: bool = False) -> None:
+        if "" in stops:
+            raise ValueError("a stop string is empty")
+        self.matched: str | None = None
+        """The stop string that was found."""
+        self.chunks = 0
+        """Chunks pushed, up to and including the one that completed the stop string."""
+        self._stops = sorted(stops, key=len, reverse=True)  # of equal ends the first found is the longest
+        self._include_stop = include_stop
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The text that is safe to pass on; nothing after a match."""
+        if self.matched is not None:
+            return ""
+        self.chunks += 1
+        text = self._held + text
+        end = len(text) + 1
+        for stop in self._stops:
+            start = text.find(stop, 0, end - 1)
+            if start >= 0:
+                end = start + len(stop)
+                self.matched = stop
+        if self.matched is not None:
+            self._held = ""
+            return text[: end if self._include_stop else end - len(self.matched)]
+        keep = self._first_possible_start(text)
+        self._held = text[keep:]
+        return text[:keep]
+
+    def finish(self) -> str:
+        """The text held back, once no more will come."""
+        text, self._held = self._held, ""
+        return text
+
+    def _first_possible_start(self, text: str) -> int:
+        """Where the earliest proper beginning of a stop string at the end of the text starts."""
+        first = len(text)
+        for stop in self._stops:
+            start = text.find(stop[0], max(0, len(text) - len(stop) + 1), first)
+            while start >= 0:
+                if stop.startswith(text[start:]):
+                    first = start
+                    break
+                start = text.find(stop[0], start + 1, first)
+        return first

@@ -1,0 +1,189 @@
+"""Builds a tokenizer from the metadata of a GGUF file.
+
+Two vocabulary models are known: ``gpt2``, byte-level BPE, whose splitting of text into words the file names in
+``tokenizer.ggml.pre``; and ``llama``, SentencePiece with byte fallback, built the way transformers converts it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from slipstream.engine.checkpoint.gguf_config import translate_generation_config
+from slipstream.engine.checkpoint.gguf_file import GGUFFile
+from slipstream.engine.errors import ModelError
+from slipstream.server.text.tokenizer_files import TokenizerParts
+
+# tokenizer.ggml.token_type
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+TEKKEN_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ADDS_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
+"""Pre-tokenizers whose models begin with the bos token where the file does not say."""
+
+
+def build_from_gguf(file: GGUFFile) -> TokenizerParts:
+    meta = file.metadata
+    kind = meta.get("tokenizer.ggml.model")
+    tokens = meta.get("tokenizer.ggml.tokens")
+    if kind not in ("gpt2", "llama"):
+        raise ModelError(
+            f"{file.path}: tokenizers of type {kind!r} cannot be built from a GGUF file (gpt2 and llama can). "
+            "Use the Hugging Face folder of this model."
+        )
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+        raise ModelError(f"{file.path} has no vocabulary (tokenizer.ggml.tokens). Convert the model again.")
+    types = _numbers(file, "token_type", len(tokens)) or [1] * len(tokens)
+    # Converters fill up the vocabulary to the size of the embedding with such tokens.
+    padding = re.compile(r"\[PAD\d+\]")
+    vocab = {
+        token: index for index, token in enumerate(tokens) if not (types[index] == UNUSED and padding.fullmatch(token))
+    }
+    backend = _byte_level(file, vocab) if kind == "gpt2" else _sentencepiece(file, tokens, vocab)
+    backend.add_special_tokens(
+        [AddedToken(tokens[i], normalized=False, special=True) for i, each in enumerate(types) if each == CONTROL]
+    )
+    backend.add_tokens(
+        [AddedToken(tokens[i], normalized=False) for i, each in enumerate(types) if each == USER_DEFINED]
+    )
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {role: meta.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
+    special = {role: tokens[index] for role, index in ids.items() if isinstance(index, int) and index < len(tokens)}
+    adds_bos = kind == "llama" or meta.get("tokenizer.ggml.pre") in ADDS_BOS
+    _add_boundaries(
+        backend,
+        special.get("bos_token") if meta.get("tokenizer.ggml.add_bos_token", adds_bos) else None,
+        special.get("eos_token") if meta.get("tokenizer.ggml.add_eos_token", False) else None,
+    )
+    ends = translate_generation_config(file).get("eos_token_id", [])
+    return TokenizerParts(backend, special, tuple(ends), _chat_templates(meta))
+
+
+def _byte_level(file: GGUFFile, vocab: dict[str, int]) -> Tokenizer:
+    name = file.metadata.get("tokenizer.ggml.pre", "default")
+    whole_words = name in ADDS_BOS  # these take a word that is a token as it is, without going through the merges
+    backend = Tokenizer(_bpe(file, vocab, _merges(file), ignore_merges=whole_words))
+    backend.pre_tokenizer = _pre_tokenizer(file, name)
+    if name in ("qwen2", "deepseek-r1-qwen"):
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _pre_tokenizer(file: GGUFFile, name: object) -> pre_tokenizers.PreTokenizer:
+    """How text is split into words before the merges. Files from before the key mean GPT-2's way."""
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name in ("default", "gpt-2", "gpt2"):
+        return gpt2
+    if name == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    patterns = {
+        "llama3": LLAMA3_WORDS,
+        "llama-v3": LLAMA3_WORDS,
+        "llama-bpe": LLAMA3_WORDS,
+        "qwen2": QWEN2_WORDS,
+        "deepseek-r1-qwen": QWEN2_WORDS,
+        "tekken": TEKKEN_WORDS,
+    }
+    if name not in patterns:
+        raise ModelError(
+            f"{file.path}: the pre-tokenizer {name!r} (tokenizer.ggml.pre) is not known, so text would be split into "
+            f"other tokens than in training. Known are smollm, gpt-2, {', '.join(patterns)}. Use the Hugging Face "
+            "folder of this model."
+        )
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(patterns[str(name)]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str], vocab: dict[str, int]) -> Tokenizer:
+    prefix_space = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    if "tokenizer.ggml.merges" in file.metadata:
+        merges = _merges(file)
+    else:
+        scores = _numbers(file, "scores", len(tokens))
+        if scores is None:
+            raise ModelError(f"{file.path} has neither tokenizer.ggml.scores nor merges. Convert the model again.")
+        merges = _merges_from_scores(vocab, scores)
+    unknown = file.metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown_token = tokens[unknown] if isinstance(unknown, int) and unknown < len(tokens) else None
+    backend = Tokenizer(_bpe(file, vocab, merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if prefix_space else "never", split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix_space else steps)
+    return backend
+
+
+def _bpe(file: GGUFFile, vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> models.BPE:
+    try:
+        return models.BPE(vocab=vocab, merges=merges, **options)
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{file.path}: the vocabulary and its merges do not fit together: {error}") from error
+
+
+def _merges(file: GGUFFile) -> list[tuple[str, str]]:
+    merges = file.metadata.get("tokenizer.ggml.merges")
+    pairs = [tuple(merge.split(" ")) for merge in merges if isinstance(merge, str)] if isinstance(merges, list) else []
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise ModelError(f"{file.path} has no valid merges (tokenizer.ggml.merges). Convert the model again.")
+    return [(left, right) for left, right in pairs]
+
+
+def _merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """SentencePiece joins the two neighbours whose joint piece has the best score: every way to cut a piece into two
+    others is a merge, ordered by the score of the piece, then as transformers breaks ties."""
+    merges: list[tuple[float, int, int, str, str]] = []
+    for piece, index in vocab.items():
+        cuts = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+        found = [(vocab[left], vocab[right], left, right) for left, right in cuts if left in vocab and right in vocab]
+        merges += [(scores[index], len(left), len(right), left, right) for _, _, left, right in sorted(found)]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    return [(left, right) for _, _, _, left, right in merges]
+
+
+def _add_boundaries(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
+    ends = [token for token in (bos, eos) if token is not None]
+    if ends:
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*([bos] if bos else []), "$A", *([eos] if eos else [])],
+            special_tokens=[(token, backend.token_to_id(token)) for token in ends],
+        )
+
+
+def _numbers(file: GGUFFile, name: str, count: int) -> list[Any] | None:
+    values = file.metadata.get(f"tokenizer.ggml.{name}")
+    if values is None:
+        return None
+    if (
+        not isinstance(values, list)
+        or len(values) != count
+        or not all(isinstance(each, int | float) for each in values)
+    ):
+        raise ModelError(
+            f"{file.path}: tokenizer.ggml.{name} does not have one number per token. Convert the model again."
+        )
+    return values
+
+
+def _chat_templates(meta: dict[str, Any]) -> dict[str, str]:
+    prefix = "tokenizer.chat_template"
+    named = {key.removeprefix(prefix + "."): value for key, value in meta.items() if key.startswith(prefix + ".")}
+    if prefix in meta:
+        named["default"] = meta[prefix]
+    return {name: text for name, text in named.items() if isinstance(text, str)}

@@ -1,0 +1,132 @@
+"""Reads the tokenizer files of a Hugging Face folder.
+
+As in transformers 5, tokenizer.json says how text is encoded (its post-processor decides about beginning and end
+tokens), and tokenizer_config.json names the special tokens and may add tokens. One difference: transformers rebuilds
+the tokenizers of some classes from their vocabulary alone, here tokenizer.json is always taken as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from slipstream.engine.checkpoint.json_file import read_json_object
+from slipstream.engine.errors import ModelError
+
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "tiktoken.model", "spiece.model")
+
+
+@dataclass(frozen=True)
+class TokenizerParts:
+    """What the loaders read from a model's files."""
+
+    backend: tokenizers.Tokenizer
+    special_tokens: dict[str, str]
+    """Token text by role: bos_token, eos_token, pad_token, …"""
+    end_token_ids: tuple[int, ...]
+    """The tokens that the generation configuration ends a text with."""
+    chat_templates: dict[str, str]
+
+
+def read_folder(folder: Path) -> TokenizerParts:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        present = [name for name in OTHER_FORMATS if (folder / name).is_file()]
+        hint = f" It has {', '.join(present)}, which is read by other programs only." if present else ""
+        raise ModelError(
+            f"the folder {folder} has no tokenizer: tokenizer.json was not found.{hint} Download it, or write it with "
+            "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{file} is not a valid tokenizer: {error}. Download the file again.") from error
+    config = _optional(folder / "tokenizer_config.json")
+    named = dict(config)
+    if "added_tokens_decoder" not in config:  # files from before that field
+        named |= _optional(folder / "special_tokens_map.json")
+    try:
+        special_tokens = {role: _content(named[role]) for role in ROLES if named.get(role)}
+        _add_tokens(backend, config, named, special_tokens)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{folder / 'tokenizer_config.json'} or special_tokens_map.json has a malformed token entry ({error!r}). "
+            "Download the files again."
+        ) from error
+    return TokenizerParts(backend, special_tokens, _end_token_ids(folder), _chat_templates(folder, config))
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, config: dict[str, Any], named: dict[str, Any], special_tokens: dict[str, str]
+) -> None:
+    """Adds what tokenizer_config.json declares and tokenizer.json lacks."""
+    known = {_flags(token) for token in backend.get_added_tokens_decoder().values()}
+    declared = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
+    tokens = [_added_token(entry) for _, entry in declared]
+    backend.add_tokens([token for token in tokens if _flags(token) not in known])
+    extra = named.get("extra_special_tokens") or named.get("additional_special_tokens") or []
+    extra = extra.values() if isinstance(extra, dict) else extra
+    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+    wanted = dict.fromkeys([*special_tokens.values(), *map(_content, extra)])
+    backend.add_special_tokens([token for token in wanted if token not in present])
+
+
+def _added_token(entry: dict[str, Any]) -> tokenizers.AddedToken:
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return tokenizers.AddedToken(entry["content"], **{flag: bool(entry[flag]) for flag in flags if flag in entry})
+
+
+def _flags(token: tokenizers.AddedToken) -> tuple[object, ...]:
+    return token.content, token.single_word, token.lstrip, token.rstrip, token.normalized, token.special
+
+
+def _content(token: Any) -> str:
+    """A token is given as text or as an object with its flags."""
+    content = token["content"] if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise TypeError(f"a token is {content!r}")
+    return content
+
+
+def _end_token_ids(folder: Path) -> tuple[int, ...]:
+    """From generation_config.json, or config.json if there is none."""
+    names = ("generation_config.json", "config.json")
+    name = next((name for name in names if (folder / name).is_file()), None)
+    value = read_json_object(folder / name).get("eos_token_id") if name else None
+    values = value if isinstance(value, list) else [value]
+    if not all(each is None or isinstance(each, int) for each in values):
+        raise ModelError(f"{folder / str(name)}: eos_token_id is {value!r}, not a token id or a list of them")
+    return tuple(each for each in values if each is not None)
+
+
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """By name; the one without a name is called default. Template files win over the entry in the configuration."""
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        return {name: _text(path) for name, path in files.items()}
+    declared = config.get("chat_template") or _optional(folder / "chat_template.json").get("chat_template")
+    if declared is None:
+        return {}
+    if isinstance(declared, str):
+        return {"default": declared}
+    entries = (
+        declared.items() if isinstance(declared, dict) else [(each["name"], each["template"]) for each in declared]
+    )
+    return {str(name): str(template) for name, template in entries}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"cannot read the chat template {path}: {error}") from error
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.is_file() else {}
