@@ -1,0 +1,84 @@
+"""The ASGI application: routes, and one shape for every error."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
+
+from slipstream.server.errors import ApiError, MethodNotAllowedError, NotFoundError
+from slipstream.server.gate import ApiKeys, ResponseCounter
+from slipstream.server.json_response import JSONBody
+from slipstream.server.openai.routes import body_schemas, openai_router
+from slipstream.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+
+def build_app(service: Service) -> ASGIApp:
+    app = FastAPI(title="Slipstream", version=version("slipstream"), redoc_url=None)
+    app.include_router(openai_router(service))
+
+    @app.get("/health", response_class=JSONBody)
+    async def health() -> Response:
+        """200 while the engine makes progress."""
+        status, body = service.health()
+        return JSONBody(body, status)
+
+    @app.get("/ready", response_class=JSONBody)
+    async def ready() -> Response:
+        """200 while requests are taken."""
+        status, body = service.ready()
+        return JSONBody(body, status)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version", response_class=JSONBody)
+    async def server_version() -> Response:
+        return JSONBody({"version": version("slipstream")})
+
+    @app.exception_handler(ApiError)
+    async def on_api_error(request: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        where = f"{request.method} {request.url.path}"
+        if error.status_code == 404:
+            return error_response(NotFoundError(f"there is no route {where}"))
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            return error_response(MethodNotAllowedError(f"{where} is not possible; allowed: {allowed}"))
+        return error_response(ApiError(str(error.detail)), status=error.status_code)
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # nobody is there to read it
+
+    @app.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> Response:
+        return error_response(ApiError("internal error; see the server's log"))
+
+    describe_routes = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = describe_routes()
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(body_schemas())
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    wrapped: ASGIApp = ApiKeys(app, service.config.api_key) if service.config.api_key else app
+    return ResponseCounter(wrapped, service.metrics)
+
+
+def error_response(error: ApiError, status: int | None = None) -> Response:
+    headers = {name.decode(): value.decode() for name, value in error.headers()}
+    return Response(error.body(), status or error.status, headers)

@@ -1,0 +1,98 @@
+"""The command line. Options come from the fields of the configuration classes: one source of defaults and help."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import time
+import typing
+from collections.abc import Callable
+from importlib.metadata import version as installed_version
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
+from slipstream.server.config import ServerConfig
+
+STARTED = time.monotonic()
+USER_ERROR = 2
+
+app = typer.Typer(
+    help="An LLM inference server that gets faster on the traffic it serves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ConfigType = TypeVar("ConfigType")
+
+
+def with_options(*configs: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for every field of the configuration classes, and an environment variable."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = [parameter(config, field) for config in configs for field in dataclasses.fields(config)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def parameter(config: type[Any], field: dataclasses.Field[Any]) -> inspect.Parameter:
+    kind = typing.get_type_hints(config)[field.name]
+    default: Any = field.default
+    if typing.get_origin(kind) is tuple:
+        kind, default = list[str], list(default)
+    flag = field.name.replace("_", "-")
+    names = (f"--{flag}/--no-{flag}",) if kind is bool else (f"--{flag}",)
+    panel = config.__name__.removesuffix("Config")
+    option = typer.Option(
+        *names, help=field.metadata["help"], envvar=f"SLIPSTREAM_{field.name.upper()}", rich_help_panel=panel
+    )
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
+
+
+def build(config: type[ConfigType], values: dict[str, Any]) -> ConfigType:
+    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    chosen = {name: values[name] for name in names}
+    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
+
+
+@app.command()
+@with_options(ServerConfig, EngineConfig)
+def serve(**values: Any) -> None:
+    """Serve a model over HTTP, with the OpenAI API."""
+    from slipstream.server.launch import run  # not needed, and slow, for the other commands
+
+    run(build(ServerConfig, values), build(EngineConfig, values), STARTED)
+
+
+@app.command()
+def version() -> None:
+    """Show the version."""
+    print(installed_version("slipstream"))
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Load a server and compare servers; 'slipstream bench --help' shows how."""
+    try:
+        from slipstream.loadtest.cli import app as loadtest_app
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the load test needs {error.name}, which is not installed: pip install 'slipstream[bench]'"
+        ) from None
+    loadtest_app(args=context.args, prog_name="slipstream bench")
+
+
+def main() -> None:
+    try:
+        app()
+    except SlipstreamError as error:
+        print(f"slipstream: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR if isinstance(error, ConfigError | ModelError) else 1)

@@ -1,0 +1,124 @@
+"""What an HTTP client can be told. Every error of every route has the body
+``{"error": {"message", "type", "param", "code"}}``.
+
+ApiError
+├── InvalidRequestError        400  a field is wrong, unknown or unsupported; ``param`` names it
+│   └── ContextTooLongError    400  prompt and answer do not fit the model; code context_length_exceeded
+├── UnauthorizedError          401  no API key, or a wrong one
+├── NotFoundError              404  no such route
+│   └── ModelNotFoundError     404  no such model; code model_not_found
+├── MethodNotAllowedError      405
+├── BodyTooLargeError          413
+├── UnsupportedMediaTypeError  415  the body is not declared as JSON
+├── OverloadedError            429  the queue is full; Retry-After says when to come back
+├── GenerationFailedError      500  the engine failed this request
+├── UnavailableError           503  loading, draining, or the engine is gone; Retry-After
+└── TimedOutError              504  --request-timeout-s is over
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ApiError(Exception):
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> bytes:
+        error: dict[str, Any] = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return _encode({"error": error})
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        headers = [(b"content-type", b"application/json")]
+        if self.retry_after_s is not None:
+            headers.append((b"retry-after", str(self.retry_after_s).encode()))
+        return headers
+
+
+class InvalidRequestError(ApiError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ContextTooLongError(InvalidRequestError):
+    code = "context_length_exceeded"
+
+
+class UnauthorizedError(ApiError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [*super().headers(), (b"www-authenticate", b"Bearer")]
+
+
+class NotFoundError(ApiError):
+    status = 404
+    type = "invalid_request_error"
+    code = "unknown_route"
+
+
+class ModelNotFoundError(NotFoundError):
+    code = "model_not_found"
+
+
+class MethodNotAllowedError(ApiError):
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class BodyTooLargeError(ApiError):
+    status = 413
+    type = "invalid_request_error"
+    code = "body_too_large"
+
+
+class UnsupportedMediaTypeError(ApiError):
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
+class OverloadedError(ApiError):
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class GenerationFailedError(ApiError):
+    code = "generation_failed"
+
+
+class UnavailableError(ApiError):
+    status = 503
+    type = "service_unavailable_error"
+    code = "unavailable"
+
+
+class TimedOutError(ApiError):
+    status = 504
+    type = "timeout_error"
+    code = "request_timeout"

@@ -1,0 +1,280 @@
+"""The sequences of one HTTP request: submitted together, read back as pieces of text, ended in every case."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from slipstream.engine.client import RequestStream
+from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
+from slipstream.server.errors import GenerationFailedError, UnavailableError
+from slipstream.server.metrics import SequenceMetrics
+from slipstream.server.service import RETRY_DRAINING_S, Service
+from slipstream.server.text import IncrementalDetokenizer, StopChecker
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """How tokens become text."""
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    """Keep the stop string, or the text of the stop token, in the output."""
+    skip_special_tokens: bool = True
+    min_tokens: int = 0
+    """Stop strings are looked for in the text of the tokens after these."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Those the caller asked for, which are reported as stop_reason; end-of-sequence tokens are not."""
+    prompt_only: bool = False
+    """Only the prompt is of interest: the one token the engine generates is dropped."""
+
+
+class Piece(msgspec.Struct):
+    """What a sequence has to tell since its last piece.
+
+    Tokens and log-probabilities match one to one. The text may lag behind them while it could still turn out to be
+    part of a stop string or of an unfinished character, and leaves out the stop string; the tokens end with the one
+    that completed it.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+    first: bool
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Sequence:
+    """One choice of one prompt. It ends when the engine says so or when a stop string is complete."""
+
+    def __init__(self, index: int, request: NewRequest, output: OutputOptions, service: Service) -> None:
+        self.index = index
+        self.request = request
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.finished = False
+        self._output = output
+        self._service = service
+        self._metrics = SequenceMetrics(service.metrics, request.arrival, len(request.prompt))
+        self._detokenizer = IncrementalDetokenizer(service.text.tokenizer, output.skip_special_tokens)
+        self._stop = StopChecker(output.stop, output.include_stop) if output.stop else None
+        self._first = True
+        self._stream: RequestStream
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.request.prompt
+
+    def attach(self, stream: RequestStream) -> None:
+        self._stream = stream
+
+    async def next(self) -> Piece:
+        """What the deltas that have arrived add up to."""
+        return self._push(await self._read())
+
+    async def rest(self) -> Piece:
+        """Everything up to the end, as one piece."""
+        deltas = await self._read()
+        if self._stop is None:
+            # Nothing depends on the text before the end, so it is put together once.
+            while deltas[-1].finish_reason is None:
+                deltas += await self._read()
+            return self._push(deltas)
+        whole = self._push(deltas)
+        while not self.finished:
+            piece = await self.next()
+            whole.text += piece.text
+            whole.tokens += piece.tokens
+            whole.logprobs += piece.logprobs
+            whole.finish_reason = piece.finish_reason
+            whole.stop_reason = piece.stop_reason
+        return whole
+
+    def end(self) -> None:
+        """Stops the engine's work on this sequence if it has not ended."""
+        if not self.finished:
+            self.finished = True
+            self._stream.abort()
+            self._metrics.on_end("abort")
+
+    async def _read(self) -> list[TokenDelta]:
+        deltas = await self._stream.next()
+        for delta in deltas:
+            self._metrics.on_delta(delta)
+        return deltas
+
+    def _push(self, deltas: list[TokenDelta]) -> Piece:
+        if len(deltas) == 1 and deltas[0].logprobs is None:
+            tokens, logprobs = deltas[0].tokens, []
+        else:
+            tokens = [token for delta in deltas for token in delta.tokens]
+            logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+        piece = Piece("", tokens, logprobs, self._first)
+        if self._first:
+            self._first = False
+            self.prompt_logprobs = deltas[0].prompt_logprobs or []
+            self.num_cached_tokens = deltas[0].num_cached_tokens
+        last = deltas[-1]
+        if last.finish_reason is not None:
+            self._end_of_engine(piece, last)
+        self._add_text(piece, has_text=tokens[:-1] if self._drops_last(last) else tokens)
+        self.num_tokens += len(piece.tokens)
+        if piece.finish_reason is not None:
+            self.finished = True
+            self._metrics.on_end(piece.finish_reason)
+        return piece
+
+    def _drops_last(self, last: TokenDelta) -> bool:
+        return last.stop_token is not None and not self._output.include_stop
+
+    def _end_of_engine(self, piece: Piece, last: TokenDelta) -> None:
+        """Takes over why the engine ended the sequence.
+
+        Raises:
+            GenerationFailedError: because of an error.
+            UnavailableError: because the server is shutting down: half an answer must not look like a whole one.
+        """
+        if last.finish_reason == "error":
+            self.finished = True
+            self._metrics.on_end("error")
+            raise GenerationFailedError(last.error or "the engine failed this request")
+        if last.finish_reason == "abort" and self._service.phase == "draining":
+            self.finished = True
+            self._metrics.on_end("abort")
+            raise UnavailableError(
+                "the server shut down before the answer was complete",
+                code="shutting_down",
+                retry_after_s=RETRY_DRAINING_S,
+            )
+        piece.finish_reason = last.finish_reason
+        if last.stop_token in self._output.stop_token_ids:
+            piece.stop_reason = last.stop_token
+        if self._output.prompt_only:
+            piece.tokens, piece.logprobs = [], []
+            piece.finish_reason, piece.stop_reason = "length", None
+
+    def _add_text(self, piece: Piece, has_text: list[int]) -> None:
+        if self._output.prompt_only:
+            return
+        ended = piece.finish_reason is not None
+        if self._stop is None:
+            piece.text = self._detokenizer.push(has_text)
+            if ended:
+                piece.text += self._detokenizer.finish()
+            return
+        for position, token in enumerate(has_text):
+            text = self._detokenizer.push((token,))
+            if self.num_tokens + position < self._output.min_tokens:
+                piece.text += text
+                continue
+            piece.text += self._stop.push(text)
+            if self._stop.matched is not None:
+                del piece.tokens[position + 1 :]
+                del piece.logprobs[position + 1 :]
+                self._end_by_stop_string(piece)
+                return
+        if ended:
+            piece.text += self._stop.push(self._detokenizer.finish())
+            if self._stop.matched is not None:
+                self._end_by_stop_string(piece)
+            piece.text += self._stop.finish()
+
+    def _end_by_stop_string(self, piece: Piece) -> None:
+        assert self._stop is not None
+        piece.finish_reason = "stop"
+        piece.stop_reason = self._stop.matched
+        self._stream.abort()
+
+
+class Generation:
+    """Used as a context manager: entering submits the sequences, leaving stops those that have not ended."""
+
+    def __init__(self, service: Service, name: str, arrival: float, sequences: list[Sequence], choices: int) -> None:
+        """``sequences`` are in the order prompt, choice; ``choices`` of them belong to each prompt."""
+        self.name = name
+        self.arrival = arrival
+        self.sequences = sequences
+        self._choices = choices
+        self._service = service
+        self._pumps: list[asyncio.Task[None]] = []
+        self._ready: list[tuple[Sequence, Piece]] = []
+        self._wake = asyncio.Event()
+        self._failure: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        streams = self._service.submit([sequence.request for sequence in self.sequences])
+        for sequence, stream in zip(self.sequences, streams, strict=True):
+            sequence.attach(stream)
+        metrics = self._service.metrics
+        metrics.choices.observe(self._choices)
+        metrics.max_tokens.observe(self.sequences[0].request.params.max_tokens)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+        for sequence in self.sequences:
+            sequence.end()
+        self._service.metrics.max_generation_tokens.observe(max(sequence.num_tokens for sequence in self.sequences))
+
+    @property
+    def finished(self) -> bool:
+        return not self._ready and all(sequence.finished for sequence in self.sequences)
+
+    async def next(self) -> list[tuple[Sequence, Piece]]:
+        """The pieces that are ready, at least one. Must not be called once ``finished``."""
+        if len(self.sequences) == 1:
+            sequence = self.sequences[0]
+            return [(sequence, await sequence.next())]
+        if not self._pumps:
+            self._pumps = [asyncio.create_task(self._pump(sequence)) for sequence in self.sequences]
+        await self._wake.wait()
+        self._wake.clear()
+        if self._failure is not None:
+            raise self._failure
+        ready, self._ready = self._ready, []
+        return ready
+
+    async def collect(self) -> list[Piece]:
+        """Every sequence's whole output, in their order."""
+        if len(self.sequences) == 1:
+            return [await self.sequences[0].rest()]
+        try:
+            async with asyncio.TaskGroup() as group:
+                answers = [group.create_task(sequence.rest()) for sequence in self.sequences]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [answer.result() for answer in answers]
+
+    def count_tokens(self) -> tuple[int, int, int]:
+        """Prompt tokens, those of them found in the prefix cache, and generated tokens so far.
+
+        A prompt counts once however many choices it has.
+        """
+        prompts = [
+            self.sequences[start : start + self._choices] for start in range(0, len(self.sequences), self._choices)
+        ]
+        return (
+            sum(len(prompt[0].prompt) for prompt in prompts),
+            sum(min(sequence.num_cached_tokens for sequence in prompt) for prompt in prompts),
+            sum(sequence.num_tokens for sequence in self.sequences),
+        )
+
+    async def _pump(self, sequence: Sequence) -> None:
+        """All pumps of one engine step run in the same turn of the event loop, so ``next`` sees the step as a whole."""
+        try:
+            while not sequence.finished:
+                piece = await sequence.next()
+                self._ready.append((sequence, piece))
+                self._wake.set()
+        except Exception as error:
+            self._failure = error
+            self._wake.set()

@@ -1,0 +1,153 @@
+"""Puts the parts together and runs them: HTTP first, so that /health answers while the model loads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import uvicorn
+import uvloop
+
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError
+from slipstream.server.app import build_app
+from slipstream.server.config import ServerConfig
+from slipstream.server.service import Service
+
+logger = logging.getLogger("slipstream")
+
+KEEP_ALIVE_S = 75
+"""Longer than the usual minute of load balancers, which otherwise reuse a connection the moment it is closed."""
+FLUSH_TIMEOUT_S = 5
+"""How long clients may take to read the last bytes on shutdown."""
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the order of the shutdown is decided here."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(config: ServerConfig, engine_config: EngineConfig, started: float) -> None:
+    """Serves until SIGTERM or Ctrl-C. ``started`` is the time.monotonic() of the process.
+
+    Raises:
+        ModelError, ConfigError: the user can mend it.
+        EngineDiedError: the engine process did not come up.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prompts are encoded in threads of our own
+    set_up_logging(config)
+    service = Service(config, engine_config)
+    with listen(config.host, config.port) as listener:
+        uvloop.run(serve(service, listener, started))
+
+
+async def serve(service: Service, listener: socket.socket, started: float) -> None:
+    config = service.config
+    settings = uvicorn.Config(
+        build_app(service),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=config.access_log,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+    )
+    http = HttpServer(settings)
+    first, second = stop_signals(service)
+    url = address(listener)
+    logger.info("loading %s; %s/ready tells when it is done", service.engine_config.model, url)
+
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    loading = asyncio.create_task(service.load())
+    stopping = asyncio.create_task(first.wait())
+    try:
+        await asyncio.wait({loading, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            print(greeting(service, url, time.monotonic() - started), flush=True)
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await finish_requests(service, second)
+    finally:
+        stopping.cancel()
+        loading.cancel()
+        await asyncio.wait({loading})
+        await service.close()
+        http.should_exit = True
+        await serving
+
+
+def stop_signals(service: Service) -> tuple[asyncio.Event, asyncio.Event]:
+    """Set by the first SIGTERM or Ctrl-C and by the second, which also ends the engine process at once."""
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        if first.is_set():
+            second.set()
+            service.kill_engine()
+        first.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return first, second
+
+
+async def finish_requests(service: Service, at_once: asyncio.Event) -> None:
+    limit = service.config.drain_timeout_s
+    if service.num_responding:
+        logger.info("finishing %d requests, at most %g s; Ctrl-C ends them at once", service.num_responding, limit)
+    waiting = asyncio.create_task(at_once.wait())
+    draining = asyncio.create_task(service.drain(limit))
+    await asyncio.wait({draining, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (draining, waiting):
+        task.cancel()
+    if service.num_responding:
+        logger.warning("ending %d unfinished requests", service.num_responding)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises ConfigError if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; see --host and --port") from None
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{port}"
+
+
+def greeting(service: Service, url: str, seconds: float) -> str:
+    ready = service.engine.ready
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if service.config.api_key else ""
+    return (
+        f"Slipstream {version('slipstream')} serves {service.model_names[0]} at {url} (ready after {seconds:.1f} s)\n"
+        f"  {ready.dtype} on {ready.device}, {ready.kernels} kernels, context {ready.max_model_len} tokens, "
+        f"KV cache for {ready.num_blocks * ready.block_size} tokens\n"
+        f"  try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+        """-d '{"messages": [{"role": "user", "content": "Hello!"}]}'"""
+    )
+
+
+def set_up_logging(config: ServerConfig) -> None:
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -1,0 +1,254 @@
+"""Prometheus metrics under the prefix ``slipstream:``; what each one means is listed in docs/metrics.md."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from slipstream.engine.client import EngineClient
+from slipstream.engine.messages import EngineStats, FinishReason, StepOutputs, TokenDelta
+
+PREFIX = "slipstream:"
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter and histogram that only says when it was first used
+FIRST_TOKEN_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+BETWEEN_TOKENS_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+LATENCY_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+COUNT_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+STEP_TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+CHOICES_BUCKETS = (1, 2, 5, 10, 20, 50, 100)
+PREEMPTIONS_BUCKETS = (0, 1, 2, 5, 10, 20)
+
+FROM_STATS: tuple[
+    tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[[EngineStats], float]], ...
+] = (
+    (GaugeMetricFamily, "num_requests_running", "Sequences in the running batch.", lambda s: s.num_running),
+    (GaugeMetricFamily, "num_requests_waiting", "Sequences that wait for room.", lambda s: s.num_waiting),
+    (
+        GaugeMetricFamily,
+        "kv_cache_usage_perc",
+        "Share of the KV-cache blocks that running sequences hold, 0 to 1.",
+        lambda s: s.blocks_used / s.blocks_total if s.blocks_total else 0.0,
+    ),
+    (GaugeMetricFamily, "kv_blocks_total", "KV-cache blocks there are.", lambda s: s.blocks_total),
+    (GaugeMetricFamily, "kv_blocks_used", "KV-cache blocks that running sequences hold.", lambda s: s.blocks_used),
+    (
+        GaugeMetricFamily,
+        "kv_blocks_cached",
+        "KV-cache blocks kept for reuse and free to be evicted.",
+        lambda s: s.blocks_cached,
+    ),
+    (GaugeMetricFamily, "target_version", "Version of the target's weights.", lambda s: s.target_version),
+    (CounterMetricFamily, "prompt_tokens", "Prompt tokens processed.", lambda s: s.prompt_tokens),
+    (CounterMetricFamily, "generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
+    (
+        CounterMetricFamily,
+        "prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache.",
+        lambda s: s.prefix_cache_queries,
+    ),
+    (
+        CounterMetricFamily,
+        "prefix_cache_hits",
+        "Prompt tokens found in the prefix cache.",
+        lambda s: s.prefix_cache_hits,
+    ),
+    (
+        CounterMetricFamily,
+        "num_preemptions",
+        "Sequences sent back to the queue for lack of blocks.",
+        lambda s: s.preemptions,
+    ),
+)
+
+
+class EngineCollector(Collector):
+    """Reads the engine's last snapshot when somebody looks."""
+
+    def __init__(self, model_name: str) -> None:
+        self.engine: EngineClient | None = None
+        self._model_name = model_name
+
+    def collect(self) -> Iterable[Metric]:
+        if self.engine is None:
+            return
+        stats = self.engine.stats
+        for family_type, name, help_text, read in FROM_STATS:
+            family = family_type(PREFIX + name, help_text, labels=("model_name",))
+            family.add_metric((self._model_name,), read(stats))
+            yield family
+        ready = self.engine.ready
+        info = {
+            "model_name": self._model_name,
+            "block_size": str(ready.block_size),
+            "num_blocks": str(ready.num_blocks),
+            "kv_cache_bytes": str(ready.kv_cache_bytes),
+            "dtype": ready.dtype,
+            "device": ready.device,
+            "kernels": ready.kernels,
+        }
+        family = GaugeMetricFamily(PREFIX + "cache_config_info", "How the engine is set up.", labels=tuple(info))
+        family.add_metric(tuple(info.values()), 1)
+        yield family
+
+
+class Metrics:
+    """Everything /metrics shows. Values of one label are resolved once, because these run for every token."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model_name = model_name
+        self._engine = EngineCollector(model_name)
+        self.registry.register(self._engine)
+        ProcessCollector(registry=self.registry)
+
+        self.first_token = self._histogram(
+            "time_to_first_token_seconds", "From the arrival of a request to its first token.", FIRST_TOKEN_BUCKETS
+        )
+        self.between_tokens = self._histogram(
+            "inter_token_latency_seconds", "Time between two tokens of a sequence.", BETWEEN_TOKENS_BUCKETS
+        )
+        self.per_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time per token after the first, per sequence.",
+            BETWEEN_TOKENS_BUCKETS,
+        )
+        self.end_to_end = self._histogram(
+            "e2e_request_latency_seconds", "From the arrival of a request to its last token.", LATENCY_BUCKETS
+        )
+        self.queue_time = self._histogram(
+            "request_queue_time_seconds", "From arrival to the first step a sequence took part in.", LATENCY_BUCKETS
+        )
+        self.inference_time = self._histogram(
+            "request_inference_time_seconds", "From the first step to the last token.", LATENCY_BUCKETS
+        )
+        self.prefill_time = self._histogram(
+            "request_prefill_time_seconds", "From the first step to the first token.", LATENCY_BUCKETS
+        )
+        self.decode_time = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last.", LATENCY_BUCKETS
+        )
+        self.prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens per sequence.", COUNT_BUCKETS)
+        self.generation_tokens = self._histogram(
+            "request_generation_tokens", "Generated tokens per sequence.", COUNT_BUCKETS
+        )
+        self.computed_tokens = self._histogram(
+            "request_prefill_kv_computed_tokens",
+            "Prompt tokens per sequence that were computed, not taken from the prefix cache.",
+            COUNT_BUCKETS,
+        )
+        self.max_tokens = self._histogram(
+            "request_params_max_tokens", "max_tokens of the requests, as resolved.", COUNT_BUCKETS
+        )
+        self.max_generation_tokens = self._histogram(
+            "request_max_num_generation_tokens", "Tokens of the longest choice per request.", COUNT_BUCKETS
+        )
+        self.choices = self._histogram("request_params_n", "n of the requests.", CHOICES_BUCKETS)
+        self.preemptions = self._histogram("request_num_preemptions", "Preemptions per sequence.", PREEMPTIONS_BUCKETS)
+        self.step_tokens = self._histogram(
+            "iteration_tokens_total", "Tokens computed per engine step.", STEP_TOKENS_BUCKETS
+        )
+        self._finished = self._counter("request_success", "Sequences ended, by reason.", "finished_reason")
+        self._rejected = self._counter("admission_rejections", "Requests refused before any work, by reason.", "reason")
+        self._responses = Counter(
+            PREFIX + "http_responses", "HTTP responses.", ("route", "status"), registry=self.registry
+        )
+        self._phase = Gauge(PREFIX + "ready", "1 when the server takes requests.", registry=self.registry)
+
+    def attach(self, engine: EngineClient, is_ready: Callable[[], bool]) -> None:
+        self._engine.engine = engine
+        engine.on_step.append(self._on_step)
+        self._phase.set_function(lambda: float(is_ready()))
+        ProcessCollector(namespace="slipstream_engine", pid=lambda: engine.pid, registry=self.registry)
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def finished(self, reason: FinishReason) -> None:
+        self._finished.labels(self._model_name, reason).inc()
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(self._model_name, reason).inc()
+
+    def responded(self, route: str, status: int) -> None:
+        self._responses.labels(route, status).inc()
+
+    def _on_step(self, step: StepOutputs) -> None:
+        if step.stats.step_tokens:
+            self.step_tokens.observe(step.stats.step_tokens)
+
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+        parent = Histogram(PREFIX + name, help_text, ("model_name",), buckets=buckets, registry=self.registry)
+        return parent.labels(self._model_name)
+
+    def _counter(self, name: str, help_text: str, label: str) -> Counter:
+        return Counter(PREFIX + name, help_text, ("model_name", label), registry=self.registry)
+
+
+class SequenceMetrics:
+    """The clock of one sequence."""
+
+    __slots__ = ("_arrival", "_cached", "_first", "_last", "_metrics", "_prompt_tokens", "_scheduled", "_tokens")
+
+    def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self._arrival = arrival
+        self._prompt_tokens = prompt_tokens
+        self._scheduled = 0.0
+        self._first = 0.0
+        self._last = 0.0
+        self._tokens = 0
+        self._cached = 0
+
+    def on_delta(self, delta: TokenDelta) -> None:
+        if delta.scheduled_at:
+            self._scheduled = delta.scheduled_at
+            self._cached = delta.num_cached_tokens
+            self._metrics.queue_time.observe(delta.scheduled_at - self._arrival)
+        if count := len(delta.tokens):
+            now = time.monotonic()
+            if not self._first:
+                self._first = now
+                self._metrics.first_token.observe(now - self._arrival)
+            else:
+                gap = (now - self._last) / count
+                for _ in range(count):
+                    self._metrics.between_tokens.observe(gap)
+            self._last = now
+            self._tokens += count
+        if delta.finish_reason is not None:
+            self._metrics.preemptions.observe(delta.num_preemptions)
+
+    def on_end(self, reason: FinishReason) -> None:
+        metrics = self._metrics
+        metrics.finished(reason)
+        metrics.end_to_end.observe(time.monotonic() - self._arrival)
+        metrics.prompt_tokens.observe(self._prompt_tokens)
+        metrics.generation_tokens.observe(self._tokens)
+        metrics.computed_tokens.observe(self._prompt_tokens - self._cached)
+        if self._first and self._scheduled:
+            metrics.prefill_time.observe(self._first - self._scheduled)
+            metrics.decode_time.observe(self._last - self._first)
+            metrics.inference_time.observe(self._last - self._scheduled)
+        if self._tokens > 1:
+            metrics.per_token.observe((self._last - self._first) / (self._tokens - 1))

@@ -1,0 +1,89 @@
+"""POST /v1/chat/completions"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import Request
+
+from slipstream.server.errors import InvalidRequestError
+from slipstream.server.openai.logprobs import LogprobFormatter
+from slipstream.server.openai.request import answer_options, encode, make_generation, read, require_choices
+from slipstream.server.openai.sampling import fit_context, logprobs_asked, sampling_params
+from slipstream.server.openai.schema import ChatBody, Message, TemplateBody
+from slipstream.server.openai.writers import ChatWriter
+from slipstream.server.responses import GenerationResponse
+from slipstream.server.service import Service
+from slipstream.server.text import TemplateError
+
+RESERVED_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"}
+
+
+async def chat(service: Service, request: Request) -> GenerationResponse:
+    arrival = time.monotonic()
+    body = await read(service, request, ChatBody)
+    model = service.require_model(body.model)
+    require_choices(service, body)
+
+    prompt = await render_prompt(service, body)
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    room = fit_context(service, len(prompt), asked, "messages")
+    logprobs = logprobs_asked(service, body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
+    prompt_logprobs = logprobs_asked(service, body.prompt_logprobs, "prompt_logprobs")
+    params = sampling_params(
+        service, body, max_tokens=asked or room, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+    )
+    generation = make_generation(
+        service, request, body, prefix="chatcmpl-", prompts=[prompt], params=[params], arrival=arrival
+    )
+    options = answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)
+    formatter = LogprobFormatter(service.text.tokenizer, bool(body.return_tokens_as_token_ids))
+    return GenerationResponse(service, generation, ChatWriter(generation, options, formatter), bool(body.stream))
+
+
+async def render_prompt(service: Service, body: TemplateBody) -> list[int]:
+    """The token ids of a conversation.
+
+    Raises:
+        InvalidRequestError: the template refuses it, or there is none.
+    """
+    text = service.text
+    template = text.template
+    if body.chat_template is not None:
+        if not service.config.trust_request_chat_template:
+            raise InvalidRequestError(
+                "chat_template is only accepted with --trust-request-chat-template", param="chat_template"
+            )
+        try:
+            template = await text.compile(body.chat_template)
+        except TemplateError as error:
+            raise InvalidRequestError(str(error), param="chat_template") from None
+    if template is None:
+        raise InvalidRequestError(
+            "the model has no chat template; start the server with --chat-template or use /v1/completions",
+            param="messages",
+        )
+    variables = body.chat_template_kwargs or {}
+    if reserved := RESERVED_VARIABLES & variables.keys():
+        name = min(reserved)
+        raise InvalidRequestError(f"{name!r} cannot be set here", param=f"chat_template_kwargs.{name}")
+    continued = bool(body.continue_final_message)
+    try:
+        prompt = await text.render(
+            template,
+            [as_template_sees_it(message) for message in body.messages],
+            add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,
+            continue_final_message=continued,
+            **variables,
+        )
+    except TemplateError as error:
+        raise InvalidRequestError(str(error), param="messages") from None
+    return (await encode(service, [prompt], bool(body.add_special_tokens), "messages"))[0]
+
+
+def as_template_sees_it(message: Message) -> dict[str, Any]:
+    fields = message.model_dump(exclude_none=True)
+    if message.role == "developer":  # newer name of the same thing; templates know the old one
+        fields["role"] = "system"
+    return fields

@@ -1,0 +1,74 @@
+"""POST /v1/completions"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+from fastapi import Request
+
+from slipstream.server.errors import InvalidRequestError
+from slipstream.server.openai.logprobs import LogprobFormatter
+from slipstream.server.openai.request import answer_options, encode, make_generation, read, require_choices
+from slipstream.server.openai.sampling import fit_context, logprobs_asked, require_in_vocabulary, sampling_params
+from slipstream.server.openai.schema import CompletionBody
+from slipstream.server.openai.writers import CompletionWriter
+from slipstream.server.responses import GenerationResponse
+from slipstream.server.service import Service
+
+DEFAULT_MAX_TOKENS = 16
+
+
+async def complete(service: Service, request: Request) -> GenerationResponse:
+    arrival = time.monotonic()
+    body = await read(service, request, CompletionBody)
+    model = service.require_model(body.model)
+    texts, prompts = split_prompt(body)
+    count = len(texts or prompts)
+    if count > service.config.max_prompts:
+        raise InvalidRequestError(
+            f"prompt: at most {service.config.max_prompts} prompts (--max-prompts), not {count}", param="prompt"
+        )
+    require_choices(service, body, count)
+
+    if texts:
+        prompts = await encode(service, texts, body.add_special_tokens is not False, "prompt")
+    for prompt in prompts:
+        require_in_vocabulary(prompt, service.engine.ready.vocab_size, "prompt")
+    rooms = [fit_context(service, len(prompt), body.max_tokens, "prompt") for prompt in prompts]
+    asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    logprobs = logprobs_asked(service, body.logprobs, "logprobs")
+    prompt_logprobs = logprobs_asked(service, body.prompt_logprobs, "prompt_logprobs")
+    of_prompt = [value for value in (prompt_logprobs, logprobs if body.echo else None) if value is not None]
+    params = sampling_params(
+        service, body, max_tokens=min(asked, *rooms), logprobs=logprobs, prompt_logprobs=max(of_prompt, default=None)
+    )
+    generation = make_generation(
+        service,
+        request,
+        body,
+        prefix="cmpl-",
+        prompts=prompts,
+        params=[msgspec.structs.replace(params, max_tokens=min(asked, room)) for room in rooms],
+        arrival=arrival,
+    )
+    echo = None
+    if body.echo:
+        skip = body.skip_special_tokens is not False
+        shown = texts or [service.text.tokenizer.decode(prompt, skip) for prompt in prompts]
+        echo = [text for text in shown for _ in range(body.n or 1)]
+    options = answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)
+    formatter = LogprobFormatter(service.text.tokenizer, bool(body.return_tokens_as_token_ids))
+    writer = CompletionWriter(generation, options, formatter, echo)
+    return GenerationResponse(service, generation, writer, bool(body.stream))
+
+
+def split_prompt(body: CompletionBody) -> tuple[list[str], list[list[int]]]:
+    """The prompts as texts or as token ids; the other list is empty."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt], []
+    texts = [item for item in prompt if isinstance(item, str)]
+    ids = [item for item in prompt if isinstance(item, int)]
+    lists = [item for item in prompt if isinstance(item, list)]
+    return texts, [ids] if ids else lists

@@ -1,0 +1,79 @@
+"""Log-probabilities in the three shapes the OpenAI dialect has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from slipstream.engine.messages import TokenLogprobs
+from slipstream.server.text import Tokenizer
+
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
+
+
+class LogprobFormatter:
+    def __init__(self, tokenizer: Tokenizer, as_token_ids: bool) -> None:
+        self._tokenizer = tokenizer
+        self._as_token_ids = as_token_ids
+
+    def name(self, token: int) -> str:
+        return f"token_id:{token}" if self._as_token_ids else self._tokenizer.token_text(token)
+
+    def width(self, tokens: Sequence[int]) -> int:
+        return sum(len(self._tokenizer.token_text(token)) for token in tokens)
+
+    def chat(self, entries: Sequence[TokenLogprobs], top: int) -> dict[str, Any]:
+        return {
+            "content": [
+                self._chat_token(entry.token, entry.logprob)
+                | {"top_logprobs": [self._chat_token(token, logprob) for token, logprob in entry.top[:top]]}
+                for entry in entries
+            ]
+        }
+
+    def _chat_token(self, token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self.name(token),
+            "logprob": max(logprob, LOWEST),
+            "bytes": list(self._tokenizer.token_bytes(token)),
+        }
+
+    def legacy(
+        self, tokens: Sequence[int], entries: Sequence[TokenLogprobs | None], top: int, offset: int
+    ) -> dict[str, Any]:
+        """``offset`` is where the first token starts in the text of the choice."""
+        names = [self.name(token) for token in tokens]
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(self._tokenizer.token_text(token))
+        return {
+            "tokens": names,
+            "token_logprobs": [None if entry is None else max(entry.logprob, LOWEST) for entry in entries],
+            "top_logprobs": [None if entry is None else self._legacy_top(entry, top) for entry in entries],
+            "text_offset": offsets,
+        }
+
+    def _legacy_top(self, entry: TokenLogprobs, top: int) -> dict[str, float]:
+        """Best first; the sampled token is always a member, even if it is not one of the most likely."""
+        found: dict[str, float] = {}
+        for token, logprob in entry.top[:top]:
+            found.setdefault(self.name(token), max(logprob, LOWEST))
+        found[self.name(entry.token)] = max(entry.logprob, LOWEST)
+        return found
+
+    def prompt(self, entries: Sequence[TokenLogprobs | None], top: int) -> list[dict[str, Any] | None]:
+        return [None if entry is None else self._prompt_position(entry, top) for entry in entries]
+
+    def _prompt_position(self, entry: TokenLogprobs, top: int) -> dict[str, Any]:
+        ranked = [(entry.token, entry.logprob, entry.rank)]
+        ranked += [(token, logprob, rank) for rank, (token, logprob) in enumerate(entry.top[:top], start=1)]
+        return {
+            str(token): {
+                "logprob": max(logprob, LOWEST),
+                "rank": rank,
+                "decoded_token": self._tokenizer.token_text(token),
+            }
+            for token, logprob, rank in ranked
+        }

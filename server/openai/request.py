@@ -1,0 +1,101 @@
+"""What the generating endpoints do alike on the way from a request to sequences."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence as SequenceOf
+
+import msgspec
+from fastapi import Request
+
+from slipstream.engine.messages import NewRequest, SamplingParams
+from slipstream.server.body import BodyType, parse, read_body
+from slipstream.server.errors import ContextTooLongError, InvalidRequestError
+from slipstream.server.generation import Generation, Sequence
+from slipstream.server.openai.sampling import SEED_MASK, output_options
+from slipstream.server.openai.schema import GenerationBody
+from slipstream.server.openai.writers import AnswerOptions
+from slipstream.server.service import Service
+
+
+async def read(service: Service, request: Request, model: type[BodyType]) -> BodyType:
+    """The validated body, once the server takes requests at all."""
+    service.require_ready()
+    body = await read_body(request, service.config.max_body_bytes)
+    return parse(model, body, service.config.unknown_fields)
+
+
+async def encode(service: Service, texts: list[str], add_special_tokens: bool, param: str) -> list[list[int]]:
+    """Token ids of texts; those that cannot fit the context whatever their tokens are not even looked at."""
+    limit = service.engine.ready.max_model_len
+    most = limit * service.text.longest_token
+    if (longest := max(map(len, texts))) > most:
+        raise ContextTooLongError(
+            f"the model's context is {limit} tokens; a text of {longest} characters is more than that", param=param
+        )
+    return await service.text.encode(texts, add_special_tokens)
+
+
+def make_generation(
+    service: Service,
+    request: Request,
+    body: GenerationBody,
+    *,
+    prefix: str,
+    prompts: list[list[int]],
+    params: SequenceOf[SamplingParams],
+    arrival: float,
+) -> Generation:
+    """``params`` of each prompt. The sequences are in the order prompt, choice."""
+    choices = body.n or 1
+    output = output_options(body)
+    sequences: list[Sequence] = []
+    for prompt, prompt_params in zip(prompts, params, strict=True):
+        for choice in range(choices):
+            new = NewRequest(
+                request_id=service.engine.next_request_id(),
+                prompt=prompt,
+                params=for_choice(prompt_params, body.seed, choice),
+                priority=body.priority or 0,
+                cache_salt=body.cache_salt or "",
+                tenant=body.user or "",
+                arrival=arrival,
+            )
+            sequences.append(Sequence(len(sequences), new, output, service))
+    name = prefix + (body.request_id or header_id(request) or secrets.token_hex(12))
+    return Generation(service, name, arrival, sequences, choices)
+
+
+def for_choice(params: SamplingParams, seed: int | None, choice: int) -> SamplingParams:
+    """With a seed, choice i draws from the stream of seed + i, whatever prompt it belongs to."""
+    return params if seed is None else msgspec.structs.replace(params, seed=(seed + choice) & SEED_MASK)
+
+
+def header_id(request: Request) -> str | None:
+    """The caller's X-Request-Id, if it is fit to be repeated."""
+    value = request.headers.get("x-request-id", "")
+    return value if re.fullmatch(r"[\x21-\x7e]{1,128}", value) else None
+
+
+def require_choices(service: Service, body: GenerationBody, prompts: int = 1) -> None:
+    """Raises InvalidRequestError if n is too large, OverloadedError if there is no room for the sequences."""
+    choices = body.n or 1
+    if choices > service.config.max_n:
+        raise InvalidRequestError(f"n: at most {service.config.max_n} (--max-n), not {choices}", param="n")
+    service.admit(choices * prompts)
+
+
+def answer_options(
+    body: GenerationBody, model: str, created: int, logprobs: int | None, prompt_logprobs: int | None
+) -> AnswerOptions:
+    stream = body.stream_options
+    return AnswerOptions(
+        model=model,
+        created=created,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        return_token_ids=bool(body.return_token_ids),
+        include_usage=stream is not None and bool(stream.include_usage),
+        continuous_usage=stream is not None and bool(stream.include_usage and stream.continuous_usage_stats),
+    )

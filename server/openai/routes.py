@@ -1,0 +1,82 @@
+"""The routes of the OpenAI dialect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from slipstream.server.json_response import JSONBody
+from slipstream.server.openai.chat import chat
+from slipstream.server.openai.completions import complete
+from slipstream.server.openai.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeTextBody
+from slipstream.server.openai.tokens import detokenize, tokenize
+from slipstream.server.service import Service
+
+
+def openai_router(service: Service) -> APIRouter:
+    router = APIRouter(default_response_class=JSONBody)
+
+    @router.post("/v1/chat/completions", openapi_extra=accepts(ChatBody))
+    async def chat_completions(request: Request) -> Response:
+        """Continue a conversation."""
+        return await chat(service, request)
+
+    @router.post("/v1/completions", openapi_extra=accepts(CompletionBody))
+    async def completions(request: Request) -> Response:
+        """Continue one text or several."""
+        return await complete(service, request)
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        """The model of this server under its names."""
+        service.require_ready()
+        return JSONBody({"object": "list", "data": [describe(service, name) for name in service.model_names]})
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        """One name of the model."""
+        service.require_ready()
+        return JSONBody(describe(service, service.require_model(name)))
+
+    @router.post("/tokenize", openapi_extra=accepts(TokenizeTextBody))
+    async def tokens_of(request: Request) -> Response:
+        """The tokens of a text or of a conversation."""
+        return JSONBody(await tokenize(service, request))
+
+    @router.post("/detokenize", openapi_extra=accepts(DetokenizeBody))
+    async def text_of(request: Request) -> Response:
+        """The text of tokens."""
+        return JSONBody(await detokenize(service, request))
+
+    return router
+
+
+def describe(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "slipstream",
+        "root": service.model_names[0],
+        "parent": None,
+        "max_model_len": service.engine.ready.max_model_len,
+    }
+
+
+def accepts(body: type[BaseModel]) -> dict[str, Any]:
+    """The request body for the OpenAPI page; the handlers read it themselves, with a limit on its size."""
+    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def body_schemas() -> dict[str, Any]:
+    """What ``accepts`` refers to."""
+    bodies = (ChatBody, CompletionBody, TokenizeTextBody, DetokenizeBody)
+    _, schemas = models_json_schema(
+        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
+    )
+    found: dict[str, Any] = schemas["$defs"]
+    return found

@@ -1,0 +1,121 @@
+"""From the fields of a request to the engine's sampling parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from slipstream.engine.messages import SamplingParams
+from slipstream.server.errors import ContextTooLongError, InvalidRequestError
+from slipstream.server.generation import OutputOptions
+from slipstream.server.openai.schema import GenerationBody
+from slipstream.server.service import Service
+
+SEED_MASK = 2**63 - 1
+
+
+def sampling_params(
+    service: Service, body: GenerationBody, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+) -> SamplingParams:
+    """``max_tokens`` and the numbers of log-probabilities as resolved for the endpoint.
+
+    Raises:
+        InvalidRequestError: a token id is not in the vocabulary, or min_tokens is more than max_tokens.
+    """
+    text = service.text
+    default = text.sampling_defaults.get
+    top_p = first_set(body.top_p, default("top_p"), 1.0)
+    top_k = int(first_set(body.top_k, default("top_k"), 0))
+    if top_p == 0:  # the smallest set with any probability: the most likely token
+        top_p, top_k = 1.0, 1
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens is {min_tokens}, more than the {max_tokens} tokens of max_tokens", param="min_tokens"
+        )
+    for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+        require_in_vocabulary(getattr(body, name) or (), service.engine.ready.vocab_size, name)
+    stop = dict.fromkeys(body.stop_token_ids or ())
+    if not body.ignore_eos:
+        stop |= dict.fromkeys(text.tokenizer.eos_token_ids)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=first_set(body.temperature, default("temperature"), 1.0),
+        top_p=top_p,
+        top_k=max(top_k, 0),
+        min_p=first_set(body.min_p, default("min_p"), 0.0),
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        repetition_penalty=first_set(body.repetition_penalty, default("repetition_penalty"), 1.0),
+        logit_bias=body.logit_bias or {},
+        allowed_token_ids=tuple(dict.fromkeys(body.allowed_token_ids or ())),
+        bad_words=bad_words(service, body.bad_words or ()),
+        stop_token_ids=tuple(stop),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        logprobs_mode=body.logprobs_mode or service.config.logprobs_mode,
+    )
+
+
+def output_options(body: GenerationBody) -> OutputOptions:
+    return OutputOptions(
+        stop=body.stop_strings,
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        min_tokens=body.min_tokens or 0,
+        stop_token_ids=frozenset(body.stop_token_ids or ()),
+        prompt_only=body.max_tokens == 0,
+    )
+
+
+def fit_context(service: Service, prompt_tokens: int, asked: int | None, param: str) -> int:
+    """The number of tokens there is room for.
+
+    Raises:
+        InvalidRequestError: the prompt is empty.
+        ContextTooLongError: the prompt and the tokens asked for are longer than the model's context.
+    """
+    limit = service.engine.ready.max_model_len
+    if prompt_tokens == 0:
+        raise InvalidRequestError("the prompt has no tokens", param=param)
+    # Even a request for no tokens has the engine sample one.
+    if prompt_tokens + max(1, asked or 0) > limit:
+        answer = "" if asked is None else f" and the answer may have {asked}"
+        raise ContextTooLongError(
+            f"the model's context is {limit} tokens, but the prompt has {prompt_tokens}{answer}", param=param
+        )
+    return limit - prompt_tokens
+
+
+def logprobs_asked(service: Service, value: int | None, param: str) -> int | None:
+    """Checks a number of log-probabilities; -1 stands for the whole vocabulary."""
+    if value is None:
+        return None
+    limit = service.config.max_logprobs
+    vocab_size = service.engine.ready.vocab_size
+    asked = vocab_size if value == -1 else value
+    if limit != -1 and asked > limit:
+        raise InvalidRequestError(f"{param}: at most {limit} (--max-logprobs), not {value}", param=param)
+    return min(asked, vocab_size)
+
+
+def require_in_vocabulary(tokens: Iterable[int], vocab_size: int, param: str) -> None:
+    if (largest := max(tokens, default=0)) >= vocab_size:
+        raise InvalidRequestError(
+            f"{param}: the vocabulary has the tokens 0 to {vocab_size - 1}, not {largest}", param=param
+        )
+
+
+def bad_words(service: Service, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+    """A word is tokenized as the beginning of a text and as one that follows a space."""
+    encode = service.text.tokenizer.encode
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        for text in (word.lstrip(" "), " " + word.lstrip(" ")):
+            if tokens := tuple(encode(text, add_special_tokens=False)):
+                found[tokens] = None
+    return tuple(found)
+
+
+def first_set(*values: float | None) -> float:
+    return next(value for value in values if value is not None)

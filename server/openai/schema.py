@@ -1,0 +1,273 @@
+"""The bodies of the OpenAI endpoints. What each field does is listed in docs/api.md.
+
+Three kinds of field: those that act; those of the public API that cannot change the answer and are accepted; and
+those that would change it and are not supported, which are refused unless they hold the value that means "off".
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic.functional_validators import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from slipstream.engine.messages import LogprobsMode
+from slipstream.server.body import Body
+from slipstream.server.errors import InvalidRequestError
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 512
+MAX_STOP_TOKEN_IDS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 256
+MAX_LOGIT_BIAS = 4096
+MAX_ALLOWED_TOKEN_IDS = 2**20
+MAX_MESSAGES = 4096
+MAX_PRIORITY = 1000
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Label = Annotated[str, Field(max_length=512)]
+
+
+def unsupported(*off: Any) -> Any:
+    """A field that only accepts null and the values that switch it off."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        if value is None or any(type(value) is type(allowed) and value == allowed for allowed in off):
+            return value
+        hint = f"; only {', '.join(map(repr, off))} and null are accepted" if off else ""
+        raise PydanticCustomError("unsupported", "not supported by this server{hint}", {"hint": hint})
+
+    return Annotated[Any, AfterValidator(check)]
+
+
+def kind_of_stop(value: Any) -> str:
+    return "list" if isinstance(value, list) else "text"
+
+
+def kind_of_prompt(value: Any) -> str:
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else ""
+    if isinstance(first, list):
+        return "lists of ids"
+    return "texts" if isinstance(first, str) else "ids"
+
+
+Stop = Annotated[
+    Annotated[StopString, Tag("text")]
+    | Annotated[Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)], Tag("list")],
+    Discriminator(kind_of_stop),
+]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[Annotated[list[str], Field(min_length=1)], Tag("texts")]
+    | Annotated[TokenIds, Tag("ids")]
+    | Annotated[list[TokenIds], Tag("lists of ids")],
+    Discriminator(kind_of_prompt),
+]
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationBody(Body):
+    """The fields that chat and completions share."""
+
+    model: str | None = None
+    n: int | None = Field(None, ge=1, lt=2**31)
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MAX_LOGIT_BIAS)
+    allowed_token_ids: list[TokenId] | None = Field(None, min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)
+    bad_words: list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]] | None = Field(
+        None, max_length=MAX_BAD_WORDS
+    )
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=-1, lt=2**31)
+    logprobs_mode: LogprobsMode | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")] | None = None
+    user: Label | None = None
+
+    # Accepted: they cannot change the answer.
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: str | None = None
+    spaces_between_special_tokens: bool | None = None
+
+    # Refused unless off.
+    use_beam_search: unsupported(False) = None  # type: ignore[valid-type]
+    length_penalty: unsupported(1, 1.0) = None  # type: ignore[valid-type]
+    truncate_prompt_tokens: unsupported() = None  # type: ignore[valid-type]
+    structured_outputs: unsupported() = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _check_shared(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
+        return self
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: (
+        Annotated[
+            Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("list")],
+            Discriminator(kind_of_stop),
+        ]
+        | None
+    ) = None
+    name: Label | None = None
+    tool_call_id: Label | None = None
+    tool_calls: unsupported([]) = None  # type: ignore[valid-type]
+    function_call: unsupported() = None  # type: ignore[valid-type]
+    audio: unsupported() = None  # type: ignore[valid-type]
+    refusal: unsupported("") = None  # type: ignore[valid-type]
+    reasoning_content: unsupported("") = None  # type: ignore[valid-type]
+    annotations: list[Any] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class TemplateBody(Body):
+    """How messages become a prompt; shared by chat and /tokenize."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_template(self) -> TemplateBody:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+            )
+        for index, message in enumerate(self.messages):
+            if message.content is None and message.role != "assistant":
+                raise InvalidRequestError(
+                    f"a {message.role} message needs content",
+                    param=f"messages.{index}.content",
+                    code="missing_required_parameter",
+                )
+        return self
+
+
+class ChatBody(GenerationBody, TemplateBody):
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=-1, lt=2**31)
+
+    # Accepted: without tools they cannot change the answer.
+    parallel_tool_calls: bool | None = None
+    tools: list[Any] | None = None
+    tool_choice: unsupported("none") = None  # type: ignore[valid-type]
+
+    # Refused unless off.
+    functions: unsupported([]) = None  # type: ignore[valid-type]
+    function_call: unsupported("none") = None  # type: ignore[valid-type]
+    response_format: unsupported({"type": "text"}) = None  # type: ignore[valid-type]
+    modalities: unsupported(["text"]) = None  # type: ignore[valid-type]
+    audio: unsupported() = None  # type: ignore[valid-type]
+    prediction: unsupported() = None  # type: ignore[valid-type]
+    reasoning_effort: unsupported("none") = None  # type: ignore[valid-type]
+    verbosity: unsupported() = None  # type: ignore[valid-type]
+    web_search_options: unsupported() = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatBody:
+        if self.tools and self.tool_choice != "none":
+            raise InvalidRequestError(
+                'tools are not supported by this server; leave them out or set tool_choice to "none"',
+                param="tools",
+                code="unsupported_parameter",
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise InvalidRequestError(
+                "max_tokens and max_completion_tokens differ; send only max_completion_tokens", param="max_tokens"
+            )
+        if 0 in both:
+            raise InvalidRequestError("at least one token must be asked for", param="max_tokens")
+        return self
+
+
+class CompletionBody(GenerationBody):
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=-1, lt=2**31)
+    add_special_tokens: bool | None = None
+    best_of: int | None = Field(None, ge=1, lt=2**31)
+    suffix: unsupported("") = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise InvalidRequestError(
+                "best_of other than n is not supported by this server", param="best_of", code="unsupported_parameter"
+            )
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise InvalidRequestError("max_tokens may only be 0 with echo or prompt_logprobs", param="max_tokens")
+        return self
+
+
+class TokenizeTextBody(Body):
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeMessagesBody(TemplateBody):
+    model: str | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: list[TokenId]

@@ -1,0 +1,52 @@
+"""POST /tokenize and /detokenize"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Request
+from pydantic_core import from_json
+
+from slipstream.server.body import parse, read_body
+from slipstream.server.openai.chat import render_prompt
+from slipstream.server.openai.request import encode, read
+from slipstream.server.openai.sampling import require_in_vocabulary
+from slipstream.server.openai.schema import DetokenizeBody, TokenizeMessagesBody, TokenizeTextBody
+from slipstream.server.service import Service
+
+
+async def tokenize(service: Service, request: Request) -> dict[str, Any]:
+    service.require_ready()
+    config = service.config
+    raw = await read_body(request, config.max_body_bytes)
+    if has_messages(raw):
+        conversation = parse(TokenizeMessagesBody, raw, config.unknown_fields)
+        service.require_model(conversation.model)
+        tokens = await render_prompt(service, conversation)
+        with_texts = conversation.return_token_strs
+    else:
+        text = parse(TokenizeTextBody, raw, config.unknown_fields)
+        service.require_model(text.model)
+        [tokens] = await encode(service, [text.prompt], text.add_special_tokens is not False, "prompt")
+        with_texts = text.return_token_strs
+    return {
+        "count": len(tokens),
+        "max_model_len": service.engine.ready.max_model_len,
+        "tokens": tokens,
+        "token_strs": [service.text.tokenizer.token_text(token) for token in tokens] if with_texts else None,
+    }
+
+
+def has_messages(raw: bytes) -> bool:
+    try:
+        data = from_json(raw)
+    except ValueError:
+        return False
+    return isinstance(data, dict) and "messages" in data
+
+
+async def detokenize(service: Service, request: Request) -> dict[str, Any]:
+    body = await read(service, request, DetokenizeBody)
+    service.require_model(body.model)
+    require_in_vocabulary(body.tokens, service.engine.ready.vocab_size, "tokens")
+    return {"prompt": service.text.tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -1,0 +1,238 @@
+"""Answers in the OpenAI dialect. Chunks are put together from prepared bytes: one is written for every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from slipstream.server.generation import Generation, Piece, Sequence
+from slipstream.server.openai.logprobs import LogprobFormatter
+from slipstream.server.responses import DONE
+
+encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """What an answer contains besides the text."""
+
+    model: str
+    created: int
+    logprobs: int | None = None
+    """Alternatives per token; None for no log-probabilities."""
+    prompt_logprobs: int | None = None
+    return_token_ids: bool = False
+    include_usage: bool = False
+    """In a stream: a last chunk with the usage."""
+    continuous_usage: bool = False
+
+
+def usage(generation: Generation) -> dict[str, Any]:
+    prompt, cached, completion = generation.count_tokens()
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+class OpenAIWriter:
+    """What chat and completions have in common."""
+
+    object_name: str
+    chunk_name: str
+
+    def __init__(self, generation: Generation, options: AnswerOptions, formatter: LogprobFormatter) -> None:
+        self.generation = generation
+        self.options = options
+        self.formatter = formatter
+        self._head = encode(
+            {
+                "id": generation.name,
+                "object": self.chunk_name,
+                "created": options.created,
+                "model": options.model,
+            }
+        )[:-1]
+        self._tail = b',"usage":null}\n\n' if options.include_usage else b"}\n\n"
+
+    def event(self, choices: bytes, extra: bytes = b"") -> bytes:
+        tail = self._tail
+        if self.options.continuous_usage:
+            tail = b',"usage":' + encode(usage(self.generation)) + b"}\n\n"
+        return b"".join((b"data: ", self._head, b',"choices":[', choices, b"]", extra, tail))
+
+    def end(self) -> bytes:
+        if not self.options.include_usage:
+            return DONE
+        last = encode(usage(self.generation))
+        return b"".join((b"data: ", self._head, b',"choices":[],"usage":', last, b"}\n\n", DONE))
+
+    def envelope(self, choices: list[dict[str, Any]], **extra: Any) -> bytes:
+        return encode(
+            {
+                "id": self.generation.name,
+                "object": self.object_name,
+                "created": self.options.created,
+                "model": self.options.model,
+                "choices": choices,
+                "usage": usage(self.generation),
+                **extra,
+            }
+        )
+
+
+class ChatWriter(OpenAIWriter):
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+
+    def chunk(self, sequence: Sequence, piece: Piece) -> bytes:
+        options = self.options
+        told = self._role(sequence) if piece.first else b""
+        logprobs = b"null"
+        if options.logprobs is not None and piece.logprobs:
+            logprobs = encode(self.formatter.chat(piece.logprobs, options.logprobs))
+        ids = b',"token_ids":' + encode(piece.tokens) if options.return_token_ids else b""
+        if piece.text or ((options.return_token_ids or options.logprobs is not None) and piece.tokens):
+            told += self.event(
+                b"".join(
+                    (
+                        b'{"index":%d,"delta":{"content":' % sequence.index,
+                        encode(piece.text),
+                        b'},"logprobs":',
+                        logprobs,
+                        b',"finish_reason":null',
+                        ids,
+                        b"}",
+                    )
+                )
+            )
+        if piece.finish_reason is None:
+            return told
+        reasons = (sequence.index, encode(piece.finish_reason), encode(piece.stop_reason))
+        return told + self.event(
+            b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b,"stop_reason":%b}' % reasons
+        )
+
+    def body(self, answers: list[Piece]) -> bytes:
+        first = self.generation.sequences[0]
+        extra: dict[str, Any] = {}
+        if self.options.return_token_ids:
+            extra["prompt_token_ids"] = first.prompt
+        if self.options.prompt_logprobs is not None:
+            extra["prompt_logprobs"] = self._prompt_logprobs(first)
+        choices = [
+            self._choice(sequence, answer) for sequence, answer in zip(self.generation.sequences, answers, strict=True)
+        ]
+        return self.envelope(choices, **extra)
+
+    def _role(self, sequence: Sequence) -> bytes:
+        extra = b""
+        if sequence.index == 0:
+            if self.options.return_token_ids:
+                extra += b',"prompt_token_ids":' + encode(sequence.prompt)
+            if self.options.prompt_logprobs is not None:
+                extra += b',"prompt_logprobs":' + encode(self._prompt_logprobs(sequence))
+        choice = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
+        return self.event(choice % sequence.index, extra)
+
+    def _choice(self, sequence: Sequence, answer: Piece) -> dict[str, Any]:
+        options = self.options
+        logprobs = None if options.logprobs is None else self.formatter.chat(answer.logprobs, options.logprobs)
+        choice = {
+            "index": sequence.index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": logprobs,
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+        }
+        return choice | {"token_ids": answer.tokens} if options.return_token_ids else choice
+
+    def _prompt_logprobs(self, sequence: Sequence) -> list[dict[str, Any] | None]:
+        assert self.options.prompt_logprobs is not None
+        return self.formatter.prompt(sequence.prompt_logprobs, self.options.prompt_logprobs)
+
+
+class CompletionWriter(OpenAIWriter):
+    object_name = "text_completion"
+    chunk_name = "text_completion"
+
+    def __init__(
+        self,
+        generation: Generation,
+        options: AnswerOptions,
+        formatter: LogprobFormatter,
+        echo: list[str] | None,
+    ) -> None:
+        """``echo`` holds the text of each sequence's prompt if it is to precede the answer."""
+        super().__init__(generation, options, formatter)
+        self._echo = echo
+        self._offsets = [0] * len(generation.sequences)
+
+    def chunk(self, sequence: Sequence, piece: Piece) -> bytes:
+        options = self.options
+        told = b""
+        if piece.text or piece.first or ((options.return_token_ids or options.logprobs is not None) and piece.tokens):
+            told = self.event(
+                b"".join(
+                    (
+                        b'{"index":%d,"text":' % sequence.index,
+                        encode(self._text(sequence, piece)),
+                        b',"logprobs":',
+                        encode(self._logprobs(sequence, piece)),
+                        b',"finish_reason":null',
+                        b"".join(
+                            b',"%b":%b' % (name.encode(), encode(value))
+                            for name, value in self._extras(sequence, piece).items()
+                        ),
+                        b"}",
+                    )
+                )
+            )
+        if piece.finish_reason is None:
+            return told
+        reasons = (sequence.index, encode(piece.finish_reason), encode(piece.stop_reason))
+        return told + self.event(
+            b'{"index":%d,"text":"","logprobs":null,"finish_reason":%b,"stop_reason":%b}' % reasons
+        )
+
+    def body(self, answers: list[Piece]) -> bytes:
+        return self.envelope(
+            [
+                {
+                    "index": sequence.index,
+                    "text": self._text(sequence, answer),
+                    "logprobs": self._logprobs(sequence, answer),
+                    "finish_reason": answer.finish_reason,
+                    "stop_reason": answer.stop_reason,
+                    **self._extras(sequence, answer),
+                }
+                for sequence, answer in zip(self.generation.sequences, answers, strict=True)
+            ]
+        )
+
+    def _text(self, sequence: Sequence, piece: Piece) -> str:
+        return self._echo[sequence.index] + piece.text if piece.first and self._echo is not None else piece.text
+
+    def _logprobs(self, sequence: Sequence, piece: Piece) -> dict[str, Any] | None:
+        if self.options.logprobs is None:
+            return None
+        echoed = piece.first and self._echo is not None
+        tokens = sequence.prompt + piece.tokens if echoed else piece.tokens
+        entries = [*sequence.prompt_logprobs, *piece.logprobs] if echoed else piece.logprobs
+        offset = self._offsets[sequence.index]
+        self._offsets[sequence.index] += self.formatter.width(tokens)
+        return self.formatter.legacy(tokens, entries, self.options.logprobs, offset)
+
+    def _extras(self, sequence: Sequence, piece: Piece) -> dict[str, Any]:
+        extras: dict[str, Any] = {}
+        if self.options.return_token_ids:
+            if piece.first:
+                extras["prompt_token_ids"] = sequence.prompt
+            extras["token_ids"] = piece.tokens
+        if piece.first and self.options.prompt_logprobs is not None:
+            extras["prompt_logprobs"] = self.formatter.prompt(sequence.prompt_logprobs, self.options.prompt_logprobs)
+        return extras

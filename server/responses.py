@@ -1,0 +1,136 @@
+"""Answers a generating request: as server-sent events or as one JSON body; aborts it when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from slipstream.server.errors import ApiError, TimedOutError
+from slipstream.server.generation import Generation, Piece, Sequence
+from slipstream.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # Asks nginx not to hold events back.
+    (b"x-accel-buffering", b"no"),
+]
+JSON = [(b"content-type", b"application/json")]
+
+
+class Writer(Protocol):
+    """Turns pieces of sequences into the bytes of one dialect."""
+
+    def chunk(self, sequence: Sequence, piece: Piece) -> bytes:
+        """The events for one piece of a stream."""
+
+    def end(self) -> bytes:
+        """What goes out after the last piece of a stream."""
+
+    def body(self, answers: list[Piece]) -> bytes:
+        """The whole answer, one piece per sequence in their order."""
+
+
+class GenerationResponse(Response):
+    """Runs a generation from submission to its last byte."""
+
+    def __init__(self, service: Service, generation: Generation, writer: Writer, stream: bool) -> None:
+        super().__init__()
+        self._service = service
+        self._generation = generation
+        self._writer = writer
+        self._stream = stream
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"x-request-id", self._generation.name.encode())]
+        self._service.num_responding += 1
+        try:
+            async with cancelled_on_disconnect(receive, self._deadline()):
+                with self._generation:
+                    if self._stream:
+                        await self._send_events(send, headers)
+                    else:
+                        await self._send_body(send, headers)
+        except ApiError as error:
+            await self._send_error(send, headers, error)
+        except Exception:
+            logger.exception("request %s failed", self._generation.name)
+            await self._send_error(send, headers, ApiError("internal error; see the server's log"))
+        finally:
+            self._service.num_responding -= 1
+
+    def _deadline(self) -> float | None:
+        limit = self._service.config.request_timeout_s
+        return self._generation.arrival + limit if limit else None
+
+    async def _send_events(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        writer = self._writer
+        more = True
+        while more:
+            # The status line waits for the first piece, so that a request that fails before it gets a real status.
+            batch = await self._generation.next()
+            data = b"".join([writer.chunk(sequence, piece) for sequence, piece in batch])
+            if not self._started:
+                self._started = True
+                await send({"type": "http.response.start", "status": 200, "headers": [*headers, *EVENT_STREAM]})
+            if self._generation.finished:
+                data += writer.end()
+                more = False
+            if data:
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _send_body(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        body = self._writer.body(await self._generation.collect())
+        self._started = True
+        length = (b"content-length", str(len(body)).encode())
+        await send({"type": "http.response.start", "status": 200, "headers": [*headers, *JSON, length]})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _send_error(self, send: Send, headers: list[tuple[bytes, bytes]], error: ApiError) -> None:
+        body = error.body()
+        if self._started:
+            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n" + DONE})
+        else:
+            headers = [*headers, *error.headers(), (b"content-length", str(len(body)).encode())]
+            await send({"type": "http.response.start", "status": error.status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
+
+@contextlib.asynccontextmanager
+async def cancelled_on_disconnect(receive: Receive, deadline: float | None) -> AsyncIterator[None]:
+    """Ends its block when the client has gone away (silently) or at the deadline (with TimedOutError).
+
+    ``deadline`` is a time.monotonic() value. The whole request body must have been received.
+    """
+    gone = False
+    loop = asyncio.get_running_loop()
+
+    async def listen() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        scope.reschedule(loop.time())
+
+    listener = None
+    try:
+        async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()) as scope:
+            listener = asyncio.create_task(listen())
+            yield
+    except TimeoutError:
+        if not gone:
+            raise TimedOutError("the request took longer than --request-timeout-s allows") from None
+    finally:
+        if listener is not None:
+            listener.cancel()

@@ -1,0 +1,161 @@
+"""What all routes share: the engine, the text side of the model, and whether requests are taken at the moment."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from slipstream.engine.checkpoint import locate
+from slipstream.engine.client import EngineClient, RequestStream
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.messages import NewRequest
+from slipstream.server.config import ServerConfig
+from slipstream.server.errors import InvalidRequestError, ModelNotFoundError, OverloadedError, UnavailableError
+from slipstream.server.metrics import Metrics
+from slipstream.server.text_model import TextModel, load_text_model
+
+RETRY_LOADING_S = 2
+RETRY_OVERLOADED_S = 1
+RETRY_DRAINING_S = 5
+
+
+class Service:
+    """Serves one model. ``load`` makes it ready, ``drain`` and ``close`` end it."""
+
+    def __init__(self, config: ServerConfig, engine_config: EngineConfig) -> None:
+        """Raises ModelError if there is no such model."""
+        self.config = config
+        self.engine_config = engine_config
+        self.model_names = config.served_model_name or (default_model_name(locate(engine_config.model)),)
+        self.metrics = Metrics(self.model_names[0])
+        self.created = int(time.time())
+        self.phase: Literal["loading", "ready", "draining"] = "loading"
+        self.num_responding = 0
+        """Responses of the generating routes under way."""
+        self._engine: EngineClient | None = None
+        self._text: TextModel | None = None
+        self._busy_since = 0.0
+
+    async def load(self) -> None:
+        """Starts the engine process and reads the tokenizer at the same time.
+
+        Raises:
+            ModelError, ConfigError: the user can mend it.
+            EngineDiedError: the engine process ended for another reason.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._load_text())
+                group.create_task(self._start_engine())
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        self.metrics.attach(self.engine, lambda: self.ready()[0] == 200)
+        if self.phase == "loading":
+            self.phase = "ready"
+
+    async def _load_text(self) -> None:
+        self._text = await asyncio.to_thread(load_text_model, self.engine_config.model, self.config)
+
+    async def _start_engine(self) -> None:
+        self._engine = await EngineClient.start(self.engine_config)
+
+    @property
+    def engine(self) -> EngineClient:
+        assert self._engine is not None, "the engine is not loaded"
+        return self._engine
+
+    @property
+    def text(self) -> TextModel:
+        assert self._text is not None, "the tokenizer is not loaded"
+        return self._text
+
+    def require_ready(self) -> None:
+        """Raises UnavailableError unless requests are taken."""
+        if self.phase == "loading":
+            raise UnavailableError("the model is loading", code="loading", retry_after_s=RETRY_LOADING_S)
+        if self.phase == "draining":
+            raise UnavailableError("the server is shutting down", code="shutting_down", retry_after_s=RETRY_DRAINING_S)
+        if self.engine.failure is not None:
+            raise UnavailableError(self.engine.failure, code="engine_failed", retry_after_s=RETRY_DRAINING_S)
+
+    def require_model(self, name: str | None) -> str:
+        """The name to answer with; requests may leave it out, since there is only one model."""
+        if name is None:
+            return self.model_names[0]
+        if name not in self.model_names:
+            known = ", ".join(map(repr, self.model_names))
+            raise ModelNotFoundError(f"there is no model {name!r} here; this server has {known}", param="model")
+        return name
+
+    def admit(self, count: int) -> None:
+        """Raises OverloadedError if the queue has no room for so many sequences now, InvalidRequestError if never."""
+        capacity = self.engine_config.max_running + self.config.max_queued_requests
+        if count > capacity:
+            raise InvalidRequestError(
+                f"the request asks for {count} sequences; this server holds at most {capacity} (--max-queued-requests)",
+                param="n",
+            )
+        if self.engine.num_open + count > capacity:
+            self.metrics.rejected("queue_full")
+            raise OverloadedError(
+                f"{self.engine.num_open} sequences are running or waiting, and {count} more would exceed {capacity}",
+                retry_after_s=RETRY_OVERLOADED_S,
+            )
+
+    def submit(self, requests: list[NewRequest]) -> list[RequestStream]:
+        self.require_ready()
+        self.admit(len(requests))
+        if self.engine.num_open == 0:
+            self._busy_since = time.monotonic()
+        return [self.engine.submit(request) for request in requests]
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """HTTP status and body: does the engine make progress?"""
+        if self._engine is None or self._text is None:
+            return 503, {"status": "loading", "reason": "the model is loading"}
+        if self.engine.failure is not None:
+            return 503, {"status": "failed", "reason": self.engine.failure}
+        silence = time.monotonic() - max(self.engine.last_step_at, self._busy_since)
+        if self.engine.num_open and silence > self.config.health_stall_s:
+            reason = f"{self.engine.num_open} sequences are open and no step has ended for {silence:.0f} s"
+            return 503, {"status": "stalled", "reason": reason}
+        return 200, {"status": "draining" if self.phase == "draining" else "ok"}
+
+    def ready(self) -> tuple[int, dict[str, Any]]:
+        """HTTP status and body: should requests be sent here?"""
+        status, body = self.health()
+        if status == 200 and self.phase == "draining":
+            return 503, {"status": "draining", "reason": "the server is shutting down"}
+        return status, body
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new requests and waits for those under way; False if some are left after the timeout."""
+        self.phase = "draining"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.num_responding or (self._engine is not None and self._engine.num_open):
+                    await asyncio.sleep(0.05)
+                return True
+        return False
+
+    def kill_engine(self) -> None:
+        """Ends the engine process without waiting for the step under way."""
+        if self._engine is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._engine.pid, signal.SIGKILL)
+
+    async def close(self) -> None:
+        """Ends the engine process; requests that are still open get their terminal message."""
+        self.phase = "draining"
+        if self._engine is not None:
+            await self._engine.close()
+
+
+def default_model_name(path: Path) -> str:
+    resolved = path.resolve()
+    return resolved.stem if resolved.suffix == ".gguf" else resolved.name
