@@ -128,7 +128,7 @@ def locate(path: str | Path) -> Path:
         if found.is_dir() or (found.is_file() and found.suffix == ".gguf"):
             return found
         exists = found.exists()
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+    except OSError as error:
         raise ModelError(f"cannot open the model {str(path)!r}: {error}") from error
     if exists:
         raise ModelError(f"{found} is neither a Hugging Face model folder nor a .gguf file")

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slipstream.engine.checkpoint.shapes import FAMILIES, parameter_shapes
 from slipstream.engine.errors import ModelError
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types with implementations of our own; others run through transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +42,8 @@ class DecoderConfig:
     """Sliding window per layer; 0 attends to everything."""
     rope: dict[str, Any]
     """Rotary parameters as in config.json: rope_type, rope_theta and what the type needs."""
+    parameters: dict[str, tuple[int, ...]]
+    """Hugging Face name and shape of every parameter."""
 
     @property
     def qkv_width(self) -> int:
@@ -71,7 +71,8 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ModelError(f"{family} with hidden_act {activation!r} is not supported; these models use 'silu'")
-    attention_bias = bool(config.get("attention_bias", False))
+    parameters = dict(parameter_shapes(config))
+    first = "model.layers.0."
     return DecoderConfig(
         shape=shape,
         hidden=need(config, "hidden_size"),
@@ -79,12 +80,13 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         heads=need(config, "num_attention_heads"),
         norm_eps=config.get("rms_norm_eps", 1e-6),
         tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2" or attention_bias,
-        out_bias=family != "qwen2" and attention_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        qk_norm=family == "qwen3",
+        qkv_bias=first + "self_attn.q_proj.bias" in parameters,
+        out_bias=first + "self_attn.o_proj.bias" in parameters,
+        mlp_bias=first + "mlp.up_proj.bias" in parameters,
+        qk_norm=first + "self_attn.q_norm.weight" in parameters,
         windows=_windows(config, shape.num_layers),
         rope=_rope(config),
+        parameters=parameters,
     )
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from slipstream.engine.models.config import DecoderConfig, rope_tables
-from slipstream.engine.models.torch_decoder import decoder_parameters
 from slipstream.engine.models.weights import WeightSlots
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
@@ -59,7 +58,7 @@ class NativeDecoder:
         return load() is not None and supports(config.shape.head_dim, config.hidden, config.intermediate)
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        slots = WeightSlots(decoder_parameters(self._config))
+        slots = WeightSlots(self._config.parameters)
         for name, tensor in tensors:
             if slots.take(name, tensor):
                 self._fill(name, tensor)

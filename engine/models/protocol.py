@@ -28,7 +28,7 @@ class CausalModel(Protocol):
         """A cache in the layout this model reads."""
 
     def forward(self, batch: RaggedBatch, cache: PagedKVCache) -> Tensor:
-        """Hidden states [num_tokens, hidden] before the final norm."""
+        """Hidden states [num_tokens, hidden], as ``logits`` takes them."""
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
         """Logits [len(rows), vocab_size] float32 of some rows of hidden."""

@@ -25,12 +25,12 @@ class TorchDecoder:
         self._config = config
         self._device = device
         self._weights = {
-            name: torch.empty(size, dtype=dtype, device=device) for name, size in decoder_parameters(config).items()
+            name: torch.empty(size, dtype=dtype, device=device) for name, size in config.parameters.items()
         }
         self._cos, self._sin = (table.to(device) for table in rope_tables(config, max_length))
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        slots = WeightSlots(decoder_parameters(self._config))
+        slots = WeightSlots(self._config.parameters)
         for name, tensor in tensors:
             if slots.take(name, tensor):
                 self._weights[name].copy_(tensor)
@@ -63,9 +63,9 @@ class TorchDecoder:
         config, prefix = self._config, f"model.layers.{layer}."
         head_dim, eps = self.shape.head_dim, config.norm_eps
         x = reference.rms_norm(hidden, self._weights[prefix + "input_layernorm.weight"], eps)
-        q = self._linear(prefix + "self_attn.q_proj", x).unflatten(-1, (-1, head_dim))
-        k = self._linear(prefix + "self_attn.k_proj", x).unflatten(-1, (-1, head_dim))
-        v = self._linear(prefix + "self_attn.v_proj", x).unflatten(-1, (-1, head_dim))
+        q = self._linear(prefix + "self_attn.q_proj", x).view(len(x), -1, head_dim)
+        k = self._linear(prefix + "self_attn.k_proj", x).view(len(x), -1, head_dim)
+        v = self._linear(prefix + "self_attn.v_proj", x).view(len(x), -1, head_dim)
         if config.qk_norm:
             q = reference.rms_norm(q, self._weights[prefix + "self_attn.q_norm.weight"], eps)
             k = reference.rms_norm(k, self._weights[prefix + "self_attn.k_norm.weight"], eps)
@@ -78,34 +78,3 @@ class TorchDecoder:
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return functional.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
-
-
-def decoder_parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name and shape of every parameter."""
-    hidden, head_dim = config.hidden, config.shape.head_dim
-    q_width, kv_width = config.heads * head_dim, config.shape.kv_heads * head_dim
-    parameters: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.shape.vocab_size, hidden)}
-
-    def linear(name: str, n: int, k: int, bias: bool) -> None:
-        parameters[f"{name}.weight"] = (n, k)
-        if bias:
-            parameters[f"{name}.bias"] = (n,)
-
-    for layer in range(config.shape.num_layers):
-        prefix = f"model.layers.{layer}."
-        parameters[prefix + "input_layernorm.weight"] = (hidden,)
-        linear(prefix + "self_attn.q_proj", q_width, hidden, config.qkv_bias)
-        linear(prefix + "self_attn.k_proj", kv_width, hidden, config.qkv_bias)
-        linear(prefix + "self_attn.v_proj", kv_width, hidden, config.qkv_bias)
-        if config.qk_norm:
-            parameters[prefix + "self_attn.q_norm.weight"] = (head_dim,)
-            parameters[prefix + "self_attn.k_norm.weight"] = (head_dim,)
-        linear(prefix + "self_attn.o_proj", hidden, q_width, config.out_bias)
-        parameters[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        linear(prefix + "mlp.gate_proj", config.intermediate, hidden, config.mlp_bias)
-        linear(prefix + "mlp.up_proj", config.intermediate, hidden, config.mlp_bias)
-        linear(prefix + "mlp.down_proj", hidden, config.intermediate, config.mlp_bias)
-    parameters["model.norm.weight"] = (hidden,)
-    if not config.tied:
-        parameters["lm_head.weight"] = (config.shape.vocab_size, hidden)
-    return parameters

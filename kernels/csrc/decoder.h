@@ -1,6 +1,14 @@
 // The decoder stack of the Llama family (Llama, Mistral, Qwen2, Qwen3) as one call. Included once per instruction
 // set, inside its namespace. The residual stream and all reductions are float32; matrix inputs are rounded to D.
 
+// f(0) … f(count - 1), `grain` of them at a time.
+template <class F>
+inline void for_each(Team& team, int count, int grain, const F& f) {
+  team.parallel((count + grain - 1) / grain, [&](int item) {
+    for (int i = item * grain; i < std::min((item + 1) * grain, count); ++i) f(i);
+  });
+}
+
 template <class D>
 inline void norm_row(const float* x, const float* weight, int n, float eps, typename D::elem* out) {
   vec sum = vzero();
@@ -15,10 +23,9 @@ inline void norm_row(const float* x, const float* weight, int n, float eps, type
 template <class D>
 inline void norm_rows(Team& team, const float* x, const int32_t* rows, const float* weight, int count, int n, float eps,
                       typename D::elem* out) {
-  for (int first; (first = team.take(4)) < count;)
-    for (int r = first; r < std::min(first + 4, count); ++r)
-      norm_row<D>(x + static_cast<size_t>(rows ? rows[r] : r) * n, weight, n, eps, out + static_cast<size_t>(r) * n);
-  team.barrier();
+  for_each(team, count, 8, [&](int r) {
+    norm_row<D>(x + static_cast<size_t>(rows ? rows[r] : r) * n, weight, n, eps, out + static_cast<size_t>(r) * n);
+  });
 }
 
 // Normalises (Qwen3) and rotates one head in place; halves form the rotated pairs, as in Hugging Face checkpoints.
@@ -82,7 +89,7 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
   norm_rows<D>(team, hidden, nullptr, layer.attn_norm, tokens, m.hidden, m.norm_eps, ws.x);
   matmul<D>(team, layer.qkv, ws.x, m.hidden, tokens, StoreRows{ws.qkv, static_cast<size_t>(qkv_width), qkv_width, layer.qkv.bias});
 
-  for (int token; (token = team.take(1)) < tokens;) {
+  for_each(team, tokens, 2, [&](int token) {
     const int segment = segment_of(b, token);
     const int position = position_of(b, segment, token);
     const int half = m.head_dim / 2;
@@ -98,13 +105,10 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
       store_token<D>(cache.at(k_cache, tile, h), cache.at(v_cache, tile, h), position % 16, k, k + m.kv_heads * m.head_dim,
                      m.head_dim);
     }
-  }
-  team.barrier();
-
-  const int items = work.items(a);
-  for (int item; (item = team.take(1)) < items;)
+  });
+  team.parallel(work.items(a), [&](int item) {
     attend<D>(cache, work, item, ws.q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), ws.values);
-  team.barrier();
+  });
 
   matmul<D>(team, layer.out, ws.values, q_width, tokens, AddRows{hidden, static_cast<size_t>(m.hidden), layer.out.bias});
   norm_rows<D>(team, hidden, nullptr, layer.mlp_norm, tokens, m.hidden, m.norm_eps, ws.x);
@@ -117,22 +121,20 @@ inline void forward(Team& team, const SlipModel& m, const SlipBatch& b, float* h
   const Workspace<D> ws(m, b.num_tokens, memory);
   const SlipAttention shape{m.dtype, m.heads, m.kv_heads, m.head_dim, 0, 1.0f};
   const AttentionWork work(shape, b);
-  team.run([&](int) {
-    for (int token; (token = team.take(1)) < b.num_tokens;)
-      embed_row<D>(m.embed, b.token_ids[token], hidden + static_cast<size_t>(token) * m.hidden);
-    team.barrier();
-    for (int l = 0; l < m.num_layers; ++l) decoder_layer<D>(team, m, m.layers[l], b, work, ws, hidden);
+  const Pass pass(team);
+  for_each(team, b.num_tokens, 8, [&](int token) {
+    embed_row<D>(m.embed, b.token_ids[token], hidden + static_cast<size_t>(token) * m.hidden);
   });
+  for (int l = 0; l < m.num_layers; ++l) decoder_layer<D>(team, m, m.layers[l], b, work, ws, hidden);
 }
 
 template <class D>
 inline void logits(Team& team, const SlipModel& m, const float* hidden, const int32_t* rows, int num_rows, float* out, int vocab,
                    void* memory) {
   auto* x = static_cast<typename D::elem*>(memory);
-  team.run([&](int) {
-    norm_rows<D>(team, hidden, rows, m.final_norm, num_rows, m.hidden, m.norm_eps, x);
-    matmul<D>(team, m.lm_head, x, m.hidden, num_rows, StoreRows{out, static_cast<size_t>(vocab), vocab, m.lm_head.bias});
-  });
+  const Pass pass(team);
+  norm_rows<D>(team, hidden, rows, m.final_norm, num_rows, m.hidden, m.norm_eps, x);
+  matmul<D>(team, m.lm_head, x, m.hidden, num_rows, StoreRows{out, static_cast<size_t>(vocab), vocab, m.lm_head.bias});
 }
 
 template <class D>
@@ -140,7 +142,8 @@ inline void linear(Team& team, const SlipLinear& w, const float* x, int rows, fl
   using elem = typename D::elem;
   std::vector<elem> narrow(static_cast<size_t>(rows) * w.k + 32);
   for (size_t i = 0; i < static_cast<size_t>(rows) * w.k; ++i) narrow[i] = D::narrow(x[i]);
-  team.run([&](int) { matmul<D>(team, w, narrow.data(), w.k, rows, StoreRows{out, static_cast<size_t>(ld), ld, w.bias}); });
+  const Pass pass(team);
+  matmul<D>(team, w, narrow.data(), w.k, rows, StoreRows{out, static_cast<size_t>(ld), ld, w.bias});
 }
 
 template <class D>
@@ -149,17 +152,16 @@ inline void store_kv(Team& team, const SlipAttention& a, const SlipBatch& b, con
   using elem = typename D::elem;
   const Cache<D> cache{a, b};
   const size_t width = static_cast<size_t>(a.kv_heads) * a.head_dim;
-  team.run([&](int) {
-    for (int token; (token = team.take(4)) < b.num_tokens;)
-      for (int t = token; t < std::min(token + 4, b.num_tokens); ++t) {
-        const int segment = segment_of(b, t);
-        const int position = position_of(b, segment, t);
-        const int tile = cache.tile(segment, position / 16);
-        for (int h = 0; h < a.kv_heads; ++h)
-          store_token<D>(cache.at(static_cast<elem*>(k_cache), tile, h), cache.at(static_cast<elem*>(v_cache), tile, h),
-                         position % 16, k + t * width + h * a.head_dim, v + t * width + h * a.head_dim, a.head_dim);
-      }
-    team.barrier();
+  const Pass pass(team);
+  for_each(team, b.num_tokens, 4, [&](int token) {
+    const int segment = segment_of(b, token);
+    const int position = position_of(b, segment, token);
+    const int tile = cache.tile(segment, position / 16);
+    for (int h = 0; h < a.kv_heads; ++h) {
+      const size_t from = token * width + static_cast<size_t>(h) * a.head_dim;
+      store_token<D>(cache.at(static_cast<elem*>(k_cache), tile, h), cache.at(static_cast<elem*>(v_cache), tile, h),
+                     position % 16, k + from, v + from, a.head_dim);
+    }
   });
 }
 
@@ -169,10 +171,8 @@ inline void attention(Team& team, const SlipAttention& a, const SlipBatch& b, co
   using elem = typename D::elem;
   const Cache<D> cache{a, b};
   const AttentionWork work(a, b);
-  const int items = work.items(a);
-  team.run([&](int) {
-    for (int item; (item = team.take(1)) < items;)
-      attend<D>(cache, work, item, q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), out);
-    team.barrier();
+  const Pass pass(team);
+  team.parallel(work.items(a), [&](int item) {
+    attend<D>(cache, work, item, q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), out);
   });
 }

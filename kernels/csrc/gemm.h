@@ -58,7 +58,7 @@ inline void panel_group(const typename D::elem* x, size_t ldx, int rows, const t
   });
 }
 
-// Y = X W^T on the whole team, ending with a barrier. epilogue.operator()<P>(row, first_panel, acc[P]) consumes the results.
+// Y = X W^T on the whole team. epilogue.operator()<P>(row, first_panel, acc[P]) consumes the results.
 template <class D, class Epilogue>
 inline void matmul(Team& team, const SlipLinear& w, const typename D::elem* x, size_t ldx, int rows,
                    const Epilogue& epilogue) {
@@ -66,24 +66,16 @@ inline void matmul(Team& team, const SlipLinear& w, const typename D::elem* x, s
   const int panels = w.n / 16;
   const int groups = (panels + kPanels - 1) / kPanels;
   const int grain = groups / (team.size() * 16) + 1;
-  for (int first; (first = team.take(grain)) < groups;) {
-    const int last = first + grain < groups ? first + grain : groups;
-    for (int g = first; g < last; ++g) {
-      const int panel = g * kPanels;
-      const auto* start = base + static_cast<size_t>(panel) * 16 * w.k;
-      if (panels - panel >= kPanels) {
-        panel_group<D, kPanels>(x, ldx, rows, start, w.k, panel, epilogue);
-      } else if constexpr (kPanels > 2) {
-        int p = panel;
-        for (; panels - p >= 2; p += 2)
-          panel_group<D, 2>(x, ldx, rows, base + static_cast<size_t>(p) * 16 * w.k, w.k, p, epilogue);
-        if (p < panels) panel_group<D, 1>(x, ldx, rows, base + static_cast<size_t>(p) * 16 * w.k, w.k, p, epilogue);
-      } else {
-        panel_group<D, 1>(x, ldx, rows, start, w.k, panel, epilogue);
-      }
-    }
-  }
-  team.barrier();
+  auto at = [&](int panel) { return base + static_cast<size_t>(panel) * 16 * w.k; };
+  team.parallel((groups + grain - 1) / grain, [&](int item) {
+    const int end = std::min((item + 1) * grain * kPanels, panels);
+    int panel = item * grain * kPanels;
+    for (; panel + kPanels <= end; panel += kPanels)
+      panel_group<D, kPanels>(x, ldx, rows, at(panel), w.k, panel, epilogue);
+    if constexpr (kPanels > 2)
+      for (; panel + 2 <= end; panel += 2) panel_group<D, 2>(x, ldx, rows, at(panel), w.k, panel, epilogue);
+    for (; panel < end; ++panel) panel_group<D, 1>(x, ldx, rows, at(panel), w.k, panel, epilogue);
+  });
 }
 
 // Epilogues ------------------------------------------------------------------------------------------------------

@@ -15,71 +15,75 @@ inline void relax() {
 #endif
 }
 
-// Spins briefly, then lets others have the core: the thread waited for may itself be waiting for this core.
-template <class Done>
-void spin_until(Done done, int spins) {
-  for (int i = 0; i < spins; ++i) {
-    if (done()) return;
-    relax();
-  }
-  while (!done()) sched_yield();
-}
-
-constexpr int kBarrierSpins = 4000;
-constexpr int kIdleSpins = 4000;
+constexpr int kSpins = 2000;  // some tens of microseconds
 
 }  // namespace
 
 Team::Team(int size) : size_(size < 1 ? 1 : size) {
-  for (int thread = 1; thread < size_; ++thread) threads_.emplace_back([this, thread] { worker(thread); });
+  for (int thread = 1; thread < size_; ++thread) threads_.emplace_back([this] { worker(); });
 }
 
 Team::~Team() {
   stop_.store(true);
-  job_.fetch_add(1);
-  job_.notify_all();
+  passes_.fetch_add(1);
+  passes_.notify_all();
   for (auto& thread : threads_) thread.join();
 }
 
-void Team::run(const std::function<void(int)>& body) {
-  std::lock_guard<std::mutex> lock(turn_);
-  counter_.store(0, std::memory_order_relaxed);
-  if (size_ == 1) {
-    body(0);
-    return;
-  }
-  body_ = &body;
-  running_.store(size_ - 1, std::memory_order_relaxed);
-  job_.fetch_add(1, std::memory_order_release);
-  job_.notify_all();
-  body(0);
-  spin_until([this] { return running_.load(std::memory_order_acquire) == 0; }, kBarrierSpins);
+void Team::begin() {
+  turn_.lock();
+  if (size_ == 1) return;
+  active_.store(true, std::memory_order_release);
+  passes_.fetch_add(1, std::memory_order_release);
+  passes_.notify_all();
 }
 
-void Team::barrier() {
-  if (size_ == 1) {
-    counter_.store(0, std::memory_order_relaxed);
-    return;
+void Team::end() {
+  active_.store(false, std::memory_order_release);
+  turn_.unlock();
+}
+
+void Team::share(int count, Call call, void* context) {
+  ++loop_;
+  // A worker reads its loop's entry only while it holds one of its items, and the loop cannot end before that.
+  loops_[loop_ % kLoops] = {call, context};
+  done_.store(0, std::memory_order_relaxed);
+  ticket_.store(Ticket::make(loop_, count).word, std::memory_order_release);
+  while (work_once()) {
   }
-  const uint32_t phase = phase_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    counter_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-  } else {
-    spin_until([this, phase] { return phase_.load(std::memory_order_acquire) != phase; }, kBarrierSpins);
+  for (int spins = 0; done_.load(std::memory_order_acquire) != count; ++spins) {
+    if (spins < kSpins) relax();
+    else sched_yield();  // the worker that holds the last item may be waiting for this core
   }
 }
 
-void Team::worker(int thread) {
+bool Team::work_once() {
+  Ticket ticket{ticket_.load(std::memory_order_acquire)};
+  if (!ticket.open()) return false;
+  ticket.word = ticket_.fetch_add(1, std::memory_order_acq_rel);
+  if (!ticket.open()) return false;
+  const Loop& loop = loops_[ticket.loop() % kLoops];
+  loop.call(loop.context, ticket.next());
+  done_.fetch_add(1, std::memory_order_acq_rel);
+  return true;
+}
+
+void Team::worker() {
   uint32_t seen = 0;
-  for (;;) {
-    for (int i = 0; i < kIdleSpins && job_.load(std::memory_order_acquire) == seen; ++i) relax();
-    job_.wait(seen, std::memory_order_acquire);
-    seen = job_.load(std::memory_order_acquire);
-    if (stop_.load()) return;
-    (*body_)(thread);
-    running_.fetch_sub(1, std::memory_order_acq_rel);
+  while (!stop_.load()) {
+    int spins = 0;
+    while (active_.load(std::memory_order_acquire) || spins < kSpins) {
+      if (work_once()) {
+        spins = 0;
+      } else if (spins < kSpins) {
+        relax();
+        ++spins;
+      } else {
+        sched_yield();
+      }
+    }
+    passes_.wait(seen, std::memory_order_acquire);
+    seen = passes_.load(std::memory_order_acquire);
   }
 }
 

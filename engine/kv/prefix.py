@@ -1,0 +1,25 @@
+"""Names for the content of blocks: a block's hash covers its tokens and everything before them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from slipstream.engine.kv.pool import BlockHash
+
+DIGEST_BYTES = 16
+
+
+def seed(target_version: int, cache_salt: str) -> BlockHash:
+    """The root of every chain. Blocks of other weights or another salt cannot match, by construction."""
+    return blake2b(f"{target_version}\0{cache_salt}".encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def extend(chain: list[BlockHash], root: BlockHash, tokens: Sequence[int], block_size: int) -> None:
+    """Appends the hashes of the full blocks of ``tokens`` that the chain does not cover yet."""
+    parent = chain[-1] if chain else root
+    for begin in range(len(chain) * block_size, len(tokens) - block_size + 1, block_size):
+        content = array("i", tokens[begin : begin + block_size]).tobytes()
+        parent = blake2b(parent + content, digest_size=DIGEST_BYTES).digest()
+        chain.append(parent)

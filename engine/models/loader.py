@@ -1,0 +1,160 @@
+"""From configuration to a model in memory and a cache that fits beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from slipstream.engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.checkpoint.shapes import FAMILIES
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError, ModelError
+from slipstream.engine.models.config import ModelShape, decoder_config, model_shape
+from slipstream.engine.models.native_decoder import NativeDecoder
+from slipstream.engine.models.protocol import CausalModel
+from slipstream.engine.models.torch_decoder import TorchDecoder
+from slipstream.engine.models.transformers_model import TransformersModel
+from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.native import library
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DEFAULT_CACHE_SHARE = 4
+DEFAULT_CACHE_BYTES = 2 << 30
+HEADROOM_BYTES = 400 << 20
+"""Memory for the interpreter, torch and activations, besides weights and cache."""
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: CausalModel
+    max_model_len: int
+    num_blocks: int
+    block_bytes: int
+    weights_bytes: int
+    seconds: float
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Loads the weights and sizes the cache.
+
+    Raises:
+        ModelError: the model is broken, unknown, or does not fit into memory.
+        ConfigError: an option does not fit the model or the machine.
+    """
+    began = time.monotonic()
+    checkpoint = open_checkpoint(config.model)
+    dtype = DTYPES["bfloat16" if config.dtype == "auto" else config.dtype]
+    device = _device(config)
+    shape = model_shape(checkpoint.config)
+    _prepare_threads(config)
+    weights_bytes = _weights_bytes(checkpoint, config, dtype)
+    block_bytes = PagedKVCache.block_bytes(shape.num_layers, config.block_size, shape.kv_heads, shape.head_dim, dtype)
+    num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, device)
+    model = _new_model(checkpoint.config, config, dtype, device, max_model_len)
+    dummy = config.load_format == "dummy"
+    model.load(dummy_tensors(checkpoint.config, config.seed) if dummy else checkpoint.tensors())
+    return LoadedModel(model, max_model_len, num_blocks, block_bytes, weights_bytes, time.monotonic() - began)
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of "512MiB", "2GiB", "1.5 GB", "100000000"; raises ConfigError naming the option."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", text.lower())
+    if not match or match[2] not in UNITS:
+        raise ConfigError(f"--{option} {text!r} is not a size; write it like 512MiB or 2GiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _new_model(
+    config: dict[str, Any], options: EngineConfig, dtype: torch.dtype, device: torch.device, max_length: int
+) -> CausalModel:
+    if config["model_type"] not in FAMILIES:
+        return TransformersModel(config, dtype, device)
+    decoder = decoder_config(config)
+    if device.type == "cpu" and options.kernels != "torch":
+        if NativeDecoder.supports(decoder):
+            return NativeDecoder(decoder, dtype, max_length)
+        if options.kernels == "native":
+            raise ConfigError(
+                "--kernels native: the compiled kernels are not available here (no compiler at install, an older "
+                "processor, or sizes that are not multiples of 16); use --kernels auto"
+            )
+    return TorchDecoder(decoder, dtype, device, max_length)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def _prepare_threads(config: EngineConfig) -> None:
+    threads = config.threads or len(os.sched_getaffinity(0))
+    native = library.load()
+    if native is not None and config.kernels != "torch":
+        native.slip_set_threads(threads)
+        # torch's own threads would spin beside those of the kernels; what is left to torch is small.
+        torch.set_num_threads(1)
+    else:
+        torch.set_num_threads(threads)
+
+
+def _weights_bytes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype) -> int:
+    if config.load_format == "dummy":
+        from slipstream.engine.checkpoint.shapes import parameter_shapes
+
+        return sum(int(torch.Size(size).numel()) for _, size in parameter_shapes(checkpoint.config)) * dtype.itemsize
+    return checkpoint.weights_bytes(dtype)
+
+
+def _fit(
+    config: EngineConfig, shape: ModelShape, weights_bytes: int, block_bytes: int, device: torch.device
+) -> tuple[int, int]:
+    """Number of cache blocks, and the longest sequence they and the model allow."""
+    if config.block_size % 16:
+        raise ConfigError(f"--block-size {config.block_size} must be a multiple of 16")
+    available = _available_memory(device) - HEADROOM_BYTES
+    left = available - weights_bytes
+    wanted = config.max_model_len or shape.max_positions
+    if wanted > shape.max_positions:
+        raise ConfigError(f"--max-model-len {wanted}: the model was made for {shape.max_positions} positions at most")
+    least = -(-wanted // config.block_size) * block_bytes if config.max_model_len else 16 * block_bytes
+    if left < least:
+        raise ModelError(
+            f"the model does not fit: weights take {_gib(weights_bytes)} and the smallest useful KV cache "
+            f"{_gib(least)}, but only {_gib(max(available, 0))} of memory are free"
+        )
+    if config.kv_cache_memory is None:
+        size = max(min(left // DEFAULT_CACHE_SHARE, DEFAULT_CACHE_BYTES), least)
+    else:
+        size = parse_size(config.kv_cache_memory, "kv-cache-memory")
+        if size > left:
+            raise ModelError(
+                f"--kv-cache-memory {config.kv_cache_memory} does not fit: beside the weights ({_gib(weights_bytes)}) "
+                f"{_gib(max(left, 0))} of memory are free"
+            )
+        if size < least:
+            raise ConfigError(
+                f"--kv-cache-memory {config.kv_cache_memory} is too small; at least {_gib(least)} are needed"
+            )
+    num_blocks = size // block_bytes
+    return num_blocks, min(wanted, num_blocks * config.block_size)
+
+
+def _available_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.2f} GiB"

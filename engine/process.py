@@ -1,0 +1,226 @@
+"""The engine process: loads the model, then steps while there is work and listens while there is none.
+
+Run as ``python -m slipstream.engine.process FOLDER CONFIG``: FOLDER holds the two sockets, CONFIG is EngineConfig as
+JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from slipstream.engine.client import endpoint
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.core import EngineCore
+from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
+from slipstream.engine.messages import (
+    AbortRequests,
+    Call,
+    CallReply,
+    EngineFailed,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    NewRequest,
+    StepOutputs,
+    ToEngine,
+    TokenDelta,
+)
+from slipstream.engine.models.loader import LoadedModel, load_model
+from slipstream.engine.runner.runner import ModelRunner
+from slipstream.engine.scheduler import Scheduler
+from slipstream.engine.step_cost import StepCost
+
+HEARTBEAT_MS = 1000
+PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PROFILE_CONTEXT = 1024
+PROFILE_RUNS = 3
+
+
+class Engine:
+    """Everything of one engine process but its sockets; also runs inside tests."""
+
+    def __init__(self, config: EngineConfig, deliver: Callable[[list[TokenDelta], EngineStats], None]) -> None:
+        loaded = load_model(config)
+        self.loaded: LoadedModel = loaded
+        self.config = config
+        self.runner = ModelRunner(
+            loaded.model, loaded.num_blocks, config.block_size, config.max_running, loaded.max_model_len
+        )
+        cost = StepCost()
+        cost.calibrate(profile(self.runner, loaded.max_model_len, config.max_step_tokens))
+        self.scheduler = Scheduler(config, loaded.num_blocks, loaded.max_model_len, cost)
+        self.core = EngineCore(self.scheduler, self.runner.execute, deliver, config.pipeline)
+
+    def ready(self) -> EngineReady:
+        model, loaded = self.loaded.model, self.loaded
+        return EngineReady(
+            model_type=model.shape.model_type,
+            vocab_size=model.shape.vocab_size,
+            max_model_len=loaded.max_model_len,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=self.runner.cache.data.device.type,
+            kernels=model.kernels,
+            block_size=self.config.block_size,
+            num_blocks=loaded.num_blocks,
+            weights_bytes=loaded.weights_bytes,
+            kv_cache_bytes=loaded.num_blocks * loaded.block_bytes,
+            load_seconds=loaded.seconds,
+        )
+
+    def operate(self, operation: str, arguments: dict[str, Any]) -> Any:
+        """Runs a control operation by name; raises SlipstreamError for what cannot be done."""
+        if operation not in OPERATIONS:
+            raise SlipstreamError(f"the engine has no operation {operation!r}; it has {sorted(OPERATIONS)}")
+        return OPERATIONS[operation](self, **arguments)
+
+
+def _check_integrity(engine: Engine) -> str:
+    engine.scheduler.check_integrity()
+    return "ok"
+
+
+def _reset_prefix_cache(engine: Engine) -> bool:
+    engine.scheduler.kv.reset()
+    return True
+
+
+def _step_cost(engine: Engine) -> dict[str, float]:
+    return {str(tokens): seconds for tokens, seconds in engine.scheduler.cost.table().items()}
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "check_integrity": _check_integrity,
+    "reset_prefix_cache": _reset_prefix_cache,
+    "step_cost": _step_cost,
+}
+
+
+def profile(runner: ModelRunner, max_model_len: int, max_step_tokens: int) -> list[tuple[int, int, float]]:
+    """(tokens, context, seconds) of steps of several sizes, best of a few runs each, for StepCost.calibrate."""
+    most = min(max_model_len, max_step_tokens)
+    measured = []
+    for tokens in [count for count in PROFILE_TOKENS if count <= most] or [most]:
+        seconds = min(runner.profile(tokens, tokens) for _ in range(PROFILE_RUNS))
+        measured.append((tokens, tokens * (tokens + 1) // 2, seconds))
+    tokens, context = min(16, most), min(PROFILE_CONTEXT, max_model_len)
+    seconds = min(runner.profile(tokens, context) for _ in range(PROFILE_RUNS))
+    measured.append((tokens, tokens * context, seconds))
+    return measured
+
+
+class _Process:
+    def __init__(self, folder: Path) -> None:
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._outbox = self._context.socket(zmq.PUSH)
+        for socket, name in ((self._inbox, "to-engine"), (self._outbox, "from-engine")):
+            socket.set_hwm(0)
+            socket.connect(endpoint(folder, name))
+        self._outbox.linger = 1000
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._stop = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def run(self, config: EngineConfig) -> int:
+        try:
+            engine = Engine(config, lambda deltas, stats: self._send(StepOutputs(deltas, stats)))
+        except (ModelError, ConfigError) as error:
+            self._send(EngineFailed(str(error), user_error=True))
+            return 2
+        except MemoryError as error:
+            self._send(EngineFailed(f"the model does not fit into memory: {error}", user_error=True))
+            return 2
+        except Exception as error:
+            traceback.print_exc()
+            self._send(EngineFailed(f"the engine could not start: {type(error).__name__}: {error}"))
+            return 1
+        # What exists now lives as long as the process; collections need not walk it.
+        gc.collect()
+        gc.freeze()
+        self._send(engine.ready())
+        try:
+            self._serve(engine)
+        except Exception as error:
+            traceback.print_exc()
+            self._send(EngineFailed(f"the engine failed: {type(error).__name__}: {error}"))
+            return 1
+        return 0
+
+    def _serve(self, engine: Engine) -> None:
+        while not self._stop.is_set():
+            if engine.core.has_work:
+                self._receive(engine)
+                engine.core.step()
+            elif self._inbox.poll(HEARTBEAT_MS):
+                self._receive(engine)
+            else:
+                self._send(StepOutputs([], engine.scheduler.stats()))
+        engine.core.close()
+
+    def _receive(self, engine: Engine) -> None:
+        while True:
+            try:
+                frame = self._inbox.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            message = self._decoder.decode(frame)
+            match message:
+                case NewRequest():
+                    engine.scheduler.add(message)
+                case AbortRequests():
+                    engine.scheduler.abort(message.request_ids)
+                case Call():
+                    self._send(self._answer(engine, message))
+
+    def _answer(self, engine: Engine, call: Call) -> CallReply:
+        engine.core.drain()
+        try:
+            return CallReply(call.call_id, engine.operate(call.operation, call.arguments))
+        except (SlipstreamError, TypeError) as error:
+            return CallReply(call.call_id, error=str(error))
+        except AssertionError as error:
+            return CallReply(call.call_id, error=f"integrity violated: {error}")
+
+    def _send(self, message: FromEngine) -> None:
+        self._outbox.send(self._encoder.encode(message))
+
+    def close(self) -> None:
+        self._inbox.close(0)
+        self._outbox.close()
+        self._context.term()
+
+
+def die_with_parent() -> None:
+    """Asks Linux to end this process when the server is gone, however it went."""
+    pr_set_pdeathsig = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() == 1:
+            sys.exit(1)
+
+
+def main(folder: str, config: str) -> int:
+    die_with_parent()
+    process = _Process(Path(folder))
+    try:
+        return process.run(msgspec.json.decode(config, type=EngineConfig))
+    finally:
+        process.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

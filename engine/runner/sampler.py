@@ -1,0 +1,159 @@
+"""Draws the next token of each row and reports log-probabilities, as each request's parameters say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slipstream.engine.messages import SamplingParams, TokenLogprobs
+from slipstream.kernels import sampling
+from slipstream.kernels.random import uniform
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot carry."""
+
+
+@dataclass(slots=True)
+class SamplingRow:
+    """What one row is drawn with: parameters, and the tokens before it."""
+
+    params: SamplingParams
+    seed: int
+    num_prompt: int
+    history: NDArray[np.int32]
+    """Prompt and output before the token to be drawn; a view that is valid for this call."""
+
+    @property
+    def num_output(self) -> int:
+        return len(self.history) - self.num_prompt
+
+
+@dataclass(slots=True)
+class Sampled:
+    tokens: list[int]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether the logits are used as they come: no processor changes or reports anything."""
+    return (
+        params.frequency_penalty == 0.0
+        and params.presence_penalty == 0.0
+        and params.repetition_penalty == 1.0
+        and not params.logit_bias
+        and not params.allowed_token_ids
+        and not params.bad_words
+        and params.min_tokens == 0
+    )
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+    """Draws one token per row of logits [len(rows), vocab] float32, which is overwritten.
+
+    Randomness comes from each row's seed and the number of tokens drawn before, so the result of a row does not
+    depend on the other rows.
+    """
+    wants_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    raw = [i for i in wants_logprobs if rows[i].params.logprobs_mode == "raw"]
+    raw_logits = logits[raw] if raw else None
+    for i, row in enumerate(rows):
+        if not is_plain(row.params):
+            process(logits, i, row)
+
+    best = logits.max(dim=-1)
+    tokens = best.indices
+    errors = dict.fromkeys(
+        (~best.values.isfinite()).nonzero()[:, 0].tolist(), "the model returned logits that are not finite"
+    )
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and i not in errors]
+    probs: Tensor | None = None
+    if drawn:
+        probs = distribution(logits if len(drawn) == len(rows) else logits[drawn], [rows[i].params for i in drawn])
+        seeds = np.array([rows[i].seed for i in drawn], np.uint64)
+        counters = np.array([rows[i].num_output for i in drawn], np.uint64)
+        uniforms = torch.from_numpy(uniform(seeds, counters)).to(logits.device)
+        tokens[drawn] = sampling.draw(probs, uniforms)
+    result = Sampled(tokens.tolist(), errors=errors)
+    if raw_logits is not None:
+        _report(result, raw, raw_logits.log_softmax(-1), rows)
+    if processed := [i for i in wants_logprobs if rows[i].params.logprobs_mode == "processed"]:
+        place = {i: at for at, i in enumerate(drawn)}
+        for i in processed:
+            if probs is not None and i in place:
+                row_probs = probs[place[i]]
+                logprobs = (row_probs / row_probs.sum()).log()
+            else:
+                logprobs = logits[i].log_softmax(-1)
+            _report(result, [i], logprobs[None], rows)
+    return result
+
+
+def process(logits: Tensor, i: int, row: SamplingRow) -> None:
+    """Applies to row i, in place, everything that comes before temperature."""
+    params = row.params
+    if params.allowed_token_ids:
+        allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
+        kept = logits[i, allowed]
+        logits[i] = sampling.NEVER
+        logits[i, allowed] = kept
+    for word in params.bad_words:
+        head = len(word) - 1
+        if row.num_output >= head and row.history[len(row.history) - head :].tolist() == list(word[:-1]):
+            logits[i, word[-1]] = sampling.NEVER
+    if row.num_output < params.min_tokens and params.stop_token_ids:
+        logits[i, list(params.stop_token_ids)] = sampling.NEVER
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=logits.device)
+        logits[i, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+    if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
+        drawn, counts = np.unique(row.history[row.num_prompt :], return_counts=True)
+        sampling.penalize(
+            logits,
+            i,
+            torch.from_numpy(np.unique(row.history)).to(logits.device, torch.long),
+            params.repetition_penalty,
+            torch.from_numpy(drawn).to(logits.device, torch.long),
+            torch.from_numpy(counts).to(logits.device, torch.float32),
+            params.frequency_penalty,
+            params.presence_penalty,
+        )
+
+
+def distribution(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """What a token is drawn from, one row per entry of ``params``, up to a factor per row; all have temperature > 0."""
+
+    def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor([getattr(entry, name) for entry in params], dtype=dtype, device=logits.device)
+
+    scaled = logits / column("temperature")[:, None]
+    if any(entry.top_k for entry in params):
+        sampling.keep_top_k(scaled, column("top_k", torch.long))
+    probs = scaled.softmax(-1)
+    if any(entry.min_p for entry in params):
+        sampling.keep_min_p(probs, column("min_p"))
+    if any(entry.top_p < 1.0 for entry in params):
+        sampling.keep_top_p(probs, column("top_p"))
+    return probs
+
+
+def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Of one token and the ``count`` most likely ones, from logprobs [vocab]."""
+    value = logprobs[token]
+    rank = int((logprobs > value).sum()) + 1
+    top: list[tuple[int, float]] = []
+    if count:
+        best = logprobs.topk(min(count, len(logprobs)))
+        values = best.values.clamp(min=LOWEST_LOGPROB).tolist()
+        top = list(zip(best.indices.tolist(), values, strict=True))
+    return TokenLogprobs(token, max(float(value), LOWEST_LOGPROB), rank, top)
+
+
+def _report(result: Sampled, indices: list[int], logprobs: Tensor, rows: Sequence[SamplingRow]) -> None:
+    for at, i in enumerate(indices):
+        result.logprobs[i] = token_logprobs(logprobs[at], result.tokens[i], rows[i].params.logprobs or 0)

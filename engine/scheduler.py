@@ -1,0 +1,383 @@
+"""Decides what the next step computes, and digests what it brought.
+
+Queue order. Every request gets a deadline when it arrives: arrival time, plus the time its prompt needs, plus a fixed
+time per level of priority; the earliest deadline goes first. So short prompts overtake long ones by a little, urgent
+requests overtake others by a bounded time, and nothing starves: whoever comes late enough has a later deadline.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections import deque
+from collections.abc import Callable, Iterable
+from random import SystemRandom
+
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.kv import prefix
+from slipstream.engine.kv.manager import Admission, KVManager, Wait
+from slipstream.engine.messages import EngineStats, FinishReason, NewRequest, TokenDelta, TokenLogprobs
+from slipstream.engine.plan import NewRow, StepPlan, StepResult
+from slipstream.engine.request import Request
+from slipstream.engine.step_cost import StepCost, chunk_context
+
+DECODE_SHARE = 0.5
+"""While prompts wait, running streams keep at least this share of a step, and prompts get the rest."""
+MIN_CHUNK = 16
+"""Prompts always advance by this many tokens a step, whatever the latency target."""
+
+
+class _Plan:
+    """A step in the making."""
+
+    def __init__(self) -> None:
+        self.new: list[NewRow] = []
+        self.blocks: list[tuple[int, int, list[int]]] = []
+        self.copies: list[tuple[int, int]] = []
+        self.requests: list[Request] = []
+        self.starts: list[int] = []
+        self.counts: list[int] = []
+        self.samples: list[bool] = []
+        self.num_tokens = 0
+        self.context = 0
+
+    def add(self, request: Request, count: int) -> None:
+        start = request.num_computed
+        sample = start + count == request.length
+        self.requests.append(request)
+        self.starts.append(start)
+        self.counts.append(count)
+        self.samples.append(sample)
+        self.num_tokens += count
+        self.context += chunk_context(start, count)
+        request.num_computed += count
+        request.in_flight += sample
+
+
+class Scheduler:
+    """Holds every request from arrival to its last delta. Not thread-safe; the step loop owns it."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_blocks: int,
+        max_model_len: int,
+        cost: StepCost,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.kv = KVManager(num_blocks, config.block_size, config.prefix_caching)
+        self.cost = cost
+        self.target_version = 0
+        self._config = config
+        self._max_model_len = max_model_len
+        self._clock = clock
+        self._requests: dict[int, Request] = {}
+        self._waiting: list[Request] = []  # by deadline
+        self._running: list[Request] = []  # by deadline
+        self._free_slots = list(range(config.max_running - 1, -1, -1))
+        self._under_way: deque[tuple[StepPlan, list[Request]]] = deque()
+        self._ended: list[TokenDelta] = []  # terminal deltas that no step will bring
+        self._random = SystemRandom()
+        self._step = 0
+        self._prompt_tokens = self._generation_tokens = 0
+        self._queries = self._hits = self._preemptions = 0
+
+    # Requests in and out --------------------------------------------------------------------------------------------
+
+    def add(self, message: NewRequest) -> None:
+        arrival = message.arrival or self._clock()
+        service = self.cost.predict(len(message.prompt), chunk_context(0, len(message.prompt)))
+        deadline = arrival + service + message.priority * self._config.priority_step_s
+        request = Request(message, deadline, prefix.seed(self.target_version, message.cache_salt))
+        self._requests[request.request_id] = request
+        insort(self._waiting, request, key=_deadline)
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """Ends requests at once; unknown ids are ignored. Their blocks are free before the next step."""
+        for request_id in request_ids:
+            if request := self._requests.get(request_id):
+                self._end(request, "abort")
+                self._ended.append(self._delta(request, [], "abort"))
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests or self._ended)
+
+    @property
+    def num_under_way(self) -> int:
+        """Planned steps that are not committed yet."""
+        return len(self._under_way)
+
+    # A step ---------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute for now."""
+        plan = _Plan()
+        self._admit(plan)
+        self._plan_decodes(plan)
+        self._plan_prompts(plan)
+        if not plan.requests:
+            return None
+        for request in plan.requests:
+            self.kv.publish(request)
+        self._step += 1
+        step = StepPlan(
+            step=self._step,
+            new=plan.new,
+            blocks=plan.blocks,
+            copies=plan.copies,
+            slots=[request.slot for request in plan.requests],
+            starts=plan.starts,
+            counts=plan.counts,
+            samples=plan.samples,
+            context=plan.context,
+        )
+        self._under_way.append((step, plan.requests))
+        return step
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
+        """Takes the result of the oldest planned step; returns what its requests have to tell."""
+        planned, requests = self._under_way.popleft()
+        assert planned is plan, "steps are committed in the order they were planned"
+        self.cost.observe(plan.num_tokens, plan.context, result.seconds)
+        deltas = self.take_ended()
+        for row, request in enumerate(requests):
+            if plan.samples[row]:
+                request.in_flight -= 1
+            if request.finished:
+                continue
+            if row in result.prompt_logprobs:
+                request.prompt_logprobs += result.prompt_logprobs[row]
+            if row in result.errors:
+                self._end(request, "error")
+                deltas.append(self._delta(request, [], "error", error=result.errors[row]))
+            elif plan.samples[row]:
+                deltas.append(self._take_token(request, result.tokens[row], result.logprobs.get(row)))
+        return deltas
+
+    def take_ended(self) -> list[TokenDelta]:
+        """Terminal deltas of requests that were aborted since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def stats(self, plan: StepPlan | None = None, seconds: float = 0.0) -> EngineStats:
+        pool = self.kv.pool
+        return EngineStats(
+            step=self._step,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            blocks_total=pool.num_blocks,
+            blocks_used=pool.num_used,
+            blocks_cached=pool.num_cached,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_cache_queries=self._queries,
+            prefix_cache_hits=self._hits,
+            preemptions=self._preemptions,
+            step_tokens=plan.num_tokens if plan else 0,
+            step_seconds=seconds,
+            target_version=self.target_version,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if blocks, slots or queues do not add up."""
+        self.kv.pool.check([request.blocks for request in self._requests.values()])
+        assert len(self._running) + len(self._waiting) == len(self._requests), "a request is in no queue, or in two"
+        slots = [request.slot for request in self._running]
+        assert len(set(slots)) == len(slots) and -1 not in slots, "two requests share a row"
+        assert len(slots) + len(self._free_slots) == self._config.max_running, "a row is lost"
+        assert all(request.slot == -1 and not request.blocks for request in self._waiting), (
+            "a waiting request holds room"
+        )
+        for request in self._running:
+            assert request.num_computed <= request.length, "more positions computed than there are tokens"
+            assert len(request.blocks) * self._config.block_size >= request.num_computed, "tokens without a block"
+
+    # Planning -------------------------------------------------------------------------------------------------------
+
+    def _admit(self, plan: _Plan) -> None:
+        """Moves waiting requests to running ones while there is room, in order of their deadlines."""
+        for request in list(self._waiting):
+            if request.in_flight:
+                continue  # preempted with a token under way, which will come with the next commit
+            if not self._wants_prompt_work(request):
+                return
+            while True:
+                admission: Admission | Wait = Wait.BLOCKS
+                if self._free_slots:
+                    admission = self.kv.admit(request, spare=len(self._running))
+                if admission is not Wait.BLOCKS or not self._preempt_for(request):
+                    break
+            if admission is Wait.PREFIX:
+                continue
+            if isinstance(admission, Wait):
+                return  # nobody overtakes the first in line
+            self._start(request, admission, plan)
+
+    def _wants_prompt_work(self, request: Request) -> bool:
+        """Whether prompts more urgent than this one leave room in the next step."""
+        backlog = 0
+        for running in self._running:
+            if running.deadline > request.deadline:
+                break
+            if running.length - running.num_computed > 1:
+                backlog += running.length - running.num_computed
+        return backlog < self._config.max_step_tokens
+
+    def _start(self, request: Request, admission: Admission, plan: _Plan) -> None:
+        self._waiting.remove(request)
+        insort(self._running, request, key=_deadline)
+        request.slot = self._free_slots.pop()
+        request.num_computed = admission.num_cached
+        request.prompt_logprobs = [None]
+        if not request.scheduled_at:
+            request.scheduled_at = self._clock()
+            request.num_cached = admission.num_cached
+            self._prompt_tokens += request.num_prompt
+        self._queries += len(request.tokens)
+        self._hits += admission.num_cached
+        params = request.message.params
+        seed = params.seed if params.seed is not None else self._draw_seed(request)
+        plan.new.append(NewRow(request.slot, list(request.tokens), request.num_prompt, params, seed))
+        plan.blocks.append((request.slot, 0, list(request.blocks)))
+        plan.copies.extend(admission.copies)
+
+    def _plan_decodes(self, plan: _Plan) -> None:
+        """One token for every stream; a stream without room for it pushes out the least urgent request."""
+        for request in list(self._running):
+            if request.slot < 0 or request.length - request.num_computed != 1 or self._awaits_commit(request):
+                continue
+            while (grown := self.kv.grow(request, request.length)) is None:
+                victim = self._running[-1]
+                self._preempt(victim, plan)
+                if victim is request:
+                    break
+            else:
+                if grown:
+                    plan.blocks.append((request.slot, len(request.blocks) - grown, request.blocks[-grown:]))
+                plan.add(request, 1)
+
+    def _plan_prompts(self, plan: _Plan) -> None:
+        """Gives what the step has left to prompts, most urgent first."""
+        decodes = plan.num_tokens
+        seconds = self._step_target(plan)
+        limit = self._config.max_step_tokens
+        for request in self._running:
+            remaining = request.length - request.num_computed
+            if remaining <= 1 or self._awaits_commit(request):
+                continue
+            if not self._config.chunked_prefill:
+                if plan.num_tokens > decodes and plan.num_tokens + remaining > limit:
+                    return
+                plan.add(request, remaining)
+                continue
+            most = min(remaining, limit - plan.num_tokens)
+            if decodes:
+                fits = self.cost.chunk_within(seconds, plan.num_tokens, plan.context, request.num_computed, most)
+                least = MIN_CHUNK if plan.num_tokens == decodes else 0
+                most = max(fits, min(least, most))
+            if most <= 0:
+                return
+            plan.add(request, most)
+
+    def _step_target(self, plan: _Plan) -> float:
+        """Seconds this step may take while streams run."""
+        decode_seconds = self.cost.predict(plan.num_tokens, plan.context)
+        return max(self._config.step_latency_ms / 1000, decode_seconds / DECODE_SHARE)
+
+    def _awaits_commit(self, request: Request) -> bool:
+        """Whether a token under way will end the request, so that nothing more is to be computed."""
+        if not request.in_flight:
+            return False
+        planned_output = request.num_output + request.in_flight
+        return planned_output >= request.message.params.max_tokens or request.length >= self._max_model_len
+
+    def _preempt_for(self, request: Request) -> bool:
+        """Makes room by pushing out a running request of lower priority and later deadline, if there is one."""
+        if not self._running:
+            return False
+        victim = self._running[-1]
+        if victim.message.priority <= request.message.priority or victim.deadline <= request.deadline:
+            return False
+        self._preempt(victim, None)
+        return True
+
+    def _preempt(self, request: Request, plan: _Plan | None) -> None:
+        """Back to the queue; its blocks go, what they held is recomputed or found in the prefix cache."""
+        if plan is not None:
+            # A request admitted in this very step is undone as if it had not been.
+            plan.new = [row for row in plan.new if row.slot != request.slot]
+            plan.blocks = [entry for entry in plan.blocks if entry[0] != request.slot]
+        self._preemptions += 1
+        request.num_preemptions += 1
+        self._leave_row(request)
+        request.num_computed = 0
+        insort(self._waiting, request, key=_deadline)
+
+    # Results --------------------------------------------------------------------------------------------------------
+
+    def _take_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> TokenDelta:
+        request.tokens.append(token)
+        self._generation_tokens += 1
+        params = request.message.params
+        finish: FinishReason | None = None
+        stop_token = None
+        if token in params.stop_token_ids and request.num_output >= params.min_tokens:
+            finish, stop_token = "stop", token
+        elif request.num_output >= params.max_tokens or len(request.tokens) >= self._max_model_len:
+            finish = "length"
+        if finish is not None:
+            self._end(request, finish)
+        elif request.slot >= 0:
+            self.kv.publish(request)
+        return self._delta(request, [token], finish, stop_token, [logprobs] if logprobs else None)
+
+    def _delta(
+        self,
+        request: Request,
+        tokens: list[int],
+        finish: FinishReason | None,
+        stop_token: int | None = None,
+        logprobs: list[TokenLogprobs] | None = None,
+        error: str | None = None,
+    ) -> TokenDelta:
+        first = not request.told_first
+        request.told_first = True
+        wants_prompt = first and request.message.params.prompt_logprobs is not None
+        return TokenDelta(
+            request_id=request.request_id,
+            tokens=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=request.prompt_logprobs if wants_prompt else None,
+            finish_reason=finish,
+            stop_token=stop_token,
+            error=error,
+            num_cached_tokens=request.num_cached if first else 0,
+            scheduled_at=request.scheduled_at if first else 0.0,
+            num_preemptions=request.num_preemptions if finish else 0,
+            target_version=self.target_version,
+        )
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        del self._requests[request.request_id]
+        request.finished = True
+        if request.slot >= 0:
+            self._leave_row(request)
+        else:
+            self._waiting.remove(request)
+
+    def _leave_row(self, request: Request) -> None:
+        self.kv.free(request)
+        self._running.remove(request)
+        self._free_slots.append(request.slot)
+        request.slot = -1
+
+    def _draw_seed(self, request: Request) -> int:
+        """Drawn once, so that a preempted request continues its random stream."""
+        if request.seed is None:
+            request.seed = self._random.getrandbits(63)
+        return request.seed
+
+
+def _deadline(request: Request) -> float:
+    return request.deadline
