@@ -1,13 +1,82 @@
-"""From logits to tokens, one row per position; every row is treated on its own, whatever else is in the batch."""
+"""From logits to tokens, one row per position; every row is treated on its own, whatever else is in the batch.
+
+Each operation has a torch reference and, on the CPU, a compiled twin.
+"""
 
 from __future__ import annotations
+
+from ctypes import CDLL
 
 import torch
 from torch import Tensor
 
+from slipstream.kernels.native.library import load
+
 NEVER = float("-inf")
-FIRST_LOOK = 256
-"""How many of the most likely tokens are sorted first; only rows whose nucleus is wider are sorted whole."""
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Index of the first largest logit of each row [rows]; -1 where it is not finite or the row holds a NaN."""
+    library = _native(logits)
+    if library is None:
+        return argmax_reference(logits)
+    out = torch.empty(len(logits), dtype=torch.int32)
+    library.slip_argmax(logits.data_ptr(), len(logits), logits.shape[1], out.data_ptr())
+    return out.long()
+
+
+def argmax_reference(logits: Tensor) -> Tensor:
+    best = logits.max(dim=-1)
+    return best.indices.masked_fill(~best.values.isfinite(), -1)
+
+
+def distribution(logits: Tensor, temperature: Tensor, top_k: Tensor, min_p: Tensor, top_p: Tensor) -> Tensor:
+    """Weights proportional to the probability of drawing each token; may overwrite logits [rows, vocab] float32.
+
+    In this order: divide by temperature (> 0), keep the top_k largest (0: all), drop what is less likely than min_p
+    times the most likely, keep the smallest set with mass top_p of what is left (Holtzman et al. 2020; 1: all).
+    Tokens as likely as the last one kept stay with it. The parameters are [rows]; top_k int32, the others float32.
+    """
+    library = _native(logits)
+    if library is None:
+        return distribution_reference(logits, temperature, top_k, min_p, top_p)
+    columns = [column.contiguous() for column in (temperature, top_k.int(), min_p, top_p)]
+    pointers = [column.data_ptr() for column in columns]
+    library.slip_distribution(logits.data_ptr(), len(logits), logits.shape[1], *pointers)
+    return logits
+
+
+def distribution_reference(logits: Tensor, temperature: Tensor, top_k: Tensor, min_p: Tensor, top_p: Tensor) -> Tensor:
+    ranked = logits.sort(dim=-1, descending=True).values
+    border = ranked.gather(1, (top_k.long().clamp(1, logits.shape[1]) - 1)[:, None])
+    border[top_k <= 0] = NEVER
+    kept = logits.masked_fill(logits < border, NEVER)
+    weights = ((kept - ranked[:, :1]) / temperature[:, None]).exp()
+    weights = weights.masked_fill(weights < min_p[:, None], 0.0)
+    ordered = weights.sort(dim=-1, descending=True).values
+    mass = ordered.cumsum(-1)
+    last = (mass < mass[:, -1:] * top_p[:, None]).sum(-1).clamp(max=logits.shape[1] - 1)
+    nucleus = ordered.gather(1, last[:, None])
+    nucleus[top_p >= 1.0] = 0.0
+    return weights.masked_fill(weights < nucleus, 0.0)
+
+
+def draw(weights: Tensor, shares: Tensor) -> Tensor:
+    """One token per row of weights [rows, vocab]: where the running sum exceeds shares [rows] in [0, 1) of the total."""
+    library = _native(weights)
+    if library is None:
+        return draw_reference(weights, shares)
+    out = torch.empty(len(weights), dtype=torch.int32)
+    shares = shares.double().contiguous()
+    library.slip_draw(weights.data_ptr(), len(weights), weights.shape[1], shares.data_ptr(), out.data_ptr())
+    return out.long()
+
+
+def draw_reference(weights: Tensor, shares: Tensor) -> Tensor:
+    cumulative = weights.double().cumsum(-1)
+    drawn = torch.searchsorted(cumulative, shares[:, None].double() * cumulative[:, -1:], right=True)[:, 0]
+    last = weights.shape[1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
+    return torch.minimum(drawn, last)
 
 
 def penalize(
@@ -35,48 +104,5 @@ def penalize(
         logits[row, drawn] -= frequency * counts + presence
 
 
-def keep_top_k(logits: Tensor, top_k: Tensor) -> None:
-    """Masks in place all but the top_k [rows] largest logits of each row; 0 keeps all. Ties at the border stay."""
-    most = int(top_k.max())
-    if most <= 0:
-        return
-    best = logits.topk(min(most, logits.shape[1]), dim=-1).values
-    border = best.gather(1, (top_k.clamp(1, best.shape[1]) - 1)[:, None])
-    border[top_k <= 0] = NEVER
-    logits.masked_fill_(logits < border, NEVER)
-
-
-def keep_min_p(probs: Tensor, min_p: Tensor) -> None:
-    """Zeroes in place what is less likely than min_p [rows] times the most likely token of the row."""
-    probs.masked_fill_(probs < probs.amax(-1, keepdim=True) * min_p[:, None], 0.0)
-
-
-def keep_top_p(probs: Tensor, top_p: Tensor) -> None:
-    """Zeroes in place what lies outside the smallest set of tokens with mass top_p [rows] (Holtzman et al. 2020).
-
-    ``probs`` need not be normalised. Tokens as likely as the last one of the set stay with it.
-    """
-    wanted = probs.sum(-1) * top_p
-    width = min(FIRST_LOOK, probs.shape[1])
-    border, complete = _nucleus_border(probs, wanted, width)
-    if width < probs.shape[1] and not bool(complete.all()):
-        rest = (~complete).nonzero()[:, 0]
-        border[rest], _ = _nucleus_border(probs[rest], wanted[rest], probs.shape[1])
-    border[top_p >= 1.0] = 0.0
-    probs.masked_fill_(probs < border[:, None], 0.0)
-
-
-def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """One token per row by inverting the cumulative distribution at uniforms [rows] in [0, 1); weights need no norm."""
-    cumulative = probs.double().cumsum(-1)
-    target = uniforms[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=probs.shape[1] - 1)
-
-
-def _nucleus_border(probs: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Probability of the last token of each row's nucleus among its ``width`` best, and whether it lies there."""
-    best = probs.topk(width, dim=-1).values
-    mass = best.cumsum(-1)
-    complete = mass[:, -1] >= wanted
-    last = (mass < wanted[:, None]).sum(-1).clamp(max=width - 1)
-    return best.gather(1, last[:, None])[:, 0], complete
+def _native(rows: Tensor) -> CDLL | None:
+    return load() if rows.device.type == "cpu" and rows.is_contiguous() and rows.dtype is torch.float32 else None

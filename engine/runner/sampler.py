@@ -126,20 +126,14 @@ def process(logits: Tensor, i: int, row: SamplingRow) -> None:
 
 
 def distribution(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """What a token is drawn from, one row per entry of ``params``, up to a factor per row; all have temperature > 0."""
+    """What a token is drawn from, one row per entry of ``params``, up to a factor per row; may overwrite logits."""
 
     def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor([getattr(entry, name) for entry in params], dtype=dtype, device=logits.device)
 
-    scaled = logits / column("temperature")[:, None]
-    if any(entry.top_k for entry in params):
-        sampling.keep_top_k(scaled, column("top_k", torch.long))
-    probs = scaled.softmax(-1)
-    if any(entry.min_p for entry in params):
-        sampling.keep_min_p(probs, column("min_p"))
-    if any(entry.top_p < 1.0 for entry in params):
-        sampling.keep_top_p(probs, column("top_p"))
-    return probs
+    return sampling.distribution(
+        logits, column("temperature"), column("top_k", torch.int32), column("min_p"), column("top_p")
+    )
 
 
 def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -13,6 +14,7 @@ namespace slip::SLIP_ISA {
 #include "gemm.h"
 #include "attention.h"
 #include "decoder.h"
+#include "sampling.h"
 
 #define SLIP_BY_DTYPE(dtype, call) ((dtype) == SLIP_BF16 ? call<Bf16> : call<F32>)
 
@@ -38,3 +40,13 @@ static void run_logits(Team& team, const SlipModel& m, const float* hidden, cons
 }
 
 }  // namespace slip::SLIP_ISA
+
+namespace slip {
+
+extern const Backend SLIP_BACKEND;
+const Backend SLIP_BACKEND{
+    SLIP_ISA::kName,       SLIP_ISA::run_linear, SLIP_ISA::run_store_kv, SLIP_ISA::run_attention, SLIP_ISA::run_workspace_bytes,
+    SLIP_ISA::run_forward, SLIP_ISA::run_logits, SLIP_ISA::argmax,       SLIP_ISA::distribution,  SLIP_ISA::draw,
+};
+
+}  // namespace slip

@@ -30,6 +30,12 @@ inline vec vkeep(vec a, int count, float fill) {
   const __mmask16 mask = count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count < 0 ? 0 : count)) - 1);
   return _mm512_mask_blend_ps(mask, _mm512_set1_ps(fill), a);
 }
+// One bit per lane: is it not a number, is a equal to b, is a at least b.
+inline unsigned vnan(vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+inline unsigned vequal(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline unsigned vatleast(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+// The lanes of a that are at least b, the others 0.
+inline vec vkeep_atleast(vec a, vec b) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), a); }
 // e^x to about one unit in the last place; exactly 0 below -87.
 inline vec vexp(vec x) {
   const __mmask16 live = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ);

@@ -1,0 +1,160 @@
+// Choosing tokens from logits. Included once per instruction set, inside its namespace.
+
+// Index of the first largest of x[0 … n-1], or -1 if the largest is not finite or anything is not a number.
+inline int32_t argmax_row(const float* x, int n) {
+  vec best = vset1(-INFINITY);
+  unsigned broken = 0;
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const vec v = vload(x + i);
+    best = vmax(v, best);
+    broken |= vnan(v);
+  }
+  float top = vmaximum(best);
+  for (int j = i; j < n; ++j) {
+    top = x[j] > top ? x[j] : top;
+    broken |= x[j] != x[j];
+  }
+  if (broken || !std::isfinite(top)) return -1;
+  const vec wanted = vset1(top);
+  for (int j = 0; j < i; j += 16)
+    if (const unsigned found = vequal(vload(x + j), wanted)) return j + __builtin_ctz(found);
+  while (x[i] != top) ++i;
+  return i;
+}
+
+inline void argmax(Team& team, const float* logits, int rows, int n, int32_t* out) {
+  const Pass pass(team);
+  team.parallel(rows, [&](int row) { out[row] = argmax_row(logits + static_cast<size_t>(row) * n, n); });
+}
+
+// Floats in order as integers, so that a search can halve the distance between any two of them.
+inline uint32_t order_of(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+inline float float_at(uint32_t order) {
+  return __builtin_bit_cast(float, order & 0x80000000u ? order & 0x7fffffffu : ~order);
+}
+
+struct Above {
+  int count;
+  float mass;
+};
+
+// How many of x[0 … n-1] are at least `border`, and their sum. n is a multiple of 16.
+inline Above above(const float* x, int n, float border) {
+  const vec b = vset1(border);
+  int count = 0;
+  vec mass = vzero();
+  for (int i = 0; i < n; i += 16) {
+    const vec v = vload(x + i);
+    count += __builtin_popcount(vatleast(v, b));
+    mass = vadd(mass, vkeep_atleast(v, b));
+  }
+  return {count, vsum(mass)};
+}
+
+// The largest border for which enough(above(border)) holds, or a smaller one that keeps the same values.
+// enough() must hold for `low` and, once it holds, for everything below.
+template <class Enough>
+inline float search_border(const float* x, int n, float low, float high, const Enough& enough) {
+  Above at_low = above(x, n, low);
+  Above at_high = above(x, n, high);
+  if (enough(at_high)) return high;
+  uint32_t lo = order_of(low), hi = order_of(high);
+  while (hi - lo > 1 && at_low.count - at_high.count > 1) {
+    const uint32_t middle = lo + (hi - lo) / 2;
+    const Above here = above(x, n, float_at(middle));
+    if (enough(here)) {
+      lo = middle;
+      at_low = here;
+    } else {
+      hi = middle;
+      at_high = here;
+    }
+  }
+  return float_at(lo);
+}
+
+// Turns logits x[0 … n-1] into weights proportional to the probabilities a token is drawn with; the largest is 1.
+// `padded` is scratch of n rounded up to 16 floats.
+inline void distribution_row(float* x, int n, float temperature, int top_k, float min_p, float top_p, float* padded) {
+  const int width = (n + 15) / 16 * 16;
+  std::memcpy(padded, x, n * sizeof(float));
+  for (int i = n; i < width; ++i) padded[i] = -INFINITY;
+  vec best = vset1(-INFINITY);
+  for (int i = 0; i < width; i += 16) best = vmax(vload(padded + i), best);
+  const float top = vmaximum(best);
+  float border = -INFINITY;
+  if (top_k > 0 && top_k < n)
+    border = search_border(padded, width, -std::numeric_limits<float>::max(), top,
+                           [&](const Above& a) { return a.count >= top_k; });
+  // Masked tokens have weight 0 like those too unlikely for a float.
+  const vec inverse = vset1(1.0f / temperature);
+  for (int i = 0; i < width; i += 16) {
+    const vec v = vload(padded + i);
+    const vec w = vexp(vmul(vsub(v, vset1(top)), inverse));
+    alignas(64) float lanes[16];
+    vstore(lanes, w);
+    if (const unsigned kept = vatleast(v, vset1(border)); kept != 0xffff)
+      for (int lane = 0; lane < 16; ++lane)
+        if (!(kept >> lane & 1)) lanes[lane] = 0.0f;
+    vstore(padded + i, vload(lanes));
+  }
+  float least = std::max(min_p, std::numeric_limits<float>::min());
+  if (top_p < 1.0f) {
+    const float wanted = above(padded, width, least).mass * top_p;
+    least = search_border(padded, width, least, 1.0f, [&](const Above& a) { return a.mass >= wanted; });
+  }
+  for (int i = 0; i < width; i += 16) vstore(padded + i, vkeep_atleast(vload(padded + i), vset1(least)));
+  std::memcpy(x, padded, n * sizeof(float));
+}
+
+inline void distribution(Team& team, float* x, int rows, int n, const float* temperature, const int32_t* top_k, const float* min_p,
+                         const float* top_p) {
+  const Pass pass(team);
+  team.parallel(rows, [&](int row) {
+    thread_local std::vector<float> padded;
+    padded.resize(n + 16);
+    distribution_row(x + static_cast<size_t>(row) * n, n, temperature[row], top_k[row], min_p[row], top_p[row], padded.data());
+  });
+}
+
+// The first index at which the running sum of weights exceeds `share` of the total, in groups of 16 and then one by one.
+inline int32_t draw_row(const float* weights, int n, double share) {
+  auto group = [&](int i) {
+    if (i + 16 <= n) return static_cast<double>(vsum(vload(weights + i)));
+    double sum = 0;
+    for (int j = i; j < n; ++j) sum += weights[j];
+    return sum;
+  };
+  double total = 0;
+  for (int i = 0; i < n; i += 16) total += group(i);
+  const double wanted = share * total;
+  double sum = 0;
+  int last = 0;  // the last token that can be drawn, for the case that rounding leaves the end open
+  for (int i = 0; i < n; i += 16) {
+    const double here = group(i);
+    if (here > 0 && sum + here > wanted) {
+      double inside = sum;
+      for (int j = i; j < std::min(i + 16, n); ++j) {
+        if (weights[j] <= 0) continue;
+        last = j;
+        inside += weights[j];
+        if (inside > wanted) return j;
+      }
+      return last;
+    }
+    if (here > 0)
+      for (int j = i; j < std::min(i + 16, n); ++j)
+        if (weights[j] > 0) last = j;
+    sum += here;
+  }
+  return last;
+}
+
+inline void draw(Team& team, const float* weights, int rows, int n, const double* shares, int32_t* out) {
+  const Pass pass(team);
+  team.parallel(rows, [&](int row) { out[row] = draw_row(weights + static_cast<size_t>(row) * n, n, shares[row]); });
+}
