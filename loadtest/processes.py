@@ -1,0 +1,57 @@
+"""What the processes of a local server use: processor time and memory of a process and all its descendants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import psutil
+
+LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessTree:
+    pid: int
+
+    def __post_init__(self) -> None:
+        if not psutil.pid_exists(self.pid):
+            raise ValueError(f"there is no process {self.pid}")
+
+    def processes(self) -> Iterator[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.pid)
+            yield root
+            yield from root.children(recursive=True)
+
+    def cpu_seconds(self) -> float:
+        """Processor time used so far, user and system."""
+        total = 0.0
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def resident_bytes(self) -> int:
+        """Resident memory; pages shared between the processes count once per process."""
+        total = 0
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+        return total
+
+
+def serving(url: str) -> ProcessTree | None:
+    """The processes that listen on a local URL; None if it is remote or belongs to someone else."""
+    parts = urlsplit(url)
+    if parts.hostname not in LOCAL:
+        return None
+    port = parts.port or 80
+    with suppress(psutil.AccessDenied):
+        for connection in psutil.net_connections(kind="tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return ProcessTree(connection.pid)
+    return None

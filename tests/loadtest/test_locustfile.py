@@ -1,0 +1,51 @@
+import asyncio
+import json
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("sharegpt")
+
+
+async def locust(url, *arguments):
+    """Run three users for two seconds; the exit status and the statistics by name."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "locust", "-f", find_spec("slipstream.loadtest.locustfile").origin),
+        *("--host", url, "--headless", "-u", "3", "-r", "3", "-t", "2s", "-s", "2", "--json", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert b"Traceback" not in err, err.decode()
+    return process.returncode, {row["name"]: row for row in json.loads(out)}
+
+
+def mean(row):
+    return row["total_response_time"] / row["num_requests"]
+
+
+async def test_users_stream_answers_and_report_token_latencies(serve):
+    async with serve(ttft=0.05, pace=0.02) as server:
+        status, rows = await locust(server.url, "--output-tokens", "6", "--model", "scripted")
+    assert status == 0
+    posts, first, gaps = (rows[name] for name in ("/v1/chat/completions", "time to first token", "inter-token latency"))
+    assert posts["num_requests"] == first["num_requests"] >= 6
+    assert posts["num_failures"] == 0
+    assert gaps["num_requests"] == 5 * first["num_requests"]
+    assert 50 <= mean(first) < 150
+    assert 20 <= mean(gaps) < 45
+    assert 50 + 5 * 20 <= mean(posts) < 400
+    assert {body["max_tokens"] for body in server.bodies} == {6}
+    assert len({body["messages"][0]["content"] for body in server.bodies}) == len(server.bodies)
+
+
+async def test_broken_streams_are_failures(serve):
+    faults = ("error", "mid-error", "break", "no-finish")
+    async with serve() as server:
+        server.on_request = lambda: setattr(server, "fault", faults[len(server.bodies) % 4])
+        status, rows = await locust(server.url, "--output-tokens", "3")
+    assert status == 1
+    posts = rows["/v1/chat/completions"]
+    assert posts["num_failures"] == posts["num_requests"] >= 8
+    assert len(server.bodies) - posts["num_requests"] <= 3  # under way when the time was over

@@ -1,0 +1,50 @@
+from time import perf_counter
+
+import pytest
+
+from slipstream.loadtest.harness import connect
+from slipstream.loadtest.scrape import Load, parse_load, read_load, wait_idle
+
+PAGE = """\
+# TYPE {p}:num_requests_running gauge
+{p}:num_requests_running{{engine="0"}} 2.0
+{p}:num_requests_running{{engine="1"}} 1.0
+{p}:num_requests_waiting 4
+{p}:num_requests_waiting_by_reason{{reason="capacity"}} 9
+{p}:kv_cache_usage_perc 0.25
+# TYPE {p}:num_preemptions counter
+{p}:num_preemptions_total 7
+"""
+
+
+@pytest.mark.parametrize("prefix", ["slipstream", "vllm"])
+def test_gauges_are_read_and_summed_over_engines(prefix):
+    load = parse_load(PAGE.format(p=prefix))
+    assert load == Load(running=3, waiting=4, kv_cache_usage=0.25, preemptions=7)
+    assert not load.idle
+
+
+@pytest.mark.parametrize("left_over", [(1, 0, 0), (0, 1, 0), (0, 0, 0.01)])
+def test_anything_left_over_is_not_idle(left_over):
+    assert not Load(*left_over, preemptions=0).idle
+    assert Load(0, 0, 0, preemptions=5).idle
+
+
+def test_other_pages_have_no_load():
+    assert parse_load("process_cpu_seconds_total 5\nother:num_requests_running 0\n") is None
+
+
+async def test_wait_idle_returns_when_idle_or_out_of_time(serve):
+    async with serve() as server, connect(server.url) as target:
+        load = await wait_idle(target.client, 5)
+        assert load is not None and load.idle
+        server.leak = 1
+        start = perf_counter()
+        load = await wait_idle(target.client, 0.3)
+        assert load is not None and load.running == 1
+        assert 0.3 <= perf_counter() - start < 1
+
+
+async def test_a_server_without_metrics_has_no_load(serve):
+    async with serve(gauges=False) as server, connect(server.url) as target:
+        assert await read_load(target.client) is None
