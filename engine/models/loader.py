@@ -6,21 +6,20 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
 
 from slipstream.engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
-from slipstream.engine.checkpoint.shapes import FAMILIES
+from slipstream.engine.checkpoint.shapes import FAMILIES, parameter_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
-from slipstream.engine.models.config import ModelShape, decoder_config, model_shape
+from slipstream.engine.models.config import ModelShape, decoder_config, model_shape, need
 from slipstream.engine.models.native_decoder import NativeDecoder
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.torch_decoder import TorchDecoder
-from slipstream.engine.models.transformers_model import TransformersModel
+from slipstream.engine.models.transformers_model import TransformersModel, transformers_shape
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.native import library
 
@@ -53,14 +52,13 @@ def load_model(config: EngineConfig) -> LoadedModel:
     checkpoint = open_checkpoint(config.model)
     dtype = DTYPES["bfloat16" if config.dtype == "auto" else config.dtype]
     device = _device(config)
-    shape = model_shape(checkpoint.config)
+    own = need(checkpoint.config, "model_type") in FAMILIES
+    shape = model_shape(checkpoint.config) if own else transformers_shape(checkpoint.config)
     _prepare_threads(config)
     weights_bytes = _weights_bytes(checkpoint, config, dtype)
     block_bytes = PagedKVCache.block_bytes(shape.num_layers, config.block_size, shape.kv_heads, shape.head_dim, dtype)
     num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, device)
-    model = _new_model(checkpoint.config, config, dtype, device, max_model_len)
-    dummy = config.load_format == "dummy"
-    model.load(dummy_tensors(checkpoint.config, config.seed) if dummy else checkpoint.tensors())
+    model = build_model(checkpoint, config, dtype, device, max_model_len)
     return LoadedModel(model, max_model_len, num_blocks, block_bytes, weights_bytes, time.monotonic() - began)
 
 
@@ -72,21 +70,26 @@ def parse_size(text: str, option: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _new_model(
-    config: dict[str, Any], options: EngineConfig, dtype: torch.dtype, device: torch.device, max_length: int
+def build_model(
+    checkpoint: Checkpoint, options: EngineConfig, dtype: torch.dtype, device: torch.device, max_length: int
 ) -> CausalModel:
+    """The fastest implementation that covers this model, with its weights loaded."""
+    config, dummy = checkpoint.config, options.load_format == "dummy"
     if config["model_type"] not in FAMILIES:
-        return TransformersModel(config, dtype, device)
+        return TransformersModel(config, dtype, device, None if dummy else checkpoint.path, options.seed)
     decoder = decoder_config(config)
-    if device.type == "cpu" and options.kernels != "torch":
-        if NativeDecoder.supports(decoder):
-            return NativeDecoder(decoder, dtype, max_length)
-        if options.kernels == "native":
-            raise ConfigError(
-                "--kernels native: the compiled kernels are not available here (no compiler at install, an older "
-                "processor, or sizes that are not multiples of 16); use --kernels auto"
-            )
-    return TorchDecoder(decoder, dtype, device, max_length)
+    model: CausalModel
+    if device.type == "cpu" and options.kernels != "torch" and NativeDecoder.supports(decoder):
+        model = NativeDecoder(decoder, dtype, max_length)
+    elif options.kernels == "native":
+        raise ConfigError(
+            "--kernels native: the compiled kernels are not available here (no compiler at install, an older "
+            "processor, a GPU, or sizes that are not multiples of 16); use --kernels auto"
+        )
+    else:
+        model = TorchDecoder(decoder, dtype, device, max_length)
+    model.load(dummy_tensors(config, options.seed) if dummy else checkpoint.tensors())
+    return model
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -110,8 +113,8 @@ def _prepare_threads(config: EngineConfig) -> None:
 
 def _weights_bytes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype) -> int:
     if config.load_format == "dummy":
-        from slipstream.engine.checkpoint.shapes import parameter_shapes
-
+        if checkpoint.config["model_type"] not in FAMILIES:
+            return 0  # known once it is built
         return sum(int(torch.Size(size).numel()) for _, size in parameter_shapes(checkpoint.config)) * dtype.itemsize
     return checkpoint.weights_bytes(dtype)
 

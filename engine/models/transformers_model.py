@@ -7,59 +7,57 @@ row of tokens: positions say where each token stands in its sequence, and attent
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from slipstream.engine.errors import ModelError
-from slipstream.engine.models.config import ModelShape, model_shape
+from slipstream.engine.models.config import ModelShape, model_shape, need
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
 
 ATTENTION = "slipstream_paged"
 
 
-class _GivenHidden(torch.nn.Module):
+class _GivenOutput(torch.nn.Module):
     """Stands in for the body of a causal model, so that its forward pass applies the head to hidden states we have."""
 
-    hidden: Tensor
+    output: Any = None
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+        return self.output
 
 
 class TransformersModel:
-    def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-        module = _build(config, dtype, device)
+    def __init__(
+        self, config: dict[str, Any], dtype: torch.dtype, device: torch.device, folder: Path | None, seed: int = 0
+    ) -> None:
+        """Loads the weights of a Hugging Face folder with transformers' own loader; without one they are random."""
+        module = _build(config, dtype, folder, seed).to(device).eval().requires_grad_(False)
         self.dtype = dtype
         self.kernels = f"transformers-{device.type}"
-        self.shape: ModelShape = model_shape(module.config.get_text_config().to_dict())
+        self.shape = transformers_shape(config)
         self._device = device
         self._name = type(module).__name__
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
         self._head = module
         self._body = module.base_model
-        self._given = _GivenHidden()
+        self._given = _GivenOutput()
         setattr(module, module.base_model_prefix, self._given)
+        self._probe()
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        missing = {id(parameter) for parameter in self._parameters.values()}
         for name, tensor in tensors:
             target = self._parameters.get(name)
             if target is None:
-                continue  # buffers and heads of other tasks; what is missing is found below
+                raise ModelError(f"{self._name} has no parameter {name!r}")
             if target.shape != tensor.shape:
                 raise ModelError(f"tensor {name!r} has shape {list(tensor.shape)}, needed is {list(target.shape)}")
-            with torch.no_grad():
-                target.copy_(tensor)
-            missing.discard(id(target))
-        if gaps := sorted(name for name, parameter in self._parameters.items() if id(parameter) in missing):
-            raise ModelError(f"the checkpoint lacks {len(gaps)} tensors, for example {', '.join(gaps[:3])}")
-        self._probe()
+            target.copy_(tensor)
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         shape = self.shape
@@ -74,12 +72,13 @@ class TransformersModel:
             use_cache=False,
             slipstream_step=(batch, cache),
         )
+        self._given.output = output
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
         chosen = hidden[torch.from_numpy(rows).to(self._device, torch.long)]
-        self._given.hidden = chosen[None]
+        self._given.output.last_hidden_state = chosen[None]
         logits: Tensor = self._head(input_ids=torch.zeros(1, len(rows), dtype=torch.long, device=self._device)).logits
         return logits[0].float()
 
@@ -121,20 +120,43 @@ class _ProbeCache(TorchKVCache):
         super().store(layer, k, v, batch)
 
 
-def _build(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+def transformers_shape(config: dict[str, Any]) -> ModelShape:
+    """As model_shape, for any configuration that transformers knows, whatever it calls its sizes."""
+    from transformers import AutoConfig
+
+    need(config, "model_type")
+    try:
+        settings = AutoConfig.for_model(**config).get_text_config()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"transformers does not know the model type {config['model_type']!r}: {error}") from error
+    names = ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads")
+    sizes = {name: getattr(settings, name, None) for name in (*names, "head_dim", "max_position_embeddings")}
+    return model_shape({"model_type": config["model_type"], **sizes})
+
+
+def _build(config: dict[str, Any], dtype: torch.dtype, folder: Path | None, seed: int) -> Any:
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
     from transformers.masking_utils import AttentionMaskInterface
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     AttentionInterface.register(ATTENTION, _paged_attention)
     AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
-    kind = config["model_type"]
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION}
     try:
-        settings = AutoConfig.for_model(**config)
-        # Random weights are drawn here and overwritten by load(); the memory is needed anyway.
-        module = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=ATTENTION)
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        raise ModelError(f"transformers cannot build a causal model of type {kind!r}: {error}") from error
-    return module.to(device).eval().requires_grad_(False)
+        if folder is None:
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **options)
+        module, info = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **options
+        )
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError, SafetensorError) as error:
+        kind = config["model_type"]
+        raise ModelError(f"transformers cannot load a causal model of type {kind!r}: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        some = ", ".join(missing[:3])
+        raise ModelError(f"the checkpoint in {folder} lacks {len(missing)} tensors, for example {some}")
+    return module
 
 
 def _paged_attention(

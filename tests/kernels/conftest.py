@@ -1,0 +1,15 @@
+from collections.abc import Iterator
+
+import pytest
+
+from slipstream.kernels.native import library
+
+
+@pytest.fixture(params=["avx512bf16", "avx2"], scope="module")
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test with each compiled variant that this processor can run."""
+    native = library.load()
+    if native is None or native.slip_select(request.param.encode()):
+        pytest.skip(f"{request.param} does not run here")
+    yield request.param
+    native.slip_init(2)

@@ -1,0 +1,123 @@
+"""The paged attention against the plain formula, and its independence of how a sequence is cut into steps."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slipstream.kernels import reference
+from slipstream.kernels.batch import RaggedBatch, make_batch
+from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
+from slipstream.kernels.native import library
+from slipstream.kernels.native.kv_cache import NativeKVCache
+
+KINDS = [TorchKVCache] + ([NativeKVCache] if library.load() is not None else [])
+CPU = torch.device("cpu")
+
+
+class Sequences:
+    """Random sequences whose blocks lie scattered in the cache."""
+
+    def __init__(
+        self, lengths: list[int], heads: int, kv_heads: int, head_dim: int, block_size: int, seed: int
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.lengths, self.block_size = lengths, block_size
+        self.q = [torch.randn(length, heads, head_dim, generator=generator) for length in lengths]
+        self.k = [torch.randn(length, kv_heads, head_dim, generator=generator) for length in lengths]
+        self.v = [torch.randn(length, kv_heads, head_dim, generator=generator) for length in lengths]
+        widest = max(-(-length // block_size) for length in lengths)
+        self.num_blocks = widest * len(lengths) + 3
+        blocks = rng.permutation(self.num_blocks)[: widest * len(lengths)]
+        self.tables = blocks.reshape(len(lengths), widest).astype(np.int32)
+
+    def batch(self, rows: list[int], starts: list[int], ends: list[int]) -> RaggedBatch:
+        counts = np.array(ends, np.int32) - np.array(starts, np.int32)
+        ids = np.zeros(int(counts.sum()), np.int32)
+        return make_batch(ids, counts, np.array(ends, np.int32), self.tables, np.array(rows, np.int32), self.block_size)
+
+    def run(
+        self, cache: PagedKVCache, rows: list[int], starts: list[int], ends: list[int], window: int
+    ) -> torch.Tensor:
+        def cut(tensors: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([tensors[row][s:e] for row, s, e in zip(rows, starts, ends, strict=True)])
+
+        batch = self.batch(rows, starts, ends)
+        cache.store(0, cut(self.k), cut(self.v), batch)
+        return cache.attend(0, cut(self.q), batch, 0.125, window)
+
+
+def new_cache(kind: type[PagedKVCache], s: Sequences, dtype: torch.dtype) -> PagedKVCache:
+    kv_heads, head_dim = s.k[0].shape[1:]
+    return kind(1, s.num_blocks, s.block_size, kv_heads, head_dim, dtype, CPU)
+
+
+shapes = st.sampled_from([(9, 3, 64), (4, 4, 32), (8, 1, 128), (40, 1, 32), (6, 2, 96), (2, 1, 256)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=30)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    shape=shapes,
+    block_size=st.sampled_from([16, 32]),
+    window=st.sampled_from([0, 0, 5, 130]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_prefill_equals_the_formula(
+    isa: str,
+    kind: type[PagedKVCache],
+    lengths: list[int],
+    shape: tuple[int, int, int],
+    block_size: int,
+    window: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    s = Sequences(lengths, *shape, block_size, seed)
+    out = s.run(new_cache(kind, s, dtype), list(range(len(lengths))), [0] * len(lengths), lengths, window)
+    expected = torch.cat([reference.attention(q, k, v, 0.125, window) for q, k, v in zip(s.q, s.k, s.v, strict=True)])
+    assert (out - expected).abs().max() < (2e-5 if dtype is torch.float32 else 0.06)
+
+
+@pytest.mark.skipif(NativeKVCache not in KINDS, reason="no native kernels on this machine")
+@settings(deadline=None, max_examples=30)
+@given(
+    cuts=st.lists(st.integers(1, 399), max_size=6, unique=True),
+    shape=shapes,
+    window=st.sampled_from([0, 0, 5, 130]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_cutting_a_sequence_into_steps_changes_no_bit(
+    isa: str, cuts: list[int], shape: tuple[int, int, int], window: int, dtype: torch.dtype
+) -> None:
+    s = Sequences([400, 77], *shape, 16, seed=1)
+    whole = s.run(new_cache(NativeKVCache, s, dtype), [0, 1], [0, 0], [400, 77], window)[:400]
+    cache = new_cache(NativeKVCache, s, dtype)
+    borders = [0, *sorted(cuts), 400]
+    pieces = [s.run(cache, [0], [a], [b], window) for a, b in zip(borders, borders[1:], strict=False)]
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[PagedKVCache]) -> None:
+    s = Sequences([40], 4, 2, 64, 16, seed=3)
+    cache = new_cache(kind, s, torch.bfloat16)
+    first = s.run(cache, [0], [0], [40], 0)
+    spare = next(block for block in range(s.num_blocks) if block not in s.tables)
+    cache.copy_blocks([(int(s.tables[0, 2]), spare)])
+    s.tables[0, 2] = spare
+    again = cache.attend(0, s.q[0], s.batch([0], [0], [40]), 0.125)
+    assert torch.equal(first, again)
+
+
+def test_softcap_bounds_the_scores() -> None:
+    q, k, v = torch.randn(5, 4, 32) * 9, torch.randn(5, 2, 32) * 9, torch.randn(5, 2, 32)
+    scores = torch.einsum("qhd,khd->hqk", q * 0.2, k.repeat_interleave(2, 1))
+    scores = 30 * torch.tanh(scores / 30)
+    scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+    expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(2, 1))
+    assert torch.allclose(reference.attention(q, k, v, 0.2, softcap=30.0), expected, atol=1e-5)
