@@ -19,9 +19,9 @@ def prompt(request) -> str:
 
 
 class WordTokenizer:
-    """Letters and everything else are told apart; two special tokens as with a begin and an end mark.
+    """Runs of letters and of everything else are tokens; two special tokens as with a begin and an end mark.
 
-    Joining two runs of letters changes their tokens, so a text cut and glued can have another length.
+    A long run at the end of the text is two tokens, so a text cut behind such a token gets longer by one.
     """
 
     def __init__(self):
@@ -30,9 +30,11 @@ class WordTokenizer:
     async def tokenize(self, text, *, add_special_tokens=True):
         pieces, start = [], 0
         for end in range(1, len(text) + 1):
-            if end == len(text) or text[end].isalpha() != text[end - 1].isalpha() or end - start == 5:
+            if end == len(text) or text[end].isalpha() != text[end - 1].isalpha():
                 pieces.append(text[start:end])
                 start = end
+        if len(pieces[-1]) > 3:
+            pieces[-1:] = [pieces[-1][:3], pieces[-1][3:]]
         special = [-1, -2] if add_special_tokens else []
         return special + [self.words.setdefault(piece, len(self.words)) for piece in pieces]
 
