@@ -46,7 +46,6 @@ class ChatTemplate:
     def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
         sources = {"default": source} if isinstance(source, str) else dict(source)
         self._templates = {name: _compile(text, name) for name, text in sources.items()}
-        self._sources = sources
         self._special_tokens = dict(special_tokens or {})
 
     def render(

@@ -52,12 +52,13 @@ def read_folder(folder: Path) -> TokenizerParts:
     try:
         special_tokens = {role: _content(named[role]) for role in ROLES if named.get(role)}
         _add_tokens(backend, config, named, special_tokens)
+        chat_templates = _chat_templates(folder, config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{folder / 'tokenizer_config.json'} or special_tokens_map.json has a malformed token entry ({error!r}). "
-            "Download the files again."
+            f"{folder / 'tokenizer_config.json'} (or special_tokens_map.json) has a malformed token or chat template: "
+            f"{error!r}. Download the files again."
         ) from error
-    return TokenizerParts(backend, special_tokens, _end_token_ids(folder), _chat_templates(folder, config))
+    return TokenizerParts(backend, special_tokens, _end_token_ids(folder), chat_templates)
 
 
 def _add_tokens(

@@ -127,7 +127,7 @@ def write_folder(tmp_path: Path) -> Callable[..., Path]:
         if shards == 1:
             save_file(tensors, folder / "model.safetensors")
             return folder
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for shard in range(shards):
             part = dict(list(tensors.items())[shard::shards])
             file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"

@@ -124,7 +124,9 @@ def test_sliding_window_makes_a_llama_file_a_mistral(
 
 def inverse_frequencies(config: Config) -> tuple[torch.Tensor, float]:
     standard = AutoConfig.for_model(**config)
-    return ROPE_INIT_FUNCTIONS[config["rope_parameters"]["rope_type"]](standard, torch.device("cpu"), seq_len=64)
+    compute = ROPE_INIT_FUNCTIONS[config["rope_parameters"]["rope_type"]]
+    frequencies, scale = compute(standard, torch.device("cpu"), seq_len=64)
+    return frequencies, scale
 
 
 def test_rope_factors_of_llama_3_are_honoured(tiny: Callable[..., Config], write_gguf: Callable[..., Path]) -> None:

@@ -43,7 +43,8 @@ def packed(kind: str) -> np.ndarray:
     if kind.endswith("_K"):
         elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
         return random.integers(0, 256, (ROWS, COLUMNS // elements * size), dtype=np.uint8)
-    return gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+    data: np.ndarray = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+    return data
 
 
 def test_block_sizes_are_those_of_the_library() -> None:
