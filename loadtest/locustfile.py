@@ -39,30 +39,33 @@ def add_options(parser: Any) -> None:
 class Prompts:
     """The workload shared by all users of this process; lengths of long texts are estimated."""
 
-    def __init__(self, options: WorkloadOptions) -> None:
-        self._workload = Workload(options)
+    def __init__(self, environment: Any) -> None:
+        self._environment = environment
+        self._workload: Workload | None = None
         self._ready: list[Request] = []
         self._lock = Lock()  # a greenlet's, for Locust patches threading: one event loop at a time
 
     def next(self) -> Request:
         with self._lock:
             if not self._ready:
+                self._workload = self._workload or self._start()
                 self._ready = asyncio.run(self._workload.round(PROMPTS_PER_DRAW))
             return self._ready.pop()
+
+    def _start(self) -> Workload:
+        options = self._environment.parsed_options
+        # Workers of a distributed run, numbered when they have found their master, draw different prompts.
+        seed = options.seed + 1000 * getattr(self._environment.runner, "worker_index", 0)
+        return Workload(
+            WorkloadOptions(
+                name=options.workload, output_tokens=options.output_tokens, temperature=options.temperature, seed=seed
+            )
+        )
 
 
 @events.init.add_listener  # type: ignore[untyped-decorator]
 def make_prompts(environment: Any, **_: Any) -> None:
-    options = environment.parsed_options
-    environment.prompts = Prompts(
-        WorkloadOptions(
-            name=options.workload,
-            output_tokens=options.output_tokens,
-            temperature=options.temperature,
-            # Workers of a distributed run draw different prompts.
-            seed=options.seed + getattr(environment.runner, "worker_index", 0),
-        )
-    )
+    environment.prompts = Prompts(environment)
 
 
 class ChatUser(HttpUser):  # type: ignore[misc]

@@ -18,6 +18,7 @@ async def locust(url, *arguments):
     )
     out, err = await asyncio.wait_for(process.communicate(), 60)
     assert b"Traceback" not in err, err.decode()
+    out = out.replace(b"[]\n", b"")  # of worker processes
     return process.returncode, {row["name"]: row for row in json.loads(out)}
 
 
@@ -38,6 +39,15 @@ async def test_users_stream_answers_and_report_token_latencies(serve):
     assert 50 + 5 * 20 <= mean(posts) < 400
     assert {body["max_tokens"] for body in server.bodies} == {6}
     assert len({body["messages"][0]["content"] for body in server.bodies}) == len(server.bodies)
+
+
+async def test_worker_processes_draw_different_prompts(serve):
+    async with serve(pace=0.1) as server:
+        status, rows = await locust(server.url, "--processes", "2", "--output-tokens", "3")
+    assert status == 0
+    assert rows["/v1/chat/completions"]["num_failures"] == 0
+    prompts = [body["messages"][0]["content"] for body in server.bodies]
+    assert len(prompts) == len(set(prompts)) >= 6
 
 
 async def test_broken_streams_are_failures(serve):
