@@ -125,7 +125,7 @@ def locate(path: str | Path) -> Path:
         return _default_model()
     found = Path(path).expanduser()
     try:
-        if found.is_dir() or (found.is_file() and found.suffix == ".gguf"):
+        if found.is_dir() or (found.is_file() and found.suffix.lower() == ".gguf"):
             return found
         exists = found.exists()
     except OSError as error:

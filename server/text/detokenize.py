@@ -111,6 +111,7 @@ class StopChecker:
         self.chunks = 0
         """Chunks pushed, up to and including the one that completed the stop string."""
         self._stops = sorted(stops, key=len, reverse=True)  # of equal ends the first found is the longest
+        self._first_characters = {stop[0] for stop in stops}
         self._include_stop = include_stop
         self._held = ""
 
@@ -119,6 +120,8 @@ class StopChecker:
         if self.matched is not None:
             return ""
         self.chunks += 1
+        if not self._held and self._first_characters.isdisjoint(text):
+            return text
         text = self._held + text
         end = len(text) + 1
         for stop in self._stops:

@@ -31,8 +31,9 @@ TEKKEN_WORDS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-ADDS_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
-"""Pre-tokenizers whose models begin with the bos token where the file does not say."""
+LLAMA3_STYLE = ("llama3", "llama-v3", "llama-bpe", "tekken")
+"""Pre-tokenizers of models that take a word that is a token as it is, without going through the merges, and whose
+texts begin with the bos token where the file does not say."""
 
 
 def build_from_gguf(file: GGUFFile) -> TokenizerParts:
@@ -62,7 +63,7 @@ def build_from_gguf(file: GGUFFile) -> TokenizerParts:
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {role: meta.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
     special = {role: tokens[index] for role, index in ids.items() if isinstance(index, int) and index < len(tokens)}
-    adds_bos = kind == "llama" or meta.get("tokenizer.ggml.pre") in ADDS_BOS
+    adds_bos = kind == "llama" or meta.get("tokenizer.ggml.pre") in LLAMA3_STYLE
     _add_boundaries(
         backend,
         special.get("bos_token") if meta.get("tokenizer.ggml.add_bos_token", adds_bos) else None,
@@ -74,8 +75,7 @@ def build_from_gguf(file: GGUFFile) -> TokenizerParts:
 
 def _byte_level(file: GGUFFile, vocab: dict[str, int]) -> Tokenizer:
     name = file.metadata.get("tokenizer.ggml.pre", "default")
-    whole_words = name in ADDS_BOS  # these take a word that is a token as it is, without going through the merges
-    backend = Tokenizer(_bpe(file, vocab, _merges(file), ignore_merges=whole_words))
+    backend = Tokenizer(_bpe(file, vocab, _merges(file), ignore_merges=name in LLAMA3_STYLE))
     backend.pre_tokenizer = _pre_tokenizer(file, name)
     if name in ("qwen2", "deepseek-r1-qwen"):
         backend.normalizer = normalizers.NFC()
