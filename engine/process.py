@@ -40,11 +40,12 @@ from slipstream.engine.messages import (
 from slipstream.engine.models.loader import LoadedModel, load_model
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.scheduler import Scheduler
-from slipstream.engine.step_cost import StepCost
+from slipstream.engine.step_cost import StepCost, chunk_context
 
 HEARTBEAT_MS = 1000
 PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PROFILE_CONTEXT = 1024
+PROBE_TOKENS = 16
+PROBE_CONTEXT = 1024
 PROFILE_RUNS = 3
 
 
@@ -59,7 +60,7 @@ class Engine:
             loaded.model, loaded.num_blocks, config.block_size, config.max_running, loaded.max_model_len
         )
         cost = StepCost()
-        cost.calibrate(profile(self.runner, loaded.max_model_len, config.max_step_tokens))
+        calibrate(cost, self.runner, loaded.max_model_len, config.max_step_tokens)
         self.scheduler = Scheduler(config, loaded.num_blocks, loaded.max_model_len, cost)
         self.core = EngineCore(self.scheduler, self.runner.execute, deliver, config.pipeline)
 
@@ -107,17 +108,20 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def profile(runner: ModelRunner, max_model_len: int, max_step_tokens: int) -> list[tuple[int, int, float]]:
-    """(tokens, context, seconds) of steps of several sizes, best of a few runs each, for StepCost.calibrate."""
+def calibrate(cost: StepCost, runner: ModelRunner, max_model_len: int, max_step_tokens: int) -> None:
+    """Measures steps of several sizes, best of a few runs each, so that the first requests are planned well."""
     most = min(max_model_len, max_step_tokens)
-    measured = []
-    for tokens in [count for count in PROFILE_TOKENS if count <= most] or [most]:
-        seconds = min(runner.profile(tokens, tokens) for _ in range(PROFILE_RUNS))
-        measured.append((tokens, tokens * (tokens + 1) // 2, seconds))
-    tokens, context = min(16, most), min(PROFILE_CONTEXT, max_model_len)
-    seconds = min(runner.profile(tokens, context) for _ in range(PROFILE_RUNS))
-    measured.append((tokens, tokens * context, seconds))
-    return measured
+    sizes = [count for count in PROFILE_TOKENS if count <= most] or [most]
+
+    def measure(tokens: int, context: int) -> float:
+        return min(runner.profile(tokens, context) for _ in range(PROFILE_RUNS))
+
+    probe = min(PROBE_TOKENS, sizes[-1])
+    context = min(PROBE_CONTEXT, max_model_len)
+    cost.calibrate(
+        [(tokens, chunk_context(0, tokens), measure(tokens, tokens)) for tokens in sizes],
+        (probe, chunk_context(context - probe, probe), measure(probe, context)),
+    )
 
 
 class _Process:
