@@ -62,7 +62,7 @@ def distribution_reference(logits: Tensor, temperature: Tensor, top_k: Tensor, m
 
 
 def draw(weights: Tensor, shares: Tensor) -> Tensor:
-    """One token per row of weights [rows, vocab]: where the running sum exceeds shares [rows] in [0, 1) of the total."""
+    """One token per row of weights [rows, vocab]: where the running sum exceeds the shares [rows], in [0, 1), of it."""
     library = _native(weights)
     if library is None:
         return draw_reference(weights, shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def logits_in_steps(model: CausalModel, sequences: list[list[int]], cuts: list[i
     pieces: list[list[torch.Tensor]] = [[] for _ in sequences]
     longest = max(map(len, sequences))
     borders = [0, *cuts, longest]
-    for begin, end in zip(borders, borders[1:], strict=False):
+    for begin, end in pairwise(borders):
         live = [row for row in rows if len(sequences[row]) > begin]
         parts = [sequences[row][begin:end] for row in live]
         counts = np.array([len(part) for part in parts], np.int32)
@@ -168,7 +169,7 @@ def test_hybrid_models_are_refused(tmp_path: Path) -> None:
             "use_mamba_kernels": False,
         },
     )
-    with pytest.raises(ModelError, match="paged cache|hybrid"):
+    with pytest.raises(ModelError, match=r"paged cache|hybrid"):
         build_model(open_checkpoint(tmp_path), options, torch.float32, CPU, 64)
 
 
@@ -214,5 +215,5 @@ def test_a_fallback_model_with_missing_weights_is_refused(tmp_path: Path) -> Non
     tensors = dict(save(tmp_path, MODELS["gpt_neox"]).state_dict())
     del tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="lacks 1 tensors.*dense_h_to_4h"):
+    with pytest.raises(ModelError, match=r"lacks 1 tensors.*dense_h_to_4h"):
         load(tmp_path, "auto")

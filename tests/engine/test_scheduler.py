@@ -292,7 +292,7 @@ def test_stats_count_tokens_and_hits() -> None:
     loop = Loop()
     loop.add(1, list(range(32)), max_tokens=3)
     loop.finish()
-    loop.add(2, list(range(32)) + [5], max_tokens=2)
+    loop.add(2, [*range(32), 5], max_tokens=2)
     loop.finish()
     stats = loop.scheduler.stats()
     assert (stats.prompt_tokens, stats.generation_tokens) == (65, 5)

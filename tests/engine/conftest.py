@@ -1,0 +1,48 @@
+"""The default model, the same model in transformers, and real prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from slipstream.engine.checkpoint.checkpoint import locate
+from slipstream.loadtest.dataset import ShareGPT
+from slipstream.server.text import ChatTemplate, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def real_prompts() -> Callable[[int], list[list[int]]]:
+    """The first questions of real conversations as chat prompts in token ids, at most 400 tokens each."""
+    tokenizer = load_tokenizer(locate("default"))
+    assert tokenizer.chat_template is not None
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+
+    def prompts(count: int) -> list[list[int]]:
+        found: list[list[int]] = []
+        with ShareGPT() as dataset:
+            for _, conversation in dataset.conversations():
+                question = conversation.question()
+                if not question:
+                    continue
+                text = template.render([{"role": "user", "content": question}], add_generation_prompt=True)
+                tokens = tokenizer.encode(text, add_special_tokens=False)
+                if len(tokens) <= 400:
+                    found.append(tokens)
+                if len(found) == count:
+                    break
+        return found
+
+    return prompts
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> Any:
+    """The default model in transformers, float32."""
+    from transformers import AutoModelForCausalLM
+
+    path = locate("default")
+    torch.set_num_threads(2)
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
