@@ -134,6 +134,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     step_tokens: int = 0
     """Tokens computed in this step."""
     step_seconds: float = 0.0
+    """Wall time of this step on the device."""
+    steps: int = 0
+    model_seconds: float = 0.0
+    """Wall time spent in the model and in drawing tokens, over all steps."""
+    overhead_cpu_seconds: float = 0.0
+    """CPU time spent on everything else, over all steps: planning, batches, results, messages."""
     target_version: int = 0
 
 

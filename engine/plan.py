@@ -64,4 +64,8 @@ class StepResult:
     errors: dict[int, str]
     """By row index: rows whose logits were not finite."""
     seconds: float
-    """Wall time of the step on the device."""
+    """Wall time of the step."""
+    model_seconds: float = 0.0
+    """Of it, the model and drawing tokens."""
+    overhead_cpu_seconds: float = 0.0
+    """CPU time of this thread for the rest."""

@@ -172,7 +172,7 @@ class _Process:
             elif self._inbox.poll(HEARTBEAT_MS):
                 self._receive(engine)
             else:
-                self._send(StepOutputs([], engine.scheduler.stats()))
+                self._send(StepOutputs([], engine.core.stats()))
         engine.core.close()
 
     def _receive(self, engine: Engine) -> None:

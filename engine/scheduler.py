@@ -160,7 +160,8 @@ class Scheduler:
         ended, self._ended = self._ended, []
         return ended
 
-    def stats(self, plan: StepPlan | None = None, seconds: float = 0.0) -> EngineStats:
+    def stats(self, **step: float) -> EngineStats:
+        """A snapshot; ``step`` holds the fields that describe the last step."""
         pool = self.kv.pool
         return EngineStats(
             step=self._step,
@@ -174,9 +175,8 @@ class Scheduler:
             prefix_cache_queries=self._queries,
             prefix_cache_hits=self._hits,
             preemptions=self._preemptions,
-            step_tokens=plan.num_tokens if plan else 0,
-            step_seconds=seconds,
             target_version=self.target_version,
+            **step,  # type: ignore[arg-type]
         )
 
     def check_integrity(self) -> None:

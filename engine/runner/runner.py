@@ -15,8 +15,8 @@ from torch import Tensor
 
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.plan import NewRow, StepPlan, StepResult
-from slipstream.engine.runner.sampler import SamplingRow, sample, token_logprobs
+from slipstream.engine.plan import StepPlan, StepResult
+from slipstream.engine.runner.sampler import Sampled, SamplingRow, sample, token_logprobs
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 
 PROMPT_LOGPROB_ROWS = 64
@@ -46,31 +46,32 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Runs one step; plans must come in the order they were made."""
-        began = time.perf_counter()
-        for new in plan.new:
-            self._enter(new)
-        for slot, first, blocks in plan.blocks:
-            self._blocks[slot, first : first + len(blocks)] = blocks
-        if plan.copies:
-            self.cache.copy_blocks(plan.copies)
+        began, cpu_began = time.perf_counter(), time.thread_time()
+        self._enter(plan)
         batch = self._batch(plan)
-        hidden = self.model.forward(batch, self.cache)
+        drawing = [row for row, wanted in enumerate(plan.samples) if wanted]
+        rows = [self._sampling_row(plan.slots[row]) for row in drawing]
+        last: Int32 = batch.q_start[1:][drawing] - 1
 
-        sampled_rows = [row for row, wanted in enumerate(plan.samples) if wanted]
-        tokens = [-1] * len(plan.slots)
-        logprobs: dict[int, TokenLogprobs] = {}
-        errors: dict[int, str] = {}
-        if sampled_rows:
-            last = batch.q_start[1:][sampled_rows] - 1
-            rows = [self._sampling_row(plan.slots[row]) for row in sampled_rows]
-            drawn = sample(self.model.logits(hidden, last), rows)
-            for at, row in enumerate(sampled_rows):
-                tokens[row] = drawn.tokens[at]
-                self._append(plan.slots[row], drawn.tokens[at])
-            logprobs = {sampled_rows[at]: entry for at, entry in drawn.logprobs.items()}
-            errors = {sampled_rows[at]: message for at, message in drawn.errors.items()}
+        model_began, model_cpu_began = time.perf_counter(), time.thread_time()
+        hidden = self.model.forward(batch, self.cache)
+        drawn = sample(self.model.logits(hidden, last), rows) if rows else Sampled([])
         prompt_logprobs = self._prompt_logprobs(plan, batch, hidden)
-        return StepResult(tokens, logprobs, prompt_logprobs, errors, time.perf_counter() - began)
+        model_cpu, model_seconds = time.thread_time() - model_cpu_began, time.perf_counter() - model_began
+
+        tokens = [-1] * len(plan.slots)
+        for row, token in zip(drawing, drawn.tokens, strict=True):
+            tokens[row] = token
+            self._append(plan.slots[row], token)
+        return StepResult(
+            tokens=tokens,
+            logprobs={drawing[at]: entry for at, entry in drawn.logprobs.items()},
+            prompt_logprobs=prompt_logprobs,
+            errors={drawing[at]: message for at, message in drawn.errors.items()},
+            seconds=time.perf_counter() - began,
+            model_seconds=model_seconds,
+            overhead_cpu_seconds=time.thread_time() - cpu_began - model_cpu,
+        )
 
     @torch.inference_mode()
     def profile(self, tokens: int, context: int) -> float:
@@ -92,9 +93,15 @@ class ModelRunner:
         self.model.logits(hidden, np.zeros(1, np.int32)).argmax(-1).tolist()
         return time.perf_counter() - began
 
-    def _enter(self, new: NewRow) -> None:
-        self._tokens[new.slot, : len(new.tokens)] = new.tokens
-        self._rows[new.slot] = _Row(new.params, new.seed, new.num_prompt, len(new.tokens))
+    def _enter(self, plan: StepPlan) -> None:
+        """Brings the tables to the state the plan was made for."""
+        for new in plan.new:
+            self._tokens[new.slot, : len(new.tokens)] = new.tokens
+            self._rows[new.slot] = _Row(new.params, new.seed, new.num_prompt, len(new.tokens))
+        for slot, first, blocks in plan.blocks:
+            self._blocks[slot, first : first + len(blocks)] = blocks
+        if plan.copies:
+            self.cache.copy_blocks(plan.copies)
 
     def _append(self, slot: int, token: int) -> None:
         row = self._row(slot)

