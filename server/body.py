@@ -58,10 +58,13 @@ def parse(model: type[BodyType], body: bytes, unknown_fields: Literal["error", "
         return model.model_validate_json(body)
     except ValidationError as error:
         details = error.errors(include_url=False)
-    unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
-    ignored = [detail for detail in unknown if detail["input"] is None or unknown_fields == "warn"]
-    if not ignored or len(ignored) < len(unknown):
-        raise invalid(details, body)
+    ignored = [
+        detail
+        for detail in details
+        if detail["type"] == "extra_forbidden" and (detail["input"] is None or unknown_fields == "warn")
+    ]
+    if serious := [detail for detail in details if detail not in ignored]:
+        raise invalid(serious, body)
     data = from_json(body)
     for detail in ignored:
         path = real_path(detail, data)
@@ -71,10 +74,7 @@ def parse(model: type[BodyType], body: bytes, unknown_fields: Literal["error", "
         for key in path[:-1]:
             holder = holder[key]
         holder.pop(path[-1], None)
-    try:
-        return model.model_validate_json(to_json(data, inf_nan_mode="constants"))
-    except ValidationError as error:
-        raise invalid(error.errors(include_url=False), body) from None
+    return model.model_validate_json(to_json(data, inf_nan_mode="constants"))
 
 
 def invalid(details: list[ErrorDetails], body: bytes) -> InvalidRequestError:

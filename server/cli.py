@@ -9,7 +9,7 @@ import time
 import typing
 from collections.abc import Callable
 from importlib.metadata import version as installed_version
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -19,6 +19,8 @@ from slipstream.server.config import ServerConfig
 
 STARTED = time.monotonic()
 USER_ERROR = 2
+UsageError: Any = typer.BadParameter.__base__
+"""What wrong options raise; typer exports only this subclass."""
 
 app = typer.Typer(
     help="An LLM inference server that gets faster on the traffic it serves.",
@@ -50,7 +52,11 @@ def parameter(config: type[Any], field: dataclasses.Field[Any]) -> inspect.Param
     names = (f"--{flag}/--no-{flag}",) if kind is bool else (f"--{flag}",)
     panel = config.__name__.removesuffix("Config")
     option = typer.Option(
-        *names, help=field.metadata["help"], envvar=f"SLIPSTREAM_{field.name.upper()}", rich_help_panel=panel
+        *names,
+        help=field.metadata["help"],
+        envvar=f"SLIPSTREAM_{field.name.upper()}",
+        show_envvar=False,
+        rich_help_panel=panel,
     )
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
@@ -66,7 +72,10 @@ def build(config: type[ConfigType], values: dict[str, Any]) -> ConfigType:
 @app.command()
 @with_options(ServerConfig, EngineConfig)
 def serve(**values: Any) -> None:
-    """Serve a model over HTTP, with the OpenAI API."""
+    """Serve a model over HTTP, with the OpenAI API.
+
+    Every option can also be set in the environment: --max-running as SLIPSTREAM_MAX_RUNNING.
+    """
     from slipstream.server.launch import run  # not needed, and slow, for the other commands
 
     run(build(ServerConfig, values), build(EngineConfig, values), STARTED)
@@ -91,8 +100,17 @@ def bench(context: typer.Context) -> None:
 
 
 def main() -> None:
+    """Errors of the user are one line and exit code 2; others are a traceback, or one line if their cause is known."""
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="slipstream", standalone_mode=False))
+    except UsageError as error:
+        fail(error.format_message(), USER_ERROR)
+    except (ConfigError, ModelError) as error:
+        fail(str(error), USER_ERROR)
     except SlipstreamError as error:
-        print(f"slipstream: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR if isinstance(error, ConfigError | ModelError) else 1)
+        fail(str(error), 1)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    print(f"slipstream: {message}", file=sys.stderr)
+    sys.exit(code)

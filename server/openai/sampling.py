@@ -37,6 +37,8 @@ def sampling_params(
     stop = dict.fromkeys(body.stop_token_ids or ())
     if not body.ignore_eos:
         stop |= dict.fromkeys(text.tokenizer.eos_token_ids)
+    words = bad_words(service, body.bad_words or ())
+    require_way_out(body.allowed_token_ids or (), words, tuple(stop) if min_tokens else ())
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -49,7 +51,7 @@ def sampling_params(
         repetition_penalty=first_set(body.repetition_penalty, default("repetition_penalty"), 1.0),
         logit_bias=body.logit_bias or {},
         allowed_token_ids=tuple(dict.fromkeys(body.allowed_token_ids or ())),
-        bad_words=bad_words(service, body.bad_words or ()),
+        bad_words=words,
         stop_token_ids=tuple(stop),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
@@ -115,6 +117,16 @@ def bad_words(service: Service, words: Iterable[str]) -> tuple[tuple[int, ...], 
             if tokens := tuple(encode(text, add_special_tokens=False)):
                 found[tokens] = None
     return tuple(found)
+
+
+def require_way_out(allowed: Iterable[int], words: Iterable[tuple[int, ...]], stop: Iterable[int]) -> None:
+    """Raises InvalidRequestError if the other constraints may forbid every allowed token at once."""
+    forbidden = {word[-1] for word in words}.union(stop)
+    if allowed and forbidden.issuperset(allowed):
+        raise InvalidRequestError(
+            "allowed_token_ids: bad_words, or stop tokens before min_tokens, can leave no token to generate",
+            param="allowed_token_ids",
+        )
 
 
 def first_set(*values: float | None) -> float:

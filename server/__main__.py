@@ -1,0 +1,3 @@
+from slipstream.server.cli import main
+
+main()

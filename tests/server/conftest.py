@@ -1,0 +1,198 @@
+"""A real server with the real engine and the default model, over a real socket."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+READY_TIMEOUT_S = 120
+
+
+class Server:
+    """A ``slipstream serve`` process and a plain HTTP client for it."""
+
+    def __init__(self, *options: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.headers: dict[str, str] = {}
+        self.log: list[str] = []
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-P", "-m", "slipstream.server", "serve", "--port", str(self.port)),
+                *("--kv-cache-memory", "128MiB", *options),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith("SLIPSTREAM_")},
+        )
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+
+    def _read_log(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            self.log.extend(lines)
+
+    @property
+    def engine(self) -> psutil.Process:
+        [child] = psutil.Process(self.process.pid).children()
+        return child
+
+    def wait_until(self, condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if value := condition():
+                return value
+            time.sleep(0.02)
+        raise AssertionError(f"the condition did not come true in {timeout_s} s; log: {''.join(self.log)}")
+
+    def wait_until_ready(self) -> Server:
+        def ready() -> bool:
+            assert self.process.poll() is None, "".join(self.log)
+            with contextlib.suppress(OSError):
+                return self.get("/ready")[0] == 200
+            return False
+
+        self.wait_until(ready, READY_TIMEOUT_S)
+        return self
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, self.headers | (headers or {}))
+            response = connection.getresponse()
+            found = {name.lower(): value for name, value in response.getheaders()}
+            return response.status, found, response.read()
+
+    def get(self, path: str) -> tuple[int, Any]:
+        status, headers, body = self.request("GET", path)
+        return status, json.loads(body) if headers["content-type"] == "application/json" else body.decode()
+
+    def post(self, path: str, body: Any) -> tuple[int, Any]:
+        status, _, reply = self.request("POST", path, json.dumps(body).encode(), {"content-type": "application/json"})
+        return status, json.loads(reply)
+
+    def chat(self, text: str = "What is the capital of France?", **fields: Any) -> Any:
+        messages = [{"role": "user", "content": text}]
+        status, reply = self.post("/v1/chat/completions", {"messages": messages, "temperature": 0, **fields})
+        assert status == 200, reply
+        return reply
+
+    def complete(self, prompt: Any, **fields: Any) -> Any:
+        status, reply = self.post("/v1/completions", {"prompt": prompt, "temperature": 0, **fields})
+        assert status == 200, reply
+        return reply
+
+    def events(self, path: str, body: Any) -> list[Any]:
+        """The events of a stream, decoded; the last one is the text [DONE]."""
+        request = json.dumps({"temperature": 0, "stream": True, **body}).encode()
+        status, headers, reply = self.request("POST", path, request, {"content-type": "application/json"})
+        assert status == 200, reply
+        assert headers["content-type"] == "text/event-stream; charset=utf-8"
+        events = reply.decode().split("\n\n")
+        assert events.pop() == ""
+        assert all(event.startswith("data: ") for event in events)
+        data = [event.removeprefix("data: ") for event in events]
+        return [item if item == "[DONE]" else json.loads(item) for item in data]
+
+    @contextlib.contextmanager
+    def open_stream(self, **fields: Any) -> Iterator[socket.socket]:
+        """A long stream of which at least one chunk has arrived; closing the socket is the client going away."""
+        body = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True, **fields}
+        with self.send("/v1/completions", body) as connection:
+            received = b""
+            while b"data: " not in received:
+                chunk = connection.recv(65536)
+                assert chunk, received
+                received += chunk
+            yield connection
+
+    def send(self, path: str, body: Any) -> socket.socket:
+        """Sends a request and returns the connection without waiting for the answer."""
+        data = json.dumps(body).encode()
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        auth = "".join(f"\r\n{name}: {value}" for name, value in self.headers.items())
+        connection.sendall(f"{head}{auth}\r\n\r\n".encode() + data)
+        return connection
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum over the series of that name which have these labels; 0 if there are none."""
+        total = 0.0
+        for line in self.get("/metrics")[1].splitlines():
+            series, _, value = line.rpartition(" ")
+            found, _, rest = series.partition("{")
+            if found == f"slipstream:{name}" and all(f'{key}="{text}"' in rest for key, text in labels.items()):
+                total += float(value)
+        return total
+
+    def wait_until_idle(self) -> None:
+        self.wait_until(
+            lambda: (
+                self.metric("num_requests_running") + self.metric("num_requests_waiting") == 0
+                and self.metric("kv_blocks_used") == 0
+            )
+        )
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(60)
+        self._reader.join(10)
+        return code
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Iterator[Callable[..., Server]]:
+    """Starts servers with the options given; all are ended with the session."""
+    servers = []
+
+    def start(*options: str) -> Server:
+        servers.append(Server(*options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(start_server: Callable[..., Server]) -> Server:
+    """With default options."""
+    return start_server().wait_until_ready()
+
+
+@pytest.fixture(scope="session")
+def small_server(start_server: Callable[..., Server]) -> Server:
+    """With keys and narrow limits."""
+    server = start_server(
+        *("--api-key", "first-key", "--api-key", "second-key"),
+        *("--served-model-name", "tiny", "--served-model-name", "alias"),
+        *("--max-n", "4", "--max-prompts", "4", "--max-body-bytes", "20000", "--max-logprobs", "3"),
+        *("--max-running", "2", "--max-queued-requests", "2", "--max-model-len", "2048"),
+        *("--unknown-fields", "warn", "--request-timeout-s", "3", "--health-stall-s", "1"),
+    )
+    server.headers = {"authorization": "Bearer first-key"}
+    return server.wait_until_ready()

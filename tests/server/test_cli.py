@@ -1,0 +1,105 @@
+"""The command line: options from the configuration, errors of the user in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError
+from slipstream.server.cli import build
+from slipstream.server.config import ServerConfig
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "slipstream.server", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": "200", **environment},
+    )
+
+
+def test_version() -> None:
+    done = run("version")
+    assert (done.returncode, done.stdout.strip()) == (0, version("slipstream"))
+
+
+def test_serve_has_an_option_for_every_field() -> None:
+    done = run("serve", "--help", TERMINAL_WIDTH="200")
+    assert done.returncode == 0
+    for config in (ServerConfig, EngineConfig):
+        for field in dataclasses.fields(config):
+            assert f"--{field.name.replace('_', '-')}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["serve", "--model", "/no/such/model"], "/no/such/model"),
+        (["serve", "--device", "abacus"], "abacus"),
+        (["serve", "--port", "many"], "--port"),
+        (["serve", "--port", "99999"], "port"),
+        (["serve", "--host", "192.0.2.1"], "192.0.2.1"),
+        (["serve", "--max-n", "0"], "--max-n"),
+        (["serve", "--health-stall-s", "nan"], "--health-stall-s"),
+        (["serve", "--api-key", ""], "--api-key"),
+        (["serve", "--no-such-option"], "--no-such-option"),
+        (["serve", "--chat-template", "/no/such/file"], "/no/such/file"),
+        (["serve", "--kv-cache-memory", "plenty"], "plenty"),
+        (["dance"], "dance"),
+    ],
+)
+def test_errors_of_the_user_are_one_line_and_exit_code_2(arguments: list[str], said: str) -> None:
+    done = run(*arguments, SLIPSTREAM_PORT="0")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("slipstream: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run("serve", "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 2
+    assert "in use" in done.stderr
+
+
+def test_broken_model(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00")
+    done = run("serve", "--port", "0", "--model", str(tmp_path / "broken.gguf"))
+    assert done.returncode == 2
+    assert "broken.gguf" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_environment_sets_options() -> None:
+    done = run("serve", SLIPSTREAM_MODEL="/from/the/environment")
+    assert done.returncode == 2
+    assert "/from/the/environment" in done.stderr
+
+
+def test_defaults_of_options_are_those_of_the_configuration() -> None:
+    values = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
+    assert build(ServerConfig, values | {"api_key": ["a", "b"]}) == ServerConfig(api_key=("a", "b"))
+
+
+@pytest.mark.parametrize("wrong", [{"max_body_bytes": 0}, {"max_logprobs": -2}, {"drain_timeout_s": -1.0}])
+def test_wrong_values_name_the_option(wrong: dict[str, float]) -> None:
+    [name] = wrong
+    with pytest.raises(ConfigError, match=name.replace("_", "-")):
+        ServerConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_api_process_needs_neither_torch_nor_transformers() -> None:
+    code = "import sys, slipstream.server.launch; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

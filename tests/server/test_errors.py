@@ -1,0 +1,251 @@
+"""Every refusal has the same body, the right status, and names the field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+CHAT = "/v1/chat/completions"
+COMPLETE = "/v1/completions"
+MESSAGES = [{"role": "user", "content": "Hi"}]
+JSON = {"content-type": "application/json"}
+
+
+def error_of(reply: Any) -> dict[str, Any]:
+    assert set(reply) == {"error"}
+    assert set(reply["error"]) == {"message", "type", "param", "code"}
+    assert reply["error"]["message"]
+    error: dict[str, Any] = reply["error"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("temperature", 2.5, "temperature"),
+        ("temperature", "0.5", "temperature"),
+        ("temperature", True, "temperature"),
+        ("top_p", 1.5, "top_p"),
+        ("top_k", -2, "top_k"),
+        ("min_p", -0.1, "min_p"),
+        ("n", 0, "n"),
+        ("n", 129, "n"),
+        ("n", 10**30, "n"),
+        ("max_tokens", -1, "max_tokens"),
+        ("max_tokens", 1.5, "max_tokens"),
+        ("min_tokens", 17, "min_tokens"),
+        ("frequency_penalty", 3, "frequency_penalty"),
+        ("presence_penalty", -3, "presence_penalty"),
+        ("repetition_penalty", 0, "repetition_penalty"),
+        ("logit_bias", {"5": 101}, "logit_bias.5"),
+        ("logit_bias", {"five": 1}, "logit_bias.five"),
+        ("logit_bias", {"999999": 1}, "logit_bias"),
+        ("allowed_token_ids", [], "allowed_token_ids"),
+        ("allowed_token_ids", [999999], "allowed_token_ids"),
+        ("stop_token_ids", [999999], "stop_token_ids"),
+        ("stop", [""], "stop.0"),
+        ("stop", ["x"] * 65, "stop"),
+        ("stop", "x" * 513, "stop"),
+        ("seed", 2**63, "seed"),
+        ("prompt_logprobs", 21, "prompt_logprobs"),
+        ("stream_options", {"include_usage": True}, "stream_options"),
+        ("stream", "yes", "stream"),
+        ("priority", 10**9, "priority"),
+        ("cache_salt", "", "cache_salt"),
+        ("request_id", "a\nb", "request_id"),
+        ("logprobs_mode", "cooked", "logprobs_mode"),
+        ("user", 5, "user"),
+        ("use_beam_search", True, "use_beam_search"),
+        ("no_such_field", 1, "no_such_field"),
+    ],
+)
+def test_both_endpoints_name_the_field(server: Any, field: str, value: Any, param: str) -> None:
+    for path, body in ((CHAT, {"messages": MESSAGES, "max_tokens": 16}), (COMPLETE, {"prompt": "Hi"})):
+        status, reply = server.post(path, {**body, field: value})
+        assert status == 400, reply
+        error = error_of(reply)
+        assert error["param"] == param
+        assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("messages", [], "messages"),
+        ("messages", "Hi", "messages"),
+        ("messages", [{"role": "user"}], "messages.0.content"),
+        ("messages", [{"role": "robot", "content": "x"}], "messages.0.role"),
+        ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content.0.type"),
+        ("messages", [{"role": "assistant", "tool_calls": [{}]}], "messages.0.tool_calls"),
+        ("tools", [{"type": "function", "function": {"name": "f"}}], "tools"),
+        ("tool_choice", "auto", "tool_choice"),
+        ("functions", [{}], "functions"),
+        ("response_format", {"type": "json_object"}, "response_format"),
+        ("modalities", ["text", "audio"], "modalities"),
+        ("audio", {}, "audio"),
+        ("prediction", {}, "prediction"),
+        ("reasoning_effort", "high", "reasoning_effort"),
+        ("verbosity", "low", "verbosity"),
+        ("web_search_options", {}, "web_search_options"),
+        ("top_logprobs", 2, "top_logprobs"),
+        ("max_tokens", 0, "max_tokens"),
+        ("chat_template", "{{ messages }}", "chat_template"),
+        ("chat_template_kwargs", {"messages": []}, "chat_template_kwargs.messages"),
+    ],
+)
+def test_chat_names_the_field(server: Any, field: str, value: Any, param: str) -> None:
+    status, reply = server.post(CHAT, {"messages": MESSAGES, field: value})
+    assert status == 400, reply
+    assert error_of(reply)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("prompt", [], "prompt"),
+        ("prompt", [[]], "prompt.0"),
+        ("prompt", ["a", 5], "prompt.1"),
+        ("prompt", [[1], ["a"]], "prompt.1.0"),
+        ("prompt", [1, -1], "prompt.1"),
+        ("prompt", [999999], "prompt"),
+        ("prompt", "", "prompt"),
+        ("prompt", None, "prompt"),
+        ("prompt", ["x"] * 1025, "prompt"),
+        ("suffix", "end", "suffix"),
+        ("best_of", 2, "best_of"),
+        ("logprobs", 21, "logprobs"),
+        ("logprobs", True, "logprobs"),
+        ("max_tokens", 0, "max_tokens"),
+    ],
+)
+def test_completions_name_the_field(server: Any, field: str, value: Any, param: str) -> None:
+    status, reply = server.post(COMPLETE, {"prompt": "Hi", field: value})
+    assert status == 400, reply
+    assert error_of(reply)["param"] == param
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "u", "store": True, "service_tier": "auto", "metadata": {"a": "b"}, "prompt_cache_key": "k"},
+        {"tools": [{"type": "function"}], "tool_choice": "none", "parallel_tool_calls": True},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "reasoning_effort": "none"},
+        {"no_such_field": None, "functions": None, "temperature": None, "n": None, "stop": None, "seed": None},
+        {"max_tokens": 1, "max_completion_tokens": 1, "stop": [], "stop_token_ids": [], "logit_bias": {}},
+    ],
+)
+def test_fields_that_cannot_change_the_answer_are_accepted(server: Any, fields: dict[str, Any]) -> None:
+    status, reply = server.post(CHAT, {"messages": MESSAGES, "max_tokens": 1, **fields})
+    assert status == 200, reply
+
+
+def test_context_length(server: Any) -> None:
+    limit = server.get("/v1/models")[1]["data"][0]["max_model_len"]
+    status, reply = server.post(COMPLETE, {"prompt": "Hi there", "max_tokens": limit})
+    error = error_of(reply)
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert str(limit) in error["message"]
+    status, reply = server.post(COMPLETE, {"prompt": [5] * (limit + 1)})
+    assert error_of(reply)["code"] == "context_length_exceeded"
+    status, reply = server.post(COMPLETE, {"prompt": "word " * 2_000_000})
+    assert error_of(reply)["code"] == "context_length_exceeded"
+
+
+def test_unknown_model(server: Any) -> None:
+    for path, body in ((CHAT, {"messages": MESSAGES}), (COMPLETE, {"prompt": "x"}), ("/tokenize", {"prompt": "x"})):
+        status, reply = server.post(path, body | {"model": "another"})
+        error = error_of(reply)
+        assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
+    status, reply = server.get("/v1/models/another")
+    assert (status, error_of(reply)["code"]) == (404, "model_not_found")
+
+
+def test_routes(server: Any) -> None:
+    status, reply = server.get("/v1/no/such/route")
+    assert (status, error_of(reply)["code"]) == (404, "unknown_route")
+    status, reply = server.get(CHAT)
+    assert (status, error_of(reply)["code"]) == (405, "method_not_allowed")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100_000])
+def test_broken_json(server: Any, body: bytes) -> None:
+    status, _, reply = server.request("POST", COMPLETE, body, JSON)
+    assert status == 400
+    assert error_of(json.loads(reply))["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("body", [b"3", b"[]", b"null", b'"text"'])
+def test_json_that_is_no_object(server: Any, body: bytes) -> None:
+    for path in (CHAT, COMPLETE, "/tokenize", "/detokenize"):
+        status, _, reply = server.request("POST", path, body, JSON)
+        assert (status, error_of(json.loads(reply))["code"]) == (400, "invalid_type")
+
+
+def test_content_type(server: Any) -> None:
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    status, _, reply = server.request("POST", COMPLETE, b'{"prompt": "x"}', form)
+    assert (status, error_of(json.loads(reply))["code"]) == (415, "unsupported_media_type")
+    status, _, _ = server.request("POST", COMPLETE, b'{"prompt": "x"}', {"content-type": "application/json; charset=u"})
+    assert status == 200
+
+
+def test_large_body(small_server: Any) -> None:
+    status, reply = small_server.post(COMPLETE, {"prompt": "x" * 20_000})
+    assert (status, error_of(reply)["code"]) == (413, "body_too_large")
+    chunked = iter([b'{"prompt": "', b"x" * 30_000, b'"}'])
+    status, _, reply = small_server.request("POST", COMPLETE, chunked, JSON)
+    assert (status, error_of(json.loads(reply))["code"]) == (413, "body_too_large")
+
+
+def test_api_keys(small_server: Any) -> None:
+    def status_of(path: str, authorization: str | None, method: str = "GET") -> int:
+        headers = {} if authorization is None else {"authorization": authorization}
+        small_server.headers, kept = {}, small_server.headers
+        try:
+            status, found, reply = small_server.request(method, path, None, headers)
+        finally:
+            small_server.headers = kept
+        if status == 401:
+            assert error_of(json.loads(reply))["code"] == "invalid_api_key"
+            assert found["www-authenticate"] == "Bearer"
+        return int(status)
+
+    for key in ("first-key", "second-key"):
+        assert status_of("/v1/models", f"Bearer {key}") == 200
+    for wrong in (None, "", "Bearer", "Bearer wrong", "Bearer first-ke", "Basic first-key", "first-key", "Bearer ÿ"):
+        assert status_of("/v1/models", wrong) == 401
+    for path in ("/health", "/ready", "/metrics", "/version"):
+        assert status_of(path, None) == 200
+    for path in ("/tokenize", "/detokenize", CHAT, COMPLETE):
+        assert status_of(path, None, "POST") == 401
+    for path in ("/openapi.json", "/docs", "/nothing", "/health/", "//health"):
+        assert status_of(path, None) == 401
+
+
+def test_warn_about_unknown_fields(small_server: Any) -> None:
+    status, _ = small_server.post(CHAT, {"messages": MESSAGES, "max_tokens": 1, "tempereture": 1, "x": {"y": 1}})
+    assert status == 200
+    small_server.wait_until(
+        lambda: any("ignored unknown request field tempereture" in line for line in small_server.log)
+    )
+    status, reply = small_server.post(CHAT, {"messages": MESSAGES, "tempereture": 1, "temperature": 9})
+    assert (status, error_of(reply)["param"]) == (400, "temperature")
+
+
+def test_limits_of_the_server(small_server: Any) -> None:
+    for body, param in (
+        ({"prompt": "x", "n": 5}, "n"),
+        ({"prompt": ["x"] * 5}, "prompt"),
+        ({"prompt": "x", "logprobs": 4}, "logprobs"),
+        ({"prompt": ["x"] * 2, "n": 4}, "n"),  # 8 sequences, never more than 4 at a time
+    ):
+        status, reply = small_server.post(COMPLETE, body)
+        assert (status, error_of(reply)["param"]) == (400, param)
+
+
+def test_aliases(small_server: Any) -> None:
+    for name in ("tiny", "alias"):
+        assert small_server.complete("x", max_tokens=1, model=name)["model"] == name
+    assert [model["id"] for model in small_server.get("/v1/models")[1]["data"]] == ["tiny", "alias"]

@@ -1,0 +1,134 @@
+"""Random requests to every route of the real server: no 500, no hang, and nothing left behind."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from typing import Any
+
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from slipstream.server.openai.schema import ChatBody, CompletionBody, DetokenizeBody
+
+ROUTES = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
+FIELDS = sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *DetokenizeBody.model_fields})
+plain = st.none() | st.booleans() | st.integers(-3, 60_000) | st.floats(-2, 3) | st.text(max_size=12)
+values = st.recursive(
+    plain,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+tokens = st.integers(0, 49_151)
+text = st.text(max_size=30)
+short = st.text(min_size=1, max_size=3)
+flag = st.none() | st.booleans()
+messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": text}),
+    min_size=1,
+    max_size=3,
+)
+# What the schemas allow, so that most of these requests reach the engine.
+both: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0, 1),
+    "top_k": st.integers(-1, 60_000),
+    "min_p": st.floats(0, 1),
+    "frequency_penalty": st.floats(-2, 2),
+    "presence_penalty": st.floats(-2, 2),
+    "repetition_penalty": st.floats(0.1, 10),
+    "logit_bias": st.dictionaries(tokens.map(str), st.floats(-100, 100), max_size=3),
+    "allowed_token_ids": st.lists(tokens, min_size=1, max_size=4),
+    "bad_words": st.lists(short, max_size=3),
+    "seed": st.integers(-(2**63), 2**63 - 1),
+    "stop": short | st.lists(short, max_size=3),
+    "stop_token_ids": st.lists(tokens, max_size=3),
+    "include_stop_str_in_output": flag,
+    "min_tokens": st.integers(0, 3),
+    "ignore_eos": flag,
+    "prompt_logprobs": st.integers(0, 3),
+    "logprobs_mode": st.sampled_from(["raw", "processed"]),
+    "skip_special_tokens": flag,
+    "stream": flag,
+    "return_token_ids": flag,
+    "return_tokens_as_token_ids": flag,
+    "priority": st.integers(-1000, 1000),
+    "cache_salt": short,
+    "user": text,
+}
+chat = st.fixed_dictionaries(
+    {"messages": messages, "max_tokens": st.integers(1, 4), "n": st.sampled_from([None, 1, 2, 3])},
+    optional=both | {"logprobs": flag, "add_generation_prompt": flag, "continue_final_message": flag},
+)
+completion = st.fixed_dictionaries(
+    {
+        "prompt": text | st.lists(text, min_size=1, max_size=3) | st.lists(tokens, min_size=1, max_size=5),
+        "max_tokens": st.integers(0, 4),
+        "n": st.sampled_from([None, 1, 2, 3]),
+    },
+    optional=both | {"logprobs": st.integers(0, 3), "echo": flag, "add_special_tokens": flag},
+)
+anything = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), values, max_size=2)
+AMOUNT_OF_WORK = {"max_tokens", "n", "max_completion_tokens"}
+
+
+def mixed(body: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A mostly valid body with a few fields replaced by anything but more work."""
+    other = {name: value for name, value in other.items() if name not in AMOUNT_OF_WORK}
+    return body | other
+
+
+requests = st.one_of(
+    st.tuples(st.just("/v1/chat/completions"), chat),
+    st.tuples(st.just("/v1/completions"), completion),
+    st.tuples(st.just("/v1/chat/completions"), st.builds(mixed, chat, anything)),
+    st.tuples(st.just("/v1/completions"), st.builds(mixed, completion, anything)),
+    st.tuples(st.sampled_from(["/tokenize", "/detokenize"]), anything),
+    st.tuples(
+        st.just("/tokenize"),
+        st.fixed_dictionaries({"prompt": text}) | st.fixed_dictionaries({"messages": messages}),
+    ),
+    st.tuples(st.just("/detokenize"), st.fixed_dictionaries({"tokens": st.lists(tokens, max_size=9)})),
+    st.tuples(st.sampled_from(ROUTES), values),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(request=requests)
+def test_no_request_breaks_the_server(server: Any, request: tuple[str, Any]) -> None:
+    route, body = request
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    try:
+        connection.request("POST", route, json.dumps(body).encode(), {"content-type": "application/json"})
+        response = connection.getresponse()
+        reply = response.read()
+    finally:
+        connection.close()
+    event(f"{route} {response.status}")
+    assert response.status in (200, 400, 404), reply  # 404: another model
+    if response.status != 200:
+        error = json.loads(reply)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+    elif response.headers["content-type"].startswith("text/event-stream"):
+        assert reply.endswith(b"data: [DONE]\n\n")
+        assert b'"error"' not in reply
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]),
+    path=st.sampled_from([*ROUTES, "/health", "/ready", "/metrics", "/version", "/v1/models", "/", "/v1"])
+    | st.text(st.characters(codec="ascii", categories=("L", "N")), max_size=10).map(lambda name: f"/v1/models/{name}"),
+    body=st.binary(max_size=30),
+)
+def test_no_method_breaks_the_server(server: Any, method: str, path: str, body: bytes) -> None:
+    status, headers, reply = server.request(method, path, body, {"content-type": "application/json"})
+    assert status in (200, 400, 404, 405), reply
+    if status != 200 and method != "HEAD":
+        assert headers["content-type"] == "application/json"
+        assert set(json.loads(reply)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_nothing_is_left_behind(server: Any) -> None:
+    server.wait_until_idle()
+    assert server.get("/health") == (200, {"status": "ok"})

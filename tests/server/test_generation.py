@@ -1,0 +1,251 @@
+"""What the fields of a request do to the answer of the real model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+COUNTING = "1, 2, 3, 4,"
+
+
+def test_stop_string_trims_text_tokens_logprobs_and_usage_alike(server: Any) -> None:
+    free = server.complete(COUNTING, max_tokens=30, return_token_ids=True, logprobs=0)
+    reply = server.complete(COUNTING, max_tokens=30, stop=["7,"], return_token_ids=True, logprobs=0)
+    choice = reply["choices"][0]
+    assert choice["text"] == " 5, 6, "
+    assert choice["finish_reason"] == "stop"
+    assert choice["stop_reason"] == "7,"
+    assert server.post("/detokenize", {"tokens": choice["token_ids"]})[1]["prompt"] == " 5, 6, 7,"
+    assert choice["token_ids"] == free["choices"][0]["token_ids"][: len(choice["token_ids"])]
+    assert len(choice["logprobs"]["tokens"]) == len(choice["token_ids"])
+    assert reply["usage"]["completion_tokens"] == len(choice["token_ids"])
+
+
+def test_stop_string_ends_the_work_of_the_engine(server: Any) -> None:
+    server.complete(COUNTING, max_tokens=4000, stop="7,", ignore_eos=True)
+    server.wait_until_idle()
+
+
+def test_include_stop_string(server: Any) -> None:
+    choice = server.complete(COUNTING, max_tokens=30, stop="7", include_stop_str_in_output=True)["choices"][0]
+    assert choice["text"] == " 5, 6, 7"
+
+
+def test_stop_string_is_not_seen_before_min_tokens(server: Any) -> None:
+    choice = server.complete(COUNTING, max_tokens=30, stop=",", min_tokens=8)["choices"][0]
+    assert choice["text"].count(",") >= 2
+    assert choice["finish_reason"] == "stop"
+
+
+def test_stop_token(server: Any) -> None:
+    [comma] = server.post("/tokenize", {"prompt": ","})[1]["tokens"]
+    choice = server.complete(COUNTING, max_tokens=30, stop_token_ids=[comma], return_token_ids=True)["choices"][0]
+    assert choice["text"] == " 5"
+    assert choice["stop_reason"] == comma
+    assert choice["finish_reason"] == "stop"
+    assert choice["token_ids"][-1] == comma
+    choice = server.complete(COUNTING, max_tokens=30, stop_token_ids=[comma], include_stop_str_in_output=True)[
+        "choices"
+    ]
+    assert choice[0]["text"] == " 5,"
+
+
+def test_end_of_sequence_has_no_stop_reason(server: Any) -> None:
+    choice = server.chat(return_token_ids=True)["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["stop_reason"] is None
+    assert choice["message"]["content"] == "The capital of France is Paris."
+    ended = server.post("/detokenize", {"tokens": choice["token_ids"]})[1]["prompt"]
+    assert ended == "The capital of France is Paris.<|im_end|>"
+
+
+def test_ignore_eos_and_special_tokens(server: Any) -> None:
+    choice = server.chat(max_tokens=12, ignore_eos=True, skip_special_tokens=False)["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"].startswith("The capital of France is Paris.<|im_end|>")
+
+
+def test_min_tokens(server: Any) -> None:
+    assert server.chat(min_tokens=20, max_tokens=25)["usage"]["completion_tokens"] >= 20
+
+
+def test_seed_gives_the_same_choices_again(server: Any) -> None:
+    ask = {"temperature": 1, "n": 3, "seed": 11, "max_tokens": 12}
+    first, second = (server.complete("My favourite animal is", **ask)["choices"] for _ in range(2))
+    assert [choice["text"] for choice in first] == [choice["text"] for choice in second]
+    assert len({choice["text"] for choice in first}) == 3
+    # Choice i is what seed + i gives alone, whatever else the request asks for.
+    alone = server.complete("My favourite animal is", temperature=1, seed=13, max_tokens=12)["choices"][0]
+    assert alone["text"] == first[2]["text"]
+
+
+def test_several_prompts_with_several_choices(server: Any) -> None:
+    choices = server.complete(["A, B, C,", COUNTING], n=2, max_tokens=4, return_token_ids=True)["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+    assert choices[0]["text"] == choices[1]["text"] != choices[2]["text"] == choices[3]["text"]
+    assert choices[0]["prompt_token_ids"] == choices[1]["prompt_token_ids"] != choices[2]["prompt_token_ids"]
+
+
+def test_usage_counts_a_prompt_once(server: Any) -> None:
+    usage = server.complete([COUNTING, "A, B, C,"], n=2, max_tokens=4)["usage"]
+    one = server.post("/tokenize", {"prompt": COUNTING})[1]["count"]
+    other = server.post("/tokenize", {"prompt": "A, B, C,"})[1]["count"]
+    assert usage["prompt_tokens"] == one + other
+    assert usage["completion_tokens"] == 16
+
+
+def test_cached_tokens(server: Any) -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 12
+    salted = {"max_tokens": 1, "cache_salt": "only-in-this-test"}
+    first, again = (server.complete(text, **salted)["usage"] for _ in range(2))
+    assert first["prompt_tokens_details"]["cached_tokens"] == 0
+    assert again["prompt_tokens_details"]["cached_tokens"] >= again["prompt_tokens"] - 17
+    other = server.complete(text, max_tokens=1, cache_salt="another")["usage"]
+    assert other["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_logit_bias_and_allowed_tokens(server: Any) -> None:
+    [yes] = server.post("/tokenize", {"prompt": " yes"})[1]["tokens"]
+    [no] = server.post("/tokenize", {"prompt": " no"})[1]["tokens"]
+    prompt = "The capital of France is"
+    assert server.complete(prompt, max_tokens=2, logit_bias={str(yes): 100})["choices"][0]["text"] == " yes yes"
+    only = server.complete(prompt, max_tokens=6, temperature=2, allowed_token_ids=[yes, no], return_token_ids=True)
+    assert set(only["choices"][0]["token_ids"]) <= {yes, no}
+
+
+def test_bad_words(server: Any) -> None:
+    text = server.complete("The capital of France is", max_tokens=8, bad_words=["Paris"])["choices"][0]["text"]
+    assert "Paris" not in text
+
+
+def test_top_p_zero_is_greedy(server: Any) -> None:
+    greedy = server.complete(COUNTING, max_tokens=8)["choices"][0]["text"]
+    assert server.complete(COUNTING, max_tokens=8, temperature=2, top_p=0)["choices"][0]["text"] == greedy
+
+
+def test_max_tokens_defaults(server: Any, small_server: Any) -> None:
+    assert server.complete(COUNTING, ignore_eos=True)["usage"]["completion_tokens"] == 16
+    limit = small_server.get("/v1/models")[1]["data"][0]["max_model_len"]
+    usage = small_server.complete([500] * (limit - 5), ignore_eos=True)["usage"]
+    assert usage["completion_tokens"] == 5  # all the room there is
+    chat = small_server.chat("Hello", max_tokens=None, ignore_eos=False)
+    assert chat["choices"][0]["finish_reason"] == "stop"
+
+
+def test_legacy_logprobs(server: Any) -> None:
+    choice = server.complete(COUNTING, max_tokens=6, logprobs=2)["choices"][0]
+    logprobs = choice["logprobs"]
+    assert "".join(logprobs["tokens"]) == choice["text"]
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        assert choice["text"][offset:].startswith(token)
+    for token, logprob, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    ):
+        assert top[token] == logprob == max(top.values())
+        assert len(top) == 2
+
+
+def test_sampled_token_is_among_the_top_logprobs(server: Any) -> None:
+    ask = {"temperature": 2, "seed": 3, "max_tokens": 20, "return_tokens_as_token_ids": True, "return_token_ids": True}
+    choice = server.complete(COUNTING, logprobs=0, **ask)["choices"][0]
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == [f"token_id:{token}" for token in choice["token_ids"]]
+    assert [list(top) for top in logprobs["top_logprobs"]] == [[token] for token in logprobs["tokens"]]
+
+
+def test_logprobs_mode(server: Any) -> None:
+    ask = {"max_tokens": 4, "logprobs": 0, "temperature": 0.5, "seed": 1}
+    raw = server.complete(COUNTING, logprobs_mode="raw", **ask)["choices"][0]["logprobs"]["token_logprobs"]
+    processed = server.complete(COUNTING, logprobs_mode="processed", **ask)["choices"][0]["logprobs"]["token_logprobs"]
+    assert all(mild < sharp for mild, sharp in zip(raw, processed, strict=True))  # a lower temperature is sharper
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_echo_with_logprobs_as_evaluation_harnesses_ask(server: Any, max_tokens: int) -> None:
+    prompt = "The capital of France is Paris."
+    reply = server.complete(prompt, max_tokens=max_tokens, echo=True, logprobs=1)
+    choice = reply["choices"][0]
+    logprobs = choice["logprobs"]
+    count = server.post("/tokenize", {"prompt": prompt})[1]["count"]
+    assert choice["text"].startswith(prompt)
+    assert "".join(logprobs["tokens"]) == choice["text"]
+    assert choice["finish_reason"] == "length"
+    assert len(logprobs["tokens"]) == count + max_tokens == len(logprobs["top_logprobs"])
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["top_logprobs"][0] is None
+    assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
+    assert reply["usage"]["completion_tokens"] == max_tokens
+    # " Paris" after "The capital of France is" is what greedy decoding would have said.
+    paris = logprobs["tokens"].index(" Paris")
+    assert logprobs["top_logprobs"][paris][" Paris"] == logprobs["token_logprobs"][paris]
+
+
+def test_prompt_logprobs_agree_with_those_of_generation(server: Any) -> None:
+    first = server.complete(COUNTING, max_tokens=5, logprobs=1, return_token_ids=True)["choices"][0]
+    whole = first["prompt_token_ids"] + first["token_ids"]
+    scored = server.complete(whole, max_tokens=1, prompt_logprobs=1)["choices"][0]["prompt_logprobs"]
+    assert scored[0] is None
+    assert len(scored) == len(whole)
+    generated = scored[-5:]
+    for token, entry, logprob in zip(first["token_ids"], generated, first["logprobs"]["token_logprobs"], strict=True):
+        assert entry[str(token)]["rank"] == 1
+        assert math.isclose(entry[str(token)]["logprob"], logprob, abs_tol=0.05)  # bfloat16
+        assert set(entry[str(token)]) == {"logprob", "rank", "decoded_token"}
+
+
+def test_chat_prompt_logprobs_and_token_ids(server: Any) -> None:
+    reply = server.chat(max_tokens=3, prompt_logprobs=0, return_token_ids=True)
+    assert len(reply["prompt_logprobs"]) == len(reply["prompt_token_ids"]) == reply["usage"]["prompt_tokens"]
+    assert len(reply["choices"][0]["token_ids"]) == 3
+
+
+def test_messages_as_parts_and_developer_role(server: Any) -> None:
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    parts = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+    ]
+    counts = [server.post("/tokenize", {"messages": messages})[1]["tokens"] for messages in (plain, parts)]
+    assert counts[0] == counts[1]
+
+
+def test_continue_final_message(server: Any) -> None:
+    messages = [
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "The capital of France is"},
+    ]
+    status, reply = server.post(
+        "/v1/chat/completions",
+        {"messages": messages, "continue_final_message": True, "temperature": 0, "max_tokens": 5},
+    )
+    assert status == 200
+    assert reply["choices"][0]["message"]["content"].startswith(" Paris")
+
+
+def test_tokenize_and_back(server: Any) -> None:
+    text = "Grüße, 世界! <|im_end|>"
+    status, reply = server.post("/tokenize", {"prompt": text, "return_token_strs": True})
+    assert status == 200
+    assert reply["count"] == len(reply["tokens"]) == len(reply["token_strs"])
+    assert reply["max_model_len"] == server.get("/v1/models")[1]["data"][0]["max_model_len"]
+    assert server.post("/detokenize", {"tokens": reply["tokens"]}) == (200, {"prompt": text})
+    chat = server.post("/tokenize", {"messages": [{"role": "user", "content": "Hi"}]})[1]
+    assert chat["count"] == server.chat("Hi", max_tokens=1)["usage"]["prompt_tokens"]
+
+
+def test_long_prompts_are_tokenized_like_short_ones(server: Any) -> None:
+    text = "one two three four five six seven. " * 200  # past the length that goes to a thread
+    reply = server.post("/tokenize", {"prompt": text})[1]
+    assert server.post("/detokenize", {"tokens": reply["tokens"]})[1]["prompt"] == text
+
+
+def test_request_id(server: Any) -> None:
+    assert server.chat(max_tokens=1, request_id="mine-1")["id"] == "chatcmpl-mine-1"
+    body = b'{"prompt": "x", "max_tokens": 1}'
+    status, headers, _ = server.request(
+        "POST", "/v1/completions", body, {"content-type": "application/json", "x-request-id": "trace-7"}
+    )
+    assert status == 200
+    assert headers["x-request-id"] == "cmpl-trace-7"

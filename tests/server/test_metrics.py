@@ -1,0 +1,115 @@
+"""/metrics against what was really asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+
+NAMES = {
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "kv_blocks_total",
+    "kv_blocks_used",
+    "kv_blocks_cached",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "num_preemptions_total",
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_inference_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_max_num_generation_tokens",
+    "request_params_n",
+    "request_params_max_tokens",
+    "request_num_preemptions",
+    "request_prefill_kv_computed_tokens",
+    "iteration_tokens_total",
+    "cache_config_info",
+    "request_success_total",
+    "ready",
+}
+
+
+def test_every_name_is_there(server: Any) -> None:
+    server.complete("Hello", max_tokens=3)
+    lines = server.get("/metrics")[1].splitlines()
+    found = {line.split(" ")[2] for line in lines if line.startswith("# TYPE slipstream:")}
+    assert {f"slipstream:{name}" for name in NAMES} <= found
+
+
+def test_counts_of_one_request(server: Any) -> None:
+    server.wait_until_idle()
+    counted = [
+        "generation_tokens_total",
+        "prompt_tokens_total",
+        "request_success_total",
+        "time_to_first_token_seconds_count",
+        "inter_token_latency_seconds_count",
+        "e2e_request_latency_seconds_count",
+        "request_prompt_tokens_sum",
+        "request_generation_tokens_sum",
+        "request_max_num_generation_tokens_sum",
+        "request_params_n_sum",
+        "request_params_max_tokens_sum",
+        "request_queue_time_seconds_count",
+        "request_prefill_time_seconds_count",
+        "iteration_tokens_total_count",
+    ]
+    before = {name: server.metric(name) for name in counted}
+    usage = server.complete([301, 302, 303, 304, 305], max_tokens=10, n=2, ignore_eos=True, cache_salt="here")["usage"]
+    assert usage["completion_tokens"] == 20
+    server.wait_until_idle()
+    grown = {name: server.metric(name) - before[name] for name in counted}
+    assert grown.pop("iteration_tokens_total_count") >= 10
+    assert grown == {
+        "generation_tokens_total": 20,
+        "prompt_tokens_total": 10,
+        "request_success_total": 2,
+        "time_to_first_token_seconds_count": 2,
+        "inter_token_latency_seconds_count": 18,
+        "e2e_request_latency_seconds_count": 2,
+        "request_prompt_tokens_sum": 10,
+        "request_generation_tokens_sum": 20,
+        "request_max_num_generation_tokens_sum": 10,
+        "request_params_n_sum": 2,
+        "request_params_max_tokens_sum": 10,
+        "request_queue_time_seconds_count": 2,
+        "request_prefill_time_seconds_count": 2,
+    }
+
+
+def test_times_fit_together(server: Any) -> None:
+    names = ("e2e_request_latency", "request_queue_time", "request_inference_time", "time_to_first_token")
+    before = {name: server.metric(f"{name}_seconds_sum") for name in names}
+    server.complete("Hello", max_tokens=30, ignore_eos=True)
+    total, queued, inference, first = (server.metric(f"{name}_seconds_sum") - before[name] for name in names)
+    assert 0 < queued < first < total
+    assert abs(queued + inference - total) < 0.05
+
+
+def test_responses_are_counted_by_route_and_status(server: Any) -> None:
+    before = server.metric("http_responses_total", route="/v1/completions", status="400")
+    server.post("/v1/completions", {"prompt": "x", "temperature": 9})
+    assert server.metric("http_responses_total", route="/v1/completions", status="400") == before + 1
+    other = server.metric("http_responses_total", route="other", status="404")
+    server.get("/a/path/somebody/made/up")
+    assert server.metric("http_responses_total", route="other", status="404") == other + 1
+
+
+def test_memory_of_the_api_process(server: Any) -> None:
+    server.chat(max_tokens=5)
+    resident = psutil.Process(server.process.pid).memory_info().rss
+    assert resident < 110e6
+    text = server.get("/metrics")[1]
+    assert "process_resident_memory_bytes" in text
+    assert "slipstream_engine_process_resident_memory_bytes" in text
