@@ -52,7 +52,7 @@ def check_every_way(prompts: list[list[int]], length: int, reference: Any) -> No
     chunked = run(prompts, length, max_running=8, max_step_tokens=24, prefix_caching=False)
     assert tokens(chunked) == alone
 
-    hits = run(prompts, length, rounds=2)
+    hits = run(prompts, length, rounds=2, kv_cache_memory="1GiB")
     assert all(
         completion.num_cached_tokens >= len(prompt) // 16 * 16 - 16
         for completion, prompt in zip(hits, prompts, strict=True)
