@@ -79,6 +79,19 @@ FROM_STATS: tuple[
         "Sequences sent back to the queue for lack of blocks.",
         lambda s: s.preemptions,
     ),
+    (CounterMetricFamily, "engine_steps", "Steps of the engine.", lambda s: s.steps),
+    (
+        CounterMetricFamily,
+        "step_seconds",
+        "Wall time in the model and in drawing tokens.",
+        lambda s: s.model_seconds,
+    ),
+    (
+        CounterMetricFamily,
+        "scheduler_cpu_seconds",
+        "CPU time of the engine on everything else: planning, batches, results, messages.",
+        lambda s: s.overhead_cpu_seconds,
+    ),
 )
 
 

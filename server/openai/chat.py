@@ -19,6 +19,8 @@ from slipstream.server.text import TemplateError
 
 RESERVED_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"}
 
+TEMPLATE_FIELDS = {"role", "content", "name", "tool_call_id", "reasoning_content"}
+
 
 async def chat(service: Service, request: Request) -> GenerationResponse:
     arrival = time.monotonic()
@@ -83,7 +85,7 @@ async def render_prompt(service: Service, body: TemplateBody) -> list[int]:
 
 
 def as_template_sees_it(message: Message) -> dict[str, Any]:
-    fields = message.model_dump(exclude_none=True)
+    fields = message.model_dump(include=TEMPLATE_FIELDS, exclude_none=True)
     if message.role == "developer":  # newer name of the same thing; templates know the old one
         fields["role"] = "system"
     return fields

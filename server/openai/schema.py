@@ -156,11 +156,11 @@ class Message(Body):
     ) = None
     name: Label | None = None
     tool_call_id: Label | None = None
+    reasoning_content: str | None = None
     tool_calls: unsupported([]) = None  # type: ignore[valid-type]
     function_call: unsupported() = None  # type: ignore[valid-type]
     audio: unsupported() = None  # type: ignore[valid-type]
     refusal: unsupported("") = None  # type: ignore[valid-type]
-    reasoning_content: unsupported("") = None  # type: ignore[valid-type]
     annotations: list[Any] | None = None
 
     @property

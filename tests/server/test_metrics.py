@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import psutil
@@ -36,6 +37,9 @@ NAMES = {
     "iteration_tokens_total",
     "cache_config_info",
     "request_success_total",
+    "engine_steps_total",
+    "step_seconds_total",
+    "scheduler_cpu_seconds_total",
     "ready",
 }
 
@@ -95,6 +99,18 @@ def test_times_fit_together(server: Any) -> None:
     total, queued, inference, first = (server.metric(f"{name}_seconds_sum") - before[name] for name in names)
     assert 0 < queued < first < total
     assert abs(queued + inference - total) < 0.05
+
+
+def test_time_of_steps(server: Any) -> None:
+    names = ("engine_steps_total", "step_seconds_total", "scheduler_cpu_seconds_total")
+    before = {name: server.metric(name) for name in names}
+    started = time.monotonic()
+    server.complete("Hello", max_tokens=30, ignore_eos=True)
+    server.wait_until_idle()
+    took = time.monotonic() - started
+    steps, model, overhead = (server.metric(name) - before[name] for name in names)
+    assert steps >= 30
+    assert 0 < overhead < model < took
 
 
 def test_responses_are_counted_by_route_and_status(server: Any) -> None:

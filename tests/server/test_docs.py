@@ -1,0 +1,49 @@
+"""docs/api.md and docs/metrics.md list what there is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from slipstream.server.openai import schema
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def words(page: str) -> set[str]:
+    """What stands between backquotes, taken apart."""
+    quoted = re.findall(r"`([^`]+)`", (DOCS / page).read_text())
+    return {word for text in quoted for word in re.findall(r"\w+", text)}
+
+
+def test_every_field_is_documented() -> None:
+    bodies = [value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, schema.Body)]
+    fields = {name for body in bodies for name in body.model_fields}
+    assert len(fields) > 50
+    assert fields - words("api.md") == set()
+
+
+def test_every_route_is_documented(server: Any) -> None:
+    routes = server.get("/openapi.json")[1]["paths"]
+    page = (DOCS / "api.md").read_text()
+    assert len(routes) > 8
+    assert [route for route in routes if f"{route}`" not in page] == []
+
+
+def test_references_of_the_openapi_page_lead_somewhere(server: Any) -> None:
+    page = server.get("/openapi.json")[1]
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(page)))
+    assert "ChatBody" in references
+    assert references <= set(page["components"]["schemas"])
+
+
+def test_every_metric_is_documented(server: Any) -> None:
+    lines = server.get("/metrics")[1].splitlines()
+    names = {line.split()[2].removeprefix("slipstream:") for line in lines if line.startswith("# TYPE slipstream:")}
+    documented = words("metrics.md")
+    assert len(names) > 30
+    assert names - documented == set()
+    meant = {name for name in documented if name.endswith(("_total", "_seconds"))}
+    assert meant - names == set()

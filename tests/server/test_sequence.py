@@ -1,0 +1,155 @@
+"""A sequence's output does not depend on how the engine's deltas cut its tokens, as they will with speculation."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slipstream.engine.client import RequestStream
+from slipstream.engine.messages import NewRequest, SamplingParams, TokenDelta, TokenLogprobs
+from slipstream.server.errors import GenerationFailedError, UnavailableError
+from slipstream.server.generation import OutputOptions, Piece, Sequence
+from slipstream.server.metrics import Metrics
+from slipstream.server.text import Tokenizer, load_tokenizer
+
+TEXT = "Ein Satz, noch ein Satz 🦜🎉 und STOP, dann das Ende.\nSTOP"
+stops = st.lists(st.sampled_from(["STOP", "Satz", "z 🦜", "ST", "Ende.\n", "nie", "tz,"]), max_size=3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer("default")
+
+
+class Aborts(list[int]):
+    """Stands for the engine client, of which a stream needs only this."""
+
+    def abort(self, request_ids: list[int]) -> None:
+        self.extend(request_ids)
+
+
+def make(tokenizer: Tokenizer, output: OutputOptions, phase: str = "ready") -> tuple[Sequence, RequestStream, Aborts]:
+    service: Any = SimpleNamespace(metrics=Metrics("m"), text=SimpleNamespace(tokenizer=tokenizer), phase=phase)
+    request = NewRequest(request_id=1, prompt=[1], params=SamplingParams(max_tokens=100))
+    sequence, aborts = Sequence(0, request, output, service), Aborts()
+    client: Any = aborts
+    stream = RequestStream(client, 1)
+    sequence.attach(stream)
+    return sequence, stream, aborts
+
+
+def deltas(tokens: list[int], cuts: list[int], **last: Any) -> list[TokenDelta]:
+    """The tokens cut into deltas of these lengths, over and over."""
+    found = []
+    start = 0
+    while start < len(tokens):
+        size = cuts[len(found) % len(cuts)]
+        part = tokens[start : start + size]
+        start += size
+        logprobs = [TokenLogprobs(token, -1.0, 1) for token in part]
+        found.append(TokenDelta(request_id=1, tokens=part, logprobs=logprobs))
+    ending = {"finish_reason": "length"} | last
+    return [*found[:-1], TokenDelta(request_id=1, tokens=found[-1].tokens, logprobs=found[-1].logprobs, **ending)]
+
+
+async def run(sequence: Sequence, stream: RequestStream, arriving: list[TokenDelta]) -> list[Piece]:
+    pieces = []
+    for delta in arriving:
+        stream.put(delta)
+        if not sequence.finished:
+            pieces.append(await sequence.next())
+    return pieces
+
+
+@given(
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    stop=stops,
+    include=st.booleans(),
+    min_tokens=st.integers(0, 12),
+)
+async def test_cuts_do_not_matter(
+    tokenizer: Tokenizer, cuts: list[int], stop: list[str], include: bool, min_tokens: int
+) -> None:
+    tokens = tokenizer.encode(TEXT)
+    output = OutputOptions(stop=tuple(stop), include_stop=include, min_tokens=min_tokens)
+    one_by_one, stream, _ = make(tokenizer, output)
+    expected = await run(one_by_one, stream, deltas(tokens, [1]))
+    sequence, stream, aborts = make(tokenizer, output)
+    pieces = await run(sequence, stream, deltas(tokens, cuts))
+
+    assert "".join(piece.text for piece in pieces) == "".join(piece.text for piece in expected)
+    kept = [token for piece in pieces for token in piece.tokens]
+    assert kept == [token for piece in expected for token in piece.tokens] == tokens[: len(kept)]
+    assert [entry.token for piece in pieces for entry in piece.logprobs] == kept
+    assert sequence.num_tokens == len(kept)
+    ends = [(piece.finish_reason, piece.stop_reason) for piece in pieces if piece.finish_reason]
+    assert ends == [(expected[-1].finish_reason, expected[-1].stop_reason)]
+    assert [piece.first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+
+    # The same through the way without streaming.
+    whole, stream, _ = make(tokenizer, output)
+    for delta in deltas(tokens, cuts):
+        stream.put(delta)
+    answer = await whole.rest()
+    assert answer.text == "".join(piece.text for piece in expected)
+    assert (answer.tokens, answer.finish_reason, answer.stop_reason) == (kept, *ends[0])
+    # The text is what a plain search in the whole text gives.
+    if not min_tokens:
+        found = [(TEXT.index(text) + len(text), -len(text), text) for text in stop if text in TEXT]
+        if found:
+            end, width, text = min(found)
+            assert (ends[0], answer.text) == (("stop", text), TEXT[: end if include else end + width])
+            assert aborts in ([], [1])
+        else:
+            assert (ends[0], answer.text) == (("length", None), TEXT)
+
+
+@pytest.mark.parametrize("include", [False, True])
+async def test_stop_token(tokenizer: Tokenizer, include: bool) -> None:
+    tokens = tokenizer.encode("one two three")
+    for asked, reason in ((frozenset({tokens[-1]}), tokens[-1]), (frozenset(), None)):
+        output = OutputOptions(include_stop=include, stop_token_ids=asked)
+        sequence, stream, _ = make(tokenizer, output)
+        pieces = await run(sequence, stream, deltas(tokens, [2], finish_reason="stop", stop_token=tokens[-1]))
+        assert "".join(piece.text for piece in pieces) == ("one two three" if include else "one two")
+        assert pieces[-1].stop_reason == reason
+        assert sequence.num_tokens == len(tokens)
+
+
+async def test_prompt_only_drops_the_token(tokenizer: Tokenizer) -> None:
+    sequence, stream, _ = make(tokenizer, OutputOptions(prompt_only=True))
+    [piece] = await run(sequence, stream, deltas([5], [1]))
+    assert (piece.text, piece.tokens, piece.logprobs, piece.finish_reason) == ("", [], [], "length")
+    assert sequence.num_tokens == 0
+
+
+async def test_an_error_of_the_engine_is_one_of_the_request(tokenizer: Tokenizer) -> None:
+    sequence, stream, _ = make(tokenizer, OutputOptions())
+    stream.put(TokenDelta(request_id=1, tokens=[], finish_reason="error", error="out of luck"))
+    with pytest.raises(GenerationFailedError, match="out of luck"):
+        await sequence.next()
+    assert sequence.finished
+
+
+async def test_an_abort_is_a_failure_only_on_shutdown(tokenizer: Tokenizer) -> None:
+    sequence, stream, _ = make(tokenizer, OutputOptions())
+    [piece] = await run(sequence, stream, deltas(tokenizer.encode("half"), [9], finish_reason="abort"))
+    assert (piece.text, piece.finish_reason) == ("half", "abort")
+    sequence, stream, _ = make(tokenizer, OutputOptions(), phase="draining")
+    stream.put(TokenDelta(request_id=1, tokens=[], finish_reason="abort"))
+    with pytest.raises(UnavailableError) as error:
+        await sequence.next()
+    assert error.value.retry_after_s
+
+
+async def test_end_stops_the_engine_once(tokenizer: Tokenizer) -> None:
+    sequence, stream, aborts = make(tokenizer, OutputOptions())
+    stream.put(TokenDelta(request_id=1, tokens=[5]))
+    await sequence.next()
+    sequence.end()
+    sequence.end()
+    assert aborts == [1]
