@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any, Literal, TypeVar
 
@@ -9,9 +10,11 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, from_json, to_json
 
-from slipstream.server.errors import BodyTooLargeError, InvalidRequestError, UnsupportedMediaTypeError
+from slipstream.server.errors import BodyTooLargeError, InvalidRequestError, TooSlowError, UnsupportedMediaTypeError
 
 logger = logging.getLogger(__name__)
+
+BODY_TIMEOUT_S = 60.0
 
 
 class Body(BaseModel):
@@ -28,6 +31,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
     Raises:
         BodyTooLargeError: it is, or says it is, larger than ``max_bytes``; the rest of it is not read.
+        TooSlowError: it does not arrive in BODY_TIMEOUT_S.
         UnsupportedMediaTypeError: it is declared as something other than JSON. Browsers send other types across
             origins without asking first, so a web page could otherwise use a server on the reader's own machine.
     """
@@ -40,11 +44,15 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         raise too_large
     chunks = []
     received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > max_bytes:
-            raise too_large
-        chunks.append(chunk)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                received += len(chunk)
+                if received > max_bytes:
+                    raise too_large
+                chunks.append(chunk)
+    except TimeoutError:
+        raise TooSlowError(f"the body took longer than {BODY_TIMEOUT_S:g} s") from None
     return b"".join(chunks)
 
 

@@ -8,9 +8,11 @@ ApiError
 ├── NotFoundError              404  no such route
 │   └── ModelNotFoundError     404  no such model; code model_not_found
 ├── MethodNotAllowedError      405
+├── TooSlowError               408  the request did not arrive in time
 ├── BodyTooLargeError          413
 ├── UnsupportedMediaTypeError  415  the body is not declared as JSON
 ├── OverloadedError            429  the queue is full; Retry-After says when to come back
+├── HeadTooLargeError          431
 ├── GenerationFailedError      500  the engine failed this request
 ├── UnavailableError           503  loading, draining, or the engine is gone; Retry-After
 └── TimedOutError              504  --request-timeout-s is over
@@ -90,6 +92,12 @@ class MethodNotAllowedError(ApiError):
     code = "method_not_allowed"
 
 
+class TooSlowError(ApiError):
+    status = 408
+    type = "timeout_error"
+    code = "request_too_slow"
+
+
 class BodyTooLargeError(ApiError):
     status = 413
     type = "invalid_request_error"
@@ -100,6 +108,12 @@ class UnsupportedMediaTypeError(ApiError):
     status = 415
     type = "invalid_request_error"
     code = "unsupported_media_type"
+
+
+class HeadTooLargeError(ApiError):
+    status = 431
+    type = "invalid_request_error"
+    code = "head_too_large"
 
 
 class OverloadedError(ApiError):

@@ -19,6 +19,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.server.app import build_app
 from slipstream.server.config import ServerConfig
+from slipstream.server.protocol import HttpProtocol
 from slipstream.server.service import Service
 
 logger = logging.getLogger("slipstream")
@@ -55,7 +56,7 @@ async def serve(service: Service, listener: socket.socket, started: float) -> No
     config = service.config
     settings = uvicorn.Config(
         build_app(service),
-        http="httptools",
+        http=HttpProtocol,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -1,0 +1,78 @@
+"""Time limits of a connection, shortened."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+
+from slipstream.server import body, protocol
+from slipstream.server.errors import ApiError
+
+
+@pytest.fixture
+async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
+    """Where a server listens that reads bodies, with 0.2 s for the head and for the body."""
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.2)
+    app = FastAPI()
+
+    @app.post("/")
+    async def size(request: Request) -> dict[str, int]:
+        try:
+            return {"size": len(await body.read_body(request, 100))}
+        except ApiError as error:
+            return {"status": error.status}
+
+    config = uvicorn.Config(app, http=protocol.HttpProtocol, lifespan="off", log_config=None)
+    config.load()
+    state = uvicorn.server.ServerState()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: protocol.HttpProtocol(config, state, {}), "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def say(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
+    """Everything the server answers until it closes the connection, or stays silent for a second."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(pause)
+        received = b""
+        while chunk := await asyncio.wait_for(reader.read(65536), 1):
+            received += chunk
+        return received
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+def answer(received: bytes) -> Any:
+    return json.loads(received.partition(b"\r\n\r\n")[2])
+
+
+async def test_a_slow_head_is_refused(port: int) -> None:
+    received = await say(port, b"POST / HTTP/1.1\r\nHost: ")
+    assert received.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+    assert answer(received)["error"]["code"] == "request_too_slow"
+
+
+async def test_a_connection_without_a_request_is_closed_silently(port: int) -> None:
+    assert await say(port) == b""
+
+
+async def test_a_slow_body_is_refused(port: int) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 50\r\n\r\n"
+    assert answer(await say(port, head, b"abc", pause=0.15)) == {"status": 408}
+
+
+async def test_a_head_in_pieces_within_the_limit(port: int) -> None:
+    pieces = (b"POST / HTTP/1.1\r\n", b"Host: x\r\nConnection: close\r\nContent-", b"Length: 3\r\n\r\nabc")
+    assert answer(await say(port, *pieces, pause=0.04)) == {"size": 3}
