@@ -9,7 +9,7 @@ from pydantic_core import from_json
 
 from slipstream.server.body import parse, read_body
 from slipstream.server.openai.chat import render_prompt
-from slipstream.server.openai.request import encode, read
+from slipstream.server.openai.request import read
 from slipstream.server.openai.sampling import require_in_vocabulary
 from slipstream.server.openai.schema import DetokenizeBody, TokenizeMessagesBody, TokenizeTextBody
 from slipstream.server.service import Service
@@ -27,7 +27,7 @@ async def tokenize(service: Service, request: Request) -> dict[str, Any]:
     else:
         text = parse(TokenizeTextBody, raw, config.unknown_fields)
         service.require_model(text.model)
-        [tokens] = await encode(service, [text.prompt], text.add_special_tokens is not False, "prompt")
+        [tokens] = await service.text.encode([text.prompt], text.add_special_tokens is not False)
         with_texts = text.return_token_strs
     return {
         "count": len(tokens),
