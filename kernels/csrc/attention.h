@@ -99,28 +99,30 @@ inline void weigh_rows(QueryTile<D>& t, int row, const typename D::elem* const* 
     for (int p = 0; p < P; ++p) vstore(out + r * head_dim + p * 16, acc[r][p]);
 }
 
+// Lanes of the tile at `base` that a query at `position` sees, the others `fill`.
+inline vec visible(vec x, int base, int position, int window, float fill) {
+  x = vkeep(x, position + 1 - base, fill);
+  const int first = window > 0 ? position + 1 - window - base : 0;
+  if (first <= 0) return x;
+  float lanes[16];
+  vstore(lanes, x);
+  for (int i = 0; i < 16 && i < first; ++i) lanes[i] = fill;
+  return vload(lanes);
+}
+
 // Softmax numerators of one row for the chunk that begins at `base`; rescales what came before.
 template <class D>
 inline void soften_row(QueryTile<D>& t, int row, int base, int tiles, int window, float scale, int head_dim) {
   const int position = t.position[row];
-  const int last = position + 1 - base;                         // positions base … base+last-1 are visible
-  const int first = window > 0 ? position + 1 - window - base : 0;
   float* scores = t.scores + row * kChunk;
-  const vec hidden = vset1(-INFINITY);
-  vec best = hidden;
-  for (int j = 0; j < tiles; ++j) {
-    vec s = vkeep(vmul(vload(scores + j * 16), vset1(scale)), last - j * 16, -INFINITY);
-    if (first > j * 16) {
-      float lanes[16];
-      vstore(lanes, s);
-      for (int i = 0; i < 16 && j * 16 + i < first; ++i) lanes[i] = -INFINITY;
-      s = vload(lanes);
-    }
-    vstore(scores + j * 16, s);
-    best = vmax(best, s);
-  }
+  // Tiles before `whole` are seen whole, unless a window begins here.
+  const int whole = window > 0 ? 0 : std::min(tiles, (position + 1 - base) / 16);
+  vec best = vset1(-INFINITY);
+  for (int j = 0; j < whole; ++j) best = vmax(best, vload(scores + j * 16));
+  for (int j = whole; j < tiles; ++j)
+    best = vmax(best, visible(vload(scores + j * 16), base + j * 16, position, window, -INFINITY));
   const float previous = t.top[row];
-  const float chunk_top = vmaximum(best);
+  const float chunk_top = vmaximum(best) * scale;
   const float top = chunk_top > previous ? chunk_top : previous;
   typename D::elem* probs = t.probs + row * kChunk;
   if (top == -INFINITY) {  // nothing visible yet: a window that begins in a later chunk
@@ -135,32 +137,46 @@ inline void soften_row(QueryTile<D>& t, int row, int base, int tiles, int window
     t.sum[row] = vmul(t.sum[row], f);
     t.top[row] = top;
   }
+  const vec factor = vset1(scale), shift = vset1(-top);
+  vec sum = t.sum[row];
   for (int j = 0; j < tiles; ++j) {
-    const vec p = vexp(vsub(vload(scores + j * 16), vset1(top)));
-    t.sum[row] = vadd(t.sum[row], p);
+    vec p = vexp(vfma(vload(scores + j * 16), factor, shift));
+    if (j >= whole) p = visible(p, base + j * 16, position, window, 0.0f);
+    sum = vadd(sum, p);
     D::store(probs + j * 16, p);
   }
+  t.sum[row] = sum;
 }
 
-// Work split of one attention call: item -> (segment, query tile, KV head, group of query heads).
+// Work split of one attention call: item -> (segment, KV head, group of query heads, query tile). The tiles of a head
+// come one after the other, so that its keys and values are still in the cache for the next tile.
 struct AttentionWork {
   int heads_per_kv, heads_per_tile, head_groups, queries_per_tile;
-  std::vector<int> first_tile;  // [num_segments + 1], prefix sums of query tiles
+  std::vector<int> first_item;  // [num_segments + 1]
 
   AttentionWork(const SlipAttention& a, const SlipBatch& b) {
     heads_per_kv = a.heads / a.kv_heads;
-    heads_per_tile = heads_per_kv < kMaxQueryRows ? heads_per_kv : kMaxQueryRows;
+    heads_per_tile = std::min(heads_per_kv, kMaxQueryRows);
     head_groups = (heads_per_kv + heads_per_tile - 1) / heads_per_tile;
     queries_per_tile = kMaxQueryRows / heads_per_tile;
-    first_tile.resize(b.num_segments + 1);
-    first_tile[0] = 0;
-    for (int s = 0; s < b.num_segments; ++s) {
-      const int queries = b.q_start[s + 1] - b.q_start[s];
-      first_tile[s + 1] = first_tile[s] + (queries + queries_per_tile - 1) / queries_per_tile;
-    }
+    first_item.resize(b.num_segments + 1);
+    first_item[0] = 0;
+    for (int s = 0; s < b.num_segments; ++s) first_item[s + 1] = first_item[s] + tiles(b, s) * a.kv_heads * head_groups;
   }
-  int items(const SlipAttention& a) const { return first_tile.back() * a.kv_heads * head_groups; }
+  int tiles(const SlipBatch& b, int segment) const {
+    return (b.q_start[segment + 1] - b.q_start[segment] + queries_per_tile - 1) / queries_per_tile;
+  }
+  int items() const { return first_item.back(); }
 };
+
+// Asks for the tiles' memory ahead of their use; they lie scattered, which the hardware does not foresee.
+template <class T>
+inline void prefetch_tiles(const T* const* tiles, int count, size_t elems) {
+  for (int j = 0; j < count; ++j) {
+    const char* from = reinterpret_cast<const char*>(tiles[j]);
+    for (size_t at = 0; at < elems * sizeof(T); at += 64) __builtin_prefetch(from + at, 0, 2);
+  }
+}
 
 // One work item; q and out are [tokens, heads, head_dim].
 template <class D, class Q, class O>
@@ -169,12 +185,14 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, int item, c
   const SlipAttention& a = cache.a;
   const SlipBatch& b = cache.b;
   const int head_dim = a.head_dim;
-  const int group = item % work.head_groups;
-  const int kv_head = item / work.head_groups % a.kv_heads;
-  const int tile_index = item / work.head_groups / a.kv_heads;
-  const int segment =
-      static_cast<int>(std::upper_bound(work.first_tile.begin(), work.first_tile.end(), tile_index) - work.first_tile.begin()) - 1;
-  const int begin = b.q_start[segment] + (tile_index - work.first_tile[segment]) * work.queries_per_tile;
+  const auto& first = work.first_item;
+  const int segment = static_cast<int>(std::upper_bound(first.begin(), first.end(), item) - first.begin()) - 1;
+  const int tiles_here = work.tiles(b, segment);
+  const int tile_index = (item - first[segment]) % tiles_here;
+  const int head_index = (item - first[segment]) / tiles_here;
+  const int group = head_index % work.head_groups;
+  const int kv_head = head_index / work.head_groups;
+  const int begin = b.q_start[segment] + tile_index * work.queries_per_tile;
   const int end = std::min(begin + work.queries_per_tile, b.q_start[segment + 1]);
   const int head0 = kv_head * work.heads_per_kv + group * work.heads_per_tile;
   const int heads = std::min(work.heads_per_tile, work.heads_per_kv - group * work.heads_per_tile);
@@ -199,15 +217,19 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, int item, c
   const int lowest = t.position[0];
   const int highest = t.position[rows - 1];
   const int first_visible = a.window > 0 ? std::max(0, lowest + 1 - a.window) : 0;
-  for (int base = first_visible / kChunk * kChunk; base <= highest; base += kChunk) {
+  const typename D::elem *k_tiles[kChunkTiles], *v_tiles[kChunkTiles];
+  auto find = [&](const typename D::elem* in, int base, const typename D::elem** found) {
     const int tiles = std::min(kChunkTiles, (highest - base) / 16 + 1);
-    const typename D::elem *k_tiles[kChunkTiles], *v_tiles[kChunkTiles];
-    for (int j = 0; j < tiles; ++j) {
-      const int tile = cache.tile(segment, base / 16 + j);
-      k_tiles[j] = cache.at(k_cache, tile, kv_head);
-      v_tiles[j] = cache.at(v_cache, tile, kv_head);
-    }
+    for (int j = 0; j < tiles; ++j) found[j] = cache.at(in, cache.tile(segment, base / 16 + j), kv_head);
+    return tiles;
+  };
+  const int first_base = first_visible / kChunk * kChunk;
+  find(k_cache, first_base, k_tiles);
+  for (int base = first_base; base <= highest; base += kChunk) {
+    const int tiles = find(v_cache, base, v_tiles);
+    prefetch_tiles(v_tiles, tiles, cache.tile_elems());
     for_row_tiles(rows, [&]<int R>(int row) { score_rows<D, R>(t, row, k_tiles, tiles, head_dim); });
+    if (base + kChunk <= highest) prefetch_tiles(k_tiles, find(k_cache, base + kChunk, k_tiles), cache.tile_elems());
     for (int row = 0; row < rows; ++row) soften_row<D>(t, row, base, tiles, a.window, a.scale, head_dim);
     for_row_tiles(rows, [&]<int R>(int row) {
       int d = 0;

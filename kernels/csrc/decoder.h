@@ -106,7 +106,7 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
                      m.head_dim);
     }
   });
-  team.parallel(work.items(a), [&](int item) {
+  team.parallel(work.items(), [&](int item) {
     attend<D>(cache, work, item, ws.q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), ws.values);
   });
 
@@ -172,7 +172,7 @@ inline void attention(Team& team, const SlipAttention& a, const SlipBatch& b, co
   const Cache<D> cache{a, b};
   const AttentionWork work(a, b);
   const Pass pass(team);
-  team.parallel(work.items(a), [&](int item) {
+  team.parallel(work.items(), [&](int item) {
     attend<D>(cache, work, item, q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), out);
   });
 }

@@ -40,7 +40,10 @@ inline vec vkeep_atleast(vec a, vec b) { return _mm512_maskz_mov_ps(_mm512_cmp_p
 inline vec vexp(vec x) {
   const __mmask16 live = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ);
   x = _mm512_min_ps(x, _mm512_set1_ps(88.0f));
-  const vec n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
+  const vec magic = _mm512_set1_ps(12582912.0f);
+  const vec shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), magic);
+  const vec n = _mm512_sub_ps(shifted, magic);
   vec r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
   vec p = _mm512_set1_ps(1.9875691500e-4f);
@@ -50,7 +53,8 @@ inline vec vexp(vec x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
   p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
-  return _mm512_maskz_scalef_ps(live, p, n);
+  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+  return _mm512_maskz_mov_ps(live, _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), power)));
 }
 
 struct F32 {
