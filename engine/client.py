@@ -11,16 +11,13 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import shutil
+import socket
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
-import zmq
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import EngineDiedError, ModelError, SlipstreamError
@@ -34,9 +31,9 @@ from slipstream.engine.messages import (
     FromEngine,
     NewRequest,
     StepOutputs,
-    ToEngine,
     TokenDelta,
 )
+from slipstream.engine.wire import ClientChannel
 
 DIED = "the engine process ended unexpectedly; see its log above"
 
@@ -80,32 +77,23 @@ class RequestStream:
 
 
 class EngineClient:
-    """Owns the engine process and the two sockets to it."""
+    """Owns the engine process and the channel to it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
+    def __init__(self) -> None:
         self.ready: EngineReady
         self.stats = EngineStats()
         self.on_step: list[Callable[[StepOutputs], None]] = []
         self.last_step_at = time.monotonic()
         """When the engine last finished a step or reported that it has nothing to do."""
         self.failure: str | None = None
-        self._process = process
-        self._folder = folder
+        self._process: asyncio.subprocess.Process
+        self._watcher: asyncio.Task[None]
+        self._channel = ClientChannel(self._handle)
         self._streams: dict[int, RequestStream] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
         self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(FromEngine)
-        self._context = zmq.Context()
-        self._to_engine = self._context.socket(zmq.PUSH)
-        self._from_engine = self._context.socket(zmq.PULL)
-        for socket, name in ((self._to_engine, "to-engine"), (self._from_engine, "from-engine")):
-            socket.set_hwm(0)
-            socket.linger = 0
-            socket.bind(endpoint(folder, name))
         self._closing = False
-        self._watcher: asyncio.Task[None]
 
     @classmethod
     async def start(cls, config: EngineConfig, entry: str = "slipstream.engine.process") -> EngineClient:
@@ -115,18 +103,19 @@ class EngineClient:
             ModelError: the model or the configuration cannot be served; the message is meant for the user.
             EngineDiedError: the process ended for another reason.
         """
-        folder = Path(tempfile.mkdtemp(prefix="slipstream-"))
+        ours, theirs = socket.socketpair()
         arguments = msgspec.json.encode(dataclasses.asdict(config)).decode()
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", entry, str(folder), arguments),
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            # Ctrl-C reaches the whole process group; the server decides when the engine ends.
-            start_new_session=True,
-        )
-        client = cls(process, folder)
-        asyncio.get_running_loop().add_reader(client._from_engine.fileno(), client._receive)
+        client = cls()
+        with theirs:
+            client._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", entry, str(theirs.fileno()), arguments),
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                pass_fds=(theirs.fileno(),),
+                # Ctrl-C reaches the whole process group; the server decides when the engine ends.
+                start_new_session=True,
+            )
+        await asyncio.get_running_loop().create_connection(lambda: client._channel, sock=ours)
         client._watcher = asyncio.create_task(client._watch())
-        client._receive()
         try:
             client.ready = await client._ready
         except BaseException:
@@ -153,12 +142,12 @@ class EngineClient:
             stream.put(TokenDelta(request_id=request.request_id, tokens=[], finish_reason="error", error=self.failure))
             return stream
         self._streams[request.request_id] = stream
-        self._send(request)
+        self._channel.send(request)
         return stream
 
     def abort(self, request_ids: list[int]) -> None:
         if open_ids := [request_id for request_id in request_ids if request_id in self._streams]:
-            self._send(AbortRequests(request_ids=open_ids))
+            self._channel.send(AbortRequests(request_ids=open_ids))
 
     async def call(self, operation: str, **arguments: Any) -> Any:
         """Runs a control operation between two steps and returns its result.
@@ -172,7 +161,7 @@ class EngineClient:
         call_id = next(self._ids)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
-        self._send(Call(call_id, operation, arguments))
+        self._channel.send(Call(call_id, operation, arguments))
         return await future
 
     async def close(self) -> None:
@@ -187,28 +176,7 @@ class EngineClient:
                 self._process.kill()
                 await self._process.wait()
         await self._watcher
-        with contextlib.suppress(ValueError, OSError):
-            asyncio.get_running_loop().remove_reader(self._from_engine.fileno())
-        self._to_engine.close()
-        self._from_engine.close()
-        self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _send(self, message: ToEngine) -> None:
-        self._to_engine.send(self._encoder.encode(message), zmq.NOBLOCK)
-        # A send may consume the readiness edge of the receiving socket's shared signaller.
-        asyncio.get_running_loop().call_soon(self._receive)
-
-    def _receive(self) -> None:
-        """Drains the socket: its descriptor is edge-triggered, so what is left behind would wait for the next edge."""
-        if self._from_engine.closed:
-            return
-        while True:
-            try:
-                frame = self._from_engine.recv(zmq.NOBLOCK, copy=True)
-            except zmq.Again:
-                return
-            self._handle(self._decoder.decode(frame))
+        self._channel.close()
 
     def _handle(self, message: FromEngine) -> None:
         match message:
@@ -239,7 +207,6 @@ class EngineClient:
 
     async def _watch(self) -> None:
         code = await self._process.wait()
-        self._receive()
         if self._closing:
             self._end("the server is shutting down", EngineDiedError("the engine was closed"))
         else:
@@ -261,7 +228,3 @@ class EngineClient:
                 stream.put(TokenDelta(request_id=request_id, tokens=[], finish_reason="abort"))
             else:
                 stream.put(TokenDelta(request_id=request_id, tokens=[], finish_reason="error", error=reason))
-
-
-def endpoint(folder: Path, name: str) -> str:
-    return f"ipc://{folder / name}"

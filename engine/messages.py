@@ -14,7 +14,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 LogprobsMode = Literal["raw", "processed"]
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """How the tokens of one request are drawn; validated by the server, trusted by the engine.
 
     Processors apply in this order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition, frequency and
@@ -50,7 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """raw: of the model's own distribution; processed: of the distribution the token was drawn from."""
 
 
-class NewRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="new"):
+class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="new"):
     """One sequence to generate. ``request_id`` is unique within the life of the client."""
 
     request_id: int
@@ -65,13 +65,13 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     """time.monotonic() at the server, seconds; comparable between processes of one host."""
 
 
-class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
+class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     """Unknown ids are ignored: the request may have ended while the message was on its way."""
 
     request_ids: list[int]
 
 
-class Call(msgspec.Struct, frozen=True, tag="call"):
+class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
     """A control operation by name (see ``engine.process.OPERATIONS``), answered by exactly one CallReply."""
 
     call_id: int
@@ -93,7 +93,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """The most likely tokens, best first."""
 
 
-class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Progress of one request in one step. Exactly one delta of a request carries a finish_reason: its last."""
 
     request_id: int
@@ -115,7 +115,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     drafter_version: int = 0
 
 
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """A snapshot after a step; counters count from the start of the engine."""
 
     step: int = 0
@@ -143,20 +143,20 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     target_version: int = 0
 
 
-class StepOutputs(msgspec.Struct, frozen=True, tag="step"):
+class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """Everything one step has to tell the server; also sent without deltas as a heartbeat."""
 
     deltas: list[TokenDelta]
     stats: EngineStats
 
 
-class CallReply(msgspec.Struct, frozen=True, tag="reply"):
+class CallReply(msgspec.Struct, frozen=True, array_like=True, tag="reply"):
     call_id: int
     result: Any = None
     error: str | None = None
 
 
-class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="ready"):
     """The first message of an engine process that came up."""
 
     model_type: str
@@ -173,7 +173,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     load_seconds: float
 
 
-class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+class EngineFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
     """The last message of an engine process that ends in an error."""
 
     message: str

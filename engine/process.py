@@ -1,7 +1,6 @@
 """The engine process: loads the model, then steps while there is work and listens while there is none.
 
-Run as ``python -m slipstream.engine.process FOLDER CONFIG``: FOLDER holds the two sockets, CONFIG is EngineConfig as
-JSON.
+Run as ``python -m slipstream.engine.process DESCRIPTOR CONFIG``: an inherited socket, and EngineConfig as JSON.
 """
 
 from __future__ import annotations
@@ -14,13 +13,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
-import zmq
 
-from slipstream.engine.client import endpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import EngineCore
 from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
@@ -34,13 +30,13 @@ from slipstream.engine.messages import (
     FromEngine,
     NewRequest,
     StepOutputs,
-    ToEngine,
     TokenDelta,
 )
 from slipstream.engine.models.loader import LoadedModel, load_model
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.step_cost import StepCost, chunk_context
+from slipstream.engine.wire import EngineChannel
 
 HEARTBEAT_MS = 1000
 PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -125,16 +121,8 @@ def calibrate(cost: StepCost, runner: ModelRunner, max_model_len: int, max_step_
 
 
 class _Process:
-    def __init__(self, folder: Path) -> None:
-        self._context = zmq.Context()
-        self._inbox = self._context.socket(zmq.PULL)
-        self._outbox = self._context.socket(zmq.PUSH)
-        for socket, name in ((self._inbox, "to-engine"), (self._outbox, "from-engine")):
-            socket.set_hwm(0)
-            socket.connect(endpoint(folder, name))
-        self._outbox.linger = 1000
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+    def __init__(self, channel: EngineChannel) -> None:
+        self._channel = channel
         self._stop = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -158,6 +146,8 @@ class _Process:
         self._send(engine.ready())
         try:
             self._serve(engine)
+        except ConnectionError:
+            raise
         except Exception as error:
             traceback.print_exc()
             self._send(EngineFailed(f"the engine failed: {type(error).__name__}: {error}"))
@@ -166,29 +156,24 @@ class _Process:
 
     def _serve(self, engine: Engine) -> None:
         while not self._stop.is_set():
+            busy = engine.core.has_work
+            messages = self._channel.receive(0 if busy else HEARTBEAT_MS)
+            for message in messages:
+                self._take(engine, message)
             if engine.core.has_work:
-                self._receive(engine)
                 engine.core.step()
-            elif self._inbox.poll(HEARTBEAT_MS):
-                self._receive(engine)
-            else:
+            elif not messages:
                 self._send(StepOutputs([], engine.core.stats()))
         engine.core.close()
 
-    def _receive(self, engine: Engine) -> None:
-        while True:
-            try:
-                frame = self._inbox.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            message = self._decoder.decode(frame)
-            match message:
-                case NewRequest():
-                    engine.scheduler.add(message)
-                case AbortRequests():
-                    engine.scheduler.abort(message.request_ids)
-                case Call():
-                    self._send(self._answer(engine, message))
+    def _take(self, engine: Engine, message: NewRequest | AbortRequests | Call) -> None:
+        match message:
+            case NewRequest():
+                engine.scheduler.add(message)
+            case AbortRequests():
+                engine.scheduler.abort(message.request_ids)
+            case Call():
+                self._send(self._answer(engine, message))
 
     def _answer(self, engine: Engine, call: Call) -> CallReply:
         engine.core.drain()
@@ -200,12 +185,7 @@ class _Process:
             return CallReply(call.call_id, error=f"integrity violated: {error}")
 
     def _send(self, message: FromEngine) -> None:
-        self._outbox.send(self._encoder.encode(message))
-
-    def close(self) -> None:
-        self._inbox.close(0)
-        self._outbox.close()
-        self._context.term()
+        self._channel.send(message)
 
 
 def die_with_parent() -> None:
@@ -217,13 +197,12 @@ def die_with_parent() -> None:
             sys.exit(1)
 
 
-def main(folder: str, config: str) -> int:
+def main(descriptor: str, config: str) -> int:
     die_with_parent()
-    process = _Process(Path(folder))
     try:
-        return process.run(msgspec.json.decode(config, type=EngineConfig))
-    finally:
-        process.close()
+        return _Process(EngineChannel(int(descriptor))).run(msgspec.json.decode(config, type=EngineConfig))
+    except ConnectionError:
+        return 1  # nobody is left to tell
 
 
 if __name__ == "__main__":

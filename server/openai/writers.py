@@ -96,7 +96,7 @@ class ChatWriter(OpenAIWriter):
         if options.logprobs is not None and piece.logprobs:
             logprobs = encode(self.formatter.chat(piece.logprobs, options.logprobs))
         ids = b',"token_ids":' + encode(piece.tokens) if options.return_token_ids else b""
-        if piece.text or ((options.return_token_ids or options.logprobs is not None) and piece.tokens):
+        if piece.text or piece.tokens:  # tokens whose text is held back are progress too
             told += self.event(
                 b"".join(
                     (
@@ -173,9 +173,8 @@ class CompletionWriter(OpenAIWriter):
         self._offsets = [0] * len(generation.sequences)
 
     def chunk(self, sequence: Sequence, piece: Piece) -> bytes:
-        options = self.options
         told = b""
-        if piece.text or piece.first or ((options.return_token_ids or options.logprobs is not None) and piece.tokens):
+        if piece.text or piece.first or piece.tokens:
             told = self.event(
                 b"".join(
                     (

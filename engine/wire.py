@@ -1,0 +1,99 @@
+"""Frames over a socket pair between the API process and the engine process: four bytes of length, then msgpack.
+
+The API process reads in its event loop; the engine polls between steps and blocks while it is idle. Neither needs a
+thread for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import msgspec
+
+from slipstream.engine.messages import FromEngine, ToEngine
+
+LENGTH_BYTES = 4
+READ_BYTES = 1 << 20
+
+
+class Frames:
+    """Cuts a byte stream into frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The frames that ``data`` completes."""
+        if self._buffer:
+            self._buffer += data
+            data = bytes(self._buffer)
+            self._buffer.clear()
+        begin = 0
+        while len(data) - begin >= LENGTH_BYTES:
+            end = begin + LENGTH_BYTES + int.from_bytes(data[begin : begin + LENGTH_BYTES], "little")
+            if end > len(data):
+                break
+            yield data[begin + LENGTH_BYTES : end]
+            begin = end
+        self._buffer += data[begin:]
+
+
+def frame(payload: bytes) -> bytes:
+    return len(payload).to_bytes(LENGTH_BYTES, "little") + payload
+
+
+class EngineChannel:
+    """The engine's end: blocking writes, polled reads."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._socket = socket.socket(fileno=descriptor)
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+        self._frames = Frames()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+
+    def send(self, message: FromEngine) -> None:
+        """Raises ConnectionError when the API process is gone."""
+        self._socket.sendall(frame(self._encoder.encode(message)))
+
+    def receive(self, timeout_ms: int) -> list[ToEngine]:
+        """What has arrived, after waiting for it at most so long; raises ConnectionError when the other end is gone."""
+        messages: list[ToEngine] = []
+        while self._poll.poll(timeout_ms):
+            data = self._socket.recv(READ_BYTES)
+            if not data:
+                raise ConnectionResetError("the API process is gone")
+            messages += map(self._decoder.decode, self._frames.feed(data))
+            timeout_ms = 0
+        return messages
+
+
+class ClientChannel(asyncio.Protocol):
+    """The API process's end, served by the event loop."""
+
+    def __init__(self, handle: Callable[[FromEngine], None]) -> None:
+        self._handle = handle
+        self._frames = Frames()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        for payload in self._frames.feed(data):
+            self._handle(self._decoder.decode(payload))
+
+    def send(self, message: ToEngine) -> None:
+        assert self._transport is not None
+        self._transport.write(frame(self._encoder.encode(message)))
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
