@@ -58,7 +58,8 @@ class Engine:
         cost = StepCost()
         calibrate(cost, self.runner, loaded.max_model_len, config.max_step_tokens)
         self.scheduler = Scheduler(config, loaded.num_blocks, loaded.max_model_len, cost)
-        self.core = EngineCore(self.scheduler, self.runner.execute, deliver, config.pipeline)
+        pipeline = config.pipeline == "on" or (config.pipeline == "auto" and self.runner.cache.data.is_cuda)
+        self.core = EngineCore(self.scheduler, self.runner.execute, deliver, pipeline)
 
     def ready(self) -> EngineReady:
         model, loaded = self.loaded.model, self.loaded

@@ -52,6 +52,7 @@ class NativeDecoder:
         self._c = self._c_model()
         self._cache: PagedKVCache | None = None
         self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._logits = torch.empty(0, self.shape.vocab_size)
 
     @staticmethod
     def supports(config: DecoderConfig) -> bool:
@@ -81,7 +82,10 @@ class NativeDecoder:
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
         vocab = self.shape.vocab_size
-        out = torch.empty(len(rows), vocab)
+        if len(rows) > len(self._logits):
+            # Kept, because fresh memory of this size is mapped page by page at every step.
+            self._logits = torch.empty(len(rows), vocab)
+        out = self._logits[: len(rows)]
         self._library.slip_logits(
             *(ctypes.byref(self._c), address(hidden), rows.ctypes.data, len(rows), address(out), vocab),
             self._memory(len(rows)),

@@ -31,4 +31,4 @@ class CausalModel(Protocol):
         """Hidden states [num_tokens, hidden], as ``logits`` takes them."""
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
-        """Logits [len(rows), vocab_size] float32 of some rows of hidden."""
+        """Logits [len(rows), vocab_size] float32 of some rows of hidden; valid until the next call."""

@@ -66,11 +66,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         if not is_plain(row.params):
             process(logits, i, row)
 
-    best = logits.max(dim=-1)
-    tokens = best.indices
-    errors = dict.fromkeys(
-        (~best.values.isfinite()).nonzero()[:, 0].tolist(), "the model returned logits that are not finite"
-    )
+    tokens: list[int] = sampling.argmax(logits).tolist()
+    errors = {i: "the model returned logits that are not finite" for i, token in enumerate(tokens) if token < 0}
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and i not in errors]
     probs: Tensor | None = None
     if drawn:
@@ -78,8 +75,9 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         seeds = np.array([rows[i].seed for i in drawn], np.uint64)
         counters = np.array([rows[i].num_output for i in drawn], np.uint64)
         uniforms = torch.from_numpy(uniform(seeds, counters)).to(logits.device)
-        tokens[drawn] = sampling.draw(probs, uniforms)
-    result = Sampled(tokens.tolist(), errors=errors)
+        for i, token in zip(drawn, sampling.draw(probs, uniforms).tolist(), strict=True):
+            tokens[i] = token
+    result = Sampled(tokens, errors=errors)
     if raw_logits is not None:
         _report(result, raw, raw_logits.log_softmax(-1), rows)
     if processed := [i for i in wants_logprobs if rows[i].params.logprobs_mode == "processed"]:

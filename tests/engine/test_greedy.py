@@ -47,7 +47,7 @@ def check_every_way(prompts: list[list[int]], length: int, reference: Any) -> No
     assert_greedy(reference, prompts, alone)
 
     assert tokens(run(prompts, length, max_running=16)) == alone
-    assert tokens(run(prompts, length, max_running=16, pipeline=False)) == alone
+    assert tokens(run(prompts, length, max_running=16, pipeline="on")) == alone
 
     chunked = run(prompts, length, max_running=8, max_step_tokens=24, prefix_caching=False)
     assert tokens(chunked) == alone
