@@ -21,7 +21,7 @@ from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.request import Request
 from slipstream.engine.step_cost import StepCost, chunk_context
 
-DECODE_SHARE = 0.4
+DECODE_SHARE = 0.38
 """While prompts wait, running streams keep at least this share of a step, and prompts get the rest."""
 MIN_CHUNK = 16
 """Prompts always advance by this many tokens a step, whatever the latency target."""

@@ -148,25 +148,37 @@ inline void soften_row(QueryTile<D>& t, int row, int base, int tiles, int window
   t.sum[row] = sum;
 }
 
-// Work split of one attention call: item -> (segment, KV head, group of query heads, query tile). The tiles of a head
-// come one after the other, so that its keys and values are still in the cache for the next tile.
+// Work split of one attention call: an item is a tile of queries of one segment against one KV head, for a group of its
+// query heads. Long items come first, so that no thread begins one when the others are done; the tiles of a head come
+// one after the other, so that its keys and values are still in the cache for the next tile.
 struct AttentionWork {
-  int heads_per_kv, heads_per_tile, head_groups, queries_per_tile;
-  std::vector<int> first_item;  // [num_segments + 1]
+  struct Item {
+    int segment, begin, end;  // query tokens [begin, end)
+    int kv_head, group;
+  };
+  int heads_per_kv, heads_per_tile;
+  std::vector<Item> items;
 
   AttentionWork(const SlipAttention& a, const SlipBatch& b) {
     heads_per_kv = a.heads / a.kv_heads;
     heads_per_tile = std::min(heads_per_kv, kMaxQueryRows);
-    head_groups = (heads_per_kv + heads_per_tile - 1) / heads_per_tile;
-    queries_per_tile = kMaxQueryRows / heads_per_tile;
-    first_item.resize(b.num_segments + 1);
-    first_item[0] = 0;
-    for (int s = 0; s < b.num_segments; ++s) first_item[s + 1] = first_item[s] + tiles(b, s) * a.kv_heads * head_groups;
+    const int groups = (heads_per_kv + heads_per_tile - 1) / heads_per_tile;
+    const int most = kMaxQueryRows / heads_per_tile;
+    std::vector<int> order(b.num_segments);
+    std::iota(order.begin(), order.end(), 0);
+    const auto queries = [&](int s) { return b.q_start[s + 1] - b.q_start[s]; };
+    const auto cost = [&](int s) { return static_cast<int64_t>(std::min(queries(s), most)) * b.kv_len[s]; };
+    std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return cost(x) > cost(y); });
+    for (int s : order) {
+      const int tiles = (queries(s) + most - 1) / most;
+      for (int kv_head = 0; kv_head < a.kv_heads; ++kv_head)
+        for (int group = 0; group < groups; ++group)
+          for (int t = 0; t < tiles; ++t) {
+            const auto border = [&](int i) { return b.q_start[s] + static_cast<int>(int64_t{queries(s)} * i / tiles); };
+            items.push_back({s, border(t), border(t + 1), kv_head, group});
+          }
+    }
   }
-  int tiles(const SlipBatch& b, int segment) const {
-    return (b.q_start[segment + 1] - b.q_start[segment] + queries_per_tile - 1) / queries_per_tile;
-  }
-  int items() const { return first_item.back(); }
 };
 
 // Asks for the tiles' memory ahead of their use; they lie scattered, which the hardware does not foresee.
@@ -178,22 +190,16 @@ inline void prefetch_tiles(const T* const* tiles, int count, size_t elems) {
   }
 }
 
-// One work item; q and out are [tokens, heads, head_dim].
+// One work item; q and out are [tokens, heads, head_dim]. `after` is the item this thread will probably take next: its
+// first keys are asked for before this one is done.
 template <class D, class Q, class O>
-inline void attend(const Cache<D>& cache, const AttentionWork& work, int item, const Q* q, const typename D::elem* k_cache,
+inline void attend(const Cache<D>& cache, const AttentionWork& work, const AttentionWork::Item& item,
+                   const AttentionWork::Item* after, const Q* q, const typename D::elem* k_cache,
                    const typename D::elem* v_cache, O* out) {
   const SlipAttention& a = cache.a;
   const SlipBatch& b = cache.b;
   const int head_dim = a.head_dim;
-  const auto& first = work.first_item;
-  const int segment = static_cast<int>(std::upper_bound(first.begin(), first.end(), item) - first.begin()) - 1;
-  const int tiles_here = work.tiles(b, segment);
-  const int tile_index = (item - first[segment]) % tiles_here;
-  const int head_index = (item - first[segment]) / tiles_here;
-  const int group = head_index % work.head_groups;
-  const int kv_head = head_index / work.head_groups;
-  const int begin = b.q_start[segment] + tile_index * work.queries_per_tile;
-  const int end = std::min(begin + work.queries_per_tile, b.q_start[segment + 1]);
+  const auto [segment, begin, end, kv_head, group] = item;
   const int head0 = kv_head * work.heads_per_kv + group * work.heads_per_tile;
   const int heads = std::min(work.heads_per_tile, work.heads_per_kv - group * work.heads_per_tile);
 
@@ -214,22 +220,28 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, int item, c
   }
   for (int i = 0; i < rows * head_dim; i += 16) vstore(t.acc + i, vzero());
 
-  const int lowest = t.position[0];
   const int highest = t.position[rows - 1];
-  const int first_visible = a.window > 0 ? std::max(0, lowest + 1 - a.window) : 0;
   const typename D::elem *k_tiles[kChunkTiles], *v_tiles[kChunkTiles];
-  auto find = [&](const typename D::elem* in, int base, const typename D::elem** found) {
-    const int tiles = std::min(kChunkTiles, (highest - base) / 16 + 1);
-    for (int j = 0; j < tiles; ++j) found[j] = cache.at(in, cache.tile(segment, base / 16 + j), kv_head);
+  auto find = [&](const typename D::elem* in, const AttentionWork::Item& of, int base, const typename D::elem** found) {
+    const int last = position_of(b, of.segment, of.end - 1);
+    const int tiles = std::min(kChunkTiles, (last - base) / 16 + 1);
+    for (int j = 0; j < tiles; ++j) found[j] = cache.at(in, cache.tile(of.segment, base / 16 + j), of.kv_head);
     return tiles;
   };
-  const int first_base = first_visible / kChunk * kChunk;
-  find(k_cache, first_base, k_tiles);
-  for (int base = first_base; base <= highest; base += kChunk) {
-    const int tiles = find(v_cache, base, v_tiles);
+  auto first_base = [&](const AttentionWork::Item& of) {
+    const int lowest = position_of(b, of.segment, of.begin);
+    return a.window > 0 ? std::max(0, lowest + 1 - a.window) / kChunk * kChunk : 0;
+  };
+  int base = first_base(item);
+  find(k_cache, item, base, k_tiles);
+  for (; base <= highest; base += kChunk) {
+    const int tiles = find(v_cache, item, base, v_tiles);
     prefetch_tiles(v_tiles, tiles, cache.tile_elems());
     for_row_tiles(rows, [&]<int R>(int row) { score_rows<D, R>(t, row, k_tiles, tiles, head_dim); });
-    if (base + kChunk <= highest) prefetch_tiles(k_tiles, find(k_cache, base + kChunk, k_tiles), cache.tile_elems());
+    const bool more = base + kChunk <= highest;
+    if (more || after)
+      prefetch_tiles(k_tiles, more ? find(k_cache, item, base + kChunk, k_tiles) : find(k_cache, *after, first_base(*after), k_tiles),
+                     cache.tile_elems());
     for (int row = 0; row < rows; ++row) soften_row<D>(t, row, base, tiles, a.window, a.scale, head_dim);
     for_row_tiles(rows, [&]<int R>(int row) {
       int d = 0;
@@ -250,4 +262,15 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, int item, c
       }
     }
   }
+}
+
+template <class D, class Q, class O>
+inline void attend_all(Team& team, const Cache<D>& cache, const AttentionWork& work, const Q* q,
+                       const typename D::elem* k_cache, const typename D::elem* v_cache, O* out) {
+  const auto& items = work.items;
+  const size_t stride = team.size();
+  team.parallel(static_cast<int>(items.size()), [&](size_t item) {
+    const auto* after = item + stride < items.size() ? &items[item + stride] : nullptr;
+    attend<D>(cache, work, items[item], after, q, k_cache, v_cache, out);
+  });
 }

@@ -106,9 +106,7 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
                      m.head_dim);
     }
   });
-  team.parallel(work.items(), [&](int item) {
-    attend<D>(cache, work, item, ws.q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), ws.values);
-  });
+  attend_all<D>(team, cache, work, ws.q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), ws.values);
 
   matmul<D>(team, layer.out, ws.values, q_width, tokens, AddRows{hidden, static_cast<size_t>(m.hidden), layer.out.bias});
   norm_rows<D>(team, hidden, nullptr, layer.mlp_norm, tokens, m.hidden, m.norm_eps, ws.x);
@@ -172,7 +170,5 @@ inline void attention(Team& team, const SlipAttention& a, const SlipBatch& b, co
   const Cache<D> cache{a, b};
   const AttentionWork work(a, b);
   const Pass pass(team);
-  team.parallel(work.items(), [&](int item) {
-    attend<D>(cache, work, item, q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), out);
-  });
+  attend_all<D>(team, cache, work, q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), out);
 }

@@ -1,9 +1,12 @@
 // Rows times panels: the one matrix micro-kernel. Included once per instruction set, inside its namespace.
 
-template <class D, int R, int P>
+// acc += rows of x times panels. With Ahead > 0, asks for so many lines of memory per step, from `ahead` on.
+template <class D, int R, int P, int Ahead = 0>
 [[gnu::always_inline]] inline void accumulate(const typename D::elem* x, size_t ldx, const typename D::elem* const* panels,
-                                              int steps, vec (&acc)[R][P]) {
+                                              int steps, vec (&acc)[R][P], const char* ahead = nullptr) {
   for (int k = 0; k < steps; ++k) {
+#pragma GCC unroll 4
+    for (int line = 0; line < Ahead; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     typename D::wvec w[P];
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) w[p] = D::load(panels[p] + static_cast<size_t>(k) * 16 * D::kPair);
@@ -16,20 +19,20 @@ template <class D, int R, int P>
   }
 }
 
-template <class D, int R, int P, class Epilogue>
+template <class D, int R, int P, int Ahead, class Epilogue>
 inline void row_tile(const typename D::elem* x, size_t ldx, const typename D::elem* const* panels, int steps, int row,
-                     int panel, const Epilogue& epilogue) {
+                     int panel, const char* ahead, const Epilogue& epilogue) {
   vec acc[R][P];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) acc[r][p] = vzero();
-  accumulate<D, R, P>(x, ldx, panels, steps, acc);
+  accumulate<D, R, P, Ahead>(x, ldx, panels, steps, acc, ahead);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) epilogue.template operator()<P>(row + r, panel, acc[r]);
 }
 
-// Calls f<R>(first_row) over `rows` rows in tiles of nearly equal height, at most kMaxRows.
+// Calls f<height>(row).
 template <int R = kMaxRows, class F>
 inline void tile_of(int height, int row, const F& f) {
   if constexpr (R > 1) {
@@ -38,6 +41,7 @@ inline void tile_of(int height, int row, const F& f) {
   f.template operator()<R>(row);
 }
 
+// Calls f<R>(first_row) over `rows` rows in tiles of nearly equal height, at most kMaxRows.
 template <class F>
 inline void for_row_tiles(int rows, const F& f) {
   const int tiles = (rows + kMaxRows - 1) / kMaxRows;
@@ -48,13 +52,26 @@ inline void for_row_tiles(int rows, const F& f) {
   }
 }
 
+// P panels from `first` on times all rows, tile after tile. While the first tile of a group waits for memory, memory would
+// wait for the other tiles: so each tile asks for a part of the panels at `ahead`, where this thread will go on.
 template <class D, int P, class Epilogue>
 inline void panel_group(const typename D::elem* x, size_t ldx, int rows, const typename D::elem* first, int k, int panel,
-                        const Epilogue& epilogue) {
+                        const typename D::elem* ahead, const Epilogue& epilogue) {
   const typename D::elem* panels[P];
   for (int p = 0; p < P; ++p) panels[p] = first + static_cast<size_t>(p) * 16 * k;
+  const int steps = k / D::kPair;
+  const bool few = rows <= P / 2 * kMaxRows;  // then each tile has more to ask for
+  const char* next = reinterpret_cast<const char*>(ahead);
+  const char* end = next + static_cast<size_t>(P) * steps * 64;
   for_row_tiles(rows, [&]<int R>(int row) {
-    row_tile<D, R, P>(x + row * ldx, ldx, panels, k / D::kPair, row, panel, epilogue);
+    const auto tile = [&]<int Ahead>() {
+      row_tile<D, R, P, Ahead>(x + row * ldx, ldx, panels, steps, row, panel, next, epilogue);
+      next += static_cast<size_t>(Ahead) * steps * 64;
+    };
+    if (!ahead || next >= end || rows == 1) tile.template operator()<0>();
+    else if (rows <= kMaxRows) tile.template operator()<P>();
+    else if (few) tile.template operator()<P / 2>();
+    else tile.template operator()<1>();
   });
 }
 
@@ -67,14 +84,19 @@ inline void matmul(Team& team, const SlipLinear& w, const typename D::elem* x, s
   const int groups = (panels + kPanels - 1) / kPanels;
   const int grain = groups / (team.size() * 16) + 1;
   auto at = [&](int panel) { return base + static_cast<size_t>(panel) * 16 * w.k; };
+  // Where this thread will probably go on: the next group of its item, or the item after those of the other threads.
+  auto after = [&](int panel, int end) {
+    const int next = panel + 2 * kPanels <= end ? panel + kPanels : end + (team.size() - 1) * grain * kPanels;
+    return next + kPanels <= panels ? at(next) : nullptr;
+  };
   team.parallel((groups + grain - 1) / grain, [&](int item) {
     const int end = std::min((item + 1) * grain * kPanels, panels);
     int panel = item * grain * kPanels;
     for (; panel + kPanels <= end; panel += kPanels)
-      panel_group<D, kPanels>(x, ldx, rows, at(panel), w.k, panel, epilogue);
+      panel_group<D, kPanels>(x, ldx, rows, at(panel), w.k, panel, after(panel, end), epilogue);
     if constexpr (kPanels > 2)
-      for (; panel + 2 <= end; panel += 2) panel_group<D, 2>(x, ldx, rows, at(panel), w.k, panel, epilogue);
-    for (; panel < end; ++panel) panel_group<D, 1>(x, ldx, rows, at(panel), w.k, panel, epilogue);
+      for (; panel + 2 <= end; panel += 2) panel_group<D, 2>(x, ldx, rows, at(panel), w.k, panel, nullptr, epilogue);
+    for (; panel < end; ++panel) panel_group<D, 1>(x, ldx, rows, at(panel), w.k, panel, nullptr, epilogue);
   });
 }
 
