@@ -72,6 +72,9 @@ class EngineChannel:
             timeout_ms = 0
         return messages
 
+    def close(self) -> None:
+        self._socket.close()
+
 
 class ClientChannel(asyncio.Protocol):
     """The API process's end, served by the event loop."""

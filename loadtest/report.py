@@ -17,6 +17,7 @@ from rich.table import Table
 
 from slipstream.loadtest.harness import Run
 from slipstream.loadtest.record import RequestRecord
+from slipstream.loadtest.scrape import Steps
 
 LATENCIES = {
     "ttft": "TTFT",
@@ -75,6 +76,15 @@ def summarise(run: Run) -> dict[str, Any]:
     return figures
 
 
+def summarise_steps(steps: Steps) -> dict[str, Any]:
+    """Figures of the engine's own counters over a run."""
+    return {
+        "engine_steps": round(steps.count),
+        "mean_step_ms": _rate(steps.model_seconds * 1e3, steps.count),
+        "scheduler_cpu_ms_per_step": _rate(steps.overhead_cpu_seconds * 1e3, steps.count),
+    }
+
+
 def _rate(amount: float, divisor: float) -> float:
     return round(amount / divisor, 4) if divisor else 0.0
 
@@ -101,6 +111,10 @@ def print_summary(title: str, figures: dict[str, Any], console: Console) -> None
         totals.add_row("all tokens per second", f"{figures['total_token_throughput']:.1f}")
     totals.add_row("most requests at once", str(figures["max_concurrent_requests"]))
     totals.add_row("tokens per chunk", f"{figures['mean_tokens_per_chunk']:.2f}")
+    if "engine_steps" in figures:
+        totals.add_row("engine steps", str(figures["engine_steps"]))
+        totals.add_row("mean step in the model", f"{figures['mean_step_ms']:.2f} ms")
+        totals.add_row("scheduler CPU per step", f"{figures['scheduler_cpu_ms_per_step']:.3f} ms")
     console.print(totals)
     latencies = Table("milliseconds", *("p50" if name == "median" else name for name in STATISTICS))
     for name, title in LATENCIES.items():

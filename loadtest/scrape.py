@@ -1,4 +1,4 @@
-"""Reads a server's /metrics: the load gauges that Slipstream and vLLM name alike up to the prefix."""
+"""Reads a server's /metrics: load, which Slipstream and vLLM name alike up to the prefix, and Slipstream's steps."""
 
 from __future__ import annotations
 
@@ -25,27 +25,66 @@ class Load:
         return self.running == 0 and self.waiting == 0 and self.kv_cache_usage == 0
 
 
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What the engine did since it was started; the difference of two is what it did in between."""
+
+    count: float
+    model_seconds: float
+    """Wall time in the model and in drawing tokens."""
+    overhead_cpu_seconds: float
+    """CPU time of the engine on everything else."""
+
+    def __sub__(self, earlier: Steps) -> Steps:
+        return Steps(
+            self.count - earlier.count,
+            self.model_seconds - earlier.model_seconds,
+            self.overhead_cpu_seconds - earlier.overhead_cpu_seconds,
+        )
+
+
 def parse_load(text: str) -> Load | None:
     """None if the page has no such metrics. Values are summed over labels (several engines)."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total")
-    values: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            prefix, _, name = sample.name.partition(":")
-            if prefix in ("slipstream", "vllm") and name in names:
-                values[name] = values.get(name, 0.0) + sample.value
+    values = _read(text, ("slipstream", "vllm"), names)
     if any(name not in values for name in names[:3]):
         return None
     return Load(*(values.get(name, 0.0) for name in names))
 
 
+def parse_steps(text: str) -> Steps | None:
+    """None if the page has no such metrics."""
+    names = ("engine_steps_total", "step_seconds_total", "scheduler_cpu_seconds_total")
+    values = _read(text, ("slipstream",), names)
+    return Steps(*(values[name] for name in names)) if len(values) == len(names) else None
+
+
+def _read(text: str, prefixes: tuple[str, ...], names: tuple[str, ...]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            prefix, _, name = sample.name.partition(":")
+            if prefix in prefixes and name in names:
+                values[name] = values.get(name, 0.0) + sample.value
+    return values
+
+
 async def read_load(client: AsyncClient) -> Load | None:
     """None for a server without these metrics."""
+    return parse_load(await _page(client))
+
+
+async def read_steps(client: AsyncClient) -> Steps | None:
+    """None for a server without these metrics."""
+    return parse_steps(await _page(client))
+
+
+async def _page(client: AsyncClient) -> str:
     try:
-        return parse_load(await client.metrics())
+        return await client.metrics()
     except APIError as error:
         if error.status in (401, 403, 404, 405):
-            return None
+            return ""
         raise
 
 

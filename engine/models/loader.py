@@ -54,6 +54,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
     device = _device(config)
     own = need(checkpoint.config, "model_type") in FAMILIES
     shape = model_shape(checkpoint.config) if own else transformers_shape(checkpoint.config)
+    if own and (scheme := checkpoint.config.get("quantization_config")):
+        method = scheme.get("quant_method", "an unnamed method") if isinstance(scheme, dict) else scheme
+        raise ModelError(
+            f"{checkpoint.path}: its weights are quantised ({method}), which cannot be read; "
+            "serve the model's bfloat16 weights, or a GGUF file of it"
+        )
     _prepare_threads(config)
     weights_bytes = _weights_bytes(checkpoint, config, dtype)
     block_bytes = PagedKVCache.block_bytes(shape.num_layers, config.block_size, shape.kv_heads, shape.head_dim, dtype)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
-from slipstream.engine.models.loader import build_model
+from slipstream.engine.models.loader import build_model, load_model
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.native import library
@@ -178,6 +178,12 @@ def test_unknown_model_type_names_it(tmp_path: Path) -> None:
     options = write_config(tmp_path, {"model_type": "no_such_model", "hidden_size": 8, "num_attention_heads": 2})
     with pytest.raises(ModelError, match="no_such_model"):
         build_model(open_checkpoint(tmp_path), options, torch.float32, CPU, 64)
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    write_config(tmp_path, MODELS["llama"] | {"quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(ModelError, match="gptq"):
+        load_model(EngineConfig(model=str(tmp_path), load_format="dummy"))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])

@@ -8,7 +8,8 @@ from rich.console import Console
 from slipstream.clients.sse import Chunk
 from slipstream.loadtest.harness import Run
 from slipstream.loadtest.record import RequestRecord
-from slipstream.loadtest.report import STATISTICS, max_concurrent, print_summary, spread, summarise
+from slipstream.loadtest.report import STATISTICS, max_concurrent, print_summary, spread, summarise, summarise_steps
+from slipstream.loadtest.scrape import Steps
 
 latencies = st.lists(st.floats(0.001, 100), min_size=1, max_size=200)
 
@@ -86,6 +87,15 @@ def test_summary_of_a_run_worked_out_by_hand():
     print_summary("a run", figures, console)
     text = console.export_text()
     assert "2 / 1" in text and "1250.00" in text and "[boom]" in text
+
+
+def test_steps_of_the_engine_are_part_of_the_summary():
+    figures = summarise(Run([finished(0.0, [1.0, 2.0])], duration=5.0)) | summarise_steps(Steps(200, 3.0, 0.05))
+    assert figures["mean_step_ms"] == 15.0
+    assert figures["scheduler_cpu_ms_per_step"] == 0.25
+    console = Console(record=True, width=120)
+    print_summary("a run", figures, console)
+    assert "0.250 ms" in console.export_text()
 
 
 def test_a_run_of_failures_only_has_a_summary():

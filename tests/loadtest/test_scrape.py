@@ -3,7 +3,7 @@ from time import perf_counter
 import pytest
 
 from slipstream.loadtest.harness import connect
-from slipstream.loadtest.scrape import Load, parse_load, read_load, wait_idle
+from slipstream.loadtest.scrape import Load, Steps, parse_load, parse_steps, read_load, wait_idle
 
 PAGE = """\
 # TYPE {p}:num_requests_running gauge
@@ -32,6 +32,23 @@ def test_anything_left_over_is_not_idle(left_over):
 
 def test_other_pages_have_no_load():
     assert parse_load("process_cpu_seconds_total 5\nother:num_requests_running 0\n") is None
+
+
+STEPS = """\
+# TYPE slipstream:engine_steps counter
+slipstream:engine_steps_total{model_name="m"} 10
+# TYPE slipstream:step_seconds counter
+slipstream:step_seconds_total{model_name="m"} 0.25
+# TYPE slipstream:scheduler_cpu_seconds counter
+slipstream:scheduler_cpu_seconds_total{model_name="m"} 0.004
+"""
+
+
+def test_steps_are_read_and_subtracted():
+    steps = parse_steps(STEPS)
+    assert steps == Steps(10, 0.25, 0.004)
+    assert steps - Steps(4, 0.1, 0.001) == Steps(6, 0.15, 0.003)
+    assert parse_steps(PAGE.format(p="slipstream")) is None
 
 
 async def test_wait_idle_returns_when_idle_or_out_of_time(serve):

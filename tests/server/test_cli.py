@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import socket
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
@@ -78,6 +81,21 @@ def test_broken_model(tmp_path: Path) -> None:
     done = run("serve", "--port", "0", "--model", str(tmp_path / "broken.gguf"))
     assert done.returncode == 2
     assert "broken.gguf" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_without_tokenizer_and_one_that_does_not_fit(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "hidden_size": 1 << 16, "intermediate_size": 1 << 18, "num_hidden_layers": 200}
+    config |= {"num_attention_heads": 512, "vocab_size": 1000, "max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    serve = ("serve", "--port", "0", "--model", str(tmp_path), "--load-format", "dummy")
+    done = run(*serve)
+    assert done.returncode == 2
+    assert "tokenizer" in done.stderr
+    Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    done = run(*serve)
+    assert done.returncode == 2
+    assert "does not fit" in done.stderr
     assert "Traceback" not in done.stderr
 
 

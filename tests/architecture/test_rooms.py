@@ -1,0 +1,53 @@
+"""What keeps the rooms apart: the import contract, modules that stay light, files that stay short."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("server", "engine", "kernels", "drafter", "clients", "loadtest")
+MOST_LINES = 400
+
+
+def sources() -> list[Path]:
+    return [path for room in (*ROOMS, "tests") for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def test_imports_go_one_way() -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports"))], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_files_stay_short() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines for path in sources() if (lines := path.read_text().count("\n")) > MOST_LINES
+    }
+    assert not long, "split these by what they are about"
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("slipstream.kernels", {"torch", "numpy"}),
+        ("slipstream.engine.client", {"torch", "numpy", "transformers"}),
+        ("slipstream.clients.aio", {"torch", "numpy", "transformers", "slipstream.engine"}),
+        ("slipstream.loadtest.cli", {"torch", "numpy", "aiohttp", "slipstream.engine"}),
+    ],
+)
+def test_light_modules_stay_light(module: str, heavy: set[str]) -> None:
+    code = f"import sys, {module}; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert not heavy & set(done.stdout.split())
+
+
+def test_the_map_names_modules_that_exist() -> None:
+    """docs/architecture.md: every `room/…` path in it is there."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    named = {part for part in text.split("`")[1::2] if part.startswith(tuple(f"{room}/" for room in ROOMS))}
+    assert len(named) > 20
+    missing = [name for name in sorted(named) if not (ROOT / name).exists()]
+    assert not missing

@@ -1,0 +1,59 @@
+"""Frames survive any cut of the byte stream, and each end notices when the other is gone."""
+
+import asyncio
+import socket
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slipstream.engine.messages import AbortRequests, EngineStats, FromEngine, StepOutputs, TokenDelta
+from slipstream.engine.wire import ClientChannel, EngineChannel, Frames, frame
+
+
+@given(st.lists(st.binary(max_size=300), max_size=20), st.lists(st.integers(0, 4000), max_size=30))
+def test_frames_do_not_depend_on_how_the_stream_is_cut(payloads: list[bytes], cuts: list[int]) -> None:
+    stream = b"".join(map(frame, payloads))
+    borders = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
+    frames = Frames()
+    got = [payload for begin, end in pairwise(borders) for payload in frames.feed(stream[begin:end])]
+    assert got == payloads
+
+
+async def connect(received: list[FromEngine]) -> tuple[EngineChannel, ClientChannel]:
+    ours, theirs = socket.socketpair()
+    client = ClientChannel(received.append)
+    await asyncio.get_running_loop().create_connection(lambda: client, sock=ours)
+    return EngineChannel(theirs.detach()), client
+
+
+async def test_messages_arrive_in_order_both_ways() -> None:
+    received: list[FromEngine] = []
+    engine, client = await connect(received)
+    for number in range(300):
+        client.send(AbortRequests(request_ids=[number] * 500))
+    arrived = []
+    while len(arrived) < 300:
+        await asyncio.sleep(0)  # lets the client's end write
+        arrived += engine.receive(0)
+    assert [message.request_ids[0] for message in arrived] == list(range(300))  # type: ignore[union-attr]
+    assert engine.receive(0) == []
+    deltas = [TokenDelta(request_id=number, tokens=list(range(100))) for number in range(200)]
+    outputs = StepOutputs(deltas=deltas, stats=EngineStats(step=7))
+    engine.send(outputs)
+    async with asyncio.timeout(5):
+        while not received:
+            await asyncio.sleep(0.001)
+    assert received == [outputs]
+    client.close()
+    engine.close()
+
+
+async def test_the_engine_notices_that_the_api_process_is_gone() -> None:
+    engine, client = await connect([])
+    client.close()
+    await asyncio.sleep(0.01)
+    with pytest.raises(ConnectionError):
+        engine.receive(1000)
+    engine.close()
