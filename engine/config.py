@@ -38,4 +38,13 @@ class EngineConfig:
         "auto",
         "Plan the next step while the device runs this one, or not; auto does on a GPU, whose host is idle then.",
     )
+    speculation: str = option(
+        "auto", "Drafters that may guess tokens, by name (ngram,suffix), 'auto' for all there are, or 'off'."
+    )
+    max_draft_tokens: int = option(8, "Most guesses per request and step.")
+    speculation_policy: Literal["throughput", "bandit", "fixed"] = option(
+        "throughput",
+        "How many guesses are verified: what promises most tokens per second, what did best by trial, or always "
+        "--max-draft-tokens.",
+    )
     seed: int = option(0, "Seeds the random weights of --load-format dummy.")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from slipstream.engine.messages import EngineStats, TokenDelta
+from slipstream.engine.messages import DrafterStats, EngineStats, TokenDelta
 from slipstream.engine.plan import StepPlan, StepResult
 from slipstream.engine.scheduler import Scheduler
 
@@ -30,6 +30,7 @@ class EngineCore:
         self._running: tuple[StepPlan, Future[StepResult]] | None = None
         self._steps = 0
         self._model_seconds = self._device_cpu_seconds = 0.0
+        self._drafters: list[DrafterStats] = []
         self._began = time.thread_time()
         if pipeline:
             self._device = ThreadPoolExecutor(1, "device")
@@ -47,6 +48,7 @@ class EngineCore:
             step_tokens=plan.num_tokens if plan else 0,
             step_seconds=seconds,
             steps=self._steps,
+            drafters=self._drafters,
             model_seconds=self._model_seconds,
             overhead_cpu_seconds=time.thread_time() - self._began + self._device_cpu_seconds,
         )
@@ -86,6 +88,7 @@ class EngineCore:
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         self._steps += 1
         self._model_seconds += result.model_seconds
+        self._drafters = result.drafters
         self._device_cpu_seconds += result.overhead_cpu_seconds
         deltas = self.scheduler.commit(plan, result)
         self._deliver(deltas, self.stats(plan, result.seconds))

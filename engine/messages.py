@@ -50,6 +50,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     """raw: of the model's own distribution; processed: of the distribution the token was drawn from."""
 
 
+class SpeculationParams(msgspec.Struct, frozen=True, array_like=True):
+    """Which guesses a request allows; they change its speed, never its tokens."""
+
+    mode: str = "auto"
+    """auto: every drafter of the server; off: none; or the name of one."""
+    max_draft_tokens: int | None = None
+    """Guesses verified at once, at most; None leaves it to the server."""
+
+
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="new"):
     """One sequence to generate. ``request_id`` is unique within the life of the client."""
 
@@ -61,6 +70,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     cache_salt: str = ""
     """Prefix-cache blocks are shared only between requests of equal salt."""
     tenant: str = ""
+    speculation: SpeculationParams = SpeculationParams()
     arrival: float = 0.0
     """time.monotonic() at the server, seconds; comparable between processes of one host."""
 
@@ -111,8 +121,23 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """time.monotonic() when the request first entered a step; in the first delta."""
     num_preemptions: int = 0
     """In the last delta."""
+    num_drafted: int = 0
+    """Guesses verified in this step."""
+    num_accepted: int = 0
+    """Of them, those that were right and count."""
     target_version: int = 0
     drafter_version: int = 0
+
+
+class DrafterStats(msgspec.Struct, array_like=True):
+    """What became of one drafter's guesses; counters count from the start of the engine."""
+
+    name: str
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: list[int] = []
+    """How often the guess at each position was right."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -140,6 +165,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Wall time spent in the model and in drawing tokens, over all steps."""
     overhead_cpu_seconds: float = 0.0
     """CPU time spent on everything else, over all steps: planning, batches, results, messages."""
+    drafters: list[DrafterStats] = []
+    speculation_steps: dict[str, int] = {}
+    """Steps by the reason for the number of guesses verified in them."""
     target_version: int = 0
 
 

@@ -6,9 +6,10 @@ recomputation after a preemption differ only in the number of positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from slipstream.engine.messages import SamplingParams, TokenLogprobs
+from slipstream.engine.messages import DrafterStats, SamplingParams, SpeculationParams, TokenLogprobs
+from slipstream.engine.step_cost import StepWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,9 @@ class NewRow:
     params: SamplingParams
     seed: int
     """Of the request's random stream."""
+    scope: str = ""
+    """Drafters learn from the text of requests of the same scope only."""
+    speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,36 +39,46 @@ class StepPlan:
     copies: list[tuple[int, int]]
     """Cache blocks to copy before anything else, (source, destination)."""
 
+    ended: list[int]
+    """Slots whose request has ended since the last plan; they may be among the new ones."""
+
     slots: list[int]
     starts: list[int]
     """First position to compute."""
     counts: list[int]
-    """Positions to compute."""
+    """Positions to compute, guesses included."""
+    drafts: list[int]
+    """How many of them, at the end, hold guesses to verify."""
     samples: list[bool]
-    """Whether to draw the next token after the last of them."""
+    """Whether to draw the next token after the last known one, and after each guess that is right."""
+    wanted: list[int]
+    """Guesses to propose, at most, after this step."""
 
-    context: int
-    """Sum over all tokens of the positions they attend to; for the cost model."""
+    work: StepWork
+    """For the cost model."""
 
     @property
     def num_tokens(self) -> int:
-        return sum(self.counts)
+        return self.work.tokens
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """Parallel to the plan's rows."""
 
-    tokens: list[int]
-    """Drawn token per row; -1 where none was asked for."""
-    logprobs: dict[int, TokenLogprobs]
-    """By row index, for requests that want them."""
+    tokens: list[list[int]]
+    """Drawn tokens per row: none where none was asked for, else one more than guesses were right."""
+    offers: list[tuple[float, ...]]
+    """Per row: what is proposed now, as the probability that guess i and all before it are right."""
+    logprobs: dict[int, list[TokenLogprobs]]
+    """By row index, one per drawn token, for requests that want them."""
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     """By row index: of the prompt tokens that follow the positions computed in this step."""
     errors: dict[int, str]
     """By row index: rows whose logits were not finite."""
     seconds: float
     """Wall time of the step."""
+    drafters: list[DrafterStats] = field(default_factory=list)
     model_seconds: float = 0.0
     """Of it, the model and drawing tokens."""
     overhead_cpu_seconds: float = 0.0

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -35,9 +35,12 @@ from slipstream.engine.messages import (
 from slipstream.engine.models.loader import LoadedModel, load_model
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.scheduler import Scheduler
-from slipstream.engine.step_cost import StepCost, chunk_context
+from slipstream.engine.speculation.protocol import Drafter
+from slipstream.engine.speculation.speculator import Speculator
+from slipstream.engine.step_cost import StepCost, StepWork
 from slipstream.engine.wire import EngineChannel
 
+MakeDrafters = Callable[[EngineConfig], Sequence[Drafter]]
 HEARTBEAT_MS = 1000
 PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROBE_TOKENS = 16
@@ -48,17 +51,34 @@ PROFILE_RUNS = 3
 class Engine:
     """Everything of one engine process but its sockets; also runs inside tests."""
 
-    def __init__(self, config: EngineConfig, deliver: Callable[[list[TokenDelta], EngineStats], None]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        deliver: Callable[[list[TokenDelta], EngineStats], None],
+        drafters: Sequence[Drafter] = (),
+    ) -> None:
+        if config.pipeline == "on" and drafters:
+            raise ConfigError(
+                "--pipeline on plans a step before it knows which guesses of the one before were right: "
+                "use it with --speculation off"
+            )
         loaded = load_model(config)
         self.loaded: LoadedModel = loaded
         self.config = config
         self.runner = ModelRunner(
-            loaded.model, loaded.num_blocks, config.block_size, config.max_running, loaded.max_model_len
+            loaded.model,
+            loaded.num_blocks,
+            config.block_size,
+            config.max_running,
+            loaded.max_model_len,
+            Speculator(drafters, config.max_draft_tokens),
         )
         cost = StepCost()
         calibrate(cost, self.runner, loaded.max_model_len, config.max_step_tokens)
         self.scheduler = Scheduler(config, loaded.num_blocks, loaded.max_model_len, cost)
-        pipeline = config.pipeline == "on" or (config.pipeline == "auto" and self.runner.cache.data.is_cuda)
+        pipeline = config.pipeline == "on" or (
+            config.pipeline == "auto" and self.runner.cache.data.is_cuda and not drafters
+        )
         self.core = EngineCore(self.scheduler, self.runner.execute, deliver, pipeline)
 
     def ready(self) -> EngineReady:
@@ -110,27 +130,31 @@ def calibrate(cost: StepCost, runner: ModelRunner, max_model_len: int, max_step_
     most = min(max_model_len, max_step_tokens)
     sizes = [count for count in PROFILE_TOKENS if count <= most] or [most]
 
-    def measure(tokens: int, context: int) -> float:
-        return min(runner.profile(tokens, context) for _ in range(PROFILE_RUNS))
+    def measure(segments: int, tokens: int, context: int) -> tuple[StepWork, float]:
+        work = StepWork()
+        for _ in range(segments):
+            work = work.add(context - tokens, tokens)
+        return work, min(runner.profile(segments, tokens, context) for _ in range(PROFILE_RUNS))
 
     probe = min(PROBE_TOKENS, sizes[-1])
     context = min(PROBE_CONTEXT, max_model_len)
     cost.calibrate(
-        [(tokens, chunk_context(0, tokens), measure(tokens, tokens)) for tokens in sizes],
-        (probe, chunk_context(context - probe, probe), measure(probe, context)),
+        [measure(1, tokens, tokens) for tokens in sizes], [measure(1, probe, context), measure(probe, 1, context)]
     )
 
 
 class _Process:
-    def __init__(self, channel: EngineChannel) -> None:
+    def __init__(self, channel: EngineChannel, make_drafters: MakeDrafters) -> None:
         self._channel = channel
+        self._make_drafters = make_drafters
         self._stop = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def run(self, config: EngineConfig) -> int:
         try:
-            engine = Engine(config, lambda deltas, stats: self._send(StepOutputs(deltas, stats)))
+            drafters = self._make_drafters(config)
+            engine = Engine(config, lambda deltas, stats: self._send(StepOutputs(deltas, stats)), drafters)
         except (ModelError, ConfigError) as error:
             self._send(EngineFailed(str(error), user_error=True))
             return 2
@@ -198,13 +222,14 @@ def die_with_parent() -> None:
             sys.exit(1)
 
 
-def main(descriptor: str, config: str) -> int:
+def main(descriptor: str, config: str, make_drafters: MakeDrafters = lambda _: ()) -> int:
     die_with_parent()
     try:
-        return _Process(EngineChannel(int(descriptor))).run(msgspec.json.decode(config, type=EngineConfig))
+        process = _Process(EngineChannel(int(descriptor)), make_drafters)
+        return process.run(msgspec.json.decode(config, type=EngineConfig))
     except ConnectionError:
         return 1  # nobody is left to tell
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1], sys.argv[2]))

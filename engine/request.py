@@ -26,6 +26,7 @@ class Request:
         "num_preemptions",
         "num_prompt",
         "num_published",
+        "offer",
         "prompt_logprobs",
         "root",
         "scheduled_at",
@@ -56,6 +57,8 @@ class Request:
         self.seed: int | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         """Collected chunk by chunk until the first delta takes them along."""
+        self.offer: tuple[float, ...] = ()
+        """What drafters propose now: the probability that guess i and all before it are right."""
         self.num_cached = 0
         self.num_preemptions = 0
         self.scheduled_at = 0.0

@@ -12,46 +12,23 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable
 from random import SystemRandom
+from typing import Any
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.kv import prefix
 from slipstream.engine.kv.manager import Admission, KVManager, Wait
 from slipstream.engine.messages import EngineStats, FinishReason, NewRequest, TokenDelta, TokenLogprobs
 from slipstream.engine.plan import NewRow, StepPlan, StepResult
+from slipstream.engine.plan_builder import PlanBuilder
 from slipstream.engine.request import Request
-from slipstream.engine.step_cost import StepCost, chunk_context
+from slipstream.engine.speculation.controller import Decision
+from slipstream.engine.speculation.planner import GuessPlanner
+from slipstream.engine.step_cost import StepCost, StepWork
 
 DECODE_SHARE = 0.38
 """While prompts wait, running streams keep at least this share of a step, and prompts get the rest."""
 MIN_CHUNK = 16
 """Prompts always advance by this many tokens a step, whatever the latency target."""
-
-
-class _Plan:
-    """A step in the making."""
-
-    def __init__(self) -> None:
-        self.new: list[NewRow] = []
-        self.blocks: list[tuple[int, int, list[int]]] = []
-        self.copies: list[tuple[int, int]] = []
-        self.requests: list[Request] = []
-        self.starts: list[int] = []
-        self.counts: list[int] = []
-        self.samples: list[bool] = []
-        self.num_tokens = 0
-        self.context = 0
-
-    def add(self, request: Request, count: int) -> None:
-        start = request.num_computed
-        sample = start + count == request.length
-        self.requests.append(request)
-        self.starts.append(start)
-        self.counts.append(count)
-        self.samples.append(sample)
-        self.num_tokens += count
-        self.context += chunk_context(start, count)
-        request.num_computed += count
-        request.in_flight += sample
 
 
 class Scheduler:
@@ -75,8 +52,10 @@ class Scheduler:
         self._waiting: list[Request] = []  # by deadline
         self._running: list[Request] = []  # by deadline
         self._free_slots = list(range(config.max_running - 1, -1, -1))
-        self._under_way: deque[tuple[StepPlan, list[Request]]] = deque()
+        self._under_way: deque[tuple[StepPlan, list[Request], Decision | None]] = deque()
+        self._ended_slots: list[int] = []  # since the last plan
         self._ended: list[TokenDelta] = []  # terminal deltas that no step will bring
+        self._guesses = GuessPlanner(config, max_model_len, self.kv, cost)
         self._random = SystemRandom()
         self._step = 0
         self._prompt_tokens = self._generation_tokens = 0
@@ -86,7 +65,7 @@ class Scheduler:
 
     def add(self, message: NewRequest) -> None:
         arrival = message.arrival or self._clock()
-        service = self.cost.predict(len(message.prompt), chunk_context(0, len(message.prompt)))
+        service = self.cost.predict(StepWork().add(0, len(message.prompt)))
         deadline = arrival + service + message.priority * self._config.priority_step_s
         request = Request(message, deadline, prefix.seed(self.target_version, message.cache_salt))
         self._requests[request.request_id] = request
@@ -112,7 +91,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute for now."""
-        plan = _Plan()
+        plan = PlanBuilder()
         self._admit(plan)
         self._plan_decodes(plan)
         self._plan_prompts(plan)
@@ -121,25 +100,17 @@ class Scheduler:
         for request in plan.requests:
             self.kv.publish(request)
         self._step += 1
-        step = StepPlan(
-            step=self._step,
-            new=plan.new,
-            blocks=plan.blocks,
-            copies=plan.copies,
-            slots=[request.slot for request in plan.requests],
-            starts=plan.starts,
-            counts=plan.counts,
-            samples=plan.samples,
-            context=plan.context,
-        )
-        self._under_way.append((step, plan.requests))
+        ended, self._ended_slots = self._ended_slots, []
+        step = plan.build(self._step, ended, list(map(self._guesses.wanted, plan.requests)))
+        self._under_way.append((step, plan.requests, plan.decision))
         return step
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Takes the result of the oldest planned step; returns what its requests have to tell."""
-        planned, requests = self._under_way.popleft()
+        planned, requests, decision = self._under_way.popleft()
         assert planned is plan, "steps are committed in the order they were planned"
-        self.cost.observe(plan.num_tokens, plan.context, result.seconds)
+        self.cost.observe(plan.work, result.seconds)
+        self._guesses.observe(decision, result)
         deltas = self.take_ended()
         for row, request in enumerate(requests):
             if plan.samples[row]:
@@ -152,7 +123,10 @@ class Scheduler:
                 self._end(request, "error")
                 deltas.append(self._delta(request, [], "error", error=result.errors[row]))
             elif plan.samples[row]:
-                deltas.append(self._take_token(request, result.tokens[row], result.logprobs.get(row)))
+                self._guesses.take_back(request, row, plan, result)
+                deltas.append(
+                    self._take_tokens(request, result.tokens[row], result.logprobs.get(row), plan.drafts[row])
+                )
         return deltas
 
     def take_ended(self) -> list[TokenDelta]:
@@ -160,7 +134,7 @@ class Scheduler:
         ended, self._ended = self._ended, []
         return ended
 
-    def stats(self, **step: float) -> EngineStats:
+    def stats(self, **step: Any) -> EngineStats:
         """A snapshot; ``step`` holds the fields that describe the last step."""
         pool = self.kv.pool
         return EngineStats(
@@ -175,8 +149,9 @@ class Scheduler:
             prefix_cache_queries=self._queries,
             prefix_cache_hits=self._hits,
             preemptions=self._preemptions,
+            speculation_steps=dict(self._guesses.reasons),
             target_version=self.target_version,
-            **step,  # type: ignore[arg-type]
+            **step,
         )
 
     def check_integrity(self) -> None:
@@ -195,7 +170,7 @@ class Scheduler:
 
     # Planning -------------------------------------------------------------------------------------------------------
 
-    def _admit(self, plan: _Plan) -> None:
+    def _admit(self, plan: PlanBuilder) -> None:
         """Moves waiting requests to running ones while there is room, in order of their deadlines."""
         for request in list(self._waiting):
             if request.in_flight:
@@ -224,7 +199,7 @@ class Scheduler:
                 backlog += running.length - running.num_computed
         return backlog < self._config.max_step_tokens
 
-    def _start(self, request: Request, admission: Admission, plan: _Plan) -> None:
+    def _start(self, request: Request, admission: Admission, plan: PlanBuilder) -> None:
         self._waiting.remove(request)
         insort(self._running, request, key=_deadline)
         request.slot = self._free_slots.pop()
@@ -238,11 +213,15 @@ class Scheduler:
         self._hits += admission.num_cached
         params = request.message.params
         seed = params.seed if params.seed is not None else self._draw_seed(request)
-        plan.new.append(NewRow(request.slot, list(request.tokens), request.num_prompt, params, seed))
+        message = request.message
+        scope = f"{message.tenant}\0{message.cache_salt}"
+        plan.new.append(
+            NewRow(request.slot, list(request.tokens), request.num_prompt, params, seed, scope, message.speculation)
+        )
         plan.blocks.append((request.slot, 0, list(request.blocks)))
         plan.copies.extend(admission.copies)
 
-    def _plan_decodes(self, plan: _Plan) -> None:
+    def _plan_decodes(self, plan: PlanBuilder) -> None:
         """One token for every stream; a stream without room for it pushes out the least urgent request."""
         for request in list(self._running):
             if request.slot < 0 or request.length - request.num_computed != 1 or self._awaits_commit(request):
@@ -253,13 +232,13 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                if grown:
-                    plan.blocks.append((request.slot, len(request.blocks) - grown, request.blocks[-grown:]))
+                plan.map_grown(request, grown)
                 plan.add(request, 1)
+        self._guesses.plan(plan)
 
-    def _plan_prompts(self, plan: _Plan) -> None:
+    def _plan_prompts(self, plan: PlanBuilder) -> None:
         """Gives what the step has left to prompts, most urgent first."""
-        decodes = plan.num_tokens
+        decodes = plan.work.tokens
         seconds = self._step_target(plan)
         limit = self._config.max_step_tokens
         for request in self._running:
@@ -267,22 +246,22 @@ class Scheduler:
             if remaining <= 1 or self._awaits_commit(request):
                 continue
             if not self._config.chunked_prefill:
-                if plan.num_tokens > decodes and plan.num_tokens + remaining > limit:
+                if plan.work.tokens > decodes and plan.work.tokens + remaining > limit:
                     return
                 plan.add(request, remaining)
                 continue
-            most = min(remaining, limit - plan.num_tokens)
+            most = min(remaining, limit - plan.work.tokens)
             if decodes:
-                fits = self.cost.chunk_within(seconds, plan.num_tokens, plan.context, request.num_computed, most)
-                least = MIN_CHUNK if plan.num_tokens == decodes else 0
+                fits = self.cost.chunk_within(seconds, plan.work, request.num_computed, most)
+                least = MIN_CHUNK if plan.work.tokens == decodes else 0
                 most = max(fits, min(least, most))
             if most <= 0:
                 return
             plan.add(request, most)
 
-    def _step_target(self, plan: _Plan) -> float:
+    def _step_target(self, plan: PlanBuilder) -> float:
         """Seconds this step may take while streams run."""
-        decode_seconds = self.cost.predict(plan.num_tokens, plan.context)
+        decode_seconds = self.cost.predict(plan.work)
         return max(self._config.step_latency_ms / 1000, decode_seconds / DECODE_SHARE)
 
     def _awaits_commit(self, request: Request) -> bool:
@@ -302,12 +281,10 @@ class Scheduler:
         self._preempt(victim, None)
         return True
 
-    def _preempt(self, request: Request, plan: _Plan | None) -> None:
+    def _preempt(self, request: Request, plan: PlanBuilder | None) -> None:
         """Back to the queue; its blocks go, what they held is recomputed or found in the prefix cache."""
         if plan is not None:
-            # A request admitted in this very step is undone as if it had not been.
-            plan.new = [row for row in plan.new if row.slot != request.slot]
-            plan.blocks = [entry for entry in plan.blocks if entry[0] != request.slot]
+            plan.remove_row(request.slot)
         self._preemptions += 1
         request.num_preemptions += 1
         self._leave_row(request)
@@ -316,21 +293,37 @@ class Scheduler:
 
     # Results --------------------------------------------------------------------------------------------------------
 
-    def _take_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> TokenDelta:
-        request.tokens.append(token)
-        self._generation_tokens += 1
+    def _take_tokens(
+        self, request: Request, drawn: list[int], logprobs: list[TokenLogprobs] | None, drafted: int
+    ) -> TokenDelta:
+        """Appends what a step drew, up to where the request ends."""
         params = request.message.params
         finish: FinishReason | None = None
         stop_token = None
-        if token in params.stop_token_ids and request.num_output >= params.min_tokens:
-            finish, stop_token = "stop", token
-        elif request.num_output >= params.max_tokens or len(request.tokens) >= self._max_model_len:
-            finish = "length"
-        if finish is not None:
-            self._end(request, finish)
-        elif request.slot >= 0:
-            self.kv.publish(request)
-        return self._delta(request, [token], finish, stop_token, [logprobs] if logprobs else None)
+        taken = 0
+        for token in drawn:
+            request.tokens.append(token)
+            taken += 1
+            if token in params.stop_token_ids and request.num_output >= params.min_tokens:
+                finish, stop_token = "stop", token
+            elif request.num_output >= params.max_tokens or len(request.tokens) >= self._max_model_len:
+                finish = "length"
+            if finish is not None:
+                self._end(request, finish)
+                break
+        else:
+            if request.slot >= 0:
+                self.kv.publish(request)
+        self._generation_tokens += taken
+        return self._delta(
+            request,
+            drawn[:taken],
+            finish,
+            stop_token,
+            logprobs[:taken] if logprobs else None,
+            num_drafted=drafted,
+            num_accepted=min(taken, len(drawn) - 1),
+        )
 
     def _delta(
         self,
@@ -340,6 +333,8 @@ class Scheduler:
         stop_token: int | None = None,
         logprobs: list[TokenLogprobs] | None = None,
         error: str | None = None,
+        num_drafted: int = 0,
+        num_accepted: int = 0,
     ) -> TokenDelta:
         first = not request.told_first
         request.told_first = True
@@ -355,6 +350,8 @@ class Scheduler:
             num_cached_tokens=request.num_cached if first else 0,
             scheduled_at=request.scheduled_at if first else 0.0,
             num_preemptions=request.num_preemptions if finish else 0,
+            num_drafted=num_drafted,
+            num_accepted=num_accepted,
             target_version=self.target_version,
         )
 
@@ -362,6 +359,7 @@ class Scheduler:
         del self._requests[request.request_id]
         request.finished = True
         if request.slot >= 0:
+            self._ended_slots.append(request.slot)
             self._leave_row(request)
         else:
             self._waiting.remove(request)
@@ -371,6 +369,7 @@ class Scheduler:
         self._running.remove(request)
         self._free_slots.append(request.slot)
         request.slot = -1
+        request.offer = ()
 
     def _draw_seed(self, request: Request) -> int:
         """Drawn once, so that a preempted request continues its random stream."""

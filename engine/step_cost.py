@@ -1,21 +1,24 @@
-"""How long a step takes, learned from steps: the base of chunk sizes and later of draft lengths.
+"""How long a step takes, learned from steps: the base of chunk sizes and of draft lengths.
 
-seconds(tokens, context) = curve(tokens) + slope * context, where ``tokens`` is the number of tokens in the step and
-``context`` the sum over them of the positions each attends to. The curve is piecewise linear between knots: on every
-machine it is flat while weights are what takes time and grows once arithmetic does.
+seconds = curve(tokens) + a * reads + b * pairs. The curve is piecewise linear between knots: on every machine it is
+flat while weights are what takes time and grows once arithmetic does. ``reads`` is what attention moves, ``pairs`` what
+it computes: eight streams read eight caches, eight positions of one stream read one.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-SLOPE = len(KNOTS)
+READS = len(KNOTS)
+PAIRS = READS + 1
 CONTEXT_UNIT = 10_000.0
-"""Scales the slope to the size of the other parameters."""
+"""Scales the slopes to the size of the other parameters."""
 NOISE = 0.1
 """Steps of equal size differ by about this share of their time."""
 DOUBT = 0.5
@@ -26,42 +29,72 @@ MAX_SURPRISE = 0.5
 """A step that took much longer than predicted says more about the machine than about the model."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step has to do, as far as its time depends on it."""
+
+    tokens: int = 0
+    """Positions computed."""
+    reads: int = 0
+    """Cached positions read: per segment once, its length after the step."""
+    pairs: int = 0
+    """Pairs of a computed position and one it attends to."""
+
+    def add(self, start: int, count: int) -> StepWork:
+        """With a segment of ``count`` positions from ``start`` on."""
+        return StepWork(self.tokens, self.reads + start, self.pairs).extend(start, count)
+
+    def extend(self, start: int, count: int) -> StepWork:
+        """With ``count`` more positions, from ``start`` on, in a segment that is counted already."""
+        pairs = count * start + count * (count + 1) // 2
+        return StepWork(self.tokens + count, self.reads + count, self.pairs + pairs)
+
+
 class StepCost:
-    """A Kalman filter over the knots and the slope (Kalman 1960), which wander slowly as the machine's load changes."""
+    """A Kalman filter over the knots and the slopes (Kalman 1960), which wander as the machine's load changes."""
 
     def __init__(self, first_guess: float = 0.01) -> None:
-        self._curve = np.array([first_guess * (1 + knot / 64) for knot in KNOTS] + [0.0])
+        self._curve = np.array([first_guess * (1 + knot / 64) for knot in KNOTS] + [0.0, 0.0])
         self._trust_nothing()
 
-    def predict(self, tokens: int, context: int) -> float:
+    def predict(self, work: StepWork) -> float:
         """Seconds of a step."""
-        left, share = _position(tokens)
-        curve = self._curve
-        seconds = curve[left] * (1 - share) + curve[left + 1] * share + curve[SLOPE] * (context / CONTEXT_UNIT)
-        return float(max(seconds, 0.0))
+        return float(max(self._features(work) @ self._curve, 0.0))
 
-    def calibrate(self, profile: list[tuple[int, int, float]], probe: tuple[int, int, float]) -> None:
-        """Sets the curve and the slope from measured steps.
+    def predict_more(self, work: StepWork, most: int, mean_start: float) -> NDArray[np.float64]:
+        """Seconds of a step with 0, 1, … ``most`` positions more, which attend to ``mean_start`` others on average."""
+        more = np.arange(most + 1)
+        seconds: NDArray[np.float64] = np.interp(work.tokens + more, KNOTS, self._curve[:READS])
+        pairs = work.pairs + more * mean_start
+        seconds += (self._curve[READS] * work.reads + self._curve[PAIRS] * pairs) / CONTEXT_UNIT
+        return seconds
+
+    def calibrate(self, profile: list[tuple[StepWork, float]], probes: list[tuple[StepWork, float]]) -> None:
+        """Sets the curve and the slopes from measured steps.
 
         Args:
-            profile: (tokens, context, seconds), ascending in tokens; beyond the last one the curve goes on as it does
+            profile: steps of ascending size with little to attend to; beyond the last one the curve goes on as it does
                 before it.
-            probe: a step of as many tokens as one of the profile, but with far more context.
+            probes: two steps of as many tokens as one of the profile, one with far more reads, one with far more pairs.
         """
-        tokens, context, seconds = probe
-        near_context, near_seconds = next((c, s) for n, c, s in profile if n == tokens)
-        slope = max(seconds - near_seconds, 0.0) / ((context - near_context) / CONTEXT_UNIT)
-        points = [(n, max(s - slope * c / CONTEXT_UNIT, 0.0)) for n, c, s in profile]
-        self._curve = np.array([*(_through(points, knot) for knot in KNOTS), slope])
+        near = {work.tokens: (work, seconds) for work, seconds in profile}
+        excess = [(work, seconds, *near[work.tokens]) for work, seconds in probes]
+        matrix = [[w.reads - n.reads, w.pairs - n.pairs] for w, _, n, _ in excess]
+        slopes = np.linalg.lstsq(
+            np.array(matrix, float).reshape(-1, 2), np.array([s - t for _, s, _, t in excess]), rcond=None
+        )[0]
+        reads, pairs = np.maximum(slopes, 0.0)
+        points = [(w.tokens, max(s - reads * w.reads - pairs * w.pairs, 0.0)) for w, s in profile]
+        self._curve = np.array(
+            [*(_through(points, knot) for knot in KNOTS), reads * CONTEXT_UNIT, pairs * CONTEXT_UNIT]
+        )
         self._trust_nothing()
 
-    def observe(self, tokens: int, context: int, seconds: float) -> None:
+    def observe(self, work: StepWork, seconds: float) -> None:
         """Learns from one step."""
-        predicted = self.predict(tokens, context)
+        predicted = self.predict(work)
         error = min(max(seconds - predicted, -MAX_SURPRISE * predicted), MAX_SURPRISE * predicted)
-        left, share = _position(tokens)
-        features = np.zeros(len(self._curve))
-        features[left], features[left + 1], features[SLOPE] = 1 - share, share, context / CONTEXT_UNIT
+        features = self._features(work)
         variance = self._variance
         variance.flat[:: len(variance) + 1] = np.minimum(variance.diagonal() + self._drift, self._doubt)
         seen = variance @ features
@@ -70,39 +103,37 @@ class StepCost:
         variance -= np.outer(gain, seen)
 
     def table(self) -> dict[int, float]:
-        """Seconds per knot at empty context."""
-        return dict(zip(KNOTS, self._curve[:SLOPE].tolist(), strict=True))
+        """Seconds per knot with nothing to attend to."""
+        return dict(zip(KNOTS, self._curve[:READS].tolist(), strict=True))
 
-    def _trust_nothing(self) -> None:
-        scale = np.append(self._curve[:SLOPE], max(self._curve[SLOPE], 0.1 * self._curve[0]))
-        self._doubt = (DOUBT * scale) ** 2
-        self._drift = (DRIFT * scale) ** 2
-        self._variance = np.diag(self._doubt)
-
-    def chunk_within(self, seconds: float, tokens: int, context: int, begin: int, most: int) -> int:
+    def chunk_within(self, seconds: float, work: StepWork, begin: int, most: int) -> int:
         """The largest chunk of a prompt, from position ``begin`` and at most ``most`` tokens, that fits.
 
-        ``tokens`` and ``context`` are what the step holds already. Returns 0 if nothing fits.
+        ``work`` is what the step holds already. Returns 0 if nothing fits.
         """
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
-            if self.predict(tokens + middle, context + chunk_context(begin, middle)) <= seconds:
+            if self.predict(work.add(begin, middle)) <= seconds:
                 low = middle
             else:
                 high = middle - 1
         return low
 
+    def _features(self, work: StepWork) -> NDArray[np.float64]:
+        left = min(max(bisect_right(KNOTS, work.tokens) - 1, 0), len(KNOTS) - 2)
+        # Beyond the last knot the share exceeds 1.
+        share = max(work.tokens - KNOTS[left], 0) / (KNOTS[left + 1] - KNOTS[left])
+        features = np.zeros(len(self._curve))
+        features[left], features[left + 1] = 1 - share, share
+        features[READS], features[PAIRS] = work.reads / CONTEXT_UNIT, work.pairs / CONTEXT_UNIT
+        return features
 
-def chunk_context(begin: int, count: int) -> int:
-    """Positions attended to by ``count`` tokens from position ``begin`` on."""
-    return count * begin + count * (count + 1) // 2
-
-
-def _position(tokens: int) -> tuple[int, float]:
-    """The knot left of ``tokens`` and how far it is to the next one; beyond the last knot the share exceeds 1."""
-    left = min(max(bisect_right(KNOTS, tokens) - 1, 0), len(KNOTS) - 2)
-    return left, max(tokens - KNOTS[left], 0) / (KNOTS[left + 1] - KNOTS[left])
+    def _trust_nothing(self) -> None:
+        scale = np.maximum(self._curve, 0.1 * self._curve[0] * (np.arange(len(self._curve)) >= READS))
+        self._doubt = (DOUBT * scale) ** 2
+        self._drift = (DRIFT * scale) ** 2
+        self._variance = np.diag(self._doubt)
 
 
 def _through(points: list[tuple[int, float]], knot: int) -> float:

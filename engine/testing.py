@@ -6,11 +6,13 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from random import Random
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import EngineStats, NewRequest, SamplingParams, TokenDelta
 from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.process import Engine
+from slipstream.engine.speculation.protocol import Drafter, DraftRow, Proposal
 
 
 @dataclass(slots=True)
@@ -40,10 +42,10 @@ class Completion:
 class LocalEngine:
     """The real engine, stepped by the caller."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, drafters: Sequence[Drafter] = ()) -> None:
         self.completions: dict[int, Completion] = {}
         self.stats = EngineStats()
-        self.engine = Engine(config, self._deliver)
+        self.engine = Engine(config, self._deliver, drafters)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, **fields: object) -> Completion:
         completion = Completion(len(self.completions) + 1)
@@ -89,18 +91,24 @@ class SimulatedRunner:
 
     A cache position holds a digest of all tokens up to and including its own, which is what real keys and values
     depend on. A step that attends to a position holding anything else is an error in scheduling or block sharing.
+    With ``right``, it guesses at every chance, each guess with this probability right.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, vocab: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, vocab: int, right: float | None = None) -> None:
         self._block_size = block_size
         self._vocab = vocab
         self._cells: list[bytes | None] = [None] * (num_blocks * block_size)
         self._rows: dict[int, NewRow] = {}
         self._tokens: dict[int, list[int]] = {}
         self._tables: dict[int, dict[int, int]] = {}
+        self._right = right
+        self._random = Random(0)
+        self._guesses: dict[int, list[int]] = {}
         self.tokens_computed = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
+        for slot in plan.ended:
+            del self._rows[slot]
         for new in plan.new:
             self._rows[new.slot] = new
             self._tokens[new.slot] = list(new.tokens)
@@ -111,28 +119,84 @@ class SimulatedRunner:
         copied = [self._cells[source * size : (source + 1) * size] for source, _ in plan.copies]
         for (_, destination), cells in zip(plan.copies, copied, strict=True):
             self._cells[destination * size : (destination + 1) * size] = cells
-        rows = list(zip(plan.slots, plan.starts, plan.counts, strict=True))
-        assert len({slot for slot, _, _ in rows}) == len(rows), "a row is in the step twice"
-        for slot, start, count in rows:
+        rows = list(zip(plan.slots, plan.starts, plan.counts, plan.drafts, strict=True))
+        assert len({slot for slot, *_ in rows}) == len(rows), "a row is in the step twice"
+        for slot, start, count, drafted in rows:
+            assert slot in self._rows, "a row is computed after its request has ended"
+            self._tokens[slot] += self._guesses[slot][:drafted] if drafted else []
             for position in range(start, start + count):
                 self._cells[self._cell(slot, position)] = self._digest(slot, position)
             self.tokens_computed += count
-        for slot, start, count in rows:
+        for slot, start, count, _ in rows:
             for position in range(start + count):
                 assert self._cells[self._cell(slot, position)] == self._digest(slot, position), "stale keys and values"
+        drawn = [
+            self._draw(slot, start + count, drafted) if wanted else []
+            for (slot, start, count, drafted), wanted in zip(rows, plan.samples, strict=True)
+        ]
+        offers = [self._guess(slot, most) for slot, most in zip(plan.slots, plan.wanted, strict=True)]
+        return StepResult(drawn, offers, {}, {}, {}, seconds=0.001)
+
+    def _draw(self, slot: int, end: int, drafted: int) -> list[int]:
+        tokens = self._tokens[slot]
+        assert end == len(tokens), "a token is drawn before its predecessors are computed"
+        guesses = tokens[len(tokens) - drafted :]
+        del tokens[len(tokens) - drafted :]
         drawn = []
-        for (slot, start, count), wanted in zip(rows, plan.samples, strict=True):
-            tokens = self._tokens[slot]
-            if not wanted:
-                drawn.append(-1)
-                continue
-            assert start + count == len(tokens), "a token is drawn before its predecessors are computed"
+        for guess in [*guesses, None]:
             drawn.append(simulated_token(tokens, self._vocab))
             tokens.append(drawn[-1])
-        return StepResult(drawn, {}, {}, {}, seconds=0.001)
+            if drawn[-1] != guess:
+                break
+        return drawn
+
+    def _guess(self, slot: int, most: int) -> tuple[float, ...]:
+        if self._right is None or not most:
+            return ()
+        tokens = list(self._tokens[slot])
+        guesses = []
+        for _ in range(self._random.randint(0, most)):
+            truth = simulated_token(tokens, self._vocab)
+            guesses.append(truth if self._random.random() < self._right else (truth + 1) % self._vocab)
+            tokens.append(guesses[-1])
+        self._guesses[slot] = guesses
+        return tuple(self._right**i for i in range(1, len(guesses) + 1))
 
     def _cell(self, slot: int, position: int) -> int:
         return self._tables[slot][position // self._block_size] * self._block_size + position % self._block_size
 
     def _digest(self, slot: int, position: int) -> bytes:
         return blake2b(array("i", self._tokens[slot][: position + 1]).tobytes(), digest_size=8).digest()
+
+
+class OracleDrafter:
+    """Knows the answers: its guess at each place is right with a given probability, and so are those after it.
+
+    Args:
+        answers: by prompt, what the request will be told.
+        right: probability that a guess is right if those before it are; a number, or one per position.
+    """
+
+    name = "oracle"
+    num_evidence = 1
+
+    def __init__(self, answers: dict[tuple[int, ...], list[int]], right: float | Sequence[float]) -> None:
+        self.answers = answers
+        self.right = right
+        self._random = Random(0)
+
+    def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
+        return [self._propose(row) for row in rows]
+
+    def finish(self, row: DraftRow) -> None:
+        """It knows everything already."""
+
+    def _propose(self, row: DraftRow) -> Proposal | None:
+        answer = self.answers.get(tuple(row.tokens[: row.num_prompt].tolist()), [])
+        begin = row.length - row.num_prompt
+        guesses = answer[begin : begin + row.most]
+        for position in range(len(guesses)):
+            right = self.right if isinstance(self.right, float) else self.right[position]
+            if self._random.random() >= right:
+                guesses[position] ^= 1  # some other token
+        return Proposal(guesses, 0)

@@ -139,8 +139,8 @@ def _fit(
     least = -(-wanted // config.block_size) * block_bytes if config.max_model_len else 16 * block_bytes
     if left < least:
         raise ModelError(
-            f"the model does not fit: weights take {_gib(weights_bytes)} and the smallest useful KV cache "
-            f"{_gib(least)}, but only {_gib(max(available, 0))} of memory are free"
+            f"the model does not fit: weights take {_human(weights_bytes)} and the smallest useful KV cache "
+            f"{_human(least)}, but only {_human(max(available, 0))} of memory are free"
         )
     if config.kv_cache_memory is None:
         size = max(min(left // DEFAULT_CACHE_SHARE, DEFAULT_CACHE_BYTES), least)
@@ -148,12 +148,12 @@ def _fit(
         size = parse_size(config.kv_cache_memory, "kv-cache-memory")
         if size > left:
             raise ModelError(
-                f"--kv-cache-memory {config.kv_cache_memory} does not fit: beside the weights ({_gib(weights_bytes)}) "
-                f"{_gib(max(left, 0))} of memory are free"
+                f"--kv-cache-memory {config.kv_cache_memory} does not fit: beside the weights "
+                f"({_human(weights_bytes)}) {_human(max(left, 0))} of memory are free"
             )
         if size < least:
             raise ConfigError(
-                f"--kv-cache-memory {config.kv_cache_memory} is too small; at least {_gib(least)} are needed"
+                f"--kv-cache-memory {config.kv_cache_memory} is too small; at least {_human(least)} are needed"
             )
     num_blocks = size // block_bytes
     return num_blocks, min(wanted, num_blocks * config.block_size)
@@ -165,5 +165,5 @@ def _available_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _gib(size: int) -> str:
-    return f"{size / (1 << 30):.2f} GiB"
+def _human(size: int) -> str:
+    return f"{size / (1 << 30):.2f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"

@@ -17,6 +17,7 @@ from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.plan import StepPlan, StepResult
 from slipstream.engine.runner.sampler import Sampled, SamplingRow, sample, token_logprobs
+from slipstream.engine.speculation.speculator import Speculator
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 
 PROMPT_LOGPROB_ROWS = 64
@@ -34,12 +35,21 @@ class _Row:
 
 class ModelRunner:
     def __init__(
-        self, model: CausalModel, num_blocks: int, block_size: int, max_running: int, max_model_len: int
+        self,
+        model: CausalModel,
+        num_blocks: int,
+        block_size: int,
+        max_running: int,
+        max_model_len: int,
+        speculator: Speculator,
     ) -> None:
         self.model = model
+        self.speculator = speculator
         self.cache = model.new_cache(num_blocks, block_size)
+        self._num_blocks = num_blocks
         self._block_size = block_size
-        self._tokens = np.zeros((max_running, max_model_len + 1), np.int32)
+        # One position more than a sequence has, for a token that is drawn and not kept, and the guesses after it.
+        self._tokens = np.zeros((max_running, max_model_len + 1 + speculator.most), np.int32)
         self._blocks = np.zeros((max_running, -(-max_model_len // block_size) + 1), np.int32)
         self._rows: list[_Row | None] = [None] * max_running
 
@@ -50,8 +60,7 @@ class ModelRunner:
         self._enter(plan)
         batch = self._batch(plan)
         drawing = [row for row, wanted in enumerate(plan.samples) if wanted]
-        rows = [self._sampling_row(plan.slots[row]) for row in drawing]
-        last: Int32 = batch.q_start[1:][drawing] - 1
+        rows, last = self._positions_to_draw(plan, batch, drawing)
 
         model_began, model_cpu_began = time.perf_counter(), time.thread_time()
         hidden = self.model.forward(batch, self.cache)
@@ -59,63 +68,121 @@ class ModelRunner:
         prompt_logprobs = self._prompt_logprobs(plan, batch, hidden)
         model_cpu, model_seconds = time.thread_time() - model_cpu_began, time.perf_counter() - model_began
 
-        tokens = [-1] * len(plan.slots)
-        for row, token in zip(drawing, drawn.tokens, strict=True):
-            tokens[row] = token
-            self._append(plan.slots[row], token)
+        tokens: list[list[int]] = [[] for _ in plan.slots]
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        errors: dict[int, str] = {}
+        at = 0
+        for row in drawing:
+            drafted = plan.drafts[row]
+            tokens[row] = self._accept(plan.slots[row], drafted, drawn.tokens[at : at + drafted + 1])
+            places = range(at, at + len(tokens[row]))
+            if wrong := [drawn.errors[place] for place in places if place in drawn.errors]:
+                errors[row] = wrong[0]
+            if at in drawn.logprobs:
+                logprobs[row] = [drawn.logprobs[place] for place in places]
+            at += drafted + 1
         return StepResult(
             tokens=tokens,
-            logprobs={drawing[at]: entry for at, entry in drawn.logprobs.items()},
+            offers=self._propose(plan),
+            logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            errors={drawing[at]: message for at, message in drawn.errors.items()},
+            errors=errors,
             seconds=time.perf_counter() - began,
+            drafters=self.speculator.stats,
             model_seconds=model_seconds,
             overhead_cpu_seconds=time.thread_time() - cpu_began - model_cpu,
         )
 
     @torch.inference_mode()
-    def profile(self, tokens: int, context: int) -> float:
-        """Seconds of a forward pass over one segment that ends at ``context``, one row of logits included.
+    def profile(self, segments: int, tokens: int, context: int) -> float:
+        """Seconds of a forward pass over so many segments of ``tokens`` positions that end at ``context``.
 
-        Writes to block 0 only and must run before requests do.
+        Includes one row of logits per segment. Writes to the cache, so it must run before requests do.
         """
-        table = np.zeros((1, -(-context // self._block_size)), np.int32)
+        blocks = -(-context // self._block_size)
+        table = np.arange(segments * blocks, dtype=np.int32).reshape(segments, blocks) % self._num_blocks
+        counts = np.full(segments, tokens, np.int32)
+        rows = np.arange(segments, dtype=np.int32)
         batch = make_batch(
-            np.zeros(tokens, np.int32),
-            np.array([tokens], np.int32),
-            np.array([context], np.int32),
+            np.zeros(segments * tokens, np.int32),
+            counts,
+            np.full(segments, context, np.int32),
             table,
-            np.zeros(1, np.int32),
+            rows,
             self._block_size,
         )
         began = time.perf_counter()
         hidden = self.model.forward(batch, self.cache)
-        self.model.logits(hidden, np.zeros(1, np.int32)).argmax(-1).tolist()
+        self.model.logits(hidden, batch.q_start[1:] - 1).argmax(-1).tolist()
         return time.perf_counter() - began
 
     def _enter(self, plan: StepPlan) -> None:
         """Brings the tables to the state the plan was made for."""
+        for slot in plan.ended:
+            self.speculator.finish(slot)
         for new in plan.new:
             self._tokens[new.slot, : len(new.tokens)] = new.tokens
             self._rows[new.slot] = _Row(new.params, new.seed, new.num_prompt, len(new.tokens))
+            self.speculator.enter(new, self._tokens[new.slot])
         for slot, first, blocks in plan.blocks:
             self._blocks[slot, first : first + len(blocks)] = blocks
         if plan.copies:
             self.cache.copy_blocks(plan.copies)
+        for slot, drafted in zip(plan.slots, plan.drafts, strict=True):
+            if drafted:
+                known = self._row(slot).num_tokens
+                self._tokens[slot, known : known + drafted] = self.speculator.guesses(slot, drafted)
 
-    def _append(self, slot: int, token: int) -> None:
-        row = self._row(slot)
-        self._tokens[slot, row.num_tokens] = token
-        row.num_tokens += 1
+    def _positions_to_draw(
+        self, plan: StepPlan, batch: RaggedBatch, drawing: list[int]
+    ) -> tuple[list[SamplingRow], Int32]:
+        """After the last known token of each row and after each guess: what to draw with, and the row of hidden.
+
+        Every position is drawn as if the guesses before it were right; what follows a wrong one is thrown away.
+        """
+        rows: list[SamplingRow] = []
+        last: list[int] = []
+        for row in drawing:
+            slot, drafted = plan.slots[row], plan.drafts[row]
+            end = int(batch.q_start[row + 1])
+            last += range(end - 1 - drafted, end)
+            entry = self._row(slot)
+            rows += [
+                SamplingRow(entry.params, entry.seed, entry.num_prompt, self._tokens[slot, :length])
+                for length in range(entry.num_tokens, entry.num_tokens + drafted + 1)
+            ]
+        return rows, np.array(last, np.int32)
+
+    def _accept(self, slot: int, drafted: int, drawn: list[int]) -> list[int]:
+        """Drawn tokens up to the first that differs from the guess at its place, or one more than there are guesses.
+
+        A guess is right with the probability that the target draws it, and what is kept is what the target draws: so
+        the output is the same with any drafter and with none, token for token, for sampled requests too.
+        """
+        entry = self._row(slot)
+        known = entry.num_tokens
+        right = 0
+        while right < drafted and drawn[right] == self._tokens[slot, known + right]:
+            right += 1
+        kept = drawn[: right + 1]
+        self._tokens[slot, known + right] = drawn[right]
+        entry.num_tokens += right + 1
+        self.speculator.verified(slot, drafted, kept, entry.num_tokens)
+        return kept
+
+    def _propose(self, plan: StepPlan) -> list[tuple[float, ...]]:
+        offers: list[tuple[float, ...]] = [()] * len(plan.slots)
+        asked = [row for row, most in enumerate(plan.wanted) if most]
+        if asked:
+            proposed = self.speculator.propose([plan.slots[row] for row in asked], [plan.wanted[row] for row in asked])
+            for row, offer in zip(asked, proposed, strict=True):
+                offers[row] = offer
+        return offers
 
     def _row(self, slot: int) -> _Row:
         row = self._rows[slot]
         assert row is not None
         return row
-
-    def _sampling_row(self, slot: int) -> SamplingRow:
-        row = self._row(slot)
-        return SamplingRow(row.params, row.seed, row.num_prompt, self._tokens[slot, : row.num_tokens])
 
     def _batch(self, plan: StepPlan) -> RaggedBatch:
         slots = np.array(plan.slots, np.int32)

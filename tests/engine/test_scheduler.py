@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.messages import NewRequest, SamplingParams, TokenDelta
+from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams, TokenDelta
 from slipstream.engine.plan import StepPlan
 from slipstream.engine.scheduler import Scheduler
-from slipstream.engine.step_cost import StepCost
+from slipstream.engine.step_cost import StepCost, StepWork
 from slipstream.engine.testing import SimulatedRunner, simulated_token
 
 VOCAB = 40
@@ -23,11 +24,18 @@ CONFIG = EngineConfig(max_running=8, max_step_tokens=64, block_size=16)
 class Loop:
     """The step loop with `ahead` plans under way before the first is committed; ahead 0 is the plain loop."""
 
-    def __init__(self, config: EngineConfig = CONFIG, num_blocks: int = 30, max_len: int = 200, ahead: int = 0) -> None:
+    def __init__(
+        self,
+        config: EngineConfig = CONFIG,
+        num_blocks: int = 30,
+        max_len: int = 200,
+        ahead: int = 0,
+        right: float | None = None,
+    ) -> None:
         self.now = 0.0
         self.cost = StepCost()
         self.scheduler = Scheduler(config, num_blocks, max_len, self.cost, clock=lambda: self.now)
-        self.runner = SimulatedRunner(num_blocks, config.block_size, VOCAB)
+        self.runner = SimulatedRunner(num_blocks, config.block_size, VOCAB, right)
         self.plans: list[StepPlan] = []
         self.told: dict[int, list[TokenDelta]] = {}
         self._ahead = ahead
@@ -110,16 +118,30 @@ actions = st.lists(
 @given(
     actions=actions,
     num_blocks=st.integers(13, 40),
-    ahead=st.sampled_from([0, 1, 2]),
+    loop_kind=st.sampled_from([(0, None), (1, None), (2, None), (0, 0.2), (0, 0.8), (0, 1.0)]),
+    policy=st.sampled_from(["throughput", "bandit", "fixed"]),
     max_running=st.integers(1, 8),
     chunked=st.booleans(),
     caching=st.booleans(),
 )
 def test_whatever_happens_every_request_gets_its_tokens_and_one_end(
-    actions: list, num_blocks: int, ahead: int, max_running: int, chunked: bool, caching: bool
+    actions: list,
+    num_blocks: int,
+    loop_kind: tuple[int, float | None],
+    policy: Any,
+    max_running: int,
+    chunked: bool,
+    caching: bool,
 ) -> None:
-    config = replace(CONFIG, max_running=max_running, chunked_prefill=chunked, prefix_caching=caching)
-    loop = Loop(config, num_blocks, max_len=200, ahead=ahead)
+    config = replace(
+        CONFIG,
+        max_running=max_running,
+        chunked_prefill=chunked,
+        prefix_caching=caching,
+        speculation_policy=policy,
+    )
+    ahead, right = loop_kind  # guesses are for the plain loop
+    loop = Loop(config, num_blocks, max_len=200, ahead=ahead, right=right)
     requests: dict[int, tuple] = {}
     aborted = set()
     for action in actions:
@@ -147,6 +169,36 @@ def test_whatever_happens_every_request_gets_its_tokens_and_one_end(
             assert ends == ["stop" if wanted[-1] in stop else "length"]
 
 
+def test_right_guesses_save_steps_and_the_limits_hold() -> None:
+    config = replace(CONFIG, speculation_policy="fixed", max_draft_tokens=4)
+    loop = Loop(config, right=1.0)
+    loop.add(1, [1, 2, 3], max_tokens=30)
+    loop.finish()
+    assert loop.tokens(1) == expected([1, 2, 3], 30)
+    drafted = sum(delta.num_drafted for delta in loop.told[1])
+    accepted = sum(delta.num_accepted for delta in loop.told[1])
+    assert drafted == accepted > 10
+    assert len(loop.told[1]) == 30 - accepted
+    assert max(plan.drafts[0] for plan in loop.plans) == 4
+    limited = Loop(config, right=1.0)
+    limited.add(1, [1, 2, 3], max_tokens=30, speculation=SpeculationParams("auto", 2))
+    limited.add(2, [1, 2, 3], max_tokens=30, speculation=SpeculationParams("off"))
+    limited.finish()
+    assert max(delta.num_drafted for delta in limited.told[1]) == 2
+    assert all(delta.num_drafted == 0 for delta in limited.told[2])
+
+
+def test_guesses_never_push_a_request_out() -> None:
+    """Blocks that only guesses need are not worth a preemption."""
+    config = replace(CONFIG, speculation_policy="fixed", max_draft_tokens=8, prefix_caching=False)
+    loop = Loop(config, num_blocks=4, right=1.0)
+    for request_id in range(2):
+        loop.add(request_id, [request_id] * 10, max_tokens=22)  # two full blocks each
+    loop.finish()
+    assert [loop.tokens(i) for i in range(2)] == [expected([i] * 10, 22) for i in range(2)]
+    assert all(delta.num_preemptions == 0 for told in loop.told.values() for delta in told)
+
+
 def test_streams_keep_running_beside_a_long_prompt() -> None:
     loop = Loop(num_blocks=60)
     for request_id in range(4):
@@ -161,18 +213,20 @@ def test_streams_keep_running_beside_a_long_prompt() -> None:
 def test_chunks_are_as_long_as_the_latency_target_allows() -> None:
     config = replace(CONFIG, step_latency_ms=20, max_step_tokens=512)
     loop = Loop(config, num_blocks=200, max_len=2000)
-    loop.cost.calibrate([(n, 0, 0.005 + n * 0.0001) for n in (1, 16, 64, 512)], (16, 10**6, 0.0066))
+    loop.cost.calibrate(
+        [(StepWork(n), 0.005 + n * 0.0001) for n in (1, 16, 64, 512)], [(StepWork(16, 0, 10**6), 0.0066)]
+    )
     loop.add(1, [1] * 5, max_tokens=50)
     loop.step()
     loop.add(2, [2] * 1500)
     plan = loop.step()
     assert plan is not None and 130 <= plan.counts[1] <= 149  # 5 ms + 150 tokens of 0.1 ms, one of them the stream's
-    assert loop.cost.predict(plan.num_tokens, plan.context) <= 0.020
+    assert loop.cost.predict(plan.work) <= 0.020
 
 
 def test_prompts_advance_whatever_the_target() -> None:
     loop = Loop(replace(CONFIG, step_latency_ms=0.001), num_blocks=60)
-    loop.cost.calibrate([(1, 0, 0.001), (512, 0, 100.0)], (1, 10**6, 200.0))
+    loop.cost.calibrate([(StepWork(1), 0.001), (StepWork(512), 100.0)], [(StepWork(1, 0, 10**6), 200.0)])
     loop.add(1, [1] * 5, max_tokens=50)
     loop.step()
     loop.add(2, [2] * 60)
@@ -203,7 +257,7 @@ def test_equal_prompts_are_computed_once() -> None:
 
 def test_short_prompts_overtake_long_ones_and_urgent_ones_overtake_both() -> None:
     loop = Loop(replace(CONFIG, max_running=1), num_blocks=60)
-    loop.cost.calibrate([(1, 0, 0.01), (512, 0, 5.0)], (1, 10**6, 5.1))
+    loop.cost.calibrate([(StepWork(1), 0.01), (StepWork(512), 5.0)], [(StepWork(1, 0, 10**6), 5.1)])
     loop.add(0, [9] * 5, max_tokens=3)
     loop.step()
     loop.add(1, [1] * 150, max_tokens=1)

@@ -3,73 +3,91 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.engine.step_cost import StepCost, chunk_context
+from slipstream.engine.step_cost import StepCost, StepWork
 
 
-def machine(tokens: int, context: int) -> float:
+def machine(work: StepWork) -> float:
     """A machine that is bound by memory up to 12 tokens and by arithmetic beyond."""
-    return 0.006 + max(tokens - 12, 0) * 0.00025 + context * 2e-8
+    return 0.006 + max(work.tokens - 12, 0) * 0.00025 + work.reads * 1e-6 + work.pairs * 1e-7
+
+
+def steps(segments: int, tokens: int, end: int) -> StepWork:
+    work = StepWork()
+    for _ in range(segments):
+        work = work.add(end - tokens, tokens)
+    return work
 
 
 def calibrated() -> StepCost:
     cost = StepCost()
-    sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    profile = [(n, chunk_context(0, n), machine(n, chunk_context(0, n))) for n in sizes]
-    cost.calibrate(profile, (16, 16_000, machine(16, 16_000)))
+    profile = [steps(1, n, n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+    probes = [steps(1, 16, 1024), steps(16, 1, 1024)]
+    cost.calibrate([(work, machine(work)) for work in profile], [(work, machine(work)) for work in probes])
     return cost
+
+
+def test_work_counts_positions_reads_and_pairs() -> None:
+    work = StepWork().add(10, 3).add(0, 2)
+    assert work == StepWork(5, 13 + 2, 11 + 12 + 13 + 1 + 2)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 16, 64, 200, 256])
 def test_calibration_reproduces_the_machine(tokens: int) -> None:
-    assert calibrated().predict(tokens, 0) == pytest.approx(machine(tokens, 0), rel=0.05)
+    for work in (StepWork(tokens), steps(1, tokens, 2000), steps(tokens, 1, 500)):
+        assert calibrated().predict(work) == pytest.approx(machine(work), rel=0.05)
 
 
 def test_beyond_the_profile_the_curve_goes_on() -> None:
-    assert calibrated().predict(1024, 0) == pytest.approx(machine(1024, 0), rel=0.05)
-    assert calibrated().predict(16, 64_000) == pytest.approx(machine(16, 64_000), rel=0.05)
+    for work in (steps(1, 1024, 1024), steps(1, 16, 4000)):
+        assert calibrated().predict(work) == pytest.approx(machine(work), rel=0.05)
 
 
 def test_it_learns_a_machine_that_changed() -> None:
     cost = calibrated()
     rng = np.random.default_rng(0)
-    for _ in range(200):
-        tokens = int(rng.choice([1, 2, 3, 5, 8, 16, 24, 48]))
-        context = tokens * int(rng.integers(1, 2000))
-        cost.observe(tokens, context, 2 * machine(tokens, context) * rng.uniform(0.9, 1.1))
-    errors = [cost.predict(n, c) / (2 * machine(n, c)) - 1 for n in (2, 8, 24, 48) for c in (n * 100, n * 1500)]
-    assert max(map(abs, errors)) < 0.1
+    for _ in range(300):
+        work = StepWork()
+        for _ in range(int(rng.choice([1, 2, 3, 5, 8]))):
+            count = int(rng.choice([1, 1, 4, 30]))
+            work = work.add(int(rng.integers(1, 2000)), count)
+        cost.observe(work, 2 * machine(work) * rng.uniform(0.9, 1.1))
+    cases = [steps(segments, count, end) for segments in (2, 8) for count in (1, 4) for end in (100, 1500)]
+    assert max(abs(cost.predict(work) / (2 * machine(work)) - 1) for work in cases) < 0.1
 
 
 def test_one_slow_step_changes_little() -> None:
     cost = calibrated()
     for tokens in (8, 9, 7, 8) * 20:
-        cost.observe(tokens, 0, machine(tokens, 0))
-    before = cost.predict(8, 0)
-    cost.observe(8, 0, 10.0)
-    assert cost.predict(8, 0) < before * 1.06
+        cost.observe(StepWork(tokens), machine(StepWork(tokens)))
+    before = cost.predict(StepWork(8))
+    cost.observe(StepWork(8), 10.0)
+    assert cost.predict(StepWork(8)) < before * 1.06
 
 
 @given(
     seconds=st.floats(0, 0.2),
-    tokens=st.integers(0, 64),
-    context=st.integers(0, 100_000),
+    work=st.builds(StepWork, st.integers(0, 64), st.integers(0, 100_000), st.integers(0, 100_000)),
     begin=st.integers(0, 4000),
     most=st.integers(0, 512),
 )
-def test_the_chunk_is_the_largest_that_fits(seconds: float, tokens: int, context: int, begin: int, most: int) -> None:
+def test_the_chunk_is_the_largest_that_fits(seconds: float, work: StepWork, begin: int, most: int) -> None:
     cost = calibrated()
-    chunk = cost.chunk_within(seconds, tokens, context, begin, most)
+    chunk = cost.chunk_within(seconds, work, begin, most)
     assert 0 <= chunk <= most
-
-    def takes(count: int) -> float:
-        return cost.predict(tokens + count, context + chunk_context(begin, count))
-
     if chunk:
-        assert takes(chunk) <= seconds
+        assert cost.predict(work.add(begin, chunk)) <= seconds
     if chunk < most:
-        assert takes(chunk + 1) > seconds
+        assert cost.predict(work.add(begin, chunk + 1)) > seconds
 
 
-@given(st.integers(0, 1000), st.integers(0, 200))
-def test_chunk_context_sums_the_positions_attended_to(begin: int, count: int) -> None:
-    assert chunk_context(begin, count) == sum(begin + i + 1 for i in range(count))
+@given(
+    work=st.builds(StepWork, st.integers(1, 64), st.integers(0, 100_000), st.integers(0, 100_000)),
+    most=st.integers(0, 100),
+    start=st.integers(0, 4000),
+)
+def test_predictions_of_growing_steps_agree_with_single_ones(work: StepWork, most: int, start: int) -> None:
+    cost = calibrated()
+    seconds = cost.predict_more(work, most, start)
+    for more in range(most + 1):
+        grown = StepWork(work.tokens + more, work.reads, work.pairs + more * start)
+        assert seconds[more] == pytest.approx(cost.predict(grown))

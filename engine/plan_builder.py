@@ -1,0 +1,76 @@
+"""A step plan in the making."""
+
+from __future__ import annotations
+
+from slipstream.engine.plan import NewRow, StepPlan
+from slipstream.engine.request import Request
+from slipstream.engine.speculation.controller import Decision
+from slipstream.engine.step_cost import StepWork
+
+
+class PlanBuilder:
+    """Collects what the scheduler decides, request by request; keeps the requests' own books with it."""
+
+    def __init__(self) -> None:
+        self.new: list[NewRow] = []
+        self.blocks: list[tuple[int, int, list[int]]] = []
+        self.copies: list[tuple[int, int]] = []
+        self.requests: list[Request] = []
+        self.work = StepWork()
+        self.decision: Decision | None = None
+        self._starts: list[int] = []
+        self._counts: list[int] = []
+        self._drafts: list[int] = []
+        self._samples: list[bool] = []
+
+    @property
+    def num_samples(self) -> int:
+        """Rows that will draw a token."""
+        return sum(self._samples)
+
+    def map_grown(self, request: Request, grown: int) -> None:
+        """The request got so many blocks more."""
+        if grown:
+            self.blocks.append((request.slot, len(request.blocks) - grown, request.blocks[-grown:]))
+
+    def add(self, request: Request, count: int) -> None:
+        """The request advances by ``count`` known positions, and by a drawn one where they are the last."""
+        start = request.num_computed
+        sample = start + count == request.length
+        self.requests.append(request)
+        self._starts.append(start)
+        self._counts.append(count)
+        self._drafts.append(0)
+        self._samples.append(sample)
+        self.work = self.work.add(start, count)
+        request.num_computed += count
+        request.in_flight += sample
+
+    def add_guesses(self, row: int, count: int) -> None:
+        """Positions that hold guesses follow the last known one of a row."""
+        request = self.requests[row]
+        self._counts[row] += count
+        self._drafts[row] = count
+        self.work = self.work.extend(request.num_computed, count)
+        request.num_computed += count
+
+    def remove_row(self, slot: int) -> None:
+        """A request admitted in this very step is undone as if it had not been."""
+        self.new = [row for row in self.new if row.slot != slot]
+        self.blocks = [entry for entry in self.blocks if entry[0] != slot]
+
+    def build(self, step: int, ended: list[int], wanted: list[int]) -> StepPlan:
+        return StepPlan(
+            step=step,
+            new=self.new,
+            blocks=self.blocks,
+            copies=self.copies,
+            ended=ended,
+            slots=[request.slot for request in self.requests],
+            starts=self._starts,
+            counts=self._counts,
+            drafts=self._drafts,
+            samples=self._samples,
+            wanted=[most if sample else 0 for most, sample in zip(wanted, self._samples, strict=True)],
+            work=self.work,
+        )

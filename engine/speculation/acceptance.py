@@ -1,0 +1,63 @@
+"""How likely guesses are to be right, learned from what became of earlier ones."""
+
+from __future__ import annotations
+
+import numpy as np
+
+DECAY = 0.995
+"""Weight of an observation after each later one of its kind: some 200 count."""
+PRIOR_WEIGHT = 4.0
+"""Observations that the first estimate is worth."""
+OWN_DECAY = 0.9
+OWN_WEIGHT = 3.0
+"""Guesses of its own after which a request's estimate is half its own and half everybody's."""
+MOST_LIKELY = 0.995
+
+
+class Acceptance:
+    """Of one drafter: the probability that guess i is right if those before it were, by evidence and position."""
+
+    def __init__(self, num_evidence: int, positions: int) -> None:
+        first = np.linspace(0.4, 0.8, num_evidence) if num_evidence > 1 else np.full(1, 0.6)
+        self._tried = np.full((num_evidence, positions), PRIOR_WEIGHT)
+        self._right = PRIOR_WEIGHT * np.repeat(first[:, None], positions, axis=1)
+
+    def rates(self, evidence: int, count: int) -> list[float]:
+        """Of the first ``count`` guesses, each given that those before it are right."""
+        rates: list[float] = (self._right[evidence, :count] / self._tried[evidence, :count]).tolist()
+        return rates
+
+    def observe(self, evidence: int, tried: int, right: int) -> None:
+        """``tried`` guesses were looked at and the first ``right`` of them were right."""
+        seen = min(right + 1, tried)
+        self._tried[evidence, :seen] = self._tried[evidence, :seen] * DECAY + 1
+        self._right[evidence, :seen] *= DECAY
+        self._right[evidence, :right] += 1
+
+
+class OwnAcceptance:
+    """How much more or less often than expected guesses are right for one request."""
+
+    __slots__ = ("_expected", "_right")
+
+    def __init__(self) -> None:
+        self._expected = self._right = 0.0
+
+    def factor(self) -> float:
+        return (self._right + OWN_WEIGHT) / (self._expected + OWN_WEIGHT)
+
+    def observe(self, rates: list[float], right: int) -> None:
+        """The guesses had these rates and the first ``right`` of them were right."""
+        for position, rate in enumerate(rates[: right + 1]):
+            self._expected = self._expected * OWN_DECAY + rate
+            self._right = self._right * OWN_DECAY + (position < right)
+
+
+def chances(rates: list[float], factor: float) -> list[float]:
+    """Probability that each guess and all before it are right; falls from one to the next."""
+    chance = 1.0
+    result = []
+    for rate in rates:
+        chance *= min(rate * factor, MOST_LIKELY)
+        result.append(chance)
+    return result

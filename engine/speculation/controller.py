@@ -1,0 +1,126 @@
+"""How many guesses to verify in a step: more of them may bring more tokens, and make the step longer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal, Protocol
+
+import numpy as np
+
+from slipstream.engine.step_cost import StepCost, StepWork
+
+PolicyName = Literal["throughput", "bandit", "fixed"]
+LEAST_GAIN = 1.02
+"""Verification has to promise this much more throughput: estimates are not exact, and drafting is not free."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What could be verified for one request."""
+
+    chances: Sequence[float]
+    """Probability that guess i and all before it are right."""
+    start: int
+    """Position of the first of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    counts: list[int]
+    """Guesses to verify per offer."""
+    reason: str
+
+
+class Policy(Protocol):
+    def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
+        """``work`` is the step without guesses, one token for each offer at least."""
+
+    def observe(self, decision: Decision, tokens: int, seconds: float) -> None:
+        """The step brought so many tokens."""
+
+
+class Throughput:
+    """Verifies what maximises expected tokens per second.
+
+    Guesses are taken in the order of their chances, over all requests; since the chances of a request fall along its
+    chain, a prefix of that order is a prefix of every chain.
+    """
+
+    def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
+        chances = np.array([chance for offer in offers for chance in offer.chances])
+        if not len(chances):
+            return Decision([0] * len(offers), "nothing proposed")
+        owners = np.repeat(np.arange(len(offers)), [len(offer.chances) for offer in offers])
+        order = np.argsort(-chances, kind="stable")
+        expected = len(offers) + np.concatenate(([0.0], np.cumsum(chances[order])))
+        start = float(np.mean([offer.start for offer in offers]))
+        rate = expected / cost.predict_more(work, len(chances), start)
+        best = int(rate.argmax())
+        if rate[best] < LEAST_GAIN * rate[0]:
+            return Decision([0] * len(offers), "not worth it")
+        return Decision(np.bincount(owners[order[:best]], minlength=len(offers)).tolist(), "worth it")
+
+    def observe(self, decision: Decision, tokens: int, seconds: float) -> None:
+        """Everything it needs is in the chances and the cost."""
+
+
+class Fixed:
+    """Verifies a fixed number of guesses, or as many as there are."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
+        return Decision([min(self._count, len(offer.chances)) for offer in offers], "fixed")
+
+    def observe(self, decision: Decision, tokens: int, seconds: float) -> None:
+        """Nothing changes it."""
+
+
+class Bandit:
+    """Learns a length per batch size by trial: the bucketed epsilon-greedy rule of TLT (Hu et al. 2025).
+
+    Batch sizes fall into buckets; each bucket keeps the mean reward of the last uses of each length, tokens per second.
+    """
+
+    LENGTHS = (0, 1, 2, 3, 4, 6, 8)
+    EPSILON = 0.05
+    MEMORY = 0.9
+    FIRST = float("inf")
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = Random(seed)
+        self._rewards: dict[int, dict[int, float]] = defaultdict(lambda: dict.fromkeys(self.LENGTHS, self.FIRST))
+        self._last: tuple[int, int] | None = None
+
+    def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
+        rewards = self._rewards[len(offers).bit_length()]
+        explores = self._random.random() < self.EPSILON
+        length = self._random.choice(self.LENGTHS) if explores else max(rewards, key=rewards.__getitem__)
+        counts = [min(length, len(offer.chances)) for offer in offers]
+        # A step in which nobody had so many guesses says nothing about the length.
+        self._last = (len(offers).bit_length(), length) if max(counts, default=0) == length else None
+        return Decision(counts, "explores" if explores else "best so far")
+
+    def observe(self, decision: Decision, tokens: int, seconds: float) -> None:
+        if self._last is None:
+            return
+        bucket, length = self._last
+        before, reward = self._rewards[bucket][length], tokens / seconds
+        self._rewards[bucket][length] = (
+            reward if before == self.FIRST else (self.MEMORY * before + (1 - self.MEMORY) * reward)
+        )
+
+
+def make_policy(name: PolicyName, most: int) -> Policy:
+    """``most`` is the length of the fixed policy."""
+    match name:
+        case "throughput":
+            return Throughput()
+        case "bandit":
+            return Bandit()
+        case "fixed":
+            return Fixed(most)

@@ -1,0 +1,71 @@
+"""The scheduler's side of speculation: which of the offered guesses a step verifies, and how many are wanted next."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.kv.manager import KVManager
+from slipstream.engine.plan import StepPlan, StepResult
+from slipstream.engine.plan_builder import PlanBuilder
+from slipstream.engine.request import Request
+from slipstream.engine.speculation.controller import Decision, Offer, make_policy
+from slipstream.engine.step_cost import StepCost
+
+log = logging.getLogger(__name__)
+
+
+class GuessPlanner:
+    """Knows requests by what they offer; which drafter an offer comes from is the runner's business."""
+
+    def __init__(self, config: EngineConfig, max_model_len: int, kv: KVManager, cost: StepCost) -> None:
+        self.reasons: Counter[str] = Counter()
+        """Steps by the reason for the number of guesses verified in them."""
+        self._most = config.max_draft_tokens if config.speculation != "off" else 0
+        self._max_model_len = max_model_len
+        self._kv = kv
+        self._cost = cost
+        self._policy = make_policy(config.speculation_policy, config.max_draft_tokens)
+
+    def plan(self, plan: PlanBuilder) -> None:
+        """Adds positions to verify guesses in, where they are worth it and there is room, to a step of decodes."""
+        if not any(request.offer for request in plan.requests):
+            return
+        offers = [Offer(request.offer[: self._room(request)], request.num_computed) for request in plan.requests]
+        plan.decision = decision = self._policy.decide(offers, plan.work, self._cost)
+        self.reasons[decision.reason] += 1
+        if log.isEnabledFor(logging.DEBUG):
+            chances = [[round(chance, 2) for chance in offer.chances] for offer in offers]
+            log.debug("%s: verify %s of %s", decision.reason, decision.counts, chances)
+        for row, count in enumerate(decision.counts):
+            request = plan.requests[row]
+            grown = self._kv.grow(request, len(request.tokens) + count) if count else None
+            if grown is not None:
+                plan.map_grown(request, grown)
+                plan.add_guesses(row, count)
+
+    def wanted(self, request: Request) -> int:
+        """How many guesses could be verified after the step being planned."""
+        speculation = request.message.speculation
+        if not self._most or speculation.mode == "off":
+            return 0
+        most = self._most if speculation.max_draft_tokens is None else min(self._most, speculation.max_draft_tokens)
+        # The step being planned draws a token, and the next one after its guesses another.
+        return max(min(most, request.message.params.max_tokens - request.num_output - 2), 0)
+
+    def observe(self, decision: Decision | None, result: StepResult) -> None:
+        """What the step brought."""
+        if decision is not None:
+            self._policy.observe(decision, sum(map(len, result.tokens)), result.seconds)
+
+    def take_back(self, request: Request, row: int, plan: StepPlan, result: StepResult) -> None:
+        """What was computed for guesses that were wrong does not count; keeps what is offered now."""
+        if request.slot >= 0:
+            request.num_computed -= plan.drafts[row] - (len(result.tokens[row]) - 1)
+            request.offer = result.offers[row]
+
+    def _room(self, request: Request) -> int:
+        """Guesses that fit before the request's end, with the token drawn after them."""
+        tokens = request.message.params.max_tokens - request.num_output - 1
+        return max(min(tokens, self._max_model_len - len(request.tokens)), 0)

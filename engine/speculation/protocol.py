@@ -1,0 +1,57 @@
+"""What the engine asks of a drafter: guesses at the tokens that come next.
+
+Every position is drawn from the target's own distribution with a random number that belongs to the position, whatever
+was guessed; a guess counts if it is what was drawn. So drafters decide how fast an answer comes, never which one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(slots=True)
+class DraftRow:
+    """A running request as drafters see it; lives as long as the request keeps its row."""
+
+    scope: str
+    """Requests of different scopes must not learn from each other's text."""
+    num_prompt: int
+    tokens: NDArray[np.int32]
+    """The row's token table; its first ``length`` entries are known."""
+    length: int
+    drafters: frozenset[str]
+    """Names of the drafters this request may use."""
+    most: int = 0
+    """Guesses wanted at most; 0 for none."""
+    memory: dict[str, object] = field(default_factory=dict)
+    """What a drafter keeps about the request, by its name."""
+
+    @property
+    def known(self) -> NDArray[np.int32]:
+        return self.tokens[: self.length]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A chain of guesses, the first of which follows the last known token."""
+
+    tokens: list[int]
+    evidence: int
+    """How well founded the guess is, as a small number: acceptance is learned apart for each. 0 is the weakest."""
+
+
+class Drafter(Protocol):
+    name: str
+    num_evidence: int
+    """Evidence runs from 0 to num_evidence - 1."""
+
+    def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
+        """One proposal per row of at most ``row.most`` tokens, or None where there is nothing to go on."""
+
+    def finish(self, row: DraftRow) -> None:
+        """The request has ended; its text may be learned from, within its scope."""

@@ -1,0 +1,109 @@
+"""The runner's side of speculation: asks the drafters, keeps what they propose, and learns how often they are right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.engine.messages import DrafterStats
+from slipstream.engine.plan import NewRow
+from slipstream.engine.speculation.acceptance import Acceptance, OwnAcceptance, chances
+from slipstream.engine.speculation.protocol import Drafter, DraftRow, Proposal
+
+
+class _Row:
+    __slots__ = ("best", "draft", "own", "rates")
+
+    def __init__(self, draft: DraftRow) -> None:
+        self.draft = draft
+        self.own = {name: OwnAcceptance() for name in draft.drafters}
+        self.best: tuple[Drafter, Proposal] | None = None
+        self.rates: list[float] = []
+
+
+class Speculator:
+    """Holds one row per running request, like the runner; without drafters it does nothing."""
+
+    def __init__(self, drafters: Sequence[Drafter], most: int) -> None:
+        self.most = most if drafters else 0
+        self._stats = {
+            drafter.name: DrafterStats(drafter.name, accepted_per_position=[0] * most) for drafter in drafters
+        }
+        self._drafters = {drafter.name: drafter for drafter in drafters}
+        self._acceptance = {drafter.name: Acceptance(drafter.num_evidence, most) for drafter in drafters}
+        self._rows: dict[int, _Row] = {}
+
+    @property
+    def stats(self) -> list[DrafterStats]:
+        """The counters themselves, which go on counting."""
+        return list(self._stats.values())
+
+    def enter(self, new: NewRow, tokens: NDArray[np.int32]) -> None:
+        """A request takes a row, with this token table; whoever had it before was preempted or has ended."""
+        mode = new.speculation.mode
+        names = [name for name in self._drafters if mode in ("auto", name)]
+        self._rows[new.slot] = _Row(DraftRow(new.scope, new.num_prompt, tokens, len(new.tokens), frozenset(names)))
+
+    def finish(self, slot: int) -> None:
+        """The request in this row has ended."""
+        row = self._rows.pop(slot)
+        for drafter in self._drafters.values():
+            drafter.finish(row.draft)
+
+    def guesses(self, slot: int, count: int) -> list[int]:
+        """The first tokens of what is proposed for this row."""
+        best = self._rows[slot].best
+        assert best is not None and len(best[1].tokens) >= count, "more guesses to verify than were proposed"
+        return best[1].tokens[:count]
+
+    def verified(self, slot: int, drafted: int, drawn: Sequence[int], length: int) -> None:
+        """``drafted`` guesses were verified, the tokens ``drawn`` came of it, and ``length`` are known now."""
+        row = self._rows[slot]
+        row.draft.length = length
+        if row.best is None:
+            return
+        drafter, proposal = row.best
+        # A guess that was not verified can still be held against the token that came instead of it.
+        tried = max(drafted, 1)
+        right = 0
+        while right < min(tried, len(drawn)) and proposal.tokens[right] == drawn[right]:
+            right += 1
+        self._acceptance[drafter.name].observe(proposal.evidence, tried, right)
+        row.own[drafter.name].observe(row.rates[:tried], right)
+        row.best = None
+        if drafted:
+            stats = self._stats[drafter.name]
+            stats.drafts += 1
+            stats.draft_tokens += drafted
+            stats.accepted_tokens += right
+            for position in range(right):
+                stats.accepted_per_position[position] += 1
+
+    def propose(self, slots: Sequence[int], wanted: Sequence[int]) -> list[tuple[float, ...]]:
+        """Per row, the chances of the guesses that are now kept for it; empty where there are none."""
+        if not self._drafters:
+            return [()] * len(slots)
+        rows = [self._rows[slot] for slot in slots]
+        for row, most in zip(rows, wanted, strict=True):
+            row.best = None
+            row.draft.most = min(most, self.most)
+        offers: list[tuple[float, ...]] = [()] * len(rows)
+        values = np.zeros(len(rows))
+        for drafter in self._drafters.values():
+            asked = [i for i, row in enumerate(rows) if row.draft.most and drafter.name in row.draft.drafters]
+            if not asked:
+                continue
+            acceptance = self._acceptance[drafter.name]
+            for i, proposal in zip(asked, drafter.propose([rows[i].draft for i in asked]), strict=True):
+                if proposal is None or not proposal.tokens:
+                    continue
+                row = rows[i]
+                rates = acceptance.rates(proposal.evidence, len(proposal.tokens))
+                offer = chances(rates, row.own[drafter.name].factor())
+                value = sum(offer)
+                if value > values[i]:
+                    values[i], offers[i] = value, tuple(offer)
+                    row.best, row.rates = (drafter, proposal), rates
+        return offers

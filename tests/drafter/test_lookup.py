@@ -1,0 +1,118 @@
+"""Guesses from text against a plain search, and what must not be seen across scopes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slipstream.drafter.choice import drafter_names
+from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter, evidence
+from slipstream.drafter.token_index import CANDIDATES, KEY_TOKENS, LONGEST_MATCH, TokenIndex
+from slipstream.engine.errors import ConfigError
+from slipstream.engine.speculation.protocol import DraftRow
+
+texts = st.lists(st.integers(0, 3), max_size=60)
+
+
+def row(tokens: list[int], num_prompt: int | None = None, scope: str = "", most: int = 4) -> DraftRow:
+    table = np.zeros(400, np.int32)
+    table[: len(tokens)] = tokens
+    prompt = len(tokens) if num_prompt is None else num_prompt
+    return DraftRow(scope, prompt, table, len(tokens), frozenset({"ngram", "suffix"}), most)
+
+
+def search(text: list[int], context: list[int]) -> list[tuple[int, int]]:
+    """What TokenIndex.matches promises, the slow way."""
+    found = []
+    for place in range(len(text) - 1, KEY_TOKENS - 1, -1):
+        length = 0
+        while length < min(LONGEST_MATCH, place, len(context)) and text[place - 1 - length] == context[-1 - length]:
+            length += 1
+        if length >= KEY_TOKENS:
+            found.append((length, place))
+    return found[:CANDIDATES]
+
+
+@given(texts, st.lists(st.integers(0, 60)), texts)
+def test_matches_are_those_of_a_plain_search(text: list[int], cuts: list[int], context: list[int]) -> None:
+    index = TokenIndex()
+    borders = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    for begin, end in pairwise(borders):
+        index.extend(text[begin:end])
+    assert list(index.matches(context)) == search(text, context)
+    assert list(index.matches(text)) == search(text, text)
+
+
+@given(texts, st.integers(1, 6))
+def test_ngram_proposes_what_followed_the_longest_match(text: list[int], most: int) -> None:
+    [proposal] = NGramDrafter().propose([row(text, most=most)])
+    found = search(text, text)
+    if not found:
+        assert proposal is None
+        return
+    length, place = max(found, key=lambda match: match[0])
+    assert proposal is not None
+    assert proposal.tokens == ((text[place:]) * most)[:most]
+    assert proposal.evidence == evidence(length)
+
+
+def test_ngram_follows_the_row_as_it_grows() -> None:
+    drafter, draft = NGramDrafter(), row([1, 2, 3, 4, 9, 1, 2])
+    assert drafter.propose([draft])[0].tokens == [3, 4, 9, 1]  # type: ignore[union-attr]
+    draft.tokens[7:9] = [3, 5]
+    draft.length = 9
+    assert drafter.propose([draft]) == [None]
+    draft.tokens[9:11] = [9, 1]
+    draft.length = 11
+    assert drafter.propose([draft])[0].tokens == [2, 3, 5, 9]  # type: ignore[union-attr]
+
+
+def test_suffix_knows_earlier_answers_of_its_scope_only() -> None:
+    drafter = SuffixDrafter(1000)
+    drafter.finish(row([1, 2, 3, 4, 5, 6], num_prompt=2, scope="a"))
+    assert drafter.propose([row([9, 3, 4], scope="b")]) == [None]
+    [proposal] = drafter.propose([row([9, 3, 4], scope="a")])
+    assert proposal is not None and proposal.tokens == [5, 6]
+    # The first guess of an answer comes from the end of the prompt before it.
+    [proposal] = drafter.propose([row([1, 2], scope="a")])
+    assert proposal is not None and proposal.tokens == [3, 4, 5, 6]
+
+
+def test_suffix_does_not_run_from_one_answer_into_the_next() -> None:
+    drafter = SuffixDrafter(1000)
+    drafter.finish(row([1, 2, 3, 4], num_prompt=2))
+    drafter.finish(row([5, 6, 7, 8], num_prompt=2))
+    assert drafter.propose([row([0, 3, 4])]) == [None]
+    [proposal] = drafter.propose([row([2, 3])])
+    assert proposal is not None and proposal.tokens == [4]
+
+
+def test_a_request_that_does_not_use_it_teaches_it_nothing() -> None:
+    drafter = SuffixDrafter(1000)
+    private = row([1, 2, 3, 4], num_prompt=2)
+    private.drafters = frozenset({"ngram"})
+    drafter.finish(private)
+    assert drafter.num_tokens == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 120)), max_size=40))
+def test_suffix_stays_within_its_capacity(answers: list[tuple[str, int]]) -> None:
+    drafter = SuffixDrafter(200)
+    for scope, length in answers:
+        drafter.finish(row([1, *range(length)], num_prompt=1, scope=scope))
+        assert drafter.num_tokens <= 200 + 1
+        [proposal] = drafter.propose([row([1, 0], scope=scope)])
+        if 2 < length < 80:
+            assert proposal is not None, "what was learned last is there"
+
+
+def test_names() -> None:
+    assert drafter_names("off") == []
+    assert drafter_names("auto") == ["ngram", "suffix"]
+    assert drafter_names("suffix, ngram") == ["suffix", "ngram"]
+    with pytest.raises(ConfigError, match="telepathy"):
+        drafter_names("ngram,telepathy")
