@@ -96,19 +96,23 @@ class EngineClient:
         self._closing = False
 
     @classmethod
-    async def start(cls, config: EngineConfig, entry: str = "slipstream.engine.process") -> EngineClient:
+    async def start(
+        cls, config: EngineConfig, entry: str = "slipstream.engine.process", arguments: tuple[str, ...] = ()
+    ) -> EngineClient:
         """Starts the engine process and waits until its model is loaded.
+
+        ``entry`` is the module it runs; it gets the socket, the configuration and ``arguments``.
 
         Raises:
             ModelError: the model or the configuration cannot be served; the message is meant for the user.
             EngineDiedError: the process ended for another reason.
         """
         ours, theirs = socket.socketpair()
-        arguments = msgspec.json.encode(dataclasses.asdict(config)).decode()
+        fields = msgspec.json.encode(dataclasses.asdict(config)).decode()
         client = cls()
         with theirs:
             client._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", entry, str(theirs.fileno()), arguments),
+                *(sys.executable, "-P", "-m", entry, str(theirs.fileno()), fields, *arguments),
                 # Huge pages for tensors of 2 MiB and more: fewer TLB misses over weights and cache (5-8 % of a step).
                 env={"THP_MEM_ALLOC_ENABLE": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"},
                 pass_fds=(theirs.fileno(),),

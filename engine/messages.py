@@ -199,6 +199,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
     weights_bytes: int
     kv_cache_bytes: int
     load_seconds: float
+    drafters: tuple[str, ...] = ()
+    """Names of the drafters that requests may choose."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

@@ -95,6 +95,7 @@ class Engine:
             weights_bytes=loaded.weights_bytes,
             kv_cache_bytes=loaded.num_blocks * loaded.block_bytes,
             load_seconds=loaded.seconds,
+            drafters=tuple(self.runner.speculator.names),
         )
 
     def operate(self, operation: str, arguments: dict[str, Any]) -> Any:

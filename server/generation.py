@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
 from slipstream.engine.client import RequestStream
 from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
 from slipstream.server.errors import GenerationFailedError, UnavailableError
-from slipstream.server.metrics import SequenceMetrics
+from slipstream.server.sequence_metrics import SequenceMetrics, sequences_metrics
 from slipstream.server.service import RETRY_DRAINING_S, Service
 from slipstream.server.text import IncrementalDetokenizer, StopChecker
 
@@ -61,7 +61,7 @@ class Sequence:
         self.finished = False
         self._output = output
         self._service = service
-        self._metrics = SequenceMetrics(service.metrics, request.arrival, len(request.prompt))
+        self.metrics = SequenceMetrics(service.metrics, request.arrival, len(request.prompt))
         self._detokenizer = IncrementalDetokenizer(service.text.tokenizer, output.skip_special_tokens)
         self._stop = StopChecker(output.stop, output.include_stop) if output.stop else None
         self._first = True
@@ -101,12 +101,12 @@ class Sequence:
         if not self.finished:
             self.finished = True
             self._stream.abort()
-            self._metrics.on_end("abort")
+            self.metrics.on_end("abort")
 
     async def _read(self) -> list[TokenDelta]:
         deltas = await self._stream.next()
         for delta in deltas:
-            self._metrics.on_delta(delta)
+            self.metrics.on_delta(delta)
         return deltas
 
     def _push(self, deltas: list[TokenDelta]) -> Piece:
@@ -127,7 +127,7 @@ class Sequence:
         self.num_tokens += len(piece.tokens)
         if piece.finish_reason is not None:
             self.finished = True
-            self._metrics.on_end(piece.finish_reason)
+            self.metrics.on_end(piece.finish_reason)
         return piece
 
     def _drops_last(self, last: TokenDelta) -> bool:
@@ -142,11 +142,11 @@ class Sequence:
         """
         if last.finish_reason == "error":
             self.finished = True
-            self._metrics.on_end("error")
+            self.metrics.on_end("error")
             raise GenerationFailedError(last.error or "the engine failed this request")
         if last.finish_reason == "abort" and self._service.phase == "draining":
             self.finished = True
-            self._metrics.on_end("abort")
+            self.metrics.on_end("abort")
             raise UnavailableError(
                 "the server shut down before the answer was complete",
                 code="shutting_down",
@@ -267,6 +267,10 @@ class Generation:
             sum(min(sequence.num_cached_tokens for sequence in prompt) for prompt in prompts),
             sum(sequence.num_tokens for sequence in self.sequences),
         )
+
+    def metrics(self) -> dict[str, Any]:
+        """What the sequences took, in the shape that others use too; milliseconds."""
+        return sequences_metrics([sequence.metrics for sequence in self.sequences])
 
     async def _pump(self, sequence: Sequence) -> None:
         """All pumps of one engine step run in the same turn of the event loop, so ``next`` sees the step as a whole."""

@@ -19,6 +19,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.server.app import build_app
 from slipstream.server.config import ServerConfig
+from slipstream.server.log import set_up_logging
 from slipstream.server.protocol import HttpProtocol
 from slipstream.server.service import Service
 
@@ -46,7 +47,7 @@ def run(config: ServerConfig, engine_config: EngineConfig, started: float) -> No
         EngineDiedError: the engine process did not come up.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prompts are encoded in threads of our own
-    set_up_logging(config)
+    set_up_logging(config.log_level)
     service = Service(config, engine_config)
     with listen(config.host, config.port) as listener:
         uvloop.run(serve(service, listener, started))
@@ -144,11 +145,3 @@ def greeting(service: Service, url: str, seconds: float) -> str:
         f"  try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         """-d '{"messages": [{"role": "user", "content": "Hello!"}]}'"""
     )
-
-
-def set_up_logging(config: ServerConfig) -> None:
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 
 from prometheus_client import (
@@ -18,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from slipstream.engine.client import EngineClient
-from slipstream.engine.messages import EngineStats, FinishReason, StepOutputs, TokenDelta
+from slipstream.engine.messages import EngineStats, FinishReason, StepOutputs
 
 PREFIX = "slipstream:"
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter and histogram that only says when it was first used
@@ -110,6 +109,7 @@ class EngineCollector(Collector):
             family = family_type(PREFIX + name, help_text, labels=("model_name",))
             family.add_metric((self._model_name,), read(stats))
             yield family
+        yield from self._speculation(stats)
         ready = self.engine.ready
         info = {
             "model_name": self._model_name,
@@ -123,6 +123,28 @@ class EngineCollector(Collector):
         family = GaugeMetricFamily(PREFIX + "cache_config_info", "How the engine is set up.", labels=tuple(info))
         family.add_metric(tuple(info.values()), 1)
         yield family
+
+    def _speculation(self, stats: EngineStats) -> Iterable[Metric]:
+        def counter(name: str, help_text: str, *labels: str) -> CounterMetricFamily:
+            return CounterMetricFamily(PREFIX + name, help_text, labels=("model_name", *labels))
+
+        drafts = counter("spec_decode_num_drafts", "Proposals of which guesses were verified.", "drafter")
+        drafted = counter("spec_decode_num_draft_tokens", "Guesses verified.", "drafter")
+        accepted = counter("spec_decode_num_accepted_tokens", "Guesses that were right.", "drafter")
+        places = counter(
+            "spec_decode_num_accepted_tokens_per_pos", "Guesses that were right, by place.", "drafter", "position"
+        )
+        for drafter in stats.drafters:
+            labels = (self._model_name, drafter.name)
+            drafts.add_metric(labels, drafter.drafts)
+            drafted.add_metric(labels, drafter.draft_tokens)
+            accepted.add_metric(labels, drafter.accepted_tokens)
+            for position, count in enumerate(drafter.accepted_per_position):
+                places.add_metric((*labels, str(position)), count)
+        steps = counter("speculation_steps", "Steps by why so many guesses were verified in them.", "reason")
+        for reason, count in stats.speculation_steps.items():
+            steps.add_metric((self._model_name, reason), count)
+        return drafts, drafted, accepted, places, steps
 
 
 class Metrics:
@@ -216,52 +238,3 @@ class Metrics:
 
     def _counter(self, name: str, help_text: str, label: str) -> Counter:
         return Counter(PREFIX + name, help_text, ("model_name", label), registry=self.registry)
-
-
-class SequenceMetrics:
-    """The clock of one sequence."""
-
-    __slots__ = ("_arrival", "_cached", "_first", "_last", "_metrics", "_prompt_tokens", "_scheduled", "_tokens")
-
-    def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int) -> None:
-        self._metrics = metrics
-        self._arrival = arrival
-        self._prompt_tokens = prompt_tokens
-        self._scheduled = 0.0
-        self._first = 0.0
-        self._last = 0.0
-        self._tokens = 0
-        self._cached = 0
-
-    def on_delta(self, delta: TokenDelta) -> None:
-        if delta.scheduled_at:
-            self._scheduled = delta.scheduled_at
-            self._cached = delta.num_cached_tokens
-            self._metrics.queue_time.observe(delta.scheduled_at - self._arrival)
-        if count := len(delta.tokens):
-            now = time.monotonic()
-            if not self._first:
-                self._first = now
-                self._metrics.first_token.observe(now - self._arrival)
-            else:
-                gap = (now - self._last) / count
-                for _ in range(count):
-                    self._metrics.between_tokens.observe(gap)
-            self._last = now
-            self._tokens += count
-        if delta.finish_reason is not None:
-            self._metrics.preemptions.observe(delta.num_preemptions)
-
-    def on_end(self, reason: FinishReason) -> None:
-        metrics = self._metrics
-        metrics.finished(reason)
-        metrics.end_to_end.observe(time.monotonic() - self._arrival)
-        metrics.prompt_tokens.observe(self._prompt_tokens)
-        metrics.generation_tokens.observe(self._tokens)
-        metrics.computed_tokens.observe(self._prompt_tokens - self._cached)
-        if self._first and self._scheduled:
-            metrics.prefill_time.observe(self._first - self._scheduled)
-            metrics.decode_time.observe(self._last - self._first)
-            metrics.inference_time.observe(self._last - self._scheduled)
-        if self._tokens > 1:
-            metrics.per_token.observe((self._last - self._first) / (self._tokens - 1))

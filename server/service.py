@@ -62,7 +62,9 @@ class Service:
         self._text = await asyncio.to_thread(load_text_model, self.engine_config.model, self.config)
 
     async def _start_engine(self) -> None:
-        self._engine = await EngineClient.start(self.engine_config, "slipstream.server.engine_process")
+        self._engine = await EngineClient.start(
+            self.engine_config, "slipstream.server.engine_process", (self.config.log_level,)
+        )
 
     @property
     def engine(self) -> EngineClient:

@@ -36,6 +36,10 @@ class Speculator:
         self._rows: dict[int, _Row] = {}
 
     @property
+    def names(self) -> list[str]:
+        return list(self._drafters)
+
+    @property
     def stats(self) -> list[DrafterStats]:
         """The counters themselves, which go on counting."""
         return list(self._stats.values())

@@ -9,12 +9,12 @@ from collections.abc import Sequence as SequenceOf
 import msgspec
 from fastapi import Request
 
-from slipstream.engine.messages import NewRequest, SamplingParams
+from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams
 from slipstream.server.body import BodyType, parse, read_body
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.generation import Generation, Sequence
 from slipstream.server.openai.sampling import SEED_MASK, output_options
-from slipstream.server.openai.schema import GenerationBody
+from slipstream.server.openai.schema import GenerationBody, Speculation
 from slipstream.server.openai.writers import AnswerOptions
 from slipstream.server.service import Service
 
@@ -50,6 +50,7 @@ def make_generation(
     """``params`` of each prompt. The sequences are in the order prompt, choice."""
     choices = body.n or 1
     output = output_options(body)
+    speculation = speculation_params(service, body.speculation)
     sequences: list[Sequence] = []
     for prompt, prompt_params in zip(prompts, params, strict=True):
         for choice in range(choices):
@@ -60,11 +61,26 @@ def make_generation(
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt or "",
                 tenant=body.user or "",
+                speculation=speculation,
                 arrival=arrival,
             )
             sequences.append(Sequence(len(sequences), new, output, service))
     name = prefix + (body.request_id or header_id(request) or secrets.token_hex(12))
     return Generation(service, name, arrival, sequences, choices)
+
+
+def speculation_params(service: Service, wanted: Speculation | None) -> SpeculationParams:
+    """Raises InvalidRequestError for a drafter this server does not have."""
+    if wanted is None:
+        return SpeculationParams()
+    mode = wanted.mode or "auto"
+    modes = ("auto", "off", *service.engine.ready.drafters)
+    if mode not in modes:
+        raise InvalidRequestError(
+            f"speculation.mode: {mode!r} is none of {', '.join(modes)}; --speculation says which drafters there are",
+            param="speculation.mode",
+        )
+    return SpeculationParams(mode, wanted.max_draft_tokens)
 
 
 def for_choice(params: SamplingParams, seed: int | None, choice: int) -> SamplingParams:
@@ -96,6 +112,7 @@ def answer_options(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         return_token_ids=bool(body.return_token_ids),
+        return_metrics=bool(body.return_metrics),
         include_usage=stream is not None and bool(stream.include_usage),
         continuous_usage=stream is not None and bool(stream.include_usage and stream.continuous_usage_stats),
     )

@@ -78,6 +78,11 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
+class Speculation(Body):
+    mode: str | None = None
+    max_draft_tokens: int | None = Field(None, ge=1, lt=2**31)
+
+
 class GenerationBody(Body):
     """The fields that chat and completions share."""
 
@@ -111,6 +116,8 @@ class GenerationBody(Body):
     return_tokens_as_token_ids: bool | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    speculation: Speculation | None = None
+    return_metrics: bool | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")] | None = None
     user: Label | None = None
 

@@ -24,6 +24,8 @@ class AnswerOptions:
     """Alternatives per token; None for no log-probabilities."""
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
+    return_metrics: bool = False
+    """What the answer took; in a stream, in a last chunk."""
     include_usage: bool = False
     """In a stream: a last chunk with the usage."""
     continuous_usage: bool = False
@@ -66,12 +68,18 @@ class OpenAIWriter:
         return b"".join((b"data: ", self._head, b',"choices":[', choices, b"]", extra, tail))
 
     def end(self) -> bytes:
-        if not self.options.include_usage:
+        if not self.options.include_usage and not self.options.return_metrics:
             return DONE
-        last = encode(usage(self.generation))
+        last = b"null"
+        if self.options.include_usage:
+            last = encode(usage(self.generation))
+        if self.options.return_metrics:
+            last += b',"metrics":' + encode(self.generation.metrics())
         return b"".join((b"data: ", self._head, b',"choices":[],"usage":', last, b"}\n\n", DONE))
 
     def envelope(self, choices: list[dict[str, Any]], **extra: Any) -> bytes:
+        if self.options.return_metrics:
+            extra["metrics"] = self.generation.metrics()
         return encode(
             {
                 "id": self.generation.name,

@@ -57,6 +57,8 @@ def test_serve_has_an_option_for_every_field() -> None:
         (["serve", "--no-such-option"], "--no-such-option"),
         (["serve", "--chat-template", "/no/such/file"], "/no/such/file"),
         (["serve", "--kv-cache-memory", "plenty"], "plenty"),
+        (["serve", "--speculation", "ngram,telepathy"], "telepathy"),
+        (["serve", "--pipeline", "on", "--speculation", "ngram"], "--pipeline"),
         (["dance"], "dance"),
     ],
 )

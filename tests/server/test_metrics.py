@@ -105,7 +105,7 @@ def test_time_of_steps(server: Any) -> None:
     names = ("engine_steps_total", "step_seconds_total", "scheduler_cpu_seconds_total")
     before = {name: server.metric(name) for name in names}
     started = time.monotonic()
-    server.complete("Hello", max_tokens=30, ignore_eos=True)
+    server.complete("Hello", max_tokens=30, ignore_eos=True, speculation={"mode": "off"})
     server.wait_until_idle()
     took = time.monotonic() - started
     steps, model, overhead = (server.metric(name) - before[name] for name in names)

@@ -1,0 +1,97 @@
+"""What one sequence, and one answer, took."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from slipstream.engine.messages import FinishReason, TokenDelta
+from slipstream.server.metrics import Metrics
+
+
+class SequenceMetrics:
+    """The clock of one sequence."""
+
+    __slots__ = ("_cached", "_metrics", "_prompt_tokens", "accepted", "arrival", "first", "last", "scheduled", "tokens")
+
+    def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self.arrival = arrival
+        self._prompt_tokens = prompt_tokens
+        self.scheduled = 0.0
+        self.first = 0.0
+        self.last = 0.0
+        self.tokens = 0
+        self._cached = 0
+        self.accepted: list[tuple[int, int]] = []
+        """(guesses verified, of them right) per step with guesses."""
+
+    def on_delta(self, delta: TokenDelta) -> None:
+        if delta.scheduled_at:
+            self.scheduled = delta.scheduled_at
+            self._cached = delta.num_cached_tokens
+            self._metrics.queue_time.observe(delta.scheduled_at - self.arrival)
+        if count := len(delta.tokens):
+            now = time.monotonic()
+            if not self.first:
+                self.first = now
+                self._metrics.first_token.observe(now - self.arrival)
+            else:
+                gap = (now - self.last) / count
+                for _ in range(count):
+                    self._metrics.between_tokens.observe(gap)
+            self.last = now
+            self.tokens += count
+        if delta.num_drafted:
+            self.accepted.append((delta.num_drafted, delta.num_accepted))
+        if delta.finish_reason is not None:
+            self._metrics.preemptions.observe(delta.num_preemptions)
+
+    def on_end(self, reason: FinishReason) -> None:
+        metrics = self._metrics
+        metrics.finished(reason)
+        metrics.end_to_end.observe(time.monotonic() - self.arrival)
+        metrics.prompt_tokens.observe(self._prompt_tokens)
+        metrics.generation_tokens.observe(self.tokens)
+        metrics.computed_tokens.observe(self._prompt_tokens - self._cached)
+        if self.first and self.scheduled:
+            metrics.prefill_time.observe(self.first - self.scheduled)
+            metrics.decode_time.observe(self.last - self.first)
+            metrics.inference_time.observe(self.last - self.scheduled)
+        if self.tokens > 1:
+            metrics.per_token.observe((self.last - self.first) / (self.tokens - 1))
+
+
+def sequences_metrics(sequences: list[SequenceMetrics]) -> dict[str, Any]:
+    """Of all sequences of an answer together, under the names that vLLM uses; times in milliseconds."""
+    begun = [sequence for sequence in sequences if sequence.first]
+    first = min((sequence.first for sequence in begun), default=0.0)
+    last = max((sequence.last for sequence in begun), default=0.0)
+    tokens = sum(sequence.tokens for sequence in sequences)
+    gaps = sum(sequence.tokens - 1 for sequence in begun)
+    between = sum(sequence.last - sequence.first for sequence in begun)
+    verified = [step for sequence in sequences for step in sequence.accepted]
+    histogram = Counter(accepted for _, accepted in verified)
+    drafted, accepted = sum(step[0] for step in verified), sum(step[1] for step in verified)
+    arrival = sequences[0].arrival
+    queue = min((sequence.scheduled for sequence in begun), default=arrival) - arrival
+    return {
+        "time_to_first_token_ms": _ms(first - arrival) if begun else None,
+        "generation_time_ms": _ms(last - first),
+        "queue_time_ms": _ms(queue),
+        "mean_itl_ms": _ms(between / gaps) if gaps else None,
+        "tokens_per_second": round(tokens / (last - first), 3) if last > first else None,
+        "speculative_decoding": {
+            "mean_acceptance_length": round(1 + accepted / len(verified), 4) if verified else 1.0,
+            "draft_acceptance_rate": round(accepted / drafted, 4) if drafted else 0.0,
+            "acceptance_histogram": [histogram[count] for count in range(max(histogram, default=-1) + 1)],
+            "num_spec_steps": len(verified),
+            "num_accepted_draft_tokens": accepted,
+            "num_draft_tokens": drafted,
+        },
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
