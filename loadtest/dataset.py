@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import mmap
 import re
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -115,3 +116,15 @@ def estimate_tokens(text: str) -> int:
     """Tokens of ``text`` without a tokenizer: four ASCII characters make one, and so does a byte of other scripts."""
     ascii_chars = sum(map(str.isascii, text))
     return -(-ascii_chars // 4) + len(text.encode()) - ascii_chars
+
+
+def code_passages(random: Random, chars: int) -> Iterator[str]:
+    """Functions of Python's own standard library and what follows them, so many characters each, in random order."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    while True:
+        source = random.choice(files).read_text(encoding="utf-8", errors="ignore")
+        starts = [match.start() for match in re.finditer(r"^(?:    )?def ", source, re.MULTILINE)]
+        starts = [start for start in starts if start + chars <= len(source)]
+        if starts:
+            start = random.choice(starts)
+            yield source[start : start + chars]

@@ -9,9 +9,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, Protocol, get_args
 
-from slipstream.loadtest.dataset import ShareGPT, estimate_tokens
+from slipstream.loadtest.dataset import ShareGPT, code_passages, estimate_tokens
 
-WorkloadName = Literal["sharegpt", "shared-prefix", "long", "fixed"]
+WorkloadName = Literal["sharegpt", "shared-prefix", "long", "rewrite", "fixed"]
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 CHARS_PER_TOKEN = 4
@@ -60,7 +60,11 @@ class WorkloadOptions:
 
 
 # A long prompt, its template and 128 output tokens fit into a context of 4,096.
-DEFAULT_INPUT_TOKENS = {"shared-prefix": 1000, "long": 3900, "fixed": 128}
+DEFAULT_INPUT_TOKENS = {"shared-prefix": 1000, "long": 3900, "rewrite": 200, "fixed": 128}
+# Answers that repeat their prompts, in turn: text, text, code.
+REWRITE = "Correct the spelling and punctuation of the following text. Change nothing else.\n\n"
+EXTRACT = "Copy the following text word for word, up to its end.\n\n"
+FIX_CODE = "Fix the bugs in the following code, if there are any. Answer with the whole code.\n\n"
 
 
 class Workload:
@@ -76,6 +80,7 @@ class Workload:
         self._data = ShareGPT(options.dataset)
         self._questions = self._unique_questions(Random(f"questions {options.seed}"))
         self._random = Random(f"texts {options.seed}")
+        self._code = code_passages(Random(f"code {options.seed}"), self._input_tokens * CHARS_PER_TOKEN)
         self._beginnings: set[str] = set()
         self._special_tokens: int | None = None
 
@@ -94,12 +99,21 @@ class Workload:
             case "long":
                 texts = [await self.text(self._input_tokens) for _ in range(count)]
                 return [self.summarise(text) for text in texts]
+            case "rewrite":
+                return [await self._rewrite((REWRITE, EXTRACT, FIX_CODE)[i % 3]) for i in range(count)]
             case "fixed":
                 texts = [await self.text(self._input_tokens, exact=True) for _ in range(count)]
                 return [Request(COMPLETIONS, {"prompt": text, **self._fields()}) for text in texts]
 
     def summarise(self, text: str) -> Request:
         return self._chat({"role": "user", "content": f"{text}\n\nSummarise the text above in a few sentences."})
+
+    async def _rewrite(self, task: str) -> Request:
+        tokens = self._input_tokens
+        text = next(self._code) if task is FIX_CODE else await self.text(tokens)
+        if task is FIX_CODE and self._tokenizer is not None:
+            text = await self._cut(text, tokens, exact=False) or text
+        return self._chat({"role": "user", "content": task + text})
 
     async def text(self, tokens: int, *, exact: bool = False) -> str:
         """Real text of about ``tokens`` tokens whose beginning no earlier text had.
@@ -137,7 +151,7 @@ class Workload:
 
     @property
     def _input_tokens(self) -> int:
-        return self.options.input_tokens or DEFAULT_INPUT_TOKENS[self.options.name]
+        return self.options.input_tokens or DEFAULT_INPUT_TOKENS.get(self.options.name, 1)
 
     def _chat(self, *messages: dict[str, str]) -> Request:
         return Request(CHAT, {"messages": list(messages), **self._fields()})

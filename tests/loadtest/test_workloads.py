@@ -43,7 +43,7 @@ class WordTokenizer:
         return "".join(words[token] for token in tokens)
 
 
-@pytest.mark.parametrize("name", ["sharegpt", "shared-prefix", "long", "fixed"])
+@pytest.mark.parametrize("name", ["sharegpt", "shared-prefix", "long", "rewrite", "fixed"])
 async def test_a_seed_gives_the_same_prompts_and_no_round_repeats_one(name):
     first = await rounds(8, 12, name=name)
     assert first == await rounds(8, 12, name=name)
@@ -126,3 +126,12 @@ async def test_running_out_of_prompts_is_an_error(tmp_path):
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError):
         WorkloadOptions(**options)
+
+
+async def test_rewrite_alternates_between_texts_and_code():
+    workload = Workload(WorkloadOptions(name="rewrite"))
+    prompts = [request.body["messages"][0]["content"] for request in await workload.round(6)]
+    tasks, texts = zip(*(prompt.split("\n\n", 1) for prompt in prompts), strict=True)
+    assert tasks[:3] == tasks[3:] and len(set(tasks)) == 3
+    assert len(set(texts)) == 6
+    assert all(text.lstrip().startswith("def ") and len(text) == 800 for text in texts[2::3])

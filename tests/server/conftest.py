@@ -114,7 +114,8 @@ class Server:
     @contextlib.contextmanager
     def open_stream(self, **fields: Any) -> Iterator[socket.socket]:
         """A long stream of which at least one chunk has arrived; closing the socket is the client going away."""
-        body = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True, **fields}
+        body = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+        body |= {"speculation": {"mode": "off"}, **fields}  # what repeats itself would be done too soon
         with self.send("/v1/completions", body) as connection:
             received = b""
             while b"data: " not in received:
