@@ -38,6 +38,9 @@ class EngineConfig:
         "auto",
         "Plan the next step while the device runs this one, or not; auto does on a GPU, whose host is idle then.",
     )
+    deterministic: bool = option(
+        False, "Start only where the result of a request cannot depend on what else is in the batch, to the bit."
+    )
     speculation: str = option(
         "auto", "Drafters that may guess tokens, by name (ngram,suffix), 'auto' for all there are, or 'off'."
     )

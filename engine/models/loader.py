@@ -82,6 +82,7 @@ def build_model(
     """The fastest implementation that covers this model, with its weights loaded."""
     config, dummy = checkpoint.config, options.load_format == "dummy"
     if config["model_type"] not in FAMILIES:
+        _refuse_deterministic(options, "models that run through transformers")
         return TransformersModel(config, dtype, device, None if dummy else checkpoint.path, options.seed)
     decoder = decoder_config(config)
     model: CausalModel
@@ -93,9 +94,15 @@ def build_model(
             "processor, a GPU, or sizes that are not multiples of 16); use --kernels auto"
         )
     else:
+        _refuse_deterministic(options, "torch's kernels, which run here instead of the compiled ones,")
         model = TorchDecoder(decoder, dtype, device, max_length)
     model.load(dummy_tensors(config, options.seed) if dummy else checkpoint.tensors())
     return model
+
+
+def _refuse_deterministic(options: EngineConfig, what: str) -> None:
+    if options.deterministic:
+        raise ConfigError(f"--deterministic: {what} give results that depend on the batch in their last bits")
 
 
 def _device(config: EngineConfig) -> torch.device:

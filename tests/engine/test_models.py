@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.errors import ModelError
+from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models.loader import build_model, load_model
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.kernels.batch import make_batch
@@ -178,6 +179,18 @@ def test_unknown_model_type_names_it(tmp_path: Path) -> None:
     options = write_config(tmp_path, {"model_type": "no_such_model", "hidden_size": 8, "num_attention_heads": 2})
     with pytest.raises(ModelError, match="no_such_model"):
         build_model(open_checkpoint(tmp_path), options, torch.float32, CPU, 64)
+
+
+def test_deterministic_mode_refuses_what_depends_on_the_batch(tmp_path: Path) -> None:
+    options = write_config(tmp_path, MODELS["llama"])
+    if NATIVE:
+        build_model(open_checkpoint(tmp_path), replace(options, deterministic=True), torch.float32, CPU, 64)
+    with pytest.raises(ConfigError, match="--deterministic"):
+        torch_only = replace(options, deterministic=True, kernels="torch")
+        build_model(open_checkpoint(tmp_path), torch_only, torch.float32, CPU, 64)
+    write_config(tmp_path, MODELS["gpt_neox"])
+    with pytest.raises(ConfigError, match="--deterministic"):
+        build_model(open_checkpoint(tmp_path), replace(options, deterministic=True), torch.float32, CPU, 64)
 
 
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:
