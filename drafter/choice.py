@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+from torch import Tensor
+
+from slipstream.drafter.head import layout
+from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.speculation.protocol import Drafter
 
-NAMES = ("ngram", "suffix")
+NAMES = ("ngram", "suffix", "head")
 SUFFIX_CAPACITY = 200_000
 """Tokens of earlier answers that are kept; about 100 bytes each."""
+DRAFT_VOCAB_SIZE = 8192
+"""Of an untrained head."""
 
 
-def drafter_names(speculation: str) -> list[str]:
-    """Names in a value of --speculation; raises ConfigError for an unknown one."""
+def drafter_names(config: EngineConfig) -> list[str]:
+    """Those of --speculation and --drafter; raises ConfigError for what does not go together."""
+    speculation = config.speculation
     if speculation == "off":
         return []
     if speculation == "auto":
-        return list(NAMES)
+        return [name for name in NAMES if name != "head" or config.drafter is not None]
     names = [name.strip() for name in speculation.split(",")]
     for name in names:
         if name not in NAMES:
             raise ConfigError(
                 f"--speculation {speculation}: there is no drafter {name!r}; there are {', '.join(NAMES)}"
             )
-    return names
+    if "head" in names and config.drafter is None:
+        raise ConfigError(f"--speculation {speculation}: name the head with --drafter")
+    return list(dict.fromkeys(names))
 
 
 def make_drafters(config: EngineConfig) -> Sequence[Drafter]:
@@ -34,5 +45,14 @@ def make_drafters(config: EngineConfig) -> Sequence[Drafter]:
     makers: dict[str, Callable[[], Drafter]] = {
         "ngram": NGramDrafter,
         "suffix": lambda: SuffixDrafter(SUFFIX_CAPACITY),
+        "head": lambda: HeadDrafter(lambda target: _load_head(config, target)),
     }
-    return [makers[name]() for name in dict.fromkeys(drafter_names(config.speculation))]
+    return [makers[name]() for name in drafter_names(config)]
+
+
+def _load_head(config: EngineConfig, target: DecoderConfig) -> tuple[layout.HeadConfig, Mapping[str, Tensor]]:
+    if config.drafter == "random":
+        head = layout.config_for(target, DRAFT_VOCAB_SIZE)
+        return head, layout.random_tensors(head, config.seed)
+    assert config.drafter is not None
+    return layout.read(Path(config.drafter), target)

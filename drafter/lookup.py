@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from slipstream.drafter.token_index import LONGEST_MATCH, TokenIndex
-from slipstream.engine.speculation.protocol import DraftRow, Proposal
+from slipstream.engine.speculation.protocol import Drafter, DraftRow, Proposal
 
 EVIDENCE_BORDERS = (3, 4, 6, 10, LONGEST_MATCH)
 """Shortest match of each level of evidence but the lowest."""
@@ -17,7 +17,7 @@ def evidence(length: int) -> int:
     return sum(length >= border for border in EVIDENCE_BORDERS)
 
 
-class NGramDrafter:
+class NGramDrafter(Drafter):
     """Prompt lookup (Saxena 2023): what followed the longest match in the request's own prompt and answer."""
 
     name = "ngram"
@@ -25,9 +25,6 @@ class NGramDrafter:
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
         return [self._propose(row) for row in rows]
-
-    def finish(self, row: DraftRow) -> None:
-        """Nothing outlives the request."""
 
     def _propose(self, row: DraftRow) -> Proposal | None:
         index = row.memory.get(self.name)
@@ -55,7 +52,7 @@ class _Scope:
         return len(self.young) + len(self.old)
 
 
-class SuffixDrafter:
+class SuffixDrafter(Drafter):
     """What followed the longest match in earlier answers of the same scope (SuffixDecoding, Oliaro et al. 2024).
 
     Scopes do not see each other's text. The text of all scopes together is bounded; the scope that was used least

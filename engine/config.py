@@ -44,6 +44,9 @@ class EngineConfig:
     speculation: str = option(
         "auto", "Drafters that may guess tokens, by name (ngram,suffix), 'auto' for all there are, or 'off'."
     )
+    drafter: str | None = option(
+        None, "Folder of a learned drafter (an EAGLE-3 head), or 'random' for an untrained one; none by default."
+    )
     max_draft_tokens: int = option(8, "Most guesses per request and step.")
     speculation_policy: Literal["throughput", "bandit", "fixed"] = option(
         "throughput",

@@ -78,6 +78,8 @@ class StepResult:
     """By row index: rows whose logits were not finite."""
     seconds: float
     """Wall time of the step."""
+    draft_seconds: float = 0.0
+    """Wall time of proposing, not part of ``seconds``."""
     drafters: list[DrafterStats] = field(default_factory=list)
     model_seconds: float = 0.0
     """Of it, the model and drawing tokens."""

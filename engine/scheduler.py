@@ -110,7 +110,7 @@ class Scheduler:
         planned, requests, decision = self._under_way.popleft()
         assert planned is plan, "steps are committed in the order they were planned"
         self.cost.observe(plan.work, result.seconds)
-        self._guesses.observe(decision, result)
+        self._guesses.observe(plan, decision, result)
         deltas = self.take_ended()
         for row, request in enumerate(requests):
             if plan.samples[row]:

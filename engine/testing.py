@@ -169,7 +169,7 @@ class SimulatedRunner:
         return blake2b(array("i", self._tokens[slot][: position + 1]).tobytes(), digest_size=8).digest()
 
 
-class OracleDrafter:
+class OracleDrafter(Drafter):
     """Knows the answers: its guess at each place is right with a given probability, and so are those after it.
 
     Args:
@@ -187,9 +187,6 @@ class OracleDrafter:
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
         return [self._propose(row) for row in rows]
-
-    def finish(self, row: DraftRow) -> None:
-        """It knows everything already."""
 
     def _propose(self, row: DraftRow) -> Proposal | None:
         answer = self.answers.get(tuple(row.tokens[: row.num_prompt].tolist()), [])

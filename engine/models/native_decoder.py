@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from slipstream.engine.models.config import DecoderConfig, rope_tables
+from slipstream.engine.models.native_layer import NativeLayer
 from slipstream.engine.models.weights import WeightSlots
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.native.kv_cache import NativeKVCache
 from slipstream.kernels.native.library import DTYPE_CODES, CLayer, CModel, address, c_batch, isa, load, supports
-from slipstream.kernels.native.linear import PANEL, PackedLinear
-
-
-class _Layer:
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype) -> None:
-        hidden, inner = config.hidden, config.intermediate
-        head_dim = config.shape.head_dim
-        self.qkv = PackedLinear(config.qkv_width, hidden, dtype, config.qkv_bias)
-        self.out = PackedLinear(hidden, config.heads * head_dim, dtype, config.out_bias)
-        self.gate_up = PackedLinear(2 * inner, hidden, dtype, config.mlp_bias)
-        self.down = PackedLinear(hidden, inner, dtype, config.mlp_bias)
-        self.attn_norm = torch.ones(hidden)
-        self.mlp_norm = torch.ones(hidden)
-        self.q_norm = torch.ones(head_dim) if config.qk_norm else None
-        self.k_norm = torch.ones(head_dim) if config.qk_norm else None
+from slipstream.kernels.native.linear import PackedLinear
 
 
 class NativeDecoder:
@@ -45,11 +31,13 @@ class NativeDecoder:
         self._library = library
         self._embed = PackedLinear(self.shape.vocab_size, config.hidden, dtype)
         self._head = self._embed if config.tied else PackedLinear(self.shape.vocab_size, config.hidden, dtype)
-        self._layers = [_Layer(config, dtype) for _ in range(self.shape.num_layers)]
+        self._layers = [NativeLayer(config, dtype) for _ in range(self.shape.num_layers)]
         self._final_norm = torch.ones(config.hidden)
         self._cos, self._sin = rope_tables(config, max_length)
         self._c_layers = (CLayer * self.shape.num_layers)()
         self._c = self._c_model()
+        self._taps = torch.empty(0, dtype=torch.int32)
+        self.features = torch.empty(0)
         self._cache: PagedKVCache | None = None
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._logits = torch.empty(0, self.shape.vocab_size)
@@ -71,9 +59,16 @@ class NativeDecoder:
             shape.num_layers, num_blocks, block_size, shape.kv_heads, shape.head_dim, self.dtype, torch.device("cpu")
         )
 
+    def tap(self, layers: tuple[int, ...]) -> None:
+        self._taps = torch.tensor(layers, dtype=torch.int32)
+        self._c.taps, self._c.num_taps = address(self._taps), len(layers)
+
     def forward(self, batch: RaggedBatch, cache: PagedKVCache) -> Tensor:
         self._bind(cache)
         hidden = torch.empty(batch.num_tokens, self._config.hidden)
+        if len(self._taps):
+            self.features = torch.empty(batch.num_tokens, len(self._taps), self._config.hidden)
+            self._c.features = address(self.features)
         c = c_batch(batch)
         self._library.slip_forward(
             ctypes.byref(self._c), ctypes.byref(c), address(hidden), self._memory(batch.num_tokens)
@@ -91,6 +86,15 @@ class NativeDecoder:
             self._memory(len(rows)),
         )
         return out
+
+    @property
+    def embedding(self) -> PackedLinear:
+        """The token embeddings, as panels."""
+        return self._embed
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self._config
 
     def _memory(self, tokens: int) -> int:
         """Scratch for a step of this many tokens; grows and stays."""
@@ -116,41 +120,12 @@ class NativeDecoder:
             case ["model", "norm", "weight"]:
                 self._final_norm.copy_(tensor)
             case ["model", "layers", index, *rest]:
-                self._fill_layer(self._layers[int(index)], rest, tensor)
-
-    def _fill_layer(self, layer: _Layer, name: list[str], tensor: Tensor) -> None:
-        head_dim = self.shape.head_dim
-        k_panel = self._config.heads * head_dim // PANEL
-        v_panel = k_panel + self.shape.kv_heads * head_dim // PANEL
-        places: dict[str, tuple[PackedLinear, int, int]] = {
-            "q_proj": (layer.qkv, 0, 1),
-            "k_proj": (layer.qkv, k_panel, 1),
-            "v_proj": (layer.qkv, v_panel, 1),
-            "o_proj": (layer.out, 0, 1),
-            "gate_proj": (layer.gate_up, 0, 2),
-            "up_proj": (layer.gate_up, 1, 2),
-            "down_proj": (layer.down, 0, 1),
-        }
-        norms: dict[str, Any] = {
-            "input_layernorm": layer.attn_norm,
-            "post_attention_layernorm": layer.mlp_norm,
-            "q_norm": layer.q_norm,
-            "k_norm": layer.k_norm,
-        }
-        module, kind = name[-2], name[-1]
-        if module in norms:
-            norms[module].copy_(tensor)
-        else:
-            linear, first, stride = places[module]
-            (linear.fill if kind == "weight" else linear.fill_bias)(tensor, first, stride)
+                self._layers[int(index)].fill(rest, tensor)
 
     def _c_model(self) -> CModel:
         config = self._config
         for c, layer, window in zip(self._c_layers, self._layers, config.windows, strict=True):
-            c.qkv, c.out, c.gate_up, c.down = layer.qkv.c, layer.out.c, layer.gate_up.c, layer.down.c
-            c.attn_norm, c.mlp_norm = address(layer.attn_norm), address(layer.mlp_norm)
-            c.q_norm, c.k_norm = address(layer.q_norm), address(layer.k_norm)
-            c.window = window
+            layer.describe(c, window)
         return CModel(
             dtype=DTYPE_CODES[self.dtype],
             hidden=config.hidden,

@@ -21,6 +21,15 @@ class CausalModel(Protocol):
     kernels: str
     """Name of what runs the hot path, for logs and metrics."""
 
+    features: Tensor
+    """After a forward pass: the inputs of the tapped layers, [num_tokens, taps, hidden]; valid until the next one."""
+
+    def tap(self, layers: tuple[int, ...]) -> None:
+        """From now on, keep the inputs of these layers; the number of layers stands for the output of the last.
+
+        Raises ConfigError where that is not possible.
+        """
+
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copies weights in, by their Hugging Face names, in place; raises ModelError for a misfit or a gap."""
 

@@ -27,7 +27,12 @@ class TorchDecoder:
         self._weights = {
             name: torch.empty(size, dtype=dtype, device=device) for name, size in config.parameters.items()
         }
+        self._taps: tuple[int, ...] = ()
+        self.features = torch.empty(0)
         self._cos, self._sin = (table.to(device) for table in rope_tables(config, max_length))
+
+    def tap(self, layers: tuple[int, ...]) -> None:
+        self._taps = layers
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         slots = WeightSlots(self._config.parameters)
@@ -35,6 +40,19 @@ class TorchDecoder:
             if slots.take(name, tensor):
                 self._weights[name].copy_(tensor)
         slots.check_complete()
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self._config
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def embedding(self) -> Tensor:
+        """The token embeddings [vocab, hidden]."""
+        return self._weights["model.embed_tokens.weight"]
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         shape = self.shape
@@ -47,8 +65,15 @@ class TorchDecoder:
         cos, sin = self._cos[positions], self._sin[positions]
         token_ids = torch.from_numpy(batch.token_ids).to(self._device)
         hidden = functional.embedding(token_ids, self._weights["model.embed_tokens.weight"])
+        tapped = []
         for layer in range(self.shape.num_layers):
+            if layer in self._taps:
+                tapped.append(hidden)
             hidden = self._layer(layer, hidden, cos, sin, batch, cache)
+        if self.shape.num_layers in self._taps:
+            tapped.append(hidden)
+        if tapped:
+            self.features = torch.stack(tapped, dim=1).float()
         return hidden
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:

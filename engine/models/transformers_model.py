@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from slipstream.engine.errors import ModelError
+from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models.config import ModelShape, model_shape, need
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
@@ -48,7 +48,11 @@ class TransformersModel:
         self._body = module.base_model
         self._given = _GivenOutput()
         setattr(module, module.base_model_prefix, self._given)
+        self.features = torch.empty(0)
         self._probe()
+
+    def tap(self, layers: tuple[int, ...]) -> None:
+        raise ConfigError(f"{self.shape.model_type} models run through transformers, which does not show hidden states")
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:

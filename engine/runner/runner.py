@@ -7,6 +7,7 @@ name a token that the step before it has yet to draw.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.plan import StepPlan, StepResult
 from slipstream.engine.runner.sampler import Sampled, SamplingRow, sample, token_logprobs
+from slipstream.engine.speculation.protocol import DraftHost
 from slipstream.engine.speculation.speculator import Speculator
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 
@@ -51,7 +53,9 @@ class ModelRunner:
         # One position more than a sequence has, for a token that is drawn and not kept, and the guesses after it.
         self._tokens = np.zeros((max_running, max_model_len + 1 + speculator.most), np.int32)
         self._blocks = np.zeros((max_running, -(-max_model_len // block_size) + 1), np.int32)
+        self._mapped = [0] * max_running
         self._rows: list[_Row | None] = [None] * max_running
+        speculator.attach(DraftHost(model, self._blocks, num_blocks, block_size))
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -81,13 +85,18 @@ class ModelRunner:
             if at in drawn.logprobs:
                 logprobs[row] = [drawn.logprobs[place] for place in places]
             at += drafted + 1
+        if self.speculator.watches:
+            self.speculator.observe(self._computed(plan, batch, tokens))
+        seconds = time.perf_counter() - began
+        offers = self._propose(plan)
         return StepResult(
             tokens=tokens,
-            offers=self._propose(plan),
+            offers=offers,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             errors=errors,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
+            draft_seconds=time.perf_counter() - began - seconds,
             drafters=self.speculator.stats,
             model_seconds=model_seconds,
             overhead_cpu_seconds=time.thread_time() - cpu_began - model_cpu,
@@ -126,6 +135,7 @@ class ModelRunner:
             self.speculator.enter(new, self._tokens[new.slot])
         for slot, first, blocks in plan.blocks:
             self._blocks[slot, first : first + len(blocks)] = blocks
+            self._mapped[slot] = (first + len(blocks)) * self._block_size
         if plan.copies:
             self.cache.copy_blocks(plan.copies)
         for slot, drafted in zip(plan.slots, plan.drafts, strict=True):
@@ -170,11 +180,24 @@ class ModelRunner:
         self.speculator.verified(slot, drafted, kept, entry.num_tokens)
         return kept
 
+    def _computed(
+        self, plan: StepPlan, batch: RaggedBatch, tokens: list[list[int]]
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """(slot, first position, features) of each row, without positions whose guess was wrong."""
+        features = self.model.features
+        for row, slot in enumerate(plan.slots):
+            right = plan.counts[row] - plan.drafts[row] + max(len(tokens[row]) - 1, 0)
+            begin = int(batch.q_start[row])
+            yield slot, plan.starts[row], features[begin : begin + right]
+
     def _propose(self, plan: StepPlan) -> list[tuple[float, ...]]:
         offers: list[tuple[float, ...]] = [()] * len(plan.slots)
         asked = [row for row, most in enumerate(plan.wanted) if most]
         if asked:
-            proposed = self.speculator.propose([plan.slots[row] for row in asked], [plan.wanted[row] for row in asked])
+            slots = [plan.slots[row] for row in asked]
+            proposed = self.speculator.propose(
+                slots, [plan.wanted[row] for row in asked], [self._mapped[slot] for slot in slots]
+            )
             for row, offer in zip(asked, proposed, strict=True):
                 offers[row] = offer
         return offers

@@ -32,6 +32,8 @@ class Decision:
     counts: list[int]
     """Guesses to verify per offer."""
     reason: str
+    gain: float = 1.0
+    """Tokens per second it promises, relative to verifying none; 1 where the policy makes no promise."""
 
 
 class Policy(Protocol):
@@ -61,7 +63,8 @@ class Throughput:
         best = int(rate.argmax())
         if rate[best] < LEAST_GAIN * rate[0]:
             return Decision([0] * len(offers), "not worth it")
-        return Decision(np.bincount(owners[order[:best]], minlength=len(offers)).tolist(), "worth it")
+        counts = np.bincount(owners[order[:best]], minlength=len(offers)).tolist()
+        return Decision(counts, "worth it", float(rate[best] / rate[0]))
 
     def observe(self, decision: Decision, tokens: int, seconds: float) -> None:
         """Everything it needs is in the chances and the cost."""

@@ -14,6 +14,11 @@ from slipstream.engine.speculation.controller import Decision, Offer, make_polic
 from slipstream.engine.step_cost import StepCost
 
 log = logging.getLogger(__name__)
+PAUSE_BELOW = 0.985
+"""Where verification and drafting together bring less than this, drafting pauses …"""
+PROBE_EVERY = 16
+"""… but for one step in so many, to see whether that has changed."""
+SMOOTHING = 0.1
 
 
 class GuessPlanner:
@@ -27,9 +32,20 @@ class GuessPlanner:
         self._kv = kv
         self._cost = cost
         self._policy = make_policy(config.speculation_policy, config.max_draft_tokens)
+        self._pauses = config.speculation_policy == "throughput"
+        self._reserves = config.drafter is not None
+        self._worth = 1.0
+        """Tokens per second with drafting and verification, relative to doing without; smoothed."""
+        self._steps = 0
 
     def plan(self, plan: PlanBuilder) -> None:
         """Adds positions to verify guesses in, where they are worth it and there is room, to a step of decodes."""
+        self._steps += 1
+        self._verify(plan)
+        if self._reserves:
+            self._reserve(plan)
+
+    def _verify(self, plan: PlanBuilder) -> None:
         if not any(request.offer for request in plan.requests):
             return
         offers = [Offer(request.offer[: self._room(request)], request.num_computed) for request in plan.requests]
@@ -50,20 +66,33 @@ class GuessPlanner:
         speculation = request.message.speculation
         if not self._most or speculation.mode == "off":
             return 0
+        if self._worth < PAUSE_BELOW and self._steps % PROBE_EVERY:
+            return 0
         most = self._most if speculation.max_draft_tokens is None else min(self._most, speculation.max_draft_tokens)
         # The step being planned draws a token, and the next one after its guesses another.
         return max(min(most, request.message.params.max_tokens - request.num_output - 2), 0)
 
-    def observe(self, decision: Decision | None, result: StepResult) -> None:
+    def observe(self, plan: StepPlan, decision: Decision | None, result: StepResult) -> None:
         """What the step brought."""
         if decision is not None:
             self._policy.observe(decision, sum(map(len, result.tokens)), result.seconds)
+        if self._pauses and any(plan.wanted):
+            gain = decision.gain if decision is not None else 1.0
+            worth = gain * result.seconds / (result.seconds + result.draft_seconds)
+            self._worth += SMOOTHING * (worth - self._worth)
 
     def take_back(self, request: Request, row: int, plan: StepPlan, result: StepResult) -> None:
         """What was computed for guesses that were wrong does not count; keeps what is offered now."""
         if request.slot >= 0:
             request.num_computed -= plan.drafts[row] - (len(result.tokens[row]) - 1)
             request.offer = result.offers[row]
+
+    def _reserve(self, plan: PlanBuilder) -> None:
+        """Blocks for the positions a head drafts in after the step, where there are plenty."""
+        for request in plan.requests:
+            wanted = self.wanted(request)
+            if wanted and self._kv.pool.num_available > 2 * len(plan.requests):
+                plan.map_grown(request, self._kv.grow(request, request.num_computed + 1 + wanted) or 0)
 
     def _room(self, request: Request) -> int:
         """Guesses that fit before the request's end, with the token drawn after them."""

@@ -6,18 +6,23 @@ was guessed; a guess counts if it is what was drawn. So drafters decide how fast
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+
+from slipstream.engine.models.protocol import CausalModel
 
 
 @dataclass(slots=True)
 class DraftRow:
     """A running request as drafters see it; lives as long as the request keeps its row."""
 
+    slot: int
+    """Row of the host's block tables."""
     scope: str
     """Requests of different scopes must not learn from each other's text."""
     num_prompt: int
@@ -26,6 +31,8 @@ class DraftRow:
     length: int
     drafters: frozenset[str]
     """Names of the drafters this request may use."""
+    mapped: int = 0
+    """Positions that have a block in the block tables."""
     most: int = 0
     """Guesses wanted at most; 0 for none."""
     memory: dict[str, object] = field(default_factory=dict)
@@ -45,13 +52,54 @@ class Proposal:
     """How well founded the guess is, as a small number: acceptance is learned apart for each. 0 is the weakest."""
 
 
-class Drafter(Protocol):
+@dataclass(frozen=True, slots=True)
+class DraftHost:
+    """What a drafter shares with the engine it works for."""
+
+    model: CausalModel
+    block_tables: NDArray[np.int32]
+    """[slots, blocks]: the cache blocks of each running request; changes from step to step."""
+    num_blocks: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Positions of a row that a step computed, without those whose guess was wrong."""
+
+    row: DraftRow
+    start: int
+    """First of them."""
+    features: Tensor
+    """[positions, taps, hidden] float32; valid during the call."""
+
+
+class Drafter(ABC):
+    """Methods are called between two forward passes of the target, in the thread that runs them."""
+
     name: str
     num_evidence: int
     """Evidence runs from 0 to num_evidence - 1."""
 
+    def taps(self, model: CausalModel) -> tuple[int, ...]:
+        """Layers of the target whose inputs it wants to see, ascending; their number for the output of the last.
+
+        Called once, before ``attach``; raises ConfigError or ModelError if the drafter does not fit.
+        """
+        return ()
+
+    def attach(self, host: DraftHost) -> None:
+        """Called once, before anything that follows."""
+        return
+
+    def observe(self, computed: Sequence[Computed]) -> None:
+        """What the target computed in a step; only called for drafters with taps."""
+        return
+
+    @abstractmethod
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
         """One proposal per row of at most ``row.most`` tokens, or None where there is nothing to go on."""
 
     def finish(self, row: DraftRow) -> None:
         """The request has ended; its text may be learned from, within its scope."""
+        return

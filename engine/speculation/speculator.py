@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from slipstream.engine.messages import DrafterStats
 from slipstream.engine.plan import NewRow
 from slipstream.engine.speculation.acceptance import Acceptance, OwnAcceptance, chances
-from slipstream.engine.speculation.protocol import Drafter, DraftRow, Proposal
+from slipstream.engine.speculation.protocol import Computed, Drafter, DraftHost, DraftRow, Proposal
 
 
 class _Row:
@@ -34,6 +35,27 @@ class Speculator:
         self._drafters = {drafter.name: drafter for drafter in drafters}
         self._acceptance = {drafter.name: Acceptance(drafter.num_evidence, most) for drafter in drafters}
         self._rows: dict[int, _Row] = {}
+        self._watching: list[Drafter] = []
+
+    def attach(self, host: DraftHost) -> None:
+        """Makes every drafter ready; raises ConfigError or ModelError if one does not fit the model."""
+        for drafter in self._drafters.values():
+            if taps := drafter.taps(host.model):
+                assert not self._watching, "one drafter reads hidden states"
+                self._watching.append(drafter)
+                host.model.tap(taps)
+            drafter.attach(host)
+
+    @property
+    def watches(self) -> bool:
+        """Whether a drafter wants to see what the target computes."""
+        return bool(self._watching)
+
+    def observe(self, computed: Iterable[tuple[int, int, Tensor]]) -> None:
+        """(slot, first position, features) of what a step computed, as far as it is right."""
+        for drafter in self._watching:
+            rows = [(self._rows[slot].draft, start, features) for slot, start, features in computed]
+            drafter.observe([Computed(*entry) for entry in rows if drafter.name in entry[0].drafters])
 
     @property
     def names(self) -> list[str]:
@@ -48,7 +70,9 @@ class Speculator:
         """A request takes a row, with this token table; whoever had it before was preempted or has ended."""
         mode = new.speculation.mode
         names = [name for name in self._drafters if mode in ("auto", name)]
-        self._rows[new.slot] = _Row(DraftRow(new.scope, new.num_prompt, tokens, len(new.tokens), frozenset(names)))
+        self._rows[new.slot] = _Row(
+            DraftRow(new.slot, new.scope, new.num_prompt, tokens, len(new.tokens), frozenset(names))
+        )
 
     def finish(self, slot: int) -> None:
         """The request in this row has ended."""
@@ -85,13 +109,14 @@ class Speculator:
             for position in range(right):
                 stats.accepted_per_position[position] += 1
 
-    def propose(self, slots: Sequence[int], wanted: Sequence[int]) -> list[tuple[float, ...]]:
+    def propose(self, slots: Sequence[int], wanted: Sequence[int], mapped: Sequence[int]) -> list[tuple[float, ...]]:
         """Per row, the chances of the guesses that are now kept for it; empty where there are none."""
         if not self._drafters:
             return [()] * len(slots)
         rows = [self._rows[slot] for slot in slots]
-        for row, most in zip(rows, wanted, strict=True):
+        for row, most, positions in zip(rows, wanted, mapped, strict=True):
             row.best = None
+            row.draft.mapped = positions
             row.draft.most = min(most, self.most)
         offers: list[tuple[float, ...]] = [()] * len(rows)
         values = np.zeros(len(rows))

@@ -28,6 +28,7 @@ struct SlipLayer {
   SlipLinear gate_up;  // panels alternate: gate, up, gate, up, …
   SlipLinear down;
   const float* attn_norm;  // [hidden]
+  const float* embed_norm;  // [hidden] or null. If set, qkv reads [embedding of the token, hidden], each normalised
   const float* mlp_norm;   // [hidden]
   const float* q_norm;     // [head_dim] or null
   const float* k_norm;     // [head_dim] or null
@@ -52,6 +53,10 @@ struct SlipModel {
   SlipLinear embed;       // used as a lookup table
   SlipLinear lm_head;
   const float* final_norm;
+  int32_t given_hidden;  // hidden holds the input of the first layer already; else the tokens' embeddings
+  int32_t num_taps;
+  const int32_t* taps;   // [num_taps] ascending: the input of these layers (num_layers: the output of the last) …
+  float* features;       // … goes here, [tokens][num_taps][hidden]
 };
 
 // A ragged batch: segment s holds tokens [q_start[s], q_start[s+1]) of one sequence whose length, these tokens

@@ -65,7 +65,7 @@ struct Workspace {
       at += (tokens * count * size + 63) / 64 * 64;
       return mine;
     };
-    x = reinterpret_cast<elem*>(take(m.hidden, sizeof(elem)));
+    x = reinterpret_cast<elem*>(take(m.layers[0].embed_norm ? 2 * m.hidden : m.hidden, sizeof(elem)));
     qkv = reinterpret_cast<float*>(take((m.heads + 2 * m.kv_heads) * m.head_dim, sizeof(float)));
     q = reinterpret_cast<elem*>(take(m.heads * m.head_dim, sizeof(elem)));
     values = reinterpret_cast<elem*>(take(m.heads * m.head_dim, sizeof(elem)));
@@ -86,8 +86,18 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
   auto* k_cache = static_cast<elem*>(layer.k_cache);
   auto* v_cache = static_cast<elem*>(layer.v_cache);
 
-  norm_rows<D>(team, hidden, nullptr, layer.attn_norm, tokens, m.hidden, m.norm_eps, ws.x);
-  matmul<D>(team, layer.qkv, ws.x, m.hidden, tokens, StoreRows{ws.qkv, static_cast<size_t>(qkv_width), qkv_width, layer.qkv.bias});
+  if (layer.embed_norm) {
+    for_each(team, tokens, 4, [&](int token) {
+      elem* x = ws.x + static_cast<size_t>(token) * 2 * m.hidden;
+      std::vector<float> embedding(m.hidden);
+      embed_row<D>(m.embed, b.token_ids[token], embedding.data());
+      norm_row<D>(embedding.data(), layer.embed_norm, m.hidden, m.norm_eps, x);
+      norm_row<D>(hidden + static_cast<size_t>(token) * m.hidden, layer.attn_norm, m.hidden, m.norm_eps, x + m.hidden);
+    });
+  } else {
+    norm_rows<D>(team, hidden, nullptr, layer.attn_norm, tokens, m.hidden, m.norm_eps, ws.x);
+  }
+  matmul<D>(team, layer.qkv, ws.x, layer.qkv.k, tokens, StoreRows{ws.qkv, static_cast<size_t>(qkv_width), qkv_width, layer.qkv.bias});
 
   for_each(team, tokens, 2, [&](int token) {
     const int segment = segment_of(b, token);
@@ -120,10 +130,20 @@ inline void forward(Team& team, const SlipModel& m, const SlipBatch& b, float* h
   const SlipAttention shape{m.dtype, m.heads, m.kv_heads, m.head_dim, 0, 1.0f};
   const AttentionWork work(shape, b);
   const Pass pass(team);
-  for_each(team, b.num_tokens, 8, [&](int token) {
-    embed_row<D>(m.embed, b.token_ids[token], hidden + static_cast<size_t>(token) * m.hidden);
-  });
-  for (int l = 0; l < m.num_layers; ++l) decoder_layer<D>(team, m, m.layers[l], b, work, ws, hidden);
+  if (!m.given_hidden)
+    for_each(team, b.num_tokens, 8, [&](int token) {
+      embed_row<D>(m.embed, b.token_ids[token], hidden + static_cast<size_t>(token) * m.hidden);
+    });
+  int tap = 0;
+  for (int l = 0;; ++l) {
+    for (; tap < m.num_taps && m.taps[tap] == l; ++tap)
+      for_each(team, b.num_tokens, 32, [&](int token) {
+        std::memcpy(m.features + (static_cast<size_t>(token) * m.num_taps + tap) * m.hidden,
+                    hidden + static_cast<size_t>(token) * m.hidden, m.hidden * sizeof(float));
+      });
+    if (l == m.num_layers) break;
+    decoder_layer<D>(team, m, m.layers[l], b, work, ws, hidden);
+  }
 }
 
 template <class D>

@@ -32,6 +32,7 @@ class CLayer(Structure):
         ("gate_up", CLinear),
         ("down", CLinear),
         ("attn_norm", c_void_p),
+        ("embed_norm", c_void_p),
         ("mlp_norm", c_void_p),
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
@@ -58,6 +59,10 @@ class CModel(Structure):
         ("embed", CLinear),
         ("lm_head", CLinear),
         ("final_norm", c_void_p),
+        ("given_hidden", c_int32),
+        ("num_taps", c_int32),
+        ("taps", c_void_p),
+        ("features", c_void_p),
     )
 
 

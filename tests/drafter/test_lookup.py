@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from slipstream.drafter.choice import drafter_names
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter, evidence
 from slipstream.drafter.token_index import CANDIDATES, KEY_TOKENS, LONGEST_MATCH, TokenIndex
+from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.speculation.protocol import DraftRow
 
@@ -22,7 +23,7 @@ def row(tokens: list[int], num_prompt: int | None = None, scope: str = "", most:
     table = np.zeros(400, np.int32)
     table[: len(tokens)] = tokens
     prompt = len(tokens) if num_prompt is None else num_prompt
-    return DraftRow(scope, prompt, table, len(tokens), frozenset({"ngram", "suffix"}), most)
+    return DraftRow(0, scope, prompt, table, len(tokens), frozenset({"ngram", "suffix"}), most=most)
 
 
 def search(text: list[int], context: list[int]) -> list[tuple[int, int]]:
@@ -111,8 +112,14 @@ def test_suffix_stays_within_its_capacity(answers: list[tuple[str, int]]) -> Non
 
 
 def test_names() -> None:
-    assert drafter_names("off") == []
-    assert drafter_names("auto") == ["ngram", "suffix"]
-    assert drafter_names("suffix, ngram") == ["suffix", "ngram"]
+    def names(speculation: str, drafter: str | None = None) -> list[str]:
+        return drafter_names(EngineConfig(speculation=speculation, drafter=drafter))
+
+    assert names("off") == []
+    assert names("auto") == ["ngram", "suffix"]
+    assert names("auto", "random") == ["ngram", "suffix", "head"]
+    assert names("suffix, ngram") == ["suffix", "ngram"]
     with pytest.raises(ConfigError, match="telepathy"):
-        drafter_names("ngram,telepathy")
+        names("ngram,telepathy")
+    with pytest.raises(ConfigError, match="--drafter"):
+        names("head")

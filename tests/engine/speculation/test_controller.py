@@ -36,7 +36,9 @@ def decide(offers: list[list[float]], cost: StepCost) -> Decision:
     ],
 )
 def test_throughput(offers: list[list[float]], per_token: float, counts: list[int], reason: str) -> None:
-    assert decide(offers, machine(per_token=per_token)) == Decision(counts, reason)
+    decision = decide(offers, machine(per_token=per_token))
+    assert (decision.counts, decision.reason) == (counts, reason)
+    assert (decision.gain > 1) == (reason == "worth it")
 
 
 falling = st.lists(st.floats(0.05, 0.99), max_size=3).map(lambda rates: chances(rates, 1.0))

@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 from scipy.stats import chi2_contingency
+from torch import Tensor
 
+from slipstream.drafter.head import layout
+from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams, SpeculationParams
+from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.testing import LocalEngine, OracleDrafter
@@ -86,7 +90,7 @@ def test_tokens_logprobs_and_ends_are_those_without_speculation(folder: Path, ki
     oracle = OracleDrafter(
         {tuple(prompt): done.tokens for (prompt, _), done in zip(jobs, plain[::2], strict=True)}, 0.8
     )
-    for chosen in ([oracle], [oracle, *drafters()]):
+    for chosen in ([oracle], [oracle, *drafters(), HeadDrafter(random_head)]):
         for cache in ("16MiB", "64KiB"):  # the second is too small for all of them at once
             local = engine(folder, chosen, kv_cache_memory=cache, prefix_caching=cache == "16MiB")
             for once, again in zip(plain, run(local), strict=True):
@@ -150,8 +154,16 @@ def p_value(a: Counter[tuple[int, ...]], b: Counter[tuple[int, ...]]) -> float:
 KINDS = {
     "ngram": lambda: [NGramDrafter()],
     "suffix": lambda: [SuffixDrafter(10_000)],
+    "head": lambda: [HeadDrafter(random_head, stop_below=0.0)],
     "oracle": lambda: [OracleDrafter({tuple(PAIRS): [1, 0, 1]}, 0.8)],
 }
+
+
+def random_head(target: DecoderConfig) -> tuple[layout.HeadConfig, dict[str, Tensor]]:
+    config = layout.config_for(target, 8)
+    return config, layout.random_tensors(config, 0)
+
+
 LAWS = ("temperature", "top_p", "top_k", "min_p", "penalties", "logit_bias", "allowed")
 
 

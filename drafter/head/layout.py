@@ -1,0 +1,212 @@
+"""EAGLE-3 heads as files: names and shapes as SGLang and vLLM read them (Li et al. 2025, arXiv:2503.01840)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slipstream.engine.errors import ModelError
+from slipstream.engine.models.config import DecoderConfig
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+LAYER = "midlayer."
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """One decoder layer over fused features of the target; embeddings are the target's own."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    """Of the target."""
+    draft_vocab_size: int
+    """Tokens the head can guess."""
+    taps: tuple[int, ...]
+    """Layers of the target whose inputs are fused."""
+    norm_eps: float
+    rope: dict[str, Any]
+    max_positions: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor in the file."""
+        hidden, inner = self.hidden, self.intermediate
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj.weight": (q, 2 * hidden),
+            "self_attn.k_proj.weight": (kv, 2 * hidden),
+            "self_attn.v_proj.weight": (kv, 2 * hidden),
+            "self_attn.o_proj.weight": (hidden, q),
+            "mlp.gate_proj.weight": (inner, hidden),
+            "mlp.up_proj.weight": (inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
+            "input_layernorm.weight": (hidden,),
+            "hidden_norm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+        }
+        return {
+            "fc.weight": (hidden, len(self.taps) * hidden),
+            **{LAYER + name: shape for name, shape in layer.items()},
+            "norm.weight": (hidden,),
+            "lm_head.weight": (self.draft_vocab_size, hidden),
+            "d2t": (self.draft_vocab_size,),
+            "t2d": (self.vocab_size,),
+        }
+
+    def as_decoder(self, target: DecoderConfig) -> DecoderConfig:
+        """The layer as a decoder of one layer."""
+        shape = replace(target.shape, num_layers=1, kv_heads=self.kv_heads, head_dim=self.head_dim)
+        return replace(
+            target,
+            shape=shape,
+            intermediate=self.intermediate,
+            heads=self.heads,
+            norm_eps=self.norm_eps,
+            qkv_bias=False,
+            out_bias=False,
+            mlp_bias=False,
+            qk_norm=False,
+            windows=(0,),
+            rope=self.rope,
+            parameters={},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """config.json of the published layout."""
+        return {
+            "architectures": [ARCHITECTURE],
+            "model_type": "llama",
+            "num_hidden_layers": 1,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "draft_vocab_size": self.draft_vocab_size,
+            "rms_norm_eps": self.norm_eps,
+            "rope_parameters": self.rope,
+            "rope_theta": self.rope.get("rope_theta", 10000.0),
+            "max_position_embeddings": self.max_positions,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.taps)},
+        }
+
+
+def default_taps(num_layers: int) -> tuple[int, ...]:
+    """Low, middle and high, as the published heads have them."""
+    return tuple(sorted({min(2, num_layers), num_layers // 2, max(num_layers - 3, 0)}))
+
+
+def config_for(target: DecoderConfig, draft_vocab_size: int, taps: tuple[int, ...] | None = None) -> HeadConfig:
+    """A head with the sizes of the target's own layers."""
+    return HeadConfig(
+        hidden=target.hidden,
+        intermediate=target.intermediate,
+        heads=target.heads,
+        kv_heads=target.shape.kv_heads,
+        head_dim=target.shape.head_dim,
+        vocab_size=target.shape.vocab_size,
+        draft_vocab_size=min(draft_vocab_size, target.shape.vocab_size),
+        taps=taps or default_taps(target.shape.num_layers),
+        norm_eps=target.norm_eps,
+        rope=target.rope,
+        max_positions=target.shape.max_positions,
+    )
+
+
+def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
+    """From config.json; raises ModelError for what is no EAGLE-3 head."""
+    if ARCHITECTURE not in config.get("architectures", ()):
+        raise ModelError(f"the drafter's architecture is {config.get('architectures')}, not {ARCHITECTURE} (EAGLE-3)")
+    try:
+        taps = config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids") or default_taps(num_layers)
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        rope = config.get("rope_parameters") or {
+            "rope_type": "default",
+            "rope_theta": config.get("rope_theta", 10000.0),
+        }
+        return HeadConfig(
+            hidden=hidden,
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocab_size=config["vocab_size"],
+            draft_vocab_size=config.get("draft_vocab_size") or config["vocab_size"],
+            taps=tuple(taps),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope=rope,
+            max_positions=config.get("max_position_embeddings", 2048),
+        )
+    except KeyError as error:
+        raise ModelError(f"config.json of the drafter has no {error}") from None
+
+
+def random_tensors(config: HeadConfig, seed: int) -> dict[str, Tensor]:
+    """An untrained head; it guesses the first tokens of the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, shape in config.shapes.items():
+        if name == "d2t":
+            tensors[name] = torch.zeros(shape, dtype=torch.int64)
+        elif name == "t2d":
+            tensors[name] = torch.arange(shape[0]) < config.draft_vocab_size
+        elif len(shape) == 1:
+            tensors[name] = torch.ones(shape)
+        else:
+            tensors[name] = torch.randn(shape, generator=generator) * 0.02
+    return tensors
+
+
+def check(config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ModelError where tensors are missing, of the wrong shape, or map to tokens that do not exist."""
+    for name, shape in config.shapes.items():
+        if name not in tensors:
+            if name in ("d2t", "t2d") and config.draft_vocab_size == config.vocab_size:
+                continue
+            raise ModelError(f"the drafter's weights lack {name!r}")
+        if tuple(tensors[name].shape) != shape:
+            raise ModelError(f"the drafter's {name!r} has shape {list(tensors[name].shape)}, not {list(shape)}")
+    if "d2t" in tensors:
+        tokens = tensors["d2t"].long() + torch.arange(config.draft_vocab_size)
+        if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
+            raise ModelError("the drafter's 'd2t' maps to tokens outside the vocabulary")
+
+
+def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
+    """A head from a folder with config.json and model.safetensors; raises ModelError naming what is wrong with it."""
+    try:
+        config = parse_config(json.loads((folder / "config.json").read_text()), target.shape.num_layers)
+        tensors = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} is no drafter: {error.filename} does not exist") from None
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ModelError(f"the drafter in {folder} is damaged: {error}") from None
+    check(config, tensors)
+    return config, tensors
+
+
+def write(folder: Path, config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
+    """The published layout: matrices in bfloat16, ``d2t`` as offsets, ``t2d`` as a mask."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    stored = {
+        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+    }
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors")

@@ -1,0 +1,278 @@
+"""The EAGLE-3 head: its arithmetic, its alignment with the target, its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from slipstream.drafter.head import layout
+from slipstream.drafter.head.drafter import HeadDrafter
+from slipstream.drafter.head.layout import LAYER, HeadConfig
+from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError, ModelError
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.models.config import DecoderConfig, decoder_config
+from slipstream.engine.speculation.protocol import DraftRow, Proposal
+from slipstream.engine.testing import LocalEngine
+from slipstream.kernels.batch import make_batch
+from slipstream.kernels.native.library import isa
+
+TARGET = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+KERNELS = ["torch", *(["native"] if isa() else [])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("target")
+    (path / "config.json").write_text(json.dumps(TARGET))
+    tensors = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(TARGET, 0)}
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def make_head(target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
+    """Random, with weights large enough to matter, guessing every second token."""
+    config = layout.config_for(target, 48)
+    tensors = layout.random_tensors(config, 1)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.ndim == 2:
+            tensors[name] = tensor * 8
+        elif tensor.is_floating_point():
+            tensors[name] = torch.linspace(0.5, 1.5, len(tensor))
+    tensors["d2t"] = torch.arange(48)  # guess i is token 2 i
+    tensors["t2d"] = torch.arange(96) % 2 == 0
+    return config, tensors
+
+
+class Recorder(HeadDrafter):
+    """Keeps what was known at each proposal, and the proposal."""
+
+    def __init__(self, load: Any) -> None:
+        super().__init__(load, stop_below=0.0)
+        self.seen: list[tuple[list[int], list[int]]] = []
+
+    def propose(self, rows: Any) -> list[Proposal | None]:
+        proposals = super().propose(rows)
+        for row, proposal in zip(rows, proposals, strict=True):
+            assert proposal is not None
+            self.seen.append((row.known.tolist(), proposal.tokens))
+        return proposals
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def published_forward(config: HeadConfig, w: dict[str, Tensor], embedding: Tensor, hidden: Tensor) -> Tensor:
+    """The layer of EAGLE-3 over a whole sequence, as the paper's code has it: [T, hidden] in, [T, hidden] out."""
+    x = torch.cat(
+        (
+            rms_norm(embedding, w[LAYER + "input_layernorm.weight"], config.norm_eps),
+            rms_norm(hidden, w[LAYER + "hidden_norm.weight"], config.norm_eps),
+        ),
+        -1,
+    )
+    length = len(x)
+    q, k, v = (
+        (x @ w[f"{LAYER}self_attn.{name}_proj.weight"].T).view(length, -1, config.head_dim).transpose(0, 1)
+        for name in "qkv"
+    )
+    angles = torch.arange(length)[:, None] * (
+        config.rope["rope_theta"] ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    )
+    cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((angles.sin(),) * 2, -1)
+
+    def rotate(y: Tensor) -> Tensor:
+        left, right = y.chunk(2, -1)
+        return y * cos + torch.cat((-right, left), -1) * sin
+
+    values = functional.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
+    hidden = hidden + values.transpose(0, 1).flatten(1) @ w[LAYER + "self_attn.o_proj.weight"].T
+    x = rms_norm(hidden, w[LAYER + "post_attention_layernorm.weight"], config.norm_eps)
+    gate, up = x @ w[LAYER + "mlp.gate_proj.weight"].T, x @ w[LAYER + "mlp.up_proj.weight"].T
+    return hidden + (functional.silu(gate) * up) @ w[LAYER + "mlp.down_proj.weight"].T
+
+
+class Offline:
+    """What the head should guess after a text, from the definition: features of t and token t + 1 predict t + 2."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.config, self.weights = make_head(decoder_config(TARGET))
+
+    @torch.inference_mode()
+    def guesses(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
+        """Guesses, with how far the second best is behind."""
+        states = self.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        taps = torch.cat([states[layer][0] for layer in self.config.taps], -1)
+        hidden = (taps @ self.weights["fc.weight"].T)[:-1]
+        inputs = list(tokens[1:])
+        embedding = self.model.get_input_embeddings()
+        found = []
+        for _ in range(count):
+            out = published_forward(self.config, self.weights, embedding(torch.tensor(inputs)), hidden)
+            normed = rms_norm(out[-1], self.weights["norm.weight"], self.config.norm_eps)
+            best = (normed @ self.weights["lm_head.weight"].T).topk(2)
+            guess = int(best.indices[0])
+            found.append((guess + int(self.weights["d2t"][guess]), float(best.values[0] - best.values[1])))
+            inputs.append(found[-1][0])
+            hidden = torch.cat((hidden, out[-1:]))
+        return found
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_guesses_are_those_of_the_definition(folder: Path, kernels: Any) -> None:
+    """Through chunked prompts, verification, wrong and right guesses, pauses and preemption."""
+    recorder = Recorder(make_head)
+    config = EngineConfig(
+        model=str(folder),
+        dtype="float32",
+        kernels=kernels,
+        drafter="given",
+        speculation_policy="fixed",
+        max_draft_tokens=3,
+        max_step_tokens=32,
+        kv_cache_memory="8MiB",
+    )
+    local = LocalEngine(config, [recorder])
+    rng = np.random.default_rng(0)
+    for length in (3, 20, 50, 17):
+        prompt = rng.integers(0, 96, length).tolist()
+        local.submit(prompt, SamplingParams(max_tokens=25, temperature=1.0, seed=length))
+    local.finish()
+    assert len(recorder.seen) > 60
+    offline = Offline(folder)
+    compared = 0
+    for known, proposed in recorder.seen:
+        for guess, (expected, gap) in zip(proposed, offline.guesses(known, len(proposed)), strict=True):
+            if gap < 1e-3:
+                break  # too close to call in float32
+            assert guess == expected
+            compared += 1
+    assert compared > 150
+
+
+@pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
+def test_native_bfloat16_stays_close_to_float32(folder: Path) -> None:
+    outputs = []
+    for kernels, dtype in (("torch", "float32"), ("native", "bfloat16")):
+        drafter = HeadDrafter(make_head)
+        config = EngineConfig(model=str(folder), dtype=dtype, kernels=kernels, kv_cache_memory="4MiB")  # type: ignore[arg-type]
+        LocalEngine(config, [drafter])
+        network = drafter._network
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(12, len(drafter._config.taps), 64, generator=generator)
+        counts, ends = np.array([5, 7], np.int32), np.array([5, 7], np.int32)
+        batch = make_batch(
+            np.arange(12, dtype=np.int32),
+            counts,
+            ends,
+            np.arange(4, dtype=np.int32).reshape(2, 2),
+            np.arange(2, dtype=np.int32),
+            16,
+        )
+        with torch.inference_mode():
+            outputs.append(network.logits(network.forward(batch, network.fuse(features))).clone())
+    assert (outputs[0] - outputs[1]).norm() / outputs[0].norm() < 0.05
+
+
+def test_files_round_trip(tmp_path: Path) -> None:
+    target = decoder_config(TARGET)
+    config, tensors = make_head(target)
+    layout.write(tmp_path, config, tensors)
+    again, read = layout.read(tmp_path, target)
+    assert again == config
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(read[name], tensor.bfloat16() if tensor.is_floating_point() else tensor)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert stored["draft_vocab_size"] == 48
+
+
+def spoil_config(**changes: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return spoil
+
+
+def spoil_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        tensors = layout.load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "damaged"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"), "damaged"),
+        (spoil_config(architectures=["Medusa"]), "Medusa"),
+        (spoil_config(hidden_size=32), "shape"),
+        (spoil_tensors(lambda tensors: tensors.pop("fc.weight")), "fc.weight"),
+        (spoil_tensors(lambda tensors: tensors.update(d2t=torch.full((48,), 60))), "d2t"),
+    ],
+)
+def test_damaged_heads_are_refused(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    target = decoder_config(TARGET)
+    layout.write(tmp_path, *make_head(target))
+    spoil(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        layout.read(tmp_path, target)
+
+
+def test_a_head_for_another_model_is_refused(folder: Path) -> None:
+    other = decoder_config(TARGET | {"vocab_size": 128})
+    config = EngineConfig(model=str(folder), kv_cache_memory="4MiB")
+    with pytest.raises(ModelError, match="vocabulary is 128, the model's 96"):
+        LocalEngine(config, [HeadDrafter(lambda _: make_head(other))])
+
+
+def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path) -> None:
+    neox = {
+        "model_type": "gpt_neox",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(neox))
+    config = EngineConfig(model=str(tmp_path), load_format="dummy", kv_cache_memory="4MiB")
+    with pytest.raises(ConfigError, match="gpt_neox"):
+        LocalEngine(config, [HeadDrafter(make_head)])
+
+
+def test_rows_that_were_not_watched_get_no_guess() -> None:
+    drafter = HeadDrafter(make_head)
+    row = DraftRow(0, "", 3, np.zeros(20, np.int32), 5, frozenset({"head"}), mapped=16, most=3)
+    assert drafter.propose([row]) == [None]
