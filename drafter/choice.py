@@ -7,15 +7,21 @@ from pathlib import Path
 
 from torch import Tensor
 
+from slipstream.drafter.draft_model import ModelDrafter
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
+from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.models.config import DecoderConfig
+from slipstream.engine.models.loader import build_model, find_device
+from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.speculation.protocol import Drafter
 
-NAMES = ("ngram", "suffix", "head")
+NAMES = ("ngram", "suffix", "head", "draft")
+NEEDS = {"head": "drafter", "draft": "draft_model"}
+"""Options without which a drafter cannot be."""
 SUFFIX_CAPACITY = 200_000
 """Tokens of earlier answers that are kept; about 100 bytes each."""
 DRAFT_VOCAB_SIZE = 8192
@@ -28,15 +34,16 @@ def drafter_names(config: EngineConfig) -> list[str]:
     if speculation == "off":
         return []
     if speculation == "auto":
-        return [name for name in NAMES if name != "head" or config.drafter is not None]
+        missing = {name for name, option in NEEDS.items() if getattr(config, option) is None}
+        return [name for name in NAMES if name not in missing]
     names = [name.strip() for name in speculation.split(",")]
     for name in names:
         if name not in NAMES:
             raise ConfigError(
                 f"--speculation {speculation}: there is no drafter {name!r}; there are {', '.join(NAMES)}"
             )
-    if "head" in names and config.drafter is None:
-        raise ConfigError(f"--speculation {speculation}: name the head with --drafter")
+        if name in NEEDS and getattr(config, NEEDS[name]) is None:
+            raise ConfigError(f"--speculation {speculation}: {name} needs --{NEEDS[name].replace('_', '-')}")
     return list(dict.fromkeys(names))
 
 
@@ -46,6 +53,7 @@ def make_drafters(config: EngineConfig) -> Sequence[Drafter]:
         "ngram": NGramDrafter,
         "suffix": lambda: SuffixDrafter(SUFFIX_CAPACITY),
         "head": lambda: HeadDrafter(lambda target: _load_head(config, target)),
+        "draft": lambda: ModelDrafter(lambda target, length: _load_model(config, target, length)),
     }
     return [makers[name]() for name in drafter_names(config)]
 
@@ -56,3 +64,9 @@ def _load_head(config: EngineConfig, target: DecoderConfig) -> tuple[layout.Head
         return head, layout.random_tensors(head, config.seed)
     assert config.drafter is not None
     return layout.read(Path(config.drafter), target)
+
+
+def _load_model(config: EngineConfig, target: CausalModel, length: int) -> CausalModel:
+    assert config.draft_model is not None
+    checkpoint = open_checkpoint(config.draft_model)
+    return build_model(checkpoint, config, target.dtype, find_device(config), length)

@@ -47,6 +47,9 @@ class EngineConfig:
     drafter: str | None = option(
         None, "Folder of a learned drafter (an EAGLE-3 head), or 'random' for an untrained one; none by default."
     )
+    draft_model: str | None = option(
+        None, "A small model with the same tokenizer that drafts: a folder or a GGUF file; none by default."
+    )
     max_draft_tokens: int = option(8, "Most guesses per request and step.")
     speculation_policy: Literal["throughput", "bandit", "fixed"] = option(
         "throughput",

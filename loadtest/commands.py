@@ -16,8 +16,8 @@ from slipstream.loadtest.compare import Rounds, compare, print_comparison
 from slipstream.loadtest.harness import Run, Target, connect, measure
 from slipstream.loadtest.latency import PrefixOptions, StallOptions, prefix, print_prefix, print_stall, stall
 from slipstream.loadtest.progress import progress_bar
-from slipstream.loadtest.report import print_json, print_summary, summarise, summarise_steps
-from slipstream.loadtest.scrape import read_steps
+from slipstream.loadtest.report import print_json, print_summary, summarise, summarise_speculation, summarise_steps
+from slipstream.loadtest.scrape import read_speculation, read_steps
 from slipstream.loadtest.soak import SoakOptions, print_soak, soak
 from slipstream.loadtest.workloads import Workload, WorkloadOptions
 
@@ -58,10 +58,14 @@ async def run_workload(
         await measure(target, requests[:warmup], ClosedLoop(1))
         title = f"{options.name}, {arrivals.describe()}"
         with progress_bar(title, num_prompts) as on_end:
-            before = await read_steps(target.client)
+            before = await read_steps(target.client), await read_speculation(target.client)
             run = await measure(target, requests[warmup:], arrivals, on_end)
-            after = await read_steps(target.client)
-        figures = summarise(run) | (summarise_steps(after - before) if before and after else {})
+            after = await read_steps(target.client), await read_speculation(target.client)
+        figures = summarise(run)
+        if before[0] and after[0]:
+            figures |= summarise_steps(after[0] - before[0])
+        if before[1] and after[1]:
+            figures |= summarise_speculation(after[1] - before[1])
         print_summary(f"{title}: {server.url} ({target.model})", figures, console)
         if not workload.exact_lengths and options.name != "sharegpt":
             console.print("The server has no /tokenize: lengths are estimated at four characters per token.")

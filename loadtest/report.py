@@ -17,7 +17,7 @@ from rich.table import Table
 
 from slipstream.loadtest.harness import Run
 from slipstream.loadtest.record import RequestRecord
-from slipstream.loadtest.scrape import Steps
+from slipstream.loadtest.scrape import Speculation, Steps
 
 LATENCIES = {
     "ttft": "TTFT",
@@ -85,6 +85,15 @@ def summarise_steps(steps: Steps) -> dict[str, Any]:
     }
 
 
+def summarise_speculation(counts: Speculation) -> dict[str, Any]:
+    """Figures of guesses over a run; the acceptance length counts the token that the step brings anyway."""
+    return {
+        "spec_decode_num_drafts": round(counts.drafts),
+        "spec_decode_acceptance_length": round(1 + counts.accepted_tokens / counts.drafts, 4) if counts.drafts else 1.0,
+        "spec_decode_acceptance_rate": _rate(counts.accepted_tokens, counts.draft_tokens),
+    }
+
+
 def _rate(amount: float, divisor: float) -> float:
     return round(amount / divisor, 4) if divisor else 0.0
 
@@ -115,6 +124,9 @@ def print_summary(title: str, figures: dict[str, Any], console: Console) -> None
         totals.add_row("engine steps", str(figures["engine_steps"]))
         totals.add_row("mean step in the model", f"{figures['mean_step_ms']:.2f} ms")
         totals.add_row("scheduler CPU per step", f"{figures['scheduler_cpu_ms_per_step']:.3f} ms")
+    if figures.get("spec_decode_num_drafts"):
+        totals.add_row("tokens per step with guesses", f"{figures['spec_decode_acceptance_length']:.2f}")
+        totals.add_row("guesses that were right", f"{figures['spec_decode_acceptance_rate']:.1%}")
     console.print(totals)
     latencies = Table("milliseconds", *("p50" if name == "median" else name for name in STATISTICS))
     for name, title in LATENCIES.items():

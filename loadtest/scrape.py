@@ -43,6 +43,22 @@ class Steps:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """What became of guesses since the server was started; the difference of two is what did in between."""
+
+    drafts: float
+    draft_tokens: float
+    accepted_tokens: float
+
+    def __sub__(self, earlier: Speculation) -> Speculation:
+        return Speculation(
+            self.drafts - earlier.drafts,
+            self.draft_tokens - earlier.draft_tokens,
+            self.accepted_tokens - earlier.accepted_tokens,
+        )
+
+
 def parse_load(text: str) -> Load | None:
     """None if the page has no such metrics. Values are summed over labels (several engines)."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total")
@@ -57,6 +73,14 @@ def parse_steps(text: str) -> Steps | None:
     names = ("engine_steps_total", "step_seconds_total", "scheduler_cpu_seconds_total")
     values = _read(text, ("slipstream",), names)
     return Steps(*(values[name] for name in names)) if len(values) == len(names) else None
+
+
+def parse_speculation(text: str) -> Speculation | None:
+    """None if the page has no such metrics. Values are summed over drafters."""
+    counted = ("num_drafts_total", "num_draft_tokens_total", "num_accepted_tokens_total")
+    names = tuple(f"spec_decode_{name}" for name in counted)
+    values = _read(text, ("slipstream", "vllm"), names)
+    return Speculation(*(values[name] for name in names)) if len(values) == len(names) else None
 
 
 def _read(text: str, prefixes: tuple[str, ...], names: tuple[str, ...]) -> dict[str, float]:
@@ -77,6 +101,11 @@ async def read_load(client: AsyncClient) -> Load | None:
 async def read_steps(client: AsyncClient) -> Steps | None:
     """None for a server without these metrics."""
     return parse_steps(await _page(client))
+
+
+async def read_speculation(client: AsyncClient) -> Speculation | None:
+    """None for a server without these metrics."""
+    return parse_speculation(await _page(client))
 
 
 async def _page(client: AsyncClient) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.drafter.chain import ChainDrafter
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.head.network import HeadNetwork, make_network
 from slipstream.engine.errors import ConfigError, ModelError
@@ -16,13 +17,11 @@ from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.native_decoder import NativeDecoder
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.torch_decoder import TorchDecoder
-from slipstream.engine.speculation.protocol import Computed, Drafter, DraftHost, DraftRow, Proposal
-from slipstream.kernels.batch import Int32, make_batch
+from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow
+from slipstream.kernels.batch import Int32, RaggedBatch
 
 MOST_PENDING = 512
 """Positions per request that wait for the head while nobody asks it; older ones are left out."""
-EVIDENCE_BORDERS = (0.15, 0.3, 0.5, 0.7, 0.9)
-"""Least probability of the first guess for each level of evidence but the lowest."""
 
 Load = Callable[[DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
 """Reads or makes a head for a target."""
@@ -36,29 +35,20 @@ class _Pending:
     fused: Tensor  # [positions, hidden]
 
 
-class HeadDrafter(Drafter):
-    """The head's keys and values lie in the same blocks as the target's, so a cached prefix is cached for both.
+class HeadDrafter(ChainDrafter):
+    """Position p of the head holds the features of position p and token p + 1, and predicts token p + 2.
 
-    Position p of the head holds the features of position p and token p + 1. The features of accepted tokens are the
-    target's: what the head wrote while drafting is overwritten when it catches up. Where the head was not asked for a
-    while, or a cached block was written with another next token, its keys and values are older or missing; that costs
-    acceptance, never correctness.
+    The features of accepted tokens are the target's own; while drafting, the head's output stands in for them.
     """
 
     name = "head"
-    num_evidence = len(EVIDENCE_BORDERS) + 1
 
     def __init__(self, load: Load, stop_below: float = 0.05) -> None:
-        """A draft ends where the probability that all of it is right falls below ``stop_below``.
-
-        This is the threshold rule of SpecDec++ (Huang et al. 2024) with the head's own probabilities.
-        """
+        super().__init__(stop_below)
         self._load = load
-        self._stop_below = stop_below
         self._config: HeadConfig
         self._tensors: Mapping[str, Tensor]
         self._network: HeadNetwork
-        self._host: DraftHost
         self._to_target: Int32
 
     def taps(self, model: CausalModel) -> tuple[int, ...]:
@@ -78,8 +68,8 @@ class HeadDrafter(Drafter):
         return config.taps
 
     def attach(self, host: DraftHost) -> None:
+        super().attach(host)
         config = self._config
-        self._host = host
         self._network = make_network(config, host)
         self._network.load(self._tensors)
         offsets = self._tensors.get("d2t", torch.zeros(config.draft_vocab_size))
@@ -101,40 +91,7 @@ class HeadDrafter(Drafter):
             left_out = max(len(rows) - MOST_PENDING, 0)
             entry.row.memory[self.name] = _Pending(entry_start + left_out, rows[left_out:])
 
-    def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
-        proposals: list[Proposal | None] = [None] * len(rows)
-        live = [i for i, row in enumerate(rows) if self._is_caught_up(row)]
-        if not live:
-            return proposals
-        hidden = self._catch_up([rows[i] for i in live])
-        tokens: dict[int, list[int]] = {i: [] for i in live}
-        first: dict[int, float] = {}
-        chance = np.ones(len(live))
-        for depth in range(max(rows[i].most for i in live)):
-            likely, guesses = self._most_likely(hidden)
-            chance = chance * likely
-            for i, guess, probability in zip(live, guesses, likely, strict=True):
-                tokens[i].append(int(guess))
-                first.setdefault(i, float(probability))
-            goes_on = [
-                at
-                for at, i in enumerate(live)
-                if depth + 1 < rows[i].most
-                and rows[i].length + depth <= rows[i].mapped
-                and chance[at] >= self._stop_below
-            ]
-            if not goes_on:
-                break
-            live, chance = [live[at] for at in goes_on], chance[goes_on]
-            ends = np.array([rows[i].length + depth for i in live], np.int32)
-            hidden = self._step(
-                [rows[i] for i in live], guesses[goes_on], np.ones(len(live), np.int32), ends, hidden[goes_on]
-            )
-        for i, guessed in tokens.items():
-            proposals[i] = Proposal(guessed, sum(first[i] >= border for border in EVIDENCE_BORDERS))
-        return proposals
-
-    def _is_caught_up(self, row: DraftRow) -> bool:
+    def _is_ready(self, row: DraftRow) -> bool:
         """Whether the features up to the last but one token, after which the next guess comes, are at hand."""
         pending = row.memory.get(self.name)
         return isinstance(pending, _Pending) and pending.start + len(pending.fused) == row.length - 1
@@ -149,17 +106,18 @@ class HeadDrafter(Drafter):
         ids = np.concatenate([row.known[pending.start + 1 :] for row, pending in zip(rows, pendings, strict=True)])
         counts = np.array([len(pending.fused) for pending in pendings], np.int32)
         ends = np.array([row.length - 1 for row in rows], np.int32)
-        hidden = self._step(rows, ids, counts, ends, torch.cat([pending.fused for pending in pendings]))
+        batch = self._batch(rows, ids, counts, ends)
+        hidden = self._network.forward(batch, torch.cat([pending.fused for pending in pendings]))
         return hidden[np.cumsum(counts) - 1]
 
-    def _step(self, rows: Sequence[DraftRow], ids: Int32, counts: Int32, ends: Int32, hidden: Tensor) -> Tensor:
-        slots = np.array([row.slot for row in rows], np.int32)
-        batch = make_batch(ids, counts, ends, self._host.block_tables, slots, self._host.block_size)
+    def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         return self._network.forward(batch, hidden)
 
-    def _most_likely(self, hidden: Tensor) -> tuple[np.ndarray, Int32]:
-        """Probability and token of the best guess of each row."""
-        logits = self._network.logits(hidden)
-        best = logits.max(dim=-1)
-        likely = (best.values - logits.logsumexp(-1)).exp()
-        return likely.double().cpu().numpy(), self._to_target[best.indices.cpu().numpy()]
+    def _scores(self, hidden: Tensor) -> Tensor:
+        return self._network.logits(hidden)
+
+    def _tokens(self, choices: Int32) -> Int32:
+        return self._to_target[choices]
+
+    def _position(self, row: DraftRow) -> int:
+        return row.length - 1  # with the token at this place and the output before it

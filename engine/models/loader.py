@@ -51,7 +51,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     began = time.monotonic()
     checkpoint = open_checkpoint(config.model)
     dtype = DTYPES["bfloat16" if config.dtype == "auto" else config.dtype]
-    device = _device(config)
+    device = find_device(config)
     own = need(checkpoint.config, "model_type") in FAMILIES
     shape = model_shape(checkpoint.config) if own else transformers_shape(checkpoint.config)
     if own and (scheme := checkpoint.config.get("quantization_config")):
@@ -105,7 +105,7 @@ def _refuse_deterministic(options: EngineConfig, what: str) -> None:
         raise ConfigError(f"--deterministic: {what} give results that depend on the batch in their last bits")
 
 
-def _device(config: EngineConfig) -> torch.device:
+def find_device(config: EngineConfig) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here")
     if config.device == "auto":

@@ -8,8 +8,8 @@ DECAY = 0.995
 """Weight of an observation after each later one of its kind: some 200 count."""
 PRIOR_WEIGHT = 4.0
 """Observations that the first estimate is worth."""
-OWN_DECAY = 0.9
-OWN_WEIGHT = 3.0
+OWN_DECAY = 0.96
+OWN_WEIGHT = 8.0
 """Guesses of its own after which a request's estimate is half its own and half everybody's."""
 MOST_LIKELY = 0.995
 

@@ -33,7 +33,7 @@ class GuessPlanner:
         self._cost = cost
         self._policy = make_policy(config.speculation_policy, config.max_draft_tokens)
         self._pauses = config.speculation_policy == "throughput"
-        self._reserves = config.drafter is not None
+        self._reserves = config.drafter is not None or config.draft_model is not None
         self._worth = 1.0
         """Tokens per second with drafting and verification, relative to doing without; smoothed."""
         self._steps = 0

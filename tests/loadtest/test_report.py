@@ -8,8 +8,16 @@ from rich.console import Console
 from slipstream.clients.sse import Chunk
 from slipstream.loadtest.harness import Run
 from slipstream.loadtest.record import RequestRecord
-from slipstream.loadtest.report import STATISTICS, max_concurrent, print_summary, spread, summarise, summarise_steps
-from slipstream.loadtest.scrape import Steps
+from slipstream.loadtest.report import (
+    STATISTICS,
+    max_concurrent,
+    print_summary,
+    spread,
+    summarise,
+    summarise_speculation,
+    summarise_steps,
+)
+from slipstream.loadtest.scrape import Speculation, Steps
 
 latencies = st.lists(st.floats(0.001, 100), min_size=1, max_size=200)
 
@@ -96,6 +104,17 @@ def test_steps_of_the_engine_are_part_of_the_summary():
     console = Console(record=True, width=120)
     print_summary("a run", figures, console)
     assert "0.250 ms" in console.export_text()
+
+
+def test_guesses_are_part_of_the_summary():
+    figures = summarise(Run([finished(0.0, [1.0, 2.0])], duration=5.0))
+    figures |= summarise_speculation(Speculation(10, 40, 30))
+    assert figures["spec_decode_acceptance_length"] == 4.0
+    assert figures["spec_decode_acceptance_rate"] == 0.75
+    assert summarise_speculation(Speculation(0, 0, 0))["spec_decode_acceptance_length"] == 1.0
+    console = Console(record=True, width=120)
+    print_summary("a run", figures, console)
+    assert "75.0%" in console.export_text()
 
 
 def test_a_run_of_failures_only_has_a_summary():

@@ -3,7 +3,16 @@ from time import perf_counter
 import pytest
 
 from slipstream.loadtest.harness import connect
-from slipstream.loadtest.scrape import Load, Steps, parse_load, parse_steps, read_load, wait_idle
+from slipstream.loadtest.scrape import (
+    Load,
+    Speculation,
+    Steps,
+    parse_load,
+    parse_speculation,
+    parse_steps,
+    read_load,
+    wait_idle,
+)
 
 PAGE = """\
 # TYPE {p}:num_requests_running gauge
@@ -49,6 +58,24 @@ def test_steps_are_read_and_subtracted():
     assert steps == Steps(10, 0.25, 0.004)
     assert steps - Steps(4, 0.1, 0.001) == Steps(6, 0.15, 0.003)
     assert parse_steps(PAGE.format(p="slipstream")) is None
+
+
+GUESSES = """\
+# TYPE slipstream:spec_decode_num_drafts counter
+slipstream:spec_decode_num_drafts_total{drafter="ngram"} 10
+slipstream:spec_decode_num_drafts_total{drafter="suffix"} 5
+# TYPE slipstream:spec_decode_num_draft_tokens counter
+slipstream:spec_decode_num_draft_tokens_total{drafter="ngram"} 40
+# TYPE slipstream:spec_decode_num_accepted_tokens counter
+slipstream:spec_decode_num_accepted_tokens_total{drafter="ngram"} 30
+slipstream:spec_decode_num_accepted_tokens_per_pos_total{drafter="ngram",position="0"} 9
+"""
+
+
+def test_guesses_are_summed_over_drafters():
+    assert parse_speculation(GUESSES) == Speculation(15, 40, 30)
+    assert Speculation(15, 40, 30) - Speculation(5, 10, 20) == Speculation(10, 30, 10)
+    assert parse_speculation(STEPS) is None
 
 
 async def test_wait_idle_returns_when_idle_or_out_of_time(serve):

@@ -1,0 +1,82 @@
+"""Drafts with a small model that shares the target's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from slipstream.drafter.chain import ChainDrafter
+from slipstream.engine.errors import ModelError
+from slipstream.engine.models.protocol import CausalModel
+from slipstream.engine.speculation.protocol import DraftHost, DraftRow, Proposal
+from slipstream.kernels.batch import Int32, RaggedBatch
+
+MOST_AT_ONCE = 256
+"""Positions per request that the model catches up with in one step; a long prompt takes it several."""
+
+Load = Callable[[CausalModel, int], CausalModel]
+"""Loads the draft model for a target and sequences of so many tokens."""
+
+
+class ModelDrafter(ChainDrafter):
+    name = "draft"
+
+    def __init__(self, load: Load, stop_below: float = 0.05) -> None:
+        super().__init__(stop_below)
+        self._load = load
+        self._model: CausalModel
+
+    def attach(self, host: DraftHost) -> None:
+        super().attach(host)
+        length = host.block_tables.shape[1] * host.block_size
+        self._model = self._load(host.model, length)
+        ours, theirs = self._model.shape, host.model.shape
+        if ours.vocab_size != theirs.vocab_size:
+            raise ModelError(
+                f"the draft model does not share the tokenizer: its vocabulary is {ours.vocab_size}, the model's "
+                f"{theirs.vocab_size}"
+            )
+        self._cache = self._model.new_cache(host.num_blocks, host.block_size)
+
+    def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
+        behind = [row for row in rows if not self._is_ready(row)]
+        if behind:  # one of them, so that a step stays short
+            self._compute(behind[:1], MOST_AT_ONCE)
+        return super().propose(rows)
+
+    def _is_ready(self, row: DraftRow) -> bool:
+        return row.length - self._computed(row) <= MOST_AT_ONCE
+
+    def _catch_up(self, rows: Sequence[DraftRow]) -> Tensor:
+        return self._compute(rows, MOST_AT_ONCE)
+
+    def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
+        return self._model.forward(batch, self._cache)
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        return self._model.logits(hidden, np.arange(len(hidden), dtype=np.int32))
+
+    def _tokens(self, choices: Int32) -> Int32:
+        return choices
+
+    def _position(self, row: DraftRow) -> int:
+        return row.length
+
+    def _computed(self, row: DraftRow) -> int:
+        """Positions whose keys and values are of known tokens."""
+        computed = row.memory.get(self.name, 0)
+        assert isinstance(computed, int)
+        return computed
+
+    def _compute(self, rows: Sequence[DraftRow], most: int) -> Tensor:
+        """Up to so many of the known tokens that are new; the output at the last of each row."""
+        starts = [self._computed(row) for row in rows]
+        ends = np.array([min(start + most, row.length) for row, start in zip(rows, starts, strict=True)], np.int32)
+        ids = np.concatenate([row.known[start:end] for row, start, end in zip(rows, starts, ends, strict=True)])
+        counts = ends - np.array(starts, np.int32)
+        hidden = self._model.forward(self._batch(rows, ids, counts, ends), self._cache)
+        for row, end in zip(rows, ends, strict=True):
+            row.memory[self.name] = int(end)
+        return hidden[np.cumsum(counts) - 1]

@@ -1,0 +1,97 @@
+"""A small model as drafter: it keeps up with the text whatever happened, and one that is the target is always right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+from slipstream.drafter.choice import make_drafters
+from slipstream.drafter.draft_model import MOST_AT_ONCE
+from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ModelError
+from slipstream.engine.messages import SamplingParams, SpeculationParams
+from slipstream.engine.testing import LocalEngine
+from slipstream.kernels.native.library import isa
+
+TARGET = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+}
+
+
+def write(folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(config, 0)}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def engine(target: Path, draft: Path, **fields: Any) -> LocalEngine:
+    options = {"dtype": "float32", "kv_cache_memory": "4MiB", "speculation_policy": "fixed", "max_draft_tokens": 4}
+    config = EngineConfig(
+        model=str(target), draft_model=str(draft), speculation="draft", max_running=4, **(options | fields)
+    )
+    return LocalEngine(config, make_drafters(config))
+
+
+def test_the_target_as_its_own_drafter_is_always_right(tmp_path: Path) -> None:
+    """So its keys, values and positions are right too: in chunks, after pauses, across blocks and in a batch."""
+    target = write(tmp_path / "target", TARGET)
+    local = engine(target, target, max_step_tokens=64)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 96, length).tolist() for length in (3, 30, 100)]
+    params = SamplingParams(max_tokens=60, temperature=0.0)
+    plain = [local.submit(prompt, params, speculation=SpeculationParams("off")) for prompt in prompts]
+    local.finish()
+    assert not any(delta.num_drafted for done in plain for delta in done.deltas)
+    for done, before in zip(local.generate(prompts, params), plain, strict=True):
+        assert done.tokens == before.tokens
+        drafted = sum(delta.num_drafted for delta in done.deltas)
+        accepted = sum(delta.num_accepted for delta in done.deltas)
+        assert drafted > 35
+        if isa() is not None:  # torch's kernels differ in their last bits between a batch and a single row
+            assert accepted == drafted
+
+
+def test_it_catches_up_with_a_long_prompt_over_several_steps(tmp_path: Path) -> None:
+    target = write(tmp_path / "target", TARGET)
+    local = engine(target, target)
+    prompt = np.random.default_rng(0).integers(0, 96, 3 * MOST_AT_ONCE).tolist()
+    done = local.generate([prompt], SamplingParams(max_tokens=40, temperature=0.0))[0]
+    drafted = [delta.num_drafted for delta in done.deltas]
+    assert drafted[:3] == [0, 0, 0] and max(drafted) > 1
+    if isa() is not None:
+        assert sum(drafted) == sum(delta.num_accepted for delta in done.deltas)
+
+
+@pytest.mark.parametrize("cache", ["4MiB", "128KiB"])
+def test_output_does_not_depend_on_another_model(tmp_path: Path, cache: str) -> None:
+    target = write(tmp_path / "target", TARGET)
+    draft = write(tmp_path / "draft", TARGET | {"num_hidden_layers": 1, "hidden_size": 32})
+    prompts = [[1, 2, 3], list(range(40)), [5] * 20, [7, 8]]
+    params = SamplingParams(max_tokens=50, temperature=0.9, seed=1)
+    local = engine(target, draft, kv_cache_memory=cache)
+    plain = LocalEngine(EngineConfig(model=str(target), dtype="float32", kv_cache_memory="4MiB"))
+    for once, again in zip(plain.generate(prompts, params), local.generate(prompts, params), strict=True):
+        assert again.tokens == once.tokens
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    target = write(tmp_path / "target", TARGET)
+    draft = write(tmp_path / "draft", TARGET | {"vocab_size": 112})
+    with pytest.raises(ModelError, match="112"):
+        engine(target, draft)
