@@ -26,6 +26,7 @@ class ChainDrafter(Drafter):
     """
 
     num_evidence = len(EVIDENCE_BORDERS) + 1
+    costly = True
 
     def __init__(self, stop_below: float = 0.05) -> None:
         """A draft ends where the probability that all of it is right falls below ``stop_below``.

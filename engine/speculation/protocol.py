@@ -80,6 +80,8 @@ class Drafter(ABC):
     name: str
     num_evidence: int
     """Evidence runs from 0 to num_evidence - 1."""
+    costly: bool = False
+    """Whether a proposal takes a noticeable part of a step."""
 
     def taps(self, model: CausalModel) -> tuple[int, ...]:
         """Layers of the target whose inputs it wants to see, ascending; their number for the output of the last.

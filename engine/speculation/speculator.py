@@ -13,6 +13,9 @@ from slipstream.engine.plan import NewRow
 from slipstream.engine.speculation.acceptance import Acceptance, OwnAcceptance, chances
 from slipstream.engine.speculation.protocol import Computed, Drafter, DraftHost, DraftRow, Proposal
 
+ENOUGH = 2.5
+"""Right guesses to be expected with which no costly drafter is asked any more."""
+
 
 class _Row:
     __slots__ = ("best", "draft", "own", "rates")
@@ -121,7 +124,13 @@ class Speculator:
         offers: list[tuple[float, ...]] = [()] * len(rows)
         values = np.zeros(len(rows))
         for drafter in self._drafters.values():
-            asked = [i for i, row in enumerate(rows) if row.draft.most and drafter.name in row.draft.drafters]
+            asked = [
+                i
+                for i, row in enumerate(rows)
+                if row.draft.most
+                and drafter.name in row.draft.drafters
+                and not (drafter.costly and values[i] >= ENOUGH)
+            ]
             if not asked:
                 continue
             acceptance = self._acceptance[drafter.name]

@@ -1,0 +1,91 @@
+"""The runner's side alone: who is asked, whose guess is taken, and what is learned from what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from slipstream.engine.messages import SamplingParams, SpeculationParams
+from slipstream.engine.plan import NewRow
+from slipstream.engine.speculation.protocol import Drafter, DraftRow, Proposal
+from slipstream.engine.speculation.speculator import ENOUGH, Speculator
+
+
+class Always(Drafter):
+    """Guesses the same token everywhere."""
+
+    num_evidence = 1
+
+    def __init__(self, name: str, token: int, count: int = 8, costly: bool = False) -> None:
+        self.name, self.costly = name, costly
+        self._guess = [token] * count
+        self.asked = 0
+
+    def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
+        self.asked += len(rows)
+        return [Proposal(self._guess[: row.most], 0) for row in rows]
+
+
+def speculator(*drafters: Drafter, mode: str = "auto") -> Speculator:
+    made = Speculator(drafters, 8)
+    row = NewRow(0, [1, 2, 3], 3, SamplingParams(max_tokens=100), 0, "", SpeculationParams(mode))
+    made.enter(row, np.zeros(200, np.int32))
+    return made
+
+
+def play(made: Speculator, truth: int, steps: int, drafted: int) -> None:
+    """So many steps in which the model always says ``truth``."""
+    length = 3
+    for _ in range(steps):
+        [offer] = made.propose([0], [8], [200])
+        count = min(drafted, len(offer))
+        guesses = made.guesses(0, count) if count else []
+        right = 0
+        while right < count and guesses[right] == truth:
+            right += 1
+        length = 3 + (length + right) % 100
+        made.verified(0, count, [truth] * (right + 1), length)
+
+
+def test_the_drafter_that_is_right_wins() -> None:
+    wrong, right = Always("wrong", 5), Always("right", 7)
+    made = speculator(wrong, right)
+    play(made, 7, 30, drafted=3)
+    assert made.propose([0], [8], [200])[0][0] > 0.9
+    assert made.guesses(0, 2) == [7, 7]
+    stats = {entry.name: entry for entry in made.stats}
+    assert stats["right"].accepted_tokens == stats["right"].draft_tokens > 60
+    assert stats["right"].accepted_per_position[:3] == [stats["right"].drafts] * 3
+
+
+def test_guesses_that_are_not_verified_teach_too() -> None:
+    made = speculator(Always("wrong", 5))
+    before = made.propose([0], [8], [200])[0][0]
+    play(made, 7, 50, drafted=0)
+    assert made.propose([0], [8], [200])[0][0] < before / 4
+    assert made.stats[0].drafts == 0
+
+
+def test_costly_drafters_are_asked_where_cheap_ones_promise_little() -> None:
+    cheap, costly = Always("cheap", 7), Always("costly", 5, costly=True)
+    made = speculator(cheap, costly)
+    play(made, 7, 30, drafted=8)
+    asked = costly.asked
+    assert sum(made.propose([0], [8], [200])[0]) >= ENOUGH
+    assert costly.asked == asked
+    play(made, 5, 100, drafted=2)
+    assert costly.asked > asked
+    assert made.propose([0], [8], [200]) and made.guesses(0, 1) == [5]
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("off", []), ("one", [7]), ("two", [5])])
+def test_a_request_is_served_by_the_drafters_it_names(mode: str, expected: list[int]) -> None:
+    made = speculator(Always("one", 7), Always("two", 5), mode=mode)
+    [offer] = made.propose([0], [1], [200])
+    assert (made.guesses(0, 1) if offer else []) == expected
+
+
+def test_without_drafters_nothing_is_proposed() -> None:
+    assert speculator().propose([0], [8], [200]) == [()]
