@@ -234,7 +234,8 @@ class Scheduler:
             else:
                 plan.map_grown(request, grown)
                 plan.add(request, 1)
-        self._guesses.plan(plan)
+        prompts_wait = any(request.length - request.num_computed > 1 for request in self._running)
+        self._guesses.plan(plan, prompts_wait)
 
     def _plan_prompts(self, plan: PlanBuilder) -> None:
         """Gives what the step has left to prompts, most urgent first."""

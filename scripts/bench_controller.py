@@ -66,6 +66,7 @@ def against_fixed(bench: Bench, right: list[float], rounds: int) -> dict[str, fl
     policies |= {"throughput": Throughput(), "bandit": Bandit()}
     results: dict[str, list[float]] = {name: [] for name in policies}
     for turn in range(rounds + 1):  # the first one is for learning
+        bench.oracle.salt = turn
         for name, policy in policies.items():
             bench.use(policy)
             rate = bench.run()

@@ -38,10 +38,16 @@ class GuessPlanner:
         """Tokens per second with drafting and verification, relative to doing without; smoothed."""
         self._steps = 0
 
-    def plan(self, plan: PlanBuilder) -> None:
-        """Adds positions to verify guesses in, where they are worth it and there is room, to a step of decodes."""
+    def plan(self, plan: PlanBuilder, prompts_wait: bool) -> None:
+        """Adds positions to verify guesses in, where they are worth it and there is room, to a step of decodes.
+
+        A step that prompts share is bound by arithmetic: guesses would cost their full price, and prolong it.
+        """
         self._steps += 1
-        self._verify(plan)
+        if prompts_wait:
+            self.reasons["prompts wait"] += 1
+        else:
+            self._verify(plan)
         if self._reserves:
             self._reserve(plan)
 

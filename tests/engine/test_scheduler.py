@@ -188,6 +188,19 @@ def test_right_guesses_save_steps_and_the_limits_hold() -> None:
     assert all(delta.num_drafted == 0 for delta in limited.told[2])
 
 
+def test_steps_that_prompts_share_verify_nothing() -> None:
+    config = replace(CONFIG, speculation_policy="fixed", max_draft_tokens=4)
+    loop = Loop(config, num_blocks=60, right=1.0)
+    loop.add(1, [1, 2, 3], max_tokens=100)
+    for _ in range(6):
+        loop.step()
+    loop.add(2, [7] * 190, max_tokens=2)
+    loop.finish()
+    shared = [plan for plan in loop.plans if len(plan.counts) > 1 and max(plan.counts) > 5]
+    assert shared and not any(sum(plan.drafts) for plan in shared)
+    assert any(sum(plan.drafts) for plan in loop.plans)
+
+
 def test_guesses_never_push_a_request_out() -> None:
     """Blocks that only guesses need are not worth a preemption."""
     config = replace(CONFIG, speculation_policy="fixed", max_draft_tokens=8, prefix_caching=False)
