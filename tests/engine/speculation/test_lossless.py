@@ -63,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine(folder: Path, drafters: Sequence[Drafter] = (), **fields: Any) -> LocalEngine:
     options = {"max_running": 128, "kv_cache_memory": "16MiB", "speculation_policy": "fixed", "max_draft_tokens": 4}
+    options |= {"max_step_tokens": 16384, "step_latency_ms": 1000.0}
     return LocalEngine(EngineConfig(model=str(folder), dtype="float32", **(options | fields)), drafters)
 
 
