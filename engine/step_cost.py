@@ -21,10 +21,13 @@ CONTEXT_UNIT = 10_000.0
 """Scales the slopes to the size of the other parameters."""
 NOISE = 0.1
 """Steps of equal size differ by about this share of their time."""
-DOUBT = 0.5
-"""How far, as a share of a typical step, a parameter may be off before anything was observed."""
-DRIFT = 0.01
-"""How far, as a share of a typical step, a parameter wanders from step to step."""
+DOUBT = 0.05
+"""How far, as a share of a typical step, a parameter may be off by itself before anything was observed."""
+DRIFT = 0.002
+"""How far, as a share of a typical step, a parameter wanders by itself from step to step."""
+COMMON_DOUBT = 0.1
+COMMON_DRIFT = 0.01
+"""The same for all parameters together: machines get slower and faster as a whole, also for sizes not seen lately."""
 MAX_SURPRISE = 0.5
 """A step that took much longer than predicted says more about the machine than about the model."""
 
@@ -96,7 +99,11 @@ class StepCost:
         error = min(max(seconds - predicted, -MAX_SURPRISE * predicted), MAX_SURPRISE * predicted)
         features = self._features(work)
         variance = self._variance
-        variance.flat[:: len(variance) + 1] = np.minimum(variance.diagonal() + self._drift, self._doubt)
+        variance.flat[:: len(variance) + 1] += self._drift
+        variance += np.outer(self._curve, self._curve) * COMMON_DRIFT**2
+        # What was not seen for long is doubted as much as at the start, and no more.
+        cap = np.sqrt(np.minimum(self._most / variance.diagonal(), 1.0))
+        variance *= np.outer(cap, cap)
         seen = variance @ features
         gain = seen / (features @ seen + (NOISE * predicted) ** 2 + 1e-18)
         self._curve = np.maximum(self._curve + gain * error, 0.0)
@@ -131,9 +138,9 @@ class StepCost:
 
     def _trust_nothing(self) -> None:
         scale = np.maximum(self._curve, 0.1 * self._curve[0] * (np.arange(len(self._curve)) >= READS))
-        self._doubt = (DOUBT * scale) ** 2
         self._drift = (DRIFT * scale) ** 2
-        self._variance = np.diag(self._doubt)
+        self._variance = np.diag((DOUBT * scale) ** 2) + np.outer(self._curve, self._curve) * COMMON_DOUBT**2
+        self._most = self._variance.diagonal().copy()
 
 
 def _through(points: list[tuple[int, float]], knot: int) -> float:

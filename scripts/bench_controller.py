@@ -47,7 +47,8 @@ class Bench:
             self.oracle.answers[tuple(prompt)] = done.tokens
 
     def use(self, policy: Policy) -> None:
-        self.local.engine.scheduler._guesses._policy = policy
+        planner = self.local.engine.scheduler._guesses
+        planner._policy, planner._pauses, planner._worth = policy, isinstance(policy, Throughput), 1.0
 
     def run(self) -> float:
         """Output tokens per second."""

@@ -82,7 +82,7 @@ class GuessPlanner:
         """What the step brought."""
         if decision is not None:
             self._policy.observe(decision, sum(map(len, result.tokens)), result.seconds)
-        if self._pauses and any(plan.wanted):
+        if self._pauses and (decision is not None or any(plan.wanted)):
             gain = decision.gain if decision is not None else 1.0
             worth = gain * result.seconds / (result.seconds + result.draft_seconds)
             self._worth += SMOOTHING * (worth - self._worth)

@@ -55,6 +55,15 @@ def test_it_learns_a_machine_that_changed() -> None:
     assert max(abs(cost.predict(work) / (2 * machine(work)) - 1) for work in cases) < 0.1
 
 
+def test_sizes_not_seen_follow_the_machine() -> None:
+    """Else a policy that always verifies would believe for ever that doing without is as slow as it once was."""
+    cost = calibrated()
+    before = cost.predict(StepWork(1))
+    for _ in range(100):
+        cost.observe(StepWork(4), 0.6 * machine(StepWork(4)))
+    assert cost.predict(StepWork(1)) == pytest.approx(0.6 * before, rel=0.15)
+
+
 def test_one_slow_step_changes_little() -> None:
     cost = calibrated()
     for tokens in (8, 9, 7, 8) * 20:
