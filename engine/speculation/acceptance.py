@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-DECAY = 0.995
-"""Weight of an observation after each later one of its kind: some 200 count."""
+DECAY = 0.98
+"""Weight of an observation after each later one with the same evidence: some 50 count."""
+POOL_WEIGHT = 4.0
+"""Observations at a position that count as much as all positions together."""
 PRIOR_WEIGHT = 4.0
 """Observations that the first estimate is worth."""
 OWN_DECAY = 0.96
@@ -15,23 +17,29 @@ MOST_LIKELY = 0.995
 
 
 class Acceptance:
-    """Of one drafter: the probability that guess i is right if those before it were, by evidence and position."""
+    """Of one drafter: the probability that guess i is right if those before it were, by evidence and position.
+
+    Far positions are seen seldom, only after the near ones were right. So what is known of them fades with every
+    observation, whatever its position, and gives way to what is known of all positions together.
+    """
 
     def __init__(self, num_evidence: int, positions: int) -> None:
-        first = np.linspace(0.4, 0.8, num_evidence) if num_evidence > 1 else np.full(1, 0.6)
-        self._tried = np.full((num_evidence, positions), PRIOR_WEIGHT)
-        self._right = PRIOR_WEIGHT * np.repeat(first[:, None], positions, axis=1)
+        self._first = np.linspace(0.4, 0.8, num_evidence) if num_evidence > 1 else np.full(1, 0.6)
+        self._tried = np.zeros((num_evidence, positions))
+        self._right = np.zeros((num_evidence, positions))
 
     def rates(self, evidence: int, count: int) -> list[float]:
         """Of the first ``count`` guesses, each given that those before it are right."""
-        rates: list[float] = (self._right[evidence, :count] / self._tried[evidence, :count]).tolist()
+        tried, right = self._tried[evidence], self._right[evidence]
+        pool = (right.sum() + PRIOR_WEIGHT * self._first[evidence]) / (tried.sum() + PRIOR_WEIGHT)
+        rates: list[float] = ((right[:count] + POOL_WEIGHT * pool) / (tried[:count] + POOL_WEIGHT)).tolist()
         return rates
 
     def observe(self, evidence: int, tried: int, right: int) -> None:
         """``tried`` guesses were looked at and the first ``right`` of them were right."""
-        seen = min(right + 1, tried)
-        self._tried[evidence, :seen] = self._tried[evidence, :seen] * DECAY + 1
-        self._right[evidence, :seen] *= DECAY
+        self._tried[evidence] *= DECAY
+        self._right[evidence] *= DECAY
+        self._tried[evidence, : min(right + 1, tried)] += 1
         self._right[evidence, :right] += 1
 
 
