@@ -25,7 +25,7 @@ from slipstream.engine.speculation.controller import Decision
 from slipstream.engine.speculation.planner import GuessPlanner
 from slipstream.engine.step_cost import StepCost, StepWork
 
-DECODE_SHARE = 0.38
+DECODE_SHARE = 0.39
 """While prompts wait, running streams keep at least this share of a step, and prompts get the rest."""
 MIN_CHUNK = 16
 """Prompts always advance by this many tokens a step, whatever the latency target."""
