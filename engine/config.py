@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from slipstream.engine.errors import ConfigError
+
 
 def option(default: Any, help: str) -> Any:  # noqa: A002
     """A configuration field with its command-line help."""
@@ -57,3 +59,10 @@ class EngineConfig:
         "--max-draft-tokens.",
     )
     seed: int = option(0, "Seeds the random weights of --load-format dummy.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_step_tokens", "block_size", "max_draft_tokens", "step_latency_ms"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be more than 0")
+        if self.threads < 0 or (self.max_model_len is not None and self.max_model_len < 2):
+            raise ConfigError("--threads must not be negative, and --max-model-len must leave room for two tokens")
