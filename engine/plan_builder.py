@@ -23,11 +23,6 @@ class PlanBuilder:
         self._drafts: list[int] = []
         self._samples: list[bool] = []
 
-    @property
-    def num_samples(self) -> int:
-        """Rows that will draw a token."""
-        return sum(self._samples)
-
     def map_grown(self, request: Request, grown: int) -> None:
         """The request got so many blocks more."""
         if grown:
