@@ -28,6 +28,8 @@ DRIFT = 0.002
 COMMON_DOUBT = 0.1
 COMMON_DRIFT = 0.01
 """The same for all parameters together: machines get slower and faster as a whole, also for sizes not seen lately."""
+LEAST = 0.01
+"""No size gets cheaper than this share of what it was taken for at first: from zero no surprise could lift it again."""
 MAX_SURPRISE = 0.5
 """A step that took much longer than predicted says more about the machine than about the model."""
 
@@ -87,7 +89,7 @@ class StepCost:
             np.array(matrix, float).reshape(-1, 2), np.array([s - t for _, s, _, t in excess]), rcond=None
         )[0]
         reads, pairs = np.maximum(slopes, 0.0)
-        points = [(w.tokens, max(s - reads * w.reads - pairs * w.pairs, 0.0)) for w, s in profile]
+        points = [(w.tokens, max(s - reads * w.reads - pairs * w.pairs, LEAST * s)) for w, s in profile]
         self._curve = np.array(
             [*(_through(points, knot) for knot in KNOTS), reads * CONTEXT_UNIT, pairs * CONTEXT_UNIT]
         )
@@ -106,7 +108,7 @@ class StepCost:
         variance *= np.outer(cap, cap)
         seen = variance @ features
         gain = seen / (features @ seen + (NOISE * predicted) ** 2 + 1e-18)
-        self._curve = np.maximum(self._curve + gain * error, 0.0)
+        self._curve = np.maximum(self._curve + gain * error, self._least)
         variance -= np.outer(gain, seen)
 
     def table(self) -> dict[int, float]:
@@ -137,7 +139,11 @@ class StepCost:
         return features
 
     def _trust_nothing(self) -> None:
-        scale = np.maximum(self._curve, 0.1 * self._curve[0] * (np.arange(len(self._curve)) >= READS))
+        is_knot = np.arange(len(self._curve)) < READS
+        # What was measured as next to nothing, by noise, is still to be learned.
+        small_step = self._curve[: KNOTS.index(8) + 1].max()
+        scale = np.maximum(self._curve, 0.1 * small_step)
+        self._least = np.where(is_knot, LEAST * self._curve, 0.0)
         self._drift = (DRIFT * scale) ** 2
         self._variance = np.diag((DOUBT * scale) ** 2) + np.outer(self._curve, self._curve) * COMMON_DOUBT**2
         self._most = self._variance.diagonal().copy()

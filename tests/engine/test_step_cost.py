@@ -100,3 +100,14 @@ def test_predictions_of_growing_steps_agree_with_single_ones(work: StepWork, mos
     for more in range(most + 1):
         grown = StepWork(work.tokens + more, work.reads, work.pairs + more * start)
         assert seconds[more] == pytest.approx(cost.predict(grown))
+
+
+def test_a_size_measured_as_nothing_is_learned_all_the_same() -> None:
+    """Noise can make a probe's slope larger than a whole step of the profile, so that nothing is left for the knot."""
+    profile = [(steps(1, n, n), 0.001) for n in (1, 2, 4, 8, 16)]
+    probes = [(steps(1, 16, 1024), 3.0), (steps(16, 1, 1024), 9.0)]
+    cost = StepCost()
+    cost.calibrate(profile, probes)
+    for _ in range(300):
+        cost.observe(StepWork(4, 40, 100), 0.001)
+    assert cost.predict(StepWork(4, 40, 100)) == pytest.approx(0.001, rel=0.2)
