@@ -8,6 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from slipstream.drafter.draft_model import ModelDrafter
+from slipstream.drafter.evolution.fingerprint import served_fingerprint
+from slipstream.drafter.evolution.manifest import MANIFEST_FILE
+from slipstream.drafter.evolution.version_folder import read_folder
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
@@ -63,7 +66,10 @@ def _load_head(config: EngineConfig, target: DecoderConfig) -> tuple[layout.Head
         head = layout.config_for(target, DRAFT_VOCAB_SIZE)
         return head, layout.random_tensors(head, config.seed)
     assert config.drafter is not None
-    return layout.read(Path(config.drafter), target)
+    folder = Path(config.drafter).expanduser()
+    if (folder / MANIFEST_FILE).is_file():
+        return read_folder(folder, served_fingerprint(config), config.model)
+    return layout.read(folder, target)
 
 
 def _load_model(config: EngineConfig, target: CausalModel, length: int) -> CausalModel:

@@ -218,6 +218,20 @@ def check(config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
             raise ModelError("the drafter's 'd2t' maps to tokens outside the vocabulary")
 
 
+def check_target(config: HeadConfig, target: DecoderConfig) -> None:
+    """Raises ModelError where a head has not the target's sizes."""
+    for what, ours, theirs in (
+        ("hidden size", config.hidden, target.hidden),
+        ("vocabulary", config.vocab_size, target.shape.vocab_size),
+    ):
+        if ours != theirs:
+            raise ModelError(f"the drafter does not fit the model: its {what} is {ours}, the model's {theirs}")
+    if config.taps[-1] > target.shape.num_layers:
+        raise ModelError(
+            f"the drafter does not fit the model: it reads layer {config.taps[-1]} of {target.shape.num_layers}"
+        )
+
+
 def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
     """A head from a folder with config.json and model.safetensors; raises ModelError naming what is wrong with it."""
     try:

@@ -80,12 +80,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
     names = sorted(ends, key=lambda name: ends[name])
     start = 8 + length
-    return {
-        name: StoredTensor(
-            path, tuple(header[name]["shape"]), start + header[name]["data_offsets"][0], start + ends[name]
-        )
-        for name in names
-    }
+    begins = {name: start + header[name]["data_offsets"][0] for name in names}
+    return {name: StoredTensor(path, tuple(header[name]["shape"]), begins[name], start + ends[name]) for name in names}
 
 
 def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
