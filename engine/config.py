@@ -48,7 +48,7 @@ class EngineConfig:
     )
     drafter: str | None = option(
         None,
-        "Folder of a learned drafter: a version of a registry, or an EAGLE-3 head; or 'random' for an untrained one.",
+        "Folder of a learned drafter (a registry's version or an EAGLE-3 head), or 'random' for an untrained one.",
     )
     draft_model: str | None = option(
         None, "A small model with the same tokenizer that drafts: a folder or a GGUF file; none by default."

@@ -13,9 +13,11 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from slipstream.drafter.evolution.states import RegistryError
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
 from slipstream.server.config import ServerConfig
+from slipstream.server.drafter_cli import drafter_app
 
 STARTED = time.monotonic()
 USER_ERROR = 2
@@ -28,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(drafter_app, name="drafter")
 ConfigType = TypeVar("ConfigType")
 
 
@@ -105,7 +108,7 @@ def main() -> None:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="slipstream", standalone_mode=False))
     except UsageError as error:
         fail(error.format_message(), USER_ERROR)
-    except (ConfigError, ModelError) as error:
+    except (ConfigError, ModelError, RegistryError) as error:
         fail(str(error), USER_ERROR)
     except SlipstreamError as error:
         fail(str(error), 1)

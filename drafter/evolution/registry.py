@@ -140,20 +140,22 @@ class Registry:
             move(database, version, "retired", "retired", reason)
             return as_version(database, find(database, version))
 
-    def roll_back(self, route: str = "", reason: str = "") -> Version | None:
+    def roll_back(self, route: str = "", reason: str = "", version: int | None = None) -> Version | None:
         """Takes the canary out; or, without one, the live version, and makes the one before it live again.
 
-        Returns what is live now: None if nothing was live before. Raises TransitionError if there is nothing to roll
-        back.
+        ``version`` says which of the two is meant, so that a verdict on one version never hits its successor. Returns
+        what is live now: None if nothing was live before. Raises TransitionError if there is nothing to roll back.
         """
         with self._write() as database:
-            canary, live = find_state(database, "canary", route), find_state(database, "live", route)
-            failed = canary or live
+            running = [find_state(database, "canary", route), find_state(database, "live", route)]
+            failed = next((row for row in running if row is not None and version in (None, row["version"])), None)
             if failed is None:
-                raise TransitionError(f"{_name(route)} has neither a canary nor a live version to roll back")
+                wanted = "neither a canary nor a live version"
+                what = wanted if version is None else f"version {version} neither live nor as canary"
+                raise TransitionError(f"{_name(route)} has {what}, so there is nothing to roll back")
             move(database, failed["version"], "rolled-back", "rolled back", reason)
             before = find_predecessor(database, route)
-            if canary is None and before is not None:
+            if failed["state"] == "live" and before is not None:
                 move(database, before["version"], "live", "restored", f"version {failed['version']} was rolled back")
             now = find_state(database, "live", route)
             return None if now is None else as_version(database, now)
@@ -206,7 +208,7 @@ class Registry:
                 if parent is not None:
                     find(database, parent)
                 row = database.execute(
-                    "INSERT INTO versions (route, state, parent, manifest) VALUES (?, 'candidate', ?, x'')",
+                    "INSERT INTO versions (route, state, parent, manifest) VALUES (?, '', ?, x'')",
                     (route, parent),
                 )
                 assert row.lastrowid is not None
@@ -226,11 +228,11 @@ class Registry:
                     created_at=datetime.now(UTC),
                 )
                 write_manifest(folder, manifest)
+                log(database, find(database, manifest.version), "added", "candidate", note or origin)
                 database.execute(
-                    "UPDATE versions SET manifest = ? WHERE version = ?",
+                    "UPDATE versions SET state = 'candidate', manifest = ? WHERE version = ?",
                     (manifests.encode(manifest), manifest.version),
                 )
-                log(database, find(database, manifest.version), "added", "candidate", note or origin)
                 final = self.path(manifest.version)
                 # Left by a writer that died between renaming and committing; nobody else renames while we write.
                 shutil.rmtree(final, ignore_errors=True)
