@@ -6,6 +6,7 @@ Listing and state changes import no torch, so the API process can do them; whate
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 import sqlite3
@@ -168,7 +169,8 @@ class Registry:
         return self._set_pinned(version, False, reason)
 
     def record_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Keeps the latest value of each, beside those of the gate in the manifest."""
+        """Keeps the latest value of each, beside those of the gate in the manifest; raises RegistryError for NaN."""
+        _check_finite(metrics)
         with self._write() as database:
             find(database, version)
             database.executemany(
@@ -200,8 +202,10 @@ class Registry:
 
         Raises:
             ModelError: tensors do not fit the configuration, or the files cannot be written.
+            RegistryError: a score of the gate is not a finite number.
             UnknownVersionError: there is no such parent.
         """
+        _check_finite(gate or {})
         with lock(self._lock_path, fcntl.LOCK_SH), temporary_folder(self._versions) as folder:
             size, digest = write_weights(folder, config, tensors)
             with self._write() as database:
@@ -324,6 +328,12 @@ def default_folder() -> Path:
     """Where a user's drafters are kept if nothing else is said."""
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(data).expanduser() / "slipstream" / "drafters"
+
+
+def _check_finite(scores: Mapping[str, float]) -> None:
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise RegistryError(f"{name} is {value}, which is no score")
 
 
 def _name(route: str) -> str:

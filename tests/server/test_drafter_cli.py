@@ -16,6 +16,7 @@ from slipstream.drafter.head import layout
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.models.config import decoder_config
 from slipstream.server.cli import app
+from slipstream.server.drafter_cli import drafter_app
 
 MODEL = {
     "model_type": "llama",
@@ -106,6 +107,13 @@ def test_versions_are_compared_and_exported(cli: Cli, tmp_path: Path) -> None:
     assert "version 1 is in" in cli("export", 1, tmp_path / "exported")
     config, _ = layout.read(tmp_path / "exported", decoder_config(open_checkpoint(tmp_path / "model").config))
     assert config.draft_vocab_size == 48
+
+
+def test_every_command_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs/evolution.md").read_text()
+    names = [each.name or each.callback.__name__ for each in drafter_app.registered_commands if each.callback]
+    assert len(names) >= 10
+    assert [name for name in names if f"`{name}" not in page] == []
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

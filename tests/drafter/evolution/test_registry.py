@@ -197,6 +197,32 @@ def test_metrics_keep_their_latest_value(registry: Registry, add: Add) -> None:
     assert registry.get(version).metrics == {"live_accept_length": 1.7, "requests": 10}
 
 
+def test_what_is_no_number_is_no_score(registry: Registry, add: Add) -> None:
+    version = add()
+    with pytest.raises(RegistryError, match="accept_length is nan"):
+        add(gate={"accept_length": float("nan")})
+    with pytest.raises(RegistryError, match="loss is inf"):
+        registry.record_metrics(version, {"loss": float("inf")})
+    assert [each.version for each in registry.list()] == [version]
+
+
+def test_a_version_whose_folder_cannot_be_put_in_place_does_not_exist(
+    registry: Registry, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = add()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(ModelError, match="No space left"):
+        add()
+    monkeypatch.undo()
+    assert [each.version for each in registry.list(pruned=True)] == [kept]
+    assert list((registry.folder / "versions").iterdir()) == [registry.path(kept)]
+    registry.open_version(add(), "model A")
+
+
 def test_differences(registry: Registry, make_head: Any) -> None:
     config, tensors = make_head(0)
     first = registry.add(config, tensors, target="A", origin="cold", gate={"accept_length": 1.5, "old": 1}).version
