@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from slipstream.drafter.evolution.registry import Registry, default_folder
-from slipstream.drafter.evolution.states import Version
+from slipstream.drafter.registry.registry import Registry, default_folder
+from slipstream.drafter.registry.states import Version
 
 drafter_app = typer.Typer(
     help="List, compare, promote, exchange and delete the versions of a drafter.", no_args_is_help=True
@@ -94,7 +94,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare two versions: manifests, scores, and how far each tensor moved."""
-    from slipstream.drafter.evolution.difference import compare  # imports torch
+    from slipstream.drafter.registry.difference import compare  # imports torch
 
     difference = compare(open_registry(registry), a, b)
     if as_json:
@@ -148,7 +148,7 @@ def export(
     folder: Annotated[Path, typer.Argument(help="New folder for config.json and model.safetensors.")],
 ) -> None:
     """Write a version in the EAGLE-3 layout, as SGLang and vLLM load it."""
-    from slipstream.drafter.evolution.exchange import export_version  # imports torch
+    from slipstream.drafter.registry.exchange import export_version  # imports torch
 
     cautions = export_version(open_registry(registry), version, folder)
     print(f"version {version} is in {folder}")
@@ -169,7 +169,7 @@ def import_folder(
     as_json: AsJson = False,
 ) -> None:
     """Add a head from elsewhere as a candidate."""
-    from slipstream.drafter.evolution.exchange import import_head  # imports torch
+    from slipstream.drafter.registry.exchange import import_head  # imports torch
     from slipstream.engine.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(target)

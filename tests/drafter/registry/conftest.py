@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slipstream.drafter.evolution.registry import Registry
+from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.engine.checkpoint.dummy import dummy_tensors

@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slipstream.drafter.evolution import manifest as manifests
-from slipstream.drafter.evolution.database import prepare, transaction
-from slipstream.drafter.evolution.manifest import Manifest, Origin, Training
-from slipstream.drafter.evolution.states import (
+from slipstream.drafter.registry import manifest as manifests
+from slipstream.drafter.registry.database import prepare, transaction
+from slipstream.drafter.registry.manifest import Manifest, Origin, Training
+from slipstream.drafter.registry.states import (
     Event,
     RegistryError,
     State,
@@ -34,7 +34,7 @@ from slipstream.drafter.evolution.states import (
     log,
     move,
 )
-from slipstream.drafter.evolution.version_folder import (
+from slipstream.drafter.registry.version_folder import (
     check_fit,
     lock,
     read_weights,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slipstream.drafter.evolution import fingerprint
-from slipstream.drafter.evolution.fingerprint import served_fingerprint, target_fingerprint
+from slipstream.drafter.registry import fingerprint
+from slipstream.drafter.registry.fingerprint import served_fingerprint, target_fingerprint
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from slipstream.drafter.evolution import manifest as manifests
-from slipstream.drafter.evolution.fingerprint import target_fingerprint
-from slipstream.drafter.evolution.manifest import MANIFEST_FILE
-from slipstream.drafter.evolution.registry import Registry
-from slipstream.drafter.evolution.states import Version
-from slipstream.drafter.evolution.version_folder import read_folder
+from slipstream.drafter.registry import manifest as manifests
+from slipstream.drafter.registry.fingerprint import target_fingerprint
+from slipstream.drafter.registry.manifest import MANIFEST_FILE
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.states import Version
+from slipstream.drafter.registry.version_folder import read_folder
 from slipstream.drafter.head import layout
 from slipstream.engine.checkpoint import Checkpoint
 from slipstream.engine.errors import ModelError

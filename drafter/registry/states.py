@@ -9,8 +9,8 @@ from typing import Literal
 
 import msgspec
 
-from slipstream.drafter.evolution import manifest as manifests
-from slipstream.drafter.evolution.manifest import Manifest
+from slipstream.drafter.registry import manifest as manifests
+from slipstream.drafter.registry.manifest import Manifest
 from slipstream.engine.errors import SlipstreamError
 
 State = Literal["candidate", "canary", "live", "retired", "rolled-back", "pruned"]

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from slipstream.drafter.evolution.registry import Registry
-from slipstream.drafter.evolution.states import Version
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.states import Version
 
 UNCOMPARED = frozenset({"gate", "weights_sha256", "weights_bytes", "format_version"})
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from slipstream.drafter.evolution import manifest as manifests
-from slipstream.drafter.evolution.difference import compare
-from slipstream.drafter.evolution.manifest import Training
-from slipstream.drafter.evolution.registry import Registry
-from slipstream.drafter.evolution.states import RegistryError, TransitionError, UnknownVersionError
+from slipstream.drafter.registry import manifest as manifests
+from slipstream.drafter.registry.difference import compare
+from slipstream.drafter.registry.manifest import Training
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.states import RegistryError, TransitionError, UnknownVersionError
 from slipstream.engine.errors import ModelError
 
 Add = Callable[..., int]
@@ -316,14 +316,14 @@ def test_a_leftover_under_the_next_number_does_not_get_in_the_way(registry: Regi
 
 def test_what_is_being_written_is_left_alone(registry: Registry, make_head: Any, monkeypatch: Any) -> None:
     """Another process opens the registry while a version lies half-written in its folder."""
-    from slipstream.drafter.evolution import registry as module
+    from slipstream.drafter.registry import registry as module
 
     write = module.write_weights
     folders: list[Path] = []
 
     def write_and_be_disturbed(folder: Path, *arguments: Any) -> Any:
         written = write(folder, *arguments)
-        code = "import sys; from slipstream.drafter.evolution.registry import Registry; Registry(sys.argv[1])"
+        code = "import sys; from slipstream.drafter.registry.registry import Registry; Registry(sys.argv[1])"
         subprocess.run([sys.executable, "-P", "-c", code, str(registry.folder)], check=True)
         folders.append(folder)
         assert folder.is_dir()

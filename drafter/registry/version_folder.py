@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slipstream.drafter.evolution import manifest as manifests
-from slipstream.drafter.evolution.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from slipstream.drafter.registry import manifest as manifests
+from slipstream.drafter.registry.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from slipstream.engine.errors import ModelError
 
 if TYPE_CHECKING:

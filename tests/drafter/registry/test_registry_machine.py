@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from slipstream.drafter.evolution.registry import Registry
-from slipstream.drafter.evolution.states import TransitionError
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.states import TransitionError
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from slipstream.drafter.evolution.registry import Registry
-from slipstream.drafter.evolution.states import RegistryError
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.states import RegistryError
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.engine.errors import SlipstreamError
