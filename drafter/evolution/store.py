@@ -256,7 +256,7 @@ def _fields(sample: Sample) -> dict[str, object]:
 
 
 def _encode(sample: Sample, place: int) -> Tensors:
-    tensors = {"tokens": torch.from_numpy(np.ascontiguousarray(sample.tokens, np.int32))}
+    tensors = {"tokens": torch.from_numpy(np.array(sample.tokens, np.int32))}
     if sample.features is not None:
         tensors["features"] = sample.features.contiguous()
     if sample.topk is not None:

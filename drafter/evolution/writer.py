@@ -79,8 +79,10 @@ class TrafficWriter:
             self._store.close()
 
     def _run(self) -> None:
-        while not self._closing:
+        closing = False
+        while not closing:
             self._wake.wait(EVERY_S)
+            closing = self._closing  # what came before is written now
             try:
                 self._write()
             except Exception as error:  # the disk is full, say; serving goes on
@@ -120,7 +122,10 @@ class TrafficWriter:
 
 
 def _accept(sample: Sample, changed: Sample) -> Sample:
-    """Raises ValueError for what cannot be kept. Features and log-probabilities tell of the tokens, so of others they go."""
+    """What to keep; features and log-probabilities tell of the tokens, so they go where tokens were changed.
+
+    Raises ValueError for what cannot be kept.
+    """
     tokens = np.ascontiguousarray(changed.tokens, np.int32)
     if tokens.ndim != 1 or not 0 <= changed.num_prompt <= len(tokens):
         raise ValueError("tokens and num_prompt do not go together")

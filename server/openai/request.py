@@ -11,13 +11,13 @@ from fastapi import Request
 
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams
 from slipstream.server.body import BodyType, parse, read_body
+from slipstream.server.consent import traffic_domain, traffic_level
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.generation import Generation, Sequence
 from slipstream.server.openai.sampling import SEED_MASK, output_options
 from slipstream.server.openai.schema import GenerationBody, Speculation
 from slipstream.server.openai.writers import AnswerOptions
 from slipstream.server.service import Service
-from slipstream.server.traffic import traffic_domain, traffic_level
 
 
 async def read(service: Service, request: Request, model: type[BodyType]) -> BodyType:

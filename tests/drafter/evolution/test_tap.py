@@ -1,0 +1,406 @@
+"""The tap on a real engine: what is kept is what the target computed, and keeping it holds nothing up."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from slipstream.drafter.evolution.recompute import Recompute, recompute
+from slipstream.drafter.evolution.store import Sample, TrafficStore
+from slipstream.drafter.evolution.tap import TrafficTap
+from slipstream.drafter.evolution.writer import TrafficWriter
+from slipstream.drafter.head import layout
+from slipstream.drafter.head.drafter import HeadDrafter
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.models.loader import load_model
+from slipstream.engine.speculation.protocol import Drafter
+from slipstream.engine.testing import LocalEngine, OracleDrafter
+from slipstream.kernels.native.library import isa
+
+TAPS = (2, 3)
+"""Default ones of six layers: 2, 3 and 3."""
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
+needs_native = pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
+
+
+def config_for(target: Path, **options: Any) -> EngineConfig:
+    given: dict[str, Any] = {"dtype": "bfloat16", "max_step_tokens": 32, "kv_cache_memory": "8MiB"}
+    return EngineConfig(model=str(target), **(given | options))
+
+
+class Tapped:
+    """An engine with a tap, and the samples it kept."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: EngineConfig,
+        drafters: Sequence[Drafter] = (),
+        redact: Callable[[Sample], Sample | None] | None = None,
+        **tap: Any,
+    ) -> None:
+        self.folder = folder
+        self.writer = TrafficWriter(TrafficStore(folder), redact)
+        self.tap = TrafficTap(self.writer, **({"features": True} | tap))
+        self.local = LocalEngine(config, drafters, [self.tap])
+        self.pages = getattr(self.tap, "_pages", None)
+
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams = GREEDY, traffic: str = "features", **more: Any
+    ) -> Any:
+        return self.local.submit(prompt, params, traffic=traffic, **more)
+
+    def samples(self) -> list[Sample]:
+        """After the end of the engine."""
+        self.local.finish()
+        self.local.close()
+        assert not self.tap._recordings
+        assert self.pages is None or self.pages.num_free == self.pages.num_pages, "pages are lost"
+        store = TrafficStore(self.folder, create=False)
+        found = list(store.samples())
+        store.close()
+        return found
+
+
+@pytest.fixture(scope="module")
+def truth(target: Path) -> Callable[..., Sample]:
+    """A sample as it should be, from the tokens alone, with another instance of the model."""
+    models = {}
+
+    def fill(sample: Sample, kernels: str = "native", dtype: str = "bfloat16") -> Sample:
+        if (kernels, dtype) not in models:
+            model = load_model(config_for(target, kernels=kernels, dtype=dtype)).model
+            models[kernels, dtype] = Recompute(model, TAPS, 512, chunk=48)
+        return recompute(dataclasses.replace(sample, features=None), models[kernels, dtype])
+
+    return fill
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    return [np.random.default_rng(length).integers(0, 96, length).tolist() for length in lengths]
+
+
+def check(samples: Sequence[Sample], truth: Callable[..., Sample]) -> None:
+    for sample in samples:
+        assert sample.features is not None
+        assert sample.features.dtype == torch.bfloat16 and sample.taps == TAPS
+        whole = truth(sample).features
+        assert whole is not None and len(whole) == len(sample.tokens) - 1
+        assert sample.start + len(sample.features) == len(whole)
+        assert torch.equal(sample.features, whole[sample.start :])
+
+
+@needs_native
+@pytest.mark.parametrize("pipeline", ["off", "on"])
+def test_features_are_those_of_a_plain_forward_pass(
+    tmp_path: Path, target: Path, truth: Callable[..., Sample], pipeline: Literal["on", "off"]
+) -> None:
+    """Without speculation: chunked prompts, several streams, requests that end at different steps."""
+    tapped = Tapped(tmp_path / "t", config_for(target, pipeline=pipeline))
+    told = [tapped.submit(prompt, tenant=f"t{len(prompt)}", domain="d") for prompt in prompts(3, 20, 90, 41)]
+    samples = tapped.samples()
+    assert sorted(sample.tokens.tolist() for sample in samples) == sorted(
+        prompt + completion.tokens for prompt, completion in zip(prompts(3, 20, 90, 41), told, strict=True)
+    )
+    check(samples, truth)
+    for sample in samples:
+        assert sample.start == 0 and sample.greedy and sample.domain == "d"
+        assert sample.tenant == f"t{sample.num_prompt}"
+        assert abs(sample.time - time.time()) < 60
+
+
+@needs_native
+@pytest.mark.parametrize("right", [0.0, 0.6, 1.0])
+def test_wrong_guesses_leave_nothing(tmp_path: Path, target: Path, truth: Callable[..., Sample], right: float) -> None:
+    asked = prompts(5, 17, 40)
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=5)
+    plain = LocalEngine(config_for(target))
+    answers = {tuple(p): c.tokens for p, c in zip(asked, plain.generate(asked, params), strict=True)}
+    config = config_for(target, speculation_policy="fixed", max_draft_tokens=4)
+    tapped = Tapped(tmp_path / "t", config, [OracleDrafter(answers, right)])
+    for prompt in asked:
+        # A stop token in the middle of what a step brings: nothing after it is kept.
+        stop = answers[tuple(prompt)][50]
+        tapped.submit(prompt, SamplingParams(max_tokens=60, temperature=1.0, seed=5, stop_token_ids=(stop,)))
+    samples = tapped.samples()
+    [stats] = tapped.local.engine.runner.speculator.stats
+    assert stats.draft_tokens > 30 and (stats.accepted_tokens > 10) == (right > 0)
+    assert len(samples) == 3
+    check(samples, truth)
+    for sample in samples:
+        known = answers[tuple(sample.tokens[: sample.num_prompt].tolist())]
+        assert sample.tokens[sample.num_prompt :].tolist() == known[: known.index(known[50]) + 1]
+
+
+@needs_native
+def test_most_likely_tokens_belong_to_their_places(tmp_path: Path, target: Path, truth: Callable[..., Sample]) -> None:
+    """Of greedy answers they begin with the answer, through chunks, guesses right and wrong, and penalties."""
+    asked = prompts(5, 17, 40)
+    params = SamplingParams(max_tokens=40, temperature=0.0, logprobs=3)
+    plain = LocalEngine(config_for(target))
+    told = {tuple(p): c for p, c in zip(asked, plain.generate(asked, params), strict=True)}
+    oracle = OracleDrafter({prompt: completion.tokens for prompt, completion in told.items()}, 0.7)
+    config = config_for(target, speculation_policy="fixed", max_draft_tokens=4)
+    tapped = Tapped(tmp_path / "t", config, [oracle], top_k=3)
+    for number, prompt in enumerate(asked):
+        tapped.submit(prompt, params)
+        tapped.submit(prompts(50 + number)[0], params, traffic="off")
+    samples = tapped.samples()
+    assert len(samples) == 3 and tapped.local.engine.runner.speculator.stats[0].draft_tokens > 30
+    for sample in samples:
+        deltas = told[tuple(sample.tokens[: sample.num_prompt].tolist())].deltas
+        expected = [entry.top for delta in deltas for entry in delta.logprobs or ()]
+        assert sample.topk is not None
+        ids, logprobs = sample.topk
+        assert ids.dtype == torch.int32 and logprobs.dtype == torch.float16
+        assert ids.tolist() == [[token for token, _ in top] for top in expected]
+        values = torch.tensor([[value for _, value in top] for top in expected])
+        torch.testing.assert_close(logprobs.float(), values, rtol=2e-3, atol=2e-3)
+        assert ids[:, 0].tolist() == sample.tokens[sample.num_prompt :].tolist()
+
+
+@needs_native
+def test_a_head_and_the_tap_see_the_same_layers(tmp_path: Path, target: Path, truth: Callable[..., Sample]) -> None:
+    seen: list[int] = []
+
+    class Watching(HeadDrafter):
+        def observe(self, computed: Any) -> None:
+            seen.extend(entry.start for entry in computed)
+            super().observe(computed)
+
+    def load(decoder: Any) -> Any:
+        head = layout.config_for(decoder, 48, taps=(1, 4, 6))
+        return head, layout.random_tensors(head, 0)
+
+    tapped = Tapped(tmp_path / "t", config_for(target, drafter="given"), [Watching(load)])
+    tapped.submit(prompts(20)[0])
+    tapped.submit(prompts(30)[0], traffic="off")
+    [sample] = tapped.samples()
+    assert sample.taps == (1, 4, 6) and len(sample.tokens) == 44 and len(seen) > 40
+    other = Recompute(load_model(config_for(target)).model, (1, 4, 6), 64)
+    assert sample.features is not None and torch.equal(sample.features, other.features(sample.tokens))
+
+
+@needs_native
+def test_prefix_hits_say_where_features_begin(tmp_path: Path, target: Path, truth: Callable[..., Sample]) -> None:
+    tapped = Tapped(tmp_path / "t", config_for(target))
+    [prompt] = prompts(70)
+    tapped.submit(prompt, traffic="off")
+    tapped.local.finish()
+    second = tapped.submit([*prompt, 5, 6, 7])
+    [sample] = tapped.samples()
+    assert second.num_cached_tokens >= 64
+    assert sample.start == second.num_cached_tokens
+    assert sample.tokens[:70].tolist() == prompt
+    check([sample], truth)
+
+
+@needs_native
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_preempted_requests_are_whole(
+    tmp_path: Path, target: Path, truth: Callable[..., Sample], prefix_caching: bool
+) -> None:
+    config = config_for(
+        target, kv_cache_memory="256KiB", max_model_len=96, max_running=6, prefix_caching=prefix_caching
+    )
+    tapped = Tapped(tmp_path / "t", config)
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=1)
+    told = [tapped.submit(prompt, params) for prompt in prompts(20, 22, 24, 26, 28, 30)]
+    samples = tapped.samples()
+    assert sum(completion.num_preemptions for completion in told) > 2
+    assert len(samples) == 6 and not any(sample.greedy for sample in samples)
+    assert sorted(sample.tokens[sample.num_prompt :].tolist() for sample in samples) == sorted(c.tokens for c in told)
+    check(samples, truth)
+    assert any(sample.start == 0 for sample in samples)
+
+
+def test_what_is_aborted_is_not_kept_and_stop_strings_are_no_abort(tmp_path: Path, target: Path) -> None:
+    tapped = Tapped(tmp_path / "t", config_for(target))
+    gone, stopped = (tapped.submit(prompt) for prompt in prompts(20, 30))
+    for _ in range(8):
+        tapped.local.step()
+    tapped.local.engine.scheduler.abort([gone.request_id])
+    tapped.local.engine.scheduler.abort([stopped.request_id], stopped=True)
+    waiting = tapped.submit(prompts(12)[0])
+    tapped.local.engine.scheduler.abort([waiting.request_id])
+    [sample] = tapped.samples()
+    assert sample.num_prompt == 30 and sample.tokens[30:].tolist() == stopped.tokens
+    assert 0 < len(stopped.tokens) < 24
+    assert tapped.writer.stats.dropped == 0
+
+
+def test_levels(tmp_path: Path, target: Path) -> None:
+    tapped = Tapped(tmp_path / "t", config_for(target))
+    for prompt, level in zip(prompts(10, 11, 12), ("off", "tokens", "features"), strict=True):
+        tapped.submit(prompt, traffic=level)
+    samples = {sample.num_prompt: sample for sample in tapped.samples()}
+    assert samples.keys() == {11, 12}
+    assert samples[11].features is None and samples[11].start == len(samples[11].tokens)
+    assert samples[12].features is not None
+    tokens_only = Tapped(tmp_path / "u", config_for(target), features=False)
+    assert not tokens_only.local.engine.runner.speculator.watches, "nothing is read from the model"
+    tokens_only.submit(prompts(10)[0], traffic="tokens")
+    [sample] = tokens_only.samples()
+    assert sample.features is None and len(sample.tokens) == 34
+
+
+@needs_native
+def test_long_requests_keep_the_features_of_their_end(
+    tmp_path: Path, target: Path, truth: Callable[..., Sample]
+) -> None:
+    tapped = Tapped(tmp_path / "t", config_for(target, max_step_tokens=256), most_positions=100)
+    for prompt in prompts(300, 90, 40):
+        tapped.submit(prompt, SamplingParams(max_tokens=70, temperature=0.0))
+    samples = tapped.samples()
+    check(samples, truth)
+    kept = {sample.num_prompt: len(sample.features) for sample in samples if sample.features is not None}
+    assert kept == {300: 100, 90: 100, 40: 100}
+
+
+class Stalled:
+    """A redaction hook that holds the writer until it is let go."""
+
+    def __init__(self) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, sample: Sample) -> Sample:
+        self.reached.set()
+        assert self.go.wait(60)
+        return sample
+
+
+@pytest.fixture
+def stalled() -> Iterator[Stalled]:
+    hook = Stalled()
+    yield hook
+    hook.go.set()
+
+
+def test_a_full_buffer_drops_samples_and_delays_nothing(tmp_path: Path, target: Path, stalled: Stalled) -> None:
+    page = 64 * 2 * 64 * 2
+    tapped = Tapped(tmp_path / "t", config_for(target), redact=stalled, buffer_bytes=3 * page)
+    first = tapped.submit(prompts(20)[0])
+    tapped.local.finish()
+    assert stalled.reached.wait(30)
+    # The writer stands still; the pages of the first are free again, and three more requests fill them.
+    told = [tapped.submit(prompt) for prompt in prompts(21, 22, 23, 24, 25)]
+    tapped.local.finish()
+    assert all(completion.finish_reason == "length" for completion in [first, *told])
+    assert tapped.writer.stats.kept == 0
+    assert tapped.writer.stats.dropped == 2
+    assert tapped.local.engine.core.stats().traffic.dropped == 2
+    stalled.go.set()
+    assert len(tapped.samples()) == 4
+    assert tapped.writer.stats.kept == 4
+
+
+def test_a_long_queue_drops_too(
+    tmp_path: Path, target: Path, stalled: Stalled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slipstream.drafter.evolution.writer.MOST_WAITING", 2)
+    tapped = Tapped(tmp_path / "t", config_for(target), redact=stalled)
+    tapped.submit(prompts(20)[0], traffic="tokens")
+    tapped.local.finish()
+    assert stalled.reached.wait(30)
+    for prompt in prompts(21, 22, 23, 24):
+        tapped.submit(prompt)
+    tapped.local.finish()
+    assert tapped.writer.stats.dropped == 2
+    stalled.go.set()
+    assert len(tapped.samples()) == 3
+
+
+def test_redaction(tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def redact(sample: Sample) -> Sample | None:
+        match sample.num_prompt:
+            case 10:
+                return None
+            case 11:
+                return dataclasses.replace(sample, tokens=np.where(sample.tokens == sample.tokens[0], 0, sample.tokens))
+            case 12:
+                raise ValueError(f"private {sample.tokens.tolist()}")
+            case 13:
+                return dataclasses.replace(sample, tenant="somebody else", features=None)
+        return sample
+
+    tapped = Tapped(tmp_path / "t", config_for(target), redact=redact)
+    for prompt in prompts(10, 11, 12, 13, 14):
+        tapped.submit(prompt, tenant="me")
+    samples = {sample.num_prompt: sample for sample in tapped.samples()}
+    assert samples.keys() == {11, 13, 14}
+    assert samples[11].features is None and samples[11].tokens[0] == 0, "features would tell what was there"
+    assert samples[13].features is None and samples[13].tenant == "me"
+    assert samples[14].features is not None
+    stats = tapped.writer.stats
+    assert (stats.kept, stats.redacted, stats.dropped) == (3, 1, 1)
+    assert "ValueError" in caplog.text and "private" not in caplog.text
+
+
+def test_purge_reaches_running_and_waiting_requests(tmp_path: Path, target: Path) -> None:
+    tapped = Tapped(tmp_path / "t", config_for(target))
+    for tenant in ("alice", "bob"):
+        tapped.submit(prompts(20)[0], tenant=tenant)
+    for _ in range(5):
+        tapped.local.step()
+    other = TrafficStore(tmp_path / "t", create=False)
+    other.purge("alice")
+    other.close()
+    assert {sample.tenant for sample in tapped.samples()} == {"bob"}
+    assert b"alice" not in b"".join(path.read_bytes() for path in (tmp_path / "t").rglob("*") if path.is_file())
+
+
+def test_a_full_disk_drops_samples_and_serving_goes_on(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("slipstream.drafter.evolution.store.save_file", full)
+    tapped = Tapped(tmp_path / "t", config_for(target))
+    assert tapped.submit(prompts(20)[0]).finish_reason is None
+    assert tapped.samples() == []
+    assert tapped.writer.stats.dropped == 1 and tapped.writer.stats.kept == 0
+    assert not list((tmp_path / "t" / "shards").glob("*.safetensors"))
+
+
+def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path) -> None:
+    import json
+
+    neox = {
+        "model_type": "gpt_neox",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(neox))
+    config = EngineConfig(model=str(tmp_path), load_format="dummy", kv_cache_memory="4MiB")
+    with pytest.raises(ConfigError, match="--traffic-log tokens"):
+        Tapped(tmp_path / "t", config)
+
+
+@pytest.mark.parametrize(("kernels", "dtype"), [("torch", "float32"), ("native", "float32")])
+def test_recomputed_features_agree_with_other_kernels(
+    tmp_path: Path, target: Path, truth: Callable[..., Sample], kernels: Any, dtype: Any
+) -> None:
+    if kernels == "native" and isa() is None:
+        pytest.skip("no native kernels on this machine")
+    tapped = Tapped(tmp_path / "t", config_for(target, kernels=kernels, dtype=dtype))
+    tapped.submit(prompts(60)[0])
+    [sample] = tapped.samples()
+    whole = truth(sample, kernels, dtype)
+    assert sample.features is not None and whole.features is not None
+    torch.testing.assert_close(sample.features.float(), whole.features.float(), rtol=1e-2, atol=1e-2)
+    assert recompute(whole, Recompute(load_model(config_for(target)).model, TAPS, 512)) is whole
