@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from slipstream.drafter.evolution.recompute import Recompute, recompute
 from slipstream.drafter.evolution.store import Sample, TrafficStore
@@ -21,9 +23,9 @@ from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
-from slipstream.engine.messages import SamplingParams
+from slipstream.engine.messages import NewRequest, SamplingParams
 from slipstream.engine.models.loader import load_model
-from slipstream.engine.speculation.protocol import Drafter
+from slipstream.engine.speculation.protocol import Computed, Drafter, DraftRow, EndedRequest
 from slipstream.engine.testing import LocalEngine, OracleDrafter
 from slipstream.kernels.native.library import isa
 
@@ -217,7 +219,7 @@ def test_preempted_requests_are_whole(
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=1)
     told = [tapped.submit(prompt, params) for prompt in prompts(20, 22, 24, 26, 28, 30)]
     samples = tapped.samples()
-    assert sum(completion.num_preemptions for completion in told) > 2
+    assert sum(completion.num_preemptions for completion in told) >= 2
     assert len(samples) == 6 and not any(sample.greedy for sample in samples)
     assert sorted(sample.tokens[sample.num_prompt :].tolist() for sample in samples) == sorted(c.tokens for c in told)
     check(samples, truth)
@@ -404,3 +406,49 @@ def test_recomputed_features_agree_with_other_kernels(
     assert sample.features is not None and whole.features is not None
     torch.testing.assert_close(sample.features.float(), whole.features.float(), rtol=1e-2, atol=1e-2)
     assert recompute(whole, Recompute(load_model(config_for(target)).model, TAPS, 512)) is whole
+
+
+@pytest.fixture(scope="module")
+def model(target: Path) -> Any:
+    return load_model(config_for(target, kernels="torch")).model
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_is_computed_twice_or_skipped_features_stay_in_place(
+    tmp_path_factory: pytest.TempPathFactory, model: Any, data: st.DataObject
+) -> None:
+    """Rows of two requests in chunks, with preemptions after which the prefix cache knows more or less than before."""
+    folder = tmp_path_factory.mktemp("any") / "t"
+    most = data.draw(st.sampled_from([20, 100, 4096]))
+    writer = TrafficWriter(TrafficStore(folder))
+    tap = TrafficTap(writer, features=True, most_positions=most)
+    tap.taps(model, ())
+    total, begins = 200, {}
+    for number in (1, 2):
+        request = NewRequest(request_id=number, prompt=[1] * 5, params=GREEDY, traffic="features", tenant=str(number))
+        tap.begin(request, 0)
+        row = DraftRow(0, "", 5, np.zeros(total, np.int32), total, frozenset(), request_id=number, traffic="features")
+        entries = data.draw(st.lists(st.integers(0, total - 2), max_size=3), "where it enters a row")
+        for attempt, begin in enumerate(entries or [0]):
+            end = total - 1 if attempt == len(entries or [0]) - 1 else data.draw(st.integers(begin, total - 1))
+            at = begin
+            while at < end:
+                count = min(data.draw(st.integers(1, 90)), end - at)
+                values = (
+                    torch.arange(at, at + count).float()[:, None, None].expand(count, len(TAPS), 64) + 1000 * number
+                )
+                tap.observe([Computed(row, at, values)])
+                at += count
+        begins[number] = entries[-1] if entries else 0
+        tap.finish(EndedRequest(request, list(range(total)), "length", 0, 0))
+    tap.close()
+    store = TrafficStore(folder, create=False)
+    for sample in store.samples():
+        number = int(sample.tenant)
+        assert sample.features is not None and sample.start <= max(begins[number], total - 1 - most)
+        assert sample.start + len(sample.features) == total - 1 and len(sample.features) <= most
+        expected = (torch.arange(sample.start, total - 1).float() + 1000 * number).bfloat16()
+        assert bool((sample.features == expected[:, None, None]).all())
+    assert writer.stats.kept == 2 and tap._pages.num_free == tap._pages.num_pages
+    store.close()
