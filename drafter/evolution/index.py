@@ -8,6 +8,7 @@ to be indexed, so a file without a row is left over from a process that was kill
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -111,6 +112,16 @@ class TrafficIndex:
     def close(self) -> None:
         self._db.close()
 
+    def lock(self) -> int | None:
+        """A descriptor that makes its holder the one that appends, until it is closed; None if there is another."""
+        lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            return None
+        return lock
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Holds the write lock of the index."""
@@ -183,7 +194,11 @@ class TrafficIndex:
             db.execute("INSERT OR REPLACE INTO purges VALUES (?, ?)", (who, time.time()))
             [count] = db.execute(f"SELECT COUNT(*) FROM samples{owned}", values).fetchone()
             self._delete(db, db.execute(f"SELECT id, file FROM shards{owned}", values).fetchall())
-            self._delete_orphans(db)
+            # Unfinished files are the business of who appends, if anybody does.
+            lock = self.lock()
+            self._delete_orphans(db, "*.safetensors" if lock is None else "*")
+            if lock is not None:
+                os.close(lock)
         # The log still holds the rows; empty it, too.
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return int(count)
@@ -209,11 +224,11 @@ class TrafficIndex:
             self._delete(db, gone)
 
     def clean(self) -> None:
-        """Deletes what a killed process left: files without a row, rows without a file."""
+        """Deletes what a killed process left: files without a row, rows without a file. For who holds the lock."""
         with self.transaction() as db:
             rows = db.execute("SELECT id, file FROM shards").fetchall()
             self._delete(db, [(number, file) for number, file in rows if not (self.shards / file).exists()])
-            self._delete_orphans(db)
+            self._delete_orphans(db, "*")
 
     def claim(self, target: str) -> None:
         """The traffic is that of this target model; raises ConfigError if the folder holds another's."""
@@ -233,9 +248,9 @@ class TrafficIndex:
             db.execute("DELETE FROM samples WHERE shard = ?", (number,))
             db.execute("DELETE FROM shards WHERE id = ?", (number,))
 
-    def _delete_orphans(self, db: sqlite3.Connection) -> None:
+    def _delete_orphans(self, db: sqlite3.Connection, pattern: str) -> None:
         known = {file for (file,) in db.execute("SELECT file FROM shards")}
-        for path in self.shards.glob("*.safetensors"):
+        for path in self.shards.glob(pattern):
             if path.name not in known:
                 path.unlink(missing_ok=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
@@ -85,15 +84,9 @@ class TrafficStore:
         """
         if self._lock is not None:
             return
-        lock = os.open(self.index.folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise ConfigError(f"another server keeps its traffic in {self.index.folder}") from None
-        self._lock = lock
-        for left in self.index.shards.glob("*.tmp"):
-            left.unlink()
+        self._lock = self.index.lock()
+        if self._lock is None:
+            raise ConfigError(f"another server keeps its traffic in {self.index.folder}")
         self.index.clean()
         self.expire()
 

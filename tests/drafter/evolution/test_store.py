@@ -276,14 +276,30 @@ def test_a_killed_writer_leaves_a_readable_store(tmp_path: Path, make_sample: Ma
     store.close()
 
 
+def test_purge_also_takes_what_a_killed_writer_left(tmp_path: Path, make_sample: Make) -> None:
+    store = TrafficStore(tmp_path / "t")
+    store.append([make_sample(8, tenant="b")])
+    left = [store.index.shards / name for name in ("0123.safetensors", "4567.safetensors.tmp", ".tmpAbC")]
+    for path in left:
+        path.write_bytes(b"alice")
+    other = TrafficIndex(tmp_path / "t")
+    other.purge("alice")
+    assert [path.exists() for path in left] == [False, True, True], "they may be the writer's, which is alive"
+    store.close()
+    other.purge("alice")
+    assert not any(path.exists() for path in left) and len(list(other.shards.iterdir())) == 1
+    other.close()
+
+
 def test_a_row_without_a_file_and_a_file_without_a_row_go(tmp_path: Path, make_sample: Make) -> None:
     store = TrafficStore(tmp_path / "t")
     store.append([make_sample(8, tenant="a"), make_sample(9, tenant="b")])
     [lost] = [entry.shard for entry in store.index.entries(0, "a", "oldest", None, 1)]
     lost.rename(lost.with_name("0123.safetensors"))
     assert [sample.tenant for sample in store.samples()] == ["b"]
-    (store.index.shards / "4567.safetensors.tmp").write_bytes(b"half")
     store.close()
+    for name in ("4567.safetensors.tmp", ".tmpAbC"):
+        (store.index.shards / name).write_bytes(b"half")
     store = TrafficStore(tmp_path / "t")
     store.lock()
     assert list(store.statistics()) == ["b"]
