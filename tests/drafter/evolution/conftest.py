@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from slipstream.drafter.evolution.store import Sample
+from slipstream.drafter.evolution.store import Sample, TrafficStore
+from slipstream.drafter.evolution.tap import TrafficTap
+from slipstream.drafter.evolution.writer import TrafficWriter
 from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.speculation.protocol import Drafter
+from slipstream.engine.testing import LocalEngine
 
 TARGET = {
     "model_type": "llama",
@@ -56,5 +62,68 @@ def make_sample() -> Callable[..., Sample]:
             "greedy": True,
         }
         return Sample(**(known | fields))
+
+    return make
+
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
+
+
+@pytest.fixture(scope="session")
+def config_for(target: Path) -> Callable[..., EngineConfig]:
+    """Of an engine with the tiny target; the arguments are options."""
+
+    def make(**options: Any) -> EngineConfig:
+        given: dict[str, Any] = {"dtype": "bfloat16", "max_step_tokens": 32, "kv_cache_memory": "8MiB"}
+        return EngineConfig(model=str(target), **(given | options))
+
+    return make
+
+
+class Tapped:
+    """An engine with a tap, and the samples it kept."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: EngineConfig,
+        drafters: Sequence[Drafter] = (),
+        redact: Callable[[Sample], Sample | None] | None = None,
+        **tap: Any,
+    ) -> None:
+        self.folder = folder
+        self.writer = TrafficWriter(TrafficStore(folder), redact)
+        self.tap = TrafficTap(self.writer, **({"features": True} | tap))
+        self.local = LocalEngine(config, drafters, [self.tap])
+        self.pages = getattr(self.tap, "_pages", None)
+
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams = GREEDY, traffic: str = "features", **more: Any
+    ) -> Any:
+        return self.local.submit(prompt, params, traffic=traffic, **more)
+
+    def samples(self) -> list[Sample]:
+        """After the end of the engine."""
+        self.local.finish()
+        self.local.close()
+        assert not self.tap._recordings
+        assert self.pages is None or self.pages.num_free == self.pages.num_pages, "pages are lost"
+        store = TrafficStore(self.folder, create=False)
+        found = list(store.samples())
+        store.close()
+        return found
+
+
+@pytest.fixture(scope="session")
+def tapped_engine() -> type[Tapped]:
+    return Tapped
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Callable[..., list[list[int]]]:
+    """Of these lengths."""
+
+    def make(*lengths: int) -> list[list[int]]:
+        return [np.random.default_rng(length).integers(0, 96, length).tolist() for length in lengths]
 
     return make

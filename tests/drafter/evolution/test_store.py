@@ -253,7 +253,7 @@ def test_a_killed_writer_leaves_a_readable_store(tmp_path: Path, make_sample: Ma
     folder = tmp_path / "t"
     rng = np.random.default_rng(0)
     seen = 0
-    for _ in range(6):
+    for _ in range(4):
         command = [sys.executable, "-P", "-c", WRITER, str(folder)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout is not None and writer.stdout.readline() == "ready\n"

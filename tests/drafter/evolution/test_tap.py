@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import NewRequest, SamplingParams
 from slipstream.engine.models.loader import load_model
-from slipstream.engine.speculation.protocol import Computed, Drafter, DraftRow, EndedRequest
+from slipstream.engine.speculation.protocol import Computed, DraftRow, EndedRequest
 from slipstream.engine.testing import LocalEngine, OracleDrafter
 from slipstream.kernels.native.library import isa
 
@@ -35,61 +34,18 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
 needs_native = pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
 
 
-def config_for(target: Path, **options: Any) -> EngineConfig:
-    given: dict[str, Any] = {"dtype": "bfloat16", "max_step_tokens": 32, "kv_cache_memory": "8MiB"}
-    return EngineConfig(model=str(target), **(given | options))
-
-
-class Tapped:
-    """An engine with a tap, and the samples it kept."""
-
-    def __init__(
-        self,
-        folder: Path,
-        config: EngineConfig,
-        drafters: Sequence[Drafter] = (),
-        redact: Callable[[Sample], Sample | None] | None = None,
-        **tap: Any,
-    ) -> None:
-        self.folder = folder
-        self.writer = TrafficWriter(TrafficStore(folder), redact)
-        self.tap = TrafficTap(self.writer, **({"features": True} | tap))
-        self.local = LocalEngine(config, drafters, [self.tap])
-        self.pages = getattr(self.tap, "_pages", None)
-
-    def submit(
-        self, prompt: Sequence[int], params: SamplingParams = GREEDY, traffic: str = "features", **more: Any
-    ) -> Any:
-        return self.local.submit(prompt, params, traffic=traffic, **more)
-
-    def samples(self) -> list[Sample]:
-        """After the end of the engine."""
-        self.local.finish()
-        self.local.close()
-        assert not self.tap._recordings
-        assert self.pages is None or self.pages.num_free == self.pages.num_pages, "pages are lost"
-        store = TrafficStore(self.folder, create=False)
-        found = list(store.samples())
-        store.close()
-        return found
-
-
 @pytest.fixture(scope="module")
-def truth(target: Path) -> Callable[..., Sample]:
+def truth(config_for: Any) -> Callable[..., Sample]:
     """A sample as it should be, from the tokens alone, with another instance of the model."""
     models = {}
 
     def fill(sample: Sample, kernels: str = "native", dtype: str = "bfloat16") -> Sample:
         if (kernels, dtype) not in models:
-            model = load_model(config_for(target, kernels=kernels, dtype=dtype)).model
+            model = load_model(config_for(kernels=kernels, dtype=dtype)).model
             models[kernels, dtype] = Recompute(model, TAPS, 512, chunk=48)
         return recompute(dataclasses.replace(sample, features=None), models[kernels, dtype])
 
     return fill
-
-
-def prompts(*lengths: int) -> list[list[int]]:
-    return [np.random.default_rng(length).integers(0, 96, length).tolist() for length in lengths]
 
 
 def check(samples: Sequence[Sample], truth: Callable[..., Sample]) -> None:
@@ -105,10 +61,15 @@ def check(samples: Sequence[Sample], truth: Callable[..., Sample]) -> None:
 @needs_native
 @pytest.mark.parametrize("pipeline", ["off", "on"])
 def test_features_are_those_of_a_plain_forward_pass(
-    tmp_path: Path, target: Path, truth: Callable[..., Sample], pipeline: Literal["on", "off"]
+    tmp_path: Path,
+    truth: Callable[..., Sample],
+    pipeline: Literal["on", "off"],
+    config_for: Any,
+    tapped_engine: Any,
+    prompts: Any,
 ) -> None:
     """Without speculation: chunked prompts, several streams, requests that end at different steps."""
-    tapped = Tapped(tmp_path / "t", config_for(target, pipeline=pipeline))
+    tapped = tapped_engine(tmp_path / "t", config_for(pipeline=pipeline))
     told = [tapped.submit(prompt, tenant=f"t{len(prompt)}", domain="d") for prompt in prompts(3, 20, 90, 41)]
     samples = tapped.samples()
     assert sorted(sample.tokens.tolist() for sample in samples) == sorted(
@@ -123,13 +84,15 @@ def test_features_are_those_of_a_plain_forward_pass(
 
 @needs_native
 @pytest.mark.parametrize("right", [0.0, 0.6, 1.0])
-def test_wrong_guesses_leave_nothing(tmp_path: Path, target: Path, truth: Callable[..., Sample], right: float) -> None:
+def test_wrong_guesses_leave_nothing(
+    tmp_path: Path, truth: Callable[..., Sample], right: float, config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
     asked = prompts(5, 17, 40)
     params = SamplingParams(max_tokens=60, temperature=1.0, seed=5)
-    plain = LocalEngine(config_for(target))
+    plain = LocalEngine(config_for())
     answers = {tuple(p): c.tokens for p, c in zip(asked, plain.generate(asked, params), strict=True)}
-    config = config_for(target, speculation_policy="fixed", max_draft_tokens=4)
-    tapped = Tapped(tmp_path / "t", config, [OracleDrafter(answers, right)])
+    config = config_for(speculation_policy="fixed", max_draft_tokens=4)
+    tapped = tapped_engine(tmp_path / "t", config, [OracleDrafter(answers, right)])
     for prompt in asked:
         # A stop token in the middle of what a step brings: nothing after it is kept.
         stop = answers[tuple(prompt)][50]
@@ -145,15 +108,17 @@ def test_wrong_guesses_leave_nothing(tmp_path: Path, target: Path, truth: Callab
 
 
 @needs_native
-def test_most_likely_tokens_belong_to_their_places(tmp_path: Path, target: Path, truth: Callable[..., Sample]) -> None:
+def test_most_likely_tokens_belong_to_their_places(
+    tmp_path: Path, truth: Callable[..., Sample], config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
     """Of greedy answers they begin with the answer, through chunks, guesses right and wrong, and penalties."""
     asked = prompts(5, 17, 40)
     params = SamplingParams(max_tokens=40, temperature=0.0, logprobs=3)
-    plain = LocalEngine(config_for(target))
+    plain = LocalEngine(config_for())
     told = {tuple(p): c for p, c in zip(asked, plain.generate(asked, params), strict=True)}
     oracle = OracleDrafter({prompt: completion.tokens for prompt, completion in told.items()}, 0.7)
-    config = config_for(target, speculation_policy="fixed", max_draft_tokens=4)
-    tapped = Tapped(tmp_path / "t", config, [oracle], top_k=3)
+    config = config_for(speculation_policy="fixed", max_draft_tokens=4)
+    tapped = tapped_engine(tmp_path / "t", config, [oracle], top_k=3)
     for number, prompt in enumerate(asked):
         tapped.submit(prompt, params)
         tapped.submit(prompts(50 + number)[0], params, traffic="off")
@@ -172,7 +137,9 @@ def test_most_likely_tokens_belong_to_their_places(tmp_path: Path, target: Path,
 
 
 @needs_native
-def test_a_head_and_the_tap_see_the_same_layers(tmp_path: Path, target: Path, truth: Callable[..., Sample]) -> None:
+def test_a_head_and_the_tap_see_the_same_layers(
+    tmp_path: Path, truth: Callable[..., Sample], config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
     seen: list[int] = []
 
     class Watching(HeadDrafter):
@@ -184,18 +151,20 @@ def test_a_head_and_the_tap_see_the_same_layers(tmp_path: Path, target: Path, tr
         head = layout.config_for(decoder, 48, taps=(1, 4, 6))
         return head, layout.random_tensors(head, 0)
 
-    tapped = Tapped(tmp_path / "t", config_for(target, drafter="given"), [Watching(load)])
+    tapped = tapped_engine(tmp_path / "t", config_for(drafter="given"), [Watching(load)])
     tapped.submit(prompts(20)[0])
     tapped.submit(prompts(30)[0], traffic="off")
     [sample] = tapped.samples()
     assert sample.taps == (1, 4, 6) and len(sample.tokens) == 44 and len(seen) > 40
-    other = Recompute(load_model(config_for(target)).model, (1, 4, 6), 64)
+    other = Recompute(load_model(config_for()).model, (1, 4, 6), 64)
     assert sample.features is not None and torch.equal(sample.features, other.features(sample.tokens))
 
 
 @needs_native
-def test_prefix_hits_say_where_features_begin(tmp_path: Path, target: Path, truth: Callable[..., Sample]) -> None:
-    tapped = Tapped(tmp_path / "t", config_for(target))
+def test_prefix_hits_say_where_features_begin(
+    tmp_path: Path, truth: Callable[..., Sample], config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
+    tapped = tapped_engine(tmp_path / "t", config_for())
     [prompt] = prompts(70)
     tapped.submit(prompt, traffic="off")
     tapped.local.finish()
@@ -210,12 +179,15 @@ def test_prefix_hits_say_where_features_begin(tmp_path: Path, target: Path, trut
 @needs_native
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_preempted_requests_are_whole(
-    tmp_path: Path, target: Path, truth: Callable[..., Sample], prefix_caching: bool
+    tmp_path: Path,
+    truth: Callable[..., Sample],
+    prefix_caching: bool,
+    config_for: Any,
+    tapped_engine: Any,
+    prompts: Any,
 ) -> None:
-    config = config_for(
-        target, kv_cache_memory="256KiB", max_model_len=96, max_running=6, prefix_caching=prefix_caching
-    )
-    tapped = Tapped(tmp_path / "t", config)
+    config = config_for(kv_cache_memory="256KiB", max_model_len=96, max_running=6, prefix_caching=prefix_caching)
+    tapped = tapped_engine(tmp_path / "t", config)
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=1)
     told = [tapped.submit(prompt, params) for prompt in prompts(20, 22, 24, 26, 28, 30)]
     samples = tapped.samples()
@@ -226,8 +198,10 @@ def test_preempted_requests_are_whole(
     assert any(sample.start == 0 for sample in samples)
 
 
-def test_what_is_aborted_is_not_kept_and_stop_strings_are_no_abort(tmp_path: Path, target: Path) -> None:
-    tapped = Tapped(tmp_path / "t", config_for(target))
+def test_what_is_aborted_is_not_kept_and_stop_strings_are_no_abort(
+    tmp_path: Path, config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
+    tapped = tapped_engine(tmp_path / "t", config_for())
     gone, stopped = (tapped.submit(prompt) for prompt in prompts(20, 30))
     for _ in range(8):
         tapped.local.step()
@@ -241,15 +215,15 @@ def test_what_is_aborted_is_not_kept_and_stop_strings_are_no_abort(tmp_path: Pat
     assert tapped.writer.stats.dropped == 0
 
 
-def test_levels(tmp_path: Path, target: Path) -> None:
-    tapped = Tapped(tmp_path / "t", config_for(target))
+def test_levels(tmp_path: Path, config_for: Any, tapped_engine: Any, prompts: Any) -> None:
+    tapped = tapped_engine(tmp_path / "t", config_for())
     for prompt, level in zip(prompts(10, 11, 12), ("off", "tokens", "features"), strict=True):
         tapped.submit(prompt, traffic=level)
     samples = {sample.num_prompt: sample for sample in tapped.samples()}
     assert samples.keys() == {11, 12}
     assert samples[11].features is None and samples[11].start == len(samples[11].tokens)
     assert samples[12].features is not None
-    tokens_only = Tapped(tmp_path / "u", config_for(target), features=False)
+    tokens_only = tapped_engine(tmp_path / "u", config_for(), features=False)
     assert not tokens_only.local.engine.runner.speculator.watches, "nothing is read from the model"
     tokens_only.submit(prompts(10)[0], traffic="tokens")
     [sample] = tokens_only.samples()
@@ -258,9 +232,9 @@ def test_levels(tmp_path: Path, target: Path) -> None:
 
 @needs_native
 def test_long_requests_keep_the_features_of_their_end(
-    tmp_path: Path, target: Path, truth: Callable[..., Sample]
+    tmp_path: Path, truth: Callable[..., Sample], config_for: Any, tapped_engine: Any, prompts: Any
 ) -> None:
-    tapped = Tapped(tmp_path / "t", config_for(target, max_step_tokens=256), most_positions=100)
+    tapped = tapped_engine(tmp_path / "t", config_for(max_step_tokens=256), most_positions=100)
     for prompt in prompts(300, 90, 40):
         tapped.submit(prompt, SamplingParams(max_tokens=70, temperature=0.0))
     samples = tapped.samples()
@@ -269,113 +243,7 @@ def test_long_requests_keep_the_features_of_their_end(
     assert kept == {300: 100, 90: 100, 40: 100}
 
 
-class Stalled:
-    """A redaction hook that holds the writer until it is let go."""
-
-    def __init__(self) -> None:
-        self.reached, self.go = threading.Event(), threading.Event()
-
-    def __call__(self, sample: Sample) -> Sample:
-        self.reached.set()
-        assert self.go.wait(60)
-        return sample
-
-
-@pytest.fixture
-def stalled() -> Iterator[Stalled]:
-    hook = Stalled()
-    yield hook
-    hook.go.set()
-
-
-def test_a_full_buffer_drops_samples_and_delays_nothing(tmp_path: Path, target: Path, stalled: Stalled) -> None:
-    page = 64 * 2 * 64 * 2
-    tapped = Tapped(tmp_path / "t", config_for(target), redact=stalled, buffer_bytes=3 * page)
-    first = tapped.submit(prompts(20)[0])
-    tapped.local.finish()
-    assert stalled.reached.wait(30)
-    # The writer stands still; the pages of the first are free again, and three more requests fill them.
-    told = [tapped.submit(prompt) for prompt in prompts(21, 22, 23, 24, 25)]
-    tapped.local.finish()
-    assert all(completion.finish_reason == "length" for completion in [first, *told])
-    assert tapped.writer.stats.kept == 0
-    assert tapped.writer.stats.dropped == 2
-    assert tapped.local.engine.core.stats().traffic.dropped == 2
-    stalled.go.set()
-    assert len(tapped.samples()) == 4
-    assert tapped.writer.stats.kept == 4
-
-
-def test_a_long_queue_drops_too(
-    tmp_path: Path, target: Path, stalled: Stalled, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("slipstream.drafter.evolution.writer.MOST_WAITING", 2)
-    tapped = Tapped(tmp_path / "t", config_for(target), redact=stalled)
-    tapped.submit(prompts(20)[0], traffic="tokens")
-    tapped.local.finish()
-    assert stalled.reached.wait(30)
-    for prompt in prompts(21, 22, 23, 24):
-        tapped.submit(prompt)
-    tapped.local.finish()
-    assert tapped.writer.stats.dropped == 2
-    stalled.go.set()
-    assert len(tapped.samples()) == 3
-
-
-def test_redaction(tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def redact(sample: Sample) -> Sample | None:
-        match sample.num_prompt:
-            case 10:
-                return None
-            case 11:
-                return dataclasses.replace(sample, tokens=np.where(sample.tokens == sample.tokens[0], 0, sample.tokens))
-            case 12:
-                raise ValueError(f"private {sample.tokens.tolist()}")
-            case 13:
-                return dataclasses.replace(sample, tenant="somebody else", features=None)
-        return sample
-
-    tapped = Tapped(tmp_path / "t", config_for(target), redact=redact)
-    for prompt in prompts(10, 11, 12, 13, 14):
-        tapped.submit(prompt, tenant="me")
-    samples = {sample.num_prompt: sample for sample in tapped.samples()}
-    assert samples.keys() == {11, 13, 14}
-    assert samples[11].features is None and samples[11].tokens[0] == 0, "features would tell what was there"
-    assert samples[13].features is None and samples[13].tenant == "me"
-    assert samples[14].features is not None
-    stats = tapped.writer.stats
-    assert (stats.kept, stats.redacted, stats.dropped) == (3, 1, 1)
-    assert "ValueError" in caplog.text and "private" not in caplog.text
-
-
-def test_purge_reaches_running_and_waiting_requests(tmp_path: Path, target: Path) -> None:
-    tapped = Tapped(tmp_path / "t", config_for(target))
-    for tenant in ("alice", "bob"):
-        tapped.submit(prompts(20)[0], tenant=tenant)
-    for _ in range(5):
-        tapped.local.step()
-    other = TrafficStore(tmp_path / "t", create=False)
-    other.purge("alice")
-    other.close()
-    assert {sample.tenant for sample in tapped.samples()} == {"bob"}
-    assert b"alice" not in b"".join(path.read_bytes() for path in (tmp_path / "t").rglob("*") if path.is_file())
-
-
-def test_a_full_disk_drops_samples_and_serving_goes_on(
-    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("slipstream.drafter.evolution.store.save_file", full)
-    tapped = Tapped(tmp_path / "t", config_for(target))
-    assert tapped.submit(prompts(20)[0]).finish_reason is None
-    assert tapped.samples() == []
-    assert tapped.writer.stats.dropped == 1 and tapped.writer.stats.kept == 0
-    assert not list((tmp_path / "t" / "shards").glob("*.safetensors"))
-
-
-def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path, tapped_engine: Any) -> None:
     import json
 
     neox = {
@@ -390,27 +258,33 @@ def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(neox))
     config = EngineConfig(model=str(tmp_path), load_format="dummy", kv_cache_memory="4MiB")
     with pytest.raises(ConfigError, match="--traffic-log tokens"):
-        Tapped(tmp_path / "t", config)
+        tapped_engine(tmp_path / "t", config)
 
 
 @pytest.mark.parametrize(("kernels", "dtype"), [("torch", "float32"), ("native", "float32")])
 def test_recomputed_features_agree_with_other_kernels(
-    tmp_path: Path, target: Path, truth: Callable[..., Sample], kernels: Any, dtype: Any
+    tmp_path: Path,
+    truth: Callable[..., Sample],
+    kernels: Any,
+    dtype: Any,
+    config_for: Any,
+    tapped_engine: Any,
+    prompts: Any,
 ) -> None:
     if kernels == "native" and isa() is None:
         pytest.skip("no native kernels on this machine")
-    tapped = Tapped(tmp_path / "t", config_for(target, kernels=kernels, dtype=dtype))
+    tapped = tapped_engine(tmp_path / "t", config_for(kernels=kernels, dtype=dtype))
     tapped.submit(prompts(60)[0])
     [sample] = tapped.samples()
     whole = truth(sample, kernels, dtype)
     assert sample.features is not None and whole.features is not None
     torch.testing.assert_close(sample.features.float(), whole.features.float(), rtol=1e-2, atol=1e-2)
-    assert recompute(whole, Recompute(load_model(config_for(target)).model, TAPS, 512)) is whole
+    assert recompute(whole, Recompute(load_model(config_for()).model, TAPS, 512)) is whole
 
 
 @pytest.fixture(scope="module")
-def model(target: Path) -> Any:
-    return load_model(config_for(target, kernels="torch")).model
+def model(config_for: Any) -> Any:
+    return load_model(config_for(kernels="torch")).model
 
 
 @settings(max_examples=60, deadline=None)
