@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from slipstream.drafter.evolution.traffic import TrafficConfig
+from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
 from slipstream.server.config import ServerConfig

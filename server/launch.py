@@ -15,7 +15,7 @@ from importlib.metadata import version
 import uvicorn
 import uvloop
 
-from slipstream.drafter.evolution.traffic import TrafficConfig
+from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.server.app import build_app

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from slipstream.drafter.evolution.traffic import TrafficConfig
+from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.checkpoint import locate
 from slipstream.engine.client import EngineClient, RequestStream
 from slipstream.engine.config import EngineConfig

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from slipstream.drafter.evolution.index import TrafficIndex
+from slipstream.drafter.traffic.index import TrafficIndex
 
 app = typer.Typer(help="What was kept of the traffic: look at it, delete it.", no_args_is_help=True)
 Folder = Annotated[str, typer.Option(help="The --traffic-folder of the server.", envvar="SLIPSTREAM_TRAFFIC_FOLDER")]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slipstream.drafter.evolution.store import TrafficStore
+from slipstream.drafter.traffic.store import TrafficStore
 
 HOOK = """
 import dataclasses

@@ -23,9 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from slipstream.drafter.evolution import store as store_module
-from slipstream.drafter.evolution.index import TrafficIndex, held_out
-from slipstream.drafter.evolution.store import Sample, TrafficStore
+from slipstream.drafter.traffic import store as store_module
+from slipstream.drafter.traffic.index import TrafficIndex, held_out
+from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.engine.errors import ConfigError
 
 Make = Callable[..., Sample]
@@ -237,7 +237,7 @@ WRITER = """
 import sys
 import time
 import numpy as np, torch
-from slipstream.drafter.evolution.store import Sample, TrafficStore
+from slipstream.drafter.traffic.store import Sample, TrafficStore
 store = TrafficStore(sys.argv[1], max_bytes=400_000)
 print("ready", flush=True)
 for number in range(10**6):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.drafter.evolution.store import Int32, Sample
+from slipstream.drafter.traffic.store import Int32, Sample
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.kernels.batch import make_batch
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slipstream.drafter.evolution.store import Sample, TrafficStore
+from slipstream.drafter.traffic.store import Sample, TrafficStore
 
 
 class Stalled:
@@ -56,7 +56,7 @@ def test_a_full_buffer_drops_samples_and_delays_nothing(
 def test_a_long_queue_drops_too(
     tmp_path: Path, stalled: Stalled, monkeypatch: pytest.MonkeyPatch, config_for: Any, tapped_engine: Any, prompts: Any
 ) -> None:
-    monkeypatch.setattr("slipstream.drafter.evolution.writer.MOST_WAITING", 2)
+    monkeypatch.setattr("slipstream.drafter.traffic.writer.MOST_WAITING", 2)
     tapped = tapped_engine(tmp_path / "t", config_for(), redact=stalled)
     tapped.submit(prompts(20)[0], traffic="tokens")
     tapped.local.finish()
@@ -118,7 +118,7 @@ def test_a_full_disk_drops_samples_and_serving_goes_on(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slipstream.drafter.evolution.store.save_file", full)
+    monkeypatch.setattr("slipstream.drafter.traffic.store.save_file", full)
     tapped = tapped_engine(tmp_path / "t", config_for())
     assert tapped.submit(prompts(20)[0]).finish_reason is None
     assert tapped.samples() == []

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from slipstream.drafter.evolution.store import Sample, TrafficStore
+from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import TrafficStats
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from slipstream.drafter.evolution.store import Sample, TrafficStore
-from slipstream.drafter.evolution.tap import TrafficTap
-from slipstream.drafter.evolution.writer import TrafficWriter
+from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.drafter.traffic.tap import TrafficTap
+from slipstream.drafter.traffic.writer import TrafficWriter
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams

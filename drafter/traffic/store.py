@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slipstream.drafter.evolution.index import Entry, TenantStatistics, TrafficIndex
+from slipstream.drafter.traffic.index import Entry, TenantStatistics, TrafficIndex
 from slipstream.engine.errors import ConfigError
 
 Int32 = NDArray[np.int32]
