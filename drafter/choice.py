@@ -8,12 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from slipstream.drafter.draft_model import ModelDrafter
-from slipstream.drafter.registry.fingerprint import served_fingerprint
-from slipstream.drafter.registry.manifest import MANIFEST_FILE
-from slipstream.drafter.registry.version_folder import read_folder
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
+from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.registry.manifest import MANIFEST_FILE
+from slipstream.drafter.registry.version_folder import read_folder
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError

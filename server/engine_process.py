@@ -9,8 +9,8 @@ import sys
 import msgspec
 
 from slipstream.drafter.choice import make_drafters
-from slipstream.drafter.traffic.tap import make_listeners
 from slipstream.drafter.traffic.config import TrafficConfig
+from slipstream.drafter.traffic.tap import make_listeners
 from slipstream.engine.process import main
 from slipstream.server.log import set_up_logging
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from slipstream.drafter.head import layout
 from slipstream.drafter.registry import manifest as manifests
 from slipstream.drafter.registry.fingerprint import target_fingerprint
 from slipstream.drafter.registry.manifest import MANIFEST_FILE
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import Version
 from slipstream.drafter.registry.version_folder import read_folder
-from slipstream.drafter.head import layout
 from slipstream.engine.checkpoint import Checkpoint
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config

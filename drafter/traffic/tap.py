@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.drafter.head.layout import default_taps
+from slipstream.drafter.traffic.config import TrafficConfig, parse_duration
 from slipstream.drafter.traffic.pages import FeaturePages, Track
 from slipstream.drafter.traffic.store import Sample, TrafficStore
-from slipstream.drafter.traffic.config import TrafficConfig, parse_duration
 from slipstream.drafter.traffic.writer import TrafficWriter, load_hook
-from slipstream.drafter.head.layout import default_taps
 from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from slipstream.drafter.registry.registry import Registry, default_folder
 from slipstream.drafter.head import layout
+from slipstream.drafter.registry.registry import Registry, default_folder
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.models.config import decoder_config
 from slipstream.server.cli import app

@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
+from slipstream.drafter.registry.registry import Registry
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.models.config import decoder_config
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from slipstream.drafter.registry.registry import Registry
-from slipstream.drafter.registry.states import RegistryError
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.states import RegistryError
 from slipstream.engine.errors import SlipstreamError
 
 HEAD = HeadConfig(64, 64, 1, 1, 64, 256, 64, (1, 2, 3), 1e-5, {"rope_type": "default", "rope_theta": 1e4}, 64)

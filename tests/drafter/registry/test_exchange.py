@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slipstream.drafter.choice import make_drafters
+from slipstream.drafter.head import layout
 from slipstream.drafter.registry.exchange import export_version, import_head
 from slipstream.drafter.registry.fingerprint import target_fingerprint
 from slipstream.drafter.registry.registry import Registry
-from slipstream.drafter.head import layout
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from slipstream.drafter.registry.registry import Registry
-from slipstream.drafter.registry.states import TransitionError
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.states import TransitionError
 
 HEAD = HeadConfig(16, 16, 1, 1, 16, 32, 8, (1, 2, 3), 1e-5, {"rope_type": "default", "rope_theta": 1e4}, 64)
 TENSORS = layout.random_tensors(HEAD, 0)

@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slipstream.drafter.head import layout
+from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.drafter.traffic.recompute import Recompute, recompute
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.traffic.tap import TrafficTap
 from slipstream.drafter.traffic.writer import TrafficWriter
-from slipstream.drafter.head import layout
-from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import NewRequest, SamplingParams
