@@ -152,6 +152,10 @@ class TrafficIndex:
         [tokens] = self._db.execute("SELECT COALESCE(SUM(num_tokens), 0) FROM samples").fetchone()
         return size, tokens
 
+    def ids(self) -> list[int]:
+        """Of all samples."""
+        return [row[0] for row in self._db.execute("SELECT id FROM samples")]
+
     def entries(
         self,
         since_id: int,

@@ -132,6 +132,10 @@ class TrafficStore:
                     return None
                 [entry] = found
 
+    def ids(self) -> list[int]:
+        """Of all samples there are now."""
+        return self.index.ids()
+
     def statistics(self) -> dict[str, TenantStatistics]:
         return self.index.statistics()
 

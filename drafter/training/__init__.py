@@ -1,0 +1,1 @@
+"""Training heads on traffic: pairs, losses, trainer, gate, worker."""

@@ -1,0 +1,69 @@
+"""Checkpoints of training that do not hold it up: what is trained is copied, a thread writes it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Checkpoint:
+    """One file, replaced at once when a new one is complete. Frozen weights are not part of it.
+
+    (Selective asynchronous checkpoints: TLT, arXiv:2511.16665.)
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: threading.Thread | None = None
+        self.error: OSError | None = None
+        """Why the last one could not be written."""
+
+    def save(self, state: dict[str, Any], wait: bool = False) -> None:
+        """Copies the state and writes it in the background; waits for the one before, and with ``wait`` for this one."""
+        self.finish()
+        copied = _copy(state)
+        self._writer = threading.Thread(target=self._write, args=(copied,), name="checkpoint")
+        self._writer.start()
+        if wait:
+            self.finish()
+
+    def load(self) -> dict[str, Any] | None:
+        """The last complete one; None if there is none or it cannot be read."""
+        try:
+            state: dict[str, Any] = torch.load(self._path, weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError):
+            return None
+        return state
+
+    def finish(self) -> None:
+        """Waits until nothing is being written."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def _write(self, state: dict[str, Any]) -> None:
+        draft = self._path.with_suffix(".tmp")
+        try:
+            with draft.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self._path)
+            self.error = None
+        except OSError as error:
+            self.error = error
+
+
+def _copy(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {key: _copy(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copy(value) for value in state)
+    return state

@@ -1,0 +1,149 @@
+"""What the server tells its training worker, line by line on standard input, and what it hears back."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import IO, Literal
+
+import msgspec
+
+from slipstream.drafter.training.gate import Speed
+
+CALM_SECONDS = 0.5
+"""So long nothing must have run before training goes on in idle mode: between two requests of a chat it would only
+be in the way."""
+Mode = Literal["idle", "always"]
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """How many requests run now."""
+
+    running: int
+
+
+class Machine(msgspec.Struct, frozen=True, tag="machine"):
+    """What steps cost where it serves; see gate.Speed."""
+
+    step_seconds: dict[int, float]
+    guess_seconds: float
+    streams: dict[int, float]
+
+
+class Train(msgspec.Struct, frozen=True, tag="train"):
+    """Traffic has drifted, or somebody asks for it: a round is due even if little is new."""
+
+    reason: str = ""
+
+
+class Pause(msgspec.Struct, frozen=True, tag="pause"):
+    """Until told otherwise, whatever the load: a trainer wants the machine for itself."""
+
+    paused: bool
+
+
+Message = Load | Machine | Train | Pause
+
+
+class Report(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line to the server."""
+
+    state: Literal["waiting", "training", "gating", "paused", "published", "refused", "failed"]
+    route: str = ""
+    step: int = 0
+    loss: float = 0.0
+    tokens: int = 0
+    """Positions learned since the worker's start."""
+    tokens_per_second: float = 0.0
+    """Of training, pauses not counted."""
+    progress: float = 0.0
+    """Of the round, 0 to 1."""
+    version: int = 0
+    gate: dict[str, float] = {}
+    message: str = ""
+
+
+class ServerGoneError(Exception):
+    """The server has closed the line: it ended, in whatever way."""
+
+
+class Control:
+    """Reads in a thread, so that a lost server is noticed in the middle of a step."""
+
+    def __init__(self, mode: Mode, lines: IO[str] = sys.stdin, out: IO[str] = sys.stdout) -> None:
+        self._mode = mode
+        self._out = out
+        self._running = 0
+        self._busy_until = 0.0
+        self._paused = False
+        self._stopped = False
+        self._due = ""
+        self.speed: Speed | None = None
+        self._changed = threading.Condition()
+        self._decoder = msgspec.json.Decoder(Message)
+        self._encoder = msgspec.json.Encoder()
+        threading.Thread(target=self._listen, args=(lines,), daemon=True, name="control").start()
+
+    def report(self, report: Report) -> None:
+        print(self._encoder.encode(report).decode(), file=self._out, flush=True)
+
+    def wait(self, waiting: Callable[[], None] = lambda: None) -> float:
+        """Returns once training may go on; how many seconds that took. Calls ``waiting`` if it may not now.
+
+        Raises ServerGoneError.
+        """
+        began = time.monotonic()
+        with self._changed:
+            if not self._stopped and not self._allowed():
+                waiting()
+            while not self._stopped and not self._allowed():
+                left = self._busy_until - time.monotonic()
+                self._changed.wait(left if left > 0 and not (self._running or self._paused) else None)
+            if self._stopped:
+                raise ServerGoneError
+        return time.monotonic() - began
+
+    def sleep(self, seconds: float) -> None:
+        """Raises ServerGoneError; returns early when a round is due."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or bool(self._due), seconds)
+            if self._stopped:
+                raise ServerGoneError
+
+    def take_due(self) -> str:
+        """Why a round was asked for since the last call; empty if it was not."""
+        with self._changed:
+            due, self._due = self._due, ""
+        return due
+
+    def _allowed(self) -> bool:
+        if self._paused:
+            return False
+        return self._mode == "always" or not (self._running or time.monotonic() < self._busy_until)
+
+    def _listen(self, lines: IO[str]) -> None:
+        try:
+            for line in lines:
+                message = self._decoder.decode(line)
+                with self._changed:
+                    self._take(message)
+                    self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._stopped = True
+                self._changed.notify_all()
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Load(running):
+                if self._running and not running:
+                    self._busy_until = time.monotonic() + CALM_SECONDS
+                self._running = running
+            case Machine(step_seconds, guess_seconds, streams):
+                self.speed = Speed(step_seconds, guess_seconds, streams) if step_seconds and streams else None
+            case Train(reason):
+                self._due = reason or "asked for"
+            case Pause(paused):
+                self._paused = paused

@@ -1,0 +1,138 @@
+"""Whether a new head is better than the live one: measured on traffic that training has not seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from slipstream.drafter.training.network import TrainableHead
+from slipstream.drafter.training.packing import Example, fill, pack
+
+ROWS = 4096
+"""Positions scored at once."""
+RESAMPLES = 2000
+CONFIDENCE = 0.975
+"""Of the bootstrap, on one side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What live drafting of chains would have had, per text and greatest number of guesses."""
+
+    tokens: NDArray[np.int64]  # [texts]: of the answers, but for their first
+    steps: NDArray[np.int64]  # [texts, 1 + depth]: verification steps with at most 0, 1, … guesses
+
+    def accept_length(self, depth: int) -> float:
+        """Tokens per verification step over all texts, with at most ``depth`` guesses."""
+        steps = int(self.steps[:, depth].sum())
+        return int(self.tokens.sum()) / steps if steps else math.nan
+
+    @staticmethod
+    def without_guesses(score: Score) -> Score:
+        """The same texts with nobody guessing."""
+        return Score(score.tokens, np.repeat(score.tokens[:, None], score.steps.shape[1], axis=1))
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What steps cost on the machine that serves, and how it is used."""
+
+    step_seconds: Mapping[int, float]
+    """By positions computed; in between, linear."""
+    guess_seconds: float
+    """One guess more per stream, for all streams together."""
+    streams: Mapping[int, float]
+    """Share of the time with so many streams."""
+
+    def tokens_per_second(self, score: Score) -> float:
+        """Predicted, with the best number of guesses at each number of streams."""
+        sizes = sorted(self.step_seconds)
+        seconds = [self.step_seconds[size] for size in sizes]
+        depths = range(score.steps.shape[1])
+        total = 0.0
+        for streams, share in self.streams.items():
+            costs = [float(np.interp(streams * (1 + d), sizes, seconds)) + d * self.guess_seconds for d in depths]
+            total += share * max(streams * score.accept_length(d) / cost for d, cost in zip(depths, costs, strict=True))
+        return total / sum(self.streams.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    passes: bool
+    accept_length: float
+    live_accept_length: float
+    least_ratio: float
+    """The candidate's accept length over the live one's is at least this, with 97.5 % confidence."""
+    speedup: float
+    """Predicted tokens per second, candidate over live; 1 where the machine's speed is not known."""
+    texts: int
+
+    def describe(self) -> str:
+        return f"accept length {self.accept_length:.2f} against {self.live_accept_length:.2f} on {self.texts} texts"
+
+    def metrics(self) -> dict[str, float]:
+        """For the manifest."""
+        return {
+            "accept_length": self.accept_length,
+            "live_accept_length": self.live_accept_length,
+            "least_ratio": self.least_ratio,
+            "speedup": self.speedup,
+            "texts": float(self.texts),
+        }
+
+
+def score(head: TrainableHead, examples: Sequence[Example], depth: int) -> Score:
+    """Drafts along texts that are known, for chains of up to ``depth`` guesses.
+
+    As long as all guesses before were right, guess i is made after exactly the tokens that came: so one unrolled pass
+    knows at every position how many guesses are right there. The walk from the first position to the end of the
+    answer, by one token more than are right at a time, visits the positions that live drafting starts from.
+    """
+    tokens: list[int] = []
+    steps: list[list[int]] = []
+    for group in fill(examples, ROWS, longest=ROWS):
+        batch = pack(group, depth)
+        with torch.inference_mode():
+            outputs = head.unroll(batch, depth)
+            guesses = torch.stack([head.to_target[head.logits(hidden).argmax(-1)] for hidden in outputs], dim=1)
+        right = (guesses == batch.targets).long().cumprod(1).sum(1).numpy()
+        at = 0
+        for segment in batch.segments:
+            count = segment.end - segment.learned
+            tokens.append(count)
+            steps.append([_walk(right[at : at + count], most) for most in range(depth + 1)])
+            at += count
+    return Score(np.array(tokens, np.int64), np.array(steps, np.int64).reshape(-1, depth + 1))
+
+
+def judge(candidate: Score, live: Score, speed: Speed | None = None, margin: float = 0.0) -> Verdict:
+    """Paired bootstrap over texts (Efron 1979): passes if better by more than ``margin`` beyond noise.
+
+    Both must be scores of the same texts. Accept lengths are those with all guesses; with ``speed``, the predicted
+    tokens per second must not fall either.
+    """
+    assert np.array_equal(candidate.tokens, live.tokens), "scores of different texts"
+    depth = candidate.steps.shape[1] - 1
+    texts = len(candidate.tokens)
+    if not texts:
+        return Verdict(False, math.nan, math.nan, 0.0, 1.0, 0)
+    draws = np.random.default_rng(0).integers(0, texts, (RESAMPLES, texts))
+    ratios = live.steps[draws, depth].sum(1) / candidate.steps[draws, depth].sum(1)
+    least = float(np.quantile(ratios, 1 - CONFIDENCE))
+    speedup = speed.tokens_per_second(candidate) / speed.tokens_per_second(live) if speed else 1.0
+    passes = least > 1 + margin and speedup >= 1
+    return Verdict(passes, candidate.accept_length(depth), live.accept_length(depth), least, speedup, texts)
+
+
+def _walk(right: NDArray[np.int64], most: int) -> int:
+    """Verification steps for an answer with so many right guesses at each position."""
+    at = steps = 0
+    while at < len(right):
+        at += 1 + min(int(right[at]), most)
+        steps += 1
+    return steps

@@ -1,0 +1,160 @@
+"""An EAGLE-3 head as something to train: its guesses after its own guesses, for many texts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slipstream.drafter.head.layout import LAYER, HeadConfig
+from slipstream.drafter.training.packing import Pack
+from slipstream.engine.models.config import DecoderConfig, rope_tables
+from slipstream.kernels import reference
+
+FROZEN = ("lm_head.weight",)
+"""Shared with the target in spirit: rows of its own head, which learning does not touch unless asked."""
+
+
+class TrainableHead:
+    """Weights in float32, computed with in ``dtype``; the same arithmetic as ``drafter.head.network.TorchHead``."""
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        target: DecoderConfig,
+        embedding: Tensor,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.bfloat16,
+        train_lm_head: bool = False,
+    ) -> None:
+        """``embedding`` [vocabulary, hidden] is the target's, frozen; ``tensors`` in the published layout."""
+        self.config = config
+        self.dtype = dtype
+        self._embedding = embedding.to(dtype)
+        self.weights = {
+            name: tensor.detach().clone().float() for name, tensor in tensors.items() if tensor.is_floating_point()
+        }
+        self.maps = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
+        frozen = () if train_lm_head else FROZEN
+        self.trained = [name for name in self.weights if name not in frozen]
+        for name in self.trained:
+            self.weights[name].requires_grad_(True)
+        self._cos, self._sin = rope_tables(config.as_decoder(target), config.max_positions)
+        self._cast: dict[str, Tensor] = {}
+        offsets = self.maps.get("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+        self._map(offsets + torch.arange(config.draft_vocab_size))
+
+    def _map(self, draft_tokens: Tensor) -> None:
+        self.to_target = draft_tokens
+        self.to_draft = torch.full((self.config.vocab_size,), -1)
+        self.to_draft[draft_tokens] = torch.arange(len(draft_tokens))
+
+    def guess_from(self, draft_tokens: Tensor, output: Tensor) -> None:
+        """Changes what the head can guess (ascending tokens); ``output`` [vocabulary, hidden] is the target's head.
+
+        Nothing learned is lost as long as the rows are the target's own.
+        """
+        assert "lm_head.weight" not in self.trained and len(draft_tokens) == self.config.draft_vocab_size
+        self.weights["lm_head.weight"] = output[draft_tokens].float()
+        mask = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        self.maps = {
+            "d2t": draft_tokens - torch.arange(len(draft_tokens)),
+            "t2d": mask.index_fill_(0, draft_tokens, True),
+        }
+        self._map(draft_tokens)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """In the published layout, detached."""
+        return {**{name: weight.detach() for name, weight in self.weights.items()}, **self.maps}
+
+    def unroll(self, pack: Pack, steps: int) -> list[Tensor]:
+        """Outputs after 0, 1, … guesses at the learned rows, each [n, hidden]; guess i is the token that came.
+
+        This is the training-time test of EAGLE-3: after i guesses, a row attends to the true features up to its own
+        position and to what the head made of the i guesses after it. The output after i guesses at row r belongs to
+        position r + i of the text.
+        """
+        self._cast = {name: weight.to(self.dtype) for name, weight in self.weights.items() if weight.dim() > 1}
+        config = self.config
+        learned = pack.learned
+        context = functional.linear(pack.features.to(self.dtype).flatten(1), self._cast["fc.weight"])
+        x = self._inputs(pack.tokens[:, 0], context)
+        keys, values = self._keys_values(x, pack.positions)
+        outputs: list[Tensor] = []
+        own: list[tuple[Tensor, Tensor]] = []
+        hidden, x = context[learned], x[learned]
+        for step in range(steps):
+            positions = pack.positions[learned] + step
+            if step:
+                x = self._inputs(pack.tokens[learned, step], hidden)
+                own.append(self._keys_values(x, positions))
+            q = self._linear("self_attn.q_proj", x).view(len(x), config.heads, config.head_dim)
+            q = self._rope(q, positions)
+            attended = self._attend(pack, q, keys, values, own)
+            hidden = hidden + self._linear("self_attn.o_proj", attended)
+            x = self._norm(hidden, LAYER + "post_attention_layernorm.weight")
+            inner = reference.silu_mul(self._linear("mlp.gate_proj", x), self._linear("mlp.up_proj", x))
+            hidden = hidden + self._linear("mlp.down_proj", inner)
+            outputs.append(hidden)
+        return outputs
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] -> [n, draft vocabulary]."""
+        return functional.linear(self._norm(hidden, "norm.weight"), self._cast["lm_head.weight"])
+
+    def _inputs(self, token_ids: Tensor, hidden: Tensor) -> Tensor:
+        embedding = functional.embedding(token_ids, self._embedding)
+        return torch.cat(
+            (
+                self._norm(embedding, LAYER + "input_layernorm.weight"),
+                self._norm(hidden, LAYER + "hidden_norm.weight"),
+            ),
+            dim=-1,
+        )
+
+    def _keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Each [n, KV heads, head_dim]."""
+        shape = (len(x), self.config.kv_heads, self.config.head_dim)
+        keys = self._rope(self._linear("self_attn.k_proj", x).view(shape), positions)
+        return keys, self._linear("self_attn.v_proj", x).view(shape)
+
+    def _attend(self, pack: Pack, q: Tensor, keys: Tensor, values: Tensor, own: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """q [n, heads, head_dim] of the learned rows -> [n, heads * head_dim]."""
+        group = self.config.heads // self.config.kv_heads
+        outputs = []
+        at = 0
+        for segment in pack.segments:
+            count, length = segment.end - segment.learned, segment.end - segment.begin
+            rows = slice(at, at + count)
+            at += count
+            # [KV heads, group * n, head_dim] against [KV heads, length, head_dim]
+            query = (
+                q[rows].view(count, -1, group, self.config.head_dim).permute(1, 2, 0, 3) * self.config.head_dim**-0.5
+            )
+            key = keys[segment.begin : segment.end].transpose(0, 1)
+            value = values[segment.begin : segment.end].transpose(0, 1)
+            scores = query.flatten(1, 2) @ key.transpose(1, 2)
+            scores = scores.view(-1, group, count, length)
+            future = torch.ones(count, length, dtype=torch.bool).triu(length - count + 1)
+            scores = scores.masked_fill(future, float("-inf"))
+            if own:
+                k = torch.stack([k[rows] for k, _ in own], dim=1)  # [n, guesses, KV heads, head_dim]
+                scores = torch.cat((scores, torch.einsum("hgnd,nshd->hgns", query, k)), dim=-1)
+            shares = scores.float().softmax(-1).to(self.dtype)
+            mixed = (shares[..., :length].flatten(1, 2) @ value).view(-1, group, count, self.config.head_dim)
+            if own:
+                v = torch.stack([v[rows] for _, v in own], dim=1)
+                mixed = mixed + torch.einsum("hgns,nshd->hgnd", shares[..., length:], v)
+            outputs.append(mixed.permute(2, 0, 1, 3).flatten(1))
+        return torch.cat(outputs)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return functional.linear(x, self._cast[f"{LAYER}{name}.weight"])
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return functional.rms_norm(x.float(), x.shape[-1:], self.weights[name], self.config.norm_eps).to(self.dtype)
+
+    def _rope(self, x: Tensor, positions: Tensor) -> Tensor:
+        return reference.rope(x, self._cos[positions], self._sin[positions])

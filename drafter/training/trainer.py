@@ -1,0 +1,151 @@
+"""Trains a head on packs of texts, and can be stopped and resumed at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.drafter.training import losses
+from slipstream.drafter.training.network import TrainableHead
+from slipstream.drafter.training.packing import Example, Pack, pack
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    loss: losses.LossName = "ce"
+    steps: int = 3
+    """Guesses in a row that are learned."""
+    step_decay: float = 0.8
+    """Weight of each guess relative to the one before it."""
+    learning_rate: float = 2e-3
+    """Of matrices, for Muon (Jordan et al. 2024) with updates scaled to the size of AdamW's; vectors get a tenth."""
+    weight_decay: float = 0.01
+    warmup: int = 20
+    clip: float = 1.0
+    averaging: float = 0.99
+    """What is published is an average over about 1 / (1 - averaging) steps: it stands in for a falling learning rate,
+    which training without an end cannot have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One step of training."""
+
+    step: int
+    loss: float
+    tokens: int
+    """Positions learned."""
+    right: tuple[float, ...]
+    """Share of right guesses per step of the chain, given that those before were taken to be right."""
+
+
+class Trainer:
+    def __init__(self, head: TrainableHead, options: TrainOptions) -> None:
+        self.head = head
+        self.options = options
+        self.step = 0
+        matrices = [name for name in head.trained if head.weights[name].dim() == 2]
+        vectors = [name for name in head.trained if head.weights[name].dim() == 1]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(
+                [head.weights[name] for name in matrices],
+                lr=options.learning_rate,
+                weight_decay=options.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            torch.optim.AdamW(
+                [head.weights[name] for name in vectors],
+                lr=0.1 * options.learning_rate,
+                weight_decay=0.0,
+                betas=(0.9, 0.95),
+            ),
+        ]
+        self._average = {name: head.weights[name].detach().clone() for name in head.trained}
+
+    def learn(self, parts: Iterable[Sequence[Example]]) -> Progress:
+        """One step on all these texts; ``parts`` are computed one after the other, as small as the caller wants to be
+        able to stop in between.
+        """
+        loss, tokens = 0.0, 0
+        right = torch.zeros(self.options.steps)
+        for examples in parts:
+            part_loss, part_right, part_tokens = self._accumulate(examples)
+            loss, tokens, right = loss + part_loss, tokens + part_tokens, right + part_right
+        if tokens:
+            self._update(tokens)
+        return Progress(self.step, loss / max(tokens, 1), tokens, tuple((right / max(tokens, 1)).tolist()))
+
+    def _accumulate(self, examples: Sequence[Example]) -> tuple[float, Tensor, int]:
+        """Adds gradients; returns the loss, the right guesses per step and the rows, each a sum."""
+        options = self.options
+        batch = pack(examples, options.steps)
+        total = torch.zeros(())
+        right = torch.zeros(options.steps)
+        for step, hidden in enumerate(self.head.unroll(batch, options.steps)):
+            targets, exists = self._targets(batch, step)
+            logits = self.head.logits(hidden)
+            per_row = losses.loss(options.loss, logits, targets, self._probs(batch, step))
+            total = total + options.step_decay**step * per_row[exists].sum()
+            with torch.no_grad():
+                right[step] = (logits.argmax(-1) == targets)[exists].sum()
+        torch.autograd.backward(total)
+        return float(total.detach()), right, len(batch.learned)
+
+    def published(self) -> dict[str, Tensor]:
+        """The averaged weights, in the published layout."""
+        return {**self.head.tensors(), **{name: tensor.clone() for name, tensor in self._average.items()}}
+
+    def state(self) -> dict[str, Any]:
+        """All that training needs to go on as if it had not stopped; frozen weights are not part of it."""
+        return {
+            "step": self.step,
+            "weights": {name: self.head.weights[name].detach() for name in self.head.trained},
+            "average": self._average,
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what ``state`` returned."""
+        self.step = state["step"]
+        with torch.no_grad():
+            for name in self.head.trained:
+                self.head.weights[name].copy_(state["weights"][name])
+                self._average[name].copy_(state["average"][name])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def _targets(self, batch: Pack, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens to guess as indices of the draft vocabulary (-1: cannot be guessed), and which rows have one."""
+        tokens = batch.targets[:, step]
+        exists = tokens >= 0
+        return torch.where(exists, self.head.to_draft[tokens.clamp_min(0)], -1), exists
+
+    def _probs(self, batch: Pack, step: int) -> Tensor | None:
+        if batch.likely is None or self.options.loss == "ce":
+            return None
+        ids, logprobs = (part[:, step] for part in batch.likely)
+        return losses.dense(ids, logprobs, self.head.to_draft, self.head.config.draft_vocab_size)
+
+    def _update(self, tokens: int) -> None:
+        options = self.options
+        trained = [self.head.weights[name] for name in self.head.trained]
+        for weight in trained:
+            if weight.grad is not None:
+                weight.grad /= tokens
+        torch.nn.utils.clip_grad_norm_(trained, options.clip)
+        warm = min((self.step + 1) / options.warmup, 1.0)
+        for optimizer, factor in zip(self._optimizers, (1.0, 0.1), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * factor * warm
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        # At the start the average is short: a beginner's weights should not linger in it.
+        keep = min(options.averaging, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, average in self._average.items():
+                average.lerp_(self.head.weights[name], 1 - keep)

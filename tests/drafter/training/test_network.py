@@ -1,0 +1,130 @@
+"""Training sees what live drafting sees: offline acceptance is live acceptance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from slipstream.drafter.head.network import TorchHead
+from slipstream.drafter.training.gate import score
+from slipstream.drafter.training.network import TrainableHead
+from slipstream.drafter.training.packing import Example, pack
+from slipstream.engine.models.config import DecoderConfig
+from slipstream.engine.models.torch_decoder import TorchDecoder
+from slipstream.engine.speculation.protocol import DraftHost
+from slipstream.kernels.batch import make_batch
+
+MakeHead, MakeExample = Callable[..., TrainableHead], Callable[..., Example]
+
+BLOCK = 16
+
+
+class _Live:
+    """The head as it serves, drafting after known text."""
+
+    def __init__(self, head: TrainableHead, target: DecoderConfig, embedding: Tensor) -> None:
+        model = TorchDecoder(target, torch.float32, torch.device("cpu"), 256)
+        model.embedding.copy_(embedding)
+        self._table = np.arange(16, dtype=np.int32)[None]
+        host = DraftHost(model, self._table, 16, BLOCK)
+        self._network = TorchHead(head.config, model, host)
+        self._network.load(head.tensors())
+
+    def outputs(self, tokens: np.ndarray, features: Tensor, known: int, guesses: int) -> Tensor:
+        """After ``known`` tokens, then after so many guesses that are the tokens that came: [1 + guesses, hidden]."""
+        count = known - 1
+        fused = self._network.fuse(features[:count])
+        hidden = self._network.forward(self._batch(tokens[1:known], count), fused)[-1:]
+        result = [hidden]
+        for i in range(guesses):
+            hidden = self._network.forward(self._batch(tokens[known + i : known + i + 1], count + i + 1), hidden)
+            result.append(hidden)
+        return torch.cat(result)
+
+    def _batch(self, ids: np.ndarray, end: int):  # type: ignore[no-untyped-def]
+        counts = np.array([len(ids)], np.int32)
+        return make_batch(ids, counts, np.array([end], np.int32), self._table, np.zeros(1, np.int32), BLOCK)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._network.logits(hidden)
+
+
+@pytest.fixture
+def live(make_head: MakeHead, target: DecoderConfig, embedding: Tensor) -> _Live:
+    return _Live(make_head(), target, embedding)
+
+
+def test_unrolled_outputs_are_those_of_live_drafting(
+    make_head: MakeHead, make_example: MakeExample, live: _Live
+) -> None:
+    head = make_head()
+    examples = [make_example(24, seed=1), make_example(37, num_prompt=11, seed=2)]
+    batch = pack(examples, 3)
+    with torch.inference_mode():
+        unrolled = head.unroll(batch, 3)
+        at = 0
+        for example in examples:
+            for position in range(example.num_context, example.length):
+                guesses = min(2, len(example.tokens) - position - 3)
+                expected = live.outputs(example.tokens, example.features, position + 2, guesses)
+                for step in range(guesses + 1):
+                    torch.testing.assert_close(unrolled[step][at], expected[step], rtol=1e-4, atol=1e-4)
+                at += 1
+        torch.testing.assert_close(head.logits(unrolled[0]), live.logits(unrolled[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_offline_accept_length_is_that_of_a_live_walk(
+    make_head: MakeHead, make_example: MakeExample, live: _Live
+) -> None:
+    head = make_head()
+    # Answers that the head itself would give now and then.
+    example = make_example(60, num_prompt=4)
+    with torch.inference_mode():
+        for known in range(5, 58, 2):
+            guess = live.logits(live.outputs(example.tokens, example.features, known, 0)).argmax(-1)
+            example.tokens[known] = int(head.to_target[guess])
+        found = score(head, [example], 3)
+        for depth in range(4):
+            known, steps = example.num_prompt + 1, 0
+            while known < len(example.tokens):
+                right = 0
+                while right < depth and known + right < len(example.tokens):
+                    outputs = live.outputs(example.tokens, example.features, known, right)
+                    if int(head.to_target[live.logits(outputs[-1:]).argmax(-1)]) != example.tokens[known + right]:
+                        break
+                    right += 1
+                known += right + 1
+                steps += 1
+            assert found.steps[0, depth] == steps
+    assert found.tokens[0] == len(example.tokens) - example.num_prompt - 1
+    assert found.accept_length(3) > 1, "the walk is worth nothing if no guess is right"
+
+
+def test_texts_side_by_side_do_not_see_each_other(make_head: MakeHead, make_example: MakeExample) -> None:
+    head = make_head()
+    one, other = make_example(25, seed=3), make_example(31, seed=4)
+    alone = head.unroll(pack([other], 3), 3)
+    together = head.unroll(pack([one, other], 3), 3)
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a, b[-len(a) :], rtol=1e-5, atol=1e-5)
+
+
+def test_guessing_from_other_tokens_keeps_what_was_learned(make_head: MakeHead, make_example: MakeExample) -> None:
+    head = make_head()
+    batch = pack([make_example()], 1)
+    output = torch.randn(96, 64)
+    head.guess_from(torch.arange(48), output)
+    [hidden] = head.unroll(batch, 1)
+    first = head.logits(hidden)
+    head.guess_from(torch.arange(24, 72), output)
+    assert head.to_draft[30] == 6 and head.to_draft[10] == -1 and head.to_target[0] == 24
+    [hidden] = head.unroll(batch, 1)
+    torch.testing.assert_close(head.logits(hidden)[:, :24], first[:, 24:])
+    maps = cast(dict[str, Tensor], head.tensors())
+    assert (maps["d2t"] + torch.arange(48)).tolist() == list(range(24, 72))
+    assert maps["t2d"].nonzero().flatten().tolist() == list(range(24, 72))

@@ -1,0 +1,92 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from slipstream.drafter.training.checkpoint import Checkpoint
+from slipstream.drafter.training.gate import score
+from slipstream.drafter.training.losses import NAMES, LossName
+from slipstream.drafter.training.network import TrainableHead
+from slipstream.drafter.training.packing import Example
+from slipstream.drafter.training.trainer import Trainer, TrainOptions
+
+MakeHead, MakeExample = Callable[..., TrainableHead], Callable[..., Example]
+
+
+def guessable(example: Example) -> Example:
+    """Only tokens that the test's heads can guess."""
+    example.tokens[:] = example.tokens // 2 * 2
+    return example
+
+
+def test_training_makes_a_head_better(make_head: MakeHead, make_example: MakeExample) -> None:
+    example = guessable(make_example(80))
+    trainer = Trainer(make_head(), TrainOptions(steps=2, learning_rate=5e-3, warmup=5))
+    before = score(trainer.head, [example], 2).accept_length(2)
+    first = trainer.learn([[example]])
+    for _ in range(60):
+        last = trainer.learn([[example]])
+    assert last.loss < first.loss / 2 and last.step == 61 and last.tokens == first.tokens
+    assert score(trainer.head, [example], 2).accept_length(2) > before + 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_trains(name: LossName, make_head: MakeHead, make_example: MakeExample) -> None:
+    example = guessable(make_example(50))
+    answer = example.tokens[example.num_prompt :, None]
+    likely = (answer, torch.full(answer.shape, 0.9).log().numpy())
+    example = Example(example.tokens, example.num_prompt, 0, example.features, likely)
+    trainer = Trainer(make_head(), TrainOptions(loss=name, steps=2, learning_rate=5e-3, warmup=5))
+    right = [trainer.learn([[example]]).right[0] for _ in range(40)]
+    assert right[-1] > right[0] + 0.2
+
+
+def test_parts_add_up_to_one_step(make_head: MakeHead, make_example: MakeExample) -> None:
+    texts = [make_example(30, seed=1), make_example(45, seed=2)]
+    whole, parts = (Trainer(make_head(), TrainOptions()) for _ in range(2))
+    whole.learn([texts])
+    parts.learn([[texts[0]], [texts[1]]])
+    for name in whole.head.trained:
+        torch.testing.assert_close(whole.head.weights[name], parts.head.weights[name], rtol=1e-3, atol=1e-5)
+
+
+def test_resumed_training_goes_on_as_if_it_had_not_stopped(
+    tmp_path: Path, make_head: MakeHead, make_example: MakeExample
+) -> None:
+    texts = [make_example(40, seed=seed) for seed in range(6)]
+    through = Trainer(make_head(), TrainOptions())
+    for text in texts[:3]:
+        through.learn([[text]])
+    checkpoint = Checkpoint(tmp_path / "shared.pt")
+    checkpoint.save(through.state())
+    for text in texts[3:]:
+        through.learn([[text]])  # while the checkpoint is being written
+    checkpoint.finish()
+    resumed = Trainer(make_head(seed=5), TrainOptions())
+    for name in ("lm_head.weight",):  # frozen: not part of the checkpoint
+        resumed.head.weights[name].copy_(through.head.weights[name])
+    state = Checkpoint(tmp_path / "shared.pt").load()
+    assert state is not None and "lm_head.weight" not in state["weights"]
+    resumed.resume(state)
+    for text in texts[3:]:
+        resumed.learn([[text]])
+    for name, tensor in through.published().items():
+        assert torch.equal(tensor, resumed.published()[name]), name
+
+
+def test_a_damaged_checkpoint_is_no_checkpoint(tmp_path: Path, make_head: MakeHead) -> None:
+    checkpoint = Checkpoint(tmp_path / "shared.pt")
+    assert checkpoint.load() is None
+    checkpoint.save(Trainer(make_head(), TrainOptions()).state(), wait=True)
+    data = (tmp_path / "shared.pt").read_bytes()
+    (tmp_path / "shared.pt").write_bytes(data[: len(data) // 2])
+    assert checkpoint.load() is None
+
+
+def test_frozen_weights_stay(make_head: MakeHead, make_example: MakeExample) -> None:
+    trainer = Trainer(make_head(), TrainOptions())
+    before = trainer.head.weights["lm_head.weight"].clone()
+    trainer.learn([[make_example()]])
+    assert torch.equal(trainer.head.weights["lm_head.weight"], before)
+    assert torch.equal(trainer.published()["lm_head.weight"], before)
