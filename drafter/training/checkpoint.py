@@ -24,7 +24,7 @@ class Checkpoint:
         """Why the last one could not be written."""
 
     def save(self, state: dict[str, Any], wait: bool = False) -> None:
-        """Copies the state and writes it in the background; waits for the one before, and with ``wait`` for this one."""
+        """Copies the state and writes it in the background; waits for the one before, or with ``wait`` for this."""
         self.finish()
         copied = _copy(state)
         self._writer = threading.Thread(target=self._write, args=(copied,), name="checkpoint")

@@ -1,0 +1,155 @@
+"""Drafter evolution in a running server: worker, publisher and observer, and what they say to each other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.traffic.config import TrafficConfig
+from slipstream.engine.errors import SlipstreamError
+from slipstream.engine.messages import NewRequest
+from slipstream.server.evolution.config import EvolutionConfig
+from slipstream.server.evolution.observer import Observer
+from slipstream.server.evolution.publisher import Publisher
+from slipstream.server.evolution.worker import WorkerProcess
+from slipstream.server.service import SHARED_ROUTE, Service
+
+logger = logging.getLogger(__name__)
+LOOK_SECONDS = 1.0
+MACHINE_EVERY = 30
+"""Looks between two messages to the worker about what steps cost."""
+EVENTS_SHOWN = 200
+
+
+class Evolution:
+    """``start`` once the engine is ready, ``close`` before it ends."""
+
+    def __init__(self, service: Service, config: EvolutionConfig, traffic: TrafficConfig) -> None:
+        assert config.registry is not None
+        self.config = config
+        self.registry = Registry(config.registry)
+        self._service = service
+        self.publisher = Publisher(service, self.registry, config)
+        self.observer = Observer()
+        self.worker: WorkerProcess | None = None
+        if config.evolve != "off":
+            self.worker = WorkerProcess(self._worker_options(traffic), lambda: service.engine.num_open)
+        self.drifts = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self.publisher.run()), asyncio.create_task(self._look())]
+        if self.worker is not None:
+            self._tasks.append(asyncio.create_task(self.worker.run()))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def ended(self, request: NewRequest, steps: int, accepted: int) -> None:
+        """A sequence has ended, after so many steps with so many right guesses."""
+        if request.speculation.mode not in ("auto", "head"):
+            return
+        if self.publisher.trial is not None:
+            self.publisher.trial.ended(request.route, steps, accepted)
+        if request.route == SHARED_ROUTE:
+            live = self.publisher.wanted.get(SHARED_ROUTE)
+            running = self._service.engine.num_open + 1
+            self.observer.ended(live.version if live else 0, running, steps, accepted)
+
+    @property
+    def predicted(self) -> float:
+        """Accept length of the live version as the gate saw it; 0 if it was never gated."""
+        live = self.publisher.wanted.get(SHARED_ROUTE)
+        if live is None:
+            return 0.0
+        return live.manifest.gate.get("accept_length") or live.metrics.get("accept_length", 0.0)
+
+    async def status(self) -> dict[str, Any]:
+        """Everything the dashboard and the admin API show."""
+        versions, events = await asyncio.to_thread(self._read)
+        stats = self._service.engine.stats
+        trial = self.publisher.trial
+        return {
+            "mode": self.config.evolve,
+            "worker": None if self.worker is None else self.worker.report | {"restarts": self.worker.restarts},
+            "routes": self._service.drafter_versions(),
+            "trial": None
+            if trial is None
+            else {
+                "version": trial.new,
+                "baseline": trial.old,
+                "share": self.config.canary_share,
+                "requests": trial.canary.counts,
+                "accepted_per_step": trial.canary.means,
+            },
+            "live": {
+                "accept_length": self.observer.accept_length,
+                "predicted": self.predicted,
+                "drift": self.observer.drift(self.predicted),
+            },
+            "swaps": self.publisher.swaps,
+            "failed_swaps": self.publisher.failures,
+            "decisions": self.publisher.decisions,
+            "last_swap": self.publisher.last_swap,
+            "versions": versions,
+            "events": events,
+            "traffic": msgspec.to_builtins(stats.traffic),
+            "drafters": msgspec.to_builtins(stats.drafters),
+            "speculation_steps": dict(stats.speculation_steps),
+            "running": stats.num_running,
+            "points": [astuple(point) for point in self.observer.points],
+        }
+
+    def _read(self) -> tuple[list[Any], list[Any]]:
+        versions = [msgspec.to_builtins(version) for version in self.registry.list(pruned=True)]
+        return versions, [msgspec.to_builtins(event) for event in self.registry.history()[-EVENTS_SHOWN:]]
+
+    async def _look(self) -> None:
+        looks = 0
+        while True:
+            live = self.publisher.wanted.get(SHARED_ROUTE)
+            self.observer.look(self._service.engine.stats, live.version if live else 0)
+            if self.worker is not None:
+                if self.observer.has_drifted(self.predicted):
+                    self.drifts += 1
+                    drift = self.observer.drift(self.predicted)
+                    logger.info("the traffic has drifted: accept length is %.0f %% of the predicted one", 100 * drift)
+                    self.worker.send("train", reason="drift")
+                if looks % MACHINE_EVERY == 0:
+                    with contextlib.suppress(SlipstreamError):
+                        await self._tell_machine(self.worker)
+                looks += 1
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _tell_machine(self, worker: WorkerProcess) -> None:
+        """What steps cost here, for the gate. A guess reads the head's weights once, as a step reads the target's."""
+        steps = {int(size): seconds for size, seconds in (await self._service.engine.call("step_cost")).items()}
+        live = self.publisher.wanted.get(SHARED_ROUTE)
+        share = live.manifest.weights_bytes / self._service.engine.ready.weights_bytes if live else 0.0
+        worker.send("machine", step_seconds=steps, guess_seconds=share * steps[min(steps)], streams=self.observer.use)
+
+    def _worker_options(self, traffic: TrafficConfig) -> dict[str, Any]:
+        config, engine = self.config, self._service.engine_config
+        assert traffic.traffic_folder is not None
+        return {
+            "model": engine.model,
+            "traffic": str(Path(traffic.traffic_folder).absolute()),
+            "registry": str(Path(config.registry or "").absolute()),
+            "mode": config.evolve,
+            "routes": (SHARED_ROUTE, *config.evolve_route),
+            "loss": None if config.evolve_loss == "auto" else config.evolve_loss,
+            "first_tokens": config.evolve_first_tokens,
+            "round_tokens": config.evolve_round_tokens,
+            "threads": config.evolve_threads or None,
+        }

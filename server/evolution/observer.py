@@ -1,0 +1,102 @@
+"""What the dashboard draws and what drift is judged by: speed and acceptance over time."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from slipstream.engine.messages import EngineStats
+
+POINTS = 720
+FIRST_INTERVAL = 2.0
+"""Seconds between points; doubles, and every other point goes, whenever there are too many."""
+DRIFT_BELOW = 0.85
+"""Live accept length over the gate's prediction that means the traffic is another one now."""
+DRIFT_REQUESTS = 100
+"""Requests whose accept length is compared, the latest."""
+QUIET_STREAMS = 4
+"""With more streams fewer guesses are verified than the gate counted on."""
+USE_MEMORY = 0.999
+"""How much each second before counts in the distribution of streams."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """An interval: its end in seconds since 1970."""
+
+    time: float
+    tokens_per_second: float
+    accept_length: float
+    """Tokens per step and stream; 0 where nothing ran."""
+    running: int
+    version: int
+    """Live on the shared route."""
+
+
+class Observer:
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self._interval = FIRST_INTERVAL
+        self._last: tuple[float, int] | None = None
+        self._steps = self._tokens = 0
+        self._lengths: deque[tuple[int, int]] = deque(maxlen=DRIFT_REQUESTS)
+        self._version = 0
+        self._use: Counter[int] = Counter()
+        self._drifted = False
+
+    def look(self, stats: EngineStats, version: int) -> None:
+        """Called every second or so."""
+        if stats.num_running:
+            for streams in self._use:
+                self._use[streams] *= USE_MEMORY  # type: ignore[assignment]
+            self._use[stats.num_running] += 1
+        now = time.time()
+        if self._last is None:
+            self._last = now, stats.generation_tokens
+            return
+        began, tokens = self._last
+        if now - began < self._interval:
+            return
+        length = 1 + self._tokens / self._steps if self._steps else 0.0
+        rate = (stats.generation_tokens - tokens) / (now - began)
+        self.points.append(Point(now, rate, length, stats.num_running, version))
+        self._last = now, stats.generation_tokens
+        self._steps = self._tokens = 0
+        if len(self.points) > POINTS:
+            self.points = self.points[1::2]
+            self._interval *= 2
+
+    def ended(self, version: int, running: int, steps: int, accepted: int) -> None:
+        """A sequence has ended after so many steps with so many right guesses, drafted for by this version."""
+        self._steps += steps
+        self._tokens += accepted
+        if version != self._version:
+            self._version, self._drifted = version, False
+            self._lengths.clear()
+        if running <= QUIET_STREAMS and steps:
+            self._lengths.append((steps, accepted))
+
+    @property
+    def accept_length(self) -> float:
+        """Of the latest requests on the live version, with few streams; 0 where too little is known."""
+        if len(self._lengths) < DRIFT_REQUESTS // 4:
+            return 0.0
+        return 1 + sum(accepted for _, accepted in self._lengths) / sum(steps for steps, _ in self._lengths)
+
+    def drift(self, predicted: float) -> float:
+        """Live accept length over the predicted one; 1 where too little is known."""
+        return self.accept_length / predicted if self.accept_length and predicted else 1.0
+
+    def has_drifted(self, predicted: float) -> bool:
+        """Says so once per version."""
+        if self._drifted or len(self._lengths) < DRIFT_REQUESTS or self.drift(predicted) >= DRIFT_BELOW:
+            return False
+        self._drifted = True
+        return True
+
+    @property
+    def use(self) -> dict[int, float]:
+        """Share of the time with so many streams, of the time with any."""
+        total = sum(self._use.values())
+        return {streams: count / total for streams, count in self._use.items()} if total else {}

@@ -1,0 +1,225 @@
+"""Makes the engine draft with what the registry says, and lets new versions prove themselves first."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.states import Event, RegistryError, Version
+from slipstream.engine.errors import SlipstreamError
+from slipstream.server.canary import Canary
+from slipstream.server.evolution.config import EvolutionConfig
+from slipstream.server.service import CANARY_ROUTE, SHARED_ROUTE, Service
+
+logger = logging.getLogger(__name__)
+LOOK_SECONDS = 0.5
+TRIED = "trial"
+"""Metric of a version whose trial is over: 1 if it stayed, 0 if it did not."""
+OVERFULL = 3
+"""Candidates kept per route that are older than the newest; training makes more."""
+
+
+@dataclass(slots=True)
+class Trial:
+    """A new version and the one it replaces, both on real requests.
+
+    A canary runs beside the live version, on the canary's route. A version that somebody made live without a trial is
+    on the shared route already: then its predecessor takes the canary's route.
+    """
+
+    new: int
+    old: int
+    is_live: bool
+    canary: Canary
+
+    @property
+    def beside(self) -> int:
+        """The version on the canary's route."""
+        return self.old if self.is_live else self.new
+
+    def route(self, request_id: int) -> str:
+        return SHARED_ROUTE if self.canary.takes(request_id) == self.is_live else CANARY_ROUTE
+
+    def ended(self, route: str, steps: int, accepted: int) -> None:
+        version = {SHARED_ROUTE: self.new if self.is_live else self.old, CANARY_ROUTE: self.beside}.get(route)
+        if version is not None:
+            self.canary.observe(version, steps, accepted)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What the registry says should be."""
+
+    routes: dict[str, Version]
+    """Live versions."""
+    canary: Version | None
+    forced: Version | None
+    """A live version that nobody tried, and …"""
+    predecessor: Version | None
+    """… the one it replaced."""
+    candidate: Version | None
+    """The newest one that passed the gate and was not tried."""
+
+
+class Publisher:
+    """The registry decides what is live; this asks it twice a second, since commands of other processes change it."""
+
+    def __init__(self, service: Service, registry: Registry, config: EvolutionConfig) -> None:
+        self._service = service
+        self._registry = registry
+        self._config = config
+        self._refused: dict[str, int] = {}
+        """Versions that the engine would not load, by route."""
+        self.trial: Trial | None = None
+        self.swaps = self.failures = 0
+        self.last_swap: dict[str, float] = {}
+        """What the engine said of the last swap."""
+        self.decisions = {"promote": 0, "roll_back": 0}
+        self.wanted: dict[str, Version] = {}
+        self.on_change: list[Callable[[], None]] = []
+
+    async def run(self) -> None:
+        """Until cancelled. Nothing that goes wrong here may end it."""
+        while True:
+            try:
+                await self.look()
+            except (SlipstreamError, OSError) as error:
+                logger.warning("drafter registry: %s", error)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def look(self) -> None:
+        """Brings trials and the engine in line with the registry."""
+        wish = await asyncio.to_thread(self._read)
+        if self.trial is not None and self.trial.canary.decision != "continue":
+            await asyncio.to_thread(self._decide, self.trial)
+            self.trial = None
+            wish = await asyncio.to_thread(self._read)
+        if wish.candidate is not None and wish.canary is None and wish.forced is None:
+            await asyncio.to_thread(self._admit, wish)
+            wish = await asyncio.to_thread(self._read)
+        await self._follow(wish)
+
+    def route(self, request_id: int, loaded: dict[str, int]) -> str:
+        """Of a request that no route of its own takes."""
+        trial = self.trial
+        if trial is None or loaded.get(CANARY_ROUTE) != trial.beside:
+            return SHARED_ROUTE
+        return trial.route(request_id)
+
+    def _read(self) -> _Wish:
+        versions = self._registry.list()
+        live = {version.route: version for version in versions if version.state == "live"}
+        shared = live.get(SHARED_ROUTE)
+        canary = self._registry.canary(SHARED_ROUTE)
+        forced = predecessor = None
+        if shared is not None and canary is None and TRIED not in shared.metrics:
+            predecessor = self._registry.predecessor(SHARED_ROUTE)
+            if predecessor is not None and _was_forced(self._registry.history(shared.version)):
+                forced = shared
+        candidates = [v for v in versions if v.state == "candidate" and passed_gate(v) and TRIED not in v.metrics]
+        newest = max(candidates, key=lambda version: version.version, default=None)
+        return _Wish(live, canary, forced, predecessor if forced else None, newest)
+
+    def _admit(self, wish: _Wish) -> None:
+        """The next version on trial; at once live where nothing is."""
+        candidate = wish.candidate
+        assert candidate is not None
+        live = wish.routes.get(candidate.route)
+        if live is not None and live.pinned:
+            return
+        if live is None:
+            self._registry.promote(candidate.version, "the first one on its route")
+            self._registry.record_metrics(candidate.version, {TRIED: 1})
+        elif candidate.route == SHARED_ROUTE:
+            self._registry.start_canary(candidate.version, f"on {self._config.canary_share:.0%} of the requests")
+        else:
+            # Few requests have a route of their own: the gate's verdict on held-out traffic has to do.
+            self._registry.promote(candidate.version, "passed the gate")
+            self._registry.record_metrics(candidate.version, {TRIED: 1})
+        self._registry.prune(OVERFULL, candidate.route, "superseded")
+
+    def _decide(self, trial: Trial) -> None:
+        canary = trial.canary
+        stays = canary.decision == "promote"
+        self.decisions["promote" if stays else "roll_back"] += 1
+        before, now = canary.means
+        logger.info("drafter version %d: %s, %s", trial.new, canary.decision.replace("_", " "), canary.reason)
+        try:
+            self._registry.record_metrics(
+                trial.new, {TRIED: float(stays), "trial_accepted": now, "trial_accepted_before": before}
+            )
+            if not stays:
+                self._registry.roll_back(SHARED_ROUTE, canary.reason, version=trial.new)
+            elif not trial.is_live:
+                self._registry.promote(trial.new, canary.reason)
+        except RegistryError as error:
+            # Somebody else decided meanwhile.
+            logger.info("drafter version %d: %s", trial.new, error)
+
+    async def _follow(self, wish: _Wish) -> None:
+        wanted = dict(wish.routes)
+        beside = wish.canary or wish.predecessor
+        if beside is not None and SHARED_ROUTE in wanted:
+            wanted[CANARY_ROUTE] = beside
+        self._set_trial(wish)
+        self.wanted = wanted
+        loaded = self._service.drafter_versions()
+        for route in [route for route in loaded if route and route not in wanted]:
+            await self._service.engine.call("drop_drafter", route=route)
+        for route, version in sorted(wanted.items()):
+            if loaded.get(route) == version.version or self._refused.get(route) == version.version:
+                continue
+            await self._swap(route, version)
+
+    def _set_trial(self, wish: _Wish) -> None:
+        live = wish.routes.get(SHARED_ROUTE)
+        if wish.canary is not None and live is not None:
+            new, old, is_live = wish.canary.version, live.version, False
+        elif wish.forced is not None and wish.predecessor is not None:
+            new, old, is_live = wish.forced.version, wish.predecessor.version, True
+        else:
+            self.trial = None
+            return
+        if self.trial is None or (self.trial.new, self.trial.old) != (new, old):
+            share = self._config.canary_share
+            canary = Canary(old, new, 1 - share if is_live else share, max_requests=self._config.canary_requests)
+            self.trial = Trial(new, old, is_live, canary)
+
+    async def _swap(self, route: str, version: Version) -> None:
+        path = str(self._registry.path(version.version))
+        try:
+            self.last_swap = await self._service.engine.call(
+                "swap_drafter", version=version.version, route=route, path=path
+            )
+        except SlipstreamError as error:
+            self.failures += 1
+            self._refused[route] = version.version
+            logger.error("drafter version %d cannot serve: %s", version.version, error)
+            if version.state in ("canary", "live"):
+                await asyncio.to_thread(self._take_back, version, str(error))
+            return
+        self.swaps += 1
+        self._refused.pop(route, None)
+        logger.info("drafter version %d serves %s", version.version, route or "all requests")
+        for callback in self.on_change:
+            callback()
+
+    def _take_back(self, version: Version, why: str) -> None:
+        """What the engine refuses is neither live nor on trial, as far as there is something to go back to."""
+        try:
+            self._registry.roll_back(version.route, f"the engine refused it: {why}", version=version.version)
+        except RegistryError as error:
+            logger.warning("drafter version %d: %s", version.version, error)
+
+
+def passed_gate(version: Version) -> bool:
+    """Whether it was shown to be better than what was live then."""
+    return (version.metrics.get("least_ratio") or version.manifest.gate.get("least_ratio", 0.0)) > 1
+
+
+def _was_forced(history: Sequence[Event]) -> bool:
+    """Whether it went live without having been a canary."""
+    return bool(history) and all(event.after != "canary" for event in history)
