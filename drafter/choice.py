@@ -12,6 +12,7 @@ from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
+from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.models.config import DecoderConfig
@@ -25,7 +26,7 @@ NEEDS = {"head": "drafter", "draft": "draft_model"}
 SUFFIX_CAPACITY = 200_000
 """Tokens of earlier answers that are kept; about 100 bytes each."""
 DRAFT_VOCAB_SIZE = 8192
-"""Of an untrained head."""
+"""Of a cold or an untrained head: the first tokens, which are the most frequent ones of a byte-pair vocabulary."""
 
 
 def drafter_names(config: EngineConfig) -> list[str]:
@@ -52,7 +53,7 @@ def make_drafters(config: EngineConfig) -> Sequence[Drafter]:
     makers: dict[str, Callable[[], Drafter]] = {
         "ngram": NGramDrafter,
         "suffix": lambda: SuffixDrafter(SUFFIX_CAPACITY),
-        "head": lambda: HeadDrafter(lambda target: _load_head(config, target)),
+        "head": lambda: HeadDrafter(lambda target: _load_head(config, target), most=config.max_drafters),
         "draft": lambda: ModelDrafter(lambda target, length: _load_model(config, target, length)),
     }
     return [makers[name]() for name in drafter_names(config)]
@@ -62,8 +63,18 @@ def _load_head(config: EngineConfig, target: DecoderConfig) -> tuple[layout.Head
     if config.drafter == "random":
         head = layout.config_for(target, DRAFT_VOCAB_SIZE)
         return head, layout.random_tensors(head, config.seed)
+    if config.drafter == "cold":
+        head = layout.config_for(target, DRAFT_VOCAB_SIZE)
+        return head, layout.from_target(head, _last_layer(config, target), range(head.draft_vocab_size))
     assert config.drafter is not None
     return layout.read(Path(config.drafter), target)
+
+
+def _last_layer(config: EngineConfig, target: DecoderConfig) -> dict[str, Tensor]:
+    checkpoint = open_checkpoint(config.model)
+    dummy = config.load_format == "dummy"
+    tensors = dummy_tensors(checkpoint.config, config.seed) if dummy else checkpoint.tensors()
+    return layout.last_layer(tensors, target.shape.num_layers)
 
 
 def _load_model(config: EngineConfig, target: CausalModel, length: int) -> CausalModel:

@@ -26,6 +26,8 @@ class NewRow:
     scope: str = ""
     """Drafters learn from the text of requests of the same scope only."""
     speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009 - frozen
+    route: str = ""
+    """Of learned drafters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +87,5 @@ class StepResult:
     """Of it, the model and drawing tokens."""
     overhead_cpu_seconds: float = 0.0
     """CPU time of this thread for the rest."""
+    drafter_versions: dict[int, int] = field(default_factory=dict)
+    """By row index: which version of a learned drafter made the guesses that were verified."""

@@ -124,8 +124,9 @@ class Scheduler:
                 deltas.append(self._delta(request, [], "error", error=result.errors[row]))
             elif plan.samples[row]:
                 self._guesses.take_back(request, row, plan, result)
+                version = result.drafter_versions.get(row, 0)
                 deltas.append(
-                    self._take_tokens(request, result.tokens[row], result.logprobs.get(row), plan.drafts[row])
+                    self._take_tokens(request, result.tokens[row], result.logprobs.get(row), plan.drafts[row], version)
                 )
         return deltas
 
@@ -216,7 +217,10 @@ class Scheduler:
         message = request.message
         scope = f"{message.tenant}\0{message.cache_salt}"
         plan.new.append(
-            NewRow(request.slot, list(request.tokens), request.num_prompt, params, seed, scope, message.speculation)
+            NewRow(
+                *(request.slot, list(request.tokens), request.num_prompt, params, seed, scope, message.speculation),
+                route=message.route,
+            )
         )
         plan.blocks.append((request.slot, 0, list(request.blocks)))
         plan.copies.extend(admission.copies)
@@ -295,7 +299,7 @@ class Scheduler:
     # Results --------------------------------------------------------------------------------------------------------
 
     def _take_tokens(
-        self, request: Request, drawn: list[int], logprobs: list[TokenLogprobs] | None, drafted: int
+        self, request: Request, drawn: list[int], logprobs: list[TokenLogprobs] | None, drafted: int, version: int
     ) -> TokenDelta:
         """Appends what a step drew, up to where the request ends."""
         params = request.message.params
@@ -324,6 +328,7 @@ class Scheduler:
             logprobs[:taken] if logprobs else None,
             num_drafted=drafted,
             num_accepted=min(taken, len(drawn) - 1),
+            drafter_version=version,
         )
 
     def _delta(
@@ -336,6 +341,7 @@ class Scheduler:
         error: str | None = None,
         num_drafted: int = 0,
         num_accepted: int = 0,
+        drafter_version: int = 0,
     ) -> TokenDelta:
         first = not request.told_first
         request.told_first = True
@@ -354,6 +360,7 @@ class Scheduler:
             num_drafted=num_drafted,
             num_accepted=num_accepted,
             target_version=self.target_version,
+            drafter_version=drafter_version,
         )
 
     def _end(self, request: Request, reason: FinishReason) -> None:

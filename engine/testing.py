@@ -55,6 +55,7 @@ class LocalEngine:
         return completion
 
     def step(self) -> None:
+        self.engine.poll()
         self.engine.core.step()
 
     def finish(self) -> None:
@@ -70,7 +71,7 @@ class LocalEngine:
         return completions
 
     def close(self) -> None:
-        self.engine.core.close()
+        self.engine.close()
 
     def _deliver(self, deltas: list[TokenDelta], stats: EngineStats) -> None:
         self.stats = stats

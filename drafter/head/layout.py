@@ -238,6 +238,9 @@ def check(config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
         tokens = tensors["d2t"].long() + torch.arange(config.draft_vocab_size)
         if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
             raise ModelError("the drafter's 'd2t' maps to tokens outside the vocabulary")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ModelError(f"the drafter's {name!r} holds numbers that are not finite")
 
 
 def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
@@ -245,8 +248,8 @@ def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Ten
     try:
         config = parse_config(json.loads((folder / "config.json").read_text()), target.shape.num_layers)
         tensors = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder} is no drafter: {error.filename} does not exist") from None
+    except OSError as error:
+        raise ModelError(f"{folder} is no drafter: {error}") from None
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ModelError(f"the drafter in {folder} is damaged: {error}") from None
     check(config, tensors)

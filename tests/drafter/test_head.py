@@ -182,7 +182,7 @@ def test_native_bfloat16_stays_close_to_float32(folder: Path) -> None:
         drafter = HeadDrafter(make_head)
         config = EngineConfig(model=str(folder), dtype=dtype, kernels=kernels, kv_cache_memory="4MiB")  # type: ignore[arg-type]
         LocalEngine(config, [drafter])
-        network = drafter._network
+        network = drafter._head.network
         generator = torch.Generator().manual_seed(0)
         features = torch.randn(12, len(drafter._config.taps), 64, generator=generator)
         counts, ends = np.array([5, 7], np.int32), np.array([5, 7], np.int32)
@@ -273,8 +273,9 @@ def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path) -> Non
         LocalEngine(config, [HeadDrafter(make_head)])
 
 
-def test_rows_that_were_not_watched_get_no_guess() -> None:
+def test_rows_that_were_not_watched_get_no_guess(folder: Path) -> None:
     drafter = HeadDrafter(make_head)
+    LocalEngine(EngineConfig(model=str(folder), kv_cache_memory="4MiB"), [drafter])
     row = DraftRow(0, "", 3, np.zeros(20, np.int32), 5, frozenset({"head"}), mapped=16, most=3)
     assert drafter.propose([row]) == [None]
 
