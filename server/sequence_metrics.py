@@ -13,7 +13,10 @@ from slipstream.server.metrics import Metrics
 class SequenceMetrics:
     """The clock of one sequence."""
 
-    __slots__ = ("_cached", "_metrics", "_prompt_tokens", "accepted", "arrival", "first", "last", "scheduled", "tokens")
+    __slots__ = (
+        *("_cached", "_metrics", "_prompt_tokens", "accepted", "arrival", "first", "last", "scheduled", "tokens"),
+        "versions",
+    )
 
     def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int) -> None:
         self._metrics = metrics
@@ -26,6 +29,8 @@ class SequenceMetrics:
         self._cached = 0
         self.accepted: list[tuple[int, int]] = []
         """(guesses verified, of them right) per step with guesses."""
+        self.versions: dict[int, tuple[int, int]] = {}
+        """(steps, guesses that were right) by the version of the learned drafter that guessed."""
 
     def on_delta(self, delta: TokenDelta) -> None:
         if delta.scheduled_at:
@@ -45,6 +50,9 @@ class SequenceMetrics:
             self.tokens += count
         if delta.num_drafted:
             self.accepted.append((delta.num_drafted, delta.num_accepted))
+            if delta.drafter_version:
+                steps, accepted = self.versions.get(delta.drafter_version, (0, 0))
+                self.versions[delta.drafter_version] = steps + 1, accepted + delta.num_accepted
         if delta.finish_reason is not None:
             self._metrics.preemptions.observe(delta.num_preemptions)
 
@@ -89,6 +97,7 @@ def sequences_metrics(sequences: list[SequenceMetrics]) -> dict[str, Any]:
             "num_spec_steps": len(verified),
             "num_accepted_draft_tokens": accepted,
             "num_draft_tokens": drafted,
+            "drafter_versions": sorted({version for sequence in sequences for version in sequence.versions}),
         },
     }
 
