@@ -15,7 +15,7 @@ class SequenceMetrics:
 
     __slots__ = (
         *("_cached", "_metrics", "_prompt_tokens", "accepted", "arrival", "first", "last", "scheduled", "tokens"),
-        "versions",
+        *("steps", "versions"),
     )
 
     def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int) -> None:
@@ -26,11 +26,13 @@ class SequenceMetrics:
         self.first = 0.0
         self.last = 0.0
         self.tokens = 0
+        self.steps = 0
+        """After the one that brought the first token."""
         self._cached = 0
         self.accepted: list[tuple[int, int]] = []
         """(guesses verified, of them right) per step with guesses."""
-        self.versions: dict[int, tuple[int, int]] = {}
-        """(steps, guesses that were right) by the version of the learned drafter that guessed."""
+        self.versions: set[int] = set()
+        """Of the learned drafter, whose guesses were verified."""
 
     def on_delta(self, delta: TokenDelta) -> None:
         if delta.scheduled_at:
@@ -43,6 +45,7 @@ class SequenceMetrics:
                 self.first = now
                 self._metrics.first_token.observe(now - self.arrival)
             else:
+                self.steps += 1
                 gap = (now - self.last) / count
                 for _ in range(count):
                     self._metrics.between_tokens.observe(gap)
@@ -51,10 +54,14 @@ class SequenceMetrics:
         if delta.num_drafted:
             self.accepted.append((delta.num_drafted, delta.num_accepted))
             if delta.drafter_version:
-                steps, accepted = self.versions.get(delta.drafter_version, (0, 0))
-                self.versions[delta.drafter_version] = steps + 1, accepted + delta.num_accepted
+                self.versions.add(delta.drafter_version)
         if delta.finish_reason is not None:
             self._metrics.preemptions.observe(delta.num_preemptions)
+
+    @property
+    def num_accepted(self) -> int:
+        """Guesses that were right."""
+        return sum(right for _, right in self.accepted)
 
     def on_end(self, reason: FinishReason) -> None:
         metrics = self._metrics

@@ -14,6 +14,7 @@ from slipstream.engine.checkpoint import locate
 from slipstream.engine.client import EngineClient, RequestStream
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import NewRequest
+from slipstream.server.canary import Canary
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import InvalidRequestError, ModelNotFoundError, OverloadedError, UnavailableError
 from slipstream.server.metrics import Metrics
@@ -22,6 +23,10 @@ from slipstream.server.text_model import TextModel, load_text_model
 RETRY_LOADING_S = 2
 RETRY_OVERLOADED_S = 1
 RETRY_DRAINING_S = 5
+SHARED_ROUTE = ""
+CANARY_ROUTE = "canary"
+TENANT_ROUTE = "tenant:"
+"""Before the name of the tenant."""
 
 
 class Service:
@@ -37,6 +42,8 @@ class Service:
         self.phase: Literal["loading", "ready", "draining"] = "loading"
         self.num_responding = 0
         """Responses of the generating routes under way."""
+        self.canary: Canary | None = None
+        """Which requests try the drafter that the canary's route holds, and how that goes."""
         self._engine: EngineClient | None = None
         self._text: TextModel | None = None
         self._busy_since = 0.0
@@ -115,6 +122,28 @@ class Service:
         if self.engine.num_open == 0:
             self._busy_since = time.monotonic()
         return [self.engine.submit(request) for request in requests]
+
+    def drafter_versions(self) -> dict[str, int]:
+        """Version of the learned drafter by route, as of the last step."""
+        return {route: version for entry in self.engine.stats.drafters for route, version in entry.routes.items()}
+
+    def route(self, request_id: int, tenant: str) -> str:
+        """Which version of the learned drafter a request uses: its tenant's own, or the canary's, or the shared one."""
+        loaded = self.drafter_versions()
+        if (own := TENANT_ROUTE + tenant) in loaded:
+            return own
+        takes_part = self.canary is not None and CANARY_ROUTE in loaded and self.canary.takes(request_id)
+        return CANARY_ROUTE if takes_part else SHARED_ROUTE
+
+    def ended(self, request: NewRequest, steps: int, accepted: int) -> None:
+        """A sequence has ended, after so many steps with so many right guesses."""
+        canary = self.canary
+        if canary is None or request.speculation.mode not in ("auto", "head"):
+            return
+        if request.route == CANARY_ROUTE:
+            canary.observe(canary.canary_version, steps, accepted)
+        elif request.route == SHARED_ROUTE:
+            canary.observe(canary.baseline_version, steps, accepted)
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body: does the engine make progress?"""

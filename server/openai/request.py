@@ -52,15 +52,18 @@ def make_generation(
     output = output_options(body)
     speculation = speculation_params(service, body.speculation)
     sequences: list[Sequence] = []
+    tenant = body.user or ""
     for prompt, prompt_params in zip(prompts, params, strict=True):
         for choice in range(choices):
+            request_id = service.engine.next_request_id()
             new = NewRequest(
-                request_id=service.engine.next_request_id(),
+                request_id=request_id,
                 prompt=prompt,
                 params=for_choice(prompt_params, body.seed, choice),
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt or "",
-                tenant=body.user or "",
+                tenant=tenant,
+                route=service.route(request_id, tenant),
                 speculation=speculation,
                 arrival=arrival,
             )
