@@ -125,61 +125,6 @@ def added(steps: list[tuple[Kind, float]], kind: Kind) -> list[tuple[float, floa
     return found
 
 
-def write_heads(folder: Path) -> list[Path]:
-    """Two of the sizes of --drafter cold."""
-    target = decoder_config(open_checkpoint("default").config)
-    config = layout.config_for(target, DRAFT_VOCAB_SIZE)
-    for seed in range(2):
-        layout.write(folder / str(seed), config, layout.random_tensors(config, seed))
-    return [folder / "0", folder / "1"]
-
-
-def run(
-    local: LocalEngine, prompts: list[list[int]], streams: int, swaps: int, heads: list[Path]
-) -> tuple[list[tuple[Kind, float]], list[float], list[float]]:
-    """Steps with nothing but streams in them, and seconds that each swap paused and took to be prepared."""
-    steps: list[tuple[Kind, float]] = []
-    replies: list[dict[str, float]] = []
-    lengths = Random(0)
-    swap, quiet, done = None, 0, 0
-    least = WARM_UP + (1000 if not swaps else 0)
-    while len(replies) < swaps or len(steps) < least:
-        running = [completion for completion in local.completions.values() if completion.finish_reason is None]
-        while len(running) < streams:
-            params = SamplingParams(max_tokens=lengths.randint(500, 1500), temperature=0.8)
-            running.append(local.submit(prompts[len(local.completions) % len(prompts)], params))
-        steady = all(completion.deltas for completion in running)  # no prompt is in the step
-        if steady and swap is None and quiet >= BETWEEN and done < swaps and len(steps) >= WARM_UP:
-            done += 1
-            arguments = {"version": done + 1, "route": "", "path": str(heads[done % len(heads)])}
-            swap = local.engine.operate("swap_drafter", arguments)
-        began = time.perf_counter()
-        local.step()
-        seconds = time.perf_counter() - began
-        kind: Kind = "undisturbed"
-        if swap is not None:
-            kind = "landing" if swap.done() else "preparing"
-            if swap.done():
-                replies.append(swap.result())
-                swap, quiet = None, 0
-        if steady:
-            quiet += 1
-            steps.append((kind, seconds))
-    pauses, prepared = ([reply[name] for reply in replies] for name in ("pause_seconds", "prepare_seconds"))
-    return steps[WARM_UP:], pauses, prepared
-
-
-def added(steps: list[tuple[Kind, float]], kind: Kind) -> list[tuple[float, float]]:
-    """Milliseconds of each step of this kind beyond the median of the undisturbed ones around it, and that median."""
-    quiet = [i for i, step in enumerate(steps) if step[0] == "undisturbed"]
-    found: list[tuple[float, float]] = []
-    for place, (its_kind, seconds) in enumerate(steps):
-        if its_kind == kind:
-            near = sorted((i for i in quiet if i != place), key=lambda i: abs(i - place))[:NEIGHBOURS]
-            found.append(seconds - statistics.median(steps[i][1] for i in near))
-    return found
-
-
 def report(steps: list[tuple[Kind, float]], pauses: list[float], prepared: list[float]) -> None:
     kinds: tuple[Kind, ...] = ("undisturbed", "preparing", "landing")
     print("| steps | number | median ms | p90 ms | longest ms | added: median | p90 | longest | beyond 10 % and 5 ms |")

@@ -239,9 +239,8 @@ def check(config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
         if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
             raise ModelError("the drafter's 'd2t' maps to tokens outside the vocabulary")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not all(
-            bool(part.isfinite().all()) for part in tensor.flatten().split(1 << 18)
-        ):
+        parts = torch.split(tensor.flatten(), 1 << 18) if tensor.is_floating_point() else ()
+        if not all(bool(part.isfinite().all()) for part in parts):
             raise ModelError(f"the drafter's {name!r} holds numbers that are not finite")
 
 

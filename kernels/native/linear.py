@@ -41,7 +41,9 @@ class PackedLinear:
     def fill(self, weight: Tensor, first_panel: int = 0, stride: int = 1) -> None:
         """Overwrites panels first_panel, first_panel + stride, … in place with the rows of weight [rows, k]."""
         panels = self.panels[first_panel::stride]
-        for rows, into in zip(weight.split(ROWS_AT_ONCE), panels.split(ROWS_AT_ONCE // PANEL), strict=False):
+        for rows, into in zip(
+            torch.split(weight, ROWS_AT_ONCE), torch.split(panels, ROWS_AT_ONCE // PANEL), strict=False
+        ):
             packed = pack(rows, self.panels.dtype)
             into[: len(packed)].copy_(packed)
 
