@@ -48,7 +48,11 @@ class EngineConfig:
     )
     drafter: str | None = option(
         None,
-        "Folder of a learned drafter (a registry's version or an EAGLE-3 head), or 'random' for an untrained one.",
+        "Folder of a learned drafter (a registry's version or an EAGLE-3 head), 'cold' for one made of the model's own "
+        "last layer, or 'random' for an untrained one; none by default.",
+    )
+    max_drafters: int = option(
+        4, "Versions of the learned drafter that may be loaded at once, one per route; each takes memory of its own."
     )
     draft_model: str | None = option(
         None, "A small model with the same tokenizer that drafts: a folder or a GGUF file; none by default."
@@ -62,7 +66,8 @@ class EngineConfig:
     seed: int = option(0, "Seeds the random weights of --load-format dummy.")
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "max_step_tokens", "block_size", "max_draft_tokens", "step_latency_ms"):
+        positive = ("max_running", "max_step_tokens", "block_size", "max_draft_tokens", "max_drafters")
+        for name in (*positive, "step_latency_ms"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be more than 0")
         if self.threads < 0 or (self.max_model_len is not None and self.max_model_len < 2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from slipstream.engine.messages import DrafterStats, EngineStats, TokenDelta, TrafficStats
@@ -22,7 +22,15 @@ class EngineCore:
     delivers results while it runs the next; a request that ends unexpectedly costs it one unused row.
     """
 
-    def __init__(self, scheduler: Scheduler, execute: Execute, deliver: Deliver, pipeline: bool) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        execute: Execute,
+        deliver: Deliver,
+        pipeline: bool,
+        drafters: Sequence[DrafterStats] = (),
+    ) -> None:
+        """``drafters`` are the counters as they stand before the first step."""
         self.scheduler = scheduler
         self._execute = execute
         self._deliver = deliver
@@ -30,7 +38,7 @@ class EngineCore:
         self._running: tuple[StepPlan, Future[StepResult]] | None = None
         self._steps = 0
         self._model_seconds = self._device_cpu_seconds = 0.0
-        self._drafters: list[DrafterStats] = []
+        self._drafters = list(drafters)
         self.traffic: Callable[[], TrafficStats] = TrafficStats
         """What became of the requests that may be kept."""
         self._began = time.thread_time()

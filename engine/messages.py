@@ -75,6 +75,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     domain: str = ""
     """What the request is about, as its sender calls it."""
     traffic: TrafficLevel = "off"
+    route: str = ""
+    """Which of the loaded versions of a learned drafter guesses; one that holds nothing stands for the shared one."""
     speculation: SpeculationParams = SpeculationParams()
     arrival: float = 0.0
     """time.monotonic() at the server, seconds; comparable between processes of one host."""
@@ -134,6 +136,16 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Of them, those that were right and count."""
     target_version: int = 0
     drafter_version: int = 0
+    """Of the learned drafter whose guesses were verified in this step; 0 if there were none, or another's."""
+
+
+class VersionStats(msgspec.Struct, array_like=True):
+    """What became of the guesses of one version of a learned drafter, while it is loaded."""
+
+    version: int
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class DrafterStats(msgspec.Struct, array_like=True):
@@ -145,6 +157,13 @@ class DrafterStats(msgspec.Struct, array_like=True):
     accepted_tokens: int = 0
     accepted_per_position: list[int] = []
     """How often the guess at each position was right."""
+    routes: dict[str, int] = {}
+    """Loaded versions of a learned drafter by route; "" is the shared one."""
+    versions: list[VersionStats] = []
+    """Of the loaded ones."""
+    swaps: int = 0
+    memory_bytes: int = 0
+    """Weights, the room to load new ones beside them, and caches, over all routes."""
 
 
 class TrafficStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

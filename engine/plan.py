@@ -28,6 +28,8 @@ class NewRow:
     speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009 - frozen
     request_id: int = 0
     traffic: TrafficLevel = "off"
+    route: str = ""
+    """Of learned drafters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +89,5 @@ class StepResult:
     """Of it, the model and drawing tokens."""
     overhead_cpu_seconds: float = 0.0
     """CPU time of this thread for the rest."""
+    drafter_versions: dict[int, int] = field(default_factory=dict)
+    """By row index: which version of a learned drafter made the guesses that were verified."""

@@ -11,12 +11,15 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
 
+from slipstream.engine.background import Background
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import EngineCore
 from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
@@ -43,6 +46,8 @@ from slipstream.engine.wire import EngineChannel
 MakeDrafters = Callable[[EngineConfig], Sequence[Drafter]]
 MakeListeners = Callable[[EngineConfig], Sequence[Listener]]
 HEARTBEAT_MS = 1000
+BACKGROUND_MS = 5
+"""How long an idle engine waits for messages while something is prepared beside it."""
 PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROBE_TOKENS = 16
 PROBE_CONTEXT = 1024
@@ -81,7 +86,9 @@ class Engine:
         pipeline = config.pipeline == "on" or (
             config.pipeline == "auto" and self.runner.cache.data.is_cuda and not drafters
         )
-        self.core = EngineCore(self.scheduler, self.runner.execute, deliver, pipeline)
+        drafter_stats = self.runner.speculator.stats
+        self.core = EngineCore(self.scheduler, self.runner.execute, deliver, pipeline, drafter_stats)
+        self.background = Background()
         self.listeners = self.scheduler.listeners = listeners
         if listeners:
             self.core.traffic = lambda: listeners[0].stats
@@ -103,16 +110,24 @@ class Engine:
             drafters=tuple(self.runner.speculator.names),
         )
 
-    def close(self) -> None:
-        self.core.close()
-        for listener in self.listeners:
-            listener.close()
-
     def operate(self, operation: str, arguments: dict[str, Any]) -> Any:
-        """Runs a control operation by name; raises SlipstreamError for what cannot be done."""
+        """Runs a control operation by name; raises SlipstreamError for what cannot be done.
+
+        What takes longer than steps may wait goes on in the background: its result is a Future, done in ``poll``.
+        """
         if operation not in OPERATIONS:
             raise SlipstreamError(f"the engine has no operation {operation!r}; it has {sorted(OPERATIONS)}")
         return OPERATIONS[operation](self, **arguments)
+
+    def poll(self) -> None:
+        """Carries out what the background has prepared; called between two steps."""
+        self.background.poll()
+
+    def close(self) -> None:
+        self.background.close()
+        self.core.close()
+        for listener in self.listeners:
+            listener.close()
 
 
 def _check_integrity(engine: Engine) -> str:
@@ -129,10 +144,37 @@ def _step_cost(engine: Engine) -> dict[str, float]:
     return {str(tokens): seconds for tokens, seconds in engine.scheduler.cost.table().items()}
 
 
+def _swap_drafter(engine: Engine, version: int, route: str, path: str) -> Future[dict[str, Any]]:
+    """Loads the version in this folder and lets it draft for a route; the reply says what it took."""
+    speculator = engine.runner.speculator
+
+    def prepare() -> Callable[[], dict[str, Any]]:
+        began = time.perf_counter()
+        swap = speculator.prepare_swap(route, version, path)
+        prepared = time.perf_counter() - began
+
+        def land() -> dict[str, Any]:
+            began = time.perf_counter()
+            swap()
+            pause = time.perf_counter() - began
+            return {"version": version, "route": route, "prepare_seconds": prepared, "pause_seconds": pause}
+
+        return land
+
+    return engine.background.start(prepare)
+
+
+def _drop_drafter(engine: Engine, route: str) -> Future[None]:
+    """After the swaps before it."""
+    return engine.background.start(lambda: lambda: engine.runner.speculator.drop(route))
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "check_integrity": _check_integrity,
+    "drop_drafter": _drop_drafter,
     "reset_prefix_cache": _reset_prefix_cache,
     "step_cost": _step_cost,
+    "swap_drafter": _swap_drafter,
 }
 
 
@@ -194,9 +236,11 @@ class _Process:
     def _serve(self, engine: Engine) -> None:
         while not self._stop.is_set():
             busy = engine.core.has_work
-            messages = self._channel.receive(0 if busy else HEARTBEAT_MS)
+            idle_ms = BACKGROUND_MS if engine.background.has_work else HEARTBEAT_MS
+            messages = self._channel.receive(0 if busy else idle_ms)
             for message in messages:
                 self._take(engine, message)
+            engine.poll()
             if engine.core.has_work:
                 engine.core.step()
             elif not messages:
@@ -210,19 +254,35 @@ class _Process:
             case AbortRequests():
                 engine.scheduler.abort(message.request_ids, message.stopped)
             case Call():
-                self._send(self._answer(engine, message))
+                self._answer(engine, message)
 
-    def _answer(self, engine: Engine, call: Call) -> CallReply:
+    def _answer(self, engine: Engine, call: Call) -> None:
         engine.core.drain()
         try:
-            return CallReply(call.call_id, engine.operate(call.operation, call.arguments))
+            result = engine.operate(call.operation, call.arguments)
         except (SlipstreamError, TypeError) as error:
-            return CallReply(call.call_id, error=str(error))
+            self._send(CallReply(call.call_id, error=str(error)))
         except AssertionError as error:
-            return CallReply(call.call_id, error=f"integrity violated: {error}")
+            self._send(CallReply(call.call_id, error=f"integrity violated: {error}"))
+        else:
+            if isinstance(result, Future):
+                result.add_done_callback(lambda done: self._send(_reply(call, done)))
+            else:
+                self._send(CallReply(call.call_id, result))
 
     def _send(self, message: FromEngine) -> None:
         self._channel.send(message)
+
+
+def _reply(call: Call, done: Future[Any]) -> CallReply:
+    """What became of work in the background; whatever went wrong there, serving goes on."""
+    error = done.exception()
+    if error is None:
+        return CallReply(call.call_id, done.result())
+    if not isinstance(error, SlipstreamError):
+        traceback.print_exception(error)
+        return CallReply(call.call_id, error=f"{call.operation} failed: {type(error).__name__}: {error}")
+    return CallReply(call.call_id, error=str(error))
 
 
 def die_with_parent() -> None:

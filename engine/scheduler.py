@@ -46,7 +46,6 @@ class Scheduler:
         self.kv = KVManager(num_blocks, config.block_size, config.prefix_caching)
         self.cost = cost
         self.target_version = 0
-        self.drafter_version = 0
         self.listeners: Sequence[Listener] = ()
         self._config = config
         self._max_model_len = max_model_len
@@ -133,8 +132,10 @@ class Scheduler:
                 deltas.append(self._delta(request, [], "error", error=result.errors[row]))
             elif plan.samples[row]:
                 self._guesses.take_back(request, row, plan, result)
+                version = result.drafter_versions.get(row, 0)
+                request.drafter_version = version or request.drafter_version
                 deltas.append(
-                    self._take_tokens(request, result.tokens[row], result.logprobs.get(row), plan.drafts[row])
+                    self._take_tokens(request, result.tokens[row], result.logprobs.get(row), plan.drafts[row], version)
                 )
         return deltas
 
@@ -225,7 +226,7 @@ class Scheduler:
         message = request.message
         scope = f"{message.tenant}\0{message.cache_salt}"
         entered = (request.slot, list(request.tokens), request.num_prompt, params, seed, scope)
-        plan.new.append(NewRow(*entered, message.speculation, message.request_id, message.traffic))
+        plan.new.append(NewRow(*entered, message.speculation, message.request_id, message.traffic, message.route))
         plan.blocks.append((request.slot, 0, list(request.blocks)))
         plan.copies.extend(admission.copies)
 
@@ -303,7 +304,7 @@ class Scheduler:
     # Results --------------------------------------------------------------------------------------------------------
 
     def _take_tokens(
-        self, request: Request, drawn: list[int], logprobs: list[TokenLogprobs] | None, drafted: int
+        self, request: Request, drawn: list[int], logprobs: list[TokenLogprobs] | None, drafted: int, version: int
     ) -> TokenDelta:
         """Appends what a step drew, up to where the request ends."""
         params = request.message.params
@@ -332,6 +333,7 @@ class Scheduler:
             logprobs[:taken] if logprobs else None,
             num_drafted=drafted,
             num_accepted=min(taken, len(drawn) - 1),
+            drafter_version=version,
         )
 
     def _delta(
@@ -344,6 +346,7 @@ class Scheduler:
         error: str | None = None,
         num_drafted: int = 0,
         num_accepted: int = 0,
+        drafter_version: int = 0,
     ) -> TokenDelta:
         first = not request.told_first
         request.told_first = True
@@ -362,7 +365,7 @@ class Scheduler:
             num_drafted=num_drafted,
             num_accepted=num_accepted,
             target_version=self.target_version,
-            drafter_version=self.drafter_version,
+            drafter_version=drafter_version,
         )
 
     def _end(self, request: Request, reason: FinishReason) -> None:
@@ -374,7 +377,7 @@ class Scheduler:
         else:
             self._waiting.remove(request)
         if request.message.traffic != "off":
-            ended = EndedRequest(request.message, request.tokens, reason, self.target_version, self.drafter_version)
+            ended = EndedRequest(request.message, request.tokens, reason, self.target_version, request.drafter_version)
             for listener in self.listeners:
                 listener.finish(ended)
 

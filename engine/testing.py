@@ -57,6 +57,7 @@ class LocalEngine:
         return completion
 
     def step(self) -> None:
+        self.engine.poll()
         self.engine.core.step()
 
     def finish(self) -> None:

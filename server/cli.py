@@ -19,6 +19,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
 from slipstream.server.config import ServerConfig
 from slipstream.server.drafter_cli import drafter_app
+from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.traffic_cli import app as traffic_app
 
 STARTED = time.monotonic()
@@ -76,7 +77,7 @@ def build(config: type[ConfigType], values: dict[str, Any]) -> ConfigType:
 
 
 @app.command()
-@with_options(ServerConfig, EngineConfig, TrafficConfig)
+@with_options(ServerConfig, EngineConfig, TrafficConfig, EvolutionConfig)
 def serve(**values: Any) -> None:
     """Serve a model over HTTP, with the OpenAI API.
 
@@ -84,7 +85,8 @@ def serve(**values: Any) -> None:
     """
     from slipstream.server.launch import run  # not needed, and slow, for the other commands
 
-    run(build(ServerConfig, values), build(EngineConfig, values), build(TrafficConfig, values), STARTED)
+    server, engine = build(ServerConfig, values), build(EngineConfig, values)
+    run(server, engine, build(TrafficConfig, values), build(EvolutionConfig, values), STARTED)
 
 
 @app.command()

@@ -10,16 +10,20 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 
 import uvicorn
 import uvloop
 
+from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.server.app import build_app
 from slipstream.server.config import ServerConfig
+from slipstream.server.evolution.config import EvolutionConfig
+from slipstream.server.evolution.evolution import Evolution
 from slipstream.server.log import set_up_logging
 from slipstream.server.protocol import HttpProtocol
 from slipstream.server.service import Service
@@ -40,7 +44,13 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def run(config: ServerConfig, engine_config: EngineConfig, traffic: TrafficConfig, started: float) -> None:
+def run(
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    traffic: TrafficConfig,
+    evolution: EvolutionConfig,
+    started: float,
+) -> None:
     """Serves until SIGTERM or Ctrl-C. ``started`` is the time.monotonic() of the process.
 
     Raises:
@@ -49,9 +59,23 @@ def run(config: ServerConfig, engine_config: EngineConfig, traffic: TrafficConfi
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prompts are encoded in threads of our own
     set_up_logging(config.log_level)
-    service = Service(config, engine_config, traffic)
+    evolution.check_traffic(traffic)
+    service = Service(config, with_live_drafter(engine_config, evolution), traffic)
+    if evolution.registry is not None:
+        service.evolution = Evolution(service, evolution, traffic)
     with listen(config.host, config.port) as listener:
         uvloop.run(serve(service, listener, started))
+
+
+def with_live_drafter(engine: EngineConfig, evolution: EvolutionConfig) -> EngineConfig:
+    """Starts with the registry's live version; else with --drafter, or a head that is still to learn."""
+    if evolution.registry is None or engine.speculation == "off":
+        return engine
+    registry = Registry(evolution.registry)
+    live = registry.live()
+    if live is not None:
+        return replace(engine, drafter=str(registry.path(live.version)))
+    return engine if engine.drafter is not None else replace(engine, drafter="cold")
 
 
 async def serve(service: Service, listener: socket.socket, started: float) -> None:

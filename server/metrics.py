@@ -161,10 +161,42 @@ class EngineCollector(Collector):
             accepted.add_metric(labels, drafter.accepted_tokens)
             for position, count in enumerate(drafter.accepted_per_position):
                 places.add_metric((*labels, str(position)), count)
+        yield from (drafts, drafted, accepted, places)
+        yield from self._versions(stats)
         steps = counter("speculation_steps", "Steps by why so many guesses were verified in them.", "reason")
         for reason, count in stats.speculation_steps.items():
             steps.add_metric((self._model_name, reason), count)
-        return drafts, drafted, accepted, places, steps
+        yield steps
+
+    def _versions(self, stats: EngineStats) -> Iterable[Metric]:
+        """Of learned drafters: only what is loaded now, so that the number of series stays small."""
+        labels = ("model_name", "drafter", "version")
+        versions = GaugeMetricFamily(
+            PREFIX + "drafter_version", "Version of the drafter that a route uses.", labels=(*labels[:2], "route")
+        )
+        memory = GaugeMetricFamily(PREFIX + "drafter_memory_bytes", "Memory of all loaded versions.", labels=labels[:2])
+        swaps = CounterMetricFamily(PREFIX + "drafter_swaps", "Versions loaded while serving.", labels=labels[:2])
+        drafts, drafted, accepted = (
+            CounterMetricFamily(PREFIX + f"drafter_version_num_{name}", help_text, labels=labels)
+            for name, help_text in (
+                ("drafts", "Proposals of a loaded version of which guesses were verified."),
+                ("draft_tokens", "Guesses of a loaded version that were verified."),
+                ("accepted_tokens", "Guesses of a loaded version that were right."),
+            )
+        )
+        for drafter in stats.drafters:
+            if not drafter.routes:
+                continue
+            named = (self._model_name, drafter.name)
+            for route, version in drafter.routes.items():
+                versions.add_metric((*named, route), version)
+            memory.add_metric(named, drafter.memory_bytes)
+            swaps.add_metric(named, drafter.swaps)
+            for entry in drafter.versions:
+                drafts.add_metric((*named, str(entry.version)), entry.drafts)
+                drafted.add_metric((*named, str(entry.version)), entry.draft_tokens)
+                accepted.add_metric((*named, str(entry.version)), entry.accepted_tokens)
+        yield from (versions, memory, swaps, drafts, drafted, accepted)
 
 
 class Metrics:

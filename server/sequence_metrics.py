@@ -13,7 +13,10 @@ from slipstream.server.metrics import Metrics
 class SequenceMetrics:
     """The clock of one sequence."""
 
-    __slots__ = ("_cached", "_metrics", "_prompt_tokens", "accepted", "arrival", "first", "last", "scheduled", "tokens")
+    __slots__ = (
+        *("_cached", "_metrics", "_prompt_tokens", "accepted", "arrival", "first", "last", "scheduled", "tokens"),
+        *("steps", "versions"),
+    )
 
     def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int) -> None:
         self._metrics = metrics
@@ -23,9 +26,13 @@ class SequenceMetrics:
         self.first = 0.0
         self.last = 0.0
         self.tokens = 0
+        self.steps = 0
+        """After the one that brought the first token."""
         self._cached = 0
         self.accepted: list[tuple[int, int]] = []
         """(guesses verified, of them right) per step with guesses."""
+        self.versions: set[int] = set()
+        """Of the learned drafter, whose guesses were verified."""
 
     def on_delta(self, delta: TokenDelta) -> None:
         if delta.scheduled_at:
@@ -38,6 +45,7 @@ class SequenceMetrics:
                 self.first = now
                 self._metrics.first_token.observe(now - self.arrival)
             else:
+                self.steps += 1
                 gap = (now - self.last) / count
                 for _ in range(count):
                     self._metrics.between_tokens.observe(gap)
@@ -45,8 +53,15 @@ class SequenceMetrics:
             self.tokens += count
         if delta.num_drafted:
             self.accepted.append((delta.num_drafted, delta.num_accepted))
+            if delta.drafter_version:
+                self.versions.add(delta.drafter_version)
         if delta.finish_reason is not None:
             self._metrics.preemptions.observe(delta.num_preemptions)
+
+    @property
+    def num_accepted(self) -> int:
+        """Guesses that were right."""
+        return sum(right for _, right in self.accepted)
 
     def on_end(self, reason: FinishReason) -> None:
         metrics = self._metrics
@@ -89,6 +104,7 @@ def sequences_metrics(sequences: list[SequenceMetrics]) -> dict[str, Any]:
             "num_spec_steps": len(verified),
             "num_accepted_draft_tokens": accepted,
             "num_draft_tokens": drafted,
+            "drafter_versions": sorted({version for sequence in sequences for version in sequence.versions}),
         },
     }
 

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -23,9 +23,16 @@ from slipstream.server.errors import InvalidRequestError, ModelNotFoundError, Ov
 from slipstream.server.metrics import Metrics
 from slipstream.server.text_model import TextModel, load_text_model
 
+if TYPE_CHECKING:
+    from slipstream.server.evolution.evolution import Evolution
+
 RETRY_LOADING_S = 2
 RETRY_OVERLOADED_S = 1
 RETRY_DRAINING_S = 5
+SHARED_ROUTE = ""
+CANARY_ROUTE = "canary"
+TENANT_ROUTE, DOMAIN_ROUTE = "tenant:", "domain:"
+"""Before the name of the tenant or the domain."""
 
 
 class Service:
@@ -42,6 +49,8 @@ class Service:
         self.phase: Literal["loading", "ready", "draining"] = "loading"
         self.num_responding = 0
         """Responses of the generating routes under way."""
+        self.evolution: Evolution | None = None
+        """With a registry."""
         self._engine: EngineClient | None = None
         self._text: TextModel | None = None
         self._busy_since = 0.0
@@ -60,6 +69,8 @@ class Service:
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         self.metrics.attach(self.engine, lambda: self.ready()[0] == 200)
+        if self.evolution is not None:
+            await self.evolution.start()
         if self.phase == "loading":
             self.phase = "ready"
 
@@ -122,6 +133,25 @@ class Service:
             self._busy_since = time.monotonic()
         return [self.engine.submit(request) for request in requests]
 
+    def drafter_versions(self) -> dict[str, int]:
+        """Version of the learned drafter by route, as of the last step."""
+        return {route: version for entry in self.engine.stats.drafters for route, version in entry.routes.items()}
+
+    def route(self, request_id: int, tenant: str, domain: str) -> str:
+        """Which version of the learned drafter a request uses: its tenant's or its domain's own, one on trial, or the
+        shared one.
+        """
+        loaded = self.drafter_versions()
+        for own in (TENANT_ROUTE + tenant, DOMAIN_ROUTE + domain):
+            if own in loaded:
+                return own
+        return self.evolution.publisher.route(request_id, loaded) if self.evolution is not None else SHARED_ROUTE
+
+    def ended(self, request: NewRequest, steps: int, accepted: int) -> None:
+        """A sequence has ended, after so many steps with so many right guesses."""
+        if self.evolution is not None:
+            self.evolution.ended(request, steps, accepted)
+
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body: does the engine make progress?"""
         if self._engine is None or self._text is None:
@@ -160,6 +190,8 @@ class Service:
     async def close(self) -> None:
         """Ends the engine process; requests that are still open get their terminal message."""
         self.phase = "draining"
+        if self.evolution is not None:
+            await self.evolution.close()
         if self._engine is not None:
             await self._engine.close()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,19 +14,27 @@ from slipstream.drafter.chain import ChainDrafter
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.head.network import HeadNetwork, make_network
-from slipstream.engine.errors import ConfigError
+from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models.config import DecoderConfig
+from slipstream.engine.models.loader import available_memory
 from slipstream.engine.models.native_decoder import NativeDecoder
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.torch_decoder import TorchDecoder
-from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow
+from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow, LearnedDrafter, Proposal
 from slipstream.kernels.batch import Int32, RaggedBatch
 
 MOST_PENDING = 512
 """Positions per request that wait for the head while nobody asks it; older ones are left out."""
 
+SPARE_BYTES = 200 << 20
+"""Memory that loading one more head leaves free."""
+SHARED = ""
+"""The route for every request whose own holds nothing."""
+
 Load = Callable[[DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
 """Reads or makes a head for a target."""
+Read = Callable[[Path, DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
+"""The same for a folder; raises ModelError if it is damaged or was made for another target."""
 
 
 @dataclass(slots=True)
@@ -36,21 +45,47 @@ class _Pending:
     fused: Tensor  # [positions, hidden]
 
 
-class HeadDrafter(ChainDrafter):
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What a route holds. After a swap the network is the same one, with other weights."""
+
+    network: HeadNetwork
+    version: int
+    to_target: Int32
+    """[draft vocabulary]: the target's tokens."""
+
+
+class HeadDrafter(ChainDrafter, LearnedDrafter):
     """Position p of the head holds the features of position p and token p + 1, and predicts token p + 2.
 
     The features of accepted tokens are the target's own; while drafting, the head's output stands in for them.
+
+    Each route has a network of its own, with keys and values of its own. What a request has there from before a swap,
+    or lacks because its route was empty until now, costs acceptance only.
     """
 
     name = "head"
 
-    def __init__(self, load: Load, stop_below: float = 0.05) -> None:
+    def __init__(
+        self,
+        load: Load,
+        stop_below: float = 0.05,
+        version: int = 1,
+        most: int = 4,
+        read: Read = layout.read,
+    ) -> None:
+        """``load`` gives the shared head to start with, of this version; ``most`` heads may be loaded at once.
+
+        ``read`` gives the versions that are swapped in later.
+        """
         super().__init__(stop_below)
         self._load = load
+        self._first_version, self._most, self._read = version, most, read
         self._config: HeadConfig
         self._tensors: Mapping[str, Tensor]
-        self._network: HeadNetwork
-        self._to_target: Int32
+        self._heads: dict[str, _Head] = {}
+        self._head: _Head
+        """The one that drafts at the moment."""
 
     def taps(self, model: CausalModel) -> tuple[int, ...]:
         if not isinstance(model, NativeDecoder | TorchDecoder):
@@ -64,17 +99,92 @@ class HeadDrafter(ChainDrafter):
 
     def attach(self, host: DraftHost) -> None:
         super().attach(host)
-        config = self._config
-        self._network = make_network(config, host)
-        self._network.load(self._tensors)
-        offsets = self._tensors.get("d2t", torch.zeros(config.draft_vocab_size))
-        self._to_target = (offsets.long() + torch.arange(config.draft_vocab_size)).numpy().astype(np.int32)
+        network = make_network(self._config, host)
+        network.stage(self._tensors)
+        network.swap()
+        self._heads[SHARED] = self._head = _Head(network, self._first_version, self._guessable(self._tensors))
         self._tensors = {}
 
+    @property
+    def routes(self) -> Mapping[str, int]:
+        return {route: head.version for route, head in self._heads.items()}
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(head.network.memory_bytes for head in self._heads.values())
+
+    def prepare(self, route: str, version: int, path: str) -> Callable[[], None]:
+        if version < 1:
+            raise ConfigError(f"a drafter's version is a number from 1 on, not {version}")
+        head = self._heads.get(route)
+        if head is None and len(self._heads) >= self._most:
+            raise ConfigError(
+                f"{len(self._heads)} drafters are loaded (routes {', '.join(map(repr, self._heads))}): drop one, or "
+                "start the server with more --max-drafters"
+            )
+        target = self._host.model
+        assert isinstance(target, NativeDecoder | TorchDecoder)
+        config, tensors = self._read(Path(path), target.config)
+        self._require_same_sizes(config)
+        network = self._new_network(target.device) if head is None else head.network
+        network.stage(tensors)
+        ready = _Head(network, version, self._guessable(tensors))
+
+        def swap() -> None:
+            network.swap()
+            self._heads[route] = ready
+
+        return swap
+
+    def drop(self, route: str) -> None:
+        if route == SHARED or route not in self._heads:
+            what = "the shared drafter cannot be dropped" if route == SHARED else f"route {route!r} holds no drafter"
+            raise ConfigError(f"{what}; loaded are the routes {', '.join(map(repr, self._heads))}")
+        del self._heads[route]
+
+    def _new_network(self, device: torch.device) -> HeadNetwork:
+        """For one more route; raises ModelError if there is no memory for it."""
+        needed, free = self._heads[SHARED].network.memory_bytes, available_memory(device)
+        if free < needed + SPARE_BYTES:
+            raise ModelError(f"one more drafter takes {needed >> 20} MiB, and only {free >> 20} MiB of memory are free")
+        return make_network(self._config, self._host)
+
+    def _require_same_sizes(self, config: HeadConfig) -> None:
+        """Networks are built once, and the target shows the layers it was asked for at the start."""
+        for field in fields(HeadConfig):
+            ours, theirs = getattr(self._config, field.name), getattr(config, field.name)
+            if ours != theirs and field.name != "max_positions":
+                raise ModelError(
+                    f"the drafter does not fit the running one: its {field.name} is {theirs}, the running one's {ours}"
+                )
+
+    def _guessable(self, tensors: Mapping[str, Tensor]) -> Int32:
+        count = self._config.draft_vocab_size
+        offsets = tensors.get("d2t", torch.zeros(count))
+        return (offsets.long() + torch.arange(count)).numpy().astype(np.int32)
+
+    def _by_route(self, rows: Sequence[DraftRow]) -> Iterator[list[int]]:
+        """Places of rows that share a head, which drafts meanwhile."""
+        places: dict[str, list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(row.route if row.route in self._heads else SHARED, []).append(place)
+        for route, some in places.items():
+            self._head = self._heads[route]
+            yield some
+
+    def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
+        proposals: list[Proposal | None] = [None] * len(rows)
+        for places in self._by_route(rows):
+            for place, proposal in zip(places, super().propose([rows[place] for place in places]), strict=True):
+                proposals[place] = proposal and replace(proposal, version=self._head.version)
+        return proposals
+
     def observe(self, computed: Sequence[Computed]) -> None:
-        if not computed:
-            return
-        fused = self._network.fuse(torch.cat([entry.features for entry in computed]))
+        for places in self._by_route([entry.row for entry in computed]):
+            self._remember([computed[place] for place in places])
+
+    def _remember(self, computed: Sequence[Computed]) -> None:
+        fused = self._head.network.fuse(torch.cat([entry.features for entry in computed]))
         parts = torch.split(fused, [len(entry.features) for entry in computed])
         for entry, rows in zip(computed, parts, strict=True):
             pending = entry.row.memory.get(self.name)
@@ -102,17 +212,17 @@ class HeadDrafter(ChainDrafter):
         counts = np.array([len(pending.fused) for pending in pendings], np.int32)
         ends = np.array([row.length - 1 for row in rows], np.int32)
         batch = self._batch(rows, ids, counts, ends)
-        hidden = self._network.forward(batch, torch.cat([pending.fused for pending in pendings]))
+        hidden = self._head.network.forward(batch, torch.cat([pending.fused for pending in pendings]))
         return hidden[np.cumsum(counts) - 1]
 
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
-        return self._network.forward(batch, hidden)
+        return self._head.network.forward(batch, hidden)
 
     def _scores(self, hidden: Tensor) -> Tensor:
-        return self._network.logits(hidden)
+        return self._head.network.logits(hidden)
 
     def _tokens(self, choices: Int32) -> Int32:
-        return self._to_target[choices]
+        return self._head.to_target[choices]
 
     def _position(self, row: DraftRow) -> int:
         return row.length - 1  # with the token at this place and the output before it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ ARCHITECTURE = "LlamaForCausalLMEagle3"
 LAYER = "midlayer."
 VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias")
 """Switches of config.json for layers that compute something else than ours."""
+LAYERS = "model.layers."
+"""Where the target's layers are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,55 @@ def random_tensors(config: HeadConfig, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
+def from_target(config: HeadConfig, target: Mapping[str, Tensor], draft_tokens: Sequence[int]) -> dict[str, Tensor]:
+    """A head that starts as the target's last layer, which it learns from far faster than from random weights.
+
+    It reads the highest tap and sees nothing yet of the token that follows: the columns for embeddings are zero.
+
+    Args:
+        config: as ``config_for`` makes it: the layer has the sizes of the target's.
+        target: parameters by their Hugging Face names; of the layers only the last is read (``last_layer`` finds all
+            that is needed). Biases and the norms of queries and keys have no place in a head and are left out.
+        draft_tokens: what the head can guess, ``config.draft_vocab_size`` different tokens.
+
+    Raises ModelError where the sizes do not match.
+    """
+    prefix = f"{LAYERS}{_last_index(target)}."
+    tokens = torch.tensor(sorted(set(draft_tokens)))
+    if len(tokens) != config.draft_vocab_size or tokens[0] < 0 or tokens[-1] >= config.vocab_size:
+        raise ModelError(f"a head needs {config.draft_vocab_size} different tokens of the vocabulary to guess from")
+    output = target["lm_head.weight" if "lm_head.weight" in target else "model.embed_tokens.weight"]
+    tensors = {
+        "fc.weight": torch.eye(config.hidden).repeat(1, len(config.taps)),
+        LAYER + "hidden_norm.weight": target[prefix + "input_layernorm.weight"],
+        "norm.weight": target["model.norm.weight"],
+        "lm_head.weight": output[tokens],
+        "d2t": tokens - torch.arange(len(tokens)),
+        "t2d": torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, tokens, True),
+    }
+    tensors["fc.weight"][:, : -config.hidden] = 0
+    for name, shape in config.shapes.items():
+        if name in tensors:
+            continue
+        tensor = target[prefix + name.removeprefix(LAYER)]
+        if len(shape) == 2 and tensor.shape == (shape[0], shape[1] - config.hidden):
+            tensor = torch.cat((torch.zeros_like(tensor), tensor), dim=1)
+        tensors[name] = tensor
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    check(config, tensors)
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _last_index(target: Mapping[str, Tensor]) -> int:
+    return max(int(name.split(".")[2]) for name in target if name.startswith(LAYERS))
+
+
+def last_layer(tensors: Iterable[tuple[str, Tensor]], num_layers: int) -> dict[str, Tensor]:
+    """What ``from_target`` needs of a checkpoint."""
+    keep = (f"{LAYERS}{num_layers - 1}.", "model.embed_tokens.", "model.norm.", "lm_head.")
+    return {name: tensor for name, tensor in tensors if name.startswith(keep)}
+
+
 def check(config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
     """Raises ModelError where tensors are missing, of the wrong shape, or map to tokens that do not exist."""
     for name, shape in config.shapes.items():
@@ -216,6 +267,10 @@ def check(config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
         tokens = tensors["d2t"].long() + torch.arange(config.draft_vocab_size)
         if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
             raise ModelError("the drafter's 'd2t' maps to tokens outside the vocabulary")
+    for name, tensor in tensors.items():
+        parts = torch.split(tensor.flatten(), 1 << 18) if tensor.is_floating_point() else ()
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise ModelError(f"the drafter's {name!r} holds numbers that are not finite")
 
 
 def check_target(config: HeadConfig, target: DecoderConfig) -> None:
@@ -237,8 +292,8 @@ def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Ten
     try:
         config = parse_config(json.loads((folder / "config.json").read_text()), target.shape.num_layers)
         tensors = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder} is no drafter: {error.filename} does not exist") from None
+    except OSError as error:
+        raise ModelError(f"{folder} is no drafter: {error}") from None
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ModelError(f"the drafter in {folder} is damaged: {error}") from None
     check(config, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.drafter.head.layout import LAYER, HeadConfig
-from slipstream.engine.models.config import rope_tables
+from slipstream.engine.models.config import DecoderConfig, rope_tables
 from slipstream.engine.models.native_decoder import NativeDecoder
 from slipstream.engine.models.native_layer import NativeLayer
 from slipstream.engine.models.torch_decoder import TorchDecoder
@@ -25,8 +26,14 @@ from slipstream.kernels.native.linear import PackedLinear
 
 
 class HeadNetwork(Protocol):
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies weights in, in place."""
+    memory_bytes: int
+    """Weights, the room to stage others beside them, and keys and values."""
+
+    def stage(self, tensors: Mapping[str, Tensor]) -> None:
+        """Lays out weights beside those in use; may run in another thread, while the network computes."""
+
+    def swap(self) -> None:
+        """Uses the staged weights from now on; called between two computations."""
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features [n, taps, hidden] as the head reads them, [n, hidden] float32."""
@@ -42,6 +49,11 @@ class HeadNetwork(Protocol):
         """[n, draft vocabulary] float32; valid until the next call."""
 
 
+def _weights_bytes(config: HeadConfig, dtype: torch.dtype) -> int:
+    mapped = ("d2t", "t2d")
+    return sum(math.prod(size) for name, size in config.shapes.items() if name not in mapped) * dtype.itemsize
+
+
 def make_network(config: HeadConfig, host: DraftHost) -> HeadNetwork:
     """With the target's embeddings; the drafter has refused other models before."""
     if isinstance(host.model, NativeDecoder):
@@ -50,22 +62,38 @@ def make_network(config: HeadConfig, host: DraftHost) -> HeadNetwork:
     return TorchHead(config, host.model, host)
 
 
+class NativeWeights:
+    """One set of a head's weights as panels."""
+
+    def __init__(self, config: HeadConfig, decoder: DecoderConfig, dtype: torch.dtype) -> None:
+        self.fc = PackedLinear(config.hidden, len(config.taps) * config.hidden, dtype)
+        self.layer = NativeLayer(decoder, dtype, reads_embedding=True)
+        self.lm_head = PackedLinear(config.draft_vocab_size, config.hidden, dtype)
+        self.norm = torch.ones(config.hidden)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        self.fc.fill(tensors["fc.weight"])
+        self.lm_head.fill(tensors["lm_head.weight"])
+        self.norm.copy_(tensors["norm.weight"])
+        for name, tensor in tensors.items():
+            if name.startswith(LAYER):
+                self.layer.fill(name.removeprefix(LAYER).split("."), tensor)
+
+
 class NativeHead:
+    """Holds two sets of weights: a swap points the compiled code at the other one, which takes microseconds."""
+
     def __init__(self, config: HeadConfig, target: NativeDecoder, host: DraftHost) -> None:
         decoder = config.as_decoder(target.config)
         library = load()
         assert library is not None
         self._library = library
-        self._fc = PackedLinear(config.hidden, len(config.taps) * config.hidden, target.dtype)
-        self._layer = NativeLayer(decoder, target.dtype, reads_embedding=True)
-        self._lm_head = PackedLinear(config.draft_vocab_size, config.hidden, target.dtype)
-        self._norm = torch.ones(config.hidden)
+        self._live, self._staged = (NativeWeights(config, decoder, target.dtype) for _ in range(2))
         self._cos, self._sin = rope_tables(decoder, host.block_tables.shape[1] * host.block_size)
         self._cache = NativeKVCache(
             1, host.num_blocks, host.block_size, config.kv_heads, config.head_dim, target.dtype, torch.device("cpu")
         )
         self._c_layers = (CLayer * 1)()
-        self._layer.describe(self._c_layers[0], 0)
         keys, values = self._cache.data[0]
         self._c_layers[0].k_cache, self._c_layers[0].v_cache = address(keys), address(values)
         self._c = CModel(
@@ -81,23 +109,27 @@ class NativeHead:
             rope_sin=address(self._sin),
             layers=self._c_layers,
             embed=target.embedding.c,
-            lm_head=self._lm_head.c,
-            final_norm=address(self._norm),
             given_hidden=1,
         )
+        self._use(self._live)
+        cache = self._cache.data
+        self.memory_bytes = 2 * _weights_bytes(config, target.dtype) + cache.numel() * cache.itemsize
         self._vocab = config.draft_vocab_size
         self._workspace = torch.empty(0, dtype=torch.uint8)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self._fc.fill(tensors["fc.weight"])
-        self._lm_head.fill(tensors["lm_head.weight"])
-        self._norm.copy_(tensors["norm.weight"])
-        for name, tensor in tensors.items():
-            if name.startswith(LAYER):
-                self._layer.fill(name.removeprefix(LAYER).split("."), tensor)
+    def stage(self, tensors: Mapping[str, Tensor]) -> None:
+        self._staged.fill(tensors)
+
+    def swap(self) -> None:
+        self._live, self._staged = self._staged, self._live
+        self._use(self._live)
+
+    def _use(self, weights: NativeWeights) -> None:
+        weights.layer.describe(self._c_layers[0], 0)
+        self._c.lm_head, self._c.final_norm = weights.lm_head.c, address(weights.norm)
 
     def fuse(self, features: Tensor) -> Tensor:
-        return self._fc(features.flatten(1))
+        return self._live.fc(features.flatten(1))
 
     def forward(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         hidden = hidden.contiguous()
@@ -122,27 +154,48 @@ class NativeHead:
 
 
 class TorchHead:
-    """Specifies what the compiled head computes; runs on every device."""
+    """Specifies what the compiled head computes; runs on every device.
+
+    A swap copies into the same tensors, so that captured graphs, which hold their addresses, stay valid.
+    """
 
     def __init__(self, config: HeadConfig, target: TorchDecoder, host: DraftHost) -> None:
         self._config = config
         self._device, self._dtype = target.device, target.dtype
         self._embedding = target.embedding
-        self._weights = {
-            name: torch.empty(shape, dtype=self._dtype, device=self._device)
-            for name, shape in config.shapes.items()
-            if name not in ("d2t", "t2d")
-        }
+        self._weights, self._staged = (
+            {
+                name: torch.empty(shape, dtype=self._dtype, device=self._device)
+                for name, shape in config.shapes.items()
+                if name not in ("d2t", "t2d")
+            }
+            for _ in range(2)
+        )
+        on_gpu = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
         decoder = config.as_decoder(target.config)
         length = host.block_tables.shape[1] * host.block_size
         self._cos, self._sin = (table.to(self._device) for table in rope_tables(decoder, length))
         self._cache = TorchKVCache(
             1, host.num_blocks, host.block_size, config.kv_heads, config.head_dim, self._dtype, self._device
         )
+        cache = self._cache.data
+        self.memory_bytes = 2 * _weights_bytes(config, self._dtype) + cache.numel() * cache.itemsize
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def stage(self, tensors: Mapping[str, Tensor]) -> None:
+        # On a stream of its own, so that steps do not wait for the transfer; over once this returns.
+        with torch.cuda.stream(self._stream):
+            for name, weight in self._staged.items():
+                weight.copy_(tensors[name])
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def swap(self) -> None:
         for name, weight in self._weights.items():
-            weight.copy_(tensors[name])
+            weight.copy_(self._staged[name])
+        if self._stream is not None:
+            # The next ones are staged only after these have been read.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def fuse(self, features: Tensor) -> Tensor:
         return functional.linear(features.flatten(1).to(self._dtype), self._weights["fc.weight"]).float()

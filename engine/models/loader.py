@@ -138,7 +138,7 @@ def _fit(
     """Number of cache blocks, and the longest sequence they and the model allow."""
     if config.block_size % 16:
         raise ConfigError(f"--block-size {config.block_size} must be a multiple of 16")
-    available = _available_memory(device) - HEADROOM_BYTES
+    available = available_memory(device) - HEADROOM_BYTES
     left = available - weights_bytes
     wanted = config.max_model_len or shape.max_positions
     if wanted > shape.max_positions:
@@ -166,7 +166,8 @@ def _fit(
     return num_blocks, min(wanted, num_blocks * config.block_size)
 
 
-def _available_memory(device: torch.device) -> int:
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)

@@ -96,6 +96,10 @@ class NativeDecoder:
     def config(self) -> DecoderConfig:
         return self._config
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
     def _memory(self, tokens: int) -> int:
         """Scratch for a step of this many tokens; grows and stays."""
         size = self._library.slip_workspace_bytes(ctypes.byref(self._c), tokens)

@@ -62,6 +62,7 @@ class ModelRunner:
         """Runs one step; plans must come in the order they were made."""
         began, cpu_began = time.perf_counter(), time.thread_time()
         self._enter(plan)
+        versions = self.speculator.versions(plan.slots, plan.drafts)
         batch = self._batch(plan)
         drawing = [row for row, wanted in enumerate(plan.samples) if wanted]
         rows, last = self._positions_to_draw(plan, batch, drawing)
@@ -105,6 +106,7 @@ class ModelRunner:
             drafters=self.speculator.stats,
             model_seconds=model_seconds,
             overhead_cpu_seconds=time.thread_time() - cpu_began - model_cpu,
+            drafter_versions=versions,
         )
 
     @torch.inference_mode()

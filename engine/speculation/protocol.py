@@ -7,7 +7,7 @@ was guessed; a guess counts if it is what was drawn. So drafters decide how fast
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,8 @@ class DraftRow:
     length: int
     drafters: frozenset[str]
     """Names of the drafters this request may use."""
+    route: str = ""
+    """Of the versions of a learned drafter, the one to use; the shared one if this route holds none."""
     mapped: int = 0
     """Positions that have a block in the block tables."""
     most: int = 0
@@ -54,6 +56,8 @@ class Proposal:
     tokens: list[int]
     evidence: int
     """How well founded the guess is, as a small number: acceptance is learned apart for each. 0 is the weakest."""
+    version: int = 0
+    """Of the learned drafter that guessed; 0 for a drafter without versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,32 @@ class Drafter(ABC):
     def finish(self, row: DraftRow) -> None:
         """The request has ended; its text may be learned from, within its scope."""
         return
+
+
+class LearnedDrafter(Drafter):
+    """Its weights can be changed while it drafts: each route holds one version of them."""
+
+    @property
+    @abstractmethod
+    def routes(self) -> Mapping[str, int]:
+        """The version each route holds; the route "" always holds one."""
+
+    @property
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """What all routes together take."""
+
+    @abstractmethod
+    def prepare(self, route: str, version: int, path: str) -> Callable[[], None]:
+        """Reads and checks a version, in another thread and while it drafts with the old one.
+
+        What it returns makes the new version live, in the thread of the steps and between two of them; until then
+        nothing else is prepared. Raises ModelError or ConfigError, and changes nothing, if the version does not fit.
+        """
+
+    @abstractmethod
+    def drop(self, route: str) -> None:
+        """Requests of this route use the shared version from now on; raises ConfigError if the route holds none."""
 
 
 class Listener(ABC):

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.engine.errors import ConfigError
-from slipstream.engine.messages import DrafterStats
+from slipstream.engine.messages import DrafterStats, VersionStats
 from slipstream.engine.plan import NewRow
 from slipstream.engine.speculation.acceptance import Acceptance, OwnAcceptance, chances
-from slipstream.engine.speculation.protocol import Computed, Drafter, DraftHost, DraftRow, Listener, Proposal
+from slipstream.engine.speculation.protocol import (
+    Computed,
+    Drafter,
+    DraftHost,
+    DraftRow,
+    LearnedDrafter,
+    Listener,
+    Proposal,
+)
 
 ENOUGH = 2.5
 """Right guesses to be expected with which no costly drafter is asked any more."""
@@ -37,7 +45,10 @@ class Speculator:
             drafter.name: DrafterStats(drafter.name, accepted_per_position=[0] * most) for drafter in drafters
         }
         self._drafters = {drafter.name: drafter for drafter in drafters}
-        self._acceptance = {drafter.name: Acceptance(drafter.num_evidence, most) for drafter in drafters}
+        self._learned = next((drafter for drafter in drafters if isinstance(drafter, LearnedDrafter)), None)
+        self._acceptance: dict[tuple[str, int], Acceptance] = {}
+        self._versions: dict[int, VersionStats] = {}
+        """Of the learned drafter's loaded versions."""
         self._rows: dict[int, _Row] = {}
         self._watching: list[Drafter] = []
         self._listeners = listeners
@@ -61,6 +72,53 @@ class Speculator:
             host.model.tap(tapped)
         for drafter in self._drafters.values():
             drafter.attach(host)
+        self._take_versions()
+
+    def prepare_swap(self, route: str, version: int, path: str) -> Callable[[], None]:
+        """As LearnedDrafter.prepare; the files are read in the calling thread."""
+        drafter = self._require_learned()
+        swap = drafter.prepare(route, version, path)
+
+        def land() -> None:
+            swap()
+            self._stats[drafter.name].swaps += 1
+            self._take_versions()
+
+        return land
+
+    def drop(self, route: str) -> None:
+        """As LearnedDrafter.drop."""
+        self._require_learned().drop(route)
+        self._take_versions()
+
+    def _require_learned(self) -> LearnedDrafter:
+        if self._learned is None:
+            raise ConfigError(
+                "this server runs no learned drafter: start it with --drafter FOLDER, or --drafter cold for one made "
+                "of the model's own last layer"
+            )
+        return self._learned
+
+    def _take_versions(self) -> None:
+        """After a swap or a drop: counts go on for versions that stay, and end for those that are gone."""
+        drafter = self._learned
+        if drafter is None:
+            return
+        loaded = set(drafter.routes.values())
+        self._versions = {version: self._versions.get(version) or VersionStats(version) for version in sorted(loaded)}
+        self._acceptance = {
+            key: value for key, value in self._acceptance.items() if key[0] != drafter.name or key[1] in loaded
+        }
+        stats = self._stats[drafter.name]
+        stats.routes, stats.versions = dict(drafter.routes), list(self._versions.values())
+        stats.memory_bytes = drafter.memory_bytes
+
+    def _acceptance_of(self, drafter: Drafter, version: int) -> Acceptance:
+        """Apart for each version: a new one is neither trusted nor doubted for what another did."""
+        found = self._acceptance.get((drafter.name, version))
+        if found is None:
+            found = self._acceptance[drafter.name, version] = Acceptance(drafter.num_evidence, self.most)
+        return found
 
     @property
     def watches(self) -> bool:
@@ -94,7 +152,7 @@ class Speculator:
         """A request takes a row, with this token table; whoever had it before was preempted or has ended."""
         mode = new.speculation.mode
         names = [name for name in self._drafters if mode in ("auto", name)]
-        draft = DraftRow(new.slot, new.scope, new.num_prompt, tokens, len(new.tokens), frozenset(names))
+        draft = DraftRow(new.slot, new.scope, new.num_prompt, tokens, len(new.tokens), frozenset(names), new.route)
         draft.request_id, draft.traffic = new.request_id, new.traffic
         self._rows[new.slot] = _Row(draft)
 
@@ -103,6 +161,15 @@ class Speculator:
         row = self._rows.pop(slot)
         for drafter in self._drafters.values():
             drafter.finish(row.draft)
+
+    def versions(self, slots: Sequence[int], drafted: Sequence[int]) -> dict[int, int]:
+        """By place in ``slots``: the version of a learned drafter whose guesses this step verifies."""
+        found: dict[int, int] = {}
+        for row, (slot, count) in enumerate(zip(slots, drafted, strict=True)):
+            best = self._rows[slot].best if count else None
+            if best is not None and best[1].version:
+                found[row] = best[1].version
+        return found
 
     def guesses(self, slot: int, count: int) -> list[int]:
         """The first tokens of what is proposed for this row."""
@@ -122,7 +189,7 @@ class Speculator:
         right = 0
         while right < min(tried, len(drawn)) and proposal.tokens[right] == drawn[right]:
             right += 1
-        self._acceptance[drafter.name].observe(proposal.evidence, tried, right)
+        self._acceptance_of(drafter, proposal.version).observe(proposal.evidence, tried, right)
         row.own[drafter.name].observe(row.rates[:tried], right)
         row.best = None
         if drafted:
@@ -130,6 +197,10 @@ class Speculator:
             stats.drafts += 1
             stats.draft_tokens += drafted
             stats.accepted_tokens += right
+            if version := self._versions.get(proposal.version):
+                version.drafts += 1
+                version.draft_tokens += drafted
+                version.accepted_tokens += right
             for position in range(right):
                 stats.accepted_per_position[position] += 1
 
@@ -154,11 +225,11 @@ class Speculator:
             ]
             if not asked:
                 continue
-            acceptance = self._acceptance[drafter.name]
             for i, proposal in zip(asked, drafter.propose([rows[i].draft for i in asked]), strict=True):
                 if proposal is None or not proposal.tokens:
                     continue
                 row = rows[i]
+                acceptance = self._acceptance_of(drafter, proposal.version)
                 rates = acceptance.rates(proposal.evidence, len(proposal.tokens))
                 offer = chances(rates, row.own[drafter.name].factor())
                 value = sum(offer)

@@ -10,6 +10,8 @@ from torch import Tensor
 from slipstream.kernels.native.library import DTYPE_CODES, CLinear, address, load
 
 PANEL = 16
+ROWS_AT_ONCE = 32 * PANEL
+"""Rows packed at once: freeing large temporaries would hold up other threads for milliseconds."""
 
 
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,8 +40,12 @@ class PackedLinear:
 
     def fill(self, weight: Tensor, first_panel: int = 0, stride: int = 1) -> None:
         """Overwrites panels first_panel, first_panel + stride, … in place with the rows of weight [rows, k]."""
-        packed = pack(weight, self.panels.dtype)
-        self.panels[first_panel::stride][: len(packed)].copy_(packed)
+        panels = self.panels[first_panel::stride]
+        for rows, into in zip(
+            torch.split(weight, ROWS_AT_ONCE), torch.split(panels, ROWS_AT_ONCE // PANEL), strict=False
+        ):
+            packed = pack(rows, self.panels.dtype)
+            into[: len(packed)].copy_(packed)
 
     def fill_bias(self, bias: Tensor, first_panel: int = 0, stride: int = 1) -> None:
         """As fill, for bias [rows]."""

@@ -44,7 +44,7 @@ class Evolution:
         self.drifts = 0
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self) -> None:
+    async def start(self) -> None:
         self._tasks = [asyncio.create_task(self.publisher.run()), asyncio.create_task(self._look())]
         if self.worker is not None:
             self._tasks.append(asyncio.create_task(self.worker.run()))

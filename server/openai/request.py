@@ -55,17 +55,20 @@ def make_generation(
     traffic = traffic_level(request, service.traffic.traffic_log)
     domain = traffic_domain(request)
     sequences: list[Sequence] = []
+    tenant = body.user or ""
     for prompt, prompt_params in zip(prompts, params, strict=True):
         for choice in range(choices):
+            request_id = service.engine.next_request_id()
             new = NewRequest(
-                request_id=service.engine.next_request_id(),
+                request_id=request_id,
                 prompt=prompt,
                 params=for_choice(prompt_params, body.seed, choice),
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt or "",
-                tenant=body.user or "",
+                tenant=tenant,
                 domain=domain,
                 traffic=traffic,
+                route=service.route(request_id, tenant, domain),
                 speculation=speculation,
                 arrival=arrival,
             )

@@ -17,6 +17,7 @@ from torch.nn import functional
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.drafter.head.layout import LAYER, HeadConfig
+from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
@@ -181,7 +182,7 @@ def test_native_bfloat16_stays_close_to_float32(folder: Path) -> None:
         drafter = HeadDrafter(make_head)
         config = EngineConfig(model=str(folder), dtype=dtype, kernels=kernels, kv_cache_memory="4MiB")  # type: ignore[arg-type]
         LocalEngine(config, [drafter])
-        network = drafter._network
+        network = drafter._head.network
         generator = torch.Generator().manual_seed(0)
         features = torch.randn(12, len(drafter._config.taps), 64, generator=generator)
         counts, ends = np.array([5, 7], np.int32), np.array([5, 7], np.int32)
@@ -272,7 +273,40 @@ def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path) -> Non
         LocalEngine(config, [HeadDrafter(make_head)])
 
 
-def test_rows_that_were_not_watched_get_no_guess() -> None:
+def test_rows_that_were_not_watched_get_no_guess(folder: Path) -> None:
     drafter = HeadDrafter(make_head)
+    LocalEngine(EngineConfig(model=str(folder), kv_cache_memory="4MiB"), [drafter])
     row = DraftRow(0, "", 3, np.zeros(20, np.int32), 5, frozenset({"head"}), mapped=16, most=3)
     assert drafter.propose([row]) == [None]
+
+
+@torch.inference_mode()
+def test_a_cold_head_is_the_last_layer_of_its_target(folder: Path) -> None:
+    """With the inputs of the last layer as its features it predicts exactly what the target does at that place."""
+    from transformers import AutoModelForCausalLM
+
+    target = decoder_config(TARGET)
+    config = layout.config_for(target, 40, taps=(0, 1, 3))
+    parameters = layout.last_layer(open_checkpoint(folder).tensors(), 4)
+    guessable = [(7 * i) % 96 for i in range(40)]
+    weights = layout.from_target(config, parameters, guessable)
+    layout.check(config, weights)
+    tokens = weights["d2t"] + torch.arange(40)
+    assert tokens.tolist() == sorted(guessable)
+    assert weights["t2d"].nonzero().flatten().tolist() == sorted(guessable)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = torch.arange(30) * 5 % 96
+    answer = model(text[None], output_hidden_states=True)
+    features = torch.cat([answer.hidden_states[layer][0] for layer in config.taps], -1)
+    embedding = model.get_input_embeddings()(text.roll(-1))
+    out = published_forward(config, weights, embedding, features @ weights["fc.weight"].T)
+    logits = rms_norm(out, weights["norm.weight"], config.norm_eps) @ weights["lm_head.weight"].T
+    torch.testing.assert_close(logits, answer.logits[0][:, tokens], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("draft_tokens", [[1, 2, 3], [1, 1, 2, 3], [1, 2, 3, 96], [-1, 1, 2, 3]])
+def test_a_cold_head_needs_as_many_tokens_as_it_can_guess(folder: Path, draft_tokens: list[int]) -> None:
+    parameters = layout.last_layer(open_checkpoint(folder).tensors(), 4)
+    with pytest.raises(ModelError, match="4 different tokens"):
+        layout.from_target(layout.config_for(decoder_config(TARGET), 4), parameters, draft_tokens)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.plan import NewRow
-from slipstream.engine.speculation.protocol import Drafter, DraftRow, Proposal
+from slipstream.engine.speculation.protocol import Drafter, DraftRow, LearnedDrafter, Proposal
 from slipstream.engine.speculation.speculator import ENOUGH, Speculator
 
 
@@ -85,6 +85,58 @@ def test_a_request_is_served_by_the_drafters_it_names(mode: str, expected: list[
     made = speculator(Always("one", 7), Always("two", 5), mode=mode)
     [offer] = made.propose([0], [1], [200])
     assert (made.guesses(0, 1) if offer else []) == expected
+
+
+class Learned(Always, LearnedDrafter):
+    """Always, with a token per version; the path is the token."""
+
+    def __init__(self) -> None:
+        super().__init__("learned", 5)
+        self.held = {"": (1, 5)}
+
+    @property
+    def routes(self) -> dict[str, int]:
+        return {route: version for route, (version, _) in self.held.items()}
+
+    @property
+    def memory_bytes(self) -> int:
+        return 1000 * len(self.held)
+
+    def prepare(self, route: str, version: int, path: str) -> Callable[[], None]:
+        return lambda: self.held.update({route: (version, int(path))})
+
+    def drop(self, route: str) -> None:
+        del self.held[route]
+
+    def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
+        held = [self.held.get(row.route, self.held[""]) for row in rows]
+        return [
+            Proposal([token] * row.most, 0, version=version) for row, (version, token) in zip(rows, held, strict=True)
+        ]
+
+
+def test_acceptance_and_counts_are_apart_for_each_version() -> None:
+    drafter = Learned()
+    made = speculator(drafter)
+    made.prepare_swap("", 1, "5")()
+    play(made, 7, 60, drafted=1)
+    wrong = made.propose([0], [8], [200])[0][0]
+    [stats] = made.stats
+    assert [(entry.version, entry.drafts, entry.accepted_tokens) for entry in stats.versions] == [(1, 60, 0)]
+
+    made.prepare_swap("", 2, "7")()
+    assert made.versions([0], [1]) == {0: 1}, "what was proposed before the swap is the old version's"
+    assert made.propose([0], [8], [200])[0][0] > 4 * wrong
+    assert made.versions([0], [1]) == {0: 2} and made.versions([0], [0]) == {}
+    play(made, 7, 20, drafted=2)
+    assert [(entry.version, entry.drafts, entry.accepted_tokens) for entry in stats.versions] == [(2, 20, 40)]
+    assert (stats.drafts, stats.swaps, stats.routes, stats.memory_bytes) == (80, 2, {"": 2}, 1000)
+
+    made.prepare_swap("canary", 3, "1")()
+    assert stats.routes == {"": 2, "canary": 3} and [entry.version for entry in stats.versions] == [2, 3]
+    assert stats.versions[0].drafts == 20
+    made.drop("canary")
+    assert stats.routes == {"": 2} and [entry.version for entry in stats.versions] == [2]
 
 
 def test_without_drafters_nothing_is_proposed() -> None:

@@ -1,0 +1,295 @@
+"""Versions of a head come and go while it drafts: nothing but the speed of an answer may show it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slipstream.drafter.choice import make_drafters
+from slipstream.drafter.head import layout
+from slipstream.drafter.head.drafter import HeadDrafter
+from slipstream.drafter.lookup import NGramDrafter
+from slipstream.engine.checkpoint.checkpoint import open_checkpoint
+from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
+from slipstream.engine.messages import DrafterStats, SamplingParams, TokenDelta
+from slipstream.engine.models.config import decoder_config
+from slipstream.engine.testing import Completion, LocalEngine
+from slipstream.kernels.native.library import isa
+
+TARGET = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+KERNELS = ["torch", *(["native"] if isa() else [])]
+
+
+@pytest.fixture(scope="module")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small weights and tied embeddings: it repeats the last token, which its own last layer sees coming."""
+    path = tmp_path_factory.mktemp("echo")
+    (path / "config.json").write_text(json.dumps(TARGET))
+    save_file(dict(dummy_tensors(TARGET, 0)), path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large weights: what it says depends on everything before."""
+    path = tmp_path_factory.mktemp("lively")
+    (path / "config.json").write_text(json.dumps(TARGET))
+    tensors = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(TARGET, 0)}
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def heads(echo: Path, lively: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders: cold heads of both targets, and random ones."""
+    folder = tmp_path_factory.mktemp("heads")
+    target = decoder_config(TARGET)
+    config = layout.config_for(target, 96)
+    for name, model in (("echo", echo), ("lively", lively)):
+        parameters = layout.last_layer(open_checkpoint(model).tensors(), 4)
+        layout.write(folder / name, config, layout.from_target(config, parameters, range(96)))
+    for seed in range(3):
+        layout.write(folder / f"random{seed}", config, layout.random_tensors(config, seed))
+    return {path.name: path for path in folder.iterdir()}
+
+
+def local_engine(model: Path, kernels: str = "auto", head: str = "cold", **fields: Any) -> LocalEngine:
+    options: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": "16MiB", "speculation_policy": "fixed"}
+    options |= {"max_draft_tokens": 3, "speculation": "head", "drafter": head, "max_step_tokens": 4096, "threads": 1}
+    config = EngineConfig(model=str(model), kernels=kernels, **(options | fields))  # type: ignore[arg-type]
+    return LocalEngine(config, make_drafters(config))
+
+
+def swap(local: LocalEngine, version: int, path: Path, route: str = "") -> Any:
+    """Between the steps of whatever runs, but to its end."""
+    done = local.engine.operate("swap_drafter", {"version": version, "route": route, "path": str(path)})
+    return wait(local, done)
+
+
+def wait(local: LocalEngine, done: Any) -> Any:
+    deadline = time.monotonic() + 30
+    while not done.done():
+        assert time.monotonic() < deadline
+        local.step() if local.engine.core.has_work else local.engine.poll()
+        time.sleep(0.001)
+    return done.result()
+
+
+def head_stats(local: LocalEngine) -> DrafterStats:
+    [stats] = [entry for entry in local.engine.runner.speculator.stats if entry.name == "head"]
+    return stats
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 96, rng.integers(3, 60)).tolist() for _ in range(count)]
+
+
+GREEDY = SamplingParams(max_tokens=60, temperature=0.0)
+
+
+@pytest.mark.parametrize(("kernels", "streams"), [(kernels, 4 if kernels == "torch" else 32) for kernels in KERNELS])
+def test_fifty_swaps_under_load_do_not_show(lively: Path, heads: dict[str, Path], kernels: str, streams: int) -> None:
+    local = local_engine(lively, kernels)
+    texts = prompts(400)
+    files = [heads[name] for name in ("lively", "random0", "random1", "random2")]
+    order: list[TokenDelta] = []
+    deliver = local._deliver
+    local.engine.core._deliver = lambda deltas, stats: (order.extend(deltas), deliver(deltas, stats))[1]
+    landed: list[dict[str, Any]] = []
+    version = 1
+    done = None
+    while len(landed) < 50 or local.engine.core.has_work:
+        if done is not None and done.done():
+            landed.append(done.result())
+            done = None
+        if done is None and len(landed) < 50:
+            version += 1
+            arguments = {"version": version, "route": "", "path": str(files[version % 4])}
+            done = local.engine.operate("swap_drafter", arguments)
+        while len(landed) < 50 and sum(c.finish_reason is None for c in local.completions.values()) < streams:
+            local.submit(texts[len(local.completions) % len(texts)], GREEDY)
+        local.step()
+    local.engine.scheduler.check_integrity()
+    assert [entry["version"] for entry in landed] == list(range(2, 52))
+    versions = [delta.drafter_version for delta in order if delta.num_drafted]
+    assert versions == sorted(versions) and len(set(versions)) >= 25 and versions[-1] <= 51
+    assert all(completion.finish_reason == "length" for completion in local.completions.values())
+    assert head_stats(local).swaps == 50 and head_stats(local).routes == {"": 51}
+
+    plain = local_engine(lively, kernels, speculation="off")
+    expected = plain.generate(texts[: len(local.completions)], GREEDY)
+    answers = {tuple(text): completion.tokens for text, completion in zip(texts, expected, strict=False)}
+    for request_id, completion in local.completions.items():
+        assert completion.tokens == answers[tuple(texts[(request_id - 1) % len(texts)])]
+
+
+def accept_rate(completions: list[Completion]) -> dict[int, float]:
+    """Guesses that were right among those verified, by version."""
+    deltas = [delta for completion in completions for delta in completion.deltas if delta.num_drafted]
+    return {
+        version: sum(delta.num_accepted for delta in deltas if delta.drafter_version == version)
+        / sum(delta.num_drafted for delta in deltas if delta.drafter_version == version)
+        for version in {delta.drafter_version for delta in deltas}
+    }
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_acceptance_falls_with_a_random_head_and_comes_back(echo: Path, heads: dict[str, Path], kernels: str) -> None:
+    local = local_engine(echo, kernels)
+    params = SamplingParams(max_tokens=250, temperature=0.0)
+    streams = [local.submit(text, params) for text in prompts(2)]
+    for version, head in ((2, "random0"), (3, "echo")):
+        for _ in range(15):
+            local.step()
+        swap(local, version, heads[head])
+    local.finish()
+    rates = accept_rate(streams)
+    assert rates[1] > 0.9 and rates[2] < 0.2 and rates[3] > 0.9
+    assert [entry.version for entry in head_stats(local).versions] == [3]
+
+
+def test_routes_hold_versions_of_their_own(echo: Path, heads: dict[str, Path]) -> None:
+    local = local_engine(echo, max_drafters=3)
+    alone = head_stats(local).memory_bytes
+    swap(local, 7, heads["random0"], route="canary")
+    swap(local, 8, heads["echo"], route="tenant")
+    assert head_stats(local).memory_bytes == 3 * alone > 0
+    with pytest.raises(ConfigError, match=r"3 drafters are loaded.*--max-drafters"):
+        swap(local, 9, heads["echo"], route="domain")
+
+    def rates(*routes: str) -> dict[str, dict[int, float]]:
+        streams = {route: local.submit(prompts(1)[0], GREEDY, route=route) for route in routes}
+        local.finish()
+        return {route: accept_rate([stream]) for route, stream in streams.items()}
+
+    found = rates("", "canary", "tenant", "nobody")
+    assert [list(versions) for versions in found.values()] == [[1], [7], [8], [1]]
+    assert found["canary"][7] < 0.2 and min(found[""][1], found["tenant"][8], found["nobody"][1]) > 0.9
+    versions = {entry.version: entry for entry in head_stats(local).versions}
+    assert versions[7].drafts > 10 * versions[7].accepted_tokens
+    assert versions[8].accepted_tokens > 0.9 * versions[8].draft_tokens > 0
+
+    wait(local, local.engine.operate("drop_drafter", {"route": "canary"}))
+    assert head_stats(local).routes == {"": 1, "tenant": 8} and head_stats(local).memory_bytes == 2 * alone
+    assert list(rates("canary")["canary"]) == [1]
+    for route, message in (("", "shared drafter cannot be dropped"), ("canary", "holds no drafter")):
+        with pytest.raises(ConfigError, match=message):
+            wait(local, local.engine.operate("drop_drafter", {"route": route}))
+    swap(local, 9, heads["echo"], route="domain")
+
+
+def test_a_route_can_come_and_go_in_mid_answer(lively: Path, heads: dict[str, Path]) -> None:
+    local = local_engine(lively)
+    stream = local.submit([1, 2, 3], SamplingParams(max_tokens=300, temperature=0.0), route="canary")
+    for version in (5, 6):
+        swap(local, version, heads["lively"], route="canary")
+        for _ in range(5):
+            local.step()
+        wait(local, local.engine.operate("drop_drafter", {"route": "canary"}))
+        for _ in range(5):
+            local.step()
+    local.finish()
+    seen = [delta.drafter_version for delta in stream.deltas if delta.num_drafted]
+    assert [version for i, version in enumerate(seen) if i == 0 or seen[i - 1] != version] == [1, 5, 1, 6, 1]
+    [plain] = local_engine(lively, speculation="off").generate(
+        [[1, 2, 3]], SamplingParams(max_tokens=300, temperature=0.0)
+    )
+    assert stream.tokens == plain.tokens
+
+
+def spoil_config(**changes: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return spoil
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def not_finite(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["fc.weight"][3, 3] = torch.inf
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "is no drafter"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "is no drafter"),
+        (cut, "damaged"),
+        (not_finite, "not finite"),
+        (spoil_config(draft_vocab_size=48), "shape"),
+        (spoil_config(vocab_size=48), "shape"),
+        (spoil_config(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 3]}), r"its taps is \(0, 3\)"),
+        (spoil_config(rms_norm_eps=0.5), "its norm_eps is 0.5"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_the_live_head_goes_on(
+    echo: Path, heads: dict[str, Path], tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    shutil.copytree(heads["random0"], tmp_path / "bad")
+    spoil(tmp_path / "bad")
+    local = local_engine(echo)
+    stream = local.submit([1, 2, 3], SamplingParams(max_tokens=200, temperature=0.0))
+    for route in ("", "canary"):
+        with pytest.raises(ModelError, match=message):
+            swap(local, 2, tmp_path / "bad", route)
+    local.finish()
+    assert head_stats(local).routes == {"": 1} and head_stats(local).swaps == 0
+    rates = accept_rate([stream])
+    assert rates.keys() == {1} and rates[1] > 0.9
+
+
+def test_versions_count_from_one_and_operations_are_checked(echo: Path, heads: dict[str, Path]) -> None:
+    local = local_engine(echo)
+    with pytest.raises(ConfigError, match="from 1 on, not 0"):
+        swap(local, 0, heads["echo"])
+    with pytest.raises(TypeError, match="path"):
+        local.engine.operate("swap_drafter", {"version": 2, "route": ""})
+    without = local_engine(echo, speculation="ngram")
+    with pytest.raises(SlipstreamError, match="--drafter"):
+        swap(without, 2, heads["echo"])
+
+
+def test_whoever_reads_the_folder_may_refuse_it(echo: Path, heads: dict[str, Path]) -> None:
+    asked: list[Path] = []
+
+    def read(path: Path, target: Any) -> Any:
+        asked.append(path)
+        assert target.shape.vocab_size == 96
+        raise ModelError("made for another target")
+
+    target = decoder_config(TARGET)
+    drafter = HeadDrafter(lambda _: layout.read(heads["echo"], target), version=3, read=read)
+    local = LocalEngine(EngineConfig(model=str(echo), kv_cache_memory="4MiB"), [NGramDrafter(), drafter])
+    with pytest.raises(ModelError, match="made for another target"):
+        swap(local, 4, heads["echo"])
+    assert asked == [heads["echo"]] and drafter.routes == {"": 3}
