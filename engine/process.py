@@ -266,9 +266,14 @@ class _Process:
             self._send(CallReply(call.call_id, error=f"integrity violated: {error}"))
         else:
             if isinstance(result, Future):
-                result.add_done_callback(lambda done: self._send(_reply(call, done)))
+                result.add_done_callback(lambda done: self._tell_done(engine, call, done))
             else:
                 self._send(CallReply(call.call_id, result))
+
+    def _tell_done(self, engine: Engine, call: Call, done: Future[Any]) -> None:
+        """Statistics go first: whoever gets the reply finds there what has changed."""
+        self._send(StepOutputs([], engine.core.stats()))
+        self._send(_reply(call, done))
 
     def _send(self, message: FromEngine) -> None:
         self._channel.send(message)
