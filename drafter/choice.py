@@ -68,9 +68,9 @@ def make_drafters(config: EngineConfig) -> Sequence[Drafter]:
 
 
 def _first_version(config: EngineConfig) -> int:
-    """Of a registry's version its number; 0 for heads that come from nowhere."""
+    """Of a registry's version its number; 1 for heads that are in no registry."""
     folder = _folder(config)
-    return manifests.read(folder).version if folder is not None and (folder / manifests.MANIFEST_FILE).is_file() else 0
+    return manifests.read(folder).version if folder is not None and (folder / manifests.MANIFEST_FILE).is_file() else 1
 
 
 def _folder(config: EngineConfig) -> Path | None:
