@@ -11,6 +11,10 @@ from slipstream.drafter.draft_model import ModelDrafter
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
+from slipstream.drafter.registry import manifest as manifests
+from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.registry.manifest import MANIFEST_FILE
+from slipstream.drafter.registry.version_folder import read_folder
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
@@ -53,7 +57,12 @@ def make_drafters(config: EngineConfig) -> Sequence[Drafter]:
     makers: dict[str, Callable[[], Drafter]] = {
         "ngram": NGramDrafter,
         "suffix": lambda: SuffixDrafter(SUFFIX_CAPACITY),
-        "head": lambda: HeadDrafter(lambda target: _load_head(config, target), most=config.max_drafters),
+        "head": lambda: HeadDrafter(
+            lambda target: _load_head(config, target),
+            version=_first_version(config),
+            most=config.max_drafters,
+            read=lambda folder, target: _read_head(config, folder, target),
+        ),
         "draft": lambda: ModelDrafter(lambda target, length: _load_model(config, target, length)),
     }
     return [makers[name]() for name in drafter_names(config)]
@@ -67,7 +76,21 @@ def _load_head(config: EngineConfig, target: DecoderConfig) -> tuple[layout.Head
         head = layout.config_for(target, DRAFT_VOCAB_SIZE)
         return head, layout.from_target(head, _last_layer(config, target), range(head.draft_vocab_size))
     assert config.drafter is not None
-    return layout.read(Path(config.drafter), target)
+    return _read_head(config, Path(config.drafter).expanduser(), target)
+
+
+def _read_head(
+    config: EngineConfig, folder: Path, target: DecoderConfig
+) -> tuple[layout.HeadConfig, Mapping[str, Tensor]]:
+    if (folder / MANIFEST_FILE).is_file():
+        return read_folder(folder, served_fingerprint(config), config.model)
+    return layout.read(folder, target)
+
+
+def _first_version(config: EngineConfig) -> int:
+    """A registry's number, or 1 for a head without one."""
+    folder = Path(config.drafter or "").expanduser()
+    return manifests.read(folder).version if (folder / MANIFEST_FILE).is_file() else 1
 
 
 def _last_layer(config: EngineConfig, target: DecoderConfig) -> dict[str, Tensor]:

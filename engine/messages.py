@@ -12,6 +12,8 @@ import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 LogprobsMode = Literal["raw", "processed"]
+TrafficLevel = Literal["off", "tokens", "features"]
+"""What may be kept of a request to learn from: nothing, its tokens, or hidden states of the model too."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -72,6 +74,9 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     tenant: str = ""
     route: str = ""
     """Which of the loaded versions of a learned drafter guesses; one that holds nothing stands for the shared one."""
+    domain: str = ""
+    """What the request is about, as its sender calls it."""
+    traffic: TrafficLevel = "off"
     speculation: SpeculationParams = SpeculationParams()
     arrival: float = 0.0
     """time.monotonic() at the server, seconds; comparable between processes of one host."""
@@ -81,6 +86,8 @@ class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     """Unknown ids are ignored: the request may have ended while the message was on its way."""
 
     request_ids: list[int]
+    stopped: bool = False
+    """They have said all that was wanted: a stop string ended the text."""
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
@@ -159,6 +166,18 @@ class DrafterStats(msgspec.Struct, array_like=True):
     """Weights, the room to load new ones beside them, and caches, over all routes."""
 
 
+class TrafficStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What became of the requests that may be kept; counters count from the start of the engine."""
+
+    kept: int = 0
+    dropped: int = 0
+    """For lack of room, or because keeping them failed."""
+    redacted: int = 0
+    """Refused by the redaction hook."""
+    store_bytes: int = 0
+    store_tokens: int = 0
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """A snapshot after a step; counters count from the start of the engine."""
 
@@ -187,6 +206,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     drafters: list[DrafterStats] = []
     speculation_steps: dict[str, int] = {}
     """Steps by the reason for the number of guesses verified in them."""
+    traffic: TrafficStats = TrafficStats()
     target_version: int = 0
 
 

@@ -18,6 +18,7 @@ class Request:
         "block_hashes",
         "blocks",
         "deadline",
+        "drafter_version",
         "finished",
         "in_flight",
         "message",
@@ -59,6 +60,8 @@ class Request:
         """Collected chunk by chunk until the first delta takes them along."""
         self.offer: tuple[float, ...] = ()
         """What drafters propose now: the probability that guess i and all before it are right."""
+        self.drafter_version = 0
+        """Of the learned drafter that guessed last; 0 if none did."""
         self.num_cached = 0
         self.num_preemptions = 0
         self.scheduled_at = 0.0

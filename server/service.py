@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import time
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
+from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.checkpoint import locate
 from slipstream.engine.client import EngineClient, RequestStream
 from slipstream.engine.config import EngineConfig
@@ -27,15 +31,17 @@ SHARED_ROUTE = ""
 CANARY_ROUTE = "canary"
 TENANT_ROUTE = "tenant:"
 """Before the name of the tenant."""
+DOMAIN_ROUTE = "domain:"
 
 
 class Service:
     """Serves one model. ``load`` makes it ready, ``drain`` and ``close`` end it."""
 
-    def __init__(self, config: ServerConfig, engine_config: EngineConfig) -> None:
+    def __init__(self, config: ServerConfig, engine_config: EngineConfig, traffic: TrafficConfig) -> None:
         """Raises ModelError if there is no such model."""
         self.config = config
         self.engine_config = engine_config
+        self.traffic = traffic
         self.model_names = config.served_model_name or (default_model_name(locate(engine_config.model)),)
         self.metrics = Metrics(self.model_names[0])
         self.created = int(time.time())
@@ -69,8 +75,9 @@ class Service:
         self._text = await asyncio.to_thread(load_text_model, self.engine_config.model, self.config)
 
     async def _start_engine(self) -> None:
+        traffic = msgspec.json.encode(dataclasses.asdict(self.traffic)).decode()
         self._engine = await EngineClient.start(
-            self.engine_config, "slipstream.server.engine_process", (self.config.log_level,)
+            self.engine_config, "slipstream.server.engine_process", (self.config.log_level, traffic)
         )
 
     @property
@@ -127,11 +134,15 @@ class Service:
         """Version of the learned drafter by route, as of the last step."""
         return {route: version for entry in self.engine.stats.drafters for route, version in entry.routes.items()}
 
-    def route(self, request_id: int, tenant: str) -> str:
-        """Which version of the learned drafter a request uses: its tenant's own, or the canary's, or the shared one."""
+    def route(self, request_id: int, tenant: str, domain: str) -> str:
+        """Which version of the learned drafter a request uses.
+
+        Its tenant's own if there is one, or its domain's, or the canary's if it is one of its share, or the shared one.
+        """
         loaded = self.drafter_versions()
-        if (own := TENANT_ROUTE + tenant) in loaded:
-            return own
+        for own in (TENANT_ROUTE + tenant, DOMAIN_ROUTE + domain):
+            if own in loaded:
+                return own
         takes_part = self.canary is not None and CANARY_ROUTE in loaded and self.canary.takes(request_id)
         return CANARY_ROUTE if takes_part else SHARED_ROUTE
 

@@ -33,8 +33,8 @@ SHARED = ""
 
 Load = Callable[[DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
 """Reads or makes a head for a target."""
-Check = Callable[[Path, CausalModel], None]
-"""Raises ModelError if the head in this folder was not made for this target (design.md §3: its fingerprint)."""
+Read = Callable[[Path, DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
+"""Reads the head in a folder; raises ModelError if it is damaged or was not made for this target."""
 
 
 @dataclass(slots=True)
@@ -72,15 +72,15 @@ class HeadDrafter(ChainDrafter, LearnedDrafter):
         stop_below: float = 0.05,
         version: int = 1,
         most: int = 4,
-        check: Check = lambda _path, _target: None,
+        read: Read = layout.read,
     ) -> None:
         """``load`` gives the shared head to start with, of this version; ``most`` heads may be loaded at once.
 
-        ``check`` looks at the folder of every version that is swapped in later.
+        ``read`` opens the folder of every version that is swapped in later.
         """
         super().__init__(stop_below)
         self._load = load
-        self._first_version, self._most, self._check = version, most, check
+        self._first_version, self._most, self._read = version, most, read
         self._config: HeadConfig
         self._tensors: Mapping[str, Tensor]
         self._heads: dict[str, _Head] = {}
@@ -94,14 +94,8 @@ class HeadDrafter(ChainDrafter, LearnedDrafter):
                 "show; use --speculation ngram,suffix"
             )
         self._config, self._tensors = self._load(model.config)
-        config, target = self._config, model.config
-        for what, ours, theirs in (
-            ("hidden size", config.hidden, target.hidden),
-            ("vocabulary", config.vocab_size, target.shape.vocab_size),
-        ):
-            if ours != theirs:
-                raise ModelError(f"the drafter does not fit the model: its {what} is {ours}, the model's {theirs}")
-        return config.taps
+        layout.check_target(self._config, model.config)
+        return self._config.taps
 
     def attach(self, host: DraftHost) -> None:
         super().attach(host)
@@ -130,8 +124,7 @@ class HeadDrafter(ChainDrafter, LearnedDrafter):
             )
         target = self._host.model
         assert isinstance(target, NativeDecoder | TorchDecoder)
-        self._check(Path(path), target)
-        config, tensors = layout.read(Path(path), target.config)
+        config, tensors = self._read(Path(path), target.config)
         self._require_same_sizes(config)
         network = self._new_network(target.device) if head is None else head.network
         network.stage(tensors)

@@ -17,7 +17,7 @@ from torch import Tensor
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.plan import StepPlan, StepResult
-from slipstream.engine.runner.sampler import Sampled, SamplingRow, sample, token_logprobs
+from slipstream.engine.runner.sampler import Sampled, SamplingRow, most_likely, sample, token_logprobs
 from slipstream.engine.speculation.protocol import DraftHost
 from slipstream.engine.speculation.speculator import Speculator
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
@@ -69,7 +69,12 @@ class ModelRunner:
 
         model_began, model_cpu_began = time.perf_counter(), time.thread_time()
         hidden = self.model.forward(batch, self.cache)
-        drawn = sample(self.model.logits(hidden, last), rows) if rows else Sampled([])
+        drawn, top = Sampled([]), None
+        if rows:
+            logits = self.model.logits(hidden, last)
+            if count := self.speculator.top_k(plan.slots[row] for row in drawing):
+                top = most_likely(logits, count)
+            drawn = sample(logits, rows)
         prompt_logprobs = self._prompt_logprobs(plan, batch, hidden)
         model_cpu, model_seconds = time.thread_time() - model_cpu_began, time.perf_counter() - model_began
 
@@ -87,7 +92,7 @@ class ModelRunner:
                 logprobs[row] = [drawn.logprobs[place] for place in places]
             at += drafted + 1
         if self.speculator.watches:
-            self.speculator.observe(self._computed(plan, batch, tokens))
+            self.speculator.observe(self._computed(plan, batch, tokens, top))
         seconds = time.perf_counter() - began
         offers = self._propose(plan)
         return StepResult(
@@ -183,14 +188,18 @@ class ModelRunner:
         return kept
 
     def _computed(
-        self, plan: StepPlan, batch: RaggedBatch, tokens: list[list[int]]
-    ) -> Iterator[tuple[int, int, Tensor]]:
-        """(slot, first position, features) of each row, without positions whose guess was wrong."""
+        self, plan: StepPlan, batch: RaggedBatch, tokens: list[list[int]], top: tuple[Tensor, Tensor] | None
+    ) -> Iterator[tuple[int, int, Tensor, tuple[Tensor, Tensor] | None]]:
+        """(slot, first position, features, most likely tokens) of each row, without what follows a wrong guess."""
         features = self.model.features
+        at = 0
         for row, slot in enumerate(plan.slots):
-            right = plan.counts[row] - plan.drafts[row] + max(len(tokens[row]) - 1, 0)
+            kept = len(tokens[row])
+            right = plan.counts[row] - plan.drafts[row] + max(kept - 1, 0)
             begin = int(batch.q_start[row])
-            yield slot, plan.starts[row], features[begin : begin + right]
+            row_top = (top[0][at : at + kept], top[1][at : at + kept]) if top and kept else None
+            at += plan.drafts[row] + 1 if plan.samples[row] else 0
+            yield slot, plan.starts[row], features[begin : begin + right], row_top
 
     def _propose(self, plan: StepPlan) -> list[tuple[float, ...]]:
         offers: list[tuple[float, ...]] = [()] * len(plan.slots)

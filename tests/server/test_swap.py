@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import numpy as np
 import pytest
 from safetensors.torch import save_file
 
 from slipstream.drafter.head import layout
+from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.client import EngineClient
@@ -40,6 +43,8 @@ TINY = {
     "tie_word_embeddings": True,
 }
 STREAMS = 32
+TRAFFIC = msgspec.json.encode(dataclasses.asdict(TrafficConfig())).decode()
+"""As the engine process is told: nothing is kept."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +71,7 @@ async def serve_while_swapping(
     config: EngineConfig, prompts: list[list[int]], max_tokens: int, files: list[Path], swaps: int
 ) -> tuple[list[list[int]], list[list[TokenDelta]]]:
     """32 streams, one after the other each, until so many swaps have landed; and the same prompts without drafts."""
-    engine = await EngineClient.start(config, "slipstream.server.engine_process", ("warning",))
+    engine = await EngineClient.start(config, "slipstream.server.engine_process", ("warning", TRAFFIC))
     told: list[list[TokenDelta]] = []
     swapping = True
 
@@ -104,7 +109,7 @@ async def serve_while_swapping(
 
 
 async def plain_answers(config: EngineConfig, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    engine = await EngineClient.start(config, "slipstream.server.engine_process", ("warning",))
+    engine = await EngineClient.start(config, "slipstream.server.engine_process", ("warning", TRAFFIC))
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
 
     async def ask(prompt: list[int]) -> list[int]:
@@ -145,7 +150,7 @@ def test_fifty_swaps_under_the_default_model(tmp_path: Path) -> None:
 
 @asynccontextmanager
 async def running(**fields: Any) -> AsyncIterator[tuple[Service, httpx2.AsyncClient]]:
-    service = Service(ServerConfig(), EngineConfig(kv_cache_memory="128MiB", **fields))
+    service = Service(ServerConfig(), EngineConfig(kv_cache_memory="128MiB", **fields), TrafficConfig())
     await service.load()
     transport = httpx2.ASGITransport(app=build_app(service))
     try:
@@ -193,6 +198,8 @@ def test_routes_over_http(tmp_path: Path) -> None:
             assert len(drafted) == 3 and all(float(line.split()[-1]) > 0 for line in drafted)
             await service.engine.call("drop_drafter", route="canary")
             assert service.drafter_versions() == {"": 1, "tenant:acme": 4}
-            assert service.route(1, "acme") == "tenant:acme" and service.route(1, "other") == ""
+            assert service.route(1, "acme", "law") == "tenant:acme" and service.route(1, "other", "law") == ""
+            await service.engine.call("swap_drafter", version=6, route="domain:law", path=str(cold))
+            assert service.route(1, "acme", "law") == "tenant:acme" and service.route(1, "", "law") == "domain:law"
 
     asyncio.run(play())
