@@ -34,7 +34,7 @@ SHARED = ""
 Load = Callable[[DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
 """Reads or makes a head for a target."""
 Read = Callable[[Path, DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
-"""The same for a folder; raises ModelError if it is damaged or was made for another target."""
+"""Reads the head in a folder; raises ModelError if it is damaged or was not made for this target."""
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ class HeadDrafter(ChainDrafter, LearnedDrafter):
     ) -> None:
         """``load`` gives the shared head to start with, of this version; ``most`` heads may be loaded at once.
 
-        ``read`` gives the versions that are swapped in later.
+        ``read`` opens the folder of every version that is swapped in later.
         """
         super().__init__(stop_below)
         self._load = load

@@ -18,10 +18,10 @@ from slipstream.engine.models.config import DecoderConfig
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 LAYER = "midlayer."
-VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias")
-"""Switches of config.json for layers that compute something else than ours."""
 LAYERS = "model.layers."
 """Where the target's layers are."""
+VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias")
+"""Switches of config.json for layers that compute something else than ours."""
 
 
 @dataclass(frozen=True, slots=True)
