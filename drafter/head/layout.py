@@ -292,6 +292,8 @@ def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Ten
     try:
         config = parse_config(json.loads((folder / "config.json").read_text()), target.shape.num_layers)
         tensors = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} is no drafter: {error.filename} does not exist") from None
     except OSError as error:
         raise ModelError(f"{folder} is no drafter: {error}") from None
     except (json.JSONDecodeError, SafetensorError) as error:
