@@ -52,8 +52,10 @@ def make_drafters(config: EngineConfig) -> Sequence[Drafter]:
     makers: dict[str, Callable[[], Drafter]] = {
         "ngram": NGramDrafter,
         "suffix": lambda: SuffixDrafter(SUFFIX_CAPACITY),
-        "head": lambda: HeadDrafter(lambda target: _load_head(config, target)),
-        "draft": lambda: ModelDrafter(lambda target, length: _load_model(config, target, length)),
+        "head": lambda: HeadDrafter(lambda target: _load_head(config, target), width=config.draft_width),
+        "draft": lambda: ModelDrafter(
+            lambda target, length: _load_model(config, target, length), width=config.draft_width
+        ),
     }
     return [makers[name]() for name in drafter_names(config)]
 

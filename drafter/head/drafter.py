@@ -19,6 +19,7 @@ from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.torch_decoder import TorchDecoder
 from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow
 from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.kv_cache import PagedKVCache
 
 MOST_PENDING = 512
 """Positions per request that wait for the head while nobody asks it; older ones are left out."""
@@ -43,8 +44,8 @@ class HeadDrafter(ChainDrafter):
 
     name = "head"
 
-    def __init__(self, load: Load, stop_below: float = 0.05) -> None:
-        super().__init__(stop_below)
+    def __init__(self, load: Load, stop_below: float = 0.05, width: int = 1) -> None:
+        super().__init__(stop_below, width)
         self._load = load
         self._config: HeadConfig
         self._tensors: Mapping[str, Tensor]
@@ -109,6 +110,10 @@ class HeadDrafter(ChainDrafter):
         batch = self._batch(rows, ids, counts, ends)
         hidden = self._network.forward(batch, torch.cat([pending.fused for pending in pendings]))
         return hidden[np.cumsum(counts) - 1]
+
+    @property
+    def _kv(self) -> PagedKVCache:
+        return self._network.cache
 
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         return self._network.forward(batch, hidden)

@@ -21,8 +21,8 @@ from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.models.config import DecoderConfig
-from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.speculation.protocol import Drafter
+from slipstream.engine.speculation.tree import Tree, branches
 from slipstream.engine.testing import LocalEngine, OracleDrafter
 
 CONFIG = {
@@ -165,6 +165,7 @@ def random_head(target: DecoderConfig) -> tuple[layout.HeadConfig, dict[str, Ten
     return config, layout.random_tensors(config, 0)
 
 
+right_nodes = Tree.right
 LAWS = ("temperature", "top_p", "top_k", "min_p", "penalties", "logit_bias", "allowed")
 
 
@@ -190,32 +191,18 @@ def test_the_law_of_three_tokens_is_the_same_over_many_draws(folder: Path, kind:
     assert law(folder, kind, name, 200_000) > 1e-4
 
 
-def keep_every_guess(self: ModelRunner, slot: int, drafted: int, drawn: list[int]) -> list[int]:
+def keep_the_first_path(self: Tree, drawn: list[int]) -> list[int]:
     """A planted error: guesses are kept if they can come at all, as if that were enough."""
-    entry = self._row(slot)
-    known = entry.num_tokens
-    kept = [*self._tokens[slot, known : known + drafted].tolist(), drawn[-1]]
-    self._tokens[slot, known + drafted] = drawn[-1]
-    entry.num_tokens += drafted + 1
-    self.speculator.verified(slot, drafted, kept, entry.num_tokens)
-    return kept
+    return branches(self.parents)[0]
 
 
-def keep_one_more(self: ModelRunner, slot: int, drafted: int, drawn: list[int]) -> list[int]:
-    """A planted error: off by one, the token drawn after a wrong guess is kept too."""
-    entry = self._row(slot)
-    known = entry.num_tokens
-    right = 0
-    while right < drafted and drawn[right] == self._tokens[slot, known + right]:
-        right += 1
-    kept = drawn[: min(right + 2, drafted + 1)]
-    self._tokens[slot, known : known + len(kept)] = kept
-    entry.num_tokens += len(kept)
-    self.speculator.verified(slot, drafted, kept, entry.num_tokens)
-    return kept
+def keep_one_more(self: Tree, drawn: list[int]) -> list[int]:
+    """A planted error: off by one, what follows the first wrong guess is kept too."""
+    right = right_nodes(self, drawn)
+    return right + [node for node in branches(self.parents)[0] if node > max(right, default=-1)][:1]
 
 
-@pytest.mark.parametrize("mistake", [keep_every_guess, keep_one_more])
+@pytest.mark.parametrize("mistake", [keep_the_first_path, keep_one_more])
 def test_a_planted_error_is_found(folder: Path, mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ModelRunner, "_accept", mistake)
+    monkeypatch.setattr(Tree, "right", mistake)
     assert law(folder, "oracle", "temperature", 3000) < 1e-6

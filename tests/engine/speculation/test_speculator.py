@@ -25,7 +25,7 @@ class Always(Drafter):
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
         self.asked += len(rows)
-        return [Proposal(self._guess[: row.most], 0) for row in rows]
+        return [Proposal.chain(self._guess[: row.most], 0) for row in rows]
 
 
 def speculator(*drafters: Drafter, mode: str = "auto") -> Speculator:
@@ -41,7 +41,7 @@ def play(made: Speculator, truth: int, steps: int, drafted: int) -> None:
     for _ in range(steps):
         [offer] = made.propose([0], [8], [200])
         count = min(drafted, len(offer))
-        guesses = made.guesses(0, count) if count else []
+        guesses = made.guesses(0, count).tokens if count else []
         right = 0
         while right < count and guesses[right] == truth:
             right += 1
@@ -54,7 +54,7 @@ def test_the_drafter_that_is_right_wins() -> None:
     made = speculator(wrong, right)
     play(made, 7, 30, drafted=3)
     assert made.propose([0], [8], [200])[0][0] > 0.9
-    assert made.guesses(0, 2) == [7, 7]
+    assert made.guesses(0, 2).tokens == [7, 7]
     stats = {entry.name: entry for entry in made.stats}
     assert stats["right"].accepted_tokens == stats["right"].draft_tokens > 60
     assert stats["right"].accepted_per_position[:3] == [stats["right"].drafts] * 3
@@ -77,14 +77,14 @@ def test_costly_drafters_are_asked_where_cheap_ones_promise_little() -> None:
     assert costly.asked == asked
     play(made, 5, 100, drafted=2)
     assert costly.asked > asked
-    assert made.propose([0], [8], [200]) and made.guesses(0, 1) == [5]
+    assert made.propose([0], [8], [200]) and made.guesses(0, 1).tokens == [5]
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("off", []), ("one", [7]), ("two", [5])])
 def test_a_request_is_served_by_the_drafters_it_names(mode: str, expected: list[int]) -> None:
     made = speculator(Always("one", 7), Always("two", 5), mode=mode)
     [offer] = made.propose([0], [1], [200])
-    assert (made.guesses(0, 1) if offer else []) == expected
+    assert (made.guesses(0, 1).tokens if offer else []) == expected
 
 
 def test_without_drafters_nothing_is_proposed() -> None:
