@@ -23,7 +23,7 @@ from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.speculation.tree import Tree, branches
-from slipstream.engine.testing import LocalEngine, OracleDrafter
+from slipstream.engine.testing import LocalEngine, OracleDrafter, TreeOracleDrafter
 
 CONFIG = {
     "model_type": "llama",
@@ -88,12 +88,17 @@ def test_tokens_logprobs_and_ends_are_those_without_speculation(folder: Path, ki
         return completions
 
     plain = run(engine(folder))
-    oracle = OracleDrafter(
-        {tuple(prompt): done.tokens for (prompt, _), done in zip(jobs, plain[::2], strict=True)}, 0.8
-    )
-    for chosen in ([oracle], [oracle, *drafters(), HeadDrafter(random_head)]):
+    answers = {tuple(prompt): done.tokens for (prompt, _), done in zip(jobs, plain[::2], strict=True)}
+    oracle, trees = OracleDrafter(answers, 0.8), TreeOracleDrafter(answers, 0.9, 8)
+    for chosen, fields in (
+        ([oracle], {}),
+        ([oracle, *drafters(), HeadDrafter(random_head)], {}),
+        ([trees], {"draft_width": 2, "max_draft_tokens": 7}),
+        ([trees, *drafters(), HeadDrafter(random_head, width=3)], {"draft_width": 3, "max_running": 3}),
+    ):
         for cache in ("16MiB", "64KiB"):  # the second is too small for all of them at once
-            local = engine(folder, chosen, kv_cache_memory=cache, prefix_caching=cache == "16MiB")
+            local = engine(folder, chosen, kv_cache_memory=cache, prefix_caching=cache == "16MiB", **fields)
+            moved = watch_moves(local)
             for once, again in zip(plain, run(local), strict=True):
                 assert again.tokens == once.tokens
                 assert again.finish_reason == once.finish_reason
@@ -102,8 +107,22 @@ def test_tokens_logprobs_and_ends_are_those_without_speculation(folder: Path, ki
                 assert logprobs(again) == (logprobs(once) if exact else pytest.approx(logprobs(once), abs=1e-4))
             accepted = sum(delta.num_accepted for done in local.completions.values() for delta in done.deltas)
             assert accepted > 20, "guesses have to be right for this test to say anything"
-            if cache == "64KiB" and "stop_token_ids" not in PARAMS[kind]:
+            assert moved or chosen != [trees], "branches have to be right for this test to say anything"
+            if cache == "64KiB" and "stop_token_ids" not in PARAMS[kind] and "max_running" not in fields:
                 assert local.stats.preemptions, "the cache has to be too small for this test to say anything"
+
+
+def watch_moves(local: LocalEngine) -> list[tuple[int, int]]:
+    """Slots of right guesses on branches, which are copied."""
+    cache, moved = local.engine.runner.cache, list[tuple[int, int]]()
+    copy = cache.copy_slots
+
+    def watch(pairs: Sequence[tuple[int, int]]) -> None:
+        moved.extend(pairs)
+        copy(pairs)
+
+    cache.copy_slots = watch  # type: ignore[method-assign]
+    return moved
 
 
 def logprobs(completion: Any) -> list[float]:
