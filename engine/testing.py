@@ -232,17 +232,19 @@ class TreeOracleDrafter(Drafter):
         on_path = [-1]  # right nodes, from the root on
         for node in range(row.most):
             parent = on_path[-1] if random.random() < 0.6 else random.randrange(-1, node)
-            siblings = {tokens[i] for i in range(node) if parents[i] == parent}
-            if len(siblings) == self.vocab:
-                parent, siblings = node - 1, set()
+            taken = {tokens[i] for i in range(node) if parents[i] == parent}
+            if len(taken) >= self.vocab - 1:  # one is left at least for the truth
+                parent, taken = node - 1, set()
             depth = len(on_path) - 1
             if parent == on_path[-1] and depth < len(truth) and random.random() < self.right:
                 on_path.append(node)
-                token = truth[depth]
+                tokens.append(truth[depth])
             else:
-                known = truth[on_path.index(parent)] if parent in on_path[: len(truth)] else None
-                others = [token for token in range(self.vocab) if token not in siblings and token != known]
-                token = random.choice(others) if others else random.randrange(self.vocab)
-            tokens.append(token)
+                if parent in on_path[: len(truth)]:
+                    taken.add(truth[on_path.index(parent)])
+                token = random.randrange(self.vocab)
+                while token in taken:
+                    token = random.randrange(self.vocab)
+                tokens.append(token)
             parents.append(parent)
         return Proposal(tokens, parents, [random.randrange(3) for _ in tokens])
