@@ -18,7 +18,7 @@ from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.plan import StepPlan, StepResult
 from slipstream.engine.runner.sampler import Sampled, SamplingRow, sample, token_logprobs
-from slipstream.engine.runner.trees import BranchSegments, PlacedTree, own_counts
+from slipstream.engine.runner.trees import BranchSegments, PlacedTree
 from slipstream.engine.speculation.protocol import DraftHost
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.engine.speculation.speculator import Speculator
@@ -220,13 +220,15 @@ class ModelRunner:
     def _batch(self, plan: StepPlan) -> tuple[RaggedBatch, dict[int, PlacedTree]]:
         """What to compute, and by row where the guesses are in it."""
         trees = {row: self.speculator.guesses(plan.slots[row], n) for row, n in enumerate(plan.drafts) if n}
+        paths = {row: branches(tree.parents) for row, tree in trees.items()}
+        counts = np.array(plan.counts, np.int32)
         for row, tree in trees.items():
-            slot, first = plan.slots[row], branches(tree.parents)[0]
+            slot, first = plan.slots[row], paths[row][0]
             known = self._row(slot).num_tokens
             self._tokens[slot, known : known + len(first)] = [tree.tokens[node] for node in first]
+            counts[row] -= len(tree.parents) - len(first)
         slots = np.array(plan.slots, np.int32)
         starts = np.array(plan.starts, np.int32)
-        counts = own_counts(plan.counts, trees)
         if len(slots) == plan.num_tokens:
             token_ids = self._tokens[slots, starts]
         else:
@@ -238,10 +240,17 @@ class ModelRunner:
             )
         self._scratch.reset()
         added = BranchSegments(self._scratch, len(token_ids))
-        roots = np.cumsum(counts) - counts + np.array(plan.counts) - np.array(plan.drafts) - 1
+        roots = (np.cumsum(counts) - counts + np.array(plan.counts) - np.array(plan.drafts) - 1).tolist()
         placed = {
-            row: added.place(tree, plan.slots[row], plan.starts[row], self._row(plan.slots[row]).num_tokens, root)
-            for (row, tree), root in zip(trees.items(), roots[list(trees)].tolist(), strict=True)
+            row: added.place(
+                trees[row],
+                paths[row],
+                plan.slots[row],
+                plan.starts[row],
+                self._row(plan.slots[row]).num_tokens,
+                roots[row],
+            )
+            for row in trees
         }
         if not added.counts:
             return make_batch(token_ids, counts, starts + counts, self._blocks, slots, self._block_size), placed

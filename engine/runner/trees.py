@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from slipstream.engine.speculation.scratch import Scratch
-from slipstream.engine.speculation.tree import Tree, branches, depths
+from slipstream.engine.speculation.tree import Tree, depths
 from slipstream.kernels.batch import Int32
 
 
@@ -58,17 +58,19 @@ class BranchSegments:
     """Blocks, (source, destination), to copy before the forward pass."""
     mirrors: list[tuple[int, int, int]] = field(default_factory=list)
 
-    def place(self, tree: Tree, slot: int, start: int, length: int, root: int) -> PlacedTree:
+    def place(
+        self, tree: Tree, paths: Sequence[Sequence[int]], slot: int, start: int, length: int, root: int
+    ) -> PlacedTree:
         """Adds the branches of a tree over ``length`` known tokens, of which the step computes those from ``start`` on.
 
-        ``root`` is the batch row of the last known token; the first path follows it.
+        ``paths`` are those that ``branches`` finds; ``root`` is the batch row of the last known token, which the first
+        path follows.
         """
+        # Right for the first path; the others are placed below.
         positions = [length + depth for depth in depths(tree.parents)]
-        placed = PlacedTree(tree, slot, positions, [0] * len(positions), [slot] * len(positions))
-        first, *others = branches(tree.parents)
-        for node in first:
-            placed.batch_rows[node] = root + 1 + positions[node] - length
-        for path in others:
+        rows = [root + 1 - length + position for position in positions]
+        placed = PlacedTree(tree, slot, positions, rows, [slot] * len(positions))
+        for path in paths[1:]:
             before = tree.parents[path[0]]
             table_row = self.scratch.fork(
                 placed.table_rows[before] if before >= 0 else slot, positions[path[0]], positions[path[-1]]
@@ -100,12 +102,3 @@ class BranchSegments:
             else:
                 row = root - (length - 1 - position)
             self.mirrors.append((row, destination, position % size))
-
-
-def own_counts(counts: Sequence[int], trees: dict[int, Tree]) -> Int32:
-    """Positions of each row's own segment: all but the nodes on branches."""
-    own = np.array(counts, np.int32)
-    for row, tree in trees.items():
-        if not tree.is_chain:
-            own[row] -= len(tree.parents) - len(branches(tree.parents)[0])
-    return own

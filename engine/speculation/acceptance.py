@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 DECAY = 0.98
 """Weight of an observation after each later one with the same evidence: some 50 count."""
 POOL_WEIGHT = 4.0
@@ -27,28 +25,31 @@ class Acceptance:
     """
 
     def __init__(self, num_evidence: int, positions: int) -> None:
-        self._first = np.linspace(0.4, 0.8, num_evidence) if num_evidence > 1 else np.full(1, 0.6)
-        self._tried = np.zeros((num_evidence, positions))
-        self._right = np.zeros((num_evidence, positions))
+        self._first = [0.4 + 0.4 * i / (num_evidence - 1) for i in range(num_evidence)] if num_evidence > 1 else [0.6]
+        self._tried = [[0.0] * positions for _ in range(num_evidence)]
+        self._right = [[0.0] * positions for _ in range(num_evidence)]
 
     def rates(self, evidence: Sequence[int], positions: Sequence[int]) -> list[float]:
         """Of guesses with this evidence at these positions, each given that those before it are right."""
-        levels, at = np.array(evidence, np.intp), np.array(positions, np.intp)
-        pool = (self._right.sum(1) + PRIOR_WEIGHT * self._first) / (self._tried.sum(1) + PRIOR_WEIGHT)
-        right = self._right[levels, at] + POOL_WEIGHT * pool[levels]
-        rates: list[float] = (right / (self._tried[levels, at] + POOL_WEIGHT)).tolist()
-        return rates
+        pools = {
+            level: (sum(self._right[level]) + PRIOR_WEIGHT * self._first[level])
+            / (sum(self._tried[level]) + PRIOR_WEIGHT)
+            for level in set(evidence)
+        }
+        return [
+            (self._right[level][at] + POOL_WEIGHT * pools[level]) / (self._tried[level][at] + POOL_WEIGHT)
+            for level, at in zip(evidence, positions, strict=True)
+        ]
 
     def observe(self, seen: Iterable[tuple[int, int, bool]]) -> None:
         """Guesses of one proposal were looked at: the evidence of each, its position, and whether it was right."""
-        faded = set()
+        seen = list(seen)
+        for level in {evidence for evidence, _, _ in seen}:
+            self._tried[level] = [count * DECAY for count in self._tried[level]]
+            self._right[level] = [count * DECAY for count in self._right[level]]
         for evidence, position, right in seen:
-            if evidence not in faded:
-                faded.add(evidence)
-                self._tried[evidence] *= DECAY
-                self._right[evidence] *= DECAY
-            self._tried[evidence, position] += 1
-            self._right[evidence, position] += right
+            self._tried[evidence][position] += 1
+            self._right[evidence][position] += right
 
 
 class OwnAcceptance:

@@ -13,7 +13,7 @@ from slipstream.engine.messages import DrafterStats
 from slipstream.engine.plan import NewRow
 from slipstream.engine.speculation.acceptance import Acceptance, OwnAcceptance, chances
 from slipstream.engine.speculation.protocol import Computed, Drafter, DraftHost, DraftRow, Proposal
-from slipstream.engine.speculation.tree import Tree, affordable, depths
+from slipstream.engine.speculation.tree import Tree, affordable, depths, is_chain
 
 ENOUGH = 2.5
 """Right guesses to be expected with which no costly drafter is asked any more."""
@@ -193,7 +193,7 @@ class Speculator:
         """Leaves out branches for which there are too few scratch blocks; every row gets the same share of them."""
         left = self._scratch_blocks
         for at, row in enumerate(rows):
-            if row.best is not None and not row.best.tree.is_chain:
+            if row.best is not None and not is_chain(row.best.tree.parents):
                 share = left // (len(rows) - at)
                 nodes, used = affordable(row.best.tree.parents, row.draft.length, self._block_size, share)
                 row.best = row.best.take(nodes)

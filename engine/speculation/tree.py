@@ -14,10 +14,6 @@ class Tree:
     tokens: Sequence[int]
     parents: Sequence[int]
 
-    @property
-    def is_chain(self) -> bool:
-        return list(self.parents) == list(range(-1, len(self.parents) - 1))
-
     def child(self, node: int, token: int) -> int | None:
         """The guess at ``token`` after a node, or after the last known token for -1."""
         for i in range(node + 1, len(self.parents)):
@@ -40,6 +36,11 @@ class Tree:
         return path
 
 
+def is_chain(parents: Sequence[int]) -> bool:
+    """Whether each node follows the one before it."""
+    return all(parent == node for node, parent in enumerate(parents, -1))
+
+
 def depths(parents: Sequence[int]) -> list[int]:
     """Guesses before each node on its path."""
     found: list[int] = []
@@ -50,6 +51,8 @@ def depths(parents: Sequence[int]) -> list[int]:
 
 def branches(parents: Sequence[int]) -> list[list[int]]:
     """Paths that hold each node once: they begin at the root and at every node with an older sibling."""
+    if is_chain(parents):
+        return [list(range(len(parents)))]
     paths: list[list[int]] = [[]]
     place = {-1: 0}
     """The path that ends with this node for now."""

@@ -120,7 +120,7 @@ def test_every_node_gets_what_plain_decoding_computes(
     first = branches(tree)[0]
     own = [*known[start:], *(guesses.tokens[node] for node in first)]
     added = BranchSegments(scratch, len(own))
-    placed = added.place(guesses, 1, start, length, length - start - 1)
+    placed = added.place(guesses, branches(tree), 1, start, length, length - start - 1)
     if added.copies:
         cache.copy_blocks(added.copies)
     logits = run(
