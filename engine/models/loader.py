@@ -68,8 +68,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     weights_bytes = _weights_bytes(checkpoint, config, dtype)
     block_bytes = PagedKVCache.block_bytes(shape.num_layers, config.block_size, shape.kv_heads, shape.head_dim, dtype)
     scratch_blocks = SCRATCH_BLOCKS if config.draft_width > 1 and config.speculation != "off" else 0
-    reserved = weights_bytes + scratch_blocks * block_bytes
-    num_blocks, max_model_len = _fit(config, shape, reserved, block_bytes, device)
+    free = _available_memory(device) - HEADROOM_BYTES - scratch_blocks * block_bytes
+    num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, free)
     model = build_model(checkpoint, config, dtype, device, max_model_len)
     seconds = time.monotonic() - began
     return LoadedModel(model, max_model_len, num_blocks, scratch_blocks, block_bytes, weights_bytes, seconds)
@@ -140,12 +140,11 @@ def _weights_bytes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dt
 
 
 def _fit(
-    config: EngineConfig, shape: ModelShape, weights_bytes: int, block_bytes: int, device: torch.device
+    config: EngineConfig, shape: ModelShape, weights_bytes: int, block_bytes: int, available: int
 ) -> tuple[int, int]:
     """Number of cache blocks, and the longest sequence they and the model allow."""
     if config.block_size % 16:
         raise ConfigError(f"--block-size {config.block_size} must be a multiple of 16")
-    available = _available_memory(device) - HEADROOM_BYTES
     left = available - weights_bytes
     wanted = config.max_model_len or shape.max_positions
     if wanted > shape.max_positions:
