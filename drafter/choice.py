@@ -11,6 +11,9 @@ from slipstream.drafter.draft_model import ModelDrafter
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
+from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.registry.manifest import MANIFEST_FILE
+from slipstream.drafter.registry.version_folder import read_folder
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
@@ -65,7 +68,10 @@ def _load_head(config: EngineConfig, target: DecoderConfig) -> tuple[layout.Head
         head = layout.config_for(target, DRAFT_VOCAB_SIZE)
         return head, layout.random_tensors(head, config.seed)
     assert config.drafter is not None
-    return layout.read(Path(config.drafter), target)
+    folder = Path(config.drafter).expanduser()
+    if (folder / MANIFEST_FILE).is_file():
+        return read_folder(folder, served_fingerprint(config), config.model)
+    return layout.read(folder, target)
 
 
 def _load_model(config: EngineConfig, target: CausalModel, length: int) -> CausalModel:

@@ -70,10 +70,13 @@ class RequestStream:
             for delta in deltas:
                 yield delta
 
-    def abort(self) -> None:
-        """Stops the request if it is still running; its blocks are freed at the next step."""
+    def abort(self, stopped: bool = False) -> None:
+        """Stops the request if it is still running; its blocks are freed at the next step.
+
+        ``stopped``: the answer is whole, a stop string ended it.
+        """
         if not self._finished:
-            self._client.abort([self.request_id])
+            self._client.abort([self.request_id], stopped)
 
 
 class EngineClient:
@@ -150,9 +153,9 @@ class EngineClient:
         self._channel.send(request)
         return stream
 
-    def abort(self, request_ids: list[int]) -> None:
+    def abort(self, request_ids: list[int], stopped: bool = False) -> None:
         if open_ids := [request_id for request_id in request_ids if request_id in self._streams]:
-            self._channel.send(AbortRequests(request_ids=open_ids))
+            self._channel.send(AbortRequests(open_ids, stopped))
 
     async def call(self, operation: str, **arguments: Any) -> Any:
         """Runs a control operation between two steps and returns its result.

@@ -47,7 +47,8 @@ class EngineConfig:
         "auto", "Drafters that may guess tokens, by name (ngram,suffix), 'auto' for all there are, or 'off'."
     )
     drafter: str | None = option(
-        None, "Folder of a learned drafter (an EAGLE-3 head), or 'random' for an untrained one; none by default."
+        None,
+        "Folder of a learned drafter (a registry's version or an EAGLE-3 head), or 'random' for an untrained one.",
     )
     draft_model: str | None = option(
         None, "A small model with the same tokenizer that drafts: a folder or a GGUF file; none by default."

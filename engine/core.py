@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from slipstream.engine.messages import DrafterStats, EngineStats, TokenDelta
+from slipstream.engine.messages import DrafterStats, EngineStats, TokenDelta, TrafficStats
 from slipstream.engine.plan import StepPlan, StepResult
 from slipstream.engine.scheduler import Scheduler
 
@@ -31,6 +31,8 @@ class EngineCore:
         self._steps = 0
         self._model_seconds = self._device_cpu_seconds = 0.0
         self._drafters: list[DrafterStats] = []
+        self.traffic: Callable[[], TrafficStats] = TrafficStats
+        """What became of the requests that may be kept."""
         self._began = time.thread_time()
         if pipeline:
             self._device = ThreadPoolExecutor(1, "device")
@@ -49,6 +51,7 @@ class EngineCore:
             step_seconds=seconds,
             steps=self._steps,
             drafters=self._drafters,
+            traffic=self.traffic(),
             model_seconds=self._model_seconds,
             overhead_cpu_seconds=time.thread_time() - self._began + self._device_cpu_seconds,
         )

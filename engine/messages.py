@@ -12,6 +12,8 @@ import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 LogprobsMode = Literal["raw", "processed"]
+TrafficLevel = Literal["off", "tokens", "features"]
+"""What may be kept of a request to learn from: nothing, its tokens, or hidden states of the model too."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -70,6 +72,9 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     cache_salt: str = ""
     """Prefix-cache blocks are shared only between requests of equal salt."""
     tenant: str = ""
+    domain: str = ""
+    """What the request is about, as its sender calls it."""
+    traffic: TrafficLevel = "off"
     speculation: SpeculationParams = SpeculationParams()
     arrival: float = 0.0
     """time.monotonic() at the server, seconds; comparable between processes of one host."""
@@ -79,6 +84,8 @@ class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     """Unknown ids are ignored: the request may have ended while the message was on its way."""
 
     request_ids: list[int]
+    stopped: bool = False
+    """They have said all that was wanted: a stop string ended the text."""
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
@@ -140,6 +147,18 @@ class DrafterStats(msgspec.Struct, array_like=True):
     """How often the guess at each position was right."""
 
 
+class TrafficStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What became of the requests that may be kept; counters count from the start of the engine."""
+
+    kept: int = 0
+    dropped: int = 0
+    """For lack of room, or because keeping them failed."""
+    redacted: int = 0
+    """Refused by the redaction hook."""
+    store_bytes: int = 0
+    store_tokens: int = 0
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """A snapshot after a step; counters count from the start of the engine."""
 
@@ -168,6 +187,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     drafters: list[DrafterStats] = []
     speculation_steps: dict[str, int] = {}
     """Steps by the reason for the number of guesses verified in them."""
+    traffic: TrafficStats = TrafficStats()
     target_version: int = 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from slipstream.engine.messages import DrafterStats, SamplingParams, SpeculationParams, TokenLogprobs
+from slipstream.engine.messages import DrafterStats, SamplingParams, SpeculationParams, TokenLogprobs, TrafficLevel
 from slipstream.engine.step_cost import StepWork
 
 
@@ -26,6 +26,8 @@ class NewRow:
     scope: str = ""
     """Drafters learn from the text of requests of the same scope only."""
     speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009 - frozen
+    request_id: int = 0
+    traffic: TrafficLevel = "off"
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,12 +35,13 @@ from slipstream.engine.messages import (
 from slipstream.engine.models.loader import LoadedModel, load_model
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.scheduler import Scheduler
-from slipstream.engine.speculation.protocol import Drafter
+from slipstream.engine.speculation.protocol import Drafter, Listener
 from slipstream.engine.speculation.speculator import Speculator
 from slipstream.engine.step_cost import StepCost, StepWork
 from slipstream.engine.wire import EngineChannel
 
 MakeDrafters = Callable[[EngineConfig], Sequence[Drafter]]
+MakeListeners = Callable[[EngineConfig], Sequence[Listener]]
 HEARTBEAT_MS = 1000
 PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROBE_TOKENS = 16
@@ -56,6 +57,7 @@ class Engine:
         config: EngineConfig,
         deliver: Callable[[list[TokenDelta], EngineStats], None],
         drafters: Sequence[Drafter] = (),
+        listeners: Sequence[Listener] = (),
     ) -> None:
         if config.pipeline == "on" and drafters:
             raise ConfigError(
@@ -71,7 +73,7 @@ class Engine:
             config.block_size,
             config.max_running,
             loaded.max_model_len,
-            Speculator(drafters, config.max_draft_tokens),
+            Speculator(drafters, config.max_draft_tokens, listeners),
             loaded.scratch_blocks,
         )
         cost = StepCost()
@@ -81,6 +83,9 @@ class Engine:
             config.pipeline == "auto" and self.runner.cache.data.is_cuda and not drafters
         )
         self.core = EngineCore(self.scheduler, self.runner.execute, deliver, pipeline)
+        self.listeners = self.scheduler.listeners = listeners
+        if listeners:
+            self.core.traffic = lambda: listeners[0].stats
 
     def ready(self) -> EngineReady:
         model, loaded = self.loaded.model, self.loaded
@@ -98,6 +103,11 @@ class Engine:
             load_seconds=loaded.seconds,
             drafters=tuple(self.runner.speculator.names),
         )
+
+    def close(self) -> None:
+        self.core.close()
+        for listener in self.listeners:
+            listener.close()
 
     def operate(self, operation: str, arguments: dict[str, Any]) -> Any:
         """Runs a control operation by name; raises SlipstreamError for what cannot be done."""
@@ -146,17 +156,18 @@ def calibrate(cost: StepCost, runner: ModelRunner, max_model_len: int, max_step_
 
 
 class _Process:
-    def __init__(self, channel: EngineChannel, make_drafters: MakeDrafters) -> None:
+    def __init__(self, channel: EngineChannel, make_drafters: MakeDrafters, make_listeners: MakeListeners) -> None:
         self._channel = channel
         self._make_drafters = make_drafters
+        self._make_listeners = make_listeners
         self._stop = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def run(self, config: EngineConfig) -> int:
         try:
-            drafters = self._make_drafters(config)
-            engine = Engine(config, lambda deltas, stats: self._send(StepOutputs(deltas, stats)), drafters)
+            drafters, listeners = self._make_drafters(config), self._make_listeners(config)
+            engine = Engine(config, lambda deltas, stats: self._send(StepOutputs(deltas, stats)), drafters, listeners)
         except (ModelError, ConfigError) as error:
             self._send(EngineFailed(str(error), user_error=True))
             return 2
@@ -191,14 +202,14 @@ class _Process:
                 engine.core.step()
             elif not messages:
                 self._send(StepOutputs([], engine.core.stats()))
-        engine.core.close()
+        engine.close()
 
     def _take(self, engine: Engine, message: NewRequest | AbortRequests | Call) -> None:
         match message:
             case NewRequest():
                 engine.scheduler.add(message)
             case AbortRequests():
-                engine.scheduler.abort(message.request_ids)
+                engine.scheduler.abort(message.request_ids, message.stopped)
             case Call():
                 self._send(self._answer(engine, message))
 
@@ -224,10 +235,15 @@ def die_with_parent() -> None:
             sys.exit(1)
 
 
-def main(descriptor: str, config: str, make_drafters: MakeDrafters = lambda _: ()) -> int:
+def main(
+    descriptor: str,
+    config: str,
+    make_drafters: MakeDrafters = lambda _: (),
+    make_listeners: MakeListeners = lambda _: (),
+) -> int:
     die_with_parent()
     try:
-        process = _Process(EngineChannel(int(descriptor)), make_drafters)
+        process = _Process(EngineChannel(int(descriptor)), make_drafters, make_listeners)
         return process.run(msgspec.json.decode(config, type=EngineConfig))
     except ConnectionError:
         return 1  # nobody is left to tell

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from random import SystemRandom
 from typing import Any
 
@@ -23,6 +23,7 @@ from slipstream.engine.plan_builder import PlanBuilder
 from slipstream.engine.request import Request
 from slipstream.engine.speculation.controller import Decision
 from slipstream.engine.speculation.planner import GuessPlanner
+from slipstream.engine.speculation.protocol import EndedRequest, Listener
 from slipstream.engine.step_cost import StepCost, StepWork
 
 DECODE_SHARE = 0.39
@@ -45,6 +46,8 @@ class Scheduler:
         self.kv = KVManager(num_blocks, config.block_size, config.prefix_caching)
         self.cost = cost
         self.target_version = 0
+        self.drafter_version = 0
+        self.listeners: Sequence[Listener] = ()
         self._config = config
         self._max_model_len = max_model_len
         self._clock = clock
@@ -70,12 +73,18 @@ class Scheduler:
         request = Request(message, deadline, prefix.seed(self.target_version, message.cache_salt))
         self._requests[request.request_id] = request
         insort(self._waiting, request, key=_deadline)
+        if message.traffic != "off":
+            for listener in self.listeners:
+                listener.begin(message, self.target_version)
 
-    def abort(self, request_ids: Iterable[int]) -> None:
-        """Ends requests at once; unknown ids are ignored. Their blocks are free before the next step."""
+    def abort(self, request_ids: Iterable[int], stopped: bool = False) -> None:
+        """Ends requests at once; unknown ids are ignored. Their blocks are free before the next step.
+
+        ``stopped`` tells listeners that the answer is whole.
+        """
         for request_id in request_ids:
             if request := self._requests.get(request_id):
-                self._end(request, "abort")
+                self._end(request, "stop" if stopped else "abort")
                 self._ended.append(self._delta(request, [], "abort"))
 
     @property
@@ -215,9 +224,8 @@ class Scheduler:
         seed = params.seed if params.seed is not None else self._draw_seed(request)
         message = request.message
         scope = f"{message.tenant}\0{message.cache_salt}"
-        plan.new.append(
-            NewRow(request.slot, list(request.tokens), request.num_prompt, params, seed, scope, message.speculation)
-        )
+        entered = (request.slot, list(request.tokens), request.num_prompt, params, seed, scope)
+        plan.new.append(NewRow(*entered, message.speculation, message.request_id, message.traffic))
         plan.blocks.append((request.slot, 0, list(request.blocks)))
         plan.copies.extend(admission.copies)
 
@@ -354,6 +362,7 @@ class Scheduler:
             num_drafted=num_drafted,
             num_accepted=num_accepted,
             target_version=self.target_version,
+            drafter_version=self.drafter_version,
         )
 
     def _end(self, request: Request, reason: FinishReason) -> None:
@@ -364,6 +373,10 @@ class Scheduler:
             self._leave_row(request)
         else:
             self._waiting.remove(request)
+        if request.message.traffic != "off":
+            ended = EndedRequest(request.message, request.tokens, reason, self.target_version, self.drafter_version)
+            for listener in self.listeners:
+                listener.finish(ended)
 
     def _leave_row(self, request: Request) -> None:
         self.kv.free(request)

@@ -12,7 +12,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import EngineStats, NewRequest, SamplingParams, TokenDelta
 from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.process import Engine
-from slipstream.engine.speculation.protocol import Drafter, DraftRow, Proposal
+from slipstream.engine.speculation.protocol import Drafter, DraftRow, Listener, Proposal
 
 
 @dataclass(slots=True)
@@ -42,10 +42,12 @@ class Completion:
 class LocalEngine:
     """The real engine, stepped by the caller."""
 
-    def __init__(self, config: EngineConfig, drafters: Sequence[Drafter] = ()) -> None:
+    def __init__(
+        self, config: EngineConfig, drafters: Sequence[Drafter] = (), listeners: Sequence[Listener] = ()
+    ) -> None:
         self.completions: dict[int, Completion] = {}
         self.stats = EngineStats()
-        self.engine = Engine(config, self._deliver, drafters)
+        self.engine = Engine(config, self._deliver, drafters, listeners)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, **fields: object) -> Completion:
         completion = Completion(len(self.completions) + 1)
@@ -70,7 +72,7 @@ class LocalEngine:
         return completions
 
     def close(self) -> None:
-        self.engine.core.close()
+        self.engine.close()
 
     def _deliver(self, deltas: list[TokenDelta], stats: EngineStats) -> None:
         self.stats = stats

@@ -13,9 +13,13 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from slipstream.drafter.registry.states import RegistryError
+from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
 from slipstream.server.config import ServerConfig
+from slipstream.server.drafter_cli import drafter_app
+from slipstream.server.traffic_cli import app as traffic_app
 
 STARTED = time.monotonic()
 USER_ERROR = 2
@@ -28,6 +32,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(drafter_app, name="drafter")
+app.add_typer(traffic_app, name="traffic")
 ConfigType = TypeVar("ConfigType")
 
 
@@ -70,7 +76,7 @@ def build(config: type[ConfigType], values: dict[str, Any]) -> ConfigType:
 
 
 @app.command()
-@with_options(ServerConfig, EngineConfig)
+@with_options(ServerConfig, EngineConfig, TrafficConfig)
 def serve(**values: Any) -> None:
     """Serve a model over HTTP, with the OpenAI API.
 
@@ -78,7 +84,7 @@ def serve(**values: Any) -> None:
     """
     from slipstream.server.launch import run  # not needed, and slow, for the other commands
 
-    run(build(ServerConfig, values), build(EngineConfig, values), STARTED)
+    run(build(ServerConfig, values), build(EngineConfig, values), build(TrafficConfig, values), STARTED)
 
 
 @app.command()
@@ -105,7 +111,7 @@ def main() -> None:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="slipstream", standalone_mode=False))
     except UsageError as error:
         fail(error.format_message(), USER_ERROR)
-    except (ConfigError, ModelError) as error:
+    except (ConfigError, ModelError, RegistryError) as error:
         fail(str(error), USER_ERROR)
     except SlipstreamError as error:
         fail(str(error), 1)

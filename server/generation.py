@@ -189,7 +189,7 @@ class Sequence:
         assert self._stop is not None
         piece.finish_reason = "stop"
         piece.stop_reason = self._stop.matched
-        self._stream.abort()
+        self._stream.abort(stopped=True)
 
 
 class Generation:

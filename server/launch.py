@@ -15,6 +15,7 @@ from importlib.metadata import version
 import uvicorn
 import uvloop
 
+from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.server.app import build_app
@@ -39,7 +40,7 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def run(config: ServerConfig, engine_config: EngineConfig, started: float) -> None:
+def run(config: ServerConfig, engine_config: EngineConfig, traffic: TrafficConfig, started: float) -> None:
     """Serves until SIGTERM or Ctrl-C. ``started`` is the time.monotonic() of the process.
 
     Raises:
@@ -48,7 +49,7 @@ def run(config: ServerConfig, engine_config: EngineConfig, started: float) -> No
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prompts are encoded in threads of our own
     set_up_logging(config.log_level)
-    service = Service(config, engine_config)
+    service = Service(config, engine_config, traffic)
     with listen(config.host, config.port) as listener:
         uvloop.run(serve(service, listener, started))
 

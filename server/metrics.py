@@ -78,6 +78,18 @@ FROM_STATS: tuple[
         "Sequences sent back to the queue for lack of blocks.",
         lambda s: s.preemptions,
     ),
+    (
+        GaugeMetricFamily,
+        "traffic_store_bytes",
+        "Bytes of the traffic that is kept.",
+        lambda s: s.traffic.store_bytes,
+    ),
+    (
+        GaugeMetricFamily,
+        "traffic_store_tokens",
+        "Tokens of the traffic that is kept.",
+        lambda s: s.traffic.store_tokens,
+    ),
     (CounterMetricFamily, "engine_steps", "Steps of the engine.", lambda s: s.steps),
     (
         CounterMetricFamily,
@@ -110,6 +122,14 @@ class EngineCollector(Collector):
             family.add_metric((self._model_name,), read(stats))
             yield family
         yield from self._speculation(stats)
+        samples = CounterMetricFamily(
+            PREFIX + "traffic_samples",
+            "Requests that may be kept, by what became of them.",
+            labels=("model_name", "outcome"),
+        )
+        for outcome in ("kept", "dropped", "redacted"):
+            samples.add_metric((self._model_name, outcome), getattr(stats.traffic, outcome))
+        yield samples
         ready = self.engine.ready
         info = {
             "model_name": self._model_name,

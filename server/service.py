@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import time
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
+from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.checkpoint import locate
 from slipstream.engine.client import EngineClient, RequestStream
 from slipstream.engine.config import EngineConfig
@@ -27,10 +31,11 @@ RETRY_DRAINING_S = 5
 class Service:
     """Serves one model. ``load`` makes it ready, ``drain`` and ``close`` end it."""
 
-    def __init__(self, config: ServerConfig, engine_config: EngineConfig) -> None:
+    def __init__(self, config: ServerConfig, engine_config: EngineConfig, traffic: TrafficConfig) -> None:
         """Raises ModelError if there is no such model."""
         self.config = config
         self.engine_config = engine_config
+        self.traffic = traffic
         self.model_names = config.served_model_name or (default_model_name(locate(engine_config.model)),)
         self.metrics = Metrics(self.model_names[0])
         self.created = int(time.time())
@@ -62,8 +67,9 @@ class Service:
         self._text = await asyncio.to_thread(load_text_model, self.engine_config.model, self.config)
 
     async def _start_engine(self) -> None:
+        traffic = msgspec.json.encode(dataclasses.asdict(self.traffic)).decode()
         self._engine = await EngineClient.start(
-            self.engine_config, "slipstream.server.engine_process", (self.config.log_level,)
+            self.engine_config, "slipstream.server.engine_process", (self.config.log_level, traffic)
         )
 
     @property

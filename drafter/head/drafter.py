@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from slipstream.drafter.chain import ChainDrafter
+from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.head.network import HeadNetwork, make_network
-from slipstream.engine.errors import ConfigError, ModelError
+from slipstream.engine.errors import ConfigError
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.native_decoder import NativeDecoder
 from slipstream.engine.models.protocol import CausalModel
@@ -59,14 +60,8 @@ class HeadDrafter(ChainDrafter):
                 "show; use --speculation ngram,suffix"
             )
         self._config, self._tensors = self._load(model.config)
-        config, target = self._config, model.config
-        for what, ours, theirs in (
-            ("hidden size", config.hidden, target.hidden),
-            ("vocabulary", config.vocab_size, target.shape.vocab_size),
-        ):
-            if ours != theirs:
-                raise ModelError(f"the drafter does not fit the model: its {what} is {ours}, the model's {theirs}")
-        return config.taps
+        layout.check_target(self._config, model.config)
+        return self._config.taps
 
     def attach(self, host: DraftHost) -> None:
         super().attach(host)

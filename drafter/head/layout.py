@@ -18,6 +18,8 @@ from slipstream.engine.models.config import DecoderConfig
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 LAYER = "midlayer."
+VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias")
+"""Switches of config.json for layers that compute something else than ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +106,36 @@ class HeadConfig:
             "attention_bias": False,
             "tie_word_embeddings": False,
             "torch_dtype": "bfloat16",
-            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.taps)},
+            **_published_taps(self.taps),
         }
 
 
 def default_taps(num_layers: int) -> tuple[int, ...]:
     """Low, middle and high, as the published heads have them."""
     return tuple(sorted({min(2, num_layers), num_layers // 2, max(num_layers - 3, 0)}))
+
+
+def _published_taps(taps: tuple[int, ...]) -> dict[str, Any]:
+    """The tapped layers as both loaders understand them.
+
+    vLLM reads the list at the top level and takes a number for the input of that layer, as we do. SGLang reads the
+    one in eagle_config: if that begins with 1, the numbers mean outputs of layers, one less than the inputs they are;
+    otherwise inputs. (SGLang before May 2026 always took them for outputs.)
+    """
+    published = [tap - 1 for tap in taps] if taps[0] == 2 else list(taps)
+    return {
+        "eagle_aux_hidden_state_layer_ids": list(taps),
+        "num_aux_hidden_states": len(taps),
+        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": published},
+    }
+
+
+def _parse_taps(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Layers whose inputs the head reads; empty where config.json does not say."""
+    if taps := config.get("eagle_aux_hidden_state_layer_ids"):
+        return tuple(taps)
+    taps = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or ()
+    return tuple(tap + 1 for tap in taps) if taps and taps[0] == 1 else tuple(taps)
 
 
 def config_for(target: DecoderConfig, draft_vocab_size: int, taps: tuple[int, ...] | None = None) -> HeadConfig:
@@ -134,8 +159,12 @@ def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
     """From config.json; raises ModelError for what is no EAGLE-3 head."""
     if ARCHITECTURE not in config.get("architectures", ()):
         raise ModelError(f"the drafter's architecture is {config.get('architectures')}, not {ARCHITECTURE} (EAGLE-3)")
+    if variants := [name for name in VARIANTS if config.get(name)]:
+        raise ModelError(f"the drafter is a variant of EAGLE-3 that is not supported: {', '.join(variants)}")
+    if config.get("num_hidden_layers", 1) != 1:
+        raise ModelError(f"the drafter has {config['num_hidden_layers']} layers; heads of one layer are supported")
     try:
-        taps = config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids") or default_taps(num_layers)
+        taps = _parse_taps(config) or default_taps(num_layers)
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         rope = config.get("rope_parameters") or {
             "rope_type": "default",
@@ -149,7 +178,7 @@ def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
             head_dim=config.get("head_dim") or hidden // heads,
             vocab_size=config["vocab_size"],
             draft_vocab_size=config.get("draft_vocab_size") or config["vocab_size"],
-            taps=tuple(taps),
+            taps=taps,
             norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=rope,
             max_positions=config.get("max_position_embeddings", 2048),
@@ -189,6 +218,20 @@ def check(config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
             raise ModelError("the drafter's 'd2t' maps to tokens outside the vocabulary")
 
 
+def check_target(config: HeadConfig, target: DecoderConfig) -> None:
+    """Raises ModelError where a head has not the target's sizes."""
+    for what, ours, theirs in (
+        ("hidden size", config.hidden, target.hidden),
+        ("vocabulary", config.vocab_size, target.shape.vocab_size),
+    ):
+        if ours != theirs:
+            raise ModelError(f"the drafter does not fit the model: its {what} is {ours}, the model's {theirs}")
+    if config.taps[-1] > target.shape.num_layers:
+        raise ModelError(
+            f"the drafter does not fit the model: it reads layer {config.taps[-1]} of {target.shape.num_layers}"
+        )
+
+
 def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
     """A head from a folder with config.json and model.safetensors; raises ModelError naming what is wrong with it."""
     try:
@@ -206,7 +249,12 @@ def write(folder: Path, config: HeadConfig, tensors: Mapping[str, Tensor]) -> No
     """The published layout: matrices in bfloat16, ``d2t`` as offsets, ``t2d`` as a mask."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
-    stored = {
-        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+    save_file(stored(tensors), folder / "model.safetensors")
+
+
+def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As they are in files: matrices in bfloat16, every tensor with memory of its own."""
+    return {
+        name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in tensors.items()
     }
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors")

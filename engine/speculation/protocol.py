@@ -1,4 +1,4 @@
-"""What the engine asks of a drafter: guesses at the tokens that come next.
+"""What the engine asks of a drafter, guesses at the tokens that come next, and what it tells those who listen.
 
 Every position is drawn from the target's own distribution with a random number that belongs to the position, whatever
 was guessed; a guess counts if it is what was drawn. So drafters decide how fast an answer comes, never which one.
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream.engine.messages import FinishReason, NewRequest, TrafficLevel, TrafficStats
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.speculation.scratch import Scratch
 
@@ -38,6 +39,9 @@ class DraftRow:
     """Guesses wanted at most, on all branches together; 0 for none."""
     memory: dict[str, object] = field(default_factory=dict)
     """What a drafter keeps about the request, by its name."""
+    request_id: int = 0
+    traffic: TrafficLevel = "off"
+    """What listeners may keep of the request."""
 
     @property
     def known(self) -> NDArray[np.int32]:
@@ -86,6 +90,22 @@ class Computed:
     """First of them."""
     features: Tensor
     """[positions, taps, hidden] float32; valid during the call."""
+    top: tuple[Tensor, Tensor] | None = None
+    """Where listeners want it: ids [drawn, k] int32 and log-probabilities [drawn, k] float16 of the most likely tokens
+    at the places of the tokens drawn in the step, which are the row's last; before any sampling parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndedRequest:
+    """A request that has ended, as listeners see it."""
+
+    request: NewRequest
+    tokens: list[int]
+    """The prompt and the answer."""
+    reason: FinishReason
+    """"stop" also where a stop string ended the text; "abort" and "error" are no whole answers."""
+    target_version: int
+    drafter_version: int
 
 
 class Drafter(ABC):
@@ -118,4 +138,43 @@ class Drafter(ABC):
 
     def finish(self, row: DraftRow) -> None:
         """The request has ended; its text may be learned from, within its scope."""
+        return
+
+
+class Listener(ABC):
+    """Hears what becomes of the requests that may be kept (``NewRequest.traffic``), and must not hold a step up.
+
+    ``begin`` and ``finish`` are called by the thread that plans steps, ``observe`` by the one that runs them; with a
+    pipeline these are two, and a step may still compute a row whose request has ended.
+    """
+
+    top_k: int = 0
+    """How many of the most likely tokens it wants to see at drawn positions."""
+
+    def taps(self, model: CausalModel, tapped: tuple[int, ...]) -> tuple[int, ...]:
+        """Layers whose inputs it wants to see, none or, if drafters see some already, those: ``tapped``.
+
+        Called once, before anything that follows; raises ConfigError if the model does not show them.
+        """
+        return ()
+
+    @abstractmethod
+    def begin(self, request: NewRequest, target_version: int) -> None:
+        """A request has arrived."""
+
+    def observe(self, computed: Sequence[Computed]) -> None:
+        """What a step computed of the requests whose features may be kept; only called with taps."""
+        return
+
+    @abstractmethod
+    def finish(self, ended: EndedRequest) -> None:
+        """A request that began has ended."""
+
+    @property
+    @abstractmethod
+    def stats(self) -> TrafficStats:
+        """The counts so far."""
+
+    def close(self) -> None:
+        """The engine ends."""
         return

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import DrafterStats
 from slipstream.engine.plan import NewRow
 from slipstream.engine.speculation.acceptance import Acceptance, OwnAcceptance, chances
-from slipstream.engine.speculation.protocol import Computed, Drafter, DraftHost, DraftRow, Proposal
+from slipstream.engine.speculation.protocol import Computed, Drafter, DraftHost, DraftRow, Listener, Proposal
 from slipstream.engine.speculation.tree import Tree, affordable, depths, is_chain
 
 ENOUGH = 2.5
@@ -58,7 +59,7 @@ class _Row:
 class Speculator:
     """Holds one row per running request, like the runner; without drafters it does nothing."""
 
-    def __init__(self, drafters: Sequence[Drafter], most: int) -> None:
+    def __init__(self, drafters: Sequence[Drafter], most: int, listeners: Sequence[Listener] = ()) -> None:
         self.most = most if drafters else 0
         self._stats = {
             drafter.name: DrafterStats(drafter.name, accepted_per_position=[0] * most) for drafter in drafters
@@ -68,27 +69,47 @@ class Speculator:
         self._rows: dict[int, _Row] = {}
         self._watching: list[Drafter] = []
         self._scratch_blocks, self._block_size = 0, 1
+        self._listeners = listeners
+        self._listening: list[Listener] = []
 
     def attach(self, host: DraftHost) -> None:
         """Makes every drafter ready; raises ConfigError or ModelError if one does not fit the model."""
         self._scratch_blocks, self._block_size = host.scratch.count, host.block_size
+        tapped: tuple[int, ...] = ()
         for drafter in self._drafters.values():
             if taps := drafter.taps(host.model):
-                assert not self._watching, "one drafter reads hidden states"
+                if tapped not in ((), taps):
+                    raise ConfigError(f"{drafter.name} reads the layers {taps}, another drafter {tapped}")
+                tapped = taps
                 self._watching.append(drafter)
-                host.model.tap(taps)
+        for listener in self._listeners:
+            if taps := listener.taps(host.model, tapped):
+                assert tapped in ((), taps), "all who watch see the same layers"
+                tapped = taps
+                self._listening.append(listener)
+        if tapped:
+            host.model.tap(tapped)
+        for drafter in self._drafters.values():
             drafter.attach(host)
 
     @property
     def watches(self) -> bool:
-        """Whether a drafter wants to see what the target computes."""
-        return bool(self._watching)
+        """Whether anybody wants to see what the target computes."""
+        return bool(self._watching or self._listening)
 
-    def observe(self, computed: Iterable[tuple[int, int, Tensor]]) -> None:
-        """(slot, first position, features) of what a step computed, as far as it is right."""
+    def top_k(self, slots: Iterable[int]) -> int:
+        """How many of the most likely tokens listeners want to see of one of these rows."""
+        most = max((listener.top_k for listener in self._listening), default=0)
+        return most if most and any(self._rows[slot].draft.traffic == "features" for slot in slots) else 0
+
+    def observe(self, computed: Iterable[tuple[int, int, Tensor, tuple[Tensor, Tensor] | None]]) -> None:
+        """(slot, first position, features, most likely tokens) of what a step computed, as far as it is right."""
+        entries = [Computed(self._rows[slot].draft, start, features, top) for slot, start, features, top in computed]
         for drafter in self._watching:
-            rows = [(self._rows[slot].draft, start, features) for slot, start, features in computed]
-            drafter.observe([Computed(*entry) for entry in rows if drafter.name in entry[0].drafters])
+            drafter.observe([entry for entry in entries if drafter.name in entry.row.drafters])
+        if self._listening and (kept := [entry for entry in entries if entry.row.traffic == "features"]):
+            for listener in self._listening:
+                listener.observe(kept)
 
     @property
     def names(self) -> list[str]:
@@ -103,9 +124,9 @@ class Speculator:
         """A request takes a row, with this token table; whoever had it before was preempted or has ended."""
         mode = new.speculation.mode
         names = [name for name in self._drafters if mode in ("auto", name)]
-        self._rows[new.slot] = _Row(
-            DraftRow(new.slot, new.scope, new.num_prompt, tokens, len(new.tokens), frozenset(names))
-        )
+        draft = DraftRow(new.slot, new.scope, new.num_prompt, tokens, len(new.tokens), frozenset(names))
+        draft.request_id, draft.traffic = new.request_id, new.traffic
+        self._rows[new.slot] = _Row(draft)
 
     def finish(self, slot: int) -> None:
         """The request in this row has ended."""

@@ -11,6 +11,7 @@ from fastapi import Request
 
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams
 from slipstream.server.body import BodyType, parse, read_body
+from slipstream.server.consent import traffic_domain, traffic_level
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.generation import Generation, Sequence
 from slipstream.server.openai.sampling import SEED_MASK, output_options
@@ -51,6 +52,8 @@ def make_generation(
     choices = body.n or 1
     output = output_options(body)
     speculation = speculation_params(service, body.speculation)
+    traffic = traffic_level(request, service.traffic.traffic_log)
+    domain = traffic_domain(request)
     sequences: list[Sequence] = []
     for prompt, prompt_params in zip(prompts, params, strict=True):
         for choice in range(choices):
@@ -61,6 +64,8 @@ def make_generation(
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt or "",
                 tenant=body.user or "",
+                domain=domain,
+                traffic=traffic,
                 speculation=speculation,
                 arrival=arrival,
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter, evidence
 from slipstream.drafter.token_index import CANDIDATES, KEY_TOKENS, LONGEST_MATCH, TokenIndex
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.messages import SamplingParams
 from slipstream.engine.speculation.protocol import DraftRow, Proposal
+from slipstream.engine.testing import LocalEngine
 
 texts = st.lists(st.integers(0, 3), max_size=60)
 
@@ -123,3 +127,27 @@ def test_names() -> None:
         names("ngram,telepathy")
     with pytest.raises(ConfigError, match="--drafter"):
         names("head")
+
+
+def test_no_tenant_gets_guesses_from_the_text_of_another(tmp_path: Path) -> None:
+    """Through the whole engine: the same prompt again has guesses for its own tenant and cache salt only."""
+    config = {"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    drafter = SuffixDrafter(10_000)
+    options = EngineConfig(model=str(tmp_path), load_format="dummy", kv_cache_memory="8MiB", max_model_len=128)
+    local = LocalEngine(options, [drafter])
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=1)
+
+    def guesses(**sender: str) -> int:
+        [stats] = local.engine.runner.speculator.stats
+        before = stats.draft_tokens
+        local.submit([1, 2, 3, 4, 5], params, **sender)
+        local.finish()
+        return stats.draft_tokens - before
+
+    assert guesses(tenant="alice") == 0, "nothing is known yet"
+    local.submit([9], SamplingParams(max_tokens=1))  # what has ended is told with the next step
+    local.finish()
+    assert guesses(tenant="bob") == guesses(tenant="") == guesses(tenant="alice", cache_salt="s") == 0
+    assert guesses(tenant="alice") > 10

@@ -14,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.server.cli import build
@@ -38,7 +39,7 @@ def test_version() -> None:
 def test_serve_has_an_option_for_every_field() -> None:
     done = run("serve", "--help", TERMINAL_WIDTH="200")
     assert done.returncode == 0
-    for config in (ServerConfig, EngineConfig):
+    for config in (ServerConfig, EngineConfig, TrafficConfig):
         for field in dataclasses.fields(config):
             assert f"--{field.name.replace('_', '-')}" in done.stdout
 

@@ -1,0 +1,1 @@
+"""How a drafter changes while it serves: versions, training, checks before and after a swap."""

@@ -1,0 +1,72 @@
+"""Which model a drafter was made for, as a hash: heads of another model load without a word and guess nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import msgspec
+
+from slipstream.engine.checkpoint import Checkpoint, open_checkpoint
+from slipstream.engine.checkpoint.shapes import FAMILIES
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ModelError
+from slipstream.engine.models.config import decoder_config, need
+
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+WHOLE_BYTES = 32 << 20
+"""Larger tensors are sampled."""
+SAMPLES = 512
+SAMPLE_BYTES = 64 << 10
+
+
+def target_fingerprint(checkpoint: Checkpoint, lineage: str = "") -> str:
+    """Hash over architecture, tokenizer, and embedding and output weights as they are stored.
+
+    The same weights in another format or quantisation are another model.
+
+    Args:
+        lineage: a name that stands for the weights, where these change while the drafter goes on to fit: the steps of
+            a reinforcement-learning run.
+
+    Raises ModelError if the checkpoint is damaged or has no weights of these names.
+    """
+    digest = hashlib.sha256()
+    for part in (_architecture(checkpoint), *checkpoint.tokenizer_data()):
+        digest.update(b"%d " % len(part))  # so that parts cannot run into each other
+        digest.update(part)
+    if lineage:
+        digest.update(b"lineage " + lineage.encode())
+        return digest.hexdigest()
+    names = [name for name in EMBEDDINGS if name in checkpoint.tensor_shapes()]
+    if not names:
+        raise ModelError(f"{checkpoint.path} has no {EMBEDDINGS[0]}, so drafters for it cannot be told apart")
+    for name in names:
+        _update_with_tensor(digest, checkpoint.stored_bytes(name))
+    return digest.hexdigest()
+
+
+def served_fingerprint(config: EngineConfig, lineage: str = "") -> str:
+    """Of the model that an engine with this configuration runs."""
+    if config.load_format == "dummy":
+        lineage = f"dummy weights {config.seed} {lineage}"
+    return target_fingerprint(open_checkpoint(config.model), lineage)
+
+
+def _architecture(checkpoint: Checkpoint) -> bytes:
+    """Normalised for our own families, because configurations spell the same thing in several ways."""
+    config = checkpoint.config
+    if need(config, "model_type") not in FAMILIES:
+        return msgspec.json.encode(config, order="deterministic")
+    decoder = dataclasses.asdict(decoder_config(config))
+    return msgspec.json.encode(decoder | {"parameters": None}, order="deterministic")
+
+
+def _update_with_tensor(digest: hashlib._Hash, data: memoryview) -> None:
+    digest.update(b"%d " % len(data))
+    if len(data) <= WHOLE_BYTES:
+        digest.update(data)
+        return
+    step = (len(data) - SAMPLE_BYTES) // (SAMPLES - 1)
+    for start in range(0, len(data) - SAMPLE_BYTES + 1, step):
+        digest.update(data[start : start + SAMPLE_BYTES])

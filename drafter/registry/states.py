@@ -1,0 +1,120 @@
+"""Versions, the states they can be in and what may follow what, as rows of the registry's database."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from slipstream.drafter.registry import manifest as manifests
+from slipstream.drafter.registry.manifest import Manifest
+from slipstream.engine.errors import SlipstreamError
+
+State = Literal["candidate", "canary", "live", "retired", "rolled-back", "pruned"]
+MAY_BECOME: Mapping[State, frozenset[State]] = {
+    "canary": frozenset({"candidate", "retired"}),
+    "live": frozenset({"candidate", "canary", "retired"}),
+    "retired": frozenset({"candidate", "canary", "live"}),
+    "rolled-back": frozenset({"canary", "live"}),
+    "pruned": frozenset({"candidate", "retired", "rolled-back"}),
+}
+"""The states a version may come from."""
+
+
+class RegistryError(SlipstreamError):
+    """The registry does not have what was asked for, or does not allow it."""
+
+
+class UnknownVersionError(RegistryError):
+    """There is no such version."""
+
+
+class TransitionError(RegistryError):
+    """A version cannot go from its state to the one asked for."""
+
+
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """A version as it is now."""
+
+    version: int
+    route: str
+    state: State
+    pinned: bool
+    manifest: Manifest
+    metrics: dict[str, float]
+    """Latest values of what was recorded after it was published, such as live acceptance."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the audit trail."""
+
+    id: int
+    time: float
+    """Seconds since 1970."""
+    version: int
+    route: str
+    action: str
+    before: str
+    """State; empty for a version that was not there."""
+    after: str
+    reason: str
+
+
+def find(database: sqlite3.Connection, version: int) -> sqlite3.Row:
+    row: sqlite3.Row | None = database.execute("SELECT * FROM versions WHERE version = ?", (version,)).fetchone()
+    if row is None:
+        raise UnknownVersionError(f"there is no drafter version {version}")
+    return row
+
+
+def find_state(database: sqlite3.Connection, state: State, route: str) -> sqlite3.Row | None:
+    """For the states that one version per route can have."""
+    query = "SELECT * FROM versions WHERE state = ? AND route = ?"
+    row: sqlite3.Row | None = database.execute(query, (state, route)).fetchone()
+    return row
+
+
+def find_predecessor(database: sqlite3.Connection, route: str) -> sqlite3.Row | None:
+    """Of the versions that were live and left in good standing, the one that was so last."""
+    query = (
+        "SELECT * FROM versions WHERE route = ? AND state = 'retired' AND live_order > 0 "
+        "ORDER BY live_order DESC LIMIT 1"
+    )
+    row: sqlite3.Row | None = database.execute(query, (route,)).fetchone()
+    return row
+
+
+def as_version(database: sqlite3.Connection, row: sqlite3.Row) -> Version:
+    metrics = database.execute("SELECT name, value FROM metrics WHERE version = ?", (row["version"],))
+    return Version(
+        version=row["version"],
+        route=row["route"],
+        state=row["state"],
+        pinned=bool(row["pinned"]),
+        manifest=manifests.decode(row["manifest"], f"drafter version {row['version']}"),
+        metrics={each["name"]: each["value"] for each in metrics},
+    )
+
+
+def move(database: sqlite3.Connection, version: int, state: State, action: str, reason: str) -> None:
+    """To another state; raises UnknownVersionError or TransitionError."""
+    row = find(database, version)
+    if row["state"] not in MAY_BECOME[state]:
+        raise TransitionError(f"drafter version {version} is {row['state']}; it cannot become {state}")
+    database.execute("UPDATE versions SET state = ? WHERE version = ?", (state, version))
+    if state == "live":
+        database.execute(
+            "UPDATE versions SET live_order = (SELECT max(live_order) FROM versions) + 1 WHERE version = ?", (version,)
+        )
+    log(database, row, action, state, reason)
+
+
+def log(database: sqlite3.Connection, row: sqlite3.Row, action: str, after: State, reason: str) -> None:
+    """Writes an event; ``row`` is the version as it was before."""
+    database.execute(
+        "INSERT INTO history (time, version, route, action, before, after, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (time.time(), row["version"], row["route"], action, row["state"], after, reason),
+    )

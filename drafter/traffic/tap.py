@@ -1,0 +1,218 @@
+"""Listens to the engine and keeps what consenting requests said: tokens and, where asked for, features."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.drafter.head.layout import default_taps
+from slipstream.drafter.traffic.config import TrafficConfig, parse_duration
+from slipstream.drafter.traffic.pages import FeaturePages, Track
+from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.drafter.traffic.writer import TrafficWriter, load_hook
+from slipstream.engine.checkpoint.checkpoint import locate
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError
+from slipstream.engine.messages import NewRequest, TrafficStats
+from slipstream.engine.models.loader import parse_size
+from slipstream.engine.models.native_decoder import NativeDecoder
+from slipstream.engine.models.protocol import CausalModel
+from slipstream.engine.models.torch_decoder import TorchDecoder
+from slipstream.engine.speculation.protocol import Computed, EndedRequest, Listener
+
+MOST_POSITIONS = 4096
+"""Positions of a request, from its end, whose features are kept."""
+END_BYTES = 1 << 20
+
+
+class _Recording:
+    """What is kept of a running request."""
+
+    __slots__ = ("dropped", "target_version", "time", "top", "track")
+
+    def __init__(self, target_version: int) -> None:
+        self.time = time.time()
+        self.target_version = target_version
+        self.track = Track()
+        self.top: list[tuple[Tensor, Tensor]] = []
+        self.dropped = False
+
+
+class TrafficTap(Listener):
+    """In a step it copies rows into pages and nothing else; a sample for which there is no room is dropped."""
+
+    def __init__(
+        self,
+        writer: TrafficWriter,
+        features: bool,
+        buffer_bytes: int = 256 << 20,
+        top_k: int = 0,
+        most_positions: int = MOST_POSITIONS,
+    ) -> None:
+        self.top_k = top_k
+        self._writer = writer
+        self._features = features
+        self._buffer_bytes = buffer_bytes
+        self._most_positions = most_positions
+        self._taps: tuple[int, ...] = ()
+        self._pages: FeaturePages
+        self._recordings: dict[int, _Recording] = {}
+        self._lock = threading.Lock()
+        """Between the thread that runs steps and the one that plans them; the writer never holds it."""
+
+    def taps(self, model: CausalModel, tapped: tuple[int, ...]) -> tuple[int, ...]:
+        if not self._features:
+            return ()
+        if not isinstance(model, NativeDecoder | TorchDecoder):
+            raise ConfigError(
+                f"{model.shape.model_type} models, run through transformers, do not show hidden states; "
+                "use --traffic-log tokens"
+            )
+        self._taps = tapped or default_taps(model.shape.num_layers)
+        self._pages = FeaturePages(self._buffer_bytes, len(self._taps), model.config.hidden)
+        return self._taps
+
+    @property
+    def stats(self) -> TrafficStats:
+        return self._writer.stats
+
+    def begin(self, request: NewRequest, target_version: int) -> None:
+        with self._lock:
+            self._recordings[request.request_id] = _Recording(target_version)
+
+    def observe(self, computed: Sequence[Computed]) -> None:
+        places: list[int] = []
+        features: list[Tensor] = []
+        with self._lock:
+            for entry in computed:
+                recording = self._recordings.get(entry.row.request_id)
+                if recording is None or recording.dropped:
+                    continue  # it has ended while the step ran, or there was no room
+                if entry.top is not None and self.top_k:
+                    recording.top.append((entry.top[0].cpu(), entry.top[1].cpu()))
+                new = self._new(recording, entry)
+                if not len(new):
+                    continue
+                found = self._pages.extend(recording.track, len(new), self._most_positions)
+                if found is None:
+                    self._drop(recording)
+                else:
+                    places += found
+                    features.append(new)
+            if places:
+                self._pages.write(places, features)
+
+    def _new(self, recording: _Recording, entry: Computed) -> Tensor:
+        """The rows that follow those there are.
+
+        After a preemption some come again, with the same content. Where a gap would come about, because the prefix
+        cache knew more this time, or where earlier positions come, because it knew less, recording starts over: what
+        is computed from here on goes up to the last token.
+        """
+        track = recording.track
+        if not track.pages or not track.begin <= entry.start <= track.end:
+            self._pages.release(track)
+            track.begin = track.end = entry.start
+        beyond = entry.start + len(entry.features) - self._most_positions
+        if beyond > track.end:
+            self._pages.release(track)
+            track.begin = track.end = beyond
+        return entry.features[track.end - entry.start :]
+
+    def _drop(self, recording: _Recording) -> None:
+        recording.dropped = True
+        recording.top = []
+        self._pages.release(recording.track)
+
+    def finish(self, ended: EndedRequest) -> None:
+        with self._lock:
+            recording = self._recordings.pop(ended.request.request_id, None)
+        if recording is None:
+            return
+        if recording.dropped:
+            self._writer.drop()
+        elif ended.reason in ("abort", "error") or not self._writer.offer(lambda: self._sample(ended, recording)):
+            self._release(recording)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _sample(self, ended: EndedRequest, recording: _Recording) -> Sample:
+        """Puts a sample together and lets the pages go; called by the writer."""
+        tokens = np.array(ended.tokens, np.int32)
+        num_prompt = len(ended.request.prompt)
+        track = recording.track
+        features: Tensor | None = None
+        topk: tuple[Tensor, Tensor] | None = None
+        start = len(tokens)
+        # With a change of the target's weights while it ran, only the tokens mean anything.
+        if recording.target_version == ended.target_version:
+            end = min(track.end, len(tokens) - 1)
+            begin = max(track.begin, end - self._most_positions)
+            if track.pages and begin < end:
+                start = begin
+                features = self._pages.read(track, end)[begin - track.begin :].clone()
+            if recording.top:
+                ids, logprobs = (
+                    torch.cat(parts)[: len(tokens) - num_prompt] for parts in zip(*recording.top, strict=True)
+                )
+                topk = ids, logprobs
+        self._release(recording)
+        return Sample(
+            tenant=ended.request.tenant,
+            domain=ended.request.domain,
+            target_version=ended.target_version,
+            drafter_version=ended.drafter_version,
+            time=recording.time,
+            tokens=tokens,
+            num_prompt=num_prompt,
+            start=start,
+            features=features,
+            topk=topk,
+            greedy=ended.request.params.temperature == 0,
+            taps=self._taps if features is not None else (),
+        )
+
+    def _release(self, recording: _Recording) -> None:
+        if recording.track.pages:
+            self._pages.release(recording.track)
+
+
+def make_listeners(traffic: TrafficConfig, engine: EngineConfig) -> list[Listener]:
+    """What the options ask for; raises ConfigError."""
+    if traffic.traffic_log == "off":
+        return []
+    assert traffic.traffic_folder is not None
+    max_bytes = parse_size(traffic.traffic_max_bytes, "traffic-max-bytes")
+    buffer_bytes = parse_size(traffic.traffic_buffer, "traffic-buffer")
+    redact = load_hook(traffic.traffic_redact) if traffic.traffic_redact else None
+    store = TrafficStore(traffic.traffic_folder, max_bytes, parse_duration(traffic.traffic_max_age, "traffic-max-age"))
+    store.lock()
+    store.index.claim(target_id(engine))
+    features = traffic.traffic_log == "features"
+    return [TrafficTap(TrafficWriter(store, redact), features, buffer_bytes, traffic.traffic_topk)]
+
+
+def target_id(engine: EngineConfig) -> str:
+    """Tells target models apart by their files: sizes, beginnings and ends."""
+    path = locate(engine.model)
+    files = [path] if path.is_file() else sorted([path / "config.json", *path.glob("*.safetensors")])
+    digest = hashlib.blake2b(digest_size=16)
+    if engine.load_format == "dummy":
+        digest.update(b"dummy %d" % engine.seed)
+    for file in files:
+        with Path(file).open("rb") as content:
+            size = content.seek(0, os.SEEK_END)
+            digest.update(b"%d " % size)
+            for begin in (0, max(size - END_BYTES, 0)):
+                content.seek(begin)
+                digest.update(content.read(END_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,162 @@
+"""The thread that writes samples: nothing of it happens in a step of the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.engine.errors import ConfigError
+from slipstream.engine.messages import TrafficStats
+
+log = logging.getLogger(__name__)
+Redact = Callable[[Sample], Sample | None]
+MOST_WAITING = 1024
+"""Samples that may wait to be written."""
+EVERY_S = 1.0
+"""What ended within so many seconds is written together."""
+EXPIRE_EVERY_S = 60.0
+CLOSE_S = 5.0
+"""How long the end of the engine waits for what is not written yet."""
+SWITCH_S = 0.0005
+"""The step loop must not wait long for the interpreter while this thread has it."""
+
+
+class TrafficWriter:
+    def __init__(self, store: TrafficStore, redact: Redact | None = None) -> None:
+        """Raises ConfigError if another process writes to the store."""
+        store.lock()
+        self._store = store
+        self._redact = redact
+        self._waiting: deque[Callable[[], Sample]] = deque()
+        self._wake = threading.Event()
+        self._closing = False
+        self._kept = self._redacted = self._failed = 0
+        self._refused = 0  # counted by the engine's threads, the others by the writer
+        self._totals = store.index.totals()
+        self._expired_at = time.monotonic()
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
+        self._thread = threading.Thread(target=self._run, name="traffic", daemon=True)
+        self._thread.start()
+
+    @property
+    def stats(self) -> TrafficStats:
+        size, tokens = self._totals
+        return TrafficStats(
+            kept=self._kept,
+            dropped=self._refused + self._failed,
+            redacted=self._redacted,
+            store_bytes=size,
+            store_tokens=tokens,
+        )
+
+    def offer(self, make: Callable[[], Sample]) -> bool:
+        """``make`` is called by the writer thread; False, and counted as dropped, if too much is waiting."""
+        if len(self._waiting) >= MOST_WAITING:
+            self.drop()
+            return False
+        self._waiting.append(make)
+        return True
+
+    def drop(self) -> None:
+        """Counts a sample for which there was no room."""
+        self._refused += 1
+
+    def close(self) -> None:
+        """Writes what is waiting, as far as it takes no more than CLOSE_S."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join(CLOSE_S)
+        if not self._thread.is_alive():
+            self._store.close()
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            self._wake.wait(EVERY_S)
+            closing = self._closing  # what came before is written now
+            try:
+                self._write()
+            except Exception as error:  # the disk is full, say; serving goes on
+                log.warning("traffic could not be kept: %s: %s", type(error).__name__, error)
+
+    def _write(self) -> None:
+        samples = []
+        taken = len(self._waiting)
+        for _ in range(taken):
+            sample = self._prepare(self._waiting.popleft()())
+            if sample is not None:
+                samples.append(sample)
+        if samples:
+            self._failed += len(samples)
+            kept = self._store.append(samples)
+            self._failed -= kept
+            self._kept += kept
+        elif time.monotonic() - self._expired_at > EXPIRE_EVERY_S:
+            self._store.expire()
+            self._expired_at = time.monotonic()
+        self._totals = self._store.index.totals()
+
+    def _prepare(self, sample: Sample) -> Sample | None:
+        """What the redaction hook makes of it; its errors say nothing of the content."""
+        if self._redact is None:
+            return sample
+        try:
+            changed = self._redact(sample)
+            if changed is None:
+                self._redacted += 1
+                return None
+            return _accept(sample, changed)
+        except Exception as error:
+            self._failed += 1
+            log.warning("the redaction hook failed, and the sample is dropped: %s", type(error).__name__)
+            return None
+
+
+def _accept(sample: Sample, changed: Sample) -> Sample:
+    """What to keep; features and log-probabilities tell of the tokens, so they go where tokens were changed.
+
+    Raises ValueError for what cannot be kept.
+    """
+    tokens = np.ascontiguousarray(changed.tokens, np.int32)
+    if tokens.ndim != 1 or not 0 <= changed.num_prompt <= len(tokens):
+        raise ValueError("tokens and num_prompt do not go together")
+    if np.array_equal(tokens, sample.tokens) and changed.num_prompt == sample.num_prompt:
+        keeps_features, keeps_topk = changed.features is not None, changed.topk is not None
+        return dataclasses.replace(
+            sample,
+            domain=changed.domain,
+            features=sample.features if keeps_features else None,
+            topk=sample.topk if keeps_topk else None,
+        )
+    return dataclasses.replace(
+        sample,
+        tokens=tokens,
+        num_prompt=changed.num_prompt,
+        domain=changed.domain,
+        start=len(tokens),
+        features=None,
+        topk=None,
+        taps=(),
+    )
+
+
+def load_hook(name: str) -> Redact:
+    """ "module:function"; raises ConfigError if there is none."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--traffic-redact {name}: {error}") from None
+    if not callable(found):
+        raise ConfigError(f"--traffic-redact {name}: it is no function")
+    hook: Redact = found
+    return hook

@@ -1,0 +1,126 @@
+"""What happens after a request has ended: the queue, redaction, purge, errors of the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slipstream.drafter.traffic.store import Sample, TrafficStore
+
+
+class Stalled:
+    """A redaction hook that holds the writer until it is let go."""
+
+    def __init__(self) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, sample: Sample) -> Sample:
+        self.reached.set()
+        assert self.go.wait(60)
+        return sample
+
+
+@pytest.fixture
+def stalled() -> Iterator[Stalled]:
+    hook = Stalled()
+    yield hook
+    hook.go.set()
+
+
+def test_a_full_buffer_drops_samples_and_delays_nothing(
+    tmp_path: Path, stalled: Stalled, config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
+    page = 64 * 2 * 64 * 2
+    tapped = tapped_engine(tmp_path / "t", config_for(), redact=stalled, buffer_bytes=3 * page)
+    first = tapped.submit(prompts(20)[0])
+    tapped.local.finish()
+    assert stalled.reached.wait(30)
+    # The writer stands still; the pages of the first are free again, and three more requests fill them.
+    told = [tapped.submit(prompt) for prompt in prompts(21, 22, 23, 24, 25)]
+    tapped.local.finish()
+    assert all(completion.finish_reason == "length" for completion in [first, *told])
+    assert tapped.writer.stats.kept == 0
+    assert tapped.writer.stats.dropped == 2
+    assert tapped.local.engine.core.stats().traffic.dropped == 2
+    stalled.go.set()
+    assert len(tapped.samples()) == 4
+    assert tapped.writer.stats.kept == 4
+
+
+def test_a_long_queue_drops_too(
+    tmp_path: Path, stalled: Stalled, monkeypatch: pytest.MonkeyPatch, config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
+    monkeypatch.setattr("slipstream.drafter.traffic.writer.MOST_WAITING", 2)
+    tapped = tapped_engine(tmp_path / "t", config_for(), redact=stalled)
+    tapped.submit(prompts(20)[0], traffic="tokens")
+    tapped.local.finish()
+    assert stalled.reached.wait(30)
+    for prompt in prompts(21, 22, 23, 24):
+        tapped.submit(prompt)
+    tapped.local.finish()
+    assert tapped.writer.stats.dropped == 2
+    stalled.go.set()
+    assert len(tapped.samples()) == 3
+
+
+def test_redaction(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
+    def redact(sample: Sample) -> Sample | None:
+        match sample.num_prompt:
+            case 10:
+                return None
+            case 11:
+                return dataclasses.replace(sample, tokens=np.where(sample.tokens == sample.tokens[0], 0, sample.tokens))
+            case 12:
+                raise ValueError(f"private {sample.tokens.tolist()}")
+            case 13:
+                return dataclasses.replace(sample, tenant="somebody else", features=None)
+        return sample
+
+    tapped = tapped_engine(tmp_path / "t", config_for(), redact=redact)
+    for prompt in prompts(10, 11, 12, 13, 14):
+        tapped.submit(prompt, tenant="me")
+    samples = {sample.num_prompt: sample for sample in tapped.samples()}
+    assert samples.keys() == {11, 13, 14}
+    assert samples[11].features is None and samples[11].tokens[0] == 0, "features would tell what was there"
+    assert samples[13].features is None and samples[13].tenant == "me"
+    assert samples[14].features is not None
+    stats = tapped.writer.stats
+    assert (stats.kept, stats.redacted, stats.dropped) == (3, 1, 1)
+    assert "ValueError" in caplog.text and "private" not in caplog.text
+
+
+def test_purge_reaches_running_and_waiting_requests(
+    tmp_path: Path, config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
+    tapped = tapped_engine(tmp_path / "t", config_for())
+    for tenant in ("alice", "bob"):
+        tapped.submit(prompts(20)[0], tenant=tenant)
+    for _ in range(5):
+        tapped.local.step()
+    other = TrafficStore(tmp_path / "t", create=False)
+    other.purge("alice")
+    other.close()
+    assert {sample.tenant for sample in tapped.samples()} == {"bob"}
+    assert b"alice" not in b"".join(path.read_bytes() for path in (tmp_path / "t").rglob("*") if path.is_file())
+
+
+def test_a_full_disk_drops_samples_and_serving_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("slipstream.drafter.traffic.store.save_file", full)
+    tapped = tapped_engine(tmp_path / "t", config_for())
+    assert tapped.submit(prompts(20)[0]).finish_reason is None
+    assert tapped.samples() == []
+    assert tapped.writer.stats.dropped == 1 and tapped.writer.stats.kept == 0
+    assert not list((tmp_path / "t" / "shards").glob("*.safetensors"))
