@@ -75,6 +75,19 @@ def test_tokens_logprobs_and_ends_are_those_without_speculation(engine: Engine, 
                 assert local.stats.preemptions, "the cache has to be too small for this test to say anything"
 
 
+def test_more_branches_than_there_are_blocks_for(engine: Engine) -> None:
+    """Every request gets some of them, and the others are not offered."""
+    params = SamplingParams(max_tokens=40, temperature=0.8, seed=3)
+    prompts = [[a, b] for a in range(8) for b in range(5)]
+    plain = engine().generate(prompts, params)
+    answers = {tuple(prompt): done.tokens for prompt, done in zip(prompts, plain, strict=True)}
+    local = engine([TreeOracleDrafter(answers, 0.9, 8)], draft_width=2, max_draft_tokens=7)
+    moved = watch_moves(local)
+    for once, again in zip(plain, local.generate(prompts, params), strict=True):
+        assert again.tokens == once.tokens
+    assert len(moved) > 100
+
+
 def watch_moves(local: LocalEngine) -> list[tuple[int, int]]:
     """Slots of right guesses on branches, which are copied."""
     cache, moved = local.engine.runner.cache, list[tuple[int, int]]()

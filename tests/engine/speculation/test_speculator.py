@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.plan import NewRow
-from slipstream.engine.speculation.protocol import Drafter, DraftRow, Proposal
+from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftRow, Proposal
+from slipstream.engine.speculation.scratch import Scratch
 from slipstream.engine.speculation.speculator import ENOUGH, Speculator
 
 
@@ -58,6 +60,46 @@ def test_the_drafter_that_is_right_wins() -> None:
     stats = {entry.name: entry for entry in made.stats}
     assert stats["right"].accepted_tokens == stats["right"].draft_tokens > 60
     assert stats["right"].accepted_per_position[:3] == [stats["right"].drafts] * 3
+
+
+class Branching(Drafter):
+    """Two guesses at each of two places: 7 or 8, then 7 or 8 after 7. The second ones are better founded."""
+
+    name, num_evidence = "branching", 2
+
+    def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
+        return [Proposal([7, 8, 7, 8], [-1, -1, 0, 0], [0, 1, 0, 1]) for _ in rows]
+
+
+def host(scratch_blocks: int) -> DraftHost:
+    tables = np.zeros((1 + scratch_blocks, 20), np.int32)
+    scratch = Scratch(tables, 20, scratch_blocks, 16)
+    return DraftHost(SimpleNamespace(), tables, 20 + scratch_blocks, 16, scratch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("scratch_blocks", "tokens", "parents"),
+    [(8, [8, 7, 8, 7], [-1, -1, 1, 1]), (1, [8, 7, 8], [-1, -1, 1]), (0, [8], [-1])],
+)
+def test_guesses_are_offered_in_the_order_of_their_chances(
+    scratch_blocks: int, tokens: list[int], parents: list[int]
+) -> None:
+    made = speculator(Branching())
+    made.attach(host(scratch_blocks))
+    [offer] = made.propose([0], [8], [200])
+    assert list(offer) == sorted(offer, reverse=True)
+    tree = made.guesses(0, len(offer))
+    assert (tree.tokens, tree.parents) == (tokens, parents)
+
+
+def test_branches_learn_apart() -> None:
+    made = speculator(Branching())
+    made.attach(host(8))
+    play(made, 7, 40, drafted=0)
+    assert made.propose([0], [8], [200])[0][0] > 0.8
+    tree = made.guesses(0, 4)
+    assert tree.tokens == [7, 7, 8, 8]
+    assert tree.parents[:2] == [-1, 0]
 
 
 def test_guesses_that_are_not_verified_teach_too() -> None:
