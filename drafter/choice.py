@@ -59,11 +59,14 @@ def make_drafters(config: EngineConfig) -> Sequence[Drafter]:
         "suffix": lambda: SuffixDrafter(SUFFIX_CAPACITY),
         "head": lambda: HeadDrafter(
             lambda target: _load_head(config, target),
+            width=config.draft_width,
             version=_first_version(config),
             most=config.max_drafters,
             read=lambda folder, target: _read_head(config, folder, target),
         ),
-        "draft": lambda: ModelDrafter(lambda target, length: _load_model(config, target, length)),
+        "draft": lambda: ModelDrafter(
+            lambda target, length: _load_model(config, target, length), width=config.draft_width
+        ),
     }
     return [makers[name]() for name in drafter_names(config)]
 
