@@ -66,9 +66,9 @@ class Proposal:
     """Of the learned drafter that guessed; 0 for a drafter without versions."""
 
     @classmethod
-    def chain(cls, tokens: list[int], evidence: int) -> Proposal:
+    def chain(cls, tokens: list[int], evidence: int, version: int = 0) -> Proposal:
         """Each guess follows the one before it, all equally well founded."""
-        return cls(tokens, list(range(-1, len(tokens) - 1)), [evidence] * len(tokens))
+        return cls(tokens, list(range(-1, len(tokens) - 1)), [evidence] * len(tokens), version)
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,7 @@ class Learned(Always, LearnedDrafter):
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
         held = [self.held.get(row.route, self.held[""]) for row in rows]
         return [
-            Proposal([token] * row.most, 0, version=version) for row, (version, token) in zip(rows, held, strict=True)
+            Proposal.chain([token] * row.most, 0, version) for row, (version, token) in zip(rows, held, strict=True)
         ]
 
 
