@@ -136,7 +136,9 @@ class Course:
             # Another store than before: all of it is new.
             self._credit, new = 0.0, self.curriculum.tokens
         self._counted = 0
-        self._credit += self._options.epochs * new
+        # Texts that are gone are good for nothing, nor is a checkpoint made with a larger number of epochs.
+        epochs = self._options.epochs
+        self._credit = min(self._credit + epochs * new, epochs * self.curriculum.tokens)
 
     def spend(self, positions: int) -> None:
         self.learned += positions
