@@ -5,7 +5,7 @@
 The same texts are learned packed (as the worker does), padded (every text of a part filled up to the longest), and one
 at a time (every text a part of its own), with the same optimizer steps after the same texts; only positions of real
 answers count. A checkpoint's stall is how long training waits for it: for everything with the frozen weights, for the
-trained part, and for the copy that a thread then writes. Ways take turns within a round; figures are medians over rounds.
+trained part, and for the copy that a thread then writes. Ways take turns within a round; figures are medians.
 """
 
 from __future__ import annotations

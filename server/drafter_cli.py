@@ -260,10 +260,13 @@ def train(
                 if promote and not (live and live.pinned):
                     versions.promote(told.version, "trained offline and passed the gate")
 
-        over = threading.Event()
+        ready, over = threading.Event(), threading.Event()
         before = signal.signal(signal.SIGINT, lambda *_: over.set())
         try:
-            Worker(options, Control("always", until(over, minutes * 60), show)).run()
+            worker = Worker(options, Control("always", until(ready, over, minutes * 60), show))
+            began = time.monotonic()
+            ready.set()
+            worker.run()
         finally:
             signal.signal(signal.SIGINT, before)
     if not tokens:
@@ -273,8 +276,9 @@ def train(
     print(f"learned {tokens:,} tokens; versions that passed the gate: {', '.join(map(str, published)) or 'none'}")
 
 
-def until(over: threading.Event, seconds: float) -> Iterator[str]:
+def until(ready: threading.Event, over: threading.Event, seconds: float) -> Iterator[str]:
     """What the worker is told: to finish when the time is over."""
+    ready.wait()
     over.wait(seconds)
     yield '{"type":"finish"}'
     threading.Event().wait()  # the line stays open until the worker has ended

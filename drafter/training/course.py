@@ -50,6 +50,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Positions of a text, its last ones."""
     gate_texts: int = 200
     threads: int | None = None
+    background: bool = True
+    """Run only where nobody else wants the processor. Off where the training has a machine of its own."""
     learning_rate: float = 2e-3
     cache_bytes: int = 1 << 30
     checkpoint_steps: int = 50

@@ -38,7 +38,8 @@ class TrainableHead:
         }
         self.maps = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
         frozen = () if train_lm_head else FROZEN
-        self.trained = [name for name in self.weights if name not in frozen]
+        # In one order wherever the tensors come from: the state of optimizers goes by it.
+        self.trained = sorted(name for name in self.weights if name not in frozen)
         for name in self.trained:
             self.weights[name].requires_grad_(True)
         # As long as the target's: some published heads state only the length they were trained with.

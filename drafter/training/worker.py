@@ -17,6 +17,7 @@ from itertools import islice
 import msgspec
 import torch
 
+from slipstream.drafter.head import layout
 from slipstream.drafter.registry.manifest import Training
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import UnknownVersionError, Version
@@ -161,7 +162,8 @@ class Worker:
 
     def _publish(self, course: Course, trainer: Trainer, training: Training) -> None:
         """As a candidate, if it passes the gate."""
-        config, tensors = trainer.head.config, trainer.published()
+        # What is judged is what will be in the file, to the last bit.
+        config, tensors = trainer.head.config, layout.stored(trainer.published())
         texts = course.curriculum.held_out(self._options.gate_texts)
         verdict = self._verdict(course, self._target.trainable(config, tensors), texts)
         if not verdict.passes:
@@ -240,9 +242,9 @@ class Worker:
 def main(arguments: Sequence[str]) -> int:
     """``arguments``: WorkerOptions as JSON."""
     options = msgspec.json.decode(arguments[0], type=WorkerOptions)
-    with suppress(OSError, AttributeError):
-        # Runs only where nobody else wants the processor.
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    if options.background:
+        with suppress(OSError, AttributeError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     control = Control(options.mode)
     try:
         Worker(options, control).run()
