@@ -9,7 +9,7 @@ from pydantic import Field
 from slipstream.server.body import Body
 
 Text = Annotated[str, Field(max_length=1000)]
-Path = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\0]*$")]
+Path = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 """On the server."""
 
 

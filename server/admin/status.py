@@ -7,7 +7,7 @@ from dataclasses import astuple
 from importlib.metadata import version
 from typing import Any
 
-import msgspec
+from msgspec.structs import asdict
 
 from slipstream.server.service import Service
 
@@ -49,8 +49,10 @@ async def status(service: Service) -> dict[str, Any]:
         "blocks_used": stats.blocks_used,
         "blocks_total": stats.blocks_total,
     }
-    found["traffic"] |= msgspec.to_builtins(stats.traffic)
-    found["drafters"] = msgspec.to_builtins(stats.drafters)
+    found["traffic"] |= asdict(stats.traffic)
+    found["drafters"] = [
+        asdict(drafter) | {"versions": [asdict(each) for each in drafter.versions]} for drafter in stats.drafters
+    ]
     found["speculation_steps"] = stats.speculation_steps
     if service.evolution is not None:
         found["evolution"] = await service.evolution.status()

@@ -82,6 +82,12 @@ class Evolution:
         worker, trial = self.worker, self.publisher.trial
         return {
             "mode": self.config.evolve,
+            "options": {
+                "first_tokens": self.config.evolve_first_tokens,
+                "round_tokens": self.config.evolve_round_tokens,
+                "canary_share": self.config.canary_share,
+                "canary_requests": self.config.canary_requests,
+            },
             "worker": None
             if worker is None
             else {
