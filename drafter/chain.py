@@ -1,24 +1,72 @@
-"""Drafting token by token with a network that has a paged cache of its own."""
+"""Drafting with a network that has a paged cache of its own: token by token, or several tokens at each place."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftRow, Proposal
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
+from slipstream.kernels.kv_cache import PagedKVCache
 
-EVIDENCE_BORDERS = (0.15, 0.3, 0.5, 0.7, 0.9)
-"""Least probability of the first guess for each level of evidence but the lowest."""
+EVIDENCE_BORDERS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
+"""Least probability of a guess for each level of evidence but the lowest."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A tree in the making; the lists have one entry per node."""
+
+    row: DraftRow
+    room: int
+    """Scratch blocks it may take for branches."""
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    likely: list[float] = field(default_factory=list)
+    """Probability of each guess if those before it are right."""
+    chance: list[float] = field(default_factory=list)
+    """Probability that they are all right."""
+
+    def add(self, parent: int, tokens: Sequence[int], likely: Sequence[float]) -> None:
+        before = self.chance[parent] if parent >= 0 else 1.0
+        self.tokens += tokens
+        self.parents += [parent] * len(tokens)
+        self.likely += likely
+        self.chance += [before * probability for probability in likely]
+
+    def best(self) -> list[int]:
+        """As many nodes as are wanted, the most likely ones first: each stands behind its parent."""
+        return sorted(range(len(self.chance)), key=lambda node: -self.chance[node])[: self.row.most]
+
+    def proposal(self) -> Proposal:
+        nodes = self.best()
+        place = {-1: -1} | {node: at for at, node in enumerate(nodes)}
+        evidence = [sum(self.likely[node] >= border for border in EVIDENCE_BORDERS) for node in nodes]
+        return Proposal([self.tokens[i] for i in nodes], [place[self.parents[i]] for i in nodes], evidence)
+
+
+@dataclass(frozen=True, slots=True)
+class _Beam:
+    """A path whose end the network has seen, or is to see now."""
+
+    draft: _Draft
+    node: int
+    """The end of it; -1 for the last known token."""
+    table_row: int
+    mapped: int
+    """Positions that have a block in its table row."""
 
 
 class ChainDrafter(Drafter):
-    """Takes the network's most likely token, feeds it back, and so on.
+    """Takes the network's most likely tokens, feeds them back, and so on.
+
+    With a width of one these are chains. Else they are the dynamic trees of EAGLE-2 (Li et al. 2024): at each depth the
+    most likely paths, ``width`` of them, go on with ``width`` tokens each, and the most likely nodes of all are kept.
 
     The network's keys and values lie in the same blocks as the target's, so room, prefix hits and eviction are decided
     once. What it wrote for guesses is overwritten when it catches up. Where it was not asked for a while, or a cached
@@ -28,16 +76,22 @@ class ChainDrafter(Drafter):
     num_evidence = len(EVIDENCE_BORDERS) + 1
     costly = True
 
-    def __init__(self, stop_below: float = 0.05) -> None:
-        """A draft ends where the probability that all of it is right falls below ``stop_below``.
+    def __init__(self, stop_below: float = 0.05, width: int = 1) -> None:
+        """A draft does not go on where the probability that all of it is right falls below ``stop_below``.
 
         This is the threshold rule of SpecDec++ (Huang et al. 2024) with the network's own probabilities.
         """
         self._stop_below = stop_below
+        self._width = width
         self._host: DraftHost
 
     def attach(self, host: DraftHost) -> None:
         self._host = host
+
+    @property
+    @abstractmethod
+    def _kv(self) -> PagedKVCache:
+        """The network's keys and values."""
 
     @abstractmethod
     def _is_ready(self, row: DraftRow) -> bool:
@@ -49,7 +103,7 @@ class ChainDrafter(Drafter):
 
     @abstractmethod
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
-        """Its output after one guess more per row; ``hidden`` is the output before."""
+        """Its output after one guess more per segment; ``hidden`` is the output before."""
 
     @abstractmethod
     def _scores(self, hidden: Tensor) -> Tensor:
@@ -64,44 +118,91 @@ class ChainDrafter(Drafter):
         """Where the network's cache takes the first guess."""
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
-        proposals: list[Proposal | None] = [None] * len(rows)
-        live = [i for i, row in enumerate(rows) if self._is_ready(row)]
+        live = [row for row in rows if self._is_ready(row)]
         if not live:
-            return proposals
-        hidden = self._catch_up([rows[i] for i in live])
-        drafts: dict[int, list[int]] = {i: [] for i in live}
-        first: dict[int, float] = {}
-        chance = np.ones(len(live))
-        for depth in range(max(rows[i].most for i in live)):
-            likely, guesses = self._most_likely(hidden)
-            chance = chance * likely
-            for i, guess, probability in zip(live, guesses, likely, strict=True):
-                drafts[i].append(int(guess))
-                first.setdefault(i, float(probability))
-            goes_on = [
-                at
-                for at, i in enumerate(live)
-                if depth + 1 < rows[i].most
-                and self._position(rows[i]) + depth < rows[i].mapped
-                and chance[at] >= self._stop_below
-            ]
+            return [None] * len(rows)
+        hidden = self._catch_up(live)
+        self._host.scratch.reset()
+        drafts = [_Draft(row, self._host.scratch.count // len(live)) for row in live]
+        beams = [_Beam(draft, -1, draft.row.slot, draft.row.mapped) for draft in drafts]
+        for depth in range(max(row.most for row in live)):
+            for beam, likely, tokens in zip(beams, *self._most_likely(hidden), strict=True):
+                beam.draft.add(beam.node, tokens, likely)
+            goes_on, copies = self._go_on(beams, depth)
             if not goes_on:
                 break
-            live, chance = [live[at] for at in goes_on], chance[goes_on]
-            ends = np.array([self._position(rows[i]) + depth + 1 for i in live], np.int32)
-            batch = self._batch([rows[i] for i in live], guesses[goes_on], np.ones(len(live), np.int32), ends)
-            hidden = self._advance(batch, hidden[goes_on])
-        for i, draft in drafts.items():
-            proposals[i] = Proposal(draft, sum(first[i] >= border for border in EVIDENCE_BORDERS))
-        return proposals
+            if copies:
+                self._kv.copy_blocks(copies)
+            beams = [beam for beam, _ in goes_on]
+            hidden = self._advance(self._next(beams, depth), hidden[[before for _, before in goes_on]])
+        proposals = {id(draft.row): draft.proposal() for draft in drafts}
+        return [proposals.get(id(row)) for row in rows]
+
+    def _go_on(self, beams: list[_Beam], depth: int) -> tuple[list[tuple[_Beam, int]], list[tuple[int, int]]]:
+        """The paths to follow, each with the index of the one it goes on from; and the blocks to copy for that.
+
+        A first child goes on in the table row of its parent; others get a row with a copy of the last block.
+        """
+        ends = {(id(beam.draft), beam.node): at for at, beam in enumerate(beams)}
+        goes_on: list[tuple[_Beam, int]] = []
+        copies: list[tuple[int, int]] = []
+        taken: set[int] = set()
+        for draft in {id(beam.draft): beam.draft for beam in beams}.values():
+            if depth + 1 >= draft.row.most:
+                continue
+            position = self._position(draft.row) + depth
+            # What is not among the best by now will not be, nor what follows it.
+            best = [
+                (node, before)
+                for node in draft.best()
+                if (before := ends.get((id(draft), draft.parents[node]))) is not None
+            ]
+            for node, before in best[: self._width]:
+                if draft.chance[node] < self._stop_below:
+                    continue
+                beam = beams[before]
+                if before not in taken:
+                    if position < beam.mapped:
+                        taken.add(before)
+                        goes_on.append((_Beam(draft, node, beam.table_row, beam.mapped), before))
+                elif (fork := self._fork(draft, beam, position, copies)) is not None:
+                    goes_on.append((_Beam(draft, node, *fork), before))
+        return goes_on, copies
+
+    def _fork(self, draft: _Draft, beam: _Beam, position: int, copies: list[tuple[int, int]]) -> tuple[int, int] | None:
+        """A table row for another path after ``beam``, and how many positions it has blocks for."""
+        scratch, size = self._host.scratch, self._host.block_size
+        last = self._position(draft.row) + draft.row.most - 1
+        if scratch.need(position, last) > draft.room:
+            return None
+        table_row = scratch.fork(beam.table_row, position, last)
+        if table_row is None:
+            return None
+        draft.room -= scratch.need(position, last)
+        if position % size:
+            index = position // size
+            tables = self._host.block_tables
+            copies.append((int(tables[beam.table_row, index]), int(tables[table_row, index])))
+        return table_row, (last // size + 1) * size
+
+    def _next(self, beams: Sequence[_Beam], depth: int) -> RaggedBatch:
+        """The last token of every path."""
+        ids = np.array([beam.draft.tokens[beam.node] for beam in beams], np.int32)
+        ends = np.array([self._position(beam.draft.row) + depth + 1 for beam in beams], np.int32)
+        table_rows = np.array([beam.table_row for beam in beams], np.int32)
+        ones = np.ones(len(beams), np.int32)
+        return make_batch(ids, ones, ends, self._host.block_tables, table_rows, self._host.block_size)
 
     def _batch(self, rows: Sequence[DraftRow], ids: Int32, counts: Int32, ends: Int32) -> RaggedBatch:
         slots = np.array([row.slot for row in rows], np.int32)
         return make_batch(ids, counts, ends, self._host.block_tables, slots, self._host.block_size)
 
-    def _most_likely(self, hidden: Tensor) -> tuple[NDArray[np.float64], Int32]:
-        """Probability and token of the best guess of each row."""
+    def _most_likely(self, hidden: Tensor) -> tuple[list[list[float]], list[list[int]]]:
+        """Probabilities and tokens of the best guesses after each row."""
         scores = self._scores(hidden)
-        best = scores.max(dim=-1)
-        likely = (best.values - torch.logsumexp(scores, -1)).exp()
-        return likely.double().cpu().numpy(), self._tokens(best.indices.int().cpu().numpy())
+        if self._width == 1:
+            values, indices = scores.max(dim=-1, keepdim=True)
+        else:
+            values, indices = scores.topk(min(self._width, scores.shape[-1]), dim=-1)
+        likely = (values - torch.logsumexp(scores, -1, keepdim=True)).exp()
+        return likely.tolist(), self._tokens(indices.int().cpu().numpy()).tolist()

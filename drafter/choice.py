@@ -13,6 +13,7 @@ from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
 from slipstream.drafter.registry import manifest as manifests
 from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.registry.manifest import MANIFEST_FILE
 from slipstream.drafter.registry.version_folder import read_folder
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
@@ -57,46 +58,42 @@ def make_drafters(config: EngineConfig) -> Sequence[Drafter]:
         "ngram": NGramDrafter,
         "suffix": lambda: SuffixDrafter(SUFFIX_CAPACITY),
         "head": lambda: HeadDrafter(
-            lambda target: _first_head(config, target),
+            lambda target: _load_head(config, target),
+            width=config.draft_width,
             version=_first_version(config),
             most=config.max_drafters,
             read=lambda folder, target: _read_head(config, folder, target),
         ),
-        "draft": lambda: ModelDrafter(lambda target, length: _load_model(config, target, length)),
+        "draft": lambda: ModelDrafter(
+            lambda target, length: _load_model(config, target, length), width=config.draft_width
+        ),
     }
     return [makers[name]() for name in drafter_names(config)]
 
 
-def _first_version(config: EngineConfig) -> int:
-    """Of a registry's version its number; 0 for heads that come from nowhere."""
-    folder = _folder(config)
-    return manifests.read(folder).version if folder is not None and (folder / manifests.MANIFEST_FILE).is_file() else 0
-
-
-def _folder(config: EngineConfig) -> Path | None:
-    named = config.drafter is None or config.drafter in ("cold", "random")
-    return None if named else Path(str(config.drafter)).expanduser()
-
-
-def _first_head(config: EngineConfig, target: DecoderConfig) -> tuple[layout.HeadConfig, Mapping[str, Tensor]]:
+def _load_head(config: EngineConfig, target: DecoderConfig) -> tuple[layout.HeadConfig, Mapping[str, Tensor]]:
     if config.drafter == "random":
         head = layout.config_for(target, DRAFT_VOCAB_SIZE)
         return head, layout.random_tensors(head, config.seed)
     if config.drafter == "cold":
         head = layout.config_for(target, DRAFT_VOCAB_SIZE)
         return head, layout.from_target(head, _last_layer(config, target), range(head.draft_vocab_size))
-    folder = _folder(config)
-    assert folder is not None
-    return _read_head(config, folder, target)
+    assert config.drafter is not None
+    return _read_head(config, Path(config.drafter).expanduser(), target)
 
 
 def _read_head(
     config: EngineConfig, folder: Path, target: DecoderConfig
 ) -> tuple[layout.HeadConfig, Mapping[str, Tensor]]:
-    """A registry's version, with all checks, or a head in the published layout."""
-    if (folder / manifests.MANIFEST_FILE).is_file():
+    if (folder / MANIFEST_FILE).is_file():
         return read_folder(folder, served_fingerprint(config), config.model)
     return layout.read(folder, target)
+
+
+def _first_version(config: EngineConfig) -> int:
+    """A registry's number, or 1 for a head without one."""
+    folder = Path(config.drafter or "").expanduser()
+    return manifests.read(folder).version if (folder / MANIFEST_FILE).is_file() else 1
 
 
 def _last_layer(config: EngineConfig, target: DecoderConfig) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from slipstream.engine.errors import ModelError
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.speculation.protocol import DraftHost, DraftRow, Proposal
 from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.kv_cache import PagedKVCache
 
 MOST_AT_ONCE = 256
 """Positions per request that the model catches up with in one step; a long prompt takes it several."""
@@ -23,8 +24,8 @@ Load = Callable[[CausalModel, int], CausalModel]
 class ModelDrafter(ChainDrafter):
     name = "draft"
 
-    def __init__(self, load: Load, stop_below: float = 0.05) -> None:
-        super().__init__(stop_below)
+    def __init__(self, load: Load, stop_below: float = 0.05, width: int = 1) -> None:
+        super().__init__(stop_below, width)
         self._load = load
         self._model: CausalModel
 
@@ -51,6 +52,10 @@ class ModelDrafter(ChainDrafter):
 
     def _catch_up(self, rows: Sequence[DraftRow]) -> Tensor:
         return self._compute(rows, MOST_AT_ONCE)
+
+    @property
+    def _kv(self) -> PagedKVCache:
+        return self._cache
 
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         return self._model.forward(batch, self._cache)

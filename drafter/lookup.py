@@ -38,7 +38,7 @@ class NGramDrafter(Drafter):
             return None
         # Past the end of the text, what repeats goes on repeating.
         period = len(index) - place
-        return Proposal([index.text[place + i % period] for i in range(row.most)], evidence(length))
+        return Proposal.chain([index.text[place + i % period] for i in range(row.most)], evidence(length))
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ class SuffixDrafter(Drafter):
         length, tokens = best
         # A negative number stands between two answers.
         end = next((at for at, token in enumerate(tokens) if token < 0), len(tokens))
-        return Proposal(tokens[:end], evidence(length)) if end else None
+        return Proposal.chain(tokens[:end], evidence(length)) if end else None
 
 
 def _length(match: tuple[int, int]) -> int:

@@ -58,6 +58,9 @@ class EngineConfig:
         None, "A small model with the same tokenizer that drafts: a folder or a GGUF file; none by default."
     )
     max_draft_tokens: int = option(8, "Most guesses per request and step.")
+    draft_width: int = option(
+        1, "Guesses at the same place that a head or draft model may make, as branches of a tree; 1 drafts chains."
+    )
     speculation_policy: Literal["throughput", "bandit", "fixed"] = option(
         "throughput",
         "How many guesses are verified: what promises most tokens per second, what did best by trial, or always "
@@ -66,7 +69,7 @@ class EngineConfig:
     seed: int = option(0, "Seeds the random weights of --load-format dummy.")
 
     def __post_init__(self) -> None:
-        positive = ("max_running", "max_step_tokens", "block_size", "max_draft_tokens", "max_drafters")
+        positive = ("max_running", "max_step_tokens", "block_size", "max_draft_tokens", "max_drafters", "draft_width")
         for name in (*positive, "step_latency_ms"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be more than 0")

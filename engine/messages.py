@@ -72,11 +72,11 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     cache_salt: str = ""
     """Prefix-cache blocks are shared only between requests of equal salt."""
     tenant: str = ""
+    route: str = ""
+    """Which of the loaded versions of a learned drafter guesses; one that holds nothing stands for the shared one."""
     domain: str = ""
     """What the request is about, as its sender calls it."""
     traffic: TrafficLevel = "off"
-    route: str = ""
-    """Which of the loaded versions of a learned drafter guesses; one that holds nothing stands for the shared one."""
     speculation: SpeculationParams = SpeculationParams()
     arrival: float = 0.0
     """time.monotonic() at the server, seconds; comparable between processes of one host."""

@@ -79,6 +79,7 @@ class Engine:
             config.max_running,
             loaded.max_model_len,
             Speculator(drafters, config.max_draft_tokens, listeners),
+            loaded.scratch_blocks,
         )
         cost = StepCost()
         calibrate(cost, self.runner, loaded.max_model_len, config.max_step_tokens)
@@ -105,7 +106,7 @@ class Engine:
             block_size=self.config.block_size,
             num_blocks=loaded.num_blocks,
             weights_bytes=loaded.weights_bytes,
-            kv_cache_bytes=loaded.num_blocks * loaded.block_bytes,
+            kv_cache_bytes=(loaded.num_blocks + loaded.scratch_blocks) * loaded.block_bytes,
             load_seconds=loaded.seconds,
             drafters=tuple(self.runner.speculator.names),
         )

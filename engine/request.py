@@ -61,7 +61,7 @@ class Request:
         self.offer: tuple[float, ...] = ()
         """What drafters propose now: the probability that guess i and all before it are right."""
         self.drafter_version = 0
-        """Of the learned drafter, whose guesses were verified last."""
+        """Of the learned drafter that guessed last; 0 if none did."""
         self.num_cached = 0
         self.num_preemptions = 0
         self.scheduled_at = 0.0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
+NO_MIRRORS: Int32 = np.empty((0, 3), np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,8 @@ class RaggedBatch:
     Segment s holds the tokens ``q_start[s] : q_start[s + 1]`` and ends its sequence for now: with them the sequence
     is ``kv_len[s]`` tokens long, so the last one has position ``kv_len[s] - 1``. Row ``table_row[s]`` of
     ``block_tables`` maps the sequence's blocks to cache blocks; every block below ``kv_len[s]`` must be mapped.
+    A mirror is a place in the cache (batch row, cache block, offset in it) where that row's keys and values are stored
+    too, before attention: so a segment can read what another one of the same batch computes.
     All arrays are C-contiguous int32.
     """
 
@@ -27,6 +30,7 @@ class RaggedBatch:
     block_tables: Int32  # [rows, max_blocks]
     table_row: Int32  # [num_segments]
     block_size: int
+    mirrors: Int32 = field(default_factory=lambda: NO_MIRRORS)  # [num_mirrors, 3]
 
     @property
     def num_tokens(self) -> int:
@@ -38,11 +42,17 @@ class RaggedBatch:
 
 
 def make_batch(
-    token_ids: Int32, num_new: Int32, kv_len: Int32, block_tables: Int32, table_row: Int32, block_size: int
+    token_ids: Int32,
+    num_new: Int32,
+    kv_len: Int32,
+    block_tables: Int32,
+    table_row: Int32,
+    block_size: int,
+    mirrors: Int32 = NO_MIRRORS,
 ) -> RaggedBatch:
     """Derives starts and positions from the tokens per segment and the lengths after them (both [num_segments])."""
     q_start = np.zeros(len(num_new) + 1, np.int32)
     np.cumsum(num_new, out=q_start[1:])
     offset = np.repeat(kv_len - q_start[1:], num_new)
     positions = (np.arange(len(token_ids), dtype=np.int32) + offset).astype(np.int32)
-    return RaggedBatch(token_ids, positions, q_start, kv_len, block_tables, table_row, block_size)
+    return RaggedBatch(token_ids, positions, q_start, kv_len, block_tables, table_row, block_size, mirrors)

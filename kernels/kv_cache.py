@@ -46,8 +46,12 @@ class PagedKVCache(ABC):
         self.data[:, :, list(destination)] = self.data[:, :, list(source)]
 
     @abstractmethod
+    def copy_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies single tokens, (source, destination) each as block * block_size + offset, in every layer."""
+
+    @abstractmethod
     def store(self, layer: int, k: Tensor, v: Tensor, batch: RaggedBatch) -> None:
-        """Writes k, v [num_tokens, kv_heads, head_dim] of the batch's tokens."""
+        """Writes k, v [num_tokens, kv_heads, head_dim] of the batch's tokens, at their mirrors too."""
 
     @abstractmethod
     def attend(
@@ -59,11 +63,20 @@ class PagedKVCache(ABC):
 class TorchKVCache(PagedKVCache):
     """Tokens as rows [block_size, kv_heads, head_dim]; runs on any device. The specification."""
 
+    def copy_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
+        source, destination = zip(*pairs, strict=True)
+        rows = self.data.view(len(self.data), 2, -1, self.kv_heads * self.head_dim)
+        rows[:, :, list(destination)] = rows[:, :, list(source)]
+
     def store(self, layer: int, k: Tensor, v: Tensor, batch: RaggedBatch) -> None:
         slots = self._slots(batch)
         rows = self.data[layer].view(2, -1, self.kv_heads, self.head_dim)
         rows[0, slots] = k.to(rows.dtype)
         rows[1, slots] = v.to(rows.dtype)
+        if len(batch.mirrors):
+            row, block, offset = torch.from_numpy(batch.mirrors).to(self.data.device, torch.long).T
+            rows[0, block * self.block_size + offset] = k[row].to(rows.dtype)
+            rows[1, block * self.block_size + offset] = v[row].to(rows.dtype)
 
     def attend(
         self, layer: int, q: Tensor, batch: RaggedBatch, scale: float, window: int = 0, softcap: float = 0.0

@@ -161,7 +161,7 @@ class Service:
         for own in (TENANT_ROUTE + tenant, DOMAIN_ROUTE + domain):
             if own in loaded:
                 return own
-        return self.evolution.publisher.route(request_id, loaded) if self.evolution is not None else SHARED_ROUTE
+        return self.evolution.publisher.route(request_id) if self.evolution is not None else SHARED_ROUTE
 
     def ended(self, request: NewRequest, steps: int, accepted: int) -> None:
         """A sequence has ended, after so many steps with so many right guesses."""

@@ -22,6 +22,7 @@ from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.torch_decoder import TorchDecoder
 from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow, LearnedDrafter, Proposal
 from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.kv_cache import PagedKVCache
 
 MOST_PENDING = 512
 """Positions per request that wait for the head while nobody asks it; older ones are left out."""
@@ -34,7 +35,7 @@ SHARED = ""
 Load = Callable[[DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
 """Reads or makes a head for a target."""
 Read = Callable[[Path, DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
-"""The same for a folder; raises ModelError if it is damaged or was made for another target."""
+"""Reads the head in a folder; raises ModelError if it is damaged or was not made for this target."""
 
 
 @dataclass(slots=True)
@@ -70,15 +71,16 @@ class HeadDrafter(ChainDrafter, LearnedDrafter):
         self,
         load: Load,
         stop_below: float = 0.05,
+        width: int = 1,
         version: int = 1,
         most: int = 4,
         read: Read = layout.read,
     ) -> None:
         """``load`` gives the shared head to start with, of this version; ``most`` heads may be loaded at once.
 
-        ``read`` gives the versions that are swapped in later.
+        ``read`` opens the folder of every version that is swapped in later.
         """
-        super().__init__(stop_below)
+        super().__init__(stop_below, width)
         self._load = load
         self._first_version, self._most, self._read = version, most, read
         self._config: HeadConfig
@@ -214,6 +216,10 @@ class HeadDrafter(ChainDrafter, LearnedDrafter):
         batch = self._batch(rows, ids, counts, ends)
         hidden = self._head.network.forward(batch, torch.cat([pending.fused for pending in pendings]))
         return hidden[np.cumsum(counts) - 1]
+
+    @property
+    def _kv(self) -> PagedKVCache:
+        return self._head.network.cache
 
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         return self._head.network.forward(batch, hidden)

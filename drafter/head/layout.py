@@ -18,10 +18,10 @@ from slipstream.engine.models.config import DecoderConfig
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 LAYER = "midlayer."
-VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias")
-"""Switches of config.json for layers that compute something else than ours."""
 LAYERS = "model.layers."
 """Where the target's layers are."""
+VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias")
+"""Switches of config.json for layers that compute something else than ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +292,8 @@ def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Ten
     try:
         config = parse_config(json.loads((folder / "config.json").read_text()), target.shape.num_layers)
         tensors = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} is no drafter: {error.filename} does not exist") from None
     except OSError as error:
         raise ModelError(f"{folder} is no drafter: {error}") from None
     except (json.JSONDecodeError, SafetensorError) as error:

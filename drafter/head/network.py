@@ -19,7 +19,7 @@ from slipstream.engine.models.torch_decoder import TorchDecoder
 from slipstream.engine.speculation.protocol import DraftHost
 from slipstream.kernels import reference
 from slipstream.kernels.batch import RaggedBatch
-from slipstream.kernels.kv_cache import TorchKVCache
+from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
 from slipstream.kernels.native.kv_cache import NativeKVCache
 from slipstream.kernels.native.library import DTYPE_CODES, CLayer, CModel, address, c_batch, load
 from slipstream.kernels.native.linear import PackedLinear
@@ -47,6 +47,10 @@ class HeadNetwork(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, draft vocabulary] float32; valid until the next call."""
+
+    @property
+    def cache(self) -> PagedKVCache:
+        """The head's keys and values."""
 
 
 def _weights_bytes(config: HeadConfig, dtype: torch.dtype) -> int:
@@ -90,11 +94,11 @@ class NativeHead:
         self._library = library
         self._live, self._staged = (NativeWeights(config, decoder, target.dtype) for _ in range(2))
         self._cos, self._sin = rope_tables(decoder, host.block_tables.shape[1] * host.block_size)
-        self._cache = NativeKVCache(
+        self.cache: PagedKVCache = NativeKVCache(
             1, host.num_blocks, host.block_size, config.kv_heads, config.head_dim, target.dtype, torch.device("cpu")
         )
         self._c_layers = (CLayer * 1)()
-        keys, values = self._cache.data[0]
+        keys, values = self.cache.data[0]
         self._c_layers[0].k_cache, self._c_layers[0].v_cache = address(keys), address(values)
         self._c = CModel(
             dtype=DTYPE_CODES[target.dtype],
@@ -112,7 +116,7 @@ class NativeHead:
             given_hidden=1,
         )
         self._use(self._live)
-        cache = self._cache.data
+        cache = self.cache.data
         self.memory_bytes = 2 * _weights_bytes(config, target.dtype) + cache.numel() * cache.itemsize
         self._vocab = config.draft_vocab_size
         self._workspace = torch.empty(0, dtype=torch.uint8)
@@ -176,10 +180,10 @@ class TorchHead:
         decoder = config.as_decoder(target.config)
         length = host.block_tables.shape[1] * host.block_size
         self._cos, self._sin = (table.to(self._device) for table in rope_tables(decoder, length))
-        self._cache = TorchKVCache(
+        self.cache: PagedKVCache = TorchKVCache(
             1, host.num_blocks, host.block_size, config.kv_heads, config.head_dim, self._dtype, self._device
         )
-        cache = self._cache.data
+        cache = self.cache.data
         self.memory_bytes = 2 * _weights_bytes(config, self._dtype) + cache.numel() * cache.itemsize
 
     def stage(self, tensors: Mapping[str, Tensor]) -> None:
@@ -215,8 +219,8 @@ class TorchHead:
             dim=-1,
         )
         q, k, v = (self._linear(f"self_attn.{name}_proj", x).view(len(x), -1, config.head_dim) for name in "qkv")
-        self._cache.store(0, reference.rope(k, cos, sin), v, batch)
-        values = self._cache.attend(0, reference.rope(q, cos, sin), batch, config.head_dim**-0.5)
+        self.cache.store(0, reference.rope(k, cos, sin), v, batch)
+        values = self.cache.attend(0, reference.rope(q, cos, sin), batch, config.head_dim**-0.5)
         hidden = hidden + self._linear("self_attn.o_proj", values.flatten(1))
         x = reference.rms_norm(hidden, weights[LAYER + "post_attention_layernorm.weight"], eps)
         inner = reference.silu_mul(self._linear("mlp.gate_proj", x), self._linear("mlp.up_proj", x))

@@ -38,7 +38,8 @@ class TrainableHead:
         }
         self.maps = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
         frozen = () if train_lm_head else FROZEN
-        self.trained = [name for name in self.weights if name not in frozen]
+        # In an order of its own: an optimizer that goes on from a checkpoint knows weights by their place.
+        self.trained = sorted(name for name in self.weights if name not in frozen)
         for name in self.trained:
             self.weights[name].requires_grad_(True)
         self._cos, self._sin = rope_tables(config.as_decoder(target), config.max_positions)

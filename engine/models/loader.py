@@ -28,6 +28,8 @@ DEFAULT_CACHE_SHARE = 4
 DEFAULT_CACHE_BYTES = 2 << 30
 HEADROOM_BYTES = 400 << 20
 """Memory for the interpreter, torch and activations, besides weights and cache."""
+SCRATCH_BLOCKS = 64
+"""For branches of trees; one takes one block mostly, two where it crosses a border."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -36,6 +38,8 @@ class LoadedModel:
     model: CausalModel
     max_model_len: int
     num_blocks: int
+    scratch_blocks: int
+    """Besides, for branches of trees."""
     block_bytes: int
     weights_bytes: int
     seconds: float
@@ -63,9 +67,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
     _prepare_threads(config)
     weights_bytes = _weights_bytes(checkpoint, config, dtype)
     block_bytes = PagedKVCache.block_bytes(shape.num_layers, config.block_size, shape.kv_heads, shape.head_dim, dtype)
-    num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, device)
+    scratch_blocks = SCRATCH_BLOCKS if config.draft_width > 1 and config.speculation != "off" else 0
+    free = available_memory(device) - HEADROOM_BYTES - scratch_blocks * block_bytes
+    num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, free)
     model = build_model(checkpoint, config, dtype, device, max_model_len)
-    return LoadedModel(model, max_model_len, num_blocks, block_bytes, weights_bytes, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return LoadedModel(model, max_model_len, num_blocks, scratch_blocks, block_bytes, weights_bytes, seconds)
 
 
 def parse_size(text: str, option: str) -> int:
@@ -133,12 +140,11 @@ def _weights_bytes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dt
 
 
 def _fit(
-    config: EngineConfig, shape: ModelShape, weights_bytes: int, block_bytes: int, device: torch.device
+    config: EngineConfig, shape: ModelShape, weights_bytes: int, block_bytes: int, available: int
 ) -> tuple[int, int]:
     """Number of cache blocks, and the longest sequence they and the model allow."""
     if config.block_size % 16:
         raise ConfigError(f"--block-size {config.block_size} must be a multiple of 16")
-    available = available_memory(device) - HEADROOM_BYTES
     left = available - weights_bytes
     wanted = config.max_model_len or shape.max_positions
     if wanted > shape.max_positions:

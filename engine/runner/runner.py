@@ -18,8 +18,11 @@ from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.plan import StepPlan, StepResult
 from slipstream.engine.runner.sampler import Sampled, SamplingRow, most_likely, sample, token_logprobs
+from slipstream.engine.runner.trees import BranchSegments, PlacedTree
 from slipstream.engine.speculation.protocol import DraftHost
+from slipstream.engine.speculation.scratch import Scratch
 from slipstream.engine.speculation.speculator import Speculator
+from slipstream.engine.speculation.tree import branches
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 
 PROMPT_LOGPROB_ROWS = 64
@@ -44,18 +47,21 @@ class ModelRunner:
         max_running: int,
         max_model_len: int,
         speculator: Speculator,
+        scratch_blocks: int = 0,
     ) -> None:
+        """The cache gets ``scratch_blocks`` besides those that plans name, for branches of trees."""
         self.model = model
         self.speculator = speculator
-        self.cache = model.new_cache(num_blocks, block_size)
+        self.cache = model.new_cache(num_blocks + scratch_blocks, block_size)
         self._num_blocks = num_blocks
         self._block_size = block_size
         # One position more than a sequence has, for a token that is drawn and not kept, and the guesses after it.
         self._tokens = np.zeros((max_running, max_model_len + 1 + speculator.most), np.int32)
-        self._blocks = np.zeros((max_running, -(-max_model_len // block_size) + 1), np.int32)
+        self._blocks = np.zeros((max_running + scratch_blocks, -(-max_model_len // block_size) + 1), np.int32)
+        self._scratch = Scratch(self._blocks, num_blocks, scratch_blocks, block_size)
         self._mapped = [0] * max_running
         self._rows: list[_Row | None] = [None] * max_running
-        speculator.attach(DraftHost(model, self._blocks, num_blocks, block_size))
+        speculator.attach(DraftHost(model, self._blocks, num_blocks + scratch_blocks, block_size, self._scratch))
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -63,9 +69,9 @@ class ModelRunner:
         began, cpu_began = time.perf_counter(), time.thread_time()
         self._enter(plan)
         versions = self.speculator.versions(plan.slots, plan.drafts)
-        batch = self._batch(plan)
+        batch, trees = self._batch(plan)
         drawing = [row for row, wanted in enumerate(plan.samples) if wanted]
-        rows, last = self._positions_to_draw(plan, batch, drawing)
+        rows, last = self._positions_to_draw(plan, batch, drawing, trees)
 
         model_began, model_cpu_began = time.perf_counter(), time.thread_time()
         hidden = self.model.forward(batch, self.cache)
@@ -81,18 +87,22 @@ class ModelRunner:
         tokens: list[list[int]] = [[] for _ in plan.slots]
         logprobs: dict[int, list[TokenLogprobs]] = {}
         errors: dict[int, str] = {}
+        paths: dict[int, list[int]] = {}
         at = 0
         for row in drawing:
             drafted = plan.drafts[row]
-            tokens[row] = self._accept(plan.slots[row], drafted, drawn.tokens[at : at + drafted + 1])
-            places = range(at, at + len(tokens[row]))
+            path = paths[row] = trees[row].tree.right(drawn.tokens[at : at + drafted + 1]) if drafted else []
+            places = [at, *(at + 1 + node for node in path)]
+            tokens[row] = [drawn.tokens[place] for place in places]
+            self._accept(plan.slots[row], drafted, tokens[row])
             if wrong := [drawn.errors[place] for place in places if place in drawn.errors]:
                 errors[row] = wrong[0]
             if at in drawn.logprobs:
                 logprobs[row] = [drawn.logprobs[place] for place in places]
             at += drafted + 1
+        self._leave_branches(trees, paths)
         if self.speculator.watches:
-            self.speculator.observe(self._computed(plan, batch, tokens, top))
+            self.speculator.observe(self._computed(plan, batch, trees, paths, top))
         seconds = time.perf_counter() - began
         offers = self._propose(plan)
         return StepResult(
@@ -145,61 +155,67 @@ class ModelRunner:
             self._mapped[slot] = (first + len(blocks)) * self._block_size
         if plan.copies:
             self.cache.copy_blocks(plan.copies)
-        for slot, drafted in zip(plan.slots, plan.drafts, strict=True):
-            if drafted:
-                known = self._row(slot).num_tokens
-                self._tokens[slot, known : known + drafted] = self.speculator.guesses(slot, drafted)
 
     def _positions_to_draw(
-        self, plan: StepPlan, batch: RaggedBatch, drawing: list[int]
+        self, plan: StepPlan, batch: RaggedBatch, drawing: list[int], trees: dict[int, PlacedTree]
     ) -> tuple[list[SamplingRow], Int32]:
         """After the last known token of each row and after each guess: what to draw with, and the row of hidden.
 
-        Every position is drawn as if the guesses before it were right; what follows a wrong one is thrown away.
+        Every position is drawn as if the guesses before it on its path were right; what follows a wrong one is thrown
+        away.
         """
         rows: list[SamplingRow] = []
         last: list[int] = []
         for row in drawing:
-            slot, drafted = plan.slots[row], plan.drafts[row]
-            end = int(batch.q_start[row + 1])
-            last += range(end - 1 - drafted, end)
-            entry = self._row(slot)
-            rows += [
-                SamplingRow(entry.params, entry.seed, entry.num_prompt, self._tokens[slot, :length])
-                for length in range(entry.num_tokens, entry.num_tokens + drafted + 1)
-            ]
+            entry, tokens = self._row(plan.slots[row]), self._tokens[plan.slots[row]]
+            last.append(int(batch.q_start[row]) + plan.counts[row] - plan.drafts[row] - 1)
+            histories = [tokens[: entry.num_tokens]]
+            if row in trees:
+                last += trees[row].batch_rows
+                histories += trees[row].histories(tokens)
+            rows += [SamplingRow(entry.params, entry.seed, entry.num_prompt, history) for history in histories]
         return rows, np.array(last, np.int32)
 
-    def _accept(self, slot: int, drafted: int, drawn: list[int]) -> list[int]:
-        """Drawn tokens up to the first that differs from the guess at its place, or one more than there are guesses.
-
-        A guess is right with the probability that the target draws it, and what is kept is what the target draws: so
-        the output is the same with any drafter and with none, token for token, for sampled requests too.
-        """
+    def _accept(self, slot: int, drafted: int, tokens: list[int]) -> None:
+        """These tokens came: the guesses that are right, and one more."""
         entry = self._row(slot)
-        known = entry.num_tokens
-        right = 0
-        while right < drafted and drawn[right] == self._tokens[slot, known + right]:
-            right += 1
-        kept = drawn[: right + 1]
-        self._tokens[slot, known + right] = drawn[right]
-        entry.num_tokens += right + 1
-        self.speculator.verified(slot, drafted, kept, entry.num_tokens)
-        return kept
+        self._tokens[slot, entry.num_tokens : entry.num_tokens + len(tokens)] = tokens
+        entry.num_tokens += len(tokens)
+        self.speculator.verified(slot, drafted, tokens, entry.num_tokens)
+
+    def _leave_branches(self, trees: dict[int, PlacedTree], paths: dict[int, list[int]]) -> None:
+        """Copies keys and values of right guesses on branches to their rows' own blocks."""
+        nodes = [(trees[row], node) for row, path in paths.items() for node in path]
+        moved = [(tree, node) for tree, node in nodes if tree.table_rows[node] != tree.slot]
+        if moved:
+            positions = [tree.positions[node] for tree, node in moved]
+            source = self._scratch.slots([tree.table_rows[node] for tree, node in moved], positions)
+            destination = self._scratch.slots([tree.slot for tree, _ in moved], positions)
+            self.cache.copy_slots(list(zip(source.tolist(), destination.tolist(), strict=True)))
 
     def _computed(
-        self, plan: StepPlan, batch: RaggedBatch, tokens: list[list[int]], top: tuple[Tensor, Tensor] | None
+        self,
+        plan: StepPlan,
+        batch: RaggedBatch,
+        trees: dict[int, PlacedTree],
+        paths: dict[int, list[int]],
+        top: tuple[Tensor, Tensor] | None,
     ) -> Iterator[tuple[int, int, Tensor, tuple[Tensor, Tensor] | None]]:
         """(slot, first position, features, most likely tokens) of each row, without what follows a wrong guess."""
         features = self.model.features
         at = 0
         for row, slot in enumerate(plan.slots):
-            kept = len(tokens[row])
-            right = plan.counts[row] - plan.drafts[row] + max(kept - 1, 0)
             begin = int(batch.q_start[row])
-            row_top = (top[0][at : at + kept], top[1][at : at + kept]) if top and kept else None
-            at += plan.drafts[row] + 1 if plan.samples[row] else 0
-            yield slot, plan.starts[row], features[begin : begin + right], row_top
+            known = begin + plan.counts[row] - plan.drafts[row]
+            right = [trees[row].batch_rows[node] for node in paths.get(row, ())]
+            computed = _take(features, [*range(begin, known), *right])
+            row_top = None
+            if plan.samples[row]:
+                if top:
+                    kept = [at, *(at + 1 + node for node in paths[row])]
+                    row_top = _take(top[0], kept), _take(top[1], kept)
+                at += plan.drafts[row] + 1
+            yield slot, plan.starts[row], computed, row_top
 
     def _propose(self, plan: StepPlan) -> list[tuple[float, ...]]:
         offers: list[tuple[float, ...]] = [()] * len(plan.slots)
@@ -218,10 +234,18 @@ class ModelRunner:
         assert row is not None
         return row
 
-    def _batch(self, plan: StepPlan) -> RaggedBatch:
+    def _batch(self, plan: StepPlan) -> tuple[RaggedBatch, dict[int, PlacedTree]]:
+        """What to compute, and by row where the guesses are in it."""
+        trees = {row: self.speculator.guesses(plan.slots[row], n) for row, n in enumerate(plan.drafts) if n}
+        paths = {row: branches(tree.parents) for row, tree in trees.items()}
+        counts = np.array(plan.counts, np.int32)
+        for row, tree in trees.items():
+            slot, first = plan.slots[row], paths[row][0]
+            known = self._row(slot).num_tokens
+            self._tokens[slot, known : known + len(first)] = [tree.tokens[node] for node in first]
+            counts[row] -= len(tree.parents) - len(first)
         slots = np.array(plan.slots, np.int32)
         starts = np.array(plan.starts, np.int32)
-        counts = np.array(plan.counts, np.int32)
         if len(slots) == plan.num_tokens:
             token_ids = self._tokens[slots, starts]
         else:
@@ -231,7 +255,34 @@ class ModelRunner:
                     for slot, start, count in zip(slots, starts, counts, strict=True)
                 ]
             )
-        return make_batch(token_ids, counts, starts + counts, self._blocks, slots, self._block_size)
+        self._scratch.reset()
+        added = BranchSegments(self._scratch, len(token_ids))
+        roots = (np.cumsum(counts) - counts + np.array(plan.counts) - np.array(plan.drafts) - 1).tolist()
+        placed = {
+            row: added.place(
+                trees[row],
+                paths[row],
+                plan.slots[row],
+                plan.starts[row],
+                self._row(plan.slots[row]).num_tokens,
+                roots[row],
+            )
+            for row in trees
+        }
+        if not added.counts:
+            return make_batch(token_ids, counts, starts + counts, self._blocks, slots, self._block_size), placed
+        if added.copies:
+            self.cache.copy_blocks(added.copies)
+        batch = make_batch(
+            np.append(token_ids, np.array(added.token_ids, np.int32)),
+            np.append(counts, np.array(added.counts, np.int32)),
+            np.append(starts + counts, np.array(added.ends, np.int32)),
+            self._blocks,
+            np.append(slots, np.array(added.table_rows, np.int32)),
+            self._block_size,
+            np.array(added.mirrors, np.int32).reshape(-1, 3),
+        )
+        return batch, placed
 
     def _prompt_logprobs(self, plan: StepPlan, batch: RaggedBatch, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
         """Of the prompt tokens that follow the positions of this step, for rows that ask for them."""
@@ -259,3 +310,10 @@ class ModelRunner:
             for position, row_logprobs in zip(range(begin, stop), logprobs, strict=True):
                 entries.append(token_logprobs(row_logprobs, int(self._tokens[slot, position + 1]), count))
         return entries
+
+
+def _take(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a tensor, without a copy where they follow each other."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return tensor[rows[0] : rows[0] + len(rows)]
+    return tensor[rows]

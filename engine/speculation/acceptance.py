@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterable, Sequence
 
 DECAY = 0.98
 """Weight of an observation after each later one with the same evidence: some 50 count."""
@@ -12,35 +12,44 @@ PRIOR_WEIGHT = 4.0
 """Observations that the first estimate is worth."""
 OWN_DECAY = 0.96
 OWN_WEIGHT = 8.0
-"""Guesses of its own after which a request's estimate is half its own and half everybody's."""
+"""Tokens guessed at after which a request's estimate is half its own and half everybody's."""
 MOST_LIKELY = 0.995
 
 
 class Acceptance:
-    """Of one drafter: the probability that guess i is right if those before it were, by evidence and position.
+    """Of one drafter: the probability that a guess is right if those before it are, by evidence and position.
 
-    Far positions are seen seldom, only after the near ones were right. So what is known of them fades with every
-    observation, whatever its position, and gives way to what is known of all positions together.
+    The position of a guess is the number of guesses before it on its path. Far positions are seen seldom, only after
+    the near ones were right. So what is known of them fades with every observation, whatever its position, and gives
+    way to what is known of all positions together.
     """
 
     def __init__(self, num_evidence: int, positions: int) -> None:
-        self._first = np.linspace(0.4, 0.8, num_evidence) if num_evidence > 1 else np.full(1, 0.6)
-        self._tried = np.zeros((num_evidence, positions))
-        self._right = np.zeros((num_evidence, positions))
+        self._first = [0.4 + 0.4 * i / (num_evidence - 1) for i in range(num_evidence)] if num_evidence > 1 else [0.6]
+        self._tried = [[0.0] * positions for _ in range(num_evidence)]
+        self._right = [[0.0] * positions for _ in range(num_evidence)]
 
-    def rates(self, evidence: int, count: int) -> list[float]:
-        """Of the first ``count`` guesses, each given that those before it are right."""
-        tried, right = self._tried[evidence], self._right[evidence]
-        pool = (right.sum() + PRIOR_WEIGHT * self._first[evidence]) / (tried.sum() + PRIOR_WEIGHT)
-        rates: list[float] = ((right[:count] + POOL_WEIGHT * pool) / (tried[:count] + POOL_WEIGHT)).tolist()
-        return rates
+    def rates(self, evidence: Sequence[int], positions: Sequence[int]) -> list[float]:
+        """Of guesses with this evidence at these positions, each given that those before it are right."""
+        pools = {
+            level: (sum(self._right[level]) + PRIOR_WEIGHT * self._first[level])
+            / (sum(self._tried[level]) + PRIOR_WEIGHT)
+            for level in set(evidence)
+        }
+        return [
+            (self._right[level][at] + POOL_WEIGHT * pools[level]) / (self._tried[level][at] + POOL_WEIGHT)
+            for level, at in zip(evidence, positions, strict=True)
+        ]
 
-    def observe(self, evidence: int, tried: int, right: int) -> None:
-        """``tried`` guesses were looked at and the first ``right`` of them were right."""
-        self._tried[evidence] *= DECAY
-        self._right[evidence] *= DECAY
-        self._tried[evidence, : min(right + 1, tried)] += 1
-        self._right[evidence, :right] += 1
+    def observe(self, seen: Iterable[tuple[int, int, bool]]) -> None:
+        """Guesses of one proposal were looked at: the evidence of each, its position, and whether it was right."""
+        seen = list(seen)
+        for level in {evidence for evidence, _, _ in seen}:
+            self._tried[level] = [count * DECAY for count in self._tried[level]]
+            self._right[level] = [count * DECAY for count in self._right[level]]
+        for evidence, position, right in seen:
+            self._tried[evidence][position] += 1
+            self._right[evidence][position] += right
 
 
 class OwnAcceptance:
@@ -54,18 +63,15 @@ class OwnAcceptance:
     def factor(self) -> float:
         return (self._right + OWN_WEIGHT) / (self._expected + OWN_WEIGHT)
 
-    def observe(self, rates: list[float], right: int) -> None:
-        """The guesses had these rates and the first ``right`` of them were right."""
-        for position, rate in enumerate(rates[: right + 1]):
-            self._expected = self._expected * OWN_DECAY + rate
-            self._right = self._right * OWN_DECAY + (position < right)
+    def observe(self, rate: float, right: bool) -> None:
+        """There were guesses after a token that was right, one of them right with this probability."""
+        self._expected = self._expected * OWN_DECAY + rate
+        self._right = self._right * OWN_DECAY + right
 
 
-def chances(rates: list[float], factor: float) -> list[float]:
-    """Probability that each guess and all before it are right; falls from one to the next."""
-    chance = 1.0
-    result = []
-    for rate in rates:
-        chance *= min(rate * factor, MOST_LIKELY)
-        result.append(chance)
+def chances(rates: Sequence[float], parents: Sequence[int], factor: float) -> list[float]:
+    """Probability that each guess and all before it are right; less than that of its parent."""
+    result: list[float] = []
+    for rate, parent in zip(rates, parents, strict=True):
+        result.append((result[parent] if parent >= 0 else 1.0) * min(rate * factor, MOST_LIKELY))
     return result

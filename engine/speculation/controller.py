@@ -22,7 +22,7 @@ class Offer:
     """What could be verified for one request."""
 
     chances: Sequence[float]
-    """Probability that guess i and all before it are right."""
+    """Probability that guess i and all before it are right; falls from one to the next."""
     start: int
     """Position of the first of them."""
 
@@ -48,7 +48,7 @@ class Throughput:
     """Verifies what maximises expected tokens per second.
 
     Guesses are taken in the order of their chances, over all requests; since the chances of a request fall along its
-    chain, a prefix of that order is a prefix of every chain.
+    list, a prefix of that order is a prefix of every list.
     """
 
     def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:

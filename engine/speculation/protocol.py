@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slipstream.engine.messages import FinishReason, NewRequest, TrafficLevel, TrafficStats
 from slipstream.engine.models.protocol import CausalModel
+from slipstream.engine.speculation.scratch import Scratch
 
 
 @dataclass(slots=True)
@@ -37,7 +38,7 @@ class DraftRow:
     mapped: int = 0
     """Positions that have a block in the block tables."""
     most: int = 0
-    """Guesses wanted at most; 0 for none."""
+    """Guesses wanted at most, on all branches together; 0 for none."""
     memory: dict[str, object] = field(default_factory=dict)
     """What a drafter keeps about the request, by its name."""
     request_id: int = 0
@@ -51,13 +52,23 @@ class DraftRow:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A chain of guesses, the first of which follows the last known token."""
+    """A tree of guesses: several may follow the same token, of which one at most is right."""
 
     tokens: list[int]
-    evidence: int
-    """How well founded the guess is, as a small number: acceptance is learned apart for each. 0 is the weakest."""
+    parents: list[int]
+    """The guess that each one follows, which stands before it in the list; -1 for the last known token."""
+    evidence: list[int]
+    """How well founded each guess is if its parent is right, as a small number: acceptance is learned apart for each.
+
+    0 is the weakest.
+    """
     version: int = 0
     """Of the learned drafter that guessed; 0 for a drafter without versions."""
+
+    @classmethod
+    def chain(cls, tokens: list[int], evidence: int, version: int = 0) -> Proposal:
+        """Each guess follows the one before it, all equally well founded."""
+        return cls(tokens, list(range(-1, len(tokens) - 1)), [evidence] * len(tokens), version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +77,12 @@ class DraftHost:
 
     model: CausalModel
     block_tables: NDArray[np.int32]
-    """[slots, blocks]: the cache blocks of each running request; changes from step to step."""
+    """[slots and rows of ``scratch``, blocks]: cache blocks of each running request; changes from step to step."""
     num_blocks: int
+    """Those of ``scratch`` included."""
     block_size: int
+    scratch: Scratch
+    """Blocks for branches of trees; whoever uses them resets them first."""
 
 
 @dataclass(frozen=True, slots=True)

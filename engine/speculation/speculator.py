@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,19 +22,49 @@ from slipstream.engine.speculation.protocol import (
     Listener,
     Proposal,
 )
+from slipstream.engine.speculation.tree import Tree, affordable, depths, is_chain
 
 ENOUGH = 2.5
 """Right guesses to be expected with which no costly drafter is asked any more."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Guesses:
+    """A proposal with what is known of its acceptance; the lists are parallel."""
+
+    drafter: str
+    version: int
+    """Of a learned drafter; else 0."""
+    tree: Tree
+    evidence: Sequence[int]
+    positions: Sequence[int]
+    rates: Sequence[float]
+    chances: Sequence[float]
+
+    def take(self, nodes: Sequence[int]) -> _Guesses:
+        """Only these nodes, in this order; the parent of each is among those before it."""
+        if nodes == list(range(len(self.chances))):
+            return self
+        place = {-1: -1} | {node: at for at, node in enumerate(nodes)}
+        tree = Tree([self.tree.tokens[i] for i in nodes], [place[self.tree.parents[i]] for i in nodes])
+        return _Guesses(
+            self.drafter,
+            self.version,
+            tree,
+            [self.evidence[i] for i in nodes],
+            [self.positions[i] for i in nodes],
+            [self.rates[i] for i in nodes],
+            [self.chances[i] for i in nodes],
+        )
+
+
 class _Row:
-    __slots__ = ("best", "draft", "own", "rates")
+    __slots__ = ("best", "draft", "own")
 
     def __init__(self, draft: DraftRow) -> None:
         self.draft = draft
         self.own = {name: OwnAcceptance() for name in draft.drafters}
-        self.best: tuple[Drafter, Proposal] | None = None
-        self.rates: list[float] = []
+        self.best: _Guesses | None = None
 
 
 class Speculator:
@@ -51,11 +82,13 @@ class Speculator:
         """Of the learned drafter's loaded versions."""
         self._rows: dict[int, _Row] = {}
         self._watching: list[Drafter] = []
+        self._scratch_blocks, self._block_size = 0, 1
         self._listeners = listeners
         self._listening: list[Listener] = []
 
     def attach(self, host: DraftHost) -> None:
         """Makes every drafter ready; raises ConfigError or ModelError if one does not fit the model."""
+        self._scratch_blocks, self._block_size = host.scratch.count, host.block_size
         tapped: tuple[int, ...] = ()
         for drafter in self._drafters.values():
             if taps := drafter.taps(host.model):
@@ -167,15 +200,15 @@ class Speculator:
         found: dict[int, int] = {}
         for row, (slot, count) in enumerate(zip(slots, drafted, strict=True)):
             best = self._rows[slot].best if count else None
-            if best is not None and best[1].version:
-                found[row] = best[1].version
+            if best is not None and best.version:
+                found[row] = best.version
         return found
 
-    def guesses(self, slot: int, count: int) -> list[int]:
-        """The first tokens of what is proposed for this row."""
+    def guesses(self, slot: int, count: int) -> Tree:
+        """The first nodes of what is proposed for this row."""
         best = self._rows[slot].best
-        assert best is not None and len(best[1].tokens) >= count, "more guesses to verify than were proposed"
-        return best[1].tokens[:count]
+        assert best is not None and len(best.chances) >= count, "more guesses to verify than were proposed"
+        return Tree(best.tree.tokens[:count], best.tree.parents[:count])
 
     def verified(self, slot: int, drafted: int, drawn: Sequence[int], length: int) -> None:
         """``drafted`` guesses were verified, the tokens ``drawn`` came of it, and ``length`` are known now."""
@@ -183,29 +216,38 @@ class Speculator:
         row.draft.length = length
         if row.best is None:
             return
-        drafter, proposal = row.best
-        # A guess that was not verified can still be held against the token that came instead of it.
-        tried = max(drafted, 1)
-        right = 0
-        while right < min(tried, len(drawn)) and proposal.tokens[right] == drawn[right]:
-            right += 1
-        self._acceptance_of(drafter, proposal.version).observe(proposal.evidence, tried, right)
-        row.own[drafter.name].observe(row.rates[:tried], right)
-        row.best = None
+        guesses, row.best = row.best, None
+        self._learn(row, guesses, drawn)
         if drafted:
-            stats = self._stats[drafter.name]
+            right = len(drawn) - 1
+            stats = self._stats[guesses.drafter]
             stats.drafts += 1
             stats.draft_tokens += drafted
             stats.accepted_tokens += right
-            if drafter is self._learned and (version := self._versions.get(proposal.version)):
+            if stats.versions and (version := self._versions.get(guesses.version)):
                 version.drafts += 1
                 version.draft_tokens += drafted
                 version.accepted_tokens += right
             for position in range(right):
                 stats.accepted_per_position[position] += 1
 
+    def _learn(self, row: _Row, guesses: _Guesses, drawn: Sequence[int]) -> None:
+        """Holds guesses against the tokens that came at their places, also those that were not verified."""
+        seen: list[tuple[int, int, bool]] = []
+        node: int | None = -1
+        for token in drawn:
+            siblings = [i for i, parent in enumerate(guesses.tree.parents) if parent == node]
+            if not siblings:
+                break
+            node = next((i for i in siblings if guesses.tree.tokens[i] == token), None)
+            seen += [(guesses.evidence[i], guesses.positions[i], i == node) for i in siblings]
+            row.own[guesses.drafter].observe(sum(guesses.rates[i] for i in siblings), node is not None)
+            if node is None:
+                break
+        self._acceptance_of(self._drafters[guesses.drafter], guesses.version).observe(seen)
+
     def propose(self, slots: Sequence[int], wanted: Sequence[int], mapped: Sequence[int]) -> list[tuple[float, ...]]:
-        """Per row, the chances of the guesses that are now kept for it; empty where there are none."""
+        """Per row, the falling chances of the guesses that are now kept for it; empty where there are none."""
         if not self._drafters:
             return [()] * len(slots)
         rows = [self._rows[slot] for slot in slots]
@@ -213,7 +255,6 @@ class Speculator:
             row.best = None
             row.draft.mapped = positions
             row.draft.most = min(most, self.most)
-        offers: list[tuple[float, ...]] = [()] * len(rows)
         values = np.zeros(len(rows))
         for drafter in self._drafters.values():
             asked = [
@@ -228,12 +269,27 @@ class Speculator:
             for i, proposal in zip(asked, drafter.propose([rows[i].draft for i in asked]), strict=True):
                 if proposal is None or not proposal.tokens:
                     continue
-                row = rows[i]
-                acceptance = self._acceptance_of(drafter, proposal.version)
-                rates = acceptance.rates(proposal.evidence, len(proposal.tokens))
-                offer = chances(rates, row.own[drafter.name].factor())
-                value = sum(offer)
+                guesses = self._weigh(rows[i], drafter.name, proposal)
+                value = sum(guesses.chances)
                 if value > values[i]:
-                    values[i], offers[i] = value, tuple(offer)
-                    row.best, row.rates = (drafter, proposal), rates
-        return offers
+                    values[i], rows[i].best = value, guesses
+        self._cut_branches(rows)
+        return [tuple(row.best.chances) if row.best else () for row in rows]
+
+    def _weigh(self, row: _Row, drafter: str, proposal: Proposal) -> _Guesses:
+        """A proposal with its chances, in their order, so that the first n guesses are the most promising tree of n."""
+        tree, positions = Tree(proposal.tokens, proposal.parents), depths(proposal.parents)
+        rates = self._acceptance_of(self._drafters[drafter], proposal.version).rates(proposal.evidence, positions)
+        found = chances(rates, proposal.parents, row.own[drafter].factor())
+        guesses = _Guesses(drafter, proposal.version, tree, proposal.evidence, positions, rates, found)
+        return guesses.take(sorted(range(len(found)), key=lambda node: -found[node]))
+
+    def _cut_branches(self, rows: Sequence[_Row]) -> None:
+        """Leaves out branches for which there are too few scratch blocks; every row gets the same share of them."""
+        left = self._scratch_blocks
+        for at, row in enumerate(rows):
+            if row.best is not None and not is_chain(row.best.tree.parents):
+                share = left // (len(rows) - at)
+                nodes, used = affordable(row.best.tree.parents, row.draft.length, self._block_size, share)
+                row.best = row.best.take(nodes)
+                left -= used

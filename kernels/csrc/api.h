@@ -71,6 +71,8 @@ struct SlipBatch {
   const int32_t* table_row;     // [num_segments]
   int32_t table_stride;
   int32_t tiles_per_block;
+  int32_t num_mirrors;
+  const int32_t* mirrors;       // [num_mirrors][3]: what this token stores is stored in this block at this offset too
 };
 
 struct SlipAttention {

@@ -35,6 +35,17 @@ inline void store_token(typename D::elem* k_tile, typename D::elem* v_tile, int 
         D::narrow(v[d]);
 }
 
+// Writes k, v [kv_heads, head_dim] of one token where the mirror (token, block, offset) says.
+template <class D>
+inline void store_mirror(const Cache<D>& cache, typename D::elem* k_cache, typename D::elem* v_cache, const int32_t* mirror,
+                         const float* k, const float* v) {
+  const int head_dim = cache.a.head_dim;
+  const int tile = mirror[1] * cache.b.tiles_per_block + mirror[2] / 16;
+  for (int h = 0; h < cache.a.kv_heads; ++h)
+    store_token<D>(cache.at(k_cache, tile, h), cache.at(v_cache, tile, h), mirror[2] % 16, k + h * head_dim,
+                   v + h * head_dim, head_dim);
+}
+
 inline int segment_of(const SlipBatch& b, int token) {
   int low = 0, high = b.num_segments - 1;
   while (low < high) {

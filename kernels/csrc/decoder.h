@@ -116,6 +116,11 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
                      m.head_dim);
     }
   });
+  for_each(team, b.num_mirrors, 4, [&](int i) {
+    const int32_t* mirror = b.mirrors + 3 * static_cast<size_t>(i);
+    const float* kv = ws.qkv + static_cast<size_t>(mirror[0]) * qkv_width + q_width;
+    store_mirror<D>(cache, k_cache, v_cache, mirror, kv, kv + m.kv_heads * m.head_dim);
+  });
   attend_all<D>(team, cache, work, ws.q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), ws.values);
 
   matmul<D>(team, layer.out, ws.values, q_width, tokens, AddRows{hidden, static_cast<size_t>(m.hidden), layer.out.bias});
@@ -180,6 +185,11 @@ inline void store_kv(Team& team, const SlipAttention& a, const SlipBatch& b, con
       store_token<D>(cache.at(static_cast<elem*>(k_cache), tile, h), cache.at(static_cast<elem*>(v_cache), tile, h),
                      position % 16, k + from, v + from, a.head_dim);
     }
+  });
+  for_each(team, b.num_mirrors, 4, [&](int i) {
+    const int32_t* mirror = b.mirrors + 3 * static_cast<size_t>(i);
+    const size_t from = mirror[0] * width;
+    store_mirror<D>(cache, static_cast<elem*>(k_cache), static_cast<elem*>(v_cache), mirror, k + from, v + from);
   });
 }
 

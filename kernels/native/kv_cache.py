@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ from slipstream.kernels.native.library import DTYPE_CODES, CAttention, address, 
 
 class NativeKVCache(PagedKVCache):
     """Groups of 16 tokens as panels per KV head; block_size must be a multiple of 16."""
+
+    def copy_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
+        (source, destination), layers = torch.tensor(pairs).T, len(self.data)
+        pair = 2 if self.data.dtype is torch.bfloat16 else 1
+        # The layout of csrc/api.h: tokens are the columns of a K panel, and the reduction of the V panels.
+        keys = self.data[:, 0].view(layers, -1, self.kv_heads, self.head_dim // pair, 16, pair)
+        values = self.data[:, 1].view(layers, -1, self.kv_heads, self.head_dim // 16, 16 // pair, 16, pair)
+        there, here = (destination // 16, destination % 16), (source // 16, source % 16)
+        keys[:, there[0], :, :, there[1]] = keys[:, here[0], :, :, here[1]]
+        to, of = (there[1] // pair, there[1] % pair), (here[1] // pair, here[1] % pair)
+        values[:, there[0], :, :, to[0], :, to[1]] = values[:, here[0], :, :, of[0], :, of[1]]
 
     def store(self, layer: int, k: Tensor, v: Tensor, batch: RaggedBatch) -> None:
         library, shape, c = load(), self._shape(self.kv_heads, 1.0, 0), c_batch(batch)

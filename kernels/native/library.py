@@ -77,6 +77,8 @@ class CBatch(Structure):
         ("table_row", c_void_p),
         ("table_stride", c_int32),
         ("tiles_per_block", c_int32),
+        ("num_mirrors", c_int32),
+        ("mirrors", c_void_p),
     )
 
 
@@ -148,7 +150,7 @@ def address(tensor: Tensor | None) -> int | None:
 
 def c_batch(batch: RaggedBatch) -> CBatch:
     """A view of the batch; valid while the batch lives."""
-    for array in (batch.token_ids, batch.q_start, batch.kv_len, batch.table_row):
+    for array in (batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors):
         assert array.dtype == np.int32 and array.flags.c_contiguous
     assert batch.block_tables.dtype == np.int32 and batch.block_tables.strides[1] == 4
     return CBatch(
@@ -161,4 +163,6 @@ def c_batch(batch: RaggedBatch) -> CBatch:
         batch.table_row.ctypes.data,
         batch.block_tables.strides[0] // 4,
         batch.block_size // 16,
+        len(batch.mirrors),
+        batch.mirrors.ctypes.data,
     )

@@ -73,6 +73,11 @@ class Publisher:
         self._config = config
         self._refused: dict[str, int] = {}
         """Versions that the engine would not load, by route."""
+        self._loaded: dict[str, int] = {}
+        """Versions of the registry that the engine has by our doing; a head of another origin may have any number."""
+        live = registry.live(SHARED_ROUTE)
+        if live is not None and service.engine_config.drafter == str(registry.path(live.version)):
+            self._loaded[SHARED_ROUTE] = live.version
         self.trial: Trial | None = None
         self.swaps: int = 0
         self.failures: int = 0
@@ -103,10 +108,10 @@ class Publisher:
             wish = await asyncio.to_thread(self._read)
         await self._follow(wish)
 
-    def route(self, request_id: int, loaded: dict[str, int]) -> str:
+    def route(self, request_id: int) -> str:
         """Of a request that no route of its own takes."""
         trial = self.trial
-        if trial is None or loaded.get(CANARY_ROUTE) != trial.beside:
+        if trial is None or self._loaded.get(CANARY_ROUTE) != trial.beside:
             return SHARED_ROUTE
         return trial.route(request_id)
 
@@ -167,11 +172,11 @@ class Publisher:
             wanted[CANARY_ROUTE] = beside
         self._set_trial(wish)
         self.wanted = wanted
-        loaded = self._service.drafter_versions()
-        for route in [route for route in loaded if route and route not in wanted]:
+        for route in [route for route in self._loaded if route and route not in wanted]:
+            del self._loaded[route]
             await self._service.engine.call("drop_drafter", route=route)
         for route, version in sorted(wanted.items()):
-            if loaded.get(route) == version.version or self._refused.get(route) == version.version:
+            if version.version in (self._loaded.get(route), self._refused.get(route)):
                 continue
             await self._swap(route, version)
 
@@ -203,6 +208,7 @@ class Publisher:
                 await asyncio.to_thread(self._take_back, version, str(error))
             return
         self.swaps += 1
+        self._loaded[route] = version.version
         self._refused.pop(route, None)
         logger.info("drafter version %d serves %s", version.version, route or "all requests")
         for callback in self.on_change:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.messages import SamplingParams, SpeculationParams
+from slipstream.engine.speculation.protocol import DraftRow, Proposal
 from slipstream.engine.testing import LocalEngine
 from slipstream.kernels.native.library import isa
 
@@ -65,6 +67,39 @@ def test_the_target_as_its_own_drafter_is_always_right(tmp_path: Path) -> None:
         assert drafted > 35
         if isa() is not None:  # torch's kernels differ in their last bits between a batch and a single row
             assert accepted == drafted
+
+
+@pytest.mark.skipif(isa() is None, reason="torch's kernels differ in their last bits between batches")
+def test_the_first_path_of_its_trees_is_always_right(tmp_path: Path) -> None:
+    """With the target as its own drafter, so keys and values are right on branches that go on from others too."""
+    target = write(tmp_path / "target", TARGET)
+    local = engine(target, target, draft_width=3, max_draft_tokens=6)
+    drafter = local.engine.runner.speculator._drafters["draft"]
+    proposed: list[tuple[list[int], Proposal]] = []
+    propose = drafter.propose
+
+    def record(rows: Sequence[DraftRow]) -> list[Proposal | None]:
+        proposals = propose(rows)
+        for row, proposal in zip(rows, proposals, strict=True):
+            assert proposal is not None
+            proposed.append((row.known.tolist(), proposal))
+        return proposals
+
+    drafter.propose = record  # type: ignore[method-assign]
+    prompts = [list(range(length)) for length in (3, 30)]
+    done = local.generate(prompts, SamplingParams(max_tokens=60, temperature=0.0))
+    texts = [prompt + completion.tokens for prompt, completion in zip(prompts, done, strict=True)]
+    deepest = 0
+    for known, proposal in proposed:
+        text = next(text for text in texts if text[: len(known)] == known)
+        node, depth = -1, 0
+        while node in proposal.parents and len(known) + depth < len(text):
+            node = proposal.parents.index(node)
+            assert proposal.tokens[node] == text[len(known) + depth]
+            depth += 1
+        deepest = max(deepest, depth)
+    assert deepest > 1
+    assert any(len(set(proposal.parents)) < len(proposal.parents) for _, proposal in proposed)
 
 
 def test_it_catches_up_with_a_long_prompt_over_several_steps(tmp_path: Path) -> None:

@@ -68,15 +68,15 @@ def make_head(target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
 class Recorder(HeadDrafter):
     """Keeps what was known at each proposal, and the proposal."""
 
-    def __init__(self, load: Any) -> None:
-        super().__init__(load, stop_below=0.0)
-        self.seen: list[tuple[list[int], list[int]]] = []
+    def __init__(self, load: Any, width: int = 1) -> None:
+        super().__init__(load, stop_below=0.0, width=width)
+        self.seen: list[tuple[list[int], Proposal]] = []
 
     def propose(self, rows: Any) -> list[Proposal | None]:
         proposals = super().propose(rows)
         for row, proposal in zip(rows, proposals, strict=True):
             assert proposal is not None
-            self.seen.append((row.known.tolist(), proposal.tokens))
+            self.seen.append((row.known.tolist(), proposal))
         return proposals
 
 
@@ -124,23 +124,63 @@ class Offline:
         self.config, self.weights = make_head(decoder_config(TARGET))
 
     @torch.inference_mode()
-    def guesses(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
-        """Guesses, with how far the second best is behind."""
+    def features(self, tokens: list[int]) -> Tensor:
+        """What the head reads of all tokens but the last."""
         states = self.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
         taps = torch.cat([states[layer][0] for layer in self.config.taps], -1)
-        hidden = (taps @ self.weights["fc.weight"].T)[:-1]
-        inputs = list(tokens[1:])
+        return (taps @ self.weights["fc.weight"].T)[:-1]
+
+    @torch.inference_mode()
+    def scores(self, inputs: list[int], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """By target token, how likely it is to follow the last input (-inf: no guess); ``hidden`` after that input."""
         embedding = self.model.get_input_embeddings()
+        out = published_forward(self.config, self.weights, embedding(torch.tensor(inputs)), hidden)
+        normed = rms_norm(out[-1], self.weights["norm.weight"], self.config.norm_eps)
+        scores = torch.full((96,), float("-inf"))
+        scores[torch.arange(48) + self.weights["d2t"]] = normed @ self.weights["lm_head.weight"].T
+        return scores, torch.cat((hidden, out[-1:]))
+
+    def guesses(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
+        """Guesses, with how far the second best is behind."""
+        inputs, hidden = list(tokens[1:]), self.features(tokens)
         found = []
         for _ in range(count):
-            out = published_forward(self.config, self.weights, embedding(torch.tensor(inputs)), hidden)
-            normed = rms_norm(out[-1], self.weights["norm.weight"], self.config.norm_eps)
-            best = (normed @ self.weights["lm_head.weight"].T).topk(2)
-            guess = int(best.indices[0])
-            found.append((guess + int(self.weights["d2t"][guess]), float(best.values[0] - best.values[1])))
+            scores, hidden = self.scores(inputs, hidden)
+            best = scores.topk(2)
+            found.append((int(best.indices[0]), float(best.values[0] - best.values[1])))
             inputs.append(found[-1][0])
-            hidden = torch.cat((hidden, out[-1:]))
         return found
+
+    def tree_values(self, tokens: list[int], proposal: Proposal, width: int) -> tuple[float, float]:
+        """Right guesses to expect, by the head's probabilities: in the best tree by definition, and in this one."""
+        seen: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+        def after(path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+            if path not in seen:
+                before = after(path[:-1])[1] if path else self.features(tokens)
+                scores, hidden = self.scores([*tokens[1:], *path], before)
+                seen[path] = scores.softmax(-1), hidden
+            return seen[path]
+
+        most = len(proposal.tokens)
+        found: list[float] = []
+        level = {(): 1.0}
+        for _ in range(most):
+            children: dict[tuple[int, ...], float] = {}
+            for path, chance in level.items():
+                best = after(path)[0].topk(width)
+                for likely, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                    children[(*path, token)] = chance * likely
+            found += children.values()
+            level = dict(sorted(children.items(), key=lambda item: -item[1])[:width])
+        paths: list[tuple[int, ...]] = []
+        chances: list[float] = []
+        for token, parent in zip(proposal.tokens, proposal.parents, strict=True):
+            before = paths[parent] if parent >= 0 else ()
+            chances.append((chances[parent] if parent >= 0 else 1.0) * float(after(before)[0][token]))
+            paths.append((*before, token))
+        assert len(set(paths)) == most, "a guess is made twice"
+        return sum(sorted(found)[-most:]), sum(chances)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -166,13 +206,44 @@ def test_guesses_are_those_of_the_definition(folder: Path, kernels: Any) -> None
     assert len(recorder.seen) > 60
     offline = Offline(folder)
     compared = 0
-    for known, proposed in recorder.seen:
-        for guess, (expected, gap) in zip(proposed, offline.guesses(known, len(proposed)), strict=True):
+    for known, proposal in recorder.seen:
+        guesses = offline.guesses(known, len(proposal.tokens))
+        for guess, (expected, gap) in zip(proposal.tokens, guesses, strict=True):
             if gap < 1e-3:
                 break  # too close to call in float32
             assert guess == expected
             compared += 1
     assert compared > 150
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_trees_are_those_of_the_definition(folder: Path, kernels: Any) -> None:
+    """Branches read the right keys and values: with wrong ones, other nodes would seem to be the best."""
+    recorder = Recorder(make_head, width=3)
+    config = EngineConfig(
+        model=str(folder),
+        dtype="float32",
+        kernels=kernels,
+        drafter="given",
+        speculation_policy="fixed",
+        max_draft_tokens=6,
+        draft_width=3,
+        kv_cache_memory="8MiB",
+    )
+    local = LocalEngine(config, [recorder])
+    rng = np.random.default_rng(0)
+    for length in (3, 29):  # the second crosses a border of blocks soon
+        prompt = rng.integers(0, 96, length).tolist()
+        local.submit(prompt, SamplingParams(max_tokens=20, temperature=1.0, seed=length))
+    local.finish()
+    assert len(recorder.seen) > 20
+    offline = Offline(folder)
+    branching = 0
+    for known, proposal in recorder.seen:
+        best, value = offline.tree_values(known, proposal, 3)
+        assert value == pytest.approx(best, abs=1e-3)
+        branching += proposal.parents != list(range(-1, len(proposal.parents) - 1))
+    assert branching > 10
 
 
 @pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")

@@ -17,7 +17,7 @@ from slipstream.drafter.token_index import CANDIDATES, KEY_TOKENS, LONGEST_MATCH
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.speculation.protocol import DraftRow
+from slipstream.engine.speculation.protocol import DraftRow, Proposal
 from slipstream.engine.testing import LocalEngine
 
 texts = st.lists(st.integers(0, 3), max_size=60)
@@ -62,7 +62,7 @@ def test_ngram_proposes_what_followed_the_longest_match(text: list[int], most: i
     length, place = max(found, key=lambda match: match[0])
     assert proposal is not None
     assert proposal.tokens == ((text[place:]) * most)[:most]
-    assert proposal.evidence == evidence(length)
+    assert proposal == Proposal.chain(proposal.tokens, evidence(length))
 
 
 def test_ngram_follows_the_row_as_it_grows() -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from slipstream.drafter.choice import make_drafters
 from slipstream.drafter.head import layout
-from slipstream.drafter.head.drafter import HeadDrafter
-from slipstream.drafter.lookup import NGramDrafter
+from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.registry.registry import Registry
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
@@ -248,7 +248,7 @@ def not_finite(folder: Path) -> None:
         (not_finite, "not finite"),
         (spoil_config(draft_vocab_size=48), "shape"),
         (spoil_config(vocab_size=48), "shape"),
-        (spoil_config(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 3]}), r"its taps is \(0, 3\)"),
+        (spoil_config(eagle_aux_hidden_state_layer_ids=[0, 3]), r"its taps is \(0, 3\)"),
         (spoil_config(rms_norm_eps=0.5), "its norm_eps is 0.5"),
     ],
 )
@@ -279,17 +279,24 @@ def test_versions_count_from_one_and_operations_are_checked(echo: Path, heads: d
         swap(without, 2, heads["echo"])
 
 
-def test_whoever_reads_the_folder_may_refuse_it(echo: Path, heads: dict[str, Path]) -> None:
-    asked: list[Path] = []
-
-    def read(path: Path, target: Any) -> Any:
-        asked.append(path)
-        assert target.shape.vocab_size == 96
-        raise ModelError("made for another target")
-
-    target = decoder_config(TARGET)
-    drafter = HeadDrafter(lambda _: layout.read(heads["echo"], target), version=3, read=read)
-    local = LocalEngine(EngineConfig(model=str(echo), kv_cache_memory="4MiB"), [NGramDrafter(), drafter])
-    with pytest.raises(ModelError, match="made for another target"):
-        swap(local, 4, heads["echo"])
-    assert asked == [heads["echo"]] and drafter.routes == {"": 3}
+def test_versions_of_a_registry_are_checked_against_the_served_model(
+    echo: Path, lively: Path, heads: dict[str, Path], tmp_path: Path
+) -> None:
+    fingerprints = [served_fingerprint(EngineConfig(model=str(model))) for model in (echo, lively)]
+    assert fingerprints[0] != fingerprints[1]
+    registry = Registry(tmp_path)
+    config, tensors = layout.read(heads["echo"], decoder_config(TARGET))
+    own, foreign, broken = (
+        registry.add(config, tensors, target=fingerprint, origin="trained").version
+        for fingerprint in (fingerprints[0], fingerprints[1], fingerprints[0])
+    )
+    weights = next(registry.path(broken).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+    local = local_engine(echo, head=str(registry.path(own)))
+    assert head_stats(local).routes == {"": own}
+    for version, message in ((foreign, "fingerprint"), (broken, "truncated")):
+        with pytest.raises(ModelError, match=message):
+            swap(local, version, registry.path(version))
+    assert head_stats(local).routes == {"": own}
+    swap(local, own, registry.path(own), route="tenant:acme")
+    assert head_stats(local).routes == {"": own, "tenant:acme": own}

@@ -116,6 +116,41 @@ def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[PagedKVCache]) 
     assert torch.equal(first, again)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=20)
+@given(
+    cut=st.integers(1, 47),
+    shape=shapes,
+    block_size=st.sampled_from([16, 32]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    mirrored=st.booleans(),
+)
+def test_mirrored_and_copied_tokens_are_those_stored_in_place(
+    isa: str,
+    kind: type[PagedKVCache],
+    cut: int,
+    shape: tuple[int, int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    mirrored: bool,
+) -> None:
+    """A second sequence gets tokens cut … 47 of the first; what is before them it computes itself."""
+    s = Sequences([48, 48], *shape, block_size, seed=5)
+    s.q[1], s.k[1], s.v[1] = s.q[0], s.k[0], s.v[0]
+    cache = new_cache(kind, s, dtype)
+    positions = np.arange(cut, 48)
+    slots = s.tables[:, positions // block_size] * block_size + positions % block_size
+    ids = np.zeros(48 + cut, np.int32)
+    ends = np.array([48, cut], np.int32)
+    mirrors = np.stack([positions, slots[1] // block_size, slots[1] % block_size], 1).astype(np.int32)
+    batch = make_batch(ids, ends, ends, s.tables, np.arange(2, dtype=np.int32), block_size, mirrors[: 99 * mirrored])
+    cache.store(0, torch.cat((s.k[0], s.k[1][:cut])), torch.cat((s.v[0], s.v[1][:cut])), batch)
+    if not mirrored:
+        cache.copy_slots(list(zip(slots[0].tolist(), slots[1].tolist(), strict=True)))
+    first, second = (cache.attend(0, s.q[0], s.batch([row], [0], [48]), 0.125) for row in (0, 1))
+    assert torch.equal(first, second)
+
+
 def test_softcap_bounds_the_scores() -> None:
     q, k, v = torch.randn(5, 4, 32) * 9, torch.randn(5, 2, 32) * 9, torch.randn(5, 2, 32)
     scores = torch.einsum("qhd,khd->hqk", q * 0.2, k.repeat_interleave(2, 1))

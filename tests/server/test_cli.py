@@ -19,6 +19,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.server.cli import build
 from slipstream.server.config import ServerConfig
+from slipstream.server.evolution.config import EvolutionConfig
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +40,7 @@ def test_version() -> None:
 def test_serve_has_an_option_for_every_field() -> None:
     done = run("serve", "--help", TERMINAL_WIDTH="200")
     assert done.returncode == 0
-    for config in (ServerConfig, EngineConfig, TrafficConfig):
+    for config in (ServerConfig, EngineConfig, TrafficConfig, EvolutionConfig):
         for field in dataclasses.fields(config):
             assert f"--{field.name.replace('_', '-')}" in done.stdout
 

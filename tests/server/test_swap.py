@@ -169,7 +169,7 @@ def test_routes_over_http(tmp_path: Path) -> None:
         options = {"drafter": "cold", "speculation": "head", "speculation_policy": "fixed", "max_draft_tokens": 3}
         async with running(**options) as (service, http):
             first = await complete(http)
-            assert first["metrics"]["speculative_decoding"]["drafter_versions"] == []
+            assert first["metrics"]["speculative_decoding"]["drafter_versions"] == [1]
             await service.engine.call("swap_drafter", version=4, route="tenant:acme", path=str(cold))
             await service.engine.call("swap_drafter", version=5, route="canary", path=str(random))
             reply = await complete(http, user="acme")
@@ -178,11 +178,11 @@ def test_routes_over_http(tmp_path: Path) -> None:
             lines = (await http.get("/metrics")).text.splitlines()
             gauges = [line for line in lines if line.startswith("slipstream:drafter_version{")]
             found = {line.split('route="')[1].split('"')[0]: float(line.split()[-1]) for line in gauges}
-            assert found == {"": 0.0, "tenant:acme": 4.0, "canary": 5.0}
+            assert found == {"": 1.0, "tenant:acme": 4.0, "canary": 5.0}
             drafted = [line for line in lines if line.startswith("slipstream:drafter_version_num_draft_tokens_total{")]
-            assert len(drafted) == 3
+            assert len(drafted) == 3 and any(float(line.split()[-1]) > 0 for line in drafted)
             await service.engine.call("drop_drafter", route="canary")
-            assert service.drafter_versions() == {"": 0, "tenant:acme": 4}
+            assert service.drafter_versions() == {"": 1, "tenant:acme": 4}
             assert service.route(1, "acme", "") == "tenant:acme" and service.route(1, "other", "") == ""
 
     asyncio.run(play())

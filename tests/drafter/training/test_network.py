@@ -17,6 +17,7 @@ from slipstream.drafter.training.packing import Example, pack
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.torch_decoder import TorchDecoder
 from slipstream.engine.speculation.protocol import DraftHost
+from slipstream.engine.speculation.scratch import Scratch
 from slipstream.kernels.batch import make_batch
 
 MakeHead, MakeExample = Callable[..., TrainableHead], Callable[..., Example]
@@ -31,9 +32,10 @@ class _Live:
         model = TorchDecoder(target, torch.float32, torch.device("cpu"), 256)
         model.embedding.copy_(embedding)
         self._table = np.arange(16, dtype=np.int32)[None]
-        host = DraftHost(model, self._table, 16, BLOCK)
+        host = DraftHost(model, self._table, 16, BLOCK, Scratch(self._table, 16, 0, BLOCK))
         self._network = TorchHead(head.config, model, host)
-        self._network.load(head.tensors())
+        self._network.stage(head.tensors())
+        self._network.swap()
 
     def outputs(self, tokens: np.ndarray, features: Tensor, known: int, guesses: int) -> Tensor:
         """After ``known`` tokens, then after so many guesses that are the tokens that came: [1 + guesses, hidden]."""

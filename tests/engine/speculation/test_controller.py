@@ -41,7 +41,7 @@ def test_throughput(offers: list[list[float]], per_token: float, counts: list[in
     assert (decision.gain > 1) == (reason == "worth it")
 
 
-falling = st.lists(st.floats(0.05, 0.99), max_size=3).map(lambda rates: chances(rates, 1.0))
+falling = st.lists(st.floats(0.05, 0.99), max_size=3).map(lambda rates: chances(rates, range(-1, len(rates) - 1), 1.0))
 
 
 @settings(max_examples=60, deadline=None)
@@ -92,45 +92,56 @@ def test_the_bandit_tries_no_length_that_the_server_does_not_allow() -> None:
     assert chosen[-100:].count(0) > 85
 
 
+def observe(acceptance: Acceptance, evidence: int, tried: int, right: int) -> None:
+    """Of a chain of ``tried`` guesses the first ``right`` were right."""
+    acceptance.observe([(evidence, position, position < right) for position in range(min(right + 1, tried))])
+
+
 def test_acceptance_converges_by_evidence_and_position() -> None:
     acceptance = Acceptance(num_evidence=2, positions=4)
-    assert acceptance.rates(1, 1) > acceptance.rates(0, 1)
-    for turn in range(2000):
-        acceptance.observe(
-            1, tried=4, right=(turn % 2) * 3
-        )  # half the first are right, then always two more, never four
-    rates = acceptance.rates(1, 4)
+    assert acceptance.rates([1], [0]) > acceptance.rates([0], [0])
+    for turn in range(2000):  # half the first are right, then always two more, never four
+        observe(acceptance, 1, tried=4, right=(turn % 2) * 3)
+    rates = acceptance.rates([1] * 4, range(4))
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.0], abs=0.12)
-    assert acceptance.rates(0, 1) == [pytest.approx(0.4)]
+    assert acceptance.rates([0], [0]) == [pytest.approx(0.4)]
+
+
+def test_acceptance_tells_siblings_apart_by_their_evidence() -> None:
+    acceptance = Acceptance(num_evidence=3, positions=2)
+    for turn in range(2000):  # after a right guess, the likely one of two is right three times in four
+        acceptance.observe([(2, 0, True), (1, 1, turn % 4 != 0), (0, 1, turn % 4 == 0)])
+    assert acceptance.rates([2, 1, 0], [0, 1, 1]) == pytest.approx([1.0, 0.75, 0.25], abs=0.12)
 
 
 def test_acceptance_follows_a_change_within_200_observations() -> None:
     """Also at positions that are hardly seen any more, because the first guess is always wrong now."""
     acceptance = Acceptance(1, 4)
     for _ in range(500):
-        acceptance.observe(0, 4, 4)
-    assert min(acceptance.rates(0, 4)) > 0.95
+        observe(acceptance, 0, 4, 4)
+    assert min(acceptance.rates([0] * 4, range(4))) > 0.95
     for _ in range(200):
-        acceptance.observe(0, 4, 0)
-    rates = acceptance.rates(0, 4)
+        observe(acceptance, 0, 4, 0)
+    rates = acceptance.rates([0] * 4, range(4))
     assert rates[0] < 0.1 and max(rates) < 0.5
     for _ in range(200):
-        acceptance.observe(0, 1, 1)
-    assert min(acceptance.rates(0, 4)) > 0.75
+        observe(acceptance, 0, 1, 1)
+    assert min(acceptance.rates([0] * 4, range(4))) > 0.75
 
 
 def test_a_request_can_differ_from_the_others() -> None:
     own = OwnAcceptance()
     assert own.factor() == 1.0
     for _ in range(20):
-        own.observe([0.8, 0.8], 0)
+        own.observe(0.8, False)
     assert own.factor() < 0.5
-    for _ in range(20):
-        own.observe([0.4, 0.4], 2)
+    for _ in range(40):
+        own.observe(0.4, True)
     assert own.factor() > 1.2
 
 
-@given(st.lists(st.floats(0, 1), max_size=8), st.floats(0, 3))
-def test_chances_fall(rates: list[float], factor: float) -> None:
-    result = chances(rates, factor)
-    assert all(0 <= later <= earlier <= 1 for earlier, later in itertools.pairwise([1.0, *result]))
+@given(st.data(), st.lists(st.floats(0, 1), max_size=8), st.floats(0, 3))
+def test_chances_fall(data: st.DataObject, rates: list[float], factor: float) -> None:
+    parents = [data.draw(st.integers(-1, node - 1)) for node in range(len(rates))]
+    result = chances(rates, parents, factor)
+    assert all(0 <= own <= (result[parent] if parent >= 0 else 1) for own, parent in zip(result, parents, strict=True))

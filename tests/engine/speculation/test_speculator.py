@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.plan import NewRow
-from slipstream.engine.speculation.protocol import Drafter, DraftRow, LearnedDrafter, Proposal
+from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftRow, LearnedDrafter, Proposal
+from slipstream.engine.speculation.scratch import Scratch
 from slipstream.engine.speculation.speculator import ENOUGH, Speculator
 
 
@@ -25,7 +27,7 @@ class Always(Drafter):
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
         self.asked += len(rows)
-        return [Proposal(self._guess[: row.most], 0) for row in rows]
+        return [Proposal.chain(self._guess[: row.most], 0) for row in rows]
 
 
 def speculator(*drafters: Drafter, mode: str = "auto") -> Speculator:
@@ -41,7 +43,7 @@ def play(made: Speculator, truth: int, steps: int, drafted: int) -> None:
     for _ in range(steps):
         [offer] = made.propose([0], [8], [200])
         count = min(drafted, len(offer))
-        guesses = made.guesses(0, count) if count else []
+        guesses = made.guesses(0, count).tokens if count else []
         right = 0
         while right < count and guesses[right] == truth:
             right += 1
@@ -54,10 +56,50 @@ def test_the_drafter_that_is_right_wins() -> None:
     made = speculator(wrong, right)
     play(made, 7, 30, drafted=3)
     assert made.propose([0], [8], [200])[0][0] > 0.9
-    assert made.guesses(0, 2) == [7, 7]
+    assert made.guesses(0, 2).tokens == [7, 7]
     stats = {entry.name: entry for entry in made.stats}
     assert stats["right"].accepted_tokens == stats["right"].draft_tokens > 60
     assert stats["right"].accepted_per_position[:3] == [stats["right"].drafts] * 3
+
+
+class Branching(Drafter):
+    """Two guesses at each of two places: 7 or 8, then 7 or 8 after 7. The second ones are better founded."""
+
+    name, num_evidence = "branching", 2
+
+    def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
+        return [Proposal([7, 8, 7, 8], [-1, -1, 0, 0], [0, 1, 0, 1]) for _ in rows]
+
+
+def host(scratch_blocks: int) -> DraftHost:
+    tables = np.zeros((1 + scratch_blocks, 20), np.int32)
+    scratch = Scratch(tables, 20, scratch_blocks, 16)
+    return DraftHost(SimpleNamespace(), tables, 20 + scratch_blocks, 16, scratch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("scratch_blocks", "tokens", "parents"),
+    [(8, [8, 7, 8, 7], [-1, -1, 1, 1]), (1, [8, 7, 8], [-1, -1, 1]), (0, [8], [-1])],
+)
+def test_guesses_are_offered_in_the_order_of_their_chances(
+    scratch_blocks: int, tokens: list[int], parents: list[int]
+) -> None:
+    made = speculator(Branching())
+    made.attach(host(scratch_blocks))
+    [offer] = made.propose([0], [8], [200])
+    assert list(offer) == sorted(offer, reverse=True)
+    tree = made.guesses(0, len(offer))
+    assert (tree.tokens, tree.parents) == (tokens, parents)
+
+
+def test_branches_learn_apart() -> None:
+    made = speculator(Branching())
+    made.attach(host(8))
+    play(made, 7, 40, drafted=0)
+    assert made.propose([0], [8], [200])[0][0] > 0.8
+    tree = made.guesses(0, 4)
+    assert tree.tokens == [7, 7, 8, 8]
+    assert tree.parents[:2] == [-1, 0]
 
 
 def test_guesses_that_are_not_verified_teach_too() -> None:
@@ -77,14 +119,14 @@ def test_costly_drafters_are_asked_where_cheap_ones_promise_little() -> None:
     assert costly.asked == asked
     play(made, 5, 100, drafted=2)
     assert costly.asked > asked
-    assert made.propose([0], [8], [200]) and made.guesses(0, 1) == [5]
+    assert made.propose([0], [8], [200]) and made.guesses(0, 1).tokens == [5]
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("off", []), ("one", [7]), ("two", [5])])
 def test_a_request_is_served_by_the_drafters_it_names(mode: str, expected: list[int]) -> None:
     made = speculator(Always("one", 7), Always("two", 5), mode=mode)
     [offer] = made.propose([0], [1], [200])
-    assert (made.guesses(0, 1) if offer else []) == expected
+    assert (made.guesses(0, 1).tokens if offer else []) == expected
 
 
 class Learned(Always, LearnedDrafter):
@@ -111,7 +153,7 @@ class Learned(Always, LearnedDrafter):
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
         held = [self.held.get(row.route, self.held[""]) for row in rows]
         return [
-            Proposal([token] * row.most, 0, version=version) for row, (version, token) in zip(rows, held, strict=True)
+            Proposal.chain([token] * row.most, 0, version) for row, (version, token) in zip(rows, held, strict=True)
         ]
 
 

@@ -1,0 +1,48 @@
+"""A tiny model with a vocabulary of eight tokens, and an engine that runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.speculation.protocol import Drafter
+from slipstream.engine.testing import LocalEngine
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 8,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    # Large weights, so that the next token depends on those before it.
+    tensors = {name: tensor * (20 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(CONFIG, 0)}
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="session")
+def engine(tiny: Path) -> Callable[..., LocalEngine]:
+    def make(drafters: Sequence[Drafter] = (), **fields: Any) -> LocalEngine:
+        options = {"max_running": 128, "kv_cache_memory": "16MiB", "speculation_policy": "fixed", "max_draft_tokens": 4}
+        options |= {"max_step_tokens": 16384, "step_latency_ms": 1000.0}
+        return LocalEngine(EngineConfig(model=str(tiny), dtype="float32", **(options | fields)), drafters)
+
+    return make

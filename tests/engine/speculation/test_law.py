@@ -1,0 +1,261 @@
+"""The law of the output does not depend on speculation: chi-square tests over the joint distribution of three tokens.
+
+One engine runs with one seed a request. The other form runs one request for all seeds whose run is the same so far,
+down to every guess: 200,000 draws are a few hundred requests then.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.stats import chi2_contingency
+from torch import Tensor
+
+from slipstream.drafter.draft_model import ModelDrafter
+from slipstream.drafter.head import layout
+from slipstream.drafter.head.drafter import HeadDrafter
+from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
+from slipstream.engine.checkpoint.checkpoint import open_checkpoint
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.models.config import DecoderConfig
+from slipstream.engine.models.loader import build_model
+from slipstream.engine.runner import runner
+from slipstream.engine.runner.sampler import Sampled, SamplingRow, sample
+from slipstream.engine.speculation.protocol import Drafter
+from slipstream.engine.speculation.tree import Tree, branches
+from slipstream.engine.testing import LocalEngine, OracleDrafter, TreeOracleDrafter
+from slipstream.kernels import sampling
+from slipstream.kernels.random import uniform
+
+Engine = Callable[..., LocalEngine]
+Joint = Counter[tuple[int, ...]]
+LAWS: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 0.8},
+    "top_p": {"top_p": 0.7},
+    "top_k": {"top_k": 3},
+    "min_p": {"min_p": 0.2},
+    "penalties": {"frequency_penalty": 0.5, "presence_penalty": 0.3, "repetition_penalty": 1.3},
+    "logit_bias": {"logit_bias": {1: 2.0, 5: -3.0}},
+    "allowed": {"allowed_token_ids": (0, 2, 3, 7)},
+}
+LENGTH = 3
+# Every pair of neighbours occurs, so that the n-gram drafter always has a guess.
+PAIRS = [token for a in range(8) for b in range(a, 8) for token in (a, b)]
+ANSWERS = {tuple(PAIRS): [1, 0, 1, 2, 3, 4]}
+
+
+def random_head(target: DecoderConfig) -> tuple[layout.HeadConfig, dict[str, Tensor]]:
+    config = layout.config_for(target, 8)
+    return config, layout.random_tensors(config, 0)
+
+
+def make_drafters(kind: str, tiny: Path) -> tuple[list[Drafter], int]:
+    """With the width of their trees."""
+
+    def same_model(_: Any, length: int) -> Any:
+        options = EngineConfig(model=str(tiny), dtype="float32")
+        return build_model(open_checkpoint(str(tiny)), options, torch.float32, torch.device("cpu"), length)
+
+    drafters: dict[str, tuple[Drafter, int]] = {
+        "ngram": (NGramDrafter(), 1),
+        "suffix": (SuffixDrafter(10_000), 1),
+        "head": (HeadDrafter(random_head, stop_below=0.0), 1),
+        "head tree": (HeadDrafter(random_head, stop_below=0.0, width=3), 3),
+        "draft": (ModelDrafter(same_model, stop_below=0.0), 1),
+        "draft tree": (ModelDrafter(same_model, stop_below=0.0, width=3), 3),
+        "oracle": (OracleDrafter(ANSWERS, 0.8), 1),
+        "oracle tree": (TreeOracleDrafter(ANSWERS, 0.8, 8), 3),
+    }
+    drafter, width = drafters[kind]
+    return [drafter], width
+
+
+KINDS = ("ngram", "suffix", "head", "head tree", "draft", "draft tree", "oracle", "oracle tree")
+
+
+def joint(local: LocalEngine, draws: int, first_seed: int, params: dict[str, Any]) -> Joint:
+    """How often each run of the next three tokens came, over so many seeds."""
+    counts: Joint = Counter()
+    for begin in range(0, draws, 128):
+        completions = [
+            local.submit(PAIRS, SamplingParams(**({"max_tokens": LENGTH + 2, "seed": first_seed + begin + i} | params)))
+            for i in range(min(128, draws - begin))
+        ]
+        local.finish()
+        counts.update(tuple(completion.tokens[:LENGTH]) for completion in completions)
+    return counts
+
+
+class ManySeeds:
+    """Requests that each stand for a set of seeds, of which the first is the request's own.
+
+    Where tokens are drawn, they are drawn for all of them. Those for which the step brings other tokens than for the
+    first leave the set, and begin anew with a request of their own; so every seed ends in a request all of whose
+    steps are what they would be with this seed.
+    """
+
+    def __init__(self, local: LocalEngine, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.joint: Joint = Counter()
+        self.guessed = 0
+        """Guesses that were verified, over all seeds."""
+        self._local = local
+        self._params = params
+        self._seeds: dict[int, NDArray[np.uint64]] = {}
+        self._waiting: list[NDArray[np.uint64]] = []
+        self._rows: Sequence[SamplingRow] = []
+        self._draw = sampling.draw
+        monkeypatch.setattr(runner, "sample", self._sample)
+        monkeypatch.setattr(sampling, "draw", self._draw_all)
+
+    def run(self, draws: int, first_seed: int) -> Joint:
+        self._waiting = [np.arange(first_seed, first_seed + draws, dtype=np.uint64)]
+        while self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for seeds in waiting:
+                self._begin(seeds)
+            self._local.finish()  # before the next ones begin: steps that prompts share verify nothing
+        assert self.joint.total() == draws
+        return self.joint
+
+    def _begin(self, seeds: NDArray[np.uint64]) -> None:
+        self._seeds[int(seeds[0])] = seeds
+        self._local.submit(PAIRS, SamplingParams(**({"max_tokens": LENGTH + 5, "seed": int(seeds[0])} | self._params)))
+
+    def _sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+        self._rows = rows
+        return sample(logits, rows)
+
+    def _draw_all(self, weights: Tensor, shares: Tensor) -> Tensor:
+        for seed, group in groupby(range(len(self._rows)), key=lambda place: self._rows[place].seed):
+            if seed in self._seeds:
+                self._split(seed, list(group), weights)
+        return self._draw(weights, shares)
+
+    def _split(self, seed: int, places: list[int], weights: Tensor) -> None:
+        seeds, rows = self._seeds.pop(seed), [self._rows[place] for place in places]
+        drawn = np.stack([self._draw_many(weights[i], row, seeds) for i, row in zip(places, rows, strict=True)], axis=1)
+        self.guessed += len(seeds) * (len(rows) - 1)
+        node_of = {row.history.tobytes(): node for node, row in enumerate(rows, -1)}
+        tokens = [int(row.history[-1]) for row in rows[1:]]
+        tree = Tree(tokens, [node_of[row.history[:-1].tobytes()] for row in rows[1:]])
+        _, first, which = np.unique(drawn @ 8 ** np.arange(len(rows)), return_index=True, return_inverse=True)
+        known = tuple(rows[0].history[len(PAIRS) :].tolist())
+        outcomes = []
+        for index in first:
+            mine = drawn[index].tolist()
+            right = tree.right(mine) if tokens else []
+            outcomes.append((*known, mine[0], *(mine[node + 1] for node in right))[:LENGTH])
+        distinct = {outcome: number for number, outcome in enumerate(dict.fromkeys(outcomes))}
+        number_of = np.array([distinct[outcome] for outcome in outcomes])[which]
+        for outcome, number in distinct.items():
+            members = seeds[number_of == number]
+            if len(outcome) == LENGTH:
+                self.joint[outcome] += len(members)
+            elif members[0] == seed:
+                self._seeds[seed] = members
+            else:
+                self._waiting.append(members)
+
+    def _draw_many(self, weights: Tensor, row: SamplingRow, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
+        shares = torch.from_numpy(uniform(seeds, np.full(len(seeds), row.num_output, np.uint64)))
+        drawn: NDArray[np.int64] = self._draw(weights.expand(len(seeds), -1).contiguous(), shares).numpy()
+        return drawn
+
+
+def p_value(a: Joint, b: Joint) -> float:
+    """Of the chi-square test that both come from one distribution; rare outcomes are taken together."""
+    common = [key for key in a | b if a[key] + b[key] >= 20]
+    table = np.array([[counts[key] for key in common] for counts in (a, b)])
+    rest = np.array([[a.total()], [b.total()]]) - table.sum(1, keepdims=True)
+    table = np.hstack([table, rest]) if rest.sum() >= 20 else table
+    return float(chi2_contingency(table).pvalue) if table.shape[1] > 1 else 1.0
+
+
+def law(engine: Engine, tiny: Path, kind: str, name: str, draws: int) -> float:
+    """With a request per draw."""
+    drafters, width = make_drafters(kind, tiny)
+    plain = joint(engine(), draws, 1, LAWS[name])
+    guessing = engine(drafters, draft_width=width)
+    speculated = joint(guessing, draws, 10_000_000, LAWS[name])
+    drafted = sum(stats.draft_tokens for stats in guessing.stats.drafters)
+    assert drafted > draws / 10, "too little was guessed for this test to say anything"
+    return p_value(plain, speculated)
+
+
+def law_of_many(engine: Engine, tiny: Path, kind: str, name: str, draws: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    """With a request for all draws that go the same way."""
+    drafters, width = make_drafters(kind, tiny)
+    with monkeypatch.context() as patch:
+        plain = ManySeeds(engine(), LAWS[name], patch).run(draws, 1)
+    local = engine(drafters, draft_width=width)
+    joint(local, 128, 5_000_000, LAWS[name])  # earlier answers, for the suffix drafter
+    with monkeypatch.context() as patch:
+        guessing = ManySeeds(local, LAWS[name], patch)
+        speculated = guessing.run(draws, 10_000_000 * (1 + KINDS.index(kind)))
+    assert guessing.guessed > draws, "too little was guessed for this test to say anything"
+    return p_value(plain, speculated)
+
+
+@pytest.mark.parametrize("kind", ["ngram", "oracle tree"])
+def test_the_law_of_three_tokens_is_the_same(engine: Engine, tiny: Path, kind: str) -> None:
+    assert law(engine, tiny, kind, "temperature", 3000) > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["temperature", "penalties"])
+def test_the_law_is_the_same_over_many_seeds_at_once(
+    engine: Engine, tiny: Path, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert law_of_many(engine, tiny, kind, name, 20_000, monkeypatch) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", list(LAWS))
+def test_the_law_is_the_same_over_200_000_draws(
+    engine: Engine, tiny: Path, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert law_of_many(engine, tiny, kind, name, 200_000, monkeypatch) > 1e-4
+
+
+def test_many_seeds_at_once_bring_what_each_brings_alone(
+    engine: Engine, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafters, width = make_drafters("oracle tree", tiny)
+    alone = joint(engine(drafters, draft_width=width), 1000, 7, LAWS["penalties"])
+    with monkeypatch.context() as patch:
+        together = ManySeeds(engine(drafters, draft_width=width), LAWS["penalties"], patch).run(1000, 7)
+    assert together == alone
+
+
+right_nodes = Tree.right
+
+
+def keep_the_first_path(self: Tree, drawn: list[int]) -> list[int]:
+    """A planted error: guesses are kept if they can come at all, as if that were enough."""
+    return branches(self.parents)[0]
+
+
+def keep_one_more(self: Tree, drawn: list[int]) -> list[int]:
+    """A planted error: off by one, what follows the first wrong guess is kept too."""
+    right = right_nodes(self, drawn)
+    return right + [node for node in branches(self.parents)[0] if node > max(right, default=-1)][:1]
+
+
+@pytest.mark.parametrize("kind", ["oracle", "oracle tree"])
+@pytest.mark.parametrize("mistake", [keep_the_first_path, keep_one_more])
+def test_a_planted_error_is_found(
+    engine: Engine, tiny: Path, kind: str, mistake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tree, "right", mistake)
+    assert law(engine, tiny, kind, "temperature", 2000) < 1e-6
+    assert law_of_many(engine, tiny, kind, "temperature", 20_000, monkeypatch) < 1e-6
