@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import heapq
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,8 +13,10 @@ from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.registry.fingerprint import target_fingerprint
 from slipstream.drafter.traffic.recompute import Recompute
+from slipstream.drafter.training.network import TrainableHead
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.models.loader import build_model, find_device
 
@@ -40,10 +43,19 @@ class Target:
         """A head that starts as the last layer."""
         return self.head, layout.from_target(self.head, self._last_layer, draft_tokens.tolist())
 
-    def draft_tokens(self, counts: Counter[int]) -> Tensor:
-        """The most frequent tokens, and the first of the vocabulary where there are not enough; ascending."""
-        size = self.head.draft_vocab_size
-        chosen = [token for token, _ in counts.most_common(size)]
+    def trainable(self, config: HeadConfig, tensors: Mapping[str, Tensor]) -> TrainableHead:
+        """Raises ModelError for a head that does not read what traffic keeps."""
+        layout.check_target(config, self.config)
+        if config.taps != self.taps:
+            raise ModelError(
+                f"the drafter reads layers {list(config.taps)}; what is kept of the traffic, and trained with, are "
+                f"layers {list(self.taps)}"
+            )
+        return TrainableHead(config, self.config, self.embedding, tensors)
+
+    def draft_tokens(self, counts: Mapping[int, float], size: int) -> Tensor:
+        """The ``size`` most frequent tokens, and the first of the vocabulary where there are not enough; ascending."""
+        chosen = heapq.nlargest(size, counts, key=counts.__getitem__)
         known = set(chosen)
         rest = (token for token in range(self.config.shape.vocab_size) if token not in known)
         chosen += [token for token, _ in zip(rest, range(size - len(chosen)), strict=False)]

@@ -10,6 +10,7 @@ from slipstream.drafter.training.losses import NAMES, LossName
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example
 from slipstream.drafter.training.trainer import Trainer, TrainOptions
+from slipstream.engine.models.config import DecoderConfig
 
 MakeHead, MakeExample = Callable[..., TrainableHead], Callable[..., Example]
 
@@ -91,3 +92,20 @@ def test_frozen_weights_stay(make_head: MakeHead, make_example: MakeExample) -> 
     trainer.learn([[make_example()]])
     assert torch.equal(trainer.head.weights["lm_head.weight"], before)
     assert torch.equal(trainer.published()["lm_head.weight"], before)
+
+
+def test_training_resumes_whatever_order_the_tensors_come_in(
+    make_head: MakeHead, make_example: MakeExample, target: DecoderConfig
+) -> None:
+    """A cold head and a published one list them differently; momentum must find its own."""
+    text = make_example(40)
+    through = Trainer(make_head(), TrainOptions())
+    through.learn([[text]])
+    head = through.head
+    turned = dict(reversed(head.tensors().items()))
+    resumed = Trainer(TrainableHead(head.config, target, head._embedding, turned, torch.float32), TrainOptions())
+    resumed.resume(through.state())
+    for trainer in (through, resumed):
+        trainer.learn([[text]])
+    for name, tensor in through.published().items():
+        assert torch.equal(tensor, resumed.published()[name]), name

@@ -1,0 +1,60 @@
+"""The gate's score of any head on the traffic of a store, outside of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slipstream.drafter.head import layout
+from slipstream.drafter.registry.manifest import MANIFEST_FILE
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.version_folder import read_folder
+from slipstream.drafter.traffic.store import TrafficStore
+from slipstream.drafter.training.course import Course, WorkerOptions
+from slipstream.drafter.training.gate import Score, Verdict, judge, score
+from slipstream.drafter.training.network import TrainableHead
+from slipstream.drafter.training.target import Target
+from slipstream.engine.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    verdict: Verdict
+    live: int | None
+    """The version it was compared with; None: drafting nothing."""
+    accept_lengths: tuple[float, ...]
+    """With at most 1, 2, … guesses."""
+    live_accept_lengths: tuple[float, ...]
+
+
+def evaluate(head: int | Path, options: WorkerOptions, registry: Registry | None) -> Evaluation:
+    """Scores a version, or a head in a folder, against what is live for the first route of the options.
+
+    Raises UnknownVersionError, ModelError where the head is damaged or does not fit, and ConfigError where the store
+    holds no text for it.
+    """
+    [route, *_] = options.routes
+    store = TrafficStore(options.traffic, create=False)
+    target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage)
+    trainable = _open(head, target, registry)
+    texts = Course(options, route, target, store).curriculum.held_out(options.gate_texts)
+    store.close()
+    if not texts:
+        raise ConfigError(f"{options.traffic} has no held-out text to evaluate on: one in ten is held out of training")
+    found = score(trainable, texts, options.depth)
+    live = (registry.live(route) or registry.live("")) if registry is not None else None
+    if live is None:
+        compared = Score.without_guesses(found)
+    else:
+        compared = score(_open(live.version, target, registry), texts, options.depth)
+    lengths = [tuple(each.accept_length(depth) for depth in range(1, options.depth + 1)) for each in (found, compared)]
+    return Evaluation(judge(found, compared), live.version if live else None, *lengths)
+
+
+def _open(head: int | Path, target: Target, registry: Registry | None) -> TrainableHead:
+    if isinstance(head, int):
+        assert registry is not None
+        return target.trainable(*registry.open_version(head, target.fingerprint, target.name))
+    if (head / MANIFEST_FILE).is_file():
+        return target.trainable(*read_folder(head, target.fingerprint, target.name))
+    return target.trainable(*layout.read(head, target.config))
