@@ -146,11 +146,14 @@ def export(
     registry: Folder,
     version: Number,
     folder: Annotated[Path, typer.Argument(help="New folder for config.json and model.safetensors.")],
+    as_json: AsJson = False,
 ) -> None:
     """Write a version in the EAGLE-3 layout, as SGLang and vLLM load it."""
     from slipstream.drafter.registry.exchange import export_version  # imports torch
 
     cautions = export_version(open_registry(registry), version, folder)
+    if as_json:
+        return print_json({"version": version, "folder": str(folder), "notes": cautions})
     print(f"version {version} is in {folder}")
     for caution in cautions:
         print(f"note: {caution}")

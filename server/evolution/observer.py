@@ -35,6 +35,8 @@ class Point:
 
 
 class Observer:
+    """With or without a registry."""
+
     def __init__(self) -> None:
         self.points: list[Point] = []
         self._interval = FIRST_INTERVAL
