@@ -224,7 +224,7 @@ class Speculator:
             stats.drafts += 1
             stats.draft_tokens += drafted
             stats.accepted_tokens += right
-            if drafter is self._learned and (version := self._versions.get(guesses.version)):
+            if version := self._versions.get(guesses.version):
                 version.drafts += 1
                 version.draft_tokens += drafted
                 version.accepted_tokens += right
