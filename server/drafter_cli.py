@@ -111,6 +111,29 @@ def diff(
     show_table(table)
 
 
+@drafter_app.command("eval")
+def evaluate_version(
+    registry: Folder,
+    version: Number,
+    traffic: Annotated[Path, typer.Option(help="Folder of a traffic store.")],
+    model: Annotated[str, typer.Option(help="The model it drafts for: folder, GGUF file, or 'default'.")] = "default",
+    depth: Annotated[int, typer.Option(min=1, help="Guesses in a chain.")] = 3,
+    texts: Annotated[int, typer.Option(min=1, help="Answers to score, the latest.")] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Score a version on kept traffic, as the gate does: tokens per verification step."""
+    from slipstream.drafter.training.evaluate import evaluate  # imports torch
+
+    found = evaluate(open_registry(registry), version, traffic, model, depth, texts)
+    if as_json:
+        return print_json(found.fields())
+    table = Table("guesses at most", "tokens per step", box=box.SIMPLE)
+    for most, length in enumerate(found.accept_lengths):
+        table.add_row(str(most), f"{length:.3f}")
+    show_table(table)
+    print(f"{found.tokens} tokens of {found.texts} answers")
+
+
 @drafter_app.command()
 def promote(registry: Folder, version: Number, reason: Reason = "", as_json: AsJson = False) -> None:
     """Make a version live without asking gate or canary; the live one is retired."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.registry.fingerprint import target_fingerprint
-from slipstream.drafter.traffic.recompute import Recompute
+from slipstream.drafter.traffic.recompute import Recompute, recompute
+from slipstream.drafter.traffic.store import Sample
+from slipstream.drafter.training.packing import Example
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.models.config import decoder_config
@@ -57,3 +60,21 @@ class Target:
             model = build_model(self._checkpoint, options, torch.bfloat16, device, self._max_length)
             self._recompute = Recompute(model, self.taps, self._max_length)
         return self._recompute
+
+    def example(self, sample: Sample, longest: int) -> Example | None:
+        """The last ``longest`` positions of a text, with features; None for what a head of this target cannot learn.
+
+        Features are recomputed where the store has only tokens, or not those of the whole answer.
+        """
+        if sample.target_version != self.version or len(sample.tokens) - sample.num_prompt < 3:
+            return None
+        if sample.features is None or sample.taps != self.taps or sample.start >= sample.num_prompt:
+            with suppress(ValueError):
+                sample = recompute(sample, self.recompute())
+        if sample.features is None or sample.taps != self.taps:
+            return None
+        likely = None
+        if sample.topk is not None:
+            likely = (sample.topk[0].numpy(), sample.topk[1].float().numpy())
+        example = Example(sample.tokens, sample.num_prompt, sample.start, sample.features, likely).cut(longest)
+        return example if example.length > example.num_context else None

@@ -20,7 +20,6 @@ import torch
 
 from slipstream.drafter.registry.manifest import Training
 from slipstream.drafter.registry.registry import Registry
-from slipstream.drafter.traffic.recompute import Recompute, recompute
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.training.checkpoint import Checkpoint
 from slipstream.drafter.training.control import Control, Mode, Report, ServerGoneError
@@ -91,7 +90,6 @@ class _Course:
         """The last version that came of it."""
         self.greedy = self.texts = 0
         self._target = target
-        self._recompute: Recompute | None = None
         self._longest = options.longest
         self.curriculum = Curriculum(
             store, self._prepare, lambda sample: belongs(sample, route), cache_bytes=options.cache_bytes
@@ -102,22 +100,11 @@ class _Course:
         self.checkpoint = Checkpoint(folder / f"{name}.pt")
 
     def _prepare(self, sample: Sample) -> Example | None:
-        """With the features of its end; recomputed where the store has only tokens, or not those of the answer."""
-        if sample.target_version != self._target.version or len(sample.tokens) - sample.num_prompt < 3:
-            return None
-        self.texts += 1
-        self.greedy += sample.greedy
-        needs = sample.features is None or sample.taps != self._target.taps or sample.start >= sample.num_prompt
-        if needs:
-            with suppress(ValueError):
-                sample = recompute(sample, self._target.recompute())
-        if sample.features is None or sample.taps != self._target.taps:
-            return None
-        likely = None
-        if sample.topk is not None:
-            likely = (sample.topk[0].numpy(), sample.topk[1].float().numpy())
-        example = Example(sample.tokens, sample.num_prompt, sample.start, sample.features, likely).cut(self._longest)
-        return example if example.length > example.num_context else None
+        example = self._target.example(sample, self._longest)
+        if example is not None:
+            self.texts += 1
+            self.greedy += sample.greedy
+        return example
 
 
 class Worker:
