@@ -12,6 +12,8 @@ DEPTH = 3
 """Guesses in a chain."""
 FIRST_BURST, LATER_BURST = 0.15, 0.12
 """Share of the learning time that begins with traffic alone; seconds of traffic per second of training later."""
+LEAST_LEARNING = 0.4
+"""Share of the whole time, even where measuring takes so long that it will be over."""
 SETTLE = 0.05
 """Share of the whole time for the last gate and the last trial."""
 
@@ -47,7 +49,7 @@ class DemoOptions:
     @property
     def heldout(self) -> int:
         """Prompts that are only measured; 30 minutes have time for 24 of them, four times."""
-        return round(min(max(0.8 * self.minutes, 4), 24))
+        return round(min(max(0.8 * self.minutes, 3), 24))
 
     @property
     def glance(self) -> int:
@@ -113,3 +115,8 @@ class DemoOptions:
 
     def version_folder(self, version: int) -> Path:
         return self.registry / "versions" / f"{version:06d}"
+
+    def learning_ends(self, began: float, now: float) -> float:
+        """Seconds on the clock of ``began`` and ``now``; afterwards, measuring takes as long as it did until now."""
+        whole = 60 * self.minutes
+        return max(began + whole * (1 - SETTLE) - 1.1 * (now - began), now + LEAST_LEARNING * whole)

@@ -1,5 +1,3 @@
-import pytest
-
 from slipstream.clients.errors import APIError
 from slipstream.loadtest.demo.heldout import Answer, Answers, HeldOut
 from slipstream.loadtest.harness import Target

@@ -51,3 +51,9 @@ def test_the_server_takes_the_options(given):
         arguments = command[command.index("serve") :]
         known = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["serve", "--help"]).output
         assert [name for name in arguments if name.startswith("--") and name not in known] == []
+
+
+def test_time_is_kept_for_measuring_but_learning_gets_its_share(given):
+    options = DemoOptions(**given, minutes=10)
+    assert options.learning_ends(100.0, 160.0) == pytest.approx(100 + 570 - 66)
+    assert options.learning_ends(100.0, 500.0) == pytest.approx(500 + 240)
