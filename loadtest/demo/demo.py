@@ -19,7 +19,7 @@ from slipstream.clients.admin import AdminClient
 from slipstream.clients.errors import ClientError
 from slipstream.loadtest.children import running
 from slipstream.loadtest.demo.heldout import Answers, HeldOut
-from slipstream.loadtest.demo.plan import FIRST_BURST, LATER_BURST, SETTLE, DemoOptions
+from slipstream.loadtest.demo.plan import FIRST_BURST, GRACE, LATER_BURST, SETTLE, DemoOptions
 from slipstream.loadtest.demo.result import Glance, Measured, Result
 from slipstream.loadtest.demo.watch import Watch
 from slipstream.loadtest.harness import Target, connect, receive
@@ -180,10 +180,15 @@ class Demo:
             options.streams,
             lambda: monotonic() > until or (monotonic() > first_until and replay.tokens > 1.5 * options.first_tokens),
         )
-        while (began := monotonic()) < until:
-            rounds, swaps = watch.rounds, len(watch.swaps)
+        latest = until + GRACE * 60 * options.minutes
+
+        def over() -> bool:
+            return monotonic() > (until if watch.rounds else latest)
+
+        while not over():
+            began, rounds, swaps = monotonic(), watch.rounds, len(watch.swaps)
             self._enter("training")
-            while monotonic() < until and watch.rounds == rounds and not self._starved(watch):
+            while not over() and watch.rounds == rounds and not self._starved(watch):
                 await asyncio.sleep(0.5)
             # What was published is put on trial within the next second.
             await asyncio.sleep(2)
