@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through its DevTools protocol."""
+"""A server that learns, with heads to import; and a headless Chromium, spoken to through its DevTools protocol."""
 
 from __future__ import annotations
 
@@ -8,14 +8,49 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
+from slipstream.drafter.head import layout
+from slipstream.engine.checkpoint import open_checkpoint
+from slipstream.engine.models.config import decoder_config
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+KEY = "an-admin-key"
+
+
+@pytest.fixture(scope="session")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of the default model, one with too few tokens for this server, and one of another model."""
+    folder = tmp_path_factory.mktemp("heads")
+    target = decoder_config(open_checkpoint("default").config)
+    config = layout.config_for(target, 8192)
+    layout.write(folder / "fits", config, layout.random_tensors(config, 0))
+    small = layout.config_for(target, 512)
+    layout.write(folder / "small", small, layout.random_tensors(small, 0))
+    wrong = replace(config, vocab_size=2 * config.vocab_size, hidden=2 * config.hidden)
+    layout.write(folder / "wrong", wrong, layout.random_tensors(wrong, 0))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def evolving(start_server: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """With a registry, a worker that has too little to learn from, and keys."""
+    folder = tmp_path_factory.mktemp("evolving")
+    server = start_server(
+        *("--registry", str(folder / "registry"), "--evolve", "idle", "--evolve-first-tokens", str(10**9)),
+        *("--traffic-log", "tokens", "--traffic-folder", str(folder / "traffic")),
+        *("--api-key", "a-user-key", "--admin-key", KEY),
+    )
+    server.headers = {"authorization": "Bearer a-user-key"}
+    return server.wait_until_ready()
 
 
 class Page:
@@ -40,7 +75,7 @@ class Page:
             match event["method"]:
                 case "Runtime.exceptionThrown":
                     self.errors.append(json.dumps(details["exceptionDetails"]))
-                case "Log.entryAdded":
+                case "Log.entryAdded" if details["entry"]["level"] == "error":
                     self.errors.append(f"{details['entry']['text']} {details['entry'].get('url', '')}")
                 case "Network.requestWillBeSent":
                     self.requested.append(details["request"]["url"])
@@ -66,7 +101,8 @@ class Page:
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
         )
         await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        await self.call("Page.navigate", url=url)
+        reply = await self.call("Page.navigate", url=url)
+        assert "errorText" not in reply, reply
 
     async def ask(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
@@ -75,11 +111,13 @@ class Page:
         return reply["result"].get("value")
 
     async def wait(self, expression: str, seconds: float = 30.0) -> Any:
-        """Until it is true."""
-        async with asyncio.timeout(seconds):
-            while not (value := await self.ask(expression)):
-                await asyncio.sleep(0.1)
-            return value
+        """Until it is true, or an element."""
+        expression = f"(value => value instanceof Node || value)({expression})"
+        deadline = time.monotonic() + seconds
+        while not (value := await self.ask(expression)):
+            assert time.monotonic() < deadline, (expression, self.errors, await self.text("body"))
+            await asyncio.sleep(0.1)
+        return value
 
     async def text(self, selector: str) -> str:
         found: str = await self.ask(f"document.querySelector({json.dumps(selector)}).innerText")
@@ -89,7 +127,8 @@ class Page:
         """Moves the pointer over an element, so far from its left edge as a share of its width."""
         await self.ask(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
         box = await self.ask(
-            f"(b => [b.x, b.y, b.width, b.height])(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
+            "(b => [b.x, b.y, b.width, b.height])"
+            f"(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
         )
         x, y = box[0] + share * box[2], box[1] + box[3] / 2
         await self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
