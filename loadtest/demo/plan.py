@@ -85,6 +85,7 @@ class DemoOptions:
             "--evolve-round-tokens": self.round_tokens,
             "--canary-share": 0.5,
             "--canary-requests": 20,
+            "--drafter": "cold",
             "--speculation": "auto",
             "--max-draft-tokens": DEPTH,
             "--kv-cache-memory": "512MiB",
