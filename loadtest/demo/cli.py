@@ -65,11 +65,23 @@ async def _run(options: Any) -> int:
     from slipstream.loadtest.demo.result import plot_result, print_result
     from slipstream.loadtest.report import print_json
 
-    running = asyncio.current_task()
-    assert running is not None
-    # Ended in whatever way, the server is ended first.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
-    result = await Demo(options, Console(stderr=True)).run()
+    working = asyncio.current_task()
+    assert working is not None
+    received: list[int] = []
+
+    def on_signal(number: int) -> None:
+        if not received:  # once: a second cancellation would break off the clean end
+            received.append(number)
+            working.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    try:
+        result = await Demo(options, Console(stderr=True)).run()
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        return 128 + received[0]
     print_result(result, Console())
     plot_result(result)
     print(f"plot: {options.plot}")

@@ -45,6 +45,8 @@ class DemoOptions:
             raise ValueError(f"--minutes {self.minutes:g}: nothing is learned in less than one")
         if self.plot.suffix != ".svg":
             raise ValueError(f"--plot {self.plot}: the plot is an SVG file; name it so")
+        if not self.plot.absolute().parent.is_dir():
+            raise ValueError(f"--plot {self.plot}: there is no such folder")
         if (self.folder / "registry").exists() or (self.folder / "traffic").exists():
             raise ValueError(f"--folder {self.folder} holds an earlier demo: it would not start cold")
 

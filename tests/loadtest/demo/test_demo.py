@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -34,3 +35,29 @@ async def test_a_cold_server_learns(tmp_path, workload):
     assert ElementTree.parse(plot).getroot().get("width")
     assert "live versions" in out.decode()
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or ())]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_ends_the_server_too(tmp_path, number):
+    process = await asyncio.create_subprocess_exec(
+        *(
+            sys.executable,
+            "-P",
+            "-m",
+            "slipstream.server",
+            "demo",
+            "--minutes",
+            "3",
+            "--folder",
+            str(tmp_path / "demo"),
+        ),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(60):
+        while not (server := psutil.Process(process.pid).children()):
+            await asyncio.sleep(0.05)
+    os.kill(process.pid, number)
+    _, said = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said.decode()
+    assert not any(child.is_running() and child.status() != "zombie" for child in server)

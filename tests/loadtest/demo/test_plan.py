@@ -15,6 +15,7 @@ def given(tmp_path):
         ({"evolve": "off"}, "--evolve off"),
         ({"minutes": 0.5}, "--minutes 0.5"),
         ({"plot": "demo.png"}, "SVG"),
+        ({"plot": "nowhere/demo.svg"}, "no such folder"),
     ],
 )
 def test_impossible_options_are_refused(given, tmp_path, change, message):
