@@ -21,13 +21,23 @@ KEEPALIVE_SECONDS = 2.0
 class HttpClient:
     """Calls that answer JSON. Use as an async context manager, or close it."""
 
-    def __init__(self, base_url: str, api_key: str | None = None, *, timeout: float | None = None) -> None:
-        """``timeout`` bounds a whole call in seconds, reading a stream to its end included; None waits for ever."""
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        timeout: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """``timeout`` bounds a whole call in seconds, reading a stream to its end included; None waits for ever.
+
+        ``headers`` go with every request.
+        """
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
             timeout=aiohttp.ClientTimeout(total=timeout),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            headers={**(headers or {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})},
         )
 
     async def __aenter__(self) -> Self:

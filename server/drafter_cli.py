@@ -297,6 +297,7 @@ def evaluate_head(
     route: TrainedRoute = "",
     texts: Annotated[int, typer.Option(min=1, help="How many, the latest ones.")] = 200,
     depth: Annotated[int, typer.Option(min=1, max=15, help="Guesses in a row.")] = 3,
+    everything: Annotated[bool, typer.Option("--all", help="Also texts that training may have seen.")] = False,
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -318,12 +319,12 @@ def evaluate_head(
         depth=depth,
     )
     if head.isdecimal():
-        found = evaluate(int(head), options, open_registry(registry))
+        found = evaluate(int(head), options, open_registry(registry), everything)
     else:
         opened = None
         with suppress(ModelError):  # a folder can be scored without a registry
             opened = open_registry(registry)
-        found = evaluate(Path(head), options, opened)
+        found = evaluate(Path(head), options, opened, everything)
     if as_json:
         return print_json(found)
     verdict = found.verdict
