@@ -11,20 +11,16 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from time import perf_counter
-from types import TracebackType
 from typing import Any, Self
 
 import aiohttp
 import msgspec
 
 from slipstream.clients.errors import APIError, BrokenStreamError, ClientError, UnreachableError, api_error
+from slipstream.clients.http import HttpClient
 from slipstream.clients.sse import Chunk, SSEDecoder
 
 _decode = msgspec.json.Decoder().decode
-_encode = msgspec.json.Encoder().encode
-
-# Below uvicorn's five seconds: a connection the server is about to close must not be picked for the next request.
-KEEPALIVE_SECONDS = 2.0
 
 
 class Stream:
@@ -77,28 +73,8 @@ class Stream:
             raise BrokenStreamError(f"connection lost in the middle of the stream: {error!r}") from None
 
 
-class AsyncClient:
+class AsyncClient(HttpClient):
     """``base_url`` is the server's root, with or without ``/v1``. Use as an async context manager, or close it."""
-
-    def __init__(self, base_url: str, api_key: str | None = None, *, timeout: float | None = None) -> None:
-        """``timeout`` bounds a whole call in seconds, reading a stream to its end included; None waits for ever."""
-        self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
-            timeout=aiohttp.ClientTimeout(total=timeout),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-        )
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        await self._session.close()
 
     async def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """POST /v1/chat/completions without streaming."""
@@ -167,35 +143,3 @@ class AsyncClient:
             if error.status != 404:
                 raise
             await self.models()
-
-    async def _object(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        reply = await self._body(method, path, body)
-        try:
-            data = _decode(reply)
-        except msgspec.DecodeError:
-            data = None
-        if not isinstance(data, dict):
-            raise ClientError(f"{method} {path} did not answer a JSON object: {reply[:200]!r}")
-        return data
-
-    async def _body(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> bytes:
-        response = await self._send(method, path, body)
-        try:
-            return await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise UnreachableError(f"{method} {path}: the answer broke off: {error!r}") from None
-        finally:
-            response.release()
-
-    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> aiohttp.ClientResponse:
-        """Send, and wait for the headers of an answer that is no error."""
-        data = None if body is None else _encode(body)
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        try:
-            response = await self._session.request(method, self.base_url + path, data=data, headers=headers)
-            if response.status < 400:
-                return response
-            async with response:
-                raise api_error(response.status, await response.read(), response.headers.get("Retry-After"))
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise UnreachableError(f"{method} {self.base_url}{path}: {error or type(error).__name__}") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from slipstream.drafter import warm
 from slipstream.drafter.draft_model import ModelDrafter
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import HeadDrafter
@@ -78,6 +79,8 @@ def _load_head(config: EngineConfig, target: DecoderConfig) -> tuple[layout.Head
     if config.drafter == "cold":
         head = layout.config_for(target, DRAFT_VOCAB_SIZE)
         return head, layout.from_target(head, _last_layer(config, target), range(head.draft_vocab_size))
+    if config.drafter == "warm":
+        return warm.read(config)
     assert config.drafter is not None
     return _read_head(config, Path(config.drafter).expanduser(), target)
 

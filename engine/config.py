@@ -48,8 +48,9 @@ class EngineConfig:
     )
     drafter: str | None = option(
         None,
-        "Folder of a learned drafter (a registry's version or an EAGLE-3 head), 'cold' for one made of the model's own "
-        "last layer, or 'random' for an untrained one; none by default.",
+        "Folder of a learned drafter (a registry's version or an EAGLE-3 head), 'warm' for the one that comes with "
+        "Slipstream for the default model, 'cold' for one made of the model's own last layer, or 'random' for an "
+        "untrained one; none by default.",
     )
     max_drafters: int = option(
         4, "Versions of the learned drafter that may be loaded at once, one per route; each takes memory of its own."

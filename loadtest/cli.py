@@ -28,12 +28,14 @@ Model = Annotated[str | None, typer.Option(help="Model name to ask for; default 
 ApiKey = Annotated[str | None, typer.Option(envvar="SLIPSTREAM_API_KEY", help="Sent as bearer token.")]
 Extra = Annotated[str, typer.Option(help="JSON object merged into every request body, e.g. '{\"top_p\": 0.9}'.")]
 WorkloadOption = Annotated[
-    str, typer.Option("--workload", help="sharegpt, shared-prefix, long, rewrite or fixed; see docs/benchmarks.md.")
+    str,
+    typer.Option("--workload", help="sharegpt, shared-prefix, long, rewrite, extract, fixed; see docs/benchmarks.md."),
 ]
 InputTokens = Annotated[
     int | None,
     typer.Option(
-        help="Tokens of the text in each prompt; default 1000 (shared-prefix), 3900 (long), 200 (rewrite), 128 (fixed)."
+        help="Tokens of the text in each prompt; default 1000 (shared-prefix), 3900 (long), 200 (rewrite, extract), "
+        "128 (fixed)."
     ),
 ]
 OutputTokens = Annotated[int, typer.Option(help="max_tokens of each request.")]
@@ -74,13 +76,13 @@ def run(
     records: Annotated[Path | None, typer.Option(help="Write one JSON line per request to this file.")] = None,
 ) -> None:
     """One workload against one server."""
-    _need_aiohttp()
+    need_aiohttp()
     from slipstream.loadtest.arrivals import ClosedLoop, OpenLoop
     from slipstream.loadtest.commands import run_workload
 
     if concurrency is not None and rate is not None:
         raise typer.BadParameter("choose --concurrency (closed loop) or --rate (open loop), not both")
-    _start(
+    start(
         lambda: run_workload(
             _server(url, model, api_key, extra, timeout),
             _workload(workload, input_tokens, output_tokens, ignore_eos, temperature, seed, dataset),
@@ -116,7 +118,7 @@ def compare(
     timeout: Timeout = 600.0,
 ) -> None:
     """Two servers side by side, in interleaved rounds with the same prompts."""
-    _need_aiohttp()
+    need_aiohttp()
     from slipstream.loadtest.commands import run_comparison
     from slipstream.loadtest.compare import Rounds
 
@@ -124,7 +126,7 @@ def compare(
         concurrencies = tuple(int(number) for number in concurrency.split(","))
     except ValueError:
         raise typer.BadParameter(f"--concurrency takes numbers separated by commas, not {concurrency!r}") from None
-    _start(
+    start(
         lambda: run_comparison(
             _server(a, a_model, a_api_key, a_extra, timeout),
             _server(b, b_model, b_api_key, b_extra, timeout),
@@ -158,11 +160,11 @@ def soak(
     timeout: Timeout = 600.0,
 ) -> None:
     """Random requests and disconnects; then checks that nothing is left over and memory is flat."""
-    _need_aiohttp()
+    need_aiohttp()
     from slipstream.loadtest.commands import run_soak
     from slipstream.loadtest.soak import SoakOptions
 
-    _start(
+    start(
         lambda: run_soak(
             _server(url, model, api_key, extra, timeout),
             SoakOptions(
@@ -197,11 +199,11 @@ def stall(
     timeout: Timeout = 600.0,
 ) -> None:
     """What a long prompt does to the inter-token latency of running streams."""
-    _need_aiohttp()
+    need_aiohttp()
     from slipstream.loadtest.commands import run_stall
     from slipstream.loadtest.latency import StallOptions
 
-    _start(
+    start(
         lambda: run_stall(
             _server(url, model, api_key, extra, timeout),
             _server(whole_url, model, api_key, extra, timeout) if whole_url else None,
@@ -225,11 +227,11 @@ def prefix(
     timeout: Timeout = 600.0,
 ) -> None:
     """Time to first token of a prompt the first and the second time: what the prefix cache is worth."""
-    _need_aiohttp()
+    need_aiohttp()
     from slipstream.loadtest.commands import run_prefix
     from slipstream.loadtest.latency import PrefixOptions
 
-    _start(
+    start(
         lambda: run_prefix(
             _server(url, model, api_key, extra, timeout),
             PrefixOptions(prefix_tokens=prefix_tokens, rounds=rounds, seed=seed, dataset=dataset),
@@ -250,10 +252,10 @@ def peer(
     ready_timeout: Annotated[float, typer.Option(help="Seconds to wait until it takes requests.")] = 300.0,
 ) -> None:
     """Run another server on the same model until Ctrl-C. Arguments after -- go to it."""
-    _need_aiohttp()
+    need_aiohttp()
     from slipstream.loadtest.peers import PeerOptions, serve
 
-    _start(
+    start(
         lambda: serve(
             PeerOptions(
                 name=name,  # type: ignore[arg-type]  # checked by PeerOptions
@@ -270,7 +272,7 @@ def peer(
     )
 
 
-def _need_aiohttp() -> None:
+def need_aiohttp() -> None:
     if importlib.util.find_spec("aiohttp") is None:
         typer.echo("error: the load tests need aiohttp: pip install 'slipstream[bench]'", err=True)
         raise typer.Exit(2)
@@ -308,7 +310,7 @@ def _workload(
     )
 
 
-def _start(prepare: Callable[[], Coroutine[Any, Any, int]]) -> None:
+def start(prepare: Callable[[], Coroutine[Any, Any, int]]) -> None:
     """Run a command to its exit status; what the user can mend is told without a traceback."""
     from slipstream.loadtest.workloads import WorkloadError
 

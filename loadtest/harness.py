@@ -50,12 +50,13 @@ async def connect(
     model: str | None = None,
     extra: Mapping[str, Any] | None = None,
     timeout: float | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Target]:
     """Find out the model's name and what the server offers; sends one request of one token.
 
-    ``timeout`` bounds each request in seconds.
+    ``timeout`` bounds each request in seconds; ``headers`` go with all of them.
     """
-    async with AsyncClient(url, api_key, timeout=timeout) as client:
+    async with AsyncClient(url, api_key, timeout=timeout, headers=headers) as client:
         if model is None:
             names = await client.models()
             if not names:

@@ -28,7 +28,9 @@ PROMPTS_PER_DRAW = 64
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
 def add_options(parser: Any) -> None:
     group = parser.add_argument_group("slipstream", "Requests; see docs/benchmarks.md.")
-    group.add_argument("--workload", default="sharegpt", choices=("sharegpt", "shared-prefix", "long", "rewrite"))
+    group.add_argument(
+        "--workload", default="sharegpt", choices=("sharegpt", "shared-prefix", "long", "rewrite", "extract")
+    )
     group.add_argument("--model", default="", help="Model name to ask for; default the first that the server lists.")
     group.add_argument("--api-key", default="", help="Sent as bearer token.")
     group.add_argument("--output-tokens", type=int, default=128, help="max_tokens of each request.")

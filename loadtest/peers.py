@@ -8,22 +8,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
 
-from slipstream.clients.aio import AsyncClient
-from slipstream.clients.errors import ClientError
+from slipstream.loadtest.children import running
 
 PeerName = Literal["vllm", "llama"]
-STOP_SECONDS = 20.0
-STDERR = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,54 +83,9 @@ class PeerOptions:
         return {**defaults, **own, "PATH": path}
 
 
-@asynccontextmanager
-async def peer(options: PeerOptions, ready_timeout: float = 300.0) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A running peer that takes requests; ended with all its processes when the block is left.
-
-    Its output goes to this process's stderr. Raises ClientError if it ends before it is ready or never gets ready.
-    """
-    if _taken(options.port):
-        raise ClientError(f"port {options.port} is taken: stop what listens there or choose another --port")
-    # A session of its own: a Ctrl-C in the terminal reaches only us, and one signal reaches all its processes.
-    process = await asyncio.create_subprocess_exec(
-        *options.command(), env=options.environment(), stdout=STDERR, start_new_session=True
-    )
-    try:
-        await _wait_ready(process, options, ready_timeout)
-        yield process
-    finally:
-        await _stop(process)
-
-
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-async def _wait_ready(process: asyncio.subprocess.Process, options: PeerOptions, timeout: float) -> None:
-    async with AsyncClient(options.url) as client:
-        ready = asyncio.ensure_future(client.wait_ready(timeout))
-        ended = asyncio.ensure_future(process.wait())
-        try:
-            await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                raise ClientError(f"{options.name} ended with status {process.returncode} before it was ready")
-            await ready
-        finally:
-            for task in (ready, ended):
-                task.cancel()
-            await asyncio.gather(ready, ended, return_exceptions=True)
-
-
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    """SIGINT, then SIGKILL for what is left of its session."""
-    if process.returncode is None:
-        process.send_signal(signal.SIGINT)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), STOP_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    await process.wait()
+def peer(options: PeerOptions, ready_timeout: float = 300.0) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
+    """A running peer that takes requests; see ``children.running``."""
+    return running(options.name, options.command(), options.port, options.environment(), ready_timeout=ready_timeout)
 
 
 async def serve(options: PeerOptions, ready_timeout: float) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from slipstream.loadtest.dataset import ShareGPT, code_passages, estimate_tokens
 
-WorkloadName = Literal["sharegpt", "shared-prefix", "long", "rewrite", "fixed"]
+WorkloadName = Literal["sharegpt", "shared-prefix", "long", "rewrite", "extract", "fixed"]
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 CHARS_PER_TOKEN = 4
@@ -60,11 +60,13 @@ class WorkloadOptions:
 
 
 # A long prompt, its template and 128 output tokens fit into a context of 4,096.
-DEFAULT_INPUT_TOKENS = {"shared-prefix": 1000, "long": 3900, "rewrite": 200, "fixed": 128}
+DEFAULT_INPUT_TOKENS = {"shared-prefix": 1000, "long": 3900, "rewrite": 200, "extract": 200, "fixed": 128}
 # Answers that repeat their prompts, in turn: text, text, code.
 REWRITE = "Correct the spelling and punctuation of the following text. Change nothing else.\n\n"
-EXTRACT = "Copy the following text word for word, up to its end.\n\n"
+COPY = "Copy the following text word for word, up to its end.\n\n"
 FIX_CODE = "Fix the bugs in the following code, if there are any. Answer with the whole code.\n\n"
+# One application with one task.
+EXTRACT = "Extract the facts from the text below. Write one fact per line.\n\n"
 
 
 class Workload:
@@ -100,7 +102,12 @@ class Workload:
                 texts = [await self.text(self._input_tokens) for _ in range(count)]
                 return [self.summarise(text) for text in texts]
             case "rewrite":
-                return [await self._rewrite((REWRITE, EXTRACT, FIX_CODE)[i % 3]) for i in range(count)]
+                return [await self._rewrite((REWRITE, COPY, FIX_CODE)[i % 3]) for i in range(count)]
+            case "extract":
+                return [
+                    self._chat({"role": "user", "content": EXTRACT + await self.text(self._input_tokens)})
+                    for _ in range(count)
+                ]
             case "fixed":
                 texts = [await self.text(self._input_tokens, exact=True) for _ in range(count)]
                 return [Request(COMPLETIONS, {"prompt": text, **self._fields()}) for text in texts]

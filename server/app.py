@@ -11,10 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
+from slipstream.server.admin import routes as admin
+from slipstream.server.body import schemas
 from slipstream.server.errors import ApiError, MethodNotAllowedError, NotFoundError
-from slipstream.server.gate import ApiKeys, ResponseCounter
+from slipstream.server.gate import AdminKeys, ApiKeys, ResponseCounter
 from slipstream.server.json_response import JSONBody
-from slipstream.server.openai.routes import body_schemas, openai_router
+from slipstream.server.openai import routes as openai
 from slipstream.server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 def build_app(service: Service) -> ASGIApp:
     app = FastAPI(title="Slipstream", version=version("slipstream"), redoc_url=None)
-    app.include_router(openai_router(service))
+    app.include_router(openai.openai_router(service))
+    app.include_router(admin.admin_router(service))
 
     @app.get("/health", response_class=JSONBody)
     async def health() -> Response:
@@ -71,12 +74,12 @@ def build_app(service: Service) -> ASGIApp:
 
     def openapi() -> dict[str, Any]:
         schema = describe_routes()
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(body_schemas())
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(schemas((*openai.BODIES, *admin.BODIES)))
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]
     wrapped: ASGIApp = ApiKeys(app, service.config.api_key) if service.config.api_key else app
-    return ResponseCounter(wrapped, service.metrics)
+    return ResponseCounter(AdminKeys(wrapped, service.config.admin_key), service.metrics)
 
 
 def error_response(error: ApiError, status: int | None = None) -> Response:

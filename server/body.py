@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.json_schema import models_json_schema
 from pydantic_core import ErrorDetails, from_json, to_json
 
 from slipstream.server.errors import BodyTooLargeError, InvalidRequestError, TooSlowError, UnsupportedMediaTypeError
@@ -129,3 +131,18 @@ def got(detail: ErrorDetails) -> str:
     if isinstance(value, str | int | float | bool) and len(text := repr(value)) <= 60:
         return f", not {text}"
     return ""
+
+
+def accepts(body: type[Body]) -> dict[str, Any]:
+    """The request body for the OpenAPI page; the handlers read it themselves, with a limit on its size."""
+    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def schemas(bodies: Sequence[type[Body]]) -> dict[str, Any]:
+    """What ``accepts`` refers to."""
+    _, found = models_json_schema(
+        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
+    )
+    definitions: dict[str, Any] = found["$defs"]
+    return definitions

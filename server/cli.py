@@ -17,6 +17,7 @@ from slipstream.drafter.registry.states import RegistryError
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
+from slipstream.loadtest.demo.cli import demo
 from slipstream.server.config import ServerConfig
 from slipstream.server.drafter_cli import drafter_app
 from slipstream.server.evolution.config import EvolutionConfig
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.add_typer(drafter_app, name="drafter")
 app.add_typer(traffic_app, name="traffic")
+app.command()(demo)
 ConfigType = TypeVar("ConfigType")
 
 

@@ -19,6 +19,11 @@ class ServerConfig:
         (), "Name of the model in the API; repeat for aliases. Default: from the file."
     )
     api_key: tuple[str, ...] = option((), "Key clients must send as 'Authorization: Bearer KEY'; repeat for several.")
+    admin_key: tuple[str, ...] = option(
+        (),
+        "Key for the admin API and the dashboard's data; repeat for several. Without one they answer only to clients "
+        "on this machine.",
+    )
     unknown_fields: Literal["error", "warn"] = option(
         "error", "A request field this server does not know: refuse the request, or log the name and go on."
     )
@@ -62,6 +67,8 @@ class ServerConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {minimum}, not {getattr(self, name)}")
         if not self.health_stall_s > 0:
             raise ConfigError(f"--health-stall-s must be more than 0, not {self.health_stall_s}")
-        for name in ("api_key", "served_model_name"):
+        for name in ("api_key", "admin_key", "served_model_name"):
             if not all(value.strip() for value in getattr(self, name)):
                 raise ConfigError(f"--{name.replace('_', '-')} must not be empty")
+        if set(self.api_key) & set(self.admin_key):
+            raise ConfigError("--admin-key must not be one of the keys of --api-key: those are given to users")

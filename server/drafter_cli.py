@@ -158,11 +158,14 @@ def export(
     registry: Folder,
     version: Number,
     folder: Annotated[Path, typer.Argument(help="New folder for config.json and model.safetensors.")],
+    as_json: AsJson = False,
 ) -> None:
     """Write a version in the EAGLE-3 layout, as SGLang and vLLM load it."""
     from slipstream.drafter.registry.exchange import export_version  # imports torch
 
     cautions = export_version(open_registry(registry), version, folder)
+    if as_json:
+        return print_json({"version": version, "folder": str(folder), "notes": cautions})
     print(f"version {version} is in {folder}")
     for caution in cautions:
         print(f"note: {caution}")
@@ -294,6 +297,7 @@ def evaluate_head(
     route: TrainedRoute = "",
     texts: Annotated[int, typer.Option(min=1, help="How many, the latest ones.")] = 200,
     depth: Annotated[int, typer.Option(min=1, max=15, help="Guesses in a row.")] = 3,
+    everything: Annotated[bool, typer.Option("--all", help="Also texts that training may have seen.")] = False,
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -315,12 +319,12 @@ def evaluate_head(
         depth=depth,
     )
     if head.isdecimal():
-        found = evaluate(int(head), options, open_registry(registry))
+        found = evaluate(int(head), options, open_registry(registry), everything)
     else:
         opened = None
         with suppress(ModelError):  # a folder can be scored without a registry
             opened = open_registry(registry)
-        found = evaluate(Path(head), options, opened)
+        found = evaluate(Path(head), options, opened, everything)
     if as_json:
         return print_json(found)
     verdict = found.verdict

@@ -5,10 +5,13 @@ ApiError
 ├── InvalidRequestError        400  a field is wrong, unknown or unsupported; ``param`` names it
 │   └── ContextTooLongError    400  prompt and answer do not fit the model; code context_length_exceeded
 ├── UnauthorizedError          401  no API key, or a wrong one
+├── ForbiddenError             403  the admin API without a key, from elsewhere
 ├── NotFoundError              404  no such route
-│   └── ModelNotFoundError     404  no such model; code model_not_found
+│   ├── ModelNotFoundError     404  no such model; code model_not_found
+│   └── VersionNotFoundError   404  no such version of a drafter; code version_not_found
 ├── MethodNotAllowedError      405
 ├── TooSlowError               408  the request did not arrive in time
+├── ConflictError              409  not possible in the state things are in; code says which
 ├── BodyTooLargeError          413
 ├── UnsupportedMediaTypeError  415  the body is not declared as JSON
 ├── OverloadedError            429  the queue is full; Retry-After says when to come back
@@ -76,6 +79,12 @@ class UnauthorizedError(ApiError):
         return [*super().headers(), (b"www-authenticate", b"Bearer")]
 
 
+class ForbiddenError(ApiError):
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
 class NotFoundError(ApiError):
     status = 404
     type = "invalid_request_error"
@@ -84,6 +93,10 @@ class NotFoundError(ApiError):
 
 class ModelNotFoundError(NotFoundError):
     code = "model_not_found"
+
+
+class VersionNotFoundError(NotFoundError):
+    code = "version_not_found"
 
 
 class MethodNotAllowedError(ApiError):
@@ -96,6 +109,12 @@ class TooSlowError(ApiError):
     status = 408
     type = "timeout_error"
     code = "request_too_slow"
+
+
+class ConflictError(ApiError):
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
 
 
 class BodyTooLargeError(ApiError):

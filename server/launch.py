@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -68,12 +70,20 @@ def run(
 
 
 def with_live_drafter(engine: EngineConfig, evolution: EvolutionConfig) -> EngineConfig:
-    """Starts with the registry's live version; else with --drafter, or a head that is still to learn."""
+    """Starts with the registry's live version; else with --drafter, or a head that is still to learn.
+
+    Raises ConfigError if --drafter warm has nothing for this model.
+    """
     if evolution.registry is None or engine.speculation == "off":
         return engine
     registry = Registry(evolution.registry)
-    live = registry.live()
-    if live is not None:
+    if registry.live() is None and engine.drafter == "warm":
+        # In a process of its own, because it needs torch. As a version it can be trained on, judged and gone back to.
+        command = [sys.executable, "-P", "-m", "slipstream.drafter.warm", engine.model, evolution.registry]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ConfigError(done.stderr.strip())
+    if (live := registry.live()) is not None:
         return replace(engine, drafter=str(registry.path(live.version)))
     return engine if engine.drafter is not None else replace(engine, drafter="cold")
 

@@ -20,7 +20,9 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import NewRequest
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import InvalidRequestError, ModelNotFoundError, OverloadedError, UnavailableError
+from slipstream.server.evolution.observer import Observer
 from slipstream.server.metrics import Metrics
+from slipstream.server.sequence_metrics import SequenceMetrics
 from slipstream.server.text_model import TextModel, load_text_model
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ SHARED_ROUTE = ""
 CANARY_ROUTE = "canary"
 TENANT_ROUTE, DOMAIN_ROUTE = "tenant:", "domain:"
 """Before the name of the tenant or the domain."""
+OBSERVE_SECONDS = 1.0
 
 
 class Service:
@@ -51,6 +54,8 @@ class Service:
         """Responses of the generating routes under way."""
         self.evolution: Evolution | None = None
         """With a registry."""
+        self.observer = Observer()
+        self._observing: asyncio.Task[None] | None = None
         self._engine: EngineClient | None = None
         self._text: TextModel | None = None
         self._busy_since = 0.0
@@ -69,8 +74,10 @@ class Service:
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         self.metrics.attach(self.engine, lambda: self.ready()[0] == 200)
+        self._observing = asyncio.create_task(self._observe())
         if self.evolution is not None:
             await self.evolution.start()
+            self.metrics.evolution.evolution = self.evolution
         if self.phase == "loading":
             self.phase = "ready"
 
@@ -82,6 +89,16 @@ class Service:
         self._engine = await EngineClient.start(
             self.engine_config, "slipstream.server.engine_process", (self.config.log_level, traffic)
         )
+
+    async def _observe(self) -> None:
+        while True:
+            self.observer.look(self.engine.stats, self.drafter_versions().get(SHARED_ROUTE, 0))
+            await asyncio.sleep(OBSERVE_SECONDS)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether there is an engine to ask about."""
+        return self._engine is not None
 
     @property
     def engine(self) -> EngineClient:
@@ -147,10 +164,15 @@ class Service:
                 return own
         return self.evolution.publisher.route(request_id) if self.evolution is not None else SHARED_ROUTE
 
-    def ended(self, request: NewRequest, steps: int, accepted: int) -> None:
-        """A sequence has ended, after so many steps with so many right guesses."""
+    def ended(self, request: NewRequest, metrics: SequenceMetrics) -> None:
+        """A sequence has ended."""
+        if request.speculation.mode not in ("auto", "head"):
+            return
+        if request.route == SHARED_ROUTE:
+            version = self.drafter_versions().get(SHARED_ROUTE, 0)
+            self.observer.ended(version, self.engine.num_open + 1, metrics)
         if self.evolution is not None:
-            self.evolution.ended(request, steps, accepted)
+            self.evolution.ended(request, metrics)
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body: does the engine make progress?"""
@@ -190,6 +212,8 @@ class Service:
     async def close(self) -> None:
         """Ends the engine process; requests that are still open get their terminal message."""
         self.phase = "draining"
+        if self._observing is not None:
+            self._observing.cancel()
         if self.evolution is not None:
             await self.evolution.close()
         if self._engine is not None:

@@ -91,6 +91,11 @@ class Registry:
         with self._read() as database:
             return [as_version(database, row) for row in database.execute(query, (route, route, pruned)).fetchall()]
 
+    def count(self) -> Mapping[State, int]:
+        """Versions by state, pruned ones included."""
+        with self._read() as database:
+            return dict(database.execute("SELECT state, COUNT(*) FROM versions GROUP BY state").fetchall())
+
     def live(self, route: str = "") -> Version | None:
         """What the route's requests are to be drafted with; no fallback to the shared one."""
         return self._in_state("live", route)

@@ -126,8 +126,12 @@ class Curriculum:
 
     def held_out(self, texts: int) -> list[Example]:
         """The latest texts that training does not see."""
+        return self.latest(texts, holdout=True)
+
+    def latest(self, texts: int, holdout: bool | None) -> list[Example]:
+        """The latest texts; ``holdout`` as in TrafficStore.samples."""
         found: list[Example] = []
-        for sample in self._store.samples(order="recent", holdout=True):
+        for sample in self._store.samples(order="recent", holdout=holdout):
             if self._accepts(sample) and (example := self._ready(sample)) is not None:
                 found.append(example)
             if len(found) == texts:

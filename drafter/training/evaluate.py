@@ -27,8 +27,12 @@ class Evaluation:
     live_accept_lengths: tuple[float, ...]
 
 
-def evaluate(head: int | Path, options: WorkerOptions, registry: Registry | None) -> Evaluation:
+def evaluate(
+    head: int | Path, options: WorkerOptions, registry: Registry | None, everything: bool = False
+) -> Evaluation:
     """Scores a version, or a head in a folder, against what is live for the first route of the options.
+
+    On texts held out of training, or on all with ``everything``: for stores that nothing was trained on.
 
     Raises UnknownVersionError, ModelError where the head is damaged or does not fit, and ConfigError where the store
     holds no text for it.
@@ -37,7 +41,7 @@ def evaluate(head: int | Path, options: WorkerOptions, registry: Registry | None
     store = TrafficStore(options.traffic, create=False)
     target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage)
     trainable = _open(head, target, registry)
-    texts = Course(options, route, target, store).curriculum.held_out(options.gate_texts)
+    texts = Course(options, route, target, store).curriculum.latest(options.gate_texts, None if everything else True)
     store.close()
     if not texts:
         raise ConfigError(f"{options.traffic} has no held-out text to evaluate on: one in ten is held out of training")

@@ -224,7 +224,8 @@ class Speculator:
             stats.drafts += 1
             stats.draft_tokens += drafted
             stats.accepted_tokens += right
-            if version := self._versions.get(guesses.version):
+            learned = self._learned is not None and guesses.drafter == self._learned.name
+            if learned and (version := self._versions.get(guesses.version)):
                 version.drafts += 1
                 version.draft_tokens += drafted
                 version.accepted_tokens += right

@@ -5,27 +5,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import astuple
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.states import State
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.messages import NewRequest
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.evolution.observer import Observer
+from slipstream.server.evolution.progress import Progress
 from slipstream.server.evolution.publisher import Publisher
 from slipstream.server.evolution.worker import WorkerProcess
+from slipstream.server.sequence_metrics import SequenceMetrics
 from slipstream.server.service import SHARED_ROUTE, Service
 
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
 MACHINE_EVERY = 30
 """Looks between two messages to the worker about what steps cost."""
-EVENTS_SHOWN = 200
+VERSIONS_SHOWN, EVENTS_SHOWN = 100, 200
+"""The newest."""
 
 
 class Evolution:
@@ -36,12 +40,16 @@ class Evolution:
         self.config = config
         self.registry = Registry(config.registry)
         self._service = service
-        self.publisher = Publisher(service, self.registry, config)
-        self.observer = Observer()
+        self.publisher: Publisher = Publisher(service, self.registry, config)
+        self.observer: Observer = service.observer
+        self.progress: Progress = Progress()
+        self.states: Mapping[State, int] = {}
+        """How many versions are in each state."""
         self.worker: WorkerProcess | None = None
         if config.evolve != "off":
             self.worker = WorkerProcess(self._worker_options(traffic), lambda: service.engine.num_open)
-        self.drifts = 0
+            self.worker.on_report.append(self.progress.take)
+        self.drifts: int = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -56,16 +64,10 @@ class Evolution:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    def ended(self, request: NewRequest, steps: int, accepted: int) -> None:
-        """A sequence has ended, after so many steps with so many right guesses."""
-        if request.speculation.mode not in ("auto", "head"):
-            return
+    def ended(self, request: NewRequest, metrics: SequenceMetrics) -> None:
+        """A sequence that may use a learned drafter has ended."""
         if self.publisher.trial is not None:
-            self.publisher.trial.ended(request.route, steps, accepted)
-        if request.route == SHARED_ROUTE:
-            live = self.publisher.wanted.get(SHARED_ROUTE)
-            running = self._service.engine.num_open + 1
-            self.observer.ended(live.version if live else 0, running, steps, accepted)
+            self.publisher.trial.ended(request.route, metrics.learned_steps, metrics.learned_accepted)
 
     @property
     def predicted(self) -> float:
@@ -76,13 +78,25 @@ class Evolution:
         return live.manifest.gate.get("accept_length") or live.metrics.get("accept_length", 0.0)
 
     async def status(self) -> dict[str, Any]:
-        """Everything the dashboard and the admin API show."""
+        """What the dashboard and the admin API show of it."""
         versions, events = await asyncio.to_thread(self._read)
-        stats = self._service.engine.stats
-        trial = self.publisher.trial
+        worker, trial = self.worker, self.publisher.trial
         return {
             "mode": self.config.evolve,
-            "worker": None if self.worker is None else self.worker.report | {"restarts": self.worker.restarts},
+            "options": {
+                "first_tokens": self.config.evolve_first_tokens,
+                "round_tokens": self.config.evolve_round_tokens,
+                "canary_share": self.config.canary_share,
+                "canary_requests": self.config.canary_requests,
+            },
+            "worker": None
+            if worker is None
+            else {
+                "report": worker.report,
+                "paused": worker.paused,
+                "restarts": worker.restarts,
+                **self.progress.status(),
+            },
             "routes": self._service.drafter_versions(),
             "trial": None
             if trial is None
@@ -97,6 +111,7 @@ class Evolution:
                 "accept_length": self.observer.accept_length,
                 "predicted": self.predicted,
                 "drift": self.observer.drift(self.predicted),
+                "drifts": self.drifts,
             },
             "swaps": self.publisher.swaps,
             "failed_swaps": self.publisher.failures,
@@ -104,22 +119,22 @@ class Evolution:
             "last_swap": self.publisher.last_swap,
             "versions": versions,
             "events": events,
-            "traffic": msgspec.to_builtins(stats.traffic),
-            "drafters": msgspec.to_builtins(stats.drafters),
-            "speculation_steps": dict(stats.speculation_steps),
-            "running": stats.num_running,
-            "points": [astuple(point) for point in self.observer.points],
         }
 
     def _read(self) -> tuple[list[Any], list[Any]]:
-        versions = [msgspec.to_builtins(version) for version in self.registry.list(pruned=True)]
+        found = self.registry.list(pruned=True)
+        # Those in use may be older than many that were tried since.
+        shown = [v for i, v in enumerate(found) if i >= len(found) - VERSIONS_SHOWN or v.state in ("live", "canary")]
+        versions = [msgspec.to_builtins(version) for version in shown]
+        for version in versions:
+            del version["manifest"]["head"]
         return versions, [msgspec.to_builtins(event) for event in self.registry.history()[-EVENTS_SHOWN:]]
 
     async def _look(self) -> None:
         looks = 0
         while True:
-            live = self.publisher.wanted.get(SHARED_ROUTE)
-            self.observer.look(self._service.engine.stats, live.version if live else 0)
+            with contextlib.suppress(SlipstreamError):
+                self.states = await asyncio.to_thread(self.registry.count)
             if self.worker is not None:
                 if self.observer.has_drifted(self.predicted):
                     self.drifts += 1

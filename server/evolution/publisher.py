@@ -79,10 +79,11 @@ class Publisher:
         if live is not None and service.engine_config.drafter == str(registry.path(live.version)):
             self._loaded[SHARED_ROUTE] = live.version
         self.trial: Trial | None = None
-        self.swaps = self.failures = 0
+        self.swaps: int = 0
+        self.failures: int = 0
         self.last_swap: dict[str, float] = {}
         """What the engine said of the last swap."""
-        self.decisions = {"promote": 0, "roll_back": 0}
+        self.decisions: dict[str, int] = {"promote": 0, "roll_back": 0}
         self.wanted: dict[str, Version] = {}
         self.on_change: list[Callable[[], None]] = []
 

@@ -55,6 +55,11 @@ class WorkerProcess:
             logger.warning("the training worker ended (exit code %s); starting it again in %g s", code, pause)
             await asyncio.sleep(pause)
 
+    @property
+    def paused(self) -> bool:
+        """By ``pause``, not for requests."""
+        return self._paused
+
     def send(self, kind: str, **fields: Any) -> None:
         """One line to the worker; lost if there is none now."""
         if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():

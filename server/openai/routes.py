@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 
+from slipstream.server.body import Body, accepts
 from slipstream.server.json_response import JSONBody
 from slipstream.server.openai.chat import chat
 from slipstream.server.openai.completions import complete
 from slipstream.server.openai.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeTextBody
 from slipstream.server.openai.tokens import detokenize, tokenize
 from slipstream.server.service import Service
+
+BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeTextBody, DetokenizeBody)
 
 
 def openai_router(service: Service) -> APIRouter:
@@ -64,19 +65,3 @@ def describe(service: Service, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": service.engine.ready.max_model_len,
     }
-
-
-def accepts(body: type[BaseModel]) -> dict[str, Any]:
-    """The request body for the OpenAPI page; the handlers read it themselves, with a limit on its size."""
-    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def body_schemas() -> dict[str, Any]:
-    """What ``accepts`` refers to."""
-    bodies = (ChatBody, CompletionBody, TokenizeTextBody, DetokenizeBody)
-    _, schemas = models_json_schema(
-        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
-    )
-    found: dict[str, Any] = schemas["$defs"]
-    return found

@@ -37,7 +37,9 @@ def test_files_stay_short() -> None:
         ("slipstream.drafter.registry.registry", {"torch", "numpy", "transformers"}),
         ("slipstream.drafter.registry.manifest", {"torch", "numpy", "transformers"}),
         ("slipstream.server.drafter_cli", {"torch", "numpy", "transformers"}),
+        ("slipstream.server.app", {"torch", "numpy", "transformers"}),
         ("slipstream.clients.aio", {"torch", "numpy", "transformers", "slipstream.engine"}),
+        ("slipstream.clients.admin", {"torch", "numpy", "transformers", "slipstream.engine"}),
         ("slipstream.loadtest.cli", {"torch", "numpy", "aiohttp", "slipstream.engine"}),
     ],
 )

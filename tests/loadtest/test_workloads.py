@@ -43,7 +43,7 @@ class WordTokenizer:
         return "".join(words[token] for token in tokens)
 
 
-@pytest.mark.parametrize("name", ["sharegpt", "shared-prefix", "long", "rewrite", "fixed"])
+@pytest.mark.parametrize("name", ["sharegpt", "shared-prefix", "long", "rewrite", "extract", "fixed"])
 async def test_a_seed_gives_the_same_prompts_and_no_round_repeats_one(name):
     first = await rounds(8, 12, name=name)
     assert first == await rounds(8, 12, name=name)

@@ -63,13 +63,17 @@ def embedding() -> Tensor:
 
 @pytest.fixture(scope="session")
 def make_head(target: DecoderConfig, embedding: Tensor) -> MakeHead:
-    def make(seed: int = 0, vocab: int = 48, dtype: torch.dtype = torch.float32) -> TrainableHead:
+    def make(
+        seed: int = 0, vocab: int = 48, dtype: torch.dtype = torch.float32, backwards: bool = False
+    ) -> TrainableHead:
         config = layout.config_for(target, vocab)
         tensors = layout.random_tensors(config, seed)
         draft = torch.arange(vocab) * 2
         tensors["d2t"] = draft - torch.arange(vocab)
         tensors["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, draft, True)
         tensors = {name: tensor * 4 if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+        if backwards:
+            tensors = dict(reversed(tensors.items()))
         return TrainableHead(config, target, embedding, tensors, dtype)
 
     return make

@@ -1,0 +1,79 @@
+"""Async client for the admin API of a Slipstream server; docs/api.md says what each call does."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+from urllib.parse import urlencode
+
+from slipstream.clients.http import HttpClient
+
+Change = Literal["promote", "rollback", "retire", "pin", "unpin"]
+Answer = dict[str, Any]
+
+
+class AdminClient(HttpClient):
+    """``base_url`` is the server's root; ``api_key`` one of its ``--admin-key``. Paths are those of the server.
+
+    Every call raises APIError for what the server refuses and UnreachableError without an answer.
+    """
+
+    async def status(self) -> Answer:
+        """Everything the dashboard shows."""
+        return await self._object("GET", "/admin/v1/status")
+
+    async def drafters(self, route: str | None = None, pruned: bool = False) -> list[Answer]:
+        """Versions, oldest first, of a route or of all; also those whose weights are deleted, if asked for."""
+        query = {"pruned": str(pruned).lower()} | ({} if route is None else {"route": route})
+        found: list[Answer] = (await self._object("GET", f"/admin/v1/drafters?{urlencode(query)}"))["drafters"]
+        return found
+
+    async def drafter(self, version: int) -> Answer:
+        """``{"drafter", "history"}`` of one version."""
+        return await self._object("GET", f"/admin/v1/drafters/{version}")
+
+    async def diff(self, a: int, b: int) -> Answer:
+        """How two versions differ; takes seconds, because the server has to load both."""
+        return await self._object("GET", f"/admin/v1/drafters/{a}/diff/{b}")
+
+    async def change(self, change: Change, version: int, reason: str = "") -> Answer:
+        """``{"drafter", "live"}``: the version afterwards, and what is live on its route."""
+        return await self._object("POST", f"/admin/v1/drafters/{version}/{change}", {"reason": reason})
+
+    async def prune(self, keep: int, route: str | None = None, reason: str = "") -> list[int]:
+        """Deletes the weights of all but the newest versions; which ones."""
+        body = {"keep": keep, "route": route, "reason": reason}
+        pruned: list[int] = (await self._object("POST", "/admin/v1/drafters/prune", body))["pruned"]
+        return pruned
+
+    async def import_drafter(
+        self,
+        folder: str,
+        *,
+        target: str | None = None,
+        target_lineage: str | None = None,
+        route: str | None = None,
+        note: str | None = None,
+    ) -> Answer:
+        """Adds a head as a candidate; ``target`` is the server's own model if not given. Returns the version."""
+        body = {"folder": folder, "target": target, "target_lineage": target_lineage, "route": route, "note": note}
+        found: Answer = (await self._object("POST", "/admin/v1/drafters/import", body))["drafter"]
+        return found
+
+    async def export_drafter(self, version: int, folder: str) -> Answer:
+        """Writes a version in the EAGLE-3 layout: ``{"version", "folder", "notes"}``."""
+        return await self._object("POST", "/admin/v1/drafters/export", {"version": version, "folder": folder})
+
+    async def evolve(self, action: Literal["pause", "resume", "train"]) -> Answer:
+        """Pauses training, goes on with it, or asks for a round: ``{"paused", "report"}``."""
+        return await self._object("POST", "/admin/v1/evolve", {"action": action})
+
+    async def traffic(self) -> dict[str, Answer]:
+        """What is kept, by tenant."""
+        tenants: dict[str, Answer] = (await self._object("GET", "/admin/v1/traffic"))["tenants"]
+        return tenants
+
+    async def purge_traffic(self, tenant: str | None) -> int:
+        """Deletes everything kept of a tenant, or of all if None; how many samples that were."""
+        body = {"all": True} if tenant is None else {"tenant": tenant}
+        purged: int = (await self._object("POST", "/admin/v1/traffic/purge", body))["purged_samples"]
+        return purged

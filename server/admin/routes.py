@@ -1,0 +1,206 @@
+"""The admin API and the dashboard. Who may come in is decided in gate.py."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request, Response
+
+from slipstream.drafter.registry.states import RegistryError, TransitionError, UnknownVersionError
+from slipstream.drafter.traffic.index import TrafficIndex
+from slipstream.engine.errors import SlipstreamError
+from slipstream.server.admin.commands import DrafterCommands
+from slipstream.server.admin.page import dashboard_page
+from slipstream.server.admin.schema import EvolveBody, ExportBody, ImportBody, PruneBody, PurgeBody, ReasonBody
+from slipstream.server.admin.status import status
+from slipstream.server.body import Body, BodyType, accepts, parse, read_body
+from slipstream.server.errors import (
+    ApiError,
+    ConflictError,
+    InvalidRequestError,
+    NotFoundError,
+    UnavailableError,
+    VersionNotFoundError,
+)
+from slipstream.server.evolution.evolution import Evolution
+from slipstream.server.json_response import JSONBody
+from slipstream.server.service import Service
+
+BODIES: tuple[type[Body], ...] = (ReasonBody, PruneBody, ImportBody, ExportBody, EvolveBody, PurgeBody)
+BY_HAND = "by the admin API"
+RETRY_WORKER_S = 5
+Result = TypeVar("Result")
+
+
+def admin_router(service: Service) -> APIRouter:
+    router = APIRouter(default_response_class=JSONBody)
+    prefix = "/admin/v1"
+    commands = DrafterCommands()
+    one = prefix + "/drafters/{version:int}"
+
+    @router.get("/dashboard")
+    async def dashboard() -> Response:
+        """A page that shows what the server learns."""
+        return dashboard_page()
+
+    @router.get(prefix + "/status")
+    async def all_there_is() -> Response:
+        """Everything the dashboard shows."""
+        return JSONBody(await status(service))
+
+    @router.get(prefix + "/drafters")
+    async def list_drafters(request: Request) -> Response:
+        """The versions, oldest first."""
+        registry = evolution_of(service).registry
+        query = only(request, "route", "pruned")
+        pruned = query.get("pruned", "false")
+        if pruned not in ("true", "false"):
+            raise InvalidRequestError(f"pruned: true or false, not {pruned!r}", param="pruned")
+        found = await ask(registry.list, query.get("route"), pruned == "true")
+        return JSONBody({"drafters": found})
+
+    @router.get(one)
+    async def show_drafter(version: int) -> Response:
+        """One version, and what happened to it."""
+        registry = evolution_of(service).registry
+        found = await ask(registry.get, version)
+        return JSONBody({"drafter": found, "history": await ask(registry.history, version)})
+
+    @router.get(one + "/diff/{other:int}")
+    async def diff_drafters(version: int, other: int) -> Response:
+        """How two versions differ."""
+        registry = evolution_of(service).registry
+        for each in (version, other):
+            await ask(registry.get, each)
+        return JSONBody(await commands.run(registry.folder, "diff", str(version), str(other)))
+
+    @router.post(one + "/{action}", openapi_extra=accepts(ReasonBody))
+    async def change_drafter(request: Request, version: int, action: str) -> Response:
+        """Promote, roll back, retire, pin or unpin a version."""
+        registry = evolution_of(service).registry
+        changes: dict[str, Callable[[int, str], Any]] = {
+            "promote": registry.promote,
+            "rollback": lambda number, why: registry.roll_back(registry.get(number).route, why, number),
+            "retire": registry.retire,
+            "pin": registry.pin,
+            "unpin": registry.unpin,
+        }
+        if action not in changes:
+            raise NotFoundError(f"there is no {action!r} for drafters; there are {', '.join(changes)}")
+        reason = (await body_of(service, request, ReasonBody)).reason
+        await ask(changes[action], version, reason or BY_HAND)
+        found = await ask(registry.get, version)
+        return JSONBody({"drafter": found, "live": await ask(registry.live, found.route)})
+
+    @router.post(prefix + "/drafters/prune", openapi_extra=accepts(PruneBody))
+    async def prune_drafters(request: Request) -> Response:
+        """Delete the weights of old versions."""
+        registry = evolution_of(service).registry
+        body = await body_of(service, request, PruneBody)
+        return JSONBody({"pruned": await ask(registry.prune, body.keep, body.route, body.reason or BY_HAND)})
+
+    @router.post(prefix + "/drafters/import", openapi_extra=accepts(ImportBody))
+    async def import_drafter(request: Request) -> Response:
+        """Add a head from a folder of this server as a candidate."""
+        registry = evolution_of(service).registry
+        body = await body_of(service, request, ImportBody)
+        options = {name: value for name, value in body.model_dump().items() if value and name != "folder"}
+        options = {"target": service.engine_config.model} | options
+        return JSONBody({"drafter": await commands.run(registry.folder, "import", body.folder, **options)})
+
+    @router.post(prefix + "/drafters/export", openapi_extra=accepts(ExportBody))
+    async def export_drafter(request: Request) -> Response:
+        """Write a version into a folder of this server, in the EAGLE-3 layout."""
+        registry = evolution_of(service).registry
+        body = await body_of(service, request, ExportBody)
+        await ask(registry.get, body.version)
+        return JSONBody(await commands.run(registry.folder, "export", str(body.version), body.folder))
+
+    @router.post(prefix + "/evolve", openapi_extra=accepts(EvolveBody))
+    async def evolve(request: Request) -> Response:
+        """Pause training, go on with it, or ask for a round now."""
+        worker = evolution_of(service).worker
+        if worker is None:
+            raise ConflictError("nothing is trained here: start the server with --evolve idle", code="no_worker")
+        action = (await body_of(service, request, EvolveBody)).action
+        if action == "train":
+            if worker.pid is None:
+                raise UnavailableError(
+                    "the training worker is being started", code="worker_down", retry_after_s=RETRY_WORKER_S
+                )
+            worker.send("train", reason="asked for")
+        else:
+            worker.pause(action == "pause")
+        return JSONBody({"paused": worker.paused, "report": worker.report})
+
+    @router.get(prefix + "/traffic")
+    async def traffic() -> Response:
+        """What is kept of whom."""
+        return JSONBody({"tenants": await ask(with_traffic, service, statistics)})
+
+    @router.post(prefix + "/traffic/purge", openapi_extra=accepts(PurgeBody))
+    async def purge_traffic(request: Request) -> Response:
+        """Delete everything that is kept of a tenant, or of all."""
+        body = await body_of(service, request, PurgeBody)
+        if (body.tenant is None) != bool(body.all):
+            raise InvalidRequestError("give either tenant, or all: true", param="tenant")
+        count = await ask(with_traffic, service, lambda index: index.purge(body.tenant))
+        return JSONBody({"purged_samples": count})
+
+    return router
+
+
+def evolution_of(service: Service) -> Evolution:
+    """Raises ConflictError if this server has no registry."""
+    if service.evolution is None:
+        raise ConflictError("there is no drafter registry: start the server with --registry FOLDER", code="no_registry")
+    return service.evolution
+
+
+async def ask(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls what reads or writes files, in a thread; its errors become those of HTTP."""
+    try:
+        return await asyncio.to_thread(function, *arguments)
+    except UnknownVersionError as error:
+        raise VersionNotFoundError(str(error)) from None
+    except OverflowError:
+        raise VersionNotFoundError("there is no drafter version with so large a number") from None
+    except TransitionError as error:
+        raise ConflictError(str(error), code="illegal_transition") from None
+    except RegistryError as error:
+        raise InvalidRequestError(str(error)) from None
+    except SlipstreamError as error:
+        raise ApiError(str(error)) from None
+
+
+async def body_of(service: Service, request: Request, model: type[BodyType]) -> BodyType:
+    """Unknown fields are always refused; no body is an empty one."""
+    return parse(model, await read_body(request, service.config.max_body_bytes) or b"{}", "error")
+
+
+def only(request: Request, *names: str) -> dict[str, str]:
+    """The query's parameters; raises InvalidRequestError for one that is none of these."""
+    for name in request.query_params:
+        if name not in names:
+            raise InvalidRequestError(f"unknown parameter {name!r}", param=name, code="unknown_parameter")
+    return dict(request.query_params)
+
+
+def with_traffic(service: Service, do: Callable[[TrafficIndex], Result]) -> Result:
+    folder = service.traffic.traffic_folder
+    if folder is None:
+        raise ConflictError(
+            "no traffic is kept: start the server with --traffic-log and --traffic-folder", code="no_traffic"
+        )
+    index = TrafficIndex(folder)
+    try:
+        return do(index)
+    finally:
+        index.close()
+
+
+def statistics(index: TrafficIndex) -> dict[str, Any]:
+    return {tenant: dataclasses.asdict(entry) for tenant, entry in index.statistics().items()}

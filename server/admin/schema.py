@@ -1,0 +1,46 @@
+"""The bodies of the admin API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from slipstream.server.body import Body
+
+Text = Annotated[str, Field(max_length=1000)]
+Path = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+"""On the server."""
+
+
+class ReasonBody(Body):
+    """Kept in the history."""
+
+    reason: Text | None = None
+
+
+class PruneBody(ReasonBody):
+    keep: Annotated[int, Field(ge=0, lt=2**31)]
+    route: Text | None = None
+
+
+class ImportBody(Body):
+    folder: Path
+    target: Path | None = None
+    target_lineage: Text | None = None
+    route: Text | None = None
+    note: Text | None = None
+
+
+class ExportBody(Body):
+    version: Annotated[int, Field(ge=1, lt=2**31)]
+    folder: Path
+
+
+class EvolveBody(Body):
+    action: Literal["pause", "resume", "train"]
+
+
+class PurgeBody(Body):
+    tenant: Text | None = None
+    all: bool | None = None

@@ -1,0 +1,141 @@
+import io
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from slipstream.loadtest.demo.heldout import Answer, Answers
+from slipstream.loadtest.demo.plan import DemoOptions
+from slipstream.loadtest.demo.plot import Line, Panel, plot, ticks
+from slipstream.loadtest.demo.result import Glance, Measured, Result, plot_result, print_result
+from slipstream.loadtest.demo.watch import Watch
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def answers(rate, accepted, text="same"):
+    return Answers([Answer(101 / rate, 101, accepted, text)] * 2)
+
+
+class Admin:
+    """Says one status after the other."""
+
+    def __init__(self, *statuses):
+        self.statuses = list(statuses)
+
+    async def status(self):
+        return self.statuses.pop(0)
+
+
+def status(live, state="live", *, route="", swaps=1, worker="training", trial=None):
+    version = {"version": live, "route": route, "state": state, "metrics": {}, "manifest": {"gate": {}}}
+    if state == "live":
+        version["metrics"] = {"trial": 1.0}
+        version["manifest"] = {"gate": {"accept_length": 1.9}}
+    return {
+        "traffic": {"store_tokens": 5},
+        "evolution": {
+            "worker": {"report": {"state": worker}, "tokens": 7, "rounds": {"published": 1, "refused": 1}},
+            "versions": [version] if live else [],
+            "routes": {"": live or 1},
+            "swaps": swaps,
+            "trial": trial,
+        },
+    }
+
+
+async def watched(*statuses):
+    minutes = iter(range(1, 100))
+    watch = Watch(Admin(*statuses), lambda: float(next(minutes)), lambda: None)
+    for _ in statuses:
+        await watch.look()
+    return watch
+
+
+async def test_a_version_is_live_once_it_serves():
+    # The cold head is number 1 for the engine, and so is the first version for the registry.
+    watch = await watched(status(0, swaps=0), status(1, swaps=0), status(1), status(1), status(3))
+    assert [swap.version for swap in watch.swaps] == [1, 3]
+    assert (watch.live, watch.kept, watch.learned, watch.rounds) == (3, 5, 7, 2)
+
+
+async def test_a_trial_begins_with_the_candidate_and_ends_with_the_verdict():
+    assert (await watched(status(2, "candidate"))).on_trial
+    assert (await watched(status(2, "canary"))).on_trial
+    assert (await watched(status(2, trial={"version": 2}))).on_trial
+    assert not (await watched(status(2))).on_trial
+    assert not (await watched(status(2, "rolled-back"))).on_trial
+    assert not (await watched(status(0))).on_trial
+
+
+async def result(tmp_path, **changes):
+    fields = {
+        "options": DemoOptions(folder=tmp_path, plot=tmp_path / "demo.svg", port=1),
+        "minutes": 3.0,
+        "before": Measured(answers(50, 0), answers(45, 0), answers(40, 0)),
+        "after": Measured(answers(50, 0), answers(60, 50), answers(60, 50)),
+        "offline_accept_length": 1.98,
+        "watch": await watched(status(2)),
+        "glances": [Glance(0.5, 1.0, 45.0), Glance(2.0, 2.0, 60.0)],
+        "sent": 10,
+        "failed": 0,
+        "replayed_tokens": 1000,
+    }
+    return Result(**(fields | changes))
+
+
+async def test_before_and_after_are_in_the_table(tmp_path):
+    found = await result(tmp_path)
+    assert found.ok
+    out = io.StringIO()
+    print_result(found, Console(file=out, width=120))
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines()]
+    assert ["accept length, chains of 3", "1.00", "2.00"] in lines
+    assert ["ratio", "0.90×", "1.20×"] in lines
+    assert ["live against offline", "", "+1.0%"] in lines
+    assert ["live versions", "cold → 2"] in lines
+    assert ["failed requests", "0 of 10"] in lines
+    assert found.fields()["after"]["ratio"] == pytest.approx(1.2)
+
+
+async def test_what_went_wrong_is_no_success(tmp_path):
+    assert not (await result(tmp_path, failed=1)).ok
+    assert not (await result(tmp_path, watch=await watched(status(0)))).ok
+    changed = Measured(answers(50, 0), answers(60, 50, "another"), answers(60, 50))
+    other = await result(tmp_path, after=changed)
+    assert (other.differing, other.ok) == (2, False)
+
+
+async def test_the_plot_has_a_mark_for_every_swap_and_a_point_for_every_glance(tmp_path):
+    found = await result(tmp_path, watch=await watched(status(2), status(4)))
+    plot_result(found)
+    root = ElementTree.parse(found.options.plot).getroot()
+    assert len([path for path in root.iter(f"{SVG}path") if path.get("class") == "mark"]) == 2 * 2
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert texts.count("2") >= 2
+    assert texts.count("4") >= 2
+    assert len(list(root.iter(f"{SVG}polyline"))) == 3
+    assert len(list(root.iter(f"{SVG}circle"))) == 2 + 2 + 2
+
+
+floats = st.floats(0, 1e4)
+
+
+@given(st.lists(st.tuples(floats, floats), min_size=1, max_size=20), st.text("<&\"'a", max_size=5))
+def test_any_points_stay_within_the_picture(points, name):
+    svg = plot(name, [Panel(name, [Line(name, sorted(points))], 0.0)], [(points[0][0], name)])
+    root = ElementTree.fromstring(svg)
+    width, height = float(root.get("width")), float(root.get("height"))
+    for circle in root.iter(f"{SVG}circle"):
+        assert 0 <= float(circle.get("cx")) <= width
+        assert 0 <= float(circle.get("cy")) <= height
+
+
+@given(st.floats(-100, 1e6), st.floats(1e-3, 1e6))
+def test_ticks_are_few_and_reach_far_enough(least, span):
+    found = ticks(least, least + span)
+    assert 2 <= len(found) <= 7
+    assert found[0] == pytest.approx(least)
+    assert found[-1] >= least + span - 1e-5 * span - 1e-9
