@@ -188,7 +188,7 @@ class Demo:
         while not over():
             began, rounds, swaps = monotonic(), watch.rounds, len(watch.swaps)
             self._enter("training")
-            while not over() and watch.rounds == rounds and not self._starved(watch):
+            while not over() and watch.rounds == rounds and not self._starved(watch, began):
                 await asyncio.sleep(0.5)
             # What was published is put on trial within the next second.
             await asyncio.sleep(2)
@@ -201,8 +201,9 @@ class Demo:
             self._enter("replaying traffic")
             await replay.run(options.streams, lambda end=burst_until: monotonic() > end)  # type: ignore[misc]
 
-    def _starved(self, watch: Watch) -> bool:
-        return watch.worker_state == "waiting" and monotonic() - watch.idle_since > STARVED_SECONDS
+    def _starved(self, watch: Watch, since: float) -> bool:
+        """Whether the worker has found nothing to do for a while; it looks for new traffic every two seconds."""
+        return watch.worker_state == "waiting" and monotonic() - max(watch.idle_since, since) > STARVED_SECONDS
 
     async def _trial(self, watch: Watch, replay: Replay, until: float) -> None:
         """A version on trial needs requests on which it drafts."""

@@ -95,7 +95,10 @@ class DemoOptions:
         return self._command(options)
 
     def probe(self, drafter: str, traffic: Path) -> list[str]:
-        """A server that verifies three guesses of one head in every step, and keeps what it answers."""
+        """A server that verifies three guesses of one head in every step, and keeps what it answers.
+
+        Without a prefix cache hidden states of the whole prompt are kept: offline, the head sees what it saw live.
+        """
         options = {
             "--drafter": drafter,
             "--speculation": "head",
@@ -105,7 +108,7 @@ class DemoOptions:
             "--traffic-folder": traffic,
             "--kv-cache-memory": "128MiB",
         }
-        return self._command(options)
+        return [*self._command(options), "--no-prefix-caching"]
 
     def _command(self, options: dict[str, object]) -> list[str]:
         given = {"--model": self.model, "--port": self.port} | options
