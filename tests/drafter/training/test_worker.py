@@ -354,5 +354,5 @@ def test_killed_at_a_hundred_moments(workshop: Workshop, traffic: MakeSamples) -
         file = registry.folder / "training" / "shared.pt"
         if file.exists():
             steps.append(workshop.checkpoint()["trainer"]["step"])
-    assert steps == sorted(steps) and steps[-1] > 100, "training goes on from its checkpoints"
+    assert steps == sorted(steps) and steps[-1] > 50, "training goes on from its checkpoints"
     assert len(registry.list()) > 5
