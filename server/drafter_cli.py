@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -16,9 +20,12 @@ from rich.table import Table
 
 from slipstream.drafter.registry.registry import Registry, default_folder
 from slipstream.drafter.registry.states import Version
+from slipstream.drafter.traffic.index import TrafficIndex
+from slipstream.engine.errors import ConfigError, ModelError
 
 drafter_app = typer.Typer(
-    help="List, compare, promote, exchange and delete the versions of a drafter.", no_args_is_help=True
+    help="List, compare, train, evaluate, promote, exchange and delete the versions of a drafter.",
+    no_args_is_help=True,
 )
 
 Folder = Annotated[
@@ -31,6 +38,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Number = Annotated[int, typer.Argument(help="Number of the version.", metavar="VERSION")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
 Route = Annotated[str, typer.Option(help="Tenant or domain; empty for the route all share.")]
+Traffic = Annotated[Path, typer.Option(help="The --traffic-folder of a server.", envvar="SLIPSTREAM_TRAFFIC_FOLDER")]
+Model = Annotated[str, typer.Option(help="The model it drafts for: folder, GGUF file, or 'default'.")]
+Lineage = Annotated[str, typer.Option(help="Name that stands for the model's weights where these change, as in RL.")]
+TrainedRoute = Annotated[str, typer.Option(help="tenant:NAME or domain:NAME; empty for the route all share.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 takes every core.")]
 
 
 def open_registry(folder: Path) -> Registry:
@@ -111,29 +123,6 @@ def diff(
     show_table(table)
 
 
-@drafter_app.command("eval")
-def evaluate_version(
-    registry: Folder,
-    version: Number,
-    traffic: Annotated[Path, typer.Option(help="Folder of a traffic store.")],
-    model: Annotated[str, typer.Option(help="The model it drafts for: folder, GGUF file, or 'default'.")] = "default",
-    depth: Annotated[int, typer.Option(min=1, help="Guesses in a chain.")] = 3,
-    texts: Annotated[int, typer.Option(min=1, help="Answers to score, the latest.")] = 200,
-    as_json: AsJson = False,
-) -> None:
-    """Score a version on kept traffic, as the gate does: tokens per verification step."""
-    from slipstream.drafter.training.evaluate import evaluate  # imports torch
-
-    found = evaluate(open_registry(registry), version, traffic, model, depth, texts)
-    if as_json:
-        return print_json(found.fields())
-    table = Table("guesses at most", "tokens per step", box=box.SIMPLE)
-    for most, length in enumerate(found.accept_lengths):
-        table.add_row(str(most), f"{length:.3f}")
-    show_table(table)
-    print(f"{found.tokens} tokens of {found.texts} answers")
-
-
 @drafter_app.command()
 def promote(registry: Folder, version: Number, reason: Reason = "", as_json: AsJson = False) -> None:
     """Make a version live without asking gate or canary; the live one is retired."""
@@ -186,10 +175,8 @@ def export(
 def import_folder(
     registry: Folder,
     folder: Annotated[Path, typer.Argument(help="An EAGLE-3 head, or a version folder of another registry.")],
-    target: Annotated[str, typer.Option(help="The model it drafts for: folder, GGUF file, or 'default'.")] = "default",
-    target_lineage: Annotated[
-        str, typer.Option(help="Name that stands for the model's weights where these change, as in RL.")
-    ] = "",
+    target: Model = "default",
+    target_lineage: Lineage = "",
     route: Route = "",
     note: Annotated[str, typer.Option(help="Kept in the manifest.")] = "",
     as_json: AsJson = False,
@@ -216,6 +203,144 @@ def prune(
     if as_json:
         return print_json(pruned)
     print(f"pruned: {', '.join(map(str, pruned))}" if pruned else "nothing to prune")
+
+
+@drafter_app.command()
+def train(
+    registry: Folder,
+    traffic_folder: Traffic,
+    minutes: Annotated[float, typer.Option(min=0, help="How long; then what was learned last is judged, too.")],
+    model: Model = "default",
+    target_lineage: Lineage = "",
+    route: TrainedRoute = "",
+    loss: Annotated[
+        Literal["auto", "ce", "kl", "rkl", "jsd", "tv", "tvpp", "nla", "lk"],
+        typer.Option(help="What is minimised; auto: cross-entropy for greedy traffic, forward KL for sampled."),
+    ] = "auto",
+    round_tokens: Annotated[int, typer.Option(min=1, help="Positions learned between two versions.")] = 100_000,
+    threads: Threads = 0,
+    promote: Annotated[bool, typer.Option(help="Make versions live that pass the gate; a pinned one stays.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train on kept traffic without a server, as its worker does; Ctrl-C ends it early."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from slipstream.drafter.training.control import Control, Report  # imports torch
+    from slipstream.drafter.training.course import WorkerOptions
+    from slipstream.drafter.training.worker import Worker
+
+    TrafficIndex(traffic_folder).close()  # says so where there is none
+    versions = Registry(registry)
+    options = WorkerOptions(
+        model=model,
+        lineage=target_lineage,
+        traffic=str(traffic_folder),
+        registry=str(registry),
+        routes=(check_route(route),),
+        loss=None if loss == "auto" else loss,
+        first_tokens=1,
+        round_tokens=round_tokens,
+        epochs=1e9,  # as long as was asked for
+        threads=threads or None,
+    )
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    began, published, tokens = time.monotonic(), [], 0
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("starting", total=minutes * 60)
+
+        def show(told: Report) -> None:
+            nonlocal tokens
+            tokens = max(tokens, told.tokens)
+            what = f"{told.state}: step {told.step}, {told.tokens:,} tokens, {told.tokens_per_second:,.0f} per second"
+            what += f", loss {told.loss:.3f}" if told.loss else ""
+            progress.update(bar, description=what, completed=time.monotonic() - began)
+            if told.state in ("published", "refused"):
+                name = f"version {told.version}" if told.version else "no version"
+                progress.print(f"{told.tokens:,} tokens: {name}, {told.message}")
+            if told.state == "published" and versions.get(told.version).route == route:
+                published.append(told.version)
+                live = versions.live(route)
+                if promote and not (live and live.pinned):
+                    versions.promote(told.version, "trained offline and passed the gate")
+
+        ready, over = threading.Event(), threading.Event()
+        before = signal.signal(signal.SIGINT, lambda *_: over.set())
+        try:
+            worker = Worker(options, Control("always", until(ready, over, minutes * 60), show))
+            began = time.monotonic()
+            ready.set()
+            worker.run()
+        finally:
+            signal.signal(signal.SIGINT, before)
+    if not tokens:
+        raise ConfigError(f"nothing was learned: {traffic_folder} has no texts for {route or 'the shared route'}")
+    if as_json:
+        return print_json({"tokens": tokens, "versions": [versions.get(number) for number in published]})
+    print(f"learned {tokens:,} tokens; versions that passed the gate: {', '.join(map(str, published)) or 'none'}")
+
+
+def until(ready: threading.Event, over: threading.Event, seconds: float) -> Iterator[str]:
+    """What the worker is told: to finish when the time is over."""
+    ready.wait()
+    over.wait(seconds)
+    yield '{"type":"finish"}'
+    threading.Event().wait()  # the line stays open until the worker has ended
+
+
+@drafter_app.command("eval")
+def evaluate_head(
+    registry: Folder,
+    head: Annotated[str, typer.Argument(metavar="VERSION|FOLDER", help="Number of a version, or folder of a head.")],
+    traffic_folder: Traffic,
+    model: Model = "default",
+    target_lineage: Lineage = "",
+    route: TrainedRoute = "",
+    texts: Annotated[int, typer.Option(min=1, help="How many, the latest ones.")] = 200,
+    depth: Annotated[int, typer.Option(min=1, max=15, help="Guesses in a row.")] = 3,
+    everything: Annotated[bool, typer.Option("--all", help="Also texts that training may have seen.")] = False,
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Score a head as the gate does, on kept traffic that training does not see, against the live version."""
+    import torch
+
+    from slipstream.drafter.training.course import WorkerOptions
+    from slipstream.drafter.training.evaluate import evaluate
+
+    if threads:
+        torch.set_num_threads(threads)
+    options = WorkerOptions(
+        model=model,
+        lineage=target_lineage,
+        traffic=str(traffic_folder),
+        registry=str(registry),
+        routes=(check_route(route),),
+        gate_texts=texts,
+        depth=depth,
+    )
+    if head.isdecimal():
+        found = evaluate(int(head), options, open_registry(registry), everything)
+    else:
+        opened = None
+        with suppress(ModelError):  # a folder can be scored without a registry
+            opened = open_registry(registry)
+        found = evaluate(Path(head), options, opened, everything)
+    if as_json:
+        return print_json(found)
+    verdict = found.verdict
+    live = "no drafter" if found.live is None else f"version {found.live} (live)"
+    table = Table("accept length with", escape(head), live, box=box.SIMPLE)
+    for guesses, (ours, theirs) in enumerate(zip(found.accept_lengths, found.live_accept_lengths, strict=True), 1):
+        table.add_row(f"{guesses} guess{'es' if guesses > 1 else ''}", f"{ours:.3f}", f"{theirs:.3f}")
+    show_table(table)
+    what = "passes the gate" if verdict.passes else "does not pass the gate"
+    print(f"{what}: at least {verdict.least_ratio:.3f} times the live one with 97.5 %, on {verdict.texts} texts")
+
+
+def check_route(route: str) -> str:
+    if route and (not route.startswith(("tenant:", "domain:")) or route.endswith(":")):
+        raise ConfigError(f"--route {route}: write tenant:NAME or domain:NAME")
+    return route
 
 
 def report(version: Version, what: str, as_json: bool) -> None:

@@ -223,7 +223,7 @@ class Generation:
             pump.cancel()
         for sequence in self.sequences:
             sequence.end()
-            self._service.ended(sequence.request, sequence.metrics.steps, sequence.metrics.num_accepted)
+            self._service.ended(sequence.request, sequence.metrics)
         self._service.metrics.max_generation_tokens.observe(max(sequence.num_tokens for sequence in self.sequences))
 
     @property

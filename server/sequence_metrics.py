@@ -15,7 +15,7 @@ class SequenceMetrics:
 
     __slots__ = (
         *("_cached", "_metrics", "_prompt_tokens", "accepted", "arrival", "first", "last", "scheduled", "tokens"),
-        *("steps", "versions"),
+        *("learned_accepted", "learned_steps", "steps", "versions"),
     )
 
     def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int) -> None:
@@ -28,6 +28,9 @@ class SequenceMetrics:
         self.tokens = 0
         self.steps = 0
         """After the one that brought the first token."""
+        self.learned_steps = self.learned_accepted = 0
+        """Steps but for those that verified another drafter's guesses, and right guesses of the learned one: what a
+        version of it is judged by."""
         self._cached = 0
         self.accepted: list[tuple[int, int]] = []
         """(guesses verified, of them right) per step with guesses."""
@@ -46,6 +49,7 @@ class SequenceMetrics:
                 self._metrics.first_token.observe(now - self.arrival)
             else:
                 self.steps += 1
+                self.learned_steps += bool(delta.drafter_version) or not delta.num_drafted
                 gap = (now - self.last) / count
                 for _ in range(count):
                     self._metrics.between_tokens.observe(gap)
@@ -55,6 +59,7 @@ class SequenceMetrics:
             self.accepted.append((delta.num_drafted, delta.num_accepted))
             if delta.drafter_version:
                 self.versions.add(delta.drafter_version)
+                self.learned_accepted += delta.num_accepted
         if delta.finish_reason is not None:
             self._metrics.preemptions.observe(delta.num_preemptions)
 

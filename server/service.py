@@ -22,6 +22,7 @@ from slipstream.server.config import ServerConfig
 from slipstream.server.errors import InvalidRequestError, ModelNotFoundError, OverloadedError, UnavailableError
 from slipstream.server.evolution.observer import Observer
 from slipstream.server.metrics import Metrics
+from slipstream.server.sequence_metrics import SequenceMetrics
 from slipstream.server.text_model import TextModel, load_text_model
 
 if TYPE_CHECKING:
@@ -163,15 +164,15 @@ class Service:
                 return own
         return self.evolution.publisher.route(request_id) if self.evolution is not None else SHARED_ROUTE
 
-    def ended(self, request: NewRequest, steps: int, accepted: int) -> None:
-        """A sequence has ended, after so many steps with so many right guesses."""
+    def ended(self, request: NewRequest, metrics: SequenceMetrics) -> None:
+        """A sequence has ended."""
         if request.speculation.mode not in ("auto", "head"):
             return
         if request.route == SHARED_ROUTE:
             version = self.drafter_versions().get(SHARED_ROUTE, 0)
-            self.observer.ended(version, self.engine.num_open + 1, steps, accepted)
+            self.observer.ended(version, self.engine.num_open + 1, metrics)
         if self.evolution is not None:
-            self.evolution.ended(request, steps, accepted)
+            self.evolution.ended(request, metrics)
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body: does the engine make progress?"""

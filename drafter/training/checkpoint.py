@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._writer: threading.Thread | None = None
-        self.error: OSError | None = None
+        self.error: Exception | None = None
         """Why the last one could not be written."""
 
     def save(self, state: dict[str, Any], wait: bool = False) -> None:
@@ -36,7 +37,7 @@ class Checkpoint:
         """The last complete one; None if there is none or it cannot be read."""
         try:
             state: dict[str, Any] = torch.load(self._path, weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError):
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
             return None
         return state
 
@@ -55,7 +56,7 @@ class Checkpoint:
                 os.fsync(file.fileno())
             draft.replace(self._path)
             self.error = None
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError of a full disk
             self.error = error
 
 

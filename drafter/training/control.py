@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import IO, Literal
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import msgspec
 
@@ -44,7 +44,11 @@ class Pause(msgspec.Struct, frozen=True, tag="pause"):
     paused: bool
 
 
-Message = Load | Machine | Train | Pause
+class Finish(msgspec.Struct, frozen=True, tag="finish"):
+    """The round under way ends here, what came of it is judged, and the worker ends."""
+
+
+Message = Load | Machine | Train | Pause | Finish
 
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,25 +73,34 @@ class ServerGoneError(Exception):
     """The server has closed the line: it ended, in whatever way."""
 
 
+def print_line(report: Report) -> None:
+    """To standard output, for the server."""
+    try:
+        print(msgspec.json.encode(report).decode(), flush=True)
+    except BrokenPipeError:
+        raise ServerGoneError from None
+
+
 class Control:
     """Reads in a thread, so that a lost server is noticed in the middle of a step."""
 
-    def __init__(self, mode: Mode, lines: IO[str] = sys.stdin, out: IO[str] = sys.stdout) -> None:
+    def __init__(
+        self, mode: Mode, lines: Iterable[str] = sys.stdin, report: Callable[[Report], None] = print_line
+    ) -> None:
+        """``lines``: messages; where they end, the server has ended."""
         self._mode = mode
-        self._out = out
+        self.report = report
         self._running = 0
         self._busy_until = 0.0
         self._paused = False
         self._stopped = False
         self._due = ""
+        self.finishing = False
+        """Told to finish."""
         self.speed: Speed | None = None
         self._changed = threading.Condition()
         self._decoder = msgspec.json.Decoder(Message)
-        self._encoder = msgspec.json.Encoder()
         threading.Thread(target=self._listen, args=(lines,), daemon=True, name="control").start()
-
-    def report(self, report: Report) -> None:
-        print(self._encoder.encode(report).decode(), file=self._out, flush=True)
 
     def wait(self, waiting: Callable[[], None] = lambda: None) -> float:
         """Returns once training may go on; how many seconds that took. Calls ``waiting`` if it may not now.
@@ -99,16 +112,16 @@ class Control:
             if not self._stopped and not self._allowed():
                 waiting()
             while not self._stopped and not self._allowed():
-                left = self._busy_until - time.monotonic()
-                self._changed.wait(left if left > 0 and not (self._running or self._paused) else None)
+                calm = not (self._running or self._paused)
+                self._changed.wait(max(self._busy_until - time.monotonic(), 0) if calm else None)
             if self._stopped:
                 raise ServerGoneError
         return time.monotonic() - began
 
     def sleep(self, seconds: float) -> None:
-        """Raises ServerGoneError; returns early when a round is due."""
+        """Raises ServerGoneError; returns early when a round is due, or when told to finish."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or bool(self._due), seconds)
+            self._changed.wait_for(lambda: self._stopped or self.finishing or bool(self._due), seconds)
             if self._stopped:
                 raise ServerGoneError
 
@@ -123,7 +136,7 @@ class Control:
             return False
         return self._mode == "always" or not (self._running or time.monotonic() < self._busy_until)
 
-    def _listen(self, lines: IO[str]) -> None:
+    def _listen(self, lines: Iterable[str]) -> None:
         try:
             for line in lines:
                 message = self._decoder.decode(line)
@@ -147,3 +160,5 @@ class Control:
                 self._due = reason or "asked for"
             case Pause(paused):
                 self._paused = paused
+            case Finish():
+                self.finishing = True

@@ -1,15 +1,17 @@
-"""What a head would have had on texts of a traffic store: the gate's accept length, without a worker."""
+"""The gate's score of any head on the traffic of a store, outside of training."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from slipstream.drafter.head import layout
+from slipstream.drafter.registry.manifest import MANIFEST_FILE
 from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.version_folder import read_folder
 from slipstream.drafter.traffic.store import TrafficStore
-from slipstream.drafter.training.gate import score
+from slipstream.drafter.training.course import Course, WorkerOptions
+from slipstream.drafter.training.gate import Score, Verdict, judge, score
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.target import Target
 from slipstream.engine.errors import ConfigError
@@ -17,35 +19,46 @@ from slipstream.engine.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    accept_lengths: list[float]
-    """Tokens per verification step with at most 0, 1, … guesses in a chain, greedy."""
-    texts: int
-    tokens: int
-    """Of their answers."""
-
-    def fields(self) -> dict[str, Any]:
-        return asdict(self) | {"accept_length": self.accept_lengths[-1]}
+    verdict: Verdict
+    live: int | None
+    """The version it was compared with; None: drafting nothing."""
+    accept_lengths: tuple[float, ...]
+    """With at most 1, 2, … guesses."""
+    live_accept_lengths: tuple[float, ...]
 
 
 def evaluate(
-    registry: Registry, version: int, traffic: Path, model: str, depth: int, texts: int, longest: int = 2048
+    head: int | Path, options: WorkerOptions, registry: Registry | None, everything: bool = False
 ) -> Evaluation:
-    """Of the latest ``texts`` of the store, held out from training or not.
+    """Scores a version, or a head in a folder, against what is live for the first route of the options.
 
-    Raises:
-        RegistryError: there is no such version, or it is for another model.
-        ConfigError: the folder holds no traffic store, or no text that a head can be scored on.
+    On texts held out of training, or on all with ``everything``: for stores that nothing was trained on.
+
+    Raises UnknownVersionError, ModelError where the head is damaged or does not fit, and ConfigError where the store
+    holds no text for it.
     """
-    store = TrafficStore(traffic, create=False)
-    found = registry.get(version)
-    target = Target(model, found.manifest.head["draft_vocab_size"], longest + 1)
-    config, tensors = registry.open_version(version, target.fingerprint)
-    head = TrainableHead(config, target.config, target.embedding, tensors)
-    samples = store.samples(order="recent")
-    examples = list(islice((e for s in samples if (e := target.example(s, longest)) is not None), texts))
+    [route, *_] = options.routes
+    store = TrafficStore(options.traffic, create=False)
+    target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage)
+    trainable = _open(head, target, registry)
+    texts = Course(options, route, target, store).curriculum.latest(options.gate_texts, None if everything else True)
     store.close()
-    if not examples:
-        raise ConfigError(f"{traffic} holds no answers of this model with at least three tokens")
-    result = score(head, examples, depth)
-    lengths = [result.accept_length(most) for most in range(depth + 1)]
-    return Evaluation(lengths, len(examples), int(result.tokens.sum()))
+    if not texts:
+        raise ConfigError(f"{options.traffic} has no held-out text to evaluate on: one in ten is held out of training")
+    found = score(trainable, texts, options.depth)
+    live = (registry.live(route) or registry.live("")) if registry is not None else None
+    if live is None:
+        compared = Score.without_guesses(found)
+    else:
+        compared = score(_open(live.version, target, registry), texts, options.depth)
+    lengths = [tuple(each.accept_length(depth) for depth in range(1, options.depth + 1)) for each in (found, compared)]
+    return Evaluation(judge(found, compared), live.version if live else None, *lengths)
+
+
+def _open(head: int | Path, target: Target, registry: Registry | None) -> TrainableHead:
+    if isinstance(head, int):
+        assert registry is not None
+        return target.trainable(*registry.open_version(head, target.fingerprint, target.name))
+    if (head / MANIFEST_FILE).is_file():
+        return target.trainable(*read_folder(head, target.fingerprint, target.name))
+    return target.trainable(*layout.read(head, target.config))

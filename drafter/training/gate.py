@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, fill, pack
 
-ROWS = 4096
+ROWS = 1024
 """Positions scored at once."""
+LONGEST = 4096
+"""Positions of a text, its last ones."""
+LEAST_TEXTS = 8
+"""A bootstrap over fewer knows no noise."""
 RESAMPLES = 2000
 CONFIDENCE = 0.975
 """Of the bootstrap, on one side."""
@@ -86,8 +90,12 @@ class Verdict:
         }
 
 
-def score(head: TrainableHead, examples: Sequence[Example], depth: int) -> Score:
+def score(
+    head: TrainableHead, examples: Sequence[Example], depth: int, pause: Callable[[], object] = lambda: None
+) -> Score:
     """Drafts along texts that are known, for chains of up to ``depth`` guesses.
+
+    ``pause`` is called between parts of about ``ROWS`` positions, and may wait.
 
     As long as all guesses before were right, guess i is made after exactly the tokens that came: so one unrolled pass
     knows at every position how many guesses are right there. The walk from the first position to the end of the
@@ -95,7 +103,8 @@ def score(head: TrainableHead, examples: Sequence[Example], depth: int) -> Score
     """
     tokens: list[int] = []
     steps: list[list[int]] = []
-    for group in fill(examples, ROWS, longest=ROWS):
+    for group in fill(examples, ROWS, LONGEST):
+        pause()
         batch = pack(group, depth)
         with torch.inference_mode():
             outputs = head.unroll(batch, depth)
@@ -114,7 +123,7 @@ def judge(candidate: Score, live: Score, speed: Speed | None = None, margin: flo
     """Paired bootstrap over texts (Efron 1979): passes if better by more than ``margin`` beyond noise.
 
     Both must be scores of the same texts. Accept lengths are those with all guesses; with ``speed``, the predicted
-    tokens per second must not fall either.
+    tokens per second must not fall either. Nothing passes on fewer than ``LEAST_TEXTS``.
     """
     assert np.array_equal(candidate.tokens, live.tokens), "scores of different texts"
     depth = candidate.steps.shape[1] - 1
@@ -125,7 +134,7 @@ def judge(candidate: Score, live: Score, speed: Speed | None = None, margin: flo
     ratios = live.steps[draws, depth].sum(1) / candidate.steps[draws, depth].sum(1)
     least = float(np.quantile(ratios, 1 - CONFIDENCE))
     speedup = speed.tokens_per_second(candidate) / speed.tokens_per_second(live) if speed else 1.0
-    passes = least > 1 + margin and speedup >= 1
+    passes = texts >= LEAST_TEXTS and least > 1 + margin and speedup >= 1
     return Verdict(passes, candidate.accept_length(depth), live.accept_length(depth), least, speedup, texts)
 
 

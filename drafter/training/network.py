@@ -38,10 +38,12 @@ class TrainableHead:
         }
         self.maps = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
         frozen = () if train_lm_head else FROZEN
-        self.trained = [name for name in self.weights if name not in frozen]
+        # In one order wherever the tensors come from: the state of optimizers goes by it.
+        self.trained = sorted(name for name in self.weights if name not in frozen)
         for name in self.trained:
             self.weights[name].requires_grad_(True)
-        self._cos, self._sin = rope_tables(config.as_decoder(target), config.max_positions)
+        # As long as the target's: some published heads state only the length they were trained with.
+        self._cos, self._sin = rope_tables(config.as_decoder(target), target.shape.max_positions)
         self._cast: dict[str, Tensor] = {}
         offsets = self.maps.get("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self._map(offsets + torch.arange(config.draft_vocab_size))
@@ -64,6 +66,11 @@ class TrainableHead:
             "t2d": mask.index_fill_(0, draft_tokens, True),
         }
         self._map(draft_tokens)
+
+    def guesses_with(self, output: Tensor) -> bool:
+        """Whether the head's rows are the target's own; if not, ``guess_from`` would lose what is in them."""
+        rows = output[self.to_target].to(torch.bfloat16)
+        return "lm_head.weight" not in self.trained and torch.equal(self.weights["lm_head.weight"].bfloat16(), rows)
 
     def tensors(self) -> dict[str, Tensor]:
         """In the published layout, detached."""

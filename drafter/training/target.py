@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from contextlib import suppress
+import heapq
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.registry.fingerprint import target_fingerprint
-from slipstream.drafter.traffic.recompute import Recompute, recompute
-from slipstream.drafter.traffic.store import Sample
-from slipstream.drafter.training.packing import Example
+from slipstream.drafter.traffic.recompute import Recompute
+from slipstream.drafter.training.network import TrainableHead
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.models.loader import build_model, find_device
 
@@ -43,10 +43,19 @@ class Target:
         """A head that starts as the last layer."""
         return self.head, layout.from_target(self.head, self._last_layer, draft_tokens.tolist())
 
-    def draft_tokens(self, counts: Counter[int]) -> Tensor:
-        """The most frequent tokens, and the first of the vocabulary where there are not enough; ascending."""
-        size = self.head.draft_vocab_size
-        chosen = [token for token, _ in counts.most_common(size)]
+    def trainable(self, config: HeadConfig, tensors: Mapping[str, Tensor]) -> TrainableHead:
+        """Raises ModelError for a head that does not read what traffic keeps."""
+        layout.check_target(config, self.config)
+        if config.taps != self.taps:
+            raise ModelError(
+                f"the drafter reads layers {list(config.taps)}; what is kept of the traffic, and trained with, are "
+                f"layers {list(self.taps)}"
+            )
+        return TrainableHead(config, self.config, self.embedding, tensors)
+
+    def draft_tokens(self, counts: Mapping[int, float], size: int) -> Tensor:
+        """The ``size`` most frequent tokens, and the first of the vocabulary where there are not enough; ascending."""
+        chosen = heapq.nlargest(size, counts, key=counts.__getitem__)
         known = set(chosen)
         rest = (token for token in range(self.config.shape.vocab_size) if token not in known)
         chosen += [token for token, _ in zip(rest, range(size - len(chosen)), strict=False)]
@@ -60,21 +69,3 @@ class Target:
             model = build_model(self._checkpoint, options, torch.bfloat16, device, self._max_length)
             self._recompute = Recompute(model, self.taps, self._max_length)
         return self._recompute
-
-    def example(self, sample: Sample, longest: int) -> Example | None:
-        """The last ``longest`` positions of a text, with features; None for what a head of this target cannot learn.
-
-        Features are recomputed where the store has only tokens, or not those of the whole answer.
-        """
-        if sample.target_version != self.version or len(sample.tokens) - sample.num_prompt < 3:
-            return None
-        if sample.features is None or sample.taps != self.taps or sample.start >= sample.num_prompt:
-            with suppress(ValueError):
-                sample = recompute(sample, self.recompute())
-        if sample.features is None or sample.taps != self.taps:
-            return None
-        likely = None
-        if sample.topk is not None:
-            likely = (sample.topk[0].numpy(), sample.topk[1].float().numpy())
-        example = Example(sample.tokens, sample.num_prompt, sample.start, sample.features, likely).cut(longest)
-        return example if example.length > example.num_context else None

@@ -47,6 +47,7 @@ class Trainer:
     def __init__(self, head: TrainableHead, options: TrainOptions) -> None:
         self.head = head
         self.options = options
+        """The loss may be replaced between steps."""
         self.step = 0
         matrices = [name for name in head.trained if head.weights[name].dim() == 2]
         vectors = [name for name in head.trained if head.weights[name].dim() == 1]

@@ -161,7 +161,7 @@ class Demo:
         out, said = await process.communicate()
         if process.returncode:
             raise ClientError(f"version {version} could not be scored: {said.decode(errors='replace').strip()}")
-        length: float = msgspec.json.decode(out)["accept_length"]
+        length: float = msgspec.json.decode(out)["verdict"]["accept_length"]
         return length
 
     def _glance_of(self, answers: Answers) -> Glance:

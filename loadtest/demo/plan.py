@@ -117,8 +117,8 @@ class DemoOptions:
 
     def evaluate(self, version: int, traffic: Path) -> list[str]:
         """Scores a version offline on what a probe answered."""
-        command = [sys.executable, "-P", "-m", "slipstream.server", "drafter", "eval", str(version), "--json"]
-        options = {"--registry": self.registry, "--traffic": traffic, "--model": self.model, "--depth": DEPTH}
+        command = [sys.executable, "-P", "-m", "slipstream.server", "drafter", "eval", str(version), "--all", "--json"]
+        options = {"--registry": self.registry, "--traffic-folder": traffic, "--model": self.model, "--depth": DEPTH}
         return command + [str(part) for pair in options.items() for part in pair]
 
     def version_folder(self, version: int) -> Path:

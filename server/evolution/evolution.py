@@ -21,6 +21,7 @@ from slipstream.server.evolution.observer import Observer
 from slipstream.server.evolution.progress import Progress
 from slipstream.server.evolution.publisher import Publisher
 from slipstream.server.evolution.worker import WorkerProcess
+from slipstream.server.sequence_metrics import SequenceMetrics
 from slipstream.server.service import SHARED_ROUTE, Service
 
 logger = logging.getLogger(__name__)
@@ -63,10 +64,10 @@ class Evolution:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    def ended(self, request: NewRequest, steps: int, accepted: int) -> None:
-        """A sequence that may use a learned drafter has ended, after so many steps with so many right guesses."""
+    def ended(self, request: NewRequest, metrics: SequenceMetrics) -> None:
+        """A sequence that may use a learned drafter has ended."""
         if self.publisher.trial is not None:
-            self.publisher.trial.ended(request.route, steps, accepted)
+            self.publisher.trial.ended(request.route, metrics.learned_steps, metrics.learned_accepted)
 
     @property
     def predicted(self) -> float:

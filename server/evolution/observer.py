@@ -7,6 +7,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 
 from slipstream.engine.messages import EngineStats
+from slipstream.server.sequence_metrics import SequenceMetrics
 
 POINTS = 720
 FIRST_INTERVAL = 2.0
@@ -69,15 +70,15 @@ class Observer:
             self.points = self.points[1::2]
             self._interval *= 2
 
-    def ended(self, version: int, running: int, steps: int, accepted: int) -> None:
-        """A sequence has ended after so many steps with so many right guesses, drafted for by this version."""
-        self._steps += steps
-        self._tokens += accepted
+    def ended(self, version: int, running: int, metrics: SequenceMetrics) -> None:
+        """A sequence has ended that this version drafted for, and others; the gate knows its guesses only."""
+        self._steps += metrics.steps
+        self._tokens += metrics.num_accepted
         if version != self._version:
             self._version, self._drifted = version, False
             self._lengths.clear()
-        if running <= QUIET_STREAMS and steps:
-            self._lengths.append((steps, accepted))
+        if running <= QUIET_STREAMS and metrics.learned_steps:
+            self._lengths.append((metrics.learned_steps, metrics.learned_accepted))
 
     @property
     def accept_length(self) -> float:

@@ -1,18 +1,30 @@
-"""A small target and heads for it."""
+"""A small target, heads for it, and traffic with structure to learn."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from slipstream.drafter.head import layout
+from slipstream.drafter.traffic.recompute import Recompute
+from slipstream.drafter.traffic.store import Sample
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example
+from slipstream.engine.checkpoint import open_checkpoint
+from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.config import EngineConfig
 from slipstream.engine.models.config import DecoderConfig, decoder_config
+from slipstream.engine.models.loader import build_model, find_device
 
 VOCAB, HIDDEN = 96, 64
 TARGET = {
@@ -51,13 +63,17 @@ def embedding() -> Tensor:
 
 @pytest.fixture(scope="session")
 def make_head(target: DecoderConfig, embedding: Tensor) -> MakeHead:
-    def make(seed: int = 0, vocab: int = 48, dtype: torch.dtype = torch.float32) -> TrainableHead:
+    def make(
+        seed: int = 0, vocab: int = 48, dtype: torch.dtype = torch.float32, backwards: bool = False
+    ) -> TrainableHead:
         config = layout.config_for(target, vocab)
         tensors = layout.random_tensors(config, seed)
         draft = torch.arange(vocab) * 2
         tensors["d2t"] = draft - torch.arange(vocab)
         tensors["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, draft, True)
         tensors = {name: tensor * 4 if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+        if backwards:
+            tensors = dict(reversed(tensors.items()))
         return TrainableHead(config, target, embedding, tensors, dtype)
 
     return make
@@ -74,3 +90,57 @@ def make_example() -> MakeExample:
         return Example(tokens, num_prompt, start, features[torch.from_numpy(shown).long()])
 
     return make
+
+
+def chains(count: int, length: int, vocab: int, seed: int) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
+    """Texts in which most tokens follow from the one before."""
+    rng = np.random.default_rng(seed)
+    after = np.random.default_rng(1).permutation(vocab)
+    texts = []
+    for _ in range(count):
+        tokens = [int(rng.integers(vocab))]
+        while len(tokens) < length:
+            tokens.append(int(after[tokens[-1]]) if rng.random() < 0.95 else int(rng.integers(vocab)))
+        texts.append(np.array(tokens, np.int32))
+    return texts
+
+
+class Traffic:
+    """Makes samples with the features that the target has for them."""
+
+    def __init__(self, target: Path) -> None:
+        checkpoint = open_checkpoint(str(target))
+        options = EngineConfig(model=str(target))
+        model = build_model(checkpoint, options, torch.bfloat16, find_device(options), 256)
+        self._vocab = checkpoint.config["vocab_size"]
+        self._recompute = Recompute(model, layout.default_taps(checkpoint.config["num_hidden_layers"]), 256)
+
+    def __call__(
+        self, count: int, length: int = 40, features: bool = True, seed: int = 0, **fields: Any
+    ) -> list[Sample]:
+        plain = Sample("", "", 0, 0, time.time(), np.zeros(0, np.int32), 6, 0, None, None, True)
+        return [
+            dataclasses.replace(
+                plain,
+                tokens=tokens,
+                features=self._recompute.features(tokens) if features else None,
+                taps=self._recompute.taps if features else (),
+                **fields,
+            )
+            for tokens in chains(count, length, self._vocab, seed)
+        ]
+
+
+@pytest.fixture(scope="session")
+def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The target as files, with weights."""
+    path = tmp_path_factory.mktemp("training-target")
+    (path / "config.json").write_text(json.dumps(TARGET))
+    tensors = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(TARGET, 0)}
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="session")
+def traffic(target_folder: Path) -> Traffic:
+    return Traffic(target_folder)

@@ -10,6 +10,7 @@ from slipstream.drafter.training.losses import NAMES, LossName
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example
 from slipstream.drafter.training.trainer import Trainer, TrainOptions
+from slipstream.engine.models.config import DecoderConfig
 
 MakeHead, MakeExample = Callable[..., TrainableHead], Callable[..., Example]
 
@@ -63,7 +64,8 @@ def test_resumed_training_goes_on_as_if_it_had_not_stopped(
     for text in texts[3:]:
         through.learn([[text]])  # while the checkpoint is being written
     checkpoint.finish()
-    resumed = Trainer(make_head(seed=5), TrainOptions())
+    # A head read from a file has its tensors in another order than one that was just made.
+    resumed = Trainer(make_head(seed=5, backwards=True), TrainOptions())
     for name in ("lm_head.weight",):  # frozen: not part of the checkpoint
         resumed.head.weights[name].copy_(through.head.weights[name])
     state = Checkpoint(tmp_path / "shared.pt").load()
@@ -90,3 +92,20 @@ def test_frozen_weights_stay(make_head: MakeHead, make_example: MakeExample) -> 
     trainer.learn([[make_example()]])
     assert torch.equal(trainer.head.weights["lm_head.weight"], before)
     assert torch.equal(trainer.published()["lm_head.weight"], before)
+
+
+def test_training_resumes_whatever_order_the_tensors_come_in(
+    make_head: MakeHead, make_example: MakeExample, target: DecoderConfig
+) -> None:
+    """A cold head and a published one list them differently; momentum must find its own."""
+    text = make_example(40)
+    through = Trainer(make_head(), TrainOptions())
+    through.learn([[text]])
+    head = through.head
+    turned = dict(reversed(head.tensors().items()))
+    resumed = Trainer(TrainableHead(head.config, target, head._embedding, turned, torch.float32), TrainOptions())
+    resumed.resume(through.state())
+    for trainer in (through, resumed):
+        trainer.learn([[text]])
+    for name, tensor in through.published().items():
+        assert torch.equal(tensor, resumed.published()[name]), name

@@ -71,7 +71,9 @@ async def test_what_a_learning_server_shows(
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
-async def test_a_server_without_a_registry_says_what_to_do(server: Any, open_page: Callable[[], Any]) -> None:
+async def test_a_server_without_a_registry_says_what_to_do(
+    server: Any, open_page: Callable[[], Any], tmp_path: Path
+) -> None:
     page = await open_page()
     await page.open(f"{server.url}/dashboard")
     await page.wait(UPDATED)
@@ -82,6 +84,11 @@ async def test_a_server_without_a_registry_says_what_to_do(server: Any, open_pag
     await page.wait("document.querySelectorAll('#guesses .bars, #choices .bars').length >= 1")
     await page.wait("document.querySelector('#chart-speed path.curve')")
     assert re.fullmatch(r"[\d,]+ tokens/s", await page.text("#tile-speed"))
+    # Hours later: the line is a mean, with the points faint behind it.
+    many = "Array.from({length: 700}, (_, i) => [latest.server.time + 10 * i, 50 + i % 7, 1 + (i % 3) / 2, 1, 0])"
+    await page.ask(f"draw({{...latest, points: {many}}})")
+    assert await page.ask("document.querySelectorAll('path.curve.raw').length") == 2
+    await page.picture(tmp_path / "later.png")
     assert page.errors == []
 
 

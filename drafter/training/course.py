@@ -1,0 +1,186 @@
+"""The training of one route's head: which traffic is its own, what it knows of it, where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from slipstream.drafter.traffic.recompute import recompute
+from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.drafter.training.checkpoint import Checkpoint
+from slipstream.drafter.training.control import Mode
+from slipstream.drafter.training.curriculum import LEAST_ANSWER, Curriculum
+from slipstream.drafter.training.losses import LossName, default_loss
+from slipstream.drafter.training.packing import Example
+from slipstream.drafter.training.target import Target
+from slipstream.drafter.training.trainer import Trainer, TrainOptions
+
+
+class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    traffic: str
+    """Folder of the traffic store."""
+    registry: str
+    mode: Mode = "idle"
+    routes: tuple[str, ...] = ("",)
+    """Routes to train heads for; see ``belongs``."""
+    lineage: str = ""
+    """Of the target, where its weights change (RL); see drafter.registry.fingerprint."""
+    loss: LossName | None = None
+    """None: what suits the traffic."""
+    depth: int = 3
+    """Guesses in a row that are learned and that the gate counts."""
+    draft_vocab_size: int = 8192
+    first_tokens: int = 20_000
+    """Tokens of answers with which the first round begins."""
+    round_tokens: int = 100_000
+    """Positions learned between two looks at the gate."""
+    epochs: float = 8.0
+    """How often each text is learned at most; then training waits for more traffic."""
+    rows: int = 2048
+    """Positions per step of the optimizer."""
+    part_rows: int = 1024
+    """Positions computed at once: training stops for requests after so many."""
+    longest: int = 2048
+    """Positions of a text, its last ones."""
+    gate_texts: int = 200
+    threads: int | None = None
+    background: bool = True
+    """Run only where nobody else wants the processor. Off where the training has a machine of its own."""
+    learning_rate: float = 2e-3
+    cache_bytes: int = 1 << 30
+    checkpoint_steps: int = 50
+    """Steps of the optimizer between two checkpoints."""
+
+
+def belongs(sample: Sample, route: str) -> bool:
+    """Whether a head of this route learns from this sample: "" from all, "tenant:NAME" and "domain:NAME" from some."""
+    kind, _, name = route.partition(":")
+    return not route or (sample.tenant if kind == "tenant" else sample.domain) == name
+
+
+class Course:
+    """Of one route, with what it left in its last checkpoint."""
+
+    def __init__(
+        self,
+        options: WorkerOptions,
+        route: str,
+        target: Target,
+        store: TrafficStore,
+        pause: Callable[[], object] = lambda: None,
+        folder: Path | None = None,
+    ) -> None:
+        """``pause`` is called before features are recomputed, and may wait; without ``folder`` nothing can be saved."""
+        self.route = route
+        self.learned = 0
+        """Positions, since the worker's start."""
+        self.trainer: Trainer | None = None
+        self.parent: int | None = None
+        """The version training began with."""
+        self.published: int | None = None
+        """The last version that came of it."""
+        self._options = options
+        self._target = target
+        self._pause = pause
+        self.curriculum = Curriculum(
+            store, self.prepare, lambda sample: belongs(sample, route), cache_bytes=options.cache_bytes
+        )
+        self._credit = 0.0
+        """Positions that the traffic is still good for."""
+        self._counted = 0
+        """Texts up to this id are in the credit already."""
+        self._checkpoint: Checkpoint | None = None
+        self._saved: Mapping[str, Any] | None = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._checkpoint = Checkpoint(folder / f"{quote(route, safe='') or 'shared'}.pt")
+            self._saved = self._checkpoint.load()
+        if self._saved is not None and self._saved.get("target") != target.fingerprint:
+            self._saved = None
+        if self._saved is not None:
+            self._credit, self._counted = self._saved["credit"], self._saved["last_id"]
+            self.published, self.parent = self._saved["published"], self._saved["parent"]
+
+    def prepare(self, sample: Sample) -> Example | None:
+        """With the features of its end; recomputed where the store has only tokens, or not those of the answer."""
+        if sample.target_version != self._target.version or len(sample.tokens) - sample.num_prompt < LEAST_ANSWER:
+            return None
+        if sample.features is None or sample.taps != self._target.taps or sample.start >= sample.num_prompt:
+            self._pause()
+            with suppress(ValueError):  # too long
+                sample = recompute(sample, self._target.recompute())
+        if sample.features is None or sample.taps != self._target.taps:
+            return None
+        likely = None
+        if sample.topk is not None:
+            likely = (sample.topk[0].numpy(), sample.topk[1].float().numpy())
+        example = Example(sample.tokens, sample.num_prompt, sample.start, sample.features, likely)
+        example = example.cut(self._options.longest)
+        return example if example.length > example.num_context else None
+
+    def is_due(self, asked: bool) -> bool:
+        """Whether there is enough to learn from; where it was asked for, also if little of it is new."""
+        self.look()
+        enough = self.curriculum.tokens >= self._options.first_tokens
+        return enough and (asked or self._credit > 0)
+
+    def look(self) -> None:
+        """Takes notice of what came and what went."""
+        self.curriculum.drop()
+        new = self.curriculum.refresh(self._counted)
+        if self.curriculum.last_id < self._counted:
+            # Another store than before: all of it is new.
+            self._credit, new = 0.0, self.curriculum.tokens
+        self._counted = 0
+        # Texts that are gone are good for nothing, nor is a checkpoint made with a larger number of epochs.
+        epochs = self._options.epochs
+        self._credit = min(self._credit + epochs * new, epochs * self.curriculum.tokens)
+
+    def spend(self, positions: int) -> None:
+        self.learned += positions
+        # A round that was asked for may overdraw, but not so that what comes next is not learned.
+        self._credit = max(self._credit - positions, -float(self._options.round_tokens))
+
+    def options(self) -> TrainOptions:
+        """For the traffic as it is now."""
+        loss = self._options.loss or default_loss(self.curriculum.is_greedy)
+        return TrainOptions(loss=loss, steps=self._options.depth, learning_rate=self._options.learning_rate)
+
+    def resume(self, trainer: Trainer) -> bool:
+        """Goes on where the checkpoint was made; False if there is none, or it is of a head of other sizes.
+
+        Then the trainer may be half changed.
+        """
+        saved, self._saved = self._saved, None
+        if saved is None:
+            return False
+        try:
+            trainer.resume(saved["trainer"])
+        except (KeyError, ValueError, RuntimeError):
+            return False
+        return True
+
+    def restart(self) -> None:
+        """Leaves what was learned: the next round begins with what is live."""
+        self.trainer, self.published, self._saved = None, None, None
+
+    def save(self, wait: bool = False) -> str:
+        """Returns why the checkpoint before could not be written, if so."""
+        assert self.trainer is not None and self._checkpoint is not None
+        state = {
+            "trainer": self.trainer.state(),
+            "target": self._target.fingerprint,
+            "credit": self._credit,
+            "last_id": self.curriculum.last_id,
+            "parent": self.parent,
+            "published": self.published,
+        }
+        self._checkpoint.save(state, wait)
+        error = self._checkpoint.error
+        return f"the checkpoint was not written: {error}" if error else ""

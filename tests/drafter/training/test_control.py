@@ -1,0 +1,179 @@
+"""What the worker is told, over a real pipe."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from slipstream.drafter.training import control as module
+from slipstream.drafter.training.control import Control, Mode, Report, ServerGoneError
+
+SOON = 10.0
+
+
+class Server:
+    """The other end of the line."""
+
+    def __init__(self, mode: Mode) -> None:
+        reads, writes = os.pipe()
+        self.lines = os.fdopen(writes, "w", buffering=1)
+        self.reports: list[Report] = []
+        self._reader = os.fdopen(reads)
+        self.control = Control(mode, self._reader, self.reports.append)
+
+    def say(self, kind: str, **fields: Any) -> None:
+        self.lines.write(json.dumps({"type": kind, **fields}) + "\n")
+
+    def load(self, running: int) -> None:
+        """Returns when the worker knows."""
+        self.say("load", running=running)
+        until(lambda: self.control._running == running)
+
+    def close(self) -> None:
+        self.lines.close()
+        until(lambda: self.control._stopped)
+        self._reader.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+class Waiting:
+    """``wait`` in a thread: whether it returned, and how."""
+
+    def __init__(self, control: Control) -> None:
+        self.asked = threading.Event()
+        self.seconds = -1.0
+        self.gone = False
+        self._control = control
+        self.thread = threading.Thread(target=self._wait, daemon=True)
+        self.thread.start()
+
+    def _wait(self) -> None:
+        try:
+            self.seconds = self._control.wait(self.asked.set)
+        except ServerGoneError:
+            self.gone = True
+
+    def returned(self, within: float = SOON) -> bool:
+        self.thread.join(within)
+        return not self.thread.is_alive()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[Mode], Server]]:
+    servers: list[Server] = []
+
+    def make(mode: Mode) -> Server:
+        servers.append(Server(mode))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+Connect = Callable[[Mode], Server]
+
+
+def test_idle_waits_until_nothing_has_run_for_a_while(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CALM_SECONDS", 0.3)
+    server = connect("idle")
+    assert server.control.wait() < SOON
+    server.load(2)
+    waiting = Waiting(server.control)
+    assert waiting.asked.wait(SOON)
+    began = time.monotonic()
+    server.load(0)
+    assert waiting.returned()
+    assert time.monotonic() - began >= 0.29
+    assert waiting.seconds >= 0.29
+
+
+def test_a_request_in_the_calm_time_starts_it_again(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CALM_SECONDS", 0.5)
+    server = connect("idle")
+    server.load(1)
+    server.load(0)
+    waiting = Waiting(server.control)
+    server.load(1)
+    assert not waiting.returned(0.8)
+    server.load(0)
+    assert waiting.returned()
+
+
+def test_always_goes_on_under_load_but_not_when_paused(connect: Connect) -> None:
+    server = connect("always")
+    server.load(32)
+    assert Waiting(server.control).returned()
+    server.say("pause", paused=True)
+    until(lambda: server.control._paused)
+    waiting = Waiting(server.control)
+    assert waiting.asked.wait(SOON)
+    assert not waiting.returned(0.1)
+    server.say("pause", paused=False)
+    assert waiting.returned()
+
+
+@pytest.mark.parametrize("mode", ["idle", "always"])
+def test_the_end_of_the_line_ends_every_wait(connect: Connect, mode: Mode) -> None:
+    server = connect(mode)
+    server.say("pause", paused=True)
+    until(lambda: server.control._paused)
+    waiting = Waiting(server.control)
+    assert waiting.asked.wait(SOON)
+    server.lines.close()
+    assert waiting.returned() and waiting.gone
+    with pytest.raises(ServerGoneError):
+        server.control.sleep(60)
+    with pytest.raises(ServerGoneError):
+        server.control.wait()
+
+
+def test_a_round_that_is_asked_for_ends_sleep_and_is_told_once(connect: Connect) -> None:
+    server = connect("idle")
+    server.say("train", reason="drift")
+    began = time.monotonic()
+    server.control.sleep(60)
+    assert time.monotonic() - began < SOON
+    assert server.control.take_due() == "drift"
+    assert server.control.take_due() == ""
+    server.say("train")
+    server.control.sleep(60)
+    assert server.control.take_due() == "asked for"
+
+
+def test_told_to_finish_nothing_sleeps(connect: Connect) -> None:
+    server = connect("idle")
+    server.say("finish")
+    began = time.monotonic()
+    server.control.sleep(60)
+    assert server.control.finishing and time.monotonic() - began < SOON
+
+
+def test_what_steps_cost_is_known_once_it_is_told(connect: Connect) -> None:
+    server = connect("idle")
+    assert server.control.speed is None
+    server.say("machine", step_seconds={"1": 0.01, "8": 0.02}, guess_seconds=0.001, streams={"1": 1.0})
+    until(lambda: server.control.speed is not None)
+    assert server.control.speed is not None and server.control.speed.step_seconds == {1: 0.01, 8: 0.02}
+    server.say("machine", step_seconds={}, guess_seconds=0.001, streams={})
+    until(lambda: server.control.speed is None)
+
+
+def test_reports_are_lines_of_json(capfd: pytest.CaptureFixture[str]) -> None:
+    module.print_line(Report("published", "tenant:a", version=3, gate={"accept_length": 1.5}))
+    assert json.loads(capfd.readouterr().out) == {
+        "state": "published",
+        "route": "tenant:a",
+        "version": 3,
+        "gate": {"accept_length": 1.5},
+    }

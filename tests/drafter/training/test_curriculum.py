@@ -1,0 +1,205 @@
+"""Which texts training draws, from a real store."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from slipstream.drafter.traffic.index import held_out
+from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.drafter.training.curriculum import Curriculum, Mix
+from slipstream.drafter.training.packing import Example
+
+PROMPT = 4
+KB = 1024
+EVEN = 500
+
+
+def sample(number: int, length: int = 10, **fields: Any) -> Sample:
+    """The text says which one it is; its features take 1 KB."""
+    known = {
+        "tenant": "",
+        "domain": "",
+        "target_version": 0,
+        "drafter_version": 0,
+        "time": 1e9 + number,
+        "tokens": np.full(PROMPT + length, number, np.int32),
+        "num_prompt": PROMPT,
+        "start": 0,
+        "features": torch.zeros(8, 1, KB // 16, dtype=torch.bfloat16),
+        "topk": None,
+        "greedy": True,
+    }
+    return Sample(**(known | fields))
+
+
+def prepare(found: Sample) -> Example | None:
+    assert found.features is not None
+    return Example(found.tokens, found.num_prompt, found.start, found.features)
+
+
+def numbers(examples: Sequence[Example]) -> list[int]:
+    return [int(example.tokens[-1]) for example in examples]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[TrafficStore]:
+    # The texts are from long ago.
+    store = TrafficStore(tmp_path / "store", max_age=1e12)
+    yield store
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrafficStore]:
+    """EVEN texts of one length."""
+    store = TrafficStore(tmp_path_factory.mktemp("even") / "store", max_age=1e12)
+    store.append([sample(number) for number in range(1, EVEN + 1)])
+    yield store
+    store.close()
+
+
+def trainable(store: TrafficStore) -> list[int]:
+    return [int(found.tokens[-1]) for found in store.samples(holdout=False)]
+
+
+def test_shares_of_the_mix(even: TrafficStore) -> None:
+    curriculum = Curriculum(even, prepare, mix=Mix(recent=100, replay=0.4, long=0.0))
+    assert curriculum.refresh() == 10 * len(trainable(even))
+    drawn = numbers(list(islice(curriculum.draw(), 3000)))
+    recent = set(trainable(even)[-100:])
+    # Replay draws recent ones, too, as often as any.
+    share = 0.6 + 0.4 * 100 / len(trainable(even))
+    assert sum(number in recent for number in drawn) / len(drawn) == pytest.approx(share, abs=0.04)
+    assert set(drawn) - recent
+
+
+def test_recent_texts_come_in_turn(even: TrafficStore) -> None:
+    curriculum = Curriculum(even, prepare, mix=Mix(recent=80, replay=0.0, long=0.0))
+    curriculum.refresh()
+    drawn = numbers(list(islice(curriculum.draw(), 160)))
+    assert sorted(drawn[:80]) == sorted(drawn[80:]) == sorted(trainable(even)[-80:])
+    assert drawn[:80] != drawn[80:]
+
+
+def test_long_texts_are_drawn_more_often(store: TrafficStore) -> None:
+    store.append([sample(number, length=3 + number % 40) for number in range(1, 200)])
+    curriculum = Curriculum(store, prepare, mix=Mix(replay=0.0, long=0.5))
+    curriculum.refresh()
+    lengths = [len(example.tokens) for example in islice(curriculum.draw(), 2000)]
+    quarter = sorted(len(found.tokens) for found in store.samples(holdout=False))[-len(trainable(store)) // 4]
+    assert sum(length >= quarter for length in lengths) / len(lengths) == pytest.approx(0.5 + 0.5 / 4, abs=0.06)
+
+
+def test_the_reservoir_is_an_even_sample_of_all_that_came(even: TrafficStore) -> None:
+    kept: Counter[int] = Counter()
+    all_of_them = trainable(even)
+    seeds, size = 30, 60
+    for seed in range(seeds):
+        curriculum = Curriculum(even, prepare, mix=Mix(recent=10, reservoir=size), seed=seed)
+        curriculum.refresh()
+        assert len(curriculum._reservoir) == size
+        kept.update(known.id for known in curriculum._reservoir)
+    fifth = len(all_of_them) // 5
+    ids = [found.id for found in even.samples(holdout=False)]
+    for part in range(5):
+        found = sum(kept[id_] for id_ in ids[part * fifth : (part + 1) * fifth])
+        expected = seeds * size / 5
+        assert abs(found - expected) < 5 * expected**0.5, "one part of the stream is preferred"
+
+
+def test_held_out_texts_are_never_drawn(even: TrafficStore) -> None:
+    curriculum = Curriculum(even, prepare)
+    curriculum.refresh()
+    drawn = set(numbers(list(islice(curriculum.draw(), 2000))))
+    held = numbers(curriculum.held_out(1000))
+    by_hash = {int(found.tokens[-1]) for found in even.samples() if held_out(found.id)}
+    assert set(held) == by_hash and len(held) > EVEN / 20
+    assert held == sorted(held, reverse=True), "latest first"
+    assert drawn.isdisjoint(held) and len(drawn) > EVEN / 2
+    assert numbers(curriculum.held_out(3)) == held[:3]
+
+
+def test_purged_texts_are_not_drawn_again(store: TrafficStore) -> None:
+    store.append([sample(number, tenant="stays" if number % 2 else "goes") for number in range(1, 101)])
+    curriculum = Curriculum(store, prepare)
+    curriculum.refresh()
+    texts = curriculum.draw()
+    assert {number % 2 for number in numbers(list(islice(texts, 100)))} == {0, 1}
+    store.purge("goes")
+    curriculum.drop()
+    assert {number % 2 for number in numbers(list(islice(texts, 300)))} == {1}
+    assert all(example.tokens[-1] % 2 for example in curriculum._cache.values())
+    store.purge("stays")
+    curriculum.drop()
+    assert list(texts) == [] and curriculum.num_texts == 0 and curriculum._cached == 0
+
+
+def test_purged_texts_that_nobody_dropped_end_nothing(store: TrafficStore) -> None:
+    store.append([sample(number, tenant="stays" if number % 2 else "goes") for number in range(1, 101)])
+    curriculum = Curriculum(store, prepare)
+    curriculum.refresh()
+    store.purge("goes")
+    assert {number % 2 for number in numbers(list(islice(curriculum.draw(), 300)))} == {1}
+
+
+def test_memory_is_bounded(even: TrafficStore) -> None:
+    curriculum = Curriculum(even, prepare, cache_bytes=20 * KB)
+    curriculum.refresh()
+    for _ in islice(curriculum.draw(), 300):
+        held = sum(example.features.nbytes for example in curriculum._cache.values())
+        assert held == curriculum._cached <= 20 * KB
+    assert len(curriculum._cache) == 20
+    curriculum.held_out(100)
+    assert curriculum._cached <= 20 * KB
+
+
+def test_only_what_belongs_to_the_route_is_counted_and_drawn(store: TrafficStore) -> None:
+    store.append([sample(number, domain="code" if number % 3 else "") for number in range(1, 91)])
+    curriculum = Curriculum(store, prepare, lambda found: found.domain == "code")
+    curriculum.refresh()
+    assert set(curriculum.counts) == {number for number in trainable(store) if number % 3}
+    assert all(number % 3 for number in numbers([*islice(curriculum.draw(), 200), *curriculum.held_out(50)]))
+
+
+def test_news_are_counted_once(store: TrafficStore) -> None:
+    store.append([sample(number) for number in range(1, 50)])
+    curriculum = Curriculum(store, prepare)
+    first = curriculum.refresh()
+    assert first == 10 * len(trainable(store)) and curriculum.refresh() == 0
+    last = curriculum.last_id
+    store.append([sample(number, greedy=False) for number in range(50, 200)])
+    assert curriculum.refresh() == 10 * len(trainable(store)) - first
+    assert not curriculum.is_greedy
+    resumed = Curriculum(store, prepare)
+    assert resumed.refresh(after=last) == 10 * len(trainable(store)) - first
+    assert resumed.tokens == curriculum.tokens == first + 10 * len([n for n in trainable(store) if n >= 50])
+
+
+def test_counts_fade_but_rare_tokens_stay_for_a_while(store: TrafficStore) -> None:
+    store.append([sample(number) for number in range(1, 20)])
+    curriculum = Curriculum(store, prepare)
+    curriculum.refresh()
+    token = trainable(store)[0]
+    curriculum.forget(0.5)
+    assert curriculum.counts[token] == 5
+    for _ in range(4):
+        curriculum.forget(0.5)
+    assert 0 < curriculum.counts[token] < 1
+
+
+def test_texts_that_cannot_be_used_end_drawing(even: TrafficStore) -> None:
+    curriculum = Curriculum(even, lambda found: None)
+    curriculum.refresh()
+    assert list(curriculum.draw()) == [] and curriculum.held_out(10) == []
+
+
+def test_short_answers_are_left_out(store: TrafficStore) -> None:
+    store.append([sample(number, length=2) for number in range(1, 30)])
+    curriculum = Curriculum(store, prepare)
+    assert curriculum.refresh() == 0 and curriculum.num_texts == 0

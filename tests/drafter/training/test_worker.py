@@ -1,0 +1,358 @@
+"""The training worker as the process it is, on a tiny target."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slipstream.drafter.registry.fingerprint import target_fingerprint
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.states import Version
+from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.drafter.training.checkpoint import Checkpoint
+from slipstream.engine.checkpoint import open_checkpoint
+
+MODULE = "slipstream.drafter.training.worker"
+SECONDS = 120.0
+"""More than anything takes here, on a loaded machine too."""
+Report = dict[str, Any]
+MakeSamples = Callable[..., list[Sample]]
+
+
+class Process:
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", MODULE, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        self._reports: queue.Queue[Report] = queue.Queue()
+        self._threads = [threading.Thread(target=self._read, daemon=True)]
+        self.errors = ""
+        self._threads.append(threading.Thread(target=self._read_errors, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def say(self, kind: str, **fields: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"type": kind, **fields}) + "\n")
+
+    def wait_for(self, *states: str, **fields: Any) -> Report:
+        """The next report of one of these states, with these fields."""
+        end = time.monotonic() + SECONDS
+        while (left := end - time.monotonic()) > 0:
+            try:
+                report = self._reports.get(timeout=min(left, 0.2))
+            except queue.Empty:
+                assert self.process.poll() is None, f"the worker ended: {self.errors}"
+                continue
+            if report["state"] in states and all(report.get(name) == value for name, value in fields.items()):
+                return report
+            assert report["state"] != "failed", report
+        raise AssertionError(f"no report of {states}; {self.errors}")
+
+    def reports(self) -> list[Report]:
+        """All that came since."""
+        found = []
+        while not self._reports.empty():
+            found.append(self._reports.get())
+        return found
+
+    def end(self) -> int:
+        """By the end of its input, as when the server ends."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        code = self.process.wait(SECONDS)
+        self._close()
+        return code
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(SECONDS)
+        self._close()
+
+    def _close(self) -> None:
+        for thread in self._threads:
+            thread.join(SECONDS)
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._reports.put(json.loads(line))
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        self.errors = self.process.stderr.read()
+
+
+class Workshop:
+    """A store, a registry, and workers between them."""
+
+    def __init__(self, folder: Path, target: Path) -> None:
+        self.store = TrafficStore(folder / "traffic")
+        self.registry = Registry(folder / "registry")
+        self.fingerprint = target_fingerprint(open_checkpoint(str(target)))
+        self.options = {
+            "model": str(target),
+            "traffic": str(folder / "traffic"),
+            "registry": str(folder / "registry"),
+            "mode": "idle",
+            "draft_vocab_size": 64,
+            "first_tokens": 1000,
+            "round_tokens": 20_000,
+            "epochs": 1e6,
+            "rows": 256,
+            "part_rows": 128,
+            "gate_texts": 40,
+            "threads": 1,
+            "learning_rate": 5e-3,
+            "checkpoint_steps": 5,
+            "background": False,  # else it starves on a loaded machine
+        }
+        self.workers: list[Process] = []
+
+    def start(self, **options: Any) -> Process:
+        self.workers.append(Process(self.options | options))
+        return self.workers[-1]
+
+    def checkpoint(self, name: str = "shared") -> dict[str, Any]:
+        state = Checkpoint(self.registry.folder / "training" / f"{name}.pt").load()
+        assert state is not None
+        return state
+
+    def train_first(self, worker: Process) -> Version:
+        """The first version that passes, made live."""
+        number = worker.wait_for("published")["version"]
+        return self.registry.promote(number)
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, target_folder: Path) -> Iterator[Workshop]:
+    workshop = Workshop(tmp_path, target_folder)
+    yield workshop
+    for worker in workshop.workers:
+        if worker.process.poll() is None:
+            worker.kill()
+    workshop.store.close()
+
+
+def test_it_learns_publishes_and_goes_on_after_a_kill(workshop: Workshop, traffic: MakeSamples) -> None:
+    samples = traffic(150)
+    workshop.store.append(samples[:10])
+    worker = workshop.start()
+    worker.wait_for("waiting")
+    assert not workshop.registry.list(), "there is too little to learn from"
+    workshop.store.append(samples[10:])
+    first = workshop.train_first(worker)
+    manifest = first.manifest
+    assert manifest.origin == "trained" and manifest.target == workshop.fingerprint
+    assert manifest.training.tokens >= 20_000 and manifest.training.steps > 10 and manifest.training.samples > 100
+    assert manifest.training.began is not None and manifest.training.ended is not None
+    assert manifest.training.began <= manifest.training.ended
+    assert manifest.gate["accept_length"] > 1.2 and manifest.gate["live_accept_length"] == 1.0
+    assert manifest.gate["least_ratio"] > 1 and manifest.gate["texts"] >= 8
+
+    second = worker.wait_for("published")
+    manifest = workshop.registry.get(second["version"]).manifest
+    assert manifest.parent == first.version, "lineage"
+    assert manifest.gate["live_accept_length"] == pytest.approx(first.manifest.gate["accept_length"])
+    assert manifest.gate["accept_length"] > manifest.gate["live_accept_length"]
+    assert second["tokens_per_second"] > 0
+
+    worker.wait_for("training")
+    before = workshop.checkpoint()["trainer"]["step"]
+    worker.kill()
+    reopened = Registry(workshop.registry.folder)
+    for version in reopened.list():
+        reopened.open_version(version.version, workshop.fingerprint)
+    again = workshop.start()
+    report = again.wait_for("training")
+    assert report["step"] > before, "training began anew"
+    assert report["tokens"] < 20_000, "what was learned before the kill is not the new process's speed"
+    assert again.end() == 0
+    assert workshop.checkpoint()["trainer"]["step"] >= report["step"]
+
+
+def test_it_stops_for_requests_and_goes_on_when_it_is_calm(workshop: Workshop, traffic: MakeSamples) -> None:
+    workshop.store.append(traffic(120))
+    worker = workshop.start(round_tokens=10_000_000, checkpoint_steps=1)
+    worker.wait_for("training")
+    worker.say("load", running=3)
+    worker.wait_for("paused")
+    # Nothing is computed from here on, for however long: not one part, and not one step.
+    worker.reports()
+    step = workshop.checkpoint()["trainer"]["step"]
+    time.sleep(1.5)
+    assert worker.reports() == []
+    assert workshop.checkpoint()["trainer"]["step"] <= step + 1, "the one that was being written"
+    worker.say("load", running=0)
+    assert worker.wait_for("training")["step"] > step
+    assert worker.end() == 0
+
+
+def test_load_is_nothing_to_a_worker_that_always_trains(workshop: Workshop, traffic: MakeSamples) -> None:
+    workshop.store.append(traffic(120))
+    worker = workshop.start(mode="always")
+    worker.say("load", running=32)
+    first = workshop.train_first(worker)
+    worker.say("pause", paused=True)
+    worker.wait_for("paused")
+    assert first.manifest.gate["accept_length"] > 1
+    assert worker.end() == 0, "a paused worker ends, too"
+
+
+def test_tokens_are_enough(workshop: Workshop, traffic: MakeSamples) -> None:
+    workshop.store.append(traffic(120, features=False))
+    version = workshop.train_first(workshop.start())
+    assert version.manifest.gate["accept_length"] > 1.2
+
+
+def test_a_route_gets_a_head_of_its_own(workshop: Workshop, traffic: MakeSamples) -> None:
+    other = [replace(sample, domain="code/py") for sample in traffic(120, seed=1)]
+    workshop.store.append(other)
+    worker = workshop.start(routes=["", "domain:code/py"], first_tokens=3000)
+    number = worker.wait_for("published", route="domain:code/py")["version"]
+    version = workshop.registry.get(number)
+    assert (version.route, version.state) == ("domain:code/py", "candidate")
+    assert version.manifest.parent is None
+    assert worker.end() == 0
+    assert workshop.checkpoint("domain%3Acode%2Fpy")["trainer"]["step"] > 0
+    assert workshop.checkpoint("shared")["trainer"]["step"] > 0
+
+
+def test_a_bad_candidate_is_refused_and_a_good_one_is_not(workshop: Workshop, traffic: MakeSamples) -> None:
+    workshop.store.append(traffic(150))
+    worker = workshop.start()
+    good = workshop.train_first(worker)
+    better = workshop.registry.get(worker.wait_for("published")["version"])
+    worker.kill()
+    for version in workshop.registry.list():
+        if version.state == "candidate":
+            workshop.registry.retire(version.version)
+    config, tensors = workshop.registry.open_version(better.version, workshop.fingerprint)
+    generator = torch.Generator().manual_seed(0)
+    shuffled = {
+        name: tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view_as(tensor)
+        if name.endswith("weight") and tensor.ndim == 2
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    bad = workshop.registry.add(config, shuffled, target=workshop.fingerprint, origin="imported")
+    taps = replace(config, taps=tuple(tap - 1 for tap in config.taps))
+    strange = workshop.registry.add(taps, tensors, target=workshop.fingerprint, origin="imported")
+    foreign = workshop.registry.add(config, tensors, target="another model", origin="imported")
+    fine = workshop.registry.add(config, tensors, target=workshop.fingerprint, origin="imported")
+    judging = workshop.start(first_tokens=10_000_000)
+    assert judging.wait_for("refused", version=bad.version)["gate"]["accept_length"] < 1.3
+    assert judging.wait_for("published", version=fine.version)["gate"]["least_ratio"] > 1
+    assert judging.end() == 0
+    states = {number: workshop.registry.get(number).state for number in (bad.version, foreign.version, fine.version)}
+    assert states == {bad.version: "retired", foreign.version: "retired", fine.version: "candidate"}
+    assert workshop.registry.history(bad.version)[-1].reason.startswith("gate: not better")
+    assert workshop.registry.get(bad.version).metrics["least_ratio"] < 1
+    assert "layers" in workshop.registry.history(strange.version)[-1].reason
+    live = workshop.registry.live()
+    assert live is not None and live.version == good.version
+
+
+def test_nothing_is_trained_while_a_version_is_on_trial(workshop: Workshop, traffic: MakeSamples) -> None:
+    workshop.store.append(traffic(150))
+    worker = workshop.start()
+    workshop.train_first(worker)
+    second = worker.wait_for("published")["version"]
+    worker.kill()
+    workshop.registry.start_canary(second)
+    waiting = workshop.start()
+    waiting.say("train", reason="drift")
+    waiting.wait_for("waiting")
+    waiting.wait_for("waiting")
+    assert not [report for report in waiting.reports() if report["state"] != "waiting"]
+    workshop.registry.roll_back(reason="worse")
+    # What was learned after it is left, too: training begins with what is live.
+    report = waiting.wait_for("training")
+    assert report["step"] < workshop.checkpoint()["trainer"]["step"] or report["step"] <= 20
+    assert waiting.end() == 0
+
+
+def test_training_ends_where_the_traffic_is_learned(workshop: Workshop, traffic: MakeSamples) -> None:
+    workshop.store.append(traffic(60))
+    worker = workshop.start(epochs=3.0, round_tokens=2000)
+    worker.wait_for("published", "refused")
+    report = worker.wait_for("waiting")
+    while report["tokens"] < 3 * 34 * 40:
+        report = worker.wait_for("waiting", "training")
+    step = worker.wait_for("waiting")["tokens"]
+    assert worker.wait_for("waiting")["tokens"] == step
+    assert worker.end() == 0
+    again = workshop.start(epochs=3.0, round_tokens=2000)
+    assert again.wait_for("waiting", "training")["state"] == "waiting", "it was learned before the restart"
+    again.say("train")
+    again.wait_for("training", "published", "refused")
+    assert again.end() == 0
+
+
+def test_told_to_finish_it_judges_what_it_has(workshop: Workshop, traffic: MakeSamples) -> None:
+    workshop.store.append(traffic(150))
+    worker = workshop.start(round_tokens=10_000_000)
+    while worker.wait_for("training")["tokens"] < 4000:
+        pass
+    worker.say("finish")
+    worker.wait_for("published")
+    assert worker.process.wait(SECONDS) == 0
+    assert len(workshop.registry.list()) == 1
+    worker.kill()
+
+
+def test_what_cannot_work_is_said(workshop: Workshop, tmp_path: Path) -> None:
+    worker = workshop.start(model=str(tmp_path / "nowhere"))
+    assert worker.process.wait(SECONDS) == 2
+    worker.kill()
+    [report] = worker.reports()
+    assert report["state"] == "failed" and "nowhere" in report["message"]
+
+
+@pytest.mark.slow
+def test_killed_at_a_hundred_moments(workshop: Workshop, traffic: MakeSamples) -> None:
+    """Whatever the moment: the registry is readable, its versions whole, and training goes on."""
+    workshop.store.append(traffic(150))
+    rng = random.Random(0)
+    # Short rounds, so that many moments fall into writing.
+    options = {"round_tokens": 256, "checkpoint_steps": 1, "gate_texts": 12, "mode": "always"}
+    steps: list[int] = []
+    for _ in range(100):
+        worker = workshop.start(**options)
+        worker.wait_for("training", "published", "refused", "gating")
+        time.sleep(rng.uniform(0, 0.5))
+        worker.kill()
+        registry = Registry(workshop.registry.folder)
+        versions = registry.list()
+        for version in versions[-3:]:
+            registry.open_version(version.version, workshop.fingerprint)
+        assert set((registry.folder / "versions").iterdir()) == {registry.path(each.version) for each in versions}
+        if versions and versions[-1].state == "candidate" and rng.random() < 0.2:
+            registry.promote(versions[-1].version)
+        file = registry.folder / "training" / "shared.pt"
+        if file.exists():
+            steps.append(workshop.checkpoint()["trainer"]["step"])
+    assert steps == sorted(steps) and steps[-1] > 100, "training goes on from its checkpoints"
+    assert len(registry.list()) > 5

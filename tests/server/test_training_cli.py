@@ -1,0 +1,104 @@
+"""``slipstream drafter train`` and ``eval`` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.errors import ConfigError
+from slipstream.server.cli import app
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+
+
+def text(seed: int) -> Sample:
+    """Tokens that count up; only they are kept."""
+    tokens = (np.arange(40, dtype=np.int32) + seed) % 96
+    return Sample("", "", 0, 0, time.time(), tokens, 6, 0, None, None, True)
+
+
+class Cli:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._options = ["--registry", str(folder / "registry"), "--model", str(folder / "model")]
+
+    def __call__(self, *arguments: object) -> str:
+        store = ("--traffic-folder", str(self.folder / "traffic"))
+        done = CliRunner().invoke(app, ["drafter", *map(str, arguments), *store, *self._options, "--threads", "1"])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    def json(self, *arguments: object) -> Any:
+        return json.loads(self(*arguments, "--json"))
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(MODEL))
+    save_file(dict(dummy_tensors(MODEL, 0)), folder / "model" / "model.safetensors")
+    store = TrafficStore(folder / "traffic")
+    store.append([text(number) for number in range(150)])
+    store.close()
+    return Cli(folder)
+
+
+def test_training_ends_with_a_live_version_that_eval_finds_better_than_none(cli: Cli) -> None:
+    trained = cli.json("train", "--minutes", 0.2, "--round-tokens", 20_000)
+    assert trained["tokens"] > 0 and trained["versions"]
+    registry = Registry(cli.folder / "registry")
+    live = registry.live()
+    assert live is not None and live.version == trained["versions"][-1]["version"]
+    gate = live.manifest.gate
+
+    found = cli.json("eval", live.version)
+    assert found["live"] == live.version and not found["verdict"]["passes"], "not better than itself"
+    assert found["verdict"]["accept_length"] == pytest.approx(gate["accept_length"])
+    assert found["accept_lengths"] == found["live_accept_lengths"]
+    assert found["accept_lengths"][-1] > 1
+
+    registry.retire(live.version)
+    by_folder = cli.json("eval", registry.path(live.version))
+    assert by_folder["live"] is None and by_folder["verdict"]["passes"]
+    assert by_folder["accept_lengths"] == found["accept_lengths"]
+    assert by_folder["live_accept_lengths"] == [1.0, 1.0, 1.0]
+    output = cli("eval", live.version)
+    assert "no drafter" in output and "passes the gate" in output and "3 guesses" in output
+
+    again = cli.json("train", "--minutes", 0.05, "--no-promote")
+    assert again["tokens"] > 0 and registry.live() is None
+
+
+def test_what_cannot_work_is_said(cli: Cli, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no texts for tenant:nobody"):
+        cli("train", "--minutes", 0.02, "--route", "tenant:nobody")
+    with pytest.raises(ConfigError, match="write tenant:NAME"):
+        cli("train", "--minutes", 1, "--route", "nobody")
+    with pytest.raises(ConfigError, match="held-out"):
+        cli("eval", 1, "--route", "tenant:nobody")
+    with pytest.raises(ConfigError, match="no traffic store"):
+        Cli(tmp_path)("train", "--minutes", 1)
+    assert not (tmp_path / "traffic").exists()
