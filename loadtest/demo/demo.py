@@ -114,7 +114,11 @@ class Demo:
             after_depth, traffic = await self._probe(str(options.version_folder(watch.live).absolute()))
             after = Measured(after.off, after.head, after_depth)
             self._enter("scoring the same answers offline")
-            offline = await self._evaluate(watch.live, traffic)
+            try:
+                offline = await self._evaluate(watch.live, traffic)
+            except ClientError as error:
+                # What was measured is told all the same.
+                self._say(str(error))
         return Result(
             options=options,
             minutes=self._minute(),
