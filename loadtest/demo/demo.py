@@ -114,7 +114,11 @@ class Demo:
             after_depth, traffic = await self._probe(str(options.version_folder(watch.live).absolute()))
             after = Measured(after.off, after.head, after_depth)
             self._enter("scoring the same answers offline")
-            offline = await self._evaluate(watch.live, traffic)
+            try:
+                offline = await self._evaluate(watch.live, traffic)
+            except ClientError as error:
+                # What was measured is told all the same.
+                self._say(str(error))
         return Result(
             options=options,
             minutes=self._minute(),
@@ -140,10 +144,10 @@ class Demo:
         self._enter(f"measuring the accept length of {'a cold head' if drafter == 'cold' else 'the evolved head'}")
         async with self._server(self._options.probe(drafter, traffic), "probe"), self._connect() as target:
             if not self._heldout.requests:
-                await self._draw(target)
+                await self._draw()
             return await self._heldout.measure(target, "head"), traffic
 
-    async def _draw(self, target: Target) -> None:
+    async def _draw(self) -> None:
         """The first prompts of the workload are held out; none comes twice."""
         options = self._options
         described = WorkloadOptions(

@@ -48,7 +48,7 @@ class Result:
     before: Measured
     after: Measured
     offline_accept_length: float | None
-    """The gate's figure for the live version and the held-out answers."""
+    """The gate's figure for the live version and the held-out answers; None without a live version."""
     watch: Watch
     glances: Sequence[Glance]
     sent: int
@@ -64,7 +64,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        return self.watch.live > 0 and not self.failed and not self.differing
+        return self.offline_accept_length is not None and not self.failed and not self.differing
 
     def fields(self) -> dict[str, Any]:
         watch, options = self.watch, self.options

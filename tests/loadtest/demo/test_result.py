@@ -102,7 +102,7 @@ async def test_before_and_after_are_in_the_table(tmp_path):
 
 async def test_what_went_wrong_is_no_success(tmp_path):
     assert not (await result(tmp_path, failed=1)).ok
-    assert not (await result(tmp_path, watch=await watched(status(0)))).ok
+    assert not (await result(tmp_path, watch=await watched(status(0)), offline_accept_length=None)).ok
     changed = Measured(answers(50, 0), answers(60, 50, "another"), answers(60, 50))
     other = await result(tmp_path, after=changed)
     assert (other.differing, other.ok) == (2, False)
