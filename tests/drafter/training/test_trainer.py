@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_training_resumes_whatever_order_the_tensors_come_in(
     head = through.head
     turned = dict(reversed(head.tensors().items()))
     resumed = Trainer(TrainableHead(head.config, target, head._embedding, turned, torch.float32), TrainOptions())
-    resumed.resume(through.state())
+    resumed.resume(copy.deepcopy(through.state()))
     for trainer in (through, resumed):
         trainer.learn([[text]])
     for name, tensor in through.published().items():

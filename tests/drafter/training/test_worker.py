@@ -280,7 +280,8 @@ def test_nothing_is_trained_while_a_version_is_on_trial(workshop: Workshop, traf
     worker = workshop.start()
     workshop.train_first(worker)
     second = worker.wait_for("published")["version"]
-    worker.kill()
+    worker.end()
+    learned = workshop.checkpoint()["trainer"]["step"]
     workshop.registry.start_canary(second)
     waiting = workshop.start()
     waiting.say("train", reason="drift")
@@ -289,8 +290,7 @@ def test_nothing_is_trained_while_a_version_is_on_trial(workshop: Workshop, traf
     assert not [report for report in waiting.reports() if report["state"] != "waiting"]
     workshop.registry.roll_back(reason="worse")
     # What was learned after it is left, too: training begins with what is live.
-    report = waiting.wait_for("training")
-    assert report["step"] < workshop.checkpoint()["trainer"]["step"] or report["step"] <= 20
+    assert waiting.wait_for("training")["step"] < learned
     assert waiting.end() == 0
 
 
@@ -354,5 +354,5 @@ def test_killed_at_a_hundred_moments(workshop: Workshop, traffic: MakeSamples) -
         file = registry.folder / "training" / "shared.pt"
         if file.exists():
             steps.append(workshop.checkpoint()["trainer"]["step"])
-    assert steps == sorted(steps) and steps[-1] > 100, "training goes on from its checkpoints"
+    assert steps == sorted(steps) and steps[-1] > 50, "training goes on from its checkpoints"
     assert len(registry.list()) > 5
