@@ -217,6 +217,8 @@ class Demo:
             await replay.run(
                 TRIAL_STREAMS, lambda: not watch.on_trial or monotonic() > until, speculation=speculation, max_tokens=64
             )
+            # A promoted version is loaded, and seen here, within so long.
+            await asyncio.sleep(3)
 
     async def _settle(self, watch: Watch, replay: Replay, admin: AdminClient) -> None:
         """What is being judged may still go live; then training stops."""
