@@ -136,8 +136,10 @@ class Workshop:
         return self.workers[-1]
 
     def checkpoint(self, name: str = "shared") -> dict[str, Any]:
-        state = Checkpoint(self.registry.folder / "training" / f"{name}.pt").load()
-        assert state is not None
+        end = time.monotonic() + SECONDS
+        while (state := Checkpoint(self.registry.folder / "training" / f"{name}.pt").load()) is None:
+            assert time.monotonic() < end, "no checkpoint"
+            time.sleep(0.01)
         return state
 
     def train_first(self, worker: Process) -> Version:
