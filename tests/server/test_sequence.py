@@ -28,7 +28,7 @@ def tokenizer() -> Tokenizer:
 class Aborts(list[int]):
     """Stands for the engine client, of which a stream needs only this."""
 
-    def abort(self, request_ids: list[int]) -> None:
+    def abort(self, request_ids: list[int], stopped: bool = False) -> None:
         self.extend(request_ids)
 
 
