@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -43,7 +44,24 @@ class _Pending:
     """Features that the head has not seen: positions start, start + 1, …, as the head reads them."""
 
     start: int
-    fused: Tensor  # [positions, hidden]
+    parts: deque[Tensor]
+    """[positions, hidden] of one step each: put together only when the head is asked, which may be never."""
+    count: int
+    """Positions in all parts."""
+
+    def add(self, rows: Tensor) -> None:
+        """Of the next positions; of more than can wait, the last."""
+        self.parts.append(rows)
+        self.count += len(rows)
+        while self.count > MOST_PENDING:
+            first = self.parts[0]
+            left_out = min(self.count - MOST_PENDING, len(first))
+            if left_out == len(first):
+                self.parts.popleft()
+            else:
+                self.parts[0] = first[left_out:]
+            self.start += left_out
+            self.count -= left_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,18 +208,14 @@ class HeadDrafter(ChainDrafter, LearnedDrafter):
         parts = torch.split(fused, [len(entry.features) for entry in computed])
         for entry, rows in zip(computed, parts, strict=True):
             pending = entry.row.memory.get(self.name)
-            if isinstance(pending, _Pending) and pending.start + len(pending.fused) == entry.start:
-                rows = torch.cat((pending.fused, rows))
-                entry_start = pending.start
-            else:
-                entry_start = entry.start
-            left_out = max(len(rows) - MOST_PENDING, 0)
-            entry.row.memory[self.name] = _Pending(entry_start + left_out, rows[left_out:])
+            if not (isinstance(pending, _Pending) and pending.start + pending.count == entry.start):
+                pending = entry.row.memory[self.name] = _Pending(entry.start, deque(), 0)
+            pending.add(rows)
 
     def _is_ready(self, row: DraftRow) -> bool:
         """Whether the features up to the last but one token, after which the next guess comes, are at hand."""
         pending = row.memory.get(self.name)
-        return isinstance(pending, _Pending) and pending.start + len(pending.fused) == row.length - 1
+        return isinstance(pending, _Pending) and pending.start + pending.count == row.length - 1
 
     def _catch_up(self, rows: Sequence[DraftRow]) -> Tensor:
         """Shows the head what the target computed since it was asked last; its output at the last positions."""
@@ -211,10 +225,10 @@ class HeadDrafter(ChainDrafter, LearnedDrafter):
             assert isinstance(pending, _Pending)
             pendings.append(pending)
         ids = np.concatenate([row.known[pending.start + 1 :] for row, pending in zip(rows, pendings, strict=True)])
-        counts = np.array([len(pending.fused) for pending in pendings], np.int32)
+        counts = np.array([pending.count for pending in pendings], np.int32)
         ends = np.array([row.length - 1 for row in rows], np.int32)
         batch = self._batch(rows, ids, counts, ends)
-        hidden = self._head.network.forward(batch, torch.cat([pending.fused for pending in pendings]))
+        hidden = self._head.network.forward(batch, torch.cat([part for pending in pendings for part in pending.parts]))
         return hidden[np.cumsum(counts) - 1]
 
     @property
