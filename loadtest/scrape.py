@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from time import perf_counter
+from typing import Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -26,7 +27,16 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
+class _Counters:
+    """Of numbers that only grow; the difference of two is what came in between."""
+
+    def __sub__(self, earlier: Self) -> Self:
+        values = {field.name: getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)}
+        return replace(self, **values)
+
+
+@dataclass(frozen=True, slots=True)
+class Steps(_Counters):
     """What the engine did since it was started; the difference of two is what it did in between."""
 
     count: float
@@ -35,28 +45,14 @@ class Steps:
     overhead_cpu_seconds: float
     """CPU time of the engine on everything else."""
 
-    def __sub__(self, earlier: Steps) -> Steps:
-        return Steps(
-            self.count - earlier.count,
-            self.model_seconds - earlier.model_seconds,
-            self.overhead_cpu_seconds - earlier.overhead_cpu_seconds,
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class Speculation:
+class Speculation(_Counters):
     """What became of guesses since the server was started; the difference of two is what did in between."""
 
     drafts: float
     draft_tokens: float
     accepted_tokens: float
-
-    def __sub__(self, earlier: Speculation) -> Speculation:
-        return Speculation(
-            self.drafts - earlier.drafts,
-            self.draft_tokens - earlier.draft_tokens,
-            self.accepted_tokens - earlier.accepted_tokens,
-        )
 
 
 def parse_load(text: str) -> Load | None:

@@ -22,6 +22,7 @@ from slipstream.drafter.registry.registry import Registry, default_folder
 from slipstream.drafter.registry.states import Version
 from slipstream.drafter.traffic.index import TrafficIndex
 from slipstream.engine.errors import ConfigError, ModelError
+from slipstream.server.evolution.config import check_route
 
 drafter_app = typer.Typer(
     help="List, compare, train, evaluate, promote, exchange and delete the versions of a drafter.",
@@ -229,6 +230,8 @@ def train(
     from slipstream.drafter.training.course import WorkerOptions
     from slipstream.drafter.training.worker import Worker
 
+    if route:
+        check_route(route, "route")
     TrafficIndex(traffic_folder).close()  # says so where there is none
     versions = Registry(registry)
     options = WorkerOptions(
@@ -236,7 +239,7 @@ def train(
         lineage=target_lineage,
         traffic=str(traffic_folder),
         registry=str(registry),
-        routes=(check_route(route),),
+        routes=(route,),
         loss=None if loss == "auto" else loss,
         first_tokens=1,
         round_tokens=round_tokens,
@@ -307,6 +310,8 @@ def evaluate_head(
     from slipstream.drafter.training.course import WorkerOptions
     from slipstream.drafter.training.evaluate import evaluate
 
+    if route:
+        check_route(route, "route")
     if threads:
         torch.set_num_threads(threads)
     options = WorkerOptions(
@@ -314,7 +319,7 @@ def evaluate_head(
         lineage=target_lineage,
         traffic=str(traffic_folder),
         registry=str(registry),
-        routes=(check_route(route),),
+        routes=(route,),
         gate_texts=texts,
         depth=depth,
     )
@@ -335,12 +340,6 @@ def evaluate_head(
     show_table(table)
     what = "passes the gate" if verdict.passes else "does not pass the gate"
     print(f"{what}: at least {verdict.least_ratio:.3f} times the live one with 97.5 %, on {verdict.texts} texts")
-
-
-def check_route(route: str) -> str:
-    if route and (not route.startswith(("tenant:", "domain:")) or route.endswith(":")):
-        raise ConfigError(f"--route {route}: write tenant:NAME or domain:NAME")
-    return route
 
 
 def report(version: Version, what: str, as_json: bool) -> None:

@@ -122,7 +122,7 @@ class HeadDrafter(ChainDrafter, LearnedDrafter):
         network = make_network(self._config, host)
         network.stage(self._tensors)
         network.swap()
-        self._heads[SHARED] = self._head = _Head(network, self._first_version, self._guessable(self._tensors))
+        self._heads[SHARED] = self._head = _Head(network, self._first_version, _guessable(self._config, self._tensors))
         self._tensors = {}
 
     @property
@@ -148,7 +148,7 @@ class HeadDrafter(ChainDrafter, LearnedDrafter):
         self._require_same_sizes(config)
         network = self._new_network(target.device) if head is None else head.network
         network.stage(tensors)
-        ready = _Head(network, version, self._guessable(tensors))
+        ready = _Head(network, version, _guessable(config, tensors))
 
         def swap() -> None:
             network.swap()
@@ -177,11 +177,6 @@ class HeadDrafter(ChainDrafter, LearnedDrafter):
                 raise ModelError(
                     f"the drafter does not fit the running one: its {field.name} is {theirs}, the running one's {ours}"
                 )
-
-    def _guessable(self, tensors: Mapping[str, Tensor]) -> Int32:
-        count = self._config.draft_vocab_size
-        offsets = tensors.get("d2t", torch.zeros(count))
-        return (offsets.long() + torch.arange(count)).numpy().astype(np.int32)
 
     def _by_route(self, rows: Sequence[DraftRow]) -> Iterator[list[int]]:
         """Places of rows that share a head, which drafts meanwhile."""
@@ -246,3 +241,7 @@ class HeadDrafter(ChainDrafter, LearnedDrafter):
 
     def _position(self, row: DraftRow) -> int:
         return row.length - 1  # with the token at this place and the output before it
+
+
+def _guessable(config: HeadConfig, tensors: Mapping[str, Tensor]) -> Int32:
+    return layout.draft_tokens(config, tensors).numpy().astype(np.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -222,14 +222,12 @@ def from_target(config: HeadConfig, target: Mapping[str, Tensor], draft_tokens: 
     tokens = torch.tensor(sorted(set(draft_tokens)))
     if len(tokens) != config.draft_vocab_size or tokens[0] < 0 or tokens[-1] >= config.vocab_size:
         raise ModelError(f"a head needs {config.draft_vocab_size} different tokens of the vocabulary to guess from")
-    output = target["lm_head.weight" if "lm_head.weight" in target else "model.embed_tokens.weight"]
     tensors = {
         "fc.weight": torch.eye(config.hidden).repeat(1, len(config.taps)),
         LAYER + "hidden_norm.weight": target[prefix + "input_layernorm.weight"],
         "norm.weight": target["model.norm.weight"],
-        "lm_head.weight": output[tokens],
-        "d2t": tokens - torch.arange(len(tokens)),
-        "t2d": torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, tokens, True),
+        "lm_head.weight": target[output_name(target)][tokens],
+        **draft_maps(tokens, config.vocab_size),
     }
     tensors["fc.weight"][:, : -config.hidden] = 0
     for name, shape in config.shapes.items():
@@ -242,6 +240,25 @@ def from_target(config: HeadConfig, target: Mapping[str, Tensor], draft_tokens: 
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     check(config, tensors)
     return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def output_name(names: Container[str]) -> str:
+    """Of the target's output matrix: the embeddings themselves where a checkpoint has no other."""
+    return "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
+
+
+def draft_maps(draft_tokens: Tensor, vocab_size: int) -> dict[str, Tensor]:
+    """``d2t`` and ``t2d`` for a head that guesses these tokens, which must ascend."""
+    return {
+        "d2t": draft_tokens - torch.arange(len(draft_tokens)),
+        "t2d": torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, draft_tokens, True),
+    }
+
+
+def draft_tokens(config: HeadConfig, tensors: Mapping[str, Tensor]) -> Tensor:
+    """[draft vocabulary] int64: the target's tokens that a head guesses; without ``d2t``, all of them."""
+    guesses = torch.arange(config.draft_vocab_size)
+    return tensors["d2t"].long() + guesses if "d2t" in tensors else guesses
 
 
 def _last_index(target: Mapping[str, Tensor]) -> int:
@@ -263,10 +280,9 @@ def check(config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
             raise ModelError(f"the drafter's weights lack {name!r}")
         if tuple(tensors[name].shape) != shape:
             raise ModelError(f"the drafter's {name!r} has shape {list(tensors[name].shape)}, not {list(shape)}")
-    if "d2t" in tensors:
-        tokens = tensors["d2t"].long() + torch.arange(config.draft_vocab_size)
-        if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
-            raise ModelError("the drafter's 'd2t' maps to tokens outside the vocabulary")
+    tokens = draft_tokens(config, tensors)
+    if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
+        raise ModelError("the drafter's 'd2t' maps to tokens outside the vocabulary")
     for name, tensor in tensors.items():
         parts = torch.split(tensor.flatten(), 1 << 18) if tensor.is_floating_point() else ()
         if not all(bool(part.isfinite().all()) for part in parts):

@@ -100,6 +100,10 @@ class Registry:
         """What the route's requests are to be drafted with; no fallback to the shared one."""
         return self._in_state("live", route)
 
+    def serving(self, route: str = "") -> Version | None:
+        """What drafts for a route's requests: the shared version where it has none of its own."""
+        return self.live(route) or (self.live() if route else None)
+
     def canary(self, route: str = "") -> Version | None:
         """What a share of the route's requests is to be drafted with."""
         return self._in_state("canary", route)

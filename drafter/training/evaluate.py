@@ -11,7 +11,7 @@ from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.version_folder import read_folder
 from slipstream.drafter.traffic.store import TrafficStore
 from slipstream.drafter.training.course import Course, WorkerOptions
-from slipstream.drafter.training.gate import Score, Verdict, judge, score
+from slipstream.drafter.training.gate import Verdict, judge, score
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.target import Target
 from slipstream.engine.errors import ConfigError
@@ -46,9 +46,9 @@ def evaluate(
     if not texts:
         raise ConfigError(f"{options.traffic} has no held-out text to evaluate on: one in ten is held out of training")
     found = score(trainable, texts, options.depth)
-    live = (registry.live(route) or registry.live("")) if registry is not None else None
+    live = registry.serving(route) if registry is not None else None
     if live is None:
-        compared = Score.without_guesses(found)
+        compared = found.without_guesses()
     else:
         compared = score(_open(live.version, target, registry), texts, options.depth)
     lengths = [tuple(each.accept_length(depth) for depth in range(1, options.depth + 1)) for each in (found, compared)]

@@ -36,10 +36,9 @@ class Score:
         steps = int(self.steps[:, depth].sum())
         return int(self.tokens.sum()) / steps if steps else math.nan
 
-    @staticmethod
-    def without_guesses(score: Score) -> Score:
+    def without_guesses(self) -> Score:
         """The same texts with nobody guessing."""
-        return Score(score.tokens, np.repeat(score.tokens[:, None], score.steps.shape[1], axis=1))
+        return Score(self.tokens, np.repeat(self.tokens[:, None], self.steps.shape[1], axis=1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import LAYER, HeadConfig
 from slipstream.drafter.training.packing import Pack
 from slipstream.engine.models.config import DecoderConfig, rope_tables
 from slipstream.kernels import reference
 
-FROZEN = ("lm_head.weight",)
-"""Shared with the target in spirit: rows of its own head, which learning does not touch unless asked."""
+OUTPUT = "lm_head.weight"
+"""Rows of the target's own output matrix, which learning does not touch."""
 
 
 class TrainableHead:
@@ -27,7 +28,6 @@ class TrainableHead:
         embedding: Tensor,
         tensors: Mapping[str, Tensor],
         dtype: torch.dtype = torch.bfloat16,
-        train_lm_head: bool = False,
     ) -> None:
         """``embedding`` [vocabulary, hidden] is the target's, frozen; ``tensors`` in the published layout."""
         self.config = config
@@ -37,16 +37,14 @@ class TrainableHead:
             name: tensor.detach().clone().float() for name, tensor in tensors.items() if tensor.is_floating_point()
         }
         self.maps = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
-        frozen = () if train_lm_head else FROZEN
         # In one order wherever the tensors come from: the state of optimizers goes by it.
-        self.trained = sorted(name for name in self.weights if name not in frozen)
+        self.trained = sorted(name for name in self.weights if name != OUTPUT)
         for name in self.trained:
             self.weights[name].requires_grad_(True)
         # As long as the target's: some published heads state only the length they were trained with.
         self._cos, self._sin = rope_tables(config.as_decoder(target), target.shape.max_positions)
         self._cast: dict[str, Tensor] = {}
-        offsets = self.maps.get("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-        self._map(offsets + torch.arange(config.draft_vocab_size))
+        self._map(layout.draft_tokens(config, tensors))
 
     def _map(self, draft_tokens: Tensor) -> None:
         self.to_target = draft_tokens
@@ -58,19 +56,15 @@ class TrainableHead:
 
         Nothing learned is lost as long as the rows are the target's own.
         """
-        assert "lm_head.weight" not in self.trained and len(draft_tokens) == self.config.draft_vocab_size
-        self.weights["lm_head.weight"] = output[draft_tokens].float()
-        mask = torch.zeros(self.config.vocab_size, dtype=torch.bool)
-        self.maps = {
-            "d2t": draft_tokens - torch.arange(len(draft_tokens)),
-            "t2d": mask.index_fill_(0, draft_tokens, True),
-        }
+        assert len(draft_tokens) == self.config.draft_vocab_size
+        self.weights[OUTPUT] = output[draft_tokens].float()
+        self.maps = layout.draft_maps(draft_tokens, self.config.vocab_size)
         self._map(draft_tokens)
 
     def guesses_with(self, output: Tensor) -> bool:
         """Whether the head's rows are the target's own; if not, ``guess_from`` would lose what is in them."""
         rows = output[self.to_target].to(torch.bfloat16)
-        return "lm_head.weight" not in self.trained and torch.equal(self.weights["lm_head.weight"].bfloat16(), rows)
+        return torch.equal(self.weights[OUTPUT].bfloat16(), rows)
 
     def tensors(self) -> dict[str, Tensor]:
         """In the published layout, detached."""
@@ -109,7 +103,7 @@ class TrainableHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, draft vocabulary]."""
-        return functional.linear(self._norm(hidden, "norm.weight"), self._cast["lm_head.weight"])
+        return functional.linear(self._norm(hidden, "norm.weight"), self._cast[OUTPUT])
 
     def _inputs(self, token_ids: Tensor, hidden: Tensor) -> Tensor:
         embedding = functional.embedding(token_ids, self._embedding)

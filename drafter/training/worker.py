@@ -20,11 +20,11 @@ import torch
 from slipstream.drafter.head import layout
 from slipstream.drafter.registry.manifest import Training
 from slipstream.drafter.registry.registry import Registry
-from slipstream.drafter.registry.states import UnknownVersionError, Version
+from slipstream.drafter.registry.states import UnknownVersionError
 from slipstream.drafter.traffic.store import TrafficStore
 from slipstream.drafter.training.control import Control, Report, ServerGoneError
 from slipstream.drafter.training.course import Course, WorkerOptions
-from slipstream.drafter.training.gate import LEAST_TEXTS, Score, Verdict, judge, score
+from slipstream.drafter.training.gate import LEAST_TEXTS, Verdict, judge, score
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, fill
 from slipstream.drafter.training.target import Target
@@ -144,7 +144,7 @@ class Worker:
 
     def _new_trainer(self, course: Course) -> Trainer:
         """Of the live version's head; where nothing is live, of one that starts as the target's last layer."""
-        live = self._live(course.route)
+        live = self._registry.serving(course.route)
         course.parent = live.version if live else None
         if live is not None:
             head = self._head(live.version)
@@ -152,10 +152,6 @@ class Worker:
             tokens = self._target.draft_tokens(course.curriculum.counts, self._target.head.draft_vocab_size)
             head = self._target.trainable(*self._target.cold_head(tokens))
         return Trainer(head, course.options())
-
-    def _live(self, route: str) -> Version | None:
-        """What the route's requests are drafted with: the shared version where it has none of its own."""
-        return self._registry.live(route) or self._registry.live("")
 
     def _head(self, version: int) -> TrainableHead:
         return self._target.trainable(*self._registry.open_version(version, self._target.fingerprint))
@@ -215,9 +211,9 @@ class Worker:
         self._report("gating")
         depth = self._options.depth
         found = score(candidate, texts, depth, self._pause)
-        live = self._live(course.route)
+        live = self._registry.serving(course.route)
         if live is None:
-            return judge(found, Score.without_guesses(found), self._control.speed)
+            return judge(found, found.without_guesses(), self._control.speed)
         return judge(found, score(self._head(live.version), texts, depth, self._pause), self._control.speed)
 
     def _pause(self) -> float:

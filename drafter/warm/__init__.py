@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.registry.fingerprint import served_fingerprint
-from slipstream.engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 
@@ -44,8 +43,9 @@ def read(config: EngineConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
     with safe_open(file, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     checkpoint = open_checkpoint(config.model)
-    draft_tokens = tensors["d2t"] + torch.arange(head.draft_vocab_size)
-    tensors[OUTPUT] = _output(checkpoint)[draft_tokens]
+    output = layout.output_name(checkpoint.tensor_shapes())
+    rows = next(tensor for name, tensor in checkpoint.tensors() if name == output)
+    tensors[OUTPUT] = rows[layout.draft_tokens(head, tensors)]
     layout.check(head, tensors)
     return head, tensors
 
@@ -60,9 +60,3 @@ def write(file: Path, fingerprint: str, config: HeadConfig, tensors: Mapping[str
 def _metadata(file: Path) -> dict[str, str]:
     with safe_open(file, framework="pt") as stored:
         return dict(stored.metadata() or {})
-
-
-def _output(checkpoint: Checkpoint) -> Tensor:
-    """The target's output matrix [vocabulary, hidden]."""
-    wanted = OUTPUT if OUTPUT in checkpoint.tensor_shapes() else "model.embed_tokens.weight"
-    return next(tensor for name, tensor in checkpoint.tensors() if name == wanted)

@@ -49,8 +49,7 @@ class EvolutionConfig:
         if self.evolve_threads < 0:
             raise ConfigError(f"--evolve-threads must not be negative, not {self.evolve_threads}")
         for route in self.evolve_route:
-            if not route.startswith(ROUTE_KINDS) or route.endswith(":"):
-                raise ConfigError(f"--evolve-route {route}: write tenant:NAME or domain:NAME")
+            check_route(route, "evolve-route")
 
     def check_traffic(self, traffic: TrafficConfig) -> None:
         """Raises ConfigError if there is nothing to learn from."""
@@ -58,3 +57,9 @@ class EvolutionConfig:
             raise ConfigError(
                 f"--evolve {self.evolve} needs --traffic-log tokens or features: there is nothing to learn from"
             )
+
+
+def check_route(route: str, name: str) -> None:
+    """Raises ConfigError naming the option if this is no name of a route."""
+    if not route.startswith(ROUTE_KINDS) or route.endswith(":"):
+        raise ConfigError(f"--{name} {route}: write tenant:NAME or domain:NAME")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass
 
 from slipstream.engine.messages import EngineStats
@@ -45,15 +45,15 @@ class Observer:
         self._steps = self._tokens = 0
         self._lengths: deque[tuple[int, int]] = deque(maxlen=DRIFT_REQUESTS)
         self._version = 0
-        self._use: Counter[int] = Counter()
+        self._use: dict[int, float] = {}
         self._drifted = False
 
     def look(self, stats: EngineStats, version: int) -> None:
         """Called every second or so."""
         if stats.num_running:
             for streams in self._use:
-                self._use[streams] *= USE_MEMORY  # type: ignore[assignment]
-            self._use[stats.num_running] += 1
+                self._use[streams] *= USE_MEMORY
+            self._use[stats.num_running] = self._use.get(stats.num_running, 0.0) + 1
         now = time.time()
         if self._last is None:
             self._last = now, stats.generation_tokens

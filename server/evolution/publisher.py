@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slipstream.drafter.registry.registry import Registry
@@ -85,7 +85,6 @@ class Publisher:
         """What the engine said of the last swap."""
         self.decisions: dict[str, int] = {"promote": 0, "roll_back": 0}
         self.wanted: dict[str, Version] = {}
-        self.on_change: list[Callable[[], None]] = []
 
     async def run(self) -> None:
         """Until cancelled. Nothing that goes wrong here may end it."""
@@ -117,9 +116,10 @@ class Publisher:
 
     def _read(self) -> _Wish:
         versions = self._registry.list()
-        live = {version.route: version for version in versions if version.state == "live"}
-        shared = live.get(SHARED_ROUTE)
-        canary = self._registry.canary(SHARED_ROUTE)
+        live, canaries = (
+            {version.route: version for version in versions if version.state == state} for state in ("live", "canary")
+        )
+        shared, canary = live.get(SHARED_ROUTE), canaries.get(SHARED_ROUTE)
         forced = predecessor = None
         if shared is not None and canary is None and TRIED not in shared.metrics:
             predecessor = self._registry.predecessor(SHARED_ROUTE)
@@ -211,8 +211,6 @@ class Publisher:
         self._loaded[route] = version.version
         self._refused.pop(route, None)
         logger.info("drafter version %d serves %s", version.version, route or "all requests")
-        for callback in self.on_change:
-            callback()
 
     def _take_back(self, version: Version, why: str) -> None:
         """What the engine refuses is neither live nor on trial, as far as there is something to go back to."""

@@ -43,7 +43,7 @@ def test_nothing_to_judge_by_passes_nothing() -> None:
 
 def test_any_head_is_better_than_none_if_it_guesses() -> None:
     found = drafted(0.5, 50, 0)
-    verdict = judge(found, Score.without_guesses(found))
+    verdict = judge(found, found.without_guesses())
     assert verdict.passes and verdict.live_accept_length == 1
     assert verdict.accept_length == found.accept_length(3) == pytest.approx(1.875, rel=0.1)
 
