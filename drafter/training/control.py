@@ -59,12 +59,14 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     step: int = 0
     loss: float = 0.0
     tokens: int = 0
-    """Positions learned since the worker's start."""
+    """Positions learned since the worker's start, on all routes."""
     tokens_per_second: float = 0.0
     """Of training, pauses not counted."""
     progress: float = 0.0
     """Of the round, 0 to 1."""
     version: int = 0
+    foreign: bool = False
+    """The version that was judged was not trained here."""
     gate: dict[str, float] = {}
     message: str = ""
 

@@ -196,7 +196,8 @@ class Worker:
             verdict = self._verdict(course, head, texts)
             self._registry.record_metrics(number, verdict.metrics())
             if verdict.passes:
-                self._report("published", version=number, gate=verdict.metrics(), message=verdict.describe())
+                said = verdict.describe()
+                self._report("published", version=number, foreign=True, gate=verdict.metrics(), message=said)
             else:
                 self._refuse(number, f"gate: not better than what is live ({verdict.describe()})", verdict)
 
@@ -204,7 +205,8 @@ class Worker:
         # Somebody may have promoted it by hand meanwhile, which counts for more.
         if self._registry.get(version).state == "candidate":
             self._registry.retire(version, reason)
-        self._report("refused", version=version, gate=verdict.metrics() if verdict else {}, message=reason)
+        metrics = verdict.metrics() if verdict else {}
+        self._report("refused", version=version, foreign=True, gate=metrics, message=reason)
 
     def _verdict(self, course: Course, candidate: TrainableHead, texts: Sequence[Example]) -> Verdict:
         self._pause()

@@ -24,26 +24,23 @@ class Progress:
         """The last report of the gate, also of versions from elsewhere."""
         self.losses: list[tuple[float, float]] = []
         """Time in seconds since 1970, loss."""
-        self._learned: dict[str, int] = {}
-        """Positions as last reported, by route."""
+        self._reported = 0
+        """Positions that the running worker last said it had learned since its start."""
         self._every = 1
         self._seen = 0
 
     def take(self, report: dict[str, Any]) -> None:
         """A line of the worker; see drafter/training/control.py."""
-        if tokens := report.get("tokens", 0):
-            # A worker that starts goes on counting where its checkpoint ends: what that holds is not new.
-            route = report.get("route", "")
-            self.tokens += max(tokens - self._learned.get(route, tokens), 0)
-            self._learned[route] = tokens
+        tokens = report.get("tokens", 0)
+        self.tokens += max(tokens - self._reported, 0)
+        self._reported = tokens
         match report["state"]:
             case "training":
                 self.training = report
                 self._remember(report.get("loss", 0.0))
             case "published" | "refused" as outcome:
                 self.verdict = report | {"time": time.time()}
-                # Without tokens it is the verdict on a version that was not trained here.
-                self.rounds[outcome] += bool(tokens)
+                self.rounds[outcome] += not report.get("foreign", False)
 
     def status(self) -> dict[str, Any]:
         return {
