@@ -29,13 +29,15 @@ ApiKey = Annotated[str | None, typer.Option(envvar="SLIPSTREAM_API_KEY", help="S
 Extra = Annotated[str, typer.Option(help="JSON object merged into every request body, e.g. '{\"top_p\": 0.9}'.")]
 WorkloadOption = Annotated[
     str,
-    typer.Option("--workload", help="sharegpt, shared-prefix, long, rewrite, extract, fixed; see docs/benchmarks.md."),
+    typer.Option(
+        "--workload", help="sharegpt, shared-prefix, long, rewrite, extract, code, fixed; see docs/benchmarks.md."
+    ),
 ]
 InputTokens = Annotated[
     int | None,
     typer.Option(
-        help="Tokens of the text in each prompt; default 1000 (shared-prefix), 3900 (long), 200 (rewrite, extract), "
-        "128 (fixed)."
+        help="Tokens of the text in each prompt; default 1000 (shared-prefix), 3900 (long), 128 (fixed), "
+        "200 (rewrite, extract, code)."
     ),
 ]
 OutputTokens = Annotated[int, typer.Option(help="max_tokens of each request.")]

@@ -119,12 +119,26 @@ def estimate_tokens(text: str) -> int:
 
 
 def code_passages(random: Random, chars: int) -> Iterator[str]:
-    """Functions of Python's own standard library and what follows them, so many characters each, in random order."""
+    """Functions of Python's own standard library and what follows them, so many characters each, in random order.
+
+    No two of them overlap; ends where a thousand tries in a row have found nothing new.
+    """
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    while True:
-        source = random.choice(files).read_text(encoding="utf-8", errors="ignore")
+    taken: dict[Path, list[int]] = {file: [] for file in files}
+    failures = 0
+    while failures < 1000:
+        file = random.choice(files)
+        source = file.read_text(encoding="utf-8", errors="ignore")
         starts = [match.start() for match in re.finditer(r"^(?:    )?def ", source, re.MULTILINE)]
-        starts = [start for start in starts if start + chars <= len(source)]
-        if starts:
-            start = random.choice(starts)
-            yield source[start : start + chars]
+        starts = [
+            start
+            for start in starts
+            if start + chars <= len(source) and all(abs(start - other) >= chars for other in taken[file])
+        ]
+        if not starts:
+            failures += 1
+            continue
+        failures = 0
+        start = random.choice(starts)
+        taken[file].append(start)
+        yield source[start : start + chars]

@@ -29,7 +29,7 @@ PROMPTS_PER_DRAW = 64
 def add_options(parser: Any) -> None:
     group = parser.add_argument_group("slipstream", "Requests; see docs/benchmarks.md.")
     group.add_argument(
-        "--workload", default="sharegpt", choices=("sharegpt", "shared-prefix", "long", "rewrite", "extract")
+        "--workload", default="sharegpt", choices=("sharegpt", "shared-prefix", "long", "rewrite", "extract", "code")
     )
     group.add_argument("--model", default="", help="Model name to ask for; default the first that the server lists.")
     group.add_argument("--api-key", default="", help="Sent as bearer token.")

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from slipstream.loadtest.dataset import ShareGPT, code_passages, estimate_tokens
 
-WorkloadName = Literal["sharegpt", "shared-prefix", "long", "rewrite", "extract", "fixed"]
+WorkloadName = Literal["sharegpt", "shared-prefix", "long", "rewrite", "extract", "code", "fixed"]
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 CHARS_PER_TOKEN = 4
@@ -60,12 +60,13 @@ class WorkloadOptions:
 
 
 # A long prompt, its template and 128 output tokens fit into a context of 4,096.
-DEFAULT_INPUT_TOKENS = {"shared-prefix": 1000, "long": 3900, "rewrite": 200, "extract": 200, "fixed": 128}
+DEFAULT_INPUT_TOKENS = {"shared-prefix": 1000, "long": 3900, "rewrite": 200, "extract": 200, "code": 200, "fixed": 128}
 # Answers that repeat their prompts, in turn: text, text, code.
 REWRITE = "Correct the spelling and punctuation of the following text. Change nothing else.\n\n"
 COPY = "Copy the following text word for word, up to its end.\n\n"
 FIX_CODE = "Fix the bugs in the following code, if there are any. Answer with the whole code.\n\n"
 # One application with one task.
+CONTINUE_CODE = "Continue the following Python code. Answer with the code that comes next.\n\n"
 EXTRACT = "Extract the facts from the text below. Write one fact per line.\n\n"
 
 
@@ -102,7 +103,9 @@ class Workload:
                 texts = [await self.text(self._input_tokens) for _ in range(count)]
                 return [self.summarise(text) for text in texts]
             case "rewrite":
-                return [await self._rewrite((REWRITE, COPY, FIX_CODE)[i % 3]) for i in range(count)]
+                return [await self._task((REWRITE, COPY, FIX_CODE)[i % 3]) for i in range(count)]
+            case "code":
+                return [await self._task(CONTINUE_CODE) for _ in range(count)]
             case "extract":
                 return [
                     self._chat({"role": "user", "content": EXTRACT + await self.text(self._input_tokens)})
@@ -115,10 +118,11 @@ class Workload:
     def summarise(self, text: str) -> Request:
         return self._chat({"role": "user", "content": f"{text}\n\nSummarise the text above in a few sentences."})
 
-    async def _rewrite(self, task: str) -> Request:
+    async def _task(self, task: str) -> Request:
         tokens = self._input_tokens
-        text = next(self._code) if task is FIX_CODE else await self.text(tokens)
-        if task is FIX_CODE and self._tokenizer is not None:
+        is_code = task in (FIX_CODE, CONTINUE_CODE)
+        text = self._next_code() if is_code else await self.text(tokens)
+        if is_code and self._tokenizer is not None:
             text = await self._cut(text, tokens, exact=False) or text
         return self._chat({"role": "user", "content": task + text})
 
@@ -178,6 +182,12 @@ class Workload:
                 f"{self._data.path.name} has no {count} unused prompts left: ask for fewer or shorter rounds"
             )
         return questions
+
+    def _next_code(self) -> str:
+        passage = next(self._code, None)
+        if passage is None:
+            raise WorkloadError(f"the standard library has no unused code of {self._input_tokens} tokens left")
+        return passage
 
     def _unique_questions(self, random: Random) -> Iterator[str]:
         seen = set()

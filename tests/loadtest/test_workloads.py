@@ -1,8 +1,12 @@
 import json
+from collections import Counter
+from itertools import islice
+from random import Random
 from time import perf_counter
 
 import pytest
 
+from slipstream.loadtest.dataset import code_passages
 from slipstream.loadtest.workloads import CHAT, COMPLETIONS, Workload, WorkloadError, WorkloadOptions
 
 pytestmark = pytest.mark.usefixtures("sharegpt")
@@ -43,7 +47,7 @@ class WordTokenizer:
         return "".join(words[token] for token in tokens)
 
 
-@pytest.mark.parametrize("name", ["sharegpt", "shared-prefix", "long", "rewrite", "extract", "fixed"])
+@pytest.mark.parametrize("name", ["sharegpt", "shared-prefix", "long", "rewrite", "extract", "code", "fixed"])
 async def test_a_seed_gives_the_same_prompts_and_no_round_repeats_one(name):
     first = await rounds(8, 12, name=name)
     assert first == await rounds(8, 12, name=name)
@@ -135,3 +139,14 @@ async def test_rewrite_alternates_between_texts_and_code():
     assert tasks[:3] == tasks[3:] and len(set(tasks)) == 3
     assert len(set(texts)) == 6
     assert all(text.lstrip().startswith("def ") and len(text) == 800 for text in texts[2::3])
+
+
+def test_passages_of_code_never_overlap():
+    passages = list(islice(code_passages(Random(0), 800), 300))
+    lines = Counter(line for passage in passages for line in {*passage.splitlines()[1:-1]} if len(line) > 60)
+    assert lines.most_common(1)[0][1] <= 3  # real code repeats itself a little
+
+
+def test_code_ends_where_all_of_it_was_used():
+    passages = list(code_passages(Random(0), 100_000))
+    assert 5 < len(passages) == len(set(passages)) < 100
