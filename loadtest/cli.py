@@ -105,6 +105,9 @@ def compare(
     rounds: Annotated[int, typer.Option(help="Counted rounds per concurrency, in the order A B B A.")] = 4,
     warmup_rounds: Annotated[int, typer.Option(help="Rounds per concurrency before the counted ones.")] = 1,
     prompts_per_stream: Annotated[int, typer.Option(help="Requests in a round = this times the streams.")] = 2,
+    freeze: Annotated[
+        bool, typer.Option("--freeze", help="Stop (SIGSTOP) each server in the other one's turn: it may train then.")
+    ] = False,
     input_tokens: InputTokens = None,
     output_tokens: OutputTokens = 128,
     ignore_eos: IgnoreEos = None,
@@ -138,6 +141,7 @@ def compare(
                 rounds=rounds,
                 warmup_rounds=warmup_rounds,
                 prompts_per_stream=prompts_per_stream,
+                freeze=freeze,
             ),
         )
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
@@ -51,6 +52,8 @@ class Rounds:
     rounds: int = 4
     warmup_rounds: int = 1
     prompts_per_stream: int = 2
+    freeze: bool = False
+    """Each server stands still while it is the other one's turn: for those that also work without requests."""
 
     def __post_init__(self) -> None:
         if not self.concurrencies or min(self.concurrencies) < 1:
@@ -75,6 +78,8 @@ async def compare(a: Target, b: Target, workload: Workload, plan: Rounds) -> dic
         Side(name, replace(target, chunk_usage=chunk_usage), serving(target.client.base_url))
         for name, target in (("a", a), ("b", b))
     ]
+    if plan.freeze and not all(side.processes for side in sides):
+        raise ClientError("only servers on this machine, of the same user, can be frozen")
     results = []
     for concurrency in plan.concurrencies:
         figures: dict[str, list[dict[str, Any]]] = {"a": [], "b": []}
@@ -83,7 +88,7 @@ async def compare(a: Target, b: Target, workload: Workload, plan: Rounds) -> dic
             for side in sides if number % 2 == 0 else reversed(sides):
                 title = f"{concurrency} streams, {f'round {number + 1}' if number >= 0 else 'warm-up'}, {side.name}"
                 other = sides[1] if side is sides[0] else sides[0]
-                result, idle_share = await _round(side, other, requests, concurrency, title)
+                result, idle_share = await _round(side, other, requests, concurrency, title, plan.freeze)
                 if number >= 0:
                     figures[side.name].append(result)
                     other.idle_cpu_share = max(other.idle_cpu_share, idle_share)
@@ -99,7 +104,7 @@ async def compare(a: Target, b: Target, workload: Workload, plan: Rounds) -> dic
 
 
 async def _round(
-    side: Side, other: Side, requests: Sequence[Request], concurrency: int, title: str
+    side: Side, other: Side, requests: Sequence[Request], concurrency: int, title: str, freeze: bool
 ) -> tuple[dict[str, Any], float]:
     """The figures of one side, and the share of a core that the other one used meanwhile."""
     for each in (side, other):
@@ -109,11 +114,15 @@ async def _round(
                 f"{each.target.client.base_url} still works on other requests ({load.running:g} running, "
                 f"{load.waiting:g} waiting): a comparison needs both servers for itself"
             )
-    await _quiet(other.processes)
-    before = other.processes.cpu_seconds() if other.processes else 0.0
-    with progress_bar(title, len(requests)) as on_end:
+    with ExitStack() as stack:
+        if freeze and other.processes:
+            stack.enter_context(other.processes.frozen())
+        else:
+            await _quiet(other.processes)
+        before = other.processes.cpu_seconds() if other.processes else 0.0
+        on_end = stack.enter_context(progress_bar(title, len(requests)))
         run = await measure(side.target, requests, ClosedLoop(concurrency), on_end)
-    used = other.processes.cpu_seconds() - before if other.processes else 0.0
+        used = other.processes.cpu_seconds() - before if other.processes else 0.0
     return summarise(run), used / run.duration
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -25,6 +25,20 @@ class ProcessTree:
             root = psutil.Process(self.pid)
             yield root
             yield from root.children(recursive=True)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """They stand still, whatever they do, until the block is left."""
+        processes = list(self.processes())
+        try:
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+            yield
+        finally:
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
 
     def cpu_seconds(self) -> float:
         """Processor time used so far, user and system."""

@@ -1,5 +1,8 @@
+import subprocess
+import sys
 from functools import partial
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +11,7 @@ from rich.console import Console
 from slipstream.clients.errors import ClientError
 from slipstream.loadtest.compare import METRICS, Rounds, compare, contrast, print_comparison
 from slipstream.loadtest.harness import connect
+from slipstream.loadtest.processes import ProcessTree
 from slipstream.loadtest.workloads import Workload, WorkloadOptions
 
 positive = st.floats(0.01, 1e4)
@@ -74,6 +78,34 @@ async def test_both_servers_get_the_same_prompts_in_the_order_a_b_b_a(serve):
     # Here the load generator and both servers are one process, so "the other one" was anything but idle.
     assert result["idle_cpu_share"]["a"] > 0.05
     assert "A used up to" in text and "B used up to" in text
+
+
+async def test_the_other_server_is_frozen(serve, monkeypatch):
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    stopped = []
+    async with serve() as a, serve() as b, connect(a.url) as target_a, connect(b.url) as target_b:
+        with subprocess.Popen(sleeping) as first, subprocess.Popen(sleeping) as second:
+            processes = {a.url: psutil.Process(first.pid), b.url: psutil.Process(second.pid)}
+            monkeypatch.setattr("slipstream.loadtest.compare.serving", lambda url: ProcessTree(processes[url].pid))
+
+            def look(url):
+                states = [process.status() == psutil.STATUS_STOPPED for process in processes.values()]
+                stopped.append(states if url == b.url else states[::-1])
+
+            for server in (a, b):
+                server.on_request = partial(look, server.url)
+            plan = Rounds(concurrencies=(1,), rounds=2, freeze=True)
+            await compare(target_a, target_b, Workload(WorkloadOptions(output_tokens=4)), plan)
+            assert stopped == [[True, False]] * 12
+            assert all(process.status() != psutil.STATUS_STOPPED for process in processes.values())
+            first.kill(), second.kill()
+
+
+async def test_only_servers_of_this_machine_are_frozen(serve, monkeypatch):
+    monkeypatch.setattr("slipstream.loadtest.compare.serving", lambda url: None)
+    async with serve() as a, serve() as b, connect(a.url) as target_a, connect(b.url) as target_b:
+        with pytest.raises(ClientError, match="frozen"):
+            await compare(target_a, target_b, Workload(WorkloadOptions()), Rounds(freeze=True))
 
 
 async def test_chunks_are_counted_on_both_sides_or_on_none(serve):

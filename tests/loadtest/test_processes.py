@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from slipstream.loadtest.processes import ProcessTree, serving
@@ -43,6 +44,18 @@ def test_a_tree_includes_its_descendants():
                 each.kill()
             process.kill()
     assert tree.cpu_seconds() == tree.resident_bytes() == 0
+
+
+def test_a_frozen_tree_stands_still():
+    with subprocess.Popen([sys.executable, "-c", SPAWNER], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        tree = ProcessTree(process.pid)
+        processes = list(tree.processes())
+        with tree.frozen():
+            processes[1].kill()  # one that ends meanwhile is nothing to worry about
+            assert processes[0].status() == psutil.STATUS_STOPPED
+        assert processes[0].status() != psutil.STATUS_STOPPED
+        process.kill()
 
 
 def test_the_process_behind_a_local_port_is_found():
