@@ -94,20 +94,20 @@ class Bandit:
     MEMORY = 0.9
     FIRST = float("inf")
 
-    def __init__(self, most: int = LENGTHS[-1], seed: int = 0) -> None:
-        """Lengths above ``most`` never come up, and a length that cannot be tried would look promising for ever."""
-        self._lengths = [length for length in self.LENGTHS if length <= most]
+    def __init__(self, seed: int = 0) -> None:
         self._random = Random(seed)
-        self._rewards: dict[int, dict[int, float]] = defaultdict(lambda: dict.fromkeys(self._lengths, self.FIRST))
+        self._rewards: dict[int, dict[int, float]] = defaultdict(lambda: dict.fromkeys(self.LENGTHS, self.FIRST))
         self._last: tuple[int, int] | None = None
 
     def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
         rewards = self._rewards[len(offers).bit_length()]
         explores = self._random.random() < self.EPSILON
-        length = self._random.choice(self._lengths) if explores else max(rewards, key=rewards.__getitem__)
+        # A length that nobody has guesses for would never be tried, and look promising for ever.
+        longest = max((len(offer.chances) for offer in offers), default=0)
+        lengths = [length for length in self.LENGTHS if length <= longest]
+        length = self._random.choice(lengths) if explores else max(lengths, key=rewards.__getitem__)
         counts = [min(length, len(offer.chances)) for offer in offers]
-        # A step in which nobody had so many guesses says nothing about the length.
-        self._last = (len(offers).bit_length(), length) if max(counts, default=0) == length else None
+        self._last = len(offers).bit_length(), length
         return Decision(counts, "explores" if explores else "best so far")
 
     def observe(self, decision: Decision, tokens: int, seconds: float) -> None:
@@ -126,6 +126,6 @@ def make_policy(name: PolicyName, most: int) -> Policy:
         case "throughput":
             return Throughput()
         case "bandit":
-            return Bandit(most)
+            return Bandit()
         case "fixed":
             return Fixed(most)

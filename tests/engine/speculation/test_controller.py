@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream.engine.speculation.acceptance import Acceptance, OwnAcceptance, chances
-from slipstream.engine.speculation.controller import LEAST_GAIN, Bandit, Decision, Fixed, Offer, Throughput, make_policy
+from slipstream.engine.speculation.controller import LEAST_GAIN, Bandit, Decision, Fixed, Offer, Throughput
 from slipstream.engine.step_cost import StepCost, StepWork
 
 
@@ -80,8 +80,8 @@ def test_the_bandit_finds_the_better_length(per_token: float, rate: float, best:
     assert chosen[-100:].count(best) > 85
 
 
-def test_the_bandit_tries_no_length_that_the_server_does_not_allow() -> None:
-    cost, bandit = machine(per_token=0.05), make_policy("bandit", 3)
+def test_the_bandit_tries_no_length_that_nobody_has_guesses_for() -> None:
+    cost, bandit = machine(per_token=0.05), Bandit()
     chosen = []
     for _ in range(300):
         decision = bandit.decide([Offer([0.3, 0.09, 0.03], 0)], StepWork(1), cost)
