@@ -125,7 +125,9 @@ class Publisher:
             predecessor = self._registry.predecessor(SHARED_ROUTE)
             if predecessor is not None and _was_forced(self._registry.history(shared.version)):
                 forced = shared
-        candidates = [v for v in versions if v.state == "candidate" and passed_gate(v) and TRIED not in v.metrics]
+        pinned = {route for route, version in live.items() if version.pinned}
+        waiting = (v for v in versions if v.state == "candidate" and v.route not in pinned)
+        candidates = [version for version in waiting if passed_gate(version) and TRIED not in version.metrics]
         newest = max(candidates, key=lambda version: version.version, default=None)
         return _Wish(live, canary, forced, predecessor if forced else None, newest)
 
@@ -133,10 +135,7 @@ class Publisher:
         """The next version on trial; at once live where nothing is."""
         candidate = wish.candidate
         assert candidate is not None
-        live = wish.routes.get(candidate.route)
-        if live is not None and live.pinned:
-            return
-        if live is None:
+        if candidate.route not in wish.routes:
             self._registry.promote(candidate.version, "the first one on its route")
             self._registry.record_metrics(candidate.version, {TRIED: 1})
         elif candidate.route == SHARED_ROUTE:

@@ -140,10 +140,14 @@ def test_what_the_engine_refuses_is_taken_back(
 def test_a_route_of_its_own(server: Any, registry: Registry, add: Callable[..., Version], good: Head) -> None:
     first = registry.live()
     assert first is not None
+    registry.pin(first.version)
     own = add(good, gate=PASSED, route="domain:rivers")
+    waiting = add(good, gate=PASSED, parent=first.version)
     server.wait_until(lambda: loaded(server) == {"": first.version, "domain:rivers": own.version})
     body = {"prompt": "Once upon a time", "max_tokens": 20, "temperature": 0, "return_metrics": True}
     headers = {"content-type": "application/json", "x-slipstream-domain": "rivers"}
     status, _, reply = server.request("POST", "/v1/completions", json.dumps(body).encode(), headers)
     assert status == 200
     assert json.loads(reply)["metrics"]["speculative_decoding"]["drafter_versions"] == [own.version]
+    # The shared one is pinned, which holds up no other route.
+    assert registry.get(waiting.version).state == "candidate"
