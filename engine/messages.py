@@ -136,7 +136,10 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Of them, those that were right and count."""
     target_version: int = 0
     drafter_version: int = 0
-    """Of the learned drafter whose guesses were verified in this step; 0 if there were none, or another's."""
+    """Of the learned drafter that had proposed what comes in this step, whether or not it was verified; 0 if nothing
+    was proposed, or by another."""
+    first_right: bool = False
+    """Its first guess was right."""
 
 
 class VersionStats(msgspec.Struct, array_like=True):

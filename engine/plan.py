@@ -89,5 +89,6 @@ class StepResult:
     """Of it, the model and drawing tokens."""
     overhead_cpu_seconds: float = 0.0
     """CPU time of this thread for the rest."""
-    drafter_versions: dict[int, int] = field(default_factory=dict)
-    """By row index: which version of a learned drafter made the guesses that were verified."""
+    proposals: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    """By row index: the version of a learned drafter that had proposed what came, whether or not that was verified, and
+    whether its first guess was right."""

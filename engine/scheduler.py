@@ -132,11 +132,10 @@ class Scheduler:
                 deltas.append(self._delta(request, [], "error", error=result.errors[row]))
             elif plan.samples[row]:
                 self._guesses.take_back(request, row, plan, result)
-                version = result.drafter_versions.get(row, 0)
-                request.drafter_version = version or request.drafter_version
-                deltas.append(
-                    self._take_tokens(request, result.tokens[row], result.logprobs.get(row), plan.drafts[row], version)
-                )
+                proposal = result.proposals.get(row, (0, False))
+                request.drafter_version = proposal[0] or request.drafter_version
+                logprobs = result.logprobs.get(row)
+                deltas.append(self._take_tokens(request, result.tokens[row], logprobs, plan.drafts[row], proposal))
         return deltas
 
     def take_ended(self) -> list[TokenDelta]:
@@ -304,7 +303,12 @@ class Scheduler:
     # Results --------------------------------------------------------------------------------------------------------
 
     def _take_tokens(
-        self, request: Request, drawn: list[int], logprobs: list[TokenLogprobs] | None, drafted: int, version: int
+        self,
+        request: Request,
+        drawn: list[int],
+        logprobs: list[TokenLogprobs] | None,
+        drafted: int,
+        proposal: tuple[int, bool],
     ) -> TokenDelta:
         """Appends what a step drew, up to where the request ends."""
         params = request.message.params
@@ -333,7 +337,7 @@ class Scheduler:
             logprobs[:taken] if logprobs else None,
             num_drafted=drafted,
             num_accepted=min(taken, len(drawn) - 1),
-            drafter_version=version,
+            proposal=proposal,
         )
 
     def _delta(
@@ -346,7 +350,7 @@ class Scheduler:
         error: str | None = None,
         num_drafted: int = 0,
         num_accepted: int = 0,
-        drafter_version: int = 0,
+        proposal: tuple[int, bool] = (0, False),
     ) -> TokenDelta:
         first = not request.told_first
         request.told_first = True
@@ -365,7 +369,8 @@ class Scheduler:
             num_drafted=num_drafted,
             num_accepted=num_accepted,
             target_version=self.target_version,
-            drafter_version=drafter_version,
+            drafter_version=proposal[0],
+            first_right=proposal[1],
         )
 
     def _end(self, request: Request, reason: FinishReason) -> None:

@@ -1,9 +1,10 @@
 """A new drafter on a share of the requests: is it as good as the one it is to replace?
 
-A request's score is the accepted guesses per step. Scores of both versions, of the same time, are compared by the rank
-test of Mann and Whitney (1947), which asks nothing of their distribution. It looks when so many requests have ended on
-the canary, and again when they are twice as many, and so on: a group sequential test whose looks share ``alpha``
-equally (Bonferroni), so that looking often does not raise the chance of a wrong answer.
+A request's score is the share of its proposals whose first guess was right, verified or not: it does not depend on
+the load, under which more or fewer guesses are verified. Scores of both versions, of the same time, are compared by
+the rank test of Mann and Whitney (1947), which asks nothing of their distribution. It looks when so many requests
+have ended on the canary, and again when they are twice as many, and so on: a group sequential test whose looks share
+``alpha`` equally (Bonferroni), so that looking often does not raise the chance of a wrong answer.
 """
 
 from __future__ import annotations
@@ -22,10 +23,7 @@ BASELINE_KEPT = 1000
 
 
 class Canary:
-    """Decides once: ``decision`` leaves "continue" after at most ``max_requests`` requests on the canary.
-
-    It does not count requests while neither version gets a guess right, as under a load at which nothing is verified.
-    """
+    """Decides once: ``decision`` leaves "continue" after at most ``max_requests`` requests on the canary."""
 
     def __init__(
         self,
@@ -63,25 +61,24 @@ class Canary:
         digest = blake2b(f"{self.canary_version}/{request_id}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") < self.share * 2**64
 
-    def observe(self, version: int, steps: int, accepted: int) -> Decision:
-        """A request that ran on a version has ended, after so many steps with so many accepted guesses.
+    def observe(self, version: int, proposals: int, right: int) -> Decision:
+        """A request that ran on a version has ended; of so many proposals the first guess was so often right.
 
-        Steps count whether or not guesses were verified in them: a drafter whose guesses are not worth verifying is a
-        bad one. Requests of other versions, and those without steps, tell nothing.
+        Requests of other versions, and those for which nothing was proposed, tell nothing.
         """
-        if self.decision != "continue" or not steps:
+        if self.decision != "continue" or not proposals:
             return self.decision
         if version == self.baseline_version:
-            self._baseline.append(accepted / steps)
+            self._baseline.append(right / proposals)
         elif version == self.canary_version:
-            self._canary.append(accepted / steps)
+            self._canary.append(right / proposals)
         if len(self._canary) >= self._next_look and len(self._baseline) >= self._min:
             self._look()
         return self.decision
 
     @property
     def means(self) -> tuple[float, float]:
-        """Accepted guesses per step, mean over requests: baseline, canary; 0 where nothing is known."""
+        """Share of right first guesses, mean over requests: baseline, canary; 0 where nothing is known."""
         return _mean(self._baseline), _mean(self._canary)
 
     @property
@@ -90,10 +87,6 @@ class Canary:
         return len(self._baseline), len(self._canary)
 
     def _look(self) -> None:
-        if not any(self._baseline) and not any(self._canary):
-            self._baseline.clear()
-            self._canary.clear()
-            return
         baseline, canary = list(self._baseline), self._canary
         good_enough = [score * (1 - self._margin) for score in baseline]
         if (p := chance_if_equal(canary, baseline)) < self._alpha:
@@ -107,7 +100,7 @@ class Canary:
     def _decide(self, decision: Decision, why: str) -> None:
         before, now = self.means
         self.decision = decision
-        self.reason = f"{why}: {now:.3f} accepted per step in {len(self._canary)} requests, before {before:.3f}"
+        self.reason = f"{why}: {now:.1%} of first guesses right in {len(self._canary)} requests, before {before:.1%}"
 
 
 def chance_if_equal(low: Sequence[float], high: Sequence[float]) -> float:

@@ -161,7 +161,7 @@ def export(
     folder: Annotated[Path, typer.Argument(help="New folder for config.json and model.safetensors.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write a version in the EAGLE-3 layout, as SGLang and vLLM load it."""
+    """Write a version in the published EAGLE layout, as SGLang and vLLM load it."""
     from slipstream.drafter.registry.exchange import export_version  # imports torch
 
     cautions = export_version(open_registry(registry), version, folder)
@@ -175,7 +175,7 @@ def export(
 @drafter_app.command("import")
 def import_folder(
     registry: Folder,
-    folder: Annotated[Path, typer.Argument(help="An EAGLE-3 head, or a version folder of another registry.")],
+    folder: Annotated[Path, typer.Argument(help="An EAGLE head, or a version folder of another registry.")],
     target: Model = "default",
     target_lineage: Lineage = "",
     route: Route = "",

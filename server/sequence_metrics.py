@@ -15,7 +15,7 @@ class SequenceMetrics:
 
     __slots__ = (
         *("_cached", "_metrics", "_prompt_tokens", "accepted", "arrival", "first", "last", "scheduled", "tokens"),
-        *("learned_accepted", "learned_steps", "steps", "versions"),
+        *("first_right", "learned_accepted", "learned_steps", "proposals", "steps", "versions"),
     )
 
     def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int) -> None:
@@ -29,8 +29,9 @@ class SequenceMetrics:
         self.steps = 0
         """After the one that brought the first token."""
         self.learned_steps = self.learned_accepted = 0
-        """Steps but for those that verified another drafter's guesses, and right guesses of the learned one: what a
-        version of it is judged by."""
+        """Steps but for those that verified another drafter's guesses, and right guesses of the learned one."""
+        self.proposals = self.first_right = 0
+        """Of the learned drafter, verified or not, and those of them whose first guess was right."""
         self._cached = 0
         self.accepted: list[tuple[int, int]] = []
         """(guesses verified, of them right) per step with guesses."""
@@ -50,6 +51,8 @@ class SequenceMetrics:
             else:
                 self.steps += 1
                 self.learned_steps += bool(delta.drafter_version) or not delta.num_drafted
+                self.proposals += bool(delta.drafter_version)
+                self.first_right += delta.first_right
                 gap = (now - self.last) / count
                 for _ in range(count):
                     self._metrics.between_tokens.observe(gap)

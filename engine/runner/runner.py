@@ -68,7 +68,6 @@ class ModelRunner:
         """Runs one step; plans must come in the order they were made."""
         began, cpu_began = time.perf_counter(), time.thread_time()
         self._enter(plan)
-        versions = self.speculator.versions(plan.slots, plan.drafts)
         batch, trees = self._batch(plan)
         drawing = [row for row, wanted in enumerate(plan.samples) if wanted]
         rows, last = self._positions_to_draw(plan, batch, drawing, trees)
@@ -88,13 +87,15 @@ class ModelRunner:
         logprobs: dict[int, list[TokenLogprobs]] = {}
         errors: dict[int, str] = {}
         paths: dict[int, list[int]] = {}
+        proposals: dict[int, tuple[int, bool]] = {}
         at = 0
         for row in drawing:
             drafted = plan.drafts[row]
             path = paths[row] = trees[row].tree.right(drawn.tokens[at : at + drafted + 1]) if drafted else []
             places = [at, *(at + 1 + node for node in path)]
             tokens[row] = [drawn.tokens[place] for place in places]
-            self._accept(plan.slots[row], drafted, tokens[row])
+            if proposal := self._accept(plan.slots[row], drafted, tokens[row]):
+                proposals[row] = proposal
             if wrong := [drawn.errors[place] for place in places if place in drawn.errors]:
                 errors[row] = wrong[0]
             if at in drawn.logprobs:
@@ -116,7 +117,7 @@ class ModelRunner:
             drafters=self.speculator.stats,
             model_seconds=model_seconds,
             overhead_cpu_seconds=time.thread_time() - cpu_began - model_cpu,
-            drafter_versions=versions,
+            proposals=proposals,
         )
 
     @torch.inference_mode()
@@ -176,12 +177,12 @@ class ModelRunner:
             rows += [SamplingRow(entry.params, entry.seed, entry.num_prompt, history) for history in histories]
         return rows, np.array(last, np.int32)
 
-    def _accept(self, slot: int, drafted: int, tokens: list[int]) -> None:
-        """These tokens came: the guesses that are right, and one more."""
+    def _accept(self, slot: int, drafted: int, tokens: list[int]) -> tuple[int, bool] | None:
+        """These tokens came: the guesses that are right, and one more; returns what Speculator.verified does."""
         entry = self._row(slot)
         self._tokens[slot, entry.num_tokens : entry.num_tokens + len(tokens)] = tokens
         entry.num_tokens += len(tokens)
-        self.speculator.verified(slot, drafted, tokens, entry.num_tokens)
+        return self.speculator.verified(slot, drafted, tokens, entry.num_tokens)
 
     def _leave_branches(self, trees: dict[int, PlacedTree], paths: dict[int, list[int]]) -> None:
         """Copies keys and values of right guesses on branches to their rows' own blocks."""

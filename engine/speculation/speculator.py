@@ -195,47 +195,46 @@ class Speculator:
         for drafter in self._drafters.values():
             drafter.finish(row.draft)
 
-    def versions(self, slots: Sequence[int], drafted: Sequence[int]) -> dict[int, int]:
-        """By place in ``slots``: the version of a learned drafter whose guesses this step verifies."""
-        found: dict[int, int] = {}
-        for row, (slot, count) in enumerate(zip(slots, drafted, strict=True)):
-            best = self._rows[slot].best if count else None
-            if best is not None and best.version:
-                found[row] = best.version
-        return found
-
     def guesses(self, slot: int, count: int) -> Tree:
         """The first nodes of what is proposed for this row."""
         best = self._rows[slot].best
         assert best is not None and len(best.chances) >= count, "more guesses to verify than were proposed"
         return Tree(best.tree.tokens[:count], best.tree.parents[:count])
 
-    def verified(self, slot: int, drafted: int, drawn: Sequence[int], length: int) -> None:
-        """``drafted`` guesses were verified, the tokens ``drawn`` came of it, and ``length`` are known now."""
+    def verified(self, slot: int, drafted: int, drawn: Sequence[int], length: int) -> tuple[int, bool] | None:
+        """``drafted`` guesses were verified, the tokens ``drawn`` came of it, and ``length`` are known now.
+
+        Returns the version of the learned drafter whose proposal this was, and whether its first guess was right: what
+        a version can be judged by at any load, because it does not matter how many guesses were verified.
+        """
         row = self._rows[slot]
         row.draft.length = length
         if row.best is None:
-            return
+            return None
         guesses, row.best = row.best, None
-        self._learn(row, guesses, drawn)
+        depth = self._learn(row, guesses, drawn)
         if drafted:
             right = len(drawn) - 1
             stats = self._stats[guesses.drafter]
             stats.drafts += 1
             stats.draft_tokens += drafted
             stats.accepted_tokens += right
-            learned = self._learned is not None and guesses.drafter == self._learned.name
-            if learned and (version := self._versions.get(guesses.version)):
+            if version := self._versions.get(guesses.version):
                 version.drafts += 1
                 version.draft_tokens += drafted
                 version.accepted_tokens += right
             for position in range(right):
                 stats.accepted_per_position[position] += 1
+        return (guesses.version, depth > 0) if guesses.version else None
 
-    def _learn(self, row: _Row, guesses: _Guesses, drawn: Sequence[int]) -> None:
-        """Holds guesses against the tokens that came at their places, also those that were not verified."""
+    def _learn(self, row: _Row, guesses: _Guesses, drawn: Sequence[int]) -> int:
+        """Holds guesses against the tokens that came at their places, also those that were not verified.
+
+        Returns how many in a row were right.
+        """
         seen: list[tuple[int, int, bool]] = []
         node: int | None = -1
+        depth = 0
         for token in drawn:
             siblings = [i for i, parent in enumerate(guesses.tree.parents) if parent == node]
             if not siblings:
@@ -245,7 +244,9 @@ class Speculator:
             row.own[guesses.drafter].observe(sum(guesses.rates[i] for i in siblings), node is not None)
             if node is None:
                 break
+            depth += 1
         self._acceptance_of(self._drafters[guesses.drafter], guesses.version).observe(seen)
+        return depth
 
     def propose(self, slots: Sequence[int], wanted: Sequence[int], mapped: Sequence[int]) -> list[tuple[float, ...]]:
         """Per row, the falling chances of the guesses that are now kept for it; empty where there are none."""

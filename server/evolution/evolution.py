@@ -67,7 +67,7 @@ class Evolution:
     def ended(self, request: NewRequest, metrics: SequenceMetrics) -> None:
         """A sequence that may use a learned drafter has ended."""
         if self.publisher.trial is not None:
-            self.publisher.trial.ended(request.route, metrics.learned_steps, metrics.learned_accepted)
+            self.publisher.trial.ended(request.route, metrics.proposals, metrics.first_right)
 
     @property
     def predicted(self) -> float:
@@ -105,7 +105,7 @@ class Evolution:
                 "baseline": trial.old,
                 "share": self.config.canary_share,
                 "requests": trial.canary.counts,
-                "accepted_per_step": trial.canary.means,
+                "first_guesses_right": trial.canary.means,
             },
             "live": {
                 "accept_length": self.observer.accept_length,

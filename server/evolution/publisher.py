@@ -43,10 +43,10 @@ class Trial:
     def route(self, request_id: int) -> str:
         return SHARED_ROUTE if self.canary.takes(request_id) == self.is_live else CANARY_ROUTE
 
-    def ended(self, route: str, steps: int, accepted: int) -> None:
+    def ended(self, route: str, proposals: int, right: int) -> None:
         version = {SHARED_ROUTE: self.new if self.is_live else self.old, CANARY_ROUTE: self.beside}.get(route)
         if version is not None:
-            self.canary.observe(version, steps, accepted)
+            self.canary.observe(version, proposals, right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class Publisher:
         logger.info("drafter version %d: %s, %s", trial.new, canary.decision.replace("_", " "), canary.reason)
         try:
             self._registry.record_metrics(
-                trial.new, {TRIED: float(stays), "trial_accepted": now, "trial_accepted_before": before}
+                trial.new, {TRIED: float(stays), "trial_right": now, "trial_right_before": before}
             )
             if not stays:
                 self._registry.roll_back(SHARED_ROUTE, canary.reason, version=trial.new)

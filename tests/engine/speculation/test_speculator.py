@@ -164,12 +164,14 @@ def test_acceptance_and_counts_are_apart_for_each_version() -> None:
     play(made, 7, 60, drafted=1)
     wrong = made.propose([0], [8], [200])[0][0]
     [stats] = made.stats
+    assert made.verified(0, 0, [5], 4) == (1, True) and made.verified(0, 0, [5], 5) is None
+    made.propose([0], [8], [200])
     assert [(entry.version, entry.drafts, entry.accepted_tokens) for entry in stats.versions] == [(1, 60, 0)]
 
     made.prepare_swap("", 2, "7")()
-    assert made.versions([0], [1]) == {0: 1}, "what was proposed before the swap is the old version's"
+    assert made.verified(0, 0, [7], 6) == (1, False), "what was proposed before the swap is the old version's"
     assert made.propose([0], [8], [200])[0][0] > 4 * wrong
-    assert made.versions([0], [1]) == {0: 2} and made.versions([0], [0]) == {}
+    assert made.verified(0, 0, [7], 7) == (2, True)
     play(made, 7, 20, drafted=2)
     assert [(entry.version, entry.drafts, entry.accepted_tokens) for entry in stats.versions] == [(2, 20, 40)]
     assert (stats.drafts, stats.swaps, stats.routes, stats.memory_bytes) == (80, 2, {"": 2}, 1000)
