@@ -11,6 +11,7 @@ from torch import Tensor
 from slipstream.engine.models.config import DecoderConfig, rope_tables
 from slipstream.engine.models.native_layer import NativeLayer
 from slipstream.engine.models.weights import WeightSlots
+from slipstream.kernels import reference
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.native.kv_cache import NativeKVCache
@@ -30,8 +31,10 @@ class NativeDecoder:
         assert library is not None
         self._library = library
         self._embed = PackedLinear(self.shape.vocab_size, config.hidden, dtype)
-        self._head = self._embed if config.tied else PackedLinear(self.shape.vocab_size, config.hidden, dtype)
-        self._layers = [NativeLayer(config, dtype) for _ in range(self.shape.num_layers)]
+        self.head = self._embed if config.tied else PackedLinear(self.shape.vocab_size, config.hidden, dtype)
+        # One piece of memory, in the order of reading: the system gives large pages to pieces of 2 MiB and more only.
+        memory = torch.zeros(self.shape.num_layers, NativeLayer.num_elems(config), dtype=dtype)
+        self._layers = [NativeLayer(config, dtype, memory=part) for part in memory]
         self._final_norm = torch.ones(config.hidden)
         self._cos, self._sin = rope_tables(config, max_length)
         self._c_layers = (CLayer * self.shape.num_layers)()
@@ -87,6 +90,10 @@ class NativeDecoder:
         )
         return out
 
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] float32: what the output matrix reads of the last layer's output."""
+        return reference.rms_norm(hidden, self._final_norm, self._config.norm_eps)
+
     @property
     def embedding(self) -> PackedLinear:
         """The token embeddings, as panels."""
@@ -120,7 +127,7 @@ class NativeDecoder:
             case ["model", "embed_tokens", "weight"]:
                 self._embed.fill(tensor)
             case ["lm_head", "weight"]:
-                self._head.fill(tensor)
+                self.head.fill(tensor)
             case ["model", "norm", "weight"]:
                 self._final_norm.copy_(tensor)
             case ["model", "layers", index, *rest]:
@@ -143,6 +150,6 @@ class NativeDecoder:
             rope_sin=address(self._sin),
             layers=self._c_layers,
             embed=self._embed.c,
-            lm_head=self._head.c,
+            lm_head=self.head.c,
             final_norm=address(self._final_norm),
         )

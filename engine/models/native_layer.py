@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.kernels.native.library import CLayer, address
-from slipstream.kernels.native.linear import PANEL, PackedLinear
+from slipstream.kernels.native.linear import PANEL, PackedLinear, panels_elems
+
+Reads = Literal["normed", "both", "plain"]
+"""What the attention reads: the hidden state behind a norm; [embedding of the token, hidden state], each behind a norm
+of its own; or the hidden state as it is."""
 
 
 class NativeLayer:
-    """Projections that run together share their panels: q, k and v; gate and up, in turn.
+    """Projections that run together share their panels: q, k and v; gate and up, in turn."""
 
-    With ``reads_embedding`` the attention reads [embedding of the token, hidden], each with a norm of its own.
-    """
-
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype, reads_embedding: bool = False) -> None:
-        hidden, inner = config.hidden, config.intermediate
-        head_dim = config.shape.head_dim
-        self.qkv = PackedLinear(config.qkv_width, (1 + reads_embedding) * hidden, dtype, config.qkv_bias)
-        self.out = PackedLinear(hidden, config.heads * head_dim, dtype, config.out_bias)
-        self.gate_up = PackedLinear(2 * inner, hidden, dtype, config.mlp_bias)
-        self.down = PackedLinear(hidden, inner, dtype, config.mlp_bias)
-        self.attn_norm = torch.ones(hidden)
-        self.embed_norm = torch.ones(hidden) if reads_embedding else None
+    def __init__(
+        self, config: DecoderConfig, dtype: torch.dtype, reads: Reads = "normed", memory: Tensor | None = None
+    ) -> None:
+        """``memory`` [num_elems(config)] for the matrices; without it each has its own."""
+        hidden, head_dim = config.hidden, config.shape.head_dim
+        sizes = _sizes(config, reads)
+        elems = [panels_elems(n, k) for n, k, _ in sizes]
+        parts = torch.split(memory, elems) if memory is not None else [None] * len(sizes)
+        self.qkv, self.out, self.gate_up, self.down = (
+            PackedLinear(n, k, dtype, bias, part) for (n, k, bias), part in zip(sizes, parts, strict=True)
+        )
+        self.attn_norm = torch.ones(hidden) if reads != "plain" else None
+        self.embed_norm = torch.ones(hidden) if reads == "both" else None
         self.mlp_norm = torch.ones(hidden)
         self.q_norm = torch.ones(head_dim) if config.qk_norm else None
         self.k_norm = torch.ones(head_dim) if config.qk_norm else None
@@ -43,12 +48,16 @@ class NativeLayer:
         }
         self._norms: dict[str, Any] = {
             # A layer that reads embeddings calls their norm the input's.
-            "input_layernorm": self.embed_norm if reads_embedding else self.attn_norm,
+            "input_layernorm": self.embed_norm if reads == "both" else self.attn_norm,
             "hidden_norm": self.attn_norm,
             "post_attention_layernorm": self.mlp_norm,
             "q_norm": self.q_norm,
             "k_norm": self.k_norm,
         }
+
+    @staticmethod
+    def num_elems(config: DecoderConfig) -> int:
+        return sum(panels_elems(n, k) for n, k, _ in _sizes(config))
 
     def fill(self, name: list[str], tensor: Tensor) -> None:
         """Copies one tensor to its place; ``name`` is its Hugging Face name within the layer, split at the dots."""
@@ -65,3 +74,14 @@ class NativeLayer:
         c.attn_norm, c.mlp_norm, c.embed_norm = map(address, (self.attn_norm, self.mlp_norm, self.embed_norm))
         c.q_norm, c.k_norm = address(self.q_norm), address(self.k_norm)
         c.window = window
+
+
+def _sizes(config: DecoderConfig, reads: Reads = "normed") -> list[tuple[int, int, bool]]:
+    """Outputs, inputs and whether there is a bias, of the matrices in the order in which a step reads them."""
+    hidden, inner = config.hidden, config.intermediate
+    return [
+        (config.qkv_width, (2 if reads == "both" else 1) * hidden, config.qkv_bias),
+        (hidden, config.heads * config.shape.head_dim, config.out_bias),
+        (2 * inner, hidden, config.mlp_bias),
+        (hidden, inner, config.mlp_bias),
+    ]

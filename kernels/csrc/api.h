@@ -2,9 +2,10 @@
 //
 // Layouts. A "panel" is 16 output columns of a matrix, interleaved so that one 16-lane vector holds the 16 columns
 // at one step along the reduction: bfloat16 [k/2][16][2] (pairs along k, what a bf16 dot product wants), float32
-// [k][16]. Weights are panels of rows of the [n, k] matrix; the K cache of 16 tokens is a panel per KV head
-// (columns = tokens, reduction = head_dim); the V cache of 16 tokens is head_dim/16 panels per KV head (columns =
-// head_dim, reduction = tokens). One micro-kernel therefore serves linear layers, scores and weighted values.
+// [k][16]. Weights are panels of rows of the [n, k] matrix, four of them interleaved step by step, so that what is read
+// together lies together; the K cache of 16 tokens is a panel per KV head (columns = tokens, reduction = head_dim); the V
+// cache of 16 tokens is head_dim/16 panels per KV head (columns = head_dim, reduction = tokens). One micro-kernel
+// therefore serves linear layers, scores and weighted values.
 //
 // Row results do not depend on the other rows: every output element is reduced over k in one fixed sequence.
 #pragma once
@@ -18,7 +19,7 @@ enum SlipDtype : int32_t { SLIP_F32 = 0, SLIP_BF16 = 1 };
 struct SlipLinear {
   int32_t n;
   int32_t k;
-  const void* panels;  // [n/16][k/2][16][2] bf16 or [n/16][k][16] f32
+  const void* panels;  // [n/64][k/2][4][16][2] bf16 or [n/64][k][4][16] f32, the last group filled up
   const float* bias;   // [n] or null
 };
 
@@ -27,7 +28,7 @@ struct SlipLayer {
   SlipLinear out;
   SlipLinear gate_up;  // panels alternate: gate, up, gate, up, …
   SlipLinear down;
-  const float* attn_norm;  // [hidden]
+  const float* attn_norm;  // [hidden] or null: qkv reads the hidden state as it is
   const float* embed_norm;  // [hidden] or null. If set, qkv reads [embedding of the token, hidden], each normalised
   const float* mlp_norm;   // [hidden]
   const float* q_norm;     // [head_dim] or null
@@ -52,7 +53,7 @@ struct SlipModel {
   const SlipLayer* layers;
   SlipLinear embed;       // used as a lookup table
   SlipLinear lm_head;
-  const float* final_norm;
+  const float* final_norm;  // [hidden] or null: lm_head reads the hidden state as it is
   int32_t given_hidden;  // hidden holds the input of the first layer already; else the tokens' embeddings
   int32_t num_taps;
   const int32_t* taps;   // [num_taps] ascending: the input of these layers (num_layers: the output of the last) …

@@ -82,14 +82,14 @@ inline void score_rows(QueryTile<D>& t, int row, const typename D::elem* const* 
     vec acc[R][kPanels];
     for (int r = 0; r < R; ++r)
       for (int p = 0; p < kPanels; ++p) acc[r][p] = vzero();
-    accumulate<D, R, kPanels>(q, head_dim, k_tiles + j, steps, acc);
+    accumulate<D, R, kPanels, 1>(q, head_dim, k_tiles + j, steps, acc);
     for (int r = 0; r < R; ++r)
       for (int p = 0; p < kPanels; ++p) vstore(t.scores + (row + r) * kChunk + (j + p) * 16, acc[r][p]);
   }
   for (; j < tiles; ++j) {
     vec acc[R][1];
     for (int r = 0; r < R; ++r) acc[r][0] = vzero();
-    accumulate<D, R, 1>(q, head_dim, k_tiles + j, steps, acc);
+    accumulate<D, R, 1, 1>(q, head_dim, k_tiles + j, steps, acc);
     for (int r = 0; r < R; ++r) vstore(t.scores + (row + r) * kChunk + j * 16, acc[r][0]);
   }
 }
@@ -104,7 +104,7 @@ inline void weigh_rows(QueryTile<D>& t, int row, const typename D::elem* const* 
   for (int j = 0; j < tiles; ++j) {
     const typename D::elem* panels[P];
     for (int p = 0; p < P; ++p) panels[p] = v_tiles[j] + static_cast<size_t>(d / 16 + p) * 256;
-    accumulate<D, R, P>(t.probs + row * kChunk + j * 16, kChunk, panels, 16 / D::kPair, acc);
+    accumulate<D, R, P, 1>(t.probs + row * kChunk + j * 16, kChunk, panels, 16 / D::kPair, acc);
   }
   for (int r = 0; r < R; ++r)
     for (int p = 0; p < P; ++p) vstore(out + r * head_dim + p * 16, acc[r][p]);
@@ -170,7 +170,7 @@ struct AttentionWork {
   int heads_per_kv, heads_per_tile;
   std::vector<Item> items;
 
-  AttentionWork(const SlipAttention& a, const SlipBatch& b) {
+  AttentionWork(const SlipAttention& a, const SlipBatch& b, int threads) {
     heads_per_kv = a.heads / a.kv_heads;
     heads_per_tile = std::min(heads_per_kv, kMaxQueryRows);
     const int groups = (heads_per_kv + heads_per_tile - 1) / heads_per_tile;
@@ -180,8 +180,11 @@ struct AttentionWork {
     const auto queries = [&](int s) { return b.q_start[s + 1] - b.q_start[s]; };
     const auto cost = [&](int s) { return static_cast<int64_t>(std::min(queries(s), most)) * b.kv_len[s]; };
     std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return cost(x) > cost(y); });
+    // A few tiles more where there are few items, so that two threads can share three heads evenly.
+    const int heads = std::max(b.num_segments * a.kv_heads * groups, 1);
+    const int least = (2 * threads + heads - 1) / heads;
     for (int s : order) {
-      const int tiles = (queries(s) + most - 1) / most;
+      const int tiles = std::max((queries(s) + most - 1) / most, std::min(queries(s), least));
       for (int kv_head = 0; kv_head < a.kv_heads; ++kv_head)
         for (int group = 0; group < groups; ++group)
           for (int t = 0; t < tiles; ++t) {

@@ -9,8 +9,13 @@ inline void for_each(Team& team, int count, int grain, const F& f) {
   });
 }
 
+// Without a weight only rounds to D.
 template <class D>
 inline void norm_row(const float* x, const float* weight, int n, float eps, typename D::elem* out) {
+  if (!weight) {
+    for (int i = 0; i < n; i += 16) D::store(out + i, vload(x + i));
+    return;
+  }
   vec sum = vzero();
   for (int i = 0; i < n; i += 16) {
     const vec v = vload(x + i);
@@ -42,10 +47,11 @@ inline void rotate_head(float* x, int head_dim, const float* norm, float eps, co
 // Row `token` of the embedding, read from the panels it shares with a tied LM head.
 template <class D>
 inline void embed_row(const SlipLinear& table, int token, float* out) {
-  const auto* panel = static_cast<const typename D::elem*>(table.panels) + static_cast<size_t>(token / 16) * 16 * table.k;
-  const int lane = token % 16;
+  constexpr int columns = 16 * kGroup;
+  const auto* group = static_cast<const typename D::elem*>(table.panels) + static_cast<size_t>(token / columns) * columns * table.k;
+  const int lane = token % columns;
   for (int k = 0; k < table.k; ++k)
-    out[k] = D::widen(panel[(k / D::kPair) * 16 * D::kPair + lane * D::kPair + k % D::kPair]);
+    out[k] = D::widen(group[(k / D::kPair) * columns * D::kPair + lane * D::kPair + k % D::kPair]);
 }
 
 template <class D>
@@ -133,7 +139,7 @@ template <class D>
 inline void forward(Team& team, const SlipModel& m, const SlipBatch& b, float* hidden, void* memory) {
   const Workspace<D> ws(m, b.num_tokens, memory);
   const SlipAttention shape{m.dtype, m.heads, m.kv_heads, m.head_dim, 0, 1.0f};
-  const AttentionWork work(shape, b);
+  const AttentionWork work(shape, b, team.size());
   const Pass pass(team);
   if (!m.given_hidden)
     for_each(team, b.num_tokens, 8, [&](int token) {
@@ -198,7 +204,7 @@ inline void attention(Team& team, const SlipAttention& a, const SlipBatch& b, co
                       const void* v_cache, float* out) {
   using elem = typename D::elem;
   const Cache<D> cache{a, b};
-  const AttentionWork work(a, b);
+  const AttentionWork work(a, b, team.size());
   const Pass pass(team);
   attend_all<D>(team, cache, work, q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), out);
 }

@@ -1,15 +1,19 @@
 // Rows times panels: the one matrix micro-kernel. Included once per instruction set, inside its namespace.
 
-// acc += rows of x times panels. With Ahead > 0, asks for so many lines of memory per step, from `ahead` on.
-template <class D, int R, int P, int Ahead = 0>
+constexpr int kGroup = 4;          // panels of a weight matrix that lie interleaved (api.h)
+constexpr int kSoonBytes = 4096;  // how far ahead of its reading a single tile asks for memory
+
+// acc += rows of x times panels, whose vectors are Stride apart. With Ahead > 0, asks for so many lines of memory per step,
+// from `ahead` on: for the first-level cache if it is soon, else for the second.
+template <class D, int R, int P, int Stride, int Ahead = 0, bool Soon = false>
 [[gnu::always_inline]] inline void accumulate(const typename D::elem* x, size_t ldx, const typename D::elem* const* panels,
                                               int steps, vec (&acc)[R][P], const char* ahead = nullptr) {
   for (int k = 0; k < steps; ++k) {
 #pragma GCC unroll 4
-    for (int line = 0; line < Ahead; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    for (int line = 0; line < Ahead; ++line, ahead += 64) __builtin_prefetch(ahead, 0, Soon ? 3 : 2);
     typename D::wvec w[P];
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) w[p] = D::load(panels[p] + static_cast<size_t>(k) * 16 * D::kPair);
+    for (int p = 0; p < P; ++p) w[p] = D::load(panels[p] + static_cast<size_t>(k) * Stride * 16 * D::kPair);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const typename D::xvec xr = D::broadcast(x + r * ldx + static_cast<size_t>(k) * D::kPair);
@@ -19,7 +23,7 @@ template <class D, int R, int P, int Ahead = 0>
   }
 }
 
-template <class D, int R, int P, int Ahead, class Epilogue>
+template <class D, int R, int P, int Ahead, bool Soon, class Epilogue>
 inline void row_tile(const typename D::elem* x, size_t ldx, const typename D::elem* const* panels, int steps, int row,
                      int panel, const char* ahead, const Epilogue& epilogue) {
   vec acc[R][P];
@@ -27,7 +31,7 @@ inline void row_tile(const typename D::elem* x, size_t ldx, const typename D::el
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) acc[r][p] = vzero();
-  accumulate<D, R, P, Ahead>(x, ldx, panels, steps, acc, ahead);
+  accumulate<D, R, P, kGroup, Ahead, Soon>(x, ldx, panels, steps, acc, ahead);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) epilogue.template operator()<P>(row + r, panel, acc[r]);
 }
@@ -52,48 +56,73 @@ inline void for_row_tiles(int rows, const F& f) {
   }
 }
 
-// P panels from `first` on times all rows, tile after tile. While the first tile of a group waits for memory, memory would
-// wait for the other tiles: so each tile asks for a part of the panels at `ahead`, where this thread will go on.
+// P panels from `first` on times all rows, tile after tile.
+//
+// Arithmetic and memory take turns unless memory is asked for early. One tile asks for the lines a little further on in its
+// own group, at the pace at which it reads; the hardware does that for one row. Of several tiles only the first one reads
+// memory, so they share the asking for the group at `next`, where this thread will go on.
 template <class D, int P, class Epilogue>
 inline void panel_group(const typename D::elem* x, size_t ldx, int rows, const typename D::elem* first, int k, int panel,
-                        const typename D::elem* ahead, const Epilogue& epilogue) {
+                        const typename D::elem* next, const Epilogue& epilogue) {
   const typename D::elem* panels[P];
-  for (int p = 0; p < P; ++p) panels[p] = first + static_cast<size_t>(p) * 16 * k;
+  for (int p = 0; p < P; ++p) panels[p] = first + p * 16 * D::kPair;
   const int steps = k / D::kPair;
-  const bool few = rows <= P / 2 * kMaxRows;  // then each tile has more to ask for
-  const char* next = reinterpret_cast<const char*>(ahead);
-  const char* end = next + static_cast<size_t>(P) * steps * 64;
+  constexpr bool whole = P == kGroup;
+  const bool few = rows <= kGroup / 2 * kMaxRows;  // then each tile has more to ask for
+  const char* ahead = reinterpret_cast<const char*>(next);
+  const char* end = ahead + static_cast<size_t>(kGroup) * steps * 64;
   for_row_tiles(rows, [&]<int R>(int row) {
-    const auto tile = [&]<int Ahead>() {
-      row_tile<D, R, P, Ahead>(x + row * ldx, ldx, panels, steps, row, panel, next, epilogue);
-      next += static_cast<size_t>(Ahead) * steps * 64;
+    const auto tile = [&]<int Ahead, bool Soon = false>(const char* from) {
+      row_tile<D, R, P, Ahead, Soon>(x + row * ldx, ldx, panels, steps, row, panel, from, epilogue);
+      ahead += static_cast<size_t>(Ahead) * steps * 64;
     };
-    if (!ahead || next >= end || rows == 1) tile.template operator()<0>();
-    else if (rows <= kMaxRows) tile.template operator()<P>();
-    else if (few) tile.template operator()<P / 2>();
-    else tile.template operator()<1>();
+    if (!whole || rows == 1) tile.template operator()<0>(nullptr);
+    else if (rows <= kMaxRows) tile.template operator()<kGroup, true>(reinterpret_cast<const char*>(first) + kSoonBytes);
+    else if (!next || ahead >= end) tile.template operator()<0>(nullptr);
+    else if (few) tile.template operator()<kGroup / 2>(ahead);
+    else tile.template operator()<1>(ahead);
   });
 }
+
+// How a loop over groups of panels is split into items: large ones while there is much to do, then single groups, and what
+// the threads cannot share evenly in pairs of panels, so that they end together.
+struct Split {
+  int threads, panels, grain, large, small;
+
+  Split(int threads, int panels) : threads(threads), panels(panels) {
+    const int groups = panels / kPanels;
+    grain = std::max(groups / (threads * 16), 1);
+    large = groups / (threads * grain) * threads;
+    small = (groups - large * grain) / threads * threads;
+  }
+  int first_pair() const { return (large * grain + small) * kPanels; }
+  int items() const { return large + small + (panels - first_pair() + 1) / 2; }
+  // The panels of an item end where the next one's begin.
+  int begin(int item) const {
+    if (item <= large) return item * grain * kPanels;
+    if (item <= large + small) return (large * grain + item - large) * kPanels;
+    return std::min(first_pair() + 2 * (item - large - small), panels);
+  }
+};
 
 // Y = X W^T on the whole team. epilogue.operator()<P>(row, first_panel, acc[P]) consumes the results.
 template <class D, class Epilogue>
 inline void matmul(Team& team, const SlipLinear& w, const typename D::elem* x, size_t ldx, int rows,
                    const Epilogue& epilogue) {
   const auto* base = static_cast<const typename D::elem*>(w.panels);
-  const int panels = w.n / 16;
-  const int groups = (panels + kPanels - 1) / kPanels;
-  const int grain = groups / (team.size() * 16) + 1;
-  auto at = [&](int panel) { return base + static_cast<size_t>(panel) * 16 * w.k; };
-  // Where this thread will probably go on: the next group of its item, or the item after those of the other threads.
-  auto after = [&](int panel, int end) {
-    const int next = panel + 2 * kPanels <= end ? panel + kPanels : end + (team.size() - 1) * grain * kPanels;
-    return next + kPanels <= panels ? at(next) : nullptr;
+  const Split split(team.size(), w.n / 16);
+  auto at = [&](int panel) {
+    return base + static_cast<size_t>(panel / kGroup) * kGroup * 16 * w.k + panel % kGroup * 16 * D::kPair;
   };
-  team.parallel((groups + grain - 1) / grain, [&](int item) {
-    const int end = std::min((item + 1) * grain * kPanels, panels);
-    int panel = item * grain * kPanels;
-    for (; panel + kPanels <= end; panel += kPanels)
-      panel_group<D, kPanels>(x, ldx, rows, at(panel), w.k, panel, after(panel, end), epilogue);
+  team.parallel(split.items(), [&](int item) {
+    const int end = split.begin(item + 1);
+    // Where this thread will probably go on: the next group of its item, or the item after those of the other threads.
+    const int later = split.begin(std::min(item + team.size(), split.items()));
+    int panel = split.begin(item);
+    for (; panel + kPanels <= end; panel += kPanels) {
+      const int next = panel + 2 * kPanels <= end ? panel + kPanels : later;
+      panel_group<D, kPanels>(x, ldx, rows, at(panel), w.k, panel, next < split.panels ? at(next) : nullptr, epilogue);
+    }
     if constexpr (kPanels > 2)
       for (; panel + 2 <= end; panel += 2) panel_group<D, 2>(x, ldx, rows, at(panel), w.k, panel, nullptr, epilogue);
     for (; panel < end; ++panel) panel_group<D, 1>(x, ldx, rows, at(panel), w.k, panel, nullptr, epilogue);

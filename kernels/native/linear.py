@@ -1,4 +1,4 @@
-"""Weight matrices packed as panels of 16 output columns (layout in csrc/api.h)."""
+"""Weight matrices packed as panels of 16 output columns, four of them interleaved (layout in csrc/api.h)."""
 
 from __future__ import annotations
 
@@ -7,45 +7,42 @@ import ctypes
 import torch
 from torch import Tensor
 
+from slipstream.kernels.batch import Int32
 from slipstream.kernels.native.library import DTYPE_CODES, CLinear, address, load
 
-PANEL = 16
-ROWS_AT_ONCE = 32 * PANEL
-"""Rows packed at once: freeing large temporaries would hold up other threads for milliseconds."""
+PANEL, GROUP = 16, 4
+COLUMNS = GROUP * PANEL
+PANELS_AT_ONCE = 32
+"""Filled at once: freeing large temporaries would hold up other threads for milliseconds."""
 
 
-def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, k] -> [n / 16, k / 2, 16, 2] bfloat16 or [n / 16, k, 16, 1] float32; n is padded with zero rows."""
-    n, k = weight.shape
-    pair = 2 if dtype is torch.bfloat16 else 1
-    weight = weight.to(dtype)
-    if n % PANEL:
-        weight = torch.cat((weight, weight.new_zeros(PANEL - n % PANEL, k)))
-    return weight.view(-1, PANEL, k // pair, pair).transpose(1, 2).contiguous()
-
-
-def unpack(panels: Tensor, n: int) -> Tensor:
-    """The inverse of pack: [n, k]."""
-    return panels.transpose(1, 2).reshape(panels.shape[0] * PANEL, -1)[:n]
+def panels_elems(n: int, k: int) -> int:
+    """Elements of the panels of a matrix [n, k]."""
+    return -(-n // COLUMNS) * COLUMNS * k
 
 
 class PackedLinear:
     """y = x W^T + b with W [n, k] kept as panels only."""
 
-    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool = False) -> None:
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool = False, memory: Tensor | None = None) -> None:
+        """``memory`` [panels_elems(n, k)] for the panels, as a part of something larger."""
         self.n, self.k = n, k
+        self._num_panels = -(-n // PANEL)
         pair = 2 if dtype is torch.bfloat16 else 1
-        self.panels = torch.zeros(-(-n // PANEL), k // pair, PANEL, pair, dtype=dtype)
-        self.bias = torch.zeros(self.panels.shape[0] * PANEL) if bias else None
+        memory = torch.zeros(panels_elems(n, k), dtype=dtype) if memory is None else memory
+        self.panels = memory.view(-1, k // pair, GROUP, PANEL, pair)
+        self.bias = torch.zeros(self._num_panels * PANEL) if bias else None
 
     def fill(self, weight: Tensor, first_panel: int = 0, stride: int = 1) -> None:
         """Overwrites panels first_panel, first_panel + stride, … in place with the rows of weight [rows, k]."""
-        panels = self.panels[first_panel::stride]
-        for rows, into in zip(
-            torch.split(weight, ROWS_AT_ONCE), torch.split(panels, ROWS_AT_ONCE // PANEL), strict=False
-        ):
-            packed = pack(rows, self.panels.dtype)
-            into[: len(packed)].copy_(packed)
+        pair = self.panels.shape[-1]
+        for part, rows in enumerate(torch.split(weight, PANELS_AT_ONCE * PANEL)):
+            rows = rows.to(self.panels.dtype)
+            if len(rows) % PANEL:
+                rows = torch.cat((rows, rows.new_zeros(PANEL - len(rows) % PANEL, self.k)))
+            packed = rows.view(-1, PANEL, self.k // pair, pair).transpose(1, 2)
+            at = first_panel + stride * (part * PANELS_AT_ONCE + torch.arange(len(packed)))
+            self.panels[at // GROUP, :, at % GROUP] = packed
 
     def fill_bias(self, bias: Tensor, first_panel: int = 0, stride: int = 1) -> None:
         """As fill, for bias [rows]."""
@@ -54,9 +51,14 @@ class PackedLinear:
         lanes[: len(bias)] = bias.float()
         self.bias.view(-1, PANEL)[first_panel::stride][: len(lanes) // PANEL].copy_(lanes.view(-1, PANEL))
 
+    def rows(self, indices: Int32) -> Tensor:
+        """[len(indices), k] float32: rows of W, as an embedding looks them up."""
+        at = torch.from_numpy(indices).long()
+        return self.panels[at // COLUMNS, :, at % COLUMNS // PANEL, at % PANEL].reshape(len(at), -1).float()
+
     @property
     def c(self) -> CLinear:
-        return CLinear(self.panels.shape[0] * PANEL, self.k, address(self.panels), address(self.bias))
+        return CLinear(self._num_panels * PANEL, self.k, address(self.panels), address(self.bias))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, k] float32, rounded to the dtype of the weights -> [rows, n] float32."""
