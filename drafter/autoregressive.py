@@ -62,7 +62,7 @@ class _Beam:
     """Positions that have a block in its table row."""
 
 
-class ChainDrafter(Drafter):
+class AutoregressiveDrafter(Drafter):
     """Takes the network's most likely tokens, feeds them back, and so on.
 
     With a width of one these are chains. Else they are the dynamic trees of EAGLE-2 (Li et al. 2024): at each depth the

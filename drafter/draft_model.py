@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from slipstream.drafter.chain import ChainDrafter
+from slipstream.drafter.autoregressive import AutoregressiveDrafter
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.speculation.protocol import DraftHost, DraftRow, Proposal
@@ -21,7 +21,7 @@ Load = Callable[[CausalModel, int], CausalModel]
 """Loads the draft model for a target and sequences of so many tokens."""
 
 
-class ModelDrafter(ChainDrafter):
+class ModelDrafter(AutoregressiveDrafter):
     name = "draft"
 
     def __init__(self, load: Load, stop_below: float = 0.05, width: int = 1) -> None:

@@ -48,7 +48,7 @@ class EngineConfig:
     )
     drafter: str | None = option(
         None,
-        "Folder of a learned drafter (a registry's version or an EAGLE-3 head), 'warm' for the one that comes with "
+        "Folder of a learned drafter (a registry's version or an EAGLE head), 'warm' for the one that comes with "
         "Slipstream for the default model, 'cold' for one made of the model's own last layer, or 'random' for an "
         "untrained one; none by default.",
     )

@@ -14,7 +14,7 @@ import json
 import time
 from typing import Any
 
-from slipstream.drafter.chain import ChainDrafter
+from slipstream.drafter.autoregressive import AutoregressiveDrafter
 from slipstream.drafter.choice import make_drafters
 from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.engine.config import EngineConfig
@@ -63,7 +63,7 @@ def measure(
     drafters = make_drafters(config)
     if options.policy == "fixed":
         for drafter in drafters:
-            assert isinstance(drafter, ChainDrafter)
+            assert isinstance(drafter, AutoregressiveDrafter)
             drafter._stop_below = 0.0
     local = LocalEngine(config, drafters)
     began = time.perf_counter()

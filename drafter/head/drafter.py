@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.drafter.chain import ChainDrafter
+from slipstream.drafter.autoregressive import AutoregressiveDrafter
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.head.network import HeadNetwork, make_network
@@ -74,7 +74,7 @@ class _Head:
     """[draft vocabulary]: the target's tokens."""
 
 
-class HeadDrafter(ChainDrafter, LearnedDrafter):
+class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
     """Position p of the head holds the features of position p and token p + 1, and predicts token p + 2.
 
     The features of accepted tokens are the target's own; while drafting, the head's output stands in for them.

@@ -1,4 +1,9 @@
-"""EAGLE-3 heads as files: names and shapes as SGLang and vLLM read them (Li et al. 2025, arXiv:2503.01840)."""
+"""EAGLE heads as files: names and shapes as SGLang and vLLM read them.
+
+EAGLE-3 (Li et al. 2025, arXiv:2503.01840) fuses features of several layers and normalises what its layer reads. EAGLE-1
+and -2 (arXiv:2401.15077, 2406.16858), which differ in drafting only, fuse the target's last hidden state with the
+embedding of the token, normalise neither, and use the target's own output matrix.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,8 @@ import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -16,17 +22,27 @@ from torch import Tensor
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import DecoderConfig
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
+Kind = Literal["eagle", "eagle3"]
+ARCHITECTURES: dict[str, Kind] = {
+    "LlamaForCausalLMEagle3": "eagle3",
+    "LlamaForCausalLMEagle": "eagle",
+    "EagleLlamaForCausalLM": "eagle",
+    "LlamaForCausalLM": "eagle",  # as the first ones were published
+}
 LAYER = "midlayer."
+"""Of an EAGLE-3 head."""
+FIRST_LAYER = "layers.0."
+"""Of an EAGLE-1 or -2 head."""
 LAYERS = "model.layers."
 """Where the target's layers are."""
+TAPS = "eagle_aux_hidden_state_layer_ids"
 VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias")
 """Switches of config.json for layers that compute something else than ours."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadConfig:
-    """One decoder layer over fused features of the target; embeddings are the target's own."""
+    """One decoder layer over features of the target; embeddings are the target's own."""
 
     hidden: int
     intermediate: int
@@ -42,24 +58,35 @@ class HeadConfig:
     norm_eps: float
     rope: dict[str, Any]
     max_positions: int
+    kind: Kind = "eagle3"
+    fc_bias: bool = False
+    """Only of EAGLE-1 and -2."""
+
+    @property
+    def layer(self) -> str:
+        """What the names of the layer's tensors begin with."""
+        return LAYER if self.kind == "eagle3" else FIRST_LAYER
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor in the file."""
         hidden, inner = self.hidden, self.intermediate
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        read = 2 * hidden if self.kind == "eagle3" else hidden
         layer: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj.weight": (q, 2 * hidden),
-            "self_attn.k_proj.weight": (kv, 2 * hidden),
-            "self_attn.v_proj.weight": (kv, 2 * hidden),
+            "self_attn.q_proj.weight": (q, read),
+            "self_attn.k_proj.weight": (kv, read),
+            "self_attn.v_proj.weight": (kv, read),
             "self_attn.o_proj.weight": (hidden, q),
             "mlp.gate_proj.weight": (inner, hidden),
             "mlp.up_proj.weight": (inner, hidden),
             "mlp.down_proj.weight": (hidden, inner),
-            "input_layernorm.weight": (hidden,),
-            "hidden_norm.weight": (hidden,),
             "post_attention_layernorm.weight": (hidden,),
         }
+        if self.kind == "eagle":
+            bias = {"fc.bias": (hidden,)} if self.fc_bias else {}
+            return {"fc.weight": (hidden, 2 * hidden), **bias, **{FIRST_LAYER + k: shape for k, shape in layer.items()}}
+        layer |= {"input_layernorm.weight": (hidden,), "hidden_norm.weight": (hidden,)}
         return {
             "fc.weight": (hidden, len(self.taps) * hidden),
             **{LAYER + name: shape for name, shape in layer.items()},
@@ -90,7 +117,7 @@ class HeadConfig:
     def to_json(self) -> dict[str, Any]:
         """config.json of the published layout."""
         return {
-            "architectures": [ARCHITECTURE],
+            "architectures": [next(name for name, kind in ARCHITECTURES.items() if kind == self.kind)],
             "model_type": "llama",
             "num_hidden_layers": 1,
             "hidden_size": self.hidden,
@@ -108,7 +135,7 @@ class HeadConfig:
             "attention_bias": False,
             "tie_word_embeddings": False,
             "torch_dtype": "bfloat16",
-            **_published_taps(self.taps),
+            **(_published_taps(self.taps) if self.kind == "eagle3" else {TAPS: list(self.taps), "bias": self.fc_bias}),
         }
 
 
@@ -126,17 +153,17 @@ def _published_taps(taps: tuple[int, ...]) -> dict[str, Any]:
     """
     published = [tap - 1 for tap in taps] if taps[0] == 2 else list(taps)
     return {
-        "eagle_aux_hidden_state_layer_ids": list(taps),
+        TAPS: list(taps),
         "num_aux_hidden_states": len(taps),
-        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": published},
+        "eagle_config": {"use_aux_hidden_state": True, TAPS: published},
     }
 
 
 def _parse_taps(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Layers whose inputs the head reads; empty where config.json does not say."""
-    if taps := config.get("eagle_aux_hidden_state_layer_ids"):
+    if taps := config.get(TAPS):
         return tuple(taps)
-    taps = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or ()
+    taps = (config.get("eagle_config") or {}).get(TAPS) or ()
     return tuple(tap + 1 for tap in taps) if taps and taps[0] == 1 else tuple(taps)
 
 
@@ -158,15 +185,17 @@ def config_for(target: DecoderConfig, draft_vocab_size: int, taps: tuple[int, ..
 
 
 def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
-    """From config.json; raises ModelError for what is no EAGLE-3 head."""
-    if ARCHITECTURE not in config.get("architectures", ()):
-        raise ModelError(f"the drafter's architecture is {config.get('architectures')}, not {ARCHITECTURE} (EAGLE-3)")
+    """From config.json; ``num_layers`` of the target. Raises ModelError for what is no EAGLE head."""
+    kind = next((ARCHITECTURES[name] for name in config.get("architectures") or () if name in ARCHITECTURES), None)
+    if kind is None:
+        names = ", ".join(ARCHITECTURES)
+        raise ModelError(f"the drafter's architecture is {config.get('architectures')}; EAGLE heads are {names}")
     if variants := [name for name in VARIANTS if config.get(name)]:
         raise ModelError(f"the drafter is a variant of EAGLE-3 that is not supported: {', '.join(variants)}")
     if config.get("num_hidden_layers", 1) != 1:
         raise ModelError(f"the drafter has {config['num_hidden_layers']} layers; heads of one layer are supported")
     try:
-        taps = _parse_taps(config) or default_taps(num_layers)
+        taps = _parse_taps(config) or (default_taps(num_layers) if kind == "eagle3" else (num_layers,))
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         rope = config.get("rope_parameters") or {
             "rope_type": "default",
@@ -179,11 +208,13 @@ def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
             vocab_size=config["vocab_size"],
-            draft_vocab_size=config.get("draft_vocab_size") or config["vocab_size"],
+            draft_vocab_size=(kind == "eagle3" and config.get("draft_vocab_size")) or config["vocab_size"],
             taps=taps,
             norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=rope,
             max_positions=config.get("max_position_embeddings", 2048),
+            kind=kind,
+            fc_bias=kind == "eagle" and bool(config.get("bias", True)),
         )
     except KeyError as error:
         raise ModelError(f"config.json of the drafter has no {error}") from None
@@ -307,15 +338,25 @@ def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Ten
     """A head from a folder with config.json and model.safetensors; raises ModelError naming what is wrong with it."""
     try:
         config = parse_config(json.loads((folder / "config.json").read_text()), target.shape.num_layers)
-        tensors = load_file(folder / "model.safetensors")
+        tensors = _load(folder)
     except FileNotFoundError as error:
         raise ModelError(f"{folder} is no drafter: {error.filename} does not exist") from None
     except OSError as error:
         raise ModelError(f"{folder} is no drafter: {error}") from None
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, SafetensorError, UnpicklingError) as error:
         raise ModelError(f"the drafter in {folder} is damaged: {error}") from None
     check(config, tensors)
-    return config, tensors
+    return config, {name: tensor for name, tensor in tensors.items() if name in config.shapes}
+
+
+def _load(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor]
+    old = folder / "pytorch_model.bin"  # the form of the first EAGLE heads
+    if old.exists() and not (folder / "model.safetensors").exists():
+        tensors = torch.load(old, map_location="cpu", weights_only=True)
+        return tensors
+    tensors = load_file(folder / "model.safetensors")
+    return tensors
 
 
 def write(folder: Path, config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:

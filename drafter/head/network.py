@@ -1,4 +1,4 @@
-"""The forward pass of an EAGLE-3 head over the paged cache, with compiled kernels and in plain torch."""
+"""The forward pass of an EAGLE head over the paged cache, with compiled kernels and in plain torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class HeadNetwork(Protocol):
         """Uses the staged weights from now on; called between two computations."""
 
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's features [n, taps, hidden] as the head reads them, [n, hidden] float32."""
+        """The target's features [n, taps, hidden] as they wait for their tokens, [n, hidden] float32."""
 
     def forward(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         """[num_tokens, hidden] float32 from the tokens of the batch and what came before each of them, ``hidden``.
@@ -67,21 +67,27 @@ def make_network(config: HeadConfig, host: DraftHost) -> HeadNetwork:
 
 
 class NativeWeights:
-    """One set of a head's weights as panels."""
+    """One set of a head's weights as panels; what EAGLE-1 and -2 heads lack is the target's, or not there."""
 
-    def __init__(self, config: HeadConfig, decoder: DecoderConfig, dtype: torch.dtype) -> None:
-        self.fc = PackedLinear(config.hidden, len(config.taps) * config.hidden, dtype)
-        self.layer = NativeLayer(decoder, dtype, reads_embedding=True)
-        self.lm_head = PackedLinear(config.draft_vocab_size, config.hidden, dtype)
-        self.norm = torch.ones(config.hidden)
+    def __init__(self, config: HeadConfig, decoder: DecoderConfig, target: NativeDecoder) -> None:
+        self._prefix = config.layer
+        dtype, is_third = target.dtype, config.kind == "eagle3"
+        width, read = config.shapes["fc.weight"]
+        self.fc = PackedLinear(width, read, dtype, config.fc_bias)
+        self.layer = NativeLayer(decoder, dtype, reads="both" if is_third else "plain")
+        self.lm_head = PackedLinear(config.draft_vocab_size, config.hidden, dtype) if is_third else target.head
+        self.norm = torch.ones(config.hidden) if is_third else None
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         self.fc.fill(tensors["fc.weight"])
-        self.lm_head.fill(tensors["lm_head.weight"])
-        self.norm.copy_(tensors["norm.weight"])
+        if "fc.bias" in tensors:
+            self.fc.fill_bias(tensors["fc.bias"])
+        if self.norm is not None:
+            self.lm_head.fill(tensors["lm_head.weight"])
+            self.norm.copy_(tensors["norm.weight"])
         for name, tensor in tensors.items():
-            if name.startswith(LAYER):
-                self.layer.fill(name.removeprefix(LAYER).split("."), tensor)
+            if name.startswith(self._prefix):
+                self.layer.fill(name.removeprefix(self._prefix).split("."), tensor)
 
 
 class NativeHead:
@@ -92,7 +98,8 @@ class NativeHead:
         library = load()
         assert library is not None
         self._library = library
-        self._live, self._staged = (NativeWeights(config, decoder, target.dtype) for _ in range(2))
+        self._live, self._staged = (NativeWeights(config, decoder, target) for _ in range(2))
+        self._target, self._is_third = target, config.kind == "eagle3"
         self._cos, self._sin = rope_tables(decoder, host.block_tables.shape[1] * host.block_size)
         self.cache: PagedKVCache = NativeKVCache(
             1, host.num_blocks, host.block_size, config.kv_heads, config.head_dim, target.dtype, torch.device("cpu")
@@ -133,10 +140,14 @@ class NativeHead:
         self._c.lm_head, self._c.final_norm = weights.lm_head.c, address(weights.norm)
 
     def fuse(self, features: Tensor) -> Tensor:
-        return self._live.fc(features.flatten(1))
+        if self._is_third:
+            return self._live.fc(features.flatten(1))
+        return self._target.final_norm(features.flatten(1))
 
     def forward(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         hidden = hidden.contiguous()
+        if not self._is_third:
+            hidden = self._live.fc(torch.cat((self._target.embedding.rows(batch.token_ids), hidden), dim=1))
         c = c_batch(batch)
         self._library.slip_forward(ctypes.byref(self._c), ctypes.byref(c), address(hidden), self._memory(len(hidden)))
         return hidden
@@ -166,7 +177,7 @@ class TorchHead:
     def __init__(self, config: HeadConfig, target: TorchDecoder, host: DraftHost) -> None:
         self._config = config
         self._device, self._dtype = target.device, target.dtype
-        self._embedding = target.embedding
+        self._target = target
         self._weights, self._staged = (
             {
                 name: torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -202,6 +213,8 @@ class TorchHead:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def fuse(self, features: Tensor) -> Tensor:
+        if self._config.kind == "eagle":
+            return self._target.final_norm(features.flatten(1)).float()
         return functional.linear(features.flatten(1).to(self._dtype), self._weights["fc.weight"]).float()
 
     def forward(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
@@ -210,25 +223,31 @@ class TorchHead:
         cos, sin = self._cos[positions], self._sin[positions]
         token_ids = torch.from_numpy(batch.token_ids).to(self._device)
         hidden = hidden.to(self._dtype)
-        embedding = functional.embedding(token_ids, self._embedding)
-        x = torch.cat(
-            (
-                reference.rms_norm(embedding, weights[LAYER + "input_layernorm.weight"], eps),
-                reference.rms_norm(hidden, weights[LAYER + "hidden_norm.weight"], eps),
-            ),
-            dim=-1,
-        )
+        embedding = functional.embedding(token_ids, self._target.embedding)
+        if config.kind == "eagle":
+            both = torch.cat((embedding, hidden), dim=-1)
+            x = hidden = functional.linear(both, weights["fc.weight"], weights.get("fc.bias"))
+        else:
+            x = torch.cat(
+                (
+                    reference.rms_norm(embedding, weights[LAYER + "input_layernorm.weight"], eps),
+                    reference.rms_norm(hidden, weights[LAYER + "hidden_norm.weight"], eps),
+                ),
+                dim=-1,
+            )
         q, k, v = (self._linear(f"self_attn.{name}_proj", x).view(len(x), -1, config.head_dim) for name in "qkv")
         self.cache.store(0, reference.rope(k, cos, sin), v, batch)
         values = self.cache.attend(0, reference.rope(q, cos, sin), batch, config.head_dim**-0.5)
         hidden = hidden + self._linear("self_attn.o_proj", values.flatten(1))
-        x = reference.rms_norm(hidden, weights[LAYER + "post_attention_layernorm.weight"], eps)
+        x = reference.rms_norm(hidden, weights[config.layer + "post_attention_layernorm.weight"], eps)
         inner = reference.silu_mul(self._linear("mlp.gate_proj", x), self._linear("mlp.up_proj", x))
         return (hidden + self._linear("mlp.down_proj", inner)).float()
 
     def logits(self, hidden: Tensor) -> Tensor:
+        if self._config.kind == "eagle":
+            return functional.linear(hidden.to(self._dtype), self._target.head).float()
         x = reference.rms_norm(hidden.to(self._dtype), self._weights["norm.weight"], self._config.norm_eps)
         return functional.linear(x, self._weights["lm_head.weight"]).float()
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self._weights[f"{LAYER}{name}.weight"])
+        return functional.linear(x, self._weights[f"{self._config.layer}{name}.weight"])

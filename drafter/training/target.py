@@ -45,6 +45,10 @@ class Target:
 
     def trainable(self, config: HeadConfig, tensors: Mapping[str, Tensor]) -> TrainableHead:
         """Raises ModelError for a head that does not read what traffic keeps."""
+        if config.kind != "eagle3":
+            raise ModelError(
+                "only EAGLE-3 heads are trained and scored here; an EAGLE-1 or -2 head can be served as it is"
+            )
         layout.check_target(config, self.config)
         if config.taps != self.taps:
             raise ModelError(

@@ -49,6 +49,15 @@ class TorchDecoder:
     def device(self) -> torch.device:
         return self._device
 
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What the output matrix reads of the last layer's output [n, hidden]."""
+        return reference.rms_norm(hidden, self._weights["model.norm.weight"], self._config.norm_eps)
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix [vocab, hidden]."""
+        return self._weights["model.embed_tokens.weight" if self._config.tied else "lm_head.weight"]
+
     @property
     def embedding(self) -> Tensor:
         """The token embeddings [vocab, hidden]."""
@@ -78,9 +87,7 @@ class TorchDecoder:
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
         chosen = hidden[torch.from_numpy(rows).to(self._device, torch.long)]
-        chosen = reference.rms_norm(chosen, self._weights["model.norm.weight"], self._config.norm_eps)
-        head = "model.embed_tokens" if self._config.tied else "lm_head"
-        return functional.linear(chosen, self._weights[f"{head}.weight"]).float()
+        return functional.linear(self.final_norm(chosen), self.head).float()
 
     def _layer(
         self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor, batch: RaggedBatch, cache: PagedKVCache

@@ -1,9 +1,10 @@
-"""The EAGLE-3 head: its arithmetic, its alignment with the target, its files."""
+"""EAGLE heads: their arithmetic, their alignment with the target, their files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import functional
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import HeadDrafter
 from slipstream.drafter.head.layout import LAYER, HeadConfig
+from slipstream.drafter.training.target import Target
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
@@ -65,6 +67,19 @@ def make_head(target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
     return config, tensors
 
 
+def make_first(target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
+    """A head of EAGLE-1 or -2, with weights large enough to matter."""
+    config = replace(layout.config_for(target, 96, taps=(4,)), kind="eagle", fc_bias=True)
+    tensors = layout.random_tensors(config, 1)
+    return config, {
+        name: tensor * 8 if tensor.ndim == 2 else torch.linspace(0.5, 1.5, len(tensor))
+        for name, tensor in tensors.items()
+    }
+
+
+MAKERS = {"eagle3": make_head, "eagle": make_first}
+
+
 class Recorder(HeadDrafter):
     """Keeps what was known at each proposal, and the proposal."""
 
@@ -85,17 +100,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def published_forward(config: HeadConfig, w: dict[str, Tensor], embedding: Tensor, hidden: Tensor) -> Tensor:
-    """The layer of EAGLE-3 over a whole sequence, as the paper's code has it: [T, hidden] in, [T, hidden] out."""
-    x = torch.cat(
-        (
-            rms_norm(embedding, w[LAYER + "input_layernorm.weight"], config.norm_eps),
-            rms_norm(hidden, w[LAYER + "hidden_norm.weight"], config.norm_eps),
-        ),
-        -1,
-    )
+    """The layer over a whole sequence, as the papers' code has it: [T, hidden] in, [T, hidden] out."""
+    prefix = config.layer
+    if config.kind == "eagle":
+        x = hidden = torch.cat((embedding, hidden), -1) @ w["fc.weight"].T + w["fc.bias"]
+    else:
+        x = torch.cat(
+            (
+                rms_norm(embedding, w[LAYER + "input_layernorm.weight"], config.norm_eps),
+                rms_norm(hidden, w[LAYER + "hidden_norm.weight"], config.norm_eps),
+            ),
+            -1,
+        )
     length = len(x)
     q, k, v = (
-        (x @ w[f"{LAYER}self_attn.{name}_proj.weight"].T).view(length, -1, config.head_dim).transpose(0, 1)
+        (x @ w[f"{prefix}self_attn.{name}_proj.weight"].T).view(length, -1, config.head_dim).transpose(0, 1)
         for name in "qkv"
     )
     angles = torch.arange(length)[:, None] * (
@@ -108,25 +127,27 @@ def published_forward(config: HeadConfig, w: dict[str, Tensor], embedding: Tenso
         return y * cos + torch.cat((-right, left), -1) * sin
 
     values = functional.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
-    hidden = hidden + values.transpose(0, 1).flatten(1) @ w[LAYER + "self_attn.o_proj.weight"].T
-    x = rms_norm(hidden, w[LAYER + "post_attention_layernorm.weight"], config.norm_eps)
-    gate, up = x @ w[LAYER + "mlp.gate_proj.weight"].T, x @ w[LAYER + "mlp.up_proj.weight"].T
-    return hidden + (functional.silu(gate) * up) @ w[LAYER + "mlp.down_proj.weight"].T
+    hidden = hidden + values.transpose(0, 1).flatten(1) @ w[prefix + "self_attn.o_proj.weight"].T
+    x = rms_norm(hidden, w[prefix + "post_attention_layernorm.weight"], config.norm_eps)
+    gate, up = x @ w[prefix + "mlp.gate_proj.weight"].T, x @ w[prefix + "mlp.up_proj.weight"].T
+    return hidden + (functional.silu(gate) * up) @ w[prefix + "mlp.down_proj.weight"].T
 
 
 class Offline:
     """What the head should guess after a text, from the definition: features of t and token t + 1 predict t + 2."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: str = "eagle3") -> None:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.config, self.weights = make_head(decoder_config(TARGET))
+        self.config, self.weights = MAKERS[kind](decoder_config(TARGET))
 
     @torch.inference_mode()
     def features(self, tokens: list[int]) -> Tensor:
         """What the head reads of all tokens but the last."""
         states = self.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        if self.config.kind == "eagle":
+            return states[-1][0, :-1]  # behind the final norm already
         taps = torch.cat([states[layer][0] for layer in self.config.taps], -1)
         return (taps @ self.weights["fc.weight"].T)[:-1]
 
@@ -135,6 +156,8 @@ class Offline:
         """By target token, how likely it is to follow the last input (-inf: no guess); ``hidden`` after that input."""
         embedding = self.model.get_input_embeddings()
         out = published_forward(self.config, self.weights, embedding(torch.tensor(inputs)), hidden)
+        if self.config.kind == "eagle":
+            return self.model.lm_head(out[-1]), torch.cat((hidden, out[-1:]))
         normed = rms_norm(out[-1], self.weights["norm.weight"], self.config.norm_eps)
         scores = torch.full((96,), float("-inf"))
         scores[torch.arange(48) + self.weights["d2t"]] = normed @ self.weights["lm_head.weight"].T
@@ -184,9 +207,10 @@ class Offline:
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_guesses_are_those_of_the_definition(folder: Path, kernels: Any) -> None:
+@pytest.mark.parametrize("kind", MAKERS)
+def test_guesses_are_those_of_the_definition(folder: Path, kernels: Any, kind: str) -> None:
     """Through chunked prompts, verification, wrong and right guesses, pauses and preemption."""
-    recorder = Recorder(make_head)
+    recorder = Recorder(MAKERS[kind])
     config = EngineConfig(
         model=str(folder),
         dtype="float32",
@@ -204,7 +228,7 @@ def test_guesses_are_those_of_the_definition(folder: Path, kernels: Any) -> None
         local.submit(prompt, SamplingParams(max_tokens=25, temperature=1.0, seed=length))
     local.finish()
     assert len(recorder.seen) > 60
-    offline = Offline(folder)
+    offline = Offline(folder, kind)
     compared = 0
     for known, proposal in recorder.seen:
         guesses = offline.guesses(known, len(proposal.tokens))
@@ -247,10 +271,11 @@ def test_trees_are_those_of_the_definition(folder: Path, kernels: Any) -> None:
 
 
 @pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
-def test_native_bfloat16_stays_close_to_float32(folder: Path) -> None:
+@pytest.mark.parametrize("make", MAKERS.values())
+def test_native_bfloat16_stays_close_to_float32(folder: Path, make: Any) -> None:
     outputs = []
     for kernels, dtype in (("torch", "float32"), ("native", "bfloat16")):
-        drafter = HeadDrafter(make_head)
+        drafter = HeadDrafter(make)
         config = EngineConfig(model=str(folder), dtype=dtype, kernels=kernels, kv_cache_memory="4MiB")  # type: ignore[arg-type]
         LocalEngine(config, [drafter])
         network = drafter._head.network
@@ -270,9 +295,10 @@ def test_native_bfloat16_stays_close_to_float32(folder: Path) -> None:
     assert (outputs[0] - outputs[1]).norm() / outputs[0].norm() < 0.05
 
 
-def test_files_round_trip(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", MAKERS)
+def test_files_round_trip(tmp_path: Path, kind: str) -> None:
     target = decoder_config(TARGET)
-    config, tensors = make_head(target)
+    config, tensors = MAKERS[kind](target)
     layout.write(tmp_path, config, tensors)
     again, read = layout.read(tmp_path, target)
     assert again == config
@@ -280,8 +306,31 @@ def test_files_round_trip(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert torch.equal(read[name], tensor.bfloat16() if tensor.is_floating_point() else tensor)
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored["architectures"] == ["LlamaForCausalLMEagle3"]
-    assert stored["draft_vocab_size"] == 48
+    expected = {"eagle3": ("LlamaForCausalLMEagle3", 48), "eagle": ("LlamaForCausalLMEagle", 96)}
+    assert (stored["architectures"][0], stored["draft_vocab_size"]) == expected[kind]
+
+
+def test_a_head_of_the_first_form_is_read(tmp_path: Path) -> None:
+    """A pickle with embeddings of its own, beside a config.json that says little."""
+    target = decoder_config(TARGET)
+    config, tensors = make_first(target)
+    torch.save(tensors | {"embed_tokens.weight": torch.zeros(96, 64)}, tmp_path / "pytorch_model.bin")
+    said = TARGET | {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    read_config, read = layout.read(tmp_path, target)
+    assert replace(read_config, norm_eps=config.norm_eps, rope=config.rope) == config
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert {"fc.weight", "fc.bias", "layers.0.self_attn.q_proj.weight"} < read.keys()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not a pickle")
+    with pytest.raises(ModelError, match="damaged"):
+        layout.read(tmp_path, target)
+
+
+def test_a_head_of_the_first_form_is_not_trained(folder: Path) -> None:
+    target = Target(str(folder), 48, 64)
+    with pytest.raises(ModelError, match="only EAGLE-3 heads are trained"):
+        target.trainable(*make_first(target.config))
 
 
 def spoil_config(**changes: Any) -> Callable[[Path], None]:

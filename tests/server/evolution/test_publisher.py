@@ -77,7 +77,7 @@ def ask_until(server: Any, condition: Callable[[], bool], most: int) -> int:
             if condition():
                 return count
             list(pool.map(lambda number: ask(server, number), range(count, count + 4)))
-    assert condition(), f"not within {most} requests"
+    assert condition(), f"not within {most} requests; the server said:\n" + "".join(server.log[-30:])
     return most
 
 
@@ -100,14 +100,14 @@ def test_a_version_proves_itself_or_goes(
     worse = add(bad, gate=PASSED, parent=first.version)
     server.wait_until(lambda: loaded(server) == {"": first.version, "canary": worse.version})
     assert ask(server, 0)[0] == expected
-    ask_until(server, lambda: registry.get(worse.version).state == "rolled-back", 160)
+    ask_until(server, lambda: registry.get(worse.version).state == "rolled-back", 320)
     server.wait_until(lambda: loaded(server) == {"": first.version})
     assert registry.live() == registry.get(first.version)
 
     # As good as the live one: on trial, and live.
     equal = add(good, gate=PASSED, parent=first.version)
     server.wait_until(lambda: loaded(server) == {"": first.version, "canary": equal.version})
-    ask_until(server, lambda: registry.get(equal.version).state == "live", 160)
+    ask_until(server, lambda: registry.get(equal.version).state == "live", 320)
     server.wait_until(lambda: loaded(server) == {"": equal.version})
     assert registry.get(first.version).state == "retired"
 
@@ -116,7 +116,7 @@ def test_a_version_proves_itself_or_goes(
     registry.promote(forced.version, "by force")
     server.wait_until(lambda: loaded(server) == {"": forced.version, "canary": equal.version})
     assert ask(server, 0)[0] == expected
-    ask_until(server, lambda: registry.get(forced.version).state == "rolled-back", 160)
+    ask_until(server, lambda: registry.get(forced.version).state == "rolled-back", 320)
     server.wait_until(lambda: loaded(server) == {"": equal.version})
     assert [event.action for event in registry.history(forced.version)][-1] == "rolled back"
 
