@@ -21,13 +21,29 @@ def argmax(logits: Tensor) -> Tensor:
     if library is None:
         return argmax_reference(logits)
     out = torch.empty(len(logits), dtype=torch.int32)
-    library.slip_argmax(logits.data_ptr(), len(logits), logits.shape[1], out.data_ptr())
+    library.slip_argmax(logits.data_ptr(), len(logits), logits.shape[1], out.data_ptr(), None)
     return out.long()
 
 
 def argmax_reference(logits: Tensor) -> Tensor:
     best = logits.max(dim=-1)
     return best.indices.masked_fill(~best.values.isfinite(), -1)
+
+
+def argmax_with_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """As argmax, and the probability of each at temperature 1 [rows]; 0 where there is none."""
+    library = _native(logits)
+    if library is None:
+        return argmax_with_probability_reference(logits)
+    out, likely = torch.empty(len(logits), dtype=torch.int32), torch.empty(len(logits))
+    library.slip_argmax(logits.data_ptr(), len(logits), logits.shape[1], out.data_ptr(), likely.data_ptr())
+    return out.long(), likely
+
+
+def argmax_with_probability_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
+    best = argmax_reference(logits)
+    likely = logits.softmax(-1).gather(-1, best.clamp(min=0)[:, None])[:, 0]
+    return best, likely.masked_fill(best < 0, 0.0)
 
 
 def distribution(logits: Tensor, temperature: Tensor, top_k: Tensor, min_p: Tensor, top_p: Tensor) -> Tensor:

@@ -126,6 +126,7 @@ class NativeHead:
         cache = self.cache.data
         self.memory_bytes = 2 * _weights_bytes(config, target.dtype) + cache.numel() * cache.itemsize
         self._vocab = config.draft_vocab_size
+        self._rows, self._logits = torch.empty(0, dtype=torch.int32), torch.empty(0, self._vocab)
         self._workspace = torch.empty(0, dtype=torch.uint8)
 
     def stage(self, tensors: Mapping[str, Tensor]) -> None:
@@ -153,11 +154,13 @@ class NativeHead:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        rows = torch.arange(len(hidden), dtype=torch.int32)
-        out = torch.empty(len(hidden), self._vocab)
+        rows = len(hidden)
+        if rows > len(self._rows):
+            self._rows, self._logits = torch.arange(rows, dtype=torch.int32), torch.empty(rows, self._vocab)
+        out = self._logits[:rows]
         self._library.slip_logits(
-            *(ctypes.byref(self._c), address(hidden), address(rows), len(rows), address(out), self._vocab),
-            self._memory(len(rows)),
+            *(ctypes.byref(self._c), address(hidden), address(self._rows), rows, address(out), self._vocab),
+            self._memory(rows),
         )
         return out
 

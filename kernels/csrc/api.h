@@ -108,8 +108,9 @@ SLIP_API void slip_forward(const SlipModel* m, const SlipBatch* b, float* hidden
 // logits [num_rows, vocab] f32 of the chosen rows of hidden, final norm included.
 SLIP_API void slip_logits(const SlipModel* m, const float* hidden, const int32_t* rows, int32_t num_rows, float* logits,
                           int32_t vocab, void* workspace);
-// out[row] = index of the first largest of logits[row, n], -1 if it is not finite or the row holds a NaN.
-SLIP_API void slip_argmax(const float* logits, int32_t rows, int32_t n, int32_t* out);
+// out[row] = index of the first largest of logits[row, n], -1 if it is not finite or the row holds a NaN; likely[row] (or
+// null) = its probability.
+SLIP_API void slip_argmax(const float* logits, int32_t rows, int32_t n, int32_t* out, float* likely);
 // Logits [rows, n] become weights proportional to the probabilities of drawing each token, in place. Per row:
 // temperature > 0, top_k (0 keeps all), min_p (0 keeps all), top_p (1 keeps all).
 SLIP_API void slip_distribution(float* logits, int32_t rows, int32_t n, const float* temperature, const int32_t* top_k,

@@ -13,7 +13,7 @@ struct Backend {
   int64_t (*workspace_bytes)(const SlipModel&, int32_t);
   void (*forward)(Team&, const SlipModel&, const SlipBatch&, float*, void*);
   void (*logits)(Team&, const SlipModel&, const float*, const int32_t*, int32_t, float*, int32_t, void*);
-  void (*argmax)(Team&, const float*, int, int, int32_t*);
+  void (*argmax)(Team&, const float*, int, int, int32_t*, float*);
   void (*distribution)(Team&, float*, int, int, const float*, const int32_t*, const float*, const float*);
   void (*draw)(Team&, const float*, int, int, const double*, int32_t*);
 };

@@ -78,7 +78,9 @@ void slip_logits(const SlipModel* m, const float* hidden, const int32_t* rows, i
   g_backend->logits(*g_team, *m, hidden, rows, num_rows, logits, vocab, workspace);
 }
 
-void slip_argmax(const float* logits, int32_t rows, int32_t n, int32_t* out) { g_backend->argmax(*g_team, logits, rows, n, out); }
+void slip_argmax(const float* logits, int32_t rows, int32_t n, int32_t* out, float* likely) {
+  g_backend->argmax(*g_team, logits, rows, n, out, likely);
+}
 
 void slip_distribution(float* logits, int32_t rows, int32_t n, const float* temperature, const int32_t* top_k, const float* min_p,
                        const float* top_p) {

@@ -23,9 +23,24 @@ inline int32_t argmax_row(const float* x, int n) {
   return i;
 }
 
-inline void argmax(Team& team, const float* logits, int rows, int n, int32_t* out) {
+// e^(x[at]) over the sum of e^x[0 … n-1], where x[at] is the largest.
+inline float share_of_largest(const float* x, int n, int at) {
+  const vec top = vset1(x[at]);
+  vec sum = vzero();
+  int i = 0;
+  for (; i + 16 <= n; i += 16) sum = vadd(sum, vexp(vsub(vload(x + i), top)));
+  float total = vsum(sum);
+  for (; i < n; ++i) total += std::exp(x[i] - x[at]);
+  return 1.0f / total;
+}
+
+inline void argmax(Team& team, const float* logits, int rows, int n, int32_t* out, float* likely) {
   const Pass pass(team);
-  team.parallel(rows, [&](int row) { out[row] = argmax_row(logits + static_cast<size_t>(row) * n, n); });
+  team.parallel(rows, [&](int row) {
+    const float* x = logits + static_cast<size_t>(row) * n;
+    out[row] = argmax_row(x, n);
+    if (likely) likely[row] = out[row] < 0 ? 0.0f : share_of_largest(x, n, out[row]);
+  });
 }
 
 // Floats in order as integers, so that a search can halve the distance between any two of them.

@@ -112,7 +112,7 @@ def load() -> ctypes.CDLL | None:
     library.slip_workspace_bytes.restype = c_int64
     library.slip_forward.argtypes = [c_void_p] * 4
     library.slip_logits.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
-    library.slip_argmax.argtypes = [c_void_p, c_int32, c_int32, c_void_p]
+    library.slip_argmax.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p]
     library.slip_distribution.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p]
     library.slip_draw.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p]
     for name in (
