@@ -26,10 +26,10 @@ async def test_measured_times_are_those_of_the_server(serve):
     assert figures["total_input_tokens"] == 12
     assert figures["max_concurrent_requests"] == 3
     # Sleeps of the server are never shorter than asked for; the machine may make them longer.
-    assert 60 <= figures["mean_ttft_ms"] < 150
-    assert 20 <= figures["mean_itl_ms"] < 40
+    assert 60 <= figures["mean_ttft_ms"] < 1000
+    assert 20 <= figures["mean_itl_ms"] < 200
     assert figures["mean_tpot_ms"] == pytest.approx(figures["mean_itl_ms"])
-    assert 60 + 9 * 20 <= figures["mean_e2el_ms"] < 600
+    assert 60 + 9 * 20 <= figures["mean_e2el_ms"] < 3000
     assert figures["duration"] == pytest.approx(2 * figures["mean_e2el_ms"] / 1e3, rel=0.1)
     assert figures["output_throughput"] == pytest.approx(60 / figures["duration"], rel=1e-3)
 
@@ -40,7 +40,7 @@ async def test_chunks_of_several_tokens_are_told_apart_from_slow_tokens(serve):
         figures = summarise(await measure(target, chats(2, tokens=16), ClosedLoop(2)))
     assert figures["mean_tokens_per_chunk"] == 4
     assert figures["token_itl_known"] == 2
-    assert 30 <= figures["mean_itl_ms"] < 60
+    assert 30 <= figures["mean_itl_ms"] < 300
     assert figures["mean_token_itl_ms"] == pytest.approx(figures["mean_itl_ms"] / 4, rel=1e-3)
 
 

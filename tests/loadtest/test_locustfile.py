@@ -34,9 +34,9 @@ async def test_users_stream_answers_and_report_token_latencies(serve):
     assert posts["num_requests"] == first["num_requests"] >= 6
     assert posts["num_failures"] == 0
     assert gaps["num_requests"] == 5 * first["num_requests"]
-    assert 50 <= mean(first) < 150
-    assert 20 <= mean(gaps) < 45
-    assert 50 + 5 * 20 <= mean(posts) < 400
+    assert 50 <= mean(first) < 1000
+    assert 20 <= mean(gaps) < 200
+    assert 50 + 5 * 20 <= mean(posts) < 2000
     assert {body["max_tokens"] for body in server.bodies} == {6}
     assert len({body["messages"][0]["content"] for body in server.bodies}) == len(server.bodies)
 

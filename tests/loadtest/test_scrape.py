@@ -86,7 +86,7 @@ async def test_wait_idle_returns_when_idle_or_out_of_time(serve):
         start = perf_counter()
         load = await wait_idle(target.client, 0.3)
         assert load is not None and load.running == 1
-        assert 0.3 <= perf_counter() - start < 1
+        assert 0.3 <= perf_counter() - start < 5
 
 
 async def test_a_server_without_metrics_has_no_load(serve):

@@ -94,7 +94,7 @@ def test_request_timeout(small_server: Any) -> None:
     with small_server.send(COMPLETE, ask | {"stream": True}) as stream:
         started = time.monotonic()
         events = read_all(stream).decode()
-        assert 2.5 < time.monotonic() - started < 8
+        assert 2.5 < time.monotonic() - started < 30
     *_, failed, done = [line for line in events.splitlines() if line.startswith("data: ")]
     assert json.loads(failed.removeprefix("data: "))["error"]["code"] == "request_timeout"
     assert done == "data: [DONE]"
@@ -197,7 +197,7 @@ def test_what_is_left_after_the_drain_ends_with_an_error(start_server: Callable[
         assert b"retry-after" in head
         assert json.loads(body)["error"]["code"] == "shutting_down"
     assert server.process.wait(20) == 0
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 40
     assert not engine.is_running()
 
 
