@@ -32,8 +32,8 @@ class Decision:
     counts: list[int]
     """Guesses to verify per offer."""
     reason: str
-    gain: float = 1.0
-    """Tokens per second it promises, relative to verifying none; 1 where the policy makes no promise."""
+    plain_seconds: float = 0.0
+    """What the step is expected to take without guesses; 0 where none are verified, or the policy expects nothing."""
 
 
 class Policy(Protocol):
@@ -59,12 +59,13 @@ class Throughput:
         order = np.argsort(-chances, kind="stable")
         expected = len(offers) + np.concatenate(([0.0], np.cumsum(chances[order])))
         start = float(np.mean([offer.start for offer in offers]))
-        rate = expected / cost.predict_more(work, len(chances), start)
+        seconds = cost.predict_more(work, len(chances), start)
+        rate = expected / seconds
         best = int(rate.argmax())
         if rate[best] < LEAST_GAIN * rate[0]:
             return Decision([0] * len(offers), "not worth it")
         counts = np.bincount(owners[order[:best]], minlength=len(offers)).tolist()
-        return Decision(counts, "worth it", float(rate[best] / rate[0]))
+        return Decision(counts, "worth it", float(seconds[0]))
 
     def observe(self, decision: Decision, tokens: int, seconds: float) -> None:
         """Everything it needs is in the chances and the cost."""

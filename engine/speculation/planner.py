@@ -18,7 +18,8 @@ PAUSE_BELOW = 0.985
 """Where verification and drafting together bring less than this, drafting pauses …"""
 PROBE_EVERY = 16
 """… but for one step in so many, to see whether that has changed."""
-SMOOTHING = 0.1
+SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
+"""Weight of a step in what is known of this, and of a probe, of which there are few."""
 
 
 class GuessPlanner:
@@ -83,9 +84,13 @@ class GuessPlanner:
         if decision is not None:
             self._policy.observe(decision, sum(map(len, result.tokens)), result.seconds)
         if self._pauses and (decision is not None or any(plan.wanted)):
-            gain = decision.gain if decision is not None else 1.0
+            # What it brought, not what was promised: the most promising guesses are those that chance makes look so.
+            gain = 1.0
+            if decision is not None and decision.plain_seconds:
+                gain = sum(map(len, result.tokens)) / len(result.tokens) * decision.plain_seconds / result.seconds
             worth = gain * result.seconds / (result.seconds + result.draft_seconds)
-            self._worth += SMOOTHING * (worth - self._worth)
+            smoothing = PROBE_SMOOTHING if self._worth < PAUSE_BELOW else SMOOTHING
+            self._worth += smoothing * (worth - self._worth)
 
     def take_back(self, request: Request, row: int, plan: StepPlan, result: StepResult) -> None:
         """What was computed for guesses that were wrong does not count; keeps what is offered now."""
