@@ -14,7 +14,6 @@ from typing import Any
 Land = Callable[[], Any]
 Prepare = Callable[[], Land]
 """Runs in the thread; what it returns runs between two steps, and its result is the job's."""
-LOWEST_PRIORITY = 19
 SWITCH_SECONDS = 0.0005
 
 
@@ -68,4 +67,5 @@ class Background:
 
 def _lower_priority() -> None:
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        # Gives way at once to any thread that wakes up, which one that is merely nice does only after its slice.
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))

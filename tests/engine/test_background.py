@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from slipstream.engine.background import LOWEST_PRIORITY, Background
+from slipstream.engine.background import Background
 
 
 @pytest.fixture
@@ -68,10 +68,8 @@ def test_whatever_fails_is_told_and_the_next_job_runs(background: Background) ->
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
 def test_only_the_thread_has_the_lowest_priority(background: Background) -> None:
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    done = background.start(
-        lambda: (lambda found: lambda: found)(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-    )
+    before = os.sched_getscheduler(0)
+    done = background.start(lambda: (lambda found: lambda: found)(os.sched_getscheduler(threading.get_native_id())))
     poll_until(background, done.done)
-    assert done.result() == LOWEST_PRIORITY
-    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+    assert done.result() == os.SCHED_IDLE
+    assert os.sched_getscheduler(0) == before != os.SCHED_IDLE
