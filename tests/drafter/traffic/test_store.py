@@ -307,3 +307,30 @@ def test_a_row_without_a_file_and_a_file_without_a_row_go(tmp_path: Path, make_s
     with safe_open(left, framework="pt") as shard:
         assert "0.tokens" in set(shard.keys())
     store.close()
+
+
+OPEN_AND_CLOSE = """
+import sys
+from slipstream.drafter.traffic.store import TrafficStore
+store = TrafficStore(sys.argv[1])
+print(len(store.ids()))
+store.close()
+"""
+
+
+def test_a_store_that_is_opened_twice_keeps_its_locks(tmp_path: Path, make_sample: Make) -> None:
+    """Without them the next process to close the store takes itself for the last, and deletes the others' log."""
+
+    def elsewhere() -> int:
+        command = [sys.executable, "-P", "-c", OPEN_AND_CLOSE, str(tmp_path / "traffic")]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    store = TrafficStore(tmp_path / "traffic")
+    store.lock()
+    store.append([make_sample()])
+    TrafficStore(tmp_path / "traffic").close()
+    assert elsewhere() == 1
+    assert (tmp_path / "traffic" / "index.sqlite-wal").exists()
+    store.append([make_sample()])
+    assert elsewhere() == 2
+    store.close()
