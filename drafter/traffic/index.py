@@ -83,8 +83,8 @@ class TrafficIndex:
             self.shards.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.folder.chmod(0o700)
             self.shards.chmod(0o700)
-            # What SQLite puts beside it later gets the same mode. Never opened if it exists: closing it again would take
-            # away the locks that SQLite holds for other connections of this process (its page "how to corrupt", 2.2).
+            # What SQLite puts beside it later gets the same mode. Never opened if it exists: closing it again would
+            # take away the locks that SQLite holds for other connections of this process ("how to corrupt", 2.2).
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
