@@ -119,8 +119,9 @@ def test_servers_killed_at_twenty_moments(evolving: Evolving) -> None:
     fingerprint, rng = served_fingerprint(EngineConfig()), random.Random(0)
     answer = evolving.answer()
     for number in range(20):
-        with evolving.load(8):
-            time.sleep(rng.uniform(2, 14))
+        with evolving.load(2):
+            evolving.server.wait_until(lambda: evolving.server.metric("evolution_training_tokens_total"), 120)
+            time.sleep(rng.uniform(0, 8))
             processes = [evolving.process, *evolving.process.children(recursive=True)]
             # Every other time all its processes at once, as when the machine runs out of memory.
             for process in processes if number % 2 else processes[:1]:
