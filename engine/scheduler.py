@@ -132,10 +132,7 @@ class Scheduler:
                 deltas.append(self._delta(request, [], "error", error=result.errors[row]))
             elif plan.samples[row]:
                 self._guesses.take_back(request, row, plan, result)
-                proposal = result.proposals.get(row, (0, False))
-                request.drafter_version = proposal[0] or request.drafter_version
-                logprobs = result.logprobs.get(row)
-                deltas.append(self._take_tokens(request, result.tokens[row], logprobs, plan.drafts[row], proposal))
+                deltas.append(self._take_tokens(request, row, plan, result))
         return deltas
 
     def take_ended(self) -> list[TokenDelta]:
@@ -302,15 +299,11 @@ class Scheduler:
 
     # Results --------------------------------------------------------------------------------------------------------
 
-    def _take_tokens(
-        self,
-        request: Request,
-        drawn: list[int],
-        logprobs: list[TokenLogprobs] | None,
-        drafted: int,
-        proposal: tuple[int, bool],
-    ) -> TokenDelta:
+    def _take_tokens(self, request: Request, row: int, plan: StepPlan, result: StepResult) -> TokenDelta:
         """Appends what a step drew, up to where the request ends."""
+        drawn, logprobs = result.tokens[row], result.logprobs.get(row)
+        proposal = result.proposals.get(row, (0, False))
+        request.drafter_version = proposal[0] or request.drafter_version
         params = request.message.params
         finish: FinishReason | None = None
         stop_token = None
@@ -335,7 +328,7 @@ class Scheduler:
             finish,
             stop_token,
             logprobs[:taken] if logprobs else None,
-            num_drafted=drafted,
+            num_drafted=plan.drafts[row],
             num_accepted=min(taken, len(drawn) - 1),
             proposal=proposal,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -295,79 +294,10 @@ def test_native_bfloat16_stays_close_to_float32(folder: Path, make: Any) -> None
     assert (outputs[0] - outputs[1]).norm() / outputs[0].norm() < 0.05
 
 
-@pytest.mark.parametrize("kind", MAKERS)
-def test_files_round_trip(tmp_path: Path, kind: str) -> None:
-    target = decoder_config(TARGET)
-    config, tensors = MAKERS[kind](target)
-    layout.write(tmp_path, config, tensors)
-    again, read = layout.read(tmp_path, target)
-    assert again == config
-    assert read.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(read[name], tensor.bfloat16() if tensor.is_floating_point() else tensor)
-    stored = json.loads((tmp_path / "config.json").read_text())
-    expected = {"eagle3": ("LlamaForCausalLMEagle3", 48), "eagle": ("LlamaForCausalLMEagle", 96)}
-    assert (stored["architectures"][0], stored["draft_vocab_size"]) == expected[kind]
-
-
-def test_a_head_of_the_first_form_is_read(tmp_path: Path) -> None:
-    """A pickle with embeddings of its own, beside a config.json that says little."""
-    target = decoder_config(TARGET)
-    config, tensors = make_first(target)
-    torch.save(tensors | {"embed_tokens.weight": torch.zeros(96, 64)}, tmp_path / "pytorch_model.bin")
-    said = TARGET | {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
-    (tmp_path / "config.json").write_text(json.dumps(said))
-    read_config, read = layout.read(tmp_path, target)
-    assert replace(read_config, norm_eps=config.norm_eps, rope=config.rope) == config
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
-    assert {"fc.weight", "fc.bias", "layers.0.self_attn.q_proj.weight"} < read.keys()
-    (tmp_path / "pytorch_model.bin").write_bytes(b"not a pickle")
-    with pytest.raises(ModelError, match="damaged"):
-        layout.read(tmp_path, target)
-
-
 def test_a_head_of_the_first_form_is_not_trained(folder: Path) -> None:
     target = Target(str(folder), 48, 64)
     with pytest.raises(ModelError, match="only EAGLE-3 heads are trained"):
         target.trainable(*make_first(target.config))
-
-
-def spoil_config(**changes: Any) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | changes))
-
-    return spoil
-
-
-def spoil_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        tensors = layout.load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
-
-    return spoil
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda folder: (folder / "config.json").unlink(), "config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "damaged"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"), "damaged"),
-        (spoil_config(architectures=["Medusa"]), "Medusa"),
-        (spoil_config(hidden_size=32), "shape"),
-        (spoil_tensors(lambda tensors: tensors.pop("fc.weight")), "fc.weight"),
-        (spoil_tensors(lambda tensors: tensors.update(d2t=torch.full((48,), 60))), "d2t"),
-    ],
-)
-def test_damaged_heads_are_refused(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
-    target = decoder_config(TARGET)
-    layout.write(tmp_path, *make_head(target))
-    spoil(tmp_path)
-    with pytest.raises(ModelError, match=message):
-        layout.read(tmp_path, target)
 
 
 def test_a_head_for_another_model_is_refused(folder: Path) -> None:
