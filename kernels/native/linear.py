@@ -41,8 +41,13 @@ class PackedLinear:
             if len(rows) % PANEL:
                 rows = torch.cat((rows, rows.new_zeros(PANEL - len(rows) % PANEL, self.k)))
             packed = rows.view(-1, PANEL, self.k // pair, pair).transpose(1, 2)
-            at = first_panel + stride * (part * PANELS_AT_ONCE + torch.arange(len(packed)))
-            self.panels[at // GROUP, :, at % GROUP] = packed
+            first, each = first_panel + stride * part * PANELS_AT_ONCE, GROUP // stride
+            if first % GROUP < stride and len(packed) % each == 0:  # whole groups, or the same places of each
+                groups = self.panels[first // GROUP :][: len(packed) // each]
+                groups[:, :, first % GROUP :: stride].copy_(packed.view(-1, each, *packed.shape[1:]).transpose(1, 2))
+            else:
+                at = first + stride * torch.arange(len(packed))
+                self.panels[at // GROUP, :, at % GROUP] = packed
 
     def fill_bias(self, bias: Tensor, first_panel: int = 0, stride: int = 1) -> None:
         """As fill, for bias [rows]."""
