@@ -7,12 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from random import Random
+from typing import Any
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import EngineStats, NewRequest, SamplingParams, TokenDelta
 from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.process import Engine
 from slipstream.engine.speculation.protocol import Drafter, DraftRow, Listener, Proposal
+
+TINY_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+"""config.json of a model that is small enough for tests, and has what models have."""
 
 
 @dataclass(slots=True)

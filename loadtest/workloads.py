@@ -65,8 +65,8 @@ DEFAULT_INPUT_TOKENS = {"shared-prefix": 1000, "long": 3900, "rewrite": 200, "ex
 REWRITE = "Correct the spelling and punctuation of the following text. Change nothing else.\n\n"
 COPY = "Copy the following text word for word, up to its end.\n\n"
 FIX_CODE = "Fix the bugs in the following code, if there are any. Answer with the whole code.\n\n"
-# One application with one task.
 CONTINUE_CODE = "Continue the following Python code. Answer with the code that comes next.\n\n"
+# One application with one task.
 EXTRACT = "Extract the facts from the text below. Write one fact per line.\n\n"
 
 
@@ -107,10 +107,7 @@ class Workload:
             case "code":
                 return [await self._task(CONTINUE_CODE) for _ in range(count)]
             case "extract":
-                return [
-                    self._chat({"role": "user", "content": EXTRACT + await self.text(self._input_tokens)})
-                    for _ in range(count)
-                ]
+                return [await self._task(EXTRACT) for _ in range(count)]
             case "fixed":
                 texts = [await self.text(self._input_tokens, exact=True) for _ in range(count)]
                 return [Request(COMPLETIONS, {"prompt": text, **self._fields()}) for text in texts]

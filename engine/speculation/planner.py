@@ -81,13 +81,14 @@ class GuessPlanner:
 
     def observe(self, plan: StepPlan, decision: Decision | None, result: StepResult) -> None:
         """What the step brought."""
+        tokens = sum(map(len, result.tokens))
         if decision is not None:
-            self._policy.observe(decision, sum(map(len, result.tokens)), result.seconds)
+            self._policy.observe(decision, tokens, result.seconds)
         if self._pauses and (decision is not None or any(plan.wanted)):
             # What it brought, not what was promised: the most promising guesses are those that chance makes look so.
             gain = 1.0
             if decision is not None and decision.plain_seconds:
-                gain = sum(map(len, result.tokens)) / len(result.tokens) * decision.plain_seconds / result.seconds
+                gain = tokens / len(result.tokens) * decision.plain_seconds / result.seconds
             worth = gain * result.seconds / (result.seconds + result.draft_seconds)
             smoothing = PROBE_SMOOTHING if self._worth < PAUSE_BELOW else SMOOTHING
             self._worth += smoothing * (worth - self._worth)

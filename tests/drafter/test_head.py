@@ -25,21 +25,11 @@ from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.speculation.protocol import DraftRow, Proposal
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing import TINY_LLAMA, LocalEngine
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.native.library import isa
 
-TARGET = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-}
+TARGET = TINY_LLAMA
 KERNELS = ["torch", *(["native"] if isa() else [])]
 
 

@@ -24,21 +24,10 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
 from slipstream.engine.messages import DrafterStats, SamplingParams, TokenDelta
 from slipstream.engine.models.config import decoder_config
-from slipstream.engine.testing import Completion, LocalEngine
+from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine
 from slipstream.kernels.native.library import isa
 
-TARGET = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
+TARGET = TINY_LLAMA | {"max_position_embeddings": 512, "tie_word_embeddings": True}
 KERNELS = ["torch", *(["native"] if isa() else [])]
 
 

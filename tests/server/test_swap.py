@@ -23,22 +23,12 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.messages import NewRequest, SamplingParams, TokenDelta
 from slipstream.engine.models.config import decoder_config
+from slipstream.engine.testing import TINY_LLAMA
 from slipstream.server.app import build_app
 from slipstream.server.config import ServerConfig
 from slipstream.server.service import Service
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
+TINY = TINY_LLAMA | {"max_position_embeddings": 512, "tie_word_embeddings": True}
 STREAMS = 32
 
 

@@ -16,19 +16,10 @@ from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.testing import TINY_LLAMA
 from slipstream.server.cli import app
 
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-}
+MODEL = TINY_LLAMA | {"num_hidden_layers": 6}
 
 
 def text(seed: int) -> Sample:

@@ -20,19 +20,9 @@ from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.speculation.protocol import Drafter
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing import TINY_LLAMA, LocalEngine
 
-TARGET = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-}
+TARGET = TINY_LLAMA | {"num_hidden_layers": 6, "max_position_embeddings": 512}
 
 
 @pytest.fixture(scope="session")
