@@ -191,7 +191,7 @@ def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
         names = ", ".join(ARCHITECTURES)
         raise ModelError(f"the drafter's architecture is {config.get('architectures')}; EAGLE heads are {names}")
     if variants := [name for name in VARIANTS if config.get(name)]:
-        raise ModelError(f"the drafter is a variant of EAGLE-3 that is not supported: {', '.join(variants)}")
+        raise ModelError(f"the drafter is a variant of EAGLE that is not supported: {', '.join(variants)}")
     if config.get("num_hidden_layers", 1) != 1:
         raise ModelError(f"the drafter has {config['num_hidden_layers']} layers; heads of one layer are supported")
     try:
@@ -343,19 +343,17 @@ def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Ten
         raise ModelError(f"{folder} is no drafter: {error.filename} does not exist") from None
     except OSError as error:
         raise ModelError(f"{folder} is no drafter: {error}") from None
-    except (json.JSONDecodeError, SafetensorError, UnpicklingError) as error:
+    except (json.JSONDecodeError, SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        # What torch raises depends on where a pickle or its archive breaks off.
         raise ModelError(f"the drafter in {folder} is damaged: {error}") from None
     check(config, tensors)
     return config, {name: tensor for name, tensor in tensors.items() if name in config.shapes}
 
 
 def _load(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor]
-    old = folder / "pytorch_model.bin"  # the form of the first EAGLE heads
-    if old.exists() and not (folder / "model.safetensors").exists():
-        tensors = torch.load(old, map_location="cpu", weights_only=True)
-        return tensors
-    tensors = load_file(folder / "model.safetensors")
+    file, old = folder / "model.safetensors", folder / "pytorch_model.bin"  # the form of the first EAGLE heads
+    is_old = old.exists() and not file.exists()
+    tensors: dict[str, Tensor] = torch.load(old, map_location="cpu", weights_only=True) if is_old else load_file(file)
     return tensors
 
 

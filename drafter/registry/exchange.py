@@ -33,7 +33,9 @@ def export_version(registry: Registry, version: int, folder: Path) -> Sequence[s
         layout.write(folder, config, tensors)
     except OSError as error:
         raise ModelError(f"cannot write {folder}: {error}") from error
-    cautions = []
+    cautions: list[str] = []
+    if config.kind != "eagle3":
+        return cautions
     if len(config.taps) != SGLANG_TAPS:
         cautions.append(f"SGLang loads heads that read {SGLANG_TAPS} layers; this one reads {len(config.taps)}")
     elif config.taps[0] == 1:

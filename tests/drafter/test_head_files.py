@@ -17,16 +17,9 @@ from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import DecoderConfig, decoder_config
+from slipstream.engine.testing import TINY_LLAMA
 
-TARGET = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}
+TARGET = TINY_LLAMA
 
 
 def make(kind: str, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
@@ -63,9 +56,11 @@ def test_a_head_of_the_first_form_is_read(tmp_path: Path) -> None:
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
     assert {"fc.weight", "fc.bias", "layers.0.self_attn.q_proj.weight"} < read.keys()
-    (tmp_path / "pytorch_model.bin").write_bytes(b"not a pickle")
-    with pytest.raises(ModelError, match="damaged"):
-        layout.read(tmp_path, target)
+    whole = (tmp_path / "pytorch_model.bin").read_bytes()
+    for damaged in (b"not a pickle", b"", whole[: len(whole) // 2]):
+        (tmp_path / "pytorch_model.bin").write_bytes(damaged)
+        with pytest.raises(ModelError, match="damaged"):
+            layout.read(tmp_path, target)
 
 
 def spoil_config(**changes: Any) -> Callable[[Path], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -254,3 +255,17 @@ def test_a_server_takes_a_version_folder_of_its_model_only(
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ModelError, match="truncated"):
         engine(target, folder)
+
+
+def test_a_head_of_the_first_form_comes_and_goes_as_it_is(registry: Registry, target: Path, tmp_path: Path) -> None:
+    decoder = decoder_config(open_checkpoint(target).config)
+    last = decoder.shape.num_layers
+    sizes = layout.config_for(decoder, decoder.shape.vocab_size, taps=(last,))
+    config = dataclasses.replace(sizes, kind="eagle", fc_bias=True)
+    tensors = layout.random_tensors(config, 0)
+    layout.write(tmp_path / "published", config, tensors)
+    added = import_head(registry, tmp_path / "published", open_checkpoint(target))
+    assert export_version(registry, added.version, tmp_path / "exported") == []
+    again, read = layout.read(tmp_path / "exported", decoder)
+    assert again == config and again.taps == (last,)
+    assert all(torch.equal(read[name], tensor.bfloat16()) for name, tensor in tensors.items())
