@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,19 @@ Land = Callable[[], Any]
 Prepare = Callable[[], Land]
 """Runs in the thread; what it returns runs between two steps, and its result is the job's."""
 SWITCH_SECONDS = 0.0005
+SHARE_SECONDS = 0.0003
+"""Of the processor during one step: on two cores that both compute, a step is longer by what it loses to others."""
+_thread = threading.local()
+
+
+def breathe() -> None:
+    """To be called between small pieces of long work: in the background it waits for the next step if it had its share.
+
+    Elsewhere, and while there are no steps to hold up, it does nothing.
+    """
+    background: Background | None = getattr(_thread, "background", None)
+    if background is not None:
+        background.breathe()
 
 
 @dataclass(slots=True)
@@ -27,9 +41,16 @@ class Background:
     """One job after the other, in the order of their arrival: the next is prepared when the one before has landed."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "background", initializer=_lower_priority)
+        import torch  # not above: breathe is also for tools that have no other need of it
+
+        self._thread = ThreadPoolExecutor(1, "background", initializer=self._step_back)
         self._waiting: deque[_Job] = deque()
         self._prepared: Future[Land] | None = None
+        self._next_step = threading.Event()
+        self._is_busy, self._since = False, 0.0
+        threads = torch.get_num_threads()
+        self._thread.submit(int).result()
+        torch.set_num_threads(threads)  # torch keeps the number per thread; new threads get what was set last
         # The thread of the steps gets the interpreter at once when it wants it; 5 ms later is Python's default.
         sys.setswitchinterval(SWITCH_SECONDS)
 
@@ -44,9 +65,13 @@ class Background:
         self._prepare_next()
         return job.done
 
-    def poll(self) -> None:
-        """Carries out what is ready; called between two steps."""
-        if self._prepared is None or not self._prepared.done():
+    def poll(self, is_busy: bool = False) -> None:
+        """Carries out what is ready; called between two steps, ``is_busy`` if another one follows now."""
+        if self._prepared is None:
+            return
+        self._is_busy = is_busy
+        self._next_step.set()
+        if not self._prepared.done():
             return
         job, prepared = self._waiting.popleft(), self._prepared
         self._prepared = None
@@ -58,14 +83,30 @@ class Background:
 
     def close(self) -> None:
         """Waits for what is being prepared and forgets it."""
+        self._is_busy = False
+        self._next_step.set()
         self._thread.shutdown(cancel_futures=True)
+
+    def breathe(self) -> None:
+        """See the function; for the thread itself."""
+        if self._is_busy and time.thread_time() - self._since >= SHARE_SECONDS:
+            self._next_step.clear()
+            if self._is_busy:
+                self._next_step.wait()
+            self._since = time.thread_time()
 
     def _prepare_next(self) -> None:
         if self._waiting and self._prepared is None:
             self._prepared = self._thread.submit(self._waiting[0].prepare)
 
+    def _step_back(self) -> None:
+        import torch
 
-def _lower_priority() -> None:
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        # Gives way at once to any thread that wakes up, which one that is merely nice does only after its slice.
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        _thread.background = self
+        # Threads of torch wait for each other by spinning, on the cores that the steps compute on. A thread takes the
+        # common number when it asks for the first time, whatever was set for it before.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+            # Gives way at once to any thread that wakes up, which one that is merely nice does only after its slice.
+            os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))

@@ -122,7 +122,7 @@ class Engine:
 
     def poll(self) -> None:
         """Carries out what the background has prepared; called between two steps."""
-        self.background.poll()
+        self.background.poll(self.core.has_work)
 
     def close(self) -> None:
         self.background.close()

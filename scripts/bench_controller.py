@@ -1,9 +1,11 @@
 """The throughput policy against every fixed number of guesses, with a drafter of known acceptance; and after a change.
 
-    python scripts/bench_controller.py [--streams 1,4,16,32] [--rounds 5]
+    python scripts/bench_controller.py [--streams 1,4,16,32] [--profiles good,middling,poor] [--rounds 7] [--bandit]
 
 Runs the default model in this process. The drafter knows the answers, which are generated first, and is right with a
-given probability at each place. All settings are interleaved in every round; prints medians and one JSON line last.
+given probability at each place. All settings take turns in every round, in a new order each. The best fixed number of
+a round is the one with the best median in all *other* rounds: the best of seven noisy figures would flatter itself.
+Prints each policy's share of it, the median over rounds with quartiles, and one JSON line last.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from statistics import median
+from random import Random
+from statistics import median, quantiles
 
 from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.engine.config import EngineConfig
@@ -27,6 +30,7 @@ PROFILES = {
     "middling": [0.6, 0.55, 0.5, 0.45, 0.4, 0.4, 0.4, 0.4],
     "poor": [0.15] * MOST,
 }
+COUNTS = (0, 1, 2, 3, 4, 6, 8)
 TOKENS = 512
 """Per run, over all streams; at least 64 each."""
 
@@ -60,20 +64,31 @@ class Bench:
         return len(self.prompts) * self.tokens / seconds
 
 
-def against_fixed(bench: Bench, right: list[float], rounds: int) -> dict[str, float]:
-    """Median tokens per second of each setting."""
+def against_fixed(bench: Bench, right: list[float], rounds: int, learning: dict[str, Policy]) -> dict[str, list[float]]:
+    """Tokens per second of each setting, by round."""
     bench.oracle.right = right
-    policies: dict[str, Policy] = {f"fixed {count}": Fixed(count) for count in (0, 1, 2, 3, 4, 6, 8)}
-    policies |= {"throughput": Throughput(), "bandit": Bandit()}
+    policies: dict[str, Policy] = {f"fixed {count}": Fixed(count) for count in COUNTS} | learning
     results: dict[str, list[float]] = {name: [] for name in policies}
+    random, order = Random(0), list(policies)
     for turn in range(rounds + 1):  # the first one is for learning
         bench.oracle.salt = turn
-        for name, policy in policies.items():
-            bench.use(policy)
+        random.shuffle(order)
+        for name in order:
+            bench.use(policies[name])
             rate = bench.run()
             if turn:
                 results[name].append(rate)
-    return {name: round(median(rates), 1) for name, rates in results.items()}
+    return results
+
+
+def shares(rates: dict[str, list[float]], policy: str) -> list[float]:
+    """By round, what a policy reaches of the fixed number that was the best in the other rounds."""
+    fixed = {name: each for name, each in rates.items() if name.startswith("fixed")}
+    found = []
+    for turn, rate in enumerate(rates[policy]):
+        others = {name: median(each[:turn] + each[turn + 1 :]) for name, each in fixed.items()}
+        found.append(rate / fixed[max(others, key=others.__getitem__)][turn])
+    return found
 
 
 def after_change(bench: Bench, before: list[float], after: list[float]) -> list[float]:
@@ -102,21 +117,31 @@ def after_change(bench: Bench, before: list[float], after: list[float]) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", default="1,4,16,32")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profiles", default=",".join(PROFILES))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--bandit", action="store_true", help="the bandit, too")
     options = parser.parse_args()
     report = []
+    print("| streams | drafter | none tok/s | best fixed: tok/s | policy | of the best | quartiles |")
+    print("|---|---|---|---|---|---|---|")
     for streams in map(int, options.streams.split(",")):
         bench = Bench(streams)
-        for name, right in PROFILES.items():
-            rates = against_fixed(bench, right, options.rounds)
-            fixed = {setting: rate for setting, rate in rates.items() if setting.startswith("fixed")}
-            best = max(fixed, key=fixed.__getitem__)
-            share = {policy: round(rates[policy] / fixed[best], 3) for policy in ("throughput", "bandit")}
-            print(
-                f"{streams:3} streams, {name:9} best {best} {fixed[best]:7.1f} tok/s, none {fixed['fixed 0']:7.1f}",
-                share,
-            )
-            report.append({"streams": streams, "profile": name, "rates": rates, "best": best, **share})
+        for name in options.profiles.split(","):
+            learning: dict[str, Policy] = {"throughput": Throughput()}
+            if options.bandit:
+                learning["bandit"] = Bandit()
+            rates = against_fixed(bench, PROFILES[name], options.rounds, learning)
+            medians = {setting: median(each) for setting, each in rates.items()}
+            best = max((f"fixed {count}" for count in COUNTS), key=medians.__getitem__)
+            for policy in learning:
+                found = shares(rates, policy)
+                low, middle, high = quantiles(found, n=4)
+                print(
+                    f"| {streams} | {name} | {medians['fixed 0']:.0f} | {best.removeprefix('fixed ')}: "
+                    f"{medians[best]:.0f} | {policy} | **{middle:.3f}** | {low:.3f} – {high:.3f} |",
+                    flush=True,
+                )
+            report.append({"streams": streams, "profile": name, "rates": rates})
         for before, after in (("good", "poor"), ("poor", "good")):
             windows = after_change(bench, PROFILES[before], PROFILES[after])
             print(f"{streams:3} streams, {before} -> {after}: guesses per stream in windows of 50 steps {windows}")

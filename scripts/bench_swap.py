@@ -2,9 +2,10 @@
 
     python scripts/bench_swap.py --streams 32 --swaps 50
 
-Steps are told apart by what went on beside them: nothing, a version being prepared in the background, or one that went
-live just before the step (its time includes that). The added delay of such a step is its time less the median of the
-undisturbed steps around it; with --swaps 0 the last line shows what such differences are without any swap.
+While a version is prepared in the background, which does a small piece of that per step, a coin decides for every step
+whether there is one; those without are the measure of what steps take undisturbed, and how much they differ by chance.
+The added delay of a step is its time less the median of the undisturbed steps around it, never itself. The version goes
+live just before a step, whose time includes that.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from slipstream.server.text import load_tokenizer
 
 Kind = Literal["undisturbed", "preparing", "landing"]
 BETWEEN = 15
-"""Undisturbed steps between two swaps."""
+"""Steps between two swaps."""
 NEIGHBOURS = 10
 WARM_UP = 30
 
@@ -85,9 +86,9 @@ def run(
     steps: list[tuple[Kind, float]] = []
     replies: list[dict[str, float]] = []
     lengths = Random(0)
+    coin = Random(1)
     swap, quiet, done = None, 0, 0
-    least = WARM_UP + (1000 if not swaps else 0)
-    while len(replies) < swaps or len(steps) < least:
+    while len(replies) < swaps:
         running = [completion for completion in local.completions.values() if completion.finish_reason is None]
         while len(running) < streams:
             params = SamplingParams(max_tokens=lengths.randint(500, 1500), temperature=0.8)
@@ -97,11 +98,15 @@ def run(
             done += 1
             arguments = {"version": done + 1, "route": "", "path": str(heads[done % len(heads)])}
             swap = local.engine.operate("swap_drafter", arguments)
+        rests = swap is not None and coin.random() < 0.5
         began = time.perf_counter()
-        local.step()
+        if rests:
+            local.engine.core.step()
+        else:
+            local.step()
         seconds = time.perf_counter() - began
         kind: Kind = "undisturbed"
-        if swap is not None:
+        if swap is not None and not rests:
             kind = "landing" if swap.done() else "preparing"
             if swap.done():
                 replies.append(swap.result())

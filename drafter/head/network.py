@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.drafter.head.layout import LAYER, HeadConfig
+from slipstream.engine.background import breathe
 from slipstream.engine.models.config import DecoderConfig, rope_tables
 from slipstream.engine.models.native_decoder import NativeDecoder
 from slipstream.engine.models.native_layer import NativeLayer
@@ -22,7 +23,10 @@ from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
 from slipstream.kernels.native.kv_cache import NativeKVCache
 from slipstream.kernels.native.library import DTYPE_CODES, CLayer, CModel, address, c_batch, load
-from slipstream.kernels.native.linear import PackedLinear
+from slipstream.kernels.native.linear import COLUMNS, PANEL, PackedLinear
+
+PIECE_ELEMS = 1 << 16
+"""Of a matrix, laid out between two moments at which steps may go first."""
 
 
 class HeadNetwork(Protocol):
@@ -79,15 +83,29 @@ class NativeWeights:
         self.norm = torch.ones(config.hidden) if is_third else None
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        self.fc.fill(tensors["fc.weight"])
+        for row, part in _pieces(tensors["fc.weight"]):
+            self.fc.fill(part, row // PANEL)
         if "fc.bias" in tensors:
             self.fc.fill_bias(tensors["fc.bias"])
         if self.norm is not None:
-            self.lm_head.fill(tensors["lm_head.weight"])
+            for row, part in _pieces(tensors["lm_head.weight"]):
+                self.lm_head.fill(part, row // PANEL)
             self.norm.copy_(tensors["norm.weight"])
         for name, tensor in tensors.items():
             if name.startswith(self._prefix):
-                self.layer.fill(name.removeprefix(self._prefix).split("."), tensor)
+                for row, part in _pieces(tensor):
+                    self.layer.fill(name.removeprefix(self._prefix).split("."), part, row)
+
+
+def _pieces(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """First rows and rows, a multiple of what panels are filled with; steps go on between them."""
+    if tensor.dim() < 2:
+        yield 0, tensor
+        return
+    rows = max(PIECE_ELEMS // tensor.shape[1] // COLUMNS, 1) * COLUMNS
+    for number, part in enumerate(torch.split(tensor, rows)):
+        breathe()
+        yield number * rows, part
 
 
 class NativeHead:
@@ -204,7 +222,8 @@ class TorchHead:
         # On a stream of its own, so that steps do not wait for the transfer; over once this returns.
         with torch.cuda.stream(self._stream):
             for name, weight in self._staged.items():
-                weight.copy_(tensors[name])
+                for row, part in _pieces(tensors[name]):
+                    weight[row : row + len(part)].copy_(part)
         if self._stream is not None:
             self._stream.synchronize()
 

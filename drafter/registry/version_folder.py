@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 from slipstream.drafter.registry import manifest as manifests
 from slipstream.drafter.registry.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from slipstream.engine.background import breathe
 from slipstream.engine.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from slipstream.drafter.head.layout import HeadConfig
+
+PIECE_BYTES = 1 << 18
 
 
 def write_weights(folder: Path, config: HeadConfig, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
@@ -66,25 +69,29 @@ def check_fit(manifest: Manifest, fingerprint: str, fingerprint_name: str = "") 
 def read_weights(folder: Path, manifest: Manifest) -> tuple[HeadConfig, dict[str, Tensor]]:
     """The head in a version folder; raises ModelError if a byte of its weights is not what was written."""
     from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors.torch import load_file
 
     from slipstream.drafter.head import layout
 
     path = folder / WEIGHTS_FILE
+    digest = hashlib.sha256()
     try:
-        data = path.read_bytes()
+        size = path.stat().st_size
+        if size != manifest.weights_bytes:
+            what = "truncated" if size < manifest.weights_bytes else "too long"
+            raise ModelError(f"{path} is {what}: it has {size} bytes, {manifest.weights_bytes} were written")
+        with path.open("rb") as file:
+            while part := file.read(PIECE_BYTES):
+                digest.update(part)
+                breathe()
     except OSError as error:
         raise ModelError(f"drafter version {manifest.version}: cannot read {path}: {error.strerror}") from None
-    if len(data) != manifest.weights_bytes:
-        what = "truncated" if len(data) < manifest.weights_bytes else "too long"
-        raise ModelError(f"{path} is {what}: it has {len(data)} bytes, {manifest.weights_bytes} were written")
-    found = hashlib.sha256(data).hexdigest()
-    if found != manifest.weights_sha256:
+    if (found := digest.hexdigest()) != manifest.weights_sha256:
         raise ModelError(f"{path} is damaged: its SHA-256 is {found}, its manifest says {manifest.weights_sha256}")
     # Taps are always written into the manifest, so the target's number of layers is not needed to guess them.
     config = layout.parse_config(manifest.head, num_layers=0)
     try:
-        tensors = load(data)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ModelError(f"{path} is damaged: {error}") from None
     layout.check(config, tensors)

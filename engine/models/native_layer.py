@@ -59,13 +59,17 @@ class NativeLayer:
     def num_elems(config: DecoderConfig) -> int:
         return sum(panels_elems(n, k) for n, k, _ in _sizes(config))
 
-    def fill(self, name: list[str], tensor: Tensor) -> None:
-        """Copies one tensor to its place; ``name`` is its Hugging Face name within the layer, split at the dots."""
+    def fill(self, name: list[str], tensor: Tensor, first_row: int = 0) -> None:
+        """Copies one tensor to its place; ``name`` is its Hugging Face name within the layer, split at the dots.
+
+        A part of a matrix is put where it begins, a multiple of PANEL rows.
+        """
         module, kind = name[-2], name[-1]
         if module in self._norms:
             self._norms[module].copy_(tensor)
         else:
             linear, first, stride = self._places[module]
+            first += stride * (first_row // PANEL)
             (linear.fill if kind == "weight" else linear.fill_bias)(tensor, first, stride)
 
     def describe(self, c: CLayer, window: int) -> None:

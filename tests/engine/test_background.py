@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
-from slipstream.engine.background import Background
+from slipstream.engine.background import SHARE_SECONDS, Background, breathe
 
 
 @pytest.fixture
@@ -67,9 +69,60 @@ def test_whatever_fails_is_told_and_the_next_job_runs(background: Background) ->
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
+def spin(seconds: float) -> None:
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
 def test_only_the_thread_has_the_lowest_priority(background: Background) -> None:
     before = os.sched_getscheduler(0)
     done = background.start(lambda: (lambda found: lambda: found)(os.sched_getscheduler(threading.get_native_id())))
     poll_until(background, done.done)
     assert done.result() == os.SCHED_IDLE
     assert os.sched_getscheduler(0) == before != os.SCHED_IDLE
+
+
+def test_long_work_takes_its_share_of_a_step_and_waits_for_the_next(background: Background) -> None:
+    pieces: list[int] = []
+
+    def prepare() -> Callable[[], None]:
+        for number in range(6):
+            spin(2 * SHARE_SECONDS)
+            pieces.append(number)
+            breathe()
+        return lambda: None
+
+    done = background.start(prepare)
+    seen = []
+    for _ in range(5):
+        background.poll(is_busy=True)
+        time.sleep(0.2)
+        seen.append(len(pieces))
+    assert seen == [1, 2, 3, 4, 5]  # however long a step is
+    assert not done.done()
+    background.poll()  # nothing is held up any more
+    poll_until(background, done.done)
+    assert len(pieces) == 6
+
+
+def test_a_server_that_stops_does_not_wait_for_steps(background: Background) -> None:
+    def prepare() -> Callable[[], None]:
+        for _ in range(5):
+            spin(2 * SHARE_SECONDS)
+            breathe()
+        return lambda: None
+
+    background.start(prepare)
+    background.poll(is_busy=True)
+    time.sleep(0.05)
+    background.close()
+
+
+def test_the_thread_computes_alone(background: Background) -> None:
+    before = torch.get_num_threads()
+    done = background.start(lambda: (lambda found: lambda: found)(torch.get_num_threads()))
+    poll_until(background, done.done)
+    assert done.result() == 1
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == torch.get_num_threads() == before
