@@ -209,12 +209,12 @@ class OracleDrafter(Drafter):
     def _propose(self, row: DraftRow) -> Proposal | None:
         prompt = tuple(row.tokens[: row.num_prompt].tolist())
         answer = self.answers.get(prompt, [])
-        key = hash((self.salt, prompt))
         begin = row.length - row.num_prompt
         guesses = answer[begin : begin + row.most]
+        random = Random(hash((self.salt, prompt, begin)))
         for position in range(len(guesses)):
             right = self.right if isinstance(self.right, float) else self.right[position]
-            if hash((key, begin, position)) % 10_007 >= right * 10_007:
+            if random.random() >= right:
                 guesses[position] ^= 1  # some other token
         return Proposal.chain(guesses, 0)
 

@@ -16,10 +16,13 @@ import time
 from random import Random
 from statistics import median, quantiles
 
+import numpy as np
+
 from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.speculation.controller import Bandit, Fixed, Policy, Throughput
+from slipstream.engine.step_cost import StepWork
 from slipstream.engine.testing import LocalEngine, OracleDrafter
 from slipstream.loadtest.dataset import ShareGPT
 from slipstream.server.text import load_tokenizer
@@ -91,27 +94,45 @@ def shares(rates: dict[str, list[float]], policy: str) -> list[float]:
     return found
 
 
-def after_change(bench: Bench, before: list[float], after: list[float]) -> list[float]:
-    """Guesses verified per stream and step, in windows of 50 steps, from the change on."""
+def after_change(bench: Bench, before: list[float], after: list[float]) -> list[tuple[float, float]]:
+    """By window of 50 steps from the change on: guesses verified per stream and step, and what they are worth.
+
+    The worth is the throughput expected of that number of guesses, by the true probabilities and the engine's costs of
+    steps, relative to the best fixed number.
+    """
     bench.use(Throughput())
     bench.oracle.right = before
     for _ in range(3):
         bench.run()
     bench.oracle.right = after
-    first = {stats.name: stats.draft_tokens for stats in bench.local.stats.drafters}["oracle"]
-    steps = bench.local.stats.steps
-    windows = []
+    streams = len(bench.prompts)
+
+    def drafted() -> int:
+        return bench.local.stats.drafters[0].draft_tokens
+
+    first, steps, windows = drafted(), 0, []
     while len(windows) < 8:
         for prompt in bench.prompts:
             bench.local.submit(prompt, bench.params)
-        while bench.local.engine.core.has_work:
+        while bench.local.engine.core.has_work and len(windows) < 8:
             bench.local.step()
-            stats = bench.local.stats
-            if stats.steps - steps >= 50:
-                drafted = stats.drafters[0].draft_tokens
-                windows.append(round((drafted - first) / 50 / len(bench.prompts), 2))
-                first, steps = drafted, stats.steps
-    return windows[:8]
+            steps += 1
+            if steps % 50 == 0:
+                guesses = (drafted() - first) / 50 / streams
+                first = drafted()
+                best = max(expected_rate(bench, after, count) for count in COUNTS)
+                windows.append((round(guesses, 2), round(expected_rate(bench, after, guesses) / best, 3)))
+    bench.local.finish()
+    return windows
+
+
+def expected_rate(bench: Bench, right: list[float], guesses: float) -> float:
+    """Tokens per second of a stream that verifies so many guesses per step, in the middle of an answer."""
+    tokens = 1 + np.interp(guesses, range(MOST + 1), np.concatenate(([0.0], np.cumprod(right).cumsum())))
+    streams, context = len(bench.prompts), 100 + bench.tokens // 2
+    size = round(streams * (1 + guesses))
+    seconds = bench.local.engine.scheduler.cost.predict(StepWork(size, context * streams + size, context * size))
+    return float(tokens / seconds)
 
 
 def main() -> None:
@@ -144,7 +165,9 @@ def main() -> None:
             report.append({"streams": streams, "profile": name, "rates": rates})
         for before, after in (("good", "poor"), ("poor", "good")):
             windows = after_change(bench, PROFILES[before], PROFILES[after])
-            print(f"{streams:3} streams, {before} -> {after}: guesses per stream in windows of 50 steps {windows}")
+            print(
+                f"{streams:3} streams, {before} -> {after}, guesses and their worth in windows of 50 steps: {windows}"
+            )
             report.append({"streams": streams, "change": [before, after], "windows": windows})
     print(json.dumps(report))
 
