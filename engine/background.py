@@ -18,7 +18,7 @@ Prepare = Callable[[], Land]
 SWITCH_SECONDS = 0.0005
 SHARE_SECONDS = 0.0003
 """Of the processor during one step: on two cores that both compute, a step is longer by what it loses to others."""
-_thread = threading.local()
+_current = threading.local()
 
 
 def breathe() -> None:
@@ -26,7 +26,7 @@ def breathe() -> None:
 
     Elsewhere, and while there are no steps to hold up, it does nothing.
     """
-    background: Background | None = getattr(_thread, "background", None)
+    background: Background | None = getattr(_current, "background", None)
     if background is not None:
         background.breathe()
 
@@ -102,7 +102,7 @@ class Background:
     def _step_back(self) -> None:
         import torch
 
-        _thread.background = self
+        _current.background = self
         # Threads of torch wait for each other by spinning, on the cores that the steps compute on. A thread takes the
         # common number when it asks for the first time, whatever was set for it before.
         torch.get_num_threads()

@@ -83,18 +83,21 @@ class NativeWeights:
         self.norm = torch.ones(config.hidden) if is_third else None
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        for row, part in _pieces(tensors["fc.weight"]):
-            self.fc.fill(part, row // PANEL)
+        _fill(self.fc, tensors["fc.weight"])
         if "fc.bias" in tensors:
             self.fc.fill_bias(tensors["fc.bias"])
         if self.norm is not None:
-            for row, part in _pieces(tensors["lm_head.weight"]):
-                self.lm_head.fill(part, row // PANEL)
+            _fill(self.lm_head, tensors["lm_head.weight"])
             self.norm.copy_(tensors["norm.weight"])
         for name, tensor in tensors.items():
             if name.startswith(self._prefix):
                 for row, part in _pieces(tensor):
                     self.layer.fill(name.removeprefix(self._prefix).split("."), part, row)
+
+
+def _fill(linear: PackedLinear, weight: Tensor) -> None:
+    for row, part in _pieces(weight):
+        linear.fill(part, row // PANEL)
 
 
 def _pieces(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:

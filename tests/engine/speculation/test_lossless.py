@@ -46,14 +46,13 @@ def test_tokens_logprobs_and_ends_are_those_without_speculation(engine: Engine, 
     ]
 
     def run(local: LocalEngine) -> list[Any]:
-        completions = [local.submit(prompt, params) for prompt, params in jobs for _ in range(2)]
+        completions = [local.submit(prompt, params) for prompt, params in jobs for _ in range(3)]
         local.finish()
         return completions
 
     plain = run(engine())
-    answers = {tuple(prompt): done.tokens for (prompt, _), done in zip(jobs, plain[::2], strict=True)}
+    answers = {tuple(prompt): done.tokens for (prompt, _), done in zip(jobs, plain[::3], strict=True)}
     oracle, trees = OracleDrafter(answers, 0.8), TreeOracleDrafter(answers, 0.9, 8)
-    preemptions = 0
     for chosen, fields in (
         ([oracle], {}),
         ([oracle, *drafters(), HeadDrafter(random_head)], {}),
@@ -72,10 +71,8 @@ def test_tokens_logprobs_and_ends_are_those_without_speculation(engine: Engine, 
             accepted = sum(delta.num_accepted for done in local.completions.values() for delta in done.deltas)
             assert accepted > 20, "guesses have to be right for this test to say anything"
             assert moved or chosen != [trees], "branches have to be right for this test to say anything"
-            preemptions += local.stats.preemptions
-    assert preemptions or "stop_token_ids" in PARAMS[kind], (
-        "the cache has to be too small for this test to say anything"
-    )
+            if cache == "64KiB" and "stop_token_ids" not in PARAMS[kind] and "max_running" not in fields:
+                assert local.stats.preemptions, "the cache has to be too small for this test to say anything"
 
 
 def test_more_branches_than_there_are_blocks_for(engine: Engine) -> None:
