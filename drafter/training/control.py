@@ -6,9 +6,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Literal
+from contextlib import suppress
+from typing import Any, Literal
 
 import msgspec
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipstream.drafter.training.gate import Speed
 
@@ -105,20 +107,25 @@ class Control:
         threading.Thread(target=self._listen, args=(lines,), daemon=True, name="control").start()
 
     def wait(self, waiting: Callable[[], None] = lambda: None) -> float:
-        """Returns once training may go on; how many seconds that took. Calls ``waiting`` if it may not now.
+        """Returns once training may go on, or the server has gone; how many seconds that took.
 
-        Raises ServerGoneError.
+        Calls ``waiting`` if it may not go on now.
         """
-        began = time.monotonic()
         with self._changed:
-            if not self._stopped and not self._allowed():
+            if self._stopped or self._allowed():
+                return 0.0
+            began = time.monotonic()
+            with suppress(ServerGoneError):
                 waiting()
             while not self._stopped and not self._allowed():
                 calm = not (self._running or self._paused)
                 self._changed.wait(max(self._busy_until - time.monotonic(), 0) if calm else None)
-            if self._stopped:
-                raise ServerGoneError
-        return time.monotonic() - began
+            return time.monotonic() - began
+
+    def check(self) -> None:
+        """Raises ServerGoneError if it has."""
+        if self._stopped:
+            raise ServerGoneError
 
     def sleep(self, seconds: float) -> None:
         """Raises ServerGoneError; returns early when a round is due, or when told to finish."""
@@ -164,3 +171,36 @@ class Control:
                 self._paused = paused
             case Finish():
                 self.finishing = True
+
+
+class StandBy(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Entering it waits until training may go on, and so does every operation of torch inside, backward pass included.
+
+    Entering raises ServerGoneError if the server has gone; inside, what was begun is finished then.
+
+    A part of a training step takes a second where nobody else computes, and many where a server does: too long to be
+    stopped only between parts. An operation takes some milliseconds, and asking takes microseconds.
+    """
+
+    def __init__(self, control: Control, waiting: Callable[[], None]) -> None:
+        """``waiting`` is called whenever it begins to wait."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._control = control
+        self._waiting = waiting
+        self.seconds = 0.0
+        """Waited so far."""
+
+    def __enter__(self) -> StandBy:
+        self._wait()
+        self._control.check()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._wait()
+        return func(*args, **(kwargs or {}))
+
+    def _wait(self) -> None:
+        self.seconds += self._control.wait(self._waiting)

@@ -50,8 +50,6 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Positions of a text, its last ones."""
     gate_texts: int = 200
     threads: int | None = None
-    background: bool = True
-    """Run only where nobody else wants the processor. Off where the training has a machine of its own."""
     learning_rate: float = 2e-3
     cache_bytes: int = 1 << 30
     checkpoint_steps: int = 50
@@ -73,10 +71,10 @@ class Course:
         route: str,
         target: Target,
         store: TrafficStore,
-        pause: Callable[[], object] = lambda: None,
+        check: Callable[[], object] = lambda: None,
         folder: Path | None = None,
     ) -> None:
-        """``pause`` is called before features are recomputed, and may wait; without ``folder`` nothing can be saved."""
+        """``check`` is called before features are recomputed; without ``folder`` nothing can be saved."""
         self.route = route
         self.learned = 0
         """Positions, since the worker's start."""
@@ -87,7 +85,7 @@ class Course:
         """The last version that came of it."""
         self._options = options
         self._target = target
-        self._pause = pause
+        self._check = check
         self.curriculum = Curriculum(
             store, self.prepare, lambda sample: belongs(sample, route), cache_bytes=options.cache_bytes
         )
@@ -112,7 +110,7 @@ class Course:
         if sample.target_version != self._target.version or len(sample.tokens) - sample.num_prompt < LEAST_ANSWER:
             return None
         if sample.features is None or sample.taps != self._target.taps or sample.start >= sample.num_prompt:
-            self._pause()
+            self._check()
             with suppress(ValueError):  # too long
                 sample = recompute(sample, self._target.recompute())
         if sample.features is None or sample.taps != self._target.taps:

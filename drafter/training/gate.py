@@ -90,11 +90,11 @@ class Verdict:
 
 
 def score(
-    head: TrainableHead, examples: Sequence[Example], depth: int, pause: Callable[[], object] = lambda: None
+    head: TrainableHead, examples: Sequence[Example], depth: int, check: Callable[[], object] = lambda: None
 ) -> Score:
     """Drafts along texts that are known, for chains of up to ``depth`` guesses.
 
-    ``pause`` is called between parts of about ``ROWS`` positions, and may wait.
+    ``check`` is called between parts of about ``ROWS`` positions; what it raises ends the scoring.
 
     As long as all guesses before were right, guess i is made after exactly the tokens that came: so one unrolled pass
     knows at every position how many guesses are right there. The walk from the first position to the end of the
@@ -103,7 +103,7 @@ def score(
     tokens: list[int] = []
     steps: list[list[int]] = []
     for group in fill(examples, ROWS, LONGEST):
-        pause()
+        check()
         batch = pack(group, depth)
         with torch.inference_mode():
             outputs = head.unroll(batch, depth)

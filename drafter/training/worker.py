@@ -6,7 +6,6 @@ since its last checkpoint. The server decides what becomes of a published versio
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,9 +21,9 @@ from slipstream.drafter.registry.manifest import Training
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import UnknownVersionError
 from slipstream.drafter.traffic.store import TrafficStore
-from slipstream.drafter.training.control import Control, Report, ServerGoneError
+from slipstream.drafter.training.control import Control, Report, ServerGoneError, StandBy
 from slipstream.drafter.training.course import Course, WorkerOptions
-from slipstream.drafter.training.gate import LEAST_TEXTS, Verdict, judge, score
+from slipstream.drafter.training.gate import LEAST_TEXTS, Score, Verdict, judge, score
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, fill
 from slipstream.drafter.training.target import Target
@@ -41,6 +40,8 @@ class Worker:
     def __init__(self, options: WorkerOptions, control: Control) -> None:
         self._options = options
         self._control = control
+        self._stand_by = StandBy(control, lambda: self._report("paused"))
+        """Around all that computes, but not where the registry is locked: the server reads it, too."""
         if options.threads:
             torch.set_num_threads(options.threads)
         self._store = TrafficStore(options.traffic)
@@ -48,7 +49,7 @@ class Worker:
         self._target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage)
         folder = self._registry.folder / "training"
         self._courses = [
-            Course(options, route, self._target, self._store, self._pause, folder) for route in options.routes
+            Course(options, route, self._target, self._store, control.check, folder) for route in options.routes
         ]
         self._route = ""
         """What it is busy with."""
@@ -78,25 +79,31 @@ class Worker:
 
     def _is_due(self, course: Course, asked: bool) -> bool:
         # While a version is on trial, what is live may change at any moment.
-        return self._registry.canary(course.route) is None and course.is_due(asked)
+        if self._registry.canary(course.route) is not None:
+            return False
+        with self._stand_by:
+            return course.is_due(asked)
 
     def _round(self, course: Course) -> bool:
         """Whether anything was learned."""
         options = self._options
-        trainer = self._begin(course)
+        with self._stand_by:
+            trainer = self._begin(course)
         first_step, first_learned = trainer.step, course.learned
         looked = time.monotonic()
         groups = fill(course.curriculum.draw(), options.part_rows, options.longest)
         while (done := course.learned - first_learned) < options.round_tokens and not self._control.finishing:
-            start, paused = time.monotonic(), [0.0]
-            progress = trainer.learn(self._parts(groups, paused))
+            start, stood_by = time.monotonic(), self._stand_by.seconds
+            with self._stand_by:
+                progress = trainer.learn(self._parts(groups))
             if not progress.tokens:
                 break
-            self._busy += time.monotonic() - start - paused[0]
+            self._busy += time.monotonic() - start - (self._stand_by.seconds - stood_by)
             course.spend(progress.tokens)
             message = course.save() if trainer.step % options.checkpoint_steps == 0 else ""
             if time.monotonic() - looked > LOOK_SECONDS:
-                course.look()
+                with self._stand_by:
+                    course.look()
                 looked = time.monotonic()
             if message or time.monotonic() - self._last_report > REPORT_SECONDS:
                 self._last_report = time.monotonic()
@@ -116,10 +123,10 @@ class Worker:
         course.save()
         return True
 
-    def _parts(self, groups: Iterator[list[Example]], paused: list[float]) -> Iterable[Sequence[Example]]:
-        """Texts for one step of the optimizer; waits between them while requests run."""
+    def _parts(self, groups: Iterator[list[Example]]) -> Iterable[Sequence[Example]]:
+        """Texts for one step of the optimizer."""
         for group in islice(groups, max(self._options.rows // self._options.part_rows, 1)):
-            paused[0] += self._pause()
+            self._control.check()
             yield group
 
     def _begin(self, course: Course) -> Trainer:
@@ -160,8 +167,7 @@ class Worker:
         """As a candidate, if it passes the gate."""
         # What is judged is what will be in the file, to the last bit.
         config, tensors = trainer.head.config, layout.stored(trainer.published())
-        texts = course.curriculum.held_out(self._options.gate_texts)
-        verdict = self._verdict(course, self._target.trainable(config, tensors), texts)
+        verdict = self._verdict(course, self._target.trainable(config, tensors), self._held_out(course))
         if not verdict.passes:
             self._report("refused", gate=verdict.metrics(), message=verdict.describe())
             return
@@ -190,7 +196,7 @@ class Worker:
             except SlipstreamError as error:
                 self._refuse(number, str(error))
                 continue
-            texts = course.curriculum.held_out(self._options.gate_texts)
+            texts = self._held_out(course)
             if len(texts) < LEAST_TEXTS:
                 return
             verdict = self._verdict(course, head, texts)
@@ -209,18 +215,19 @@ class Worker:
         self._report("refused", version=version, foreign=True, gate=metrics, message=reason)
 
     def _verdict(self, course: Course, candidate: TrainableHead, texts: Sequence[Example]) -> Verdict:
-        self._pause()
         self._report("gating")
-        depth = self._options.depth
-        found = score(candidate, texts, depth, self._pause)
+        found = self._score(candidate, texts)
         live = self._registry.serving(course.route)
-        if live is None:
-            return judge(found, found.without_guesses(), self._control.speed)
-        return judge(found, score(self._head(live.version), texts, depth, self._pause), self._control.speed)
+        known = found.without_guesses() if live is None else self._score(self._head(live.version), texts)
+        return judge(found, known, self._control.speed)
 
-    def _pause(self) -> float:
-        """Waits while requests run; seconds."""
-        return self._control.wait(lambda: self._report("paused"))
+    def _score(self, head: TrainableHead, texts: Sequence[Example]) -> Score:
+        with self._stand_by:
+            return score(head, texts, self._options.depth, self._control.check)
+
+    def _held_out(self, course: Course) -> list[Example]:
+        with self._stand_by:
+            return course.curriculum.held_out(self._options.gate_texts)
 
     def _report(self, state: str, **fields: object) -> None:
         course = next(course for course in self._courses if course.route == self._route)
@@ -240,9 +247,6 @@ class Worker:
 def main(arguments: Sequence[str]) -> int:
     """``arguments``: WorkerOptions as JSON."""
     options = msgspec.json.decode(arguments[0], type=WorkerOptions)
-    if options.background:
-        with suppress(OSError, AttributeError):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     control = Control(options.mode)
     try:
         Worker(options, control).run()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,10 @@ from typing import Any
 import msgspec
 
 from slipstream.server.errors import ApiError, InvalidRequestError, TimedOutError
+from slipstream.server.priority import step_back
 
 TIMEOUT_S = 300.0
 USER_ERROR = 2
-LOWEST_PRIORITY = 19
 
 
 class DrafterCommands:
@@ -42,9 +40,7 @@ class DrafterCommands:
                 stderr=asyncio.subprocess.PIPE,
                 start_new_session=True,
             )
-            with contextlib.suppress(OSError):
-                # Requests come first.
-                os.setpriority(os.PRIO_PROCESS, process.pid, LOWEST_PRIORITY)
+            step_back(process.pid)
             try:
                 async with asyncio.timeout(TIMEOUT_S):
                     out, said = await process.communicate()

@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from slipstream.server.priority import step_back
+
 logger = logging.getLogger(__name__)
 MODULE = "slipstream.drafter.training.worker"
 LOAD_SECONDS = 0.05
@@ -79,6 +81,7 @@ class WorkerProcess:
             # Ctrl-C reaches the whole process group; the worker ends when its standard input does.
             start_new_session=True,
         )
+        step_back(self._process.pid)
         if self._paused:
             self.send("pause", paused=True)
         telling = asyncio.create_task(self._tell())

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from slipstream.drafter.training import control as module
-from slipstream.drafter.training.control import Control, Mode, Report, ServerGoneError
+from slipstream.drafter.training.control import Control, Mode, Report, ServerGoneError, StandBy
 
 SOON = 10.0
 
@@ -52,16 +53,12 @@ class Waiting:
     def __init__(self, control: Control) -> None:
         self.asked = threading.Event()
         self.seconds = -1.0
-        self.gone = False
         self._control = control
         self.thread = threading.Thread(target=self._wait, daemon=True)
         self.thread.start()
 
     def _wait(self) -> None:
-        try:
-            self.seconds = self._control.wait(self.asked.set)
-        except ServerGoneError:
-            self.gone = True
+        self.seconds = self._control.wait(self.asked.set)
 
     def returned(self, within: float = SOON) -> bool:
         self.thread.join(within)
@@ -131,11 +128,57 @@ def test_the_end_of_the_line_ends_every_wait(connect: Connect, mode: Mode) -> No
     waiting = Waiting(server.control)
     assert waiting.asked.wait(SOON)
     server.lines.close()
-    assert waiting.returned() and waiting.gone
+    assert waiting.returned()
     with pytest.raises(ServerGoneError):
         server.control.sleep(60)
     with pytest.raises(ServerGoneError):
-        server.control.wait()
+        server.control.check()
+
+
+def test_training_stands_by_between_operations_also_in_the_backward_pass(connect: Connect) -> None:
+    server = connect("idle")
+    server.control.check()
+    weight = torch.ones(3, requires_grad=True)
+    halfway, may_go_on = threading.Event(), threading.Event()
+
+    def on_gradient(gradient: torch.Tensor) -> None:
+        halfway.set()
+        assert may_go_on.wait(SOON)
+
+    def train() -> None:
+        with stand_by:
+            inner = weight * 2
+            inner.register_hook(on_gradient)
+            (inner * 3).sum().backward()
+
+    asked = threading.Event()
+    stand_by = StandBy(server.control, asked.set)
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    assert halfway.wait(SOON) and not asked.is_set()
+    server.load(1)
+    may_go_on.set()
+    assert asked.wait(SOON), "the rest of the backward pass did not wait"
+    thread.join(0.1)
+    assert thread.is_alive() and weight.grad is None
+    server.load(0)
+    thread.join(SOON)
+    assert not thread.is_alive()
+    assert weight.grad is not None and weight.grad.tolist() == [6.0] * 3
+    assert stand_by.seconds >= 0.1
+    assert (weight * 2).tolist() == [2.0] * 3, "outside of it nothing waits"
+
+
+def test_a_step_is_finished_when_the_server_goes(connect: Connect) -> None:
+    server = connect("idle")
+    stand_by = StandBy(server.control, server.lines.close)
+    with stand_by:
+        server.load(1)
+        assert torch.ones(2).sum() == 2
+    assert server.lines.closed, "it did not wait"
+    with pytest.raises(ServerGoneError), stand_by:
+        pass
+    assert torch.ones(2).sum() == 2
 
 
 def test_a_round_that_is_asked_for_ends_sleep_and_is_told_once(connect: Connect) -> None:

@@ -127,7 +127,6 @@ class Workshop:
             "threads": 1,
             "learning_rate": 5e-3,
             "checkpoint_steps": 5,
-            "background": False,  # else it starves on a loaded machine
         }
         self.workers: list[Process] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sqlite3
 import threading
@@ -106,6 +107,7 @@ def test_serving_does_not_notice_killed_workers(evolving: Evolving) -> None:
     with evolving.load(4) as failed:
         for kills in range(1, 6):
             worker = server.wait_until(lambda: evolving.worker, 90)
+            server.wait_until(lambda pid=worker.pid: os.sched_getscheduler(pid) == os.SCHED_IDLE, 10)
             time.sleep(rng.uniform(0, 4))
             with suppress(psutil.NoSuchProcess):
                 worker.kill()
