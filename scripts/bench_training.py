@@ -4,8 +4,9 @@
 
 The same texts are learned packed (as the worker does), padded (every text of a part filled up to the longest), and one
 at a time (every text a part of its own), with the same optimizer steps after the same texts; only positions of real
-answers count. A checkpoint's stall is how long training waits for it: for everything with the frozen weights, for the
-trained part, and for the copy that a thread then writes. Ways take turns within a round; figures are medians.
+answers count. With ``--evolve idle`` every operation asks first whether requests run. A checkpoint's
+stall is how long training waits for it: for everything with the frozen weights, for the trained part, and for the copy
+that a thread then writes. Ways take turns within a round; figures are medians.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 
 from slipstream.drafter.training.checkpoint import Checkpoint
+from slipstream.drafter.training.control import Control, StandBy
 from slipstream.drafter.training.packing import Example, fill
 from slipstream.drafter.training.target import Target
 from slipstream.drafter.training.trainer import Trainer, TrainOptions
@@ -122,13 +125,17 @@ def report_speed(trainer: Trainer, texts: Sequence[Example], rows: int, part_row
     packed = steps(list(fill(texts, part_rows, LONGEST)), rows)
     alone = [[[example] for part in step for example in part] for step in packed]
     filled = [padded([example for part in step for example in part], part_rows) for step in packed]
-    ways = {"packed": packed, "padded": filled, "one text at a time": alone}
+    standing_by = "packed, as with --evolve idle"
+    ways = {"packed": packed, standing_by: packed, "padded": filled, "one text at a time": alone}
+    reads, _ = os.pipe()  # nothing is ever said
+    stand_by = StandBy(Control("idle", os.fdopen(reads)), waiting=lambda: None)
     learned = sum(example.length - example.num_context for example in texts)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for name in [*ways, *list(ways) * rounds]:
         began = time.perf_counter()
         for step in ways[name]:
-            trainer.learn(step)
+            with stand_by if name == standing_by else nullcontext():
+                trainer.learn(step)
         seconds[name].append(time.perf_counter() - began)
     best = statistics.median(seconds["packed"][1:])
     print("| texts | positions computed | parts | tokens/s | packed is faster by |\n|---|---|---|---|---|")

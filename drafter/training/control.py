@@ -92,7 +92,7 @@ class Control:
         self, mode: Mode, lines: Iterable[str] = sys.stdin, report: Callable[[Report], None] = print_line
     ) -> None:
         """``lines``: messages; where they end, the server has ended."""
-        self._mode = mode
+        self.mode = mode
         self.report = report
         self._running = 0
         self._busy_until = 0.0
@@ -143,7 +143,7 @@ class Control:
     def _allowed(self) -> bool:
         if self._paused:
             return False
-        return self._mode == "always" or not (self._running or time.monotonic() < self._busy_until)
+        return self.mode == "always" or not (self._running or time.monotonic() < self._busy_until)
 
     def _listen(self, lines: Iterable[str]) -> None:
         try:
@@ -174,12 +174,12 @@ class Control:
 
 
 class StandBy(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Entering it waits until training may go on, and so does every operation of torch inside, backward pass included.
+    """Entering it waits until training may go on; in idle mode every operation of torch inside waits, too.
 
     Entering raises ServerGoneError if the server has gone; inside, what was begun is finished then.
 
-    A part of a training step takes a second where nobody else computes, and many where a server does: too long to be
-    stopped only between parts. An operation takes some milliseconds, and asking takes microseconds.
+    A part of a training step takes a second where nobody else computes, and ten in the gaps that a busy server leaves:
+    too long to be stopped only between parts. An operation, also one of the backward pass, takes some milliseconds.
     """
 
     def __init__(self, control: Control, waiting: Callable[[], None]) -> None:
@@ -193,8 +193,13 @@ class StandBy(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __enter__(self) -> StandBy:
         self._wait()
         self._control.check()
-        super().__enter__()  # type: ignore[no-untyped-call]
+        if self._control.mode == "idle":  # that every operation asks costs some 5 % of training
+            super().__enter__()  # type: ignore[no-untyped-call]
         return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._control.mode == "idle":
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
