@@ -107,7 +107,9 @@ def score(
         batch = pack(group, depth)
         with torch.inference_mode():
             outputs = head.unroll(batch, depth)
-            guesses = torch.stack([head.to_target[head.logits(hidden).argmax(-1)] for hidden in outputs], dim=1)
+            # argmax of bfloat16 takes six times as long on a CPU; ties go to the first in both.
+            best = [head.logits(hidden).max(-1).indices for hidden in outputs]
+            guesses = torch.stack([head.to_target[guess] for guess in best], dim=1)
         right = (guesses == batch.targets).long().cumprod(1).sum(1).numpy()
         at = 0
         for segment in batch.segments:

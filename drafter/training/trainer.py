@@ -92,7 +92,7 @@ class Trainer:
             per_row = losses.loss(options.loss, logits, targets, self._probs(batch, step))
             total = total + options.step_decay**step * per_row[exists].sum()
             with torch.no_grad():
-                right[step] = (logits.argmax(-1) == targets)[exists].sum()
+                right[step] = (logits.max(-1).indices == targets)[exists].sum()
         torch.autograd.backward(total)
         return float(total.detach()), right, len(batch.learned)
 
