@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from time import monotonic, sleep
 from urllib.parse import urlsplit
 
 import psutil
 
+STOP_SECONDS = 5.0
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
@@ -34,6 +36,8 @@ class ProcessTree:
             for process in processes:
                 with suppress(psutil.NoSuchProcess):
                     process.suspend()
+            for process in processes:
+                _wait_until_stopped(process)
             yield
         finally:
             for process in processes:
@@ -56,6 +60,14 @@ class ProcessTree:
             with suppress(psutil.NoSuchProcess):
                 total += process.memory_info().rss
         return total
+
+
+def _wait_until_stopped(process: psutil.Process) -> None:
+    """The signal has been sent; one that computes stops when the kernel looks at it next."""
+    deadline = monotonic() + STOP_SECONDS
+    with suppress(psutil.NoSuchProcess):
+        while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE) and monotonic() < deadline:
+            sleep(0.001)
 
 
 def serving(url: str) -> ProcessTree | None:

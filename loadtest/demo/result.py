@@ -154,7 +154,11 @@ def plot_result(result: Result) -> None:
         (last, result.after.off.first(options.glance).tokens_per_second),
     ]
     panels = (
-        Panel("Accept length, held-out prompts, 1 stream", [Line("with the head", length)], 1.0),
+        Panel(
+            f"Accept length, the first {options.glance} held-out prompts, 1 stream",
+            [Line("with the head", length)],
+            1.0,
+        ),
         Panel("Tokens per second", [Line("with the head", rate), Line("speculation off", off)], 0.0),
     )
     marks = [(swap.minute, str(swap.version)) for swap in result.watch.swaps]
