@@ -116,7 +116,7 @@ class Workshop:
             "model": str(target),
             "traffic": str(folder / "traffic"),
             "registry": str(folder / "registry"),
-            "mode": "idle",
+            "mode": "always",
             "draft_vocab_size": 64,
             "first_tokens": 1000,
             "round_tokens": 20_000,
@@ -196,7 +196,7 @@ def test_it_learns_publishes_and_goes_on_after_a_kill(workshop: Workshop, traffi
 
 def test_it_stops_for_requests_and_goes_on_when_it_is_calm(workshop: Workshop, traffic: MakeSamples) -> None:
     workshop.store.append(traffic(120))
-    worker = workshop.start(round_tokens=10_000_000, checkpoint_steps=1)
+    worker = workshop.start(mode="idle", round_tokens=10_000_000, checkpoint_steps=1)
     worker.wait_for("training")
     worker.say("load", running=3)
     worker.wait_for("paused")
@@ -213,7 +213,7 @@ def test_it_stops_for_requests_and_goes_on_when_it_is_calm(workshop: Workshop, t
 
 def test_load_is_nothing_to_a_worker_that_always_trains(workshop: Workshop, traffic: MakeSamples) -> None:
     workshop.store.append(traffic(120))
-    worker = workshop.start(mode="always")
+    worker = workshop.start()
     worker.say("load", running=32)
     first = workshop.train_first(worker)
     worker.say("pause", paused=True)
