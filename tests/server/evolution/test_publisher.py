@@ -107,7 +107,7 @@ def test_a_version_proves_itself_or_goes(
     # As good as the live one: on trial, and live. By design one in twenty is unlucky, so there are three of them.
     for _ in range(3):
         equal = add(good, gate=PASSED, parent=first.version)
-        server.wait_until(lambda number=equal.version: loaded(server).get("canary") == number)
+        server.wait_until(lambda number=equal.version: loaded(server) == {"": first.version, "canary": number})
         ask_until(server, lambda number=equal.version: registry.get(number).state != "canary", 320)
         if registry.get(equal.version).state == "live":
             break
