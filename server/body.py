@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.json_schema import models_json_schema
-from pydantic_core import ErrorDetails, from_json, to_json
+from pydantic_core import ErrorDetails, from_json
 
 from slipstream.server.errors import BodyTooLargeError, InvalidRequestError, TooSlowError, UnsupportedMediaTypeError
 
 logger = logging.getLogger(__name__)
 
 BODY_TIMEOUT_S = 60.0
+MAX_DETAILS = 20
+"""Errors and unknown fields that are looked at one by one."""
+MAX_NAME_CHARS = 200
+MAX_VALUE_CHARS = 60
+
+Path = tuple[str | int, ...]
+"""Where in a body something is."""
 
 
 class Body(BaseModel):
-    """A JSON request body: no coercion between types, no unknown fields, no NaN. A null field is an absent one."""
+    """A JSON request body: no coercion between types, no unknown fields, no NaN. A null field is an absent one.
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    ``parse`` is what refuses unknown fields; as errors of the validation they would each cost more than the field.
+    """
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="allow",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        json_schema_extra={"additionalProperties": False},
+    )
 
 
 BodyType = TypeVar("BodyType", bound=Body)
@@ -61,30 +77,39 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 def parse(model: type[BodyType], body: bytes, unknown_fields: Literal["error", "warn"]) -> BodyType:
     """Validates ``body``; unknown fields are ignored where they are null, or with a log line under "warn".
 
+    The cost grows linearly with the body, whatever is in it: unknown fields come with the model instead of as errors.
+
     Raises:
         InvalidRequestError: with the path of the first offending field as ``param``.
     """
     try:
-        return model.model_validate_json(body)
+        found = model.model_validate_json(body)
     except ValidationError as error:
-        details = error.errors(include_url=False)
-    ignored = [
-        detail
-        for detail in details
-        if detail["type"] == "extra_forbidden" and (detail["input"] is None or unknown_fields == "warn")
-    ]
-    if serious := [detail for detail in details if detail not in ignored]:
-        raise invalid(serious, body)
-    data = from_json(body)
-    for detail in ignored:
-        path = real_path(detail, data)
-        if detail["input"] is not None:
-            logger.warning("ignored unknown request field %s", dotted(path))
-        holder = data
-        for key in path[:-1]:
-            holder = holder[key]
-        holder.pop(path[-1], None)
-    return model.model_validate_json(to_json(data, inf_nan_mode="constants"))
+        raise invalid(error.errors(include_url=False)[:MAX_DETAILS], body) from None
+    if unknown := [path for path, value in take_unknown(found) if value is not None]:
+        if unknown_fields == "error":
+            name = dotted(unknown[0])
+            raise InvalidRequestError(
+                f"unknown field {shown(name)}; see --unknown-fields", param=name, code="unknown_parameter"
+            )
+        names = ", ".join(shown(dotted(path), quotes=False) for path in unknown[:MAX_DETAILS])
+        logger.warning("ignored unknown request field %s%s", names, ", …" if len(unknown) > MAX_DETAILS else "")
+    return found
+
+
+def take_unknown(model: Body, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Path and value of the fields that a model and those in it do not know; they are taken out of it."""
+    extra = model.model_extra or {}
+    for name, value in extra.items():
+        yield (*path, name), value
+    extra.clear()
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, Body):
+            yield from take_unknown(value, (*path, name))
+        elif isinstance(value, list) and value and isinstance(value[0], Body):  # lists are of one kind
+            for index, item in enumerate(value):
+                yield from take_unknown(item, (*path, name, index))
 
 
 def invalid(details: list[ErrorDetails], body: bytes) -> InvalidRequestError:
@@ -93,21 +118,18 @@ def invalid(details: list[ErrorDetails], body: bytes) -> InvalidRequestError:
     data = from_json(body)
     # Of the alternatives of a union, the one that got furthest into the data says most.
     detail = max(details, key=lambda detail: len(real_path(detail, data)))
-    path = real_path(detail, data)
-    name = dotted(path) or None
-    if detail["type"] == "extra_forbidden":
-        return InvalidRequestError(
-            f"unknown field {name!r}; see --unknown-fields", param=name, code="unknown_parameter"
-        )
+    name = dotted(real_path(detail, data))
+    param = name or None
     if detail["type"] == "missing":
-        return InvalidRequestError(f"missing field {name!r}", param=name, code="missing_required_parameter")
+        return InvalidRequestError(f"missing field {shown(name)}", param=param, code="missing_required_parameter")
+    where = shown(name, quotes=False) or "the body"
     if detail["type"] == "unsupported":
-        return InvalidRequestError(f"{name}: {detail['msg']}", param=name, code="unsupported_parameter")
+        return InvalidRequestError(f"{where}: {detail['msg']}", param=param, code="unsupported_parameter")
     code = "invalid_type" if detail["type"].endswith("_type") else "invalid_value"
-    return InvalidRequestError(f"{name or 'the body'}: {detail['msg']}{got(detail)}", param=name, code=code)
+    return InvalidRequestError(f"{where}: {detail['msg']}{got(detail)}", param=param, code=code)
 
 
-def real_path(detail: ErrorDetails, data: Any) -> list[str | int]:
+def real_path(detail: ErrorDetails, data: Any) -> Path:
     """The error's location without the parts that name types rather than places in the data."""
     path: list[str | int] = []
     for position, part in enumerate(detail["loc"]):
@@ -119,16 +141,24 @@ def real_path(detail: ErrorDetails, data: Any) -> list[str | int]:
         else:
             continue
         path.append(part)
-    return path
+    return tuple(path)
 
 
-def dotted(path: list[str | int]) -> str:
+def dotted(path: Path) -> str:
     return ".".join(str(part) for part in path)
+
+
+def shown(name: str, quotes: bool = True) -> str:
+    """A name that a client made up, fit for a line of a log: short, without line breaks and control characters."""
+    text = repr(name if len(name) <= MAX_NAME_CHARS else name[:MAX_NAME_CHARS] + "…")
+    return text if quotes else text[1:-1]
 
 
 def got(detail: ErrorDetails) -> str:
     value = detail["input"]
-    if isinstance(value, str | int | float | bool) and len(text := repr(value)) <= 60:
+    if isinstance(value, str) and len(value) > MAX_VALUE_CHARS:
+        return ""
+    if isinstance(value, str | int | float | bool) and len(text := repr(value)) <= MAX_VALUE_CHARS:
         return f", not {text}"
     return ""
 

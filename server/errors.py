@@ -30,6 +30,14 @@ import msgspec
 _encode = msgspec.json.Encoder().encode
 
 
+MAX_MESSAGE_CHARS = 2000
+MAX_PARAM_CHARS = 200
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 class ApiError(Exception):
     status = 500
     type = "server_error"
@@ -38,9 +46,10 @@ class ApiError(Exception):
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: int | None = None
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        # Both may repeat what a client sent, which may be megabytes.
+        self.message = shortened(message, MAX_MESSAGE_CHARS)
+        super().__init__(self.message)
+        self.param = None if param is None else shortened(param, MAX_PARAM_CHARS)
         self.code = code or type(self).code
         self.retry_after_s = retry_after_s
 
