@@ -52,6 +52,10 @@ PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROBE_TOKENS = 16
 PROBE_CONTEXT = 1024
 PROFILE_RUNS = 3
+PROFILE_SECONDS = 0.1
+"""A size that has taken so long is known well enough: the longer a step, the less its time varies."""
+LONG_STEP_S = 0.25
+"""Sizes beyond a step that takes so long are not measured: arithmetic bounds them, so they go on in proportion."""
 
 
 class Engine:
@@ -180,7 +184,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def calibrate(cost: StepCost, runner: ModelRunner, max_model_len: int, max_step_tokens: int) -> None:
-    """Measures steps of several sizes, best of a few runs each, so that the first requests are planned well."""
+    """Measures steps of several sizes, best of a few runs each, so that the first requests are planned well.
+
+    The server is not ready before, so this takes about a second also where a step takes long.
+    """
     most = min(max_model_len, max_step_tokens)
     sizes = [count for count in PROFILE_TOKENS if count <= most] or [most]
 
@@ -188,13 +195,19 @@ def calibrate(cost: StepCost, runner: ModelRunner, max_model_len: int, max_step_
         work = StepWork()
         for _ in range(segments):
             work = work.add(context - tokens, tokens)
-        return work, min(runner.profile(segments, tokens, context) for _ in range(PROFILE_RUNS))
+        runs: list[float] = []
+        while len(runs) < PROFILE_RUNS and sum(runs) < PROFILE_SECONDS:
+            runs.append(runner.profile(segments, tokens, context))
+        return work, min(runs)
 
     probe = min(PROBE_TOKENS, sizes[-1])
+    profile: list[tuple[StepWork, float]] = []
+    for tokens in sizes:
+        profile.append(measure(1, tokens, tokens))
+        if tokens >= probe and profile[-1][1] > LONG_STEP_S:
+            break
     context = min(PROBE_CONTEXT, max_model_len)
-    cost.calibrate(
-        [measure(1, tokens, tokens) for tokens in sizes], [measure(1, probe, context), measure(probe, 1, context)]
-    )
+    cost.calibrate(profile, [measure(1, probe, context), measure(probe, 1, context)])
 
 
 class _Process:

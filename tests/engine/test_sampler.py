@@ -159,7 +159,7 @@ any_params = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(params=st.lists(any_params, min_size=1, max_size=6), seed=st.integers(0, 100))
 def test_a_row_is_drawn_alike_alone_and_in_any_batch(params: list[dict[str, Any]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -60,7 +60,7 @@ shapes = st.sampled_from([(9, 3, 64), (4, 4, 32), (8, 1, 128), (40, 1, 32), (6, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4),
     shape=shapes,
@@ -86,7 +86,7 @@ def test_prefill_equals_the_formula(
 
 
 @pytest.mark.skipif(NativeKVCache not in KINDS, reason="no native kernels on this machine")
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     cuts=st.lists(st.integers(1, 399), max_size=6, unique=True),
     shape=shapes,
@@ -117,7 +117,7 @@ def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[PagedKVCache]) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     cut=st.integers(1, 47),
     shape=shapes,

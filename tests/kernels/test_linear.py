@@ -32,7 +32,7 @@ def test_rows_are_those_that_were_filled_in(n: int, k: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(n=st.integers(1, 300), k=st.integers(1, 100), rows=st.integers(1, 40))
 def test_linear_is_x_w_transposed_plus_bias(isa: str, dtype: torch.dtype, n: int, k: int, rows: int) -> None:
     packed, weight, offset = linear(n, 2 * k, dtype)

@@ -35,7 +35,7 @@ def test_uniforms_depend_on_key_counter_and_stream_only() -> None:
     assert abs(together.mean() - 0.5) < 0.03
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     vocab=st.integers(1, 200),
     rows=st.integers(1, 5),
@@ -85,7 +85,6 @@ def test_ties_at_the_border_stay(isa: str, top_k: int) -> None:
     assert (weights[0] > 0).tolist() == [False, True, True, False, True]
 
 
-@settings(deadline=None)
 @given(vocab=st.integers(1, 100), seed=st.integers(0, 500), share=st.floats(0, 1, exclude_max=True))
 def test_draw_inverts_the_running_sum(isa: str, vocab: int, seed: int, share: float) -> None:
     weights = torch.rand(1, vocab, generator=torch.Generator().manual_seed(seed)) + 1e-3

@@ -93,7 +93,7 @@ requests = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(request=requests)
 def test_no_request_breaks_the_server(server: Any, request: tuple[str, Any]) -> None:
     route, body = request
@@ -114,7 +114,7 @@ def test_no_request_breaks_the_server(server: Any, request: tuple[str, Any]) -> 
         assert b'"error"' not in reply
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"]),
     path=st.sampled_from([*ROUTES, "/health", "/ready", "/metrics", "/version", "/v1/models", "/", "/v1"])

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -68,7 +68,7 @@ def test_samples_come_back_as_they_were(tmp_path: Path, make_sample: Make) -> No
     store.close()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(st.lists(st.lists(st.tuples(st.sampled_from("abc"), st.integers(6, 40)), min_size=1, max_size=5), max_size=6))
 def test_every_way_of_reading_agrees_with_a_list(
     tmp_path_factory: pytest.TempPathFactory, make_sample: Make, batches: list[list[tuple[str, int]]]

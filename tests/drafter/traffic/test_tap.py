@@ -287,7 +287,7 @@ def model(config_for: Any) -> Any:
     return load_model(config_for(kernels="torch")).model
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_whatever_is_computed_twice_or_skipped_features_stay_in_place(
     tmp_path_factory: pytest.TempPathFactory, model: Any, data: st.DataObject

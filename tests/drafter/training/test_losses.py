@@ -15,7 +15,7 @@ def distributions(seed: int, spread: float = 2.0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", [name for name in losses.NAMES if name not in ("ce", "tvpp")])
 @given(seed=st.integers(0, 50))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_divergences_are_least_where_both_agree(name: losses.LossName, seed: int) -> None:
     logits, probs = distributions(seed)
     targets = torch.zeros(7, dtype=torch.int64)

@@ -22,7 +22,7 @@ texts = st.builds(
 
 
 @given(st.lists(texts, min_size=1, max_size=5), st.integers(1, 4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_features_of_p_and_the_token_after_it_predict_the_one_after_that(examples: list[Example], steps: int) -> None:
     groups = list(fill(examples, 50, 30))
     for group in groups:
@@ -53,7 +53,7 @@ def test_features_of_p_and_the_token_after_it_predict_the_one_after_that(example
 
 
 @given(st.lists(texts, min_size=1, max_size=8))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_groups_hold_every_text_once_and_stay_small(examples: list[Example]) -> None:
     groups = list(fill(examples, 40, 25))
     useful = [e for e in (example.cut(25) for example in examples) if e.length > e.num_context]

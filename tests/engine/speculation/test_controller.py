@@ -44,7 +44,7 @@ def test_throughput(offers: list[list[float]], per_token: float, counts: list[in
 falling = st.lists(st.floats(0.05, 0.99), max_size=3).map(lambda rates: chances(rates, range(-1, len(rates) - 1), 1.0))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(falling, min_size=1, max_size=3), st.floats(0.0, 0.02))
 def test_throughput_finds_what_exhaustive_search_finds(offers: list[list[float]], per_token: float) -> None:
     cost = machine(per_token=per_token)

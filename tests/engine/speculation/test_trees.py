@@ -82,7 +82,7 @@ def model(request: pytest.FixtureRequest) -> CausalModel:
     return made
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     tree=parents(9),
     length=st.integers(1, 50),

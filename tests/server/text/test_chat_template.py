@@ -191,7 +191,7 @@ alternating = st.lists(text, min_size=1, max_size=6).map(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from([*TEMPLATES, "default"]),
     messages=alternating | st.lists(message, min_size=1, max_size=5),

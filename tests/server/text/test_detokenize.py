@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from slipstream.server.text import IncrementalDetokenizer, StopChecker, Tokenizer, load_tokenizer
 from slipstream.server.text.tokenizer_files import TokenizerParts
 
-many = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(max_examples=200)
 
 
 def tokenizer_of(backend: Backend) -> Tokenizer:
