@@ -21,7 +21,7 @@ test: install-dev
 	$(VENV)/bin/pytest -m "not slow and not gpu"
 
 test-slow: install-dev
-	$(VENV)/bin/pytest -m "slow and not gpu"
+	$(VENV)/bin/pytest -m "(slow or hypothesis) and not gpu" --hypothesis-profile=anew
 
 check: install-dev
 	$(VENV)/bin/ruff format --check $(PATHS)
