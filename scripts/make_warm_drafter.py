@@ -90,8 +90,8 @@ def train(texts: list[Example], target: Target, minutes: float, rate: float) -> 
     counts: Counter[int] = Counter()
     for text in texts:
         counts.update(text.tokens[text.num_prompt :].tolist())
-    config, tensors = target.cold_head(target.draft_tokens(counts))
-    head = TrainableHead(config, target.config, target.embedding, tensors)
+    config, tensors = target.cold_head(target.draft_tokens(counts, target.head.draft_vocab_size))
+    head = target.trainable(config, tensors)
     trainer = Trainer(head, TrainOptions(learning_rate=rate))
     random, began = Random(0), time.monotonic()
 
@@ -108,7 +108,7 @@ def train(texts: list[Example], target: Target, minutes: float, rate: float) -> 
         if trainer.step % 50 == 0:
             right = ", ".join(f"{share:.2f}" for share in progress.right)
             print(f"{done:4.0%} step {trainer.step}: loss {progress.loss:.2f}, right {right}", flush=True)
-    return TrainableHead(config, target.config, target.embedding, trainer.published())
+    return target.trainable(config, trainer.published())
 
 
 def main() -> None:

@@ -64,6 +64,8 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     """Positions learned since the worker's start, on all routes."""
     tokens_per_second: float = 0.0
     """Of training, pauses not counted."""
+    arithmetic: str = ""
+    """What it computes in and how fast this machine is at that, in words."""
     progress: float = 0.0
     """Of the round, 0 to 1."""
     version: int = 0

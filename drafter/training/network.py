@@ -27,7 +27,7 @@ class TrainableHead:
         target: DecoderConfig,
         embedding: Tensor,
         tensors: Mapping[str, Tensor],
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype,
     ) -> None:
         """``embedding`` [vocabulary, hidden] is the target's, frozen; ``tensors`` in the published layout."""
         self.config = config

@@ -19,6 +19,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.models.loader import build_model, find_device
+from slipstream.kernels.machine import fast_dtype
 
 
 class Target:
@@ -31,11 +32,14 @@ class Target:
         self.fingerprint = target_fingerprint(self._checkpoint, lineage)
         self.name = Path(self._checkpoint.path).name
         self.version = 0
+        self.dtype = fast_dtype(torch.device("cpu"))
+        """What heads are computed with, in training and in the gate: what this processor multiplies fastest."""
         self.head = layout.config_for(self.config, draft_vocab_size)
         self.taps = self.head.taps
         self._max_length = min(max_length, self.config.shape.max_positions)
         self._last_layer = layout.last_layer(self._checkpoint.tensors(), self.config.shape.num_layers)
-        self.embedding = self._last_layer["model.embed_tokens.weight"].to(torch.bfloat16)
+        # As the model that serves has it, and in the format of training, so that heads share it.
+        self.embedding = self._last_layer["model.embed_tokens.weight"].to(torch.bfloat16).to(self.dtype)
         self.output = self._last_layer.get("lm_head.weight", self.embedding)
         self._recompute: Recompute | None = None
 
@@ -55,7 +59,7 @@ class Target:
                 f"the drafter reads layers {list(config.taps)}; what is kept of the traffic, and trained with, are "
                 f"layers {list(self.taps)}"
             )
-        return TrainableHead(config, self.config, self.embedding, tensors)
+        return TrainableHead(config, self.config, self.embedding, tensors, self.dtype)
 
     def draft_tokens(self, counts: Mapping[int, float], size: int) -> Tensor:
         """The ``size`` most frequent tokens, and the first of the vocabulary where there are not enough; ascending."""

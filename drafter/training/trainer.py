@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slipstream.drafter.training import losses
+from slipstream.drafter.training.muon import Muon
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, Pack, pack
 
@@ -52,11 +53,11 @@ class Trainer:
         matrices = [name for name in head.trained if head.weights[name].dim() == 2]
         vectors = [name for name in head.trained if head.weights[name].dim() == 1]
         self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(
+            Muon(
                 [head.weights[name] for name in matrices],
                 lr=options.learning_rate,
                 weight_decay=options.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
+                dtype=head.dtype,
             ),
             torch.optim.AdamW(
                 [head.weights[name] for name in vectors],

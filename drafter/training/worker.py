@@ -29,6 +29,7 @@ from slipstream.drafter.training.packing import Example, fill
 from slipstream.drafter.training.target import Target
 from slipstream.drafter.training.trainer import Trainer
 from slipstream.engine.errors import SlipstreamError
+from slipstream.kernels.machine import describe_speed
 
 POLL_SECONDS = 2.0
 LOOK_SECONDS = 5.0
@@ -237,6 +238,7 @@ class Worker:
             "step": course.trainer.step if course.trainer else 0,
             "tokens": self._learned(),
             "tokens_per_second": self._learned() / self._busy if self._busy else 0.0,
+            "arithmetic": describe_speed(self._target.dtype),
         }
         self._control.report(msgspec.convert(known | fields, Report))
 
