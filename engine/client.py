@@ -47,9 +47,13 @@ class RequestStream:
         self._deltas: list[TokenDelta] = []
         self._wake: asyncio.Future[None] | None = None
         self._finished = False
+        self.on_last: Callable[[TokenDelta], None] | None = None
+        """Called with the last delta when it arrives, also of a request whose deltas nobody reads any more."""
 
     def put(self, delta: TokenDelta) -> None:
         self._deltas.append(delta)
+        if delta.finish_reason is not None and self.on_last is not None:
+            self.on_last(delta)
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 

@@ -25,6 +25,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     """
 
     max_tokens: int
+    """With 0 only the prompt is computed."""
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -125,9 +126,9 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """The member of stop_token_ids that ended the request; it is the last of ``tokens``."""
     error: str | None = None
     num_cached_tokens: int = 0
-    """Prompt tokens taken from the prefix cache; in the first delta."""
+    """Prompt tokens taken from the prefix cache; in the first and in the last delta."""
     scheduled_at: float = 0.0
-    """time.monotonic() when the request first entered a step; in the first delta."""
+    """time.monotonic() when the request first entered a step; in the first and in the last delta. 0 if it never did."""
     num_preemptions: int = 0
     """In the last delta."""
     num_drafted: int = 0

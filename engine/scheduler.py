@@ -305,6 +305,9 @@ class Scheduler:
         proposal = result.proposals.get(row, (0, False))
         request.drafter_version = proposal[0] or request.drafter_version
         params = request.message.params
+        if params.max_tokens == 0:
+            self._end(request, "length")
+            return self._delta(request, [], "length")
         finish: FinishReason | None = None
         stop_token = None
         taken = 0
@@ -356,8 +359,8 @@ class Scheduler:
             finish_reason=finish,
             stop_token=stop_token,
             error=error,
-            num_cached_tokens=request.num_cached if first else 0,
-            scheduled_at=request.scheduled_at if first else 0.0,
+            num_cached_tokens=request.num_cached if first or finish else 0,
+            scheduled_at=request.scheduled_at if first or finish else 0.0,
             num_preemptions=request.num_preemptions if finish else 0,
             num_drafted=num_drafted,
             num_accepted=num_accepted,

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from slipstream.server.admin import routes as admin
 from slipstream.server.body import schemas
+from slipstream.server.edge import Edge
 from slipstream.server.errors import ApiError, MethodNotAllowedError, NotFoundError
 from slipstream.server.gate import AdminKeys, ApiKeys, ResponseCounter
 from slipstream.server.json_response import JSONBody
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_app(service: Service) -> ASGIApp:
-    app = FastAPI(title="Slipstream", version=version("slipstream"), redoc_url=None)
+    app = FastAPI(title="Slipstream", version=version("slipstream"), redoc_url=None, redirect_slashes=False)
     app.include_router(openai.openai_router(service))
     app.include_router(admin.admin_router(service))
 
@@ -58,8 +59,7 @@ def build_app(service: Service) -> ASGIApp:
         if error.status_code == 404:
             return error_response(NotFoundError(f"there is no route {where}"))
         if error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "")
-            return error_response(MethodNotAllowedError(f"{where} is not possible; allowed: {allowed}"))
+            return refuse_method(request, where, (error.headers or {}).get("Allow", ""))
         return error_response(ApiError(str(error.detail)), status=error.status_code)
 
     @app.exception_handler(ClientDisconnect)
@@ -79,7 +79,17 @@ def build_app(service: Service) -> ASGIApp:
 
     app.openapi = openapi  # type: ignore[method-assign]
     wrapped: ASGIApp = ApiKeys(app, service.config.api_key) if service.config.api_key else app
-    return ResponseCounter(AdminKeys(wrapped, service.config.admin_key), service.metrics)
+    return Edge(ResponseCounter(AdminKeys(wrapped, service.config.admin_key), service.metrics))
+
+
+def refuse_method(request: Request, where: str, methods: str) -> Response:
+    """``methods`` are those of the route. To OPTIONS they are the answer."""
+    allowed = f"{methods}, HEAD, OPTIONS" if methods == "GET" else f"{methods}, OPTIONS"
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers={"allow": allowed})
+    response = error_response(MethodNotAllowedError(f"{where} is not possible; allowed: {allowed}"))
+    response.headers["allow"] = allowed
+    return response
 
 
 def error_response(error: ApiError, status: int | None = None) -> Response:

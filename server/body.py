@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -50,9 +51,16 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     Raises:
         BodyTooLargeError: it is, or says it is, larger than ``max_bytes``; the rest of it is not read.
         TooSlowError: it does not arrive in BODY_TIMEOUT_S.
-        UnsupportedMediaTypeError: it is declared as something other than JSON. Browsers send other types across
-            origins without asking first, so a web page could otherwise use a server on the reader's own machine.
+        UnsupportedMediaTypeError: it is compressed, or declared as something other than JSON. Browsers send other types
+            across origins without asking first, so a web page could otherwise use a server on the reader's own machine.
     """
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    transfer = request.headers.get("transfer-encoding", "chunked").strip().lower()
+    for name, found, plain in (("Content", coding, ("", "identity")), ("Transfer", transfer, ("chunked",))):
+        if found not in plain:
+            raise UnsupportedMediaTypeError(
+                f"send the body as it is, not compressed: {name}-Encoding is {found[:60]!r}"
+            )
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaTypeError(f"send the body as application/json, not as {media_type!r}")
@@ -71,7 +79,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
                 chunks.append(chunk)
     except TimeoutError:
         raise TooSlowError(f"the body took longer than {BODY_TIMEOUT_S:g} s") from None
-    return b"".join(chunks)
+    return b"".join(chunks).removeprefix(BOM_UTF8)  # some editors and shells write one
 
 
 def parse(model: type[BodyType], body: bytes, unknown_fields: Literal["error", "warn"]) -> BodyType:
@@ -114,7 +122,9 @@ def take_unknown(model: Body, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 def invalid(details: list[ErrorDetails], body: bytes) -> InvalidRequestError:
     if details[0]["type"] == "json_invalid":
-        return InvalidRequestError(f"the body is not valid JSON: {details[0]['ctx']['error']}", code="invalid_json")
+        hint = "" if is_utf8(body) else "; it must be UTF-8"
+        message = f"the body is not valid JSON: {details[0]['ctx']['error']}{hint}"
+        return InvalidRequestError(message, code="invalid_json")
     data = from_json(body)
     # Of the alternatives of a union, the one that got furthest into the data says most.
     detail = max(details, key=lambda detail: len(real_path(detail, data)))
@@ -127,6 +137,14 @@ def invalid(details: list[ErrorDetails], body: bytes) -> InvalidRequestError:
         return InvalidRequestError(f"{where}: {detail['msg']}", param=param, code="unsupported_parameter")
     code = "invalid_type" if detail["type"].endswith("_type") else "invalid_value"
     return InvalidRequestError(f"{where}: {detail['msg']}{got(detail)}", param=param, code=code)
+
+
+def is_utf8(body: bytes) -> bool:
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in body[:4]  # in UTF-16 every other byte of JSON
 
 
 def real_path(detail: ErrorDetails, data: Any) -> Path:

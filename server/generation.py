@@ -14,7 +14,7 @@ from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, Tok
 from slipstream.server.errors import GenerationFailedError, UnavailableError
 from slipstream.server.sequence_metrics import SequenceMetrics, sequences_metrics
 from slipstream.server.service import RETRY_DRAINING_S, Service
-from slipstream.server.text import IncrementalDetokenizer, StopChecker
+from slipstream.server.text import IncrementalDetokenizer, OffsetDetokenizer, StopChecker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class OutputOptions:
     """Stop strings are looked for in the text of the tokens after these."""
     stop_token_ids: frozenset[int] = frozenset()
     """Those the caller asked for, which are reported as stop_reason; end-of-sequence tokens are not."""
-    prompt_only: bool = False
-    """Only the prompt is of interest: the one token the engine generates is dropped."""
+    offsets: bool = False
+    """Tell where in the text each token begins."""
 
 
 class Piece(msgspec.Struct):
@@ -47,6 +47,12 @@ class Piece(msgspec.Struct):
     first: bool
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    offsets: list[int] = []
+    """Where the tokens begin in the text of the whole answer, in characters; if the options ask for it.
+
+    At most the length of the text when the answer is one piece. In a stream a token may turn out later to belong to a
+    stop string that is cut off.
+    """
 
 
 class Sequence:
@@ -62,7 +68,10 @@ class Sequence:
         self._output = output
         self._service = service
         self.metrics = SequenceMetrics(service.metrics, request.arrival, len(request.prompt))
-        self._detokenizer = IncrementalDetokenizer(service.text.tokenizer, output.skip_special_tokens)
+        detokenizer = IncrementalDetokenizer(service.text.tokenizer, output.skip_special_tokens)
+        self._offsets = OffsetDetokenizer(detokenizer) if output.offsets else None
+        self._detokenizer = detokenizer if self._offsets is None else self._offsets
+        self._num_characters = 0
         self._stop = StopChecker(output.stop, output.include_stop) if output.stop else None
         self._first = True
         self._stream: RequestStream
@@ -73,6 +82,7 @@ class Sequence:
 
     def attach(self, stream: RequestStream) -> None:
         self._stream = stream
+        stream.on_last = self.metrics.on_last
 
     async def next(self) -> Piece:
         """What the deltas that have arrived add up to."""
@@ -92,8 +102,10 @@ class Sequence:
             whole.text += piece.text
             whole.tokens += piece.tokens
             whole.logprobs += piece.logprobs
+            whole.offsets += piece.offsets
             whole.finish_reason = piece.finish_reason
             whole.stop_reason = piece.stop_reason
+        whole.offsets = [min(offset, self._num_characters) for offset in whole.offsets]
         return whole
 
     def end(self) -> None:
@@ -125,10 +137,19 @@ class Sequence:
             self._end_of_engine(piece, last)
         self._add_text(piece, has_text=tokens[:-1] if self._drops_last(last) else tokens)
         self.num_tokens += len(piece.tokens)
+        self._num_characters += len(piece.text)
+        if self._offsets is not None:
+            self._locate(piece, self._offsets)
         if piece.finish_reason is not None:
             self.finished = True
             self.metrics.on_end(piece.finish_reason)
         return piece
+
+    def _locate(self, piece: Piece, offsets: OffsetDetokenizer) -> None:
+        piece.offsets = offsets.take()
+        piece.offsets += [offsets.end] * (len(piece.tokens) - len(piece.offsets))  # a stop token is not shown
+        if piece.finish_reason is not None:
+            piece.offsets = [min(offset, self._num_characters) for offset in piece.offsets]
 
     def _drops_last(self, last: TokenDelta) -> bool:
         return last.stop_token is not None and not self._output.include_stop
@@ -155,13 +176,8 @@ class Sequence:
         piece.finish_reason = last.finish_reason
         if last.stop_token in self._output.stop_token_ids:
             piece.stop_reason = last.stop_token
-        if self._output.prompt_only:
-            piece.tokens, piece.logprobs = [], []
-            piece.finish_reason, piece.stop_reason = "length", None
 
     def _add_text(self, piece: Piece, has_text: list[int]) -> None:
-        if self._output.prompt_only:
-            return
         ended = piece.finish_reason is not None
         if self._stop is None:
             piece.text = self._detokenizer.push(has_text)

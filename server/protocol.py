@@ -7,6 +7,7 @@ from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from slipstream.server.edge import REQUEST_ID, fresh_id
 from slipstream.server.errors import ApiError, HeadTooLargeError, InvalidRequestError, TooSlowError
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -67,7 +68,8 @@ class HttpProtocol(HttpToolsProtocol):
             return
         body = error.body()
         status = HTTPStatus(error.status)
-        headers = [*error.headers(), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+        headers = [*error.headers(), (REQUEST_ID, fresh_id().encode())]
+        headers += [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
         lines = [b"HTTP/1.1 %d %b" % (status, status.phrase.encode()), *(b": ".join(header) for header in headers)]
         self.transport.write(b"\r\n".join([*lines, b"", body]))
         self.transport.close()

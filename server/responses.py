@@ -53,20 +53,19 @@ class GenerationResponse(Response):
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(b"x-request-id", self._generation.name.encode())]
         self._service.num_responding += 1
         try:
             async with cancelled_on_disconnect(receive, self._deadline()):
                 with self._generation:
                     if self._stream:
-                        await self._send_events(send, headers)
+                        await self._send_events(send)
                     else:
-                        await self._send_body(send, headers)
+                        await self._send_body(send)
         except ApiError as error:
-            await self._send_error(send, headers, error)
+            await self._send_error(send, error)
         except Exception:
             logger.exception("request %s failed", self._generation.name)
-            await self._send_error(send, headers, ApiError("internal error; see the server's log"))
+            await self._send_error(send, ApiError("internal error; see the server's log"))
         finally:
             self._service.num_responding -= 1
 
@@ -74,7 +73,7 @@ class GenerationResponse(Response):
         limit = self._service.config.request_timeout_s
         return self._generation.arrival + limit if limit else None
 
-    async def _send_events(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+    async def _send_events(self, send: Send) -> None:
         writer = self._writer
         more = True
         while more:
@@ -83,26 +82,26 @@ class GenerationResponse(Response):
             data = b"".join([writer.chunk(sequence, piece) for sequence, piece in batch])
             if not self._started:
                 self._started = True
-                await send({"type": "http.response.start", "status": 200, "headers": [*headers, *EVENT_STREAM]})
+                await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
             if self._generation.finished:
                 data += writer.end()
                 more = False
             if data:
                 await send({"type": "http.response.body", "body": data, "more_body": more})
 
-    async def _send_body(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+    async def _send_body(self, send: Send) -> None:
         body = self._writer.body(await self._generation.collect())
         self._started = True
         length = (b"content-length", str(len(body)).encode())
-        await send({"type": "http.response.start", "status": 200, "headers": [*headers, *JSON, length]})
+        await send({"type": "http.response.start", "status": 200, "headers": [*JSON, length]})
         await send({"type": "http.response.body", "body": body})
 
-    async def _send_error(self, send: Send, headers: list[tuple[bytes, bytes]], error: ApiError) -> None:
+    async def _send_error(self, send: Send, error: ApiError) -> None:
         body = error.body()
         if self._started:
             await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n" + DONE})
         else:
-            headers = [*headers, *error.headers(), (b"content-length", str(len(body)).encode())]
+            headers = [*error.headers(), (b"content-length", str(len(body)).encode())]
             await send({"type": "http.response.start", "status": error.status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
 

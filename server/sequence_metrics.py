@@ -39,10 +39,7 @@ class SequenceMetrics:
         """Of the learned drafter, whose guesses were verified."""
 
     def on_delta(self, delta: TokenDelta) -> None:
-        if delta.scheduled_at:
-            self.scheduled = delta.scheduled_at
-            self._cached = delta.num_cached_tokens
-            self._metrics.queue_time.observe(delta.scheduled_at - self.arrival)
+        self._begin(delta)
         if count := len(delta.tokens):
             now = time.monotonic()
             if not self.first:
@@ -63,8 +60,21 @@ class SequenceMetrics:
             if delta.drafter_version:
                 self.versions.add(delta.drafter_version)
                 self.learned_accepted += delta.num_accepted
-        if delta.finish_reason is not None:
-            self._metrics.preemptions.observe(delta.num_preemptions)
+
+    def on_last(self, delta: TokenDelta) -> None:
+        """The engine is done with it, and says what only it knows.
+
+        Of what was ended from outside (by a stop string, or since the client has gone) this comes after ``on_end``.
+        """
+        self._begin(delta)
+        self._metrics.preemptions.observe(delta.num_preemptions)
+        self._metrics.computed_tokens.observe(self._prompt_tokens - self._cached if self.scheduled else 0)
+
+    def _begin(self, delta: TokenDelta) -> None:
+        if delta.scheduled_at and not self.scheduled:
+            self.scheduled = delta.scheduled_at
+            self._cached = delta.num_cached_tokens
+            self._metrics.queue_time.observe(delta.scheduled_at - self.arrival)
 
     @property
     def num_accepted(self) -> int:
@@ -77,7 +87,6 @@ class SequenceMetrics:
         metrics.end_to_end.observe(time.monotonic() - self.arrival)
         metrics.prompt_tokens.observe(self._prompt_tokens)
         metrics.generation_tokens.observe(self.tokens)
-        metrics.computed_tokens.observe(self._prompt_tokens - self._cached)
         if self.first and self.scheduled:
             metrics.prefill_time.observe(self.first - self.scheduled)
             metrics.decode_time.observe(self.last - self.first)

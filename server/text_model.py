@@ -39,7 +39,7 @@ class TextModel:
         return await self.run(lambda: self.tokenizer.encode_batch(texts, add_special_tokens))
 
     async def render(self, template: ChatTemplate, messages: list[dict[str, Any]], **options: Any) -> str:
-        """Raises TemplateError."""
+        """``options`` are those of ChatTemplate.render, named by this program only. Raises TemplateError."""
         if sum(len(message.get("content") or "") for message in messages) <= INLINE_CHARS:
             return template.render(messages, **options)
         return await self.run(lambda: template.render(messages, **options))

@@ -139,7 +139,11 @@ class TrafficTap(Listener):
             return
         if recording.dropped:
             self._writer.drop()
-        elif ended.reason in ("abort", "error") or not self._writer.offer(lambda: self._sample(ended, recording)):
+        elif (
+            ended.reason in ("abort", "error")
+            or len(ended.tokens) == len(ended.request.prompt)  # nothing was to be said
+            or not self._writer.offer(lambda: self._sample(ended, recording))
+        ):
             self._release(recording)
 
     def close(self) -> None:

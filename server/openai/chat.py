@@ -15,9 +15,7 @@ from slipstream.server.openai.schema import ChatBody, Message, TemplateBody
 from slipstream.server.openai.writers import ChatWriter
 from slipstream.server.responses import GenerationResponse
 from slipstream.server.service import Service
-from slipstream.server.text import TemplateError
-
-RESERVED_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"}
+from slipstream.server.text import RESERVED_VARIABLES, TemplateError
 
 TEMPLATE_FIELDS = {"role", "content", "name", "tool_call_id", "reasoning_content"}
 
@@ -77,7 +75,7 @@ async def render_prompt(service: Service, body: TemplateBody) -> list[int]:
             [as_template_sees_it(message) for message in body.messages],
             add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continued,
-            **variables,
+            variables=variables,
         )
     except TemplateError as error:
         raise InvalidRequestError(str(error), param="messages") from None
@@ -86,6 +84,8 @@ async def render_prompt(service: Service, body: TemplateBody) -> list[int]:
 
 def as_template_sees_it(message: Message) -> dict[str, Any]:
     fields = message.model_dump(include=TEMPLATE_FIELDS, exclude_none=True)
+    # Templates join contents to other text; an assistant that said nothing said the empty text.
+    fields.setdefault("content", "")
     if message.role == "developer":  # newer name of the same thing; templates know the old one
         fields["role"] = "system"
     return fields

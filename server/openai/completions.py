@@ -36,7 +36,7 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
     for prompt in prompts:
         require_in_vocabulary(prompt, service.engine.ready.vocab_size, "prompt")
     rooms = [fit_context(service, len(prompt), body.max_tokens, "prompt") for prompt in prompts]
-    asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     logprobs = logprobs_asked(service, body.logprobs, "logprobs")
     prompt_logprobs = logprobs_asked(service, body.prompt_logprobs, "prompt_logprobs")
     of_prompt = [value for value in (prompt_logprobs, logprobs if body.echo else None) if value is not None]

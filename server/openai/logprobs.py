@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slipstream.engine.messages import TokenLogprobs
-from slipstream.server.text import Tokenizer
+from slipstream.server.text import Tokenizer, prompt_offsets
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not have."""
@@ -20,8 +20,8 @@ class LogprobFormatter:
     def name(self, token: int) -> str:
         return f"token_id:{token}" if self._as_token_ids else self._tokenizer.token_text(token)
 
-    def width(self, tokens: Sequence[int]) -> int:
-        return sum(len(self._tokenizer.token_text(token)) for token in tokens)
+    def prompt_offsets(self, tokens: Sequence[int], text: str) -> list[int]:
+        return prompt_offsets(self._tokenizer, tokens, text)
 
     def chat(self, entries: Sequence[TokenLogprobs], top: int) -> dict[str, Any]:
         return {
@@ -40,19 +40,14 @@ class LogprobFormatter:
         }
 
     def legacy(
-        self, tokens: Sequence[int], entries: Sequence[TokenLogprobs | None], top: int, offset: int
+        self, tokens: Sequence[int], entries: Sequence[TokenLogprobs | None], top: int, offsets: Sequence[int]
     ) -> dict[str, Any]:
-        """``offset`` is where the first token starts in the text of the choice."""
-        names = [self.name(token) for token in tokens]
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(self._tokenizer.token_text(token))
+        """``offsets`` are where the tokens begin in the text of the choice, in characters."""
         return {
-            "tokens": names,
+            "tokens": [self.name(token) for token in tokens],
             "token_logprobs": [None if entry is None else max(entry.logprob, LOWEST) for entry in entries],
             "top_logprobs": [None if entry is None else self._legacy_top(entry, top) for entry in entries],
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
 
     def _legacy_top(self, entry: TokenLogprobs, top: int) -> dict[str, float]:

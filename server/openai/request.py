@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import Sequence as SequenceOf
 
 import msgspec
@@ -73,8 +71,9 @@ def make_generation(
                 arrival=arrival,
             )
             sequences.append(Sequence(len(sequences), new, output, service))
-    name = prefix + (body.request_id or header_id(request) or secrets.token_hex(12))
-    return Generation(service, name, arrival, sequences, choices)
+    if body.request_id is not None:
+        request.state.request_id = body.request_id
+    return Generation(service, prefix + request.state.request_id, arrival, sequences, choices)
 
 
 def speculation_params(service: Service, wanted: Speculation | None) -> SpeculationParams:
@@ -94,12 +93,6 @@ def speculation_params(service: Service, wanted: Speculation | None) -> Speculat
 def for_choice(params: SamplingParams, seed: int | None, choice: int) -> SamplingParams:
     """With a seed, choice i draws from the stream of seed + i, whatever prompt it belongs to."""
     return params if seed is None else msgspec.structs.replace(params, seed=(seed + choice) & SEED_MASK)
-
-
-def header_id(request: Request) -> str | None:
-    """The caller's X-Request-Id, if it is fit to be repeated."""
-    value = request.headers.get("x-request-id", "")
-    return value if re.fullmatch(r"[\x21-\x7e]{1,128}", value) else None
 
 
 def require_choices(service: Service, body: GenerationBody, prompts: int = 1) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from slipstream.engine.messages import SamplingParams
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.generation import OutputOptions
-from slipstream.server.openai.schema import GenerationBody
+from slipstream.server.openai.schema import CompletionBody, GenerationBody
 from slipstream.server.service import Service
 
 SEED_MASK = 2**63 - 1
@@ -66,7 +66,7 @@ def output_options(body: GenerationBody) -> OutputOptions:
         skip_special_tokens=body.skip_special_tokens is not False,
         min_tokens=body.min_tokens or 0,
         stop_token_ids=frozenset(body.stop_token_ids or ()),
-        prompt_only=body.max_tokens == 0,
+        offsets=isinstance(body, CompletionBody) and body.logprobs is not None,
     )
 
 
@@ -80,8 +80,7 @@ def fit_context(service: Service, prompt_tokens: int, asked: int | None, param: 
     limit = service.engine.ready.max_model_len
     if prompt_tokens == 0:
         raise InvalidRequestError("the prompt has no tokens", param=param)
-    # Even a request for no tokens has the engine sample one.
-    if prompt_tokens + max(1, asked or 0) > limit:
+    if prompt_tokens + (1 if asked is None else asked) > limit:
         answer = "" if asked is None else f" and the answer may have {asked}"
         raise ContextTooLongError(
             f"the model's context is {limit} tokens, but the prompt has {prompt_tokens}{answer}", param=param

@@ -178,7 +178,6 @@ class CompletionWriter(OpenAIWriter):
         """``echo`` holds the text of each sequence's prompt if it is to precede the answer."""
         super().__init__(generation, options, formatter)
         self._echo = echo
-        self._offsets = [0] * len(generation.sequences)
 
     def chunk(self, sequence: Sequence, piece: Piece) -> bytes:
         told = b""
@@ -230,9 +229,13 @@ class CompletionWriter(OpenAIWriter):
         echoed = piece.first and self._echo is not None
         tokens = sequence.prompt + piece.tokens if echoed else piece.tokens
         entries = [*sequence.prompt_logprobs, *piece.logprobs] if echoed else piece.logprobs
-        offset = self._offsets[sequence.index]
-        self._offsets[sequence.index] += self.formatter.width(tokens)
-        return self.formatter.legacy(tokens, entries, self.options.logprobs, offset)
+        offsets = piece.offsets
+        if self._echo is not None:
+            echo = self._echo[sequence.index]
+            offsets = [len(echo) + offset for offset in offsets]
+            if piece.first:
+                offsets = self.formatter.prompt_offsets(sequence.prompt, echo) + offsets
+        return self.formatter.legacy(tokens, entries, self.options.logprobs, offsets)
 
     def _extras(self, sequence: Sequence, piece: Piece) -> dict[str, Any]:
         extras: dict[str, Any] = {}

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
+import jinja2.defaults
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
@@ -30,6 +31,14 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 PROBE = "slipstream-probe"
 CONTINUE_TAG = "slipstream-continue-here "
 """Marks where a message is to be continued. Ends in a space to tell whether the template strips contents."""
+
+
+RESERVED_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+    | {"raise_exception", "strftime_now", "namespace", *jinja2.defaults.DEFAULT_NAMESPACE}
+    | {"self", "super", "loop", "caller", "varargs", "kwargs"}
+)
+"""What a request's variables must not hide: its own fields, the functions of templates, and Jinja's own names."""
 
 
 class TemplateError(SlipstreamError):
@@ -57,11 +66,12 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text, special tokens included: encode it with ``add_special_tokens=False``.
 
-        ``variables`` are visible to the template and override the special tokens. Raises TemplateError.
+        ``variables`` are visible to the template and override the special tokens. A mapping and not keywords, because
+        their names come from outside. Raises TemplateError.
         """
         if not messages:
             raise TemplateError("messages is empty; a conversation needs at least one message")
@@ -71,7 +81,7 @@ class ChatTemplate:
         chat = [self._message(message, index) for index, message in enumerate(messages)]
         final_text = self._mark_end(chat[-1]) if continue_final_message else ""
         request = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        rendered = self._render(name, chat, variables | request)
+        rendered = self._render(name, chat, dict(variables or {}) | request)
         return _cut_at_tag(rendered, final_text) if continue_final_message else rendered
 
     def text_after_answer(self) -> str:

@@ -13,6 +13,10 @@ from slipstream.server.text.tokenizer import Tokenizer
 
 
 class _Decoder(Protocol):
+    @property
+    def held(self) -> bytes: ...
+    @property
+    def held_text(self) -> str: ...
     def push(self, token_ids: Sequence[int]) -> str: ...
     def finish(self) -> str: ...
 
@@ -30,6 +34,17 @@ class IncrementalDetokenizer:
         decoder: _Decoder = _Bytes(table) if table is not None else _PrefixDifference(tokenizer, skip_special_tokens)
         self.push = decoder.push
         self.finish = decoder.finish
+        self._decoder = decoder
+
+    @property
+    def held(self) -> bytes:
+        """The bytes whose text is held back."""
+        return self._decoder.held
+
+    @property
+    def held_text(self) -> str:
+        """What they are if no more come that belong to them."""
+        return self._decoder.held_text
 
 
 class _Bytes:
@@ -38,6 +53,14 @@ class _Bytes:
     def __init__(self, table: list[bytes]) -> None:
         self._table = table
         self._pending = b""
+
+    @property
+    def held(self) -> bytes:
+        return self._pending
+
+    @property
+    def held_text(self) -> str:
+        return utf_8_decode(self._pending, "replace", True)[0]
 
     def push(self, token_ids: Sequence[int]) -> str:
         table = self._table
@@ -72,6 +95,14 @@ class _PrefixDifference:
         self._context_text = ""
         self._pending: list[int] = []
 
+    @property
+    def held(self) -> bytes:
+        return bytes(self._byte_ids[token] for token in self._pending)
+
+    @property
+    def held_text(self) -> str:
+        return self._new_text(self._pending)
+
     def push(self, token_ids: Sequence[int]) -> str:
         pending = self._pending
         pending += [token for token in token_ids if token < self._size and token not in self._dropped]
@@ -87,12 +118,14 @@ class _PrefixDifference:
         if count == 0:
             return ""
         tokens = self._pending[:count]
-        text = self._decode(self._context + tokens, skip_special_tokens=False)
-        new = text[len(self._context_text) :]
+        new = self._new_text(tokens)
         del self._pending[:count]
         self._context = tokens[-1:]
         self._context_text = self._decode(self._context, skip_special_tokens=False)
         return new
+
+    def _new_text(self, tokens: list[int]) -> str:
+        return self._decode(self._context + tokens, skip_special_tokens=False)[len(self._context_text) :]
 
 
 class StopChecker:

@@ -102,7 +102,7 @@ prompts = st.builds(
 )
 arrivals = st.tuples(
     prompts,
-    st.integers(1, 60),  # max_tokens
+    st.integers(0, 60),  # max_tokens
     st.sampled_from([-1, 0, 0, 1]),  # priority
     st.sampled_from(["", "", "salt"]),
     st.sampled_from([(), (3,), (1, 2)]),  # stop tokens
@@ -166,7 +166,37 @@ def test_whatever_happens_every_request_gets_its_tokens_and_one_end(
             assert request_id in aborted and tokens == wanted[: len(tokens)]
         else:
             assert tokens == wanted
-            assert ends == ["stop" if wanted[-1] in stop else "length"]
+            assert ends == ["stop" if wanted[-1:] and wanted[-1] in stop else "length"]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_prompt_that_fills_the_context_can_be_computed(ahead: int, chunked: bool) -> None:
+    config = replace(CONFIG, chunked_prefill=chunked)
+    loop = Loop(config, num_blocks=13, max_len=200, ahead=ahead, right=None if ahead else 1.0)
+    for request_id in range(3):
+        loop.add(request_id, list(range(200)), max_tokens=0)
+    loop.finish()
+    for request_id in range(3):
+        [delta] = loop.told[request_id]
+        assert (delta.tokens, delta.finish_reason) == ([], "length")
+    assert loop.scheduler.stats().generation_tokens == 0
+
+
+def test_the_last_delta_says_what_only_the_engine_knows() -> None:
+    """Also of a request that somebody else ends."""
+    loop = Loop(num_blocks=13, max_len=200)
+    loop.add(1, list(range(60)), max_tokens=100)
+    loop.add(2, list(range(60)), max_tokens=100, priority=1)
+    while loop.scheduler.stats().preemptions == 0:
+        loop.step()
+    scheduled = {request_id: loop.told[request_id][0].scheduled_at for request_id in (1, 2)}
+    loop.scheduler.abort([1, 2])
+    loop.finish()
+    last = [loop.told[request_id][-1] for request_id in (1, 2)]
+    assert [delta.finish_reason for delta in last] == ["abort", "abort"]
+    assert sum(delta.num_preemptions for delta in last) == loop.scheduler.stats().preemptions > 0
+    assert [delta.scheduled_at for delta in last] == list(scheduled.values())
 
 
 def test_right_guesses_save_steps_and_the_limits_hold() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 
 COUNTING = "1, 2, 3, 4,"
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
 def test_stop_string_trims_text_tokens_logprobs_and_usage_alike(server: Any) -> None:
@@ -134,6 +137,56 @@ def test_max_tokens_defaults(server: Any, small_server: Any) -> None:
     assert chat["choices"][0]["finish_reason"] == "stop"
 
 
+def test_variables_of_a_template_may_have_any_name(server: Any) -> None:
+    """Names that this program uses itself, in any function on the way, are names like others."""
+    plain = server.post("/tokenize", {"messages": MESSAGES})[1]
+    for name in (
+        "template",
+        "options",
+        "variables",
+        "self_",
+        "timeout",
+        "name",
+        "work",
+        "context",
+        "__class__",
+        "",
+        "%s",
+    ):
+        body = {"messages": MESSAGES, "chat_template_kwargs": {name: 1}}
+        assert server.post("/tokenize", body) == (200, plain)
+    for name in ("self", "messages", "tools", "raise_exception", "strftime_now", "namespace", "range", "loop"):
+        status, reply = server.post("/tokenize", {"messages": MESSAGES, "chat_template_kwargs": {name: 1}})
+        assert (status, reply["error"]["param"]) == (400, f"chat_template_kwargs.{name}")
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {"content": []}, {}, {"content": None, "tool_calls": []}])
+def test_an_assistant_that_said_nothing(server: Any, content: dict[str, Any]) -> None:
+    def tokens(said: dict[str, Any]) -> Any:
+        messages = [*MESSAGES, {"role": "assistant", **said}, *MESSAGES]
+        status, reply = server.post("/tokenize", {"messages": messages})
+        assert status == 200, reply
+        return reply["tokens"]
+
+    assert tokens(content) == tokens({"content": ""})
+
+
+@pytest.mark.parametrize("more", [{}, {"stop": ["Paris"]}, {"stop": ["is"], "include_stop_str_in_output": True}])
+def test_text_offsets_of_parts_of_characters(server: Any, more: dict[str, Any]) -> None:
+    prompt = "🦜🎉 你好: The capital of France is"
+    choice = server.complete(prompt, max_tokens=6, echo=True, logprobs=0, **more)["choices"][0]
+    logprobs = choice["logprobs"]
+    offsets = logprobs["text_offset"]
+    assert offsets == sorted(offsets) and offsets[-1] <= len(choice["text"])
+    for token, offset in zip(logprobs["tokens"], offsets, strict=True):
+        if "\\x" not in token:
+            assert (choice["text"] + "Paris")[offset:].startswith(token)
+    events = server.events("/v1/completions", {"prompt": prompt, "max_tokens": 6, "echo": True, "logprobs": 0, **more})
+    chunks = [event["choices"][0]["logprobs"] for event in events[:-1]]
+    streamed = [offset for chunk in chunks if chunk for offset in chunk["text_offset"]]
+    assert [min(offset, len(choice["text"])) for offset in streamed] == offsets
+
+
 def test_legacy_logprobs(server: Any) -> None:
     choice = server.complete(COUNTING, max_tokens=6, logprobs=2)["choices"][0]
     logprobs = choice["logprobs"]
@@ -245,8 +298,9 @@ def test_long_prompts_are_tokenized_like_short_ones(server: Any) -> None:
 def test_request_id(server: Any) -> None:
     assert server.chat(max_tokens=1, request_id="mine-1")["id"] == "chatcmpl-mine-1"
     body = b'{"prompt": "x", "max_tokens": 1}'
-    status, headers, _ = server.request(
+    status, headers, reply = server.request(
         "POST", "/v1/completions", body, {"content-type": "application/json", "x-request-id": "trace-7"}
     )
     assert status == 200
-    assert headers["x-request-id"] == "cmpl-trace-7"
+    assert headers["x-request-id"] == "trace-7"
+    assert json.loads(reply)["id"] == "cmpl-trace-7"

@@ -120,11 +120,75 @@ async def test_stop_token(tokenizer: Tokenizer, include: bool) -> None:
         assert sequence.num_tokens == len(tokens)
 
 
-async def test_prompt_only_drops_the_token(tokenizer: Tokenizer) -> None:
-    sequence, stream, _ = make(tokenizer, OutputOptions(prompt_only=True))
-    [piece] = await run(sequence, stream, deltas([5], [1]))
-    assert (piece.text, piece.tokens, piece.logprobs, piece.finish_reason) == ("", [], [], "length")
-    assert sequence.num_tokens == 0
+@given(
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    stop=stops,
+    include=st.booleans(),
+    stop_token=st.booleans(),
+)
+async def test_offsets_lead_to_the_tokens(
+    tokenizer: Tokenizer, cuts: list[int], stop: list[str], include: bool, stop_token: bool
+) -> None:
+    tokens = tokenizer.encode(TEXT)
+    output = OutputOptions(stop=tuple(stop), include_stop=include, offsets=True)
+    ending: dict[str, Any] = {"finish_reason": "stop", "stop_token": tokens[-1]} if stop_token else {}
+    whole, stream, _ = make(tokenizer, output)
+    streaming, other, _ = make(tokenizer, output)
+    for delta in deltas(tokens, cuts, **ending):
+        stream.put(delta)
+    answer = await whole.rest()
+    pieces = await run(streaming, other, deltas(tokens, cuts, **ending))
+    assert len(answer.offsets) == len(answer.tokens)
+    assert answer.offsets == sorted(answer.offsets)
+    begin = 0
+    for token, offset in zip(answer.tokens, answer.offsets, strict=True):
+        if offset < len(answer.text):
+            assert len(answer.text[:offset].encode()) <= begin < len(answer.text[: offset + 1].encode())
+        else:  # cut off
+            assert offset == len(answer.text) <= len(TEXT.encode()[:begin].decode(errors="ignore"))
+        begin += len(tokenizer.token_bytes(token))
+    streamed = [offset for piece in pieces for offset in piece.offsets]
+    assert [min(offset, len(answer.text)) for offset in streamed] == answer.offsets
+
+
+async def test_what_a_stop_string_ends_is_counted_like_the_rest(tokenizer: Tokenizer) -> None:
+    """The engine's last delta comes when nobody reads any more, and alone knows of preemptions."""
+    sequence, stream, aborts = make(tokenizer, OutputOptions(stop=("STOP",)))
+    stream.put(TokenDelta(request_id=1, tokens=tokenizer.encode("a STOP"), scheduled_at=2.0, num_cached_tokens=1))
+    await sequence.next()
+    assert sequence.finished and aborts == [1]
+    ending = {"scheduled_at": 2.0, "num_cached_tokens": 1, "num_preemptions": 3}
+    stream.put(TokenDelta(request_id=1, tokens=[], finish_reason="abort", **ending))
+    assert told(sequence, "request_num_preemptions") == (1, 3)
+    assert told(sequence, "request_queue_time_seconds") == (1, 2)
+    assert told(sequence, "request_prefill_kv_computed_tokens") == (1, 0)
+    assert told(sequence, "e2e_request_latency_seconds")[0] == 1
+
+
+async def test_what_was_never_scheduled_has_no_time_in_the_queue(tokenizer: Tokenizer) -> None:
+    sequence, stream, _ = make(tokenizer, OutputOptions())
+    sequence.end()
+    stream.put(TokenDelta(request_id=1, tokens=[], finish_reason="abort"))
+    assert told(sequence, "request_num_preemptions") == (1, 0)
+    assert told(sequence, "request_queue_time_seconds") == (0, 0)
+    assert told(sequence, "request_prefill_kv_computed_tokens") == (1, 0)
+
+
+async def test_what_is_ended_while_its_prompt_is_computed_was_in_the_queue(tokenizer: Tokenizer) -> None:
+    sequence, stream, _ = make(tokenizer, OutputOptions())
+    sequence.end()
+    stream.put(TokenDelta(request_id=1, tokens=[], finish_reason="abort", scheduled_at=2.0))
+    assert told(sequence, "request_queue_time_seconds") == (1, 2)
+    assert told(sequence, "request_prefill_kv_computed_tokens") == (1, 1)
+
+
+def told(sequence: Sequence, name: str) -> tuple[float, float]:
+    """Count and sum of a histogram."""
+    registry = sequence._service.metrics.registry
+    labels = {"model_name": "m"}
+    count, total = (registry.get_sample_value(f"slipstream:{name}_{kind}", labels) for kind in ("count", "sum"))
+    assert count is not None and total is not None
+    return count, total
 
 
 async def test_an_error_of_the_engine_is_one_of_the_request(tokenizer: Tokenizer) -> None:
