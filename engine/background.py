@@ -41,16 +41,14 @@ class Background:
     """One job after the other, in the order of their arrival: the next is prepared when the one before has landed."""
 
     def __init__(self) -> None:
-        import torch  # not above: breathe is also for tools that have no other need of it
-
-        self._thread = ThreadPoolExecutor(1, "background", initializer=self._step_back)
+        # Begins with the first job: an engine that never has one neither waits for a thread of the lowest priority to
+        # begin nor, when it closes, for it to end, which takes seconds where other processes want every core.
+        self._thread = ThreadPoolExecutor(1, "background", initializer=self._begin)
+        self._begun = threading.Event()
         self._waiting: deque[_Job] = deque()
         self._prepared: Future[Land] | None = None
         self._next_step = threading.Event()
         self._is_busy, self._since = False, 0.0
-        threads = torch.get_num_threads()
-        self._thread.submit(int).result()
-        torch.set_num_threads(threads)  # torch keeps the number per thread; new threads get what was set last
         # The thread of the steps gets the interpreter at once when it wants it; 5 ms later is Python's default.
         sys.setswitchinterval(SWITCH_SECONDS)
 
@@ -98,8 +96,17 @@ class Background:
     def _prepare_next(self) -> None:
         if self._waiting and self._prepared is None:
             self._prepared = self._thread.submit(self._waiting[0].prepare)
+            if not self._begun.is_set():
+                self._let_begin()
 
-    def _step_back(self) -> None:
+    def _let_begin(self) -> None:
+        import torch  # not above: breathe is also for tools that have no other need of it
+
+        threads = torch.get_num_threads()
+        self._begun.wait()
+        torch.set_num_threads(threads)  # torch keeps the number per thread; new threads get what was set last
+
+    def _begin(self) -> None:
         import torch
 
         _current.background = self
@@ -107,6 +114,7 @@ class Background:
         # common number when it asks for the first time, whatever was set for it before.
         torch.get_num_threads()
         torch.set_num_threads(1)
+        self._begun.set()
         if sys.platform == "linux":  # elsewhere a thread has no priority of its own
             # Gives way at once to any thread that wakes up, which one that is merely nice does only after its slice.
             os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
