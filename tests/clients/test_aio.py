@@ -27,12 +27,16 @@ async def collect(client: AsyncClient) -> list:
 async def test_stream_yields_chunks_with_the_time_of_their_arrival(wire, reply):
     wire.replies = [reply.stream(token("a"), token("b"), reply.PAUSE, token("c") + token("d"), b"data: [DONE]\n\n")]
     async with AsyncClient(wire.url) as client:
-        asyncio.get_running_loop().call_later(0.3, wire.resume.set)
-        sent = perf_counter()
-        chunks = await collect(client)
+        sent, chunks = perf_counter(), []
+        async with client.chat_stream(BODY) as stream:
+            async for chunk in stream:
+                chunks.append(chunk)
+                if content(chunk) == "b":
+                    paused = perf_counter()
+                    wire.resume.set()
     assert [content(chunk) for chunk in chunks] == ["a", "b", "c", "d"]
-    a, b, c, d = (chunk.received - sent for chunk in chunks)
-    assert 0 < a < b < 0.28 < c == d
+    a, b, c, d = (chunk.received for chunk in chunks)
+    assert sent < a < b < paused < c == d
     line, headers, body = wire.requests[0]
     assert line == "POST /v1/chat/completions HTTP/1.1"
     assert headers["content-type"] == "application/json"
@@ -59,16 +63,19 @@ async def test_leaving_the_stream_early_disconnects(wire, reply):
     async with AsyncClient(wire.url) as client:
         async with client.chat_stream(BODY) as stream:
             assert content(await anext(stream)) == "a"
-        await asyncio.wait_for(wire.lost.wait(), 1)
+        await asyncio.wait_for(wire.lost.wait(), 300)
 
 
 async def test_cancelling_before_the_first_byte_disconnects(wire, reply):
     wire.replies = [[reply.PAUSE]]
     async with AsyncClient(wire.url) as client:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
-                await collect(client)
-        await asyncio.wait_for(wire.lost.wait(), 1)
+        waiting = asyncio.create_task(collect(client))
+        while not wire.requests:
+            await asyncio.sleep(0.001)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.wait_for(wire.lost.wait(), 300)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +177,7 @@ async def test_an_answer_that_is_no_json_object_is_an_error(wire, reply):
 
 async def test_timeout_bounds_the_whole_call(wire, reply):
     wire.replies = [reply.stream(token("a"), reply.PAUSE), [reply.PAUSE]]
-    async with AsyncClient(wire.url, timeout=0.1) as client:
+    async with AsyncClient(wire.url, timeout=1) as client:
         with pytest.raises(BrokenStreamError):
             await collect(client)
         with pytest.raises(UnreachableError):
@@ -180,14 +187,14 @@ async def test_timeout_bounds_the_whole_call(wire, reply):
 async def test_wait_ready_waits_while_the_server_loads(wire, reply):
     wire.replies = [reply.response(b"{}", "503 Service Unavailable"), reply.response(b"")]
     async with AsyncClient(wire.url) as client:
-        assert 0.1 < await client.wait_ready(5) < 2
+        assert await client.wait_ready(300) > 0.1
     assert [line for line, _, _ in wire.requests] == ["GET /health HTTP/1.1"] * 2
 
 
 async def test_wait_ready_asks_for_the_models_where_there_is_no_health_endpoint(wire, reply):
     wire.replies = [reply.response(b"{}", "404 Not Found"), reply.response(b'{"data": []}')]
     async with AsyncClient(wire.url) as client:
-        assert await client.wait_ready(5) < 1
+        assert await client.wait_ready(300) > 0
 
 
 async def test_wait_ready_gives_up():

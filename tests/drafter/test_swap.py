@@ -78,7 +78,7 @@ def swap(local: LocalEngine, version: int, path: Path, route: str = "") -> Any:
 
 
 def wait(local: LocalEngine, done: Any) -> Any:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not done.done():
         assert time.monotonic() < deadline
         local.step() if local.engine.core.has_work else local.engine.poll()

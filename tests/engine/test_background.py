@@ -15,7 +15,6 @@ import torch
 
 from slipstream.engine.background import SHARE_SECONDS, Background, breathe
 
-
 PATIENCE_S = 300.0
 """The thread gets what nobody else wants of the processor, which is next to nothing on a busy machine."""
 

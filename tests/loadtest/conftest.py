@@ -33,6 +33,8 @@ class Served:
     cache: bool = False
     """Whether a prompt seen before costs nothing."""
     gauges: bool = True
+    together: int = 0
+    """No answer begins before so many requests were under way at once."""
     leak: int = 0
     """Requests that count as running for ever."""
     fault: str = ""
@@ -87,6 +89,8 @@ class Served:
             return web.json_response({"error": {"message": "scripted refusal", "type": "bad"}}, status=400)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
+        while self.most_running < self.together:
+            await asyncio.sleep(0.001)
         try:
             return await self._stream(request, body, fault)
         except (ConnectionError, asyncio.CancelledError):

@@ -14,7 +14,7 @@ async def bench(*arguments):
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate(), 60)
+    out, err = await asyncio.wait_for(process.communicate(), 300)
     return process.returncode, out.decode().splitlines(), err.decode()
 
 

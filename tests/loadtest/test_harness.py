@@ -26,11 +26,13 @@ async def test_measured_times_are_those_of_the_server(serve):
     assert figures["total_input_tokens"] == 12
     assert figures["max_concurrent_requests"] == 3
     # Sleeps of the server are never shorter than asked for; the machine may make them longer.
-    assert 60 <= figures["mean_ttft_ms"] < 1000
-    assert 20 <= figures["mean_itl_ms"] < 200
+    assert figures["mean_ttft_ms"] >= 60
+    assert figures["mean_itl_ms"] >= 20
     assert figures["mean_tpot_ms"] == pytest.approx(figures["mean_itl_ms"])
-    assert 60 + 9 * 20 <= figures["mean_e2el_ms"] < 3000
-    assert figures["duration"] == pytest.approx(2 * figures["mean_e2el_ms"] / 1e3, rel=0.1)
+    assert figures["mean_e2el_ms"] >= figures["mean_ttft_ms"] + 9 * figures["mean_itl_ms"] - 0.01
+    # Six requests, three at a time at most and one at least.
+    assert 2 * figures["mean_e2el_ms"] <= figures["duration"] * 1e3 + 0.01
+    assert figures["duration"] * 1e3 < 6 * figures["mean_e2el_ms"]
     assert figures["output_throughput"] == pytest.approx(60 / figures["duration"], rel=1e-3)
 
 
@@ -40,7 +42,7 @@ async def test_chunks_of_several_tokens_are_told_apart_from_slow_tokens(serve):
         figures = summarise(await measure(target, chats(2, tokens=16), ClosedLoop(2)))
     assert figures["mean_tokens_per_chunk"] == 4
     assert figures["token_itl_known"] == 2
-    assert 30 <= figures["mean_itl_ms"] < 300
+    assert figures["mean_itl_ms"] >= 30
     assert figures["mean_token_itl_ms"] == pytest.approx(figures["mean_itl_ms"] / 4, rel=1e-3)
 
 
@@ -83,10 +85,10 @@ async def test_a_failure_is_recorded_and_the_other_requests_go_on(serve, fault, 
 
 
 async def test_open_loop_has_all_requests_under_way_at_once(serve):
-    async with serve(ttft=0.1) as server, connect(server.url) as target:
+    async with serve() as server, connect(server.url) as target:
+        server.together = 20
         figures = summarise(await measure(target, chats(20, tokens=2), OpenLoop(math.inf)))
         assert server.most_running == figures["max_concurrent_requests"] == 20
-    assert figures["duration"] < 1
 
 
 async def test_receive_disconnects_after_so_many_chunks(serve):

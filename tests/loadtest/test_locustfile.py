@@ -9,14 +9,14 @@ pytestmark = pytest.mark.usefixtures("sharegpt")
 
 
 async def locust(url, *arguments):
-    """Run three users for two seconds; the exit status and the statistics by name."""
+    """Run three users for three seconds; the exit status and the statistics by name."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "locust", "-f", find_spec("slipstream.loadtest.locustfile").origin),
-        *("--host", url, "--headless", "-u", "3", "-r", "3", "-t", "2s", "-s", "2", "--json", *arguments),
+        *("--host", url, "--headless", "-u", "3", "-r", "3", "-t", "3s", "-s", "2", "--json", *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate(), 60)
+    out, err = await asyncio.wait_for(process.communicate(), 300)
     assert b"Traceback" not in err, err.decode()
     out = out.replace(b"[]", b"")  # of worker processes, whose line breaks may come later
     return process.returncode, {row["name"]: row for row in json.loads(out)}
@@ -31,12 +31,12 @@ async def test_users_stream_answers_and_report_token_latencies(serve):
         status, rows = await locust(server.url, "--output-tokens", "6", "--model", "scripted")
     assert status == 0
     posts, first, gaps = (rows[name] for name in ("/v1/chat/completions", "time to first token", "inter-token latency"))
-    assert posts["num_requests"] == first["num_requests"] >= 6
+    assert posts["num_requests"] == first["num_requests"] >= 3
     assert posts["num_failures"] == 0
     assert gaps["num_requests"] == 5 * first["num_requests"]
-    assert 50 <= mean(first) < 1000
-    assert 20 <= mean(gaps) < 200
-    assert 50 + 5 * 20 <= mean(posts) < 2000
+    # Sleeps of the server are never shorter than asked for; the machine may make them longer.
+    assert mean(first) >= 50 and mean(gaps) >= 20 and mean(posts) >= 50 + 5 * 20
+    assert mean(first) + 5 * mean(gaps) <= mean(posts) + 1
     assert {body["max_tokens"] for body in server.bodies} == {6}
     assert len({body["messages"][0]["content"] for body in server.bodies}) == len(server.bodies)
 

@@ -95,11 +95,17 @@ def test_growth_in_the_first_half_only_is_flat():
 async def test_memory_of_a_process_is_sampled(monkeypatch):
     monkeypatch.setattr("slipstream.loadtest.soak.SAMPLE_SECONDS", 0.02)
     async with memory_samples(os.getpid()) as samples:
-        await asyncio.sleep(0.1)
+
+        async def more():
+            """Waits for two samples, of which the second began after now."""
+            enough = len(samples) + 2
+            while len(samples) < enough:
+                await asyncio.sleep(0.01)
+
+        await more()
         ballast = mmap(-1, 64 * MIB)  # pages of its own, whatever memory the process has left over
         ballast.write(b"x" * (64 * MIB))
-        await asyncio.sleep(0.1)
-    assert len(samples) > 4
+        await more()
     assert samples[-1][1] - samples[0][1] > 50 * MIB
     del ballast
 

@@ -121,7 +121,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         [sys.executable, "-P", "-m", "slipstream.server", "drafter", *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={"PATH": "/usr/bin:/bin", "COLUMNS": "200", **environment},
     )
 

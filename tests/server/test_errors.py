@@ -212,7 +212,7 @@ def test_large_body(small_server: Any) -> None:
     ],
 )
 def test_what_is_not_a_request(server: Any, sent: bytes, status: int, code: str) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=300) as connection:
         with contextlib.suppress(ConnectionError):
             connection.sendall(sent)
         received = b""
@@ -228,7 +228,7 @@ def test_what_is_not_a_request(server: Any, sent: bytes, status: int, code: str)
 
 
 def test_several_requests_over_one_connection(server: Any) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
     with contextlib.closing(connection):
         for size in (1, 60_000, 1, 60_000):  # together more than one head may have
             connection.request(

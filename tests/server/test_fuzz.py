@@ -97,7 +97,7 @@ requests = st.one_of(
 @given(request=requests)
 def test_no_request_breaks_the_server(server: Any, request: tuple[str, Any]) -> None:
     route, body = request
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
     try:
         connection.request("POST", route, json.dumps(body).encode(), {"content-type": "application/json"})
         response = connection.getresponse()

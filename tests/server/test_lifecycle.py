@@ -50,7 +50,7 @@ def test_loading(start_server: Callable[..., Any]) -> None:
     # Ctrl-C while loading ends both processes at once.
     engine = server.wait_until(lambda: psutil.Process(server.process.pid).children())[0]
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(20) == 0
+    assert server.process.wait(300) == 0
     assert not engine.is_running()
 
 
@@ -89,37 +89,31 @@ def test_overload(small_server: Any) -> None:
     assert small_server.complete("x", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
-def test_request_timeout(small_server: Any) -> None:
-    ask = LONG | {"n": 2}
-    with small_server.send(COMPLETE, ask | {"stream": True}) as stream:
-        started = time.monotonic()
+def test_request_timeout(start_server: Callable[..., Any]) -> None:
+    server = start_server("--request-timeout-s", "5").wait_until_ready()
+    started = time.monotonic()
+    with server.open_stream(n=2) as stream, server.suspended():
+        status, reply = server.post(COMPLETE, LONG | {"n": 2})
+        assert (status, reply["error"]["code"]) == (504, "request_timeout")
         events = read_all(stream).decode()
-        assert 2.5 < time.monotonic() - started < 30
+    assert time.monotonic() - started >= 5
     *_, failed, done = [line for line in events.splitlines() if line.startswith("data: ")]
     assert json.loads(failed.removeprefix("data: "))["error"]["code"] == "request_timeout"
     assert done == "data: [DONE]"
-    small_server.wait_until_idle()
-    status, reply = small_server.post(COMPLETE, ask)
-    assert (status, reply["error"]["code"]) == (504, "request_timeout")
-    small_server.wait_until_idle()
+    server.wait_until_idle()
+    assert server.complete("x", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
 def test_health_tells_when_the_engine_stalls(small_server: Any) -> None:
     small_server.wait_until_idle()
-    engine = small_server.engine
-    engine.suspend()
-    try:
-        time.sleep(1.2)
+    with small_server.suspended():
+        time.sleep(2.2)
         assert small_server.get("/health")[0] == 200  # nothing to do, so nothing is wrong
         with small_server.send(COMPLETE, LONG):
-            _, reply = small_server.wait_until(
-                lambda: (found := small_server.get("/health"))[0] == 503 and found, timeout_s=4
-            )
+            _, reply = small_server.wait_until(lambda: (found := small_server.get("/health"))[0] == 503 and found)
             assert reply["status"] == "stalled"
             assert "1 sequences" in reply["reason"]
             assert small_server.get("/ready")[0] == 503
-    finally:
-        engine.resume()
     small_server.wait_until(lambda: small_server.get("/health")[0] == 200)
     small_server.wait_until_idle()
 
@@ -146,24 +140,25 @@ def test_death_of_the_engine(start_server: Callable[..., Any]) -> None:
 
 
 def test_drain(start_server: Callable[..., Any]) -> None:
-    server = start_server("--drain-timeout-s", "30").wait_until_ready()
+    server = start_server("--drain-timeout-s", "300").wait_until_ready()
     engine = server.engine
     assert any("curl" in line for line in server.log)
     with server.send(COMPLETE, LONG | {"max_tokens": 300}) as running:
         server.wait_until(lambda: server.metric("num_requests_running") == 1)
-        server.process.send_signal(signal.SIGTERM)
-        server.wait_until(
-            lambda: server.get("/ready") == (503, {"status": "draining", "reason": "the server is shutting down"})
-        )
-        assert server.get("/health") == (200, {"status": "draining"})
-        body = json.dumps({"prompt": "x"}).encode()
-        status, headers, reply = server.request("POST", COMPLETE, body, {"content-type": "application/json"})
-        assert (status, json.loads(reply)["error"]["code"]) == (503, "shutting_down")
-        assert int(headers["retry-after"]) > 0
+        with server.suspended():  # so that it is not done before all is looked at
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_until(
+                lambda: server.get("/ready") == (503, {"status": "draining", "reason": "the server is shutting down"})
+            )
+            assert server.get("/health") == (200, {"status": "draining"})
+            body = json.dumps({"prompt": "x"}).encode()
+            status, headers, reply = server.request("POST", COMPLETE, body, {"content-type": "application/json"})
+            assert (status, json.loads(reply)["error"]["code"]) == (503, "shutting_down")
+            assert int(headers["retry-after"]) > 0
         head, _, answer = read_whole(running).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 ")
         assert json.loads(answer)["usage"]["completion_tokens"] == 300
-    assert server.process.wait(20) == 0
+    assert server.process.wait(300) == 0
     assert not engine.is_running()
 
 
@@ -180,11 +175,10 @@ def read_whole(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("how", ["timeout", "second signal"])
 def test_what_is_left_after_the_drain_ends_with_an_error(start_server: Callable[..., Any], how: str) -> None:
-    server = start_server("--drain-timeout-s", "1" if how == "timeout" else "60").wait_until_ready()
+    server = start_server("--drain-timeout-s", "1" if how == "timeout" else "3600").wait_until_ready()
     engine = server.engine
     with server.open_stream() as stream, server.send(COMPLETE, LONG) as whole:
         server.wait_until(lambda: server.metric("num_requests_running") == 2)
-        started = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         if how == "second signal":
             server.wait_until(lambda: server.get("/ready")[0] == 503)
@@ -196,8 +190,7 @@ def test_what_is_left_after_the_drain_ends_with_an_error(start_server: Callable[
         assert head.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after" in head
         assert json.loads(body)["error"]["code"] == "shutting_down"
-    assert server.process.wait(20) == 0
-    assert time.monotonic() - started < 40
+    assert server.process.wait(300) == 0
     assert not engine.is_running()
 
 
@@ -205,5 +198,5 @@ def test_engine_ends_when_the_server_is_killed(start_server: Callable[..., Any])
     server = start_server().wait_until_ready()
     engine = server.engine
     server.process.kill()
-    server.process.wait(10)
-    server.wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 10)
+    server.process.wait(300)
+    server.wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)

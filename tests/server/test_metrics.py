@@ -95,10 +95,11 @@ def test_counts_of_one_request(server: Any) -> None:
 def test_times_fit_together(server: Any) -> None:
     names = ("e2e_request_latency", "request_queue_time", "request_inference_time", "time_to_first_token")
     before = {name: server.metric(f"{name}_seconds_sum") for name in names}
+    started = time.monotonic()
     server.complete("Hello", max_tokens=30, ignore_eos=True)
+    took = time.monotonic() - started
     total, queued, inference, first = (server.metric(f"{name}_seconds_sum") - before[name] for name in names)
-    assert 0 < queued < first < total
-    assert abs(queued + inference - total) < 0.05
+    assert 0 < queued < first < queued + inference <= total + 1e-6 and total < took
 
 
 def test_time_of_steps(server: Any) -> None:

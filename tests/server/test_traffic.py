@@ -58,7 +58,7 @@ def contents(folder: Path) -> bytes:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", "-m", "slipstream.server", "traffic", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={"PATH": "/usr/bin:/bin"})
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PATH": "/usr/bin:/bin"})
 
 
 def test_the_life_of_traffic(keeping: Any, folder: Path, start_server: Callable[..., Any]) -> None:
@@ -154,7 +154,7 @@ def test_by_default_nothing_is_kept(server: Any) -> None:
 def test_wrong_options_are_one_line(tmp_path: Path, options: list[str], said: str) -> None:
     options = [str(tmp_path / "t") if option == "HERE" else option for option in options]
     command = [sys.executable, "-P", "-m", "slipstream.server", "serve", "--port", "0", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={"PATH": "/usr/bin:/bin"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PATH": "/usr/bin:/bin"})
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("slipstream: ") and said in last

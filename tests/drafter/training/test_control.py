@@ -13,7 +13,8 @@ import torch
 from slipstream.drafter.training import control as module
 from slipstream.drafter.training.control import Control, Mode, Report, ServerGoneError, StandBy
 
-SOON = 10.0
+SOON = 300.0
+"""More than anything takes here, on a slow and busy machine too."""
 
 
 class Server:

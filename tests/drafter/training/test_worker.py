@@ -26,8 +26,8 @@ from slipstream.drafter.training.checkpoint import Checkpoint
 from slipstream.engine.checkpoint import open_checkpoint
 
 MODULE = "slipstream.drafter.training.worker"
-SECONDS = 120.0
-"""More than anything takes here, on a loaded machine too."""
+SECONDS = 600.0
+"""More than anything takes here, on a slow and busy machine too."""
 Report = dict[str, Any]
 MakeSamples = Callable[..., list[Sample]]
 

@@ -110,7 +110,7 @@ class Page:
         assert "exceptionDetails" not in reply, reply
         return reply["result"].get("value")
 
-    async def wait(self, expression: str, seconds: float = 30.0) -> Any:
+    async def wait(self, expression: str, seconds: float = 300.0) -> Any:
         """Until it is true, or an element."""
         expression = f"(value => value instanceof Node || value)({expression})"
         deadline = time.monotonic() + seconds
@@ -153,7 +153,7 @@ async def open_page(tmp_path: Path) -> AsyncIterator[Callable[[], Any]]:
     )
     assert process.stderr is not None
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             while b"DevTools listening on" not in (line := await process.stderr.readline()):
                 assert line, "Chromium ended"
         draining = asyncio.create_task(process.stderr.read())
