@@ -74,9 +74,9 @@ class SuffixDrafter(Drafter):
         return [self._propose(row) for row in rows]
 
     def finish(self, row: DraftRow) -> None:
-        """Keeps the answer, with the end of its prompt as its context."""
+        """Keeps the answer, with the end of its prompt as its context, if its sender lets it be kept."""
         answer = row.tokens[max(row.num_prompt - LONGEST_MATCH, 0) : row.length].tolist()[-self._capacity // 2 :]
-        if row.length <= row.num_prompt or self.name not in row.drafters:
+        if row.length <= row.num_prompt or self.name not in row.drafters or not row.remember:
             return
         scope = self._scopes.setdefault(row.scope, _Scope())
         self._scopes.move_to_end(row.scope)

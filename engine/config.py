@@ -33,6 +33,11 @@ class EngineConfig:
         None, "Size of the KV cache, for example 512MiB or 2GiB; default a quarter of the free memory, at most 2GiB."
     )
     prefix_caching: bool = option(True, "Reuse the KV cache of equal prompt beginnings.")
+    prefix_cache_scope: Literal["tenant", "server"] = option(
+        "tenant",
+        "Who shares cached beginnings: requests of one tenant, or all. Where all do, timing and cached_tokens tell "
+        "whether somebody else has sent the same beginning.",
+    )
     chunked_prefill: bool = option(True, "Split long prompts so that they do not stall running streams.")
     step_latency_ms: float = option(25.0, "Step time to hold while streams run; long prompts are split to fit.")
     priority_step_s: float = option(30.0, "Head start in seconds that one level of request priority is worth.")

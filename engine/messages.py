@@ -73,14 +73,23 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     cache_salt: str = ""
     """Prefix-cache blocks are shared only between requests of equal salt."""
     tenant: str = ""
+    """Whose request this is: tenants learn nothing of each other, see EngineConfig.prefix_cache_scope."""
     route: str = ""
     """Which of the loaded versions of a learned drafter guesses; one that holds nothing stands for the shared one."""
     domain: str = ""
     """What the request is about, as its sender calls it."""
     traffic: TrafficLevel = "off"
+    """What may be kept on disk."""
     speculation: SpeculationParams = SpeculationParams()
     arrival: float = 0.0
     """time.monotonic() at the server, seconds; comparable between processes of one host."""
+    remember: bool = True
+    """Whether drafters may keep its text in memory, for later requests of the same scope."""
+
+    @property
+    def scope(self) -> str:
+        """Tenant and salt in one, such that no two pairs look alike: drafters learn within a scope only."""
+        return repr((self.tenant, self.cache_salt))
 
 
 class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

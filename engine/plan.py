@@ -30,6 +30,8 @@ class NewRow:
     traffic: TrafficLevel = "off"
     route: str = ""
     """Of learned drafters."""
+    remember: bool = True
+    """Whether drafters may keep its text in memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,8 @@ class Scheduler:
         arrival = message.arrival or self._clock()
         service = self.cost.predict(StepWork().add(0, len(message.prompt)))
         deadline = arrival + service + message.priority * self._config.priority_step_s
-        request = Request(message, deadline, prefix.seed(self.target_version, message.cache_salt))
+        sharing = message.tenant if self._config.prefix_cache_scope == "tenant" else ""
+        request = Request(message, deadline, prefix.seed(self.target_version, message.cache_salt, sharing))
         self._requests[request.request_id] = request
         insort(self._waiting, request, key=_deadline)
         if message.traffic != "off":
@@ -220,9 +221,9 @@ class Scheduler:
         params = request.message.params
         seed = params.seed if params.seed is not None else self._draw_seed(request)
         message = request.message
-        scope = f"{message.tenant}\0{message.cache_salt}"
-        entered = (request.slot, list(request.tokens), request.num_prompt, params, seed, scope)
-        plan.new.append(NewRow(*entered, message.speculation, message.request_id, message.traffic, message.route))
+        entered = (request.slot, list(request.tokens), request.num_prompt, params, seed, message.scope)
+        about = (message.speculation, message.request_id, message.traffic, message.route, message.remember)
+        plan.new.append(NewRow(*entered, *about))
         plan.blocks.append((request.slot, 0, list(request.blocks)))
         plan.copies.extend(admission.copies)
 

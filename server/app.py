@@ -15,7 +15,7 @@ from slipstream.server.admin import routes as admin
 from slipstream.server.body import schemas
 from slipstream.server.edge import Edge
 from slipstream.server.errors import ApiError, MethodNotAllowedError, NotFoundError
-from slipstream.server.gate import AdminKeys, ApiKeys, ResponseCounter
+from slipstream.server.gate import guarded
 from slipstream.server.json_response import JSONBody
 from slipstream.server.openai import routes as openai
 from slipstream.server.service import Service
@@ -78,8 +78,7 @@ def build_app(service: Service) -> ASGIApp:
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-    wrapped: ASGIApp = ApiKeys(app, service.config.api_key) if service.config.api_key else app
-    return Edge(ResponseCounter(AdminKeys(wrapped, service.config.admin_key), service.metrics))
+    return Edge(guarded(app, service.config, service.metrics))
 
 
 def refuse_method(request: Request, where: str, methods: str) -> Response:

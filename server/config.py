@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from slipstream.engine.config import option
 from slipstream.engine.errors import ConfigError
+from slipstream.server.principal import Keys
+
+MAX_PRIORITY = 1000
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/]+/?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +23,33 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = option(
         (), "Name of the model in the API; repeat for aliases. Default: from the file."
     )
-    api_key: tuple[str, ...] = option((), "Key clients must send as 'Authorization: Bearer KEY'; repeat for several.")
+    api_key: tuple[str, ...] = option(
+        (),
+        "Key clients must send as 'Authorization: Bearer KEY'; repeat for several. NAME=KEY gives a key a name; with "
+        "keys of several names, tenants are called NAME/user.",
+    )
     admin_key: tuple[str, ...] = option(
         (),
         "Key for the admin API and the dashboard's data; repeat for several. Without one they answer only to clients "
-        "on this machine.",
+        "on this machine, and that only with a loopback --host, without --api-key and without --behind-proxy.",
+    )
+    behind_proxy: bool = option(
+        False,
+        "A proxy or router on this machine passes requests of others on: whoever comes from a loopback address is "
+        "nobody in particular, so the admin API needs --admin-key.",
+    )
+    allowed_host: tuple[str, ...] = option(
+        (),
+        "A name by which clients call this server, beside loopback names and --host; repeat for several, * for any. "
+        "Others are refused if this is given, or on a loopback --host without --api-key.",
+    )
+    allowed_origin: tuple[str, ...] = option(
+        (),
+        "Origin of web pages that may use this server from a browser (https://chat.example); repeat for several, * for "
+        "any. Others are refused.",
+    )
+    most_urgent_priority: int = option(
+        0, "Lowest value of the field priority that requests may have; at 0 they can only step back behind others."
     )
     unknown_fields: Literal["error", "warn"] = option(
         "error", "A request field this server does not know: refuse the request, or log the name and go on."
@@ -67,8 +94,15 @@ class ServerConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {minimum}, not {getattr(self, name)}")
         if not self.health_stall_s > 0:
             raise ConfigError(f"--health-stall-s must be more than 0, not {self.health_stall_s}")
-        for name in ("api_key", "admin_key", "served_model_name"):
+        if not -MAX_PRIORITY <= self.most_urgent_priority <= 0:
+            raise ConfigError(f"--most-urgent-priority must be -{MAX_PRIORITY} to 0, not {self.most_urgent_priority}")
+        for name in ("served_model_name", "allowed_host", "allowed_origin"):
             if not all(value.strip() for value in getattr(self, name)):
                 raise ConfigError(f"--{name.replace('_', '-')} must not be empty")
-        if set(self.api_key) & set(self.admin_key):
+        for origin in self.allowed_origin:
+            if not ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"--allowed-origin {origin}: write it like https://chat.example or http://10.0.0.1:80"
+                )
+        if Keys(self.api_key, "--api-key").secrets & Keys(self.admin_key, "--admin-key").secrets:
             raise ConfigError("--admin-key must not be one of the keys of --api-key: those are given to users")

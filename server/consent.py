@@ -1,38 +1,113 @@
-"""What a request says about being kept."""
+"""What a request says about itself: who its tenant is, whether it may be kept, and what it is about.
+
+Routers forward few headers, so each of these can stand in the body's ``metadata`` too, which they pass on. What is said
+in several places counts in its strictest reading; what cannot be true at once is refused.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from starlette.requests import Request
 
 from slipstream.engine.messages import TrafficLevel
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.headers import header_values
 
 LEVELS: tuple[TrafficLevel, ...] = ("off", "tokens", "features")
 LEVEL_HEADER = "X-Slipstream-Traffic"
 DOMAIN_HEADER = "X-Slipstream-Domain"
+LEVEL_KEY, DOMAIN_KEY, TENANT_KEY = "slipstream_traffic", "slipstream_domain", "slipstream_tenant"
+KEYS = (LEVEL_KEY, DOMAIN_KEY, TENANT_KEY)
+"""Of ``metadata``; the rest of it is the client's own."""
+MAX_TENANT_CHARS = 512
 
 
-def traffic_level(request: Request, most: TrafficLevel) -> TrafficLevel:
-    """What may be kept of a request: what the server keeps, or less if the request says so.
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What a request says; empty and None where it says nothing."""
 
-    Raises InvalidRequestError for a header that means nothing.
+    level: TrafficLevel | None
+    domain: str
+    user: str
+
+    def kept(self, most: TrafficLevel) -> TrafficLevel:
+        """What may be kept of it, where silence means consent."""
+        return most if self.level is None else min(self.level, most, key=LEVELS.index)
+
+
+Consent = Literal["opt-out", "opt-in"]
+
+
+def read_statement(
+    request: Request, metadata: Mapping[str, Any] | None, user: str | None, silence: Consent
+) -> Statement:
+    """``silence`` says what it means to say nothing about being kept.
+
+    Raises:
+        InvalidRequestError: naming the header or the field, for what means nothing or contradicts itself.
     """
-    asked = request.headers.get(LEVEL_HEADER)
-    if asked is None:
-        return most
+    fields = metadata_fields(metadata or {})
+    levels = [
+        _level(part.strip(), LEVEL_HEADER)
+        for value in header_values(request.scope, LEVEL_HEADER.lower())
+        for part in value.split(",")  # what some proxies make of a header that was sent twice
+    ]
+    if LEVEL_KEY in fields:
+        levels.append(_level(fields[LEVEL_KEY], f"metadata.{LEVEL_KEY}"))
+    domains = [(DOMAIN_HEADER, value) for value in header_values(request.scope, DOMAIN_HEADER.lower())]
+    if DOMAIN_KEY in fields:
+        domains.append((f"metadata.{DOMAIN_KEY}", fields[DOMAIN_KEY]))
+    for where, domain in domains:
+        _check_domain(domain, where)
+    tenants = [("user", user)] if user else []
+    if TENANT_KEY in fields:
+        tenants.append((f"metadata.{TENANT_KEY}", fields[TENANT_KEY]))
+    level = min(levels, key=LEVELS.index, default="off" if silence == "opt-in" else None)
+    return Statement(level, _only(domains), _only(tenants))
+
+
+def metadata_fields(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Those of KEYS that are there and not null.
+
+    Raises InvalidRequestError also for what was probably meant to be one of them: refused consent must not be lost
+    because of a spelling.
+    """
+    found = {}
+    for name, value in metadata.items():
+        if name not in KEYS:
+            if re.match(r"[\W_]*(x[\W_]*)?slipstream", name, re.IGNORECASE):
+                raise InvalidRequestError(
+                    f"metadata: {name[:60]!r} is none of {', '.join(KEYS)}", param="metadata", code="unknown_parameter"
+                )
+        elif value is not None:
+            if not isinstance(value, str) or len(value) > MAX_TENANT_CHARS:
+                raise InvalidRequestError(
+                    f"metadata.{name}: must be a text of at most {MAX_TENANT_CHARS} characters",
+                    param=f"metadata.{name}",
+                )
+            found[name] = value
+    return found
+
+
+def _level(text: str, where: str) -> TrafficLevel:
     for level in LEVELS:
-        if asked.strip().lower() == level:
-            return min(level, most, key=LEVELS.index)
-    raise InvalidRequestError(f"{LEVEL_HEADER}: {asked[:60]!r} is none of {', '.join(LEVELS)}", param=LEVEL_HEADER)
+        if text.strip().lower() == level:
+            return level
+    raise InvalidRequestError(f"{where}: {text[:60]!r} is none of {', '.join(LEVELS)}", param=where)
 
 
-def traffic_domain(request: Request) -> str:
-    """What a request is about, in its sender's words; raises InvalidRequestError for what is no name."""
-    domain = request.headers.get(DOMAIN_HEADER, "").strip()
+def _check_domain(domain: str, where: str) -> None:
     if domain and not re.fullmatch(r"[\w.:/-]{1,64}", domain, re.ASCII):
-        raise InvalidRequestError(
-            f"{DOMAIN_HEADER}: at most 64 letters, digits and ._-:/, not {domain[:60]!r}", param=DOMAIN_HEADER
-        )
-    return domain
+        raise InvalidRequestError(f"{where}: at most 64 letters, digits and ._-:/, not {domain[:60]!r}", param=where)
+
+
+def _only(said: list[tuple[str, str]]) -> str:
+    """What is said in one place or in several alike."""
+    for where, value in said:
+        if value != said[0][1]:
+            raise InvalidRequestError(f"{where} contradicts {said[0][0]}", param=where)
+    return said[0][1] if said else ""

@@ -23,6 +23,7 @@ from slipstream.drafter.registry.states import Version
 from slipstream.drafter.traffic.index import TrafficIndex
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.server.evolution.config import check_route
+from slipstream.server.log import printable
 
 drafter_app = typer.Typer(
     help="List, compare, train, evaluate, promote, exchange and delete the versions of a drafter.",
@@ -66,7 +67,7 @@ def list_versions(
         made = each.manifest
         table.add_row(
             str(each.version) + (" pinned" if each.pinned else ""),
-            escape(each.route),
+            cell(each.route),
             each.state,
             "" if made.parent is None else str(made.parent),
             made.origin,
@@ -90,12 +91,12 @@ def show(registry: Folder, version: Number, as_json: AsJson = False) -> None:
     table = Table(box=box.SIMPLE, show_header=False)
     for name, value in (fields | {"serving": found.metrics}).items():
         shown = ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, dict) else value
-        table.add_row(name, escape(str(shown)))
+        table.add_row(name, cell(str(shown)))
     show_table(table)
     events = Table("time", "what", "from", "to", "reason", box=box.SIMPLE)
     for event in history:
         when = datetime.fromtimestamp(event.time, UTC).astimezone()
-        events.add_row(f"{when:%Y-%m-%d %H:%M:%S}", event.action, event.before, event.after, escape(event.reason))
+        events.add_row(f"{when:%Y-%m-%d %H:%M:%S}", event.action, event.before, event.after, cell(event.reason))
     show_table(events)
 
 
@@ -114,13 +115,13 @@ def diff(
         return print_json(difference)
     table = Table("", f"version {a}", f"version {b}", "change", box=box.SIMPLE)
     for name, (left, right) in difference.fields.items():
-        table.add_row(escape(name), escape(text(left)), escape(text(right)))
+        table.add_row(cell(name), cell(text(left)), cell(text(right)))
     for kind, scores in (("gate", difference.gate), ("serving", difference.metrics)):
         for name, (before, after) in scores.items():
             change = f"{after - before:+.4g}" if before is not None and after is not None else ""
-            table.add_row(f"{kind} {escape(name)}", text(before), text(after), change)
+            table.add_row(f"{kind} {cell(name)}", text(before), text(after), change)
     for name, moved in difference.weights.items():
-        table.add_row(escape(name), "", "", "not comparable" if moved is None else f"{moved:.2%}")
+        table.add_row(cell(name), "", "", "not comparable" if moved is None else f"{moved:.2%}")
     show_table(table)
 
 
@@ -334,7 +335,7 @@ def evaluate_head(
         return print_json(found)
     verdict = found.verdict
     live = "no drafter" if found.live is None else f"version {found.live} (live)"
-    table = Table("accept length with", escape(head), live, box=box.SIMPLE)
+    table = Table("accept length with", cell(head), live, box=box.SIMPLE)
     for guesses, (ours, theirs) in enumerate(zip(found.accept_lengths, found.live_accept_lengths, strict=True), 1):
         table.add_row(f"{guesses} guess{'es' if guesses > 1 else ''}", f"{ours:.3f}", f"{theirs:.3f}")
     show_table(table)
@@ -360,7 +361,7 @@ def show_table(table: Table) -> None:
 
 
 def numbers(scores: Mapping[str, float]) -> str:
-    return ", ".join(f"{escape(name)} {value:.4g}" for name, value in scores.items())
+    return ", ".join(f"{cell(name)} {value:.4g}" for name, value in scores.items())
 
 
 def text(value: Any) -> str:
@@ -369,3 +370,8 @@ def text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return ", ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+
+
+def cell(text: str) -> str:
+    """As a cell of a table: manifests and reasons may come from strangers, and are neither markup nor terminal codes."""
+    return escape(printable(text))

@@ -1,75 +1,106 @@
-"""The layers around every route, as plain ASGI: who may come in, and what is counted on the way out."""
+"""The layers around every route, as plain ASGI: who may come in, and what is counted on the way out.
+
+From the outside in: ``ResponseCounter``; ``Threshold``, which refuses what is said twice, what web pages of others send
+and strangers at the admin API of a server without an admin key; ``CORSMiddleware``, which answers browsers that ask for
+a page that may; ``KeyCheck``, which puts a ``Principal`` into the scope.
+"""
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from slipstream.server.config import ServerConfig
 from slipstream.server.errors import ApiError, ForbiddenError, UnauthorizedError
+from slipstream.server.headers import check_repeated, header, is_loopback
 from slipstream.server.metrics import Metrics
+from slipstream.server.principal import SCOPE_ENTRY, Keys, Principal
+from slipstream.server.web_pages import ANY, ELSEWHERE, WebPages
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"})
 """The dashboard is a page without data; what it shows it asks the admin API for."""
 ADMIN_PATH = "/admin/"
+PROXY_HEADERS = frozenset({b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"cf-connecting-ip"})
+PROXY_PREFIXES = (b"x-forwarded-", b"x-envoy-")
 
 
-class ApiKeys:
-    """Lets requests in that carry one of the keys; the paths that say how the server is doing are open."""
+def guarded(app: ASGIApp, config: ServerConfig, metrics: Metrics) -> ASGIApp:
+    """The application behind everything that decides who may use it."""
+    app = KeyCheck(app, config)
+    if config.allowed_origin:
+        origins = [origin.removesuffix("/") for origin in config.allowed_origin]
+        app = CORSMiddleware(
+            app,
+            allow_origins=[ANY] if ANY in origins else origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after"),
+            allow_private_network=True,
+        )
+    return ResponseCounter(Threshold(app, config), metrics)
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+
+class Threshold:
+    """Refuses requests whose senders nobody can trust whatever key they have, or that nobody sends for himself."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._pages = WebPages(config)
+        self._admin_has_keys = bool(config.admin_key)
+        # A server that others reach, that a proxy stands before or that asks for keys cannot tell who stands behind a
+        # loopback address.
+        self._trusts_loopback = is_loopback(config.host) and not config.behind_proxy and not config.api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or is_admin(scope) or has_key(scope, self._keys):
-            await self._app(scope, receive, send)
-        else:
-            await send_error(send, UnauthorizedError("send a valid API key as 'Authorization: Bearer KEY'"))
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except ApiError as error:
+                return await send_error(send, error)
+        await self._app(scope, receive, send)
 
-
-class AdminKeys:
-    """Lets requests to the admin API in that carry one of its keys; without keys, those from this machine."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self._app = app
-        self._keys = [key.encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not is_admin(scope):
-            await self._app(scope, receive, send)
-        elif self._keys:
-            if has_key(scope, self._keys):
-                await self._app(scope, receive, send)
-            else:
-                await send_error(send, UnauthorizedError("send a valid admin key as 'Authorization: Bearer KEY'"))
-        elif is_local(scope):
-            await self._app(scope, receive, send)
-        else:
-            await send_error(
-                send,
-                ForbiddenError(
-                    "without --admin-key the admin API answers only to clients on its own machine that are neither "
-                    "proxies nor web pages of others; start the server with --admin-key KEY",
-                    code="admin_key_required",
-                ),
+    def _check(self, scope: Scope) -> None:
+        check_repeated(scope)
+        if is_admin(scope) and not self._admin_has_keys and not (self._trusts_loopback and is_local(scope)):
+            raise ForbiddenError(
+                "without --admin-key the admin API answers only on a server that listens on a loopback address, has no "
+                "--api-key and no --behind-proxy, and to clients on its own machine that are neither proxies nor web "
+                "pages of others; start the server with --admin-key KEY",
+                code="admin_key_required",
             )
+        self._pages.check(scope)
+
+
+class KeyCheck:
+    """Lets requests in that carry a key of their door, and says whose it is; what tells how the server is is open."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+        self._app = app
+        self._users = Keys(config.api_key, "--api-key")
+        self._admins = Keys(config.admin_key, "--admin-key")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            admin = is_admin(scope)
+            keys = self._admins if admin else self._users
+            principal: Principal | None = Principal()
+            if keys and scope["path"] not in OPEN_PATHS:
+                principal = keys.holder(header(scope, "authorization"))
+            if principal is None:
+                kind = "admin" if admin else "API"
+                return await send_error(
+                    send, UnauthorizedError(f"send a valid {kind} key as 'Authorization: Bearer KEY'")
+                )
+            scope[SCOPE_ENTRY] = principal
+        await self._app(scope, receive, send)
 
 
 def is_admin(scope: Scope) -> bool:
     path: str = scope["path"]
     return path.startswith(ADMIN_PATH)
-
-
-def has_key(scope: Scope, keys: Sequence[bytes]) -> bool:
-    sent = dict(scope["headers"]).get(b"authorization", b"")
-    scheme, _, key = sent.partition(b" ")
-    # Every key is compared in full, so the time taken tells nothing about them.
-    matches = [hmac.compare_digest(key.strip(), known) for known in keys]
-    return scheme.lower() == b"bearer" and any(matches)
 
 
 def is_local(scope: Scope) -> bool:
@@ -78,28 +109,18 @@ def is_local(scope: Scope) -> bool:
     A proxy here asks for others. A web page of others in a browser here names its origin, or, if its name leads to
     this machine, a foreign host.
     """
-    headers = dict(scope["headers"])
-    if any(name in headers for name in (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")):
+    for name, _ in scope["headers"]:
+        if name in PROXY_HEADERS or name.startswith(PROXY_PREFIXES):
+            return False
+    if header(scope, "sec-fetch-site") in ELSEWHERE:
         return False
-    host = headers.get(b"host", b"localhost").decode("latin-1")
-    origin = headers.get(b"origin")
-    if origin is not None and origin.decode("latin-1") != f"http://{host}":
+    host = header(scope, "host")
+    host = "localhost" if host is None else host
+    origin = header(scope, "origin")
+    if origin is not None and origin != f"http://{host}":
         return False
     client = scope.get("client")
     return is_loopback(host) and client is not None and is_loopback(client[0])
-
-
-def is_loopback(host: str) -> bool:
-    """Of a name or an address, with or without a port."""
-    name = host[1:].partition("]")[0] if host.startswith("[") else host if host.count(":") > 1 else host.split(":")[0]
-    if name == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
 
 
 class ResponseCounter:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from slipstream.drafter.traffic.index import TrafficIndex
+from slipstream.server.log import printable
 
 app = typer.Typer(help="What was kept of the traffic: look at it, delete it.", no_args_is_help=True)
 Folder = Annotated[str, typer.Option(help="The --traffic-folder of the server.", envvar="SLIPSTREAM_TRAFFIC_FOLDER")]
@@ -20,6 +21,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def stats(folder: Folder, as_json: AsJson = False) -> None:
     """Samples, tokens and bytes of each tenant."""
     from rich.console import Console  # slow to import, and only needed here
+    from rich.markup import escape
     from rich.table import Table
 
     index = TrafficIndex(folder)
@@ -28,12 +30,12 @@ def stats(folder: Folder, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({tenant: dataclasses.asdict(entry) for tenant, entry in found.items()}))
         return
-    table = Table("tenant", title=f"Traffic in {folder}")
+    table = Table("tenant", title=escape(f"Traffic in {folder}"))
     for name in ("samples", "tokens", "bytes", "oldest", "newest"):
         table.add_column(name, justify="right")
     for tenant, entry in found.items():
         times = (datetime.fromtimestamp(when).isoformat(" ", "seconds") for when in (entry.oldest, entry.newest))
-        table.add_row(tenant or "(none)", f"{entry.samples:,}", f"{entry.tokens:,}", f"{entry.bytes:,}", *times)
+        table.add_row(escape(printable(tenant)) or "(none)", f"{entry.samples:,}", f"{entry.tokens:,}", f"{entry.bytes:,}", *times)
     Console().print(table)
 
 

@@ -11,9 +11,10 @@ from slipstream.engine.kv.pool import BlockHash
 DIGEST_BYTES = 16
 
 
-def seed(target_version: int, cache_salt: str) -> BlockHash:
-    """The root of every chain. Blocks of other weights or another salt cannot match, by construction."""
-    return blake2b(f"{target_version}\0{cache_salt}".encode(), digest_size=DIGEST_BYTES).digest()
+def seed(target_version: int, cache_salt: str, tenant: str = "") -> BlockHash:
+    """The root of every chain. Blocks of other weights, another salt or tenant cannot match, by construction."""
+    # The repr of a tuple tells where one text ends and the next begins, whatever they contain.
+    return blake2b(repr((target_version, cache_salt, tenant)).encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def extend(chain: list[BlockHash], root: BlockHash, tokens: Sequence[int], block_size: int) -> None:

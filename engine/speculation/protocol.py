@@ -44,6 +44,8 @@ class DraftRow:
     request_id: int = 0
     traffic: TrafficLevel = "off"
     """What listeners may keep of the request."""
+    remember: bool = True
+    """Whether ``Drafter.finish`` may learn from its text."""
 
     @property
     def known(self) -> NDArray[np.int32]:

@@ -186,7 +186,7 @@ class Speculator:
         mode = new.speculation.mode
         names = [name for name in self._drafters if mode in ("auto", name)]
         draft = DraftRow(new.slot, new.scope, new.num_prompt, tokens, len(new.tokens), frozenset(names), new.route)
-        draft.request_id, draft.traffic = new.request_id, new.traffic
+        draft.request_id, draft.traffic, draft.remember = new.request_id, new.traffic, new.remember
         self._rows[new.slot] = _Row(draft)
 
     def finish(self, slot: int) -> None:

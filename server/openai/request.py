@@ -9,12 +9,14 @@ from fastapi import Request
 
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams
 from slipstream.server.body import BodyType, parse, read_body
-from slipstream.server.consent import traffic_domain, traffic_level
+from slipstream.server.config import MAX_PRIORITY
+from slipstream.server.consent import read_statement
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.generation import Generation, Sequence
 from slipstream.server.openai.sampling import SEED_MASK, output_options
 from slipstream.server.openai.schema import GenerationBody, Speculation
 from slipstream.server.openai.writers import AnswerOptions
+from slipstream.server.principal import principal_of
 from slipstream.server.service import Service
 
 
@@ -50,10 +52,11 @@ def make_generation(
     choices = body.n or 1
     output = output_options(body)
     speculation = speculation_params(service, body.speculation)
-    traffic = traffic_level(request, service.traffic.traffic_log)
-    domain = traffic_domain(request)
+    priority = allowed_priority(service, body.priority or 0)
+    said = read_statement(request, body.metadata, body.user, service.traffic.traffic_consent)
+    traffic = said.kept(service.traffic.traffic_log)
+    domain, tenant = said.domain, principal_of(request.scope).tenant(said.user)
     sequences: list[Sequence] = []
-    tenant = body.user or ""
     for prompt, prompt_params in zip(prompts, params, strict=True):
         for choice in range(choices):
             request_id = service.engine.next_request_id()
@@ -61,7 +64,7 @@ def make_generation(
                 request_id=request_id,
                 prompt=prompt,
                 params=for_choice(prompt_params, body.seed, choice),
-                priority=body.priority or 0,
+                priority=priority,
                 cache_salt=body.cache_salt or "",
                 tenant=tenant,
                 domain=domain,
@@ -69,11 +72,23 @@ def make_generation(
                 route=service.route(request_id, tenant, domain),
                 speculation=speculation,
                 arrival=arrival,
+                remember=said.level != "off",
             )
             sequences.append(Sequence(len(sequences), new, output, service))
     if body.request_id is not None:
         request.state.request_id = body.request_id
     return Generation(service, prefix + request.state.request_id, arrival, sequences, choices)
+
+
+def allowed_priority(service: Service, priority: int) -> int:
+    """Raises InvalidRequestError for one that would put a request further before others than the server lets it."""
+    least = service.config.most_urgent_priority
+    if priority < least:
+        raise InvalidRequestError(
+            f"priority: {least} to {MAX_PRIORITY} on this server, not {priority} (--most-urgent-priority)",
+            param="priority",
+        )
+    return priority
 
 
 def speculation_params(service: Service, wanted: Speculation | None) -> SpeculationParams:

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from slipstream.engine.messages import LogprobsMode
 from slipstream.server.body import Body
+from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
 
 MAX_STOP_STRINGS = 64
@@ -26,7 +27,7 @@ MAX_BAD_WORD_CHARS = 256
 MAX_LOGIT_BIAS = 4096
 MAX_ALLOWED_TOKEN_IDS = 2**20
 MAX_MESSAGES = 4096
-MAX_PRIORITY = 1000
+MAX_METADATA = 256
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -126,7 +127,7 @@ class GenerationBody(Body):
     user: Label | None = None
 
     # Accepted: they cannot change the answer.
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = Field(None, max_length=MAX_METADATA)
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: Label | None = None

@@ -140,7 +140,9 @@ class Server:
         """Sends a request and returns the connection without waiting for the answer."""
         data = json.dumps(body).encode()
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
-        head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        )
         auth = "".join(f"\r\n{name}: {value}" for name, value in self.headers.items())
         connection.sendall(f"{head}{auth}\r\n\r\n".encode() + data)
         return connection

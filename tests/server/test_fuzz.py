@@ -52,7 +52,7 @@ both: dict[str, st.SearchStrategy[Any]] = {
     "stream": flag,
     "return_token_ids": flag,
     "return_tokens_as_token_ids": flag,
-    "priority": st.integers(-1000, 1000),
+    "priority": st.integers(0, 1000),
     "cache_salt": short,
     "user": text,
 }
