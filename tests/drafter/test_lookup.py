@@ -104,6 +104,14 @@ def test_a_request_that_does_not_use_it_teaches_it_nothing() -> None:
     assert drafter.num_tokens == 0
 
 
+def test_what_must_not_be_kept_is_not_remembered() -> None:
+    drafter = SuffixDrafter(1000)
+    private = row([1, 2, 3, 4], num_prompt=2)
+    private.remember = False
+    drafter.finish(private)
+    assert drafter.num_tokens == 0 and drafter.propose([row([2, 3])]) == [None]
+
+
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 120)), max_size=40))
 def test_suffix_stays_within_its_capacity(answers: list[tuple[str, int]]) -> None:
     drafter = SuffixDrafter(200)
@@ -139,15 +147,17 @@ def test_no_tenant_gets_guesses_from_the_text_of_another(tmp_path: Path) -> None
     local = LocalEngine(options, [drafter])
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=1)
 
-    def guesses(**sender: str) -> int:
+    def guesses(**sender: object) -> int:
         [stats] = local.engine.runner.speculator.stats
         before = stats.draft_tokens
         local.submit([1, 2, 3, 4, 5], params, **sender)
         local.finish()
         return stats.draft_tokens - before
 
+    assert guesses(tenant="alice", remember=False) == guesses(tenant="alice", remember=False) == 0, "nor remembered"
     assert guesses(tenant="alice") == 0, "nothing is known yet"
     local.submit([9], SamplingParams(max_tokens=1))  # what has ended is told with the next step
     local.finish()
     assert guesses(tenant="bob") == guesses(tenant="") == guesses(tenant="alice", cache_salt="s") == 0
+    assert guesses(tenant="mallory\0b", cache_salt="c") == guesses(tenant="mallory", cache_salt="b\0c") == 0
     assert guesses(tenant="alice") > 10
