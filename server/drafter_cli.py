@@ -373,5 +373,5 @@ def text(value: Any) -> str:
 
 
 def cell(text: str) -> str:
-    """As a cell of a table: manifests and reasons may come from strangers, and are neither markup nor terminal codes."""
+    """As a cell of a table: manifests and reasons of strangers are neither markup nor terminal codes."""
     return escape(printable(text))

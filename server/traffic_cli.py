@@ -35,7 +35,8 @@ def stats(folder: Folder, as_json: AsJson = False) -> None:
         table.add_column(name, justify="right")
     for tenant, entry in found.items():
         times = (datetime.fromtimestamp(when).isoformat(" ", "seconds") for when in (entry.oldest, entry.newest))
-        table.add_row(escape(printable(tenant)) or "(none)", f"{entry.samples:,}", f"{entry.tokens:,}", f"{entry.bytes:,}", *times)
+        name = escape(printable(tenant)) or "(none)"
+        table.add_row(name, f"{entry.samples:,}", f"{entry.tokens:,}", f"{entry.bytes:,}", *times)
     Console().print(table)
 
 

@@ -371,7 +371,7 @@ requests_of_tenants = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(requests=requests_of_tenants)
 def test_no_tenant_learns_what_another_has_sent(requests: list[tuple[str, str, int]]) -> None:
     """What a tenant is told of the cache, and how much is computed for it, is what it would be on its own."""

@@ -68,6 +68,9 @@ def test_the_life_of_traffic(keeping: Any, folder: Path, start_server: Callable[
     for level, marker in markers.items():
         headers = {"X-Slipstream-Traffic": level, "X-Slipstream-Domain": "songs"} if level != "default" else {}
         assert ask(server, headers, marker.tolist(), user=f"user-{level}")[0] == 200
+    # What a router leaves of a request: its body.
+    said = {"slipstream_traffic": "off", "slipstream_domain": "songs"}
+    assert ask(server, {"X-Slipstream-Traffic": "tokens"}, user="user-off-by-metadata", metadata=said)[0] == 200
     wait_for(server, 3)
     text = contents(folder)
     assert [level for level in LEVELS if markers[level].tobytes() in text] == ["tokens", "features", "default"]
@@ -106,11 +109,17 @@ def test_the_life_of_traffic(keeping: Any, folder: Path, start_server: Callable[
     assert server.stop() == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder.parent))
-        again = start_server("--traffic-log", "tokens", "--traffic-folder", str(folder)).wait_until_ready()
+        opt_in = ("--traffic-log", "tokens", "--traffic-folder", str(folder), "--traffic-consent", "opt-in")
+        again = start_server(*opt_in).wait_until_ready()
     again.wait_until(lambda: again.metric("traffic_store_tokens") > 0)
     assert markers["default"].tobytes() not in contents(folder)
     assert ask(again, {"X-Slipstream-Traffic": "features"}, [60, 61, 62], user="lowered")[0] == 200
-    wait_for(again, 1)
+    assert ask(again, {}, [63, 64, 65], user="silent")[0] == 200
+    metadata = {"slipstream_traffic": "tokens", "slipstream_domain": "songs", "slipstream_tenant": "willing"}
+    assert ask(again, {}, [66, 67, 68], metadata=metadata)[0] == 200
+    wait_for(again, 2)
+    assert [sample.domain for sample in store.samples(tenant="willing")] == ["songs"]
+    assert not list(store.samples(tenant="silent"))
     [lowered] = store.samples(tenant="lowered")
     assert lowered.features is None, "a request cannot ask for more than the server keeps"
     assert run("purge", "--all", "--folder", str(folder)).stdout.startswith("deleted ")
