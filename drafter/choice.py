@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -10,21 +12,23 @@ from torch import Tensor
 from slipstream.drafter import warm
 from slipstream.drafter.draft_model import ModelDrafter
 from slipstream.drafter.head import layout
-from slipstream.drafter.head.drafter import HeadDrafter
+from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
 from slipstream.drafter.registry import manifest as manifests
 from slipstream.drafter.registry.fingerprint import served_fingerprint
 from slipstream.drafter.registry.manifest import MANIFEST_FILE
+from slipstream.drafter.registry.registry import Registry, is_registry
 from slipstream.drafter.registry.version_folder import read_folder
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.errors import ConfigError
+from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.loader import build_model, find_device
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.speculation.protocol import Drafter
 
+logger = logging.getLogger(__name__)
 NAMES = ("ngram", "suffix", "head", "draft")
 NEEDS = {"head": "drafter", "draft": "draft_model"}
 """Options without which a drafter cannot be."""
@@ -61,7 +65,6 @@ def make_drafters(config: EngineConfig) -> Sequence[Drafter]:
         "head": lambda: HeadDrafter(
             lambda target: _load_head(config, target),
             width=config.draft_width,
-            version=_first_version(config),
             most=config.max_drafters,
             read=lambda folder, target: _read_head(config, folder, target),
         ),
@@ -72,17 +75,47 @@ def make_drafters(config: EngineConfig) -> Sequence[Drafter]:
     return [makers[name]() for name in drafter_names(config)]
 
 
-def _load_head(config: EngineConfig, target: DecoderConfig) -> tuple[layout.HeadConfig, Mapping[str, Tensor]]:
+def _load_head(config: EngineConfig, target: DecoderConfig) -> FirstHead:
     if config.drafter == "random":
         head = layout.config_for(target, DRAFT_VOCAB_SIZE)
-        return head, layout.random_tensors(head, config.seed)
+        return FirstHead(head, layout.random_tensors(head, config.seed))
     if config.drafter == "cold":
-        head = layout.config_for(target, DRAFT_VOCAB_SIZE)
-        return head, layout.from_target(head, _last_layer(config, target), range(head.draft_vocab_size))
+        return _cold_head(config, target)
     if config.drafter == "warm":
-        return warm.read(config)
+        return FirstHead(*warm.read(config))
     assert config.drafter is not None
-    return _read_head(config, Path(config.drafter).expanduser(), target)
+    folder = Path(config.drafter).expanduser()
+    if is_registry(folder):
+        return _serving_head(config, folder, target)
+    version = manifests.read(folder).version if (folder / MANIFEST_FILE).is_file() else 1
+    return FirstHead(*_read_head(config, folder, target), version)
+
+
+def _serving_head(config: EngineConfig, folder: Path, target: DecoderConfig) -> FirstHead:
+    """The registry's live version. What is damaged or made for another model must not keep the server from starting:
+    then one that was live before, or else a head that is still to learn, with the number 0, which no version has.
+    """
+    try:
+        registry = Registry(folder, create=False)
+        versions = registry.may_serve()
+        if not versions:
+            return replace(_cold_head(config, target), version=0)
+        for version in versions:
+            try:
+                head, tensors = _read_head(config, registry.path(version), target)
+                layout.check_target(head, target)
+                return FirstHead(head, tensors, version)
+            except ModelError as error:
+                logger.error("drafter version %d cannot serve, so another one is looked for: %s", version, error)
+    except ModelError as error:
+        logger.error("%s", error)
+    logger.error("%s has no version that can serve: starting with a head that is still to learn", folder)
+    return replace(_cold_head(config, target), version=0)
+
+
+def _cold_head(config: EngineConfig, target: DecoderConfig) -> FirstHead:
+    head = layout.config_for(target, DRAFT_VOCAB_SIZE)
+    return FirstHead(head, layout.from_target(head, _last_layer(config, target), range(head.draft_vocab_size)))
 
 
 def _read_head(
@@ -91,12 +124,6 @@ def _read_head(
     if (folder / MANIFEST_FILE).is_file():
         return read_folder(folder, served_fingerprint(config), config.model)
     return layout.read(folder, target)
-
-
-def _first_version(config: EngineConfig) -> int:
-    """A registry's number, or 1 for a head without one."""
-    folder = Path(config.drafter or "").expanduser()
-    return manifests.read(folder).version if (folder / MANIFEST_FILE).is_file() else 1
 
 
 def _last_layer(config: EngineConfig, target: DecoderConfig) -> dict[str, Tensor]:

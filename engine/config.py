@@ -53,8 +53,8 @@ class EngineConfig:
     )
     drafter: str | None = option(
         None,
-        "Folder of a learned drafter (a registry's version or an EAGLE head), 'warm' for the one that comes with "
-        "Slipstream for the default model, 'cold' for one made of the model's own last layer, or 'random' for an "
+        "Folder of a learned drafter (a registry, a version of one, or an EAGLE head), 'warm' for the one that comes "
+        "with Slipstream for the default model, 'cold' for one made of the model's own last layer, or 'random' for an "
         "untrained one; none by default.",
     )
     max_drafters: int = option(

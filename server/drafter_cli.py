@@ -68,7 +68,7 @@ def list_versions(
         table.add_row(
             str(each.version) + (" pinned" if each.pinned else ""),
             cell(each.route),
-            each.state,
+            each.state + (" damaged" if each.damage else ""),
             "" if made.parent is None else str(made.parent),
             made.origin,
             f"{made.training.tokens:,}" if made.training.tokens else "",
@@ -88,6 +88,8 @@ def show(registry: Folder, version: Number, as_json: AsJson = False) -> None:
         return print_json({"version": found, "history": history})
     manifest = msgspec.to_builtins(found.manifest)
     fields = {"route": found.route, "state": found.state, "pinned": found.pinned} | manifest
+    if found.damage:
+        fields["damage"] = found.damage
     table = Table(box=box.SIMPLE, show_header=False)
     for name, value in (fields | {"serving": found.metrics}).items():
         shown = ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, dict) else value

@@ -22,6 +22,8 @@ class OutputOptions:
     """How tokens become text."""
 
     stop: tuple[str, ...] = ()
+    end_texts: tuple[str, ...] = ()
+    """What ends an answer like a stop string, but nobody asked for: a chat template's end of a turn."""
     include_stop: bool = False
     """Keep the stop string, or the text of the stop token, in the output."""
     skip_special_tokens: bool = True
@@ -68,11 +70,12 @@ class Sequence:
         self._output = output
         self._service = service
         self.metrics = SequenceMetrics(service.metrics, request.arrival, len(request.prompt))
-        detokenizer = IncrementalDetokenizer(service.text.tokenizer, output.skip_special_tokens)
+        detokenizer = IncrementalDetokenizer(service.text.tokenizer, output.skip_special_tokens, request.prompt)
         self._offsets = OffsetDetokenizer(detokenizer) if output.offsets else None
         self._detokenizer = detokenizer if self._offsets is None else self._offsets
         self._num_characters = 0
-        self._stop = StopChecker(output.stop, output.include_stop) if output.stop else None
+        stops = output.stop + output.end_texts
+        self._stop = StopChecker(stops, output.include_stop) if stops else None
         self._first = True
         self._stream: RequestStream
 
@@ -204,7 +207,7 @@ class Sequence:
     def _end_by_stop_string(self, piece: Piece) -> None:
         assert self._stop is not None
         piece.finish_reason = "stop"
-        piece.stop_reason = self._stop.matched
+        piece.stop_reason = self._stop.matched if self._stop.matched in self._output.stop else None
         self._stream.abort(stopped=True)
 
 

@@ -18,6 +18,7 @@ from importlib.metadata import version
 import uvicorn
 import uvloop
 
+from slipstream.drafter.registry.database import RegistryUnusableError
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
@@ -72,20 +73,30 @@ def run(
 def with_live_drafter(engine: EngineConfig, evolution: EvolutionConfig) -> EngineConfig:
     """Starts with the registry's live version; else with --drafter, or a head that is still to learn.
 
-    Raises ConfigError if --drafter warm has nothing for this model.
+    A damaged registry or version keeps no server from starting: the engine takes the next best version, and a registry
+    that cannot be used is asked again and again while the server runs.
+
+    Raises ConfigError if --drafter warm has nothing for this model, ModelError if no registry can be created there.
     """
-    if evolution.registry is None or engine.speculation == "off":
+    if evolution.registry is None:
         return engine
-    registry = Registry(evolution.registry)
-    if registry.live() is None and engine.drafter == "warm":
+    without = engine if engine.drafter is not None else replace(engine, drafter="cold")
+    try:
+        registry = Registry(evolution.registry)
+        live = registry.may_serve()
+    except RegistryUnusableError as error:
+        logger.error("%s; serving without it until it is mended", error)
+        return without
+    if engine.speculation == "off":
+        return engine
+    if not live and engine.drafter == "warm":
         # In a process of its own, because it needs torch. As a version it can be trained on, judged and gone back to.
         command = [sys.executable, "-P", "-m", "slipstream.drafter.warm", engine.model, evolution.registry]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ConfigError(done.stderr.strip())
-    if (live := registry.live()) is not None:
-        return replace(engine, drafter=str(registry.path(live.version)))
-    return engine if engine.drafter is not None else replace(engine, drafter="cold")
+        live = registry.may_serve()
+    return replace(engine, drafter=str(registry.folder)) if live else without
 
 
 async def serve(service: Service, listener: socket.socket, started: float) -> None:

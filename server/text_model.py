@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from typing import Any, TypeVar
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.errors import ConfigError
 from slipstream.server.config import ServerConfig
-from slipstream.server.text import ChatTemplate, TemplateError, Tokenizer, load_tokenizer
+from slipstream.server.text import ChatTemplate, TemplateError, Tokenizer, TurnEnds, load_tokenizer
 
+logger = logging.getLogger(__name__)
 INLINE_CHARS = 2048
 """Text up to this long is encoded on the event loop: it takes half a millisecond, a thread 60 µs and a turn in the
 queue for the processor."""
@@ -28,6 +30,8 @@ class TextModel:
     template: ChatTemplate | None
     sampling_defaults: Mapping[str, float]
     """From generation_config.json, if the server is told to use it."""
+    turn_ends: TurnEnds
+    """What the template puts after an answer."""
     longest_token: int
     """Bytes of the longest token: a lower bound for the length of a prompt before it is encoded."""
     _workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(WORKERS, "text"))
@@ -46,7 +50,12 @@ class TextModel:
 
     async def compile(self, source: str) -> ChatTemplate:
         """Raises TemplateError."""
-        return await self.run(lambda: ChatTemplate(source, self.tokenizer.special_tokens))
+        return await self.run(lambda: ChatTemplate(source, self.tokenizer.special_tokens).check())
+
+    async def turn_ends_of(self, template: ChatTemplate | None) -> TurnEnds:
+        if template is None or template is self.template:
+            return self.turn_ends
+        return await self.run(lambda: self.tokenizer.turn_ends(template))
 
     async def run(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._workers, work)
@@ -55,28 +64,31 @@ class TextModel:
 def load_text_model(model: str, config: ServerConfig) -> TextModel:
     """Raises ModelError or ConfigError."""
     tokenizer = load_tokenizer(model)
+    template = load_template(tokenizer, config.chat_template)
     return TextModel(
         tokenizer,
-        load_template(tokenizer, config.chat_template),
+        template,
         sampling_defaults(model) if config.generation_config == "auto" else {},
+        tokenizer.turn_ends(template) if template is not None else TurnEnds(),
         max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)),
     )
 
 
 def load_template(tokenizer: Tokenizer, path: str | None) -> ChatTemplate | None:
-    """The template in the file, or else the model's own if it has one."""
-    source: str | Mapping[str, str]
+    """The template in the file, or else the model's own if it has one: of those a broken one harms nobody who does not
+    need it. Raises ConfigError for the file.
+    """
     if path is None:
-        source = tokenizer.chat_templates
-    else:
-        try:
-            source = Path(path).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--chat-template: cannot read {path!r}: {error}") from error
-    if not source:
-        return None
+        own = tokenizer.own_template()
+        for error in own.broken.values() if own is not None else ():
+            logger.warning("requests that need it will be refused: %s", error)
+        return own
     try:
-        return ChatTemplate(source, tokenizer.special_tokens)
+        source = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--chat-template: cannot read {path!r}: {error}") from error
+    try:
+        return ChatTemplate(source, tokenizer.special_tokens, path).check() if source else None
     except TemplateError as error:
         raise ConfigError(f"--chat-template: {error}") from error
 

@@ -33,7 +33,17 @@ SPARE_BYTES = 200 << 20
 SHARED = ""
 """The route for every request whose own holds nothing."""
 
-Load = Callable[[DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
+
+@dataclass(frozen=True, slots=True)
+class FirstHead:
+    """The head that a drafter begins with."""
+
+    config: HeadConfig
+    tensors: Mapping[str, Tensor]
+    version: int = 1
+
+
+Load = Callable[[DecoderConfig], FirstHead]
 """Reads or makes a head for a target."""
 Read = Callable[[Path, DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
 """Reads the head in a folder; raises ModelError if it is damaged or was not made for this target."""
@@ -90,19 +100,18 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         load: Load,
         stop_below: float = 0.05,
         width: int = 1,
-        version: int = 1,
         most: int = 4,
         read: Read = layout.read,
     ) -> None:
-        """``load`` gives the shared head to start with, of this version; ``most`` heads may be loaded at once.
+        """``load`` gives the shared head to start with; ``most`` heads may be loaded at once.
 
         ``read`` opens the folder of every version that is swapped in later.
         """
         super().__init__(stop_below, width)
         self._load = load
-        self._first_version, self._most, self._read = version, most, read
+        self._most, self._read = most, read
         self._config: HeadConfig
-        self._tensors: Mapping[str, Tensor]
+        self._first: FirstHead | None = None
         self._heads: dict[str, _Head] = {}
         self._head: _Head
         """The one that drafts at the moment."""
@@ -113,17 +122,19 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
                 f"a head reads hidden states, which {model.shape.model_type} models, run through transformers, do not "
                 "show; use --speculation ngram,suffix"
             )
-        self._config, self._tensors = self._load(model.config)
+        self._first = self._load(model.config)
+        self._config = self._first.config
         layout.check_target(self._config, model.config)
         return self._config.taps
 
     def attach(self, host: DraftHost) -> None:
         super().attach(host)
-        network = make_network(self._config, host)
-        network.stage(self._tensors)
+        first, self._first = self._first, None
+        assert first is not None, "taps comes first"
+        network = make_network(first.config, host)
+        network.stage(first.tensors)
         network.swap()
-        self._heads[SHARED] = self._head = _Head(network, self._first_version, _guessable(self._config, self._tensors))
-        self._tensors = {}
+        self._heads[SHARED] = self._head = _Head(network, first.version, _guessable(first.config, first.tensors))
 
     @property
     def routes(self) -> Mapping[str, int]:

@@ -37,6 +37,8 @@ FIRST_LAYER = "layers.0."
 LAYERS = "model.layers."
 """Where the target's layers are."""
 TAPS = "eagle_aux_hidden_state_layer_ids"
+MOST = 1 << 31
+"""Sizes are less."""
 VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias")
 """Switches of config.json for layers that compute something else than ours."""
 
@@ -187,10 +189,14 @@ def config_for(target: DecoderConfig, draft_vocab_size: int, taps: tuple[int, ..
 
 def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
     """From config.json; ``num_layers`` of the target. Raises ModelError for what is no EAGLE head."""
-    kind = next((ARCHITECTURES[name] for name in config.get("architectures") or () if name in ARCHITECTURES), None)
+    if not isinstance(config, Mapping):
+        raise ModelError(f"config.json of the drafter holds a JSON {type(config).__name__}, not an object")
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    kind = next((ARCHITECTURES[name] for name in names if isinstance(name, str) and name in ARCHITECTURES), None)
     if kind is None:
-        names = ", ".join(ARCHITECTURES)
-        raise ModelError(f"the drafter's architecture is {config.get('architectures')}; EAGLE heads are {names}")
+        known = ", ".join(ARCHITECTURES)
+        raise ModelError(f"the drafter's architecture is {architectures}; EAGLE heads are {known}")
     if variants := [name for name in VARIANTS if config.get(name)]:
         raise ModelError(f"the drafter is a variant of EAGLE that is not supported: {', '.join(variants)}")
     if config.get("num_hidden_layers", 1) != 1:
@@ -202,7 +208,7 @@ def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
             "rope_type": "default",
             "rope_theta": config.get("rope_theta", 10000.0),
         }
-        return HeadConfig(
+        head = HeadConfig(
             hidden=hidden,
             intermediate=config["intermediate_size"],
             heads=heads,
@@ -219,6 +225,17 @@ def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
         )
     except KeyError as error:
         raise ModelError(f"config.json of the drafter has no {error}") from None
+    except (AttributeError, TypeError, ArithmeticError) as error:
+        raise ModelError(f"config.json of the drafter is malformed: {error}") from None
+    sizes = [head.hidden, head.intermediate, head.heads, head.kv_heads, head.head_dim, head.vocab_size]
+    sizes += [head.draft_vocab_size, head.max_positions]
+    if not all(type(size) is int and 0 < size < MOST for size in sizes):
+        raise ModelError("config.json of the drafter is malformed: its sizes are not all whole numbers from 1 on")
+    if not (all(type(tap) is int and 0 <= tap < MOST for tap in head.taps) and isinstance(head.rope, dict)):
+        raise ModelError("config.json of the drafter is malformed: the layers it reads, or its rope_parameters")
+    if type(head.norm_eps) not in (int, float):
+        raise ModelError(f"config.json of the drafter is malformed: rms_norm_eps is {head.norm_eps!r}")
+    return head
 
 
 def random_tensors(config: HeadConfig, seed: int) -> dict[str, Tensor]:
@@ -352,7 +369,7 @@ def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Ten
         raise ModelError(f"{folder} is no drafter: {error.filename} does not exist") from None
     except OSError as error:
         raise ModelError(f"{folder} is no drafter: {error}") from None
-    except (json.JSONDecodeError, SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+    except (ValueError, RecursionError, SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
         # What torch raises depends on where a pickle or its archive breaks off.
         raise ModelError(f"the drafter in {folder} is damaged: {error}") from None
     check(config, tensors)

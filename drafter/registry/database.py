@@ -14,7 +14,7 @@ from pathlib import Path
 from slipstream.engine.errors import ModelError
 
 SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 30.0
+BUSY_TIMEOUT_S = 10.0
 """How long a transaction waits for those of other processes; each takes milliseconds."""
 
 SCHEMA = f"""
@@ -51,28 +51,35 @@ PRAGMA user_version = {SCHEMA_VERSION};
 """
 
 
+class RegistryUnusableError(ModelError):
+    """The registry's files are damaged, of a newer format, locked, or cannot be read or written."""
+
+
 def prepare(path: Path) -> None:
-    """Creates the tables where there are none; raises ModelError for a file that is newer or no registry."""
-    with transaction(path) as database:
+    """Creates the tables where there are none; raises RegistryUnusableError for a newer file or no registry."""
+    with transaction(path, create=True) as database:
         (found,) = database.execute("PRAGMA user_version").fetchone()
         if found == 0:
             for statement in SCHEMA.split(";\n"):
                 database.execute(statement)
         elif found > SCHEMA_VERSION:
-            raise ModelError(
+            raise RegistryUnusableError(
                 f"{path} has format {found}, this version of Slipstream reads formats up to {SCHEMA_VERSION}; "
                 "use the Slipstream that wrote it, or a newer one"
             )
 
 
 @contextmanager
-def transaction(path: Path, write: bool = True) -> Iterator[sqlite3.Connection]:
+def transaction(path: Path, write: bool = True, create: bool = False) -> Iterator[sqlite3.Connection]:
     """A connection of its own, which any thread may use; all of it happens, or none.
 
-    Raises ModelError if the file is no database or cannot be used.
+    Raises RegistryUnusableError if the file is no database or cannot be used.
     """
+    address = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
     try:
-        database = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        database = sqlite3.connect(
+            address, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
         try:
             database.row_factory = sqlite3.Row
             database.execute("PRAGMA foreign_keys = ON")
@@ -82,4 +89,4 @@ def transaction(path: Path, write: bool = True) -> Iterator[sqlite3.Connection]:
         finally:
             database.close()  # undoes what was not committed
     except (sqlite3.DatabaseError, OSError) as error:
-        raise ModelError(f"cannot use the drafter registry {path}: {error}") from error
+        raise RegistryUnusableError(f"cannot use the drafter registry {path}: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,8 +72,16 @@ def decode(data: bytes, source: Path | str) -> Manifest:
                 "use the Slipstream that wrote it, or a newer one"
             )
         return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{source} is no drafter manifest: {error}") from None
+
+
+def unknown(version: int, route: str) -> Manifest:
+    """Stands for one that cannot be read."""
+    nothing: dict[str, Any] = {"head": {}, "target": "", "weights_bytes": 0, "weights_sha256": ""}
+    return Manifest(
+        version=version, route=route, origin="imported", created_at=datetime.fromtimestamp(0, UTC), **nothing
+    )
 
 
 def read(folder: Path) -> Manifest:

@@ -11,14 +11,14 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slipstream.drafter.registry import manifest as manifests
-from slipstream.drafter.registry.database import prepare, transaction
+from slipstream.drafter.registry.database import RegistryUnusableError, prepare, transaction
 from slipstream.drafter.registry.manifest import Manifest, Origin, Training
 from slipstream.drafter.registry.states import (
     Event,
@@ -58,25 +58,37 @@ VERSIONS_FOLDER = "versions"
 class Registry:
     """A folder of versions. Any number of processes and threads may use it at once."""
 
-    def __init__(self, folder: Path | str, create: bool = True) -> None:
+    def __init__(self, folder: Path | str, create: bool = True, open_now: bool = True) -> None:
         """Opens the registry and removes what writers that died have left.
 
-        Raises ModelError if the folder cannot be used, or does not exist and is not to be created.
+        ``open_now=False`` touches no file: where the registry is damaged every call says so, and calls work again as
+        soon as it is mended.
+
+        Raises RegistryUnusableError if it is damaged or cannot be used, as all methods do, and another ModelError if
+        there is none and none is to be or can be created.
         """
         self.folder = Path(folder).expanduser()
         self._path = self.folder / DATABASE_FILE
         self._versions = self.folder / VERSIONS_FOLDER
         self._lock_path = self.folder / LOCK_FILE
-        if not create and not self._path.is_file():
+        if open_now:
+            self._open(create)
+
+    def _open(self, create: bool) -> None:
+        there = os.path.lexists(self._path)
+        if not create and not there:
             raise ModelError(f"there is no drafter registry in {self.folder}")
         try:
             # Drafters are distilled from what users wrote: nobody else may read them.
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._versions.mkdir(exist_ok=True, mode=0o700)
         except OSError as error:
+            if there:
+                raise RegistryUnusableError(f"cannot use the drafter registry in {self.folder}: {error}") from error
             raise ModelError(f"cannot create a drafter registry in {self.folder}: {error}") from error
         prepare(self._path)
-        self.clean()
+        with suppress(RegistryUnusableError):  # it can be read, perhaps, and what is left over harms nobody
+            self.clean()
 
     # What there is
 
@@ -107,6 +119,16 @@ class Registry:
     def canary(self, route: str = "") -> Version | None:
         """What a share of the route's requests is to be drafted with."""
         return self._in_state("canary", route)
+
+    def may_serve(self, route: str = "") -> Sequence[int]:
+        """The live version, then those that rollbacks would make live one after the other; empty if none is live."""
+        query = (
+            "SELECT version, state FROM versions WHERE route = ? AND (state = 'live' OR state = 'retired' AND "
+            "live_order > 0) ORDER BY state = 'live' DESC, live_order DESC"
+        )
+        with self._read() as database:
+            rows = database.execute(query, (route,)).fetchall()
+        return [row["version"] for row in rows] if rows and rows[0]["state"] == "live" else []
 
     def predecessor(self, route: str = "") -> Version | None:
         """What ``roll_back`` would make live again if there is no canary."""
@@ -210,12 +232,13 @@ class Registry:
             gate: scores on held-out traffic.
 
         Raises:
-            ModelError: tensors do not fit the configuration, or the files cannot be written.
+            ModelError: tensors do not fit the configuration.
+            RegistryUnusableError: the files cannot be written.
             RegistryError: a score of the gate is not a finite number.
             UnknownVersionError: there is no such parent.
         """
         _check_finite(gate or {})
-        with lock(self._lock_path, fcntl.LOCK_SH), temporary_folder(self._versions) as folder:
+        with self._files(), lock(self._lock_path, fcntl.LOCK_SH), temporary_folder(self._versions) as folder:
             size, digest = write_weights(folder, config, tensors)
             with self._write() as database:
                 if parent is not None:
@@ -269,6 +292,8 @@ class Registry:
         known = self.get(version)
         if known.state == "pruned":
             raise UnknownVersionError(f"drafter version {version} is pruned: its weights are gone")
+        if known.damage:
+            raise ModelError(known.damage)
         manifest = manifests.read(self.path(version))
         if manifest != known.manifest:
             raise ModelError(f"the manifest in {self.path(version)} is not the one that was published")
@@ -284,7 +309,7 @@ class Registry:
         if keep < 0:
             raise RegistryError(f"prune: cannot keep {keep} versions")
         pruned = []
-        with lock(self._lock_path, fcntl.LOCK_SH):
+        with self._files(), lock(self._lock_path, fcntl.LOCK_SH):
             with self._write() as database:
                 routes = [row[0] for row in database.execute("SELECT DISTINCT route FROM versions")]
                 for each in routes if route is None else [route]:
@@ -302,7 +327,7 @@ class Registry:
 
     def clean(self) -> None:
         """Removes folders that belong to no version, unless somebody is writing now."""
-        with lock(self._lock_path, fcntl.LOCK_EX | fcntl.LOCK_NB) as locked:
+        with self._files(), lock(self._lock_path, fcntl.LOCK_EX | fcntl.LOCK_NB) as locked:
             if not locked:
                 return
             with self._read() as database:
@@ -326,11 +351,23 @@ class Registry:
             log(database, row, "pinned" if pinned else "unpinned", row["state"], reason)
             return as_version(database, find(database, version))
 
+    @contextmanager
+    def _files(self) -> Iterator[None]:
+        """Around what the operating system may refuse."""
+        try:
+            yield
+        except OSError as error:
+            raise RegistryUnusableError(f"cannot use the drafter registry in {self.folder}: {error}") from error
+
     def _read(self) -> AbstractContextManager[sqlite3.Connection]:
         return transaction(self._path, write=False)
 
     def _write(self) -> AbstractContextManager[sqlite3.Connection]:
         return transaction(self._path)
+
+
+def is_registry(folder: Path) -> bool:
+    return os.path.lexists(folder / DATABASE_FILE)
 
 
 def default_folder() -> Path:

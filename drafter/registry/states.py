@@ -11,7 +11,7 @@ import msgspec
 
 from slipstream.drafter.registry import manifest as manifests
 from slipstream.drafter.registry.manifest import Manifest
-from slipstream.engine.errors import SlipstreamError
+from slipstream.engine.errors import ModelError, SlipstreamError
 
 State = Literal["candidate", "canary", "live", "retired", "rolled-back", "pruned"]
 MAY_BECOME: Mapping[State, frozenset[State]] = {
@@ -46,6 +46,8 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     manifest: Manifest
     metrics: dict[str, float]
     """Latest values of what was recorded after it was published, such as live acceptance."""
+    damage: str = ""
+    """What is wrong with the manifest, of which then nothing is known; empty if it can be read."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +66,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def find(database: sqlite3.Connection, version: int) -> sqlite3.Row:
-    row: sqlite3.Row | None = database.execute("SELECT * FROM versions WHERE version = ?", (version,)).fetchone()
+    row: sqlite3.Row | None = None
+    if abs(version) < 1 << 63:  # SQLite has no larger numbers
+        row = database.execute("SELECT * FROM versions WHERE version = ?", (version,)).fetchone()
     if row is None:
         raise UnknownVersionError(f"there is no drafter version {version}")
     return row
@@ -88,14 +92,21 @@ def find_predecessor(database: sqlite3.Connection, route: str) -> sqlite3.Row | 
 
 
 def as_version(database: sqlite3.Connection, row: sqlite3.Row) -> Version:
+    """One that cannot be read must not hide the others."""
+    number, damage = row["version"], ""
+    try:
+        manifest = manifests.decode(row["manifest"], f"drafter version {number}")
+    except ModelError as error:
+        manifest, damage = manifests.unknown(number, row["route"]), str(error)
     metrics = database.execute("SELECT name, value FROM metrics WHERE version = ?", (row["version"],))
     return Version(
         version=row["version"],
         route=row["route"],
         state=row["state"],
         pinned=bool(row["pinned"]),
-        manifest=manifests.decode(row["manifest"], f"drafter version {row['version']}"),
+        manifest=manifest,
         metrics={each["name"]: each["value"] for each in metrics},
+        damage=damage,
     )
 
 

@@ -92,7 +92,7 @@ def read_weights(folder: Path, manifest: Manifest) -> tuple[HeadConfig, dict[str
     config = layout.parse_config(manifest.head, num_layers=0)
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged: {error}") from None
     layout.check(config, tensors)
     return config, tensors

@@ -82,8 +82,12 @@ class FolderCheckpoint(Checkpoint):
             hint = f" To serve a GGUF file give its path, for example {gguf_files[0]}." if gguf_files else ""
             raise ModelError(f"the folder {path} has no config.json, so it is not a Hugging Face model folder.{hint}")
         self.config = read_json_object(path / "config.json")
-        generation = path / "generation_config.json"
-        self.generation_config = read_json_object(generation) if generation.is_file() else {}
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:  # type: ignore[override]
+        """Read when asked for: a broken one matters only to who needs it."""
+        path = self.path / "generation_config.json"
+        return read_json_object(path) if path.is_file() else {}
 
     @cached_property
     def _tensors(self) -> dict[str, StoredTensor]:

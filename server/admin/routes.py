@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
+from slipstream.drafter.registry.database import RegistryUnusableError
 from slipstream.drafter.registry.states import RegistryError, TransitionError, UnknownVersionError
 from slipstream.drafter.traffic.index import TrafficIndex
 from slipstream.engine.errors import SlipstreamError
@@ -32,6 +33,8 @@ from slipstream.server.service import Service
 BODIES: tuple[type[Body], ...] = (ReasonBody, PruneBody, ImportBody, ExportBody, EvolveBody, PurgeBody)
 BY_HAND = "by the admin API"
 RETRY_WORKER_S = 5
+RETRY_FILES_S = 60
+"""Damaged files take somebody to mend them."""
 Result = TypeVar("Result")
 
 
@@ -108,6 +111,7 @@ def admin_router(service: Service) -> APIRouter:
         registry = evolution_of(service).registry
         body = await body_of(service, request, ImportBody)
         options = {name: value for name, value in body.model_dump().items() if value and name != "folder"}
+        await ask(registry.count)  # whether there is one that can be used
         options = {"target": service.engine_config.model} | options
         return JSONBody({"drafter": await commands.run(registry.folder, "import", body.folder, **options)})
 
@@ -166,12 +170,12 @@ async def ask(function: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.to_thread(function, *arguments)
     except UnknownVersionError as error:
         raise VersionNotFoundError(str(error)) from None
-    except OverflowError:
-        raise VersionNotFoundError("there is no drafter version with so large a number") from None
     except TransitionError as error:
         raise ConflictError(str(error), code="illegal_transition") from None
     except RegistryError as error:
         raise InvalidRequestError(str(error)) from None
+    except RegistryUnusableError as error:
+        raise UnavailableError(str(error), code="registry_unusable", retry_after_s=RETRY_FILES_S) from None
     except SlipstreamError as error:
         raise ApiError(str(error)) from None
 

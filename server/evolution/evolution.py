@@ -38,7 +38,7 @@ class Evolution:
     def __init__(self, service: Service, config: EvolutionConfig, traffic: TrafficConfig) -> None:
         assert config.registry is not None
         self.config = config
-        self.registry = Registry(config.registry)
+        self.registry = Registry(config.registry, open_now=False)
         self._service = service
         self.publisher: Publisher = Publisher(service, self.registry, config)
         self.observer: Observer = service.observer
@@ -79,10 +79,17 @@ class Evolution:
 
     async def status(self) -> dict[str, Any]:
         """What the dashboard and the admin API show of it."""
-        versions, events = await asyncio.to_thread(self._read)
+        versions: list[Any] = []
+        events: list[Any] = []
+        problem = self.publisher.error
+        try:
+            versions, events = await asyncio.to_thread(self._read)
+        except SlipstreamError as error:
+            problem = str(error)
         worker, trial = self.worker, self.publisher.trial
         return {
             "mode": self.config.evolve,
+            "registry": {"folder": str(self.registry.folder), "error": problem},
             "options": {
                 "first_tokens": self.config.evolve_first_tokens,
                 "round_tokens": self.config.evolve_round_tokens,

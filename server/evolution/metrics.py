@@ -49,6 +49,13 @@ METRICS: tuple[
         lambda e: {state: e.states.get(state, 0) for state in VERSION_STATES},
     ),
     (
+        GaugeMetricFamily,
+        "drafter_registry_up",
+        "1 while the registry can be used, 0 while it is damaged, locked or unreachable.",
+        "",
+        lambda e: float(e.publisher.error is None),
+    ),
+    (
         CounterMetricFamily,
         "drafter_failed_swaps",
         "Versions that the engine would not load.",

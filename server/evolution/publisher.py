@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import Event, RegistryError, Version
-from slipstream.engine.errors import SlipstreamError
+from slipstream.engine.errors import EngineDiedError, SlipstreamError
 from slipstream.server.canary import Canary
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.service import CANARY_ROUTE, SHARED_ROUTE, Service
@@ -74,10 +74,9 @@ class Publisher:
         self._refused: dict[str, int] = {}
         """Versions that the engine would not load, by route."""
         self._loaded: dict[str, int] = {}
-        """Versions of the registry that the engine has by our doing; a head of another origin may have any number."""
-        live = registry.live(SHARED_ROUTE)
-        if live is not None and service.engine_config.drafter == str(registry.path(live.version)):
-            self._loaded[SHARED_ROUTE] = live.version
+        """Versions of the registry that the engine has; a head of another origin may have any number."""
+        self.error: str | None = None
+        """Why the registry cannot be used at the moment."""
         self.trial: Trial | None = None
         self.swaps: int = 0
         self.failures: int = 0
@@ -91,8 +90,11 @@ class Publisher:
         while True:
             try:
                 await self.look()
+                self.error = None
             except (SlipstreamError, OSError) as error:
-                logger.warning("drafter registry: %s", error)
+                if str(error) != self.error:
+                    logger.error("drafter registry: %s", error)
+                self.error = str(error)
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
@@ -171,6 +173,12 @@ class Publisher:
             wanted[CANARY_ROUTE] = beside
         self._set_trial(wish)
         self.wanted = wanted
+        if SHARED_ROUTE not in self._loaded and self._service.engine_config.drafter == str(self._registry.folder):
+            # What the engine has found in the registry: 0, which no version has, if it could use none of it.
+            found = self._service.drafter_versions().get(SHARED_ROUTE)
+            if found is None:
+                return  # it has not said so yet
+            self._loaded[SHARED_ROUTE] = found
         for route in [route for route in self._loaded if route and route not in wanted]:
             del self._loaded[route]
             await self._service.engine.call("drop_drafter", route=route)
@@ -199,12 +207,14 @@ class Publisher:
             self.last_swap = await self._service.engine.call(
                 "swap_drafter", version=version.version, route=route, path=path
             )
+        except EngineDiedError:
+            raise  # which says nothing about the version
         except SlipstreamError as error:
             self.failures += 1
-            self._refused[route] = version.version
             logger.error("drafter version %d cannot serve: %s", version.version, error)
             if version.state in ("canary", "live"):
                 await asyncio.to_thread(self._take_back, version, str(error))
+            self._refused[route] = version.version
             return
         self.swaps += 1
         self._loaded[route] = version.version

@@ -18,6 +18,7 @@ from slipstream.server.openai.schema import GenerationBody, Speculation
 from slipstream.server.openai.writers import AnswerOptions
 from slipstream.server.principal import principal_of
 from slipstream.server.service import Service
+from slipstream.server.text import TurnEnds
 
 
 async def read(service: Service, request: Request, model: type[BodyType]) -> BodyType:
@@ -47,10 +48,11 @@ def make_generation(
     prompts: list[list[int]],
     params: SequenceOf[SamplingParams],
     arrival: float,
+    ends: TurnEnds | None = None,
 ) -> Generation:
-    """``params`` of each prompt. The sequences are in the order prompt, choice."""
+    """``params`` of each prompt; ``ends`` of a conversation. The sequences are in the order prompt, choice."""
     choices = body.n or 1
-    output = output_options(body)
+    output = output_options(body, ends)
     speculation = speculation_params(service, body.speculation)
     priority = allowed_priority(service, body.priority or 0)
     said = read_statement(request, body.metadata, body.user, service.traffic.traffic_consent)

@@ -9,14 +9,22 @@ from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.generation import OutputOptions
 from slipstream.server.openai.schema import CompletionBody, GenerationBody
 from slipstream.server.service import Service
+from slipstream.server.text import TurnEnds
 
 SEED_MASK = 2**63 - 1
 
 
 def sampling_params(
-    service: Service, body: GenerationBody, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    service: Service,
+    body: GenerationBody,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    ends: TurnEnds | None = None,
 ) -> SamplingParams:
-    """``max_tokens`` and the numbers of log-probabilities as resolved for the endpoint.
+    """``max_tokens`` and the numbers of log-probabilities as resolved for the endpoint; ``ends`` of a conversation with
+    a template of its own.
 
     Raises:
         InvalidRequestError: a token id is not in the vocabulary, or min_tokens is more than max_tokens.
@@ -36,7 +44,7 @@ def sampling_params(
         require_in_vocabulary(getattr(body, name) or (), service.engine.ready.vocab_size, name)
     stop = dict.fromkeys(body.stop_token_ids or ())
     if not body.ignore_eos:
-        stop |= dict.fromkeys(text.tokenizer.eos_token_ids)
+        stop |= dict.fromkeys([*text.tokenizer.eos_token_ids, *(ends or text.turn_ends).token_ids])
     words = bad_words(service, body.bad_words or ())
     require_way_out(body.allowed_token_ids or (), words, tuple(stop) if min_tokens else ())
     return SamplingParams(
@@ -59,8 +67,10 @@ def sampling_params(
     )
 
 
-def output_options(body: GenerationBody) -> OutputOptions:
+def output_options(body: GenerationBody, ends: TurnEnds | None) -> OutputOptions:
+    """``ends``: of a conversation."""
     return OutputOptions(
+        end_texts=() if ends is None or body.ignore_eos else ends.stops,
         stop=body.stop_strings,
         include_stop=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,

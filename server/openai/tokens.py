@@ -8,7 +8,7 @@ from fastapi import Request
 from pydantic_core import from_json
 
 from slipstream.server.body import parse, read_body
-from slipstream.server.openai.chat import render_prompt
+from slipstream.server.openai.chat import render_prompt, template_for
 from slipstream.server.openai.request import read
 from slipstream.server.openai.sampling import require_in_vocabulary
 from slipstream.server.openai.schema import DetokenizeBody, TokenizeMessagesBody, TokenizeTextBody
@@ -22,7 +22,7 @@ async def tokenize(service: Service, request: Request) -> dict[str, Any]:
     if has_messages(raw):
         conversation = parse(TokenizeMessagesBody, raw, config.unknown_fields)
         service.require_model(conversation.model)
-        tokens = await render_prompt(service, conversation)
+        tokens = await render_prompt(service, conversation, await template_for(service, conversation))
         with_texts = conversation.return_token_strs
     else:
         text = parse(TokenizeTextBody, raw, config.unknown_fields)

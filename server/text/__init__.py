@@ -3,7 +3,7 @@
 from slipstream.server.text.chat_template import RESERVED_VARIABLES, ChatTemplate, TemplateError
 from slipstream.server.text.detokenize import IncrementalDetokenizer, StopChecker
 from slipstream.server.text.offsets import OffsetDetokenizer, prompt_offsets
-from slipstream.server.text.tokenizer import Tokenizer, load_tokenizer
+from slipstream.server.text.tokenizer import Tokenizer, TurnEnds, load_tokenizer
 
 __all__ = [
     "RESERVED_VARIABLES",
@@ -13,6 +13,7 @@ __all__ = [
     "StopChecker",
     "TemplateError",
     "Tokenizer",
+    "TurnEnds",
     "load_tokenizer",
     "prompt_offsets",
 ]

@@ -49,13 +49,30 @@ class ChatTemplate:
     """A compiled chat template with the special tokens it may refer to (``bos_token``, ``eos_token``, …).
 
     ``source`` is one template or several by name, of which ``tool_use`` is taken for requests with tools and
-    ``default`` otherwise.
+    ``default`` otherwise. A broken one raises TemplateError only when it is to be rendered, or in ``check``.
     """
 
-    def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        source: str | Mapping[str, str | TemplateError],
+        special_tokens: Mapping[str, str] | None = None,
+        origin: str = "",
+    ) -> None:
+        """``origin`` says in messages where the templates come from; a TemplateError stands for one that is broken."""
         sources = {"default": source} if isinstance(source, str) else dict(source)
-        self._templates = {name: _compile(text, name) for name, text in sources.items()}
+        self._templates = {name: _compile(text, name, origin) for name, text in sources.items()}
         self._special_tokens = dict(special_tokens or {})
+
+    @property
+    def broken(self) -> dict[str, TemplateError]:
+        """What is wrong with templates that can never be rendered, by name."""
+        return {name: each for name, each in self._templates.items() if isinstance(each, TemplateError)}
+
+    def check(self) -> ChatTemplate:
+        """Itself; raises TemplateError if one of the templates is broken."""
+        for error in self.broken.values():
+            raise error
+        return self
 
     def render(
         self,
@@ -84,11 +101,15 @@ class ChatTemplate:
         rendered = self._render(name, chat, dict(variables or {}) | request)
         return _cut_at_tag(rendered, final_text) if continue_final_message else rendered
 
-    def text_after_answer(self) -> str:
-        """What the template writes right after the content of an assistant message; empty if it does not tell."""
+    def texts_after_answer(self) -> list[str]:
+        """What the templates write right after the content of an assistant message, as far as they tell."""
+        return list(dict.fromkeys(filter(None, map(self._text_after_answer, self._templates))))
+
+    def _text_after_answer(self, name: str) -> str:
         chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": CONTINUE_TAG.strip()}]
+        variables = {"tools": None, "documents": None, "add_generation_prompt": False}
         try:
-            rendered = self.render(chat)
+            rendered = self._render(name, [self._message(message, 0) for message in chat], variables)
         except TemplateError:
             return ""
         return rendered.rpartition(CONTINUE_TAG.strip())[2]
@@ -97,6 +118,8 @@ class ChatTemplate:
         template = self._templates.get(name)
         if template is None:
             raise TemplateError(f"the model has the chat templates {sorted(self._templates)} but none called {name!r}")
+        if isinstance(template, TemplateError):
+            raise template
         try:
             return template.render(self._special_tokens | variables | {"messages": messages})
         except TemplateError:
@@ -180,15 +203,18 @@ def _parse_arguments(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _compile(source: str, name: str) -> jinja2.Template:
+def _compile(source: str | TemplateError, name: str, origin: str) -> jinja2.Template | TemplateError:
+    if isinstance(source, TemplateError):
+        return source
+    what = f"the chat template {name!r}" + (f" of {origin}" if origin else "")
     try:
         return _environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise TemplateError(
-            f"the chat template {name!r} is not valid Jinja: {error.message} (line {error.lineno})"
-        ) from error
-    except RecursionError as error:
-        raise TemplateError(f"the chat template {name!r} is nested too deeply") from error
+        return TemplateError(f"{what} is not valid Jinja: {error.message} (line {error.lineno})")
+    except RecursionError:
+        return TemplateError(f"{what} is nested too deeply")
+    except Exception as error:  # Jinja lets some of Python's through: numbers with too many digits, say
+        return TemplateError(f"{what} is not valid Jinja: {error}")
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -24,14 +24,17 @@ class _Decoder(Protocol):
 class IncrementalDetokenizer:
     """The text of one sequence, piece by piece.
 
-    What the ``push`` calls and the final ``finish`` return adds up to ``tokenizer.decode`` of all tokens. Text is held
-    back while later tokens could still change it: the bytes of an unfinished character, or with byte-fallback
-    vocabularies a whole run of byte tokens.
+    What the ``push`` calls and the final ``finish`` return adds up to what the tokens add to the text of the prompt:
+    ``tokenizer.decode`` of prompt and answer without what it says of the prompt alone. (Bytes of a character that is
+    unfinished at the end of the prompt are not joined with those of the answer.) Text is held back while later tokens
+    could still change it: the bytes of an unfinished character, or with byte-fallback vocabularies a whole run of byte
+    tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> None:
         table = tokenizer.byte_table(skip_special_tokens)
-        decoder: _Decoder = _Bytes(table) if table is not None else _PrefixDifference(tokenizer, skip_special_tokens)
+        decoder: _Decoder
+        decoder = _Bytes(table) if table is not None else _PrefixDifference(tokenizer, skip_special_tokens, prompt)
         self.push = decoder.push
         self.finish = decoder.finish
         self._decoder = decoder
@@ -86,14 +89,27 @@ class _PrefixDifference:
     (leading space) and otherwise join across tokens only in runs of byte tokens, which are never cut.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt: Sequence[int]) -> None:
         self._decode = tokenizer.decode
         self._byte_ids = tokenizer.byte_fallback_ids
         self._dropped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._size = tokenizer.vocab_size
-        self._context: list[int] = []
-        self._context_text = ""
         self._pending: list[int] = []
+        self._set_context(self._last_visible(prompt))
+
+    def _last_visible(self, prompt: Sequence[int]) -> list[int]:
+        """The prompt's last token with text, but no byte, whose text could change with more bytes; or else all."""
+        visible = (token for token in reversed(prompt) if token < self._size and token not in self._dropped)
+        run: list[int] = []
+        for token in visible:
+            if token not in self._byte_ids:
+                return [token]
+            run.append(token)
+        return run[::-1]
+
+    def _set_context(self, tokens: list[int]) -> None:
+        self._context = tokens
+        self._context_text = self._decode(tokens, skip_special_tokens=False) if tokens else ""
 
     @property
     def held(self) -> bytes:
@@ -120,8 +136,7 @@ class _PrefixDifference:
         tokens = self._pending[:count]
         new = self._new_text(tokens)
         del self._pending[:count]
-        self._context = tokens[-1:]
-        self._context_text = self._decode(self._context, skip_special_tokens=False)
+        self._set_context(tokens[-1:])
         return new
 
     def _new_text(self, tokens: list[int]) -> str:

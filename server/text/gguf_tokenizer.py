@@ -1,7 +1,8 @@
 """Builds a tokenizer from the metadata of a GGUF file.
 
 Two vocabulary models are known: ``gpt2``, byte-level BPE, whose splitting of text into words the file names in
-``tokenizer.ggml.pre``; and ``llama``, SentencePiece with byte fallback, built the way transformers converts it.
+``tokenizer.ggml.pre``; and ``llama``, SentencePiece with byte fallback, built as the tokenizer.json of these models is
+(transformers' own conversion of GGUF files drops spaces after special tokens and at the beginning of a text).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from slipstream.engine.checkpoint.gguf_config import translate_generation_config
 from slipstream.engine.checkpoint.gguf_file import GGUFFile
 from slipstream.engine.errors import ModelError
+from slipstream.server.text.chat_template import TemplateError
 from slipstream.server.text.tokenizer_files import TokenizerParts
 
 # tokenizer.ggml.token_type
@@ -31,6 +33,8 @@ TEKKEN_WORDS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
+"""Tokens of Phi-3 after which spaces count."""
 LLAMA3_STYLE = ("llama3", "llama-v3", "llama-bpe", "tekken")
 """Pre-tokenizers of models that take a word that is a token as it is, without going through the merges, and whose
 texts begin with the bos token where the file does not say."""
@@ -53,9 +57,15 @@ def build_from_gguf(file: GGUFFile) -> TokenizerParts:
     vocab = {
         token: index for index, token in enumerate(tokens) if not (types[index] == UNUSED and padding.fullmatch(token))
     }
-    backend = _byte_level(file, vocab) if kind == "gpt2" else _sentencepiece(file, tokens, vocab)
+    backend = _byte_level(file, vocab) if kind == "gpt2" else _sentencepiece(file, tokens, vocab, types)
+    # Like the spaces after them, in tokenizer.json of Phi-3; the file does not say so.
+    strips = kind == "llama" and meta.get("general.architecture") == "phi3"
     backend.add_special_tokens(
-        [AddedToken(tokens[i], normalized=False, special=True) for i, each in enumerate(types) if each == CONTROL]
+        [
+            AddedToken(tokens[i], normalized=False, special=True, rstrip=strips and tokens[i] not in UNSTRIPPED)
+            for i, each in enumerate(types)
+            if each == CONTROL
+        ]
     )
     backend.add_tokens(
         [AddedToken(tokens[i], normalized=False) for i, each in enumerate(types) if each == USER_DEFINED]
@@ -70,7 +80,7 @@ def build_from_gguf(file: GGUFFile) -> TokenizerParts:
         special.get("eos_token") if meta.get("tokenizer.ggml.add_eos_token", False) else None,
     )
     ends = translate_generation_config(file).get("eos_token_id", [])
-    return TokenizerParts(backend, special, tuple(ends), _chat_templates(meta))
+    return TokenizerParts(backend, special, tuple(ends), _chat_templates(meta), file.path)
 
 
 def _byte_level(file: GGUFFile, vocab: dict[str, int]) -> Tokenizer:
@@ -112,7 +122,13 @@ def _pre_tokenizer(file: GGUFFile, name: object) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _sentencepiece(file: GGUFFile, tokens: list[str], vocab: dict[str, int]) -> Tokenizer:
+def _sentencepiece(file: GGUFFile, tokens: list[str], vocab: dict[str, int], types: list[Any]) -> Tokenizer:
+    """With the space that SentencePiece puts before a text as tokenizer.json of the model does.
+
+    Llama 2 and what descends from it put it before every text between special tokens. The tokenizers of Mistral's
+    version 3, known by their control token [INST], put it before the first one only, and not before another space.
+    Gemma's put none.
+    """
     prefix_space = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
     if "tokenizer.ggml.merges" in file.metadata:
         merges = _merges(file)
@@ -124,7 +140,12 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], vocab: dict[str, int]) -> 
     unknown = file.metadata.get("tokenizer.ggml.unknown_token_id", 0)
     unknown_token = tokens[unknown] if isinstance(unknown, int) and unknown < len(tokens) else None
     backend = Tokenizer(_bpe(file, vocab, merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if prefix_space else "never", split=False)
+    if not prefix_space:
+        backend.normalizer = normalizers.Replace(" ", "▁")
+    elif "[INST]" in vocab and types[vocab["[INST]"]] == CONTROL:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix_space else steps)
     return backend
@@ -181,7 +202,7 @@ def _numbers(file: GGUFFile, name: str, count: int) -> list[Any] | None:
     return values
 
 
-def _chat_templates(meta: dict[str, Any]) -> dict[str, str]:
+def _chat_templates(meta: dict[str, Any]) -> dict[str, str | TemplateError]:
     prefix = "tokenizer.chat_template"
     named = {key.removeprefix(prefix + "."): value for key, value in meta.items() if key.startswith(prefix + ".")}
     if prefix in meta:

@@ -5,16 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 
 from slipstream.engine.checkpoint import locate
 from slipstream.engine.checkpoint.gguf_file import GGUFFile
-from slipstream.server.text.chat_template import ChatTemplate, TemplateError
+from slipstream.server.text.chat_template import ChatTemplate
 from slipstream.server.text.gguf_tokenizer import build_from_gguf
 from slipstream.server.text.tokenizer_files import TokenizerParts, read_folder
+
+
+@dataclass(frozen=True)
+class TurnEnds:
+    """What ends an answer in a conversation."""
+
+    token_ids: tuple[int, ...] = ()
+    stops: tuple[str, ...] = ()
+    """Texts for which there is no token."""
 
 
 class Tokenizer:
@@ -26,6 +36,7 @@ class Tokenizer:
         self._backend.no_padding()
         self.special_tokens = parts.special_tokens
         self.chat_templates = parts.chat_templates
+        self.source = parts.source
         vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         """One more than the largest token id. A model's own vocabulary may be padded to more."""
@@ -50,15 +61,22 @@ class Tokenizer:
         """Over what every token id stands for; in most cases the same for a model's Hugging Face and GGUF form."""
         self.bos_token_id = self.token_id(self.special_tokens.get("bos_token"))
         eos_token_id = self.token_id(self.special_tokens.get("eos_token"))
-        ends = (eos_token_id, self._end_of_turn_id(added), *parts.end_token_ids)
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        own = self.own_template()
+        ends = (eos_token_id, *(self.turn_ends(own).token_ids if own else ()), *parts.end_token_ids)
         self.eos_token_ids = tuple(dict.fromkeys(end for end in ends if end is not None))
-        """Tokens that end a text: the tokenizer's, the one the chat template puts after an answer, and those of the
+        """Tokens that end a text: the tokenizer's, those its own chat templates put after an answer, and those of the
         generation configuration."""
 
     @property
     def chat_template(self) -> str | None:
         """The model's default chat template."""
-        return self.chat_templates.get("default")
+        found = self.chat_templates.get("default")
+        return found if isinstance(found, str) else None
+
+    def own_template(self) -> ChatTemplate | None:
+        """The model's own chat templates; None if it has none."""
+        return ChatTemplate(self.chat_templates, self.special_tokens, str(self.source)) if self.chat_templates else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Special tokens written out in the text are recognised."""
@@ -95,16 +113,18 @@ class Tokenizer:
             return None
         return self._visible_bytes if skip_special_tokens else self._bytes
 
-    def _end_of_turn_id(self, added: Mapping[int, tokenizers.AddedToken]) -> int | None:
-        """The special token that the chat template puts right after an answer."""
-        if self.chat_template is None:
-            return None
-        try:
-            after = ChatTemplate(self.chat_template, self.special_tokens).text_after_answer().lstrip()
-        except TemplateError:
-            return None
-        found = [token_id for token_id in self.special_ids if after.startswith(added[token_id].content)]
-        return max(found, key=lambda token_id: len(added[token_id].content), default=None)
+    def turn_ends(self, template: ChatTemplate) -> TurnEnds:
+        """What a template puts right after an answer: a token where there is one for it, or else a text."""
+        ids: list[int] = []
+        stops: list[str] = []
+        for text in template.texts_after_answer():
+            text = text.strip()
+            found = [token_id for token_id, content in self._added.items() if text.startswith(content)]
+            if found:
+                ids.append(max(found, key=lambda token_id: len(self._added[token_id])))
+            elif text:
+                stops.append(text)
+        return TurnEnds(tuple(ids), tuple(stops))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -7,6 +7,7 @@ the tokenizers of some classes from their vocabulary alone, here tokenizer.json 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import tokenizers
 
 from slipstream.engine.checkpoint.json_file import read_json_object
 from slipstream.engine.errors import ModelError
+from slipstream.server.text.chat_template import TemplateError
 
+logger = logging.getLogger(__name__)
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 OTHER_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json", "tiktoken.model", "spiece.model")
 
@@ -29,7 +32,10 @@ class TokenizerParts:
     """Token text by role: bos_token, eos_token, pad_token, …"""
     end_token_ids: tuple[int, ...]
     """The tokens that the generation configuration ends a text with."""
-    chat_templates: dict[str, str]
+    chat_templates: dict[str, str | TemplateError]
+    """By name; an error says why one cannot be read."""
+    source: Path = Path()
+    """The folder or file."""
 
 
 def read_folder(folder: Path) -> TokenizerParts:
@@ -52,13 +58,13 @@ def read_folder(folder: Path) -> TokenizerParts:
     try:
         special_tokens = {role: _content(named[role]) for role in ROLES if named.get(role)}
         _add_tokens(backend, config, named, special_tokens)
-        chat_templates = _chat_templates(folder, config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{folder / 'tokenizer_config.json'} (or special_tokens_map.json) has a malformed token or chat template: "
-            f"{error!r}. Download the files again."
+            f"{folder / 'tokenizer_config.json'} (or special_tokens_map.json) has a malformed token: {error!r}. "
+            "Download the files again."
         ) from error
-    return TokenizerParts(backend, special_tokens, _end_token_ids(folder), chat_templates)
+    chat_templates = _chat_templates(folder, config)
+    return TokenizerParts(backend, special_tokens, _end_token_ids(folder), chat_templates, folder)
 
 
 def _add_tokens(
@@ -97,36 +103,59 @@ def _end_token_ids(folder: Path) -> tuple[int, ...]:
     """From generation_config.json, or config.json if there is none."""
     names = ("generation_config.json", "config.json")
     name = next((name for name in names if (folder / name).is_file()), None)
-    value = read_json_object(folder / name).get("eos_token_id") if name else None
+    found: dict[str, Any] = {}
+    try:
+        found = read_json_object(folder / name) if name else {}
+    except ModelError as error:
+        if name == "config.json":
+            raise
+        logger.warning("going on without it: %s", error)
+        name, found = "config.json", _optional(folder / "config.json")
+    value = found.get("eos_token_id")
     values = value if isinstance(value, list) else [value]
     if not all(each is None or isinstance(each, int) for each in values):
         raise ModelError(f"{folder / str(name)}: eos_token_id is {value!r}, not a token id or a list of them")
     return tuple(each for each in values if each is not None)
 
 
-def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """By name; the one without a name is called default. Template files win over the entry in the configuration."""
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str | TemplateError]:
+    """By name; the one without a name is called default. Template files win over the entry in the configuration.
+
+    A broken one concerns only requests that need it, so it is kept as the error to answer them with.
+    """
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     if files:
         return {name: _text(path) for name, path in files.items()}
-    declared = config.get("chat_template") or _optional(folder / "chat_template.json").get("chat_template")
+    declared, file = config.get("chat_template"), folder / "tokenizer_config.json"
+    if not declared:
+        file = folder / "chat_template.json"
+        try:
+            declared = _optional(file).get("chat_template")
+        except ModelError as error:
+            return {"default": TemplateError(f"the chat template cannot be read: {error}")}
     if declared is None:
         return {}
-    if isinstance(declared, str):
-        return {"default": declared}
-    entries = (
-        declared.items() if isinstance(declared, dict) else [(each["name"], each["template"]) for each in declared]
-    )
-    return {str(name): str(template) for name, template in entries}
+    if isinstance(declared, list):
+        try:
+            declared = {each["name"]: each["template"] for each in declared}
+        except (KeyError, TypeError):
+            declared = {"default": declared}
+    entries = declared if isinstance(declared, dict) else {"default": declared}
+    return {
+        str(name): text
+        if isinstance(text, str)
+        else TemplateError(f"the chat template {name!r} of {file} is no text: {type(text).__name__}")
+        for name, text in entries.items()
+    }
 
 
-def _text(path: Path) -> str:
+def _text(path: Path) -> str | TemplateError:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read the chat template {path}: {error}") from error
+        return TemplateError(f"cannot read the chat template {path}: {error}")
 
 
 def _optional(path: Path) -> dict[str, Any]:

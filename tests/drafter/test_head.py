@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.drafter.head import layout
-from slipstream.drafter.head.drafter import HeadDrafter
+from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
 from slipstream.drafter.head.layout import LAYER, HeadConfig
 from slipstream.drafter.training.target import Target
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
@@ -40,6 +40,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(TARGET, 0)}
     save_file(tensors, path / "model.safetensors")
     return path
+
+
+def first_head(target: DecoderConfig) -> FirstHead:
+    return FirstHead(*make_head(target))
 
 
 def make_head(target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
@@ -264,7 +268,7 @@ def test_trees_are_those_of_the_definition(folder: Path, kernels: Any) -> None:
 def test_native_bfloat16_stays_close_to_float32(folder: Path, make: Any) -> None:
     outputs = []
     for kernels, dtype in (("torch", "float32"), ("native", "bfloat16")):
-        drafter = HeadDrafter(make)
+        drafter = HeadDrafter(lambda target: FirstHead(*make(target)))
         config = EngineConfig(model=str(folder), dtype=dtype, kernels=kernels, kv_cache_memory="4MiB")  # type: ignore[arg-type]
         LocalEngine(config, [drafter])
         network = drafter._head.network
@@ -294,7 +298,7 @@ def test_a_head_for_another_model_is_refused(folder: Path) -> None:
     other = decoder_config(TARGET | {"vocab_size": 128})
     config = EngineConfig(model=str(folder), kv_cache_memory="4MiB")
     with pytest.raises(ModelError, match="vocabulary is 128, the model's 96"):
-        LocalEngine(config, [HeadDrafter(lambda _: make_head(other))])
+        LocalEngine(config, [HeadDrafter(lambda _: FirstHead(*make_head(other)))])
 
 
 def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path) -> None:
@@ -310,11 +314,11 @@ def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(neox))
     config = EngineConfig(model=str(tmp_path), load_format="dummy", kv_cache_memory="4MiB")
     with pytest.raises(ConfigError, match="gpt_neox"):
-        LocalEngine(config, [HeadDrafter(make_head)])
+        LocalEngine(config, [HeadDrafter(first_head)])
 
 
 def test_rows_that_were_not_watched_get_no_guess(folder: Path) -> None:
-    drafter = HeadDrafter(make_head)
+    drafter = HeadDrafter(first_head)
     LocalEngine(EngineConfig(model=str(folder), kv_cache_memory="4MiB"), [drafter])
     row = DraftRow(0, "", 3, np.zeros(20, np.int32), 5, frozenset({"head"}), mapped=16, most=3)
     assert drafter.propose([row]) == [None]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream.drafter.head import layout
-from slipstream.drafter.head.drafter import HeadDrafter
+from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
 from slipstream.drafter.traffic.recompute import Recompute, recompute
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.traffic.tap import TrafficTap
@@ -149,7 +149,7 @@ def test_a_head_and_the_tap_see_the_same_layers(
 
     def load(decoder: Any) -> Any:
         head = layout.config_for(decoder, 48, taps=(1, 4, 6))
-        return head, layout.random_tensors(head, 0)
+        return FirstHead(head, layout.random_tensors(head, 0))
 
     tapped = tapped_engine(tmp_path / "t", config_for(drafter="given"), [Watching(load)])
     tapped.submit(prompts(20)[0])

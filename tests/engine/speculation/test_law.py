@@ -21,7 +21,7 @@ from torch import Tensor
 
 from slipstream.drafter.draft_model import ModelDrafter
 from slipstream.drafter.head import layout
-from slipstream.drafter.head.drafter import HeadDrafter
+from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
@@ -53,9 +53,9 @@ PAIRS = [token for a in range(8) for b in range(a, 8) for token in (a, b)]
 ANSWERS = {tuple(PAIRS): [1, 0, 1, 2, 3, 4]}
 
 
-def random_head(target: DecoderConfig) -> tuple[layout.HeadConfig, dict[str, Tensor]]:
+def random_head(target: DecoderConfig) -> FirstHead:
     config = layout.config_for(target, 8)
-    return config, layout.random_tensors(config, 0)
+    return FirstHead(config, layout.random_tensors(config, 0))
 
 
 def make_drafters(kind: str, tiny: Path) -> tuple[list[Drafter], int]:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from slipstream.drafter.head import layout
-from slipstream.drafter.head.drafter import HeadDrafter
+from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.models.config import DecoderConfig
@@ -125,6 +124,6 @@ def test_a_request_chooses_its_drafters(engine: Engine) -> None:
     assert after["ngram"] > before["ngram"] and after["suffix"] == before["suffix"]
 
 
-def random_head(target: DecoderConfig) -> tuple[layout.HeadConfig, dict[str, Tensor]]:
+def random_head(target: DecoderConfig) -> FirstHead:
     config = layout.config_for(target, 8)
-    return config, layout.random_tensors(config, 0)
+    return FirstHead(config, layout.random_tensors(config, 0))

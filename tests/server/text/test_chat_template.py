@@ -283,9 +283,34 @@ def test_tool_call_arguments_may_be_json_text() -> None:
 
 
 def test_text_after_answer() -> None:
-    after = {"chatml": "<|im_end|>\n", "llama3": "<|eot_id|>", "mistral": "</s>", "qwen": "<|im_end|>\n"}
-    assert {name: ChatTemplate(TEMPLATES[name], SPECIAL).text_after_answer() for name in after} == after
-    assert ChatTemplate("{{ raise_exception('no') }}").text_after_answer() == ""
+    after = {"chatml": ["<|im_end|>\n"], "llama3": ["<|eot_id|>"], "mistral": ["</s>"], "qwen": ["<|im_end|>\n"]}
+    assert {name: ChatTemplate(TEMPLATES[name], SPECIAL).texts_after_answer() for name in after} == after
+    assert ChatTemplate("{{ raise_exception('no') }}").texts_after_answer() == []
+
+
+def test_a_broken_template_concerns_only_who_needs_it() -> None:
+    user = [{"role": "user", "content": "a"}]
+    unreadable = TemplateError("cannot read it")
+    for broken in (
+        "{% if %}",
+        "{{ " + "9" * 5000 + " }}",
+        "{% raw %}",
+        "{{ x | nothing }}",
+        "{{" + "(" * 9999,
+        unreadable,
+    ):
+        template = ChatTemplate({"default": "fine", "tool_use": broken}, SPECIAL, "model/tokenizer_config.json")
+        assert template.render(user) == "fine"
+        for raises in (template.check, lambda template=template: template.render(user, tools=[{}])):
+            with pytest.raises(TemplateError) as caught:
+                raises()
+            known = broken is unreadable
+            assert known or "the chat template 'tool_use' of model/tokenizer_config.json" in str(caught.value)
+        assert list(template.broken) == ["tool_use"]
+    for source in ("{% if %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"):
+        assert ChatTemplate({"default": source, "other": "{{ messages[-1].content }}!"}).texts_after_answer() == ["!"]
+        with pytest.raises(TemplateError):
+            ChatTemplate(source).render(user)
 
 
 def test_errors() -> None:
@@ -296,7 +321,7 @@ def test_errors() -> None:
     with pytest.raises(TemplateError, match="cannot render this conversation: 'dict object' has no attribute 'x'"):
         ChatTemplate("{{ messages[0].x.y }}").render(user)
     with pytest.raises(TemplateError, match=r"not valid Jinja: .*line 2"):
-        ChatTemplate("first\n{% if %}")
+        ChatTemplate("first\n{% if %}").check()
     with pytest.raises(TemplateError, match="messages is empty"):
         ChatTemplate(CHATML).render([])
     with pytest.raises(TemplateError, match="exclude each other"):

@@ -23,8 +23,8 @@ def tokenizer_of(backend: Backend) -> Tokenizer:
     return Tokenizer(TokenizerParts(backend, {}, (), {}))
 
 
-def streamed(tokenizer: Tokenizer, chunks: list[list[int]], skip: bool) -> str:
-    detokenizer = IncrementalDetokenizer(tokenizer, skip)
+def streamed(tokenizer: Tokenizer, chunks: list[list[int]], skip: bool, prompt: list[int] | None = None) -> str:
+    detokenizer = IncrementalDetokenizer(tokenizer, skip, prompt or [])
     return "".join([detokenizer.push(chunk) for chunk in chunks]) + detokenizer.finish()
 
 
@@ -95,6 +95,38 @@ def test_sentencepiece(sentencepiece: dict[bool, Tokenizer], data: st.DataObject
     assert_same_text(tokenizer, data.draw(chunks_of(some)))
 
 
+@many
+@given(data=st.data(), prefix_space=st.booleans())
+def test_sentencepiece_after_a_prompt(
+    sentencepiece: dict[bool, Tokenizer], data: st.DataObject, prefix_space: bool
+) -> None:
+    """The answer is what it adds to the prompt's text: the space before its first word is not lost."""
+    tokenizer = sentencepiece[prefix_space]
+    character = [3 + byte for byte in "你".encode()]
+    space = tokenizer.token_id("▁")
+    assert space is not None
+    some = st.sampled_from([1, 2, space, 3 + 0x41]) | st.integers(0, tokenizer.vocab_size - 1)
+    prompt = data.draw(st.lists(some.filter(lambda token: token not in tokenizer.byte_fallback_ids), max_size=5))
+    prompt += data.draw(st.sampled_from([[], character, [3 + 0x41]]))  # whole characters
+    chunks = data.draw(chunks_of(some))
+    answer = [token for chunk in chunks for token in chunk]
+    if prompt and prompt[-1] in tokenizer.byte_fallback_ids:  # a run of bytes that goes on is another matter
+        answer, chunks = [space, *answer], [[space], *chunks]
+    for skip in (True, False):
+        before = tokenizer.decode(prompt, skip_special_tokens=skip)
+        assert before + streamed(tokenizer, chunks, skip, prompt) == tokenizer.decode(prompt + answer, skip)
+
+
+def test_the_space_after_a_prompt(write_sentencepiece: Any) -> None:
+    tokenizer = load_tokenizer(write_sentencepiece())
+    prompt, answer = tokenizer.encode("The capital of France is"), tokenizer.encode("Paris", add_special_tokens=False)
+    assert streamed(tokenizer, [answer], True, prompt) == " Paris"
+    assert streamed(tokenizer, [[token] for token in answer], True, prompt) == " Paris"
+    assert streamed(tokenizer, [answer], True, [1]) == "Paris"  # nothing is seen of the prompt
+    assert streamed(tokenizer, [answer], False, [1]) == " Paris"
+    assert streamed(tokenizer, [[3 + 0xA0]], True, [*prompt, 3 + 0xE4, 3 + 0xBD]) == "\ufffd"
+
+
 OTHER_DECODERS: dict[str, Callable[[], Any]] = {
     "none": lambda: None,
     "metaspace": lambda: decoders.Metaspace(),
@@ -113,7 +145,13 @@ def test_other_decoders(kind: str, chunks: list[list[int]]) -> None:
     if OTHER_DECODERS[kind]() is not None:
         backend.decoder = OTHER_DECODERS[kind]()
     backend.add_special_tokens(["<end>"])
-    assert_same_text(tokenizer_of(backend), chunks)
+    tokenizer = tokenizer_of(backend)
+    assert_same_text(tokenizer, chunks)
+    prompt = [token for chunk in chunks[: len(chunks) // 2] for token in chunk]
+    answer = chunks[len(chunks) // 2 :]
+    for skip in (True, False):
+        whole = tokenizer.decode([token for chunk in chunks for token in chunk], skip)
+        assert streamed(tokenizer, answer, skip, prompt) == whole[len(tokenizer.decode(prompt, skip)) :]
 
 
 def test_text_comes_as_soon_as_it_is_certain(default_tokenizer: Tokenizer) -> None:

@@ -1,0 +1,68 @@
+"""A damaged drafter version or registry: the server starts, serves and says so; the registry claims nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slipstream.drafter import warm
+from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.registry.registry import DATABASE_FILE, Registry
+from slipstream.engine.config import EngineConfig
+
+
+def test_a_damaged_live_version_is_passed_over(tmp_path: Path, start_server: Callable[..., Any]) -> None:
+    registry = Registry(tmp_path / "registry")
+    head, fingerprint = warm.read(EngineConfig()), served_fingerprint(EngineConfig())
+    for target in (fingerprint, "of another model", fingerprint):
+        registry.promote(registry.add(*head, target=target, origin="trained").version)
+    good, foreign, newer = 1, 2, 3
+    manifest = registry.path(newer) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+
+    server = start_server("--registry", str(registry.folder), "--speculation", "head").wait_until_ready()
+    try:
+        assert server.chat(max_tokens=5)["choices"][0]["message"]["content"]
+        live = server.wait_until(lambda: (found := registry.live()) is not None and found.version == good and found)
+        assert {registry.get(each).state for each in (foreign, newer)} == {"rolled-back"}
+        assert "has format 2" in registry.history(newer)[-1].reason
+        assert "was made for the model" in registry.history(foreign)[-1].reason
+        status = server.get("/admin/v1/status")[1]["evolution"]
+        assert status["routes"] == {"": live.version} and status["failed_swaps"] >= 2
+        assert status["registry"]["error"] is None
+        assert "drafter version 3 cannot serve" in "".join(server.log)
+
+        # While it runs, too: nothing is left that could serve.
+        broken = registry.folder / DATABASE_FILE
+        whole = broken.read_bytes()
+        broken.write_bytes(b"rubbish" * 1000)
+        server.wait_until(lambda: server.get("/admin/v1/status")[1]["evolution"]["registry"]["error"])
+        server.wait_until(lambda: server.metric("drafter_registry_up") == 0)
+        for method, path in (("GET", "/drafters"), ("GET", "/drafters/1"), ("POST", "/drafters/1/promote")):
+            code, _, reply = server.request(method, f"/admin/v1{path}", b"{}", {"content-type": "application/json"})
+            assert code == 503 and b'"code":"registry_unusable"' in reply and b"not a database" in reply, reply
+        body = b'{"folder": "/nowhere"}'
+        code, _, reply = server.request("POST", "/admin/v1/drafters/import", body, {"content-type": "application/json"})
+        assert code == 503 and b"not a database" in reply
+        assert server.chat(max_tokens=5)["choices"][0]["message"]["content"]
+        broken.write_bytes(whole)
+        server.wait_until(lambda: server.metric("drafter_registry_up") == 1)
+        assert "Traceback" not in "".join(server.log)
+    finally:
+        server.stop()
+
+
+def test_a_damaged_registry_keeps_no_server_from_starting(tmp_path: Path, start_server: Callable[..., Any]) -> None:
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    (folder / DATABASE_FILE).write_bytes(b"rubbish" * 1000)
+    server = start_server("--registry", str(folder)).wait_until_ready()
+    try:
+        assert server.chat(max_tokens=5)["choices"][0]["message"]["content"]
+        status = server.wait_until(lambda: server.get("/admin/v1/status")[1]["evolution"])
+        assert str(folder) in status["registry"]["error"]
+        log = "".join(server.log)
+        assert "serving without it until it is mended" in log and "Traceback" not in log
+    finally:
+        server.stop()
