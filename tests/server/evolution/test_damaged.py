@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from slipstream.drafter import warm
 from slipstream.drafter.registry.fingerprint import served_fingerprint
 from slipstream.drafter.registry.registry import DATABASE_FILE, Registry
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ModelError
+from slipstream.server.evolution.config import EvolutionConfig
+from slipstream.server.launch import with_live_drafter
 
 
 def test_a_damaged_live_version_is_passed_over(tmp_path: Path, start_server: Callable[..., Any]) -> None:
@@ -53,16 +60,27 @@ def test_a_damaged_live_version_is_passed_over(tmp_path: Path, start_server: Cal
         server.stop()
 
 
-def test_a_damaged_registry_keeps_no_server_from_starting(tmp_path: Path, start_server: Callable[..., Any]) -> None:
-    folder = tmp_path / "registry"
-    folder.mkdir()
-    (folder / DATABASE_FILE).write_bytes(b"rubbish" * 1000)
-    server = start_server("--registry", str(folder)).wait_until_ready()
-    try:
-        assert server.chat(max_tokens=5)["choices"][0]["message"]["content"]
-        status = server.wait_until(lambda: server.get("/admin/v1/status")[1]["evolution"])
-        assert str(folder) in status["registry"]["error"]
-        log = "".join(server.log)
-        assert "serving without it until it is mended" in log and "Traceback" not in log
-    finally:
-        server.stop()
+def test_a_damaged_registry_keeps_no_server_from_starting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for damage in ("rubbish", "a folder", "newer", "a file for the versions"):
+        folder = tmp_path / damage
+        registry = Registry(folder)
+        database = folder / DATABASE_FILE
+        if damage == "rubbish":
+            database.write_bytes(b"rubbish" * 1000)
+        elif damage == "a folder":
+            database.unlink()
+            database.mkdir()
+        elif damage == "newer":
+            with contextlib.closing(sqlite3.connect(database)) as connection:
+                connection.execute("PRAGMA user_version = 99")
+        else:
+            (folder / "versions").rmdir()
+            (folder / "versions").touch()
+        for drafter, expected in ((None, "cold"), ("warm", "warm")):
+            caplog.clear()
+            started = with_live_drafter(EngineConfig(drafter=drafter), EvolutionConfig(registry=str(registry.folder)))
+            assert started.drafter == expected
+            assert "serving without it until it is mended" in caplog.text and str(folder) in caplog.text
+    (tmp_path / "a file").touch()
+    with pytest.raises(ModelError, match="cannot create a drafter registry"):  # nothing is damaged: the option is wrong
+        with_live_drafter(EngineConfig(), EvolutionConfig(registry=str(tmp_path / "a file")))
