@@ -153,16 +153,21 @@ def reference() -> Callable[..., str]:
     return render
 
 
+FIELDS = {"tools", "documents", "add_generation_prompt", "continue_final_message"}
+
+
 def assert_equal(reference: Callable[..., str], template: str, messages: list[dict[str, Any]], **options: Any) -> None:
+    ours = {name: value for name, value in options.items() if name in FIELDS}
+    ours["variables"] = {name: value for name, value in options.items() if name not in FIELDS}
     try:
         expected = reference(template, messages, **options)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         with pytest.raises(TemplateError) as caught:
-            ChatTemplate(template, SPECIAL).render(messages, **options)
+            ChatTemplate(template, SPECIAL).render(messages, **ours)
         if isinstance(error, jinja2.TemplateError) and "continue_final" not in str(caught.value):
             assert str(error) in str(caught.value)
     else:
-        assert ChatTemplate(template, SPECIAL).render(messages, **options) == expected
+        assert ChatTemplate(template, SPECIAL).render(messages, **ours) == expected
 
 
 TOOL = {
