@@ -39,37 +39,37 @@ QUICK = {"streams": 3, "long_tokens": 300, "rounds": 2, "window": 0.15}
 
 
 async def test_a_stall_is_seen_in_the_window_of_the_long_prompt_only(serve):
-    async with serve(pace=0.005, prefill=0.001, stalls=True) as server, connect(server.url) as target:
+    async with serve(pace=0.005, prefill=0.003, stalls=True) as server, connect(server.url) as target:
         result = await stall(target, None, StallOptions(**QUICK))
     assert result["long_tokens"] >= 300
-    assert result["p99_itl_without_ms"] < 250
-    assert result["max_itl_with_ms"] > 290
-    assert result["p99_itl_with_ms"] > 250
+    assert result["p99_itl_without_ms"] <= 150, "longer than the window"
+    assert result["max_itl_with_ms"] > 890
+    assert result["p99_itl_with_ms"] > 800
     assert result["p99_itl_ratio"]["min"] > 3
-    assert result["long_ttft_ms"] > 300
+    assert result["long_ttft_ms"] > 900
     assert len(result["rounds"]) == 2
     assert server.running == 0
     assert server.disconnects == 6
 
 
 async def test_no_stall_is_seen_where_there_is_none(serve):
-    async with serve(pace=0.005, prefill=0.001) as server, connect(server.url) as target:
+    async with serve(pace=0.005, prefill=0.003) as server, connect(server.url) as target:
         result = await stall(target, None, StallOptions(**QUICK))
-    assert result["p99_itl_with_ms"] < 250
-    assert result["long_ttft_ms"] > 300
+    assert result["long_ttft_ms"] > 900
+    assert result["p99_itl_with_ms"] < 0.8 * result["long_ttft_ms"]
 
 
 async def test_both_servers_of_a_stall_get_the_same_prompts(serve):
     async with (
-        serve(pace=0.005, prefill=0.001) as chunked,
-        serve(pace=0.005, prefill=0.0005, stalls=True) as whole,
+        serve(pace=0.005, prefill=0.004) as chunked,
+        serve(pace=0.005, prefill=0.002, stalls=True) as whole,
         connect(chunked.url) as target,
         connect(whole.url) as other,
     ):
         result = await stall(target, other, StallOptions(**QUICK))
     texts = [sorted(str(body.get("messages")) for body in server.bodies) for server in (chunked, whole)]
     assert texts[0] == texts[1]
-    assert result["long_ttft_ratio"]["median"] == pytest.approx(2, rel=0.25)
+    assert 1.2 < result["long_ttft_ratio"]["median"] < 3
     assert len(result["whole_rounds"]) == 2
     console = Console(record=True, width=100)
     print_stall(result, console)
@@ -84,13 +84,12 @@ async def test_streams_that_end_too_early_are_an_error(serve, monkeypatch):
 
 
 async def test_prefix_sends_each_prompt_twice(serve):
-    async with serve(prefill=0.0005, cache=True) as server, connect(server.url) as target:
+    async with serve(prefill=0.002, cache=True) as server, connect(server.url) as target:
         result = await prefix(target, PrefixOptions(prefix_tokens=200, rounds=3))
     prompts = [body["messages"][0]["content"] for body in server.bodies[1:]]
     assert prompts[0::2] == prompts[1::2]
     assert len(set(prompts)) == 3
-    assert result["first_ttft_ms"] > 100
-    assert result["second_ttft_ms"] < 100
+    assert result["first_ttft_ms"] > 400
     assert result["ratio"]["min"] > 2
     console = Console(record=True)
     print_prefix(result, console)

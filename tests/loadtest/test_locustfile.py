@@ -8,15 +8,19 @@ import pytest
 pytestmark = pytest.mark.usefixtures("sharegpt")
 
 
-async def locust(url, *arguments):
-    """Run three users for three seconds; the exit status and the statistics by name."""
+async def locust(server, enough, *arguments):
+    """Run three users until the server had so many requests; the exit status and the statistics by name."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "locust", "-f", find_spec("slipstream.loadtest.locustfile").origin),
-        *("--host", url, "--headless", "-u", "3", "-r", "3", "-t", "3s", "-s", "2", "--json", *arguments),
+        *("--host", server.url, "--headless", "-u", "3", "-r", "3", "-t", "300s", "-s", "60", "--json", *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate(), 300)
+    done = asyncio.create_task(process.communicate())
+    while len(server.bodies) < enough and not done.done():
+        await asyncio.sleep(0.01)
+    process.terminate()
+    out, err = await asyncio.wait_for(done, 300)
     assert b"Traceback" not in err, err.decode()
     out = out.replace(b"[]", b"")  # of worker processes, whose line breaks may come later
     return process.returncode, {row["name"]: row for row in json.loads(out)}
@@ -28,10 +32,10 @@ def mean(row):
 
 async def test_users_stream_answers_and_report_token_latencies(serve):
     async with serve(ttft=0.05, pace=0.02) as server:
-        status, rows = await locust(server.url, "--output-tokens", "6", "--model", "scripted")
+        status, rows = await locust(server, 12, "--output-tokens", "6", "--model", "scripted")
     assert status == 0
     posts, first, gaps = (rows[name] for name in ("/v1/chat/completions", "time to first token", "inter-token latency"))
-    assert posts["num_requests"] == first["num_requests"] >= 3
+    assert posts["num_requests"] == first["num_requests"] >= 12
     assert posts["num_failures"] == 0
     assert gaps["num_requests"] == 5 * first["num_requests"]
     # Sleeps of the server are never shorter than asked for; the machine may make them longer.
@@ -43,7 +47,7 @@ async def test_users_stream_answers_and_report_token_latencies(serve):
 
 async def test_worker_processes_draw_different_prompts(serve):
     async with serve(pace=0.1) as server:
-        status, rows = await locust(server.url, "--processes", "2", "--output-tokens", "3")
+        status, rows = await locust(server, 12, "--processes", "2", "--output-tokens", "3")
     assert status == 0
     assert rows["/v1/chat/completions"]["num_failures"] == 0
     prompts = [body["messages"][0]["content"] for body in server.bodies]
@@ -54,7 +58,7 @@ async def test_broken_streams_are_failures(serve):
     faults = ("error", "mid-error", "break", "no-finish")
     async with serve() as server:
         server.on_request = lambda: setattr(server, "fault", faults[len(server.bodies) % 4])
-        status, rows = await locust(server.url, "--output-tokens", "3")
+        status, rows = await locust(server, 12, "--output-tokens", "3")
     assert status == 1
     posts = rows["/v1/chat/completions"]
     assert posts["num_failures"] == posts["num_requests"] >= 8

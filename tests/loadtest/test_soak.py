@@ -25,7 +25,7 @@ async def test_a_sound_server_passes_and_every_request_has_one_end(serve):
     cut = result["cut_before_first_token"] + result["cut_mid_stream"]
     assert result["finished"] + cut == 60
     assert result["cut_before_first_token"] > 0 and result["cut_mid_stream"] > 0
-    assert server.disconnects >= cut * 0.8  # some cuts fall on the last byte of the answer
+    assert 0 < server.disconnects <= cut  # some cuts fall on the last byte of the answer
     assert result["finish_reasons"] == {"length": result["finished"]}
     assert result["memory"] is None
     console = Console(record=True, width=100)

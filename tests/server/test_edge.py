@@ -116,7 +116,7 @@ def test_text_that_is_not_utf8(server: Any) -> None:
     ],
 )
 def test_how_a_body_may_come(server: Any, head: bytes, body: bytes, status: int) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=300) as connection:
         start = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         connection.sendall(start + head + b"\r\n\r\n" + body)
         received = b""

@@ -16,10 +16,22 @@ from slipstream.server.errors import ApiError
 
 
 @pytest.fixture
-async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
-    """Where a server listens that reads bodies, with 0.2 s for the head and for the body."""
+def quick_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No head comes in time."""
     monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
+
+
+@pytest.fixture
+def quick_body(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.2)
+
+
+@pytest.fixture
+async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
+    """Where a server listens that reads bodies; it waits for what ``quick_head`` and ``quick_body`` do not shorten."""
+    for module, name in ((protocol, "HEAD_TIMEOUT_S"), (body, "BODY_TIMEOUT_S")):
+        if getattr(module, name) > 0.2:
+            monkeypatch.setattr(module, name, 300)
     app = FastAPI()
 
     @app.post("/")
@@ -39,14 +51,14 @@ async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
 
 
 async def say(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
-    """Everything the server answers until it closes the connection, or stays silent for a second."""
+    """Everything the server answers until it closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         for part in parts:
             writer.write(part)
             await asyncio.sleep(pause)
         received = b""
-        while chunk := await asyncio.wait_for(reader.read(65536), 1):
+        while chunk := await asyncio.wait_for(reader.read(65536), 300):
             received += chunk
         return received
     finally:
@@ -58,17 +70,17 @@ def answer(received: bytes) -> Any:
     return json.loads(received.partition(b"\r\n\r\n")[2])
 
 
-async def test_a_slow_head_is_refused(port: int) -> None:
+async def test_a_slow_head_is_refused(quick_head: None, port: int) -> None:
     received = await say(port, b"POST / HTTP/1.1\r\nHost: ")
     assert received.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
     assert answer(received)["error"]["code"] == "request_too_slow"
 
 
-async def test_a_connection_without_a_request_is_closed_silently(port: int) -> None:
+async def test_a_connection_without_a_request_is_closed_silently(quick_head: None, port: int) -> None:
     assert await say(port) == b""
 
 
-async def test_a_slow_body_is_refused(port: int) -> None:
+async def test_a_slow_body_is_refused(quick_body: None, port: int) -> None:
     head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 50\r\n\r\n"
     assert answer(await say(port, head, b"abc", pause=0.15)) == {"status": 408}
 

@@ -85,7 +85,7 @@ class Page:
         self._replies[number] = future = asyncio.get_running_loop().create_future()
         message = {"id": number, "method": method, "params": parameters}
         await self._socket.send_json(message | ({"sessionId": self._session} if self._session else {}))
-        reply = await asyncio.wait_for(future, 30)
+        reply = await asyncio.wait_for(future, 300)
         assert "error" not in reply, reply
         return reply["result"]
 
