@@ -1,18 +1,31 @@
-"""The step loop: schedule, execute, commit."""
+"""The step loop: schedule, execute, commit; and what becomes of a step that fails."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Protocol
 
 from slipstream.engine.messages import DrafterStats, EngineStats, TokenDelta, TrafficStats
 from slipstream.engine.plan import StepPlan, StepResult
 from slipstream.engine.scheduler import Scheduler
 
+log = logging.getLogger(__name__)
+
 Deliver = Callable[[list[TokenDelta], EngineStats], None]
-Execute = Callable[[StepPlan], StepResult]
+MOST_FAILURES = 3
+"""Steps that may fail one after the other: beyond that it is not the requests, and the engine ends."""
+
+
+class Runner(Protocol):
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Runs a step."""
+
+    def reset(self) -> None:
+        """Forgets all rows after a step has failed; raises if nothing can run any more."""
 
 
 class EngineCore:
@@ -20,23 +33,27 @@ class EngineCore:
 
     Both give every request the same tokens. The pipelined loop plans the next step while the device runs this one and
     delivers results while it runs the next; a request that ends unexpectedly costs it one unused row.
+
+    What goes wrong with one request is told in the step's result. If the step itself raises, nobody knows what it has
+    left behind, in the cache and in the tables: its requests end with an error, and everybody else starts over from
+    the known tokens, with an empty cache.
     """
 
     def __init__(
         self,
         scheduler: Scheduler,
-        execute: Execute,
+        runner: Runner,
         deliver: Deliver,
         pipeline: bool,
         drafters: Sequence[DrafterStats] = (),
     ) -> None:
         """``drafters`` are the counters as they stand before the first step."""
         self.scheduler = scheduler
-        self._execute = execute
+        self._runner = runner
         self._deliver = deliver
         self._device: ThreadPoolExecutor | None = None
         self._running: tuple[StepPlan, Future[StepResult]] | None = None
-        self._steps = 0
+        self._steps = self._failures = 0
         self._model_seconds = self._device_cpu_seconds = 0.0
         self._drafters = list(drafters)
         self.traffic: Callable[[], TrafficStats] = TrafficStats
@@ -68,7 +85,7 @@ class EngineCore:
         """Waits for the step under way and commits it, so that nothing is in flight."""
         if self._running is not None:
             (current, future), self._running = self._running, None
-            self._commit(current, future.result())
+            self._land(current, future.result)
 
     def close(self) -> None:
         if self._device is not None:
@@ -79,22 +96,45 @@ class EngineCore:
         if plan is None:
             self._tell(self.scheduler.take_ended())
             return
+        self._land(plan, lambda: self._run(plan))
+
+    def _run(self, plan: StepPlan) -> StepResult:
         cpu_began = time.thread_time()
-        result = self._execute(plan)
-        # This thread's own time counts from _began on; what the device did is not overhead.
-        self._began += time.thread_time() - cpu_began
-        self._commit(plan, result)
+        try:
+            return self._runner.execute(plan)
+        finally:
+            # This thread's own time counts from _began on; what the device did is not overhead.
+            self._began += time.thread_time() - cpu_began
 
     def _step_ahead(self) -> None:
         assert self._device is not None
         plan = self.scheduler.schedule()
-        following = (plan, self._device.submit(self._execute, plan)) if plan is not None else None
-        if self._running is not None:
-            current, future = self._running
-            self._commit(current, future.result())
+        before = self._running
+        self._running = (plan, self._device.submit(self._runner.execute, plan)) if plan is not None else None
+        if before is not None:
+            self._land(before[0], before[1].result)
         elif plan is None:
             self._tell(self.scheduler.take_ended())
-        self._running = following
+
+    def _land(self, plan: StepPlan, result: Callable[[], StepResult]) -> None:
+        try:
+            found = result()
+        except Exception as error:
+            self._fail(plan, error)
+        else:
+            self._failures = 0
+            self._commit(plan, found)
+
+    def _fail(self, plan: StepPlan, error: Exception) -> None:
+        self._failures += 1
+        if self._failures == MOST_FAILURES:
+            raise error
+        log.error("a step over %d requests failed: they end with an error", len(plan.slots), exc_info=error)
+        if self._running is not None:  # it was planned on what this step should have left
+            wait([self._running[1]])
+            self._running = None
+        self._runner.reset()
+        self._tell(self.scheduler.fail(f"the step that computed the request failed: {type(error).__name__}: {error}"))
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         self._steps += 1

@@ -81,7 +81,7 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     """By row index: of the prompt tokens that follow the positions computed in this step."""
     errors: dict[int, str]
-    """By row index: rows whose logits were not finite."""
+    """By row index: rows for which no token could be drawn, or whose log-probabilities could not be told."""
     seconds: float
     """Wall time of the step."""
     draft_seconds: float = 0.0

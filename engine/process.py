@@ -38,9 +38,11 @@ from slipstream.engine.messages import (
 from slipstream.engine.models.loader import LoadedModel, load_model
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.scheduler import Scheduler
+from slipstream.engine.speculation.guarded_listener import GuardedListener
 from slipstream.engine.speculation.protocol import Drafter, Listener
 from slipstream.engine.speculation.speculator import Speculator
 from slipstream.engine.step_cost import StepCost, StepWork
+from slipstream.engine.validation import problem
 from slipstream.engine.wire import EngineChannel
 
 MakeDrafters = Callable[[EngineConfig], Sequence[Drafter]]
@@ -73,6 +75,7 @@ class Engine:
                 "--pipeline on plans a step before it knows which guesses of the one before were right: "
                 "use it with --speculation off"
             )
+        listeners = [GuardedListener(listener) for listener in listeners]
         loaded = load_model(config)
         self.loaded: LoadedModel = loaded
         self.config = config
@@ -92,7 +95,7 @@ class Engine:
             config.pipeline == "auto" and self.runner.cache.data.is_cuda and not drafters
         )
         drafter_stats = self.runner.speculator.stats
-        self.core = EngineCore(self.scheduler, self.runner.execute, deliver, pipeline, drafter_stats)
+        self.core = EngineCore(self.scheduler, self.runner, deliver, pipeline, drafter_stats)
         self.background = Background()
         self.listeners = self.scheduler.listeners = listeners
         if listeners:
@@ -114,6 +117,14 @@ class Engine:
             load_seconds=loaded.seconds,
             drafters=tuple(self.runner.speculator.names),
         )
+
+    def submit(self, request: NewRequest) -> None:
+        """Takes a request, or ends it with an error if it asks for what the model cannot do."""
+        wrong = problem(request, self.loaded.model.shape.vocab_size, self.loaded.max_model_len)
+        if wrong is None:
+            self.scheduler.add(request)
+        else:
+            self.scheduler.refuse(request, wrong)
 
     def operate(self, operation: str, arguments: dict[str, Any]) -> Any:
         """Runs a control operation by name; raises SlipstreamError for what cannot be done.
@@ -264,7 +275,7 @@ class _Process:
     def _take(self, engine: Engine, message: NewRequest | AbortRequests | Call) -> None:
         match message:
             case NewRequest():
-                engine.scheduler.add(message)
+                engine.submit(message)
             case AbortRequests():
                 engine.scheduler.abort(message.request_ids, message.stopped)
             case Call():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slipstream.engine.kv.pool import BlockHash
-from slipstream.engine.messages import NewRequest, TokenLogprobs
+from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
 
 
 class Request:
@@ -79,3 +79,37 @@ class Request:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    def delta(
+        self,
+        target_version: int,
+        tokens: list[int],
+        finish: FinishReason | None,
+        stop_token: int | None = None,
+        logprobs: list[TokenLogprobs] | None = None,
+        error: str | None = None,
+        num_drafted: int = 0,
+        num_accepted: int = 0,
+        proposal: tuple[int, bool] = (0, False),
+    ) -> TokenDelta:
+        """What there is to tell; the first one tells how the request began, and so does the last."""
+        first = not self.told_first
+        self.told_first = True
+        wants_prompt = first and self.message.params.prompt_logprobs is not None
+        return TokenDelta(
+            request_id=self.request_id,
+            tokens=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs if wants_prompt else None,
+            finish_reason=finish,
+            stop_token=stop_token,
+            error=error,
+            num_cached_tokens=self.num_cached if first or finish else 0,
+            scheduled_at=self.scheduled_at if first or finish else 0.0,
+            num_preemptions=self.num_preemptions if finish else 0,
+            num_drafted=num_drafted,
+            num_accepted=num_accepted,
+            target_version=target_version,
+            drafter_version=proposal[0],
+            first_right=proposal[1],
+        )

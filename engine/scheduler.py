@@ -17,7 +17,7 @@ from typing import Any
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.kv import prefix
 from slipstream.engine.kv.manager import Admission, KVManager, Wait
-from slipstream.engine.messages import EngineStats, FinishReason, NewRequest, TokenDelta, TokenLogprobs
+from slipstream.engine.messages import EngineStats, FinishReason, NewRequest, TokenDelta
 from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.plan_builder import PlanBuilder
 from slipstream.engine.request import Request
@@ -85,7 +85,11 @@ class Scheduler:
         for request_id in request_ids:
             if request := self._requests.get(request_id):
                 self._end(request, "stop" if stopped else "abort")
-                self._ended.append(self._delta(request, [], "abort"))
+                self._ended.append(request.delta(self.target_version, [], "abort"))
+
+    def refuse(self, message: NewRequest, error: str) -> None:
+        """Ends a request with an error before it begins."""
+        self._ended.append(TokenDelta(request_id=message.request_id, tokens=[], finish_reason="error", error=error))
 
     @property
     def has_work(self) -> bool:
@@ -130,10 +134,30 @@ class Scheduler:
                 request.prompt_logprobs += result.prompt_logprobs[row]
             if row in result.errors:
                 self._end(request, "error")
-                deltas.append(self._delta(request, [], "error", error=result.errors[row]))
+                deltas.append(request.delta(self.target_version, [], "error", error=result.errors[row]))
             elif plan.samples[row]:
                 self._guesses.take_back(request, row, plan, result)
                 deltas.append(self._take_tokens(request, row, plan, result))
+        return deltas
+
+    def fail(self, error: str) -> list[TokenDelta]:
+        """The oldest planned step failed, and the runner has forgotten all rows: nothing that was computed counts.
+
+        The requests of that step end; the others go back to the queue. Returns what they have to tell.
+        """
+        _, failed, _ = self._under_way.popleft()
+        self._under_way.clear()
+        for request in list(self._running):
+            self._preempt(request, None)
+        for request in self._requests.values():
+            request.in_flight = 0
+        deltas = self.take_ended()
+        for request in failed:
+            if not request.finished:
+                self._end(request, "error")
+                deltas.append(request.delta(self.target_version, [], "error", error=error))
+        self._ended_slots.clear()
+        self.kv.reset()
         return deltas
 
     def take_ended(self) -> list[TokenDelta]:
@@ -308,7 +332,7 @@ class Scheduler:
         params = request.message.params
         if params.max_tokens == 0:
             self._end(request, "length")
-            return self._delta(request, [], "length")
+            return request.delta(self.target_version, [], "length")
         finish: FinishReason | None = None
         stop_token = None
         taken = 0
@@ -326,8 +350,8 @@ class Scheduler:
             if request.slot >= 0:
                 self.kv.publish(request)
         self._generation_tokens += taken
-        return self._delta(
-            request,
+        return request.delta(
+            self.target_version,
             drawn[:taken],
             finish,
             stop_token,
@@ -335,39 +359,6 @@ class Scheduler:
             num_drafted=plan.drafts[row],
             num_accepted=min(taken, len(drawn) - 1),
             proposal=proposal,
-        )
-
-    def _delta(
-        self,
-        request: Request,
-        tokens: list[int],
-        finish: FinishReason | None,
-        stop_token: int | None = None,
-        logprobs: list[TokenLogprobs] | None = None,
-        error: str | None = None,
-        num_drafted: int = 0,
-        num_accepted: int = 0,
-        proposal: tuple[int, bool] = (0, False),
-    ) -> TokenDelta:
-        first = not request.told_first
-        request.told_first = True
-        wants_prompt = first and request.message.params.prompt_logprobs is not None
-        return TokenDelta(
-            request_id=request.request_id,
-            tokens=tokens,
-            logprobs=logprobs,
-            prompt_logprobs=request.prompt_logprobs if wants_prompt else None,
-            finish_reason=finish,
-            stop_token=stop_token,
-            error=error,
-            num_cached_tokens=request.num_cached if first or finish else 0,
-            scheduled_at=request.scheduled_at if first or finish else 0.0,
-            num_preemptions=request.num_preemptions if finish else 0,
-            num_drafted=num_drafted,
-            num_accepted=num_accepted,
-            target_version=self.target_version,
-            drafter_version=proposal[0],
-            first_right=proposal[1],
         )
 
     def _end(self, request: Request, reason: FinishReason) -> None:

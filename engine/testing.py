@@ -67,7 +67,7 @@ class LocalEngine:
         completion = Completion(len(self.completions) + 1)
         self.completions[completion.request_id] = completion
         request = NewRequest(request_id=completion.request_id, prompt=list(prompt), params=params, **fields)  # type: ignore[arg-type]
-        self.engine.scheduler.add(request)
+        self.engine.submit(request)
         return completion
 
     def step(self) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from slipstream.kernels.native.library import load
 
 NEVER = float("-inf")
+COLDEST = torch.finfo(torch.float32).tiny
+"""Lower temperatures count as this one, which leaves the largest logit and its equals: their inverse is not a float."""
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -49,10 +51,12 @@ def argmax_with_probability_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
 def distribution(logits: Tensor, temperature: Tensor, top_k: Tensor, min_p: Tensor, top_p: Tensor) -> Tensor:
     """Weights proportional to the probability of drawing each token; may overwrite logits [rows, vocab] float32.
 
-    In this order: divide by temperature (> 0), keep the top_k largest (0: all), drop what is less likely than min_p
-    times the most likely, keep the smallest set with mass top_p of what is left (Holtzman et al. 2020; 1: all).
-    Tokens as likely as the last one kept stay with it. The parameters are [rows]; top_k int32, the others float32.
+    In this order: divide by temperature (from 0 to COLDEST all the same), keep the top_k largest (0: all), drop what is
+    less likely than min_p times the most likely, keep the smallest set with mass top_p of what is left (Holtzman et al.
+    2020; 1: all). Tokens as likely as the last one kept stay with it. The parameters are [rows]: top_k int32, the rest
+    float32.
     """
+    temperature = temperature.clamp(min=COLDEST)
     library = _native(logits)
     if library is None:
         return distribution_reference(logits, temperature, top_k, min_p, top_p)

@@ -73,6 +73,7 @@ class Service:
                 group.create_task(self._start_engine())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
+        self.text.warn(self.engine.ready.vocab_size)
         self.metrics.attach(self.engine, lambda: self.ready()[0] == 200)
         self._observing = asyncio.create_task(self._observe())
         if self.evolution is not None:

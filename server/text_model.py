@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.validation import RANGES
 from slipstream.server.config import ServerConfig
 from slipstream.server.text import ChatTemplate, TemplateError, Tokenizer, TurnEnds, load_tokenizer
 
@@ -20,6 +21,8 @@ INLINE_CHARS = 2048
 """Text up to this long is encoded on the event loop: it takes half a millisecond, a thread 60 µs and a turn in the
 queue for the processor."""
 WORKERS = 2
+NAMED_TOKENS = 3
+"""How many of the tokens that a model lacks the log names."""
 
 Result = TypeVar("Result")
 
@@ -35,6 +38,24 @@ class TextModel:
     longest_token: int
     """Bytes of the longest token: a lower bound for the length of a prompt before it is encoded."""
     _workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(WORKERS, "text"))
+
+    def warn(self, vocab_size: int) -> None:
+        """Says in the log what a model with so many tokens does not have."""
+        tokenizer = self.tokenizer
+        ends = dict.fromkeys([*tokenizer.eos_token_ids, *self.turn_ends.token_ids])
+        if lacking := [str(end) for end in ends if not 0 <= end < vocab_size]:
+            logger.warning(
+                "the model's files end a text with %s, but it has the tokens 0 to %d only: ignored",
+                ", ".join(lacking),
+                vocab_size - 1,
+            )
+        if tokenizer.vocab_size > vocab_size:
+            first = range(vocab_size, min(vocab_size + NAMED_TOKENS, tokenizer.vocab_size))
+            logger.warning(
+                "the tokenizer has %d tokens more than the model (%s …): prompts that have them are refused",
+                tokenizer.vocab_size - vocab_size,
+                ", ".join(repr(tokenizer.token_name(token)) for token in first),
+            )
 
     async def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         if sum(map(len, texts)) <= INLINE_CHARS:
@@ -94,6 +115,22 @@ def load_template(tokenizer: Tokenizer, path: str | None) -> ChatTemplate | None
 
 
 def sampling_defaults(model: str) -> dict[str, float]:
+    """What the generation configuration recommends, as far as it could also be asked for."""
     found = open_checkpoint(model).generation_config
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: found[name] for name in names if isinstance(found.get(name), int | float)}
+    defaults: dict[str, float] = {}
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        value = found.get(name)
+        low, high = RANGES[name]
+        if name == "top_k" and value == -1:
+            value = 0  # another way to say that all tokens stay
+        if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
+            defaults[name] = value
+        elif value is not None:
+            logger.warning(
+                "the model's generation configuration has %s %.40r, which is not from %g to %g: ignored",
+                name,
+                value,
+                low,
+                high,
+            )
+    return defaults

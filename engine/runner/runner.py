@@ -7,7 +7,7 @@ name a token that the step before it has yet to draw.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,15 @@ from torch import Tensor
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.plan import StepPlan, StepResult
-from slipstream.engine.runner.sampler import Sampled, SamplingRow, most_likely, sample, token_logprobs
+from slipstream.engine.runner.sampler import (
+    Sampled,
+    SamplingRow,
+    failure,
+    most_likely,
+    sample,
+    sample_apart,
+    token_logprobs,
+)
 from slipstream.engine.runner.trees import BranchSegments, PlacedTree
 from slipstream.engine.speculation.protocol import DraftHost
 from slipstream.engine.speculation.scratch import Scratch
@@ -79,13 +87,12 @@ class ModelRunner:
             logits = self.model.logits(hidden, last)
             if count := self.speculator.top_k(plan.slots[row] for row in drawing):
                 top = most_likely(logits, count)
-            drawn = sample(logits, rows)
-        prompt_logprobs = self._prompt_logprobs(plan, batch, hidden)
+            drawn = self._draw(logits, rows, hidden, last)
+        prompt_logprobs, errors = self._prompt_logprobs(plan, batch, hidden)
         model_cpu, model_seconds = time.thread_time() - model_cpu_began, time.perf_counter() - model_began
 
         tokens: list[list[int]] = [[] for _ in plan.slots]
         logprobs: dict[int, list[TokenLogprobs]] = {}
-        errors: dict[int, str] = {}
         paths: dict[int, list[int]] = {}
         proposals: dict[int, tuple[int, bool]] = {}
         at = 0
@@ -93,19 +100,21 @@ class ModelRunner:
             drafted = plan.drafts[row]
             path = paths[row] = trees[row].tree.right(drawn.tokens[at : at + drafted + 1]) if drafted else []
             places = [at, *(at + 1 + node for node in path)]
+            at += drafted + 1
+            if wrong := [drawn.errors[place] for place in places if place in drawn.errors]:
+                errors.setdefault(row, wrong[0])
+            if row in errors:
+                continue
             tokens[row] = [drawn.tokens[place] for place in places]
             if proposal := self._accept(plan.slots[row], drafted, tokens[row]):
                 proposals[row] = proposal
-            if wrong := [drawn.errors[place] for place in places if place in drawn.errors]:
-                errors[row] = wrong[0]
-            if at in drawn.logprobs:
+            if places[0] in drawn.logprobs:
                 logprobs[row] = [drawn.logprobs[place] for place in places]
-            at += drafted + 1
         self._leave_branches(trees, paths)
         if self.speculator.watches:
             self.speculator.observe(self._computed(plan, batch, trees, paths, top))
         seconds = time.perf_counter() - began
-        offers = self._propose(plan)
+        offers = self._propose(plan, errors)
         return StepResult(
             tokens=tokens,
             offers=offers,
@@ -142,6 +151,13 @@ class ModelRunner:
         hidden = self.model.forward(batch, self.cache)
         self.model.logits(hidden, batch.q_start[1:] - 1).argmax(-1).tolist()
         return time.perf_counter() - began
+
+    def reset(self) -> None:
+        """Forgets all rows: a step failed, and nobody knows what it left. Raises where the device is lost too."""
+        self._rows = [None] * len(self._rows)
+        self.speculator.reset()
+        if self.cache.data.is_cuda:
+            torch.cuda.synchronize()
 
     def _enter(self, plan: StepPlan) -> None:
         """Brings the tables to the state the plan was made for."""
@@ -218,9 +234,9 @@ class ModelRunner:
                 at += plan.drafts[row] + 1
             yield slot, plan.starts[row], computed, row_top
 
-    def _propose(self, plan: StepPlan) -> list[tuple[float, ...]]:
+    def _propose(self, plan: StepPlan, errors: Container[int]) -> list[tuple[float, ...]]:
         offers: list[tuple[float, ...]] = [()] * len(plan.slots)
-        asked = [row for row, most in enumerate(plan.wanted) if most]
+        asked = [row for row, most in enumerate(plan.wanted) if most and row not in errors]
         if asked:
             slots = [plan.slots[row] for row in asked]
             proposed = self.speculator.propose(
@@ -285,9 +301,20 @@ class ModelRunner:
         )
         return batch, placed
 
-    def _prompt_logprobs(self, plan: StepPlan, batch: RaggedBatch, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
-        """Of the prompt tokens that follow the positions of this step, for rows that ask for them."""
+    def _draw(self, logits: Tensor, rows: list[SamplingRow], hidden: Tensor, last: Int32) -> Sampled:
+        """One row that cannot be drawn costs the others nothing but the time for a second try."""
+        try:
+            return sample(logits, rows)
+        except Exception:
+            # Drawing overwrites logits. All rows at once, so that they have the same bits as before.
+            return sample_apart(self.model.logits(hidden, last), rows)
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, batch: RaggedBatch, hidden: Tensor
+    ) -> tuple[dict[int, list[TokenLogprobs]], dict[int, str]]:
+        """Of the prompt tokens that follow the positions of this step, for rows that ask for them; errors by row."""
         wanted: dict[int, list[TokenLogprobs]] = {}
+        errors: dict[int, str] = {}
         for row, slot in enumerate(plan.slots):
             entry = self._row(slot)
             count = entry.params.prompt_logprobs
@@ -296,8 +323,11 @@ class ModelRunner:
             start = plan.starts[row]
             end = min(start + plan.counts[row], entry.num_prompt - 1)
             if start < end:
-                wanted[row] = self._following(slot, start, end, int(batch.q_start[row]), hidden, count)
-        return wanted
+                try:
+                    wanted[row] = self._following(slot, start, end, int(batch.q_start[row]), hidden, count)
+                except Exception as error:
+                    errors[row] = failure(error)
+        return wanted, errors
 
     def _following(
         self, slot: int, start: int, end: int, offset: int, hidden: Tensor, count: int

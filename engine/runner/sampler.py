@@ -16,6 +16,8 @@ from slipstream.kernels.random import uniform
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot carry."""
+NOT_FINITE = "the model returned logits that are not finite"
+NOTHING_ALLOWED = "the request's constraints leave no token to generate"
 
 
 @dataclass(slots=True)
@@ -59,15 +61,14 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     Randomness comes from each row's seed and the number of tokens drawn before, so the result of a row does not
     depend on the other rows.
     """
-    wants_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    raw = [i for i in wants_logprobs if rows[i].params.logprobs_mode == "raw"]
+    raw = [i for i, row in enumerate(rows) if row.params.logprobs is not None and row.params.logprobs_mode == "raw"]
     raw_logits = logits[raw] if raw else None
     for i, row in enumerate(rows):
         if not is_plain(row.params):
             process(logits, i, row)
 
     tokens: list[int] = sampling.argmax(logits).tolist()
-    errors = {i: "the model returned logits that are not finite" for i, token in enumerate(tokens) if token < 0}
+    errors = {i: _no_token(logits[i]) for i, token in enumerate(tokens) if token < 0}
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and i not in errors]
     probs: Tensor | None = None
     if drawn:
@@ -79,17 +80,39 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
             tokens[i] = token
     result = Sampled(tokens, errors=errors)
     if raw_logits is not None:
-        _report(result, raw, raw_logits.log_softmax(-1), rows)
-    if processed := [i for i in wants_logprobs if rows[i].params.logprobs_mode == "processed"]:
-        place = {i: at for at, i in enumerate(drawn)}
-        for i in processed:
+        for i, logprobs in zip(raw, raw_logits.log_softmax(-1), strict=True):
+            _report(result, i, logprobs, rows)
+    place = {i: at for at, i in enumerate(drawn)}
+    for i, row in enumerate(rows):
+        if row.params.logprobs is not None and row.params.logprobs_mode == "processed":
             if probs is not None and i in place:
                 row_probs = probs[place[i]]
                 logprobs = (row_probs / row_probs.sum()).log()
             else:
                 logprobs = logits[i].log_softmax(-1)
-            _report(result, [i], logprobs[None], rows)
+            _report(result, i, logprobs, rows)
     return result
+
+
+def sample_apart(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+    """As ``sample``, one row after the other: an exception is the error of the row that raised it."""
+    result = Sampled([])
+    for i, row in enumerate(rows):
+        try:
+            alone = sample(logits[i : i + 1], [row])
+        except Exception as error:
+            alone = Sampled([-1], errors={0: failure(error)})
+        result.tokens += alone.tokens
+        if 0 in alone.logprobs:
+            result.logprobs[i] = alone.logprobs[0]
+        if 0 in alone.errors:
+            result.errors[i] = alone.errors[0]
+    return result
+
+
+def failure(error: Exception) -> str:
+    """What the request is told that raised it."""
+    return f"the request could not be computed: {type(error).__name__}: {error}"
 
 
 def process(logits: Tensor, i: int, row: SamplingRow) -> None:
@@ -135,8 +158,13 @@ def distribution(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 
 def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Of one token and the ``count`` most likely ones, from logprobs [vocab]."""
+    """Of one token and the ``count`` most likely ones, from logprobs [vocab].
+
+    Raises ValueError if they are not numbers.
+    """
     value = logprobs[token]
+    if value.isnan():
+        raise ValueError(NOT_FINITE)
     rank = int((logprobs > value).sum()) + 1
     top: list[tuple[int, float]] = []
     if count:
@@ -152,6 +180,11 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best.indices.int(), (best.values - logits.logsumexp(-1, keepdim=True)).half()
 
 
-def _report(result: Sampled, indices: list[int], logprobs: Tensor, rows: Sequence[SamplingRow]) -> None:
-    for at, i in enumerate(indices):
-        result.logprobs[i] = token_logprobs(logprobs[at], result.tokens[i], rows[i].params.logprobs or 0)
+def _report(result: Sampled, i: int, logprobs: Tensor, rows: Sequence[SamplingRow]) -> None:
+    if i not in result.errors:
+        result.logprobs[i] = token_logprobs(logprobs, result.tokens[i], rows[i].params.logprobs or 0)
+
+
+def _no_token(logits: Tensor) -> str:
+    """Why none of these can be drawn."""
+    return NOTHING_ALLOWED if bool((logits == sampling.NEVER).all()) else NOT_FINITE

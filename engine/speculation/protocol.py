@@ -72,6 +72,18 @@ class Proposal:
         """Each guess follows the one before it, all equally well founded."""
         return cls(tokens, list(range(-1, len(tokens) - 1)), [evidence] * len(tokens), version)
 
+    def check(self, most: int, vocab_size: int, num_evidence: int) -> None:
+        """Raises ValueError where this is no tree of at most so many tokens of the vocabulary."""
+        count = len(self.tokens)
+        if count > most or len(self.parents) != count or len(self.evidence) != count:
+            raise ValueError(f"a proposal of {count} tokens, {most} were wanted at most")
+        if count and not 0 <= min(self.tokens) <= max(self.tokens) < vocab_size:
+            raise ValueError(f"a proposal with tokens outside the vocabulary of {vocab_size}: {self.tokens}")
+        if count and not 0 <= min(self.evidence) <= max(self.evidence) < num_evidence:
+            raise ValueError(f"a proposal with evidence outside 0 … {num_evidence - 1}: {self.evidence}")
+        if not all(-1 <= parent < node for node, parent in enumerate(self.parents)):
+            raise ValueError(f"a proposal in which a guess stands before its parent: {self.parents}")
+
 
 @dataclass(frozen=True, slots=True)
 class DraftHost:

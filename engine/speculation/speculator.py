@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.faults import Faults
 from slipstream.engine.messages import DrafterStats, VersionStats
 from slipstream.engine.plan import NewRow
 from slipstream.engine.speculation.acceptance import Acceptance, OwnAcceptance, chances
@@ -24,6 +27,7 @@ from slipstream.engine.speculation.protocol import (
 )
 from slipstream.engine.speculation.tree import Tree, affordable, depths, is_chain
 
+Answer = TypeVar("Answer")
 ENOUGH = 2.5
 """Right guesses to be expected with which no costly drafter is asked any more."""
 
@@ -68,7 +72,10 @@ class _Row:
 
 
 class Speculator:
-    """Holds one row per running request, like the runner; without drafters it does nothing."""
+    """Holds one row per running request, like the runner; without drafters it does nothing.
+
+    Drafting is optional: where a drafter fails, the request goes on without it.
+    """
 
     def __init__(self, drafters: Sequence[Drafter], most: int, listeners: Sequence[Listener] = ()) -> None:
         self.most = most if drafters else 0
@@ -83,12 +90,15 @@ class Speculator:
         self._rows: dict[int, _Row] = {}
         self._watching: list[Drafter] = []
         self._scratch_blocks, self._block_size = 0, 1
+        self._vocab_size = 2**31
+        self._faults = Faults()
         self._listeners = listeners
         self._listening: list[Listener] = []
 
     def attach(self, host: DraftHost) -> None:
         """Makes every drafter ready; raises ConfigError or ModelError if one does not fit the model."""
         self._scratch_blocks, self._block_size = host.scratch.count, host.block_size
+        self._vocab_size = host.model.shape.vocab_size
         tapped: tuple[int, ...] = ()
         for drafter in self._drafters.values():
             if taps := drafter.taps(host.model):
@@ -167,7 +177,7 @@ class Speculator:
         """(slot, first position, features, most likely tokens) of what a step computed, as far as it is right."""
         entries = [Computed(self._rows[slot].draft, start, features, top) for slot, start, features, top in computed]
         for drafter in self._watching:
-            drafter.observe([entry for entry in entries if drafter.name in entry.row.drafters])
+            self._show(drafter, [entry for entry in entries if drafter.name in entry.row.drafters])
         if self._listening and (kept := [entry for entry in entries if entry.row.traffic == "features"]):
             for listener in self._listening:
                 listener.observe(kept)
@@ -193,7 +203,14 @@ class Speculator:
         """The request in this row has ended."""
         row = self._rows.pop(slot)
         for drafter in self._drafters.values():
-            drafter.finish(row.draft)
+            try:
+                drafter.finish(row.draft)
+            except Exception:
+                self._faults.tell(f"the end of a request in drafter {drafter.name}", "it learned nothing from it")
+
+    def reset(self) -> None:
+        """Forgets all rows, none of which has ended well."""
+        self._rows.clear()
 
     def guesses(self, slot: int, count: int) -> Tree:
         """The first nodes of what is proposed for this row."""
@@ -268,7 +285,7 @@ class Speculator:
             ]
             if not asked:
                 continue
-            for i, proposal in zip(asked, drafter.propose([rows[i].draft for i in asked]), strict=True):
+            for i, proposal in zip(asked, self._ask(drafter, [rows[i].draft for i in asked]), strict=True):
                 if proposal is None or not proposal.tokens:
                     continue
                 guesses = self._weigh(rows[i], drafter.name, proposal)
@@ -277,6 +294,42 @@ class Speculator:
                     values[i], rows[i].best = value, guesses
         self._cut_branches(rows)
         return [tuple(row.best.chances) if row.best else () for row in rows]
+
+    def _show(self, drafter: Drafter, entries: Sequence[Computed]) -> None:
+        def show(places: Sequence[int]) -> Sequence[None]:
+            drafter.observe([entries[place] for place in places])
+            return [None] * len(places)
+
+        self._apart(drafter, [entry.row for entry in entries], show)
+
+    def _ask(self, drafter: Drafter, rows: Sequence[DraftRow]) -> list[Proposal | None]:
+        def ask(places: Sequence[int]) -> Sequence[Proposal | None]:
+            proposals = drafter.propose([rows[place] for place in places])
+            for place, proposal in zip(places, proposals, strict=True):
+                if proposal is not None:
+                    proposal.check(rows[place].most, self._vocab_size, drafter.num_evidence)
+            return proposals
+
+        return self._apart(drafter, rows, ask)
+
+    def _apart(
+        self, drafter: Drafter, rows: Sequence[DraftRow], call: Callable[[Sequence[int]], Sequence[Answer]]
+    ) -> list[Answer | None]:
+        """What ``call`` returns for all places in ``rows`` at once or, where it raises, for one after the other.
+
+        The row that raises then goes on without the drafter, for as long as its request runs.
+        """
+        with suppress(Exception):
+            return list(call(range(len(rows)))) if rows else []
+        found: list[Answer | None] = []
+        for place, row in enumerate(rows):
+            try:
+                found += call([place])
+            except Exception:
+                found.append(None)
+                row.drafters -= {drafter.name}
+                self._faults.tell(f"drafter {drafter.name}", "the request goes on without it")
+        return found
 
     def _weigh(self, row: _Row, drafter: str, proposal: Proposal) -> _Guesses:
         """A proposal with its chances, in their order, so that the first n guesses are the most promising tree of n."""

@@ -94,6 +94,20 @@ inline void score_rows(QueryTile<D>& t, int row, const typename D::elem* const* 
   }
 }
 
+// Copies a tile of values with zeros in place of the tokens from `count` on, which are somebody else's or nobody's: their
+// weight is 0, and 0 times what they left there is 0 only if that is finite.
+template <class D>
+inline void copy_first_values(const typename D::elem* tile, int count, int head_dim, typename D::elem* out) {
+  constexpr int kPair = D::kPair, kPairElems = 16 * kPair;
+  const int begun = count / kPair, whole = (count + kPair - 1) / kPair;
+  std::memcpy(out, tile, sizeof(typename D::elem) * head_dim * 16);
+  for (typename D::elem* panel = out; panel < out + head_dim * 16; panel += 256) {
+    for (int i = count % kPair; i && i < kPairElems; ++i)
+      if (i % kPair >= count % kPair) panel[begun * kPairElems + i] = typename D::elem{};
+    std::memset(panel + whole * kPairElems, 0, sizeof(typename D::elem) * (256 - whole * kPairElems));
+  }
+}
+
 // P panels of 16 head dimensions at `d`, accumulated over all tiles of the chunk.
 template <class D, int R, int P>
 inline void weigh_rows(QueryTile<D>& t, int row, const typename D::elem* const* v_tiles, int tiles, int head_dim, int d) {
@@ -236,6 +250,7 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, const Atten
 
   const int highest = t.position[rows - 1];
   const typename D::elem *k_tiles[kChunkTiles], *v_tiles[kChunkTiles];
+  alignas(64) typename D::elem last_values[16 * kMaxHeadDim];
   auto find = [&](const typename D::elem* in, const AttentionWork::Item& of, int base, const typename D::elem** found) {
     const int last = position_of(b, of.segment, of.end - 1);
     const int tiles = std::min(kChunkTiles, (last - base) / 16 + 1);
@@ -251,12 +266,17 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, const Atten
   for (; base <= highest; base += kChunk) {
     const int tiles = find(v_cache, item, base, v_tiles);
     prefetch_tiles(v_tiles, tiles, cache.tile_elems());
-    for_row_tiles(rows, [&]<int R>(int row) { score_rows<D, R>(t, row, k_tiles, tiles, head_dim); });
     const bool more = base + kChunk <= highest;
+    const int seen = highest % 16 + 1;  // of the last tile
+    for_row_tiles(rows, [&]<int R>(int row) { score_rows<D, R>(t, row, k_tiles, tiles, head_dim); });
     if (more || after)
       prefetch_tiles(k_tiles, more ? find(k_cache, item, base + kChunk, k_tiles) : find(k_cache, *after, first_base(*after), k_tiles),
                      cache.tile_elems());
     for (int row = 0; row < rows; ++row) soften_row<D>(t, row, base, tiles, a.window, a.scale, head_dim);
+    if (!more && seen < 16) {
+      copy_first_values<D>(v_tiles[tiles - 1], seen, head_dim, last_values);
+      v_tiles[tiles - 1] = last_values;
+    }
     for_row_tiles(rows, [&]<int R>(int row) {
       int d = 0;
       for (; d + 16 * kPanels <= head_dim; d += 16 * kPanels) weigh_rows<D, R, kPanels>(t, row, v_tiles, tiles, head_dim, d);

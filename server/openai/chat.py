@@ -37,7 +37,15 @@ async def chat(service: Service, request: Request) -> GenerationResponse:
         service, body, max_tokens=asked or room, logprobs=logprobs, prompt_logprobs=prompt_logprobs, ends=ends
     )
     generation = make_generation(
-        service, request, body, prefix="chatcmpl-", prompts=[prompt], params=[params], arrival=arrival, ends=ends
+        service,
+        request,
+        body,
+        prefix="chatcmpl-",
+        param="messages",
+        prompts=[prompt],
+        params=[params],
+        arrival=arrival,
+        ends=ends,
     )
     options = answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)
     formatter = LogprobFormatter(service.text.tokenizer, bool(body.return_tokens_as_token_ids))

@@ -10,7 +10,7 @@ from fastapi import Request
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.logprobs import LogprobFormatter
 from slipstream.server.openai.request import answer_options, encode, make_generation, read, require_choices
-from slipstream.server.openai.sampling import fit_context, logprobs_asked, require_in_vocabulary, sampling_params
+from slipstream.server.openai.sampling import fit_context, logprobs_asked, sampling_params
 from slipstream.server.openai.schema import CompletionBody
 from slipstream.server.openai.writers import CompletionWriter
 from slipstream.server.responses import GenerationResponse
@@ -33,8 +33,6 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
 
     if texts:
         prompts = await encode(service, texts, body.add_special_tokens is not False, "prompt")
-    for prompt in prompts:
-        require_in_vocabulary(prompt, service.engine.ready.vocab_size, "prompt")
     rooms = [fit_context(service, len(prompt), body.max_tokens, "prompt") for prompt in prompts]
     asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     logprobs = logprobs_asked(service, body.logprobs, "logprobs")
@@ -48,6 +46,7 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
         request,
         body,
         prefix="cmpl-",
+        param="prompt",
         prompts=prompts,
         params=[msgspec.structs.replace(params, max_tokens=min(asked, room)) for room in rooms],
         arrival=arrival,

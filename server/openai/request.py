@@ -13,7 +13,7 @@ from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.consent import read_statement
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.generation import Generation, Sequence
-from slipstream.server.openai.sampling import SEED_MASK, output_options
+from slipstream.server.openai.sampling import SEED_MASK, output_options, require_known_tokens
 from slipstream.server.openai.schema import GenerationBody, Speculation
 from slipstream.server.openai.writers import AnswerOptions
 from slipstream.server.principal import principal_of
@@ -45,12 +45,20 @@ def make_generation(
     body: GenerationBody,
     *,
     prefix: str,
+    param: str,
     prompts: list[list[int]],
     params: SequenceOf[SamplingParams],
     arrival: float,
     ends: TurnEnds | None = None,
 ) -> Generation:
-    """``params`` of each prompt; ``ends`` of a conversation. The sequences are in the order prompt, choice."""
+    """``params`` of each prompt, which differ in ``max_tokens`` only; ``ends`` of a conversation.
+
+    The sequences are in the order prompt, choice.
+
+    Raises:
+        InvalidRequestError: the model lacks a token of a prompt (the field ``param``) or of the parameters.
+    """
+    require_known_tokens(service, prompts, params[0], param)
     choices = body.n or 1
     output = output_options(body, ends)
     speculation = speculation_params(service, body.speculation)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 
 from slipstream.engine.messages import SamplingParams
+from slipstream.engine.validation import foreign_token
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.generation import OutputOptions
 from slipstream.server.openai.schema import CompletionBody, GenerationBody
@@ -27,7 +29,7 @@ def sampling_params(
     a template of its own.
 
     Raises:
-        InvalidRequestError: a token id is not in the vocabulary, or min_tokens is more than max_tokens.
+        InvalidRequestError: min_tokens is more than max_tokens, or the constraints can forbid every token.
     """
     text = service.text
     default = text.sampling_defaults.get
@@ -40,11 +42,12 @@ def sampling_params(
         raise InvalidRequestError(
             f"min_tokens is {min_tokens}, more than the {max_tokens} tokens of max_tokens", param="min_tokens"
         )
-    for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
-        require_in_vocabulary(getattr(body, name) or (), service.engine.ready.vocab_size, name)
     stop = dict.fromkeys(body.stop_token_ids or ())
     if not body.ignore_eos:
-        stop |= dict.fromkeys([*text.tokenizer.eos_token_ids, *(ends or text.turn_ends).token_ids])
+        # Files and templates may name tokens that the model does not have; TextModel.warn has said so.
+        known = range(service.engine.ready.vocab_size)
+        found = [*text.tokenizer.eos_token_ids, *(ends or text.turn_ends).token_ids]
+        stop |= dict.fromkeys(token for token in found if token in known)
     words = bad_words(service, body.bad_words or ())
     require_way_out(body.allowed_token_ids or (), words, tuple(stop) if min_tokens else ())
     return SamplingParams(
@@ -110,11 +113,25 @@ def logprobs_asked(service: Service, value: int | None, param: str) -> int | Non
     return min(asked, vocab_size)
 
 
-def require_in_vocabulary(tokens: Iterable[int], vocab_size: int, param: str) -> None:
-    if (largest := max(tokens, default=0)) >= vocab_size:
-        raise InvalidRequestError(
-            f"{param}: the vocabulary has the tokens 0 to {vocab_size - 1}, not {largest}", param=param
-        )
+def require_known_tokens(
+    service: Service, prompts: SequenceOf[SequenceOf[int]], params: SamplingParams, param: str
+) -> None:
+    """The one place where token ids are checked, whether they came as ids or as text that the tokenizer made them of.
+
+    A tokenizer may have more tokens than the model. ``param`` names the prompts' field.
+
+    Raises:
+        InvalidRequestError: the model does not have one of them.
+    """
+    vocab_size = service.engine.ready.vocab_size
+    found = foreign_token(prompts, params, vocab_size)
+    if found is None:
+        return
+    field = param if found.field == "prompt" else found.field
+    token = str(found.token)
+    if text := service.text.tokenizer.token_name(found.token):
+        token += f" ({text!r}), which only the tokenizer has"
+    raise InvalidRequestError(f"{field}: the model has the tokens 0 to {vocab_size - 1}, not {token}", param=field)
 
 
 def bad_words(service: Service, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:

@@ -15,6 +15,7 @@ from pydantic.functional_validators import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from slipstream.engine.messages import LogprobsMode
+from slipstream.engine.validation import BIAS_RANGE, RANGES
 from slipstream.server.body import Body
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
@@ -45,6 +46,12 @@ def unsupported(*off: Any) -> Any:
         raise PydanticCustomError("unsupported", "not supported by this server{hint}", {"hint": hint})
 
     return Annotated[Any, AfterValidator(check)]
+
+
+def in_range(field: str) -> Any:
+    """A number in the range of the sampling parameter of this name."""
+    low, high = RANGES[field]
+    return Field(None, ge=low, le=high)
 
 
 def kind_of_stop(value: Any) -> str:
@@ -93,14 +100,16 @@ class GenerationBody(Body):
     n: int | None = Field(None, ge=1, lt=2**31)
     max_tokens: Count | None = None
     min_tokens: Count | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
+    temperature: float | None = in_range("temperature")
+    top_p: float | None = in_range("top_p")
     top_k: int | None = Field(None, ge=-1, lt=2**31)
-    min_p: float | None = Field(None, ge=0, le=1)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MAX_LOGIT_BIAS)
+    min_p: float | None = in_range("min_p")
+    frequency_penalty: float | None = in_range("frequency_penalty")
+    presence_penalty: float | None = in_range("presence_penalty")
+    repetition_penalty: float | None = in_range("repetition_penalty")
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=BIAS_RANGE[0], le=BIAS_RANGE[1])]] | None = Field(
+        None, max_length=MAX_LOGIT_BIAS
+    )
     allowed_token_ids: list[TokenId] | None = Field(
         None, min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, fail_fast=True
     )

@@ -8,9 +8,9 @@ from fastapi import Request
 from pydantic_core import from_json
 
 from slipstream.server.body import parse, read_body
+from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.chat import render_prompt, template_for
 from slipstream.server.openai.request import read
-from slipstream.server.openai.sampling import require_in_vocabulary
 from slipstream.server.openai.schema import DetokenizeBody, TokenizeMessagesBody, TokenizeTextBody
 from slipstream.server.service import Service
 
@@ -48,5 +48,9 @@ def has_messages(raw: bytes) -> bool:
 async def detokenize(service: Service, request: Request) -> dict[str, Any]:
     body = await read(service, request, DetokenizeBody)
     service.require_model(body.model)
-    require_in_vocabulary(body.tokens, service.engine.ready.vocab_size, "tokens")
-    return {"prompt": service.text.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+    tokenizer = service.text.tokenizer
+    # What /tokenize gives can be more than the model has, and ids that the model has can be without text.
+    known = max(service.engine.ready.vocab_size, tokenizer.vocab_size)
+    if (largest := max(body.tokens, default=0)) >= known:
+        raise InvalidRequestError(f"tokens: there are the tokens 0 to {known - 1}, not {largest}", param="tokens")
+    return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}

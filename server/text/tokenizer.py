@@ -94,6 +94,10 @@ class Tokenizer:
         """The id of a token by its exact text in the vocabulary."""
         return None if text is None else self._backend.token_to_id(text)
 
+    def token_name(self, token_id: int) -> str | None:
+        """As the vocabulary spells it; None for unknown ids."""
+        return self._backend.id_to_token(token_id)
+
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text that has already begun; empty for unknown ids."""
         if self._byte_level:

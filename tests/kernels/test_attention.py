@@ -105,6 +105,38 @@ def test_cutting_a_sequence_into_steps_changes_no_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=15)
+@given(
+    lengths=st.lists(st.integers(1, 40) | st.integers(120, 140), min_size=1, max_size=3),
+    shape=shapes,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    steps=st.booleans(),
+)
+def test_what_others_left_in_the_cache_does_not_matter(
+    isa: str,
+    kind: type[PagedKVCache],
+    lengths: list[int],
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    steps: bool,
+) -> None:
+    """Not even numbers that are none: blocks are handed on as they are."""
+    s = Sequences(lengths, *shape, 16, seed=5)
+    rows = list(range(len(lengths)))
+
+    def run(cache: PagedKVCache) -> torch.Tensor:
+        if not steps:
+            return s.run(cache, rows, [0] * len(rows), lengths, 0)
+        s.run(cache, rows, [0] * len(rows), [max(length - 1, 1) for length in lengths], 0)
+        return s.run(cache, rows, [length - 1 for length in lengths], lengths, 0)
+
+    clean, used = new_cache(kind, s, dtype), new_cache(kind, s, dtype)
+    clean.data.zero_()
+    used.data.fill_(float("nan"))
+    assert torch.equal(run(used), run(clean))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[PagedKVCache]) -> None:
     s = Sequences([40], 4, 2, 64, 16, seed=3)
     cache = new_cache(kind, s, torch.bfloat16)

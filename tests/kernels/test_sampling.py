@@ -78,6 +78,47 @@ def test_distribution_keeps_what_the_definition_keeps(
         assert torch.allclose(probs[row], expected[row], atol=1e-6)
 
 
+def exact_weights(logits: torch.Tensor, t: float, k: int, m: float, p: float) -> torch.Tensor:
+    """The definition in float64, for one row; a temperature of 0 is the limit, which its largest logits share."""
+    x = logits.double()
+    order = x.unique().flip(0)
+    if k:
+        x = x.masked_fill(x < x.sort(descending=True).values[min(k, len(x)) - 1], NEVER)
+    below = x - order[0]
+    weights = (below / t).exp() if t else (below == 0).double()
+    weights[below == 0] = 1.0
+    weights[weights < m] = 0.0
+    if p < 1:
+        ranked = weights.sort(descending=True).values
+        nucleus = ranked[min(int((ranked.cumsum(0) < ranked.sum() * p).sum()), len(ranked) - 1)]
+        weights[weights < nucleus] = 0.0
+    return weights / weights.sum()
+
+
+tiny = st.sampled_from([0.0, 5e-324, 1e-310, 1e-46, 1e-45, 1e-42, 1.1754942e-38, 1.2e-38, 1e-30, 1e-7])
+nearly_one = st.sampled_from([1.0, 1 - 2**-24, 1 - 2**-53])
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    logits=st.lists(st.sampled_from([0.0, -0.0, 1e-3, -30.0, 7.5, 88.0, -1e30, 1e30, NEVER]), min_size=1, max_size=40),
+    t=tiny | st.sampled_from([1e-3, 1.0, 2.0]),
+    k=st.sampled_from([0, 1, 3, 2**31 - 1]),
+    m=tiny | nearly_one,
+    p=tiny | nearly_one,
+)
+def test_extreme_parameters_give_what_float64_gives(
+    isa: str, logits: list[float], t: float, k: int, m: float, p: float
+) -> None:
+    row = torch.tensor([[*logits, 3.0]])
+    expected = exact_weights(row[0], t, k, m, p)
+    both = row.repeat(2, 1)
+    for rows in (both.clone(), both.t().contiguous().t()):  # not contiguous: the reference
+        found = sampling.distribution(rows, *columns(2, t, k, m, p))
+        probs = found[0].double() / found[0].double().sum()
+        assert torch.allclose(probs, expected, atol=1e-6), (probs, expected)
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_ties_at_the_border_stay(isa: str, top_k: int) -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]])

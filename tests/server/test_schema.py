@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slipstream.engine.validation import BIAS_RANGE, RANGES
 from slipstream.server.body import Body, parse
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.schema import (
@@ -61,6 +62,47 @@ def test_valid_values_come_through_unchanged(
     body = parse(CompletionBody, json.dumps({"prompt": "x", **fields}).encode(), "error")
     assert (body.temperature, body.top_p, body.n, body.stop) == (temperature, top_p, n, stop)
     assert body.logit_bias == {int(token): value for token, value in bias.items()}
+
+
+NUMBERS = [*RANGES, "seed", "n", "priority", "logprobs", "prompt_logprobs", "best_of"]
+WHOLE = [-1, 0, 1, 2, 10, *(2**bits - 1 + more for bits in (31, 63, 64) for more in (0, 1)), 10**400]
+written_numbers = st.sampled_from(
+    [*map(str, WHOLE), "1" + "0" * 5000, "-0", "-0.0", "1.0", "1e0", "0.01", "0." + "0" * 5000 + "1", "1e-45", "5e-324"]
+) | st.sampled_from(["1e-400", "1e308", "-1e308", "1e400", "-1e400", "NaN", "Infinity", "-Infinity", "true"])
+
+
+@given(fields=st.dictionaries(st.sampled_from(NUMBERS), written_numbers, max_size=3), bias=st.none() | written_numbers)
+def test_every_number_is_in_its_range_or_refused_by_name(fields: dict[str, str], bias: str | None) -> None:
+    members = [f'"{name}": {number}' for name, number in fields.items()]
+    if bias is not None:
+        members.append(f'"logit_bias": {{"5": {bias}}}')
+    try:
+        body = parse(CompletionBody, ("{" + ", ".join(['"prompt": "x"', *members]) + "}").encode(), "error")
+    except InvalidRequestError as error:
+        assert error.code == "invalid_json" or (error.param or "").split(".")[0] in {*fields, "logit_bias"}
+        assert len(error.message) < 300
+        return
+    for name in fields:
+        low, high = RANGES.get(name, (-(2**63), 2**63 - 1))
+        assert name in ("top_k", "max_tokens") or low <= getattr(body, name) <= high
+    assert bias is None or BIAS_RANGE[0] <= body.logit_bias[5] <= BIAS_RANGE[1]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("field", ["temperature", "repetition_penalty"])
+def test_a_refused_number_names_the_range(field: str) -> None:
+    low, high = RANGES[field]
+    for value, border in ((low - 1e-3, low), (high * 2, high)):
+        with pytest.raises(InvalidRequestError, match=f"{border:g}"):
+            parse(CompletionBody, json.dumps({"prompt": "x", field: value}).encode(), "error")
+
+
+@pytest.mark.parametrize("field", ["prompt", "stop_token_ids", "allowed_token_ids"])
+@pytest.mark.parametrize("token", ["-1", "true", "1.5", "2147483648", "1" + "0" * 5000, '"5"', "null", "1e400"])
+def test_what_is_no_token_id_is_refused(field: str, token: str) -> None:
+    body = {"prompt": "[1]"} | {field: f"[1, {token}]"}
+    with pytest.raises(InvalidRequestError) as error:
+        parse(CompletionBody, ("{" + ", ".join(f'"{n}": {v}' for n, v in body.items()) + "}").encode(), "error")
+    assert error.value.code == "invalid_json" or str(error.value.param).startswith(field)
 
 
 @given(name=st.text(min_size=1, max_size=10).filter(lambda name: name not in FIELDS))

@@ -74,7 +74,7 @@ class Branching(Drafter):
 def host(scratch_blocks: int) -> DraftHost:
     tables = np.zeros((1 + scratch_blocks, 20), np.int32)
     scratch = Scratch(tables, 20, scratch_blocks, 16)
-    return DraftHost(SimpleNamespace(), tables, 20 + scratch_blocks, 16, scratch)  # type: ignore[arg-type]
+    return DraftHost(SimpleNamespace(shape=SimpleNamespace(vocab_size=9)), tables, 20 + scratch_blocks, 16, scratch)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
