@@ -189,6 +189,8 @@ class TrafficStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Refused by the redaction hook."""
     store_bytes: int = 0
     store_tokens: int = 0
+    failure: str = ""
+    """Why nothing can be kept at the moment."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

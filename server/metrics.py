@@ -81,6 +81,12 @@ FROM_STATS: tuple[
     ),
     (
         GaugeMetricFamily,
+        "traffic_store_up",
+        "1 while the traffic that may be kept can be written, 0 while it cannot; also 1 where none is kept.",
+        lambda s: float(not s.traffic.failure),
+    ),
+    (
+        GaugeMetricFamily,
         "traffic_store_bytes",
         "Bytes of the traffic that is kept.",
         lambda s: s.traffic.store_bytes,

@@ -14,17 +14,18 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from slipstream.engine.errors import ConfigError
 
 FORMAT = 1
 HOLDOUT = 10
 """One sample in so many is held out of training."""
-BUSY_S = 30.0
+BUSY_S = 10.0
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE purges (tenant BLOB PRIMARY KEY, time REAL NOT NULL);
@@ -36,6 +37,30 @@ CREATE INDEX samples_of_shard ON samples (shard);
 CREATE INDEX samples_of_tenant ON samples (tenant);
 """
 EVERYBODY = b"*"
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class TrafficUnusableError(ConfigError):
+    """The files of a traffic store are damaged, locked, or cannot be read or written."""
+
+
+def guarded(
+    method: Callable[Concatenate[TrafficIndex, Parameters], Result],
+) -> Callable[Concatenate[TrafficIndex, Parameters], Result]:
+    """What the database or the operating system refuses becomes TrafficUnusableError."""
+
+    @wraps(method)
+    def call(self: TrafficIndex, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return method(self, *args, **kwargs)
+        except (sqlite3.Error, OSError) as error:
+            raise TrafficUnusableError(
+                f"the traffic store in {self.folder} is damaged or cannot be used: {error}; mend it, or move the "
+                "folder away"
+            ) from error
+
+    return call
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +95,15 @@ class TrafficIndex:
     """Several processes may have the same folder open; only ``TrafficStore.append`` adds to it."""
 
     def __init__(self, folder: str | Path, create: bool = False) -> None:
-        """Raises ConfigError where there is no store, or one of a newer format, or a folder of something else."""
+        """Raises ConfigError where there is no store, or one of a newer format, or a folder of something else; and
+        TrafficUnusableError for a damaged one, as all methods do.
+        """
         self.folder = Path(folder).expanduser()
         self.shards = self.folder / "shards"
+        self._open(create)
+
+    @guarded
+    def _open(self, create: bool) -> None:
         path = self.folder / "index.sqlite"
         if not path.exists():
             if not create:
@@ -90,10 +121,7 @@ class TrafficIndex:
         self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             self._prepare()
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            raise ConfigError(f"the traffic store in {self.folder} is damaged: {error}") from None
-        except ConfigError:
+        except BaseException:
             self._db.close()
             raise
 
@@ -114,6 +142,7 @@ class TrafficIndex:
     def close(self) -> None:
         self._db.close()
 
+    @guarded
     def lock(self) -> int | None:
         """A descriptor that makes its holder the one that appends, until it is closed; None if there is another."""
         lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
@@ -130,13 +159,15 @@ class TrafficIndex:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield self._db
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # where the disk is full, SQLite may have ended it by itself
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     # What there is --------------------------------------------------------------------------------------------------
 
+    @guarded
     def statistics(self) -> dict[str, TenantStatistics]:
         """By tenant."""
         sizes = dict(self._db.execute("SELECT tenant, SUM(bytes) FROM shards GROUP BY tenant"))
@@ -148,16 +179,19 @@ class TrafficIndex:
             for tenant, count, tokens, oldest, newest in rows
         }
 
+    @guarded
     def totals(self) -> tuple[int, int]:
         """Bytes of the shards and tokens in them."""
         [size] = self._db.execute("SELECT COALESCE(SUM(bytes), 0) FROM shards").fetchone()
         [tokens] = self._db.execute("SELECT COALESCE(SUM(num_tokens), 0) FROM samples").fetchone()
         return size, tokens
 
+    @guarded
     def ids(self) -> list[int]:
         """Of all samples."""
         return [row[0] for row in self._db.execute("SELECT id FROM samples")]
 
+    @guarded
     def entries(
         self,
         since_id: int,
@@ -184,12 +218,13 @@ class TrafficIndex:
             [*values, limit],
         )
         return [
-            Entry(number, self.shards / file, place, owner, when, json.loads(fields))
+            Entry(number, self.shards / file, place, owner, when, _parse(fields))
             for number, file, place, owner, when, fields in rows
         ]
 
     # What goes ------------------------------------------------------------------------------------------------------
 
+    @guarded
     def purge(self, tenant: str | None = None) -> int:
         """Deletes everything of a tenant, or of all; returns how many samples that were.
 
@@ -209,12 +244,14 @@ class TrafficIndex:
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return int(count)
 
+    @guarded
     def is_purged(self, tenant: str, when: float) -> bool:
         """Whether what a tenant sent at that time was purged since."""
         found = self._db.execute("SELECT MAX(time) FROM purges WHERE tenant IN (?, ?)", (EVERYBODY, _name(tenant)))
         [last] = found.fetchone()
         return last is not None and when <= last
 
+    @guarded
     def expire(self, max_bytes: int, max_age: float) -> None:
         """Deletes shards with anything older than ``max_age`` seconds, and the oldest beyond ``max_bytes``."""
         with self.transaction() as db:
@@ -229,6 +266,7 @@ class TrafficIndex:
                     kept -= size
             self._delete(db, gone)
 
+    @guarded
     def clean(self) -> None:
         """Deletes what a killed process left: files without a row, rows without a file. For who holds the lock."""
         with self.transaction() as db:
@@ -236,6 +274,7 @@ class TrafficIndex:
             self._delete(db, [(number, file) for number, file in rows if not (self.shards / file).exists()])
             self._delete_orphans(db, "*")
 
+    @guarded
     def claim(self, target: str) -> None:
         """The traffic is that of this target model; raises ConfigError if the folder holds another's."""
         with self.transaction() as db:
@@ -259,6 +298,15 @@ class TrafficIndex:
         for path in self.shards.glob(pattern):
             if path.name not in known:
                 path.unlink(missing_ok=True)
+
+
+def _parse(fields: str) -> dict[str, Any]:
+    """Empty if they are damaged."""
+    try:
+        found = json.loads(fields)
+    except (ValueError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _name(tenant: str) -> bytes:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +24,7 @@ from torch import Tensor
 from slipstream.drafter.traffic.index import Entry, TenantStatistics, TrafficIndex
 from slipstream.engine.errors import ConfigError
 
+logger = logging.getLogger(__name__)
 Int32 = NDArray[np.int32]
 Tensors = dict[str, Tensor]
 SHARD_BYTES = 16 << 20
@@ -125,10 +128,13 @@ class TrafficStore:
             try:
                 with safe_open(entry.shard, framework="pt") as shard:
                     return _decode(entry, {name: shard.get_tensor(name) for name in _names(entry)})
-            except (FileNotFoundError, SafetensorError):
-                # Deleted, or written again into another shard.
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+                # Deleted, or written again into another shard; or damaged.
                 found = self.index.entries(entry.id - 1, None, "oldest", None, 1, entry.id + 1)
-                if not found or found[0].shard == entry.shard:
+                if not found:
+                    return None
+                if found[0].shard == entry.shard:
+                    logger.warning("a sample of the traffic is damaged and left out: %s: %r", entry.shard, error)
                     return None
                 [entry] = found
 
@@ -176,12 +182,10 @@ class TrafficStore:
             for number, sample in enumerate(samples, place):
                 tensors |= _encode(sample, number)
             file = f"{secrets.token_hex(8)}.safetensors"
-            draft = self._save(file, tensors)
-            with self.index.transaction() as db:
+            with self._saved(file, tensors) as draft, self.index.transaction() as db:
                 stale = any(self.index.is_purged(tenant, sample.time) for sample in samples)
                 found = db.execute("SELECT oldest FROM shards WHERE id = ?", (old,)).fetchone()
                 if stale or (old is not None and found is None):
-                    draft.unlink()
                     continue
                 oldest = min([sample.time for sample in samples] + ([found[0]] if found else []))
                 row = (file, tenant, draft.stat().st_size, oldest)
@@ -205,14 +209,22 @@ class TrafficStore:
             break
         return len(samples)
 
-    def _save(self, file: str, tensors: Tensors) -> Path:
+    @contextmanager
+    def _saved(self, file: str, tensors: Tensors) -> Iterator[Path]:
+        """A file to be renamed into place; nothing of it stays if that does not come about."""
         draft = self.index.shards / f"{file}.tmp"
-        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        save_file(tensors, draft)
-        draft.chmod(0o600)
-        with draft.open("rb") as written:
-            os.fsync(written.fileno())
-        return draft
+        try:
+            os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            save_file(tensors, draft)
+            draft.chmod(0o600)
+            with draft.open("rb") as written:
+                os.fsync(written.fileno())
+            yield draft
+        except BaseException:
+            (self.index.shards / file).unlink(missing_ok=True)  # renamed, but not entered into the index
+            raise
+        finally:
+            draft.unlink(missing_ok=True)
 
     def _small_shard(self, tenant: str) -> tuple[int, Tensors, int] | None:
         """The tenant's last shard, if it is small and young: its number, tensors and first free place."""
@@ -226,7 +238,7 @@ class TrafficStore:
         try:
             with safe_open(self.index.shards / row[1], framework="pt") as shard:
                 return row[0], {name: shard.get_tensor(name) for name in shard.keys()}, last + 1  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, SafetensorError):
             return None
 
 

@@ -198,11 +198,21 @@ def make_listeners(traffic: TrafficConfig, engine: EngineConfig) -> list[Listene
     max_bytes = parse_size(traffic.traffic_max_bytes, "traffic-max-bytes")
     buffer_bytes = parse_size(traffic.traffic_buffer, "traffic-buffer")
     redact = load_hook(traffic.traffic_redact) if traffic.traffic_redact else None
-    store = TrafficStore(traffic.traffic_folder, max_bytes, parse_duration(traffic.traffic_max_age, "traffic-max-age"))
-    store.lock()
-    store.index.claim(target_id(engine))
+    max_age = parse_duration(traffic.traffic_max_age, "traffic-max-age")
+    folder, target = traffic.traffic_folder, target_id(engine)
+
+    def open_store() -> TrafficStore:
+        store = TrafficStore(folder, max_bytes, max_age)
+        try:
+            store.lock()
+            store.index.claim(target)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
     features = traffic.traffic_log == "features"
-    return [TrafficTap(TrafficWriter(store, redact), features, buffer_bytes, traffic.traffic_topk)]
+    return [TrafficTap(TrafficWriter(open_store, redact), features, buffer_bytes, traffic.traffic_topk)]
 
 
 def target_id(engine: EngineConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from slipstream.drafter.traffic.index import TrafficUnusableError
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import TrafficStats
@@ -24,6 +26,8 @@ MOST_WAITING = 1024
 EVERY_S = 1.0
 """What ended within so many seconds is written together."""
 EXPIRE_EVERY_S = 60.0
+REOPEN_S = 5.0
+"""How often a damaged store is tried again."""
 CLOSE_S = 5.0
 """How long the end of the engine waits for what is not written yet."""
 SWITCH_S = 0.0005
@@ -31,18 +35,27 @@ SWITCH_S = 0.0005
 
 
 class TrafficWriter:
-    def __init__(self, store: TrafficStore, redact: Redact | None = None) -> None:
-        """Raises ConfigError if another process writes to the store."""
-        store.lock()
-        self._store = store
+    def __init__(self, open_store: Callable[[], TrafficStore], redact: Redact | None = None) -> None:
+        """Raises ConfigError if another process writes to the store, or it is another model's.
+
+        A damaged store holds up nobody: what is to be kept is counted as dropped, and the store is opened again from
+        time to time.
+        """
+        self._open_store = open_store
+        self._store: TrafficStore | None = None
+        self._failure = ""
         self._redact = redact
         self._waiting: deque[Callable[[], Sample]] = deque()
         self._wake = threading.Event()
         self._closing = False
         self._kept = self._redacted = self._failed = 0
         self._refused = 0  # counted by the engine's threads, the others by the writer
-        self._totals = store.index.totals()
-        self._expired_at = time.monotonic()
+        self._totals = (0, 0)
+        self._expired_at = self._opened_at = time.monotonic()
+        try:
+            self._open()
+        except TrafficUnusableError as error:
+            self._fail(error)
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         self._thread = threading.Thread(target=self._run, name="traffic", daemon=True)
         self._thread.start()
@@ -56,6 +69,7 @@ class TrafficWriter:
             redacted=self._redacted,
             store_bytes=size,
             store_tokens=tokens,
+            failure=self._failure,
         )
 
     def offer(self, make: Callable[[], Sample]) -> bool:
@@ -75,8 +89,29 @@ class TrafficWriter:
         self._closing = True
         self._wake.set()
         self._thread.join(CLOSE_S)
-        if not self._thread.is_alive():
+        if not self._thread.is_alive() and self._store is not None:
             self._store.close()
+
+    def _open(self) -> TrafficStore:
+        """The store, opened again if that failed; raises ConfigError."""
+        if self._store is None:
+            self._opened_at = time.monotonic()
+            store = self._open_store()
+            store.lock()
+            self._totals = store.index.totals()
+            self._store, self._failure = store, ""
+        return self._store
+
+    def _fail(self, error: Exception) -> None:
+        """Serving goes on: the disk is full, say."""
+        message = f"{type(error).__name__}: {error}"
+        if message != self._failure:
+            log.error("traffic could not be kept: %s", message)
+        self._failure = message
+        if isinstance(error, ConfigError) and self._store is not None:
+            with contextlib.suppress(Exception):
+                self._store.close()
+            self._store = None
 
     def _run(self) -> None:
         closing = False
@@ -85,8 +120,8 @@ class TrafficWriter:
             closing = self._closing  # what came before is written now
             try:
                 self._write()
-            except Exception as error:  # the disk is full, say; serving goes on
-                log.warning("traffic could not be kept: %s: %s", type(error).__name__, error)
+            except Exception as error:
+                self._fail(error)
 
     def _write(self) -> None:
         samples = []
@@ -95,15 +130,29 @@ class TrafficWriter:
             sample = self._prepare(self._waiting.popleft()())
             if sample is not None:
                 samples.append(sample)
-        if samples:
+        if self._store is None and time.monotonic() - self._opened_at < REOPEN_S:
             self._failed += len(samples)
-            kept = self._store.append(samples)
+            return
+        self._failed += len(samples)
+        store = self._open()
+        failure: Exception | None = None
+        # What goes wrong with one tenant's samples does not lose the others'.
+        for tenant in {sample.tenant: None for sample in samples}:
+            try:
+                kept = store.append([sample for sample in samples if sample.tenant == tenant])
+            except Exception as error:
+                failure = error
+                continue
             self._failed -= kept
             self._kept += kept
-        elif time.monotonic() - self._expired_at > EXPIRE_EVERY_S:
-            self._store.expire()
+        if failure is not None:
+            raise failure
+        if not samples and time.monotonic() - self._expired_at > EXPIRE_EVERY_S:
+            store.expire()
             self._expired_at = time.monotonic()
-        self._totals = self._store.index.totals()
+        self._totals = store.index.totals()
+        if samples:
+            self._failure = ""
 
     def _prepare(self, sample: Sample) -> Sample | None:
         """What the redaction hook makes of it; its errors say nothing of the content."""

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from slipstream.drafter.registry.database import RegistryUnusableError
 from slipstream.drafter.registry.states import RegistryError, TransitionError, UnknownVersionError
-from slipstream.drafter.traffic.index import TrafficIndex
+from slipstream.drafter.traffic.index import TrafficIndex, TrafficUnusableError
 from slipstream.engine.errors import SlipstreamError
 from slipstream.server.admin.commands import DrafterCommands
 from slipstream.server.admin.page import dashboard_page
@@ -176,6 +176,8 @@ async def ask(function: Callable[..., Result], *arguments: Any) -> Result:
         raise InvalidRequestError(str(error)) from None
     except RegistryUnusableError as error:
         raise UnavailableError(str(error), code="registry_unusable", retry_after_s=RETRY_FILES_S) from None
+    except TrafficUnusableError as error:
+        raise UnavailableError(str(error), code="traffic_unusable", retry_after_s=RETRY_FILES_S) from None
     except SlipstreamError as error:
         raise ApiError(str(error)) from None
 

@@ -82,7 +82,7 @@ class Tapped:
         **tap: Any,
     ) -> None:
         self.folder = folder
-        self.writer = TrafficWriter(TrafficStore(folder), redact)
+        self.writer = TrafficWriter(lambda: TrafficStore(folder), redact)
         self.tap = TrafficTap(self.writer, **({"features": True} | tap))
         self.local = LocalEngine(config, drafters, [self.tap])
         self.pages = getattr(self.tap, "_pages", None)

@@ -295,7 +295,7 @@ def test_whatever_is_computed_twice_or_skipped_features_stay_in_place(
     """Rows of two requests in chunks, with preemptions after which the prefix cache knows more or less than before."""
     folder = tmp_path_factory.mktemp("any") / "t"
     most = data.draw(st.sampled_from([20, 100, 4096]))
-    writer = TrafficWriter(TrafficStore(folder))
+    writer = TrafficWriter(lambda: TrafficStore(folder))
     tap = TrafficTap(writer, features=True, most_positions=most)
     tap.taps(model, ())
     total, begins = 200, {}

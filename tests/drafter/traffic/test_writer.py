@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.engine.errors import ConfigError
 
 
 class Stalled:
@@ -124,3 +128,66 @@ def test_a_full_disk_drops_samples_and_serving_goes_on(
     assert tapped.samples() == []
     assert tapped.writer.stats.dropped == 1 and tapped.writer.stats.kept == 0
     assert not list((tmp_path / "t" / "shards").glob("*.safetensors"))
+
+
+def test_a_failed_write_leaves_no_file_and_loses_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
+    """As it is when the disk is full: part of the file is written, or the index cannot be."""
+    shards = tmp_path / "t" / "shards"
+
+    def half(tensors: Any, path: Path) -> None:
+        if sum(len(tensor) for name, tensor in tensors.items() if name.endswith(".tokens")) > 40:
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr("slipstream.drafter.traffic.store.save_file", half)
+    tapped = tapped_engine(tmp_path / "t", config_for())
+    for prompt, tenant in zip(prompts(10, 30, 12), ("alice", "bob", "carol"), strict=True):
+        tapped.submit(prompt, tenant=tenant)
+    assert {sample.tenant for sample in tapped.samples()} == {"alice", "carol"}
+    stats = tapped.writer.stats
+    assert (stats.kept, stats.dropped) == (2, 1) and "No space left" in stats.failure
+    assert len(list(shards.iterdir())) == 2
+
+
+def test_a_transaction_that_cannot_be_committed(tmp_path: Path, make_sample: Any) -> None:
+    store = TrafficStore(tmp_path / "t")
+    db = store.index._db
+    db.execute("PRAGMA max_page_count = 12")  # SQLite's own "disk is full"
+    with pytest.raises((sqlite3.OperationalError, ConfigError), match="full"):
+        for _ in range(100):
+            store.append([make_sample(domain="x" * 4000)])
+    kept = len(store.ids())
+    assert kept and len(list(store.index.shards.iterdir())) == 1
+    db.execute("PRAGMA max_page_count = 10000")
+    assert store.append([make_sample()]) == 1 and len(list(store.samples())) == kept + 1
+    store.close()
+
+
+def test_a_damaged_store_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
+    monkeypatch.setattr("slipstream.drafter.traffic.writer.REOPEN_S", 0.0)
+    folder = tmp_path / "t"
+    TrafficStore(folder).close()
+    index = folder / "index.sqlite"
+    whole = index.read_bytes()
+    index.write_bytes(b"nonsense" * 1000)
+    tapped = tapped_engine(folder, config_for())
+    tapped.submit(prompts(20)[0])
+    tapped.local.finish()
+    wait_for(lambda: tapped.writer.stats.dropped == 1)
+    assert "is damaged" in tapped.writer.stats.failure and str(folder) in tapped.writer.stats.failure
+    index.write_bytes(whole)
+    wait_for(lambda: not tapped.writer.stats.failure)
+    tapped.submit(prompts(20)[0])
+    assert len(tapped.samples()) == 1 and tapped.writer.stats.kept == 1
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
