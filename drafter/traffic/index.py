@@ -304,7 +304,7 @@ def _parse(fields: str) -> dict[str, Any]:
     """Empty if they are damaged."""
     try:
         found = json.loads(fields)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -128,7 +128,7 @@ class TrafficStore:
             try:
                 with safe_open(entry.shard, framework="pt") as shard:
                     return _decode(entry, {name: shard.get_tensor(name) for name in _names(entry)})
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            except (OSError, SafetensorError, LookupError, AttributeError, TypeError, ValueError) as error:
                 # Deleted, or written again into another shard; or damaged.
                 found = self.index.entries(entry.id - 1, None, "oldest", None, 1, entry.id + 1)
                 if not found:
