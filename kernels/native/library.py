@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from slipstream.kernels.batch import RaggedBatch
 
 LIBRARY = Path(__file__).parent.parent / "_native.so"
+ISA_VARIABLE = "SLIPSTREAM_ISA"
+"""In the environment: the variant to use (avx512bf16, avx2) instead of the best one, to try what other machines run."""
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -95,7 +98,10 @@ class CAttention(Structure):
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The library, or None where it was not built or this processor runs none of its variants."""
+    """The library, or None where it was not built or this processor runs none of its variants.
+
+    Raises RuntimeError if the environment asks for a variant that does not run here.
+    """
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError:
@@ -127,7 +133,12 @@ def load() -> ctypes.CDLL | None:
         "logits",
     ):
         getattr(library, f"slip_{name}").restype = None
-    return library if library.slip_init(torch.get_num_threads()) is not None else None
+    if library.slip_init(torch.get_num_threads()) is None:
+        return None
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted and library.slip_select(wanted.encode()):
+        raise RuntimeError(f"{ISA_VARIABLE}={wanted}: there are no such kernels, or this processor does not run them")
+    return library
 
 
 def isa() -> str | None:

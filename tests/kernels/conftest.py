@@ -9,7 +9,11 @@ from slipstream.kernels.native import library
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test with each compiled variant that this processor can run."""
     native = library.load()
-    if native is None or native.slip_select(request.param.encode()):
+    if native is None:
+        pytest.skip("no compiled kernels here")
+    before = native.slip_isa()
+    if native.slip_select(request.param.encode()):
         pytest.skip(f"{request.param} does not run here")
+    native.slip_set_threads(2)
     yield request.param
-    native.slip_init(2)
+    native.slip_select(before)

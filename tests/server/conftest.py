@@ -39,7 +39,8 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={name: value for name, value in os.environ.items() if not name.startswith("SLIPSTREAM_")},
+            # No option comes from the environment.
+            env={k: v for k, v in os.environ.items() if k == "SLIPSTREAM_ISA" or not k.startswith("SLIPSTREAM_")},
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
