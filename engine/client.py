@@ -11,14 +11,15 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import signal
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import msgspec
 
+from slipstream.engine import child
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import EngineDiedError, ModelError, SlipstreamError
 from slipstream.engine.messages import (
@@ -28,14 +29,19 @@ from slipstream.engine.messages import (
     EngineFailed,
     EngineReady,
     EngineStats,
+    FinishReason,
     FromEngine,
     NewRequest,
     StepOutputs,
     TokenDelta,
 )
+from slipstream.engine.totals import added, at_rest
 from slipstream.engine.wire import ClientChannel
 
-DIED = "the engine process ended unexpectedly; see its log above"
+CLOSE_SECONDS = 10.0
+"""Within which an engine must end that is told to, writing down what it keeps."""
+LOST_SECONDS = 0.5
+"""After which an engine whose connection is lost is killed."""
 
 
 class RequestStream:
@@ -49,6 +55,8 @@ class RequestStream:
         self._finished = False
         self.on_last: Callable[[TokenDelta], None] | None = None
         """Called with the last delta when it arrives, also of a request whose deltas nobody reads any more."""
+        self.lost = False
+        """It ended because the engine did."""
 
     def put(self, delta: TokenDelta) -> None:
         self._deltas.append(delta)
@@ -84,31 +92,42 @@ class RequestStream:
 
 
 class EngineClient:
-    """Owns the engine process and the channel to it."""
+    """Owns one engine process, from its start to its end, and the channel to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: EngineClient | None = None) -> None:
         self.ready: EngineReady
-        self.stats = EngineStats()
+        self._reported = EngineStats()
+        self._before = before.stats if before is not None else None
+        """What the engines before it had counted."""
+        self._total: tuple[EngineStats, EngineStats] | None = None
         self.on_step: list[Callable[[StepOutputs], None]] = []
         self.last_step_at = time.monotonic()
         """When the engine last finished a step or reported that it has nothing to do."""
         self.failure: str | None = None
+        """Why nothing can be asked of it any more."""
+        self.ended = asyncio.Event()
+        """Set when the process is gone and all that waited for it was told."""
         self._process: asyncio.subprocess.Process
         self._watcher: asyncio.Task[None]
-        self._channel = ClientChannel(self._handle)
+        self._channel = ClientChannel(self._handle, self._on_lost)
         self._streams: dict[int, RequestStream] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
-        self._ids = itertools.count(1)
+        self._ids: Iterator[int] = itertools.count(1) if before is None else before._ids
         self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._closing = False
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, entry: str = "slipstream.engine.process", arguments: tuple[str, ...] = ()
+        cls,
+        config: EngineConfig,
+        entry: str = "slipstream.engine.process",
+        arguments: tuple[str, ...] = (),
+        before: EngineClient | None = None,
     ) -> EngineClient:
         """Starts the engine process and waits until its model is loaded.
 
-        ``entry`` is the module it runs; it gets the socket, the configuration and ``arguments``.
+        ``entry`` is the module it runs; it gets the socket, the configuration and ``arguments``. The engine that ended
+        ``before`` hands on its counters and request ids.
 
         Raises:
             ModelError: the model or the configuration cannot be served; the message is meant for the user.
@@ -116,10 +135,10 @@ class EngineClient:
         """
         ours, theirs = socket.socketpair()
         fields = msgspec.json.encode(dataclasses.asdict(config)).decode()
-        client = cls()
+        client = cls(before)
         with theirs:
             client._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", entry, str(theirs.fileno()), fields, *arguments),
+                *child.command(entry, str(theirs.fileno()), fields, *arguments),
                 # Huge pages for tensors of 2 MiB and more: fewer TLB misses over weights and cache (5-8 % of a step).
                 env={"THP_MEM_ALLOC_ENABLE": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"},
                 pass_fds=(theirs.fileno(),),
@@ -131,9 +150,19 @@ class EngineClient:
         try:
             client.ready = await client._ready
         except BaseException:
+            client.kill()  # it has nothing yet that it could lose
             await client.close()
             raise
         return client
+
+    @property
+    def stats(self) -> EngineStats:
+        """As of the last step; counters go on from those of the engines before."""
+        if self._before is None:
+            return self._reported
+        if self._total is None or self._total[0] is not self._reported:
+            self._total = self._reported, added(self._before, self._reported)
+        return self._total[1]
 
     @property
     def pid(self) -> int:
@@ -151,10 +180,10 @@ class EngineClient:
         """Hands a request to the engine; the stream yields exactly one delta with a finish_reason, whatever happens."""
         stream = RequestStream(self, request.request_id)
         if self.failure is not None:
-            stream.put(TokenDelta(request_id=request.request_id, tokens=[], finish_reason="error", error=self.failure))
+            self._lose(stream, self.failure)
             return stream
-        self._streams[request.request_id] = stream
         self._channel.send(request)
+        self._streams[request.request_id] = stream
         return stream
 
     def abort(self, request_ids: list[int], stopped: bool = False) -> None:
@@ -165,16 +194,22 @@ class EngineClient:
         """Runs a control operation between two steps and returns its result.
 
         Raises:
-            SlipstreamError: the engine refused or failed the operation; serving goes on.
+            ModelError: the engine refuses what was asked for, and would again.
+            SlipstreamError: the operation failed; serving goes on.
             EngineDiedError: the engine process is gone.
         """
         if self.failure is not None:
             raise EngineDiedError(self.failure)
         call_id = next(self._ids)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._calls[call_id] = future
         self._channel.send(Call(call_id, operation, arguments))
+        self._calls[call_id] = future
         return await future
+
+    def kill(self) -> None:
+        """Ends the engine process without waiting for the step under way."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     async def close(self) -> None:
         """Ends the engine process; open requests end with finish_reason "abort"."""
@@ -183,9 +218,9 @@ class EngineClient:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
             try:
-                await asyncio.wait_for(self._process.wait(), 10)
+                await asyncio.wait_for(self._process.wait(), CLOSE_SECONDS)
             except TimeoutError:
-                self._process.kill()
+                self.kill()
                 await self._process.wait()
         await self._watcher
         self._channel.close()
@@ -193,7 +228,7 @@ class EngineClient:
     def _handle(self, message: FromEngine) -> None:
         match message:
             case StepOutputs():
-                self.stats = message.stats
+                self._reported = message.stats
                 self.last_step_at = time.monotonic()
                 for delta in message.deltas:
                     stream = self._streams.get(delta.request_id)
@@ -204,30 +239,38 @@ class EngineClient:
                 for callback in self.on_step:
                     callback(message)
             case CallReply():
-                future = self._calls.pop(message.call_id)
-                if future.done():
-                    return
+                future = self._calls.pop(message.call_id, None)
+                if future is None or future.done():
+                    return  # nobody waits for it any more
                 if message.error is None:
                     future.set_result(message.result)
                 else:
-                    future.set_exception(SlipstreamError(message.error))
+                    kind = ModelError if message.refused else SlipstreamError
+                    future.set_exception(kind(message.error))
             case EngineReady():
-                self._ready.set_result(message)
+                if not self._ready.done():
+                    self._ready.set_result(message)
             case EngineFailed():
                 error = ModelError(message.message) if message.user_error else EngineDiedError(message.message)
                 self._end(message.message, error)
+                self.kill()  # it has nothing more to say, and must not hang on its way out
+
+    def _on_lost(self) -> None:
+        """A process that nobody can talk to is of no use, and could hang for ever; mostly it has just ended."""
+        if not self._closing:
+            asyncio.get_running_loop().call_later(LOST_SECONDS, self.kill)
 
     async def _watch(self) -> None:
         code = await self._process.wait()
-        if self._closing:
-            self._end("the server is shutting down", EngineDiedError("the engine was closed"))
-        else:
-            self._end(f"{DIED} (exit code {code})", EngineDiedError(f"{DIED} (exit code {code})"))
+        reason = "the server is shutting down" if self._closing else f"the engine process ended: {describe_exit(code)}"
+        self._end(reason, EngineDiedError(reason))
+        self.ended.set()
 
     def _end(self, reason: str, error: SlipstreamError) -> None:
         """Gives every open request and call its terminal message."""
         if self.failure is None:
             self.failure = reason
+        self._reported = at_rest(self._reported)
         if not self._ready.done():
             self._ready.set_exception(error)
         for call in self._calls.values():
@@ -235,8 +278,18 @@ class EngineClient:
                 call.set_exception(error)
         self._calls.clear()
         streams, self._streams = self._streams, {}
-        for request_id, stream in streams.items():
-            if self._closing:
-                stream.put(TokenDelta(request_id=request_id, tokens=[], finish_reason="abort"))
-            else:
-                stream.put(TokenDelta(request_id=request_id, tokens=[], finish_reason="error", error=reason))
+        for stream in streams.values():
+            self._lose(stream, reason)
+
+    def _lose(self, stream: RequestStream, reason: str) -> None:
+        stream.lost = True
+        finish: FinishReason = "abort" if self._closing else "error"
+        stream.put(TokenDelta(request_id=stream.request_id, tokens=[], finish_reason=finish, error=reason))
+
+
+def describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"killed by {signal.Signals(-code).name}"
+    return f"killed by signal {-code}"

@@ -3,7 +3,8 @@
 SlipstreamError
 ├── ModelError        a model cannot be loaded or served; the user can mend it
 ├── ConfigError       an option is wrong; the user can mend it
-└── EngineDiedError   the engine process is gone; requests cannot be served any more
+└── EngineDiedError   the engine process is gone
+    └── EngineLostError   … and is not started again; requests cannot be served any more
 """
 
 
@@ -21,3 +22,7 @@ class ConfigError(SlipstreamError):
 
 class EngineDiedError(SlipstreamError):
     """The engine process ended while it was needed."""
+
+
+class EngineLostError(EngineDiedError):
+    """The engine process ended too often, or could not be started again."""

@@ -236,6 +236,8 @@ class CallReply(msgspec.Struct, frozen=True, array_like=True, tag="reply"):
     call_id: int
     result: Any = None
     error: str | None = None
+    refused: bool = False
+    """The error is a verdict on what was asked for, and would be the same again; else it failed, or came to nothing."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="ready"):

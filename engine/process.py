@@ -5,9 +5,7 @@ Run as ``python -m slipstream.engine.process DESCRIPTOR CONFIG``: an inherited s
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import os
 import signal
 import sys
 import threading
@@ -43,7 +41,7 @@ from slipstream.engine.speculation.protocol import Drafter, Listener
 from slipstream.engine.speculation.speculator import Speculator
 from slipstream.engine.step_cost import StepCost, StepWork
 from slipstream.engine.validation import problem
-from slipstream.engine.wire import EngineChannel
+from slipstream.engine.wire import EngineChannel, Undecodable
 
 MakeDrafters = Callable[[EngineConfig], Sequence[Drafter]]
 MakeListeners = Callable[[EngineConfig], Sequence[Listener]]
@@ -247,6 +245,7 @@ class _Process:
         # What exists now lives as long as the process; collections need not walk it.
         gc.collect()
         gc.freeze()
+        self._send(StepOutputs([], engine.core.stats()))
         self._send(engine.ready())
         try:
             self._serve(engine)
@@ -272,7 +271,7 @@ class _Process:
                 self._send(StepOutputs([], engine.core.stats()))
         engine.close()
 
-    def _take(self, engine: Engine, message: NewRequest | AbortRequests | Call) -> None:
+    def _take(self, engine: Engine, message: NewRequest | AbortRequests | Call | Undecodable) -> None:
         match message:
             case NewRequest():
                 engine.submit(message)
@@ -280,15 +279,25 @@ class _Process:
                 engine.scheduler.abort(message.request_ids, message.stopped)
             case Call():
                 self._answer(engine, message)
+            case Undecodable():
+                self._refuse(engine, message)
+
+    def _refuse(self, engine: Engine, message: Undecodable) -> None:
+        """Whoever waits for an answer gets one."""
+        error = f"the engine does not understand the message: {message.error}"
+        print(error, file=sys.stderr, flush=True)
+        if message.tag == "new":
+            failed = TokenDelta(request_id=message.message_id, tokens=[], finish_reason="error", error=error)
+            self._send(StepOutputs([failed], engine.core.stats()))
+        elif message.tag == "call":
+            self._send(CallReply(message.message_id, error=error))
 
     def _answer(self, engine: Engine, call: Call) -> None:
         engine.core.drain()
         try:
             result = engine.operate(call.operation, call.arguments)
-        except (SlipstreamError, TypeError) as error:
-            self._send(CallReply(call.call_id, error=str(error)))
-        except AssertionError as error:
-            self._send(CallReply(call.call_id, error=f"integrity violated: {error}"))
+        except Exception as error:
+            self._send(_failure(call, error))
         else:
             if isinstance(result, Future):
                 result.add_done_callback(lambda done: self._tell_done(engine, call, done))
@@ -305,23 +314,17 @@ class _Process:
 
 
 def _reply(call: Call, done: Future[Any]) -> CallReply:
-    """What became of work in the background; whatever went wrong there, serving goes on."""
     error = done.exception()
-    if error is None:
-        return CallReply(call.call_id, done.result())
-    if not isinstance(error, SlipstreamError):
-        traceback.print_exception(error)
-        return CallReply(call.call_id, error=f"{call.operation} failed: {type(error).__name__}: {error}")
-    return CallReply(call.call_id, error=str(error))
+    return CallReply(call.call_id, done.result()) if error is None else _failure(call, error)
 
 
-def die_with_parent() -> None:
-    """Asks Linux to end this process when the server is gone, however it went."""
-    pr_set_pdeathsig = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() == 1:
-            sys.exit(1)
+def _failure(call: Call, error: BaseException) -> CallReply:
+    """Whatever goes wrong with an operation, serving goes on."""
+    if isinstance(error, SlipstreamError):
+        refused = isinstance(error, ModelError | ConfigError)
+        return CallReply(call.call_id, error=str(error), refused=refused)
+    traceback.print_exception(error)
+    return CallReply(call.call_id, error=f"{call.operation} failed: {type(error).__name__}: {error}")
 
 
 def main(
@@ -330,7 +333,6 @@ def main(
     make_drafters: MakeDrafters = lambda _: (),
     make_listeners: MakeListeners = lambda _: (),
 ) -> int:
-    die_with_parent()
     try:
         process = _Process(EngineChannel(int(descriptor)), make_drafters, make_listeners)
         return process.run(msgspec.json.decode(config, type=EngineConfig))

@@ -7,6 +7,7 @@ thread for it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import select
 import socket
 from collections.abc import Callable, Iterator
@@ -46,6 +47,15 @@ def frame(payload: bytes) -> bytes:
     return len(payload).to_bytes(LENGTH_BYTES, "little") + payload
 
 
+class Undecodable(msgspec.Struct, frozen=True):
+    """A frame that is none of the messages; as much as could be read of it."""
+
+    error: str
+    tag: str = ""
+    message_id: int = 0
+    """The second field, by which requests and calls are answered."""
+
+
 class EngineChannel:
     """The engine's end: blocking writes, polled reads."""
 
@@ -61,16 +71,27 @@ class EngineChannel:
         """Raises ConnectionError when the API process is gone."""
         self._socket.sendall(frame(self._encoder.encode(message)))
 
-    def receive(self, timeout_ms: int) -> list[ToEngine]:
+    def receive(self, timeout_ms: int) -> list[ToEngine | Undecodable]:
         """What has arrived, after waiting for it at most so long; raises ConnectionError when the other end is gone."""
-        messages: list[ToEngine] = []
+        messages: list[ToEngine | Undecodable] = []
         while self._poll.poll(timeout_ms):
             data = self._socket.recv(READ_BYTES)
             if not data:
                 raise ConnectionResetError("the API process is gone")
-            messages += map(self._decoder.decode, self._frames.feed(data))
+            messages += map(self._decode, self._frames.feed(data))
             timeout_ms = 0
         return messages
+
+    def _decode(self, payload: bytes) -> ToEngine | Undecodable:
+        try:
+            message: ToEngine = self._decoder.decode(payload)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                match msgspec.msgpack.decode(payload):
+                    case [str(tag), int(message_id), *_]:
+                        return Undecodable(str(error), tag, message_id)
+            return Undecodable(str(error))
+        return message
 
     def close(self) -> None:
         self._socket.close()
@@ -79,8 +100,10 @@ class EngineChannel:
 class ClientChannel(asyncio.Protocol):
     """The API process's end, served by the event loop."""
 
-    def __init__(self, handle: Callable[[FromEngine], None]) -> None:
+    def __init__(self, handle: Callable[[FromEngine], None], lost: Callable[[], None]) -> None:
+        """``lost`` is called once when the engine can no longer be talked to, also because of what it sent."""
         self._handle = handle
+        self._lost = lost
         self._frames = Frames()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
@@ -88,6 +111,9 @@ class ClientChannel(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lost()
 
     def data_received(self, data: bytes) -> None:
         for payload in self._frames.feed(data):

@@ -16,7 +16,7 @@ import typer
 from slipstream.drafter.registry.states import RegistryError
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
+from slipstream.engine.errors import ConfigError, EngineLostError, ModelError, SlipstreamError
 from slipstream.loadtest.demo.cli import demo
 from slipstream.server.config import ServerConfig
 from slipstream.server.drafter_cli import drafter_app
@@ -25,6 +25,8 @@ from slipstream.server.traffic_cli import app as traffic_app
 
 STARTED = time.monotonic()
 USER_ERROR = 2
+ENGINE_LOST = 3
+"""Status of a server whose engine died and could not be replaced."""
 UsageError: Any = typer.BadParameter.__base__
 """What wrong options raise; typer exports only this subclass."""
 
@@ -117,6 +119,8 @@ def main() -> None:
         fail(error.format_message(), USER_ERROR)
     except (ConfigError, ModelError, RegistryError) as error:
         fail(str(error), USER_ERROR)
+    except EngineLostError as error:
+        fail(str(error), ENGINE_LOST)
     except SlipstreamError as error:
         fail(str(error), 1)
 

@@ -74,6 +74,17 @@ class ServerConfig:
     )
     request_timeout_s: float = option(0.0, "Time a request may take, answer included; then 504. 0 for no limit.")
     health_stall_s: float = option(30.0, "/health is 503 when there is work and no step has ended for this long.")
+    engine_restarts: int = option(
+        30,
+        "How often an engine process that has died is replaced within --engine-restart-window-s; after that the server "
+        "ends with status 3. 0 to end at once.",
+    )
+    engine_restart_window_s: float = option(
+        600.0, "Seconds of serving within which --engine-restarts are counted; the time that starts take is left out."
+    )
+    engine_hang_s: float = option(
+        120.0, "An engine process that has given no sign of life for this long is killed and replaced; 0 for never."
+    )
     drain_timeout_s: float = option(30.0, "Time running requests get to finish on shutdown.")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "What goes to the log on stderr.")
     access_log: bool = option(False, "Log a line for every HTTP request.")
@@ -87,13 +98,16 @@ class ServerConfig:
             "max_body_bytes": 1,
             "max_queued_requests": 0,
             "request_timeout_s": 0,
+            "engine_restarts": 0,
+            "engine_hang_s": 0,
             "drain_timeout_s": 0,
         }
         for name, minimum in at_least.items():
             if not getattr(self, name) >= minimum:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {minimum}, not {getattr(self, name)}")
-        if not self.health_stall_s > 0:
-            raise ConfigError(f"--health-stall-s must be more than 0, not {self.health_stall_s}")
+        for name in ("health_stall_s", "engine_restart_window_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(self, name)}")
         if not -MAX_PRIORITY <= self.most_urgent_priority <= 0:
             raise ConfigError(f"--most-urgent-priority must be -{MAX_PRIORITY} to 0, not {self.most_urgent_priority}")
         for name in ("served_model_name", "allowed_host", "allowed_origin"):

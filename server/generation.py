@@ -11,9 +11,9 @@ import msgspec
 
 from slipstream.engine.client import RequestStream
 from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
-from slipstream.server.errors import GenerationFailedError, UnavailableError
+from slipstream.server.errors import GenerationFailedError
 from slipstream.server.sequence_metrics import SequenceMetrics, sequences_metrics
-from slipstream.server.service import RETRY_DRAINING_S, Service
+from slipstream.server.service import Service
 from slipstream.server.text import IncrementalDetokenizer, OffsetDetokenizer, StopChecker
 
 
@@ -162,20 +162,17 @@ class Sequence:
 
         Raises:
             GenerationFailedError: because of an error.
-            UnavailableError: because the server is shutting down: half an answer must not look like a whole one.
+            UnavailableError: because the engine died or the server is shutting down: half an answer must not look like
+                a whole one.
         """
+        if self._stream.lost:
+            self.finished = True
+            self.metrics.on_end(last.finish_reason or "error")
+            raise self._service.engine_gone(last.error or "the engine ended")
         if last.finish_reason == "error":
             self.finished = True
             self.metrics.on_end("error")
             raise GenerationFailedError(last.error or "the engine failed this request")
-        if last.finish_reason == "abort" and self._service.phase == "draining":
-            self.finished = True
-            self.metrics.on_end("abort")
-            raise UnavailableError(
-                "the server shut down before the answer was complete",
-                code="shutting_down",
-                retry_after_s=RETRY_DRAINING_S,
-            )
         piece.finish_reason = last.finish_reason
         if last.stop_token in self._output.stop_token_ids:
             piece.stop_reason = last.stop_token

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ import uvloop
 from slipstream.drafter.registry.database import RegistryUnusableError
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.traffic.config import TrafficConfig
+from slipstream.engine import child
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.server.app import build_app
@@ -59,6 +59,7 @@ def run(
     Raises:
         ModelError, ConfigError: the user can mend it.
         EngineDiedError: the engine process did not come up.
+        EngineLostError: it died later, and another could not be started.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prompts are encoded in threads of our own
     set_up_logging(config.log_level)
@@ -91,7 +92,7 @@ def with_live_drafter(engine: EngineConfig, evolution: EvolutionConfig) -> Engin
         return engine
     if not live and engine.drafter == "warm":
         # In a process of its own, because it needs torch. As a version it can be trained on, judged and gone back to.
-        command = [sys.executable, "-P", "-m", "slipstream.drafter.warm", engine.model, evolution.registry]
+        command = child.command("slipstream.drafter.warm", engine.model, evolution.registry)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ConfigError(done.stderr.strip())
@@ -126,8 +127,10 @@ async def serve(service: Service, listener: socket.socket, started: float) -> No
         if loading.done():
             loading.result()
             print(greeting(service, url, time.monotonic() - started), flush=True)
-            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            supervising = asyncio.create_task(service.keep_running())
+            await asyncio.wait({serving, stopping, supervising}, return_when=asyncio.FIRST_COMPLETED)
             await finish_requests(service, second)
+            await supervising
     finally:
         stopping.cancel()
         loading.cancel()

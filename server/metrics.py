@@ -270,12 +270,25 @@ class Metrics:
             PREFIX + "http_responses", "HTTP responses.", ("route", "status"), registry=self.registry
         )
         self._phase = Gauge(PREFIX + "ready", "1 when the server takes requests.", registry=self.registry)
+        self._restarts = Counter(
+            PREFIX + "engine_restarts",
+            "Engine processes that replaced a dead one.",
+            registry=self.registry,
+        )
 
     def attach(self, engine: EngineClient, is_ready: Callable[[], bool]) -> None:
+        """Called with every engine process that serves, one after the other."""
+        if self._engine.engine is None:
+            self._phase.set_function(lambda: float(is_ready()))
+            ProcessCollector(namespace="slipstream_engine", pid=self._engine_pid, registry=self.registry)
+        else:
+            self._restarts.inc()
         self._engine.engine = engine
         engine.on_step.append(self._on_step)
-        self._phase.set_function(lambda: float(is_ready()))
-        ProcessCollector(namespace="slipstream_engine", pid=lambda: engine.pid, registry=self.registry)
+
+    def _engine_pid(self) -> int:
+        assert self._engine.engine is not None
+        return self._engine.engine.pid
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

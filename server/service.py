@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import os
-import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +16,7 @@ from slipstream.engine.checkpoint import locate
 from slipstream.engine.client import EngineClient, RequestStream
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import NewRequest
+from slipstream.engine.supervisor import EngineSupervisor, Restarts
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import InvalidRequestError, ModelNotFoundError, OverloadedError, UnavailableError
 from slipstream.server.evolution.observer import Observer
@@ -55,8 +54,14 @@ class Service:
         self.evolution: Evolution | None = None
         """With a registry."""
         self.observer = Observer()
+        self.supervisor = EngineSupervisor(
+            self._start_engine,
+            Restarts(config.engine_restarts, config.engine_restart_window_s),
+            config.engine_hang_s,
+            self._engine_started,
+        )
         self._observing: asyncio.Task[None] | None = None
-        self._engine: EngineClient | None = None
+        self._supervising: asyncio.Task[None] | None = None
         self._text: TextModel | None = None
         self._busy_since = 0.0
 
@@ -70,11 +75,10 @@ class Service:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._load_text())
-                group.create_task(self._start_engine())
+                group.create_task(self.supervisor.start())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         self.text.warn(self.engine.ready.vocab_size)
-        self.metrics.attach(self.engine, lambda: self.ready()[0] == 200)
         self._observing = asyncio.create_task(self._observe())
         if self.evolution is not None:
             await self.evolution.start()
@@ -85,11 +89,26 @@ class Service:
     async def _load_text(self) -> None:
         self._text = await asyncio.to_thread(load_text_model, self.engine_config.model, self.config)
 
-    async def _start_engine(self) -> None:
+    async def keep_running(self) -> None:
+        """Once it is loaded: replaces engines that die or hang, until cancelled or drained.
+
+        Raises EngineLostError when it gives up.
+        """
+        self._supervising = asyncio.create_task(self.supervisor.run())
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._supervising
+
+    async def _start_engine(self, before: EngineClient | None) -> EngineClient:
         traffic = msgspec.json.encode(dataclasses.asdict(self.traffic)).decode()
-        self._engine = await EngineClient.start(
-            self.engine_config, "slipstream.server.engine_process", (self.config.log_level, traffic)
+        arguments = (self.config.log_level, traffic)
+        return await EngineClient.start(
+            self.engine_config, "slipstream.server.engine_process", arguments, before=before
         )
+
+    def _engine_started(self, engine: EngineClient) -> None:
+        self.metrics.attach(engine, lambda: self.ready()[0] == 200)
+        if self.evolution is not None:
+            self.evolution.publisher.engine_started()
 
     async def _observe(self) -> None:
         while True:
@@ -99,12 +118,11 @@ class Service:
     @property
     def is_loaded(self) -> bool:
         """Whether there is an engine to ask about."""
-        return self._engine is not None
+        return self.supervisor.has_started
 
     @property
     def engine(self) -> EngineClient:
-        assert self._engine is not None, "the engine is not loaded"
-        return self._engine
+        return self.supervisor.engine
 
     @property
     def text(self) -> TextModel:
@@ -118,7 +136,18 @@ class Service:
         if self.phase == "draining":
             raise UnavailableError("the server is shutting down", code="shutting_down", retry_after_s=RETRY_DRAINING_S)
         if self.engine.failure is not None:
-            raise UnavailableError(self.engine.failure, code="engine_failed", retry_after_s=RETRY_DRAINING_S)
+            raise self.engine_gone(self.engine.failure)
+
+    def engine_gone(self, reason: str) -> UnavailableError:
+        """What those are told whose request came too late for the engine that ended."""
+        if self.phase == "draining":
+            message, code = "the server shut down before the answer was complete", "shutting_down"
+            return UnavailableError(message, code=code, retry_after_s=RETRY_DRAINING_S)
+        return UnavailableError(
+            reason if self.supervisor.lost else f"{reason}; another one is being started",
+            code="engine_failed",
+            retry_after_s=self.supervisor.seconds_left,
+        )
 
     def require_model(self, name: str | None) -> str:
         """The name to answer with; requests may leave it out, since there is only one model."""
@@ -177,10 +206,14 @@ class Service:
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body: does the engine make progress?"""
-        if self._engine is None or self._text is None:
+        if not self.is_loaded or self._text is None:
             return 503, {"status": "loading", "reason": "the model is loading"}
         if self.engine.failure is not None:
-            return 503, {"status": "failed", "reason": self.engine.failure}
+            if self.supervisor.lost or self.phase == "draining":
+                return 503, {"status": "failed", "reason": self.engine.failure}
+            left = f"in about {self.supervisor.seconds_left} s"
+            reason = f"{self.engine.failure}; another one is being started and should be ready {left}"
+            return 503, {"status": "restarting", "reason": reason}
         silence = time.monotonic() - max(self.engine.last_step_at, self._busy_since)
         if self.engine.num_open and silence > self.config.health_stall_s:
             reason = f"{self.engine.num_open} sequences are open and no step has ended for {silence:.0f} s"
@@ -197,28 +230,33 @@ class Service:
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new requests and waits for those under way; False if some are left after the timeout."""
         self.phase = "draining"
+        await end(self._supervising)  # what is in flight needs the engine there is, and no other
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self.num_responding or (self._engine is not None and self._engine.num_open):
+                while self.num_responding or (self.is_loaded and self.engine.num_open):
                     await asyncio.sleep(0.05)
                 return True
         return False
 
     def kill_engine(self) -> None:
         """Ends the engine process without waiting for the step under way."""
-        if self._engine is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._engine.pid, signal.SIGKILL)
+        if self.is_loaded:
+            self.engine.kill()
 
     async def close(self) -> None:
         """Ends the engine process; requests that are still open get their terminal message."""
         self.phase = "draining"
-        if self._observing is not None:
-            self._observing.cancel()
+        await end(self._supervising)
+        await end(self._observing)
         if self.evolution is not None:
             await self.evolution.close()
-        if self._engine is not None:
-            await self._engine.close()
+        await self.supervisor.close()
+
+
+async def end(task: asyncio.Task[Any] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 def default_model_name(path: Path) -> str:

@@ -28,7 +28,7 @@ from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, fill
 from slipstream.drafter.training.target import Target
 from slipstream.drafter.training.trainer import Trainer
-from slipstream.engine.errors import SlipstreamError
+from slipstream.engine.errors import ModelError, SlipstreamError
 from slipstream.kernels.machine import describe_speed
 
 POLL_SECONDS = 2.0
@@ -52,6 +52,8 @@ class Worker:
         self._courses = [
             Course(options, route, self._target, self._store, control.check, folder) for route in options.routes
         ]
+        self._checked: dict[str, tuple[int, bool]] = {}
+        """By route, the live version that was last looked at, and whether it can be trained on."""
         self._route = ""
         """What it is busy with."""
         self._busy = 0.0
@@ -66,6 +68,8 @@ class Worker:
                 worked = False
                 for course in self._courses:
                     self._route = course.route
+                    if not self._can_train(course):
+                        continue
                     self._judge_candidates(course)
                     if self._is_due(course, bool(asked)):
                         worked |= self._round(course)
@@ -77,6 +81,21 @@ class Worker:
         for course in self._courses:
             if course.trainer is not None:
                 course.save(wait=True)
+
+    def _can_train(self, course: Course) -> bool:
+        """Not while a head is live that is damaged, or of a kind that is served but not trained."""
+        live = self._registry.serving(course.route)
+        number = live.version if live else 0
+        if course.route not in self._checked or self._checked[course.route][0] != number:
+            readable = True
+            try:
+                if live is not None:
+                    self._head(number)
+            except ModelError as error:
+                readable = False
+                self._report("failed", version=number, message=f"not training beside drafter version {number}: {error}")
+            self._checked[course.route] = number, readable
+        return self._checked[course.route][1]
 
     def _is_due(self, course: Course, asked: bool) -> bool:
         # While a version is on trial, what is live may change at any moment.

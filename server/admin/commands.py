@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from slipstream.engine import child
 from slipstream.server.errors import ApiError, InvalidRequestError, TimedOutError
-from slipstream.server.priority import step_back
 
 TIMEOUT_S = 300.0
 USER_ERROR = 2
@@ -34,13 +33,12 @@ class DrafterCommands:
         line = ["drafter", command, f"--registry={registry}", "--json", *flags, "--", *arguments]
         async with self._turn:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "slipstream.server", *line),
+                *child.command("slipstream.server", *line, priority="lowest"),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 start_new_session=True,
             )
-            step_back(process.pid)
             try:
                 async with asyncio.timeout(TIMEOUT_S):
                     out, said = await process.communicate()
@@ -49,7 +47,7 @@ class DrafterCommands:
             finally:
                 if process.returncode is None:
                     process.kill()
-                    await process.wait()
+                    await child.hasten(process)
         if process.returncode == 0:
             return msgspec.json.decode(out)
         last = (said.decode(errors="replace").strip().splitlines() or ["no message"])[-1]

@@ -40,6 +40,7 @@ async def status(service: Service) -> dict[str, Any]:
         "max_model_len": ready.max_model_len,
         "speculation": service.engine_config.speculation,
     }
+    found["server"]["engine_restarts"] = service.supervisor.restarts
     found["requests"] = {
         "running": stats.num_running,
         "waiting": stats.num_waiting,

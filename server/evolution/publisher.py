@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import Event, RegistryError, Version
-from slipstream.engine.errors import EngineDiedError, SlipstreamError
+from slipstream.engine.errors import EngineDiedError, ModelError, SlipstreamError
 from slipstream.server.canary import Canary
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.service import CANARY_ROUTE, SHARED_ROUTE, Service
 
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5
+RETRY_SECONDS = 30.0
+"""After which a version is loaded again where loading has failed without the engine saying that it is bad."""
 TRIED = "trial"
 """Metric of a version whose trial is over: 1 if it stayed, 0 if it did not."""
 OVERFULL = 3
@@ -73,6 +76,8 @@ class Publisher:
         self._config = config
         self._refused: dict[str, int] = {}
         """Versions that the engine would not load, by route."""
+        self._failed: dict[str, float] = {}
+        """Routes on which loading failed, which says nothing about the version; and when it is tried again."""
         self._loaded: dict[str, int] = {}
         """Versions of the registry that the engine has; a head of another origin may have any number."""
         self.error: str | None = None
@@ -89,13 +94,21 @@ class Publisher:
         """Until cancelled. Nothing that goes wrong here may end it."""
         while True:
             try:
-                await self.look()
-                self.error = None
+                if self._service.engine.failure is None:
+                    await self.look()
+                    self.error = None
+            except EngineDiedError:
+                pass  # the next one is asked when it is there
             except (SlipstreamError, OSError) as error:
                 if str(error) != self.error:
                     logger.error("drafter registry: %s", error)
                 self.error = str(error)
             await asyncio.sleep(LOOK_SECONDS)
+
+    def engine_started(self) -> None:
+        """Another engine process has what its configuration says, and nothing of what the last one had loaded."""
+        self._loaded.clear()
+        self._failed.clear()
 
     async def look(self) -> None:
         """Brings trials and the engine in line with the registry."""
@@ -185,6 +198,8 @@ class Publisher:
         for route, version in sorted(wanted.items()):
             if version.version in (self._loaded.get(route), self._refused.get(route)):
                 continue
+            if time.monotonic() < self._failed.get(route, 0.0):
+                continue
             await self._swap(route, version)
 
     def _set_trial(self, wish: _Wish) -> None:
@@ -209,14 +224,22 @@ class Publisher:
             )
         except EngineDiedError:
             raise  # which says nothing about the version
-        except SlipstreamError as error:
+        except ModelError as error:
             self.failures += 1
             logger.error("drafter version %d cannot serve: %s", version.version, error)
             if version.state in ("canary", "live"):
                 await asyncio.to_thread(self._take_back, version, str(error))
             self._refused[route] = version.version
             return
+        except SlipstreamError as error:
+            self.failures += 1
+            self._failed[route] = time.monotonic() + RETRY_SECONDS
+            logger.error(
+                "loading drafter version %d failed; trying again in %g s: %s", version.version, RETRY_SECONDS, error
+            )
+            return
         self.swaps += 1
+        self._failed.pop(route, None)
         self._loaded[route] = version.version
         self._refused.pop(route, None)
         logger.info("drafter version %d serves %s", version.version, route or "all requests")

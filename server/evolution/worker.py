@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from slipstream.server.priority import step_back
+from slipstream.engine import child
 
 logger = logging.getLogger(__name__)
 MODULE = "slipstream.drafter.training.worker"
@@ -74,14 +73,13 @@ class WorkerProcess:
 
     async def _run_once(self) -> int:
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", MODULE, msgspec.json.encode(self._options).decode()),
+            *child.command(MODULE, msgspec.json.encode(self._options).decode(), priority="lowest"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
             # Ctrl-C reaches the whole process group; the worker ends when its standard input does.
             start_new_session=True,
         )
-        step_back(self._process.pid)
         if self._paused:
             self.send("pause", paused=True)
         telling = asyncio.create_task(self._tell())
@@ -89,7 +87,10 @@ class WorkerProcess:
             assert self._process.stdout is not None
             async for line in self._process.stdout:
                 with contextlib.suppress(msgspec.DecodeError):
-                    self._take(msgspec.json.decode(line, type=dict[str, Any]))
+                    report = msgspec.json.decode(line, type=dict[str, Any])
+                    if report["state"] == "failed":
+                        logger.error("the training worker says: %s", report.get("message"))
+                    self._take(report)
             return await self._process.wait()
         finally:
             telling.cancel()
@@ -117,8 +118,8 @@ class WorkerProcess:
             process.stdin.close()
         try:
             # It saves where it stands.
-            await asyncio.wait_for(process.wait(), 5)
+            await asyncio.wait_for(child.hasten(process), 5)
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+            await child.hasten(process)

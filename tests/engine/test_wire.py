@@ -23,7 +23,7 @@ def test_frames_do_not_depend_on_how_the_stream_is_cut(payloads: list[bytes], cu
 
 async def connect(received: list[FromEngine]) -> tuple[EngineChannel, ClientChannel]:
     ours, theirs = socket.socketpair()
-    client = ClientChannel(received.append)
+    client = ClientChannel(received.append, lambda: None)
     await asyncio.get_running_loop().create_connection(lambda: client, sock=ours)
     return EngineChannel(theirs.detach()), client
 

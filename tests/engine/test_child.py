@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slipstream.server.priority import LOWEST_NICE, step_back
+from slipstream.engine.child import LOWEST_NICE, step_back
 
 AUTOGROUP = Path("/proc/self/autogroup")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="scheduling classes of Linux")
