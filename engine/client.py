@@ -145,11 +145,12 @@ class EngineClient:
                 # Ctrl-C reaches the whole process group; the server decides when the engine ends.
                 start_new_session=True,
             )
-        await asyncio.get_running_loop().create_connection(lambda: client._channel, sock=ours)
         client._watcher = asyncio.create_task(client._watch())
         try:
+            await asyncio.get_running_loop().create_connection(lambda: client._channel, sock=ours)
             client.ready = await client._ready
         except BaseException:
+            client._ready.cancel()
             client.kill()  # it has nothing yet that it could lose
             await client.close()
             raise

@@ -1,10 +1,13 @@
-"""Processes that step back, as the kernel sees them."""
+"""Child processes as the kernel sees them: they step back, and never outlive who started them."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from slipstream.engine.child import LOWEST_NICE, step_back
@@ -33,3 +36,82 @@ def test_a_process_that_has_ended_is_no_error() -> None:
     with subprocess.Popen((sys.executable, "-c", "")) as process:
         process.wait()
     step_back(process.pid)
+
+
+PARENT = """
+import subprocess, sys, time
+from slipstream.engine.child import command
+children = [subprocess.Popen(command("sleepy", priority=p), start_new_session=True) for p in ("normal", "lowest")]
+print(*(child.pid for child in children), flush=True)
+if sys.argv[1:] == ["stay"]:
+    time.sleep(600)
+"""
+SLEEPY = """
+import os, sys, threading, time
+held = bytearray(64 << 20)
+print("up", os.getpid(), flush=True)
+def burn():
+    while True:
+        pass
+threading.Thread(target=burn, daemon=True).start()
+burn()
+"""
+
+
+def gone(pids: list[int], seconds: float = 60.0) -> float:
+    """How long it took until none of them ran any more."""
+    began = time.monotonic()
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+        assert time.monotonic() - began < seconds, [pid for pid in pids if psutil.pid_exists(pid)]
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "sleepy.py").write_text(SLEEPY)
+    return os.environ | {"PYTHONPATH": str(tmp_path)}
+
+
+def start_parent(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = (sys.executable, "-c", PARENT, *arguments)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(tmp_path))
+
+
+@pytest.mark.parametrize("load", [0, pytest.param(8, marks=pytest.mark.slow)])
+def test_children_do_not_outlive_a_killed_parent(tmp_path: Path, load: int) -> None:
+    busy = [subprocess.Popen((sys.executable, "-c", "while True: pass"), start_new_session=True) for _ in range(load)]
+    try:
+        with start_parent(tmp_path, "stay") as parent:
+            assert parent.stdout is not None
+            pids = list(map(int, parent.stdout.readline().split()))
+            assert {parent.stdout.readline().strip() for _ in pids} == {f"up {pid}" for pid in pids}
+            assert [os.sched_getscheduler(pid) for pid in pids] == [os.SCHED_OTHER, os.SCHED_IDLE]
+            [reaper] = psutil.Process(pids[1]).children()
+            assert os.sched_getscheduler(reaper.pid) == os.SCHED_OTHER
+            parent.kill()
+            took = gone([*pids, reaper.pid], 20)
+            print(f"beside {load} busy processes the children were gone after {took:.2f} s")
+            # Nothing holds the pipe either: whoever reads it to its end is not kept waiting.
+            parent.stdout.read()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def test_a_parent_that_ends_at_once_leaves_none(tmp_path: Path) -> None:
+    for _ in range(3):
+        with start_parent(tmp_path) as parent:
+            assert parent.stdout is not None
+            gone(list(map(int, parent.stdout.readline().split())))
+
+
+def test_the_reaper_ends_with_its_child(tmp_path: Path) -> None:
+    with start_parent(tmp_path, "stay") as parent:
+        assert parent.stdout is not None
+        pids = list(map(int, parent.stdout.readline().split()))
+        parent.stdout.readline(), parent.stdout.readline()
+        [reaper] = psutil.Process(pids[1]).children()
+        os.kill(pids[1], signal.SIGKILL)
+        gone([reaper.pid])
+        parent.kill()

@@ -4,12 +4,23 @@ import asyncio
 import socket
 from itertools import pairwise
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.engine.messages import AbortRequests, EngineStats, FromEngine, StepOutputs, TokenDelta
-from slipstream.engine.wire import ClientChannel, EngineChannel, Frames, frame
+from slipstream.engine.messages import (
+    AbortRequests,
+    Call,
+    EngineStats,
+    FromEngine,
+    NewRequest,
+    SamplingParams,
+    StepOutputs,
+    ToEngine,
+    TokenDelta,
+)
+from slipstream.engine.wire import ClientChannel, EngineChannel, Frames, Undecodable, frame
 
 
 @given(st.lists(st.binary(max_size=300), max_size=20), st.lists(st.integers(0, 4000), max_size=30))
@@ -48,6 +59,39 @@ async def test_messages_arrive_in_order_both_ways() -> None:
     assert received == [outputs]
     client.close()
     engine.close()
+
+
+MESSAGES: list[ToEngine] = [
+    NewRequest(request_id=5, prompt=[1, 2], params=SamplingParams(max_tokens=3, logit_bias={4: 1.0}), tenant="acme"),
+    AbortRequests([5]),
+    Call(5, "step_cost", {"a": [1]}),
+]
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.just("é") | st.binary(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from("ab"), inner, max_size=3),
+)
+
+
+@given(st.data())
+def test_what_is_no_message_is_told_from_those_around_it_and_keeps_its_id(data: st.DataObject) -> None:
+    good = data.draw(st.sampled_from(MESSAGES))
+    payload = msgspec.msgpack.encode(good)
+    if data.draw(st.booleans()):
+        fields = msgspec.msgpack.decode(payload)
+        fields[data.draw(st.integers(2, len(fields) - 1))] = data.draw(ODD)
+        spoilt, has_id = msgspec.msgpack.encode(fields), not isinstance(good, AbortRequests)
+    else:
+        spoilt, has_id = data.draw(st.binary(max_size=40)), False
+    ours, theirs = socket.socketpair()
+    engine = EngineChannel(theirs.detach())
+    with ours:
+        ours.sendall(frame(payload) + frame(spoilt) + frame(payload))
+        first, odd, last = engine.receive(0)
+    engine.close()
+    assert first == last == good
+    if isinstance(odd, Undecodable):
+        assert odd.error
+        assert not has_id or (odd.tag, odd.message_id) == (fields[0], 5)
 
 
 async def test_the_engine_notices_that_the_api_process_is_gone() -> None:

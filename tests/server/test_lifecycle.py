@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import time
@@ -118,25 +117,16 @@ def test_health_tells_when_the_engine_stalls(small_server: Any) -> None:
     small_server.wait_until_idle()
 
 
-def test_death_of_the_engine(start_server: Callable[..., Any]) -> None:
+def test_a_signal_while_the_engine_is_replaced_ends_the_server_at_once(start_server: Callable[..., Any]) -> None:
     server = start_server().wait_until_ready()
-    engine = server.engine
-    with server.open_stream() as stream, server.send(COMPLETE, LONG) as whole:
-        server.wait_until(lambda: server.metric("num_requests_running") == 2)
-        os.kill(engine.pid, signal.SIGKILL)
-        *_, failed, done = [line for line in read_all(stream).decode().splitlines() if line.startswith("data: ")]
-        assert done == "data: [DONE]"
-        assert json.loads(failed.removeprefix("data: "))["error"]["code"] == "generation_failed"
-        assert whole.recv(65536).startswith(b"HTTP/1.1 500 ")
-    for path in ("/health", "/ready"):
-        status, reply = server.get(path)
-        assert (status, reply["status"]) == (503, "failed")
-        assert "engine" in reply["reason"]
-    status, reply = server.post(COMPLETE, {"prompt": "x"})
-    assert (status, reply["error"]["code"]) == (503, "engine_failed")
-    assert server.metric("request_success_total", finished_reason="error") == 2
-    assert server.metric("ready") == 0
-    assert server.stop() == 0
+    first = server.engine
+    first.kill()
+    server.wait_until(lambda: server.get("/health")[1]["status"] == "restarting")
+    second = server.wait_until(lambda: [p for p in psutil.Process(server.process.pid).children() if p.pid != first.pid])
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    assert not any(process.is_running() for process in second)
+    assert "restart 1" in "".join(server.log)
 
 
 def test_drain(start_server: Callable[..., Any]) -> None:

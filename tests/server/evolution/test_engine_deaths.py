@@ -1,0 +1,119 @@
+"""The engine is killed under streams and during a swap: serving, versions and counters go on, until it is too often."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from slipstream.drafter import warm
+from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.registry.registry import Registry
+from slipstream.engine.config import EngineConfig
+
+PASSED = {"least_ratio": 1.1, "accept_length": 2.0}
+LONG = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True, "speculation": {"mode": "off"}}
+
+
+def counters(server: Any) -> dict[str, float]:
+    """All that must never fall."""
+    found = {}
+    kinds = {}
+    for line in server.get("/metrics")[1].splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split()
+            kinds[name] = kind
+        elif line.startswith("slipstream:"):
+            series, value = line.rsplit(" ", 1)
+            name = series.split("{")[0]
+            family = re.sub(r"_(bucket|sum|count)$", "", name)
+            if kinds.get(name) == "counter" or kinds.get(family) == "histogram":
+                found[series] = float(value)
+    return found
+
+
+def routes(server: Any) -> dict[str, int]:
+    lines = server.get("/metrics")[1].splitlines()
+    gauges = [line for line in lines if line.startswith("slipstream:drafter_version{")]
+    return {line.split('route="')[1].split('"')[0]: int(float(line.split()[-1])) for line in gauges}
+
+
+def test_serving_goes_on_after_deaths_of_the_engine(tmp_path: Path, start_server: Callable[..., Any]) -> None:
+    server = start_server(
+        *("--registry", str(tmp_path), "--drafter", "warm", "--speculation", "head"),
+        *("--canary-share", "0.5", "--max-draft-tokens", "3", "--engine-restarts", "2"),
+    ).wait_until_ready()
+    registry, head = Registry(tmp_path), warm.read(EngineConfig())
+
+    def add(route: str) -> int:
+        fingerprint = served_fingerprint(EngineConfig())
+        return registry.add(*head, target=fingerprint, origin="trained", gate=PASSED, route=route).version
+
+    first = registry.live()
+    assert first is not None
+    own, canary = add("domain:rivers"), add("")
+    versions = {"": first.version, "domain:rivers": own, "canary": canary}
+    server.wait_until(lambda: routes(server) == versions)
+    answers = [server.chat(f"Tell me {number} facts.", max_tokens=20)["choices"] for number in range(4)]
+
+    # Under streams.
+    before = counters(server)
+    with server.open_stream() as stream, server.send("/v1/completions", LONG) as whole:
+        server.wait_until(lambda: server.metric("num_requests_running") == 2)
+        server.engine.kill()
+        received = b""
+        while not received.endswith(b"0\r\n\r\n"):
+            received += stream.recv(65536)
+        *_, failed, done = [line for line in received.decode().splitlines() if line.startswith("data: ")]
+        assert done == "data: [DONE]"
+        assert json.loads(failed.removeprefix("data: "))["error"]["code"] == "engine_failed"
+        head_of_answer = whole.recv(65536)
+        assert head_of_answer.startswith(b"HTTP/1.1 503 ") and b"retry-after: " in head_of_answer
+    for path in ("/health", "/ready"):
+        status, reply = server.get(path)
+        assert (status, reply["status"]) == (503, "restarting")
+        assert "killed by SIGKILL" in reply["reason"]
+    body = json.dumps({"prompt": "x"}).encode()
+    status, headers, said = server.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+    assert (status, json.loads(said)["error"]["code"]) == (503, "engine_failed")
+    assert int(headers["retry-after"]) > 0
+    dead = counters(server)
+    assert server.metric("ready") == server.metric("num_requests_running") == 0
+
+    server.wait_until_ready()
+    alive = counters(server)
+    server.wait_until(lambda: routes(server) == versions)
+    again = [server.chat(f"Tell me {number} facts.", max_tokens=20)["choices"] for number in range(4)]
+    assert [[choice["message"] for choice in a] for a in again] == [[c["message"] for c in a] for a in answers]
+    for earlier, later in ((before, dead), (dead, alive), (alive, counters(server))):
+        assert {series for series, value in earlier.items() if later.get(series, value) < value} == set()
+    assert set(before) - {series for series in before if "drafter_version_num" in series} <= set(alive)
+    assert server.metric("request_success_total", finished_reason="error") == 2
+    assert server.metric("engine_restarts_total") == 1
+
+    # During a swap: that it came to nothing is not the version's fault.
+    engine = server.engine
+    engine.suspend()
+    newer = add("domain:rivers")
+    registry.promote(newer, "by hand")
+    time.sleep(2)  # the publisher looks twice a second
+    engine.kill()
+    server.wait_until_ready()
+    versions["domain:rivers"] = newer
+    server.wait_until(lambda: routes(server) == versions)
+    states = {version.version: version.state for version in registry.list()}
+    assert states == {first.version: "live", own: "retired", canary: "canary", newer: "live"}
+    assert server.metric("drafter_failed_swaps_total") == 0
+
+    # Once too often.
+    server.engine.send_signal(signal.SIGSEGV)
+    assert server.process.wait(60) == 3
+    server._reader.join(10)
+    assert "killed by SIGSEGV; giving up after 2 restarts" in server.log[-1]
+    assert not psutil.pid_exists(engine.pid)
