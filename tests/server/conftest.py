@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -157,6 +158,28 @@ class Server:
             if found == f"slipstream:{name}" and all(f'{key}="{text}"' in rest for key, text in labels.items()):
                 total += float(value)
         return total
+
+    def counters(self) -> dict[str, float]:
+        """All series that must never fall."""
+        found: dict[str, float] = {}
+        kinds: dict[str, str] = {}
+        for line in self.get("/metrics")[1].splitlines():
+            if line.startswith("# TYPE "):
+                _, _, name, kind = line.split()
+                kinds[name] = kind
+            elif line.startswith("slipstream:"):
+                series, value = line.rsplit(" ", 1)
+                name = series.split("{")[0]
+                family = re.sub(r"_(bucket|sum|count)$", "", name)
+                if kinds.get(name) == "counter" or kinds.get(family) == "histogram":
+                    found[series] = float(value)
+        return found
+
+    def routes(self) -> dict[str, int]:
+        """Version of the learned drafter by route."""
+        lines = self.get("/metrics")[1].splitlines()
+        gauges = [line for line in lines if line.startswith("slipstream:drafter_version{")]
+        return {line.split('route="')[1].split('"')[0]: int(float(line.split()[-1])) for line in gauges}
 
     def wait_until_idle(self) -> None:
         self.wait_until(

@@ -18,12 +18,14 @@ from typing import Any
 import pytest
 import torch
 
+from slipstream.drafter.head import layout
 from slipstream.drafter.registry.fingerprint import target_fingerprint
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import Version
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.training.checkpoint import Checkpoint
 from slipstream.engine.checkpoint import open_checkpoint
+from slipstream.engine.models.config import decoder_config
 
 MODULE = "slipstream.drafter.training.worker"
 SECONDS = 600.0
@@ -322,6 +324,29 @@ def test_told_to_finish_it_judges_what_it_has(workshop: Workshop, traffic: MakeS
     assert worker.process.wait(SECONDS) == 0
     assert len(workshop.registry.list()) == 1
     worker.kill()
+
+
+def test_beside_a_live_head_that_it_cannot_train_on_it_waits_for_another(
+    workshop: Workshop, traffic: MakeSamples, target_folder: Path
+) -> None:
+    target = decoder_config(open_checkpoint(str(target_folder)).config)
+    good = layout.config_for(target, 64)
+
+    def make_live(config: layout.HeadConfig) -> int:
+        tensors = layout.random_tensors(config, 0)
+        version = workshop.registry.add(config, tensors, target=workshop.fingerprint, origin="imported").version
+        return workshop.registry.promote(version).version
+
+    workshop.store.append(traffic(150))
+    strange = make_live(replace(good, taps=tuple(tap - 1 for tap in good.taps)))
+    worker = workshop.start()
+    report = worker.wait_for("failed")
+    assert report["version"] == strange and "reads layers" in report["message"]
+    worker.wait_for("waiting")
+    worker.wait_for("waiting")  # it neither ended nor says so again
+    make_live(good)
+    worker.wait_for("training")
+    assert worker.end() == 0
 
 
 def test_what_cannot_work_is_said(workshop: Workshop, tmp_path: Path) -> None:

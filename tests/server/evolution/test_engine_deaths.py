@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -21,29 +20,6 @@ PASSED = {"least_ratio": 1.1, "accept_length": 2.0}
 LONG = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True, "speculation": {"mode": "off"}}
 
 
-def counters(server: Any) -> dict[str, float]:
-    """All that must never fall."""
-    found = {}
-    kinds = {}
-    for line in server.get("/metrics")[1].splitlines():
-        if line.startswith("# TYPE "):
-            _, _, name, kind = line.split()
-            kinds[name] = kind
-        elif line.startswith("slipstream:"):
-            series, value = line.rsplit(" ", 1)
-            name = series.split("{")[0]
-            family = re.sub(r"_(bucket|sum|count)$", "", name)
-            if kinds.get(name) == "counter" or kinds.get(family) == "histogram":
-                found[series] = float(value)
-    return found
-
-
-def routes(server: Any) -> dict[str, int]:
-    lines = server.get("/metrics")[1].splitlines()
-    gauges = [line for line in lines if line.startswith("slipstream:drafter_version{")]
-    return {line.split('route="')[1].split('"')[0]: int(float(line.split()[-1])) for line in gauges}
-
-
 def test_serving_goes_on_after_deaths_of_the_engine(tmp_path: Path, start_server: Callable[..., Any]) -> None:
     server = start_server(
         *("--registry", str(tmp_path), "--drafter", "warm", "--speculation", "head"),
@@ -59,11 +35,11 @@ def test_serving_goes_on_after_deaths_of_the_engine(tmp_path: Path, start_server
     assert first is not None
     own, canary = add("domain:rivers"), add("")
     versions = {"": first.version, "domain:rivers": own, "canary": canary}
-    server.wait_until(lambda: routes(server) == versions)
+    server.wait_until(lambda: server.routes() == versions)
     answers = [server.chat(f"Tell me {number} facts.", max_tokens=20)["choices"] for number in range(4)]
 
     # Under streams.
-    before = counters(server)
+    before = server.counters()
     with server.open_stream() as stream, server.send("/v1/completions", LONG) as whole:
         server.wait_until(lambda: server.metric("num_requests_running") == 2)
         server.engine.kill()
@@ -83,15 +59,15 @@ def test_serving_goes_on_after_deaths_of_the_engine(tmp_path: Path, start_server
     status, headers, said = server.request("POST", "/v1/completions", body, {"content-type": "application/json"})
     assert (status, json.loads(said)["error"]["code"]) == (503, "engine_failed")
     assert int(headers["retry-after"]) > 0
-    dead = counters(server)
+    dead = server.counters()
     assert server.metric("ready") == server.metric("num_requests_running") == 0
 
-    server.wait_until_ready()
-    alive = counters(server)
-    server.wait_until(lambda: routes(server) == versions)
+    server.wait_until(lambda: server.get("/ready")[0] == 200, 240)
+    alive = server.counters()
+    server.wait_until(lambda: server.routes() == versions)
     again = [server.chat(f"Tell me {number} facts.", max_tokens=20)["choices"] for number in range(4)]
     assert [[choice["message"] for choice in a] for a in again] == [[c["message"] for c in a] for a in answers]
-    for earlier, later in ((before, dead), (dead, alive), (alive, counters(server))):
+    for earlier, later in ((before, dead), (dead, alive), (alive, server.counters())):
         assert {series for series, value in earlier.items() if later.get(series, value) < value} == set()
     assert set(before) - {series for series in before if "drafter_version_num" in series} <= set(alive)
     assert server.metric("request_success_total", finished_reason="error") == 2
@@ -104,9 +80,8 @@ def test_serving_goes_on_after_deaths_of_the_engine(tmp_path: Path, start_server
     registry.promote(newer, "by hand")
     time.sleep(2)  # the publisher looks twice a second
     engine.kill()
-    server.wait_until_ready()
     versions["domain:rivers"] = newer
-    server.wait_until(lambda: routes(server) == versions)
+    server.wait_until(lambda: server.routes() == versions, 240)
     states = {version.version: version.state for version in registry.list()}
     assert states == {first.version: "live", own: "retired", canary: "canary", newer: "live"}
     assert server.metric("drafter_failed_swaps_total") == 0
