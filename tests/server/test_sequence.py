@@ -32,8 +32,9 @@ class Aborts(list[int]):
         self.extend(request_ids)
 
 
-def make(tokenizer: Tokenizer, output: OutputOptions, phase: str = "ready") -> tuple[Sequence, RequestStream, Aborts]:
-    service: Any = SimpleNamespace(metrics=Metrics("m"), text=SimpleNamespace(tokenizer=tokenizer), phase=phase)
+def make(tokenizer: Tokenizer, output: OutputOptions) -> tuple[Sequence, RequestStream, Aborts]:
+    text = SimpleNamespace(tokenizer=tokenizer)
+    service: Any = SimpleNamespace(metrics=Metrics("m"), text=text, engine_gone=UnavailableError)
     request = NewRequest(request_id=1, prompt=[1], params=SamplingParams(max_tokens=100))
     sequence, aborts = Sequence(0, request, output, service), Aborts()
     client: Any = aborts
@@ -199,15 +200,16 @@ async def test_an_error_of_the_engine_is_one_of_the_request(tokenizer: Tokenizer
     assert sequence.finished
 
 
-async def test_an_abort_is_a_failure_only_on_shutdown(tokenizer: Tokenizer) -> None:
+async def test_an_abort_is_a_failure_only_where_the_engine_has_ended(tokenizer: Tokenizer) -> None:
     sequence, stream, _ = make(tokenizer, OutputOptions())
     [piece] = await run(sequence, stream, deltas(tokenizer.encode("half"), [9], finish_reason="abort"))
     assert (piece.text, piece.finish_reason) == ("half", "abort")
-    sequence, stream, _ = make(tokenizer, OutputOptions(), phase="draining")
-    stream.put(TokenDelta(request_id=1, tokens=[], finish_reason="abort"))
-    with pytest.raises(UnavailableError) as error:
+    sequence, stream, _ = make(tokenizer, OutputOptions())
+    stream.lost = True
+    stream.put(TokenDelta(request_id=1, tokens=[], finish_reason="abort", error="killed"))
+    with pytest.raises(UnavailableError, match="killed"):
         await sequence.next()
-    assert error.value.retry_after_s
+    assert sequence.finished
 
 
 async def test_end_stops_the_engine_once(tokenizer: Tokenizer) -> None:
