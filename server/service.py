@@ -101,6 +101,8 @@ class Service:
     async def _start_engine(self, before: EngineClient | None) -> EngineClient:
         traffic = msgspec.json.encode(dataclasses.asdict(self.traffic)).decode()
         arguments = (self.config.log_level, traffic)
+        if before is not None and self.evolution is not None:
+            self.engine_config = await asyncio.to_thread(self.evolution.with_live_version, self.engine_config)
         return await EngineClient.start(
             self.engine_config, "slipstream.server.engine_process", arguments, before=before
         )

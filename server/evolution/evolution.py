@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import msgspec
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import State
 from slipstream.drafter.traffic.config import TrafficConfig
+from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.messages import NewRequest
 from slipstream.server.evolution.config import EvolutionConfig
@@ -63,6 +65,13 @@ class Evolution:
         for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+    def with_live_version(self, engine: EngineConfig) -> EngineConfig:
+        """An engine that takes over begins with what is live now, not with what the first one began with."""
+        with contextlib.suppress(SlipstreamError):
+            if engine.speculation != "off" and self.registry.may_serve():
+                return replace(engine, drafter=str(self.registry.folder))
+        return engine
 
     def ended(self, request: NewRequest, metrics: SequenceMetrics) -> None:
         """A sequence that may use a learned drafter has ended."""
