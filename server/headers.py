@@ -13,6 +13,7 @@ ONCE = frozenset(
     {
         *("authorization", "content-length", "content-type", "host", "origin", "x-request-id", "x-slipstream-domain"),
         *("access-control-request-headers", "access-control-request-method", "sec-fetch-site"),
+        *("content-encoding", "transfer-encoding"),
     }
 )
 """Of these a second copy is refused. The other one that is read, X-Slipstream-Traffic, has a strictest value."""
