@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from slipstream.engine.client import RequestStream
 from slipstream.engine.messages import NewRequest, SamplingParams, TokenDelta, TokenLogprobs
@@ -15,6 +17,7 @@ from slipstream.server.errors import GenerationFailedError, UnavailableError
 from slipstream.server.generation import OutputOptions, Piece, Sequence
 from slipstream.server.metrics import Metrics
 from slipstream.server.text import Tokenizer, load_tokenizer
+from slipstream.server.text.tokenizer_files import TokenizerParts
 
 TEXT = "Ein Satz, noch ein Satz 🦜🎉 und STOP, dann das Ende.\nSTOP"
 stops = st.lists(st.sampled_from(["STOP", "Satz", "z 🦜", "ST", "Ende.\n", "nie", "tz,"]), max_size=3)
@@ -32,10 +35,12 @@ class Aborts(list[int]):
         self.extend(request_ids)
 
 
-def make(tokenizer: Tokenizer, output: OutputOptions) -> tuple[Sequence, RequestStream, Aborts]:
+def make(
+    tokenizer: Tokenizer, output: OutputOptions, prompt: tuple[int, ...] = (1,)
+) -> tuple[Sequence, RequestStream, Aborts]:
     text = SimpleNamespace(tokenizer=tokenizer)
     service: Any = SimpleNamespace(metrics=Metrics("m"), text=text, engine_gone=UnavailableError)
-    request = NewRequest(request_id=1, prompt=[1], params=SamplingParams(max_tokens=100))
+    request = NewRequest(request_id=1, prompt=list(prompt), params=SamplingParams(max_tokens=100))
     sequence, aborts = Sequence(0, request, output, service), Aborts()
     client: Any = aborts
     stream = RequestStream(client, 1)
@@ -219,3 +224,37 @@ async def test_end_stops_the_engine_once(tokenizer: Tokenizer) -> None:
     sequence.end()
     sequence.end()
     assert aborts == [1]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> Tokenizer:
+    words = ["<s>", "▁The", "▁is", "▁Paris", ".", "▁"]
+    backend = Backend(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>"])
+    return Tokenizer(TokenizerParts(backend, {}, (), {}))
+
+
+@given(cuts=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+@pytest.mark.parametrize(
+    ("output", "text", "reason"),
+    [
+        (OutputOptions(), " Paris. Paris", None),
+        (OutputOptions(stop=(" Paris",)), "", " Paris"),
+        (OutputOptions(stop=(". P",)), " Paris", ". P"),
+        (OutputOptions(end_texts=(". P",)), " Paris", None),
+        (OutputOptions(offsets=True), " Paris. Paris", None),
+    ],
+)
+async def test_the_space_after_the_prompt(
+    sentencepiece: Tokenizer, output: OutputOptions, text: str, reason: str | None, cuts: list[int]
+) -> None:
+    sequence, stream, _ = make(sentencepiece, output, prompt=(0, 1, 2))
+    pieces = await run(sequence, stream, deltas([3, 4, 3], cuts))
+    assert "".join(piece.text for piece in pieces) == text
+    assert pieces[-1].stop_reason == reason
+    assert pieces[-1].finish_reason == ("length" if text == " Paris. Paris" else "stop")
+    if output.offsets:
+        assert [offset for piece in pieces for offset in piece.offsets] == [0, 6, 7]

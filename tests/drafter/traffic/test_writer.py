@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.drafter.traffic.tap import make_listeners
 from slipstream.engine.errors import ConfigError
 
 
@@ -191,3 +193,16 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_an_engine_starts_beside_a_damaged_store(tmp_path: Path, config_for: Any) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "index.sqlite").write_bytes(b"nonsense" * 1000)
+    options = TrafficConfig(traffic_log="tokens", traffic_folder=str(tmp_path / "t"))
+    [tap] = make_listeners(options, config_for())
+    assert "is damaged" in tap.stats.failure
+    tap.close()
+    (tmp_path / "t" / "index.sqlite").unlink()
+    (tmp_path / "t" / "a file of somebody").touch()
+    with pytest.raises(ConfigError, match="not empty"):  # nothing is damaged: the option is wrong
+        make_listeners(options, config_for())
