@@ -183,7 +183,11 @@ async def test_traffic_is_counted_and_purged(admin: AdminClient, evolving: Any) 
 
 
 async def test_training_is_paused_and_asked_for(admin: AdminClient, evolving: Any) -> None:
-    evolving.wait_until(lambda: evolving.metric("evolution_worker_state", state="waiting") == 1)
+    def is_waiting() -> bool:
+        evolving.hasten_worker()
+        return bool(evolving.metric("evolution_worker_state", state="waiting") == 1)
+
+    evolving.wait_until(is_waiting)
     assert evolving.metric("evolution_worker_up") == 1
     assert (await admin.evolve("pause"))["paused"] is True
     assert (await admin.status())["evolution"]["worker"]["paused"] is True
