@@ -67,7 +67,7 @@ def check_every_way(prompts: list[list[int]], length: int, reference: Any) -> No
     assert tokens(hits) == alone
 
     longest = max(len(prompt) for prompt in prompts) + length
-    tight = run(prompts, length, max_model_len=longest, kv_cache_memory=f"{longest * 2 * 46080}")
+    tight = run(prompts, length, max_model_len=longest, kv_cache_memory=f"{(longest + 16) * 46080}")
     assert sum(completion.num_preemptions for completion in tight) > 0
     assert tokens(tight) == alone
 
@@ -82,7 +82,7 @@ def assert_greedy(reference: Any, prompts: list[list[int]], outputs: list[list[i
 
 
 def test_greedy_equals_transformers(real_prompts: Prompts, reference_model: Any) -> None:
-    check_every_way(real_prompts(4), 20, reference_model)
+    check_every_way(real_prompts(6), 24, reference_model)
 
 
 @pytest.mark.slow
