@@ -33,7 +33,7 @@ class DrafterCommands:
         line = ["drafter", command, f"--registry={registry}", "--json", *flags, "--", *arguments]
         async with self._turn:
             process = await asyncio.create_subprocess_exec(
-                *child.command("slipstream.server", *line, priority="lowest"),
+                *child.command("slipstream.server", *line, priority="low"),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
