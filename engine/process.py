@@ -235,6 +235,11 @@ class _Process:
         except (ModelError, ConfigError) as error:
             self._send(EngineFailed(str(error), user_error=True))
             return 2
+        except OSError as error:
+            traceback.print_exc()
+            path = f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename is not None else str(error)
+            self._send(EngineFailed(f"the engine could not start: {path}", user_error=error.filename is not None))
+            return 2
         except MemoryError as error:
             self._send(EngineFailed(f"the model does not fit into memory: {error}", user_error=True))
             return 2

@@ -326,7 +326,7 @@ def start(prepare: Callable[[], Coroutine[Any, Any, int]]) -> None:
         raise typer.BadParameter(str(error)) from None
     try:
         status = _event_loop()(command)
-    except (ClientError, WorkloadError, FileNotFoundError) as error:
+    except (ClientError, WorkloadError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         status = 2
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import sys
 import time
 import typing
@@ -114,6 +115,7 @@ def bench(context: typer.Context) -> None:
 def main() -> None:
     """Errors of the user are one line and exit code 2; others are a traceback, or one line if their cause is known."""
     try:
+        check_texts()
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="slipstream", standalone_mode=False))
     except UsageError as error:
         fail(error.format_message(), USER_ERROR)
@@ -123,8 +125,25 @@ def main() -> None:
         fail(str(error), ENGINE_LOST)
     except SlipstreamError as error:
         fail(str(error), 1)
+    except OSError as error:
+        # Paths come from options only, so what the operating system will not have of one is the user's to mend.
+        if error.filename is None:
+            fail(str(error), 1)
+        fail(f"{os.fsdecode(error.filename)}: {error.strerror}", USER_ERROR)
+
+
+def check_texts() -> None:
+    """Raises ConfigError for an option that is no text: what it names could not be shown, sent or kept."""
+    options = {f"argument {number}": value for number, value in enumerate(sys.argv[1:], 1)}
+    options |= {name: value for name, value in os.environ.items() if name.startswith("SLIPSTREAM_")}
+    for name, value in options.items():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{name}: {value!a} is not UTF-8") from None
 
 
 def fail(message: str, code: int) -> NoReturn:
-    print(f"slipstream: {message}", file=sys.stderr)
+    """One line, whatever the names in it are."""
+    print(f"slipstream: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(code)

@@ -118,7 +118,10 @@ class TrafficIndex:
             # take away the locks that SQLite holds for other connections of this process ("how to corrupt", 2.2).
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(f"cannot open the traffic store {path}: {error}") from None
         try:
             self._prepare()
         except BaseException:

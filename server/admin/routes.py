@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -113,7 +114,8 @@ def admin_router(service: Service) -> APIRouter:
         options = {name: value for name, value in body.model_dump().items() if value and name != "folder"}
         await ask(registry.count)  # whether there is one that can be used
         options = {"target": service.engine_config.model} | options
-        return JSONBody({"drafter": await commands.run(registry.folder, "import", body.folder, **options)})
+        with naming(body, "target", default="folder"):
+            return JSONBody({"drafter": await commands.run(registry.folder, "import", body.folder, **options)})
 
     @router.post(prefix + "/drafters/export", openapi_extra=accepts(ExportBody))
     async def export_drafter(request: Request) -> Response:
@@ -121,7 +123,8 @@ def admin_router(service: Service) -> APIRouter:
         registry = evolution_of(service).registry
         body = await body_of(service, request, ExportBody)
         await ask(registry.get, body.version)
-        return JSONBody(await commands.run(registry.folder, "export", str(body.version), body.folder))
+        with naming(body, "folder", default=None):
+            return JSONBody(await commands.run(registry.folder, "export", str(body.version), body.folder))
 
     @router.post(prefix + "/evolve", openapi_extra=accepts(EvolveBody))
     async def evolve(request: Request) -> Response:
@@ -164,6 +167,17 @@ def evolution_of(service: Service) -> Evolution:
     return service.evolution
 
 
+@contextmanager
+def naming(body: Body, field: str, default: str | None) -> Iterator[None]:
+    """What a command says of a path is an error of the field that holds it, or else of the default."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        path = getattr(body, field)
+        error.param = field if path and path in error.message else default
+        raise
+
+
 async def ask(function: Callable[..., Result], *arguments: Any) -> Result:
     """Calls what reads or writes files, in a thread; its errors become those of HTTP."""
     try:
@@ -178,7 +192,7 @@ async def ask(function: Callable[..., Result], *arguments: Any) -> Result:
         raise UnavailableError(str(error), code="registry_unusable", retry_after_s=RETRY_FILES_S) from None
     except TrafficUnusableError as error:
         raise UnavailableError(str(error), code="traffic_unusable", retry_after_s=RETRY_FILES_S) from None
-    except SlipstreamError as error:
+    except (SlipstreamError, OSError) as error:
         raise ApiError(str(error)) from None
 
 

@@ -87,9 +87,18 @@ async def test_the_life_of_a_version(admin: AdminClient, evolving: Any, heads: P
     assert {number, second} <= {each["version"] for each in await admin.drafters()}
     assert [each["version"] for each in await admin.drafters("tenant:acme")] == [second]
 
-    assert "hidden size" in await refused(admin.import_drafter(str(heads / "wrong")), 400, "invalid_value")
-    await refused(admin.import_drafter(str(tmp_path / "nothing")), 400, "invalid_value")
-    await refused(admin.import_drafter("--help"), 400, "invalid_value")
+    assert "hidden size" in await refused(admin.import_drafter(str(heads / "wrong")), 400, "invalid_value", "folder")
+    for folder in (
+        str(tmp_path / "nothing"),
+        "--help",
+        "a" * 256,
+        "/a" * 2000,
+        str(heads / "fits" / "config.json" / "x"),
+    ):
+        await refused(admin.import_drafter(folder), 400, "invalid_value", "folder")
+    await refused(admin.import_drafter(str(heads / "fits"), target="b" * 256), 400, "invalid_value", "target")
+    for folder in ("a" * 256, str(heads / "fits" / "config.json" / "x")):
+        await refused(admin.export_drafter(first["version"], folder), 400, "invalid_value", "folder")
 
     changed = await admin.change("promote", number, "to see it work")
     assert changed["drafter"]["state"] == "live" and changed["live"]["version"] == number
@@ -155,6 +164,10 @@ async def test_versions_that_are_not_there(admin: AdminClient) -> None:
         ("POST", "drafters/prune", {"keep": -1}, 400, "invalid_value", "keep"),
         ("POST", "drafters/import", {"folder": ""}, 400, "invalid_value", "folder"),
         ("POST", "drafters/import", {"folder": "a\0b"}, 400, "invalid_value", "folder"),
+        ("POST", "drafters/import", {"folder": "a", "note": "a\0b"}, 400, "invalid_value", "note"),
+        ("POST", "drafters/import", {"folder": "a", "route": "a\0b"}, 400, "invalid_value", "route"),
+        ("POST", "drafters/import", {"folder": "a", "target": "a\0b"}, 400, "invalid_value", "target"),
+        ("POST", "drafters/export", {"version": 1, "folder": "a\0b"}, 400, "invalid_value", "folder"),
         ("POST", "evolve", {"action": "stop"}, 400, "invalid_value", "action"),
         ("POST", "traffic/purge", {}, 400, "invalid_value", "tenant"),
         ("POST", "traffic/purge", {"tenant": "a", "all": True}, 400, "invalid_value", "tenant"),
