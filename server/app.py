@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from slipstream.server.admin import routes as admin
-from slipstream.server.body import schemas
+from slipstream.server.description import Answer, describe, finish
 from slipstream.server.edge import Edge
 from slipstream.server.errors import ApiError, MethodNotAllowedError, NotFoundError
 from slipstream.server.gate import guarded
@@ -23,29 +23,39 @@ from slipstream.server.service import Service
 logger = logging.getLogger(__name__)
 
 
+class Health(Answer):
+    status: str
+    """ok, or what is amiss."""
+    reason: str | None = None
+
+
+class Version(Answer):
+    version: str
+
+
 def build_app(service: Service) -> ASGIApp:
     app = FastAPI(title="Slipstream", version=version("slipstream"), redoc_url=None, redirect_slashes=False)
     app.include_router(openai.openai_router(service))
     app.include_router(admin.admin_router(service))
 
-    @app.get("/health", response_class=JSONBody)
+    @app.get("/health", response_class=Response, openapi_extra=describe(Health, 503, errors=Health))
     async def health() -> Response:
         """200 while the engine makes progress."""
         status, body = service.health()
         return JSONBody(body, status)
 
-    @app.get("/ready", response_class=JSONBody)
+    @app.get("/ready", response_class=Response, openapi_extra=describe(Health, 503, errors=Health))
     async def ready() -> Response:
         """200 while requests are taken."""
         status, body = service.ready()
         return JSONBody(body, status)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, openapi_extra=describe("text/plain"))
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/version", response_class=JSONBody)
+    @app.get("/version", response_class=Response, openapi_extra=describe(Version))
     async def server_version() -> Response:
         return JSONBody({"version": version("slipstream")})
 
@@ -73,9 +83,7 @@ def build_app(service: Service) -> ASGIApp:
     describe_routes = app.openapi
 
     def openapi() -> dict[str, Any]:
-        schema = describe_routes()
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(schemas((*openai.BODIES, *admin.BODIES)))
-        return schema
+        return finish(describe_routes(), (*openai.DESCRIBED, *admin.DESCRIBED, Health, Version))
 
     app.openapi = openapi  # type: ignore[method-assign]
     return Edge(guarded(app, service.config, service.metrics))

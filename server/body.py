@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic.json_schema import models_json_schema
 from pydantic_core import ErrorDetails, from_json
 
 from slipstream.server.errors import BodyTooLargeError, InvalidRequestError, TooSlowError, UnsupportedMediaTypeError
@@ -179,18 +178,3 @@ def got(detail: ErrorDetails) -> str:
     if isinstance(value, str | int | float | bool) and len(text := repr(value)) <= MAX_VALUE_CHARS:
         return f", not {text}"
     return ""
-
-
-def accepts(body: type[Body]) -> dict[str, Any]:
-    """The request body for the OpenAPI page; the handlers read it themselves, with a limit on its size."""
-    schema = {"$ref": f"#/components/schemas/{body.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def schemas(bodies: Sequence[type[Body]]) -> dict[str, Any]:
-    """What ``accepts`` refers to."""
-    _, found = models_json_schema(
-        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
-    )
-    definitions: dict[str, Any] = found["$defs"]
-    return definitions

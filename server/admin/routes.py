@@ -14,11 +14,13 @@ from slipstream.drafter.registry.database import RegistryUnusableError
 from slipstream.drafter.registry.states import RegistryError, TransitionError, UnknownVersionError
 from slipstream.drafter.traffic.index import TrafficIndex, TrafficUnusableError
 from slipstream.engine.errors import SlipstreamError
+from slipstream.server.admin import answers
 from slipstream.server.admin.commands import DrafterCommands
 from slipstream.server.admin.page import dashboard_page
 from slipstream.server.admin.schema import EvolveBody, ExportBody, ImportBody, PruneBody, PurgeBody, ReasonBody
 from slipstream.server.admin.status import status
-from slipstream.server.body import Body, BodyType, accepts, parse, read_body
+from slipstream.server.body import Body, BodyType, parse, read_body
+from slipstream.server.description import describe
 from slipstream.server.errors import (
     ApiError,
     ConflictError,
@@ -32,6 +34,7 @@ from slipstream.server.json_response import JSONBody
 from slipstream.server.service import Service
 
 BODIES: tuple[type[Body], ...] = (ReasonBody, PruneBody, ImportBody, ExportBody, EvolveBody, PurgeBody)
+DESCRIBED = (*BODIES, *answers.ANSWERS)
 BY_HAND = "by the admin API"
 RETRY_WORKER_S = 5
 RETRY_FILES_S = 60
@@ -40,22 +43,22 @@ Result = TypeVar("Result")
 
 
 def admin_router(service: Service) -> APIRouter:
-    router = APIRouter(default_response_class=JSONBody)
+    router = APIRouter(default_response_class=Response)
     prefix = "/admin/v1"
     commands = DrafterCommands()
     one = prefix + "/drafters/{version:int}"
 
-    @router.get("/dashboard")
+    @router.get("/dashboard", openapi_extra=describe("text/html"))
     async def dashboard() -> Response:
         """A page that shows what the server learns."""
         return dashboard_page()
 
-    @router.get(prefix + "/status")
+    @router.get(prefix + "/status", openapi_extra=describe(answers.Status))
     async def all_there_is() -> Response:
         """Everything the dashboard shows."""
         return JSONBody(await status(service))
 
-    @router.get(prefix + "/drafters")
+    @router.get(prefix + "/drafters", openapi_extra=describe(answers.Drafters, 409))
     async def list_drafters(request: Request) -> Response:
         """The versions, oldest first."""
         registry = evolution_of(service).registry
@@ -66,14 +69,14 @@ def admin_router(service: Service) -> APIRouter:
         found = await ask(registry.list, query.get("route"), pruned == "true")
         return JSONBody({"drafters": found})
 
-    @router.get(one)
+    @router.get(one, openapi_extra=describe(answers.DrafterAndHistory, 404, 409))
     async def show_drafter(version: int) -> Response:
         """One version, and what happened to it."""
         registry = evolution_of(service).registry
         found = await ask(registry.get, version)
         return JSONBody({"drafter": found, "history": await ask(registry.history, version)})
 
-    @router.get(one + "/diff/{other:int}")
+    @router.get(one + "/diff/{other:int}", openapi_extra=describe(answers.Difference, 404, 409, 504))
     async def diff_drafters(version: int, other: int) -> Response:
         """How two versions differ."""
         registry = evolution_of(service).registry
@@ -81,7 +84,10 @@ def admin_router(service: Service) -> APIRouter:
             await ask(registry.get, each)
         return JSONBody(await commands.run(registry.folder, "diff", str(version), str(other)))
 
-    @router.post(one + "/{action}", openapi_extra=accepts(ReasonBody))
+    @router.post(
+        one + "/{action}",
+        openapi_extra=describe(answers.DrafterAndLive, 404, 409, bodies=[ReasonBody], body_required=False),
+    )
     async def change_drafter(request: Request, version: int, action: str) -> Response:
         """Promote, roll back, retire, pin or unpin a version."""
         registry = evolution_of(service).registry
@@ -99,14 +105,14 @@ def admin_router(service: Service) -> APIRouter:
         found = await ask(registry.get, version)
         return JSONBody({"drafter": found, "live": await ask(registry.live, found.route)})
 
-    @router.post(prefix + "/drafters/prune", openapi_extra=accepts(PruneBody))
+    @router.post(prefix + "/drafters/prune", openapi_extra=describe(answers.Pruned, 409, bodies=[PruneBody]))
     async def prune_drafters(request: Request) -> Response:
         """Delete the weights of old versions."""
         registry = evolution_of(service).registry
         body = await body_of(service, request, PruneBody)
         return JSONBody({"pruned": await ask(registry.prune, body.keep, body.route, body.reason or BY_HAND)})
 
-    @router.post(prefix + "/drafters/import", openapi_extra=accepts(ImportBody))
+    @router.post(prefix + "/drafters/import", openapi_extra=describe(answers.Imported, 409, 504, bodies=[ImportBody]))
     async def import_drafter(request: Request) -> Response:
         """Add a head from a folder of this server as a candidate."""
         registry = evolution_of(service).registry
@@ -117,7 +123,9 @@ def admin_router(service: Service) -> APIRouter:
         with naming(body, "target", default="folder"):
             return JSONBody({"drafter": await commands.run(registry.folder, "import", body.folder, **options)})
 
-    @router.post(prefix + "/drafters/export", openapi_extra=accepts(ExportBody))
+    @router.post(
+        prefix + "/drafters/export", openapi_extra=describe(answers.Exported, 404, 409, 504, bodies=[ExportBody])
+    )
     async def export_drafter(request: Request) -> Response:
         """Write a version into a folder of this server, in the EAGLE-3 layout."""
         registry = evolution_of(service).registry
@@ -126,7 +134,7 @@ def admin_router(service: Service) -> APIRouter:
         with naming(body, "folder", default=None):
             return JSONBody(await commands.run(registry.folder, "export", str(body.version), body.folder))
 
-    @router.post(prefix + "/evolve", openapi_extra=accepts(EvolveBody))
+    @router.post(prefix + "/evolve", openapi_extra=describe(answers.Evolving, 409, 503, bodies=[EvolveBody]))
     async def evolve(request: Request) -> Response:
         """Pause training, go on with it, or ask for a round now."""
         worker = evolution_of(service).worker
@@ -143,12 +151,12 @@ def admin_router(service: Service) -> APIRouter:
             worker.pause(action == "pause")
         return JSONBody({"paused": worker.paused, "report": worker.report})
 
-    @router.get(prefix + "/traffic")
+    @router.get(prefix + "/traffic", openapi_extra=describe(answers.Traffic, 409))
     async def traffic() -> Response:
         """What is kept of whom."""
         return JSONBody({"tenants": await ask(with_traffic, service, statistics)})
 
-    @router.post(prefix + "/traffic/purge", openapi_extra=accepts(PurgeBody))
+    @router.post(prefix + "/traffic/purge", openapi_extra=describe(answers.Purged, 409, bodies=[PurgeBody]))
     async def purge_traffic(request: Request) -> Response:
         """Delete everything that is kept of a tenant, or of all."""
         body = await body_of(service, request, PurgeBody)

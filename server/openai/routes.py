@@ -6,48 +6,69 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.body import Body, accepts
+from slipstream.server.body import Body
+from slipstream.server.description import describe
 from slipstream.server.json_response import JSONBody
+from slipstream.server.openai import answers
 from slipstream.server.openai.chat import chat
 from slipstream.server.openai.completions import complete
-from slipstream.server.openai.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeTextBody
+from slipstream.server.openai.schema import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeMessagesBody,
+    TokenizeTextBody,
+)
 from slipstream.server.openai.tokens import detokenize, tokenize
 from slipstream.server.service import Service
 
-BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeTextBody, DetokenizeBody)
+BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeTextBody, TokenizeMessagesBody, DetokenizeBody)
+DESCRIBED = (*BODIES, *answers.ANSWERS)
+BUSY = (404, 429, 503, 504)
+"""Another model, the queue is full, requests are not taken now, or it took too long."""
 
 
 def openai_router(service: Service) -> APIRouter:
-    router = APIRouter(default_response_class=JSONBody)
+    router = APIRouter(default_response_class=Response)
 
-    @router.post("/v1/chat/completions", openapi_extra=accepts(ChatBody))
+    @router.post(
+        "/v1/chat/completions",
+        openapi_extra=describe(answers.ChatAnswer, *BUSY, bodies=[ChatBody], stream=answers.ChatChunk),
+    )
     async def chat_completions(request: Request) -> Response:
         """Continue a conversation."""
         return await chat(service, request)
 
-    @router.post("/v1/completions", openapi_extra=accepts(CompletionBody))
+    @router.post(
+        "/v1/completions",
+        openapi_extra=describe(
+            answers.CompletionAnswer, *BUSY, bodies=[CompletionBody], stream=answers.CompletionChunk
+        ),
+    )
     async def completions(request: Request) -> Response:
         """Continue one text or several."""
         return await complete(service, request)
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", openapi_extra=describe(answers.Models, 503))
     async def models() -> Response:
         """The model of this server under its names."""
         service.require_ready()
-        return JSONBody({"object": "list", "data": [describe(service, name) for name in service.model_names]})
+        return JSONBody({"object": "list", "data": [model_card(service, name) for name in service.model_names]})
 
-    @router.get("/v1/models/{name:path}")
+    @router.get("/v1/models/{name:path}", openapi_extra=describe(answers.Model, 404, 503))
     async def model(name: str) -> Response:
         """One name of the model."""
         service.require_ready()
-        return JSONBody(describe(service, service.require_model(name)))
+        return JSONBody(model_card(service, service.require_model(name)))
 
-    @router.post("/tokenize", openapi_extra=accepts(TokenizeTextBody))
+    @router.post(
+        "/tokenize", openapi_extra=describe(answers.Tokens, *BUSY, bodies=[TokenizeTextBody, TokenizeMessagesBody])
+    )
     async def tokens_of(request: Request) -> Response:
         """The tokens of a text or of a conversation."""
         return JSONBody(await tokenize(service, request))
 
-    @router.post("/detokenize", openapi_extra=accepts(DetokenizeBody))
+    @router.post("/detokenize", openapi_extra=describe(answers.Text, *BUSY, bodies=[DetokenizeBody]))
     async def text_of(request: Request) -> Response:
         """The text of tokens."""
         return JSONBody(await detokenize(service, request))
@@ -55,7 +76,7 @@ def openai_router(service: Service) -> APIRouter:
     return router
 
 
-def describe(service: Service, name: str) -> dict[str, Any]:
+def model_card(service: Service, name: str) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",

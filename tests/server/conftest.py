@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,49 @@ from typing import Any
 import psutil
 import pytest
 
+from slipstream.server import app
+from slipstream.server.admin import routes as admin_routes
+from slipstream.server.description import ErrorAnswer
+from slipstream.server.openai import routes as openai_routes
+
 PATIENCE_S = 300.0
 """Far more than anything takes on a slow and busy machine: what waits so long waits for what never comes."""
+
+
+class Document:
+    """An OpenAPI document, against which answers are held."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._paths = document["paths"]
+        classes = (*openai_routes.DESCRIBED, *admin_routes.DESCRIBED, ErrorAnswer, app.Health, app.Version)
+        self._classes = {found.__name__: found for found in classes}
+        assert set(self._classes) <= set(document["components"]["schemas"])
+
+    def operation(self, method: str, path: str) -> Any:
+        path = urllib.parse.unquote(path.partition("?")[0])
+        for template in sorted(self._paths, key=lambda template: template.count("{")):
+            pattern = re.sub(r"\\{\w+\\}", ".+" if template.startswith("/v1/models") else "[^/]+", re.escape(template))
+            if re.fullmatch(pattern, path) and method in self._paths[template]:
+                return self._paths[template][method]
+        return None
+
+    def check(self, method: str, path: str, status: int, headers: dict[str, str], body: bytes) -> None:
+        operation = self.operation("get" if method == "HEAD" else method.lower(), path)
+        kind = headers.get("content-type", "").partition(";")[0]
+        if operation is None or method == "HEAD" or b'"unknown_route"' in body:
+            if status >= 400 and body:
+                ErrorAnswer.model_validate_json(body)
+            return
+        assert str(status) in operation["responses"], f"{method} {path} is not declared to answer {status}"
+        content = operation["responses"][str(status)]["content"]
+        assert kind in content, f"{method} {path} answers {status} with {kind}, not one of {list(content)}"
+        if kind == "application/json":
+            self._classes[content[kind]["schema"]["$ref"].rpartition("/")[2]].model_validate_json(body)
+        elif kind == "text/event-stream":
+            chunk = next(name for name in self._classes if name in content[kind]["schema"]["description"])
+            for event in body.decode().removesuffix("data: [DONE]\n\n").split("\n\n")[:-1]:
+                data = event.removeprefix("data: ")
+                (ErrorAnswer if data.startswith('{"error"') else self._classes[chunk]).model_validate_json(data)
 
 
 class Server:
@@ -33,6 +75,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.headers: dict[str, str] = {}
         self.log: list[str] = []
+        self._document: Document | None = None
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "slipstream.server", "serve", "--port", str(self.port)),
@@ -95,7 +138,17 @@ class Server:
             connection.request(method, path, body, self.headers | (headers or {}))
             response = connection.getresponse()
             found = {name.lower(): value for name, value in response.getheaders()}
-            return response.status, found, response.read()
+            answer = response.status, found, response.read()
+        if path != "/openapi.json" and (document := self.document()):
+            document.check(method, path, *answer)
+        return answer
+
+    def document(self) -> Document | None:
+        """What the server says of its own answers; all that tests get are held against it."""
+        if self._document is None:
+            status, _, body = self.request("GET", "/openapi.json")
+            self._document = Document(json.loads(body)) if status == 200 else None
+        return self._document
 
     def get(self, path: str) -> tuple[int, Any]:
         status, headers, body = self.request("GET", path)

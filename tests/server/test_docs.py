@@ -41,6 +41,27 @@ def test_references_of_the_openapi_page_lead_somewhere(server: Any) -> None:
     assert references <= set(page["components"]["schemas"])
 
 
+def test_the_openapi_page_says_what_routes_take_and_answer(server: Any) -> None:
+    """What they really answer is held against it in every request of every test: see conftest.py."""
+    page = server.get("/openapi.json")[1]
+    for path, operations in page["paths"].items():
+        for method, operation in operations.items():
+            answers = operation["responses"]
+            assert {"200", "400", "401", "403", "408", "431", "500"} <= set(answers), (method, path)
+            assert "422" not in answers
+            for answer in answers.values():
+                schema = next(iter(answer["content"].values()))["schema"]
+                assert "$ref" in schema or set(answer["content"]) <= {"text/plain", "text/html"}, (method, path)
+            assert ("requestBody" in operation) == (method == "post")
+            assert ("413" in answers) == ("415" in answers) == (method == "post")
+    taken = page["paths"]["/tokenize"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert [form["$ref"].rpartition("/")[2] for form in taken["oneOf"]] == ["TokenizeTextBody", "TokenizeMessagesBody"]
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        answers = page["paths"][path]["post"]["responses"]
+        assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
+        assert {"404", "429", "503", "504"} <= set(answers)
+
+
 def test_every_metric_is_documented(server: Any) -> None:
     lines = server.get("/metrics")[1].splitlines()
     names = {line.split()[2].removeprefix("slipstream:") for line in lines if line.startswith("# TYPE slipstream:")}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 from typing import Any
+from urllib.parse import quote
 
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -13,7 +13,10 @@ from slipstream.server.openai.schema import ChatBody, CompletionBody, Detokenize
 
 ROUTES = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
 FIELDS = sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *DetokenizeBody.model_fields})
+extremes: list[Any] = [2**31, 2**63, 2**64, -(2**63), 10**40, 1e308, 5e-324, -1e308, -0.0, float("nan")]
+extremes += ["\0", "%s", "{0.__class__}", "../../x", "a" * 5000, "\ufeff", "🦜", "\r\nx: y"]
 plain = st.none() | st.booleans() | st.integers(-3, 60_000) | st.floats(-2, 3) | st.text(max_size=12)
+plain |= st.sampled_from(extremes)
 values = st.recursive(
     plain,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -23,8 +26,15 @@ tokens = st.integers(0, 49_151)
 text = st.text(max_size=30)
 short = st.text(min_size=1, max_size=3)
 flag = st.none() | st.booleans()
+names = st.text(max_size=8) | st.sampled_from(
+    ["template", "messages", "variables", "self", "bos_token", "__init__", "%s"]
+)
+parts = st.lists(text.map(lambda text: {"type": "text", "text": text}), max_size=2)
 messages = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": text}),
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": text | parts | st.none()},
+        optional={"name": text, "tool_calls": st.sampled_from([None, []]), "reasoning_content": text},
+    ),
     min_size=1,
     max_size=3,
 )
@@ -58,7 +68,9 @@ both: dict[str, st.SearchStrategy[Any]] = {
 }
 chat = st.fixed_dictionaries(
     {"messages": messages, "max_tokens": st.integers(1, 4), "n": st.sampled_from([None, 1, 2, 3])},
-    optional=both | {"logprobs": flag, "add_generation_prompt": flag, "continue_final_message": flag},
+    optional=both
+    | {"logprobs": flag, "add_generation_prompt": flag, "continue_final_message": flag}
+    | {"chat_template_kwargs": st.dictionaries(names, values, max_size=2)},
 )
 completion = st.fixed_dictionaries(
     {
@@ -97,21 +109,23 @@ requests = st.one_of(
 @given(request=requests)
 def test_no_request_breaks_the_server(server: Any, request: tuple[str, Any]) -> None:
     route, body = request
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
-    try:
-        connection.request("POST", route, json.dumps(body).encode(), {"content-type": "application/json"})
-        response = connection.getresponse()
-        reply = response.read()
-    finally:
-        connection.close()
-    event(f"{route} {response.status}")
-    assert response.status in (200, 400, 404), reply  # 404: another model
-    if response.status != 200:
+    # This also holds the answer against the OpenAPI document.
+    status, headers, reply = server.request(
+        "POST", route, json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    event(f"{route} {status}")
+    assert status in (200, 400, 404), reply  # 404: another model
+    if status != 200:
         error = json.loads(reply)["error"]
         assert set(error) == {"message", "type", "param", "code"}
-    elif response.headers["content-type"].startswith("text/event-stream"):
+    elif headers["content-type"].startswith("text/event-stream"):
         assert reply.endswith(b"data: [DONE]\n\n")
         assert b'"error"' not in reply
+    elif route == "/v1/completions":
+        for choice in json.loads(reply)["choices"]:
+            offsets = (choice["logprobs"] or {}).get("text_offset", [])
+            assert offsets == sorted(offsets)
+            assert all(0 <= offset <= len(choice["text"]) for offset in offsets)
 
 
 @settings(max_examples=100)
@@ -128,6 +142,32 @@ def test_no_method_breaks_the_server(server: Any, method: str, path: str, body: 
     if status not in (200, 204) and method != "HEAD":
         assert headers["content-type"] == "application/json"
         assert set(json.loads(reply)["error"]) == {"message", "type", "param", "code"}
+
+
+@given(
+    method=st.sampled_from(["GET", "POST"]),
+    path=st.sampled_from(
+        [
+            "status",
+            "drafters",
+            "drafters/prune",
+            "drafters/import",
+            "drafters/export",
+            "evolve",
+            "traffic",
+            "traffic/purge",
+        ]
+    )
+    | st.builds(
+        "drafters/{}/{}".format, st.integers(0, 2**70), st.sampled_from(["promote", "rollback", "pin", "x", ""])
+    )
+    | st.builds("drafters?{}={}".format, short.map(quote), st.text(max_size=9).map(quote)),
+    body=values,
+)
+def test_no_request_breaks_the_admin_api(server: Any, method: str, path: str, body: Any) -> None:
+    sent = json.dumps(body).encode()
+    status, _, reply = server.request(method, f"/admin/v1/{path}", sent, {"content-type": "application/json"})
+    assert status in (200, 400, 404, 405, 409), reply
 
 
 def test_nothing_is_left_behind(server: Any) -> None:

@@ -1,0 +1,85 @@
+"""What the OpenAPI document says of a route: the bodies it takes, and every status it answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.json_schema import models_json_schema
+
+from slipstream.server.body import Body
+
+REFERENCE = "#/components/schemas/{model}"
+ANYWHERE = (400, 401, 403, 408, 431, 500)
+"""Of HTTP itself, of the gate, and of what nobody foresaw: any route answers so."""
+WITH_BODY = (413, 415)
+
+
+class Answer(BaseModel):
+    """A JSON answer. Handlers write answers as they please; tests hold them against these classes."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+
+class Problem(Answer):
+    message: str
+    type: str
+    param: str | None
+    """Path of the field that is wrong."""
+    code: str | None
+
+
+class ErrorAnswer(Answer):
+    error: Problem
+
+
+def describe(
+    answer: type[Answer] | str,
+    *statuses: int,
+    bodies: Sequence[type[Body]] = (),
+    body_required: bool = True,
+    stream: type[Answer] | None = None,
+    errors: type[Answer] = ErrorAnswer,
+) -> dict[str, Any]:
+    """For ``openapi_extra`` of a route; its ``response_class`` must be Response, of which FastAPI says nothing itself.
+
+    Args:
+        answer: of status 200; the media type of what is not JSON.
+        statuses: with an error, besides those that any route may answer.
+        stream: the events of an answer that is streamed.
+        errors: the body of ``statuses``.
+    """
+    content: dict[str, Any] = {answer: {"schema": {"type": "string"}}} if isinstance(answer, str) else json_of(answer)
+    if stream is not None:
+        events = f'Server-sent events: the data of each is a {stream.__name__} or {{"error"}}, of the last [DONE].'
+        content["text/event-stream"] = {"schema": {"type": "string", "description": events}}
+    responses = {"200": {"description": "OK", "content": content}}
+    known: dict[int, type[Answer]] = {**dict.fromkeys(ANYWHERE, ErrorAnswer), **dict.fromkeys(statuses, errors)}
+    known |= dict.fromkeys(WITH_BODY if bodies else (), ErrorAnswer)
+    for status, model in sorted(known.items()):
+        responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": json_of(model)}
+    found: dict[str, Any] = {"responses": responses}
+    if bodies:
+        found["requestBody"] = {"required": body_required, "content": json_of(*bodies)}
+    return found
+
+
+def json_of(*models: type[BaseModel]) -> dict[str, Any]:
+    references = [{"$ref": REFERENCE.format(model=model.__name__)} for model in models]
+    return {"application/json": {"schema": references[0] if len(references) == 1 else {"oneOf": references}}}
+
+
+def finish(document: dict[str, Any], models: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """Adds what ``describe`` refers to, and takes out FastAPI's own error, which no route answers with."""
+    all_models: list[type[BaseModel]] = [*models, ErrorAnswer]
+    _, found = models_json_schema([(model, "validation") for model in all_models], ref_template=REFERENCE)
+    known = document.setdefault("components", {}).setdefault("schemas", {})
+    known.update(found["$defs"])
+    for name in ("HTTPValidationError", "ValidationError"):
+        known.pop(name, None)
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    return document
