@@ -58,7 +58,7 @@ def admin_router(service: Service) -> APIRouter:
         """Everything the dashboard shows."""
         return JSONBody(await status(service))
 
-    @router.get(prefix + "/drafters", openapi_extra=describe(answers.Drafters, 409))
+    @router.get(prefix + "/drafters", openapi_extra=describe(answers.Drafters, 409, 503))
     async def list_drafters(request: Request) -> Response:
         """The versions, oldest first."""
         registry = evolution_of(service).registry
@@ -69,14 +69,14 @@ def admin_router(service: Service) -> APIRouter:
         found = await ask(registry.list, query.get("route"), pruned == "true")
         return JSONBody({"drafters": found})
 
-    @router.get(one, openapi_extra=describe(answers.DrafterAndHistory, 404, 409))
+    @router.get(one, openapi_extra=describe(answers.DrafterAndHistory, 404, 409, 503))
     async def show_drafter(version: int) -> Response:
         """One version, and what happened to it."""
         registry = evolution_of(service).registry
         found = await ask(registry.get, version)
         return JSONBody({"drafter": found, "history": await ask(registry.history, version)})
 
-    @router.get(one + "/diff/{other:int}", openapi_extra=describe(answers.Difference, 404, 409, 504))
+    @router.get(one + "/diff/{other:int}", openapi_extra=describe(answers.Difference, 404, 409, 503, 504))
     async def diff_drafters(version: int, other: int) -> Response:
         """How two versions differ."""
         registry = evolution_of(service).registry
@@ -86,7 +86,7 @@ def admin_router(service: Service) -> APIRouter:
 
     @router.post(
         one + "/{action}",
-        openapi_extra=describe(answers.DrafterAndLive, 404, 409, bodies=[ReasonBody], body_required=False),
+        openapi_extra=describe(answers.DrafterAndLive, 404, 409, 503, bodies=[ReasonBody], body_required=False),
     )
     async def change_drafter(request: Request, version: int, action: str) -> Response:
         """Promote, roll back, retire, pin or unpin a version."""
@@ -105,14 +105,16 @@ def admin_router(service: Service) -> APIRouter:
         found = await ask(registry.get, version)
         return JSONBody({"drafter": found, "live": await ask(registry.live, found.route)})
 
-    @router.post(prefix + "/drafters/prune", openapi_extra=describe(answers.Pruned, 409, bodies=[PruneBody]))
+    @router.post(prefix + "/drafters/prune", openapi_extra=describe(answers.Pruned, 409, 503, bodies=[PruneBody]))
     async def prune_drafters(request: Request) -> Response:
         """Delete the weights of old versions."""
         registry = evolution_of(service).registry
         body = await body_of(service, request, PruneBody)
         return JSONBody({"pruned": await ask(registry.prune, body.keep, body.route, body.reason or BY_HAND)})
 
-    @router.post(prefix + "/drafters/import", openapi_extra=describe(answers.Imported, 409, 504, bodies=[ImportBody]))
+    @router.post(
+        prefix + "/drafters/import", openapi_extra=describe(answers.Imported, 409, 503, 504, bodies=[ImportBody])
+    )
     async def import_drafter(request: Request) -> Response:
         """Add a head from a folder of this server as a candidate."""
         registry = evolution_of(service).registry
@@ -124,7 +126,7 @@ def admin_router(service: Service) -> APIRouter:
             return JSONBody({"drafter": await commands.run(registry.folder, "import", body.folder, **options)})
 
     @router.post(
-        prefix + "/drafters/export", openapi_extra=describe(answers.Exported, 404, 409, 504, bodies=[ExportBody])
+        prefix + "/drafters/export", openapi_extra=describe(answers.Exported, 404, 409, 503, 504, bodies=[ExportBody])
     )
     async def export_drafter(request: Request) -> Response:
         """Write a version into a folder of this server, in the EAGLE-3 layout."""

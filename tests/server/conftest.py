@@ -43,7 +43,8 @@ class Document:
     def operation(self, method: str, path: str) -> Any:
         path = urllib.parse.unquote(path.partition("?")[0])
         for template in sorted(self._paths, key=lambda template: template.count("{")):
-            pattern = re.sub(r"\\{\w+\\}", ".+" if template.startswith("/v1/models") else "[^/]+", re.escape(template))
+            kinds = {"name": ".+", "action": "[^/]+", "version": r"\d+", "other": r"\d+"}
+            pattern = re.sub(r"\\{(\w+)\\}", lambda found: kinds[found[1]], re.escape(template))
             if re.fullmatch(pattern, path) and method in self._paths[template]:
                 return self._paths[template][method]
         return None
