@@ -31,6 +31,10 @@ PATIENCE_S = 300.0
 """Far more than anything takes on a slow and busy machine: what waits so long waits for what never comes."""
 
 
+PARAMETERS = {"name": ".+", "action": "[^/]+", "version": r"\d+", "other": r"\d+"}
+"""Of paths."""
+
+
 class Document:
     """An OpenAPI document, against which answers are held."""
 
@@ -43,8 +47,7 @@ class Document:
     def operation(self, method: str, path: str) -> Any:
         path = urllib.parse.unquote(path.partition("?")[0])
         for template in sorted(self._paths, key=lambda template: template.count("{")):
-            kinds = {"name": ".+", "action": "[^/]+", "version": r"\d+", "other": r"\d+"}
-            pattern = re.sub(r"\\{(\w+)\\}", lambda found: kinds[found[1]], re.escape(template))
+            pattern = re.sub(r"\\{(\w+)\\}", lambda found: PARAMETERS[found[1]], re.escape(template))
             if re.fullmatch(pattern, path) and method in self._paths[template]:
                 return self._paths[template][method]
         return None

@@ -88,17 +88,15 @@ async def test_the_life_of_a_version(admin: AdminClient, evolving: Any, heads: P
     assert [each["version"] for each in await admin.drafters("tenant:acme")] == [second]
 
     assert "hidden size" in await refused(admin.import_drafter(str(heads / "wrong")), 400, "invalid_value", "folder")
-    for folder in (
-        str(tmp_path / "nothing"),
-        "--help",
-        "a" * 256,
-        "/a" * 2000,
-        str(heads / "fits" / "config.json" / "x"),
-    ):
+    for folder in ("a" * 256, "--help"):
         await refused(admin.import_drafter(folder), 400, "invalid_value", "folder")
     await refused(admin.import_drafter(str(heads / "fits"), target="b" * 256), 400, "invalid_value", "target")
-    for folder in ("a" * 256, str(heads / "fits" / "config.json" / "x")):
-        await refused(admin.export_drafter(first["version"], folder), 400, "invalid_value", "folder")
+    await refused(
+        admin.export_drafter(first["version"], str(heads / "fits" / "config.json" / "x")),
+        400,
+        "invalid_value",
+        "folder",
+    )
 
     changed = await admin.change("promote", number, "to see it work")
     assert changed["drafter"]["state"] == "live" and changed["live"]["version"] == number
