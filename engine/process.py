@@ -6,6 +6,7 @@ Run as ``python -m slipstream.engine.process DESCRIPTOR CONFIG``: an inherited s
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 import threading

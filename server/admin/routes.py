@@ -153,12 +153,12 @@ def admin_router(service: Service) -> APIRouter:
             worker.pause(action == "pause")
         return JSONBody({"paused": worker.paused, "report": worker.report})
 
-    @router.get(prefix + "/traffic", openapi_extra=describe(answers.Traffic, 409))
+    @router.get(prefix + "/traffic", openapi_extra=describe(answers.Traffic, 409, 503))
     async def traffic() -> Response:
         """What is kept of whom."""
         return JSONBody({"tenants": await ask(with_traffic, service, statistics)})
 
-    @router.post(prefix + "/traffic/purge", openapi_extra=describe(answers.Purged, 409, bodies=[PurgeBody]))
+    @router.post(prefix + "/traffic/purge", openapi_extra=describe(answers.Purged, 409, 503, bodies=[PurgeBody]))
     async def purge_traffic(request: Request) -> Response:
         """Delete everything that is kept of a tenant, or of all."""
         body = await body_of(service, request, PurgeBody)
