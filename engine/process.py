@@ -236,15 +236,14 @@ class _Process:
         except (ModelError, ConfigError) as error:
             self._send(EngineFailed(str(error), user_error=True))
             return 2
-        except OSError as error:
-            traceback.print_exc()
-            path = f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename is not None else str(error)
-            self._send(EngineFailed(f"the engine could not start: {path}", user_error=error.filename is not None))
-            return 2
         except MemoryError as error:
             self._send(EngineFailed(f"the model does not fit into memory: {error}", user_error=True))
             return 2
         except Exception as error:
+            if isinstance(error, OSError) and error.filename is not None:  # of a path among the options
+                path = os.fsdecode(error.filename)
+                self._send(EngineFailed(f"{path}: {error.strerror}", user_error=True))
+                return 2
             traceback.print_exc()
             self._send(EngineFailed(f"the engine could not start: {type(error).__name__}: {error}"))
             return 1
