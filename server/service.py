@@ -78,7 +78,7 @@ class Service:
                 group.create_task(self.supervisor.start())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        self.text.warn(self.engine.ready.vocab_size)
+        self.text.fit(self.engine.ready.vocab_size)
         self._observing = asyncio.create_task(self._observe())
         if self.evolution is not None:
             await self.evolution.start()

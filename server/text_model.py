@@ -39,9 +39,11 @@ class TextModel:
     """Bytes of the longest token: a lower bound for the length of a prompt before it is encoded."""
     _workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(WORKERS, "text"))
 
-    def warn(self, vocab_size: int) -> None:
-        """Says in the log what a model with so many tokens does not have."""
+    def fit(self, vocab_size: int) -> None:
+        """Leaves out what a model with so many tokens does not have, and says so in the log."""
         tokenizer = self.tokenizer
+        if dropped := tokenizer.drop_boundaries(vocab_size):
+            logger.warning("the tokenizer puts %s around texts, which the model does not have: left out", dropped)
         ends = dict.fromkeys([*tokenizer.eos_token_ids, *self.turn_ends.token_ids])
         if lacking := [str(end) for end in ends if not 0 <= end < vocab_size]:
             logger.warning(

@@ -44,7 +44,7 @@ def sampling_params(
         )
     stop = dict.fromkeys(body.stop_token_ids or ())
     if not body.ignore_eos:
-        # Files and templates may name tokens that the model does not have; TextModel.warn has said so.
+        # Files and templates may name tokens that the model does not have; TextModel.fit has said so.
         known = range(service.engine.ready.vocab_size)
         found = [*text.tokenizer.eos_token_ids, *(ends or text.turn_ends).token_ids]
         stop |= dict.fromkeys(token for token in found if token in known)

@@ -98,6 +98,23 @@ class Tokenizer:
         """As the vocabulary spells it; None for unknown ids."""
         return self._backend.id_to_token(token_id)
 
+    def drop_boundaries(self, vocab_size: int) -> list[str]:
+        """Puts tokens that a model with so many tokens does not have before and after texts no more; returns them."""
+        processor = self._backend.post_processor
+        if processor is None or all(token < vocab_size for token in self.encode("")):
+            return []
+        state = json.loads(processor.__getstate__())
+        dropped: set[str] = set()
+        for step in state.get("processors", [state]):
+            if step["type"] == "TemplateProcessing":
+                lacking = {name for name, token in step["special_tokens"].items() if max(token["ids"]) >= vocab_size}
+                for kind in ("single", "pair"):
+                    step[kind] = [part for part in step[kind] if part.get("SpecialToken", {}).get("id") not in lacking]
+                dropped |= lacking
+        processor.__setstate__(json.dumps(state).encode())
+        self._backend.post_processor = processor
+        return sorted(dropped)
+
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text that has already begun; empty for unknown ids."""
         if self._byte_level:

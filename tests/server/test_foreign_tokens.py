@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.testing import TINY_LLAMA
 
-END, PAD = 256, 257
+END, PAD, BEGIN = 256, 257, 258
 VOCAB = PAD
-"""The model has the 256 bytes and an end token; the tokenizer also [PAD]."""
+"""The model has the 256 bytes and an end token; the tokenizer also [PAD], and <|begin|> before every text."""
 CONFIG = TINY_LLAMA | {"vocab_size": VOCAB, "eos_token_id": [END, PAD, 300_000]}
 GENERATION = {"eos_token_id": [END, PAD, 300_000, -1], "temperature": 0.5, "top_p": 7, "repetition_penalty": 1e-38}
 
@@ -33,6 +33,9 @@ def padded(tmp_path_factory: pytest.TempPathFactory, start_server: Callable[...,
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("[PAD]", special=True)])
+    backend.add_special_tokens([AddedToken("<|begin|>", special=True)])
+    boundaries = [("<|begin|>", BEGIN), ("<|end|>", END)]
+    backend.post_processor = processors.TemplateProcessing(single="<|begin|> $A <|end|>", special_tokens=boundaries)
     backend.save(str(folder / "tokenizer.json"))
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     described = {"eos_token": "<|end|>", "pad_token": "[PAD]", "chat_template": template}
@@ -69,8 +72,9 @@ def test_a_token_that_the_model_lacks_is_named(padded: Any, way: str) -> None:
 
 def test_what_the_files_name_and_the_model_lacks_is_ignored_with_a_warning(padded: Any) -> None:
     log = "".join(padded.log)
-    for warned in ("257, 300000, -1", "'[PAD]'", "top_p", "repetition_penalty"):
+    for warned in ("257, 300000, -1", "'[PAD]'", "top_p", "repetition_penalty", "['<|begin|>'] around texts"):
         assert warned in log
+    assert padded.post("/tokenize", {"prompt": ""})[1]["tokens"] == [END]
     assert "temperature" not in log
     # These tokens would be masked.
     assert padded.complete("hello", min_tokens=3, max_tokens=4)["usage"]["completion_tokens"] >= 3
@@ -79,8 +83,8 @@ def test_what_the_files_name_and_the_model_lacks_is_ignored_with_a_warning(padde
 def test_tokens_that_only_the_tokenizer_has_can_be_looked_at(padded: Any) -> None:
     status, reply = padded.post("/tokenize", {"prompt": "a[PAD]"})
     assert status == 200 and reply["tokens"][1] == PAD
-    assert padded.post("/detokenize", {"tokens": reply["tokens"]}) == (200, {"prompt": "a[PAD]"})
-    assert padded.post("/detokenize", {"tokens": [PAD + 1]})[0] == 400
+    assert padded.post("/detokenize", {"tokens": reply["tokens"]}) == (200, {"prompt": "a[PAD]<|end|>"})
+    assert padded.post("/detokenize", {"tokens": [BEGIN + 1]})[0] == 400
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-42, 1e-38, 1e-10])
