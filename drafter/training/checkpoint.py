@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import pickle
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoint:
@@ -36,10 +39,15 @@ class Checkpoint:
     def load(self) -> dict[str, Any] | None:
         """The last complete one; None if there is none or it cannot be read."""
         try:
-            state: dict[str, Any] = torch.load(self._path, weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            state = torch.load(self._path, weights_only=True)
+        except FileNotFoundError:
             return None
-        return state
+        except Exception as error:  # what torch raises of a damaged file can be anything
+            logger.warning(
+                "going on without the checkpoint %s, which cannot be read: %s", self._path, type(error).__name__
+            )
+            return None
+        return state if isinstance(state, dict) else None
 
     def finish(self) -> None:
         """Waits until nothing is being written."""
@@ -58,6 +66,8 @@ class Checkpoint:
             self.error = None
         except (OSError, RuntimeError) as error:  # torch says RuntimeError of a full disk
             self.error = error
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
 
 def _copy(state: Any) -> Any:

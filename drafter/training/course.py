@@ -102,8 +102,7 @@ class Course:
         if self._saved is not None and self._saved.get("target") != target.fingerprint:
             self._saved = None
         if self._saved is not None:
-            self._credit, self._counted = self._saved["credit"], self._saved["last_id"]
-            self.published, self.parent = self._saved["published"], self._saved["parent"]
+            self._take_over(self._saved)
 
     def prepare(self, sample: Sample) -> Example | None:
         """With the features of its end; recomputed where the store has only tokens, or not those of the answer."""
@@ -127,6 +126,16 @@ class Course:
         self.look()
         enough = self.curriculum.tokens >= self._options.first_tokens
         return enough and (asked or self._credit > 0)
+
+    def _take_over(self, saved: Mapping[str, Any]) -> None:
+        """What a checkpoint says besides the trainer's state; nothing of a damaged one."""
+        credit, counted = saved.get("credit"), saved.get("last_id")
+        published, parent = saved.get("published"), saved.get("parent")
+        versions = all(each is None or isinstance(each, int) for each in (published, parent))
+        if isinstance(credit, int | float) and isinstance(counted, int) and versions:
+            self._credit, self._counted, self.published, self.parent = credit, counted, published, parent
+        else:
+            self._saved = None
 
     def look(self) -> None:
         """Takes notice of what came and what went."""
@@ -160,7 +169,7 @@ class Course:
             return False
         try:
             trainer.resume(saved["trainer"])
-        except (KeyError, ValueError, RuntimeError):
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError):
             return False
         return True
 

@@ -1,4 +1,5 @@
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,31 @@ def test_a_damaged_checkpoint_is_no_checkpoint(tmp_path: Path, make_head: MakeHe
     data = (tmp_path / "shared.pt").read_bytes()
     (tmp_path / "shared.pt").write_bytes(data[: len(data) // 2])
     assert checkpoint.load() is None
+
+
+def test_any_damage_to_a_checkpoint(tmp_path: Path) -> None:
+    """torch raises what it likes, IndexError and KeyError among it."""
+    path = tmp_path / "shared.pt"
+    checkpoint = Checkpoint(path)
+    checkpoint.save({"trainer": {"step": 3, "w": torch.ones(4, 4)}, "target": "x", "credit": 1.5}, wait=True)
+    data = path.read_bytes()
+    pickled = data.index(b"\x80\x02")
+    for value in (0x30, 0x31, 0x61, 0x65, 0x73, 0x75, 0x85, 0x87):  # instructions that take from an empty stack, say
+        path.write_bytes(data[: pickled + 2] + bytes([value]) + data[pickled + 3 :])
+        assert checkpoint.load() is None
+    choose = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(3):
+            damaged[choose.randrange(len(damaged))] = choose.randrange(256)
+        path.write_bytes(damaged)
+        found = checkpoint.load()
+        assert found is None or isinstance(found, dict)
+    path.unlink()
+    path.mkdir()
+    assert checkpoint.load() is None
+    checkpoint.save({"trainer": 1}, wait=True)
+    assert isinstance(checkpoint.error, OSError) and [each.name for each in tmp_path.iterdir()] == ["shared.pt"]
 
 
 def test_frozen_weights_stay(make_head: MakeHead, make_example: MakeExample) -> None:
