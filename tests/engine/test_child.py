@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slipstream.engine.child import NICE, Priority, step_back
+from slipstream.engine.child import NICE, Priority, command, step_back
 
 AUTOGROUP = Path("/proc/self/autogroup")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="scheduling classes of Linux")
@@ -41,6 +41,8 @@ def test_a_process_that_has_ended_is_no_error() -> None:
     step_back(process.pid)
 
 
+BUSY = command("timeit", "-n", "1000000000000", "pass")
+"""Keeps a processor busy until it is killed, or who started it has ended, in whatever way."""
 PARENT = """
 import subprocess, sys, time
 from slipstream.engine.child import command
@@ -82,7 +84,7 @@ def start_parent(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("load", [0, pytest.param(8, marks=pytest.mark.slow)])
 def test_children_do_not_outlive_a_killed_parent(tmp_path: Path, load: int) -> None:
-    busy = [subprocess.Popen((sys.executable, "-c", "while True: pass"), start_new_session=True) for _ in range(load)]
+    busy = [subprocess.Popen(BUSY, start_new_session=True) for _ in range(load)]
     try:
         with start_parent(tmp_path, "stay") as parent:
             assert parent.stdout is not None

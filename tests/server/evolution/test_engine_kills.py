@@ -9,7 +9,6 @@ import http.client
 import json
 import random
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +21,11 @@ import psutil
 import pytest
 
 from slipstream.drafter.registry.registry import Registry
+from slipstream.engine.child import command
 
 pytestmark = pytest.mark.slow
+BUSY = command("timeit", "-n", "1000000000000", "pass")
+"""Keeps a processor busy until it is killed, or who started it has ended, in whatever way."""
 STREAMS, KILLS = 16, 20
 START_SECONDS, ERROR_SECONDS = 2.0, 1.0
 """Bounds: ready again after what a start takes and so much more; and until a stream has its error."""
@@ -58,6 +60,7 @@ class Stream:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         prompt = f"Tell me {count} facts about river number {self.number}."
         body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 48, "stream": True, "temperature": 0}
+        began = time.monotonic()
         try:
             connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
             answer = connection.getresponse()
@@ -65,10 +68,11 @@ class Stream:
                 code = json.loads(answer.read())["error"]["code"]
                 if (answer.status, code) != (503, "engine_failed"):
                     self.unexpected.append(f"{answer.status} {code}")
+                self.ends.append((began, time.monotonic(), code))
                 self.waits.append((time.monotonic(), float(answer.headers["retry-after"])))
                 time.sleep(0.2)
                 return
-            began, code, done = time.monotonic(), "", False
+            code, done = "", False
             for line in answer:
                 if line.startswith(b'data: {"error"'):
                     code = json.loads(line[6:])["error"]["code"]
@@ -178,7 +182,7 @@ def test_engines_killed_at_twenty_moments(server: Any, tmp_path: Path) -> None:
 def test_nothing_is_left_beside_eight_busy_processes(server: Any, how: str) -> None:
     with streams(server.port):
         server.wait_until(lambda: server.metric("evolution_training_tokens_total"), 300)
-        busy = [subprocess.Popen((sys.executable, "-c", "while True: pass"), start_new_session=True) for _ in range(8)]
+        busy = [subprocess.Popen(BUSY, start_new_session=True) for _ in range(8)]
         try:
             time.sleep(3)
             processes = descendants(server)
