@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -29,6 +30,12 @@ from slipstream.kernels.native.library import isa
 
 TARGET = TINY_LLAMA | {"max_position_embeddings": 512, "tie_word_embeddings": True}
 KERNELS = ["torch", *(["native"] if isa() else [])]
+
+
+@pytest.fixture(autouse=True)
+def _awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that prepares a swap keeps its priority: on a busy machine the lowest one gets next to nothing."""
+    monkeypatch.setattr(os, "sched_setscheduler", lambda *_: None, raising=False)
 
 
 @pytest.fixture(scope="module")

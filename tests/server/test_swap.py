@@ -123,7 +123,7 @@ def check_swaps(
 def test_swaps_in_an_engine_process(tiny: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 96, rng.integers(3, 40)).tolist() for _ in range(64)]
-    check_swaps(tmp_path, prompts, 80, 20, 96, model=str(tiny), dtype="float32", kv_cache_memory="32MiB")
+    check_swaps(tmp_path, prompts, 80, 10, 96, model=str(tiny), dtype="float32", kv_cache_memory="32MiB")
 
 
 @pytest.mark.slow
