@@ -89,7 +89,8 @@ class Engine:
         )
         cost = StepCost()
         calibrate(cost, self.runner, loaded.max_model_len, config.max_step_tokens)
-        self.scheduler = Scheduler(config, loaded.num_blocks, loaded.max_model_len, cost)
+        switch_length = loaded.model.switch_length
+        self.scheduler = Scheduler(config, loaded.num_blocks, loaded.max_model_len, cost, switch_length=switch_length)
         pipeline = config.pipeline == "on" or (
             config.pipeline == "auto" and self.runner.cache.data.is_cuda and not drafters
         )

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from random import SystemRandom
+
+from slipstream.engine.kv import prefix
 from slipstream.engine.kv.pool import BlockHash
 from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
+
+RANDOM = SystemRandom()
 
 
 class Request:
@@ -28,6 +34,7 @@ class Request:
         "num_prompt",
         "num_published",
         "offer",
+        "outgrown",
         "prompt_logprobs",
         "root",
         "scheduled_at",
@@ -56,6 +63,8 @@ class Request:
         self.slot = -1
         """Row in the runner's tables while running."""
         self.seed: int | None = None
+        self.outgrown = False
+        """Whether it is longer than the model's switch length, and computed as such."""
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         """Collected chunk by chunk until the first delta takes them along."""
         self.offer: tuple[float, ...] = ()
@@ -67,6 +76,26 @@ class Request:
         self.scheduled_at = 0.0
         self.told_first = False
         self.finished = False
+
+    def awaits_end(self, max_model_len: int) -> bool:
+        """Whether a token under way will end the request, so that nothing more is to be computed."""
+        if not self.in_flight:
+            return False
+        return self.num_output + self.in_flight >= self.message.params.max_tokens or self.length >= max_model_len
+
+    def draw_seed(self) -> int:
+        """The seed of its random stream: its own, or one drawn once, so that it continues after a preemption."""
+        if self.seed is None:
+            asked = self.message.params.seed
+            self.seed = asked if asked is not None else RANDOM.getrandbits(63)
+        return self.seed
+
+    def outgrow(self) -> None:
+        """From now on, blocks computed for shorter sequences do not fit; the request must hold none."""
+        self.outgrown = True
+        self.root = prefix.outgrown(self.root)
+        self.block_hashes = []
+        self.awaited = None
 
     @property
     def request_id(self) -> int:
@@ -113,3 +142,16 @@ class Request:
             drafter_version=proposal[0],
             first_right=proposal[1],
         )
+
+
+def check_rows(
+    running: Sequence[Request], waiting: Sequence[Request], free_slots: Sequence[int], rows: int, block_size: int
+) -> None:
+    """Raises AssertionError if requests, rows and blocks do not add up."""
+    slots = [request.slot for request in running]
+    assert len(set(slots)) == len(slots) and -1 not in slots, "two requests share a row"
+    assert len(slots) + len(free_slots) == rows, "a row is lost"
+    assert all(request.slot == -1 and not request.blocks for request in waiting), "a waiting request holds room"
+    for request in running:
+        assert request.num_computed <= request.length, "more positions computed than there are tokens"
+        assert len(request.blocks) * block_size >= request.num_computed, "tokens without a block"

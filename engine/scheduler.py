@@ -11,7 +11,7 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from random import SystemRandom
+from operator import attrgetter
 from typing import Any
 
 from slipstream.engine.config import EngineConfig
@@ -20,7 +20,7 @@ from slipstream.engine.kv.manager import Admission, KVManager, Wait
 from slipstream.engine.messages import EngineStats, FinishReason, NewRequest, TokenDelta
 from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.plan_builder import PlanBuilder
-from slipstream.engine.request import Request
+from slipstream.engine.request import Request, check_rows
 from slipstream.engine.speculation.controller import Decision
 from slipstream.engine.speculation.planner import GuessPlanner
 from slipstream.engine.speculation.protocol import EndedRequest, Listener
@@ -28,6 +28,7 @@ from slipstream.engine.step_cost import StepCost, StepWork
 
 DECODE_SHARE = 0.39
 """While prompts wait, running streams keep at least this share of a step, and prompts get the rest."""
+_deadline = attrgetter("deadline")
 MIN_CHUNK = 16
 """Prompts always advance by this many tokens a step, whatever the latency target."""
 
@@ -42,13 +43,16 @@ class Scheduler:
         max_model_len: int,
         cost: StepCost,
         clock: Callable[[], float] = time.monotonic,
+        switch_length: int = 0,
     ) -> None:
+        """``switch_length`` is the model's: see CausalModel."""
         self.kv = KVManager(num_blocks, config.block_size, config.prefix_caching)
         self.cost = cost
         self.target_version = 0
         self.listeners: Sequence[Listener] = ()
         self._config = config
         self._max_model_len = max_model_len
+        self._switch_length = switch_length or max_model_len
         self._clock = clock
         self._requests: dict[int, Request] = {}
         self._waiting: list[Request] = []  # by deadline
@@ -57,8 +61,7 @@ class Scheduler:
         self._under_way: deque[tuple[StepPlan, list[Request], Decision | None]] = deque()
         self._ended_slots: list[int] = []  # since the last plan
         self._ended: list[TokenDelta] = []  # terminal deltas that no step will bring
-        self._guesses = GuessPlanner(config, max_model_len, self.kv, cost)
-        self._random = SystemRandom()
+        self._guesses = GuessPlanner(config, max_model_len, self._switch_length, self.kv, cost)
         self._step = 0
         self._prompt_tokens = self._generation_tokens = 0
         self._queries = self._hits = self._preemptions = 0
@@ -71,6 +74,8 @@ class Scheduler:
         deadline = arrival + service + message.priority * self._config.priority_step_s
         sharing = message.tenant if self._config.prefix_cache_scope == "tenant" else ""
         request = Request(message, deadline, prefix.seed(self.target_version, message.cache_salt, sharing))
+        if request.length > self._switch_length:
+            request.outgrow()
         self._requests[request.request_id] = request
         insort(self._waiting, request, key=_deadline)
         if message.traffic != "off":
@@ -105,6 +110,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute for now."""
         plan = PlanBuilder()
+        self._restart_outgrown()
         self._admit(plan)
         self._plan_decodes(plan)
         self._plan_prompts(plan)
@@ -189,17 +195,18 @@ class Scheduler:
         """Raises AssertionError if blocks, slots or queues do not add up."""
         self.kv.pool.check([request.blocks for request in self._requests.values()])
         assert len(self._running) + len(self._waiting) == len(self._requests), "a request is in no queue, or in two"
-        slots = [request.slot for request in self._running]
-        assert len(set(slots)) == len(slots) and -1 not in slots, "two requests share a row"
-        assert len(slots) + len(self._free_slots) == self._config.max_running, "a row is lost"
-        assert all(request.slot == -1 and not request.blocks for request in self._waiting), (
-            "a waiting request holds room"
-        )
-        for request in self._running:
-            assert request.num_computed <= request.length, "more positions computed than there are tokens"
-            assert len(request.blocks) * self._config.block_size >= request.num_computed, "tokens without a block"
+        check_rows(self._running, self._waiting, self._free_slots, self._config.max_running, self._config.block_size)
 
     # Planning -------------------------------------------------------------------------------------------------------
+
+    def _restart_outgrown(self) -> None:
+        """Requests that have become longer than the switch length are computed again, from their first position on."""
+        for request in [*self._running, *self._waiting]:
+            if request.length <= self._switch_length or request.outgrown or request.awaits_end(self._max_model_len):
+                continue
+            if request.slot >= 0:
+                self._requeue(request)
+            request.outgrow()
 
     def _admit(self, plan: PlanBuilder) -> None:
         """Moves waiting requests to running ones while there is room, in order of their deadlines."""
@@ -242,10 +249,15 @@ class Scheduler:
             self._prompt_tokens += request.num_prompt
         self._queries += len(request.tokens)
         self._hits += admission.num_cached
-        params = request.message.params
-        seed = params.seed if params.seed is not None else self._draw_seed(request)
         message = request.message
-        entered = (request.slot, list(request.tokens), request.num_prompt, params, seed, message.scope)
+        entered = (
+            request.slot,
+            list(request.tokens),
+            request.num_prompt,
+            message.params,
+            request.draw_seed(),
+            message.scope,
+        )
         about = (message.speculation, message.request_id, message.traffic, message.route, message.remember)
         plan.new.append(NewRow(*entered, *about))
         plan.blocks.append((request.slot, 0, list(request.blocks)))
@@ -254,7 +266,11 @@ class Scheduler:
     def _plan_decodes(self, plan: PlanBuilder) -> None:
         """One token for every stream; a stream without room for it pushes out the least urgent request."""
         for request in list(self._running):
-            if request.slot < 0 or request.length - request.num_computed != 1 or self._awaits_commit(request):
+            if (
+                request.slot < 0
+                or request.length - request.num_computed != 1
+                or request.awaits_end(self._max_model_len)
+            ):
                 continue
             while (grown := self.kv.grow(request, request.length)) is None:
                 victim = self._running[-1]
@@ -274,7 +290,7 @@ class Scheduler:
         limit = self._config.max_step_tokens
         for request in self._running:
             remaining = request.length - request.num_computed
-            if remaining <= 1 or self._awaits_commit(request):
+            if remaining <= 1 or request.awaits_end(self._max_model_len):
                 continue
             if not self._config.chunked_prefill:
                 if plan.work.tokens > decodes and plan.work.tokens + remaining > limit:
@@ -295,13 +311,6 @@ class Scheduler:
         decode_seconds = self.cost.predict(plan.work)
         return max(self._config.step_latency_ms / 1000, decode_seconds / DECODE_SHARE)
 
-    def _awaits_commit(self, request: Request) -> bool:
-        """Whether a token under way will end the request, so that nothing more is to be computed."""
-        if not request.in_flight:
-            return False
-        planned_output = request.num_output + request.in_flight
-        return planned_output >= request.message.params.max_tokens or request.length >= self._max_model_len
-
     def _preempt_for(self, request: Request) -> bool:
         """Makes room by pushing out a running request of lower priority and later deadline, if there is one."""
         if not self._running:
@@ -318,6 +327,9 @@ class Scheduler:
             plan.remove_row(request.slot)
         self._preemptions += 1
         request.num_preemptions += 1
+        self._requeue(request)
+
+    def _requeue(self, request: Request) -> None:
         self._leave_row(request)
         request.num_computed = 0
         insort(self._waiting, request, key=_deadline)
@@ -380,13 +392,3 @@ class Scheduler:
         self._free_slots.append(request.slot)
         request.slot = -1
         request.offer = ()
-
-    def _draw_seed(self, request: Request) -> int:
-        """Drawn once, so that a preempted request continues its random stream."""
-        if request.seed is None:
-            request.seed = self._random.getrandbits(63)
-        return request.seed
-
-
-def _deadline(request: Request) -> float:
-    return request.deadline

@@ -20,7 +20,8 @@ class RaggedBatch:
     ``block_tables`` maps the sequence's blocks to cache blocks; every block below ``kv_len[s]`` must be mapped.
     A mirror is a place in the cache (batch row, cache block, offset in it) where that row's keys and values are stored
     too, before attention: so a segment can read what another one of the same batch computes.
-    All arrays are C-contiguous int32.
+    ``known`` is how long the sequence is as far as its tokens are known, later chunks of its prompt included: what
+    models go by that compute long sequences in another way than short ones. All arrays are C-contiguous int32.
     """
 
     token_ids: Int32  # [num_tokens]
@@ -30,6 +31,7 @@ class RaggedBatch:
     block_tables: Int32  # [rows, max_blocks]
     table_row: Int32  # [num_segments]
     block_size: int
+    known: Int32  # [num_segments]
     mirrors: Int32 = field(default_factory=lambda: NO_MIRRORS)  # [num_mirrors, 3]
 
     @property
@@ -49,10 +51,15 @@ def make_batch(
     table_row: Int32,
     block_size: int,
     mirrors: Int32 = NO_MIRRORS,
+    known: Int32 | None = None,
 ) -> RaggedBatch:
-    """Derives starts and positions from the tokens per segment and the lengths after them (both [num_segments])."""
+    """Derives starts and positions from the tokens per segment and the lengths after them (both [num_segments]).
+
+    Without ``known``, sequences are known up to where they end in this batch.
+    """
     q_start = np.zeros(len(num_new) + 1, np.int32)
     np.cumsum(num_new, out=q_start[1:])
     offset = np.repeat(kv_len - q_start[1:], num_new)
     positions = (np.arange(len(token_ids), dtype=np.int32) + offset).astype(np.int32)
-    return RaggedBatch(token_ids, positions, q_start, kv_len, block_tables, table_row, block_size, mirrors)
+    known = kv_len if known is None else known
+    return RaggedBatch(token_ids, positions, q_start, kv_len, block_tables, table_row, block_size, known, mirrors)

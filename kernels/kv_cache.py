@@ -79,7 +79,14 @@ class TorchKVCache(PagedKVCache):
             rows[1, block * self.block_size + offset] = v[row].to(rows.dtype)
 
     def attend(
-        self, layer: int, q: Tensor, batch: RaggedBatch, scale: float, window: int = 0, softcap: float = 0.0
+        self,
+        layer: int,
+        q: Tensor,
+        batch: RaggedBatch,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         out = torch.empty_like(q)
         blocks = self.data[layer].view(2, self.num_blocks, self.block_size, self.kv_heads, self.head_dim)
@@ -90,7 +97,7 @@ class TorchKVCache(PagedKVCache):
             index = torch.from_numpy(table).to(self.data.device, torch.long)
             k = blocks[0, index].flatten(0, 1)[:length]
             v = blocks[1, index].flatten(0, 1)[:length]
-            out[begin:end] = reference.attention(q[begin:end], k, v, scale, window, softcap)
+            out[begin:end] = reference.attention(q[begin:end], k, v, scale, window, softcap, sinks)
         return out
 
     def _slots(self, batch: RaggedBatch) -> Tensor:

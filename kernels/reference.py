@@ -29,7 +29,15 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, softcap: float = 0.0) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Causal attention of the last tokens of one sequence.
 
     Args:
@@ -37,6 +45,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, so
         k, v: [length, kv_heads, head_dim], every position.
         window: attend to the last ``window`` positions only; 0 for all.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        sinks: [heads], the score of one more key without a value per head (Xiao et al. 2023).
     Returns:
         [queries, heads, head_dim] in the dtype of q; computed in float32.
     """
@@ -53,4 +62,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, so
     if window:
         visible &= key > position - window
     scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink = sinks.float()[:, None, None].expand(-1, queries, 1)
+        scores = torch.cat((scores, sink), dim=-1)
+        return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :-1], values).to(q.dtype)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(q.dtype)

@@ -23,6 +23,7 @@ from slipstream.engine.checkpoint.gguf_config import (
 from slipstream.engine.checkpoint.gguf_file import GGUFFile
 from slipstream.engine.checkpoint.json_file import read_json_object
 from slipstream.engine.checkpoint.safetensors_files import StoredTensor, find_tensors, read_tensors, stored_bytes
+from slipstream.engine.checkpoint.shapes import FAMILIES, canonical_names
 from slipstream.engine.errors import ModelError
 
 if TYPE_CHECKING:
@@ -91,13 +92,21 @@ class FolderCheckpoint(Checkpoint):
 
     @cached_property
     def _tensors(self) -> dict[str, StoredTensor]:
+        """By Hugging Face name."""
+        names = canonical_names(self._stored) if self.config.get("model_type") in FAMILIES else {}
+        return {names.get(name, name): stored for name, stored in self._stored.items()}
+
+    @cached_property
+    def _stored(self) -> dict[str, StoredTensor]:
         return find_tensors(self.path)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._tensors.items()}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return read_tensors(self._tensors)
+        names = {id(stored): name for name, stored in self._tensors.items()}
+        for name, tensor in read_tensors(self._stored):
+            yield names[id(self._stored[name])], tensor
 
     def stored_bytes(self, name: str) -> memoryview:
         return stored_bytes(self._tensors[name])

@@ -77,8 +77,13 @@ class _Metadata:
         return value
 
     def token_id(self, name: str) -> int | None:
+        return next(iter(self.token_ids(name)), None)
+
+    def token_ids(self, name: str) -> list[int]:
+        """One, several where the file has a list, or none."""
         value = self.values.get(f"tokenizer.ggml.{name}")
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        values = value if isinstance(value, list) else [value]
+        return [each for each in values if isinstance(each, int) and not isinstance(each, bool)]
 
     def _wrong(self, key: str, value: object, wanted: str) -> ModelError:
         found = "is missing" if value is None else f"is {str(value)[:40]!r}"
@@ -134,10 +139,10 @@ def translate_config(file: GGUFFile) -> dict[str, Any]:
 def translate_generation_config(file: GGUFFile) -> dict[str, Any]:
     """What generation_config.json states: the tokens that end a text and the recommended sampling parameters."""
     meta = _Metadata(file)
-    ends = [meta.token_id(name) for name in ("eos_token_id", "eot_token_id", "eom_token_id")]
+    ends = [end for name in ("eos_token_id", "eot_token_id", "eom_token_id") for end in meta.token_ids(name)]
     config: dict[str, Any] = {
         "bos_token_id": meta.token_id("bos_token_id"),
-        "eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)),
+        "eos_token_id": list(dict.fromkeys(ends)),
         "pad_token_id": meta.token_id("padding_token_id"),
     }
     sampling = {
@@ -230,6 +235,8 @@ def _rope_parameters(file: GGUFFile, meta: _Metadata, arch: str, config: dict[st
     if scaling not in ("linear", "yarn"):
         raise _unsupported(file, f"rope scaling {scaling!r} (none, linear and yarn are supported)")
     rope |= {"rope_type": scaling, "factor": meta.number(prefix + "scaling.factor")}
+    if scaling == "linear" and prefix + "scaling.original_context_length" in file.metadata:
+        rope["original_max_position_embeddings"] = meta.count(prefix + "scaling.original_context_length")
     if scaling == "yarn":
         if meta.number(prefix + "scaling.yarn_ext_factor", default=1.0) != 1.0:
             raise _unsupported(file, f"{prefix}scaling.yarn_ext_factor other than 1")

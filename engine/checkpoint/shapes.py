@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from slipstream.engine.errors import ModelError
 
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Hugging Face's own names by those of a file whose exporter wrote the decoder under another prefix.
+
+    A decoder saved alone lacks ``model.``, one taken out of a larger model or out of a training program has something
+    before it (``language_model.model.``, ``_orig_mod.model.``).
+    """
+    found = list(names)
+    embeddings = [name for name in found if name == EMBEDDING or name.endswith("." + EMBEDDING)]
+    if len(embeddings) != 1:
+        return {}
+    decoder = embeddings[0].removesuffix(EMBEDDING)
+    outer = decoder.removesuffix("model.")
+    return {
+        name: "model." + name.removeprefix(decoder)
+        if name.startswith(decoder) and not _is_head(name)
+        else name.removeprefix(outer)
+        for name in found
+    }
+
+
+def _is_head(name: str) -> bool:
+    return name == HEAD or name.endswith("." + HEAD)
 
 
 def positive_int(config: dict[str, Any], key: str, default: int | None = None) -> int:

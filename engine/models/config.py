@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slipstream.engine.checkpoint.shapes import FAMILIES, parameter_shapes
 from slipstream.engine.errors import ModelError
+from slipstream.engine.models.rope import context_length, rope_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     max_positions: int
+    """The longest sequence, scaling of rotary positions included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
         num_layers=need(config, "num_hidden_layers"),
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or hidden // heads,
-        max_positions=config.get("max_position_embeddings") or 2048,
+        max_positions=context_length(config, stated_positions(config)),
     )
 
 
@@ -122,11 +124,16 @@ def _scaled_frequencies(config: DecoderConfig, length: int) -> tuple[Tensor, flo
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Both spellings: rope_parameters of new config files, rope_theta and rope_scaling of older ones."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    """The rotary parameters, with the original length where the kind needs it and the file leaves it out."""
+    rope = rope_parameters(config)
+    if rope["rope_type"] in ("yarn", "llama3"):
+        rope.setdefault("original_max_position_embeddings", stated_positions(config))
     return rope
+
+
+def stated_positions(config: dict[str, Any]) -> int:
+    """max_position_embeddings, which scaling of rotary positions may extend."""
+    return int(config.get("max_position_embeddings") or 2048)
 
 
 def _windows(config: dict[str, Any], num_layers: int) -> tuple[int, ...]:

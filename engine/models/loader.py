@@ -6,6 +6,7 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -15,11 +16,13 @@ from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.checkpoint.shapes import FAMILIES, parameter_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
-from slipstream.engine.models.config import ModelShape, decoder_config, model_shape, need
+from slipstream.engine.models.config import ModelShape, decoder_config, model_shape, need, stated_positions
 from slipstream.engine.models.native_decoder import NativeDecoder
 from slipstream.engine.models.protocol import CausalModel
+from slipstream.engine.models.rope import switch_length
 from slipstream.engine.models.torch_decoder import TorchDecoder
-from slipstream.engine.models.transformers_model import TransformersModel, transformers_shape
+from slipstream.engine.models.transformers_files import transformers_shape
+from slipstream.engine.models.transformers_model import TransformersModel
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.native import library
 
@@ -30,6 +33,8 @@ HEADROOM_BYTES = 400 << 20
 """Memory for the interpreter, torch and activations, besides weights and cache."""
 SCRATCH_BLOCKS = 64
 """For branches of trees; one takes one block mostly, two where it crosses a border."""
+GENERATES = re.compile(r"ForCausalLM|ForConditionalGeneration|ForGeneration")
+"""In the names of architectures; those of other heads have another word behind "For"."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -56,14 +61,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     checkpoint = open_checkpoint(config.model)
     dtype = DTYPES["bfloat16" if config.dtype == "auto" else config.dtype]
     device = find_device(config)
-    own = need(checkpoint.config, "model_type") in FAMILIES
-    shape = model_shape(checkpoint.config) if own else transformers_shape(checkpoint.config)
-    if own and (scheme := checkpoint.config.get("quantization_config")):
-        method = scheme.get("quant_method", "an unnamed method") if isinstance(scheme, dict) else scheme
-        raise ModelError(
-            f"{checkpoint.path}: its weights are quantised ({method}), which cannot be read; "
-            "serve the model's bfloat16 weights, or a GGUF file of it"
-        )
+    _check_kind(checkpoint)
+    shape = model_shape(checkpoint.config) if is_own(checkpoint.config) else transformers_shape(checkpoint.config)
     _prepare_threads(config)
     weights_bytes = _weights_bytes(checkpoint, config, dtype)
     block_bytes = PagedKVCache.block_bytes(shape.num_layers, config.block_size, shape.kv_heads, shape.head_dim, dtype)
@@ -73,6 +72,25 @@ def load_model(config: EngineConfig) -> LoadedModel:
     model = build_model(checkpoint, config, dtype, device, max_model_len)
     seconds = time.monotonic() - began
     return LoadedModel(model, max_model_len, num_blocks, scratch_blocks, block_bytes, weights_bytes, seconds)
+
+
+def is_own(config: dict[str, Any]) -> bool:
+    """Whether the decoders here run this model, not transformers, which does rotary positions that depend on length."""
+    return need(config, "model_type") in FAMILIES and not switch_length(config, stated_positions(config))
+
+
+def _check_kind(checkpoint: Checkpoint) -> None:
+    """Refuses quantised weights, and models that are made for other things than generating text."""
+    config = checkpoint.config
+    if scheme := config.get("quantization_config") or config.get("compression_config"):
+        method = scheme.get("quant_method", "an unnamed method") if isinstance(scheme, dict) else scheme
+        raise ModelError(
+            f"{checkpoint.path}: its weights are quantised ({method}), which cannot be read; "
+            "serve the model's bfloat16 weights, or a GGUF file of it"
+        )
+    names = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    if names and all("For" in name and not GENERATES.search(name) for name in names):
+        raise ModelError(f"{checkpoint.path} holds a {names[0]}, which does not generate text")
 
 
 def parse_size(text: str, option: str) -> int:
@@ -88,7 +106,7 @@ def build_model(
 ) -> CausalModel:
     """The fastest implementation that covers this model, with its weights loaded."""
     config, dummy = checkpoint.config, options.load_format == "dummy"
-    if config["model_type"] not in FAMILIES:
+    if not is_own(config):
         _refuse_deterministic(options, "models that run through transformers")
         return TransformersModel(config, dtype, device, None if dummy else checkpoint.path, options.seed)
     decoder = decoder_config(config)
@@ -133,7 +151,7 @@ def _prepare_threads(config: EngineConfig) -> None:
 
 def _weights_bytes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype) -> int:
     if config.load_format == "dummy":
-        if checkpoint.config["model_type"] not in FAMILIES:
+        if not is_own(checkpoint.config):
             return 0  # known once it is built
         return sum(int(torch.Size(size).numel()) for _, size in parameter_shapes(checkpoint.config)) * dtype.itemsize
     return checkpoint.weights_bytes(dtype)

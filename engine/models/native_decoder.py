@@ -24,6 +24,7 @@ class NativeDecoder:
 
     def __init__(self, config: DecoderConfig, dtype: torch.dtype, max_length: int) -> None:
         self.shape = config.shape
+        self.switch_length = 0
         self.dtype = dtype
         self.kernels = f"native-{isa()}"
         self._config = config

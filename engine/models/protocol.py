@@ -21,6 +21,10 @@ class CausalModel(Protocol):
     kernels: str
     """Name of what runs the hot path, for logs and metrics."""
 
+    switch_length: int
+    """Sequences longer than this are computed in another way from their first position on, so that what the cache holds
+    of them from before cannot be used (see ``rope``); 0 for no such length."""
+
     features: Tensor
     """After a forward pass: the inputs of the tapped layers, [num_tokens, taps, hidden]; valid until the next one."""
 

@@ -20,6 +20,7 @@ class TorchDecoder:
 
     def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device, max_length: int) -> None:
         self.shape = config.shape
+        self.switch_length = 0
         self.dtype = dtype
         self.kernels = f"torch-{device.type}"
         self._config = config

@@ -1,32 +1,41 @@
 """Any causal model that transformers knows, with the paged cache as its attention implementation.
 
 Slower than the families implemented here, but the same scheduler, cache and sampler drive it. The model sees one long
-row of tokens: positions say where each token stands in its sequence, and attention looks up the paged cache.
+row of tokens: positions say where each token stands in its sequence, and attention looks up the paged cache. What a
+model computes from the whole row must be computed per sequence: rotary positions that depend on length are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from slipstream.engine.errors import ConfigError, ModelError
-from slipstream.engine.models.config import ModelShape, model_shape, need
+from slipstream.engine.models.paged_attention import STEP, Probe, Step
+from slipstream.engine.models.transformers_files import (
+    build_module,
+    transformers_shape,
+    transformers_switch_length,
+)
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
-
-ATTENTION = "slipstream_paged"
 
 
 class _GivenOutput(torch.nn.Module):
     """Stands in for the body of a causal model, so that its forward pass applies the head to hidden states we have."""
 
     output: Any = None
+
+    @property
+    def decoder(self) -> _GivenOutput:
+        """What models call that keep their body one level deeper."""
+        return self
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.output
@@ -37,19 +46,29 @@ class TransformersModel:
         self, config: dict[str, Any], dtype: torch.dtype, device: torch.device, folder: Path | None, seed: int = 0
     ) -> None:
         """Loads the weights of a Hugging Face folder with transformers' own loader; without one they are random."""
-        module = _build(config, dtype, folder, seed).to(device).eval().requires_grad_(False)
+        self.shape = transformers_shape(config)
+        self.switch_length = transformers_switch_length(config)
+        module = build_module(config, dtype, folder, seed).to(device).eval().requires_grad_(False)
         self.dtype = dtype
         self.kernels = f"transformers-{device.type}"
-        self.shape = transformers_shape(config)
         self._device = device
         self._name = type(module).__name__
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
         self._head = module
-        self._body = module.base_model
+        prefix = module.base_model_prefix if hasattr(module, module.base_model_prefix) else "model"
+        self._body: Any = getattr(module, prefix, None)
+        if self._body is None or "position_ids" not in inspect.signature(self._body.forward).parameters:
+            raise ModelError(
+                f"{self._name} does not take the positions of its tokens (its attention goes by distance, as ALiBi "
+                "does, or it has none), so sequences cannot share a step; such models are not supported"
+            )
         self._given = _GivenOutput()
-        setattr(module, module.base_model_prefix, self._given)
+        setattr(module, prefix, self._given)
         self.features = torch.empty(0)
-        self._probe()
+        self._windows: dict[int, int] = {}
+        if self.switch_length:
+            self._follow_lengths()
+        self._windows = self._probe()
 
     def tap(self, layers: tuple[int, ...]) -> None:
         raise ConfigError(f"{self.shape.model_type} models run through transformers, which does not show hidden states")
@@ -64,21 +83,11 @@ class TransformersModel:
             target.copy_(tensor)
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        shape = self.shape
-        return TorchKVCache(
-            shape.num_layers, num_blocks, block_size, shape.kv_heads, shape.head_dim, self.dtype, self._device
-        )
+        return self._new_cache(num_blocks, block_size)
 
     def forward(self, batch: RaggedBatch, cache: PagedKVCache) -> Tensor:
-        output = self._body(
-            input_ids=torch.from_numpy(batch.token_ids).to(self._device, torch.long)[None],
-            position_ids=torch.from_numpy(batch.positions).to(self._device, torch.long)[None],
-            use_cache=False,
-            slipstream_step=(batch, cache),
-        )
-        self._given.output = output
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
+        assert isinstance(cache, TorchKVCache)
+        return self._forward(Step(batch, cache, self._windows))
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
         chosen = hidden[torch.from_numpy(rows).to(self._device, torch.long)]
@@ -86,105 +95,86 @@ class TransformersModel:
         logits: Tensor = self._head(input_ids=torch.zeros(1, len(rows), dtype=torch.long, device=self._device)).logits
         return logits[0].float()
 
+    def _forward(self, step: Step) -> Tensor:
+        token = STEP.set(step)
+        try:
+            self._given.output = self._body(
+                input_ids=torch.from_numpy(step.batch.token_ids).to(self._device, torch.long)[None],
+                position_ids=torch.from_numpy(step.batch.positions).to(self._device, torch.long)[None],
+                use_cache=False,
+            )
+        finally:
+            STEP.reset(token)
+        hidden: Tensor = self._given.output.last_hidden_state[0]
+        return hidden
+
+    def _new_cache(self, num_blocks: int, block_size: int) -> TorchKVCache:
+        shape = self.shape
+        return TorchKVCache(
+            shape.num_layers, num_blocks, block_size, shape.kv_heads, shape.head_dim, self.dtype, self._device
+        )
+
+    def _follow_lengths(self) -> None:
+        """Rotary modules take the longest position of a call for the length of everything in it: not any more."""
+        rotary = [module for module in self._body.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+        if not rotary:
+            raise ModelError(f"{self._name} rotates positions by length, in code that could not be found")
+        for module in rotary:
+            module.forward = self._by_length(module.forward)
+
+    def _by_length(self, rotate: Callable[..., Any]) -> Callable[..., Any]:
+        """``rotate`` (x, position_ids [1, tokens]) → cos and sin, for every token as in a call with its sequence only.
+
+        Both sets of frequencies are computed for all tokens, and each token takes its own.
+        """
+        longest = self.shape.max_positions - 1
+
+        def rotate_by_length(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+            step = STEP.get()
+            assert step is not None and position_ids.dim() == 2
+            batch = step.batch
+            outgrown = np.repeat(batch.known > self.switch_length, np.diff(batch.q_start))
+            long = torch.from_numpy(outgrown).to(position_ids.device)
+            rotate(x, torch.zeros_like(position_ids[:, :1]), *args, **kwargs)  # forgets how long the last call was
+            of_short = rotate(x, position_ids.masked_fill(long, 0), *args, **kwargs)
+            if not outgrown.any():
+                return of_short
+            # One position more, which says that the sequence is long.
+            of_long = rotate(x, torch.nn.functional.pad(position_ids, (0, 1), value=longest), *args, **kwargs)
+            return _choose(long, of_long, of_short)
+
+        return rotate_by_length
+
     @torch.inference_mode()
-    def _probe(self) -> None:
-        """Runs one token: every layer must reach the cache, or the model keeps state that pages cannot hold."""
-        cache = _ProbeCache(self.shape, self.dtype, self._device)
+    def _probe(self) -> dict[int, int]:
+        """Runs one token: every layer must reach the cache, or the model keeps state that pages cannot hold.
+
+        Returns the sliding window of each layer.
+        """
+        probe = Probe(self.shape)
         one = np.ones(1, np.int32)
         batch = make_batch(np.zeros(1, np.int32), one, one, np.zeros((1, 1), np.int32), np.zeros(1, np.int32), 16)
         try:
-            self.logits(self.forward(batch, cache), np.zeros(1, np.int32))
-        except ModelError:
-            raise
+            hidden = self._forward(Step(batch, self._new_cache(1, 16), {}, probe))
+            self.logits(hidden, np.zeros(1, np.int32))
+        except ModelError as error:
+            raise ModelError(f"{self._name} is not supported: {error}") from error
         except Exception as error:
             raise ModelError(
-                f"{self._name} cannot run with a paged cache ({type(error).__name__}: {error}); "
-                "it needs transformers' attention interface"
+                f"{self._name} cannot run with a paged cache: its code does not leave attention to others "
+                f"({type(error).__name__}: {error})"
             ) from error
-        if cache.layers != list(range(self.shape.num_layers)):
+        if probe.layers != list(range(self.shape.num_layers)):
             raise ModelError(
-                f"{self._name} has {self.shape.num_layers} layers, but attention ran in layers {cache.layers}; "
-                "recurrent and hybrid models are not supported"
+                f"{self._name} has {self.shape.num_layers} layers, but attention ran in layers {probe.layers}; "
+                "recurrent and hybrid models, which keep a state beside keys and values, are not supported"
             )
+        return probe.windows
 
 
-class _ProbeCache(TorchKVCache):
-    def __init__(self, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(shape.num_layers, 1, 16, shape.kv_heads, shape.head_dim, dtype, device)
-        self.layers: list[int] = []
-
-    def store(self, layer: int, k: Tensor, v: Tensor, batch: RaggedBatch) -> None:
-        expected = (batch.num_tokens, self.kv_heads, self.head_dim)
-        if k.shape != expected or v.shape != expected:
-            raise ModelError(
-                f"layer {layer} has keys {list(k.shape[1:])} and values {list(v.shape[1:])}; "
-                f"the cache holds {self.kv_heads} heads of {self.head_dim} for both"
-            )
-        self.layers.append(layer)
-        super().store(layer, k, v, batch)
-
-
-def transformers_shape(config: dict[str, Any]) -> ModelShape:
-    """As model_shape, for any configuration that transformers knows, whatever it calls its sizes."""
-    from transformers import AutoConfig
-
-    need(config, "model_type")
-    try:
-        settings = AutoConfig.for_model(**config).get_text_config()
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"transformers does not know the model type {config['model_type']!r}: {error}") from error
-    names = ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads")
-    sizes = {name: getattr(settings, name, None) for name in (*names, "head_dim", "max_position_embeddings")}
-    return model_shape({"model_type": config["model_type"], **sizes})
-
-
-def _build(config: dict[str, Any], dtype: torch.dtype, folder: Path | None, seed: int) -> Any:
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-    from transformers.masking_utils import AttentionMaskInterface
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    AttentionInterface.register(ATTENTION, _paged_attention)
-    AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION}
-    try:
-        if folder is None:
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **options)
-        module, info = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, **options
-        )
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError, SafetensorError) as error:
-        kind = config["model_type"]
-        raise ModelError(f"transformers cannot load a causal model of type {kind!r}: {error}") from error
-    if missing := sorted(info["missing_keys"]):
-        some = ", ".join(missing[:3])
-        raise ModelError(f"the checkpoint in {folder} lacks {len(missing)} tensors, for example {some}")
-    return module
-
-
-def _paged_attention(
-    module: torch.nn.Module,
-    query: Tensor,  # [1, heads, tokens, head_dim]
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    slipstream_step: tuple[RaggedBatch, PagedKVCache] | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    if slipstream_step is None:
-        raise ModelError(f"{type(module).__name__} does not pass its arguments on to attention")
-    if s_aux is not None or position_bias is not None:
-        raise ModelError(f"{type(module).__name__} adds sinks or biases to attention scores, which is not supported")
-    batch, cache = slipstream_step
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    cache.store(layer, k, v, batch)
-    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    out = cache.attend(layer, q.contiguous(), batch, scale, sliding_window or 0, softcap or 0.0)
-    return out[None], None  # [1, tokens, heads, head_dim]
+def _choose(long: Tensor, of_long: Any, of_short: Any) -> Any:
+    """By token, dimension 1; the last row of ``of_long`` is the one that was added."""
+    if isinstance(of_short, tuple):
+        return tuple(_choose(long, *pair) for pair in zip(of_long, of_short, strict=True))
+    shape = [1, -1] + [1] * (of_short.dim() - 2)
+    return torch.where(long.view(shape), of_long[:, :-1], of_short)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from slipstream.engine.errors import ModelError
 
+BUFFERS = re.compile(
+    r"(^|\.)(rotary_emb\.(\w+_)?(inv_freq|cos_cached|sin_cached|cos|sin)|(attn|attention)\.(masked_bias|bias)|position_ids)$"
+)
+"""What exporters wrote besides weights: tables and masks that every implementation makes itself."""
+
+
+def is_buffer(name: str) -> bool:
+    return BUFFERS.search(name) is not None
+
 
 class WeightSlots:
     """Every parameter is taken once with the right shape; the rest of the checkpoint must be known leftovers."""
-
-    # Buffers that older exporters wrote; a tied head is stored by some although it repeats the embedding.
-    IGNORED = ("rotary_emb.inv_freq", "lm_head.weight", "attn.masked_bias", "attn.bias")
 
     def __init__(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         self._expected = dict(expected)
@@ -23,7 +30,8 @@ class WeightSlots:
         """True when the model has this parameter; raises ModelError on a wrong shape or an unknown name."""
         size = self._expected.get(name)
         if size is None:
-            if name.endswith(self.IGNORED):
+            # A tied head is stored by some although it repeats the embedding.
+            if is_buffer(name) or name == "lm_head.weight":
                 return False
             raise ModelError(f"the checkpoint holds a tensor {name!r} that this architecture does not have")
         if tuple(tensor.shape) != size:

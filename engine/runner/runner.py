@@ -286,8 +286,10 @@ class ModelRunner:
             )
             for row in trees
         }
+        lengths: Int32 = np.array([self._row(slot).num_tokens for slot in plan.slots], np.int32)
         if not added.counts:
-            return make_batch(token_ids, counts, starts + counts, self._blocks, slots, self._block_size), placed
+            batch = make_batch(token_ids, counts, starts + counts, self._blocks, slots, self._block_size, known=lengths)
+            return batch, placed
         if added.copies:
             self.cache.copy_blocks(added.copies)
         batch = make_batch(
@@ -298,6 +300,7 @@ class ModelRunner:
             np.append(slots, np.array(added.table_rows, np.int32)),
             self._block_size,
             np.array(added.mirrors, np.int32).reshape(-1, 3),
+            np.append(lengths, np.array(added.ends, np.int32)),
         )
         return batch, placed
 

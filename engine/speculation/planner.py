@@ -25,11 +25,14 @@ SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
 class GuessPlanner:
     """Knows requests by what they offer; which drafter an offer comes from is the runner's business."""
 
-    def __init__(self, config: EngineConfig, max_model_len: int, kv: KVManager, cost: StepCost) -> None:
+    def __init__(
+        self, config: EngineConfig, max_model_len: int, switch_length: int, kv: KVManager, cost: StepCost
+    ) -> None:
         self.reasons: Counter[str] = Counter()
         """Steps by the reason for the number of guesses verified in them."""
         self._most = config.max_draft_tokens if config.speculation != "off" else 0
         self._max_model_len = max_model_len
+        self._switch_length = switch_length
         self._kv = kv
         self._cost = cost
         self._policy = make_policy(config.speculation_policy, config.max_draft_tokens)
@@ -109,4 +112,6 @@ class GuessPlanner:
     def _room(self, request: Request) -> int:
         """Guesses that fit before the request's end, with the token drawn after them."""
         tokens = request.message.params.max_tokens - request.num_output - 1
-        return max(min(tokens, self._max_model_len - len(request.tokens)), 0)
+        # Guesses beyond the switch length would be computed as in a sequence that stays below it.
+        longest = self._max_model_len if request.outgrown else self._switch_length
+        return max(min(tokens, longest - len(request.tokens)), 0)

@@ -31,7 +31,7 @@ class TokenizerParts:
     special_tokens: dict[str, str]
     """Token text by role: bos_token, eos_token, pad_token, …"""
     end_token_ids: tuple[int, ...]
-    """The tokens that the generation configuration ends a text with."""
+    """The tokens that the model's configurations end a text with."""
     chat_templates: dict[str, str | TemplateError]
     """By name; an error says why one cannot be read."""
     source: Path = Path()
@@ -56,7 +56,9 @@ def read_folder(folder: Path) -> TokenizerParts:
     if "added_tokens_decoder" not in config:  # files from before that field
         named |= _optional(folder / "special_tokens_map.json")
     try:
-        special_tokens = {role: _content(named[role]) for role in ROLES if named.get(role)}
+        special_tokens = {role: _content(_first(named[role])) for role in ROLES if named.get(role)}
+        ends = named.get("eos_token")
+        also = [_content(token) for token in ends[1:]] if isinstance(ends, list) else []
         _add_tokens(backend, config, named, special_tokens)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
@@ -64,7 +66,9 @@ def read_folder(folder: Path) -> TokenizerParts:
             "Download the files again."
         ) from error
     chat_templates = _chat_templates(folder, config)
-    return TokenizerParts(backend, special_tokens, _end_token_ids(folder), chat_templates, folder)
+    more_ends = (token_id for token in also if (token_id := backend.token_to_id(token)) is not None)
+    end_token_ids = (*_end_token_ids(folder), *more_ends)
+    return TokenizerParts(backend, special_tokens, end_token_ids, chat_templates, folder)
 
 
 def _add_tokens(
@@ -100,22 +104,27 @@ def _content(token: Any) -> str:
 
 
 def _end_token_ids(folder: Path) -> tuple[int, ...]:
-    """From generation_config.json, or config.json if there is none."""
-    names = ("generation_config.json", "config.json")
-    name = next((name for name in names if (folder / name).is_file()), None)
-    found: dict[str, Any] = {}
+    """From generation_config.json, or config.json if that names none; one id or a list of them."""
+    generation, config = folder / "generation_config.json", folder / "config.json"
     try:
-        found = read_json_object(folder / name) if name else {}
+        found = _optional(generation)
     except ModelError as error:
-        if name == "config.json":
-            raise
         logger.warning("going on without it: %s", error)
-        name, found = "config.json", _optional(folder / "config.json")
+        found = {}
+    return _end_tokens(generation, found) or _end_tokens(config, _optional(config))
+
+
+def _end_tokens(path: Path, found: dict[str, Any]) -> tuple[int, ...]:
     value = found.get("eos_token_id")
     values = value if isinstance(value, list) else [value]
-    if not all(each is None or isinstance(each, int) for each in values):
-        raise ModelError(f"{folder / str(name)}: eos_token_id is {value!r}, not a token id or a list of them")
+    if not all(each is None or (isinstance(each, int) and not isinstance(each, bool)) for each in values):
+        raise ModelError(f"{path}: eos_token_id is {value!r}, not a token id or a list of them")
     return tuple(each for each in values if each is not None)
+
+
+def _first(tokens: Any) -> Any:
+    """An end token is mostly one, and a list of them in some files."""
+    return tokens[0] if isinstance(tokens, list) and tokens else tokens
 
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str | TemplateError]:

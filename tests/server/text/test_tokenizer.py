@@ -275,6 +275,16 @@ def test_end_tokens_of_a_folder(write_folder: Write) -> None:
         load_tokenizer(folder)
 
 
+def test_several_end_tokens_in_any_file(write_folder: Write) -> None:
+    listed = SPECIAL | {"eos_token": [SPECIAL["eos_token"], "<|start|>"]}
+    folder = write_folder(tokenizer_config=listed, config={"eos_token_id": [5, 7]})
+    start = load_tokenizer(folder).token_id("<|start|>")
+    assert load_tokenizer(folder).eos_token_ids == (1, 5, 7, start)
+    # A generation configuration that names none says nothing about the end.
+    (folder / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert load_tokenizer(folder).eos_token_ids == (1, 5, 7, start)
+
+
 def test_chat_template_files(write_folder: Write) -> None:
     folder = write_folder(tokenizer_config={"chat_template": "one"})
     assert load_tokenizer(folder).chat_templates == {"default": "one"}

@@ -1,0 +1,72 @@
+"""Rotary positions as model files state them: what they mean for the context, and when they change with its length.
+
+Two kinds depend on how long a sequence is. longrope (Phi-3) has one set of frequencies for sequences up to the original
+length and another for longer ones; dynamic NTK stretches the frequencies beyond it. A sequence is computed with one set
+from its first position on: the keys in the cache were rotated with it. So ``switch_length`` is a property of the model,
+and a sequence that outgrows it is computed again; that is what transformers' own generate does for longrope.
+Frequencies of dynamic NTK change with every position there, so that its result depends on how a prompt is cut; here
+sequences beyond the switch get those of the longest sequence the model can take, which is vLLM's choice too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+EXTENDING = ("linear", "dynamic", "yarn")
+"""Kinds whose factor multiplies the original context; other files state the context that results."""
+LONGROPE = ("longrope", "su")
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Both spellings: rope_parameters of new config files, rope_theta and rope_scaling (``type``) of older ones."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.pop("type", None)
+    rope["rope_type"] = rope.get("rope_type") or kind or "default"
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    return rope
+
+
+def context_length(config: Mapping[str, Any], stated: int) -> int:
+    """The longest sequence, where ``stated`` is max_position_embeddings.
+
+    Qwen's and Vicuna's recipes leave max_position_embeddings at the length before scaling, others state the result:
+    so the factor counts from the original length where a file names one. Where only some layers are scaled (Gemma 3),
+    files state the result.
+    """
+    rope = rope_parameters(config)
+    if rope["rope_type"] not in EXTENDING or "rope_local_base_freq" in config:
+        return stated
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings", stated)
+    if _is_number(factor) and _is_number(original):
+        stated = max(stated, math.floor(original * factor))
+    return stated
+
+
+def switch_length(config: Mapping[str, Any], stated: int) -> int:
+    """Sequences longer than this have other frequencies from their first position on; 0 where none do."""
+    lengths: list[int] = []
+    for rope in _flat(rope_parameters(config)):
+        kind = rope.get("rope_type") or rope.get("type")
+        original = stated
+        if kind in LONGROPE:
+            if rope.get("short_factor") == rope.get("long_factor") and "short_mscale" not in rope:
+                continue
+            # transformers lets the field beside the rope parameters go first.
+            original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings", 0)
+        elif kind != "dynamic":
+            continue
+        if 0 < original < context_length(config, stated):
+            lengths.append(int(original))
+    return min(lengths, default=0)
+
+
+def _flat(rope: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parameters, or those of every kind of layer where they are given by kind."""
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    yield from nested or [rope]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 1

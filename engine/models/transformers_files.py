@@ -1,0 +1,98 @@
+"""What transformers knows of a model folder: its sizes, and the module with its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from slipstream.engine.errors import ModelError
+from slipstream.engine.models.config import ModelShape, model_shape, need
+from slipstream.engine.models.paged_attention import ATTENTION, register
+from slipstream.engine.models.rope import switch_length
+from slipstream.engine.models.weights import is_buffer
+
+SIZES = ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "head_dim")
+ROPE = ("rope_parameters", "original_max_position_embeddings", "rope_local_base_freq")
+ERRORS = (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError, RuntimeError, SafetensorError)
+"""What transformers raises for files and settings that do not fit."""
+
+
+def settings_of(config: dict[str, Any]) -> Any:
+    """transformers' configuration of the part that generates text; ModelError where it does not know the model."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = need(config, "model_type")
+    if kind not in CONFIG_MAPPING:
+        if config.get("auto_map"):
+            raise ModelError(
+                f"the model type {kind!r} needs Python code that comes with the model, which is not run; serve a "
+                "conversion of the model to an architecture that transformers has itself, if there is one"
+            )
+        raise ModelError(f"transformers does not know the model type {kind!r}; a newer version may")
+    try:
+        return AutoConfig.for_model(**config).get_text_config()
+    except ERRORS as error:
+        raise ModelError(f"transformers cannot read the configuration of type {kind!r}: {error}") from error
+
+
+def transformers_shape(config: dict[str, Any]) -> ModelShape:
+    """As model_shape, for any configuration that transformers knows, whatever it calls its sizes."""
+    settings = settings_of(config)
+    kind = config["model_type"]
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ModelError(f"{kind!r} models have an encoder and a decoder; models of a decoder alone are served")
+    sizes = {name: getattr(settings, name, None) for name in (*SIZES, *ROPE, "max_position_embeddings")}
+    if not sizes["num_attention_heads"]:
+        raise ModelError(
+            f"{kind!r} models have no attention heads: recurrent models keep a state instead of keys and values, which "
+            "is not supported"
+        )
+    rotated = getattr(settings, "qk_rope_head_dim", None)
+    if rotated and (plain := getattr(settings, "qk_nope_head_dim", None)):  # DeepSeek: expanded, every head has keys
+        sizes |= {"head_dim": rotated + plain, "num_key_value_heads": sizes["num_attention_heads"]}
+    elif getattr(settings, "multi_query", False):
+        sizes["num_key_value_heads"] = 1
+    return model_shape({"model_type": kind, **{name: size for name, size in sizes.items() if size is not None}})
+
+
+def transformers_switch_length(config: dict[str, Any]) -> int:
+    settings = settings_of(config)
+    known = {name: value for name in ROPE if (value := getattr(settings, name, None)) is not None}
+    return switch_length(known, settings.max_position_embeddings) if known else 0
+
+
+def build_module(config: dict[str, Any], dtype: torch.dtype, folder: Path | None, seed: int) -> Any:
+    """The module with the weights of a folder, or random ones; its attention is paged_attention."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.utils import logging
+
+    kind = config["model_type"]
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"transformers has no class for generating text with {kind!r} models alone")
+    logging.disable_progress_bar()
+    register()
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION}
+    try:
+        if folder is None:
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **options)
+        module, info = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **options
+        )
+    except ERRORS as error:
+        if isinstance(error, KeyError) and ATTENTION in str(error):
+            raise ModelError(
+                f"{kind!r} models are not supported: their code in transformers computes attention itself and does "
+                "not leave it to a paged cache"
+            ) from error
+        raise ModelError(f"transformers cannot load a causal model of type {kind!r}: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        some = ", ".join(missing[:3])
+        raise ModelError(f"the checkpoint in {folder} lacks {len(missing)} tensors, for example {some}")
+    if unknown := sorted(name for name in info["unexpected_keys"] if not is_buffer(name)):
+        raise ModelError(f"the checkpoint holds a tensor {unknown[0]!r} that {type(module).__name__} does not have")
+    return module
