@@ -27,12 +27,15 @@ class TinyModel:
             options = {"dtype": torch.float32, "attn_implementation": "eager"}
             self.module = AutoModelForCausalLM.from_config(settings, **options).eval()
         if self.module is not None:
-            for parameter in self.module.parameters():
+            for name, parameter in self.module.named_parameters():
                 # Biases and norms too, so that none can be forgotten; large, so that texts differ from each other.
                 if parameter.dim() == 1:
-                    torch.nn.init.normal_(parameter, 0.5, 0.3)
+                    torch.nn.init.normal_(parameter, *((0.0, 0.1) if name.endswith("bias") else (0.5, 0.3)))
                 else:
                     torch.nn.init.normal_(parameter, 0, 2.0 / parameter.shape[-1] ** 0.5)
+            for module in self.module.modules():
+                if isinstance(module, torch.nn.Embedding):  # small, or tied models repeat their last token for ever
+                    torch.nn.init.normal_(module.weight, 0, 0.05)
             self.module.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(config))
 
