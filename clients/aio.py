@@ -115,6 +115,10 @@ class AsyncClient(HttpClient):
         text: str = (await self._object("POST", "/detokenize", {"tokens": tokens}))["prompt"]
         return text
 
+    async def health(self) -> None:
+        """GET /health; raises APIError if the server says that it is not well."""
+        await self._body("GET", "/health")
+
     async def metrics(self) -> str:
         """The text of GET /metrics."""
         return (await self._body("GET", "/metrics")).decode()
@@ -138,7 +142,7 @@ class AsyncClient(HttpClient):
 
     async def _check_ready(self) -> None:
         try:
-            await self._body("GET", "/health")
+            await self.health()
         except APIError as error:
             if error.status != 404:
                 raise

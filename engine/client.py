@@ -44,6 +44,24 @@ LOST_SECONDS = 0.5
 """After which an engine whose connection is lost is killed."""
 
 
+MAX_WAITING_DELTAS = 64
+"""More of them become one, which takes a tenth of the memory."""
+
+
+def merged(deltas: list[TokenDelta]) -> TokenDelta:
+    """One delta that says what these do; none of them is the last of its request."""
+    last = deltas[-1]
+    return msgspec.structs.replace(
+        deltas[0],
+        tokens=[token for delta in deltas for token in delta.tokens],
+        logprobs=None if last.logprobs is None else [entry for delta in deltas for entry in delta.logprobs or ()],
+        num_drafted=sum(delta.num_drafted for delta in deltas),
+        num_accepted=sum(delta.num_accepted for delta in deltas),
+        target_version=last.target_version,
+        drafter_version=last.drafter_version,
+    )
+
+
 class RequestStream:
     """The deltas of one request, in order; ends after the one that carries a finish_reason."""
 
@@ -59,6 +77,8 @@ class RequestStream:
         """It ended because the engine did."""
 
     def put(self, delta: TokenDelta) -> None:
+        if len(self._deltas) >= MAX_WAITING_DELTAS:  # whoever reads them is slow
+            self._deltas = [merged(self._deltas)]
         self._deltas.append(delta)
         if delta.finish_reason is not None and self.on_last is not None:
             self.on_last(delta)

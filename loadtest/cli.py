@@ -221,6 +221,32 @@ def stall(
 
 
 @app.command()
+def abuse(
+    url: Url = "http://127.0.0.1:8000",
+    megabytes: Annotated[float, typer.Option(min=0.01, help="Size of the largest bodies.")] = 15.9,
+    bodies: Annotated[int, typer.Option(min=0, help="Random bodies, besides the fixed kinds.")] = 20,
+    bound_ms: Annotated[float, typer.Option(help="Longest wait of /health and of a stream that is well.")] = 100.0,
+    memory: Annotated[bool, typer.Option(help="Also unread answers, slow readers and idle connections.")] = True,
+    settle: Annotated[float, typer.Option(help="Seconds until their memory must be back.")] = 45.0,
+    pid: Annotated[int | None, typer.Option(help="The server's process; default the one that listens there.")] = None,
+    seed: Seed = 0,
+    model: Model = None,
+    api_key: ApiKey = None,
+    extra: Extra = "{}",
+    timeout: Timeout = 600.0,
+) -> None:
+    """Bodies made to be slow and clients that do not read: what they do to /health, to a stream and to memory."""
+    need_aiohttp()
+    from slipstream.loadtest.abuse import AbuseOptions
+    from slipstream.loadtest.commands import run_abuse
+
+    options = AbuseOptions(
+        megabytes=megabytes, bodies=bodies, seed=seed, bound_ms=bound_ms, memory=memory, settle=settle, pid=pid
+    )
+    start(lambda: run_abuse(_server(url, model, api_key, extra, timeout), options))
+
+
+@app.command()
 def prefix(
     url: Url = "http://127.0.0.1:8000",
     prefix_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 1000,

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from slipstream.server.admin import routes as admin
+from slipstream.server.deadline import Deadline
 from slipstream.server.description import Answer, describe, finish
 from slipstream.server.edge import Edge
 from slipstream.server.errors import ApiError, MethodNotAllowedError, NotFoundError
@@ -86,7 +87,9 @@ def build_app(service: Service) -> ASGIApp:
         return finish(describe_routes(), (*openai.DESCRIBED, *admin.DESCRIBED, Health, Version))
 
     app.openapi = openapi  # type: ignore[method-assign]
-    return Edge(guarded(app, service.config, service.metrics))
+    guard = guarded(app, service.config, service.metrics)
+    limit_s = service.config.request_timeout_s
+    return Edge(Deadline(guard, limit_s) if limit_s else guard)
 
 
 def refuse_method(request: Request, where: str, methods: str) -> Response:

@@ -8,11 +8,12 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
-from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, from_json
+from starlette.requests import Request
 
 from slipstream.server.errors import BodyTooLargeError, InvalidRequestError, TooSlowError, UnsupportedMediaTypeError
+from slipstream.server.held import Hold
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +45,11 @@ class Body(BaseModel):
 BodyType = TypeVar("BodyType", bound=Body)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body.
+async def read_body(request: Request, max_bytes: int, held: Hold | None = None) -> bytes:
+    """The whole body, whose bytes are added to ``held``.
 
     Raises:
+        OverloadedError: there is no room for it.
         BodyTooLargeError: it is, or says it is, larger than ``max_bytes``; the rest of it is not read.
         TooSlowError: it does not arrive in BODY_TIMEOUT_S.
         UnsupportedMediaTypeError: it is compressed, or declared as something other than JSON. Browsers send other types
@@ -63,7 +65,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaTypeError(f"send the body as application/json, not as {media_type!r}")
-    too_large = BodyTooLargeError(f"the body is larger than {max_bytes} bytes (--max-body-bytes)")
+    too_large = BodyTooLargeError(f"the body is larger than {max_bytes} bytes; see --max-body-bytes")
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > max_bytes:
         raise too_large
@@ -75,6 +77,8 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
                 received += len(chunk)
                 if received > max_bytes:
                     raise too_large
+                if held is not None:
+                    held.add(len(chunk))
                 chunks.append(chunk)
     except TimeoutError:
         raise TooSlowError(f"the body took longer than {BODY_TIMEOUT_S:g} s") from None
@@ -110,6 +114,7 @@ def take_unknown(model: Body, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     for name, value in extra.items():
         yield (*path, name), value
     extra.clear()
+    model.model_fields_set.intersection_update(type(model).model_fields)
     for name in type(model).model_fields:
         value = getattr(model, name)
         if isinstance(value, Body):

@@ -72,7 +72,15 @@ class ServerConfig:
     max_queued_requests: int = option(
         1024, "Sequences that may wait beyond those that run; a request that finds no room gets 429."
     )
-    request_timeout_s: float = option(0.0, "Time a request may take, answer included; then 504. 0 for no limit.")
+    request_timeout_s: float = option(
+        0.0, "Time a request may take, from reading it to the end of its answer; then 504. 0 for no limit."
+    )
+    write_timeout_s: float = option(
+        30.0, "How long a client may leave waiting what the server has for it before it is disconnected."
+    )
+    max_connections: int = option(
+        0, "Most connections at a time; further ones get 503. 0 for as many as the system's limit on open files allows."
+    )
     health_stall_s: float = option(30.0, "/health is 503 when there is work and no step has ended for this long.")
     engine_restarts: int = option(
         30,
@@ -100,12 +108,13 @@ class ServerConfig:
             "request_timeout_s": 0,
             "engine_restarts": 0,
             "engine_hang_s": 0,
+            "max_connections": 0,
             "drain_timeout_s": 0,
         }
         for name, minimum in at_least.items():
             if not getattr(self, name) >= minimum:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {minimum}, not {getattr(self, name)}")
-        for name in ("health_stall_s", "engine_restart_window_s"):
+        for name in ("health_stall_s", "write_timeout_s", "engine_restart_window_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(self, name)}")
         if not -MAX_PRIORITY <= self.most_urgent_priority <= 0:

@@ -53,6 +53,10 @@ class ApiError(Exception):
         self.code = code or type(self).code
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {"message": self.message, "param": self.param, "code": self.code, "retry_after_s": self.retry_after_s}
+        return type(self), (self.message,), state
+
     def body(self) -> bytes:
         error: dict[str, Any] = {
             "message": self.message,

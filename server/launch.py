@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 import uvicorn
@@ -28,13 +30,14 @@ from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.evolution.evolution import Evolution
 from slipstream.server.log import set_up_logging
-from slipstream.server.protocol import HttpProtocol
+from slipstream.server.protocol import ConnectionLimits, HttpProtocol
 from slipstream.server.service import Service
 
 logger = logging.getLogger("slipstream")
 
 KEEP_ALIVE_S = 75
 """Longer than the usual minute of load balancers, which otherwise reuse a connection the moment it is closed."""
+FILES_KEPT_BACK = 128
 FLUSH_TIMEOUT_S = 5
 """How long clients may take to read the last bytes on shutdown."""
 
@@ -104,7 +107,7 @@ async def serve(service: Service, listener: socket.socket, started: float) -> No
     config = service.config
     settings = uvicorn.Config(
         build_app(service),
-        http=HttpProtocol,
+        http=partial(HttpProtocol, limits=connection_limits(service)),  # type: ignore[arg-type]  # it calls it
         ws="none",
         lifespan="off",
         log_config=None,
@@ -138,6 +141,18 @@ async def serve(service: Service, listener: socket.socket, started: float) -> No
         await service.close()
         http.should_exit = True
         await serving
+
+
+def connection_limits(service: Service) -> ConnectionLimits:
+    """Files are kept back for the engine, the registry and the like, so that connections cannot take the last one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    possible = max(1, most - FILES_KEPT_BACK)
+    return ConnectionLimits(
+        max_connections=min(service.config.max_connections or possible, possible),
+        write_timeout_s=service.config.write_timeout_s,
+        on_cut=service.metrics.connection_cut,
+    )
 
 
 def stop_signals(service: Service) -> tuple[asyncio.Event, asyncio.Event]:

@@ -269,6 +269,11 @@ class Metrics:
         self._responses = Counter(
             PREFIX + "http_responses", "HTTP responses.", ("route", "status"), registry=self.registry
         )
+        self._cut = Counter(
+            PREFIX + "connections_cut",
+            "Connections closed because the client did not read its answer in time.",
+            registry=self.registry,
+        )
         self._phase = Gauge(PREFIX + "ready", "1 when the server takes requests.", registry=self.registry)
         self._restarts = Counter(
             PREFIX + "engine_restarts",
@@ -298,6 +303,9 @@ class Metrics:
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(self._model_name, reason).inc()
+
+    def connection_cut(self) -> None:
+        self._cut.inc()
 
     def responded(self, route: str, status: int) -> None:
         self._responses.labels(route, status).inc()

@@ -3,30 +3,82 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from slipstream.server.edge import REQUEST_ID, fresh_id
-from slipstream.server.errors import ApiError, HeadTooLargeError, InvalidRequestError, TooSlowError
+from slipstream.server.errors import ApiError, HeadTooLargeError, InvalidRequestError, TooSlowError, UnavailableError
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 30.0
+RETRY_CONNECT_S = 5
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    max_connections: int | None = None
+    write_timeout_s: float = 30.0
+    """How long a client may take to read what is waiting for it (uvicorn lets 64 KiB wait)."""
+    on_cut: Callable[[], None] = lambda: None
+    """Called for a connection that is closed because its client does not read."""
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection. The parser keeps every header it sees, so without a bound a client could fill the memory."""
+    """One connection. The parser keeps every header it sees, so without a bound a client could fill the memory; and
+    what a client does not read stays in memory, so that cannot be for ever.
+    """
 
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, *arguments: Any, limits: ConnectionLimits | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._limits = limits or ConnectionLimits()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        most = self._limits.max_connections
+        if most is not None and len(self.connections) > most:
+            message = f"the server has {most} connections, and takes no more (--max-connections)"
+            self._refuse(UnavailableError(message, code="too_many_connections", retry_after_s=RETRY_CONNECT_S))
+            return
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_arrived()
+        self._client_reads()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        self._client_reads()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        if self.transport.get_write_buffer_size():  # it closes only when that has been read
+            self._await_reader()
+
+    def _await_reader(self) -> None:
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self._limits.write_timeout_s, self._cut)
+
+    def _client_reads(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+        self._write_timer = None
+
+    def _cut(self) -> None:
+        self._limits.on_cut()
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -12,6 +12,7 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from slipstream.server.deadline import DEADLINE
 from slipstream.server.errors import ApiError, TimedOutError
 from slipstream.server.generation import Generation, Piece, Sequence
 from slipstream.server.service import Service
@@ -26,6 +27,7 @@ EVENT_STREAM = [
     (b"x-accel-buffering", b"no"),
 ]
 JSON = [(b"content-type", b"application/json")]
+PIECE_BYTES = 64 * 2**10
 
 
 class Writer(Protocol):
@@ -53,10 +55,11 @@ class GenerationResponse(Response):
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._service.num_responding += 1
+        if (limit := scope.get(DEADLINE)) is not None:
+            limit.reschedule(None)  # from here on the deadline is kept here, where a stream can be told of it
         try:
             async with cancelled_on_disconnect(receive, self._deadline()):
-                with self._generation:
+                with self._service.responding(), self._generation:
                     if self._stream:
                         await self._send_events(send)
                     else:
@@ -66,8 +69,6 @@ class GenerationResponse(Response):
         except Exception:
             logger.exception("request %s failed", self._generation.name)
             await self._send_error(send, ApiError("internal error; see the server's log"))
-        finally:
-            self._service.num_responding -= 1
 
     def _deadline(self) -> float | None:
         limit = self._service.config.request_timeout_s
@@ -94,7 +95,7 @@ class GenerationResponse(Response):
         self._started = True
         length = (b"content-length", str(len(body)).encode())
         await send({"type": "http.response.start", "status": 200, "headers": [*JSON, length]})
-        await send({"type": "http.response.body", "body": body})
+        await send_in_pieces(send, body)
 
     async def _send_error(self, send: Send, error: ApiError) -> None:
         body = error.body()
@@ -104,6 +105,28 @@ class GenerationResponse(Response):
             headers = [*error.headers(), (b"content-length", str(len(body)).encode())]
             await send({"type": "http.response.start", "status": error.status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
+
+
+class LargeResponse(Response):
+    """A JSON answer that may be large: it counts as one under way, and its bytes as held, until the client has it."""
+
+    def __init__(self, service: Service, body: bytes) -> None:
+        super().__init__(body, media_type="application/json")
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._service.answers.hold() as held, self._service.responding():
+            if len(self.body) > PIECE_BYTES:
+                held.add(len(self.body))
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send_in_pieces(send, bytes(self.body))
+
+
+async def send_in_pieces(send: Send, body: bytes) -> None:
+    """Each piece waits until the client has read most of those before."""
+    for begin in range(0, len(body), PIECE_BYTES):
+        piece = body[begin : begin + PIECE_BYTES]
+        await send({"type": "http.response.body", "body": piece, "more_body": begin + PIECE_BYTES < len(body)})
 
 
 @contextlib.asynccontextmanager

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,11 +19,14 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import NewRequest
 from slipstream.engine.supervisor import EngineSupervisor, Restarts
 from slipstream.server.config import ServerConfig
-from slipstream.server.errors import InvalidRequestError, ModelNotFoundError, OverloadedError, UnavailableError
+from slipstream.server.errors import InvalidRequestError, OverloadedError, UnavailableError
 from slipstream.server.evolution.observer import Observer
+from slipstream.server.held import HeldBytes
 from slipstream.server.metrics import Metrics
+from slipstream.server.openai.prepare import Limits, require_model
 from slipstream.server.sequence_metrics import SequenceMetrics
 from slipstream.server.text_model import TextModel, load_text_model
+from slipstream.server.text_work import TextWork
 
 if TYPE_CHECKING:
     from slipstream.server.evolution.evolution import Evolution
@@ -35,6 +39,10 @@ CANARY_ROUTE = "canary"
 TENANT_ROUTE, DOMAIN_ROUTE = "tenant:", "domain:"
 """Before the name of the tenant or the domain."""
 OBSERVE_SECONDS = 1.0
+BODIES_HELD = 4
+"""So many of the largest bodies may be in memory at the same time."""
+MAX_ANSWERS_HELD = 32 * 2**20
+"""Bytes of large answers that clients have not read yet."""
 
 
 class Service:
@@ -50,7 +58,7 @@ class Service:
         self.created = int(time.time())
         self.phase: Literal["loading", "ready", "draining"] = "loading"
         self.num_responding = 0
-        """Responses of the generating routes under way."""
+        """Responses under way that a shutdown waits for: those of the generating routes, and large ones."""
         self.evolution: Evolution | None = None
         """With a registry."""
         self.observer = Observer()
@@ -63,7 +71,10 @@ class Service:
         self._observing: asyncio.Task[None] | None = None
         self._supervising: asyncio.Task[None] | None = None
         self._text: TextModel | None = None
+        self._work: TextWork | None = None
         self._busy_since = 0.0
+        self.bodies = HeldBytes(BODIES_HELD * config.max_body_bytes, "bodies of requests")
+        self.answers = HeldBytes(MAX_ANSWERS_HELD, "answers that are not read")
 
     async def load(self) -> None:
         """Starts the engine process and reads the tokenizer at the same time.
@@ -79,6 +90,7 @@ class Service:
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         self.text.fit(self.engine.ready.vocab_size)
+        self._work = self._make_work()
         self._observing = asyncio.create_task(self._observe())
         if self.evolution is not None:
             await self.evolution.start()
@@ -88,6 +100,18 @@ class Service:
 
     async def _load_text(self) -> None:
         self._text = await asyncio.to_thread(load_text_model, self.engine_config.model, self.config)
+
+    def _make_work(self) -> TextWork:
+        ready = self.engine.ready
+        limits = Limits(
+            model_names=tuple(self.model_names),
+            max_model_len=ready.max_model_len,
+            vocab_size=ready.vocab_size,
+            max_prompts=self.config.max_prompts,
+            unknown_fields=self.config.unknown_fields,
+            request_templates="elsewhere" if self.config.trust_request_chat_template else "refused",
+        )
+        return TextWork(self.engine_config.model, self.config, limits, self.text)
 
     async def keep_running(self) -> None:
         """Once it is loaded: replaces engines that die or hang, until cancelled or drained.
@@ -131,6 +155,11 @@ class Service:
         assert self._text is not None, "the tokenizer is not loaded"
         return self._text
 
+    @property
+    def work(self) -> TextWork:
+        assert self._work is not None, "the server is not loaded"
+        return self._work
+
     def require_ready(self) -> None:
         """Raises UnavailableError unless requests are taken."""
         if self.phase == "loading":
@@ -153,12 +182,16 @@ class Service:
 
     def require_model(self, name: str | None) -> str:
         """The name to answer with; requests may leave it out, since there is only one model."""
-        if name is None:
-            return self.model_names[0]
-        if name not in self.model_names:
-            known = ", ".join(map(repr, self.model_names))
-            raise ModelNotFoundError(f"there is no model {name!r} here; this server has {known}", param="model")
-        return name
+        return require_model(self.model_names, name)
+
+    @contextlib.contextmanager
+    def responding(self) -> Iterator[None]:
+        """Around a response that a shutdown waits for."""
+        self.num_responding += 1
+        try:
+            yield
+        finally:
+            self.num_responding -= 1
 
     def admit(self, count: int) -> None:
         """Raises OverloadedError if the queue has no room for so many sequences now, InvalidRequestError if never."""
@@ -250,6 +283,8 @@ class Service:
         self.phase = "draining"
         await end(self._supervising)
         await end(self._observing)
+        if self._work is not None:
+            await self._work.close()
         if self.evolution is not None:
             await self.evolution.close()
         await self.supervisor.close()

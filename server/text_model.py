@@ -1,14 +1,11 @@
-"""The text side of the loaded model: prompts in, token ids out, without holding up the event loop."""
+"""The text side of the loaded model."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.errors import ConfigError
@@ -17,14 +14,12 @@ from slipstream.server.config import ServerConfig
 from slipstream.server.text import ChatTemplate, TemplateError, Tokenizer, TurnEnds, load_tokenizer
 
 logger = logging.getLogger(__name__)
-INLINE_CHARS = 2048
-"""Text up to this long is encoded on the event loop: it takes half a millisecond, a thread 60 µs and a turn in the
-queue for the processor."""
-WORKERS = 2
+
 NAMED_TOKENS = 3
 """How many of the tokens that a model lacks the log names."""
-
-Result = TypeVar("Result")
+SHORT_CHARS = 2048
+"""A text up to this long is encoded alone: that takes half a millisecond with the interpreter lock, which only the call
+for a batch gives up."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,6 @@ class TextModel:
     """What the template puts after an answer."""
     longest_token: int
     """Bytes of the longest token: a lower bound for the length of a prompt before it is encoded."""
-    _workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(WORKERS, "text"))
 
     def fit(self, vocab_size: int) -> None:
         """Leaves out what a model with so many tokens does not have, and says so in the log."""
@@ -59,29 +53,10 @@ class TextModel:
                 ", ".join(repr(tokenizer.token_name(token)) for token in first),
             )
 
-    async def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        if sum(map(len, texts)) <= INLINE_CHARS:
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        if sum(map(len, texts)) <= SHORT_CHARS:
             return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
-        # The batch call gives up the interpreter lock, the one for a single text does not.
-        return await self.run(lambda: self.tokenizer.encode_batch(texts, add_special_tokens))
-
-    async def render(self, template: ChatTemplate, messages: list[dict[str, Any]], **options: Any) -> str:
-        """``options`` are those of ChatTemplate.render, named by this program only. Raises TemplateError."""
-        if sum(len(message.get("content") or "") for message in messages) <= INLINE_CHARS:
-            return template.render(messages, **options)
-        return await self.run(lambda: template.render(messages, **options))
-
-    async def compile(self, source: str) -> ChatTemplate:
-        """Raises TemplateError."""
-        return await self.run(lambda: ChatTemplate(source, self.tokenizer.special_tokens).check())
-
-    async def turn_ends_of(self, template: ChatTemplate | None) -> TurnEnds:
-        if template is None or template is self.template:
-            return self.turn_ends
-        return await self.run(lambda: self.tokenizer.turn_ends(template))
-
-    async def run(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+        return self.tokenizer.encode_batch(texts, add_special_tokens)
 
 
 def load_text_model(model: str, config: ServerConfig) -> TextModel:

@@ -39,6 +39,7 @@ BY_HAND = "by the admin API"
 RETRY_WORKER_S = 5
 RETRY_FILES_S = 60
 """Damaged files take somebody to mend them."""
+MAX_BODY_BYTES = 32 * 2**10
 Result = TypeVar("Result")
 
 
@@ -208,7 +209,8 @@ async def ask(function: Callable[..., Result], *arguments: Any) -> Result:
 
 async def body_of(service: Service, request: Request, model: type[BodyType]) -> BodyType:
     """Unknown fields are always refused; no body is an empty one."""
-    return parse(model, await read_body(request, service.config.max_body_bytes) or b"{}", "error")
+    limit = min(service.config.max_body_bytes, MAX_BODY_BYTES)
+    return parse(model, await read_body(request, limit) or b"{}", "error")
 
 
 def only(request: Request, *names: str) -> dict[str, str]:

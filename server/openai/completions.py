@@ -7,9 +7,9 @@ import time
 import msgspec
 from fastapi import Request
 
-from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.logprobs import LogprobFormatter
-from slipstream.server.openai.request import answer_options, encode, make_generation, read, require_choices
+from slipstream.server.openai.prepare import Prepared
+from slipstream.server.openai.request import answer_options, make_generation, prepare_generation, require_choices
 from slipstream.server.openai.sampling import fit_context, logprobs_asked, sampling_params
 from slipstream.server.openai.schema import CompletionBody
 from slipstream.server.openai.writers import CompletionWriter
@@ -21,18 +21,11 @@ DEFAULT_MAX_TOKENS = 16
 
 async def complete(service: Service, request: Request) -> GenerationResponse:
     arrival = time.monotonic()
-    body = await read(service, request, CompletionBody)
+    prepared: Prepared[CompletionBody] = await prepare_generation(service, request, "complete")
+    body, prompts = prepared.body, prepared.prompts
     model = service.require_model(body.model)
-    texts, prompts = split_prompt(body)
-    count = len(texts or prompts)
-    if count > service.config.max_prompts:
-        raise InvalidRequestError(
-            f"prompt: at most {service.config.max_prompts} prompts (--max-prompts), not {count}", param="prompt"
-        )
-    require_choices(service, body, count)
+    require_choices(service, body, len(prompts))
 
-    if texts:
-        prompts = await encode(service, texts, body.add_special_tokens is not False, "prompt")
     rooms = [fit_context(service, len(prompt), body.max_tokens, "prompt") for prompt in prompts]
     asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     logprobs = logprobs_asked(service, body.logprobs, "logprobs")
@@ -54,20 +47,9 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
     echo = None
     if body.echo:
         skip = body.skip_special_tokens is not False
-        shown = texts or [service.text.tokenizer.decode(prompt, skip) for prompt in prompts]
+        shown = prepared.texts or [service.text.tokenizer.decode(prompt, skip) for prompt in prompts]
         echo = [text for text in shown for _ in range(body.n or 1)]
     options = answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)
     formatter = LogprobFormatter(service.text.tokenizer, bool(body.return_tokens_as_token_ids))
     writer = CompletionWriter(generation, options, formatter, echo)
     return GenerationResponse(service, generation, writer, bool(body.stream))
-
-
-def split_prompt(body: CompletionBody) -> tuple[list[str], list[list[int]]]:
-    """The prompts as texts or as token ids; the other list is empty."""
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [prompt], []
-    texts = [item for item in prompt if isinstance(item, str)]
-    ids = [item for item in prompt if isinstance(item, int)]
-    lists = [item for item in prompt if isinstance(item, list)]
-    return texts, [ids] if ids else lists

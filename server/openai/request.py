@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import msgspec
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams
-from slipstream.server.body import BodyType, parse, read_body
+from slipstream.server.body import read_body
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.consent import read_statement
-from slipstream.server.errors import ContextTooLongError, InvalidRequestError
+from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generation import Generation, Sequence
+from slipstream.server.openai.prepare import Prepared
 from slipstream.server.openai.sampling import SEED_MASK, output_options, require_known_tokens
 from slipstream.server.openai.schema import GenerationBody, Speculation
 from slipstream.server.openai.writers import AnswerOptions
 from slipstream.server.principal import principal_of
+from slipstream.server.responses import cancelled_on_disconnect
 from slipstream.server.service import Service
 from slipstream.server.text import TurnEnds
+from slipstream.server.text_work import INLINE_BYTES
 
 
-async def read(service: Service, request: Request, model: type[BodyType]) -> BodyType:
-    """The validated body, once the server takes requests at all."""
+async def prepare_generation(service: Service, request: Request, job: str) -> Prepared[Any]:
+    """A generating request, unless the queue is full anyway."""
     service.require_ready()
-    body = await read_body(request, service.config.max_body_bytes)
-    return parse(model, body, service.config.unknown_fields)
+    service.admit(1)
+    prepared: Prepared[Any] = await prepare(service, request, job)
+    return prepared
 
 
-async def encode(service: Service, texts: list[str], add_special_tokens: bool, param: str) -> list[list[int]]:
-    """Token ids of texts; those that cannot fit the context whatever their tokens are not even looked at."""
-    limit = service.engine.ready.max_model_len
-    most = limit * service.text.longest_token
-    if (longest := max(map(len, texts))) > most:
-        raise ContextTooLongError(
-            f"the model's context is {limit} tokens; a text of {longest} characters is more than that", param=param
-        )
-    return await service.text.encode(texts, add_special_tokens)
+async def prepare(service: Service, request: Request, job: str) -> Any:
+    """What a function of openai/prepare.py makes of the body.
+
+    Raises ClientDisconnect when nobody waits for it any more.
+    """
+    service.require_ready()
+    with service.bodies.hold() as held:
+        raw = await read_body(request, service.config.max_body_bytes, held)
+        if len(raw) <= INLINE_BYTES:
+            return await service.work.run(job, raw)
+        async with cancelled_on_disconnect(request.receive, None):
+            return await service.work.run(job, raw)
+        raise ClientDisconnect
 
 
 def make_generation(

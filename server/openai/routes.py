@@ -66,12 +66,12 @@ def openai_router(service: Service) -> APIRouter:
     )
     async def tokens_of(request: Request) -> Response:
         """The tokens of a text or of a conversation."""
-        return JSONBody(await tokenize(service, request))
+        return await tokenize(service, request)
 
     @router.post("/detokenize", openapi_extra=describe(answers.Text, *BUSY, bodies=[DetokenizeBody]))
     async def text_of(request: Request) -> Response:
         """The text of tokens."""
-        return JSONBody(await detokenize(service, request))
+        return await detokenize(service, request)
 
     return router
 

@@ -101,7 +101,8 @@ class Server:
 
     @property
     def engine(self) -> psutil.Process:
-        [child] = psutil.Process(self.process.pid).children()
+        children = psutil.Process(self.process.pid).children()
+        [child] = [child for child in children if "slipstream.server.engine_process" in child.cmdline()]
         return child
 
     def hasten_worker(self) -> None:

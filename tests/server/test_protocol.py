@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,10 @@ import uvicorn
 from fastapi import FastAPI, Request
 
 from slipstream.server import body, protocol
+from slipstream.server.app import error_response
 from slipstream.server.errors import ApiError
+from slipstream.server.held import HeldBytes
+from slipstream.server.responses import LargeResponse
 
 
 @pytest.fixture
@@ -88,3 +94,61 @@ async def test_a_slow_body_is_refused(quick_body: None, port: int) -> None:
 async def test_a_head_in_pieces_within_the_limit(port: int) -> None:
     pieces = (b"POST / HTTP/1.1\r\n", b"Host: x\r\nConnection: close\r\nContent-", b"Length: 3\r\n\r\nabc")
     assert answer(await say(port, *pieces, pause=0.04)) == {"size": 3}
+
+
+@pytest.fixture
+async def big_port() -> AsyncIterator[tuple[int, list[int]]]:
+    """Where a server listens that answers 10 MB, takes three connections, and gives up clients after 0.3 s; and what it
+    says of those it has given up.
+    """
+    service = SimpleNamespace(answers=HeldBytes(15_000_000, "answers"), responding=contextlib.nullcontext)
+    app = FastAPI()
+
+    @app.get("/")
+    async def much() -> Any:
+        return LargeResponse(service, b"x" * 10_000_000)  # type: ignore[arg-type]
+
+    @app.exception_handler(ApiError)
+    async def on_error(request: Request, error: ApiError) -> Any:
+        return error_response(error)
+
+    cut: list[int] = []
+    limits = protocol.ConnectionLimits(max_connections=3, write_timeout_s=0.3, on_cut=lambda: cut.append(1))
+    config = uvicorn.Config(app, lifespan="off", log_config=None)
+    config.load()
+    state = uvicorn.server.ServerState()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: protocol.HttpProtocol(config, state, {}, limits=limits), "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1], cut
+    assert service.answers.total == 0
+
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+async def test_who_does_not_read_is_given_up(big_port: tuple[int, list[int]]) -> None:
+    port, cut = big_port
+    sleeper = socket.socket()
+    sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with sleeper:
+        sleeper.connect(("127.0.0.1", port))
+        sleeper.sendall(GET)
+        await asyncio.sleep(0.05)
+        refused = await say(port, GET)  # there is no room for a second large answer
+        assert refused.startswith(b"HTTP/1.1 429 ")
+        while not cut:
+            await asyncio.sleep(0.02)
+        assert len((await say(port, GET)).partition(b"\r\n\r\n")[2]) == 10_000_000
+    assert cut == [1]
+
+
+async def test_connections_have_a_limit(big_port: tuple[int, list[int]]) -> None:
+    port, _ = big_port
+    others = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+    assert answer(await say(port))["error"]["code"] == "too_many_connections"
+    for _, writer in others:
+        writer.close()
+        await writer.wait_closed()
+    await asyncio.sleep(0.05)
+    assert (await say(port, GET)).startswith(b"HTTP/1.1 200 ")

@@ -1,0 +1,47 @@
+"""The time limit of a request, from its first line to the last byte of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from slipstream.server.errors import TimedOutError
+from slipstream.server.gate import is_admin
+
+DEADLINE = "slipstream.deadline"
+"""The scope's key for the asyncio.Timeout of the request. A stream takes it over."""
+
+
+class Deadline:
+    """Ends requests at --request-timeout-s: with 504, or, in the middle of an answer, by closing the connection.
+
+    Commands of the admin API take as long as they take.
+    """
+
+    def __init__(self, app: ASGIApp, limit_s: float) -> None:
+        self._app = app
+        self._limit_s = limit_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_admin(scope):
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def noticing(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            async with asyncio.timeout(self._limit_s) as limit:
+                await self._app({**scope, DEADLINE: limit}, receive, noticing)
+        except TimeoutError:
+            if not limit.expired() or started:
+                raise
+            error = TimedOutError("the request took longer than --request-timeout-s allows")
+            body = error.body()
+            headers = [*error.headers(), (b"content-length", str(len(body)).encode())]
+            await send({"type": "http.response.start", "status": error.status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})

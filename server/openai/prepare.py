@@ -1,0 +1,287 @@
+"""From the bytes of a body to what the engine needs: parsed, rendered and tokenized.
+
+These are functions of a body alone, so that server/text_work.py can choose where they run: on the event loop, in a
+thread, or in a process of their own. Nothing here imports more than such a process needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import msgspec
+from pydantic_core import from_json
+
+from slipstream.server.body import parse, shown
+from slipstream.server.errors import ContextTooLongError, InvalidRequestError, ModelNotFoundError
+from slipstream.server.openai.schema import (
+    MAX_STOP_CHARS,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerationBody,
+    Message,
+    TemplateBody,
+    TokenizeMessagesBody,
+    TokenizeTextBody,
+)
+from slipstream.server.text import RESERVED_VARIABLES, ChatTemplate, TemplateError, TurnEnds
+from slipstream.server.text_model import TextModel
+
+TEMPLATE_FIELDS = {"role", "content", "name", "tool_call_id", "reasoning_content"}
+RENDERED: dict[str, Any] = {"messages": [], "tools": None, "chat_template": None, "chat_template_kwargs": None}
+"""What nobody asks for once there is a prompt."""
+MAX_OTHER_BYTES = 2**20
+"""Of all fields but the prompt, pickled."""
+MAX_ANSWER_BYTES = 16 * 2**20
+"""Of /tokenize and /detokenize."""
+
+encode_json = msgspec.json.Encoder().encode
+Kind = TypeVar("Kind", bound=GenerationBody)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the functions here must know of the server."""
+
+    model_names: tuple[str, ...]
+    max_model_len: int
+    vocab_size: int
+    max_prompts: int
+    unknown_fields: Literal["error", "warn"]
+    request_templates: Literal["refused", "elsewhere", "here"]
+    """Whether a template in a request is used. Where it would run beside others' work, it is to run elsewhere."""
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[Kind]):
+    """A generating request."""
+
+    body: Kind
+    """Without the fields that became the prompts."""
+    prompts: list[list[int]]
+    texts: list[str]
+    """What the prompts were made of, where the answer is to repeat it."""
+    ends: TurnEnds | None = None
+    """Of a conversation."""
+
+    def packed(self) -> Packed:
+        return Packed(self.body, [array("i", prompt) for prompt in self.prompts], self.texts, self.ends)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Prepared, in a form that takes no time to read, however many tokens there are."""
+
+    body: Any
+    prompts: list[array[int]]
+    texts: list[str]
+    ends: TurnEnds | None
+
+    async def unpacked(self) -> Prepared[Any]:
+        """Between two prompts others have their turn."""
+        prompts = []
+        for prompt in self.prompts:
+            prompts.append(prompt.tolist())
+            await asyncio.sleep(0)
+        return Prepared(self.body, prompts, self.texts, self.ends)
+
+
+class RunElsewhereError(Exception):
+    """The request brings a template of its own."""
+
+
+def chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[ChatBody]:
+    """Raises InvalidRequestError, RunElsewhereError."""
+    body = parse(ChatBody, raw, limits.unknown_fields)
+    template = template_for(text, limits, body)
+    prompt = render_prompt(text, limits, body, template)
+    require_fits(limits, len(prompt), "messages")
+    ends = text.turn_ends if template is text.template else short(text.tokenizer.turn_ends(template))
+    return Prepared(body.model_copy(update=RENDERED), [prompt], [], ends)
+
+
+def complete(text: TextModel, limits: Limits, raw: bytes) -> Prepared[CompletionBody]:
+    """Raises InvalidRequestError."""
+    body = parse(CompletionBody, raw, limits.unknown_fields)
+    texts, prompts = split_prompt(body)
+    count = len(texts or prompts)
+    if count > limits.max_prompts:
+        raise InvalidRequestError(
+            f"prompt: at most {limits.max_prompts} prompts (--max-prompts), not {count}", param="prompt"
+        )
+    if texts:
+        prompts = encode(text, limits, texts, body.add_special_tokens is not False, "prompt")
+    for prompt in prompts:
+        require_fits(limits, len(prompt), "prompt")
+    return Prepared(body.model_copy(update={"prompt": ""}), prompts, texts if body.echo else [])
+
+
+def tokenize(text: TextModel, limits: Limits, raw: bytes) -> bytes:
+    """The answer. Raises InvalidRequestError, RunElsewhereError."""
+    if has_messages(raw):
+        conversation = parse(TokenizeMessagesBody, raw, limits.unknown_fields)
+        require_model(limits.model_names, conversation.model)
+        tokens = render_prompt(text, limits, conversation, template_for(text, limits, conversation))
+        with_texts = conversation.return_token_strs
+    else:
+        body = parse(TokenizeTextBody, raw, limits.unknown_fields)
+        require_model(limits.model_names, body.model)
+        [tokens] = encode(text, limits, [body.prompt], body.add_special_tokens is not False, "prompt")
+        with_texts = body.return_token_strs
+    return answer(
+        {
+            "count": len(tokens),
+            "max_model_len": limits.max_model_len,
+            "tokens": tokens,
+            "token_strs": [text.tokenizer.token_text(token) for token in tokens] if with_texts else None,
+        }
+    )
+
+
+def has_messages(raw: bytes) -> bool:
+    try:
+        data = from_json(raw)
+    except ValueError:
+        return False
+    return isinstance(data, dict) and "messages" in data
+
+
+def detokenize(text: TextModel, limits: Limits, raw: bytes) -> bytes:
+    """The answer. Raises InvalidRequestError."""
+    body = parse(DetokenizeBody, raw, limits.unknown_fields)
+    require_model(limits.model_names, body.model)
+    # What /tokenize gives can be more than the model has, and ids that the model has can be without text.
+    known = max(limits.vocab_size, text.tokenizer.vocab_size)
+    if (largest := max(body.tokens, default=0)) >= known:
+        raise InvalidRequestError(f"tokens: there are the tokens 0 to {known - 1}, not {largest}", param="tokens")
+    return answer({"prompt": text.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+
+JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {
+    job.__name__: job for job in (chat, complete, tokenize, detokenize)
+}
+
+
+def answer(content: Any) -> bytes:
+    data = encode_json(content)
+    if len(data) > MAX_ANSWER_BYTES:
+        raise InvalidRequestError(f"the answer would have {len(data)} bytes; at most {MAX_ANSWER_BYTES} are sent")
+    return data
+
+
+def template_for(text: TextModel, limits: Limits, body: TemplateBody) -> ChatTemplate:
+    """The request's own or the model's.
+
+    Raises:
+        InvalidRequestError: it is broken, or there is none.
+        RunElsewhereError: the request brings a template, which may run elsewhere only.
+    """
+    template = text.template
+    if body.chat_template is not None:
+        if limits.request_templates == "refused":
+            raise InvalidRequestError(
+                "chat_template is only accepted with --trust-request-chat-template", param="chat_template"
+            )
+        if limits.request_templates == "elsewhere":
+            raise RunElsewhereError
+        try:
+            template = ChatTemplate(body.chat_template, text.tokenizer.special_tokens).check()
+        except TemplateError as error:
+            raise InvalidRequestError(str(error), param="chat_template") from None
+    if template is None:
+        raise InvalidRequestError(
+            "the model has no chat template; start the server with --chat-template or use /v1/completions",
+            param="messages",
+        )
+    return template
+
+
+def render_prompt(text: TextModel, limits: Limits, body: TemplateBody, template: ChatTemplate) -> list[int]:
+    """The token ids of a conversation.
+
+    Raises:
+        InvalidRequestError: the template refuses it, or is broken.
+    """
+    variables = body.chat_template_kwargs or {}
+    if reserved := RESERVED_VARIABLES & variables.keys():
+        name = min(reserved)
+        raise InvalidRequestError(f"{name!r} cannot be set here", param=f"chat_template_kwargs.{name}")
+    continued = bool(body.continue_final_message)
+    try:
+        prompt = template.render(
+            [as_template_sees_it(message) for message in body.messages],
+            add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,
+            continue_final_message=continued,
+            variables=variables,
+        )
+    except TemplateError as error:
+        raise InvalidRequestError(str(error), param="messages") from None
+    return encode(text, limits, [prompt], bool(body.add_special_tokens), "messages")[0]
+
+
+def short(ends: TurnEnds) -> TurnEnds:
+    """Without texts that a request could not ask for as stop strings."""
+    return TurnEnds(ends.token_ids, tuple(stop for stop in ends.stops if len(stop) <= MAX_STOP_CHARS))
+
+
+def as_template_sees_it(message: Message) -> dict[str, Any]:
+    fields = message.model_dump(include=TEMPLATE_FIELDS, exclude_none=True)
+    # Templates join contents to other text; an assistant that said nothing said the empty text.
+    fields.setdefault("content", "")
+    if message.role == "developer":  # newer name of the same thing; templates know the old one
+        fields["role"] = "system"
+    return fields
+
+
+def split_prompt(body: CompletionBody) -> tuple[list[str], list[list[int]]]:
+    """The prompts as texts or as token ids; the other list is empty."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt], []
+    texts = [item for item in prompt if isinstance(item, str)]
+    ids = [item for item in prompt if isinstance(item, int)]
+    lists = [item for item in prompt if isinstance(item, list)]
+    return texts, [ids] if ids else lists
+
+
+def encode(text: TextModel, limits: Limits, texts: list[str], add_special_tokens: bool, param: str) -> list[list[int]]:
+    """Token ids of texts; those that cannot fit the context whatever their tokens are not even looked at."""
+    limit = limits.max_model_len
+    most = limit * text.longest_token
+    if (longest := max(map(len, texts))) > most:
+        raise ContextTooLongError(
+            f"the model's context is {limit} tokens; a text of {longest} characters is more than that", param=param
+        )
+    return text.encode(texts, add_special_tokens)
+
+
+def require_fits(limits: Limits, tokens: int, param: str) -> None:
+    """Raises ContextTooLongError."""
+    if tokens >= limits.max_model_len + 1:
+        raise ContextTooLongError(
+            f"the model's context is {limits.max_model_len} tokens, but the prompt has {tokens}", param=param
+        )
+
+
+def require_model(names: Sequence[str], name: str | None) -> str:
+    """The name to answer with; requests may leave it out, since there is only one model. Raises ModelNotFoundError."""
+    if name is None:
+        return names[0]
+    if name not in names:
+        raise ModelNotFoundError(
+            f"there is no model {shown(name)} here; this server has {', '.join(map(repr, names))}", param="model"
+        )
+    return name
+
+
+def require_small(body: GenerationBody) -> None:
+    """Raises InvalidRequestError for fields that would keep the server busy which takes the body over."""
+    if body.allowed_token_ids:
+        body.allowed_token_ids = list(dict.fromkeys(body.allowed_token_ids))
+    if len(pickle.dumps(body)) > MAX_OTHER_BYTES:
+        raise InvalidRequestError(f"the fields besides the prompt are larger than {MAX_OTHER_BYTES} bytes")
