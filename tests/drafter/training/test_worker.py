@@ -6,6 +6,7 @@ import contextlib
 import json
 import queue
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -149,14 +150,43 @@ class Workshop:
         return self.registry.promote(number)
 
 
+@contextlib.contextmanager
+def opened(folder: Path, target: Path) -> Iterator[Workshop]:
+    workshop = Workshop(folder, target)
+    try:
+        yield workshop
+    finally:
+        for worker in workshop.workers:
+            if worker.process.poll() is None:
+                worker.kill()
+        workshop.store.close()
+
+
 @pytest.fixture
 def workshop(tmp_path: Path, target_folder: Path) -> Iterator[Workshop]:
-    workshop = Workshop(tmp_path, target_folder)
-    yield workshop
-    for worker in workshop.workers:
-        if worker.process.poll() is None:
-            worker.kill()
-    workshop.store.close()
+    with opened(tmp_path, target_folder) as workshop:
+        yield workshop
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, target_folder: Path, traffic: MakeSamples) -> Path:
+    """The folder of a workshop with a live version, a candidate that is better, and a checkpoint after it."""
+    folder = tmp_path_factory.mktemp("trained")
+    with opened(folder, target_folder) as workshop:
+        workshop.store.append(traffic(150))
+        worker = workshop.start()
+        workshop.train_first(worker)
+        worker.wait_for("published")
+        assert worker.end() == 0
+    return folder
+
+
+@pytest.fixture
+def experienced(trained: Path, tmp_path: Path, target_folder: Path) -> Iterator[Workshop]:
+    """A copy of it."""
+    shutil.copytree(trained, tmp_path / "trained")
+    with opened(tmp_path / "trained", target_folder) as workshop:
+        yield workshop
 
 
 def test_it_learns_publishes_and_goes_on_after_a_kill(workshop: Workshop, traffic: MakeSamples) -> None:
@@ -243,12 +273,9 @@ def test_a_route_gets_a_head_of_its_own(workshop: Workshop, traffic: MakeSamples
     assert workshop.checkpoint("shared")["trainer"]["step"] > 0
 
 
-def test_a_bad_candidate_is_refused_and_a_good_one_is_not(workshop: Workshop, traffic: MakeSamples) -> None:
-    workshop.store.append(traffic(150))
-    worker = workshop.start()
-    good = workshop.train_first(worker)
-    better = workshop.registry.get(worker.wait_for("published")["version"])
-    worker.kill()
+def test_a_bad_candidate_is_refused_and_a_good_one_is_not(experienced: Workshop) -> None:
+    workshop = experienced
+    good, better = workshop.registry.list()[:2]
     for version in workshop.registry.list():
         if version.state == "candidate":
             workshop.registry.retire(version.version)
@@ -278,12 +305,9 @@ def test_a_bad_candidate_is_refused_and_a_good_one_is_not(workshop: Workshop, tr
     assert live is not None and live.version == good.version
 
 
-def test_nothing_is_trained_while_a_version_is_on_trial(workshop: Workshop, traffic: MakeSamples) -> None:
-    workshop.store.append(traffic(150))
-    worker = workshop.start()
-    workshop.train_first(worker)
-    second = worker.wait_for("published")["version"]
-    worker.end()
+def test_nothing_is_trained_while_a_version_is_on_trial(experienced: Workshop) -> None:
+    workshop = experienced
+    second = workshop.registry.list()[-1].version
     learned = workshop.checkpoint()["trainer"]["step"]
     workshop.registry.start_canary(second)
     waiting = workshop.start()
