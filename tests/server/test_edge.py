@@ -33,7 +33,7 @@ ANSWERS: list[tuple[str, str, bytes | None, dict[str, str], int]] = [
     ("OPTIONS", COMPLETE, None, {}, 204),
     ("POST", "/admin/v1/evolve", b'{"action": "train"}', JSON, 409),
     ("POST", COMPLETE, b"x", {"content-type": "text/plain"}, 415),
-    ("POST", COMPLETE, gzip.compress(BODY), JSON | {"content-encoding": "gzip"}, 415),
+    ("POST", COMPLETE, gzip.compress(BODY, mtime=0), JSON | {"content-encoding": "gzip"}, 415),
 ]
 
 
