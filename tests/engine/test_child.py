@@ -63,7 +63,7 @@ burn()
 """
 
 
-def gone(pids: list[int], seconds: float = 60.0) -> float:
+def gone(pids: list[int], seconds: float = 300.0) -> float:
     """How long it took until none of them ran any more."""
     began = time.monotonic()
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
@@ -94,7 +94,7 @@ def test_children_do_not_outlive_a_killed_parent(tmp_path: Path, load: int) -> N
             [reaper] = psutil.Process(pids[1]).children()
             assert os.sched_getscheduler(reaper.pid) == os.SCHED_OTHER
             parent.kill()
-            took = gone([*pids, reaper.pid], 20)
+            took = gone([*pids, reaper.pid], 20 if load else 300)
             print(f"beside {load} busy processes the children were gone after {took:.2f} s")
             # Nothing holds the pipe either: whoever reads it to its end is not kept waiting.
             parent.stdout.read()

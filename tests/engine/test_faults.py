@@ -111,7 +111,7 @@ hostile_params = st.fixed_dictionaries(
 hostile = st.tuples(st.lists(any_id, max_size=40), hostile_params)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(requests=st.lists(hostile, min_size=1, max_size=3), trusting=st.booleans())
 def test_healthy_requests_never_notice_hostile_ones(
     engine: LocalEngine, alone: list[list[int]], requests: list[tuple[list[int], dict[str, Any]]], trusting: bool

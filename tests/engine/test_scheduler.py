@@ -327,7 +327,7 @@ def test_nothing_starves_behind_a_stream_of_urgent_requests() -> None:
     assert 9.9 < max(served_before) - arrivals[0] < 10.1  # two levels of five seconds
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     most_urgent=st.integers(-3, 0),
     priorities=st.lists(st.sampled_from([-1000, -3, 0, 0, 5, 1000]), min_size=1, max_size=6),
@@ -371,7 +371,7 @@ requests_of_tenants = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(requests=requests_of_tenants)
 def test_no_tenant_learns_what_another_has_sent(requests: list[tuple[str, str, int]]) -> None:
     """What a tenant is told of the cache, and how much is computed for it, is what it would be on its own."""

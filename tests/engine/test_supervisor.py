@@ -20,7 +20,7 @@ from slipstream.engine.errors import EngineDiedError, EngineLostError, ModelErro
 from slipstream.engine.messages import NewRequest, SamplingParams
 from slipstream.engine.supervisor import MAX_FAILED_STARTS, EngineSupervisor, Restarts
 
-SECONDS = 60.0
+SECONDS = 300.0
 """More than anything takes here, on a loaded machine too."""
 
 

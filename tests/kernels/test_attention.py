@@ -105,7 +105,7 @@ def test_cutting_a_sequence_into_steps_changes_no_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     lengths=st.lists(st.integers(1, 40) | st.integers(120, 140), min_size=1, max_size=3),
     shape=shapes,

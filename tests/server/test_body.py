@@ -67,7 +67,7 @@ def cost(model: type[Body], body: bytes) -> float:
     return min(found)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(model=models, shape=shapes)
 def test_the_cost_of_a_body_grows_with_its_size(model: type[Body], shape: Shape) -> None:
     small, large = (cost(model, made_of(shape, count)) for count in (200, 200 * FACTOR))

@@ -102,7 +102,7 @@ ids = st.integers(-2, VOCAB + 2) | st.sampled_from([2**31 - 1, 2**31, 2**63, 2**
 prompts = st.lists(pieces, max_size=5).map("".join) | st.lists(ids, min_size=1, max_size=5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     prompt=prompts,
     fields=st.fixed_dictionaries(

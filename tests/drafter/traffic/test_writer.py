@@ -28,7 +28,7 @@ class Stalled:
 
     def __call__(self, sample: Sample) -> Sample:
         self.reached.set()
-        assert self.go.wait(60)
+        assert self.go.wait(300)
         return sample
 
 
@@ -46,7 +46,7 @@ def test_a_full_buffer_drops_samples_and_delays_nothing(
     tapped = tapped_engine(tmp_path / "t", config_for(), redact=stalled, buffer_bytes=3 * page)
     first = tapped.submit(prompts(20)[0])
     tapped.local.finish()
-    assert stalled.reached.wait(30)
+    assert stalled.reached.wait(300)
     # The writer stands still; the pages of the first are free again, and three more requests fill them.
     told = [tapped.submit(prompt) for prompt in prompts(21, 22, 23, 24, 25)]
     tapped.local.finish()
@@ -66,7 +66,7 @@ def test_a_long_queue_drops_too(
     tapped = tapped_engine(tmp_path / "t", config_for(), redact=stalled)
     tapped.submit(prompts(20)[0], traffic="tokens")
     tapped.local.finish()
-    assert stalled.reached.wait(30)
+    assert stalled.reached.wait(300)
     for prompt in prompts(21, 22, 23, 24):
         tapped.submit(prompt)
     tapped.local.finish()

@@ -88,7 +88,7 @@ def test_serving_goes_on_after_deaths_of_the_engine(tmp_path: Path, start_server
 
     # Once too often.
     server.engine.send_signal(signal.SIGSEGV)
-    assert server.process.wait(60) == 3
-    server._reader.join(10)
+    assert server.process.wait(300) == 3
+    server._reader.join(300)
     assert "killed by SIGSEGV; giving up after 2 restarts" in server.log[-1]
     assert not psutil.pid_exists(engine.pid)

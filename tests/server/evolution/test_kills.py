@@ -128,7 +128,7 @@ def test_servers_killed_at_twenty_moments(evolving: Evolving) -> None:
             # Every other time all its processes at once, as when the machine runs out of memory.
             for process in processes if number % 2 else processes[:1]:
                 process.kill()
-            evolving.server.process.wait(10)
+            evolving.server.process.wait(300)
             _, outliving = psutil.wait_procs(processes[1:], 300)
             assert not outliving
         live = evolving.check(fingerprint).live()

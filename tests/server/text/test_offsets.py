@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from slipstream.server.text import (
@@ -15,8 +15,6 @@ from slipstream.server.text import (
     load_tokenizer,
     prompt_offsets,
 )
-
-many = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def offsets_of(tokenizer: Tokenizer, tokens: list[int], skip: bool, cuts: int = 1) -> tuple[str, list[int]]:
@@ -45,7 +43,6 @@ def starts_of_characters(data: bytes) -> list[int]:
     return [*starts, len(data)]
 
 
-@many
 @given(data=st.data(), skip=st.booleans(), cuts=st.integers(1, 4))
 def test_byte_level(default_tokenizer: Tokenizer, data: st.DataObject, skip: bool, cuts: int) -> None:
     pieces = [*default_tokenizer.encode("a é 你好 👩‍👩‍👧 🦜ﬀ "), 0, 1, 2]  # parts of characters, special tokens
@@ -68,7 +65,6 @@ def test_byte_level(default_tokenizer: Tokenizer, data: st.DataObject, skip: boo
     assert offsets == sorted(offsets)
 
 
-@many
 @given(text=st.text(max_size=40).filter(lambda text: "\ufffd" not in text), bos=st.booleans())
 def test_prompt_as_it_was_sent(default_tokenizer: Tokenizer, text: str, bos: bool) -> None:
     text += "<|im_end|>" + text
@@ -91,7 +87,6 @@ def sentencepiece(write_sentencepiece: Any) -> Tokenizer:
     return load_tokenizer(write_sentencepiece())
 
 
-@many
 @given(data=st.data(), skip=st.booleans())
 def test_sentencepiece(sentencepiece: Tokenizer, data: st.DataObject, skip: bool) -> None:
     # Whole runs of bytes that are characters, between tokens that are none.
@@ -120,7 +115,6 @@ def test_sentencepiece(sentencepiece: Tokenizer, data: st.DataObject, skip: bool
             assert text[offset:].startswith(sentencepiece.token_text(token).removeprefix("" if offset else " "))
 
 
-@many
 @given(data=st.data())
 def test_bytes_that_are_no_characters(sentencepiece: Tokenizer, data: st.DataObject) -> None:
     some = st.sampled_from(sorted(sentencepiece.byte_fallback_ids)) | st.integers(0, sentencepiece.vocab_size - 1)

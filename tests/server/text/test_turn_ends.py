@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
@@ -53,7 +53,7 @@ def test_ends_of_turns(tokenizer: Tokenizer) -> None:
     assert [tokenizer.decode([token], False) for token in tokenizer.eos_token_ids] == ["</s>", "<|eot|>"]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(
     token=st.sampled_from([*SPECIAL, "<plain>"]), before=st.text(" \n", max_size=3), after=st.text("\n ab<", max_size=5)
 )
