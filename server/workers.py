@@ -54,6 +54,8 @@ class Worker:
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 *child.command("slipstream.server.text_worker", str(theirs.fileno())),
+                # Writing a backtrace takes memory; without any, libraries in Rust wait for themselves for ever.
+                env=os.environ | {"RUST_BACKTRACE": "0"},
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
