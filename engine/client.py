@@ -21,7 +21,7 @@ import msgspec
 
 from slipstream.engine import child
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.errors import EngineDiedError, ModelError, SlipstreamError
+from slipstream.engine.errors import EngineDiedError, MisfitError, ModelError, SlipstreamError
 from slipstream.engine.messages import (
     AbortRequests,
     Call,
@@ -60,6 +60,10 @@ def merged(deltas: list[TokenDelta]) -> TokenDelta:
         target_version=last.target_version,
         drafter_version=last.drafter_version,
     )
+
+
+ERRORS = {"failed": SlipstreamError, "refused": ModelError, "misfit": MisfitError}
+"""What the kinds of a CallReply are raised as."""
 
 
 class RequestStream:
@@ -266,8 +270,7 @@ class EngineClient:
                 if message.error is None:
                     future.set_result(message.result)
                 else:
-                    kind = ModelError if message.refused else SlipstreamError
-                    future.set_exception(kind(message.error))
+                    future.set_exception(ERRORS[message.kind](message.error))
             case EngineReady():
                 if not self._ready.done():
                     self._ready.set_result(message)

@@ -2,6 +2,7 @@
 
 SlipstreamError
 ├── ModelError        a model cannot be loaded or served; the user can mend it
+│   └── MisfitError       … and is not damaged: it is for another model, or of a newer version of Slipstream
 ├── ConfigError       an option is wrong; the user can mend it
 └── EngineDiedError   the engine process is gone
     └── EngineLostError   … and is not started again; requests cannot be served any more
@@ -14,6 +15,10 @@ class SlipstreamError(Exception):
 
 class ModelError(SlipstreamError):
     """A model file is missing, broken, too large or of a kind that cannot be served."""
+
+
+class MisfitError(ModelError):
+    """A model file is sound, but not for what it would be used with here."""
 
 
 class ConfigError(SlipstreamError):

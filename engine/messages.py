@@ -236,8 +236,8 @@ class CallReply(msgspec.Struct, frozen=True, array_like=True, tag="reply"):
     call_id: int
     result: Any = None
     error: str | None = None
-    refused: bool = False
-    """The error is a verdict on what was asked for, and would be the same again; else it failed, or came to nothing."""
+    kind: Literal["failed", "refused", "misfit"] = "failed"
+    """Refused: a verdict on what was asked for, which would be the same again. Misfit: refused, but not damaged."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="ready"):

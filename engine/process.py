@@ -14,14 +14,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from slipstream.engine.background import Background
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import EngineCore
-from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
+from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SlipstreamError
 from slipstream.engine.messages import (
     AbortRequests,
     Call,
@@ -327,8 +327,10 @@ def _reply(call: Call, done: Future[Any]) -> CallReply:
 def _failure(call: Call, error: BaseException) -> CallReply:
     """Whatever goes wrong with an operation, serving goes on."""
     if isinstance(error, SlipstreamError):
-        refused = isinstance(error, ModelError | ConfigError)
-        return CallReply(call.call_id, error=str(error), refused=refused)
+        kind: Literal["failed", "refused", "misfit"] = "failed"
+        if isinstance(error, ModelError | ConfigError):
+            kind = "misfit" if isinstance(error, MisfitError) else "refused"
+        return CallReply(call.call_id, error=str(error), kind=kind)
     traceback.print_exception(error)
     return CallReply(call.call_id, error=f"{call.operation} failed: {type(error).__name__}: {error}")
 

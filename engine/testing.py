@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -13,7 +14,9 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import EngineStats, NewRequest, SamplingParams, TokenDelta
 from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.process import Engine
+from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.speculation.protocol import Drafter, DraftRow, Listener, Proposal
+from slipstream.engine.step_cost import StepCost
 
 TINY_LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -101,6 +104,18 @@ def simulated_token(history: Sequence[int], vocab: int) -> int:
     """The next token of the model that SimulatedRunner stands for: a hash of everything before it."""
     digest = blake2b(array("i", history).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % vocab
+
+
+def simulated_answer(
+    prompt: list[int], max_tokens: int, stop: tuple[int, ...] = (), max_len: int = 200, vocab_size: int = 40
+) -> list[int]:
+    """What a request must get of the model that SimulatedRunner stands for, however it is scheduled."""
+    history = list(prompt)
+    while len(history) - len(prompt) < max_tokens and len(history) < max_len:
+        history.append(simulated_token(history, vocab_size))
+        if history[-1] in stop:
+            break
+    return history[len(prompt) :]
 
 
 class SimulatedRunner:
@@ -265,3 +280,69 @@ class TreeOracleDrafter(Drafter):
                 tokens.append(token)
             parents.append(parent)
         return Proposal(tokens, parents, [random.randrange(3) for _ in tokens])
+
+
+class SimulatedLoop:
+    """The step loop with `ahead` plans under way before the first is committed; ahead 0 is the plain loop."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_blocks: int = 30,
+        max_len: int = 200,
+        ahead: int = 0,
+        right: float | None = None,
+        vocab_size: int = 40,
+    ) -> None:
+        self.now = 0.0
+        self.cost = StepCost()
+        self.scheduler = Scheduler(config, num_blocks, max_len, self.cost, clock=lambda: self.now)
+        self.runner = SimulatedRunner(num_blocks, config.block_size, vocab_size, right)
+        self.plans: list[StepPlan] = []
+        self.told: dict[int, list[TokenDelta]] = {}
+        self._ahead = ahead
+        self._queue: deque[StepPlan] = deque()
+
+    def add(self, request_id: int, prompt: list[int], max_tokens: int = 5, **fields: object) -> None:
+        stop = fields.pop("stop_token_ids", ())
+        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop)  # type: ignore[arg-type]
+        self.now += 0.001
+        self.told[request_id] = []
+        self.scheduler.add(
+            NewRequest(request_id=request_id, prompt=prompt, params=params, arrival=self.now, **fields)  # type: ignore[arg-type]
+        )
+
+    def step(self) -> StepPlan | None:
+        self.now += 0.01
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.plans.append(plan)
+            self._queue.append(plan)
+        if self._queue and (len(self._queue) > self._ahead or plan is None):
+            done = self._queue.popleft()
+            self._tell(self.scheduler.commit(done, self.runner.execute(done)))
+        else:
+            self._tell(self.scheduler.take_ended())
+        self.scheduler.check_integrity()
+        return plan
+
+    def finish(self, most: int = 5000) -> None:
+        for _ in range(most):
+            if not self.scheduler.has_work and not self._queue:
+                break
+            self.step()
+        else:
+            raise AssertionError("the scheduler does not come to an end")
+        assert self.scheduler.kv.pool.num_used == 0
+
+    def tokens(self, request_id: int) -> list[int]:
+        return [token for delta in self.told[request_id] for token in delta.tokens]
+
+    def reason(self, request_id: int) -> str | None:
+        return self.told[request_id][-1].finish_reason if self.told[request_id] else None
+
+    def _tell(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            told = self.told[delta.request_id]
+            assert not told or told[-1].finish_reason is None, "a request was told something after its end"
+            told.append(delta)

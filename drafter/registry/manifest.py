@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from slipstream.engine.errors import ModelError
+from slipstream.engine.errors import MisfitError, ModelError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -62,12 +62,12 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes, source: Path | str) -> Manifest:
-    """Raises ModelError naming ``source`` if it is damaged or of a newer format."""
+    """Raises ModelError naming ``source`` if it is damaged, MisfitError if it is of a newer format."""
     try:
         # The format comes first: what else a newer manifest holds may not even parse.
         written = msgspec.json.decode(data, type=_Format).format_version
         if written > FORMAT_VERSION:
-            raise ModelError(
+            raise MisfitError(
                 f"{source} has format {written}, this version of Slipstream reads formats up to {FORMAT_VERSION}; "
                 "use the Slipstream that wrote it, or a newer one"
             )

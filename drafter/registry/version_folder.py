@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from slipstream.drafter.registry import manifest as manifests
 from slipstream.drafter.registry.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from slipstream.engine.background import breathe
-from slipstream.engine.errors import ModelError
+from slipstream.engine.errors import MisfitError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +56,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_fit(manifest: Manifest, fingerprint: str, fingerprint_name: str = "") -> None:
-    """Raises ModelError if the version was made for another model."""
+    """Raises MisfitError if the version was made for another model."""
     if manifest.target != fingerprint:
         made_for = f"{manifest.target_name} ({manifest.target})" if manifest.target_name else manifest.target
         runs = f"{fingerprint_name} ({fingerprint})" if fingerprint_name else fingerprint
-        raise ModelError(
+        raise MisfitError(
             f"drafter version {manifest.version} does not fit the model: it was made for the model with fingerprint "
             f"{made_for}, and this one's is {runs}"
         )

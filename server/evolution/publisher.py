@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import Event, RegistryError, Version
-from slipstream.engine.errors import EngineDiedError, ModelError, SlipstreamError
+from slipstream.engine.errors import EngineDiedError, MisfitError, ModelError, SlipstreamError
 from slipstream.server.canary import Canary
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.service import CANARY_ROUTE, SHARED_ROUTE, Service
@@ -227,7 +227,9 @@ class Publisher:
         except ModelError as error:
             self.failures += 1
             logger.error("drafter version %d cannot serve: %s", version.version, error)
-            if version.state in ("canary", "live"):
+            # A live version that is sound may be right for another server; a trial of it here would never end.
+            stays = version.state == "live" and isinstance(error, MisfitError)
+            if version.state in ("canary", "live") and not stays:
                 await asyncio.to_thread(self._take_back, version, str(error))
             self._refused[route] = version.version
             return
