@@ -115,7 +115,9 @@ async def test_the_life_of_a_version(admin: AdminClient, evolving: Any, heads: P
 
     done = await admin.export_drafter(number, str(tmp_path / "out"))
     assert done["version"] == number and (tmp_path / "out" / "model.safetensors").is_file()
-    assert "not empty" in await refused(admin.export_drafter(number, str(tmp_path / "out")), 400, "invalid_value")
+    assert "not empty" in await refused(
+        admin.export_drafter(number, str(tmp_path / "out")), 400, "invalid_value", "folder"
+    )
 
     assert (await admin.change("pin", second))["drafter"]["pinned"] is True
     assert second not in await admin.prune(0)
