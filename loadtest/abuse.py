@@ -216,21 +216,29 @@ class Watch:
                 await asyncio.sleep(1)
 
 
-async def abuse(target: Target, url: str, key: str | None, options: AbuseOptions) -> AbuseResult:
+async def abuse(
+    target: Target, url: str, key: str | None, options: AbuseOptions, tell: Callable[[Stops], None]
+) -> AbuseResult:
+    """``tell`` hears each figure as soon as it is there: a server in trouble can take minutes for the next one."""
     result = AbuseResult()
+
+    def note(stops: Stops) -> None:
+        result.stops.append(stops)
+        tell(stops)
+
     address = urlsplit(url)
     host, port = address.hostname or "127.0.0.1", address.port or 80
     watch = Watch(target)
     async with watch.running():
         calm = Stops("nothing")
         await _observe(watch, calm, asyncio.sleep(CALM_S))
-        result.stops.append(calm)
+        note(calm)
         for body in make_bodies(options):
             stops = Stops(body.kind, len(body.data))
             began = perf_counter()
             await _observe(watch, stops, asyncio.to_thread(_post, host, port, key, body))
             stops.seconds = perf_counter() - began
-            result.stops.append(stops)
+            note(stops)
         pid = options.pid or _listener(port)
         if options.memory and pid is not None:
             _allow_files()
@@ -243,7 +251,7 @@ async def abuse(target: Target, url: str, key: str | None, options: AbuseOptions
                 stops = Stops(kind)
                 grown = await _observe(watch, stops, _hold(process, host, port, key, kind, count, send, options))
                 result.growth.append(grown)
-                result.stops.append(stops)
+                note(stops)
     result.stream_errors = watch.errors
     return result
 
@@ -351,12 +359,25 @@ def _allow_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+KIND_WIDTH = 58
+
+
+def print_head(console: Console) -> None:
+    console.print("Longest waits of the others, in milliseconds:")
+    console.print(f"{'sent':{KIND_WIDTH}} {'bytes':>10} {'answer':>8} {'seconds':>8} {'/health':>8} {'stream':>8}")
+
+
+def print_stops(console: Console, stops: Stops) -> None:
+    console.print(
+        f"{stops.kind[:KIND_WIDTH]:{KIND_WIDTH}} {stops.size:>10} {stops.status[:8]:>8} {stops.seconds:>8.2f} "
+        f"{stops.health_ms:>8.0f} {stops.stream_ms:>8.0f}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def print_abuse(console: Console, result: AbuseResult, options: AbuseOptions) -> None:
-    table = Table("sent", "bytes", "answer", "seconds", "/health ms", "stream ms", title="Longest waits of the others")
-    for each in result.stops:
-        row = (f"{each.size:,}", each.status, f"{each.seconds:.2f}", f"{each.health_ms:.0f}", f"{each.stream_ms:.0f}")
-        table.add_row(each.kind[:60], *row)
-    console.print(table, markup=False)
     if result.growth:
         table = Table("held", "before MiB", "most MiB", "after MiB", title="Memory of the server's process")
         for grown in result.growth:

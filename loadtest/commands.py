@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from slipstream.loadtest.abuse import AbuseOptions, abuse, print_abuse
+from slipstream.loadtest.abuse import AbuseOptions, abuse, print_abuse, print_head, print_stops
 from slipstream.loadtest.arrivals import Arrivals, ClosedLoop
 from slipstream.loadtest.compare import Rounds, compare, print_comparison
 from slipstream.loadtest.harness import Run, Target, connect, measure
@@ -137,7 +137,9 @@ async def run_prefix(server: ServerOptions, options: PrefixOptions) -> int:
 
 async def run_abuse(server: ServerOptions, options: AbuseOptions) -> int:
     async with server.connect() as target:
-        result = await abuse(target, server.url, server.api_key, options)
-        print_abuse(Console(), result, options)
+        console = Console()
+        print_head(console)
+        result = await abuse(target, server.url, server.api_key, options, lambda stops: print_stops(console, stops))
+        print_abuse(console, result, options)
         print_json({"url": server.url, **asdict(result), "failures": result.failures(options)})
     return 1 if result.failures(options) else 0
