@@ -63,8 +63,8 @@ class _Wish:
     """A live version that nobody tried, and …"""
     predecessor: Version | None
     """… the one it replaced."""
-    candidate: Version | None
-    """The newest one that passed the gate and was not tried."""
+    candidates: Sequence[Version]
+    """The newest that passed the gate and was not tried, of every route that may try one now."""
 
 
 class Publisher:
@@ -117,8 +117,9 @@ class Publisher:
             await asyncio.to_thread(self._decide, self.trial)
             self.trial = None
             wish = await asyncio.to_thread(self._read)
-        if wish.candidate is not None and wish.canary is None and wish.forced is None:
-            await asyncio.to_thread(self._admit, wish)
+        for candidate in wish.candidates:
+            await asyncio.to_thread(self._admit, candidate, wish)
+        if wish.candidates:
             wish = await asyncio.to_thread(self._read)
         await self._follow(wish)
 
@@ -143,13 +144,13 @@ class Publisher:
         pinned = {route for route, version in live.items() if version.pinned}
         waiting = (v for v in versions if v.state == "candidate" and v.route not in pinned)
         candidates = [version for version in waiting if passed_gate(version) and TRIED not in version.metrics]
-        newest = max(candidates, key=lambda version: version.version, default=None)
-        return _Wish(live, canary, forced, predecessor if forced else None, newest)
+        newest = {version.route: version for version in sorted(candidates, key=lambda version: version.version)}
+        if canary is not None or forced is not None:
+            newest.pop(SHARED_ROUTE, None)  # one trial at a time
+        return _Wish(live, canary, forced, predecessor if forced else None, list(newest.values()))
 
-    def _admit(self, wish: _Wish) -> None:
+    def _admit(self, candidate: Version, wish: _Wish) -> None:
         """The next version on trial; at once live where nothing is."""
-        candidate = wish.candidate
-        assert candidate is not None
         if candidate.route not in wish.routes:
             self._registry.promote(candidate.version, "the first one on its route")
             self._registry.record_metrics(candidate.version, {TRIED: 1})

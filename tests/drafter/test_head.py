@@ -77,7 +77,7 @@ class Recorder(HeadDrafter):
     """Keeps what was known at each proposal, and the proposal."""
 
     def __init__(self, load: Any, width: int = 1) -> None:
-        super().__init__(load, stop_below=0.0, width=width)
+        super().__init__(lambda target: FirstHead(*load(target)), stop_below=0.0, width=width)
         self.seen: list[tuple[list[int], Proposal]] = []
 
     def propose(self, rows: Any) -> list[Proposal | None]:

@@ -139,7 +139,7 @@ async def running(**fields: Any) -> AsyncIterator[tuple[Service, httpx2.AsyncCli
     await service.load()
     transport = httpx2.ASGITransport(app=build_app(service))
     try:
-        async with httpx2.AsyncClient(transport=transport, base_url="http://test", timeout=300) as http:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=300) as http:
             yield service, http
     finally:
         await service.close()

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import queue
+import shutil
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slipstream.drafter.head import layout
+from slipstream.drafter.registry.fingerprint import target_fingerprint
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.states import Version
 from slipstream.drafter.traffic.recompute import Recompute
-from slipstream.drafter.traffic.store import Sample
+from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.drafter.training.checkpoint import Checkpoint
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example
 from slipstream.engine.checkpoint import open_checkpoint
@@ -144,3 +154,164 @@ def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def traffic(target_folder: Path) -> Traffic:
     return Traffic(target_folder)
+
+
+MODULE = "slipstream.drafter.training.worker"
+SECONDS = 600.0
+"""More than anything takes here, on a slow and busy machine too."""
+Report = dict[str, Any]
+MakeSamples = Callable[..., list[Sample]]
+
+
+class Process:
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", MODULE, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        self._reports: queue.Queue[Report] = queue.Queue()
+        self._threads = [threading.Thread(target=self._read, daemon=True)]
+        self.errors = ""
+        self._threads.append(threading.Thread(target=self._read_errors, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def say(self, kind: str, **fields: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"type": kind, **fields}) + "\n")
+
+    def wait_for(self, *states: str, **fields: Any) -> Report:
+        """The next report of one of these states, with these fields."""
+        end = time.monotonic() + SECONDS
+        while (left := end - time.monotonic()) > 0:
+            try:
+                report = self._reports.get(timeout=min(left, 0.2))
+            except queue.Empty:
+                assert self.process.poll() is None, f"the worker ended: {self.errors}"
+                continue
+            if report["state"] in states and all(report.get(name) == value for name, value in fields.items()):
+                return report
+            assert report["state"] != "failed", report
+        raise AssertionError(f"no report of {states}; {self.errors}")
+
+    def reports(self) -> list[Report]:
+        """All that came since."""
+        found = []
+        while not self._reports.empty():
+            found.append(self._reports.get())
+        return found
+
+    def end(self) -> int:
+        """By the end of its input, as when the server ends."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        code = self.process.wait(SECONDS)
+        self._close()
+        return code
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(SECONDS)
+        self._close()
+
+    def _close(self) -> None:
+        for thread in self._threads:
+            thread.join(SECONDS)
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._reports.put(json.loads(line))
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        self.errors = self.process.stderr.read()
+
+
+class Workshop:
+    """A store, a registry, and workers between them."""
+
+    def __init__(self, folder: Path, target: Path) -> None:
+        self.store = TrafficStore(folder / "traffic")
+        self.registry = Registry(folder / "registry")
+        self.fingerprint = target_fingerprint(open_checkpoint(str(target)))
+        self.options = {
+            "model": str(target),
+            "traffic": str(folder / "traffic"),
+            "registry": str(folder / "registry"),
+            "mode": "always",
+            "draft_vocab_size": 64,
+            "first_tokens": 1000,
+            "round_tokens": 20_000,
+            "epochs": 1e6,
+            "rows": 256,
+            "part_rows": 128,
+            "gate_texts": 40,
+            "threads": 1,
+            "learning_rate": 5e-3,
+            "checkpoint_steps": 5,
+        }
+        self.workers: list[Process] = []
+
+    def start(self, **options: Any) -> Process:
+        self.workers.append(Process(self.options | options))
+        return self.workers[-1]
+
+    def checkpoint(self, name: str = "shared") -> dict[str, Any]:
+        end = time.monotonic() + SECONDS
+        while (state := Checkpoint(self.registry.folder / "training" / f"{name}.pt").load()) is None:
+            assert time.monotonic() < end, "no checkpoint"
+            time.sleep(0.01)
+        return state
+
+    def train_first(self, worker: Process) -> Version:
+        """The first version that passes, made live."""
+        number = worker.wait_for("published")["version"]
+        return self.registry.promote(number)
+
+
+@contextlib.contextmanager
+def opened(folder: Path, target: Path) -> Iterator[Workshop]:
+    workshop = Workshop(folder, target)
+    try:
+        yield workshop
+    finally:
+        for worker in workshop.workers:
+            if worker.process.poll() is None:
+                worker.kill()
+        workshop.store.close()
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, target_folder: Path) -> Iterator[Workshop]:
+    with opened(tmp_path, target_folder) as workshop:
+        yield workshop
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, target_folder: Path, traffic: MakeSamples) -> Path:
+    """The folder of a workshop with a live version, a candidate that is better, and a checkpoint after it."""
+    folder = tmp_path_factory.mktemp("trained")
+    with opened(folder, target_folder) as workshop:
+        workshop.store.append(traffic(150))
+        worker = workshop.start()
+        workshop.train_first(worker)
+        worker.wait_for("published")
+        assert worker.end() == 0
+    return folder
+
+
+@pytest.fixture
+def experienced(trained: Path, tmp_path: Path, target_folder: Path) -> Iterator[Workshop]:
+    """A copy of it."""
+    shutil.copytree(trained, tmp_path / "trained")
+    with opened(tmp_path / "trained", target_folder) as workshop:
+        yield workshop

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import queue
 import random
-import shutil
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +13,8 @@ import pytest
 import torch
 
 from slipstream.drafter.head import layout
-from slipstream.drafter.registry.fingerprint import target_fingerprint
 from slipstream.drafter.registry.registry import Registry
-from slipstream.drafter.registry.states import Version
-from slipstream.drafter.traffic.store import Sample, TrafficStore
-from slipstream.drafter.training.checkpoint import Checkpoint
+from slipstream.drafter.traffic.store import Sample
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.models.config import decoder_config
 
@@ -35,161 +25,7 @@ Report = dict[str, Any]
 MakeSamples = Callable[..., list[Sample]]
 
 
-class Process:
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", MODULE, json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-        self._reports: queue.Queue[Report] = queue.Queue()
-        self._threads = [threading.Thread(target=self._read, daemon=True)]
-        self.errors = ""
-        self._threads.append(threading.Thread(target=self._read_errors, daemon=True))
-        for thread in self._threads:
-            thread.start()
-
-    def say(self, kind: str, **fields: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"type": kind, **fields}) + "\n")
-
-    def wait_for(self, *states: str, **fields: Any) -> Report:
-        """The next report of one of these states, with these fields."""
-        end = time.monotonic() + SECONDS
-        while (left := end - time.monotonic()) > 0:
-            try:
-                report = self._reports.get(timeout=min(left, 0.2))
-            except queue.Empty:
-                assert self.process.poll() is None, f"the worker ended: {self.errors}"
-                continue
-            if report["state"] in states and all(report.get(name) == value for name, value in fields.items()):
-                return report
-            assert report["state"] != "failed", report
-        raise AssertionError(f"no report of {states}; {self.errors}")
-
-    def reports(self) -> list[Report]:
-        """All that came since."""
-        found = []
-        while not self._reports.empty():
-            found.append(self._reports.get())
-        return found
-
-    def end(self) -> int:
-        """By the end of its input, as when the server ends."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        code = self.process.wait(SECONDS)
-        self._close()
-        return code
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(SECONDS)
-        self._close()
-
-    def _close(self) -> None:
-        for thread in self._threads:
-            thread.join(SECONDS)
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._reports.put(json.loads(line))
-
-    def _read_errors(self) -> None:
-        assert self.process.stderr is not None
-        self.errors = self.process.stderr.read()
-
-
-class Workshop:
-    """A store, a registry, and workers between them."""
-
-    def __init__(self, folder: Path, target: Path) -> None:
-        self.store = TrafficStore(folder / "traffic")
-        self.registry = Registry(folder / "registry")
-        self.fingerprint = target_fingerprint(open_checkpoint(str(target)))
-        self.options = {
-            "model": str(target),
-            "traffic": str(folder / "traffic"),
-            "registry": str(folder / "registry"),
-            "mode": "always",
-            "draft_vocab_size": 64,
-            "first_tokens": 1000,
-            "round_tokens": 20_000,
-            "epochs": 1e6,
-            "rows": 256,
-            "part_rows": 128,
-            "gate_texts": 40,
-            "threads": 1,
-            "learning_rate": 5e-3,
-            "checkpoint_steps": 5,
-        }
-        self.workers: list[Process] = []
-
-    def start(self, **options: Any) -> Process:
-        self.workers.append(Process(self.options | options))
-        return self.workers[-1]
-
-    def checkpoint(self, name: str = "shared") -> dict[str, Any]:
-        end = time.monotonic() + SECONDS
-        while (state := Checkpoint(self.registry.folder / "training" / f"{name}.pt").load()) is None:
-            assert time.monotonic() < end, "no checkpoint"
-            time.sleep(0.01)
-        return state
-
-    def train_first(self, worker: Process) -> Version:
-        """The first version that passes, made live."""
-        number = worker.wait_for("published")["version"]
-        return self.registry.promote(number)
-
-
-@contextlib.contextmanager
-def opened(folder: Path, target: Path) -> Iterator[Workshop]:
-    workshop = Workshop(folder, target)
-    try:
-        yield workshop
-    finally:
-        for worker in workshop.workers:
-            if worker.process.poll() is None:
-                worker.kill()
-        workshop.store.close()
-
-
-@pytest.fixture
-def workshop(tmp_path: Path, target_folder: Path) -> Iterator[Workshop]:
-    with opened(tmp_path, target_folder) as workshop:
-        yield workshop
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, target_folder: Path, traffic: MakeSamples) -> Path:
-    """The folder of a workshop with a live version, a candidate that is better, and a checkpoint after it."""
-    folder = tmp_path_factory.mktemp("trained")
-    with opened(folder, target_folder) as workshop:
-        workshop.store.append(traffic(150))
-        worker = workshop.start()
-        workshop.train_first(worker)
-        worker.wait_for("published")
-        assert worker.end() == 0
-    return folder
-
-
-@pytest.fixture
-def experienced(trained: Path, tmp_path: Path, target_folder: Path) -> Iterator[Workshop]:
-    """A copy of it."""
-    shutil.copytree(trained, tmp_path / "trained")
-    with opened(tmp_path / "trained", target_folder) as workshop:
-        yield workshop
-
-
-def test_it_learns_publishes_and_goes_on_after_a_kill(workshop: Workshop, traffic: MakeSamples) -> None:
+def test_it_learns_publishes_and_goes_on_after_a_kill(workshop: Any, traffic: MakeSamples) -> None:
     samples = traffic(150)
     workshop.store.append(samples[:10])
     worker = workshop.start()
@@ -226,7 +62,7 @@ def test_it_learns_publishes_and_goes_on_after_a_kill(workshop: Workshop, traffi
     assert workshop.checkpoint()["trainer"]["step"] >= report["step"]
 
 
-def test_it_stops_for_requests_and_goes_on_when_it_is_calm(workshop: Workshop, traffic: MakeSamples) -> None:
+def test_it_stops_for_requests_and_goes_on_when_it_is_calm(workshop: Any, traffic: MakeSamples) -> None:
     workshop.store.append(traffic(120))
     worker = workshop.start(mode="idle", round_tokens=10_000_000, checkpoint_steps=1)
     worker.wait_for("training")
@@ -243,7 +79,7 @@ def test_it_stops_for_requests_and_goes_on_when_it_is_calm(workshop: Workshop, t
     assert worker.end() == 0
 
 
-def test_load_is_nothing_to_a_worker_that_always_trains(workshop: Workshop, traffic: MakeSamples) -> None:
+def test_load_is_nothing_to_a_worker_that_always_trains(workshop: Any, traffic: MakeSamples) -> None:
     workshop.store.append(traffic(120))
     worker = workshop.start()
     worker.say("load", running=32)
@@ -254,13 +90,13 @@ def test_load_is_nothing_to_a_worker_that_always_trains(workshop: Workshop, traf
     assert worker.end() == 0, "a paused worker ends, too"
 
 
-def test_tokens_are_enough(workshop: Workshop, traffic: MakeSamples) -> None:
+def test_tokens_are_enough(workshop: Any, traffic: MakeSamples) -> None:
     workshop.store.append(traffic(120, features=False))
     version = workshop.train_first(workshop.start())
     assert version.manifest.gate["accept_length"] > 1.2
 
 
-def test_a_route_gets_a_head_of_its_own(workshop: Workshop, traffic: MakeSamples) -> None:
+def test_a_route_gets_a_head_of_its_own(workshop: Any, traffic: MakeSamples) -> None:
     other = [replace(sample, domain="code/py") for sample in traffic(120, seed=1)]
     workshop.store.append(other)
     worker = workshop.start(routes=["", "domain:code/py"], first_tokens=3000)
@@ -273,7 +109,7 @@ def test_a_route_gets_a_head_of_its_own(workshop: Workshop, traffic: MakeSamples
     assert workshop.checkpoint("shared")["trainer"]["step"] > 0
 
 
-def test_a_bad_candidate_is_refused_and_a_good_one_is_not(experienced: Workshop) -> None:
+def test_a_bad_candidate_is_refused_and_a_good_one_is_not(experienced: Any) -> None:
     workshop = experienced
     good, better = workshop.registry.list()[:2]
     for version in workshop.registry.list():
@@ -305,7 +141,7 @@ def test_a_bad_candidate_is_refused_and_a_good_one_is_not(experienced: Workshop)
     assert live is not None and live.version == good.version
 
 
-def test_nothing_is_trained_while_a_version_is_on_trial(experienced: Workshop) -> None:
+def test_nothing_is_trained_while_a_version_is_on_trial(experienced: Any) -> None:
     workshop = experienced
     second = workshop.registry.list()[-1].version
     learned = workshop.checkpoint()["trainer"]["step"]
@@ -321,7 +157,7 @@ def test_nothing_is_trained_while_a_version_is_on_trial(experienced: Workshop) -
     assert waiting.end() == 0
 
 
-def test_training_ends_where_the_traffic_is_learned(workshop: Workshop, traffic: MakeSamples) -> None:
+def test_training_ends_where_the_traffic_is_learned(workshop: Any, traffic: MakeSamples) -> None:
     workshop.store.append(traffic(60))
     worker = workshop.start(epochs=3.0, round_tokens=2000)
     worker.wait_for("published", "refused")
@@ -338,7 +174,7 @@ def test_training_ends_where_the_traffic_is_learned(workshop: Workshop, traffic:
     assert again.end() == 0
 
 
-def test_told_to_finish_it_judges_what_it_has(workshop: Workshop, traffic: MakeSamples) -> None:
+def test_told_to_finish_it_judges_what_it_has(workshop: Any, traffic: MakeSamples) -> None:
     workshop.store.append(traffic(150))
     worker = workshop.start(round_tokens=10_000_000)
     while worker.wait_for("training")["tokens"] < 4000:
@@ -351,7 +187,7 @@ def test_told_to_finish_it_judges_what_it_has(workshop: Workshop, traffic: MakeS
 
 
 def test_beside_a_live_head_that_it_cannot_train_on_it_waits_for_another(
-    workshop: Workshop, traffic: MakeSamples, target_folder: Path
+    workshop: Any, traffic: MakeSamples, target_folder: Path
 ) -> None:
     target = decoder_config(open_checkpoint(str(target_folder)).config)
     good = layout.config_for(target, 64)
@@ -373,7 +209,7 @@ def test_beside_a_live_head_that_it_cannot_train_on_it_waits_for_another(
     assert worker.end() == 0
 
 
-def test_what_cannot_work_is_said(workshop: Workshop, tmp_path: Path) -> None:
+def test_what_cannot_work_is_said(workshop: Any, tmp_path: Path) -> None:
     worker = workshop.start(model=str(tmp_path / "nowhere"))
     assert worker.process.wait(SECONDS) == 2
     worker.kill()
@@ -382,7 +218,7 @@ def test_what_cannot_work_is_said(workshop: Workshop, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_a_hundred_moments(workshop: Workshop, traffic: MakeSamples) -> None:
+def test_killed_at_a_hundred_moments(workshop: Any, traffic: MakeSamples) -> None:
     """Whatever the moment: the registry is readable, its versions whole, and training goes on."""
     workshop.store.append(traffic(150))
     rng = random.Random(0)

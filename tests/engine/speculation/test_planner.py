@@ -25,7 +25,7 @@ class Loop:
         cost = StepCost()
         cost.calibrate([(StepWork(n), STEP_SECONDS) for n in (1, 2, 4, 8, 16)], [])
         self.kv = KVManager(1000, 16, prefix_caching=False)
-        self.planner = GuessPlanner(EngineConfig(), 10_000, self.kv, cost)
+        self.planner = GuessPlanner(EngineConfig(), 10_000, 10_000, self.kv, cost)
         self.request = Request(
             NewRequest(request_id=1, prompt=[1, 2, 3], params=SamplingParams(max_tokens=9000)), 0.0, b""
         )
