@@ -46,6 +46,7 @@ def test_a_metric_that_one_side_does_not_have_is_left_out():
 @pytest.fixture(autouse=True)
 def quick_settling(monkeypatch):
     monkeypatch.setattr("slipstream.loadtest.compare.QUIET_SAMPLE_SECONDS", 0.05)
+    monkeypatch.setattr("slipstream.loadtest.compare.QUIET_SECONDS", 0.1)
 
 
 async def test_both_servers_get_the_same_prompts_in_the_order_a_b_b_a(serve, monkeypatch):

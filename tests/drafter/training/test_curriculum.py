@@ -99,7 +99,7 @@ def test_long_texts_are_drawn_more_often(store: TrafficStore) -> None:
 def test_the_reservoir_is_an_even_sample_of_all_that_came(even: TrafficStore) -> None:
     kept: Counter[int] = Counter()
     all_of_them = trainable(even)
-    seeds, size = 30, 60
+    seeds, size = 10, 60
     for seed in range(seeds):
         curriculum = Curriculum(even, prepare, mix=Mix(recent=10, reservoir=size), seed=seed)
         curriculum.refresh()
