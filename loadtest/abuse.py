@@ -228,12 +228,13 @@ async def abuse(
 
     address = urlsplit(url)
     host, port = address.hostname or "127.0.0.1", address.port or 80
+    bodies = make_bodies(options)  # takes seconds, in which nobody here would listen to the stream
     watch = Watch(target)
     async with watch.running():
         calm = Stops("nothing")
         await _observe(watch, calm, asyncio.sleep(CALM_S))
         note(calm)
-        for body in make_bodies(options):
+        for body in bodies:
             stops = Stops(body.kind, len(body.data))
             began = perf_counter()
             await _observe(watch, stops, asyncio.to_thread(_post, host, port, key, body))
