@@ -154,3 +154,9 @@ def test_a_route_of_its_own(server: Any, registry: Registry, add: Callable[..., 
     assert json.loads(reply)["metrics"]["speculative_decoding"]["drafter_versions"] == [own.version]
     # The shared one is pinned, which holds up no other route.
     assert registry.get(waiting.version).state == "candidate"
+    # Nor does its trial.
+    registry.unpin(first.version)
+    server.wait_until(lambda: registry.get(waiting.version).state == "canary")
+    other = add(good, gate=PASSED, route="domain:hills")
+    server.wait_until(lambda: registry.get(other.version).state == "live")
+    assert registry.get(waiting.version).state == "canary"
