@@ -7,7 +7,7 @@ import asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slipstream.server.errors import TimedOutError
-from slipstream.server.gate import is_admin
+from slipstream.server.gate import is_admin, send_error
 
 DEADLINE = "slipstream.deadline"
 """The scope's key for the asyncio.Timeout of the request. A stream takes it over."""
@@ -40,8 +40,4 @@ class Deadline:
         except TimeoutError:
             if not limit.expired() or started:
                 raise
-            error = TimedOutError("the request took longer than --request-timeout-s allows")
-            body = error.body()
-            headers = [*error.headers(), (b"content-length", str(len(body)).encode())]
-            await send({"type": "http.response.start", "status": error.status, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
+            await send_error(send, TimedOutError("the request took longer than --request-timeout-s allows"))

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from slipstream.server.deadline import DEADLINE
 from slipstream.server.errors import ApiError, TimedOutError
+from slipstream.server.gate import send_error
 from slipstream.server.generation import Generation, Piece, Sequence
 from slipstream.server.service import Service
 
@@ -98,13 +99,10 @@ class GenerationResponse(Response):
         await send_in_pieces(send, body)
 
     async def _send_error(self, send: Send, error: ApiError) -> None:
-        body = error.body()
         if self._started:
-            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n" + DONE})
+            await send({"type": "http.response.body", "body": b"data: " + error.body() + b"\n\n" + DONE})
         else:
-            headers = [*error.headers(), (b"content-length", str(len(body)).encode())]
-            await send({"type": "http.response.start", "status": error.status, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
+            await send_error(send, error)
 
 
 class LargeResponse(Response):
