@@ -18,7 +18,7 @@ run: install
 	@exec $(VENV)/bin/slipstream serve --port $(PORT) $(ARGS)
 
 test: install-dev
-	$(VENV)/bin/pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: install-dev
 	$(VENV)/bin/pytest -m "(slow or hypothesis) and not gpu" --hypothesis-profile=anew

@@ -8,19 +8,21 @@ from typing import Any
 import pytest
 import torch
 
+from slipstream.engine import process
 from slipstream.engine.checkpoint.checkpoint import locate, open_checkpoint
+from slipstream.engine.models import loader
 from slipstream.loadtest.dataset import ShareGPT
 from slipstream.server.text import ChatTemplate, load_tokenizer
 
 
 @pytest.fixture(scope="session")
-def real_prompts() -> Callable[[int], list[list[int]]]:
-    """The first questions of real conversations as chat prompts in token ids, at most 400 tokens each."""
+def real_prompts() -> Callable[..., list[list[int]]]:
+    """The first questions of real conversations as chat prompts in token ids, at most ``longest`` tokens each."""
     tokenizer = load_tokenizer(locate("default"))
     assert tokenizer.chat_template is not None
     template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
 
-    def prompts(count: int) -> list[list[int]]:
+    def prompts(count: int, longest: int = 400) -> list[list[int]]:
         found: list[list[int]] = []
         with ShareGPT() as dataset:
             for _, conversation in dataset.conversations():
@@ -29,7 +31,7 @@ def real_prompts() -> Callable[[int], list[list[int]]]:
                     continue
                 text = template.render([{"role": "user", "content": question}], add_generation_prompt=True)
                 tokens = tokenizer.encode(text, add_special_tokens=False)
-                if len(tokens) <= 400:
+                if len(tokens) <= longest:
                     found.append(tokens)
                 if len(found) == count:
                     break
@@ -51,3 +53,23 @@ def reference_model() -> Any:
     tensors = {name: tensor.float() for name, tensor in checkpoint.tensors()}
     config = AutoConfig.for_model(**checkpoint.config)
     return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[Any, Any]:
+    return {}
+
+
+@pytest.fixture
+def quick_engines(built: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of one module that differ in how work is cut: one model for all of them, and hardly any calibration."""
+    build = loader.build_model
+
+    def build_once(checkpoint: Any, config: Any, dtype: Any, device: Any, max_model_len: int) -> Any:
+        key = config.model, dtype, config.deterministic, config.kernels, max_model_len
+        if key not in built:
+            built[key] = build(checkpoint, config, dtype, device, max_model_len)
+        return built[key]
+
+    monkeypatch.setattr(loader, "build_model", build_once)
+    monkeypatch.setattr(process, "PROFILE_TOKENS", (1, 16))

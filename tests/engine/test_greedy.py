@@ -14,23 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from slipstream.engine import process
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.testing import Completion, LocalEngine
 from slipstream.kernels.native import library
 
-Prompts = Callable[[int], list[list[int]]]
+Prompts = Callable[..., list[list[int]]]
 GAP = 1e-4
 CONFIG = EngineConfig(dtype="float32", max_model_len=1024, kv_cache_memory="256MiB")
 
-pytestmark = pytest.mark.skipif(library.load() is None, reason="needs row results that do not depend on the batch")
-
-
-@pytest.fixture(autouse=True)
-def _short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What steps cost decides how work is cut, not what comes out; here the tests cut it."""
-    monkeypatch.setattr(process, "PROFILE_TOKENS", (1, 16))
+pytestmark = [
+    pytest.mark.usefixtures("quick_engines"),
+    pytest.mark.skipif(library.load() is None, reason="needs row results that do not depend on the batch"),
+]
 
 
 def run(prompts: list[list[int]], length: int, rounds: int = 1, **options: Any) -> list[Completion]:
@@ -82,7 +78,7 @@ def assert_greedy(reference: Any, prompts: list[list[int]], outputs: list[list[i
 
 
 def test_greedy_equals_transformers(real_prompts: Prompts, reference_model: Any) -> None:
-    check_every_way(real_prompts(6), 24, reference_model)
+    check_every_way(real_prompts(5, longest=100), 20, reference_model)
 
 
 @pytest.mark.slow
@@ -91,7 +87,7 @@ def test_greedy_equals_transformers_on_fifty_prompts(real_prompts: Prompts, refe
 
 
 def test_the_replay_notices_a_wrong_token(real_prompts: Prompts, reference_model: Any) -> None:
-    prompts = real_prompts(1)
+    prompts = real_prompts(1, longest=100)
     output = tokens(run(prompts, 8))[0]
     output[4] = (output[4] + 1) % 49152
     with pytest.raises(AssertionError, match="below the most likely"):

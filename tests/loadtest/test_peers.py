@@ -16,8 +16,15 @@ from slipstream.loadtest.peers import PeerOptions, peer
 
 # Takes the options of `vllm serve`, starts a helper process as vLLM does, and writes down what it was given.
 PROGRAM = """#!{python}
-import http.server, json, os, pathlib, subprocess, sys
+import http.server, json, os, pathlib, signal, subprocess, sys
 here = pathlib.Path(sys.argv[0]).parent
+
+def interrupted(*_):
+    # KeyboardInterrupt would be lost if it came while Python ends a thread of a request.
+    (here / "interrupted").touch()
+    os._exit(0)
+
+signal.signal(signal.SIGINT, interrupted)
 deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
 helper = subprocess.Popen([sys.executable, "-c", deaf])
 (here / "seen.json").write_text(json.dumps({{"argv": sys.argv[1:], "env": dict(os.environ), "helper": helper.pid}}))
@@ -32,10 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 port = int(sys.argv[sys.argv.index("--port") + 1])
-try:
-    http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-except KeyboardInterrupt:
-    (here / "interrupted").touch()
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 

@@ -49,10 +49,11 @@ def run(
     return [completion.tokens for completion in done], right
 
 
+@pytest.mark.usefixtures("quick_engines")
 @pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
-def test_greedy_output_does_not_depend_on_trees(real_prompts: Callable[[int], list[list[int]]]) -> None:
+def test_greedy_output_does_not_depend_on_trees(real_prompts: Callable[..., list[list[int]]]) -> None:
     """A short form of what follows."""
-    prompts = real_prompts(4)
+    prompts = real_prompts(4, longest=100)
     expected, _ = run(prompts, "bfloat16", "off", 4, length=40)
     answers = {tuple(prompt): tokens for prompt, tokens in zip(prompts, expected, strict=True)}
     tokens, right = run(prompts, "bfloat16", "auto", 4, TreeOracleDrafter(answers, 0.9, VOCAB), 3, 40)
@@ -62,7 +63,7 @@ def test_greedy_output_does_not_depend_on_trees(real_prompts: Callable[[int], li
 
 
 @pytest.fixture(scope="module")
-def plain(real_prompts: Callable[[int], list[list[int]]]) -> Callable[[str], tuple[list[list[int]], list[list[int]]]]:
+def plain(real_prompts: Callable[..., list[list[int]]]) -> Callable[[str], tuple[list[list[int]], list[list[int]]]]:
     """100 prompts and their answers without speculation, 16 at once, by data type."""
 
     @cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,12 +38,12 @@ def bad(good: Head) -> Head:
     return config, {name: shuffle(t) if t.ndim == 2 and name != warm.OUTPUT else t for name, t in tensors.items()}
 
 
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "registry")
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    return Registry(tmp_path_factory.mktemp("registry"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def add(registry: Registry) -> Callable[..., Version]:
     fingerprint = served_fingerprint(EngineConfig())
 
@@ -54,19 +53,33 @@ def add(registry: Registry) -> Callable[..., Version]:
     return add
 
 
+@pytest.fixture(scope="module")
+def server(registry: Registry, start_server: Callable[..., Any]) -> Any:
+    return start_server(
+        *("--registry", str(registry.folder), "--drafter", "warm", "--speculation", "head"),
+        *("--speculation-policy", "fixed", "--max-draft-tokens", "3"),
+        *("--canary-share", "0.5", "--canary-requests", "20"),
+    ).wait_until_ready()
+
+
 @pytest.fixture
-def server(registry: Registry, tmp_path: Path, start_server: Callable[..., Any]) -> Iterator[Any]:
-    made = start_server(
-        *("--registry", str(tmp_path / "registry"), "--drafter", "warm", "--speculation", "head"),
-        *("--canary-share", "0.5", "--canary-requests", "40", "--max-draft-tokens", "3"),
-    )
-    yield made.wait_until_ready()
-    made.stop()
+def first(server: Any, registry: Registry) -> Iterator[Version]:
+    """The live version, loaded, and nothing beside it when the test has ended."""
+    found = registry.live()
+    assert found is not None
+    server.wait_until(lambda: server.routes() == {"": found.version})
+    yield found
+    for version in registry.list():
+        if version.version != getattr(registry.live(), "version", None):
+            if version.state in ("live", "canary"):
+                registry.roll_back(version.route, "the test has ended", version=version.version)
+            elif version.state == "candidate":
+                registry.retire(version.version)
 
 
 def ask(server: Any, number: int) -> tuple[str, list[int]]:
     """A greedy answer and the drafter versions that took part."""
-    reply = server.chat(f"Tell me {number} facts about rivers.", max_tokens=40, return_metrics=True)
+    reply = server.chat(f"Tell me {number} facts about rivers.", max_tokens=12, return_metrics=True)
     return reply["choices"][0]["message"]["content"], reply["metrics"]["speculative_decoding"]["drafter_versions"]
 
 
@@ -81,72 +94,62 @@ def ask_until(server: Any, condition: Callable[[], bool], most: int) -> int:
     return most
 
 
-def loaded(server: Any) -> dict[str, int]:
-    lines = server.get("/metrics")[1].splitlines()
-    gauges = [line for line in lines if line.startswith("slipstream:drafter_version{")]
-    return {line.split('route="')[1].split('"')[0]: int(float(line.split()[-1])) for line in gauges}
-
-
 def test_a_version_proves_itself_or_goes(
-    server: Any, registry: Registry, add: Callable[..., Version], good: Head, bad: Head
+    server: Any, registry: Registry, add: Callable[..., Version], first: Version, good: Head, bad: Head
 ) -> None:
-    first = registry.live()
-    assert first is not None and first.manifest.origin == "shipped"
-    server.wait_until(lambda: loaded(server) == {"": first.version})
+    assert first.manifest.origin == "shipped"
     expected, versions = ask(server, 0)
     assert versions == [first.version]
 
     # Bad, but past the gate: on trial, and out again.
     worse = add(bad, gate=PASSED, parent=first.version)
-    server.wait_until(lambda: loaded(server) == {"": first.version, "canary": worse.version})
+    server.wait_until(lambda: server.routes() == {"": first.version, "canary": worse.version})
     assert ask(server, 0)[0] == expected
-    ask_until(server, lambda: registry.get(worse.version).state == "rolled-back", 320)
-    server.wait_until(lambda: loaded(server) == {"": first.version})
+    ask_until(server, lambda: registry.get(worse.version).state == "rolled-back", 160)
+    server.wait_until(lambda: server.routes() == {"": first.version})
     assert registry.live() == registry.get(first.version)
 
     # As good as the live one: on trial, and live. By design one in twenty is unlucky, so there are three of them.
     for _ in range(3):
         equal = add(good, gate=PASSED, parent=first.version)
-        server.wait_until(lambda number=equal.version: loaded(server) == {"": first.version, "canary": number})
-        ask_until(server, lambda number=equal.version: registry.get(number).state != "canary", 320)
+        server.wait_until(lambda number=equal.version: server.routes() == {"": first.version, "canary": number})
+        ask_until(server, lambda number=equal.version: registry.get(number).state != "canary", 160)
         if registry.get(equal.version).state == "live":
             break
-    server.wait_until(lambda: loaded(server) == {"": equal.version})
+    server.wait_until(lambda: server.routes() == {"": equal.version})
     assert registry.get(first.version).state == "retired"
 
     # Bad, and made live by force: its predecessor comes back.
     forced = add(bad, parent=equal.version)
     registry.promote(forced.version, "by force")
-    server.wait_until(lambda: loaded(server) == {"": forced.version, "canary": equal.version})
+    server.wait_until(lambda: server.routes() == {"": forced.version, "canary": equal.version})
     assert ask(server, 0)[0] == expected
-    ask_until(server, lambda: registry.get(forced.version).state == "rolled-back", 320)
-    server.wait_until(lambda: loaded(server) == {"": equal.version})
+    ask_until(server, lambda: registry.get(forced.version).state == "rolled-back", 160)
+    server.wait_until(lambda: server.routes() == {"": equal.version})
     assert [event.action for event in registry.history(forced.version)][-1] == "rolled back"
 
 
 def test_what_the_engine_refuses_is_taken_back(
-    server: Any, registry: Registry, add: Callable[..., Version], good: Head
+    server: Any, registry: Registry, add: Callable[..., Version], first: Version, good: Head
 ) -> None:
-    first = registry.live()
-    assert first is not None
     for spoil in ("truncated", "foreign"):
         version = add(good, gate=PASSED, **({"target": "sha256:other"} if spoil == "foreign" else {}))
         if spoil == "truncated":
             weights = registry.path(version.version) / "weights.safetensors"
             weights.write_bytes(weights.read_bytes()[:1000])
         server.wait_until(lambda version=version: registry.get(version.version).state == "rolled-back")  # type: ignore[misc]
-        assert loaded(server) == {"": first.version}
+        assert server.routes() == {"": first.version}
         assert ask(server, 1)[1] == [first.version]
     assert "refused" in registry.history(version.version)[-1].reason
 
 
-def test_a_route_of_its_own(server: Any, registry: Registry, add: Callable[..., Version], good: Head) -> None:
-    first = registry.live()
-    assert first is not None
+def test_a_route_of_its_own(
+    server: Any, registry: Registry, add: Callable[..., Version], first: Version, good: Head
+) -> None:
     registry.pin(first.version)
     own = add(good, gate=PASSED, route="domain:rivers")
     waiting = add(good, gate=PASSED, parent=first.version)
-    server.wait_until(lambda: loaded(server) == {"": first.version, "domain:rivers": own.version})
+    server.wait_until(lambda: server.routes() == {"": first.version, "domain:rivers": own.version})
     body = {"prompt": "Once upon a time", "max_tokens": 20, "temperature": 0, "return_metrics": True}
     headers = {"content-type": "application/json", "x-slipstream-domain": "rivers"}
     status, _, reply = server.request("POST", "/v1/completions", json.dumps(body).encode(), headers)
