@@ -102,9 +102,10 @@ def _serving_head(config: EngineConfig, folder: Path, target: DecoderConfig) -> 
             return replace(_cold_head(config, target), version=0)
         for version in versions:
             try:
-                head, tensors = _read_head(config, registry.path(version), target)
+                path = registry.path(version)
+                head, tensors = _read_head(config, path, target)
                 layout.check_target(head, target)
-                return FirstHead(head, tensors, version)
+                return FirstHead(head, tensors, version, str(path))
             except ModelError as error:
                 logger.error("drafter version %d cannot serve, so another one is looked for: %s", version, error)
     except ModelError as error:

@@ -1,28 +1,37 @@
-"""Work beside the steps: prepared in a thread of the lowest priority, carried out between two steps."""
+"""Work beside the steps: prepared in a thread that gets a slice of time after every step, carried out between two.
+
+While there are steps, the thread runs when their loop waits for it, and at no other time: it takes neither a core nor
+the interpreter from a step, and no busy thread keeps it from its share. A slice is a part of what the last step took, a
+tenth at first; the part doubles with every DOUBLING_S that the work has taken, up to as much as the step. So what is
+late or large gets half of the time in the end, and never more.
+"""
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from slipstream.engine.errors import SupersededError
+
 Land = Callable[[], Any]
 Prepare = Callable[[], Land]
 """Runs in the thread; what it returns runs between two steps, and its result is the job's."""
-SWITCH_SECONDS = 0.0005
-SHARE_SECONDS = 0.0003
-"""Of the processor during one step: on two cores that both compute, a step is longer by what it loses to others."""
+FIRST_SHARE = 0.1
+DOUBLING_S = 0.5
+FULL_AFTER = 4
+"""Doublings after which a slice is as long as a step."""
+SWITCH_S = 0.0005
 _current = threading.local()
 
 
 def breathe() -> None:
-    """To be called between small pieces of long work: in the background it waits for the next step if it had its share.
+    """To be called between pieces of long work, of less than a millisecond: in the background it waits for the next
+    step if the work had its share, and ends it if nobody needs it any more.
 
     Elsewhere, and while there are no steps to hold up, it does nothing.
     """
@@ -31,73 +40,141 @@ def breathe() -> None:
         background.breathe()
 
 
-@dataclass(slots=True)
+class _Unneeded(BaseException):
+    """Raised in the work itself, which must not take it for an error of its own."""
+
+
+@dataclass(slots=True, eq=False)
 class _Job:
     prepare: Prepare
+    key: Hashable
+    since: float
     done: Future[Any] = field(default_factory=Future)
+    prepared: Future[Land] | None = None
+    """Once it is its turn."""
+    unneeded: bool = False
 
 
 class Background:
-    """One job after the other, in the order of their arrival: the next is prepared when the one before has landed."""
+    """One job after the other, in the order of their arrival; of those with the same key only the latest.
 
-    def __init__(self) -> None:
-        # Begins with the first job: an engine that never has one neither waits for a thread of the lowest priority to
-        # begin nor, when it closes, for it to end, which takes seconds where other processes want every core.
+    All methods but ``breathe`` are for the thread of the steps.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        # Begins with the first job: an engine that never has one needs no thread.
         self._thread = ThreadPoolExecutor(1, "background", initializer=self._begin)
+        self._clock = clock
+        self._jobs: list[_Job] = []
+        """The first one is being prepared."""
+        self._resumed = clock()
+        """When the steps went on after ``poll``."""
+        self._is_busy = False
         self._begun = threading.Event()
-        self._waiting: deque[_Job] = deque()
-        self._prepared: Future[Land] | None = None
-        self._next_step = threading.Event()
-        self._is_busy, self._since = False, 0.0
-        # The thread of the steps gets the interpreter at once when it wants it; 5 ms later is Python's default.
-        sys.setswitchinterval(SWITCH_SECONDS)
+        self._turn = threading.Condition()
+        """Guards what follows: whether it is the thread's turn, and until when."""
+        self._has_turn, self._until = False, 0.0
+        # A piece may still be under way when its slice is over. The thread of the steps gets the interpreter soon when
+        # it wants it; 5 ms later is Python's default.
+        sys.setswitchinterval(SWITCH_S)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting)
+        return bool(self._jobs)
 
-    def start(self, prepare: Prepare) -> Future[Any]:
-        """The future gets its result in ``poll``, or the exception that either part raised."""
-        job = _Job(prepare)
-        self._waiting.append(job)
+    def start(self, prepare: Prepare, key: Hashable = None) -> Future[Any]:
+        """The future gets its result in ``poll``, or the exception that either part raised.
+
+        Jobs of the same key that have not landed end with SupersededError; this one is as late as the first of them, so
+        that decisions that come ever so fast cannot keep one another from taking effect.
+        """
+        since = min([self._clock(), *(job.since for job in self._jobs if key is not None and job.key == key)])
+        if key is not None:
+            self.supersede(key)
+        job = _Job(prepare, key, since)
+        self._jobs.append(job)
         self._prepare_next()
         return job.done
 
+    def supersede(self, key: Hashable) -> bool:
+        """What is to be done now makes the jobs of this key superfluous; whether there were any."""
+        superseded = [job for job in self._jobs if job.key == key]
+        self._jobs = [job for job in self._jobs if job.key != key]
+        for job in superseded:
+            job.unneeded = True
+            job.done.set_exception(SupersededError(f"a later decision about {key!r} came before this one took effect"))
+        self._prepare_next()
+        return bool(superseded)
+
     def poll(self, is_busy: bool = False) -> None:
         """Carries out what is ready; called between two steps, ``is_busy`` if another one follows now."""
-        if self._prepared is None:
-            return
-        self._is_busy = is_busy
-        self._next_step.set()
-        if not self._prepared.done():
-            return
-        job, prepared = self._waiting.popleft(), self._prepared
-        self._prepared = None
-        try:
-            job.done.set_result(prepared.result()())
-        except Exception as error:
-            job.done.set_exception(error)
-        self._prepare_next()
+        step = self._clock() - self._resumed if self._is_busy else 0.0
+        if is_busy != self._is_busy:
+            with self._turn:
+                self._is_busy = is_busy
+                self._turn.notify_all()
+        if is_busy and self._jobs:
+            self._grant(self._jobs[0], step)
+        while self._jobs and (prepared := self._jobs[0].prepared) is not None and prepared.done():
+            self._land(self._jobs.pop(0), prepared)
+            self._prepare_next()
+        self._resumed = self._clock()
 
     def close(self) -> None:
-        """Waits for what is being prepared and forgets it."""
-        self._is_busy = False
-        self._next_step.set()
+        """Forgets what is being prepared."""
+        for job in self._jobs:
+            job.unneeded = True
+        with self._turn:
+            self._is_busy = False
+            self._turn.notify_all()
         self._thread.shutdown(cancel_futures=True)
 
     def breathe(self) -> None:
         """See the function; for the thread itself."""
-        if self._is_busy and time.thread_time() - self._since >= SHARE_SECONDS:
-            self._next_step.clear()
-            if self._is_busy:
-                self._next_step.wait()
-            self._since = time.thread_time()
+        if self._is_busy and self._clock() >= self._until:
+            with self._turn:
+                self._has_turn = False
+                self._turn.notify_all()
+                self._turn.wait_for(lambda: self._has_turn or not self._is_busy)
+        if _current.job.unneeded:
+            raise _Unneeded
+
+    def _grant(self, job: _Job, step: float) -> None:
+        """Lets the thread run for its share of a step's seconds, and waits for it no longer than that."""
+        now = self._clock()
+        share = FIRST_SHARE * 2 ** min((now - job.since) / DOUBLING_S, FULL_AFTER)
+        seconds = min(share, 1.0) * step
+        with self._turn:
+            self._until, self._has_turn = now + seconds, True
+            self._turn.notify_all()
+            self._wait(seconds)
+
+    def _wait(self, seconds: float) -> None:
+        """Until the thread has used its turn or has nothing more to do."""
+        self._turn.wait_for(lambda: not self._has_turn, seconds)
+
+    def _land(self, job: _Job, prepared: Future[Land]) -> None:
+        try:
+            job.done.set_result(prepared.result()())
+        except Exception as error:
+            job.done.set_exception(error)
 
     def _prepare_next(self) -> None:
-        if self._waiting and self._prepared is None:
-            self._prepared = self._thread.submit(self._waiting[0].prepare)
+        if self._jobs and self._jobs[0].prepared is None:
+            self._jobs[0].prepared = self._thread.submit(self._prepare, self._jobs[0])
             if not self._begun.is_set():
                 self._let_begin()
+
+    def _prepare(self, job: _Job) -> Land:
+        """In the thread."""
+        _current.job = job
+        try:
+            self.breathe()
+            return job.prepare()
+        finally:
+            with self._turn:
+                self._has_turn, self._until = False, 0.0  # the next job waits for a turn of its own
+                self._turn.notify_all()
 
     def _let_begin(self) -> None:
         import torch  # not above: breathe is also for tools that have no other need of it
@@ -115,6 +192,3 @@ class Background:
         torch.get_num_threads()
         torch.set_num_threads(1)
         self._begun.set()
-        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-            # Gives way at once to any thread that wakes up, which one that is merely nice does only after its slice.
-            os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))

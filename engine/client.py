@@ -21,7 +21,7 @@ import msgspec
 
 from slipstream.engine import child
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.errors import EngineDiedError, MisfitError, ModelError, SlipstreamError
+from slipstream.engine.errors import EngineDiedError, MisfitError, ModelError, SlipstreamError, SupersededError
 from slipstream.engine.messages import (
     AbortRequests,
     Call,
@@ -62,7 +62,12 @@ def merged(deltas: list[TokenDelta]) -> TokenDelta:
     )
 
 
-ERRORS = {"failed": SlipstreamError, "refused": ModelError, "misfit": MisfitError}
+ERRORS = {
+    "failed": SlipstreamError,
+    "refused": ModelError,
+    "misfit": MisfitError,
+    "superseded": SupersededError,
+}
 """What the kinds of a CallReply are raised as."""
 
 
@@ -220,6 +225,7 @@ class EngineClient:
 
         Raises:
             ModelError: the engine refuses what was asked for, and would again.
+            SupersededError: something else was asked for before it was done.
             SlipstreamError: the operation failed; serving goes on.
             EngineDiedError: the engine process is gone.
         """

@@ -3,6 +3,7 @@
 SlipstreamError
 ├── ModelError        a model cannot be loaded or served; the user can mend it
 │   └── MisfitError       … and is not damaged: it is for another model, or of a newer version of Slipstream
+├── SupersededError   a later decision came before this one took effect
 ├── ConfigError       an option is wrong; the user can mend it
 └── EngineDiedError   the engine process is gone
     └── EngineLostError   … and is not started again; requests cannot be served any more
@@ -19,6 +20,10 @@ class ModelError(SlipstreamError):
 
 class MisfitError(ModelError):
     """A model file is sound, but not for what it would be used with here."""
+
+
+class SupersededError(SlipstreamError):
+    """What was decided is not done any more, because something else was decided since."""
 
 
 class ConfigError(SlipstreamError):

@@ -236,8 +236,10 @@ class CallReply(msgspec.Struct, frozen=True, array_like=True, tag="reply"):
     call_id: int
     result: Any = None
     error: str | None = None
-    kind: Literal["failed", "refused", "misfit"] = "failed"
-    """Refused: a verdict on what was asked for, which would be the same again. Misfit: refused, but not damaged."""
+    kind: Literal["failed", "refused", "misfit", "superseded"] = "failed"
+    """Refused: a verdict on what was asked for, which would be the same again. Misfit: refused, but not damaged.
+    Superseded: something else was asked for before it was done.
+    """
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="ready"):

@@ -21,7 +21,7 @@ import msgspec
 from slipstream.engine.background import Background
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import EngineCore
-from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SlipstreamError
+from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SlipstreamError, SupersededError
 from slipstream.engine.messages import (
     AbortRequests,
     Call,
@@ -161,28 +161,42 @@ def _step_cost(engine: Engine) -> dict[str, float]:
 
 
 def _swap_drafter(engine: Engine, version: int, route: str, path: str) -> Future[dict[str, Any]]:
-    """Loads the version in this folder and lets it draft for a route; the reply says what it took."""
+    """Lets the version in this folder draft for a route, at once if it is still in memory; the reply says what it took.
+
+    The latest decision about a route counts: what was to be done before and is not done yet fails with SupersededError.
+    """
     speculator = engine.runner.speculator
+    asked = time.perf_counter()
+
+    def report(swap: Callable[[], Any], prepare_seconds: float) -> dict[str, Any]:
+        began = time.perf_counter()
+        swap()
+        pause = time.perf_counter() - began
+        return {"version": version, "route": route, "prepare_seconds": prepare_seconds, "pause_seconds": pause}
 
     def prepare() -> Callable[[], dict[str, Any]]:
-        began = time.perf_counter()
         swap = speculator.prepare_swap(route, version, path)
-        prepared = time.perf_counter() - began
+        return lambda: report(swap, time.perf_counter() - asked)
 
-        def land() -> dict[str, Any]:
-            began = time.perf_counter()
-            swap()
-            pause = time.perf_counter() - began
-            return {"version": version, "route": route, "prepare_seconds": prepared, "pause_seconds": pause}
-
-        return land
-
-    return engine.background.start(prepare)
+    if speculator.swap_loaded(route, version, path):
+        engine.background.supersede(route)
+        return _done(report(lambda: None, time.perf_counter() - asked))
+    return engine.background.start(prepare, route)
 
 
 def _drop_drafter(engine: Engine, route: str) -> Future[None]:
-    """After the swaps before it."""
-    return engine.background.start(lambda: lambda: engine.runner.speculator.drop(route))
+    """Requests of this route use the shared version from now on; without one, no learned drafter."""
+    was_coming = engine.background.supersede(route)
+    if not was_coming or route in engine.runner.speculator.learned_routes:
+        engine.runner.speculator.drop(route)
+    return _done(None)
+
+
+def _done(result: Any) -> Future[Any]:
+    """Of what changed the drafters at once: the reply comes after the statistics that show it."""
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -327,8 +341,10 @@ def _reply(call: Call, done: Future[Any]) -> CallReply:
 def _failure(call: Call, error: BaseException) -> CallReply:
     """Whatever goes wrong with an operation, serving goes on."""
     if isinstance(error, SlipstreamError):
-        kind: Literal["failed", "refused", "misfit"] = "failed"
-        if isinstance(error, ModelError | ConfigError):
+        kind: Literal["failed", "refused", "misfit", "superseded"] = "failed"
+        if isinstance(error, SupersededError):
+            kind = "superseded"
+        elif isinstance(error, ModelError | ConfigError):
             kind = "misfit" if isinstance(error, MisfitError) else "refused"
         return CallReply(call.call_id, error=str(error), kind=kind)
     traceback.print_exception(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,7 +15,7 @@ from torch import Tensor
 from slipstream.drafter.autoregressive import AutoregressiveDrafter
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
-from slipstream.drafter.head.network import HeadNetwork, make_network
+from slipstream.drafter.head.network import HeadNetwork, HeadWeights, make_network, make_weights
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.loader import available_memory
@@ -41,6 +42,8 @@ class FirstHead:
     config: HeadConfig
     tensors: Mapping[str, Tensor]
     version: int = 1
+    path: str = ""
+    """Where it was read, if it may be swapped in again from there."""
 
 
 Load = Callable[[DecoderConfig], FirstHead]
@@ -74,12 +77,13 @@ class _Pending:
             self.count -= left_out
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """What a route holds. After a swap the network is the same one, with other weights."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Version:
+    """One that is in memory, ready to draft."""
 
-    network: HeadNetwork
     version: int
+    path: str
+    weights: HeadWeights
     to_target: Int32
     """[draft vocabulary]: the target's tokens."""
 
@@ -90,7 +94,9 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
     The features of accepted tokens are the target's own; while drafting, the head's output stands in for them.
 
     Each route has a network of its own, with keys and values of its own. What a request has there from before a swap,
-    or lacks because its route was empty until now, costs acceptance only.
+    or lacks because its route was empty until now, costs acceptance only. Weights belong to versions, not to routes:
+    there is memory for two per route, and what is not in use stays until that is needed. So going back to the version
+    before, or making the one on trial that of all requests, reads and copies nothing.
     """
 
     name = "head"
@@ -112,9 +118,16 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         self._most, self._read = most, read
         self._config: HeadConfig
         self._first: FirstHead | None = None
-        self._heads: dict[str, _Head] = {}
-        self._head: _Head
-        """The one that drafts at the moment."""
+        self._networks: dict[str, HeadNetwork] = {}
+        self._held: dict[str, _Version] = {}
+        """By route."""
+        self._kept: list[_Version] = []
+        """In memory and held by no route; what was held last comes last."""
+        self._memory = threading.Lock()
+        """Around what is kept: versions are prepared in another thread than steps run in."""
+        self._network: HeadNetwork
+        self._version: _Version
+        """The ones that draft at the moment."""
 
     def taps(self, model: CausalModel) -> tuple[int, ...]:
         if not isinstance(model, NativeDecoder | TorchDecoder):
@@ -131,51 +144,99 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         super().attach(host)
         first, self._first = self._first, None
         assert first is not None, "taps comes first"
-        network = make_network(first.config, host)
-        network.stage(first.tensors)
-        network.swap()
-        self._heads[SHARED] = self._head = _Head(network, first.version, _guessable(first.config, first.tensors))
+        self._network, weights = make_network(first.config, host), make_weights(first.config, host)
+        weights.fill(first.tensors)
+        self._version = _Version(first.version, first.path, weights, _guessable(first.config, first.tensors))
+        self._hold(SHARED, self._network, self._version)
 
     @property
     def routes(self) -> Mapping[str, int]:
-        return {route: head.version for route, head in self._heads.items()}
+        return {route: held.version for route, held in self._held.items()}
 
     @property
     def memory_bytes(self) -> int:
-        return sum(head.network.memory_bytes for head in self._heads.values())
+        """With the room for two versions per route, whether it is filled or not."""
+        return len(self._networks) * self._route_bytes
+
+    @property
+    def _route_bytes(self) -> int:
+        return 2 * self._version.weights.memory_bytes + self._networks[SHARED].cache_bytes
+
+    def swap_loaded(self, route: str, version: int, path: str) -> bool:
+        network = self._networks.get(route)
+        loaded = self._find(version, path)
+        if network is None or loaded is None:
+            return False
+        self._hold(route, network, loaded)
+        return True
 
     def prepare(self, route: str, version: int, path: str) -> Callable[[], None]:
         if version < 1:
             raise ConfigError(f"a drafter's version is a number from 1 on, not {version}")
-        head = self._heads.get(route)
-        if head is None and len(self._heads) >= self._most:
+        network = self._networks.get(route)
+        if network is None and len(self._networks) >= self._most:
             raise ConfigError(
-                f"{len(self._heads)} drafters are loaded (routes {', '.join(map(repr, self._heads))}): drop one, or "
-                "start the server with more --max-drafters"
+                f"{len(self._networks)} drafters are loaded (routes {', '.join(map(repr, self._networks))}): drop one, "
+                "or start the server with more --max-drafters"
             )
+        ready = self._find(version, path) or self._load_version(version, path, is_new=network is None)
+        network = network or self._new_network()
+        return lambda: self._hold(route, network, ready)
+
+    def _find(self, version: int, path: str) -> _Version | None:
+        """The files of a version never change, so one that is in memory need not be read again."""
+        with self._memory:
+            loaded = (*self._held.values(), *self._kept)
+        return next((each for each in loaded if (each.version, each.path) == (version, path)), None)
+
+    def _load_version(self, version: int, path: str, is_new: bool) -> _Version:
+        """``is_new``: for a route that comes with memory of its own."""
         target = self._host.model
         assert isinstance(target, NativeDecoder | TorchDecoder)
         config, tensors = self._read(Path(path), target.config)
         self._require_same_sizes(config)
-        network = self._new_network(target.device) if head is None else head.network
-        network.stage(tensors)
-        ready = _Head(network, version, _guessable(config, tensors))
+        weights = (None if is_new else self._free_weights()) or make_weights(self._config, self._host)
+        weights.fill(tensors)
+        return _Version(version, path, weights, _guessable(config, tensors))
 
-        def swap() -> None:
-            network.swap()
-            self._heads[route] = ready
+    def _free_weights(self) -> HeadWeights | None:
+        """Of the version that has not been held for longest, if there is no memory for another one."""
+        with self._memory:
+            return self._kept.pop(0).weights if self._kept and self._room < 1 else None
 
-        return swap
+    @property
+    def _room(self) -> int:
+        """For so many more versions."""
+        return 2 * len(self._networks) - len(set(map(id, self._held.values()))) - len(self._kept)
+
+    def _hold(self, route: str, network: HeadNetwork, version: _Version) -> None:
+        network.use(version.weights)
+        with self._memory:
+            before = self._held.get(route)
+            self._networks[route], self._held[route] = network, version
+            self._keep(before)
 
     def drop(self, route: str) -> None:
-        if route == SHARED or route not in self._heads:
-            what = "the shared drafter cannot be dropped" if route == SHARED else f"route {route!r} holds no drafter"
-            raise ConfigError(f"{what}; loaded are the routes {', '.join(map(repr, self._heads))}")
-        del self._heads[route]
+        if route not in self._held:
+            raise ConfigError(
+                f"route {route!r} holds no drafter; loaded are the routes {', '.join(map(repr, self._held)) or 'none'}"
+            )
+        with self._memory:
+            if route != SHARED:
+                del self._networks[route]
+            self._keep(self._held.pop(route))
 
-    def _new_network(self, device: torch.device) -> HeadNetwork:
+    def _keep(self, released: _Version | None) -> None:
+        """As far as there is memory: two versions per route."""
+        held = set(map(id, self._held.values()))
+        self._kept = [each for each in (*self._kept, released) if each is not None and id(each) not in held]
+        del self._kept[: max(-self._room, 0)]
+
+    def _new_network(self) -> HeadNetwork:
         """For one more route; raises ModelError if there is no memory for it."""
-        needed, free = self._heads[SHARED].network.memory_bytes, available_memory(device)
+        target = self._host.model
+        assert isinstance(target, NativeDecoder | TorchDecoder)
+        needed, free = self._route_bytes, available_memory(target.device)
         if free < needed + SPARE_BYTES:
             raise ModelError(f"one more drafter takes {needed >> 20} MiB, and only {free >> 20} MiB of memory are free")
         return make_network(self._config, self._host)
@@ -190,19 +251,20 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
                 )
 
     def _by_route(self, rows: Sequence[DraftRow]) -> Iterator[list[int]]:
-        """Places of rows that share a head, which drafts meanwhile."""
+        """Places of rows that share a head, which drafts meanwhile; not of those that have none."""
         places: dict[str, list[int]] = {}
         for place, row in enumerate(rows):
-            places.setdefault(row.route if row.route in self._heads else SHARED, []).append(place)
+            places.setdefault(row.route if row.route in self._held else SHARED, []).append(place)
         for route, some in places.items():
-            self._head = self._heads[route]
-            yield some
+            if route in self._held:
+                self._network, self._version = self._networks[route], self._held[route]
+                yield some
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
         proposals: list[Proposal | None] = [None] * len(rows)
         for places in self._by_route(rows):
             for place, proposal in zip(places, super().propose([rows[place] for place in places]), strict=True):
-                proposals[place] = proposal and replace(proposal, version=self._head.version)
+                proposals[place] = proposal and replace(proposal, version=self._version.version)
         return proposals
 
     def observe(self, computed: Sequence[Computed]) -> None:
@@ -210,7 +272,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
             self._remember([computed[place] for place in places])
 
     def _remember(self, computed: Sequence[Computed]) -> None:
-        fused = self._head.network.fuse(torch.cat([entry.features for entry in computed]))
+        fused = self._network.fuse(torch.cat([entry.features for entry in computed]))
         parts = torch.split(fused, [len(entry.features) for entry in computed])
         for entry, rows in zip(computed, parts, strict=True):
             pending = entry.row.memory.get(self.name)
@@ -234,21 +296,21 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         counts = np.array([pending.count for pending in pendings], np.int32)
         ends = np.array([row.length - 1 for row in rows], np.int32)
         batch = self._batch(rows, ids, counts, ends)
-        hidden = self._head.network.forward(batch, torch.cat([part for pending in pendings for part in pending.parts]))
+        hidden = self._network.forward(batch, torch.cat([part for pending in pendings for part in pending.parts]))
         return hidden[np.cumsum(counts) - 1]
 
     @property
     def _kv(self) -> PagedKVCache:
-        return self._head.network.cache
+        return self._network.cache
 
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
-        return self._head.network.forward(batch, hidden)
+        return self._network.forward(batch, hidden)
 
     def _scores(self, hidden: Tensor) -> Tensor:
-        return self._head.network.logits(hidden)
+        return self._network.logits(hidden)
 
     def _tokens(self, choices: Int32) -> Int32:
-        return self._head.to_target[choices]
+        return self._version.to_target[choices]
 
     def _position(self, row: DraftRow) -> int:
         return row.length - 1  # with the token at this place and the output before it

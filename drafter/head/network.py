@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from slipstream.drafter.head.layout import LAYER, HeadConfig
 from slipstream.engine.background import breathe
-from slipstream.engine.models.config import DecoderConfig, rope_tables
+from slipstream.engine.models.config import rope_tables
 from slipstream.engine.models.native_decoder import NativeDecoder
 from slipstream.engine.models.native_layer import NativeLayer
 from slipstream.engine.models.torch_decoder import TorchDecoder
@@ -29,15 +29,21 @@ PIECE_ELEMS = 1 << 16
 """Of a matrix, laid out between two moments at which steps may go first."""
 
 
-class HeadNetwork(Protocol):
+class HeadWeights(Protocol):
+    """One version's weights as they are computed with; networks of several routes may share them."""
+
     memory_bytes: int
-    """Weights, the room to stage others beside them, and keys and values."""
 
-    def stage(self, tensors: Mapping[str, Tensor]) -> None:
-        """Lays out weights beside those in use; may run in another thread, while the network computes."""
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Lays them out; may run in another thread, while networks compute with other weights."""
 
-    def swap(self) -> None:
-        """Uses the staged weights from now on; called between two computations."""
+
+class HeadNetwork(Protocol):
+    cache_bytes: int
+    """Of keys and values."""
+
+    def use(self, weights: HeadWeights) -> None:
+        """Computes with these from now on; called before the first computation, and between two."""
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features [n, taps, hidden] as they wait for their tokens, [n, hidden] float32."""
@@ -70,10 +76,19 @@ def make_network(config: HeadConfig, host: DraftHost) -> HeadNetwork:
     return TorchHead(config, host.model, host)
 
 
-class NativeWeights:
-    """One set of a head's weights as panels; what EAGLE-1 and -2 heads lack is the target's, or not there."""
+def make_weights(config: HeadConfig, host: DraftHost) -> HeadWeights:
+    """Room for those of a network of this configuration."""
+    if isinstance(host.model, NativeDecoder):
+        return NativeWeights(config, host.model)
+    assert isinstance(host.model, TorchDecoder)
+    return TorchWeights(config, host.model)
 
-    def __init__(self, config: HeadConfig, decoder: DecoderConfig, target: NativeDecoder) -> None:
+
+class NativeWeights:
+    """As panels; what EAGLE-1 and -2 heads lack is the target's, or not there."""
+
+    def __init__(self, config: HeadConfig, target: NativeDecoder) -> None:
+        decoder = config.as_decoder(target.config)
         self._prefix = config.layer
         dtype, is_third = target.dtype, config.kind == "eagle3"
         width, read = config.shapes["fc.weight"]
@@ -81,6 +96,7 @@ class NativeWeights:
         self.layer = NativeLayer(decoder, dtype, reads="both" if is_third else "plain")
         self.lm_head = PackedLinear(config.draft_vocab_size, config.hidden, dtype) if is_third else target.head
         self.norm = torch.ones(config.hidden) if is_third else None
+        self.memory_bytes = _weights_bytes(config, dtype)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         _fill(self.fc, tensors["fc.weight"])
@@ -112,14 +128,14 @@ def _pieces(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 class NativeHead:
-    """Holds two sets of weights: a swap points the compiled code at the other one, which takes microseconds."""
+    """A swap points the compiled code at other weights, which takes microseconds."""
 
     def __init__(self, config: HeadConfig, target: NativeDecoder, host: DraftHost) -> None:
         decoder = config.as_decoder(target.config)
         library = load()
         assert library is not None
         self._library = library
-        self._live, self._staged = (NativeWeights(config, decoder, target) for _ in range(2))
+        self._weights: NativeWeights
         self._target, self._is_third = target, config.kind == "eagle3"
         self._cos, self._sin = rope_tables(decoder, host.block_tables.shape[1] * host.block_size)
         self.cache: PagedKVCache = NativeKVCache(
@@ -143,33 +159,26 @@ class NativeHead:
             embed=target.embedding.c,
             given_hidden=1,
         )
-        self._use(self._live)
-        cache = self.cache.data
-        self.memory_bytes = 2 * _weights_bytes(config, target.dtype) + cache.numel() * cache.itemsize
+        self.cache_bytes = self.cache.data.numel() * self.cache.data.itemsize
         self._vocab = config.draft_vocab_size
         self._rows, self._logits = torch.empty(0, dtype=torch.int32), torch.empty(0, self._vocab)
         self._workspace = torch.empty(0, dtype=torch.uint8)
 
-    def stage(self, tensors: Mapping[str, Tensor]) -> None:
-        self._staged.fill(tensors)
-
-    def swap(self) -> None:
-        self._live, self._staged = self._staged, self._live
-        self._use(self._live)
-
-    def _use(self, weights: NativeWeights) -> None:
+    def use(self, weights: HeadWeights) -> None:
+        assert isinstance(weights, NativeWeights)
+        self._weights = weights
         weights.layer.describe(self._c_layers[0], 0)
         self._c.lm_head, self._c.final_norm = weights.lm_head.c, address(weights.norm)
 
     def fuse(self, features: Tensor) -> Tensor:
         if self._is_third:
-            return self._live.fc(features.flatten(1))
+            return self._weights.fc(features.flatten(1))
         return self._target.final_norm(features.flatten(1))
 
     def forward(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         hidden = hidden.contiguous()
         if not self._is_third:
-            hidden = self._live.fc(torch.cat((self._target.embedding.rows(batch.token_ids), hidden), dim=1))
+            hidden = self._weights.fc(torch.cat((self._target.embedding.rows(batch.token_ids), hidden), dim=1))
         c = c_batch(batch)
         self._library.slip_forward(ctypes.byref(self._c), ctypes.byref(c), address(hidden), self._memory(len(hidden)))
         return hidden
@@ -192,50 +201,49 @@ class NativeHead:
         return self._workspace.data_ptr()
 
 
-class TorchHead:
-    """Specifies what the compiled head computes; runs on every device.
+class TorchWeights:
+    def __init__(self, config: HeadConfig, target: TorchDecoder) -> None:
+        self._device = target.device
+        self.tensors = {
+            name: torch.empty(shape, dtype=target.dtype, device=target.device)
+            for name, shape in config.shapes.items()
+            if name not in ("d2t", "t2d")
+        }
+        on_gpu = target.device.type == "cuda"
+        self._stream = torch.cuda.Stream(target.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self.memory_bytes = _weights_bytes(config, target.dtype)
 
-    A swap copies into the same tensors, so that captured graphs, which hold their addresses, stay valid.
-    """
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        # On a stream of its own, so that steps do not wait for the transfer; over once this returns.
+        if self._stream is not None:  # what was in these tensors before may still be read by the last step that used it
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for name, weight in self.tensors.items():
+                for row, part in _pieces(tensors[name]):
+                    weight[row : row + len(part)].copy_(part)
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+class TorchHead:
+    """Specifies what the compiled head computes; runs on every device."""
 
     def __init__(self, config: HeadConfig, target: TorchDecoder, host: DraftHost) -> None:
         self._config = config
         self._device, self._dtype = target.device, target.dtype
         self._target = target
-        self._weights, self._staged = (
-            {
-                name: torch.empty(shape, dtype=self._dtype, device=self._device)
-                for name, shape in config.shapes.items()
-                if name not in ("d2t", "t2d")
-            }
-            for _ in range(2)
-        )
-        on_gpu = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._weights: Mapping[str, Tensor]
         decoder = config.as_decoder(target.config)
         length = host.block_tables.shape[1] * host.block_size
         self._cos, self._sin = (table.to(self._device) for table in rope_tables(decoder, length))
         self.cache: PagedKVCache = TorchKVCache(
             1, host.num_blocks, host.block_size, config.kv_heads, config.head_dim, self._dtype, self._device
         )
-        cache = self.cache.data
-        self.memory_bytes = 2 * _weights_bytes(config, self._dtype) + cache.numel() * cache.itemsize
+        self.cache_bytes = self.cache.data.numel() * self.cache.data.itemsize
 
-    def stage(self, tensors: Mapping[str, Tensor]) -> None:
-        # On a stream of its own, so that steps do not wait for the transfer; over once this returns.
-        with torch.cuda.stream(self._stream):
-            for name, weight in self._staged.items():
-                for row, part in _pieces(tensors[name]):
-                    weight[row : row + len(part)].copy_(part)
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def swap(self) -> None:
-        for name, weight in self._weights.items():
-            weight.copy_(self._staged[name])
-        if self._stream is not None:
-            # The next ones are staged only after these have been read.
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+    def use(self, weights: HeadWeights) -> None:
+        assert isinstance(weights, TorchWeights)
+        self._weights = weights.tensors
 
     def fuse(self, features: Tensor) -> Tensor:
         if self._config.kind == "eagle":

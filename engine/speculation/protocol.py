@@ -165,12 +165,16 @@ class LearnedDrafter(Drafter):
     @property
     @abstractmethod
     def routes(self) -> Mapping[str, int]:
-        """The version each route holds; the route "" always holds one."""
+        """The version each route holds. Requests whose route holds none use that of the route "", if it holds one."""
 
     @property
     @abstractmethod
     def memory_bytes(self) -> int:
         """What all routes together take."""
+
+    @abstractmethod
+    def swap_loaded(self, route: str, version: int, path: str) -> bool:
+        """Makes a version live, between two steps, if that takes nothing but to point at it: it is still in memory."""
 
     @abstractmethod
     def prepare(self, route: str, version: int, path: str) -> Callable[[], None]:
@@ -182,7 +186,7 @@ class LearnedDrafter(Drafter):
 
     @abstractmethod
     def drop(self, route: str) -> None:
-        """Requests of this route use the shared version from now on; raises ConfigError if the route holds none."""
+        """The route holds none from now on; raises ConfigError if it does not hold one."""
 
 
 class Listener(ABC):

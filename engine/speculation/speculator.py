@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -117,6 +117,14 @@ class Speculator:
             drafter.attach(host)
         self._take_versions()
 
+    def swap_loaded(self, route: str, version: int, path: str) -> bool:
+        """As LearnedDrafter.swap_loaded."""
+        drafter = self._require_learned()
+        if not drafter.swap_loaded(route, version, path):
+            return False
+        self._swapped(drafter)
+        return True
+
     def prepare_swap(self, route: str, version: int, path: str) -> Callable[[], None]:
         """As LearnedDrafter.prepare; the files are read in the calling thread."""
         drafter = self._require_learned()
@@ -124,15 +132,23 @@ class Speculator:
 
         def land() -> None:
             swap()
-            self._stats[drafter.name].swaps += 1
-            self._take_versions()
+            self._swapped(drafter)
 
         return land
+
+    def _swapped(self, drafter: LearnedDrafter) -> None:
+        self._stats[drafter.name].swaps += 1
+        self._take_versions()
 
     def drop(self, route: str) -> None:
         """As LearnedDrafter.drop."""
         self._require_learned().drop(route)
         self._take_versions()
+
+    @property
+    def learned_routes(self) -> Mapping[str, int]:
+        """As LearnedDrafter.routes."""
+        return self._require_learned().routes
 
     def _require_learned(self) -> LearnedDrafter:
         if self._learned is None:

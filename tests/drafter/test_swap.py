@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from slipstream.drafter.registry.registry import Registry
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
+from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError, SupersededError
 from slipstream.engine.messages import DrafterStats, SamplingParams, TokenDelta
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine
@@ -30,12 +29,6 @@ from slipstream.kernels.native.library import isa
 
 TARGET = TINY_LLAMA | {"max_position_embeddings": 512, "tie_word_embeddings": True}
 KERNELS = ["torch", *(["native"] if isa() else [])]
-
-
-@pytest.fixture(autouse=True)
-def _awake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that prepares a swap keeps its priority: on a busy machine the lowest one gets next to nothing."""
-    monkeypatch.setattr(os, "sched_setscheduler", lambda *_: None, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -191,10 +184,72 @@ def test_routes_hold_versions_of_their_own(echo: Path, heads: dict[str, Path]) -
     wait(local, local.engine.operate("drop_drafter", {"route": "canary"}))
     assert head_stats(local).routes == {"": 1, "tenant": 8} and head_stats(local).memory_bytes == 2 * alone
     assert list(rates("canary")["canary"]) == [1]
-    for route, message in (("", "shared drafter cannot be dropped"), ("canary", "holds no drafter")):
-        with pytest.raises(ConfigError, match=message):
-            wait(local, local.engine.operate("drop_drafter", {"route": route}))
+    with pytest.raises(ConfigError, match="'canary' holds no drafter; loaded are the routes '', 'tenant'"):
+        local.engine.operate("drop_drafter", {"route": "canary"})
     swap(local, 9, heads["echo"], route="domain")
+
+
+def test_what_is_in_memory_goes_live_at_once(echo: Path, heads: dict[str, Path], tmp_path: Path) -> None:
+    """Back to the version before, from trial to all requests, to none and back: no file is read, no thread asked."""
+    local = local_engine(echo)
+    params = SamplingParams(max_tokens=400, temperature=0.0)
+    stream = local.submit([1, 2, 3], params)
+    paths = {version: tmp_path / str(version) for version in (2, 3, 4)}
+    for version, path in paths.items():
+        shutil.copytree(heads["random0" if version == 3 else "echo"], path)
+
+    def drafted_by() -> set[int]:
+        local.step()  # with guesses from before
+        before = len(stream.deltas)
+        for _ in range(6):
+            local.step()
+        return {delta.drafter_version for delta in stream.deltas[before:] if delta.num_drafted}
+
+    def at_once(version: int) -> None:
+        arguments = {"version": version, "route": "", "path": str(paths[version])}
+        done = local.engine.operate("swap_drafter", arguments)
+        assert done.done() and done.result()["version"] == version
+        assert head_stats(local).routes[""] == version and drafted_by() <= {version}
+
+    swap(local, 2, paths[2])
+    swap(local, 3, paths[3])
+    swap(local, 4, paths[4], route="canary")
+    shutil.rmtree(tmp_path)
+    at_once(2)
+    at_once(4)
+    at_once(3)
+    # Version 2 can be gone back to after these, too: there is memory for two versions on each of two routes.
+    at_once(2)
+    local.engine.operate("drop_drafter", {"route": "canary"}).result()
+    at_once(2)
+    local.engine.operate("drop_drafter", {"route": ""}).result()
+    assert head_stats(local).routes == {} and drafted_by() == set()
+    at_once(2)
+    assert 2 in drafted_by()
+    at_once(4)
+    with pytest.raises(ModelError, match="is no drafter"):  # there was memory for the two that were held last
+        swap(local, 3, paths[3])
+    local.finish()
+    [plain] = local_engine(echo, speculation="off").generate([[1, 2, 3]], params)
+    assert stream.tokens == plain.tokens
+
+
+def test_a_later_decision_counts_and_an_earlier_one_says_so(echo: Path, heads: dict[str, Path]) -> None:
+    local = local_engine(echo)
+    stream = local.submit([1, 2, 3], SamplingParams(max_tokens=400, temperature=0.0))
+    local.step()
+    futures = [
+        local.engine.operate("swap_drafter", {"version": version, "route": "", "path": str(heads["random0"])})
+        for version in range(2, 10)
+    ]
+    assert wait(local, futures[-1])["version"] == 9
+    assert all(isinstance(future.exception(), SupersededError) for future in futures[:-1])
+    coming = local.engine.operate("swap_drafter", {"version": 10, "route": "canary", "path": str(heads["echo"])})
+    local.engine.operate("drop_drafter", {"route": "canary"}).result()
+    assert isinstance(coming.exception(), SupersededError)
+    local.finish()
+    assert head_stats(local).routes == {"": 9} and head_stats(local).swaps == 1
+    assert {delta.drafter_version for delta in stream.deltas if delta.num_drafted} <= {1, 9}
 
 
 def test_a_route_can_come_and_go_in_mid_answer(lively: Path, heads: dict[str, Path]) -> None:

@@ -1,9 +1,8 @@
-"""Work beside the steps: in order, one at a time, carried out only when polled, and never fatal."""
+"""Work beside the steps: in order, a share after every step, carried out only when polled, and never fatal."""
 
 from __future__ import annotations
 
-import os
-import sys
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from slipstream.engine.background import SHARE_SECONDS, Background, breathe
+from slipstream.engine.background import DOUBLING_S, FIRST_SHARE, FULL_AFTER, Background, breathe
+from slipstream.engine.errors import SupersededError
 
 PATIENCE_S = 300.0
-"""The thread gets what nobody else wants of the processor, which is next to nothing on a busy machine."""
 
 
 @pytest.fixture
@@ -78,64 +79,132 @@ def test_whatever_fails_is_told_and_the_next_job_runs(background: Background) ->
     assert third.result() == 7
 
 
-def spin(seconds: float) -> None:
-    until = time.thread_time() + seconds
-    while time.thread_time() < until:
-        pass
-
-
 def test_without_a_job_there_is_no_thread(background: Background) -> None:
-    """One of the lowest priority may take seconds to begin and to end, and an engine would wait for it."""
     before = threading.active_count()
     assert not background.has_work
     poll_until(background, background.start(lambda: lambda: None).done)
     assert threading.active_count() == before + 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
-def test_only_the_thread_has_the_lowest_priority(background: Background) -> None:
-    before = os.sched_getscheduler(0)
-    done = background.start(lambda: (lambda found: lambda: found)(os.sched_getscheduler(threading.get_native_id())))
-    poll_until(background, done.done)
-    assert done.result() == os.SCHED_IDLE
-    assert os.sched_getscheduler(0) == before != os.SCHED_IDLE
+class Played(Background):
+    """Time passes only where a test says so, and a step waits for the thread however slow the machine is."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        super().__init__(lambda: self.now)
+
+    def _wait(self, seconds: float) -> None:
+        assert self._turn.wait_for(lambda: not self._has_turn, PATIENCE_S)
+
+    def step(self, seconds: float) -> None:
+        """What the loop of the steps does."""
+        self.poll(is_busy=True)
+        self.now += seconds
+
+    def pieces(self, count: int, seconds: float, done: list[float]) -> Callable[[], Callable[[], int]]:
+        """Work that takes so long, and notes when each piece of it was done."""
+
+        def prepare() -> Callable[[], int]:
+            for _ in range(count):
+                self.now += seconds
+                done.append(self.now)
+                breathe()
+            return lambda: len(done)
+
+        return prepare
 
 
-def test_long_work_takes_its_share_of_a_step_and_waits_for_the_next(background: Background) -> None:
-    pieces: list[int] = []
-    has_steps = threading.Event()
+@pytest.fixture
+def played() -> Iterator[Played]:
+    made = Played()
+    yield made
+    made.close()
 
-    def prepare() -> Callable[[], None]:
-        has_steps.wait()
-        for number in range(6):
-            spin(2 * SHARE_SECONDS)
-            pieces.append(number)
-            breathe()
-        return lambda: None
 
-    done = background.start(prepare)
-    for step in range(1, 6):
-        background.poll(is_busy=True)
-        has_steps.set()
-        until(lambda least=step: len(pieces) >= least)  # type: ignore[misc]
-        time.sleep(0.05)  # however long a step is
-        assert len(pieces) == step
+@given(
+    step=st.floats(0.001, 3.0),
+    piece=st.floats(1e-4, 1e-3),
+    work=st.floats(0.001, 3.0),
+)
+@settings(max_examples=30)
+def test_beside_steps_work_gets_its_share_in_slices_and_no_more(step: float, piece: float, work: float) -> None:
+    played = Played()
+    pieces: list[float] = []
+    count = math.ceil(work / piece)
+    played.step(step)
+    done = played.start(played.pieces(count, piece, pieces))
+    began, steps = played.now, 0
+    while not done.done():
+        before, now = len(pieces), played.now
+        played.step(step)
+        share = min(FIRST_SHARE * 2 ** ((now - began) / DOUBLING_S), 1.0)
+        taken = played.now - step - now
+        assert taken <= share * step + piece + 1e-9, "a slice is bounded by what the step took"
+        assert taken >= min(share * step, (count - before) * piece) - 1e-9, "and it is had whole"
+        steps += 1
+    # All the time until a slice is as long as a step, then as much again as the work takes, and what does not divide.
+    assert played.now - began <= FULL_AFTER * DOUBLING_S + 2 * work + 2 * (step + piece)
+    assert done.result() == count
+    played.close()
+
+
+def test_work_stands_still_while_a_step_runs(played: Played) -> None:
+    pieces: list[float] = []
+    played.step(1.0)
+    done = played.start(played.pieces(10_000, FIRST_SHARE / 10, pieces))
+    time.sleep(0.05)
+    assert not pieces, "it waits for a turn of its own"
+    for _ in range(3):
+        played.step(1.0)
+        seen = len(pieces)
+        time.sleep(0.02)
+        assert len(pieces) == seen > 0
     assert not done.done()
-    background.poll()  # nothing is held up any more
-    poll_until(background, done.done)
-    assert len(pieces) == 6
+    played.poll()  # nothing is held up any more
+    poll_until(played, done.done)
+    assert len(pieces) == 10_000
+
+
+def test_the_latest_decision_of_a_kind_counts(played: Played) -> None:
+    pieces: dict[str, list[float]] = {name: [] for name in ("first", "second", "other")}
+    played.step(1.0)
+    first = played.start(played.pieces(10_000, FIRST_SHARE / 5, pieces["first"]), "route")
+    other = played.start(played.pieces(2, FIRST_SHARE / 5, pieces["other"]), "another route")
+    played.step(1.0)
+    assert pieces["first"] and not first.done()
+    seen = len(pieces["first"])
+    second = played.start(played.pieces(2, FIRST_SHARE / 5, pieces["second"]), "route")
+    assert isinstance(first.exception(), SupersededError) and "'route'" in str(first.exception())
+    while not second.done():
+        played.step(1.0)
+    assert other.result() == second.result() == 2
+    assert len(pieces["first"]) == seen, "nobody works for what nobody wants any more"
+    assert not played.supersede("route") and not played.has_work
+
+
+def test_decisions_that_keep_coming_do_not_keep_each_other_from_taking_effect(played: Played) -> None:
+    """Each of them would take three steps, and there is another one every two steps."""
+    landed = 0
+    played.step(0.1)
+    for _ in range(100):
+        done = played.start(played.pieces(3, FIRST_SHARE / 10, []), "route")
+        for _ in range(2):
+            played.step(0.1)
+        landed += done.done() and done.exception() is None
+    assert landed >= 10
 
 
 def test_a_server_that_stops_does_not_wait_for_steps(background: Background) -> None:
+    began = threading.Event()
+
     def prepare() -> Callable[[], None]:
-        for _ in range(5):
-            spin(2 * SHARE_SECONDS)
+        began.set()
+        while True:
             breathe()
-        return lambda: None
 
     background.start(prepare)
+    began.wait()
     background.poll(is_busy=True)
-    time.sleep(0.05)
     background.close()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slipstream.drafter.head.network import TorchHead
+from slipstream.drafter.head.network import TorchHead, TorchWeights
 from slipstream.drafter.training.gate import score
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, pack
@@ -34,8 +34,9 @@ class _Live:
         self._table = np.arange(16, dtype=np.int32)[None]
         host = DraftHost(model, self._table, 16, BLOCK, Scratch(self._table, 16, 0, BLOCK))
         self._network = TorchHead(head.config, model, host)
-        self._network.stage(head.tensors())
-        self._network.swap()
+        weights = TorchWeights(head.config, model)
+        weights.fill(head.tensors())
+        self._network.use(weights)
 
     def outputs(self, tokens: np.ndarray, features: Tensor, known: int, guesses: int) -> Tensor:
         """After ``known`` tokens, then after so many guesses that are the tokens that came: [1 + guesses, hidden]."""

@@ -144,6 +144,9 @@ class Learned(Always, LearnedDrafter):
     def memory_bytes(self) -> int:
         return 1000 * len(self.held)
 
+    def swap_loaded(self, route: str, version: int, path: str) -> bool:
+        return False
+
     def prepare(self, route: str, version: int, path: str) -> Callable[[], None]:
         return lambda: self.held.update({route: (version, int(path))})
 
