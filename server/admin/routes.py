@@ -91,7 +91,8 @@ def admin_router(service: Service) -> APIRouter:
     )
     async def change_drafter(request: Request, version: int, action: str) -> Response:
         """Promote, roll back, retire, pin or unpin a version."""
-        registry = evolution_of(service).registry
+        evolution = evolution_of(service)
+        registry = evolution.registry
         changes: dict[str, Callable[[int, str], Any]] = {
             "promote": registry.promote,
             "rollback": lambda number, why: registry.roll_back(registry.get(number).route, why, number),
@@ -103,6 +104,7 @@ def admin_router(service: Service) -> APIRouter:
             raise NotFoundError(f"there is no {action!r} for drafters; there are {', '.join(changes)}")
         reason = (await body_of(service, request, ReasonBody)).reason
         await ask(changes[action], version, reason or BY_HAND)
+        evolution.publisher.poke()
         found = await ask(registry.get, version)
         return JSONBody({"drafter": found, "live": await ask(registry.live, found.route)})
 

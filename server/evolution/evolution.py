@@ -65,6 +65,7 @@ class Evolution:
         for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        await self.publisher.close()
 
     def with_live_version(self, engine: EngineConfig) -> EngineConfig:
         """An engine that takes over begins with what is live now, not with what the first one began with."""
@@ -77,6 +78,8 @@ class Evolution:
         """A sequence that may use a learned drafter has ended."""
         if self.publisher.trial is not None:
             self.publisher.trial.ended(request.route, metrics.proposals, metrics.first_right)
+            if self.publisher.trial.canary.decision != "continue":
+                self.publisher.poke()
 
     @property
     def predicted(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import Event, RegistryError, Version
-from slipstream.engine.errors import EngineDiedError, MisfitError, ModelError, SlipstreamError
+from slipstream.engine.errors import EngineDiedError, MisfitError, ModelError, SlipstreamError, SupersededError
 from slipstream.server.canary import Canary
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.service import CANARY_ROUTE, SHARED_ROUTE, Service
@@ -68,7 +69,10 @@ class _Wish:
 
 
 class Publisher:
-    """The registry decides what is live; this asks it twice a second, since commands of other processes change it."""
+    """The registry decides what is live; this asks it twice a second, since commands of other processes change it.
+
+    Versions are loaded while it goes on asking: what is decided meanwhile takes the place of what was decided before.
+    """
 
     def __init__(self, service: Service, registry: Registry, config: EvolutionConfig) -> None:
         self._service = service
@@ -79,7 +83,10 @@ class Publisher:
         self._failed: dict[str, float] = {}
         """Routes on which loading failed, which says nothing about the version; and when it is tried again."""
         self._loaded: dict[str, int] = {}
-        """Versions of the registry that the engine has; a head of another origin may have any number."""
+        """Versions of the registry that the engine has; a head of another origin may have any number, or 0: none."""
+        self._coming: dict[str, tuple[int, asyncio.Task[None]]] = {}
+        """Versions that it is loading, by route."""
+        self._poked = asyncio.Event()
         self.error: str | None = None
         """Why the registry cannot be used at the moment."""
         self.trial: Trial | None = None
@@ -93,6 +100,7 @@ class Publisher:
     async def run(self) -> None:
         """Until cancelled. Nothing that goes wrong here may end it."""
         while True:
+            self._poked.clear()
             try:
                 if self._service.engine.failure is None:
                     await self.look()
@@ -103,11 +111,24 @@ class Publisher:
                 if str(error) != self.error:
                     logger.error("drafter registry: %s", error)
                 self.error = str(error)
-            await asyncio.sleep(LOOK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._poked.wait(), LOOK_SECONDS)
+
+    def poke(self) -> None:
+        """Something has been decided in this process: look now."""
+        self._poked.set()
+
+    async def close(self) -> None:
+        """Once ``run`` has ended."""
+        tasks = [task for _, task in self._coming.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def engine_started(self) -> None:
         """Another engine process has what its configuration says, and nothing of what the last one had loaded."""
         self._loaded.clear()
+        self._coming.clear()
         self._failed.clear()
 
     async def look(self) -> None:
@@ -182,10 +203,10 @@ class Publisher:
 
     async def _follow(self, wish: _Wish) -> None:
         wanted = dict(wish.routes)
-        beside = wish.canary or wish.predecessor
-        if beside is not None and SHARED_ROUTE in wanted:
-            wanted[CANARY_ROUTE] = beside
         self._set_trial(wish)
+        beside = wish.canary or wish.predecessor
+        if beside is not None and self.trial is not None:
+            wanted[CANARY_ROUTE] = beside
         self.wanted = wanted
         if SHARED_ROUTE not in self._loaded and self._service.engine_config.drafter == str(self._registry.folder):
             # What the engine has found in the registry: 0, which no version has, if it could use none of it.
@@ -193,21 +214,28 @@ class Publisher:
             if found is None:
                 return  # it has not said so yet
             self._loaded[SHARED_ROUTE] = found
-        for route in [route for route in self._loaded if route and route not in wanted]:
-            del self._loaded[route]
-            await self._service.engine.call("drop_drafter", route=route)
+        for route in {*self._loaded, *self._coming} - set(wanted):
+            if self._loaded.pop(route, 0) or route in self._coming:
+                self._coming.pop(route, None)
+                with contextlib.suppress(ModelError):  # there was nothing: what was coming has been refused
+                    await self._service.engine.call("drop_drafter", route=route)
+            if route == SHARED_ROUTE:
+                self._loaded[route] = 0
         for route, version in sorted(wanted.items()):
-            if version.version in (self._loaded.get(route), self._refused.get(route)):
+            coming, _ = self._coming.get(route, (None, None))
+            if version.version == (coming or self._loaded.get(route)):
                 continue
-            if time.monotonic() < self._failed.get(route, 0.0):
+            if version.version == self._refused.get(route) or time.monotonic() < self._failed.get(route, 0.0):
                 continue
-            await self._swap(route, version)
+            self._coming[route] = version.version, asyncio.create_task(self._load(route, version))
 
     def _set_trial(self, wish: _Wish) -> None:
         live = wish.routes.get(SHARED_ROUTE)
+        if live is not None and live.version == self._refused.get(SHARED_ROUTE):
+            live = None  # it drafts for nobody, so there is nothing to compare
         if wish.canary is not None and live is not None:
             new, old, is_live = wish.canary.version, live.version, False
-        elif wish.forced is not None and wish.predecessor is not None:
+        elif wish.forced is not None and wish.predecessor is not None and live is not None:
             new, old, is_live = wish.forced.version, wish.predecessor.version, True
         else:
             self.trial = None
@@ -217,30 +245,40 @@ class Publisher:
             canary = Canary(old, new, 1 - share if is_live else share, max_requests=self._config.canary_requests)
             self.trial = Trial(new, old, is_live, canary)
 
-    async def _swap(self, route: str, version: Version) -> None:
-        path = str(self._registry.path(version.version))
+    async def _load(self, route: str, version: Version) -> None:
+        """Nothing that goes wrong here may be lost: nobody waits for it."""
         try:
-            self.last_swap = await self._service.engine.call(
-                "swap_drafter", version=version.version, route=route, path=path
-            )
-        except EngineDiedError:
-            raise  # which says nothing about the version
-        except ModelError as error:
-            self.failures += 1
-            logger.error("drafter version %d cannot serve: %s", version.version, error)
-            # A live version that is sound may be right for another server; a trial of it here would never end.
-            stays = version.state == "live" and isinstance(error, MisfitError)
-            if version.state in ("canary", "live") and not stays:
-                await asyncio.to_thread(self._take_back, version, str(error))
-            self._refused[route] = version.version
-            return
-        except SlipstreamError as error:
+            await self._swap(route, version)
+        except (EngineDiedError, SupersededError):
+            pass  # which says nothing about the version; what is wanted is asked for again
+        except (SlipstreamError, OSError) as error:
             self.failures += 1
             self._failed[route] = time.monotonic() + RETRY_SECONDS
             logger.error(
                 "loading drafter version %d failed; trying again in %g s: %s", version.version, RETRY_SECONDS, error
             )
+        finally:
+            _, task = self._coming.get(route, (None, None))
+            if task is asyncio.current_task():
+                del self._coming[route]
+                self.poke()
+
+    async def _swap(self, route: str, version: Version) -> None:
+        path = str(self._registry.path(version.version))
+        engine = self._service.engine
+        try:
+            self.last_swap = await engine.call("swap_drafter", version=version.version, route=route, path=path)
+        except ModelError as error:
+            self.failures += 1
+            logger.error("drafter version %d cannot serve: %s", version.version, error)
+            # A live version that is sound may be right for another server; a trial of it here would never end.
+            stays = version.state == "live" and isinstance(error, MisfitError)
+            self._refused[route] = version.version
+            if version.state in ("canary", "live") and not stays:
+                await asyncio.to_thread(self._take_back, version, str(error))
             return
+        if engine is not self._service.engine:
+            return  # it has ended since
         self.swaps += 1
         self._failed.pop(route, None)
         self._loaded[route] = version.version
