@@ -4,9 +4,9 @@
 
 A server with a registry serves real prompts to so many streams while its worker trains. Windows in which nothing is
 decided take turns with windows of the same length in which versions are promoted and rolled back, two and two (so every
-second rollback goes to a version that is not the one before), and imports are asked for that cannot be. Promoted versions
-are new to the engine each time. A decision counts from when it is sent until the server says that the version drafts.
-Gaps are between two parts of one answer; a step is their median where nothing is decided.
+second rollback goes to a version that is not the one before), and imports are asked for that cannot be. Promoted
+versions are new to the engine each time. A decision counts from when it is sent until the server says that the version
+drafts. Gaps are between two parts of one answer; a step is their median where nothing is decided.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 
@@ -269,16 +268,12 @@ def report_all(
             f"| {name} | {statistics.median(rate for rate, _ in windows):.1f} | {gaps[int(len(gaps) * 0.99)]:.2f} | "
             f"median {statistics.median(longest):.1f}, longest {longest[-1]:.1f} |"
         )
-    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-    low = bootstrap(without, during)
+    whole = sum(rate for rate, _ in during) / sum(rate for rate, _ in without)
     print(
-        f"\nThroughput with control over without, {len(ratios)} pairs: median {statistics.median(ratios):.3f} ({spread}),"
+        f"\nThroughput with control over without, {len(ratios)} pairs of windows: "
+        f"median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), "
+        f"all together {whole:.3f}. A step takes {step * 1e3:.1f} ms."
     )
-    print(f"all together {low:.3f}. A step takes {step * 1e3:.1f} ms.")
-
-
-def bootstrap(without: list[tuple[float, list[float]]], during: list[tuple[float, list[float]]]) -> float:
-    return sum(rate for rate, _ in during) / sum(rate for rate, _ in without)
 
 
 def main() -> None:

@@ -231,11 +231,13 @@ class Publisher:
 
     def _set_trial(self, wish: _Wish) -> None:
         live = wish.routes.get(SHARED_ROUTE)
-        if live is not None and live.version == self._refused.get(SHARED_ROUTE):
-            live = None  # it drafts for nobody, so there is nothing to compare
         if wish.canary is not None and live is not None:
             new, old, is_live = wish.canary.version, live.version, False
-        elif wish.forced is not None and wish.predecessor is not None and live is not None:
+        elif (
+            wish.forced is not None
+            and wish.predecessor is not None
+            and wish.forced.version != self._refused.get(SHARED_ROUTE)  # which drafts for nobody
+        ):
             new, old, is_live = wish.forced.version, wish.predecessor.version, True
         else:
             self.trial = None
