@@ -342,7 +342,7 @@ def evaluate_head(
         table.add_row(f"{guesses} guess{'es' if guesses > 1 else ''}", f"{ours:.3f}", f"{theirs:.3f}")
     show_table(table)
     what = "passes the gate" if verdict.passes else "does not pass the gate"
-    print(f"{what}: at least {verdict.least_ratio:.3f} times the live one with 97.5 %, on {verdict.texts} texts")
+    print(f"{what}: at least {verdict.least_ratio:.3f} times the live one with 97.5 %; {verdict.describe()}")
 
 
 def report(version: Version, what: str, as_json: bool) -> None:

@@ -22,9 +22,9 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from slipstream.engine.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 HOLDOUT = 10
-"""One sample in so many is held out of training."""
+"""One question in so many is held out of training."""
 BUSY_S = 10.0
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -32,10 +32,11 @@ CREATE TABLE purges (tenant BLOB PRIMARY KEY, time REAL NOT NULL);
 CREATE TABLE shards (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT NOT NULL, tenant TEXT NOT NULL,
     bytes INTEGER NOT NULL, oldest REAL NOT NULL);
 CREATE TABLE samples (id INTEGER PRIMARY KEY AUTOINCREMENT, shard INTEGER NOT NULL, place INTEGER NOT NULL,
-    tenant TEXT NOT NULL, time REAL NOT NULL, num_tokens INTEGER NOT NULL, fields TEXT NOT NULL);
+    tenant TEXT NOT NULL, time REAL NOT NULL, num_tokens INTEGER NOT NULL, fields TEXT NOT NULL, question INTEGER);
 CREATE INDEX samples_of_shard ON samples (shard);
 CREATE INDEX samples_of_tenant ON samples (tenant);
 """
+QUESTION = "COALESCE(samples.question, samples.id)"
 EVERYBODY = b"*"
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -83,11 +84,15 @@ class Entry:
     tenant: str
     time: float
     fields: dict[str, Any]
+    question: int
 
 
-def held_out(sample_id: int) -> bool:
-    """Whether training must not see this sample: it is for the gate."""
-    digest = hashlib.blake2b(sample_id.to_bytes(8, "little"), digest_size=8).digest()
+def held_out(question: int) -> bool:
+    """Whether training must not see samples of this question: they are for the gate.
+
+    All of a question are on one side: an answer that was learned says nothing of how well a head guesses others.
+    """
+    digest = hashlib.blake2b(question.to_bytes(8, "little", signed=True), digest_size=8).digest()
     return int.from_bytes(digest, "little") % HOLDOUT == 0
 
 
@@ -140,6 +145,9 @@ class TrafficIndex:
             if found == 0:
                 for statement in SCHEMA.split(";"):
                     self._db.execute(statement)
+            if found == 1:
+                self._db.execute("ALTER TABLE samples ADD COLUMN question INTEGER")
+            if found < FORMAT:
                 self._db.execute(f"PRAGMA user_version = {FORMAT}")
 
     def close(self) -> None:
@@ -190,9 +198,9 @@ class TrafficIndex:
         return size, tokens
 
     @guarded
-    def ids(self) -> list[int]:
-        """Of all samples."""
-        return [row[0] for row in self._db.execute("SELECT id FROM samples")]
+    def questions(self) -> dict[int, int]:
+        """By id of all samples; the id itself for those of stores that did not know yet what was asked."""
+        return dict(self._db.execute(f"SELECT id, {QUESTION} FROM samples"))
 
     @guarded
     def entries(
@@ -209,20 +217,20 @@ class TrafficIndex:
         for condition, value in (
             ("samples.id < ?", below_id),
             ("samples.tenant = ?", tenant),
-            ("held_out(samples.id) = ?", holdout),
+            (f"held_out({QUESTION}) = ?", holdout),
         ):
             if value is not None:
                 conditions.append(condition)
                 values.append(value)  # type: ignore[arg-type]
         rows = self._db.execute(
-            "SELECT samples.id, file, place, samples.tenant, time, fields FROM samples JOIN shards "
+            f"SELECT samples.id, file, place, samples.tenant, time, fields, {QUESTION} FROM samples JOIN shards "
             f"ON shards.id = shard WHERE {' AND '.join(conditions)} "
             f"ORDER BY samples.id {'DESC' if order == 'recent' else 'ASC'} LIMIT ?",
             [*values, limit],
         )
         return [
-            Entry(number, self.shards / file, place, owner, when, _parse(fields))
-            for number, file, place, owner, when, fields in rows
+            Entry(number, self.shards / file, place, owner, when, _parse(fields), question)
+            for number, file, place, owner, when, fields, question in rows
         ]
 
     # What goes ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -60,6 +61,14 @@ class Sample:
     """Given by the store; grows."""
     taps: tuple[int, ...] = ()
     """Layers whose inputs the features are."""
+    question: int = 0
+    """Given by the store: the same number where the prompt is the same."""
+
+
+def question_of(prompt: Int32) -> int:
+    """A number of 64 bits, with sign."""
+    digest = hashlib.blake2b(prompt.astype("<i4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 class TrafficStore:
@@ -102,32 +111,39 @@ class TrafficStore:
         limit: int | None = None,
         order: Literal["recent", "oldest"] = "oldest",
         holdout: bool | None = None,
+        features: bool = True,
     ) -> Iterator[Sample]:
         """Samples with a larger id than ``since_id``, read one by one, latest or earliest first.
 
-        ``holdout``: only those held out of training, or only the others. What is deleted meanwhile is left out.
+        ``holdout``: only those held out of training, or only the others. Without ``features`` only tokens are read, a
+        thousandth of the bytes. What is deleted meanwhile is left out.
         """
-        yield from itertools.islice(self._pages(since_id, tenant, order, holdout), limit)
+        yield from itertools.islice(self._pages(since_id, tenant, order, holdout, features), limit)
 
     def _pages(
-        self, since_id: int, tenant: str | None, order: Literal["recent", "oldest"], holdout: bool | None
+        self,
+        since_id: int,
+        tenant: str | None,
+        order: Literal["recent", "oldest"],
+        holdout: bool | None,
+        features: bool,
     ) -> Iterator[Sample]:
         below: int | None = None
         while entries := self.index.entries(since_id, tenant, order, holdout, PAGE, below):
             for entry in entries:
-                if (sample := self._read(entry)) is not None:
+                if (sample := self._read(entry, features)) is not None:
                     yield sample
             if order == "recent":
                 below = entries[-1].id
             else:
                 since_id = entries[-1].id
 
-    def _read(self, entry: Entry) -> Sample | None:
+    def _read(self, entry: Entry, features: bool) -> Sample | None:
         """None if the sample was deleted since it was looked up."""
         while True:
             try:
                 with safe_open(entry.shard, framework="pt") as shard:
-                    return _decode(entry, {name: shard.get_tensor(name) for name in _names(entry)})
+                    return _decode(entry, {name: shard.get_tensor(name) for name in _names(entry, features)})
             except (OSError, SafetensorError, LookupError, AttributeError, TypeError, ValueError) as error:
                 # Deleted, or written again into another shard; or damaged.
                 found = self.index.entries(entry.id - 1, None, "oldest", None, 1, entry.id + 1)
@@ -138,9 +154,9 @@ class TrafficStore:
                     return None
                 [entry] = found
 
-    def ids(self) -> list[int]:
-        """Of all samples there are now."""
-        return self.index.ids()
+    def questions(self) -> dict[int, int]:
+        """By id of all samples there are now."""
+        return self.index.questions()
 
     def statistics(self) -> dict[str, TenantStatistics]:
         return self.index.statistics()
@@ -197,11 +213,9 @@ class TrafficStore:
                     [left] = db.execute("SELECT file FROM shards WHERE id = ?", (old,)).fetchone()
                     db.execute("DELETE FROM shards WHERE id = ?", (old,))
                 db.executemany(
-                    "INSERT INTO samples (shard, place, tenant, time, num_tokens, fields) VALUES (?, ?, ?, ?, ?, ?)",
-                    [
-                        (shard, number, tenant, sample.time, len(sample.tokens), json.dumps(_fields(sample)))
-                        for number, sample in enumerate(samples, place)
-                    ],
+                    "INSERT INTO samples (shard, place, tenant, time, num_tokens, fields, question) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    [(shard, number, tenant, *_row(sample)) for number, sample in enumerate(samples, place)],
                 )
                 draft.rename(self.index.shards / file)
             if old is not None:
@@ -250,6 +264,11 @@ def _size(sample: Sample) -> int:
     return sum(tensor.nbytes for tensor in _encode(sample, 0).values())
 
 
+def _row(sample: Sample) -> tuple[object, ...]:
+    question = question_of(sample.tokens[: sample.num_prompt])
+    return sample.time, len(sample.tokens), json.dumps(_fields(sample)), question
+
+
 def _fields(sample: Sample) -> dict[str, object]:
     """What the index keeps as JSON."""
     return {
@@ -273,8 +292,9 @@ def _encode(sample: Sample, place: int) -> Tensors:
     return {f"{place}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _names(entry: Entry) -> list[str]:
-    return [f"{entry.place}.{name.partition('.')[2]}" for name in entry.fields["parts"]]
+def _names(entry: Entry, features: bool) -> list[str]:
+    parts = [name.partition(".")[2] for name in entry.fields["parts"]]
+    return [f"{entry.place}.{part}" for part in parts if features or part == "tokens"]
 
 
 def _decode(entry: Entry, tensors: Tensors) -> Sample:
@@ -294,4 +314,5 @@ def _decode(entry: Entry, tensors: Tensors) -> Sample:
         greedy=fields["greedy"],
         id=entry.id,
         taps=tuple(fields["taps"]),
+        question=entry.question,
     )

@@ -143,11 +143,11 @@ class Course:
         new = self.curriculum.refresh(self._counted)
         if self.curriculum.last_id < self._counted:
             # Another store than before: all of it is new.
-            self._credit, new = 0.0, self.curriculum.tokens
+            self._credit, new = 0.0, self.curriculum.worth
         self._counted = 0
         # Texts that are gone are good for nothing, nor is a checkpoint made with a larger number of epochs.
         epochs = self._options.epochs
-        self._credit = min(self._credit + epochs * new, epochs * self.curriculum.tokens)
+        self._credit = min(self._credit + epochs * new, epochs * self.curriculum.worth)
 
     def spend(self, positions: int) -> None:
         self.learned += positions

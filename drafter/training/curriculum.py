@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+import math
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
+import numpy as np
+
+from slipstream.drafter.traffic.index import held_out
 from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.drafter.training.held_out import HeldOut
 from slipstream.drafter.training.packing import Example
 
 LEAST_ANSWER = 3
@@ -19,7 +25,10 @@ TRIES = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mix:
-    """Shares of a round's texts. What is left is recent traffic."""
+    """Shares of a round's texts. What is left is recent traffic.
+
+    A question that was asked n times counts as √n texts: what repeats is learned, and does not drive out the rest.
+    """
 
     recent: int = 2000
     """Texts that count as recent."""
@@ -36,6 +45,9 @@ class Mix:
 class _Known:
     id: int
     tokens: int
+    question: int
+    is_repeat: bool
+    """Whether it was asked before."""
 
 
 class Curriculum:
@@ -64,40 +76,59 @@ class Curriculum:
         self._cache: OrderedDict[int, Example] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._cached = 0
+        self._asked: Counter[int] = Counter()
+        """How often each question was asked, held out or not."""
+        self._stream: list[_Known] = []
+        """Recent texts, those that are held out among them."""
         self._recent: list[_Known] = []
         self._longest: list[_Known] = []
         self._turn: list[_Known] = []
         """Recent texts that are still to come in this turn."""
         self._reservoir: list[_Known] = []
-        self._seen = self._greedy = 0
+        self._seen = self._greedy = self._learnable = 0
         self.last_id = 0
         """Of the latest text there is."""
         self.tokens = 0
-        """Tokens of answers that came so far."""
+        """Tokens of answers that came so far, without those held out."""
+        self.worth = 0.0
+        """The same, each question's counted less with every time it was asked."""
         self.counts: dict[int, float] = {}
         """How often each token came in answers; earlier ones count less."""
         self.oldest = self.newest = 0.0
         """When the texts came, in seconds since 1970."""
 
-    def refresh(self, after: int = 0) -> int:
-        """Takes notice of what came since the last call; how many tokens of answers, in texts with ids > ``after``."""
-        new = 0
-        for sample in self._store.samples(self.last_id, holdout=False):
+    def refresh(self, after: int = 0) -> float:
+        """Takes notice of what came since the last call.
+
+        Returns how many tokens of answers in texts with ids > ``after`` are worth learning: those of a question asked
+        again and again are worth less each time.
+        """
+        new = 0.0
+        for sample in self._store.samples(self.last_id, features=False):
             self.last_id = sample.id
             answer = sample.tokens[sample.num_prompt :]
             if not self._accepts(sample) or len(answer) < LEAST_ANSWER:
                 continue
+            self._asked[sample.question] += 1
+            times = self._asked[sample.question]
+            known = _Known(sample.id, len(answer), sample.question, times > 1)
+            self._stream.append(known)
+            if held_out(sample.question):
+                continue
             self.tokens += len(answer)
-            new += len(answer) if sample.id > after else 0
+            worth = math.sqrt(times) - math.sqrt(times - 1)
+            self.worth += worth * len(answer)
+            new += worth * len(answer) if sample.id > after else 0
             self._greedy += sample.greedy
+            self._learnable += 1
             for token in answer.tolist():
                 self.counts[token] = self.counts.get(token, 0.0) + 1.0
             self.oldest = min(self.oldest or sample.time, sample.time)
             self.newest = max(self.newest, sample.time)
-            known = _Known(sample.id, len(answer))
             self._recent.append(known)
-            self._keep(known)
-        del self._recent[: -self._mix.recent]
+            if self._random.random() < worth:
+                self._keep(known)
+        del self._recent[: -self._mix.recent], self._stream[: -self._mix.recent]
         self._find_longest()
         return new
 
@@ -113,7 +144,7 @@ class Curriculum:
     @property
     def is_greedy(self) -> bool:
         """Whether at least half of the texts are."""
-        return 2 * self._greedy >= self._seen
+        return 2 * self._greedy >= self._learnable
 
     def draw(self) -> Iterator[Example]:
         """Texts without end; stops where there are none."""
@@ -124,25 +155,39 @@ class Curriculum:
             if example is not None:
                 yield example
 
-    def held_out(self, texts: int) -> list[Example]:
-        """The latest texts that training does not see."""
-        return self.latest(texts, holdout=True)
+    def held_out(self, texts: int) -> HeldOut:
+        """About as many texts to judge by, of two kinds, weighted as they are among the recent ones.
 
-    def latest(self, texts: int, holdout: bool | None) -> list[Example]:
-        """The latest texts; ``holdout`` as in TrafficStore.samples."""
+        Of what was asked for the first time, the latest texts that training does not see. Of what was asked before, any
+        recent ones: traffic like this will ask it again, mostly when it was learned.
+        """
+        repeats = [known for known in self._stream if known.is_repeat]
+        fresh = [known for known in self._stream if not known.is_repeat and held_out(known.question)]
+        share = len(repeats) / len(self._stream) if self._stream else 0.0
+        chosen = [
+            self._examples(reversed(fresh), texts - round(texts * share)),
+            self._examples(Random(0).sample(repeats, len(repeats)), round(texts * share)),
+        ]
+        shares = [1 - share if chosen[0] else 0.0, share if chosen[1] else 0.0]
+        weights = [np.full(len(kind), part / max(len(kind), 1)) for kind, part in zip(chosen, shares, strict=True)]
+        return HeldOut([*chosen[0], *chosen[1]], np.concatenate(weights), share)
+
+    def latest(self, texts: int) -> HeldOut:
+        """The latest texts, whatever training sees."""
         found: list[Example] = []
-        for sample in self._store.samples(order="recent", holdout=holdout):
+        for sample in self._store.samples(order="recent"):
             if self._accepts(sample) and (example := self._ready(sample)) is not None:
                 found.append(example)
             if len(found) == texts:
                 break
-        return found
+        return HeldOut(found, np.ones(len(found)))
 
     def drop(self) -> None:
         """Forgets texts that are no longer in the store: purged ones must not be learned from."""
-        present = set(self._store.ids())
-        self._recent, self._reservoir, self._turn = (
-            [known for known in texts if known.id in present] for texts in (self._recent, self._reservoir, self._turn)
+        present = self._store.questions()
+        self._stream, self._recent, self._reservoir, self._turn = (
+            [known for known in texts if known.id in present]
+            for texts in (self._stream, self._recent, self._reservoir, self._turn)
         )
         self._find_longest()
         for id_ in [id_ for id_ in self._cache if id_ not in present]:
@@ -156,8 +201,19 @@ class Curriculum:
             return self._random.choice(self._longest)
         # Recent texts come in turn, in a new order each time.
         if not self._turn:
-            self._turn = self._random.sample(self._recent, len(self._recent))
+            turn = self._without_most_repeats()
+            self._turn = self._random.sample(turn, len(turn))
         return self._turn.pop()
+
+    def _without_most_repeats(self) -> list[_Known]:
+        by_question: defaultdict[int, list[_Known]] = defaultdict(list)
+        for known in self._recent:
+            by_question[known.question].append(known)
+        return [
+            known
+            for asked in by_question.values()
+            for known in self._random.sample(asked, math.ceil(math.sqrt(len(asked))))
+        ]
 
     def _find_longest(self) -> None:
         self._longest = heapq.nlargest(max(len(self._recent) // 4, 1), self._recent, key=lambda known: known.tokens)
@@ -168,6 +224,10 @@ class Curriculum:
             self._reservoir.append(known)
         elif (place := self._random.randrange(self._seen)) < self._mix.reservoir:
             self._reservoir[place] = known
+
+    def _examples(self, texts: Iterable[_Known], most: int) -> list[Example]:
+        found = (example for known in texts if (example := self._example(known.id)) is not None)
+        return list(islice(found, most))
 
     def _example(self, id_: int) -> Example | None:
         if id_ in self._cache:

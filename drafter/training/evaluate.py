@@ -41,18 +41,23 @@ def evaluate(
     store = TrafficStore(options.traffic, create=False)
     target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage)
     trainable = _open(head, target, registry)
-    texts = Course(options, route, target, store).curriculum.latest(options.gate_texts, None if everything else True)
+    curriculum = Course(options, route, target, store).curriculum
+    curriculum.refresh()
+    texts = curriculum.latest(options.gate_texts) if everything else curriculum.held_out(options.gate_texts)
     store.close()
-    if not texts:
-        raise ConfigError(f"{options.traffic} has no held-out text to evaluate on: one in ten is held out of training")
-    found = score(trainable, texts, options.depth)
+    if not texts.examples:
+        raise ConfigError(
+            f"{options.traffic} has no held-out text to evaluate on: one question in ten is held out of training"
+        )
+    found = score(trainable, texts.examples, options.depth).weighted(texts.weights)
     live = registry.serving(route) if registry is not None else None
     if live is None:
         compared = found.without_guesses()
     else:
-        compared = score(_open(live.version, target, registry), texts, options.depth)
+        compared = score(_open(live.version, target, registry), texts.examples, options.depth).weighted(texts.weights)
     lengths = [tuple(each.accept_length(depth) for depth in range(1, options.depth + 1)) for each in (found, compared)]
-    return Evaluation(judge(found, compared), live.version if live else None, *lengths)
+    verdict = judge(found, compared, groups=texts.groups, repeated=texts.repeated)
+    return Evaluation(verdict, live.version if live else None, *lengths)
 
 
 def _open(head: int | Path, target: Target, registry: Registry | None) -> TrainableHead:

@@ -30,15 +30,20 @@ class Score:
 
     tokens: NDArray[np.int64]  # [texts]: of the answers, but for their first
     steps: NDArray[np.int64]  # [texts, 1 + depth]: verification steps with at most 0, 1, … guesses
+    weights: NDArray[np.float64] | None = None  # [texts]; None: all the same
 
     def accept_length(self, depth: int) -> float:
         """Tokens per verification step over all texts, with at most ``depth`` guesses."""
-        steps = int(self.steps[:, depth].sum())
-        return int(self.tokens.sum()) / steps if steps else math.nan
+        weights = np.ones(len(self.tokens)) if self.weights is None else self.weights
+        steps = float(weights @ self.steps[:, depth])
+        return float(weights @ self.tokens) / steps if steps else math.nan
 
     def without_guesses(self) -> Score:
         """The same texts with nobody guessing."""
-        return Score(self.tokens, np.repeat(self.tokens[:, None], self.steps.shape[1], axis=1))
+        return Score(self.tokens, np.repeat(self.tokens[:, None], self.steps.shape[1], axis=1), self.weights)
+
+    def weighted(self, weights: NDArray[np.float64]) -> Score:
+        return Score(self.tokens, self.steps, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +79,20 @@ class Verdict:
     speedup: float
     """Predicted tokens per second, candidate over live; 1 where the machine's speed is not known."""
     texts: int
+    different: int
+    """Of the texts, those that are not nearly the same as another one."""
+    repeated: float = 0.0
+    """Share of the traffic that was asked before; the texts have the same."""
 
     def describe(self) -> str:
-        return f"accept length {self.accept_length:.2f} against {self.live_accept_length:.2f} on {self.texts} texts"
+        said = f"accept length {self.accept_length:.2f} against {self.live_accept_length:.2f} on {self.texts} texts"
+        if self.different < self.texts:
+            said += f", {self.different} of them different"
+        if self.repeated:
+            said += f", {self.repeated:.0%} asked before"
+        if self.different < LEAST_TEXTS:
+            said += f"; a verdict needs {LEAST_TEXTS} different ones"
+        return said
 
     def metrics(self) -> dict[str, float]:
         """For the manifest."""
@@ -86,6 +102,8 @@ class Verdict:
             "least_ratio": self.least_ratio,
             "speedup": self.speedup,
             "texts": float(self.texts),
+            "different_texts": float(self.different),
+            "repeated": self.repeated,
         }
 
 
@@ -120,23 +138,40 @@ def score(
     return Score(np.array(tokens, np.int64), np.array(steps, np.int64).reshape(-1, depth + 1))
 
 
-def judge(candidate: Score, live: Score, speed: Speed | None = None, margin: float = 0.0) -> Verdict:
-    """Paired bootstrap over texts (Efron 1979): passes if better by more than ``margin`` beyond noise.
+def judge(
+    candidate: Score,
+    live: Score,
+    speed: Speed | None = None,
+    margin: float = 0.0,
+    groups: NDArray[np.int64] | None = None,
+    repeated: float = 0.0,
+) -> Verdict:
+    """Paired bootstrap over groups of texts (Efron 1979): passes if better by more than ``margin`` beyond noise.
 
     Both must be scores of the same texts. Accept lengths are those with all guesses; with ``speed``, the predicted
-    tokens per second must not fall either. Nothing passes on fewer than ``LEAST_TEXTS``.
+    tokens per second must not fall either. Nothing passes on fewer than ``LEAST_TEXTS`` groups.
+
+    Args:
+        groups: [texts], the same number for texts that hardly differ, which know nothing of each other's noise: they
+            are drawn together. None: all differ.
+        repeated: for the verdict; see there.
     """
     assert np.array_equal(candidate.tokens, live.tokens), "scores of different texts"
     depth = candidate.steps.shape[1] - 1
     texts = len(candidate.tokens)
     if not texts:
-        return Verdict(False, math.nan, math.nan, 0.0, 1.0, 0)
-    draws = np.random.default_rng(0).integers(0, texts, (RESAMPLES, texts))
-    ratios = live.steps[draws, depth].sum(1) / candidate.steps[draws, depth].sum(1)
+        return Verdict(False, math.nan, math.nan, 0.0, 1.0, 0, 0)
+    _, places = np.unique(np.arange(texts) if groups is None else groups, return_inverse=True)
+    different = int(places.max()) + 1
+    weights = np.ones(texts) if candidate.weights is None else candidate.weights
+    known, found = (np.bincount(places, weights * each.steps[:, depth]) for each in (live, candidate))
+    draws = np.random.default_rng(0).integers(0, different, (RESAMPLES, different))
+    ratios = known[draws].sum(1) / found[draws].sum(1)
     least = float(np.quantile(ratios, 1 - CONFIDENCE))
     speedup = speed.tokens_per_second(candidate) / speed.tokens_per_second(live) if speed else 1.0
-    passes = texts >= LEAST_TEXTS and least > 1 + margin and speedup >= 1
-    return Verdict(passes, candidate.accept_length(depth), live.accept_length(depth), least, speedup, texts)
+    passes = different >= LEAST_TEXTS and least > 1 + margin and speedup >= 1
+    lengths = candidate.accept_length(depth), live.accept_length(depth)
+    return Verdict(passes, *lengths, least, speedup, texts, different, repeated)
 
 
 def _walk(right: NDArray[np.int64], most: int) -> int:

@@ -24,6 +24,7 @@ from slipstream.drafter.traffic.store import TrafficStore
 from slipstream.drafter.training.control import Control, Report, ServerGoneError, StandBy
 from slipstream.drafter.training.course import Course, WorkerOptions
 from slipstream.drafter.training.gate import LEAST_TEXTS, Score, Verdict, judge, score
+from slipstream.drafter.training.held_out import HeldOut
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, fill
 from slipstream.drafter.training.target import Target
@@ -217,7 +218,7 @@ class Worker:
                 self._refuse(number, str(error))
                 continue
             texts = self._held_out(course)
-            if len(texts) < LEAST_TEXTS:
+            if texts.different < LEAST_TEXTS:
                 return
             verdict = self._verdict(course, head, texts)
             self._registry.record_metrics(number, verdict.metrics())
@@ -234,18 +235,19 @@ class Worker:
         metrics = verdict.metrics() if verdict else {}
         self._report("refused", version=version, foreign=True, gate=metrics, message=reason)
 
-    def _verdict(self, course: Course, candidate: TrainableHead, texts: Sequence[Example]) -> Verdict:
+    def _verdict(self, course: Course, candidate: TrainableHead, texts: HeldOut) -> Verdict:
         self._report("gating")
         found = self._score(candidate, texts)
         live = self._registry.serving(course.route)
         known = found.without_guesses() if live is None else self._score(self._head(live.version), texts)
-        return judge(found, known, self._control.speed)
+        return judge(found, known, self._control.speed, groups=texts.groups, repeated=texts.repeated)
 
-    def _score(self, head: TrainableHead, texts: Sequence[Example]) -> Score:
+    def _score(self, head: TrainableHead, texts: HeldOut) -> Score:
         with self._stand_by:
-            return score(head, texts, self._options.depth, self._control.check)
+            found = score(head, texts.examples, self._options.depth, self._control.check)
+        return found.weighted(texts.weights)
 
-    def _held_out(self, course: Course) -> list[Example]:
+    def _held_out(self, course: Course) -> HeldOut:
         with self._stand_by:
             return course.curriculum.held_out(self._options.gate_texts)
 

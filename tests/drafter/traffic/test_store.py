@@ -38,7 +38,7 @@ def same(left: Sample, right: Sample) -> bool:
     tensors = [(left.features, right.features), *zip(left.topk or [None], right.topk or [None], strict=True)]
     if any((a is None) != (b is None) or (a is not None and not torch.equal(a, b)) for a, b in tensors):  # type: ignore[arg-type]
         return False
-    plain: dict[str, Any] = {"tokens": None, "features": None, "topk": None, "id": 0}
+    plain: dict[str, Any] = {"tokens": None, "features": None, "topk": None, "id": 0, "question": 0}
     return dataclasses.replace(left, **plain) == dataclasses.replace(right, **plain)
 
 
@@ -84,8 +84,12 @@ def test_every_way_of_reading_agrees_with_a_list(
     assert [sample.id for sample in store.samples(order="recent")] == ids[::-1]
     middle = ids[len(ids) // 2] if ids else 0
     assert [sample.id for sample in store.samples(since_id=middle, limit=3)] == [i for i in ids if i > middle][:3]
-    assert [sample.id for sample in store.samples(holdout=True)] == [i for i in ids if held_out(i)]
-    assert [sample.id for sample in store.samples(holdout=False)] == [i for i in ids if not held_out(i)]
+    assert store.questions() == {sample.id: sample.question for sample in every}
+    for side in (True, False):
+        expected = [sample.id for sample in every if held_out(sample.question) == side]
+        assert [sample.id for sample in store.samples(holdout=side)] == expected
+    assert [sample.tokens.tolist() for sample in store.samples(features=False)] == [s.tokens.tolist() for s in every]
+    assert all(sample.features is None for sample in store.samples(features=False))
     for tenant, entry in store.statistics().items():
         own = [sample for sample in every if sample.tenant == tenant]
         assert (entry.samples, entry.tokens) == (len(own), sum(len(sample.tokens) for sample in own))
@@ -96,8 +100,43 @@ def test_every_way_of_reading_agrees_with_a_list(
     store.close()
 
 
-def test_one_sample_in_ten_is_held_out() -> None:
+def test_one_question_in_ten_is_held_out() -> None:
     assert 900 < sum(map(held_out, range(10_000))) < 1100
+    assert 900 < sum(held_out(-(2**63) + number) for number in range(10_000)) < 1100
+
+
+def test_a_question_is_its_prompt(tmp_path: Path, make_sample: Make) -> None:
+    """Whoever asks, whatever the answer: all on one side."""
+    first = make_sample(12, tenant="a", features=None, start=12)
+    others = [
+        dataclasses.replace(first, tenant="b", greedy=False),
+        dataclasses.replace(first, tokens=np.append(first.tokens, 7).astype(np.int32)),
+    ]
+    changed = first.tokens.copy()
+    changed[first.num_prompt - 1] += 1
+    store = TrafficStore(tmp_path / "t")
+    store.append([first, *others, dataclasses.replace(first, tokens=changed)])
+    store.append([dataclasses.replace(first, num_prompt=first.num_prompt - 1)])
+    counts = Counter(store.questions().values())
+    assert sorted(counts.values()) == [1, 1, 3]
+    store.close()
+
+
+def test_a_store_of_the_first_format_is_taken_over(tmp_path: Path, make_sample: Make) -> None:
+    """What was held out of training stays so: there the id decided."""
+    store = TrafficStore(tmp_path / "t")
+    store.append([make_sample(length) for length in range(6, 46)])
+    store.close()
+    with sqlite3.connect(tmp_path / "t" / "index.sqlite") as db:
+        db.execute("ALTER TABLE samples DROP COLUMN question")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    store = TrafficStore(tmp_path / "t")
+    assert all(id_ == question for id_, question in store.questions().items())
+    assert [sample.id for sample in store.samples(holdout=True)] == [i for i in range(1, 41) if held_out(i)]
+    store.append([make_sample(50)])
+    assert store.questions()[41] != 41
+    store.close()
 
 
 def test_iteration_is_lazy_and_survives_what_happens_meanwhile(
@@ -313,7 +352,7 @@ OPEN_AND_CLOSE = """
 import sys
 from slipstream.drafter.traffic.store import TrafficStore
 store = TrafficStore(sys.argv[1])
-print(len(store.ids()))
+print(len(store.questions()))
 store.close()
 """
 

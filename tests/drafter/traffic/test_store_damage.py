@@ -22,7 +22,7 @@ def use(folder: Path) -> None:
         lambda store: list(store.samples()),
         lambda store: list(store.samples(order="recent", holdout=False)),
         lambda store: store.statistics(),
-        lambda store: store.ids(),
+        lambda store: store.questions(),
         lambda store: store.lock(),
         lambda store: store.index.claim("target"),
         lambda store: store.expire(),

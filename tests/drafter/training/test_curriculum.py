@@ -117,12 +117,14 @@ def test_held_out_texts_are_never_drawn(even: TrafficStore) -> None:
     curriculum = Curriculum(even, prepare)
     curriculum.refresh()
     drawn = set(numbers(list(islice(curriculum.draw(), 2000))))
-    held = numbers(curriculum.held_out(1000))
-    by_hash = {int(found.tokens[-1]) for found in even.samples() if held_out(found.id)}
+    found = curriculum.held_out(1000)
+    held = numbers(found.examples)
+    by_hash = {int(sample.tokens[-1]) for sample in even.samples() if held_out(sample.question)}
     assert set(held) == by_hash and len(held) > EVEN / 20
     assert held == sorted(held, reverse=True), "latest first"
     assert drawn.isdisjoint(held) and len(drawn) > EVEN / 2
-    assert numbers(curriculum.held_out(3)) == held[:3]
+    assert numbers(curriculum.held_out(3).examples) == held[:3]
+    assert found.repeated == 0 and found.different == len(held)
 
 
 def test_purged_texts_are_not_drawn_again(store: TrafficStore) -> None:
@@ -164,7 +166,7 @@ def test_only_what_belongs_to_the_route_is_counted_and_drawn(store: TrafficStore
     curriculum = Curriculum(store, prepare, lambda found: found.domain == "code")
     curriculum.refresh()
     assert set(curriculum.counts) == {number for number in trainable(store) if number % 3}
-    assert all(number % 3 for number in numbers([*islice(curriculum.draw(), 200), *curriculum.held_out(50)]))
+    assert all(number % 3 for number in numbers([*islice(curriculum.draw(), 200), *curriculum.held_out(50).examples]))
 
 
 def test_news_are_counted_once(store: TrafficStore) -> None:
@@ -196,10 +198,50 @@ def test_counts_fade_but_rare_tokens_stay_for_a_while(store: TrafficStore) -> No
 def test_texts_that_cannot_be_used_end_drawing(even: TrafficStore) -> None:
     curriculum = Curriculum(even, lambda found: None)
     curriculum.refresh()
-    assert list(curriculum.draw()) == [] and curriculum.held_out(10) == []
+    assert list(curriculum.draw()) == [] and curriculum.held_out(10).examples == []
 
 
 def test_short_answers_are_left_out(store: TrafficStore) -> None:
     store.append([sample(number, length=2) for number in range(1, 30)])
     curriculum = Curriculum(store, prepare)
     assert curriculum.refresh() == 0 and curriculum.num_texts == 0
+
+
+def test_traffic_that_repeats_is_judged_by_what_repeats_in_its_share(store: TrafficStore) -> None:
+    """Every second text is one of four questions, the others are asked once."""
+    store.append([sample(number if number % 2 else 10_000 + number % 8) for number in range(1, 601)])
+    curriculum = Curriculum(store, prepare)
+    curriculum.refresh()
+    drawn = set(numbers(list(islice(curriculum.draw(), 2000))))
+    found = curriculum.held_out(100)
+    repeated = np.array([number >= 10_000 for number in numbers(found.examples)])
+    assert found.repeated == pytest.approx(0.5, abs=0.02)
+    assert found.weights[repeated].sum() == pytest.approx(found.repeated)
+    assert found.weights[~repeated].sum() == pytest.approx(1 - found.repeated)
+    assert drawn.isdisjoint(np.array(numbers(found.examples))[~repeated]), "what is new was not learned"
+    assert len(found.examples) > 60
+    assert found.different == (~repeated).sum() + 4
+
+
+def test_a_few_questions_asked_again_and_again(store: TrafficStore) -> None:
+    store.append([sample(number % 8) for number in range(800)])
+    curriculum = Curriculum(store, prepare)
+    new = curriculum.refresh()
+    learned = len(set(trainable(store)))
+    assert new == curriculum.worth == pytest.approx(learned * 10 * 100**0.5)
+    assert curriculum.tokens == learned * 1000
+    found = curriculum.held_out(100)
+    assert (found.different, found.repeated) == (8, 0.99)
+    assert len(found.examples) > 90
+    assert set(numbers(list(islice(curriculum.draw(), 500)))) == set(trainable(store))
+
+
+def test_what_repeats_does_not_drive_out_the_rest(store: TrafficStore) -> None:
+    store.append([sample(0 if number % 10 else number + 10) for number in range(900)])
+    assert not held_out(store.questions()[2]), "choose another number"
+    curriculum = Curriculum(store, prepare, mix=Mix(replay=0.5, long=0.0))
+    curriculum.refresh()
+    drawn = Counter(numbers(list(islice(curriculum.draw(), 3000))))
+    often = 810**0.5
+    others = len(drawn) - 1
+    assert drawn[0] / 3000 == pytest.approx(often / (often + others), abs=0.06)

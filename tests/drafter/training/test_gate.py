@@ -38,7 +38,7 @@ def test_an_equal_head_seldom_passes() -> None:
 def test_nothing_to_judge_by_passes_nothing() -> None:
     empty = Score(np.zeros(0, np.int64), np.zeros((0, 4), np.int64))
     verdict = judge(empty, empty)
-    assert not verdict.passes and verdict.texts == 0
+    assert not verdict.passes and verdict.texts == verdict.different == 0
 
 
 def test_any_head_is_better_than_none_if_it_guesses() -> None:
@@ -70,3 +70,37 @@ def test_a_head_that_would_not_serve_faster_does_not_pass() -> None:
     busy = Speed({1: 0.01, 2: 0.011, 3: 0.05, 64: 1.0}, 0.0, {1: 1.0})
     verdict = judge(candidate, live, busy)
     assert not verdict.passes and verdict.speedup < 1
+
+
+def test_the_same_text_many_times_is_no_proof() -> None:
+    """Better on one text in ten by far, and a little worse on the others; that one was asked again and again."""
+    tokens = np.full(200, 100)
+    live = Score(tokens, np.repeat(np.array([[100, 60, 60, 60]]), 200, 0))
+    candidate = Score(tokens, np.where(np.arange(200)[:, None] < 150, [[100, 30, 30, 30]], [[100, 61, 61, 61]]))
+    alone = np.arange(200)
+    assert judge(candidate, live, groups=alone).passes
+    once = np.maximum(np.arange(200), 149)  # the first 150 are one
+    assert not judge(candidate, live, groups=np.where(np.arange(200) < 150, 0, once)).passes
+
+
+def test_too_few_different_texts_are_named() -> None:
+    better, worse = drafted(0.7, 70, 0), drafted(0.3, 70, 1)
+    assert judge(better, worse, groups=np.arange(70) % 8).passes
+    verdict = judge(better, worse, groups=np.arange(70) % 7, repeated=0.9)
+    assert not verdict.passes and (verdict.texts, verdict.different) == (70, 7)
+    assert verdict.describe().endswith(
+        "70 texts, 7 of them different, 90% asked before; a verdict needs 8 different ones"
+    )
+    assert verdict.metrics()["different_texts"] == 7 and verdict.metrics()["repeated"] == 0.9
+
+
+@given(st.integers(1, 5), st.integers(1, 6))
+def test_weights_are_how_often_a_text_counts(first: int, second: int) -> None:
+    one, other = drafted(0.6, 1, 0), drafted(0.3, 1, 1)
+    both = Score(np.concatenate((one.tokens, other.tokens)), np.concatenate((one.steps, other.steps)))
+    parts = [one] * first + [other] * second
+    repeated = Score(np.concatenate([p.tokens for p in parts]), np.concatenate([p.steps for p in parts]))
+    weighted = both.weighted(np.array([first, second]) / 7)
+    for depth in range(4):
+        assert weighted.accept_length(depth) == pytest.approx(repeated.accept_length(depth))
+    assert weighted.without_guesses().accept_length(3) == 1
