@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from slipstream.drafter.training.packing import Example
 
-WINDOW = 4
+WINDOW = 8
 """Tokens in a row that count as a common part."""
 ALIKE = 0.5
 """Share of the shorter answer's windows that two answers of one kind have in common."""
