@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
 
-Priority = Literal["normal", "low", "lowest"]
-NICE = {"low": 10, "lowest": 19}
-"""With 10, about a tenth of a core where others want all of it; with 19, next to nothing."""
+Priority = Literal["normal", "lowest"]
+LOWEST_NICE = 19
+"""Next to nothing of a core where others want all of it."""
 PR_SET_PDEATHSIG = 1
 SYS_PROCESS_MRELEASE = 448
 HASTEN_MS = 100
@@ -35,25 +35,24 @@ def command(module: str, *arguments: str, priority: Priority = "normal") -> tupl
     """The command line that runs a module as a child of this process.
 
     ``lowest``: it gets only what nobody else wants of the processor, which is next to nothing on a machine that is
-    always busy; ``low``: a small share at least, for what somebody waits for. Start both in a session of their own.
+    always busy. Start it in a session of its own.
     """
     return (sys.executable, "-P", "-m", __name__, str(os.getpid()), priority, module, *arguments)
 
 
-def step_back(pid: int, priority: Priority = "lowest") -> None:
-    """Gives a process that was just started a low priority, as far as the system lets us.
+def step_back(pid: int) -> None:
+    """Gives a process that was just started the lowest priority, as far as the system lets us.
 
     Linux divides the processor between sessions first, and then between the threads of each (autogroup, see sched(7)):
     a process that got a session of its own takes half of it from everybody else together, in whatever scheduling class
     its threads are. So the session steps back, too. Where control groups divide the processor, the class is enough.
     """
     with suppress(OSError):
-        if sys.platform == "linux" and priority == "lowest":
-            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
-        else:
-            os.setpriority(os.PRIO_PROCESS, pid, NICE[priority])
         if sys.platform == "linux":
-            _weigh_session(pid, NICE[priority])
+            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+            _weigh_session(pid, LOWEST_NICE)
+        else:
+            os.setpriority(os.PRIO_PROCESS, pid, LOWEST_NICE)
 
 
 async def hasten(process: Process) -> None:
@@ -120,7 +119,7 @@ def main(parent: str, priority: Priority, module: str, *arguments: str) -> None:
     _die_with(int(parent))
     if priority != "normal":
         _fork_reaper(int(parent))
-        step_back(os.getpid(), priority)
+        step_back(os.getpid())
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -110,7 +110,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare two versions: manifests, scores, and how far each tensor moved."""
-    from slipstream.drafter.registry.difference import compare  # imports torch
+    from slipstream.drafter.registry.difference import compare
 
     difference = compare(open_registry(registry), a, b)
     if as_json:
@@ -165,7 +165,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a version in the published EAGLE layout, as SGLang and vLLM load it."""
-    from slipstream.drafter.registry.exchange import export_version  # imports torch
+    from slipstream.drafter.registry.exchange import export_version
 
     cautions = export_version(open_registry(registry), version, folder)
     if as_json:
@@ -186,7 +186,7 @@ def import_folder(
     as_json: AsJson = False,
 ) -> None:
     """Add a head from elsewhere as a candidate."""
-    from slipstream.drafter.registry.exchange import import_head  # imports torch
+    from slipstream.drafter.registry.exchange import import_head
     from slipstream.engine.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(target)

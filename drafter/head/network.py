@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.drafter.head.layout import LAYER, HeadConfig
+from slipstream.drafter.head.config import LAYER, HeadConfig
 from slipstream.engine.background import breathe
 from slipstream.engine.models.config import rope_tables
 from slipstream.engine.models.native_decoder import NativeDecoder

@@ -59,13 +59,8 @@ def _pairs(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def _weight_changes(registry: Registry, a: int, b: int) -> dict[str, float | None]:
-    _, first = registry.open_version(a, fingerprint=None)
-    _, second = registry.open_version(b, fingerprint=None)
-    changes: dict[str, float | None] = {}
-    for name, (left, right) in _pairs(first, second).items():
-        if left is None or right is None or left.shape != right.shape:
-            changes[name] = None
-        else:
-            moved, size = (right.double() - left.double()).norm().item(), left.double().norm().item()
-            changes[name] = moved / size if size else (0.0 if moved == 0 else None)
-    return changes
+    from slipstream.drafter.head import stored  # imports numpy
+
+    first, second = (stored.read(registry.weights(version)) for version in (a, b))
+    pairs = ((name, first.get(name), second.get(name)) for name in dict.fromkeys([*first, *second]))
+    return {name: None if left is None or right is None else stored.change(left, right) for name, left, right in pairs}

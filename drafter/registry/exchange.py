@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from slipstream.drafter.head import layout
+from slipstream.drafter.head.config import HeadConfig, check_shapes, check_target, read_config, write_config
 from slipstream.drafter.registry import manifest as manifests
 from slipstream.drafter.registry.fingerprint import target_fingerprint
 from slipstream.drafter.registry.manifest import MANIFEST_FILE
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import Version
-from slipstream.drafter.registry.version_folder import read_folder
+from slipstream.drafter.registry.version_folder import Weights, check_fit, check_size, head_config, intact
 from slipstream.engine.checkpoint import Checkpoint
+from slipstream.engine.checkpoint.safetensors_files import SINGLE_FILE, StoredTensor, read_header
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
 
+PICKLE_FILE = "pytorch_model.bin"
 SGLANG_TAPS = 3
 """Layers whose features SGLang's loader expects, whatever the configuration says."""
 
@@ -28,9 +31,11 @@ def export_version(registry: Registry, version: int, folder: Path) -> Sequence[s
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise ModelError(f"{folder} is not empty; export into a new folder")
-    config, tensors = registry.open_version(version, fingerprint=None)
+    weights = registry.weights(version)
+    config = head_config(registry.get(version).manifest)
     try:
-        layout.write(folder, config, tensors)
+        write_config(folder, config)
+        shutil.copyfile(weights, folder / SINGLE_FILE)
     except OSError as error:
         raise ModelError(f"cannot write {folder}: {error}") from error
     cautions: list[str] = []
@@ -43,35 +48,79 @@ def export_version(registry: Registry, version: int, folder: Path) -> Sequence[s
     return cautions
 
 
+def check_import(folder: Path, target: Checkpoint, *, lineage: str = "") -> HeadConfig:
+    """What is to be imported, as far as a few small files tell; raises ModelError as ``import_head`` does.
+
+    Numbers are not looked at, so this takes milliseconds.
+    """
+    decoder = decoder_config(target.config)
+    if (folder / MANIFEST_FILE).is_file():
+        manifest = manifests.read(folder)
+        check_fit(manifest, target_fingerprint(target, lineage), target.path.name)
+        check_size(folder, manifest)
+        config = head_config(manifest)
+    else:
+        config = read_config(folder, decoder.shape.num_layers)
+        if not _is_pickled(folder):
+            check_shapes(config, {name: tensor.shape for name, tensor in _header(folder).items()})
+    check_target(config, decoder)
+    return config
+
+
 def import_head(
     registry: Registry, folder: Path, target: Checkpoint, *, lineage: str = "", route: str = "", note: str = ""
 ) -> Version:
     """Adds a published head, or a version folder of another registry, as a candidate for a target.
 
     Raises ModelError if it is damaged, of an unsupported kind, or does not fit the target. Of a published head only
-    sizes can be compared; a version folder says which model it was made for.
+    sizes can be compared; a version folder says which model it was made for. Imports no torch but for weights in the
+    form of the first EAGLE heads.
     """
+    from slipstream.drafter.head import stored  # imports numpy
+
+    config = check_import(folder, target, lineage=lineage)
     decoder = decoder_config(target.config)
-    fingerprint, name = target_fingerprint(target, lineage), target.path.name
+    weights: Weights
     if (folder / MANIFEST_FILE).is_file():
-        config, tensors = read_folder(folder, fingerprint, name)
         known = manifests.read(folder)
+        tensors = stored.read(intact(folder, known))
         # Its parent's number means nothing here.
         origin, training, gate, note = known.origin, known.training, known.gate, note or known.note
     else:
-        config, tensors = layout.read(folder, decoder)
+        tensors = {} if _is_pickled(folder) else stored.read(folder / SINGLE_FILE)
         # Many published configurations state the length that was trained, at which loaders would cut it off.
         config = replace(config, max_positions=decoder.shape.max_positions)
         origin, training, gate, note = "imported", None, {}, note or folder.name
-    layout.check_target(config, decoder)
+    if tensors:
+        stored.check(config, tensors)
+        weights = stored.published(config, tensors)
+    else:
+        from slipstream.drafter.head import layout
+
+        weights = layout.read(folder, decoder)[1]
     return registry.add(
         config,
-        tensors,
-        target=fingerprint,
-        target_name=name,
+        weights,
+        target=target_fingerprint(target, lineage),
+        target_name=target.path.name,
         origin=origin,
         route=route,
         training=training,
         gate=gate,
         note=note,
     )
+
+
+def _is_pickled(folder: Path) -> bool:
+    """Whether the weights have the form of the first EAGLE heads."""
+    return (folder / PICKLE_FILE).exists() and not (folder / SINGLE_FILE).exists()
+
+
+def _header(folder: Path) -> Mapping[str, StoredTensor]:
+    path = folder / SINGLE_FILE
+    if not path.exists():
+        raise ModelError(f"{folder} is no drafter: {path} does not exist")
+    try:
+        return read_header(path)
+    except ModelError as error:
+        raise ModelError(f"the drafter in {folder} is damaged: {error}") from None

@@ -35,7 +35,9 @@ from slipstream.drafter.registry.states import (
     move,
 )
 from slipstream.drafter.registry.version_folder import (
+    Weights,
     check_fit,
+    intact,
     lock,
     read_weights,
     sync_folder,
@@ -48,7 +50,7 @@ from slipstream.engine.errors import ModelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slipstream.drafter.head.layout import HeadConfig
+    from slipstream.drafter.head.config import HeadConfig
 
 DATABASE_FILE = "registry.sqlite"
 LOCK_FILE = "writers.lock"
@@ -214,7 +216,7 @@ class Registry:
     def add(
         self,
         config: HeadConfig,
-        tensors: Mapping[str, Tensor],
+        weights: Weights,
         *,
         target: str,
         origin: Origin,
@@ -239,7 +241,7 @@ class Registry:
         """
         _check_finite(gate or {})
         with self._files(), lock(self._lock_path, fcntl.LOCK_SH), temporary_folder(self._versions) as folder:
-            size, digest = write_weights(folder, config, tensors)
+            size, digest = write_weights(folder, config, weights)
             with self._write() as database:
                 if parent is not None:
                     find(database, parent)
@@ -289,6 +291,16 @@ class Registry:
             UnknownVersionError: there is no such version, or it is pruned.
             ModelError: it was made for another model or by a newer Slipstream, or a byte of it has changed.
         """
+        manifest = self._published(version)
+        if fingerprint is not None:
+            check_fit(manifest, fingerprint, fingerprint_name)
+        return read_weights(self.path(version), manifest)
+
+    def weights(self, version: int) -> Path:
+        """The file of a version's weights, whatever model it is for; raises as ``open_version``, but needs no torch."""
+        return intact(self.path(version), self._published(version))
+
+    def _published(self, version: int) -> Manifest:
         known = self.get(version)
         if known.state == "pruned":
             raise UnknownVersionError(f"drafter version {version} is pruned: its weights are gone")
@@ -297,9 +309,7 @@ class Registry:
         manifest = manifests.read(self.path(version))
         if manifest != known.manifest:
             raise ModelError(f"the manifest in {self.path(version)} is not the one that was published")
-        if fingerprint is not None:
-            check_fit(manifest, fingerprint, fingerprint_name)
-        return read_weights(self.path(version), manifest)
+        return manifest
 
     def prune(self, keep: int, route: str | None = None, reason: str = "") -> Sequence[int]:
         """Deletes the weights of all but the newest ``keep`` versions per route; which ones.

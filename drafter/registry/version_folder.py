@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from slipstream.drafter.head.config import HeadConfig, parse_config
 from slipstream.drafter.registry import manifest as manifests
 from slipstream.drafter.registry.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from slipstream.engine.background import breathe
@@ -20,24 +21,29 @@ from slipstream.engine.errors import MisfitError, ModelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slipstream.drafter.head.layout import HeadConfig
-
+Weights: TypeAlias = "Mapping[str, Tensor] | bytes"
+"""Tensors, or a safetensors file that was checked and holds them as they are published."""
 PIECE_BYTES = 1 << 18
 
 
-def write_weights(folder: Path, config: HeadConfig, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+def write_weights(folder: Path, config: HeadConfig, weights: Weights) -> tuple[int, str]:
     """Writes the weights as they will be published (matrices in bfloat16) to the disk; their size and SHA-256.
 
     Raises ModelError if a tensor is missing or has another shape than the configuration says.
     """
+    data = weights if isinstance(weights, bytes) else _file_of(config, weights)
+    _write(folder / WEIGHTS_FILE, data)
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
+def _file_of(config: HeadConfig, tensors: Mapping[str, Tensor]) -> bytes:
     from safetensors.torch import save
 
     from slipstream.drafter.head import layout
 
     layout.check(config, tensors)
-    data = save(layout.stored({name: tensors[name] for name in config.shapes if name in tensors}))
-    _write(folder / WEIGHTS_FILE, data)
-    return len(data), hashlib.sha256(data).hexdigest()
+    data: bytes = save(layout.stored({name: tensors[name] for name in config.shapes if name in tensors}))
+    return data
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -66,20 +72,24 @@ def check_fit(manifest: Manifest, fingerprint: str, fingerprint_name: str = "") 
         )
 
 
-def read_weights(folder: Path, manifest: Manifest) -> tuple[HeadConfig, dict[str, Tensor]]:
-    """The head in a version folder; raises ModelError if a byte of its weights is not what was written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def check_size(folder: Path, manifest: Manifest) -> None:
+    """Raises ModelError if there are not as many bytes of weights as were written."""
+    path = folder / WEIGHTS_FILE
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ModelError(f"drafter version {manifest.version}: cannot read {path}: {error.strerror}") from None
+    if size != manifest.weights_bytes:
+        what = "truncated" if size < manifest.weights_bytes else "too long"
+        raise ModelError(f"{path} is {what}: it has {size} bytes, {manifest.weights_bytes} were written")
 
-    from slipstream.drafter.head import layout
 
+def intact(folder: Path, manifest: Manifest) -> Path:
+    """The file of a version's weights; raises ModelError if a byte of it is not what was written."""
+    check_size(folder, manifest)
     path = folder / WEIGHTS_FILE
     digest = hashlib.sha256()
     try:
-        size = path.stat().st_size
-        if size != manifest.weights_bytes:
-            what = "truncated" if size < manifest.weights_bytes else "too long"
-            raise ModelError(f"{path} is {what}: it has {size} bytes, {manifest.weights_bytes} were written")
         with path.open("rb") as file:
             while part := file.read(PIECE_BYTES):
                 digest.update(part)
@@ -88,8 +98,24 @@ def read_weights(folder: Path, manifest: Manifest) -> tuple[HeadConfig, dict[str
         raise ModelError(f"drafter version {manifest.version}: cannot read {path}: {error.strerror}") from None
     if (found := digest.hexdigest()) != manifest.weights_sha256:
         raise ModelError(f"{path} is damaged: its SHA-256 is {found}, its manifest says {manifest.weights_sha256}")
+    return path
+
+
+def head_config(manifest: Manifest) -> HeadConfig:
+    """Raises ModelError for what is no head."""
     # Taps are always written into the manifest, so the target's number of layers is not needed to guess them.
-    config = layout.parse_config(manifest.head, num_layers=0)
+    return parse_config(manifest.head, num_layers=0)
+
+
+def read_weights(folder: Path, manifest: Manifest) -> tuple[HeadConfig, dict[str, Tensor]]:
+    """The head in a version folder; raises ModelError if a byte of its weights is not what was written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from slipstream.drafter.head import layout
+
+    path = intact(folder, manifest)
+    config = head_config(manifest)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.drafter.head import layout
-from slipstream.drafter.head.layout import LAYER, HeadConfig
+from slipstream.drafter.head.config import LAYER, HeadConfig
 from slipstream.drafter.training.packing import Pack
 from slipstream.engine.models.config import DecoderConfig, rope_tables
 from slipstream.kernels import reference

@@ -33,6 +33,8 @@ class StoredTensor:
     begin: int
     """First byte in the file."""
     end: int
+    dtype: str
+    """As the format calls it: BF16, F32, I64, …"""
 
     @property
     def num_elements(self) -> int:
@@ -81,7 +83,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     names = sorted(ends, key=lambda name: ends[name])
     start = 8 + length
     begins = {name: start + header[name]["data_offsets"][0] for name in names}
-    return {name: StoredTensor(path, tuple(header[name]["shape"]), begins[name], start + ends[name]) for name in names}
+    return {
+        name: StoredTensor(path, tuple(entry["shape"]), begins[name], start + ends[name], entry["dtype"])
+        for name in names
+        for entry in (header[name],)
+    }
 
 
 def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from slipstream.engine.checkpoint.shapes import FAMILIES, parameter_shapes
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.rope import context_length, rope_parameters
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,8 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
 
 def rope_tables(config: DecoderConfig, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin, each [length, head_dim / 2] float32, scaling of long-context models included."""
+    import torch  # not above: configurations are also read where there is no need of it
+
     head_dim, rope = config.shape.head_dim, config.rope
     if rope["rope_type"] == "default":
         theta = torch.tensor(float(rope["rope_theta"]))
@@ -106,6 +108,7 @@ def rope_tables(config: DecoderConfig, length: int) -> tuple[Tensor, Tensor]:
 
 
 def _scaled_frequencies(config: DecoderConfig, length: int) -> tuple[Tensor, float]:
+    import torch
     from transformers import PretrainedConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

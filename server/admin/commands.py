@@ -1,4 +1,7 @@
-"""Commands of ``slipstream drafter`` in a process of their own: they touch tensors, and this process has no torch."""
+"""Commands of ``slipstream drafter`` in a process of their own, since they read all weights of a head, or two.
+
+What they do is bounded, somebody waits for it, and none of it needs torch: so they get their share of the processor.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ USER_ERROR = 2
 
 
 class DrafterCommands:
-    """One at a time: each loads torch and a head."""
+    """One at a time: each holds heads in memory."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
@@ -33,7 +36,7 @@ class DrafterCommands:
         line = ["drafter", command, f"--registry={registry}", "--json", *flags, "--", *arguments]
         async with self._turn:
             process = await asyncio.create_subprocess_exec(
-                *child.command("slipstream.server", *line, priority="low"),
+                *child.command("slipstream.server", *line),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
@@ -47,7 +50,7 @@ class DrafterCommands:
             finally:
                 if process.returncode is None:
                     process.kill()
-                    await child.hasten(process)
+                    await process.wait()
         if process.returncode == 0:
             return msgspec.json.decode(out)
         last = (said.decode(errors="replace").strip().splitlines() or ["no message"])[-1]

@@ -6,14 +6,17 @@ import asyncio
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
+from slipstream.drafter.registry import exchange
 from slipstream.drafter.registry.database import RegistryUnusableError
 from slipstream.drafter.registry.states import RegistryError, TransitionError, UnknownVersionError
 from slipstream.drafter.traffic.index import TrafficIndex, TrafficUnusableError
-from slipstream.engine.errors import SlipstreamError
+from slipstream.engine.checkpoint import open_checkpoint
+from slipstream.engine.errors import ModelError, SlipstreamError
 from slipstream.server.admin import answers
 from slipstream.server.admin.commands import DrafterCommands
 from slipstream.server.admin.page import dashboard_page
@@ -126,6 +129,7 @@ def admin_router(service: Service) -> APIRouter:
         await ask(registry.count)  # whether there is one that can be used
         options = {"target": service.engine_config.model} | options
         with naming(body, "target", default="folder"):
+            await asyncio.to_thread(check_import, body.folder, options["target"], options.get("target_lineage", ""))
             return JSONBody({"drafter": await commands.run(registry.folder, "import", body.folder, **options)})
 
     @router.post(
@@ -189,6 +193,14 @@ def naming(body: Body, field: str, default: str | None) -> Iterator[None]:
         path = getattr(body, field)
         error.param = field if path and path in error.message else default
         raise
+
+
+def check_import(folder: str, target: str, lineage: str) -> None:
+    """Raises InvalidRequestError at once for what the command would refuse after it has begun and looked."""
+    try:
+        exchange.check_import(Path(folder), open_checkpoint(target), lineage=lineage)
+    except (ModelError, OSError) as error:
+        raise InvalidRequestError(f"import: {error}") from None
 
 
 async def ask(function: Callable[..., Result], *arguments: Any) -> Result:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.drafter.head import layout
+from slipstream.drafter.head.config import LAYER, HeadConfig
 from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
-from slipstream.drafter.head.layout import LAYER, HeadConfig
 from slipstream.drafter.training.target import Target
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors

@@ -10,25 +10,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slipstream.engine.child import NICE, Priority, command, step_back
+from slipstream.engine.child import LOWEST_NICE, command, step_back
 
 AUTOGROUP = Path("/proc/self/autogroup")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="scheduling classes of Linux")
 
 
-@pytest.mark.parametrize("priority", ["low", "lowest"])
 @pytest.mark.parametrize("own_session", [True, False])
-def test_a_process_and_its_own_session_step_back_but_nobody_elses(own_session: bool, priority: Priority) -> None:
+def test_a_process_and_its_own_session_step_back_but_nobody_elses(own_session: bool) -> None:
     ours = AUTOGROUP.read_text() if AUTOGROUP.exists() else ""
     command = (sys.executable, "-c", "input()")
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=own_session) as process:
-        step_back(process.pid, priority)
-        # With ``low`` it goes on also where others want all of the processor.
-        assert (os.sched_getscheduler(process.pid) == os.SCHED_IDLE) == (priority == "lowest")
-        assert os.getpriority(os.PRIO_PROCESS, process.pid) == (0 if priority == "lowest" else NICE["low"])
+        step_back(process.pid)
+        assert os.sched_getscheduler(process.pid) == os.SCHED_IDLE
         if ours:
             theirs = Path(f"/proc/{process.pid}/autogroup").read_text()
-            assert theirs.endswith(f" nice {NICE[priority]}\n") if own_session else theirs == ours
+            assert theirs.endswith(f" nice {LOWEST_NICE}\n") if own_session else theirs == ours
         process.communicate(b"\n")
     assert os.sched_getscheduler(0) != os.SCHED_IDLE
     if ours:
