@@ -34,7 +34,7 @@ from slipstream.loadtest.children import free_port, running
 from slipstream.loadtest.harness import Target, connect
 from slipstream.loadtest.workloads import Workload, WorkloadOptions
 
-POLL_S = 0.05
+POLL_S = 0.1
 GIVE_UP_S = 300.0
 FIRST_TOKENS = 2000
 SETTLE_S = 1.0

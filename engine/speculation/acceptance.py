@@ -24,22 +24,28 @@ class Acceptance:
     way to what is known of all positions together.
     """
 
-    def __init__(self, num_evidence: int, positions: int) -> None:
-        self._first = [0.4 + 0.4 * i / (num_evidence - 1) for i in range(num_evidence)] if num_evidence > 1 else [0.6]
+    def __init__(self, num_evidence: int, positions: int, before: Acceptance | None = None) -> None:
+        """``before``: that of the version which this one replaces, whose rates are the first estimate."""
+        if before is not None:
+            self._first = [before._pool(level) for level in range(num_evidence)]
+        elif num_evidence > 1:
+            self._first = [0.4 + 0.4 * i / (num_evidence - 1) for i in range(num_evidence)]
+        else:
+            self._first = [0.6]
         self._tried = [[0.0] * positions for _ in range(num_evidence)]
         self._right = [[0.0] * positions for _ in range(num_evidence)]
 
     def rates(self, evidence: Sequence[int], positions: Sequence[int]) -> list[float]:
         """Of guesses with this evidence at these positions, each given that those before it are right."""
-        pools = {
-            level: (sum(self._right[level]) + PRIOR_WEIGHT * self._first[level])
-            / (sum(self._tried[level]) + PRIOR_WEIGHT)
-            for level in set(evidence)
-        }
+        pools = {level: self._pool(level) for level in set(evidence)}
         return [
             (self._right[level][at] + POOL_WEIGHT * pools[level]) / (self._tried[level][at] + POOL_WEIGHT)
             for level, at in zip(evidence, positions, strict=True)
         ]
+
+    def _pool(self, level: int) -> float:
+        """Of guesses with this evidence at any position."""
+        return (sum(self._right[level]) + PRIOR_WEIGHT * self._first[level]) / (sum(self._tried[level]) + PRIOR_WEIGHT)
 
     def observe(self, seen: Iterable[tuple[int, int, bool]]) -> None:
         """Guesses of one proposal were looked at: the evidence of each, its position, and whether it was right."""

@@ -28,6 +28,8 @@ from slipstream.engine.speculation.protocol import (
 from slipstream.engine.speculation.tree import Tree, affordable, depths, is_chain
 
 Answer = TypeVar("Answer")
+REMEMBERED = 8
+"""Versions of a learned drafter that no route holds any more, of which it is still known how good they are."""
 ENOUGH = 2.5
 """Right guesses to be expected with which no costly drafter is asked any more."""
 
@@ -120,9 +122,10 @@ class Speculator:
     def swap_loaded(self, route: str, version: int, path: str) -> bool:
         """As LearnedDrafter.swap_loaded."""
         drafter = self._require_learned()
+        before = self._version_for(route)
         if not drafter.swap_loaded(route, version, path):
             return False
-        self._swapped(drafter)
+        self._swapped(drafter, version, before)
         return True
 
     def prepare_swap(self, route: str, version: int, path: str) -> Callable[[], None]:
@@ -131,13 +134,29 @@ class Speculator:
         swap = drafter.prepare(route, version, path)
 
         def land() -> None:
+            before = self._version_for(route)
             swap()
-            self._swapped(drafter)
+            self._swapped(drafter, version, before)
 
         return land
 
-    def _swapped(self, drafter: LearnedDrafter) -> None:
+    def _version_for(self, route: str) -> int:
+        """That drafts for its requests now."""
+        routes = self.learned_routes
+        return routes.get(route, routes.get("", 0))
+
+    def _swapped(self, drafter: LearnedDrafter, version: int, before: int) -> None:
+        """A new version is expected to be as good as the one it replaces, until its guesses say otherwise.
+
+        More trust would have every request verify many guesses at once, just to see: long steps, at the very moment of
+        a swap. Versions that were known come back as they were known.
+        """
         self._stats[drafter.name].swaps += 1
+        known = self._acceptance.pop((drafter.name, version), None)
+        if known is None and (replaced := self._acceptance.get((drafter.name, before))) is not None:
+            known = Acceptance(drafter.num_evidence, self.most, replaced)
+        if known is not None:
+            self._acceptance[drafter.name, version] = known
         self._take_versions()
 
     def drop(self, route: str) -> None:
@@ -159,15 +178,18 @@ class Speculator:
         return self._learned
 
     def _take_versions(self) -> None:
-        """After a swap or a drop: counts go on for versions that stay, and end for those that are gone."""
+        """After a swap or a drop: counts go on for versions that stay, and end for those that are gone.
+
+        What is known of the latest few is kept, in case one is gone back to.
+        """
         drafter = self._learned
         if drafter is None:
             return
         loaded = set(drafter.routes.values())
         self._versions = {version: self._versions.get(version) or VersionStats(version) for version in sorted(loaded)}
-        self._acceptance = {
-            key: value for key, value in self._acceptance.items() if key[0] != drafter.name or key[1] in loaded
-        }
+        gone = [key for key in self._acceptance if key[0] == drafter.name and key[1] not in loaded]
+        for key in gone[: max(len(gone) - REMEMBERED, 0)]:
+            del self._acceptance[key]
         stats = self._stats[drafter.name]
         stats.routes, stats.versions = dict(drafter.routes), list(self._versions.values())
         stats.memory_bytes = drafter.memory_bytes
