@@ -2,7 +2,7 @@
 
 While there are steps, the thread runs when their loop waits for it, and at no other time: it takes neither a core nor
 the interpreter from a step, and no busy thread keeps it from its share. A slice is a part of what the last step took, a
-tenth at first; the part doubles with every DOUBLING_S that the work has taken, up to as much as the step. So what is
+quarter at first; the part doubles with every DOUBLING_S that the work has taken, up to as much as the step. So what is
 late or large gets half of the time in the end, and never more.
 """
 
@@ -21,9 +21,9 @@ from slipstream.engine.errors import SupersededError
 Land = Callable[[], Any]
 Prepare = Callable[[], Land]
 """Runs in the thread; what it returns runs between two steps, and its result is the job's."""
-FIRST_SHARE = 0.1
+FIRST_SHARE = 0.25
 DOUBLING_S = 0.5
-FULL_AFTER = 4
+FULL_AFTER = 2
 """Doublings after which a slice is as long as a step."""
 SWITCH_S = 0.0005
 _current = threading.local()

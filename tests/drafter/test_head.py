@@ -271,7 +271,7 @@ def test_native_bfloat16_stays_close_to_float32(folder: Path, make: Any) -> None
         drafter = HeadDrafter(lambda target: FirstHead(*make(target)))
         config = EngineConfig(model=str(folder), dtype=dtype, kernels=kernels, kv_cache_memory="4MiB")  # type: ignore[arg-type]
         LocalEngine(config, [drafter])
-        network = drafter._head.network
+        network = drafter._network
         generator = torch.Generator().manual_seed(0)
         features = torch.randn(12, len(drafter._config.taps), 64, generator=generator)
         counts, ends = np.array([5, 7], np.int32), np.array([5, 7], np.int32)
