@@ -1,0 +1,111 @@
+"""Whether the gate's prediction holds where traffic repeats itself: the same questions again and again among new ones.
+
+    python scripts/bench_repeats.py --folder /tmp/repeats --questions 40 --share 0.5 --minutes 6
+    python scripts/bench_repeats.py --folder /tmp/eight --questions 8 --share 1 --answers 350 --minutes 4
+
+A server answers real questions into a traffic store; a head is trained on it and judged, and then drafts for requests
+of the same kind on a server. Prints what the gate had said beside what came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+from slipstream.loadtest.children import free_port, running
+from slipstream.loadtest.demo.demo import Replay
+from slipstream.loadtest.demo.heldout import HeldOut
+from slipstream.loadtest.harness import connect
+from slipstream.loadtest.workloads import Request, Workload, WorkloadOptions
+
+SLIPSTREAM = [sys.executable, "-P", "-m", "slipstream.server"]
+STREAMS, OUTPUT_TOKENS = 16, 96
+
+
+class Repeating(Workload):
+    """A share of the requests asks one of a few questions, in any order; the others ask new ones."""
+
+    def __init__(self, questions: list[Request], share: float, fresh: Workload) -> None:
+        super().__init__(fresh.options)
+        self._questions, self._share, self._fresh, self._random = questions, share, fresh, Random(0)
+
+    async def round(self, count: int) -> list[Request]:
+        found = []
+        for _ in range(count):
+            repeat = self._random.random() < self._share
+            found += [self._random.choice(self._questions)] if repeat else await self._fresh.round(1)
+        return found
+
+
+async def answer(workload: Repeating, folder: Path, count: int) -> None:
+    port = free_port()
+    options = {"--port": port, "--speculation": "off", "--traffic-log": "features", "--traffic-folder": folder}
+    command = [*SLIPSTREAM, "serve", "--no-prefix-caching", *(str(part) for pair in options.items() for part in pair)]
+    log = folder.parent / f"{folder.name}.log"
+    async with running("server", command, port, log=log), connect(f"http://127.0.0.1:{port}", timeout=600) as target:
+        replay = Replay(workload, target)
+        await replay.run(STREAMS, lambda: replay.sent + STREAMS > count)
+    print(f"{replay.sent} answers, {replay.tokens:,} tokens, {replay.failed} failed", flush=True)
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run([*SLIPSTREAM, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}: {done.stderr}{done.stdout}")
+    return done.stdout
+
+
+async def live(workload: Repeating, registry: Path, count: int) -> float:
+    """The accept length of so many requests, one after the other, with chains of three."""
+    port = free_port()
+    command = [*SLIPSTREAM, "serve", "--port", str(port), "--registry", str(registry), "--speculation", "head"]
+    log = registry.parent / "live.log"
+    async with running("server", command, port, log=log), connect(f"http://127.0.0.1:{port}", timeout=600) as target:
+        heldout = HeldOut(await workload.round(count))
+        found = await heldout.measure(target, "head")
+        assert not heldout.failed
+        return found.accept_length
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="keeps everything")
+    parser.add_argument("--questions", type=int, default=40, help="that are asked again and again")
+    parser.add_argument("--share", type=float, default=0.5, help="of the requests that ask one of them")
+    parser.add_argument("--answers", type=int, default=600, help="to learn from")
+    parser.add_argument("--live", type=int, default=150, help="requests to compare with")
+    parser.add_argument("--minutes", type=float, default=6, help="of training")
+    options = parser.parse_args()
+    folder: Path = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    traffic, registry = folder / "traffic", folder / "registry"
+
+    fresh = Workload(WorkloadOptions(output_tokens=OUTPUT_TOKENS))
+    questions = asyncio.run(fresh.round(options.questions))
+    workload = Repeating(questions, options.share, fresh)
+    asyncio.run(answer(workload, traffic, options.answers))
+    trained = run(
+        *("drafter", "train", "--registry", str(registry), "--traffic-folder", str(traffic), "--json"),
+        *("--minutes", str(options.minutes), "--round-tokens", "40000", "--promote"),
+    )
+    versions = json.loads(trained)["versions"]
+    if not versions:
+        raise SystemExit(f"nothing passed the gate: {trained}")
+    version = versions[-1]
+    gate = version["manifest"]["gate"]
+    found = asyncio.run(live(workload, registry, options.live))
+    predicted = gate["accept_length"]
+    print(
+        f"gate: {predicted:.3f} tokens per step on {gate['texts']:.0f} texts, {gate['different_texts']:.0f} of them "
+        f"different, {gate['repeated']:.0%} asked before"
+    )
+    print(f"live: {found:.3f} tokens per step in {options.live} requests; prediction {predicted / found - 1:+.1%}")
+
+
+if __name__ == "__main__":
+    main()
