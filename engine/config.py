@@ -19,7 +19,10 @@ class EngineConfig:
 
     model: str = option("default", "Hugging Face folder, GGUF file, or 'default' for the embedded model.")
     load_format: Literal["auto", "dummy"] = option("auto", "'dummy' fills the model with random weights.")
-    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "Weights and KV cache; auto is bfloat16.")
+    dtype: Literal["auto", "bfloat16", "float32"] = option(
+        "auto",
+        "Weights and KV cache; auto is bfloat16, but float32 where torch's kernels run on a CPU that is slow at it.",
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto takes a GPU if there is one.")
     kernels: Literal["auto", "native", "torch"] = option(
         "auto", "CPU kernels: compiled ones, or the torch reference; auto takes compiled ones where they run."

@@ -59,6 +59,8 @@ class StepPlan:
     """Whether to draw the next token after the last known one, and after each guess that is right."""
     wanted: list[int]
     """Guesses to propose, at most, after this step."""
+    costly_guesses: int
+    """So many of them, at most, by drafters that compute with a network; 0: they are not asked."""
 
     work: StepWork
     """For the cost model."""

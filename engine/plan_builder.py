@@ -54,7 +54,7 @@ class PlanBuilder:
         self.new = [row for row in self.new if row.slot != slot]
         self.blocks = [entry for entry in self.blocks if entry[0] != slot]
 
-    def build(self, step: int, ended: list[int], wanted: list[int]) -> StepPlan:
+    def build(self, step: int, ended: list[int], wanted: list[int], costly_guesses: int = 0) -> StepPlan:
         return StepPlan(
             step=step,
             new=self.new,
@@ -67,5 +67,6 @@ class PlanBuilder:
             drafts=self._drafts,
             samples=self._samples,
             wanted=[most if sample else 0 for most, sample in zip(wanted, self._samples, strict=True)],
+            costly_guesses=costly_guesses,
             work=self.work,
         )

@@ -90,7 +90,14 @@ class Engine:
         cost = StepCost()
         calibrate(cost, self.runner, loaded.max_model_len, config.max_step_tokens)
         switch_length = loaded.model.switch_length
-        self.scheduler = Scheduler(config, loaded.num_blocks, loaded.max_model_len, cost, switch_length=switch_length)
+        self.scheduler = Scheduler(
+            config,
+            loaded.num_blocks,
+            loaded.max_model_len,
+            cost,
+            switch_length=switch_length,
+            has_costly_drafter=any(drafter.costly for drafter in drafters),
+        )
         pipeline = config.pipeline == "on" or (
             config.pipeline == "auto" and self.runner.cache.data.is_cuda and not drafters
         )

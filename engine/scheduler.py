@@ -44,6 +44,7 @@ class Scheduler:
         cost: StepCost,
         clock: Callable[[], float] = time.monotonic,
         switch_length: int = 0,
+        has_costly_drafter: bool = False,
     ) -> None:
         """``switch_length`` is the model's: see CausalModel."""
         self.kv = KVManager(num_blocks, config.block_size, config.prefix_caching)
@@ -61,7 +62,7 @@ class Scheduler:
         self._under_way: deque[tuple[StepPlan, list[Request], Decision | None]] = deque()
         self._ended_slots: list[int] = []  # since the last plan
         self._ended: list[TokenDelta] = []  # terminal deltas that no step will bring
-        self._guesses = GuessPlanner(config, max_model_len, self._switch_length, self.kv, cost)
+        self._guesses = GuessPlanner(config, max_model_len, self._switch_length, self.kv, cost, has_costly_drafter)
         self._step = 0
         self._prompt_tokens = self._generation_tokens = 0
         self._queries = self._hits = self._preemptions = 0
@@ -120,7 +121,8 @@ class Scheduler:
             self.kv.publish(request)
         self._step += 1
         ended, self._ended_slots = self._ended_slots, []
-        step = plan.build(self._step, ended, list(map(self._guesses.wanted, plan.requests)))
+        wanted = list(map(self._guesses.wanted, plan.requests))
+        step = plan.build(self._step, ended, wanted, self._guesses.costly_guesses)
         self._under_way.append((step, plan.requests, plan.decision))
         return step
 

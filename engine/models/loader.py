@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -24,8 +25,10 @@ from slipstream.engine.models.torch_decoder import TorchDecoder
 from slipstream.engine.models.transformers_files import transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
 from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.machine import FORMATS, describe_speed, fast_dtype
 from slipstream.kernels.native import library
 
+log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEFAULT_CACHE_SHARE = 4
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -59,11 +62,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
     """
     began = time.monotonic()
     checkpoint = open_checkpoint(config.model)
-    dtype = DTYPES["bfloat16" if config.dtype == "auto" else config.dtype]
     device = find_device(config)
     _check_kind(checkpoint)
     shape = model_shape(checkpoint.config) if is_own(checkpoint.config) else transformers_shape(checkpoint.config)
-    _prepare_threads(config)
+    is_native = _is_native(checkpoint, config, device)
+    _prepare_threads(config, is_native)
+    dtype = _choose_dtype(checkpoint, config, device, is_native)
     weights_bytes = _weights_bytes(checkpoint, config, dtype)
     block_bytes = PagedKVCache.block_bytes(shape.num_layers, config.block_size, shape.kv_heads, shape.head_dim, dtype)
     scratch_blocks = SCRATCH_BLOCKS if config.draft_width > 1 and config.speculation != "off" else 0
@@ -111,7 +115,7 @@ def build_model(
         return TransformersModel(config, dtype, device, None if dummy else checkpoint.path, options.seed)
     decoder = decoder_config(config)
     model: CausalModel
-    if device.type == "cpu" and options.kernels != "torch" and NativeDecoder.supports(decoder):
+    if _is_native(checkpoint, options, device):
         model = NativeDecoder(decoder, dtype, max_length)
     elif options.kernels == "native":
         raise ConfigError(
@@ -138,15 +142,38 @@ def find_device(config: EngineConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _prepare_threads(config: EngineConfig) -> None:
+def _is_native(checkpoint: Checkpoint, options: EngineConfig, device: torch.device) -> bool:
+    """Whether the compiled kernels compute it."""
+    if device.type != "cpu" or options.kernels == "torch" or not is_own(checkpoint.config):
+        return False
+    return NativeDecoder.supports(decoder_config(checkpoint.config))
+
+
+def _prepare_threads(config: EngineConfig, is_native: bool) -> None:
     threads = config.threads or len(os.sched_getaffinity(0))
     native = library.load()
-    if native is not None and config.kernels != "torch":
+    if is_native and native is not None:
         native.slip_set_threads(threads)
         # torch's own threads would spin beside those of the kernels; what is left to torch is small.
         torch.set_num_threads(1)
     else:
         torch.set_num_threads(threads)
+
+
+def _choose_dtype(checkpoint: Checkpoint, config: EngineConfig, device: torch.device, is_native: bool) -> torch.dtype:
+    """The kernels of this project are as fast with bfloat16 on any CPU; torch's are where it has such instructions."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if is_native or device.type != "cpu" or fast_dtype(device) is torch.bfloat16:
+        return torch.bfloat16
+    size, free = _weights_bytes(checkpoint, config, torch.float32), available_memory(device)
+    if 2 * size > free:
+        log.info("bfloat16, which is slow on this CPU: in float32, weights would take %s", _human(size))
+        return torch.bfloat16
+    log.info(
+        "float32, since torch computes slowly in bfloat16 on this CPU: %s", " and ".join(map(describe_speed, FORMATS))
+    )
+    return torch.float32
 
 
 def _weights_bytes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype) -> int:

@@ -239,9 +239,8 @@ class ModelRunner:
         asked = [row for row, most in enumerate(plan.wanted) if most and row not in errors]
         if asked:
             slots = [plan.slots[row] for row in asked]
-            proposed = self.speculator.propose(
-                slots, [plan.wanted[row] for row in asked], [self._mapped[slot] for slot in slots]
-            )
+            wanted, mapped = [plan.wanted[row] for row in asked], [self._mapped[slot] for slot in slots]
+            proposed = self.speculator.propose(slots, wanted, mapped, plan.costly_guesses)
             for row, offer in zip(asked, proposed, strict=True):
                 offers[row] = offer
         return offers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.kv.manager import KVManager
@@ -17,17 +18,56 @@ log = logging.getLogger(__name__)
 PAUSE_BELOW = 0.985
 """Where verification and drafting together bring less than this, drafting pauses …"""
 PROBE_EVERY = 16
-"""… but for one step in so many, to see whether that has changed."""
+"""… but for a probe after so many steps, to see whether that has changed."""
+LONGEST_PAUSE = 256
+"""Each probe of costly drafters that disappoints makes their pause twice as long, up to this."""
+PROBE_GUESSES = 3
+"""That costly drafters may make in a probe."""
 SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
 """Weight of a step in what is known of this, and of a probe, of which there are few."""
+
+
+class Worth:
+    """Whether a kind of drafters pays, and when it is asked though it did not."""
+
+    def __init__(self, longest_pause: int) -> None:
+        self.ratio = 1.0
+        """Tokens per second with drafting and verification, relative to doing without; smoothed."""
+        self._longest = longest_pause
+        self._pause = PROBE_EVERY
+        self.next_probe = 0
+        """The step; only where it is paused."""
+
+    @property
+    def is_paused(self) -> bool:
+        return self.ratio < PAUSE_BELOW
+
+    def observe(self, step: int, ratio: float) -> None:
+        """What a step with it brought."""
+        was_paused = self.is_paused
+        self.ratio += (PROBE_SMOOTHING if was_paused else SMOOTHING) * (ratio - self.ratio)
+        disappoints = was_paused and ratio < PAUSE_BELOW
+        self._pause = min(2 * self._pause, self._longest) if disappoints else PROBE_EVERY
+        self.next_probe = step + self._pause
+
+    def retry(self) -> None:
+        """Something has changed: what disappointed before may pay now."""
+        self._pause, self.next_probe = PROBE_EVERY, 0
 
 
 class GuessPlanner:
     """Knows requests by what they offer; which drafter an offer comes from is the runner's business."""
 
     def __init__(
-        self, config: EngineConfig, max_model_len: int, switch_length: int, kv: KVManager, cost: StepCost
+        self,
+        config: EngineConfig,
+        max_model_len: int,
+        switch_length: int,
+        kv: KVManager,
+        cost: StepCost,
+        has_costly: bool = False,
     ) -> None:
+        """``has_costly``: whether a drafter is among the runner's that is costly to ask."""
         self.reasons: Counter[str] = Counter()
         """Steps by the reason for the number of guesses verified in them."""
         self._most = config.max_draft_tokens if config.speculation != "off" else 0
@@ -37,10 +77,17 @@ class GuessPlanner:
         self._cost = cost
         self._policy = make_policy(config.speculation_policy, config.max_draft_tokens)
         self._pauses = config.speculation_policy == "throughput"
-        self._reserves = config.drafter is not None or config.draft_model is not None
-        self._worth = 1.0
-        """Tokens per second with drafting and verification, relative to doing without; smoothed."""
+        self._has_costly = has_costly
+        self._cheap, self._costly = Worth(PROBE_EVERY), Worth(LONGEST_PAUSE)
+        """Drafters that look up what was said, and networks: asking these may cost half a step."""
+        self._asked: tuple[Worth, float] | None = None
+        """What was asked after the last step, and which share of the time it left for the step; None: not measured."""
+        self._was_asked = False
+        """Whether costly drafters were asked after the last step."""
+        self._routes: Mapping[str, int] = {}
         self._steps = 0
+        self._costly_guesses = 0
+        """That costly drafters may make after the step being planned."""
 
     def plan(self, plan: PlanBuilder, prompts_wait: bool) -> None:
         """Adds positions to verify guesses in, where they are worth it and there is room, to a step of decodes.
@@ -48,15 +95,18 @@ class GuessPlanner:
         A step that prompts share is bound by arithmetic: guesses would cost their full price, and prolong it.
         """
         self._steps += 1
+        self._costly_guesses = self._ask_costly()
         if prompts_wait:
             self.reasons["prompts wait"] += 1
         else:
             self._verify(plan)
-        if self._reserves:
+        if self._costly_guesses:
             self._reserve(plan)
 
     def _verify(self, plan: PlanBuilder) -> None:
         if not any(request.offer for request in plan.requests):
+            if self._pauses and self._most and (self._costly if self._has_costly else self._cheap).is_paused:
+                self.reasons["does not pay"] += 1
             return
         offers = [Offer(request.offer[: self._room(request)], request.num_computed) for request in plan.requests]
         plan.decision = decision = self._policy.decide(offers, plan.work, self._cost)
@@ -76,25 +126,58 @@ class GuessPlanner:
         speculation = request.message.speculation
         if not self._most or speculation.mode == "off":
             return 0
-        if self._worth < PAUSE_BELOW and self._steps % PROBE_EVERY:
+        if not self._costly_guesses and self._cheap.is_paused and self._steps < self._cheap.next_probe:
             return 0
         most = self._most if speculation.max_draft_tokens is None else min(self._most, speculation.max_draft_tokens)
         # The step being planned draws a token, and the next one after its guesses another.
         return max(min(most, request.message.params.max_tokens - request.num_output - 2), 0)
+
+    @property
+    def costly_guesses(self) -> int:
+        """At most so many for each request are wanted of costly drafters, after the step being planned."""
+        return self._costly_guesses
+
+    def _ask_costly(self) -> int:
+        """How many guesses costly drafters may make after this step.
+
+        While they do not pay, that is a probe now and then: of two steps, because in the first they also look at what
+        came since they were asked last. Where several versions are loaded, one is on trial and has to show what it
+        knows: that takes one guess now and then.
+        """
+        if not self._has_costly:
+            return 0
+        if not (self._pauses and self._costly.is_paused):
+            return self._most
+        is_measured = self._asked is not None and self._asked[0] is self._costly
+        if self._steps >= self._costly.next_probe and not is_measured:
+            return PROBE_GUESSES
+        return 1 if len(set(self._routes.values())) > 1 and self._steps % PROBE_EVERY == 0 else 0
 
     def observe(self, plan: StepPlan, decision: Decision | None, result: StepResult) -> None:
         """What the step brought."""
         tokens = sum(map(len, result.tokens))
         if decision is not None:
             self._policy.observe(decision, tokens, result.seconds)
-        if self._pauses and (decision is not None or any(plan.wanted)):
+        if not self._pauses:
+            return
+        asked, self._asked = self._asked, None
+        if asked is not None:
             # What it brought, not what was promised: the most promising guesses are those that chance makes look so.
             gain = 1.0
             if decision is not None and decision.plain_seconds:
                 gain = tokens / len(result.tokens) * decision.plain_seconds / result.seconds
-            worth = gain * result.seconds / (result.seconds + result.draft_seconds)
-            smoothing = PROBE_SMOOTHING if self._worth < PAUSE_BELOW else SMOOTHING
-            self._worth += smoothing * (worth - self._worth)
+            worth, share = asked
+            worth.observe(self._steps, gain * share)
+        if any(plan.wanted):
+            worth = self._costly if plan.costly_guesses else self._cheap
+            share = result.seconds / (result.seconds + result.draft_seconds)
+            if worth is self._cheap or self._was_asked or not worth.is_paused:
+                self._asked = worth, share
+        self._was_asked = bool(plan.costly_guesses) and any(plan.wanted)
+        for drafter in result.drafters:
+            if drafter.routes and drafter.routes != self._routes:
+                self._routes = dict(drafter.routes)
+                self._costly.retry()
 
     def take_back(self, request: Request, row: int, plan: StepPlan, result: StepResult) -> None:
         """What was computed for guesses that were wrong does not count; keeps what is offered now."""
@@ -105,7 +188,7 @@ class GuessPlanner:
     def _reserve(self, plan: PlanBuilder) -> None:
         """Blocks for the positions a head drafts in after the step, where there are plenty."""
         for request in plan.requests:
-            wanted = self.wanted(request)
+            wanted = min(self.wanted(request), self._costly_guesses)
             if wanted and self._kv.pool.num_available > 2 * len(plan.requests):
                 plan.map_grown(request, self._kv.grow(request, request.num_computed + 1 + wanted) or 0)
 

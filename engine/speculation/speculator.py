@@ -303,17 +303,23 @@ class Speculator:
         self._acceptance_of(self._drafters[guesses.drafter], guesses.version).observe(seen)
         return depth
 
-    def propose(self, slots: Sequence[int], wanted: Sequence[int], mapped: Sequence[int]) -> list[tuple[float, ...]]:
-        """Per row, the falling chances of the guesses that are now kept for it; empty where there are none."""
+    def propose(
+        self, slots: Sequence[int], wanted: Sequence[int], mapped: Sequence[int], costly_guesses: int
+    ) -> list[tuple[float, ...]]:
+        """Per row, the falling chances of the guesses that are now kept for it; empty where there are none.
+
+        ``wanted`` of each row at most, and ``costly_guesses`` of drafters that are costly to ask; 0: they are not.
+        """
         if not self._drafters:
             return [()] * len(slots)
         rows = [self._rows[slot] for slot in slots]
-        for row, most, positions in zip(rows, wanted, mapped, strict=True):
+        for row, positions in zip(rows, mapped, strict=True):
             row.best = None
             row.draft.mapped = positions
-            row.draft.most = min(most, self.most)
         values = np.zeros(len(rows))
         for drafter in self._drafters.values():
+            for row, most in zip(rows, wanted, strict=True):
+                row.draft.most = min(most, self.most, costly_guesses if drafter.costly else most)
             asked = [
                 i
                 for i, row in enumerate(rows)

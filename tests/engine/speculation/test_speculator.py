@@ -41,7 +41,7 @@ def play(made: Speculator, truth: int, steps: int, drafted: int) -> None:
     """So many steps in which the model always says ``truth``."""
     length = 3
     for _ in range(steps):
-        [offer] = made.propose([0], [8], [200])
+        [offer] = made.propose([0], [8], [200], 8)
         count = min(drafted, len(offer))
         guesses = made.guesses(0, count).tokens if count else []
         right = 0
@@ -55,7 +55,7 @@ def test_the_drafter_that_is_right_wins() -> None:
     wrong, right = Always("wrong", 5), Always("right", 7)
     made = speculator(wrong, right)
     play(made, 7, 30, drafted=3)
-    assert made.propose([0], [8], [200])[0][0] > 0.9
+    assert made.propose([0], [8], [200], 8)[0][0] > 0.9
     assert made.guesses(0, 2).tokens == [7, 7]
     stats = {entry.name: entry for entry in made.stats}
     assert stats["right"].accepted_tokens == stats["right"].draft_tokens > 60
@@ -86,7 +86,7 @@ def test_guesses_are_offered_in_the_order_of_their_chances(
 ) -> None:
     made = speculator(Branching())
     made.attach(host(scratch_blocks))
-    [offer] = made.propose([0], [8], [200])
+    [offer] = made.propose([0], [8], [200], 8)
     assert list(offer) == sorted(offer, reverse=True)
     tree = made.guesses(0, len(offer))
     assert (tree.tokens, tree.parents) == (tokens, parents)
@@ -96,7 +96,7 @@ def test_branches_learn_apart() -> None:
     made = speculator(Branching())
     made.attach(host(8))
     play(made, 7, 40, drafted=0)
-    assert made.propose([0], [8], [200])[0][0] > 0.8
+    assert made.propose([0], [8], [200], 8)[0][0] > 0.8
     tree = made.guesses(0, 4)
     assert tree.tokens == [7, 7, 8, 8]
     assert tree.parents[:2] == [-1, 0]
@@ -104,9 +104,9 @@ def test_branches_learn_apart() -> None:
 
 def test_guesses_that_are_not_verified_teach_too() -> None:
     made = speculator(Always("wrong", 5))
-    before = made.propose([0], [8], [200])[0][0]
+    before = made.propose([0], [8], [200], 8)[0][0]
     play(made, 7, 50, drafted=0)
-    assert made.propose([0], [8], [200])[0][0] < before / 4
+    assert made.propose([0], [8], [200], 8)[0][0] < before / 4
     assert made.stats[0].drafts == 0
 
 
@@ -115,17 +115,17 @@ def test_costly_drafters_are_asked_where_cheap_ones_promise_little() -> None:
     made = speculator(cheap, costly)
     play(made, 7, 30, drafted=8)
     asked = costly.asked
-    assert sum(made.propose([0], [8], [200])[0]) >= ENOUGH
+    assert sum(made.propose([0], [8], [200], 8)[0]) >= ENOUGH
     assert costly.asked == asked
     play(made, 5, 100, drafted=2)
     assert costly.asked > asked
-    assert made.propose([0], [8], [200]) and made.guesses(0, 1).tokens == [5]
+    assert made.propose([0], [8], [200], 8) and made.guesses(0, 1).tokens == [5]
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("off", []), ("one", [7]), ("two", [5])])
 def test_a_request_is_served_by_the_drafters_it_names(mode: str, expected: list[int]) -> None:
     made = speculator(Always("one", 7), Always("two", 5), mode=mode)
-    [offer] = made.propose([0], [1], [200])
+    [offer] = made.propose([0], [1], [200], 8)
     assert (made.guesses(0, 1).tokens if offer else []) == expected
 
 
@@ -165,25 +165,25 @@ def test_acceptance_and_counts_are_apart_for_each_version() -> None:
     made = speculator(drafter)
     made.prepare_swap("", 1, "5")()
     play(made, 7, 60, drafted=1)
-    wrong = made.propose([0], [8], [200])[0][0]
+    wrong = made.propose([0], [8], [200], 8)[0][0]
     [stats] = made.stats
     assert made.verified(0, 0, [5], 4) == (1, True) and made.verified(0, 0, [5], 5) is None
-    made.propose([0], [8], [200])
+    made.propose([0], [8], [200], 8)
     assert [(entry.version, entry.drafts, entry.accepted_tokens) for entry in stats.versions] == [(1, 60, 0)]
 
     made.prepare_swap("", 2, "7")()
     assert made.verified(0, 0, [7], 6) == (1, False), "what was proposed before the swap is the old version's"
-    assert made.propose([0], [8], [200])[0][0] < 0.2, "it is expected to be as good as the one before"
+    assert made.propose([0], [8], [200], 8)[0][0] < 0.2, "it is expected to be as good as the one before"
     assert made.verified(0, 0, [7], 7) == (2, True)
     play(made, 7, 20, drafted=2)
-    assert made.propose([0], [8], [200])[0][0] > 0.5 > wrong, "and soon known for what it is"
+    assert made.propose([0], [8], [200], 8)[0][0] > 0.5 > wrong, "and soon known for what it is"
     assert [(entry.version, entry.drafts, entry.accepted_tokens) for entry in stats.versions] == [(2, 20, 40)]
     assert (stats.drafts, stats.swaps, stats.routes, stats.memory_bytes) == (80, 2, {"": 2}, 1000)
 
-    right = made.propose([0], [8], [200])[0][0]
+    right = made.propose([0], [8], [200], 8)[0][0]
     for version in (1, 2):
         made.prepare_swap("", version, {1: "5", 2: "7"}[version])()
-        assert (made.propose([0], [8], [200])[0][0] > right / 2) == (version == 2), (
+        assert (made.propose([0], [8], [200], 8)[0][0] > right / 2) == (version == 2), (
             "what was known of it is known still"
         )
     play(made, 7, 3, drafted=2)
