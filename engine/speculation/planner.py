@@ -126,7 +126,7 @@ class GuessPlanner:
         speculation = request.message.speculation
         if not self._most or speculation.mode == "off":
             return 0
-        if not self._costly_guesses and self._cheap.is_paused and self._steps < self._cheap.next_probe:
+        if not self._costly_guesses and self._cheap.is_paused and not self._is_due(self._cheap):
             return 0
         most = self._most if speculation.max_draft_tokens is None else min(self._most, speculation.max_draft_tokens)
         # The step being planned draws a token, and the next one after its guesses another.
@@ -148,8 +148,7 @@ class GuessPlanner:
             return 0
         if not (self._pauses and self._costly.is_paused):
             return self._most
-        is_measured = self._asked is not None and self._asked[0] is self._costly
-        if self._steps >= self._costly.next_probe and not is_measured:
+        if self._is_due(self._costly):
             return PROBE_GUESSES
         return 1 if len(set(self._routes.values())) > 1 and self._steps % PROBE_EVERY == 0 else 0
 
@@ -178,6 +177,10 @@ class GuessPlanner:
             if drafter.routes and drafter.routes != self._routes:
                 self._routes = dict(drafter.routes)
                 self._costly.retry()
+
+    def _is_due(self, worth: Worth) -> bool:
+        """Whether a paused kind is to be probed; not while the guesses of a probe are being verified."""
+        return self._steps >= worth.next_probe and (self._asked is None or self._asked[0] is not worth)
 
     def take_back(self, request: Request, row: int, plan: StepPlan, result: StepResult) -> None:
         """What was computed for guesses that were wrong does not count; keeps what is offered now."""

@@ -195,4 +195,4 @@ def test_acceptance_and_counts_are_apart_for_each_version() -> None:
 
 
 def test_without_drafters_nothing_is_proposed() -> None:
-    assert speculator().propose([0], [8], [200]) == [()]
+    assert speculator().propose([0], [8], [200], 8) == [()]
