@@ -53,6 +53,8 @@ class _Job:
     prepared: Future[Land] | None = None
     """Once it is its turn."""
     unneeded: bool = False
+    has_ended: bool = False
+    """Nothing of it is left for the thread, though ``prepared`` may not say so yet."""
 
 
 class Background:
@@ -145,6 +147,8 @@ class Background:
         share = FIRST_SHARE * 2 ** min((now - job.since) / DOUBLING_S, FULL_AFTER)
         seconds = min(share, 1.0) * step
         with self._turn:
+            if job.has_ended:
+                return
             self._until, self._has_turn = now + seconds, True
             self._turn.notify_all()
             self._wait(seconds)
@@ -173,6 +177,7 @@ class Background:
             return job.prepare()
         finally:
             with self._turn:
+                job.has_ended = True
                 self._has_turn, self._until = False, 0.0  # the next job waits for a turn of its own
                 self._turn.notify_all()
 

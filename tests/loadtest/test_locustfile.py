@@ -38,9 +38,10 @@ async def test_users_stream_answers_and_report_token_latencies(serve):
     assert posts["num_requests"] == first["num_requests"] >= 12
     assert posts["num_failures"] == 0
     assert gaps["num_requests"] == 5 * first["num_requests"]
-    # Sleeps of the server are never shorter than asked for; the machine may make them longer.
-    assert mean(first) >= 50 and mean(gaps) >= 20 and mean(posts) >= 50 + 5 * 20
-    assert mean(first) + 5 * mean(gaps) <= mean(posts) + 1
+    # Sleeps of the server are never shorter than asked for; the machine may make them longer. What comes late for one
+    # token is missing before the next.
+    assert mean(first) >= 50 and mean(gaps) > 0
+    assert 50 + 5 * 20 <= mean(first) + 5 * mean(gaps) <= mean(posts) + 1
     assert {body["max_tokens"] for body in server.bodies} == {6}
     assert len({body["messages"][0]["content"] for body in server.bodies}) == len(server.bodies)
 

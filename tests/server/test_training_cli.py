@@ -20,11 +20,16 @@ from slipstream.engine.testing import TINY_LLAMA
 from slipstream.server.cli import app
 
 MODEL = TINY_LLAMA | {"num_hidden_layers": 6}
+FOLLOWS = np.random.default_rng(1).permutation(96).astype(np.int32)
 
 
 def text(seed: int) -> Sample:
-    """Tokens that count up; only they are kept."""
-    tokens = (np.arange(40, dtype=np.int32) + seed) % 96
+    """Mostly the token that always follows; only tokens are kept."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 96, 40, dtype=np.int32)
+    for at in range(1, 40):
+        if rng.random() < 0.85:
+            tokens[at] = FOLLOWS[tokens[at - 1]]
     return Sample("", "", 0, 0, time.time(), tokens, 6, 0, None, None, True)
 
 
@@ -58,8 +63,11 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
 
 
 def test_training_ends_with_a_live_version_that_eval_finds_better_than_none(cli: Cli) -> None:
-    trained = cli.json("train", "--minutes", 0.2, "--round-tokens", 20_000)
-    assert trained["tokens"] > 0 and trained["versions"]
+    for _ in range(20):  # each goes on where the one before ended; a busy machine learns little in one of them
+        trained = cli.json("train", "--minutes", 0.2, "--round-tokens", 20_000)
+        assert trained["tokens"] > 0
+        if trained["versions"]:
+            break
     registry = Registry(cli.folder / "registry")
     live = registry.live()
     assert live is not None and live.version == trained["versions"][-1]["version"]
