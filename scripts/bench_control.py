@@ -216,7 +216,10 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
             await let_train(admin, streams)
         async with streams.flowing():
             await asyncio.sleep(options.settle)
+            began = perf_counter()
             for number in range(options.cycles):
+                if perf_counter() - began > 60 * options.minutes:
+                    break
                 length = busy[-1][1] - busy[-1][0] if busy else options.window
                 if number % 2:
                     busy.append(await window(options.window, control.cycle))
@@ -281,6 +284,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--cycles", type=int, default=10, help="of two promotions, two rollbacks and a wrong import")
     parser.add_argument("--window", type=float, default=12.0, help="seconds, at least")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which no other cycle is begun")
     parser.add_argument("--settle", type=float, default=10.0)
     parser.add_argument("--evolve", default="always")
     parser.add_argument("--speculation", default="auto")

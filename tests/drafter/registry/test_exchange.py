@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slipstream.drafter.choice import make_drafters
 from slipstream.drafter.head import layout
-from slipstream.drafter.registry.exchange import export_version, import_head
+from slipstream.drafter.registry.exchange import check_import, export_version, import_head
 from slipstream.drafter.registry.fingerprint import target_fingerprint
 from slipstream.drafter.registry.registry import Registry
 from slipstream.engine.checkpoint import open_checkpoint
@@ -228,8 +228,11 @@ def test_heads_that_cannot_work_are_not_imported(
 ) -> None:
     spoil(exported)
     before = registry.list()
+    checkpoint = open_checkpoint(target)
+    with pytest.raises(ModelError, match=message):  # which looks at a few small files only
+        check_import(exported, checkpoint)
     with pytest.raises(ModelError, match=message):
-        import_head(registry, exported, open_checkpoint(target))
+        import_head(registry, exported, checkpoint)
     assert registry.list() == before
 
 

@@ -163,3 +163,24 @@ def test_a_route_of_its_own(
     other = add(good, gate=PASSED, route="domain:hills")
     server.wait_until(lambda: registry.get(other.version).state == "live")
     assert registry.get(waiting.version).state == "canary"
+
+
+def test_of_several_decisions_the_latest_counts_and_none_is_one(
+    server: Any, registry: Registry, add: Callable[..., Version], first: Version, good: Head
+) -> None:
+    expected, _ = ask(server, 0)
+    versions = [add(good).version for _ in range(3)]
+    for number in versions:
+        registry.promote(number, "one after the other, while the one before is loaded")
+    server.wait_until(lambda: server.routes().get("") == versions[-1])
+    for number in reversed(versions):
+        registry.roll_back(reason="and back", version=number)
+    server.wait_until(lambda: server.routes() == {"": first.version})
+
+    registry.record_metrics(first.version, {"trial": 1})
+    registry.retire(first.version, "nothing is to draft")
+    server.wait_until(lambda: server.routes() == {})
+    reply = server.chat("Tell me 0 facts about rivers.", max_tokens=12)
+    assert reply["choices"][0]["message"]["content"] == expected
+    registry.promote(first.version, "and again")
+    server.wait_until(lambda: server.routes() == {"": first.version})
