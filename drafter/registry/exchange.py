@@ -10,10 +10,10 @@ from pathlib import Path
 from slipstream.drafter.head.config import HeadConfig, check_shapes, check_target, read_config, write_config
 from slipstream.drafter.registry import manifest as manifests
 from slipstream.drafter.registry.fingerprint import target_fingerprint
-from slipstream.drafter.registry.manifest import MANIFEST_FILE
+from slipstream.drafter.registry.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import Version
-from slipstream.drafter.registry.version_folder import Weights, check_fit, check_size, head_config, intact
+from slipstream.drafter.registry.version_folder import Weights, check_fit, head_config, intact
 from slipstream.engine.checkpoint import Checkpoint
 from slipstream.engine.checkpoint.safetensors_files import SINGLE_FILE, StoredTensor, read_header
 from slipstream.engine.errors import ModelError
@@ -49,15 +49,15 @@ def export_version(registry: Registry, version: int, folder: Path) -> Sequence[s
 
 
 def check_import(folder: Path, target: Checkpoint, *, lineage: str = "") -> HeadConfig:
-    """What is to be imported, as far as a few small files tell; raises ModelError as ``import_head`` does.
+    """What is to be imported, as far as can be told without numpy; raises ModelError as ``import_head`` does.
 
-    Numbers are not looked at, so this takes milliseconds.
+    Of a published head, whose numbers may be anything, only small files are read; of a version all bytes.
     """
     decoder = decoder_config(target.config)
     if (folder / MANIFEST_FILE).is_file():
         manifest = manifests.read(folder)
         check_fit(manifest, target_fingerprint(target, lineage), target.path.name)
-        check_size(folder, manifest)
+        intact(folder, manifest)
         config = head_config(manifest)
     else:
         config = read_config(folder, decoder.shape.num_layers)
@@ -83,7 +83,7 @@ def import_head(
     weights: Weights
     if (folder / MANIFEST_FILE).is_file():
         known = manifests.read(folder)
-        tensors = stored.read(intact(folder, known))
+        tensors = stored.read(folder / WEIGHTS_FILE)
         # Its parent's number means nothing here.
         origin, training, gate, note = known.origin, known.training, known.gate, note or known.note
     else:

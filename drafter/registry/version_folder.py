@@ -72,24 +72,15 @@ def check_fit(manifest: Manifest, fingerprint: str, fingerprint_name: str = "") 
         )
 
 
-def check_size(folder: Path, manifest: Manifest) -> None:
-    """Raises ModelError if there are not as many bytes of weights as were written."""
-    path = folder / WEIGHTS_FILE
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise ModelError(f"drafter version {manifest.version}: cannot read {path}: {error.strerror}") from None
-    if size != manifest.weights_bytes:
-        what = "truncated" if size < manifest.weights_bytes else "too long"
-        raise ModelError(f"{path} is {what}: it has {size} bytes, {manifest.weights_bytes} were written")
-
-
 def intact(folder: Path, manifest: Manifest) -> Path:
     """The file of a version's weights; raises ModelError if a byte of it is not what was written."""
-    check_size(folder, manifest)
     path = folder / WEIGHTS_FILE
     digest = hashlib.sha256()
     try:
+        size = path.stat().st_size
+        if size != manifest.weights_bytes:
+            what = "truncated" if size < manifest.weights_bytes else "too long"
+            raise ModelError(f"{path} is {what}: it has {size} bytes, {manifest.weights_bytes} were written")
         with path.open("rb") as file:
             while part := file.read(PIECE_BYTES):
                 digest.update(part)

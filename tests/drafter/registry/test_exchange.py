@@ -174,6 +174,11 @@ def test_a_version_folder_keeps_its_story(registry: Registry, version: int, targ
     assert (imported.origin, imported.gate, imported.version) == ("trained", {"accept_length": 1.8}, 1)
     with pytest.raises(ModelError, match="does not fit the model"):
         import_head(other, folder, open_checkpoint(target), lineage="another")
+    weights = bytearray((folder / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "weights.safetensors").write_bytes(weights)
+    with pytest.raises(ModelError, match="is damaged: its SHA-256"):
+        check_import(folder, open_checkpoint(target))
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
