@@ -39,7 +39,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     first_tokens: int = 20_000
     """Tokens of answers with which the first round begins."""
     round_tokens: int = 100_000
-    """Positions learned between two looks at the gate."""
+    """Positions learned between two looks at the gate; fewer in the first rounds."""
     epochs: float = 8.0
     """How often each text is learned at most; then training waits for more traffic."""
     rows: int = 2048

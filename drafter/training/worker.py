@@ -36,6 +36,8 @@ POLL_SECONDS = 2.0
 LOOK_SECONDS = 5.0
 """How often a round takes notice of new traffic, and of purged traffic."""
 REPORT_SECONDS = 1.0
+FIRST_ROUND = 0.25
+"""Of a round's positions. The next ones are as large as what was learned so far: the first is worth the most, and early."""
 
 
 class Worker:
@@ -111,9 +113,10 @@ class Worker:
         with self._stand_by:
             trainer = self._begin(course)
         first_step, first_learned = trainer.step, course.learned
+        size = min(max(int(FIRST_ROUND * options.round_tokens), trainer.step * options.rows), options.round_tokens)
         looked = time.monotonic()
         groups = fill(course.curriculum.draw(), options.part_rows, options.longest)
-        while (done := course.learned - first_learned) < options.round_tokens and not self._control.finishing:
+        while (done := course.learned - first_learned) < size and not self._control.finishing:
             start, stood_by = time.monotonic(), self._stand_by.seconds
             with self._stand_by:
                 progress = trainer.learn(self._parts(groups))
@@ -128,7 +131,7 @@ class Worker:
                 looked = time.monotonic()
             if message or time.monotonic() - self._last_report > REPORT_SECONDS:
                 self._last_report = time.monotonic()
-                share = min(done / options.round_tokens, 1.0)
+                share = min(done / size, 1.0)
                 self._report("training", loss=progress.loss, progress=share, message=message)
         learned = course.learned - first_learned
         if not learned:

@@ -250,7 +250,7 @@ class Workshop:
             "mode": "always",
             "draft_vocab_size": 64,
             "first_tokens": 1000,
-            "round_tokens": 20_000,
+            "round_tokens": 80_000,  # the first two are a quarter of that
             "epochs": 1e6,
             "rows": 256,
             "part_rows": 128,

@@ -35,7 +35,8 @@ def test_it_learns_publishes_and_goes_on_after_a_kill(workshop: Any, traffic: Ma
     first = workshop.train_first(worker)
     manifest = first.manifest
     assert manifest.origin == "trained" and manifest.target == workshop.fingerprint
-    assert manifest.training.tokens >= 20_000 and manifest.training.steps > 10 and manifest.training.samples > 100
+    assert 20_000 <= manifest.training.tokens < 30_000, "a quarter of a round"
+    assert manifest.training.steps > 10 and manifest.training.samples > 100
     assert manifest.training.began is not None and manifest.training.ended is not None
     assert manifest.training.began <= manifest.training.ended
     assert manifest.gate["accept_length"] > 1.2 and manifest.gate["live_accept_length"] == 1.0
