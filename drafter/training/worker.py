@@ -37,7 +37,7 @@ LOOK_SECONDS = 5.0
 """How often a round takes notice of new traffic, and of purged traffic."""
 REPORT_SECONDS = 1.0
 FIRST_ROUND = 0.25
-"""Of a round's positions. The next ones are as large as what was learned so far: the first is worth the most, and early."""
+"""Of a round's positions; then rounds are as large as what was learned so far. The first ones are worth the most."""
 
 
 class Worker:
@@ -77,7 +77,8 @@ class Worker:
                     if self._is_due(course, bool(asked)):
                         worked |= self._round(course)
                 if not worked:
-                    self._control.report(Report("waiting", tokens=self._learned()))
+                    speed = describe_speed(self._target.dtype)
+                    self._control.report(Report("waiting", tokens=self._learned(), arithmetic=speed))
                     self._control.sleep(POLL_SECONDS)
         except ServerGoneError:
             pass

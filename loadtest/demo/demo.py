@@ -19,6 +19,7 @@ from slipstream.clients.admin import AdminClient
 from slipstream.clients.errors import ClientError
 from slipstream.loadtest.children import running
 from slipstream.loadtest.demo.heldout import Answers, HeldOut
+from slipstream.loadtest.demo.machine import hope
 from slipstream.loadtest.demo.plan import FIRST_BURST, GRACE, LATER_BURST, SETTLE, DemoOptions
 from slipstream.loadtest.demo.result import Glance, Measured, Result
 from slipstream.loadtest.demo.watch import Watch
@@ -73,6 +74,8 @@ class Demo:
         self._glances: list[Glance] = []
         self._heldout = HeldOut(())
         self._watch: Watch | None = None
+        self._hoped = False
+        """Whether it was said what can be hoped for."""
 
     async def run(self) -> Result:
         """Raises ClientError if the server cannot be started or is lost."""
@@ -269,6 +272,9 @@ class Demo:
         if self._watch is not None:
             watch = self._watch
             worker = watch.worker_state + (f" {watch.progress:.0%}" if watch.progress else "")
+            if not self._hoped and watch.machine and watch.arithmetic:
+                self._hoped = True
+                self._say(hope(watch.machine, watch.arithmetic))
             parts += [f"worker {worker}", f"version {watch.live or 'cold'}", f"{watch.kept:,} tokens kept"]
         if self._glances:
             parts.append(f"accept length {self._glances[-1].accept_length:.2f}")

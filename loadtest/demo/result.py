@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slipstream.loadtest.demo.heldout import Answers
+from slipstream.loadtest.demo.machine import break_even, verdict
 from slipstream.loadtest.demo.plan import DEPTH, DemoOptions
 from slipstream.loadtest.demo.plot import Line, Panel, write_plot
 from slipstream.loadtest.demo.watch import Watch
@@ -82,6 +83,7 @@ class Result:
             "swaps": [{"minute": round(swap.minute, 2), "version": swap.version} for swap in watch.swaps],
             "versions": dict(Counter(each["state"] for each in watch.versions)),
             "rounds": watch.evolution.get("worker", {}).get("rounds", {}),
+            "break_even_accept_length": break_even(watch.machine),
             "learned_positions": watch.learned,
             "training_positions_per_second": round(watch.training_rate, 1),
             "replayed_tokens": self.replayed_tokens,
@@ -135,7 +137,10 @@ def print_result(result: Result, console: Console) -> None:
     outcomes.add_row("failed requests", f"{result.failed} of {result.sent}")
     outcomes.add_row("answers that guesses changed", str(result.differing))
     console.print(outcomes)
-    if not result.watch.live:
+    if result.watch.live:
+        said = verdict(result.watch.machine, result.after.depth.accept_length, result.after.speedup)
+        console.print(said, highlight=False)
+    else:
         console.print("No version passed the gate in this time: give it more --minutes.")
 
 

@@ -77,6 +77,17 @@ class Watch:
         return float(self.evolution.get("worker", {}).get("training", {}).get("tokens_per_second", 0.0))
 
     @property
+    def machine(self) -> dict[str, Any] | None:
+        """What steps cost there, once the server knows."""
+        return self.evolution.get("machine")
+
+    @property
+    def arithmetic(self) -> str:
+        """What training computes in, once the worker has said so."""
+        worker = self.evolution.get("worker", {})
+        return str(worker.get("report", {}).get("arithmetic", "") or worker.get("training", {}).get("arithmetic", ""))
+
+    @property
     def kept(self) -> int:
         """Tokens of answers and prompts in the traffic store."""
         return int(self._status.get("traffic", {}).get("store_tokens", 0))

@@ -52,6 +52,8 @@ class Evolution:
             self.worker = WorkerProcess(self._worker_options(traffic), lambda: service.engine.num_open)
             self.worker.on_report.append(self.progress.take)
         self.drifts: int = 0
+        self.machine: dict[str, Any] | None = None
+        """What steps cost here; None until the worker was told."""
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -116,6 +118,7 @@ class Evolution:
                 "restarts": worker.restarts,
                 **self.progress.status(),
             },
+            "machine": self.machine,
             "routes": self._service.drafter_versions(),
             "trial": None
             if trial is None
@@ -171,7 +174,8 @@ class Evolution:
         steps = {int(size): seconds for size, seconds in (await self._service.engine.call("step_cost")).items()}
         live = self.publisher.wanted.get(SHARED_ROUTE)
         share = live.manifest.weights_bytes / self._service.engine.ready.weights_bytes if live else 0.0
-        worker.send("machine", step_seconds=steps, guess_seconds=share * steps[min(steps)], streams=self.observer.use)
+        self.machine = {"step_seconds": steps, "guess_seconds": share * steps[min(steps)]}
+        worker.send("machine", **self.machine, streams=self.observer.use)
 
     def _worker_options(self, traffic: TrafficConfig) -> dict[str, Any]:
         config, engine = self.config, self._service.engine_config

@@ -37,6 +37,7 @@ def status(live, state="live", *, route="", swaps=1, worker="training", trial=No
     return {
         "traffic": {"store_tokens": 5},
         "evolution": {
+            "machine": {"step_seconds": {"1": 0.02, "4": 0.03}, "guess_seconds": 0.0},
             "worker": {"report": {"state": worker}, "tokens": 7, "rounds": {"published": 1, "refused": 1}},
             "versions": [version] if live else [],
             "routes": {"": live or 1},
@@ -98,6 +99,8 @@ async def test_before_and_after_are_in_the_table(tmp_path):
     assert ["live versions", "cold → 2"] in lines
     assert ["failed requests", "0 of 10"] in lines
     assert found.fields()["after"]["ratio"] == pytest.approx(1.2)
+    assert found.fields()["break_even_accept_length"] == pytest.approx(1.5)
+    assert "It pays here: 1.20 times" in out.getvalue()
 
 
 async def test_what_went_wrong_is_no_success(tmp_path):
