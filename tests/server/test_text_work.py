@@ -67,7 +67,7 @@ def chat(content: str, **fields: Any) -> bytes:
 
 
 def workers() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
+    children = psutil.Process().children()  # not those of servers that other tests have started
     return [child for child in children if "slipstream.server.text_worker" in child.cmdline()]
 
 
