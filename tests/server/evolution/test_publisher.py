@@ -94,6 +94,9 @@ def ask_until(server: Any, condition: Callable[[], bool], most: int) -> int:
     return most
 
 
+# Slow until it is understood why one of its nine runs on 2026-11-28 waited 300 s in vain for something (see the issue's
+# note): it must not decide what lands.
+@pytest.mark.slow
 def test_a_version_proves_itself_or_goes(
     server: Any, registry: Registry, add: Callable[..., Version], first: Version, good: Head, bad: Head
 ) -> None:
