@@ -18,8 +18,8 @@ from pathlib import Path
 from random import Random
 
 from slipstream.loadtest.children import free_port, running
-from slipstream.loadtest.demo.demo import Replay
 from slipstream.loadtest.demo.heldout import HeldOut
+from slipstream.loadtest.demo.replay import keep_answers
 from slipstream.loadtest.harness import connect
 from slipstream.loadtest.workloads import Request, Workload, WorkloadOptions
 
@@ -40,17 +40,6 @@ class Repeating(Workload):
             repeat = self._random.random() < self._share
             found += [self._random.choice(self._questions)] if repeat else await self._fresh.round(1)
         return found
-
-
-async def answer(workload: Repeating, folder: Path, count: int) -> None:
-    port = free_port()
-    options = {"--port": port, "--speculation": "off", "--traffic-log": "features", "--traffic-folder": folder}
-    command = [*SLIPSTREAM, "serve", "--no-prefix-caching", *(str(part) for pair in options.items() for part in pair)]
-    log = folder.parent / f"{folder.name}.log"
-    async with running("server", command, port, log=log), connect(f"http://127.0.0.1:{port}", timeout=600) as target:
-        replay = Replay(workload, target)
-        await replay.run(STREAMS, lambda: replay.sent + STREAMS > count)
-    print(f"{replay.sent} answers, {replay.tokens:,} tokens, {replay.failed} failed", flush=True)
 
 
 def run(*arguments: str) -> str:
@@ -88,7 +77,8 @@ def main() -> None:
     fresh = Workload(WorkloadOptions(output_tokens=OUTPUT_TOKENS))
     questions = asyncio.run(fresh.round(options.questions))
     workload = Repeating(questions, options.share, fresh)
-    asyncio.run(answer(workload, traffic, options.answers))
+    replay = asyncio.run(keep_answers(workload, traffic, options.answers, STREAMS))
+    print(f"{replay.sent} answers, {replay.tokens:,} tokens, {replay.failed} failed", flush=True)
     trained = run(
         *("drafter", "train", "--registry", str(registry), "--traffic-folder", str(traffic), "--json"),
         *("--minutes", str(options.minutes), "--round-tokens", "40000", "--promote"),

@@ -17,9 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slipstream.loadtest.children import free_port, running
-from slipstream.loadtest.demo.demo import Replay
-from slipstream.loadtest.harness import connect
+from slipstream.loadtest.demo.replay import keep_answers
 from slipstream.loadtest.workloads import Workload, WorkloadName, WorkloadOptions
 
 SLIPSTREAM = [sys.executable, "-P", "-m", "slipstream.server"]
@@ -31,13 +29,7 @@ async def answer(name: WorkloadName, folder: Path, skip: int, count: int) -> Non
     described = WorkloadOptions(name=name, output_tokens=OUTPUT_TOKENS)
     workload = Workload(described)
     await workload.round(skip)
-    port = free_port()
-    options = {"--port": port, "--speculation": "off", "--traffic-log": "features", "--traffic-folder": folder}
-    command = [*SLIPSTREAM, "serve", "--no-prefix-caching", *(str(part) for pair in options.items() for part in pair)]
-    log = folder.parent / f"{folder.name}.log"
-    async with running("server", command, port, log=log), connect(f"http://127.0.0.1:{port}", timeout=600) as target:
-        replay = Replay(workload, target)
-        await replay.run(STREAMS, lambda: replay.sent + STREAMS > count)
+    replay = await keep_answers(workload, folder, count, STREAMS)
     print(f"{name}: {replay.sent} answers, {replay.tokens:,} tokens, {replay.failed} failed", flush=True)
 
 

@@ -33,7 +33,7 @@ SHARD_BYTES = 16 << 20
 SMALL_BYTES = 1 << 20
 """A shard smaller than this is written again together with what comes next, so that there are not too many."""
 PAGE = 64
-"""Samples read from the index at once."""
+"""Samples read from the index at once, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,8 @@ class TrafficStore:
         ``holdout``: only those held out of training, or only the others. Without ``features`` only tokens are read, a
         thousandth of the bytes. What is deleted meanwhile is left out.
         """
-        yield from itertools.islice(self._pages(since_id, tenant, order, holdout, features), limit)
+        page = PAGE if limit is None else min(limit, PAGE)
+        yield from itertools.islice(self._pages(since_id, tenant, order, holdout, features, page), limit)
 
     def _pages(
         self,
@@ -127,9 +128,10 @@ class TrafficStore:
         order: Literal["recent", "oldest"],
         holdout: bool | None,
         features: bool,
+        page: int,
     ) -> Iterator[Sample]:
         below: int | None = None
-        while entries := self.index.entries(since_id, tenant, order, holdout, PAGE, below):
+        while entries := self.index.entries(since_id, tenant, order, holdout, page, below):
             for entry in entries:
                 if (sample := self._read(entry, features)) is not None:
                     yield sample

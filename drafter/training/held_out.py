@@ -49,11 +49,18 @@ def alike(texts: Sequence[Example]) -> NDArray[np.int64]:
         return text
 
     prompts: dict[bytes, int] = {}
+    answers: dict[bytes, int] = {}
     windows = [_windows(text) for text in texts]
     places: defaultdict[bytes, list[int]] = defaultdict(list)
     for number, text in enumerate(texts):
         first = prompts.setdefault(text.tokens[: text.num_prompt].tobytes(), number)
         kinds[find(number)] = find(first)
+        if not windows[number]:
+            continue
+        first = answers.setdefault(text.tokens[text.num_prompt :].tobytes(), number)
+        if first != number:  # a repeat is like all that the first one is like
+            kinds[find(number)] = find(first)
+            continue
         shared: defaultdict[int, int] = defaultdict(int)
         for window in windows[number]:
             for other in places[window]:

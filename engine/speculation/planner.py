@@ -86,8 +86,8 @@ class GuessPlanner:
         """Whether costly drafters were asked after the last step."""
         self._routes: Mapping[str, int] = {}
         self._steps = 0
-        self._costly_guesses = 0
-        """That costly drafters may make after the step being planned."""
+        self.costly_guesses = 0
+        """At most so many for each request are wanted of costly drafters, after the step being planned."""
 
     def plan(self, plan: PlanBuilder, prompts_wait: bool) -> None:
         """Adds positions to verify guesses in, where they are worth it and there is room, to a step of decodes.
@@ -95,12 +95,12 @@ class GuessPlanner:
         A step that prompts share is bound by arithmetic: guesses would cost their full price, and prolong it.
         """
         self._steps += 1
-        self._costly_guesses = self._ask_costly()
+        self.costly_guesses = self._ask_costly()
         if prompts_wait:
             self.reasons["prompts wait"] += 1
         else:
             self._verify(plan)
-        if self._costly_guesses:
+        if self.costly_guesses:
             self._reserve(plan)
 
     def _verify(self, plan: PlanBuilder) -> None:
@@ -126,16 +126,11 @@ class GuessPlanner:
         speculation = request.message.speculation
         if not self._most or speculation.mode == "off":
             return 0
-        if not self._costly_guesses and self._cheap.is_paused and not self._is_due(self._cheap):
+        if not self.costly_guesses and self._cheap.is_paused and not self._is_due(self._cheap):
             return 0
         most = self._most if speculation.max_draft_tokens is None else min(self._most, speculation.max_draft_tokens)
         # The step being planned draws a token, and the next one after its guesses another.
         return max(min(most, request.message.params.max_tokens - request.num_output - 2), 0)
-
-    @property
-    def costly_guesses(self) -> int:
-        """At most so many for each request are wanted of costly drafters, after the step being planned."""
-        return self._costly_guesses
 
     def _ask_costly(self) -> int:
         """How many guesses costly drafters may make after this step.
@@ -191,7 +186,7 @@ class GuessPlanner:
     def _reserve(self, plan: PlanBuilder) -> None:
         """Blocks for the positions a head drafts in after the step, where there are plenty."""
         for request in plan.requests:
-            wanted = min(self.wanted(request), self._costly_guesses)
+            wanted = min(self.wanted(request), self.costly_guesses)
             if wanted and self._kv.pool.num_available > 2 * len(plan.requests):
                 plan.map_grown(request, self._kv.grow(request, request.num_computed + 1 + wanted) or 0)
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, perf_counter
-from typing import Any
+from time import monotonic
 
 import msgspec
 from rich.console import Console
@@ -21,11 +19,11 @@ from slipstream.loadtest.children import running
 from slipstream.loadtest.demo.heldout import Answers, HeldOut
 from slipstream.loadtest.demo.machine import hope
 from slipstream.loadtest.demo.plan import FIRST_BURST, GRACE, LATER_BURST, SETTLE, DemoOptions
+from slipstream.loadtest.demo.replay import Replay
 from slipstream.loadtest.demo.result import Glance, Measured, Result
 from slipstream.loadtest.demo.watch import Watch
-from slipstream.loadtest.harness import Target, connect, receive
-from slipstream.loadtest.record import RequestRecord
-from slipstream.loadtest.workloads import Request, Workload, WorkloadOptions
+from slipstream.loadtest.harness import Target, connect
+from slipstream.loadtest.workloads import Workload, WorkloadOptions
 
 READY_SECONDS = 300.0
 STARVED_SECONDS = 6.0
@@ -33,33 +31,6 @@ STARVED_SECONDS = 6.0
 TRIAL_STREAMS = 4
 """Few enough that guesses are verified; a version is not judged where none are."""
 NOT_KEPT = {"X-Slipstream-Traffic": "off"}
-
-
-@dataclass(slots=True)
-class Replay:
-    """Traffic to learn from: prompts that are used once."""
-
-    workload: Workload
-    target: Target
-    sent: int = 0
-    failed: int = 0
-    tokens: int = 0
-
-    async def run(self, streams: int, enough: Callable[[], bool], **fields: Any) -> None:
-        """So many streams, each with one request after the other, until it is enough; answers are awaited."""
-
-        async def stream() -> None:
-            while not enough():
-                [request] = await self.workload.round(1)
-                record = RequestRecord(due=perf_counter(), start=perf_counter())
-                await receive(self.target, Request(request.path, request.body | fields), record)
-                self.sent += 1
-                self.failed += not record.ok
-                self.tokens += record.output_tokens
-
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(streams):
-                tasks.create_task(stream())
 
 
 class Demo:

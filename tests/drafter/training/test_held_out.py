@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.drafter.training.held_out import HeldOut, alike
+from slipstream.drafter.training.held_out import ALIKE, WINDOW, HeldOut, alike
 from slipstream.drafter.training.packing import Example
 
 ids = st.integers(0, 50_000)
@@ -48,3 +48,22 @@ def test_different_texts_are_counted_once() -> None:
     texts = [text([number], answer) for number in range(5)] + [text([9], list(range(200, 230))), text([10], [3])]
     assert HeldOut(texts, np.ones(7)).different == 3
     assert HeldOut([], np.ones(0)).different == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(0, 20)), max_size=12))
+def test_kinds_are_those_of_all_pairs(drawn: list[tuple[int, int, int]]) -> None:
+    """Of whatever repeats itself: slices of one long text."""
+    texts = [text([prompt], list(range(3 * begin, 3 * begin + length))) for prompt, begin, length in drawn]
+
+    def pair(one: Example, other: Example) -> bool:
+        runs = [{tuple(t.tokens[i : i + WINDOW]) for i in range(1, len(t.tokens) - WINDOW + 1)} for t in (one, other)]
+        shortest = min(map(len, runs))
+        return one.tokens[0] == other.tokens[0] or (shortest > 0 and len(runs[0] & runs[1]) >= ALIKE * shortest)
+
+    groups = [{at} for at in range(len(texts))]
+    for at, one in enumerate(texts):
+        for before in range(at):
+            if pair(one, texts[before]):
+                joined = [group for group in groups if at in group or before in group]
+                groups = [group for group in groups if group not in joined] + [set().union(*joined)]
+    assert kinds(*texts) == sorted(sorted(group) for group in groups)
