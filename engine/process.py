@@ -129,7 +129,7 @@ class Engine:
         """Takes a request, or ends it with an error if it asks for what the model cannot do."""
         wrong = problem(request, self.loaded.model.shape.vocab_size, self.loaded.max_model_len)
         if wrong is None:
-            self.scheduler.add(request)
+            self.scheduler.add(request, self.runner.speculator.own_drafter(request.route))
         else:
             self.scheduler.refuse(request, wrong)
 

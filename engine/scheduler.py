@@ -69,12 +69,18 @@ class Scheduler:
 
     # Requests in and out --------------------------------------------------------------------------------------------
 
-    def add(self, message: NewRequest) -> None:
+    def add(self, message: NewRequest, drafter: str = "") -> None:
+        """``drafter`` names the learned drafter that is for this request's route only, if there is one.
+
+        It keeps its states for blocks that it has seen computed; of those that other routes have filled it would know
+        nothing, which costs it guesses, and one on trial would be judged by that. So it does not take up their prefixes.
+        """
         arrival = message.arrival or self._clock()
         service = self.cost.predict(StepWork().add(0, len(message.prompt)))
         deadline = arrival + service + message.priority * self._config.priority_step_s
         sharing = message.tenant if self._config.prefix_cache_scope == "tenant" else ""
-        request = Request(message, deadline, prefix.seed(self.target_version, message.cache_salt, sharing))
+        root = prefix.seed(self.target_version, message.cache_salt, sharing, drafter)
+        request = Request(message, deadline, root)
         if request.length > self._switch_length:
             request.outgrow()
         self._requests[request.request_id] = request

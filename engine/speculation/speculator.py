@@ -164,6 +164,11 @@ class Speculator:
         self._require_learned().drop(route)
         self._take_versions()
 
+    def own_drafter(self, route: str) -> str:
+        """A name for the version that drafts for this route alone; empty for a route that uses the shared one."""
+        version = self._learned.routes.get(route) if self._learned is not None and route else None
+        return "" if version is None else f"{route}/{version}"
+
     @property
     def learned_routes(self) -> Mapping[str, int]:
         """As LearnedDrafter.routes."""
