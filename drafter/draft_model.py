@@ -58,7 +58,7 @@ class ModelDrafter(AutoregressiveDrafter):
         return self._cache
 
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
-        return self._model.forward(batch, self._cache)
+        return self._model.forward(batch, self._cache).hidden
 
     def _scores(self, hidden: Tensor) -> Tensor:
         return self._model.logits(hidden, np.arange(len(hidden), dtype=np.int32))
@@ -81,7 +81,7 @@ class ModelDrafter(AutoregressiveDrafter):
         ends = np.array([min(start + most, row.length) for row, start in zip(rows, starts, strict=True)], np.int32)
         ids = np.concatenate([row.known[start:end] for row, start, end in zip(rows, starts, ends, strict=True)])
         counts = ends - np.array(starts, np.int32)
-        hidden = self._model.forward(self._batch(rows, ids, counts, ends), self._cache)
+        hidden = self._model.forward(self._batch(rows, ids, counts, ends), self._cache).hidden
         for row, end in zip(rows, ends, strict=True):
             row.memory[self.name] = int(end)
         return hidden[np.cumsum(counts) - 1]

@@ -73,7 +73,8 @@ class Scheduler:
         """``drafter`` names the learned drafter that is for this request's route only, if there is one.
 
         It keeps its states for blocks that it has seen computed; of those that other routes have filled it would know
-        nothing, which costs it guesses, and one on trial would be judged by that. So it does not take up their prefixes.
+        nothing, which costs it guesses, and one on trial would be judged by that. So it does not take up their
+        prefixes.
         """
         arrival = message.arrival or self._clock()
         service = self.cost.predict(StepWork().add(0, len(message.prompt)))

@@ -49,7 +49,7 @@ class Bench:
             self.block_size,
         )
         began = time.perf_counter()
-        hidden = self.runner.model.forward(batch, self.runner.cache)
+        hidden = self.runner.model.forward(batch, self.runner.cache).hidden
         logits = self.runner.model.logits(hidden, np.arange(segments * tokens, dtype=np.int32))
         sample(logits, [self.row] * len(logits))
         return time.perf_counter() - began

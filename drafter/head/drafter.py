@@ -19,9 +19,7 @@ from slipstream.drafter.head.network import HeadNetwork, HeadWeights, make_netwo
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.loader import available_memory
-from slipstream.engine.models.native_decoder import NativeDecoder
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.models.torch_decoder import TorchDecoder
 from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow, LearnedDrafter, Proposal
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
@@ -130,14 +128,14 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         """The ones that draft at the moment."""
 
     def taps(self, model: CausalModel) -> tuple[int, ...]:
-        if not isinstance(model, NativeDecoder | TorchDecoder):
+        if (target := model.decoder) is None:
             raise ConfigError(
                 f"a head reads hidden states, which {model.shape.model_type} models, run through transformers, do not "
                 "show; use --speculation ngram,suffix"
             )
-        self._first = self._load(model.config)
+        self._first = self._load(target.config)
         self._config = self._first.config
-        layout.check_target(self._config, model.config)
+        layout.check_target(self._config, target.config)
         return self._config.taps
 
     def attach(self, host: DraftHost) -> None:
@@ -191,8 +189,8 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     def _load_version(self, version: int, path: str, is_new: bool) -> _Version:
         """``is_new``: for a route that comes with memory of its own."""
-        target = self._host.model
-        assert isinstance(target, NativeDecoder | TorchDecoder)
+        target = self._host.model.decoder
+        assert target is not None, "taps refuses such models"
         config, tensors = self._read(Path(path), target.config)
         self._require_same_sizes(config)
         weights = (None if is_new else self._free_weights()) or make_weights(self._config, self._host)
@@ -234,8 +232,8 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     def _new_network(self) -> HeadNetwork:
         """For one more route; raises ModelError if there is no memory for it."""
-        target = self._host.model
-        assert isinstance(target, NativeDecoder | TorchDecoder)
+        target = self._host.model.decoder
+        assert target is not None, "taps refuses such models"
         needed, free = self._route_bytes, available_memory(target.device)
         if free < needed + SPARE_BYTES:
             raise ModelError(f"one more drafter takes {needed >> 20} MiB, and only {free >> 20} MiB of memory are free")

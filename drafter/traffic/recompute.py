@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slipstream.drafter.traffic.store import Int32, Sample
+from slipstream.engine.errors import ConfigError
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.kernels.batch import make_batch
 
@@ -16,15 +17,16 @@ BLOCK_SIZE = 16
 
 
 class Recompute:
-    """Owns a cache for one sequence; the model may be shared with whoever wants the same taps."""
+    """Owns a cache for one sequence; the model may be shared."""
 
     def __init__(self, model: CausalModel, taps: tuple[int, ...], max_length: int, chunk: int = 512) -> None:
         """``max_length`` in tokens. Raises ConfigError if the model does not show hidden states."""
+        if model.decoder is None:
+            raise ConfigError(f"{model.shape.model_type} models, run through transformers, do not show hidden states")
         self.taps = taps
         self._model = model
         self._max_length = max_length
         self._chunk = chunk
-        model.tap(taps)
         blocks = -(-max_length // BLOCK_SIZE)
         self._cache = model.new_cache(blocks, BLOCK_SIZE)
         self._table = np.arange(blocks, dtype=np.int32)[None]
@@ -42,8 +44,9 @@ class Recompute:
             part = np.ascontiguousarray(tokens[start : min(start + self._chunk, len(tokens) - 1)], np.int32)
             counts, ends = np.array([len(part)], np.int32), np.array([start + len(part)], np.int32)
             batch = make_batch(part, counts, ends, self._table, np.zeros(1, np.int32), BLOCK_SIZE)
-            self._model.forward(batch, self._cache)
-            parts.append(self._model.features.to("cpu", torch.bfloat16))
+            features = self._model.forward(batch, self._cache, self.taps).features
+            assert features is not None
+            parts.append(features.to("cpu", torch.bfloat16))
         return torch.cat(parts) if parts else torch.empty(0, len(self.taps), 0, dtype=torch.bfloat16)
 
 

@@ -23,9 +23,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import NewRequest, TrafficStats
 from slipstream.engine.models.loader import parse_size
-from slipstream.engine.models.native_decoder import NativeDecoder
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.models.torch_decoder import TorchDecoder
 from slipstream.engine.speculation.protocol import Computed, EndedRequest, Listener
 
 MOST_POSITIONS = 4096
@@ -71,13 +69,13 @@ class TrafficTap(Listener):
     def taps(self, model: CausalModel, tapped: tuple[int, ...]) -> tuple[int, ...]:
         if not self._features:
             return ()
-        if not isinstance(model, NativeDecoder | TorchDecoder):
+        if (decoder := model.decoder) is None:
             raise ConfigError(
                 f"{model.shape.model_type} models, run through transformers, do not show hidden states; "
                 "use --traffic-log tokens"
             )
         self._taps = tapped or default_taps(model.shape.num_layers)
-        self._pages = FeaturePages(self._buffer_bytes, len(self._taps), model.config.hidden)
+        self._pages = FeaturePages(self._buffer_bytes, len(self._taps), decoder.config.hidden)
         return self._taps
 
     @property

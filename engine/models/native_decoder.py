@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slipstream.engine.models.config import DecoderConfig, rope_tables
 from slipstream.engine.models.native_layer import NativeLayer
+from slipstream.engine.models.protocol import DecoderModel, Forward
 from slipstream.engine.models.weights import WeightSlots
 from slipstream.kernels import reference
 from slipstream.kernels.batch import Int32, RaggedBatch
@@ -40,8 +41,8 @@ class NativeDecoder:
         self._cos, self._sin = rope_tables(config, max_length)
         self._c_layers = (CLayer * self.shape.num_layers)()
         self._c = self._c_model()
-        self._taps = torch.empty(0, dtype=torch.int32)
-        self.features = torch.empty(0)
+        self._taps: tuple[int, ...] = ()
+        self._tapped = torch.empty(0, dtype=torch.int32)
         self._cache: PagedKVCache | None = None
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._logits = torch.empty(0, self.shape.vocab_size)
@@ -63,21 +64,20 @@ class NativeDecoder:
             shape.num_layers, num_blocks, block_size, shape.kv_heads, shape.head_dim, self.dtype, torch.device("cpu")
         )
 
-    def tap(self, layers: tuple[int, ...]) -> None:
-        self._taps = torch.tensor(layers, dtype=torch.int32)
-        self._c.taps, self._c.num_taps = address(self._taps), len(layers)
+    @property
+    def decoder(self) -> DecoderModel:
+        return self
 
-    def forward(self, batch: RaggedBatch, cache: PagedKVCache) -> Tensor:
+    def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
         self._bind(cache)
         hidden = torch.empty(batch.num_tokens, self._config.hidden)
-        if len(self._taps):
-            self.features = torch.empty(batch.num_tokens, len(self._taps), self._config.hidden)
-            self._c.features = address(self.features)
+        features = torch.empty(batch.num_tokens, len(taps), self._config.hidden) if taps else None
+        self._tap(taps, features)
         c = c_batch(batch)
         self._library.slip_forward(
             ctypes.byref(self._c), ctypes.byref(c), address(hidden), self._memory(batch.num_tokens)
         )
-        return hidden
+        return Forward(hidden, features)
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
         vocab = self.shape.vocab_size
@@ -114,6 +114,12 @@ class NativeDecoder:
         if size > self._workspace.numel():
             self._workspace = torch.empty(size, dtype=torch.uint8)
         return self._workspace.data_ptr()
+
+    def _tap(self, taps: tuple[int, ...], features: Tensor | None) -> None:
+        if taps != self._taps:
+            self._taps, self._tapped = taps, torch.tensor(taps, dtype=torch.int32)
+            self._c.taps, self._c.num_taps = address(self._tapped), len(taps)
+        self._c.features = address(features)
 
     def _bind(self, cache: PagedKVCache) -> None:
         if cache is self._cache:

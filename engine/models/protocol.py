@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from slipstream.engine.models.config import ModelShape
+from slipstream.engine.models.config import DecoderConfig, ModelShape
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What a forward pass computed, one row per token of its batch."""
+
+    hidden: Tensor
+    """[num_tokens, hidden], as ``CausalModel.logits`` takes it."""
+    features: Tensor | None = None
+    """[num_tokens, taps, hidden] float32: the inputs of the layers that were asked for; None where none were."""
 
 
 class CausalModel(Protocol):
@@ -25,14 +36,9 @@ class CausalModel(Protocol):
     """Sequences longer than this are computed in another way from their first position on, so that what the cache holds
     of them from before cannot be used (see ``rope``); 0 for no such length."""
 
-    features: Tensor
-    """After a forward pass: the inputs of the tapped layers, [num_tokens, taps, hidden]; valid until the next one."""
-
-    def tap(self, layers: tuple[int, ...]) -> None:
-        """From now on, keep the inputs of these layers; the number of layers stands for the output of the last.
-
-        Raises ConfigError where that is not possible.
-        """
+    @property
+    def decoder(self) -> DecoderModel | None:
+        """The same model as one whose layers can be looked into; None where they cannot."""
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copies weights in, by their Hugging Face names, in place; raises ModelError for a misfit or a gap."""
@@ -40,8 +46,21 @@ class CausalModel(Protocol):
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         """A cache in the layout this model reads."""
 
-    def forward(self, batch: RaggedBatch, cache: PagedKVCache) -> Tensor:
-        """Hidden states [num_tokens, hidden], as ``logits`` takes them."""
+    def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
+        """Runs the batch. ``taps``, ascending: layers whose inputs are wanted; their number for the last one's output.
+
+        Only for models with a ``decoder`` may there be taps.
+        """
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
         """Logits [len(rows), vocab_size] float32 of some rows of hidden; valid until the next call."""
+
+
+class DecoderModel(CausalModel, Protocol):
+    """A model of the families implemented here."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...

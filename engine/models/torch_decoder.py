@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.engine.models.config import DecoderConfig, rope_tables
+from slipstream.engine.models.protocol import DecoderModel, Forward
 from slipstream.engine.models.weights import WeightSlots
 from slipstream.kernels import reference
 from slipstream.kernels.batch import Int32, RaggedBatch
@@ -28,12 +29,11 @@ class TorchDecoder:
         self._weights = {
             name: torch.empty(size, dtype=dtype, device=device) for name, size in config.parameters.items()
         }
-        self._taps: tuple[int, ...] = ()
-        self.features = torch.empty(0)
         self._cos, self._sin = (table.to(device) for table in rope_tables(config, max_length))
 
-    def tap(self, layers: tuple[int, ...]) -> None:
-        self._taps = layers
+    @property
+    def decoder(self) -> DecoderModel:
+        return self
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         slots = WeightSlots(self._config.parameters)
@@ -70,21 +70,19 @@ class TorchDecoder:
             shape.num_layers, num_blocks, block_size, shape.kv_heads, shape.head_dim, self.dtype, self._device
         )
 
-    def forward(self, batch: RaggedBatch, cache: PagedKVCache) -> Tensor:
+    def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
         positions = torch.from_numpy(batch.positions).to(self._device)
         cos, sin = self._cos[positions], self._sin[positions]
         token_ids = torch.from_numpy(batch.token_ids).to(self._device)
         hidden = functional.embedding(token_ids, self._weights["model.embed_tokens.weight"])
         tapped = []
         for layer in range(self.shape.num_layers):
-            if layer in self._taps:
+            if layer in taps:
                 tapped.append(hidden)
             hidden = self._layer(layer, hidden, cos, sin, batch, cache)
-        if self.shape.num_layers in self._taps:
+        if self.shape.num_layers in taps:
             tapped.append(hidden)
-        if tapped:
-            self.features = torch.stack(tapped, dim=1).float()
-        return hidden
+        return Forward(hidden, torch.stack(tapped, dim=1).float() if tapped else None)
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
         chosen = hidden[torch.from_numpy(rows).to(self._device, torch.long)]

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.engine.errors import ConfigError, ModelError
+from slipstream.engine.errors import ModelError
 from slipstream.engine.models.paged_attention import STEP, Probe, Step
+from slipstream.engine.models.protocol import Forward
 from slipstream.engine.models.transformers_files import (
     build_module,
     transformers_shape,
@@ -64,14 +65,15 @@ class TransformersModel:
             )
         self._given = _GivenOutput()
         setattr(module, prefix, self._given)
-        self.features = torch.empty(0)
         self._windows: dict[int, int] = {}
         if self.switch_length:
             self._follow_lengths()
         self._windows = self._probe()
 
-    def tap(self, layers: tuple[int, ...]) -> None:
-        raise ConfigError(f"{self.shape.model_type} models run through transformers, which does not show hidden states")
+    @property
+    def decoder(self) -> None:
+        """transformers does not show hidden states."""
+        return None
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:
@@ -85,9 +87,9 @@ class TransformersModel:
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         return self._new_cache(num_blocks, block_size)
 
-    def forward(self, batch: RaggedBatch, cache: PagedKVCache) -> Tensor:
-        assert isinstance(cache, TorchKVCache)
-        return self._forward(Step(batch, cache, self._windows))
+    def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
+        assert isinstance(cache, TorchKVCache) and not taps
+        return Forward(self._forward(Step(batch, cache, self._windows)))
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
         chosen = hidden[torch.from_numpy(rows).to(self._device, torch.long)]

@@ -81,7 +81,8 @@ class ModelRunner:
         rows, last = self._positions_to_draw(plan, batch, drawing, trees)
 
         model_began, model_cpu_began = time.perf_counter(), time.thread_time()
-        hidden = self.model.forward(batch, self.cache)
+        computed = self.model.forward(batch, self.cache, self.speculator.taps)
+        hidden = computed.hidden
         drawn, top = Sampled([]), None
         if rows:
             logits = self.model.logits(hidden, last)
@@ -111,8 +112,8 @@ class ModelRunner:
             if places[0] in drawn.logprobs:
                 logprobs[row] = [drawn.logprobs[place] for place in places]
         self._leave_branches(trees, paths)
-        if self.speculator.watches:
-            self.speculator.observe(self._computed(plan, batch, trees, paths, top))
+        if computed.features is not None:
+            self.speculator.observe(self._computed(plan, batch, computed.features, trees, paths, top))
         seconds = time.perf_counter() - began
         offers = self._propose(plan, errors)
         return StepResult(
@@ -148,7 +149,7 @@ class ModelRunner:
             self._block_size,
         )
         began = time.perf_counter()
-        hidden = self.model.forward(batch, self.cache)
+        hidden = self.model.forward(batch, self.cache).hidden
         self.model.logits(hidden, batch.q_start[1:] - 1).argmax(-1).tolist()
         return time.perf_counter() - began
 
@@ -214,12 +215,12 @@ class ModelRunner:
         self,
         plan: StepPlan,
         batch: RaggedBatch,
+        features: Tensor,
         trees: dict[int, PlacedTree],
         paths: dict[int, list[int]],
         top: tuple[Tensor, Tensor] | None,
     ) -> Iterator[tuple[int, int, Tensor, tuple[Tensor, Tensor] | None]]:
         """(slot, first position, features, most likely tokens) of each row, without what follows a wrong guess."""
-        features = self.model.features
         at = 0
         for row, slot in enumerate(plan.slots):
             begin = int(batch.q_start[row])

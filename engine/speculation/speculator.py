@@ -90,6 +90,8 @@ class Speculator:
         self._versions: dict[int, VersionStats] = {}
         """Of the learned drafter's loaded versions."""
         self._rows: dict[int, _Row] = {}
+        self.taps: tuple[int, ...] = ()
+        """Layers of the target that somebody wants to see, ascending."""
         self._watching: list[Drafter] = []
         self._scratch_blocks, self._block_size = 0, 1
         self._vocab_size = 2**31
@@ -113,8 +115,7 @@ class Speculator:
                 assert tapped in ((), taps), "all who watch see the same layers"
                 tapped = taps
                 self._listening.append(listener)
-        if tapped:
-            host.model.tap(tapped)
+        self.taps = tapped
         for drafter in self._drafters.values():
             drafter.attach(host)
         self._take_versions()
@@ -205,11 +206,6 @@ class Speculator:
         if found is None:
             found = self._acceptance[drafter.name, version] = Acceptance(drafter.num_evidence, self.most)
         return found
-
-    @property
-    def watches(self) -> bool:
-        """Whether anybody wants to see what the target computes."""
-        return bool(self._watching or self._listening)
 
     def top_k(self, slots: Iterable[int]) -> int:
         """How many of the most likely tokens listeners want to see of one of these rows."""

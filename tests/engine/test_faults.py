@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -17,6 +16,7 @@ from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import MOST_FAILURES
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams, TrafficStats
+from slipstream.engine.models.protocol import Forward
 from slipstream.engine.speculation.protocol import Computed, Drafter, DraftRow, EndedRequest, Listener, Proposal
 from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine
 
@@ -179,13 +179,13 @@ class Failing:
     def __init__(self, model: Any, token: int, times: int = 10**6) -> None:
         self._model, self._token, self._times = model, token, times
 
-    def forward(self, batch: Any, cache: Any) -> torch.Tensor:
-        hidden: torch.Tensor = self._model.forward(batch, cache)
+    def forward(self, batch: Any, cache: Any, taps: tuple[int, ...] = ()) -> Forward:
+        computed: Forward = self._model.forward(batch, cache, taps)
         if self._token in batch.token_ids and self._times:
             self._times -= 1
             cache.data.fill_(float("nan"))
             raise RuntimeError("the device has lost its mind")
-        return hidden
+        return computed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

@@ -116,7 +116,7 @@ def logits_in_steps(model: CausalModel, sequences: list[list[int]], cuts: list[i
         counts = np.array([len(part) for part in parts], np.int32)
         ids = np.array([token for part in parts for token in part], np.int32)
         batch = make_batch(ids, counts, begin + counts, tables, np.array(live, np.int32), 16)
-        logits = model.logits(model.forward(batch, cache), np.arange(len(ids), dtype=np.int32))
+        logits = model.logits(model.forward(batch, cache).hidden, np.arange(len(ids), dtype=np.int32))
         # The next call may reuse the memory of these logits.
         for row, piece in zip(live, logits.clone().split(counts.tolist()), strict=True):
             pieces[row].append(piece)

@@ -224,7 +224,7 @@ def test_levels(tmp_path: Path, config_for: Any, tapped_engine: Any, prompts: An
     assert samples[11].features is None and samples[11].start == len(samples[11].tokens)
     assert samples[12].features is not None
     tokens_only = tapped_engine(tmp_path / "u", config_for(), features=False)
-    assert not tokens_only.local.engine.runner.speculator.watches, "nothing is read from the model"
+    assert not tokens_only.local.engine.runner.speculator.taps, "nothing is read from the model"
     tokens_only.submit(prompts(10)[0], traffic="tokens")
     [sample] = tokens_only.samples()
     assert sample.features is None and len(sample.tokens) == 34
@@ -280,6 +280,21 @@ def test_recomputed_features_agree_with_other_kernels(
     assert sample.features is not None and whole.features is not None
     torch.testing.assert_close(sample.features.float(), whole.features.float(), rtol=1e-2, atol=1e-2)
     assert recompute(whole, Recompute(load_model(config_for()).model, TAPS, 512)) is whole
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_users_of_one_model_see_the_layers_they_ask_for(kernels: str, config_for: Any, prompts: Any) -> None:
+    if kernels == "native" and isa() is None:
+        pytest.skip("no native kernels on this machine")
+    shared = load_model(config_for(kernels=kernels)).model
+    tokens = np.array(prompts(40)[0], np.int32)
+    every = Recompute(shared, tuple(range(shared.shape.num_layers + 1)), 64)
+    layers = [(0,), (1, shared.shape.num_layers), (2,)]
+    users = [Recompute(shared, taps, 64) for taps in layers]
+    for _ in range(2):  # in turn: what one asked for must not be what the next one gets
+        whole = every.features(tokens)
+        for taps, user in zip(layers, users, strict=True):
+            assert torch.equal(user.features(tokens), whole[:, list(taps)])
 
 
 @pytest.fixture(scope="module")

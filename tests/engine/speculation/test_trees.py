@@ -112,7 +112,7 @@ def test_every_node_gets_what_plain_decoding_computes(
         batch = make_batch(
             *columns, tables, np.array(rows, np.int32), block_size, np.array(mirrors, np.int32).reshape(-1, 3)
         )
-        hidden = model.forward(batch, cache)
+        hidden = model.forward(batch, cache).hidden
         return model.logits(hidden, np.arange(len(ids), dtype=np.int32)).clone()
 
     if start:
