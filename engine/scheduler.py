@@ -70,12 +70,7 @@ class Scheduler:
     # Requests in and out --------------------------------------------------------------------------------------------
 
     def add(self, message: NewRequest, drafter: str = "") -> None:
-        """``drafter`` names the learned drafter that is for this request's route only, if there is one.
-
-        It keeps its states for blocks that it has seen computed; of those that other routes have filled it would know
-        nothing, which costs it guesses, and one on trial would be judged by that. So it does not take up their
-        prefixes.
-        """
+        """``drafter`` names the learned drafter of this route alone: it knows nothing of blocks that others filled."""
         arrival = message.arrival or self._clock()
         service = self.cost.predict(StepWork().add(0, len(message.prompt)))
         deadline = arrival + service + message.priority * self._config.priority_step_s
