@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftRow, Proposal
+from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.kv_cache import PagedKVCache
-from slipstream.kernels.sampling import argmax_with_probability
 
 EVIDENCE_BORDERS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
 """Least probability of a guess for each level of evidence but the lowest."""
@@ -202,7 +202,7 @@ class AutoregressiveDrafter(Drafter):
         """Probabilities and tokens of the best guesses after each row."""
         scores = self._scores(hidden)
         if self._width == 1:
-            indices, likely = (each[:, None] for each in argmax_with_probability(scores))
+            indices, likely = (each[:, None] for each in ops.argmax_with_probability(scores))
         else:
             values, indices = scores.topk(min(self._width, scores.shape[-1]), dim=-1)
             likely = (values - torch.logsumexp(scores, -1, keepdim=True)).exp()

@@ -99,7 +99,7 @@ class Engine:
             has_costly_drafter=any(drafter.costly for drafter in drafters),
         )
         pipeline = config.pipeline == "on" or (
-            config.pipeline == "auto" and self.runner.cache.data.is_cuda and not drafters
+            config.pipeline == "auto" and self.runner.cache.device.type == "cuda" and not drafters
         )
         drafter_stats = self.runner.speculator.stats
         self.core = EngineCore(self.scheduler, self.runner, deliver, pipeline, drafter_stats)
@@ -115,7 +115,7 @@ class Engine:
             vocab_size=model.shape.vocab_size,
             max_model_len=loaded.max_model_len,
             dtype=str(model.dtype).removeprefix("torch."),
-            device=self.runner.cache.data.device.type,
+            device=self.runner.cache.device.type,
             kernels=model.kernels,
             block_size=self.config.block_size,
             num_blocks=loaded.num_blocks,

@@ -1,4 +1,7 @@
-"""Every operation in plain torch: the specification the fast backends are tested against, and their fallback."""
+"""Every operation in plain torch: the specification the fast backends are tested against, and their fallback.
+
+What each operation does is said where it is called (``ops``).
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,84 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., n] scaled to unit root mean square, times weight [n]; computed in float32 (Zhang & Sennrich 2019)."""
-    wide = x.float()
-    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * scaled.to(x.dtype)
+NEVER = float("-inf")
+"""The logit of a token that is not drawn."""
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [tokens, heads, head_dim] by position; cos, sin [tokens, head_dim / 2] (Su et al. 2021).
+class ReferenceOps:
+    """A backend: a method per operation of ``ops``. Others inherit from it, and override what they do faster."""
 
-    Element i pairs with element i + head_dim / 2, the order of Hugging Face checkpoints.
-    """
-    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    name = "reference"
 
+    @classmethod
+    def runs_on(cls, device: torch.device) -> bool:
+        """Whether this backend is there and computes on this device; asked once per device."""
+        return True
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise (Shazeer 2020)."""
-    return functional.silu(gate) * up
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * scaled.to(x.dtype)
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        return functional.silu(gate) * up
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, weight, bias)
+
+    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+        return functional.embedding(ids, weight)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        best = logits.max(dim=-1)
+        return best.indices.masked_fill(~best.values.isfinite(), -1)
+
+    def argmax_with_probability(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        best = ReferenceOps.argmax(self, logits)
+        likely = logits.softmax(-1).gather(-1, best.clamp(min=0)[:, None])[:, 0]
+        return best, likely.masked_fill(best < 0, 0.0)
+
+    def distribution(self, logits: Tensor, temperature: Tensor, top_k: Tensor, min_p: Tensor, top_p: Tensor) -> Tensor:
+        ranked = logits.sort(dim=-1, descending=True).values
+        border = ranked.gather(1, (top_k.long().clamp(1, logits.shape[1]) - 1)[:, None])
+        border[top_k <= 0] = NEVER
+        kept = logits.masked_fill(logits < border, NEVER)
+        weights = ((kept - ranked[:, :1]) / temperature[:, None]).exp()
+        weights = weights.masked_fill(weights < min_p[:, None], 0.0)
+        ordered = weights.sort(dim=-1, descending=True).values
+        mass = ordered.cumsum(-1)
+        last = (mass < mass[:, -1:] * top_p[:, None]).sum(-1).clamp(max=logits.shape[1] - 1)
+        nucleus = ordered.gather(1, last[:, None])
+        nucleus[top_p >= 1.0] = 0.0
+        return weights.masked_fill(weights < nucleus, 0.0)
+
+    def draw(self, weights: Tensor, shares: Tensor) -> Tensor:
+        cumulative = weights.double().cumsum(-1)
+        drawn = torch.searchsorted(cumulative, shares[:, None].double() * cumulative[:, -1:], right=True)[:, 0]
+        last = weights.shape[1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
+        return torch.minimum(drawn, last)
+
+    def penalize(
+        self,
+        logits: Tensor,
+        row: int,
+        seen: Tensor,
+        repetition: float,
+        drawn: Tensor,
+        counts: Tensor,
+        frequency: float,
+        presence: float,
+    ) -> None:
+        if repetition != 1.0:
+            values = logits[row, seen]
+            logits[row, seen] = torch.where(values > 0, values / repetition, values * repetition)
+        if frequency or presence:
+            logits[row, drawn] -= frequency * counts + presence
 
 
 def attention(

@@ -9,16 +9,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from slipstream.drafter.head.config import LAYER, HeadConfig
 from slipstream.engine.background import breathe
-from slipstream.engine.models.config import rope_tables
+from slipstream.engine.models.config import cache_shape, rope_tables
 from slipstream.engine.models.native_decoder import NativeDecoder
 from slipstream.engine.models.native_layer import NativeLayer
 from slipstream.engine.models.torch_decoder import TorchDecoder
 from slipstream.engine.speculation.protocol import DraftHost
-from slipstream.kernels import reference
+from slipstream.kernels import ops
 from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
 from slipstream.kernels.native.kv_cache import NativeKVCache
@@ -138,11 +137,10 @@ class NativeHead:
         self._weights: NativeWeights
         self._target, self._is_third = target, config.kind == "eagle3"
         self._cos, self._sin = rope_tables(decoder, host.block_tables.shape[1] * host.block_size)
-        self.cache: PagedKVCache = NativeKVCache(
-            1, host.num_blocks, host.block_size, config.kv_heads, config.head_dim, target.dtype, torch.device("cpu")
-        )
+        cache = NativeKVCache(cache_shape(decoder.shape, host.block_size, target.dtype), host.num_blocks, target.device)
+        self.cache: PagedKVCache = cache
         self._c_layers = (CLayer * 1)()
-        keys, values = self.cache.data[0]
+        keys, values = cache.layers[0]
         self._c_layers[0].k_cache, self._c_layers[0].v_cache = address(keys), address(values)
         self._c = CModel(
             dtype=DTYPE_CODES[target.dtype],
@@ -159,7 +157,7 @@ class NativeHead:
             embed=target.embedding.c,
             given_hidden=1,
         )
-        self.cache_bytes = self.cache.data.numel() * self.cache.data.itemsize
+        self.cache_bytes = self.cache.num_bytes
         self._vocab = config.draft_vocab_size
         self._rows, self._logits = torch.empty(0, dtype=torch.int32), torch.empty(0, self._vocab)
         self._workspace = torch.empty(0, dtype=torch.uint8)
@@ -237,9 +235,9 @@ class TorchHead:
         length = host.block_tables.shape[1] * host.block_size
         self._cos, self._sin = (table.to(self._device) for table in rope_tables(decoder, length))
         self.cache: PagedKVCache = TorchKVCache(
-            1, host.num_blocks, host.block_size, config.kv_heads, config.head_dim, self._dtype, self._device
+            cache_shape(decoder.shape, host.block_size, self._dtype), host.num_blocks, self._device
         )
-        self.cache_bytes = self.cache.data.numel() * self.cache.data.itemsize
+        self.cache_bytes = self.cache.num_bytes
 
     def use(self, weights: HeadWeights) -> None:
         assert isinstance(weights, TorchWeights)
@@ -248,7 +246,7 @@ class TorchHead:
     def fuse(self, features: Tensor) -> Tensor:
         if self._config.kind == "eagle":
             return self._target.final_norm(features.flatten(1)).float()
-        return functional.linear(features.flatten(1).to(self._dtype), self._weights["fc.weight"]).float()
+        return ops.linear(features.flatten(1).to(self._dtype), self._weights["fc.weight"]).float()
 
     def forward(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         config, weights, eps = self._config, self._weights, self._config.norm_eps
@@ -256,31 +254,32 @@ class TorchHead:
         cos, sin = self._cos[positions], self._sin[positions]
         token_ids = torch.from_numpy(batch.token_ids).to(self._device)
         hidden = hidden.to(self._dtype)
-        embedding = functional.embedding(token_ids, self._target.embedding)
+        embedding = ops.embedding(token_ids, self._target.embedding)
         if config.kind == "eagle":
             both = torch.cat((embedding, hidden), dim=-1)
-            x = hidden = functional.linear(both, weights["fc.weight"], weights.get("fc.bias"))
+            x = hidden = ops.linear(both, weights["fc.weight"], weights.get("fc.bias"))
         else:
             x = torch.cat(
                 (
-                    reference.rms_norm(embedding, weights[LAYER + "input_layernorm.weight"], eps),
-                    reference.rms_norm(hidden, weights[LAYER + "hidden_norm.weight"], eps),
+                    ops.rms_norm(embedding, weights[LAYER + "input_layernorm.weight"], eps),
+                    ops.rms_norm(hidden, weights[LAYER + "hidden_norm.weight"], eps),
                 ),
                 dim=-1,
             )
         q, k, v = (self._linear(f"self_attn.{name}_proj", x).view(len(x), -1, config.head_dim) for name in "qkv")
-        self.cache.store(0, reference.rope(k, cos, sin), v, batch)
-        values = self.cache.attend(0, reference.rope(q, cos, sin), batch, config.head_dim**-0.5)
+        attention = self.cache.plan(batch)
+        attention.store(0, ops.rope(k, cos, sin), v)
+        values = attention.attend(0, ops.rope(q, cos, sin), config.head_dim**-0.5)
         hidden = hidden + self._linear("self_attn.o_proj", values.flatten(1))
-        x = reference.rms_norm(hidden, weights[config.layer + "post_attention_layernorm.weight"], eps)
-        inner = reference.silu_mul(self._linear("mlp.gate_proj", x), self._linear("mlp.up_proj", x))
+        x = ops.rms_norm(hidden, weights[config.layer + "post_attention_layernorm.weight"], eps)
+        inner = ops.silu_mul(self._linear("mlp.gate_proj", x), self._linear("mlp.up_proj", x))
         return (hidden + self._linear("mlp.down_proj", inner)).float()
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self._config.kind == "eagle":
-            return functional.linear(hidden.to(self._dtype), self._target.head).float()
-        x = reference.rms_norm(hidden.to(self._dtype), self._weights["norm.weight"], self._config.norm_eps)
-        return functional.linear(x, self._weights["lm_head.weight"]).float()
+            return ops.linear(hidden.to(self._dtype), self._target.head).float()
+        x = ops.rms_norm(hidden.to(self._dtype), self._weights["norm.weight"], self._config.norm_eps)
+        return ops.linear(x, self._weights["lm_head.weight"]).float()
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self._weights[f"{self._config.layer}{name}.weight"])
+        return ops.linear(x, self._weights[f"{self._config.layer}{name}.weight"])

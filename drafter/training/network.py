@@ -12,7 +12,7 @@ from slipstream.drafter.head import layout
 from slipstream.drafter.head.config import LAYER, HeadConfig
 from slipstream.drafter.training.packing import Pack
 from slipstream.engine.models.config import DecoderConfig, rope_tables
-from slipstream.kernels import reference
+from slipstream.kernels import ops
 
 OUTPUT = "lm_head.weight"
 """Rows of the target's own output matrix, which learning does not touch."""
@@ -96,7 +96,7 @@ class TrainableHead:
             attended = self._attend(pack, q, keys, values, own)
             hidden = hidden + self._linear("self_attn.o_proj", attended)
             x = self._norm(hidden, LAYER + "post_attention_layernorm.weight")
-            inner = reference.silu_mul(self._linear("mlp.gate_proj", x), self._linear("mlp.up_proj", x))
+            inner = ops.silu_mul(self._linear("mlp.gate_proj", x), self._linear("mlp.up_proj", x))
             hidden = hidden + self._linear("mlp.down_proj", inner)
             outputs.append(hidden)
         return outputs
@@ -158,4 +158,4 @@ class TrainableHead:
         return functional.rms_norm(x.float(), x.shape[-1:], self.weights[name], self.config.norm_eps).to(self.dtype)
 
     def _rope(self, x: Tensor, positions: Tensor) -> Tensor:
-        return reference.rope(x, self._cos[positions], self._sin[positions])
+        return ops.rope(x, self._cos[positions], self._sin[positions])

@@ -10,7 +10,10 @@ from slipstream.engine.errors import ModelError
 from slipstream.engine.models.rope import context_length, rope_parameters
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from slipstream.kernels.kv_cache import CacheShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,13 @@ class DecoderConfig:
     @property
     def qkv_width(self) -> int:
         return (self.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
+
+
+def cache_shape(shape: ModelShape, block_size: int, dtype: torch.dtype) -> CacheShape:
+    """What the model's cache keeps, in this format."""
+    from slipstream.kernels.kv_cache import CacheShape  # not above: it imports torch
+
+    return CacheShape(shape.num_layers, block_size, shape.kv_heads, shape.head_dim, dtype)
 
 
 def model_shape(config: dict[str, Any]) -> ModelShape:

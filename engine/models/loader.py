@@ -17,16 +17,17 @@ from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.checkpoint.shapes import FAMILIES, parameter_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
-from slipstream.engine.models.config import ModelShape, decoder_config, model_shape, need, stated_positions
+from slipstream.engine.models.config import ModelShape, cache_shape, decoder_config, model_shape, need, stated_positions
 from slipstream.engine.models.native_decoder import NativeDecoder
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.rope import switch_length
 from slipstream.engine.models.torch_decoder import TorchDecoder
 from slipstream.engine.models.transformers_files import transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
-from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.kv_cache import TorchKVCache
 from slipstream.kernels.machine import FORMATS, describe_speed, fast_dtype
 from slipstream.kernels.native import library
+from slipstream.kernels.native.kv_cache import NativeKVCache
 
 log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -69,7 +70,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     _prepare_threads(config, is_native)
     dtype = _choose_dtype(checkpoint, config, device, is_native)
     weights_bytes = _weights_bytes(checkpoint, config, dtype)
-    block_bytes = PagedKVCache.block_bytes(shape.num_layers, config.block_size, shape.kv_heads, shape.head_dim, dtype)
+    kind = NativeKVCache if is_native else TorchKVCache
+    block_bytes = kind.block_bytes(cache_shape(shape, config.block_size, dtype))
     scratch_blocks = SCRATCH_BLOCKS if config.draft_width > 1 and config.speculation != "off" else 0
     free = available_memory(device) - HEADROOM_BYTES - scratch_blocks * block_bytes
     num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, free)

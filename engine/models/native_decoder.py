@@ -8,11 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from slipstream.engine.models.config import DecoderConfig, rope_tables
+from slipstream.engine.models.config import DecoderConfig, cache_shape, rope_tables
 from slipstream.engine.models.native_layer import NativeLayer
 from slipstream.engine.models.protocol import DecoderModel, Forward
 from slipstream.engine.models.weights import WeightSlots
-from slipstream.kernels import reference
+from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.native.kv_cache import NativeKVCache
@@ -43,7 +43,7 @@ class NativeDecoder:
         self._c = self._c_model()
         self._taps: tuple[int, ...] = ()
         self._tapped = torch.empty(0, dtype=torch.int32)
-        self._cache: PagedKVCache | None = None
+        self._cache: Tensor | None = None
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._logits = torch.empty(0, self.shape.vocab_size)
 
@@ -59,10 +59,7 @@ class NativeDecoder:
         slots.check_complete()
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        shape = self.shape
-        return NativeKVCache(
-            shape.num_layers, num_blocks, block_size, shape.kv_heads, shape.head_dim, self.dtype, torch.device("cpu")
-        )
+        return NativeKVCache(cache_shape(self.shape, block_size, self.dtype), num_blocks, self.device)
 
     @property
     def decoder(self) -> DecoderModel:
@@ -93,7 +90,7 @@ class NativeDecoder:
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """[n, hidden] float32: what the output matrix reads of the last layer's output."""
-        return reference.rms_norm(hidden, self._final_norm, self._config.norm_eps)
+        return ops.rms_norm(hidden, self._final_norm, self._config.norm_eps)
 
     @property
     def embedding(self) -> PackedLinear:
@@ -122,11 +119,12 @@ class NativeDecoder:
         self._c.features = address(features)
 
     def _bind(self, cache: PagedKVCache) -> None:
-        if cache is self._cache:
+        assert isinstance(cache, NativeKVCache)
+        if cache.layers is self._cache:
             return
-        for layer, (keys, values) in zip(self._c_layers, cache.data, strict=True):
+        for layer, (keys, values) in zip(self._c_layers, cache.layers, strict=True):
             layer.k_cache, layer.v_cache = address(keys), address(values)
-        self._cache = cache
+        self._cache = cache.layers
 
     def _fill(self, name: str, tensor: Tensor) -> None:
         """Copies one Hugging Face tensor to its place; projections share panels (q, k, v; gate, up)."""

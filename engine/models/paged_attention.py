@@ -17,7 +17,7 @@ from torch import Tensor
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import ModelShape
 from slipstream.kernels.batch import RaggedBatch
-from slipstream.kernels.kv_cache import TorchKVCache
+from slipstream.kernels.kv_cache import AttentionPlan
 
 ATTENTION = "slipstream_paged"
 HARMLESS = ("dropout", "output_attentions", "position_ids", "use_cache", "cache_position", "output_hidden_states")
@@ -29,7 +29,7 @@ class Step:
     """One forward pass."""
 
     batch: RaggedBatch
-    cache: TorchKVCache
+    attention: AttentionPlan
     windows: dict[int, int]
     """Sliding window by layer, where the mask of the model has told it; 0 attends to everything."""
     probe: Probe | None = None
@@ -79,10 +79,10 @@ def paged_attention(
     head_dim = v.shape[-1]
     if head_dim < k.shape[-1]:
         v = torch.nn.functional.pad(v, (0, k.shape[-1] - head_dim))
-    step.cache.store(layer, k, v, step.batch)
+    step.attention.store(layer, k, v)
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     window = step.windows.get(layer, sliding_window or 0)
-    out = step.cache.attend(layer, q.contiguous(), step.batch, scale, window, softcap or 0.0, s_aux)
+    out = step.attention.attend(layer, q.contiguous(), scale, window, softcap or 0.0, s_aux)
     return out[None, ..., :head_dim], None  # [1, tokens, heads, head_dim]
 
 

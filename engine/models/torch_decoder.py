@@ -6,14 +6,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from slipstream.engine.models.config import DecoderConfig, rope_tables
+from slipstream.engine.models.config import DecoderConfig, cache_shape, rope_tables
 from slipstream.engine.models.protocol import DecoderModel, Forward
 from slipstream.engine.models.weights import WeightSlots
-from slipstream.kernels import reference
+from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
+from slipstream.kernels.kv_cache import AttentionPlan, PagedKVCache, TorchKVCache
 
 
 class TorchDecoder:
@@ -52,7 +51,7 @@ class TorchDecoder:
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """What the output matrix reads of the last layer's output [n, hidden]."""
-        return reference.rms_norm(hidden, self._weights["model.norm.weight"], self._config.norm_eps)
+        return ops.rms_norm(hidden, self._weights["model.norm.weight"], self._config.norm_eps)
 
     @property
     def head(self) -> Tensor:
@@ -65,47 +64,43 @@ class TorchDecoder:
         return self._weights["model.embed_tokens.weight"]
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        shape = self.shape
-        return TorchKVCache(
-            shape.num_layers, num_blocks, block_size, shape.kv_heads, shape.head_dim, self.dtype, self._device
-        )
+        return TorchKVCache(cache_shape(self.shape, block_size, self.dtype), num_blocks, self._device)
 
     def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
         positions = torch.from_numpy(batch.positions).to(self._device)
         cos, sin = self._cos[positions], self._sin[positions]
         token_ids = torch.from_numpy(batch.token_ids).to(self._device)
-        hidden = functional.embedding(token_ids, self._weights["model.embed_tokens.weight"])
+        hidden = ops.embedding(token_ids, self._weights["model.embed_tokens.weight"])
+        attention = cache.plan(batch)
         tapped = []
         for layer in range(self.shape.num_layers):
             if layer in taps:
                 tapped.append(hidden)
-            hidden = self._layer(layer, hidden, cos, sin, batch, cache)
+            hidden = self._layer(layer, hidden, cos, sin, attention)
         if self.shape.num_layers in taps:
             tapped.append(hidden)
         return Forward(hidden, torch.stack(tapped, dim=1).float() if tapped else None)
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
         chosen = hidden[torch.from_numpy(rows).to(self._device, torch.long)]
-        return functional.linear(self.final_norm(chosen), self.head).float()
+        return ops.linear(self.final_norm(chosen), self.head).float()
 
-    def _layer(
-        self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor, batch: RaggedBatch, cache: PagedKVCache
-    ) -> Tensor:
+    def _layer(self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor, attention: AttentionPlan) -> Tensor:
         config, prefix = self._config, f"model.layers.{layer}."
         head_dim, eps = self.shape.head_dim, config.norm_eps
-        x = reference.rms_norm(hidden, self._weights[prefix + "input_layernorm.weight"], eps)
+        x = ops.rms_norm(hidden, self._weights[prefix + "input_layernorm.weight"], eps)
         q = self._linear(prefix + "self_attn.q_proj", x).view(len(x), -1, head_dim)
         k = self._linear(prefix + "self_attn.k_proj", x).view(len(x), -1, head_dim)
         v = self._linear(prefix + "self_attn.v_proj", x).view(len(x), -1, head_dim)
         if config.qk_norm:
-            q = reference.rms_norm(q, self._weights[prefix + "self_attn.q_norm.weight"], eps)
-            k = reference.rms_norm(k, self._weights[prefix + "self_attn.k_norm.weight"], eps)
-        cache.store(layer, reference.rope(k, cos, sin), v, batch)
-        values = cache.attend(layer, reference.rope(q, cos, sin), batch, head_dim**-0.5, config.windows[layer])
+            q = ops.rms_norm(q, self._weights[prefix + "self_attn.q_norm.weight"], eps)
+            k = ops.rms_norm(k, self._weights[prefix + "self_attn.k_norm.weight"], eps)
+        attention.store(layer, ops.rope(k, cos, sin), v)
+        values = attention.attend(layer, ops.rope(q, cos, sin), head_dim**-0.5, config.windows[layer])
         hidden = hidden + self._linear(prefix + "self_attn.o_proj", values.flatten(1))
-        x = reference.rms_norm(hidden, self._weights[prefix + "post_attention_layernorm.weight"], eps)
+        x = ops.rms_norm(hidden, self._weights[prefix + "post_attention_layernorm.weight"], eps)
         gate, up = self._linear(prefix + "mlp.gate_proj", x), self._linear(prefix + "mlp.up_proj", x)
-        return hidden + self._linear(prefix + "mlp.down_proj", reference.silu_mul(gate, up))
+        return hidden + self._linear(prefix + "mlp.down_proj", ops.silu_mul(gate, up))
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
+        return ops.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slipstream.engine.errors import ModelError
+from slipstream.engine.models.config import cache_shape
 from slipstream.engine.models.paged_attention import STEP, Probe, Step
 from slipstream.engine.models.protocol import Forward
 from slipstream.engine.models.transformers_files import (
@@ -85,11 +86,11 @@ class TransformersModel:
             target.copy_(tensor)
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        return self._new_cache(num_blocks, block_size)
+        return TorchKVCache(cache_shape(self.shape, block_size, self.dtype), num_blocks, self._device)
 
     def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
-        assert isinstance(cache, TorchKVCache) and not taps
-        return Forward(self._forward(Step(batch, cache, self._windows)))
+        assert not taps
+        return Forward(self._forward(Step(batch, cache.plan(batch), self._windows)))
 
     def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
         chosen = hidden[torch.from_numpy(rows).to(self._device, torch.long)]
@@ -109,12 +110,6 @@ class TransformersModel:
             STEP.reset(token)
         hidden: Tensor = self._given.output.last_hidden_state[0]
         return hidden
-
-    def _new_cache(self, num_blocks: int, block_size: int) -> TorchKVCache:
-        shape = self.shape
-        return TorchKVCache(
-            shape.num_layers, num_blocks, block_size, shape.kv_heads, shape.head_dim, self.dtype, self._device
-        )
 
     def _follow_lengths(self) -> None:
         """Rotary modules take the longest position of a call for the length of everything in it: not any more."""
@@ -157,7 +152,7 @@ class TransformersModel:
         one = np.ones(1, np.int32)
         batch = make_batch(np.zeros(1, np.int32), one, one, np.zeros((1, 1), np.int32), np.zeros(1, np.int32), 16)
         try:
-            hidden = self._forward(Step(batch, self._new_cache(1, 16), {}, probe))
+            hidden = self._forward(Step(batch, self.new_cache(1, 16).plan(batch), {}, probe))
             self.logits(hidden, np.zeros(1, np.int32))
         except ModelError as error:
             raise ModelError(f"{self._name} is not supported: {error}") from error

@@ -157,7 +157,7 @@ class ModelRunner:
         """Forgets all rows: a step failed, and nobody knows what it left. Raises where the device is lost too."""
         self._rows = [None] * len(self._rows)
         self.speculator.reset()
-        if self.cache.data.is_cuda:
+        if self.cache.device.type == "cuda":
             torch.cuda.synchronize()
 
     def _enter(self, plan: StepPlan) -> None:
@@ -209,7 +209,7 @@ class ModelRunner:
             positions = [tree.positions[node] for tree, node in moved]
             source = self._scratch.slots([tree.table_rows[node] for tree, node in moved], positions)
             destination = self._scratch.slots([tree.slot for tree, _ in moved], positions)
-            self.cache.copy_slots(list(zip(source.tolist(), destination.tolist(), strict=True)))
+            self.cache.copy_cells(list(zip(source.tolist(), destination.tolist(), strict=True)))
 
     def _computed(
         self,

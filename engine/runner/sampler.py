@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
-from slipstream.kernels import sampling
+from slipstream.kernels import ops
 from slipstream.kernels.random import uniform
 
 LOWEST_LOGPROB = -9999.0
@@ -67,7 +67,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         if not is_plain(row.params):
             process(logits, i, row)
 
-    tokens: list[int] = sampling.argmax(logits).tolist()
+    tokens: list[int] = ops.argmax(logits).tolist()
     errors = {i: _no_token(logits[i]) for i, token in enumerate(tokens) if token < 0}
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and i not in errors]
     probs: Tensor | None = None
@@ -76,7 +76,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         seeds = np.array([rows[i].seed for i in drawn], np.uint64)
         counters = np.array([rows[i].num_output for i in drawn], np.uint64)
         uniforms = torch.from_numpy(uniform(seeds, counters)).to(logits.device)
-        for i, token in zip(drawn, sampling.draw(probs, uniforms).tolist(), strict=True):
+        for i, token in zip(drawn, ops.draw(probs, uniforms).tolist(), strict=True):
             tokens[i] = token
     result = Sampled(tokens, errors=errors)
     if raw_logits is not None:
@@ -121,20 +121,20 @@ def process(logits: Tensor, i: int, row: SamplingRow) -> None:
     if params.allowed_token_ids:
         allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
         kept = logits[i, allowed]
-        logits[i] = sampling.NEVER
+        logits[i] = ops.NEVER
         logits[i, allowed] = kept
     for word in params.bad_words:
         head = len(word) - 1
         if row.num_output >= head and row.history[len(row.history) - head :].tolist() == list(word[:-1]):
-            logits[i, word[-1]] = sampling.NEVER
+            logits[i, word[-1]] = ops.NEVER
     if row.num_output < params.min_tokens and params.stop_token_ids:
-        logits[i, list(params.stop_token_ids)] = sampling.NEVER
+        logits[i, list(params.stop_token_ids)] = ops.NEVER
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[i, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
     if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
         drawn, counts = np.unique(row.history[row.num_prompt :], return_counts=True)
-        sampling.penalize(
+        ops.penalize(
             logits,
             i,
             torch.from_numpy(np.unique(row.history)).to(logits.device, torch.long),
@@ -152,7 +152,7 @@ def distribution(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor([getattr(entry, name) for entry in params], dtype=dtype, device=logits.device)
 
-    return sampling.distribution(
+    return ops.distribution(
         logits, column("temperature"), column("top_k", torch.int32), column("min_p"), column("top_p")
     )
 
@@ -187,4 +187,4 @@ def _report(result: Sampled, i: int, logprobs: Tensor, rows: Sequence[SamplingRo
 
 def _no_token(logits: Tensor) -> str:
     """Why none of these can be drawn."""
-    return NOTHING_ALLOWED if bool((logits == sampling.NEVER).all()) else NOT_FINITE
+    return NOTHING_ALLOWED if bool((logits == ops.NEVER).all()) else NOT_FINITE

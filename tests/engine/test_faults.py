@@ -183,7 +183,7 @@ class Failing:
         computed: Forward = self._model.forward(batch, cache, taps)
         if self._token in batch.token_ids and self._times:
             self._times -= 1
-            cache.data.fill_(float("nan"))
+            cache._data.fill_(float("nan"))
             raise RuntimeError("the device has lost its mind")
         return computed
 

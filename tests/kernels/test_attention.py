@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from slipstream.kernels import reference
 from slipstream.kernels.batch import RaggedBatch, make_batch
-from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
+from slipstream.kernels.kv_cache import CacheShape, DenseKVCache, PagedKVCache, TorchKVCache
 from slipstream.kernels.native import library
 from slipstream.kernels.native.kv_cache import NativeKVCache
 
@@ -46,14 +46,14 @@ class Sequences:
         def cut(tensors: list[torch.Tensor]) -> torch.Tensor:
             return torch.cat([tensors[row][s:e] for row, s, e in zip(rows, starts, ends, strict=True)])
 
-        batch = self.batch(rows, starts, ends)
-        cache.store(0, cut(self.k), cut(self.v), batch)
-        return cache.attend(0, cut(self.q), batch, 0.125, window)
+        plan = cache.plan(self.batch(rows, starts, ends))
+        plan.store(0, cut(self.k), cut(self.v))
+        return plan.attend(0, cut(self.q), 0.125, window)
 
 
-def new_cache(kind: type[PagedKVCache], s: Sequences, dtype: torch.dtype) -> PagedKVCache:
+def new_cache(kind: type[DenseKVCache], s: Sequences, dtype: torch.dtype) -> DenseKVCache:
     kv_heads, head_dim = s.k[0].shape[1:]
-    return kind(1, s.num_blocks, s.block_size, kv_heads, head_dim, dtype, CPU)
+    return kind(CacheShape(1, s.block_size, kv_heads, head_dim, dtype), s.num_blocks, CPU)
 
 
 shapes = st.sampled_from([(9, 3, 64), (4, 4, 32), (8, 1, 128), (40, 1, 32), (6, 2, 96), (2, 1, 256)])
@@ -71,7 +71,7 @@ shapes = st.sampled_from([(9, 3, 64), (4, 4, 32), (8, 1, 128), (40, 1, 32), (6, 
 )
 def test_prefill_equals_the_formula(
     isa: str,
-    kind: type[PagedKVCache],
+    kind: type[DenseKVCache],
     lengths: list[int],
     shape: tuple[int, int, int],
     block_size: int,
@@ -114,7 +114,7 @@ def test_cutting_a_sequence_into_steps_changes_no_bit(
 )
 def test_what_others_left_in_the_cache_does_not_matter(
     isa: str,
-    kind: type[PagedKVCache],
+    kind: type[DenseKVCache],
     lengths: list[int],
     shape: tuple[int, int, int],
     dtype: torch.dtype,
@@ -131,20 +131,20 @@ def test_what_others_left_in_the_cache_does_not_matter(
         return s.run(cache, rows, [length - 1 for length in lengths], lengths, 0)
 
     clean, used = new_cache(kind, s, dtype), new_cache(kind, s, dtype)
-    clean.data.zero_()
-    used.data.fill_(float("nan"))
+    clean._data.zero_()
+    used._data.fill_(float("nan"))
     assert torch.equal(run(used), run(clean))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[PagedKVCache]) -> None:
+def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[DenseKVCache]) -> None:
     s = Sequences([40], 4, 2, 64, 16, seed=3)
     cache = new_cache(kind, s, torch.bfloat16)
     first = s.run(cache, [0], [0], [40], 0)
     spare = next(block for block in range(s.num_blocks) if block not in s.tables)
     cache.copy_blocks([(int(s.tables[0, 2]), spare)])
     s.tables[0, 2] = spare
-    again = cache.attend(0, s.q[0], s.batch([0], [0], [40]), 0.125)
+    again = cache.plan(s.batch([0], [0], [40])).attend(0, s.q[0], 0.125)
     assert torch.equal(first, again)
 
 
@@ -159,7 +159,7 @@ def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[PagedKVCache]) 
 )
 def test_mirrored_and_copied_tokens_are_those_stored_in_place(
     isa: str,
-    kind: type[PagedKVCache],
+    kind: type[DenseKVCache],
     cut: int,
     shape: tuple[int, int, int],
     block_size: int,
@@ -171,16 +171,32 @@ def test_mirrored_and_copied_tokens_are_those_stored_in_place(
     s.q[1], s.k[1], s.v[1] = s.q[0], s.k[0], s.v[0]
     cache = new_cache(kind, s, dtype)
     positions = np.arange(cut, 48)
-    slots = s.tables[:, positions // block_size] * block_size + positions % block_size
+    cells = s.tables[:, positions // block_size] * block_size + positions % block_size
     ids = np.zeros(48 + cut, np.int32)
     ends = np.array([48, cut], np.int32)
-    mirrors = np.stack([positions, slots[1] // block_size, slots[1] % block_size], 1).astype(np.int32)
+    mirrors = np.stack([positions, cells[1] // block_size, cells[1] % block_size], 1).astype(np.int32)
     batch = make_batch(ids, ends, ends, s.tables, np.arange(2, dtype=np.int32), block_size, mirrors[: 99 * mirrored])
-    cache.store(0, torch.cat((s.k[0], s.k[1][:cut])), torch.cat((s.v[0], s.v[1][:cut])), batch)
+    cache.plan(batch).store(0, torch.cat((s.k[0], s.k[1][:cut])), torch.cat((s.v[0], s.v[1][:cut])))
     if not mirrored:
-        cache.copy_slots(list(zip(slots[0].tolist(), slots[1].tolist(), strict=True)))
-    first, second = (cache.attend(0, s.q[0], s.batch([row], [0], [48]), 0.125) for row in (0, 1))
+        cache.copy_cells(list(zip(cells[0].tolist(), cells[1].tolist(), strict=True)))
+    first, second = (cache.plan(s.batch([row], [0], [48])).attend(0, s.q[0], 0.125) for row in (0, 1))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_that_gave_its_memory_back_takes_it_again_with_nothing_in_it(kind: type[DenseKVCache]) -> None:
+    s = Sequences([40, 9], 4, 2, 64, 16, seed=3)
+    cache = new_cache(kind, s, torch.float32)
+    whole = cache.num_bytes
+    assert whole == s.num_blocks * kind.block_bytes(cache.shape)
+    before = s.run(cache, [0, 1], [0, 0], [40, 9], 0)
+    cache.release()
+    assert cache.num_bytes == 0
+    cache.restore()
+    assert cache.num_bytes == whole
+    unwritten = cache.plan(s.batch([0], [39], [40])).attend(0, s.q[0][39:], 0.125)
+    assert not unwritten.any(), "values of the time before"
+    assert torch.equal(s.run(cache, [0, 1], [0, 0], [40, 9], 0), before)
 
 
 def test_softcap_bounds_the_scores() -> None:

@@ -4,9 +4,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from slipstream.kernels import random, sampling
+from slipstream.kernels import ops, random
+from slipstream.kernels.reference import ReferenceOps
 
 NEVER = float("-inf")
+REFERENCE = ReferenceOps()
 
 
 def columns(rows: int, t: float, k: int, m: float, p: float) -> tuple[torch.Tensor, ...]:
@@ -65,8 +67,8 @@ def test_distribution_keeps_what_the_definition_keeps(
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
     logits[:, 1 : 1 + masked] = NEVER
     parameters = columns(rows, temperature, top_k, min_p, top_p)
-    weights = sampling.distribution(logits.clone(), *parameters)
-    expected = sampling.distribution_reference(logits.clone(), *parameters)
+    weights = ops.distribution(logits.clone(), *parameters)
+    expected = REFERENCE.distribution(logits.clone(), *parameters)
     probs, expected = weights / weights.sum(-1, keepdim=True), expected / expected.sum(-1, keepdim=True)
     for row in range(rows):
         # The compiled exponential is zero below e^-87, which is 1.6e-38.
@@ -114,7 +116,7 @@ def test_extreme_parameters_give_what_float64_gives(
     expected = exact_weights(row[0], t, k, m, p)
     both = row.repeat(2, 1)
     for rows in (both.clone(), both.t().contiguous().t()):  # not contiguous: the reference
-        found = sampling.distribution(rows, *columns(2, t, k, m, p))
+        found = ops.distribution(rows, *columns(2, t, k, m, p))
         probs = found[0].double() / found[0].double().sum()
         assert torch.allclose(probs, expected, atol=1e-6), (probs, expected)
 
@@ -122,7 +124,7 @@ def test_extreme_parameters_give_what_float64_gives(
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_ties_at_the_border_stay(isa: str, top_k: int) -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]])
-    weights = sampling.distribution(logits.clone(), *columns(1, 1.0, top_k, 0.0, 1.0))
+    weights = ops.distribution(logits.clone(), *columns(1, 1.0, top_k, 0.0, 1.0))
     assert (weights[0] > 0).tolist() == [False, True, True, False, True]
 
 
@@ -132,19 +134,19 @@ def test_draw_inverts_the_running_sum(isa: str, vocab: int, seed: int, share: fl
     weights[0, seed % vocab :: 3] = 0.0
     weights[0, (seed + 1) % vocab] = 0.5
     shares = torch.tensor([share], dtype=torch.float64)
-    drawn = int(sampling.draw(weights, shares))
+    drawn = int(ops.draw(weights, shares))
     assert weights[0, drawn] > 0
     below, upto = float(weights[0, :drawn].double().sum()), float(weights[0, : drawn + 1].double().sum())
     target = share * float(weights[0].double().sum())
     assert below <= target * (1 + 1e-6) + 1e-9 and upto >= target * (1 - 1e-6) - 1e-9
-    assert abs(int(sampling.draw_reference(weights, shares)) - drawn) <= vocab
+    assert abs(int(REFERENCE.draw(weights, shares)) - drawn) <= vocab
 
 
 def test_drawn_tokens_follow_the_weights(isa: str) -> None:
     weights = torch.tensor([[1.0, 0.0, 2.0, 3.0, 0.5, 1.5] * 5])
     count = 60_000
     shares = torch.from_numpy(random.uniform(np.full(count, 5, np.uint64), np.arange(count, dtype=np.uint64)))
-    drawn = sampling.draw(weights.expand(count, -1).contiguous(), shares)
+    drawn = ops.draw(weights.expand(count, -1).contiguous(), shares)
     observed = torch.bincount(drawn, minlength=30).double()
     expected = weights[0].double() / weights.sum() * count
     assert observed[expected == 0].sum() == 0
@@ -160,12 +162,12 @@ def test_argmax_takes_the_first_largest_and_refuses_broken_rows(isa: str) -> Non
     logits[3, 5] = float("inf")
     logits[4, :] = NEVER
     logits[5, :1000] = NEVER
-    expected = sampling.argmax_reference(logits)
-    assert sampling.argmax(logits).tolist() == expected.tolist()
+    expected = REFERENCE.argmax(logits)
+    assert ops.argmax(logits).tolist() == expected.tolist()
     assert expected.tolist()[1:] == [700, -1, -1, -1, 1000]
     for best, likely in (
-        sampling.argmax_with_probability(logits),
-        sampling.argmax_with_probability_reference(logits),
+        ops.argmax_with_probability(logits),
+        REFERENCE.argmax_with_probability(logits),
     ):
         assert best.tolist() == expected.tolist()
         assert likely[2:].tolist() == [0.0, 0.0, 0.0, 1.0]
@@ -175,5 +177,5 @@ def test_argmax_takes_the_first_largest_and_refuses_broken_rows(isa: str) -> Non
 
 def test_penalties_follow_their_definition() -> None:
     logits = torch.tensor([[2.0, -2.0, 1.0, 1.0]])
-    sampling.penalize(logits, 0, torch.tensor([0, 1]), 2.0, torch.tensor([1, 3]), torch.tensor([1.0, 3.0]), 0.5, 0.25)
+    ops.penalize(logits, 0, torch.tensor([0, 1]), 2.0, torch.tensor([1, 3]), torch.tensor([1.0, 3.0]), 0.5, 0.25)
     assert logits[0].tolist() == [1.0, -4.0 - 0.75, 1.0, 1.0 - 1.75]

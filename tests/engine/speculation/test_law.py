@@ -33,7 +33,7 @@ from slipstream.engine.runner.sampler import Sampled, SamplingRow, sample
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.speculation.tree import Tree, branches
 from slipstream.engine.testing import LocalEngine, OracleDrafter, TreeOracleDrafter
-from slipstream.kernels import sampling
+from slipstream.kernels import ops
 from slipstream.kernels.random import uniform
 
 Engine = Callable[..., LocalEngine]
@@ -112,9 +112,9 @@ class ManySeeds:
         self._seeds: dict[int, NDArray[np.uint64]] = {}
         self._waiting: list[NDArray[np.uint64]] = []
         self._rows: Sequence[SamplingRow] = []
-        self._draw = sampling.draw
+        self._draw = ops.draw
         monkeypatch.setattr(runner, "sample", self._sample)
-        monkeypatch.setattr(sampling, "draw", self._draw_all)
+        monkeypatch.setattr(ops, "draw", self._draw_all)
 
     def run(self, draws: int, first_seed: int) -> Joint:
         self._waiting = [np.arange(first_seed, first_seed + draws, dtype=np.uint64)]

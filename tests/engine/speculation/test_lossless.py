@@ -88,15 +88,15 @@ def test_more_branches_than_there_are_blocks_for(engine: Engine) -> None:
 
 
 def watch_moves(local: LocalEngine) -> list[tuple[int, int]]:
-    """Slots of right guesses on branches, which are copied."""
+    """Cells of right guesses on branches, which are copied."""
     cache, moved = local.engine.runner.cache, list[tuple[int, int]]()
-    copy = cache.copy_slots
+    copy = cache.copy_cells
 
     def watch(pairs: Sequence[tuple[int, int]]) -> None:
         moved.extend(pairs)
         copy(pairs)
 
-    cache.copy_slots = watch  # type: ignore[method-assign]
+    cache.copy_cells = watch  # type: ignore[method-assign]
     return moved
 
 

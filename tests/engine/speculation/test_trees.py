@@ -148,7 +148,7 @@ def test_every_node_gets_what_plain_decoding_computes(
     history = placed.histories(row_of_tokens)[node]
     positions = [placed.positions[i] for i in path]
     source = scratch.slots([placed.table_rows[i] for i in path], positions).tolist()
-    cache.copy_slots(list(zip(source, scratch.slots([1] * len(path), positions).tolist(), strict=True)))
+    cache.copy_cells(list(zip(source, scratch.slots([1] * len(path), positions).tolist(), strict=True)))
     after = run(np.array([5]), [1], [len(history) + 1], [1], [])[-1]
     plain = run(np.append(history, 5), [len(history) + 1], [len(history) + 1], [0], [])[-1]
     assert torch.equal(after, plain) if model.kernels.startswith("native") else torch.allclose(after, plain, atol=1e-3)

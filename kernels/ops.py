@@ -1,0 +1,139 @@
+"""Every operation that models, drafters and the sampler are made of, and which backend computes it.
+
+A backend is a class with a method per operation; it inherits those it does not have from another one. Each device gets
+the first backend of ``BACKENDS`` that runs on it, once; ``use_backend`` makes all devices use one by name. Where a
+gradient is wanted the plain torch operations are used, since compiled ones have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.native.ops import NativeOps
+from slipstream.kernels.reference import NEVER as NEVER
+from slipstream.kernels.reference import ReferenceOps
+
+BACKENDS: list[type[ReferenceOps]] = [NativeOps, ReferenceOps]
+"""Those to be preferred first."""
+COLDEST = torch.finfo(torch.float32).tiny
+"""Lower temperatures count as this one, which leaves the largest logit and its equals: their inverse is not a float."""
+
+_PLAIN = ReferenceOps()
+_forced: list[str] = []
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., n] scaled to unit root mean square, times weight [n]; computed in float32 (Zhang & Sennrich 2019)."""
+    return _backend(x, weight).rms_norm(x, weight, eps)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [tokens, heads, head_dim] by position; cos, sin [tokens, head_dim / 2] (Su et al. 2021).
+
+    Element i pairs with element i + head_dim / 2, the order of Hugging Face checkpoints.
+    """
+    return _backend(x).rope(x, cos, sin)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise (Shazeer 2020)."""
+    return _backend(gate, up).silu_mul(gate, up)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [rows, k] times the transpose of weight [n, k], plus bias [n]: [rows, n]; all of one dtype."""
+    return _backend(x, weight).linear(x, weight, bias)
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """The rows ids [n] of weight [rows, k]."""
+    return _backend(weight).embedding(ids, weight)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Index of the first largest logit of each row [rows]; -1 where it is not finite or the row holds a NaN."""
+    return _backend(logits).argmax(logits)
+
+
+def argmax_with_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """As argmax, and the probability of each at temperature 1 [rows]; 0 where there is none."""
+    return _backend(logits).argmax_with_probability(logits)
+
+
+def distribution(logits: Tensor, temperature: Tensor, top_k: Tensor, min_p: Tensor, top_p: Tensor) -> Tensor:
+    """Weights proportional to the probability of drawing each token; may overwrite logits [rows, vocab] float32.
+
+    In this order: divide by temperature (from 0 to COLDEST all the same), keep the top_k largest (0: all), drop what is
+    less likely than min_p times the most likely, keep the smallest set with mass top_p of what is left (Holtzman et al.
+    2020; 1: all). Tokens as likely as the last one kept stay with it. The parameters are [rows]: top_k int32, the rest
+    float32.
+    """
+    return _backend(logits).distribution(logits, temperature.clamp(min=COLDEST), top_k, min_p, top_p)
+
+
+def draw(weights: Tensor, shares: Tensor) -> Tensor:
+    """One token per row of weights [rows, vocab]: where the running sum exceeds the shares [rows], in [0, 1), of it."""
+    return _backend(weights).draw(weights, shares)
+
+
+def penalize(
+    logits: Tensor,
+    row: int,
+    seen: Tensor,
+    repetition: float,
+    drawn: Tensor,
+    counts: Tensor,
+    frequency: float,
+    presence: float,
+) -> None:
+    """Applies penalties to one row of logits [rows, vocab] in place.
+
+    Args:
+        seen: distinct tokens of prompt and output, which repetition divides (if positive) or multiplies (if negative)
+            (Keskar et al. 2019).
+        drawn, counts: distinct tokens of the output and how often each occurs: frequency * count + presence is
+            subtracted.
+    """
+    _backend(logits).penalize(logits, row, seen, repetition, drawn, counts, frequency, presence)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """In all threads, operations are computed by this backend, whatever the device; for tests and measurements."""
+    _named(name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def backend_names() -> list[str]:
+    """Those that run on this machine's CPU, those to be preferred first."""
+    return [backend.name for backend in BACKENDS if backend.runs_on(torch.device("cpu"))]
+
+
+def _backend(*operands: Tensor) -> ReferenceOps:
+    if _forced:
+        return _named(_forced[-1])
+    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+        return _PLAIN
+    return _for_device(operands[0].device)
+
+
+@cache
+def _for_device(device: torch.device) -> ReferenceOps:
+    return _named(next(backend.name for backend in BACKENDS if backend.runs_on(device)))
+
+
+@cache
+def _named(name: str) -> ReferenceOps:
+    found = [backend for backend in BACKENDS if backend.name == name]
+    if not found:
+        raise ValueError(f"there is no backend {name!r}; there are {', '.join(backend.name for backend in BACKENDS)}")
+    return found[0]()
