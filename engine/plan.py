@@ -8,30 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from slipstream.engine.messages import DrafterStats, SamplingParams, SpeculationParams, TokenLogprobs, TrafficLevel
+from slipstream.engine.messages import DrafterStats, NewRequest, TokenLogprobs
 from slipstream.engine.step_cost import StepWork
 
 
 @dataclass(frozen=True, slots=True)
 class NewRow:
-    """A request enters (or re-enters) a row of the runner's tables."""
+    """A request enters (or re-enters) a row of the runner's table."""
 
     slot: int
+    request: NewRequest
     tokens: list[int]
     """Known tokens: the prompt, and the output so far after a preemption."""
-    num_prompt: int
-    params: SamplingParams
     seed: int
     """Of the request's random stream."""
-    scope: str = ""
-    """Drafters learn from the text of requests of the same scope only."""
-    speculation: SpeculationParams = SpeculationParams()  # noqa: RUF009 - frozen
-    request_id: int = 0
-    traffic: TrafficLevel = "off"
-    route: str = ""
-    """Of learned drafters."""
-    remember: bool = True
-    """Whether drafters may keep its text in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +42,9 @@ class StepPlan:
     starts: list[int]
     """First position to compute."""
     counts: list[int]
-    """Positions to compute, guesses included."""
+    """Positions of known tokens to compute."""
     drafts: list[int]
-    """How many of them, at the end, hold guesses to verify."""
+    """Positions besides, of draft tokens to verify: the first ones of what is proposed for the row."""
     samples: list[bool]
     """Whether to draw the next token after the last known one, and after each guess that is right."""
     wanted: list[int]

@@ -44,7 +44,6 @@ class PlanBuilder:
     def add_guesses(self, row: int, count: int) -> None:
         """Positions that hold guesses follow the last known one of a row."""
         request = self.requests[row]
-        self._counts[row] += count
         self._drafts[row] = count
         self.work = self.work.extend(request.num_computed, count)
         request.num_computed += count

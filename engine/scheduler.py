@@ -253,17 +253,7 @@ class Scheduler:
             self._prompt_tokens += request.num_prompt
         self._queries += len(request.tokens)
         self._hits += admission.num_cached
-        message = request.message
-        entered = (
-            request.slot,
-            list(request.tokens),
-            request.num_prompt,
-            message.params,
-            request.draw_seed(),
-            message.scope,
-        )
-        about = (message.speculation, message.request_id, message.traffic, message.route, message.remember)
-        plan.new.append(NewRow(*entered, *about))
+        plan.new.append(NewRow(request.slot, request.message, list(request.tokens), request.draw_seed()))
         plan.blocks.append((request.slot, 0, list(request.blocks)))
         plan.copies.extend(admission.copies)
 

@@ -156,14 +156,14 @@ class SimulatedRunner:
         for slot, start, count, drafted in rows:
             assert slot in self._rows, "a row is computed after its request has ended"
             self._tokens[slot] += self._guesses[slot][:drafted] if drafted else []
-            for position in range(start, start + count):
+            for position in range(start, start + count + drafted):
                 self._cells[self._cell(slot, position)] = self._digest(slot, position)
-            self.tokens_computed += count
-        for slot, start, count, _ in rows:
-            for position in range(start + count):
+            self.tokens_computed += count + drafted
+        for slot, start, count, drafted in rows:
+            for position in range(start + count + drafted):
                 assert self._cells[self._cell(slot, position)] == self._digest(slot, position), "stale keys and values"
         drawn = [
-            self._draw(slot, start + count, drafted) if wanted else []
+            self._draw(slot, start + count + drafted, drafted) if wanted else []
             for (slot, start, count, drafted), wanted in zip(rows, plan.samples, strict=True)
         ]
         offers = [self._guess(slot, most) for slot, most in zip(plan.slots, plan.wanted, strict=True)]

@@ -21,7 +21,7 @@ import torch
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.runner.sampler import SamplingRow, sample
+from slipstream.engine.runner.sampler import NO_HISTORY, SamplingColumns, sample
 from slipstream.engine.testing import LocalEngine
 from slipstream.kernels.batch import make_batch
 
@@ -34,7 +34,8 @@ class Bench:
         self.runner = LocalEngine(config).engine.runner
         self.context = context
         self.block_size = config.block_size
-        self.row = SamplingRow(SamplingParams(max_tokens=1, temperature=0.0), 0, 1, np.zeros(1, np.int32))
+        self.columns = SamplingColumns(1)
+        self.columns.enter(0, SamplingParams(max_tokens=1, temperature=0.0), 0, 1)
 
     @torch.inference_mode()
     def seconds(self, segments: int, tokens: int) -> float:
@@ -51,7 +52,8 @@ class Bench:
         began = time.perf_counter()
         hidden = self.runner.model.forward(batch, self.runner.cache).hidden
         logits = self.runner.model.logits(hidden, np.arange(segments * tokens, dtype=np.int32))
-        sample(logits, [self.row] * len(logits))
+        rows = np.zeros(len(logits), np.int32)
+        sample(logits, self.columns.take(rows, rows + 1, lambda _: NO_HISTORY))
         return time.perf_counter() - began
 
 

@@ -1,49 +1,27 @@
-"""Executes step plans: keeps each running request's tokens and blocks, runs the model, draws tokens.
-
-The runner owns what a step needs besides the plan, in tables with one row per running request, so that a plan can
-name a token that the step before it has yet to draw.
-"""
+"""Executes step plans: prepares a step's inputs, runs the model over them, draws tokens, and accepts them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.engine.messages import SamplingParams, TokenLogprobs
+from slipstream.engine.messages import TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.plan import StepPlan, StepResult
-from slipstream.engine.runner.sampler import (
-    Sampled,
-    SamplingRow,
-    failure,
-    most_likely,
-    sample,
-    sample_apart,
-    token_logprobs,
-)
-from slipstream.engine.runner.trees import BranchSegments, PlacedTree
-from slipstream.engine.speculation.protocol import DraftHost
+from slipstream.engine.runner.inputs import Accepted, StepInputs, prepare
+from slipstream.engine.runner.rows import RowTable
+from slipstream.engine.runner.sampler import Sampled, failure, most_likely, sample, sample_apart, token_logprobs
+from slipstream.engine.speculation.protocol import Computed, DraftHost
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.engine.speculation.speculator import Speculator
-from slipstream.engine.speculation.tree import branches
-from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
+from slipstream.kernels.batch import Int32, make_batch
 
 PROMPT_LOGPROB_ROWS = 64
 """Prompt positions whose logits are held at once; a row is the size of the vocabulary."""
-
-
-@dataclass(slots=True)
-class _Row:
-    params: SamplingParams
-    seed: int
-    num_prompt: int
-    num_tokens: int
-    """Known tokens, drawn ones included."""
 
 
 class ModelRunner:
@@ -64,56 +42,45 @@ class ModelRunner:
         self._num_blocks = num_blocks
         self._block_size = block_size
         # One position more than a sequence has, for a token that is drawn and not kept, and the guesses after it.
-        self._tokens = np.zeros((max_running, max_model_len + 1 + speculator.most), np.int32)
-        self._blocks = np.zeros((max_running + scratch_blocks, -(-max_model_len // block_size) + 1), np.int32)
-        self._scratch = Scratch(self._blocks, num_blocks, scratch_blocks, block_size)
-        self._mapped = [0] * max_running
-        self._rows: list[_Row | None] = [None] * max_running
-        speculator.attach(DraftHost(model, self._blocks, num_blocks + scratch_blocks, block_size, self._scratch))
+        longest, blocks = max_model_len + 1 + speculator.most, -(-max_model_len // block_size) + 1
+        self._table = RowTable(max_running, longest, blocks, scratch_blocks)
+        self._scratch = Scratch(self._table.blocks, num_blocks, scratch_blocks, block_size)
+        speculator.attach(DraftHost(model, self._table.blocks, num_blocks + scratch_blocks, block_size, self._scratch))
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Runs one step; plans must come in the order they were made."""
         began, cpu_began = time.perf_counter(), time.thread_time()
         self._enter(plan)
-        batch, trees = self._batch(plan)
-        drawing = [row for row, wanted in enumerate(plan.samples) if wanted]
-        rows, last = self._positions_to_draw(plan, batch, drawing, trees)
+        inputs = self._prepare(plan)
 
         model_began, model_cpu_began = time.perf_counter(), time.thread_time()
-        computed = self.model.forward(batch, self.cache, self.speculator.taps)
-        hidden = computed.hidden
-        drawn, top = Sampled([]), None
-        if rows:
-            logits = self.model.logits(hidden, last)
-            if count := self.speculator.top_k(plan.slots[row] for row in drawing):
-                top = most_likely(logits, count)
-            drawn = self._draw(logits, rows, hidden, last)
-        prompt_logprobs, errors = self._prompt_logprobs(plan, batch, hidden)
+        computed = self.model.forward(inputs.batch, self.cache, self.speculator.taps)
+        sampled, top = self._sample(inputs, computed.hidden)
+        prompt_logprobs, errors = self._prompt_logprobs(inputs, computed.hidden)
         model_cpu, model_seconds = time.thread_time() - model_cpu_began, time.perf_counter() - model_began
 
         tokens: list[list[int]] = [[] for _ in plan.slots]
         logprobs: dict[int, list[TokenLogprobs]] = {}
-        paths: dict[int, list[int]] = {}
         proposals: dict[int, tuple[int, bool]] = {}
-        at = 0
-        for row in drawing:
-            drafted = plan.drafts[row]
-            path = paths[row] = trees[row].tree.right(drawn.tokens[at : at + drafted + 1]) if drafted else []
-            places = [at, *(at + 1 + node for node in path)]
-            at += drafted + 1
-            if wrong := [drawn.errors[place] for place in places if place in drawn.errors]:
+        accepted = inputs.accept(sampled.tokens)
+        for each in accepted:
+            row = each.row
+            if sampled.errors and (wrong := [sampled.errors[at] for at in each.draws if at in sampled.errors]):
                 errors.setdefault(row, wrong[0])
             if row in errors:
                 continue
-            tokens[row] = [drawn.tokens[place] for place in places]
-            if proposal := self._accept(plan.slots[row], drafted, tokens[row]):
+            tokens[row] = [sampled.tokens[at] for at in each.draws]
+            self._table.append(plan.slots[row], tokens[row])
+            drafts = self._table.drafts(plan.slots[row])
+            if proposal := self.speculator.verified(drafts, plan.drafts[row], tokens[row]):
                 proposals[row] = proposal
-            if places[0] in drawn.logprobs:
-                logprobs[row] = [drawn.logprobs[place] for place in places]
-        self._leave_branches(trees, paths)
+            if each.draws[0] in sampled.logprobs:
+                logprobs[row] = [sampled.logprobs[at] for at in each.draws]
+        if inputs.trees:
+            self._leave_branches(inputs, accepted)
         if computed.features is not None:
-            self.speculator.observe(self._computed(plan, batch, computed.features, trees, paths, top))
+            self.speculator.observe(self._observed(inputs, accepted, computed.features, top))
         seconds = time.perf_counter() - began
         offers = self._propose(plan, errors)
         return StepResult(
@@ -155,55 +122,51 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Forgets all rows: a step failed, and nobody knows what it left. Raises where the device is lost too."""
-        self._rows = [None] * len(self._rows)
-        self.speculator.reset()
+        self._table.clear()
         if self.cache.device.type == "cuda":
             torch.cuda.synchronize()
 
     def _enter(self, plan: StepPlan) -> None:
-        """Brings the tables to the state the plan was made for."""
+        """Brings the table to the state the plan was made for."""
+        table = self._table
         for slot in plan.ended:
-            self.speculator.finish(slot)
+            self.speculator.finish(table.drafts(slot))
         for new in plan.new:
-            self._tokens[new.slot, : len(new.tokens)] = new.tokens
-            self._rows[new.slot] = _Row(new.params, new.seed, new.num_prompt, len(new.tokens))
-            self.speculator.enter(new, self._tokens[new.slot])
+            tokens = table.tokens[new.slot]
+            tokens[: len(new.tokens)] = new.tokens
+            table.enter(new, self.speculator.enter(new, tokens))
         for slot, first, blocks in plan.blocks:
-            self._blocks[slot, first : first + len(blocks)] = blocks
-            self._mapped[slot] = (first + len(blocks)) * self._block_size
+            table.map(slot, first, blocks, self._block_size)
         if plan.copies:
             self.cache.copy_blocks(plan.copies)
 
-    def _positions_to_draw(
-        self, plan: StepPlan, batch: RaggedBatch, drawing: list[int], trees: dict[int, PlacedTree]
-    ) -> tuple[list[SamplingRow], Int32]:
-        """After the last known token of each row and after each guess: what to draw with, and the row of hidden.
+    def _prepare(self, plan: StepPlan) -> StepInputs:
+        trees = {}
+        for row, most in enumerate(plan.drafts):
+            if most and (tree := self.speculator.guesses(self._table.drafts(plan.slots[row]), most)):
+                trees[row] = tree
+        inputs = prepare(plan, trees, self._table, self._scratch)
+        if inputs.copies:
+            self.cache.copy_blocks(inputs.copies)
+        return inputs
 
-        Every position is drawn as if the guesses before it on its path were right; what follows a wrong one is thrown
-        away.
-        """
-        rows: list[SamplingRow] = []
-        last: list[int] = []
-        for row in drawing:
-            entry, tokens = self._row(plan.slots[row]), self._tokens[plan.slots[row]]
-            last.append(int(batch.q_start[row]) + plan.counts[row] - plan.drafts[row] - 1)
-            histories = [tokens[: entry.num_tokens]]
-            if row in trees:
-                last += trees[row].batch_rows
-                histories += trees[row].histories(tokens)
-            rows += [SamplingRow(entry.params, entry.seed, entry.num_prompt, history) for history in histories]
-        return rows, np.array(last, np.int32)
+    def _sample(self, inputs: StepInputs, hidden: Tensor) -> tuple[Sampled, tuple[Tensor, Tensor] | None]:
+        """What is drawn, and the most likely tokens at these places if somebody wants to see them."""
+        if not len(inputs.draws):
+            return Sampled([]), None
+        logits, top = self.model.logits(hidden, inputs.draws), None
+        if count := self.speculator.top_k(self._table.drafts(inputs.plan.slots[row]) for row, _ in inputs.first_draws):
+            top = most_likely(logits, count)
+        try:
+            return sample(logits, inputs.sampling), top
+        except Exception:
+            # One row that cannot be drawn costs the others nothing but the time for a second try. Drawing overwrites
+            # logits. All rows at once, so that they have the same bits as before.
+            return sample_apart(self.model.logits(hidden, inputs.draws), inputs.sampling), top
 
-    def _accept(self, slot: int, drafted: int, tokens: list[int]) -> tuple[int, bool] | None:
-        """These tokens came: the guesses that are right, and one more; returns what Speculator.verified does."""
-        entry = self._row(slot)
-        self._tokens[slot, entry.num_tokens : entry.num_tokens + len(tokens)] = tokens
-        entry.num_tokens += len(tokens)
-        return self.speculator.verified(slot, drafted, tokens, entry.num_tokens)
-
-    def _leave_branches(self, trees: dict[int, PlacedTree], paths: dict[int, list[int]]) -> None:
+    def _leave_branches(self, inputs: StepInputs, accepted: Sequence[Accepted]) -> None:
         """Copies keys and values of right guesses on branches to their rows' own blocks."""
-        nodes = [(trees[row], node) for row, path in paths.items() for node in path]
+        nodes = [(inputs.trees[each.row], node) for each in accepted for node in each.nodes]
         moved = [(tree, node) for tree, node in nodes if tree.table_rows[node] != tree.slot]
         if moved:
             positions = [tree.positions[node] for tree, node in moved]
@@ -211,129 +174,57 @@ class ModelRunner:
             destination = self._scratch.slots([tree.slot for tree, _ in moved], positions)
             self.cache.copy_cells(list(zip(source.tolist(), destination.tolist(), strict=True)))
 
-    def _computed(
+    def _observed(
         self,
-        plan: StepPlan,
-        batch: RaggedBatch,
+        inputs: StepInputs,
+        accepted: Sequence[Accepted],
         features: Tensor,
-        trees: dict[int, PlacedTree],
-        paths: dict[int, list[int]],
         top: tuple[Tensor, Tensor] | None,
-    ) -> Iterator[tuple[int, int, Tensor, tuple[Tensor, Tensor] | None]]:
-        """(slot, first position, features, most likely tokens) of each row, without what follows a wrong guess."""
-        at = 0
+    ) -> list[Computed]:
+        """What the step computed of each row, without what follows a wrong guess."""
+        plan = inputs.plan
+        drawn = {each.row: each for each in accepted}
+        found: list[Computed] = []
         for row, slot in enumerate(plan.slots):
-            begin = int(batch.q_start[row])
-            known = begin + plan.counts[row] - plan.drafts[row]
-            right = [trees[row].batch_rows[node] for node in paths.get(row, ())]
-            computed = _take(features, [*range(begin, known), *right])
-            row_top = None
-            if plan.samples[row]:
-                if top:
-                    kept = [at, *(at + 1 + node for node in paths[row])]
-                    row_top = _take(top[0], kept), _take(top[1], kept)
-                at += plan.drafts[row] + 1
-            yield slot, plan.starts[row], computed, row_top
+            each = drawn.get(row)
+            rows = inputs.computed(row, each.nodes if each else [])
+            row_top = None if each is None or top is None else (_take(top[0], each.draws), _take(top[1], each.draws))
+            found.append(Computed(self._table.drafts(slot).draft, plan.starts[row], _take(features, rows), row_top))
+        return found
 
     def _propose(self, plan: StepPlan, errors: Container[int]) -> list[tuple[float, ...]]:
         offers: list[tuple[float, ...]] = [()] * len(plan.slots)
         asked = [row for row, most in enumerate(plan.wanted) if most and row not in errors]
         if asked:
-            slots = [plan.slots[row] for row in asked]
-            wanted, mapped = [plan.wanted[row] for row in asked], [self._mapped[slot] for slot in slots]
-            proposed = self.speculator.propose(slots, wanted, mapped, plan.costly_guesses)
+            rows = [self._table.drafts(plan.slots[row]) for row in asked]
+            proposed = self.speculator.propose(rows, [plan.wanted[row] for row in asked], plan.costly_guesses)
             for row, offer in zip(asked, proposed, strict=True):
                 offers[row] = offer
         return offers
 
-    def _row(self, slot: int) -> _Row:
-        row = self._rows[slot]
-        assert row is not None
-        return row
-
-    def _batch(self, plan: StepPlan) -> tuple[RaggedBatch, dict[int, PlacedTree]]:
-        """What to compute, and by row where the guesses are in it."""
-        trees = {row: self.speculator.guesses(plan.slots[row], n) for row, n in enumerate(plan.drafts) if n}
-        paths = {row: branches(tree.parents) for row, tree in trees.items()}
-        counts = np.array(plan.counts, np.int32)
-        for row, tree in trees.items():
-            slot, first = plan.slots[row], paths[row][0]
-            known = self._row(slot).num_tokens
-            self._tokens[slot, known : known + len(first)] = [tree.tokens[node] for node in first]
-            counts[row] -= len(tree.parents) - len(first)
-        slots = np.array(plan.slots, np.int32)
-        starts = np.array(plan.starts, np.int32)
-        if len(slots) == plan.num_tokens:
-            token_ids = self._tokens[slots, starts]
-        else:
-            token_ids = np.concatenate(
-                [
-                    self._tokens[slot, start : start + count]
-                    for slot, start, count in zip(slots, starts, counts, strict=True)
-                ]
-            )
-        self._scratch.reset()
-        added = BranchSegments(self._scratch, len(token_ids))
-        roots = (np.cumsum(counts) - counts + np.array(plan.counts) - np.array(plan.drafts) - 1).tolist()
-        placed = {
-            row: added.place(
-                trees[row],
-                paths[row],
-                plan.slots[row],
-                plan.starts[row],
-                self._row(plan.slots[row]).num_tokens,
-                roots[row],
-            )
-            for row in trees
-        }
-        lengths: Int32 = np.array([self._row(slot).num_tokens for slot in plan.slots], np.int32)
-        if not added.counts:
-            batch = make_batch(token_ids, counts, starts + counts, self._blocks, slots, self._block_size, known=lengths)
-            return batch, placed
-        if added.copies:
-            self.cache.copy_blocks(added.copies)
-        batch = make_batch(
-            np.append(token_ids, np.array(added.token_ids, np.int32)),
-            np.append(counts, np.array(added.counts, np.int32)),
-            np.append(starts + counts, np.array(added.ends, np.int32)),
-            self._blocks,
-            np.append(slots, np.array(added.table_rows, np.int32)),
-            self._block_size,
-            np.array(added.mirrors, np.int32).reshape(-1, 3),
-            np.append(lengths, np.array(added.ends, np.int32)),
-        )
-        return batch, placed
-
-    def _draw(self, logits: Tensor, rows: list[SamplingRow], hidden: Tensor, last: Int32) -> Sampled:
-        """One row that cannot be drawn costs the others nothing but the time for a second try."""
-        try:
-            return sample(logits, rows)
-        except Exception:
-            # Drawing overwrites logits. All rows at once, so that they have the same bits as before.
-            return sample_apart(self.model.logits(hidden, last), rows)
-
     def _prompt_logprobs(
-        self, plan: StepPlan, batch: RaggedBatch, hidden: Tensor
+        self, inputs: StepInputs, hidden: Tensor
     ) -> tuple[dict[int, list[TokenLogprobs]], dict[int, str]]:
         """Of the prompt tokens that follow the positions of this step, for rows that ask for them; errors by row."""
         wanted: dict[int, list[TokenLogprobs]] = {}
         errors: dict[int, str] = {}
+        plan, table = inputs.plan, self._table
         for row, slot in enumerate(plan.slots):
-            entry = self._row(slot)
-            count = entry.params.prompt_logprobs
+            count = table.params(slot).prompt_logprobs
             if count is None:
                 continue
             start = plan.starts[row]
-            end = min(start + plan.counts[row], entry.num_prompt - 1)
+            end = min(start + plan.counts[row], table.num_prompt(slot) - 1)
             if start < end:
                 try:
-                    wanted[row] = self._following(slot, start, end, int(batch.q_start[row]), hidden, count)
+                    offset = int(inputs.batch.q_start[row])
+                    wanted[row] = self._following(table.known(slot), start, end, offset, hidden, count)
                 except Exception as error:
                     errors[row] = failure(error)
         return wanted, errors
 
     def _following(
-        self, slot: int, start: int, end: int, offset: int, hidden: Tensor, count: int
+        self, tokens: Int32, start: int, end: int, offset: int, hidden: Tensor, count: int
     ) -> list[TokenLogprobs]:
         """Log-probabilities of tokens start+1 … end, which the hidden rows from ``offset`` on predict."""
         entries = []
@@ -342,7 +233,7 @@ class ModelRunner:
             rows: Int32 = np.arange(offset + begin - start, offset + stop - start, dtype=np.int32)
             logprobs = self.model.logits(hidden, rows).log_softmax(-1)
             for position, row_logprobs in zip(range(begin, stop), logprobs, strict=True):
-                entries.append(token_logprobs(row_logprobs, int(self._tokens[slot, position + 1]), count))
+                entries.append(token_logprobs(row_logprobs, int(tokens[position + 1]), count))
         return entries
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,27 +12,93 @@ from torch import Tensor
 
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.kernels import ops
-from slipstream.kernels.random import uniform
+from slipstream.kernels.batch import Int32
+from slipstream.kernels.random import UInt64, uniform
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot carry."""
+History = Callable[[int], NDArray[np.int32]]
+"""Prompt and output before the token that row i of a batch draws; valid during the call."""
+NO_HISTORY = np.empty(0, np.int32)
 NOT_FINITE = "the model returned logits that are not finite"
 NOTHING_ALLOWED = "the request's constraints leave no token to generate"
 
 
-@dataclass(slots=True)
-class SamplingRow:
-    """What one row is drawn with: parameters, and the tokens before it."""
+class SamplingColumns:
+    """Sampling parameters of the running requests: columns with an entry per slot, and each request's own for what
+    only few of them ask for."""
 
-    params: SamplingParams
-    seed: int
-    num_prompt: int
-    history: NDArray[np.int32]
-    """Prompt and output before the token to be drawn; a view that is valid for this call."""
+    def __init__(self, slots: int) -> None:
+        self.params = [SamplingParams(max_tokens=0)] * slots
+        self.num_prompt = np.zeros(slots, np.int64)
+        self.seeds = np.zeros(slots, np.uint64)
+        self.is_special = np.zeros(slots, np.bool_)
+        """Whether more is to be done than to draw from the model's distribution (``is_plain``)."""
+        self.faults: dict[int, Exception] = {}
+        """Slots whose parameters are no numbers that can be computed with, and why."""
+        self._temperature = np.zeros(slots, np.float32)
+        self._top_k = np.zeros(slots, np.int32)
+        self._min_p = np.zeros(slots, np.float32)
+        self._top_p = np.zeros(slots, np.float32)
 
-    @property
-    def num_output(self) -> int:
-        return len(self.history) - self.num_prompt
+    def enter(self, slot: int, params: SamplingParams, seed: int, num_prompt: int) -> None:
+        """A request takes a row; whatever its parameters are, the others are not to notice."""
+        self.params[slot] = params
+        self.num_prompt[slot] = num_prompt
+        self.is_special[slot] = not is_plain(params)
+        self.faults.pop(slot, None)
+        self._temperature[slot] = 0
+        try:
+            self.seeds[slot], self._top_k[slot] = seed, params.top_k
+            with np.errstate(over="ignore"):
+                self._min_p[slot], self._top_p[slot] = params.min_p, params.top_p
+                if params.temperature > 0:  # as a float32 it could be 0, which is another way of drawing
+                    self._temperature[slot] = max(params.temperature, ops.COLDEST)
+        except OverflowError as error:
+            self.faults[slot] = error
+
+    def take(self, slots: Int32, lengths: Int32, history: History) -> SamplingBatch:
+        """For rows of logits that belong to these slots, each drawn after so many tokens (arrays [rows])."""
+        num_output = lengths - self.num_prompt[slots]
+        special: dict[int, SamplingParams] = {}
+        if (is_special := self.is_special[slots]).any():
+            special = {i: self.params[slots[i]] for i in is_special.nonzero()[0].tolist()}
+        faults: dict[int, Exception] = {}
+        if self.faults:
+            faults = {i: self.faults[slot] for i, slot in enumerate(slots.tolist()) if slot in self.faults}
+        numbers = self._temperature[slots], self._top_k[slots], self._min_p[slots], self._top_p[slots]
+        return SamplingBatch(*numbers, self.seeds[slots], num_output, special, faults, history)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """What rows of logits are drawn with. The arrays have an entry per row; the mappings only those that need one."""
+
+    temperature: NDArray[np.float32]
+    top_k: NDArray[np.int32]
+    min_p: NDArray[np.float32]
+    top_p: NDArray[np.float32]
+    seeds: UInt64
+    num_output: NDArray[np.int64]
+    """Tokens drawn before, which is the place in the row's random stream."""
+    special: Mapping[int, SamplingParams]
+    """Rows with processors, or with log-probabilities to report."""
+    faults: Mapping[int, Exception]
+    history: History
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def alone(self, i: int) -> SamplingBatch:
+        """Row i by itself."""
+        rows = slice(i, i + 1)
+        return SamplingBatch(
+            *(self.temperature[rows], self.top_k[rows], self.min_p[rows], self.top_p[rows]),
+            *(self.seeds[rows], self.num_output[rows]),
+            {0: self.special[i]} if i in self.special else {},
+            {0: self.faults[i]} if i in self.faults else {},
+            lambda _: self.history(i),
+        )
 
 
 @dataclass(slots=True)
@@ -43,9 +109,10 @@ class Sampled:
 
 
 def is_plain(params: SamplingParams) -> bool:
-    """Whether the logits are used as they come: no processor changes or reports anything."""
+    """Whether a token is just drawn from the logits as they come: no processor changes or reports anything."""
     return (
-        params.frequency_penalty == 0.0
+        params.logprobs is None
+        and params.frequency_penalty == 0.0
         and params.presence_penalty == 0.0
         and params.repetition_penalty == 1.0
         and not params.logit_bias
@@ -55,51 +122,67 @@ def is_plain(params: SamplingParams) -> bool:
     )
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
-    """Draws one token per row of logits [len(rows), vocab] float32, which is overwritten.
+def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
+    """Draws one token per row of logits [len(batch), vocab] float32, which is overwritten.
 
     Randomness comes from each row's seed and the number of tokens drawn before, so the result of a row does not
-    depend on the other rows.
+    depend on the other rows. Raises where a row cannot be drawn; ``sample_apart`` finds out which.
     """
-    raw = [i for i, row in enumerate(rows) if row.params.logprobs is not None and row.params.logprobs_mode == "raw"]
+    if batch.faults:
+        raise next(iter(batch.faults.values()))
+    reported = {i: params for i, params in batch.special.items() if params.logprobs is not None}
+    raw = [i for i, params in reported.items() if params.logprobs_mode == "raw"]
     raw_logits = logits[raw] if raw else None
-    for i, row in enumerate(rows):
-        if not is_plain(row.params):
-            process(logits, i, row)
+    for i, params in batch.special.items():
+        process(logits, i, params, batch)
 
     tokens: list[int] = ops.argmax(logits).tolist()
-    errors = {i: _no_token(logits[i]) for i, token in enumerate(tokens) if token < 0}
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and i not in errors]
-    probs: Tensor | None = None
-    if drawn:
-        probs = distribution(logits if len(drawn) == len(rows) else logits[drawn], [rows[i].params for i in drawn])
-        seeds = np.array([rows[i].seed for i in drawn], np.uint64)
-        counters = np.array([rows[i].num_output for i in drawn], np.uint64)
-        uniforms = torch.from_numpy(uniform(seeds, counters)).to(logits.device)
-        for i, token in zip(drawn, ops.draw(probs, uniforms).tolist(), strict=True):
-            tokens[i] = token
+    errors: dict[int, str] = {}
+    if min(tokens) < 0:
+        errors = {i: _no_token(logits[i]) for i, token in enumerate(tokens) if token < 0}
+    drawn, probs = _draw(logits, batch, tokens, errors)
     result = Sampled(tokens, errors=errors)
     if raw_logits is not None:
         for i, logprobs in zip(raw, raw_logits.log_softmax(-1), strict=True):
-            _report(result, i, logprobs, rows)
-    place = {i: at for at, i in enumerate(drawn)}
-    for i, row in enumerate(rows):
-        if row.params.logprobs is not None and row.params.logprobs_mode == "processed":
+            _report(result, i, logprobs, reported[i])
+    place = {i: at for at, i in enumerate(drawn)} if len(raw) < len(reported) else {}
+    for i, params in reported.items():
+        if params.logprobs_mode == "processed":
             if probs is not None and i in place:
                 row_probs = probs[place[i]]
                 logprobs = (row_probs / row_probs.sum()).log()
             else:
                 logprobs = logits[i].log_softmax(-1)
-            _report(result, i, logprobs, rows)
+            _report(result, i, logprobs, params)
     return result
 
 
-def sample_apart(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+def _draw(
+    logits: Tensor, batch: SamplingBatch, tokens: list[int], errors: Mapping[int, str]
+) -> tuple[list[int], Tensor | None]:
+    """Replaces the tokens of rows that are not greedy; which ones these are, and what they were drawn from."""
+    is_drawn = batch.temperature > 0
+    if errors:
+        is_drawn[list(errors)] = False
+    at: NDArray[np.intp] = is_drawn.nonzero()[0]
+    if not len(at):
+        return [], None
+    drawn: list[int] = at.tolist()
+    chosen = logits if len(drawn) == len(tokens) else logits[drawn]
+    columns = (torch.from_numpy(column[at]) for column in (batch.temperature, batch.top_k, batch.min_p, batch.top_p))
+    probs = ops.distribution(chosen, *(column.to(logits.device) for column in columns))
+    uniforms = torch.from_numpy(uniform(batch.seeds[at], batch.num_output[at].astype(np.uint64))).to(logits.device)
+    for i, token in zip(drawn, ops.draw(probs, uniforms).tolist(), strict=True):
+        tokens[i] = token
+    return drawn, probs
+
+
+def sample_apart(logits: Tensor, batch: SamplingBatch) -> Sampled:
     """As ``sample``, one row after the other: an exception is the error of the row that raised it."""
     result = Sampled([])
-    for i, row in enumerate(rows):
+    for i in range(len(batch)):
         try:
-            alone = sample(logits[i : i + 1], [row])
+            alone = sample(logits[i : i + 1], batch.alone(i))
         except Exception as error:
             alone = Sampled([-1], errors={0: failure(error)})
         result.tokens += alone.tokens
@@ -115,9 +198,11 @@ def failure(error: Exception) -> str:
     return f"the request could not be computed: {type(error).__name__}: {error}"
 
 
-def process(logits: Tensor, i: int, row: SamplingRow) -> None:
-    """Applies to row i, in place, everything that comes before temperature."""
-    params = row.params
+def process(logits: Tensor, i: int, params: SamplingParams, batch: SamplingBatch) -> None:
+    """Applies to row i of the batch, in place, everything that comes before temperature."""
+    num_output = int(batch.num_output[i])
+    penalizes = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
+    history = batch.history(i) if penalizes or params.bad_words else NO_HISTORY
     if params.allowed_token_ids:
         allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
         kept = logits[i, allowed]
@@ -125,36 +210,25 @@ def process(logits: Tensor, i: int, row: SamplingRow) -> None:
         logits[i, allowed] = kept
     for word in params.bad_words:
         head = len(word) - 1
-        if row.num_output >= head and row.history[len(row.history) - head :].tolist() == list(word[:-1]):
+        if num_output >= head and history[len(history) - head :].tolist() == list(word[:-1]):
             logits[i, word[-1]] = ops.NEVER
-    if row.num_output < params.min_tokens and params.stop_token_ids:
+    if num_output < params.min_tokens and params.stop_token_ids:
         logits[i, list(params.stop_token_ids)] = ops.NEVER
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[i, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
-        drawn, counts = np.unique(row.history[row.num_prompt :], return_counts=True)
+    if penalizes:
+        drawn, counts = np.unique(history[len(history) - num_output :], return_counts=True)
         ops.penalize(
             logits,
             i,
-            torch.from_numpy(np.unique(row.history)).to(logits.device, torch.long),
+            torch.from_numpy(np.unique(history)).to(logits.device, torch.long),
             params.repetition_penalty,
             torch.from_numpy(drawn).to(logits.device, torch.long),
             torch.from_numpy(counts).to(logits.device, torch.float32),
             params.frequency_penalty,
             params.presence_penalty,
         )
-
-
-def distribution(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """What a token is drawn from, one row per entry of ``params``, up to a factor per row; may overwrite logits."""
-
-    def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor([getattr(entry, name) for entry in params], dtype=dtype, device=logits.device)
-
-    return ops.distribution(
-        logits, column("temperature"), column("top_k", torch.int32), column("min_p"), column("top_p")
-    )
 
 
 def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
@@ -180,9 +254,9 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best.indices.int(), (best.values - logits.logsumexp(-1, keepdim=True)).half()
 
 
-def _report(result: Sampled, i: int, logprobs: Tensor, rows: Sequence[SamplingRow]) -> None:
+def _report(result: Sampled, i: int, logprobs: Tensor, params: SamplingParams) -> None:
     if i not in result.errors:
-        result.logprobs[i] = token_logprobs(logprobs, result.tokens[i], rows[i].params.logprobs or 0)
+        result.logprobs[i] = token_logprobs(logprobs, result.tokens[i], params.logprobs or 0)
 
 
 def _no_token(logits: Tensor) -> str:

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.faults import Faults
@@ -64,17 +63,20 @@ class _Guesses:
         )
 
 
-class _Row:
+class RowDrafts:
+    """What speculation knows of a running request."""
+
     __slots__ = ("best", "draft", "own")
 
     def __init__(self, draft: DraftRow) -> None:
         self.draft = draft
         self.own = {name: OwnAcceptance() for name in draft.drafters}
         self.best: _Guesses | None = None
+        """What is proposed for it now."""
 
 
 class Speculator:
-    """Holds one row per running request, like the runner; without drafters it does nothing.
+    """Without drafters it does nothing. The rows are those of the runner's table.
 
     Drafting is optional: where a drafter fails, the request goes on without it.
     """
@@ -89,7 +91,6 @@ class Speculator:
         self._acceptance: dict[tuple[str, int], Acceptance] = {}
         self._versions: dict[int, VersionStats] = {}
         """Of the learned drafter's loaded versions."""
-        self._rows: dict[int, _Row] = {}
         self.taps: tuple[int, ...] = ()
         """Layers of the target that somebody wants to see, ascending."""
         self._watching: list[Drafter] = []
@@ -207,14 +208,13 @@ class Speculator:
             found = self._acceptance[drafter.name, version] = Acceptance(drafter.num_evidence, self.most)
         return found
 
-    def top_k(self, slots: Iterable[int]) -> int:
+    def top_k(self, rows: Iterable[RowDrafts]) -> int:
         """How many of the most likely tokens listeners want to see of one of these rows."""
         most = max((listener.top_k for listener in self._listening), default=0)
-        return most if most and any(self._rows[slot].draft.traffic == "features" for slot in slots) else 0
+        return most if most and any(row.draft.traffic == "features" for row in rows) else 0
 
-    def observe(self, computed: Iterable[tuple[int, int, Tensor, tuple[Tensor, Tensor] | None]]) -> None:
-        """(slot, first position, features, most likely tokens) of what a step computed, as far as it is right."""
-        entries = [Computed(self._rows[slot].draft, start, features, top) for slot, start, features, top in computed]
+    def observe(self, entries: Sequence[Computed]) -> None:
+        """What a step computed, as far as it is right."""
         for drafter in self._watching:
             self._show(drafter, [entry for entry in entries if drafter.name in entry.row.drafters])
         if self._listening and (kept := [entry for entry in entries if entry.row.traffic == "features"]):
@@ -230,41 +230,35 @@ class Speculator:
         """The counters themselves, which go on counting."""
         return list(self._stats.values())
 
-    def enter(self, new: NewRow, tokens: NDArray[np.int32]) -> None:
-        """A request takes a row, with this token table; whoever had it before was preempted or has ended."""
-        mode = new.speculation.mode
-        names = [name for name in self._drafters if mode in ("auto", name)]
-        draft = DraftRow(new.slot, new.scope, new.num_prompt, tokens, len(new.tokens), frozenset(names), new.route)
-        draft.request_id, draft.traffic, draft.remember = new.request_id, new.traffic, new.remember
-        self._rows[new.slot] = _Row(draft)
+    def enter(self, new: NewRow, tokens: NDArray[np.int32]) -> RowDrafts:
+        """A request takes a row, with this token table."""
+        request = new.request
+        mode, num_prompt, length = request.speculation.mode, len(request.prompt), len(new.tokens)
+        names = frozenset(name for name in self._drafters if mode in ("auto", name))
+        draft = DraftRow(new.slot, request.scope, num_prompt, tokens, length, names, request.route)
+        draft.request_id, draft.traffic, draft.remember = request.request_id, request.traffic, request.remember
+        return RowDrafts(draft)
 
-    def finish(self, slot: int) -> None:
+    def finish(self, row: RowDrafts) -> None:
         """The request in this row has ended."""
-        row = self._rows.pop(slot)
         for drafter in self._drafters.values():
             try:
                 drafter.finish(row.draft)
             except Exception:
                 self._faults.tell(f"the end of a request in drafter {drafter.name}", "it learned nothing from it")
 
-    def reset(self) -> None:
-        """Forgets all rows, none of which has ended well."""
-        self._rows.clear()
+    def guesses(self, row: RowDrafts, most: int) -> Tree | None:
+        """The first nodes of what is proposed for this row, at most so many; None if there is nothing."""
+        if row.best is None:
+            return None
+        return Tree(row.best.tree.tokens[:most], row.best.tree.parents[:most])
 
-    def guesses(self, slot: int, count: int) -> Tree:
-        """The first nodes of what is proposed for this row."""
-        best = self._rows[slot].best
-        assert best is not None and len(best.chances) >= count, "more guesses to verify than were proposed"
-        return Tree(best.tree.tokens[:count], best.tree.parents[:count])
-
-    def verified(self, slot: int, drafted: int, drawn: Sequence[int], length: int) -> tuple[int, bool] | None:
-        """``drafted`` guesses were verified, the tokens ``drawn`` came of it, and ``length`` are known now.
+    def verified(self, row: RowDrafts, drafted: int, drawn: Sequence[int]) -> tuple[int, bool] | None:
+        """``drafted`` guesses were verified, and the tokens ``drawn`` came of it.
 
         Returns the version of the learned drafter whose proposal this was, and whether its first guess was right: what
         a version can be judged by at any load, because it does not matter how many guesses were verified.
         """
-        row = self._rows[slot]
-        row.draft.length = length
         if row.best is None:
             return None
         guesses, row.best = row.best, None
@@ -283,7 +277,7 @@ class Speculator:
                 stats.accepted_per_position[position] += 1
         return (guesses.version, depth > 0) if guesses.version else None
 
-    def _learn(self, row: _Row, guesses: _Guesses, drawn: Sequence[int]) -> int:
+    def _learn(self, row: RowDrafts, guesses: _Guesses, drawn: Sequence[int]) -> int:
         """Holds guesses against the tokens that came at their places, also those that were not verified.
 
         Returns how many in a row were right.
@@ -304,19 +298,15 @@ class Speculator:
         self._acceptance_of(self._drafters[guesses.drafter], guesses.version).observe(seen)
         return depth
 
-    def propose(
-        self, slots: Sequence[int], wanted: Sequence[int], mapped: Sequence[int], costly_guesses: int
-    ) -> list[tuple[float, ...]]:
+    def propose(self, rows: Sequence[RowDrafts], wanted: Sequence[int], costly_guesses: int) -> list[tuple[float, ...]]:
         """Per row, the falling chances of the guesses that are now kept for it; empty where there are none.
 
         ``wanted`` of each row at most, and ``costly_guesses`` of drafters that are costly to ask; 0: they are not.
         """
         if not self._drafters:
-            return [()] * len(slots)
-        rows = [self._rows[slot] for slot in slots]
-        for row, positions in zip(rows, mapped, strict=True):
+            return [()] * len(rows)
+        for row in rows:
             row.best = None
-            row.draft.mapped = positions
         values = np.zeros(len(rows))
         for drafter in self._drafters.values():
             for row, most in zip(rows, wanted, strict=True):
@@ -376,7 +366,7 @@ class Speculator:
                 self._faults.tell(f"drafter {drafter.name}", "the request goes on without it")
         return found
 
-    def _weigh(self, row: _Row, drafter: str, proposal: Proposal) -> _Guesses:
+    def _weigh(self, row: RowDrafts, drafter: str, proposal: Proposal) -> _Guesses:
         """A proposal with its chances, in their order, so that the first n guesses are the most promising tree of n."""
         tree, positions = Tree(proposal.tokens, proposal.parents), depths(proposal.parents)
         rates = self._acceptance_of(self._drafters[drafter], proposal.version).rates(proposal.evidence, positions)
@@ -384,7 +374,7 @@ class Speculator:
         guesses = _Guesses(drafter, proposal.version, tree, proposal.evidence, positions, rates, found)
         return guesses.take(sorted(range(len(found)), key=lambda node: -found[node]))
 
-    def _cut_branches(self, rows: Sequence[_Row]) -> None:
+    def _cut_branches(self, rows: Sequence[RowDrafts]) -> None:
         """Leaves out branches for which there are too few scratch blocks; every row gets the same share of them."""
         left = self._scratch_blocks
         for at, row in enumerate(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.runner.sampler import LOWEST_LOGPROB, SamplingRow, sample
+from slipstream.engine.runner.sampler import LOWEST_LOGPROB, Sampled, SamplingColumns
+from slipstream.engine.runner.sampler import sample as sample_batch
 
 VOCAB = 12
 
 
-def row(prompt: list[int] | None = None, output: list[int] | None = None, seed: int = 1, **params: Any) -> SamplingRow:
+@dataclass(frozen=True)
+class Row:
+    """A request that draws its next token."""
+
+    params: SamplingParams
+    seed: int
+    num_prompt: int
+    history: list[int]
+
+
+def row(prompt: list[int] | None = None, output: list[int] | None = None, seed: int = 1, **params: Any) -> Row:
     prompt, output = prompt or [0], output or []
-    history = np.array(prompt + output, np.int32)
-    return SamplingRow(SamplingParams(max_tokens=50, **params), seed, len(prompt), history)
+    return Row(SamplingParams(max_tokens=50, **params), seed, len(prompt), prompt + output)
+
+
+def sample(logits: torch.Tensor, rows: list[Row]) -> Sampled:
+    """Through a table that holds them in reverse, as in the runner no row has its own number."""
+    columns = SamplingColumns(len(rows))
+    for slot, entry in enumerate(reversed(rows)):
+        columns.enter(slot, entry.params, entry.seed, entry.num_prompt)
+    slots = np.arange(len(rows), dtype=np.int32)[::-1]
+    lengths = np.array([len(entry.history) for entry in rows], np.int32)
+    return sample_batch(logits, columns.take(slots, lengths, lambda i: np.array(rows[i].history, np.int32)))
 
 
 def possible(logits: list[float] | torch.Tensor, draws: int = 400, **params: Any) -> set[int]:

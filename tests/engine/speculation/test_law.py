@@ -7,7 +7,7 @@ down to every guess: 200,000 draws are a few hundred requests then.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.loader import build_model
 from slipstream.engine.runner import runner
-from slipstream.engine.runner.sampler import Sampled, SamplingRow, sample
+from slipstream.engine.runner.sampler import Sampled, SamplingBatch, sample
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.speculation.tree import Tree, branches
 from slipstream.engine.testing import LocalEngine, OracleDrafter, TreeOracleDrafter
@@ -111,7 +111,7 @@ class ManySeeds:
         self._params = params
         self._seeds: dict[int, NDArray[np.uint64]] = {}
         self._waiting: list[NDArray[np.uint64]] = []
-        self._rows: Sequence[SamplingRow] = []
+        self._batch: SamplingBatch
         self._draw = ops.draw
         monkeypatch.setattr(runner, "sample", self._sample)
         monkeypatch.setattr(ops, "draw", self._draw_all)
@@ -130,25 +130,25 @@ class ManySeeds:
         self._seeds[int(seeds[0])] = seeds
         self._local.submit(PAIRS, SamplingParams(**({"max_tokens": LENGTH + 5, "seed": int(seeds[0])} | self._params)))
 
-    def _sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
-        self._rows = rows
-        return sample(logits, rows)
+    def _sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
+        self._batch = batch
+        return sample(logits, batch)
 
     def _draw_all(self, weights: Tensor, shares: Tensor) -> Tensor:
-        for seed, group in groupby(range(len(self._rows)), key=lambda place: self._rows[place].seed):
+        for seed, group in groupby(range(len(self._batch)), key=lambda place: int(self._batch.seeds[place])):
             if seed in self._seeds:
                 self._split(seed, list(group), weights)
         return self._draw(weights, shares)
 
     def _split(self, seed: int, places: list[int], weights: Tensor) -> None:
-        seeds, rows = self._seeds.pop(seed), [self._rows[place] for place in places]
-        drawn = np.stack([self._draw_many(weights[i], row, seeds) for i, row in zip(places, rows, strict=True)], axis=1)
-        self.guessed += len(seeds) * (len(rows) - 1)
-        node_of = {row.history.tobytes(): node for node, row in enumerate(rows, -1)}
-        tokens = [int(row.history[-1]) for row in rows[1:]]
-        tree = Tree(tokens, [node_of[row.history[:-1].tobytes()] for row in rows[1:]])
-        _, first, which = np.unique(drawn @ 8 ** np.arange(len(rows)), return_index=True, return_inverse=True)
-        known = tuple(rows[0].history[len(PAIRS) :].tolist())
+        seeds, texts = self._seeds.pop(seed), [self._batch.history(place) for place in places]
+        drawn = np.stack([self._draw_many(weights[place], place, seeds) for place in places], axis=1)
+        self.guessed += len(seeds) * (len(texts) - 1)
+        node_of = {text.tobytes(): node for node, text in enumerate(texts, -1)}
+        tokens = [int(text[-1]) for text in texts[1:]]
+        tree = Tree(tokens, [node_of[text[:-1].tobytes()] for text in texts[1:]])
+        _, first, which = np.unique(drawn @ 8 ** np.arange(len(texts)), return_index=True, return_inverse=True)
+        known = tuple(texts[0][len(PAIRS) :].tolist())
         outcomes = []
         for index in first:
             mine = drawn[index].tolist()
@@ -165,8 +165,8 @@ class ManySeeds:
             else:
                 self._waiting.append(members)
 
-    def _draw_many(self, weights: Tensor, row: SamplingRow, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
-        shares = torch.from_numpy(uniform(seeds, np.full(len(seeds), row.num_output, np.uint64)))
+    def _draw_many(self, weights: Tensor, place: int, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
+        shares = torch.from_numpy(uniform(seeds, np.full(len(seeds), self._batch.num_output[place], np.uint64)))
         drawn: NDArray[np.int64] = self._draw(weights.expand(len(seeds), -1).contiguous(), shares).numpy()
         return drawn
 

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from slipstream.engine.messages import SamplingParams, SpeculationParams
+from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams
 from slipstream.engine.plan import NewRow
 from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftRow, LearnedDrafter, Proposal
 from slipstream.engine.speculation.scratch import Scratch
-from slipstream.engine.speculation.speculator import ENOUGH, Speculator
+from slipstream.engine.speculation.speculator import ENOUGH, RowDrafts, Speculator
+from slipstream.engine.speculation.tree import Tree
 
 
 class Always(Drafter):
@@ -30,34 +31,54 @@ class Always(Drafter):
         return [Proposal.chain(self._guess[: row.most], 0) for row in rows]
 
 
-def speculator(*drafters: Drafter, mode: str = "auto") -> Speculator:
-    made = Speculator(drafters, 8)
-    row = NewRow(0, [1, 2, 3], 3, SamplingParams(max_tokens=100), 0, "", SpeculationParams(mode))
-    made.enter(row, np.zeros(200, np.int32))
-    return made
+class Alone:
+    """A speculator with one running request, of which 200 positions are mapped."""
+
+    def __init__(self, *drafters: Drafter, mode: str = "auto") -> None:
+        self.speculator = Speculator(drafters, 8)
+        request = NewRequest(
+            request_id=1,
+            prompt=[1, 2, 3],
+            params=SamplingParams(max_tokens=100),
+            speculation=SpeculationParams(mode),
+        )
+        self.row: RowDrafts = self.speculator.enter(NewRow(0, request, [1, 2, 3], 0), np.zeros(200, np.int32))
+        self.row.draft.mapped = 200
+
+    def propose(self, most: int = 8) -> tuple[float, ...]:
+        [offer] = self.speculator.propose([self.row], [most], 8)
+        return offer
+
+    def guesses(self, count: int) -> Tree:
+        tree = self.speculator.guesses(self.row, count)
+        assert tree is not None
+        return tree
+
+    def verified(self, drafted: int, drawn: Sequence[int], length: int) -> tuple[int, bool] | None:
+        self.row.draft.length = length
+        return self.speculator.verified(self.row, drafted, drawn)
 
 
-def play(made: Speculator, truth: int, steps: int, drafted: int) -> None:
+def play(made: Alone, truth: int, steps: int, drafted: int) -> None:
     """So many steps in which the model always says ``truth``."""
     length = 3
     for _ in range(steps):
-        [offer] = made.propose([0], [8], [200], 8)
-        count = min(drafted, len(offer))
-        guesses = made.guesses(0, count).tokens if count else []
+        count = min(drafted, len(made.propose()))
+        guesses = made.guesses(count).tokens if count else []
         right = 0
         while right < count and guesses[right] == truth:
             right += 1
         length = 3 + (length + right) % 100
-        made.verified(0, count, [truth] * (right + 1), length)
+        made.verified(count, [truth] * (right + 1), length)
 
 
 def test_the_drafter_that_is_right_wins() -> None:
     wrong, right = Always("wrong", 5), Always("right", 7)
-    made = speculator(wrong, right)
+    made = Alone(wrong, right)
     play(made, 7, 30, drafted=3)
-    assert made.propose([0], [8], [200], 8)[0][0] > 0.9
-    assert made.guesses(0, 2).tokens == [7, 7]
-    stats = {entry.name: entry for entry in made.stats}
+    assert made.propose()[0] > 0.9
+    assert made.guesses(2).tokens == [7, 7]
+    stats = {entry.name: entry for entry in made.speculator.stats}
     assert stats["right"].accepted_tokens == stats["right"].draft_tokens > 60
     assert stats["right"].accepted_per_position[:3] == [stats["right"].drafts] * 3
 
@@ -84,49 +105,49 @@ def host(scratch_blocks: int) -> DraftHost:
 def test_guesses_are_offered_in_the_order_of_their_chances(
     scratch_blocks: int, tokens: list[int], parents: list[int]
 ) -> None:
-    made = speculator(Branching())
-    made.attach(host(scratch_blocks))
-    [offer] = made.propose([0], [8], [200], 8)
+    made = Alone(Branching())
+    made.speculator.attach(host(scratch_blocks))
+    offer = made.propose()
     assert list(offer) == sorted(offer, reverse=True)
-    tree = made.guesses(0, len(offer))
+    tree = made.guesses(len(offer))
     assert (tree.tokens, tree.parents) == (tokens, parents)
 
 
 def test_branches_learn_apart() -> None:
-    made = speculator(Branching())
-    made.attach(host(8))
+    made = Alone(Branching())
+    made.speculator.attach(host(8))
     play(made, 7, 40, drafted=0)
-    assert made.propose([0], [8], [200], 8)[0][0] > 0.8
-    tree = made.guesses(0, 4)
+    assert made.propose()[0] > 0.8
+    tree = made.guesses(4)
     assert tree.tokens == [7, 7, 8, 8]
     assert tree.parents[:2] == [-1, 0]
 
 
 def test_guesses_that_are_not_verified_teach_too() -> None:
-    made = speculator(Always("wrong", 5))
-    before = made.propose([0], [8], [200], 8)[0][0]
+    made = Alone(Always("wrong", 5))
+    before = made.propose()[0]
     play(made, 7, 50, drafted=0)
-    assert made.propose([0], [8], [200], 8)[0][0] < before / 4
-    assert made.stats[0].drafts == 0
+    assert made.propose()[0] < before / 4
+    assert made.speculator.stats[0].drafts == 0
 
 
 def test_costly_drafters_are_asked_where_cheap_ones_promise_little() -> None:
     cheap, costly = Always("cheap", 7), Always("costly", 5, costly=True)
-    made = speculator(cheap, costly)
+    made = Alone(cheap, costly)
     play(made, 7, 30, drafted=8)
     asked = costly.asked
-    assert sum(made.propose([0], [8], [200], 8)[0]) >= ENOUGH
+    assert sum(made.propose()) >= ENOUGH
     assert costly.asked == asked
     play(made, 5, 100, drafted=2)
     assert costly.asked > asked
-    assert made.propose([0], [8], [200], 8) and made.guesses(0, 1).tokens == [5]
+    assert made.propose() and made.guesses(1).tokens == [5]
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("off", []), ("one", [7]), ("two", [5])])
 def test_a_request_is_served_by_the_drafters_it_names(mode: str, expected: list[int]) -> None:
-    made = speculator(Always("one", 7), Always("two", 5), mode=mode)
-    [offer] = made.propose([0], [1], [200], 8)
-    assert (made.guesses(0, 1).tokens if offer else []) == expected
+    made = Alone(Always("one", 7), Always("two", 5), mode=mode)
+    offer = made.propose(1)
+    assert (made.guesses(1).tokens if offer else []) == expected
 
 
 class Learned(Always, LearnedDrafter):
@@ -162,37 +183,35 @@ class Learned(Always, LearnedDrafter):
 
 def test_acceptance_and_counts_are_apart_for_each_version() -> None:
     drafter = Learned()
-    made = speculator(drafter)
-    made.prepare_swap("", 1, "5")()
+    made = Alone(drafter)
+    made.speculator.prepare_swap("", 1, "5")()
     play(made, 7, 60, drafted=1)
-    wrong = made.propose([0], [8], [200], 8)[0][0]
-    [stats] = made.stats
-    assert made.verified(0, 0, [5], 4) == (1, True) and made.verified(0, 0, [5], 5) is None
-    made.propose([0], [8], [200], 8)
+    wrong = made.propose()[0]
+    [stats] = made.speculator.stats
+    assert made.verified(0, [5], 4) == (1, True) and made.verified(0, [5], 5) is None
+    made.propose()
     assert [(entry.version, entry.drafts, entry.accepted_tokens) for entry in stats.versions] == [(1, 60, 0)]
 
-    made.prepare_swap("", 2, "7")()
-    assert made.verified(0, 0, [7], 6) == (1, False), "what was proposed before the swap is the old version's"
-    assert made.propose([0], [8], [200], 8)[0][0] < 0.2, "it is expected to be as good as the one before"
-    assert made.verified(0, 0, [7], 7) == (2, True)
+    made.speculator.prepare_swap("", 2, "7")()
+    assert made.verified(0, [7], 6) == (1, False), "what was proposed before the swap is the old version's"
+    assert made.propose()[0] < 0.2, "it is expected to be as good as the one before"
+    assert made.verified(0, [7], 7) == (2, True)
     play(made, 7, 20, drafted=2)
-    assert made.propose([0], [8], [200], 8)[0][0] > 0.5 > wrong, "and soon known for what it is"
+    assert made.propose()[0] > 0.5 > wrong, "and soon known for what it is"
     assert [(entry.version, entry.drafts, entry.accepted_tokens) for entry in stats.versions] == [(2, 20, 40)]
     assert (stats.drafts, stats.swaps, stats.routes, stats.memory_bytes) == (80, 2, {"": 2}, 1000)
 
-    right = made.propose([0], [8], [200], 8)[0][0]
+    right = made.propose()[0]
     for version in (1, 2):
-        made.prepare_swap("", version, {1: "5", 2: "7"}[version])()
-        assert (made.propose([0], [8], [200], 8)[0][0] > right / 2) == (version == 2), (
-            "what was known of it is known still"
-        )
+        made.speculator.prepare_swap("", version, {1: "5", 2: "7"}[version])()
+        assert (made.propose()[0] > right / 2) == (version == 2), "what was known of it is known still"
     play(made, 7, 3, drafted=2)
-    made.prepare_swap("canary", 3, "1")()
+    made.speculator.prepare_swap("canary", 3, "1")()
     assert stats.routes == {"": 2, "canary": 3} and [entry.version for entry in stats.versions] == [2, 3]
     assert stats.versions[0].drafts == 3, "counts are of the time since it went live"
-    made.drop("canary")
+    made.speculator.drop("canary")
     assert stats.routes == {"": 2} and [entry.version for entry in stats.versions] == [2]
 
 
 def test_without_drafters_nothing_is_proposed() -> None:
-    assert speculator().propose([0], [8], [200], 8) == [()]
+    assert Alone().propose() == ()

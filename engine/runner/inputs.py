@@ -1,0 +1,157 @@
+"""The inputs of one step, made of its plan and the table of rows, and what was accepted of what the step drew."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import itemgetter
+
+import numpy as np
+
+from slipstream.engine.plan import StepPlan
+from slipstream.engine.runner.rows import RowTable
+from slipstream.engine.runner.sampler import History, SamplingBatch
+from slipstream.engine.runner.trees import BranchSegments, PlacedTree
+from slipstream.engine.speculation.scratch import Scratch
+from slipstream.engine.speculation.tree import Tree, branches
+from slipstream.kernels.batch import NO_MIRRORS, Int32, RaggedBatch, make_batch
+
+
+@dataclass(slots=True)
+class Accepted:
+    """The draft tokens of a row that are what was drawn at their places, and the token drawn after the last of them."""
+
+    row: int
+    """Of the plan."""
+    nodes: list[int]
+    """The draft tokens, as nodes of the row's tree, from the root on."""
+    draws: list[int]
+    """Where among the step's draws its tokens are, one more than nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """A step as it is computed: nothing in it depends on what is not known yet.
+
+    Draft tokens are inputs like others. So whoever runs the same step in several places (tensor parallelism) decides in
+    one of them which ones there are (``trees``) and hands them on with the plan.
+    """
+
+    plan: StepPlan
+    batch: RaggedBatch
+    trees: Mapping[int, PlacedTree]
+    """By row of the plan: the draft tokens that are verified."""
+    copies: list[tuple[int, int]]
+    """Cache blocks, (source, destination), to copy before the forward pass."""
+    draws: Int32
+    """[draws] batch row after which each token is drawn: of every row that draws, the last known token and then each
+    node of its tree, as if the draft tokens before it were right."""
+    first_draws: list[tuple[int, int]]
+    """Rows of the plan that draw, with the place of the first of their draws."""
+    sampling: SamplingBatch
+    """What the draws are drawn with."""
+
+    def accept(self, tokens: list[int]) -> list[Accepted]:
+        """What comes of these tokens, one for every draw."""
+        accepted: list[Accepted] = []
+        for row, at in self.first_draws:
+            if (tree := self.trees.get(row)) is None:
+                accepted.append(Accepted(row, [], [at]))
+            else:
+                nodes = tree.tree.right(tokens[at : at + 1 + len(tree.positions)])
+                accepted.append(Accepted(row, nodes, [at, *(at + 1 + node for node in nodes)]))
+        return accepted
+
+    def computed(self, row: int, nodes: list[int]) -> list[int]:
+        """Batch rows of the known tokens of a row and of these nodes of its tree."""
+        begin = int(self.batch.q_start[row])
+        known = range(begin, begin + self.plan.counts[row])
+        return [*known, *(self.trees[row].batch_rows[node] for node in nodes)]
+
+
+def prepare(plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch: Scratch) -> StepInputs:
+    """``trees`` are the draft tokens to verify by row of the plan; their first paths are written to the table."""
+    slots = np.array(plan.slots, np.int32)
+    starts, known = np.array(plan.starts, np.int32), np.array(plan.counts, np.int32)
+    lengths = table.lengths[slots]
+    paths = {row: branches(tree.parents) for row, tree in trees.items()}
+    counts = known.copy()
+    for row, tree in trees.items():
+        slot, first, length = plan.slots[row], paths[row][0], lengths[row]
+        table.tokens[slot, length : length + len(first)] = [tree.tokens[node] for node in first]
+        counts[row] += len(first)
+    ends = starts + counts
+    if len(slots) == counts.sum():
+        token_ids = table.tokens[slots, starts]
+    else:
+        rows = zip(plan.slots, starts.tolist(), ends.tolist(), strict=True)
+        token_ids = np.concatenate([table.tokens[slot, start:end] for slot, start, end in rows])
+    size = scratch.block_size
+    if not trees:
+        batch = make_batch(token_ids, counts, ends, table.blocks, slots, size, known=lengths)
+        drawing = np.array(plan.samples, np.bool_).nonzero()[0]
+        last = batch.q_start[1:][drawing] - 1
+        sampling = table.sampling.take(slots[drawing], lengths[drawing], lambda i: table.known(int(slots[drawing[i]])))
+        first_draws = list(zip(drawing.tolist(), range(len(drawing)), strict=True))
+        return StepInputs(plan, batch, {}, [], last, first_draws, sampling)
+    roots = (np.cumsum(counts) - counts + known - 1).tolist()
+    scratch.reset()
+    added = BranchSegments(scratch, len(token_ids))
+    placed = {
+        row: added.place(tree, paths[row], plan.slots[row], plan.starts[row], int(lengths[row]), roots[row])
+        for row, tree in trees.items()
+    }
+    batch = make_batch(
+        np.append(token_ids, np.array(added.token_ids, np.int32)),
+        np.append(counts, np.array(added.counts, np.int32)),
+        np.append(ends, np.array(added.ends, np.int32)),
+        table.blocks,
+        np.append(slots, np.array(added.table_rows, np.int32)),
+        size,
+        np.array(added.mirrors, np.int32).reshape(-1, 3) if added.mirrors else NO_MIRRORS,
+        np.append(lengths, np.array(added.ends, np.int32)),
+    )
+    return StepInputs(plan, batch, placed, added.copies, *_draws(plan, placed, roots, table))
+
+
+def _draws(
+    plan: StepPlan, trees: Mapping[int, PlacedTree], roots: list[int], table: RowTable
+) -> tuple[Int32, list[tuple[int, int]], SamplingBatch]:
+    """Where and with what tokens are drawn in a step with draft tokens; see StepInputs."""
+    last: list[int] = []
+    first_draws: list[tuple[int, int]] = []
+    slots: list[int] = []
+    lengths: list[int] = []
+    for row, draws in enumerate(plan.samples):
+        if not draws:
+            continue
+        slot = plan.slots[row]
+        first_draws.append((row, len(last)))
+        last.append(roots[row])
+        slots.append(slot)
+        lengths.append(int(table.lengths[slot]))
+        if (tree := trees.get(row)) is not None:
+            last += tree.batch_rows
+            slots += [slot] * len(tree.positions)
+            lengths += [position + 1 for position in tree.positions]
+    history = _history(plan, trees, first_draws, table)
+    sampling = table.sampling.take(np.array(slots, np.int32), np.array(lengths, np.int32), history)
+    return np.array(last, np.int32), first_draws, sampling
+
+
+def _history(
+    plan: StepPlan, trees: Mapping[int, PlacedTree], first_draws: list[tuple[int, int]], table: RowTable
+) -> History:
+    """Tokens before each draw; those of branches are put together once a draw asks for one of their tree."""
+    found: dict[int, list[Int32]] = {}
+
+    def history(i: int) -> Int32:
+        row, first = first_draws[bisect_right(first_draws, i, key=itemgetter(1)) - 1]
+        if i == first:
+            return table.known(plan.slots[row])
+        if row not in found:
+            found[row] = trees[row].histories(table.tokens[plan.slots[row]])
+        return found[row][i - first - 1]
+
+    return history

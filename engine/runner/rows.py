@@ -1,0 +1,63 @@
+"""The running requests as one table: a row per slot, from which a step reads what it needs besides its plan.
+
+The runner keeps tokens and lengths itself, so a plan can name a token that the step before it has yet to draw.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.plan import NewRow
+from slipstream.engine.runner.sampler import SamplingColumns
+from slipstream.engine.speculation.speculator import RowDrafts
+from slipstream.kernels.batch import Int32
+
+
+class RowTable:
+    """Columns with an entry per slot; ``tokens`` and ``blocks`` are views that drafters share."""
+
+    def __init__(self, slots: int, tokens: int, blocks: int, branch_rows: int) -> None:
+        """Rows of so many tokens and blocks; ``branch_rows`` rows of blocks more, for branches of trees."""
+        self.tokens = np.zeros((slots, tokens), np.int32)
+        self.lengths = np.zeros(slots, np.int32)
+        """Known tokens of each row, sampled ones included."""
+        self.blocks = np.zeros((slots + branch_rows, blocks), np.int32)
+        self.sampling = SamplingColumns(slots)
+        self._drafts: list[RowDrafts | None] = [None] * slots
+
+    def enter(self, new: NewRow, drafts: RowDrafts) -> None:
+        """A request takes a row, whose tokens are written already."""
+        self.lengths[new.slot] = len(new.tokens)
+        self.sampling.enter(new.slot, new.request.params, new.seed, len(new.request.prompt))
+        self._drafts[new.slot] = drafts
+
+    def map(self, slot: int, first: int, blocks: list[int], block_size: int) -> None:
+        """The row has these blocks now, ``first`` being the index of the first of them."""
+        self.blocks[slot, first : first + len(blocks)] = blocks
+        self.drafts(slot).draft.mapped = (first + len(blocks)) * block_size
+
+    def append(self, slot: int, tokens: list[int]) -> None:
+        """These tokens were sampled."""
+        length = int(self.lengths[slot])
+        self.tokens[slot, length : length + len(tokens)] = tokens
+        self.lengths[slot] = self.drafts(slot).draft.length = length + len(tokens)
+
+    def drafts(self, slot: int) -> RowDrafts:
+        found = self._drafts[slot]
+        assert found is not None, "a row that no request has"
+        return found
+
+    def params(self, slot: int) -> SamplingParams:
+        return self.sampling.params[slot]
+
+    def num_prompt(self, slot: int) -> int:
+        return int(self.sampling.num_prompt[slot])
+
+    def known(self, slot: int) -> Int32:
+        """The known tokens of a row; a view."""
+        return self.tokens[slot, : self.lengths[slot]]
+
+    def clear(self) -> None:
+        """No request has a row any more."""
+        self._drafts = [None] * len(self._drafts)
