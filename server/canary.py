@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from hashlib import blake2b
 from itertools import groupby
 from statistics import NormalDist
 from typing import Literal
@@ -29,7 +28,6 @@ class Canary:
         self,
         baseline_version: int,
         canary_version: int,
-        share: float,
         min_requests: int = 10,
         alpha: float = 0.05,
         max_requests: int = 200,
@@ -38,15 +36,13 @@ class Canary:
         """Rolls back if the canary is worse, promotes if it is not worse by ``margin`` of the baseline's scores.
 
         Args:
-            share: of the requests that run on the canary, between 0 and 1.
             alpha: the chance that a canary as good as the baseline is rolled back, at most; and that one which is worse
                 by the margin is promoted before ``max_requests``.
             max_requests: on the canary; if neither was shown by then, it is promoted.
         """
-        if not (0 < share < 1 and 0 < alpha < 0.5 and 0 <= margin < 1 and 4 <= min_requests <= max_requests):
-            raise ValueError("a canary needs 0 < share < 1, 0 < alpha < 0.5, 0 <= margin < 1 and 4 <= min <= max")
+        if not (0 < alpha < 0.5 and 0 <= margin < 1 and 4 <= min_requests <= max_requests):
+            raise ValueError("a canary needs 0 < alpha < 0.5, 0 <= margin < 1 and 4 <= min <= max")
         self.baseline_version, self.canary_version = baseline_version, canary_version
-        self.share = share
         self.decision: Decision = "continue"
         self.reason = ""
         """For the decision."""
@@ -55,11 +51,6 @@ class Canary:
         self._next_look = min_requests
         self._baseline: deque[float] = deque(maxlen=BASELINE_KEPT)
         self._canary: list[float] = []
-
-    def takes(self, request_id: int | str) -> bool:
-        """Whether this request runs on the canary; the same answer whenever and wherever it is asked."""
-        digest = blake2b(f"{self.canary_version}/{request_id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.share * 2**64
 
     def observe(self, version: int, proposals: int, right: int) -> Decision:
         """A request that ran on a version has ended; of so many proposals the first guess was so often right.

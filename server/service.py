@@ -134,7 +134,7 @@ class Service:
     def _engine_started(self, engine: EngineClient) -> None:
         self.metrics.attach(engine, lambda: self.ready()[0] == 200)
         if self.evolution is not None:
-            self.evolution.publisher.engine_started()
+            self.evolution.follower.engine_started()
 
     async def _observe(self) -> None:
         while True:
@@ -227,7 +227,7 @@ class Service:
         for own in (TENANT_ROUTE + tenant, DOMAIN_ROUTE + domain):
             if own in loaded:
                 return own
-        return self.evolution.publisher.route(request_id) if self.evolution is not None else SHARED_ROUTE
+        return self.evolution.follower.route(request_id) if self.evolution is not None else SHARED_ROUTE
 
     def ended(self, request: NewRequest, metrics: SequenceMetrics) -> None:
         """A sequence has ended."""

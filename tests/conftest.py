@@ -22,7 +22,7 @@ settings.load_profile("fixed")
 
 LONG_FILES = (
     "drafter/training/test_worker.py",
-    "server/evolution/test_publisher.py",
+    "server/evolution/test_trials.py",
     "server/test_lifecycle.py",
     "server/admin/test_admin_api.py",
     "server/test_cli.py",

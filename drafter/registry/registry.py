@@ -6,7 +6,6 @@ Listing and state changes import no torch, so the API process can do them; whate
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 import shutil
 import sqlite3
@@ -33,6 +32,9 @@ from slipstream.drafter.registry.states import (
     find_state,
     log,
     move,
+    name_of,
+    require_epoch,
+    require_finite,
 )
 from slipstream.drafter.registry.version_folder import (
     Weights,
@@ -70,14 +72,16 @@ class Registry:
         there is none and none is to be or can be created.
         """
         self.folder = Path(folder).expanduser()
-        self._path = self.folder / DATABASE_FILE
+        self.database = self.folder / DATABASE_FILE
         self._versions = self.folder / VERSIONS_FOLDER
         self._lock_path = self.folder / LOCK_FILE
+        self._epoch: int | None = None
+        """Set if it changes things only while nobody else has taken control."""
         if open_now:
             self._open(create)
 
     def _open(self, create: bool) -> None:
-        there = os.path.lexists(self._path)
+        there = os.path.lexists(self.database)
         if not create and not there:
             raise ModelError(f"there is no drafter registry in {self.folder}")
         try:
@@ -88,7 +92,7 @@ class Registry:
             if there:
                 raise RegistryUnusableError(f"cannot use the drafter registry in {self.folder}: {error}") from error
             raise ModelError(f"cannot create a drafter registry in {self.folder}: {error}") from error
-        prepare(self._path)
+        prepare(self.database)
         with suppress(RegistryUnusableError):  # it can be read, perhaps, and what is left over harms nobody
             self.clean()
 
@@ -146,6 +150,12 @@ class Registry:
 
     # Changes of state; each is one transaction
 
+    def under(self, epoch: int) -> Registry:
+        """The same registry, whose changes raise NotInControlError once somebody has taken control after this epoch."""
+        registry = Registry(self.folder, open_now=False)
+        registry._epoch = epoch
+        return registry
+
     def promote(self, version: int, reason: str = "") -> Version:
         """Makes it live; the one that was live is retired.
 
@@ -164,7 +174,7 @@ class Registry:
         with self._write() as database:
             route = find(database, version)["route"]
             if (other := find_state(database, "canary", route)) is not None:
-                raise TransitionError(f"{_name(route)} has a canary already, drafter version {other['version']}")
+                raise TransitionError(f"{name_of(route)} has a canary already, drafter version {other['version']}")
             move(database, version, "canary", "canary started", reason)
             return as_version(database, find(database, version))
 
@@ -186,7 +196,7 @@ class Registry:
             if failed is None:
                 wanted = "neither a canary nor a live version"
                 what = wanted if version is None else f"version {version} neither live nor as canary"
-                raise TransitionError(f"{_name(route)} has {what}, so there is nothing to roll back")
+                raise TransitionError(f"{name_of(route)} has {what}, so there is nothing to roll back")
             move(database, failed["version"], "rolled-back", "rolled back", reason)
             before = find_predecessor(database, route)
             if failed["state"] == "live" and before is not None:
@@ -203,7 +213,7 @@ class Registry:
 
     def record_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
         """Keeps the latest value of each, beside those of the gate in the manifest; raises RegistryError for NaN."""
-        _check_finite(metrics)
+        require_finite(metrics)
         with self._write() as database:
             find(database, version)
             database.executemany(
@@ -239,7 +249,7 @@ class Registry:
             RegistryError: a score of the gate is not a finite number.
             UnknownVersionError: there is no such parent.
         """
-        _check_finite(gate or {})
+        require_finite(gate or {})
         with self._files(), lock(self._lock_path, fcntl.LOCK_SH), temporary_folder(self._versions) as folder:
             size, digest = write_weights(folder, config, weights)
             with self._write() as database:
@@ -370,10 +380,14 @@ class Registry:
             raise RegistryUnusableError(f"cannot use the drafter registry in {self.folder}: {error}") from error
 
     def _read(self) -> AbstractContextManager[sqlite3.Connection]:
-        return transaction(self._path, write=False)
+        return transaction(self.database, write=False)
 
-    def _write(self) -> AbstractContextManager[sqlite3.Connection]:
-        return transaction(self._path)
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with transaction(self.database) as database:
+            if self._epoch is not None:
+                require_epoch(database, self._epoch, self.folder)
+            yield database
 
 
 def is_registry(folder: Path) -> bool:
@@ -384,13 +398,3 @@ def default_folder() -> Path:
     """Where a user's drafters are kept if nothing else is said."""
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(data).expanduser() / "slipstream" / "drafters"
-
-
-def _check_finite(scores: Mapping[str, float]) -> None:
-    for name, value in scores.items():
-        if not math.isfinite(value):
-            raise RegistryError(f"{name} is {value}, which is no score")
-
-
-def _name(route: str) -> str:
-    return f"route {route!r}" if route else "the shared route"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -26,6 +28,10 @@ MAY_BECOME: Mapping[State, frozenset[State]] = {
 
 class RegistryError(SlipstreamError):
     """The registry does not have what was asked for, or does not allow it."""
+
+
+class NotInControlError(RegistryError):
+    """Another server decides for this registry."""
 
 
 class UnknownVersionError(RegistryError):
@@ -129,3 +135,39 @@ def log(database: sqlite3.Connection, row: sqlite3.Row, action: str, after: Stat
         "INSERT INTO history (time, version, route, action, before, after, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
         (time.time(), row["version"], row["route"], action, row["state"], after, reason),
     )
+
+
+def epoch_of(database: sqlite3.Connection) -> int:
+    """Of the server that took control last; 0 if none ever did."""
+    # The table comes with the first controller; registries that were made before there were any have none.
+    if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'control'").fetchone() is None:
+        return 0
+    (epoch,) = database.execute("SELECT epoch FROM control").fetchone()
+    return int(epoch)
+
+
+def raise_epoch(database: sqlite3.Connection, above: int) -> int:
+    """For a server that takes control: a number above all that there were, and above this one."""
+    epoch = max(epoch_of(database), above) + 1
+    database.execute("CREATE TABLE IF NOT EXISTS control (epoch INTEGER NOT NULL)")
+    database.execute("DELETE FROM control")
+    database.execute("INSERT INTO control VALUES (?)", (epoch,))
+    return epoch
+
+
+def require_epoch(database: sqlite3.Connection, epoch: int, folder: Path) -> None:
+    if (latest := epoch_of(database)) > epoch:
+        raise NotInControlError(
+            f"another server has taken control of the drafter registry in {folder} (epoch {latest}, this one's is "
+            f"{epoch}): it decides, this one follows"
+        )
+
+
+def require_finite(scores: Mapping[str, float]) -> None:
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise RegistryError(f"{name} is {value}, which is no score")
+
+
+def name_of(route: str) -> str:
+    return f"route {route!r}" if route else "the shared route"

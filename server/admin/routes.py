@@ -107,7 +107,7 @@ def admin_router(service: Service) -> APIRouter:
             raise NotFoundError(f"there is no {action!r} for drafters; there are {', '.join(changes)}")
         reason = (await body_of(service, request, ReasonBody)).reason
         await ask(changes[action], version, reason or BY_HAND)
-        evolution.publisher.poke()
+        evolution.poke()
         found = await ask(registry.get, version)
         return JSONBody({"drafter": found, "live": await ask(registry.live, found.route)})
 

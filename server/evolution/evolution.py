@@ -1,4 +1,4 @@
-"""Drafter evolution in a running server: worker, publisher and observer, and what they say to each other."""
+"""Drafter evolution in a running server: controller, follower, worker and observer, and what they say to each other."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import State
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.errors import SlipstreamError
+from slipstream.engine.errors import EngineDiedError, SlipstreamError
 from slipstream.engine.messages import NewRequest
 from slipstream.server.evolution.config import EvolutionConfig
+from slipstream.server.evolution.controller import Controller
+from slipstream.server.evolution.follower import Follower
 from slipstream.server.evolution.observer import Observer
 from slipstream.server.evolution.progress import Progress
-from slipstream.server.evolution.publisher import Publisher
 from slipstream.server.evolution.worker import WorkerProcess
 from slipstream.server.sequence_metrics import SequenceMetrics
 from slipstream.server.service import SHARED_ROUTE, Service
 
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
+WISH_SECONDS = 0.5
 MACHINE_EVERY = 30
 """Looks between two messages to the worker about what steps cost."""
 VERSIONS_SHOWN, EVENTS_SHOWN = 100, 200
@@ -42,7 +44,10 @@ class Evolution:
         self.config = config
         self.registry = Registry(config.registry, open_now=False)
         self._service = service
-        self.publisher: Publisher = Publisher(service, self.registry, config)
+        self.controller: Controller = Controller(self.registry, config)
+        self.follower: Follower = Follower(
+            service, self.registry.folder, self.registry.path, self.controller.refused, self.poke
+        )
         self.observer: Observer = service.observer
         self.progress: Progress = Progress()
         self.states: Mapping[State, int] = {}
@@ -54,20 +59,25 @@ class Evolution:
         self.drifts: int = 0
         self.machine: dict[str, Any] | None = None
         """What steps cost here; None until the worker was told."""
+        self.error: str | None = None
+        """Why the registry cannot be used at the moment."""
+        self._poked = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._training: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._tasks = [asyncio.create_task(self.publisher.run()), asyncio.create_task(self._look())]
-        if self.worker is not None:
-            self._tasks.append(asyncio.create_task(self.worker.run()))
+        self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._look())]
 
     async def close(self) -> None:
         for task in self._tasks:
-            task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        await self.publisher.close()
+            await _end(task)
+        await self._train(False)
+        await self.follower.close()
+        self.controller.close()
+
+    def poke(self) -> None:
+        """Something has been decided in this process: look now."""
+        self._poked.set()
 
     def with_live_version(self, engine: EngineConfig) -> EngineConfig:
         """An engine that takes over begins with what is live now, not with what the first one began with."""
@@ -78,15 +88,14 @@ class Evolution:
 
     def ended(self, request: NewRequest, metrics: SequenceMetrics) -> None:
         """A sequence that may use a learned drafter has ended."""
-        if self.publisher.trial is not None:
-            self.publisher.trial.ended(request.route, metrics.proposals, metrics.first_right)
-            if self.publisher.trial.canary.decision != "continue":
-                self.publisher.poke()
+        outcome = self.follower.outcome(request.route, metrics.proposals, metrics.first_right)
+        if outcome is not None and self.controller.count(outcome):
+            self.poke()
 
     @property
     def predicted(self) -> float:
         """Accept length of the live version as the gate saw it; 0 if it was never gated."""
-        live = self.publisher.wanted.get(SHARED_ROUTE)
+        live = self.controller.live.get(SHARED_ROUTE)
         if live is None:
             return 0.0
         return live.manifest.gate.get("accept_length") or live.metrics.get("accept_length", 0.0)
@@ -95,15 +104,19 @@ class Evolution:
         """What the dashboard and the admin API show of it."""
         versions: list[Any] = []
         events: list[Any] = []
-        problem = self.publisher.error
+        problem = self.error
         try:
             versions, events = await asyncio.to_thread(self._read)
         except SlipstreamError as error:
             problem = str(error)
-        worker, trial = self.worker, self.publisher.trial
+        worker, trial, judge = self.worker, self.controller.trial, self.controller.judge
         return {
             "mode": self.config.evolve,
-            "registry": {"folder": str(self.registry.folder), "error": problem},
+            "registry": {
+                "folder": str(self.registry.folder),
+                "error": problem,
+                "in_control": self.controller.in_control,
+            },
             "options": {
                 "first_tokens": self.config.evolve_first_tokens,
                 "round_tokens": self.config.evolve_round_tokens,
@@ -121,13 +134,13 @@ class Evolution:
             "machine": self.machine,
             "routes": self._service.drafter_versions(),
             "trial": None
-            if trial is None
+            if trial is None or judge is None
             else {
                 "version": trial.new,
                 "baseline": trial.old,
                 "share": self.config.canary_share,
-                "requests": trial.canary.counts,
-                "first_guesses_right": trial.canary.means,
+                "requests": judge.counts,
+                "first_guesses_right": judge.means,
             },
             "live": {
                 "accept_length": self.observer.accept_length,
@@ -135,10 +148,10 @@ class Evolution:
                 "drift": self.observer.drift(self.predicted),
                 "drifts": self.drifts,
             },
-            "swaps": self.publisher.swaps,
-            "failed_swaps": self.publisher.failures,
-            "decisions": self.publisher.decisions,
-            "last_swap": self.publisher.last_swap,
+            "swaps": self.follower.swaps,
+            "failed_swaps": self.follower.failures,
+            "decisions": self.controller.decisions,
+            "last_swap": self.follower.last_swap,
             "versions": versions,
             "events": events,
         }
@@ -151,6 +164,32 @@ class Evolution:
         for version in versions:
             del version["manifest"]["head"]
         return versions, [msgspec.to_builtins(event) for event in self.registry.history()[-EVENTS_SHOWN:]]
+
+    async def _follow(self) -> None:
+        """Until cancelled. Nothing that goes wrong here may end it."""
+        while True:
+            self._poked.clear()
+            try:
+                if self._service.engine.failure is None:
+                    await self.follower.follow(await self.controller.wish())
+                    self.error = None
+            except EngineDiedError:
+                pass  # the next one is asked when it is there
+            except (SlipstreamError, OSError) as error:
+                if str(error) != self.error:
+                    logger.error("drafter registry: %s", error)
+                self.error = str(error)
+            await self._train(self.controller.in_control)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._poked.wait(), WISH_SECONDS)
+
+    async def _train(self, wanted: bool) -> None:
+        """One worker per registry: that of the server in control."""
+        if wanted and self._training is None and self.worker is not None:
+            self._training = asyncio.create_task(self.worker.run())
+        elif not wanted and self._training is not None:
+            training, self._training = self._training, None
+            await _end(training)
 
     async def _look(self) -> None:
         looks = 0
@@ -172,7 +211,7 @@ class Evolution:
     async def _tell_machine(self, worker: WorkerProcess) -> None:
         """What steps cost here, for the gate. A guess reads the head's weights once, as a step reads the target's."""
         steps = {int(size): seconds for size, seconds in (await self._service.engine.call("step_cost")).items()}
-        live = self.publisher.wanted.get(SHARED_ROUTE)
+        live = self.controller.live.get(SHARED_ROUTE)
         share = live.manifest.weights_bytes / self._service.engine.ready.weights_bytes if live else 0.0
         self.machine = {"step_seconds": steps, "guess_seconds": share * steps[min(steps)]}
         worker.send("machine", **self.machine, streams=self.observer.use)
@@ -191,3 +230,9 @@ class Evolution:
             "round_tokens": config.evolve_round_tokens,
             "threads": config.evolve_threads or None,
         }
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -21,8 +21,8 @@ Values = float | Mapping[str, float] | None
 
 
 def trial_requests(evolution: Evolution) -> Values:
-    trial = evolution.publisher.trial
-    counts = trial.canary.counts if trial else (0, 0)
+    judge = evolution.controller.judge
+    counts = judge.counts if judge else (0, 0)
     return dict(zip(("baseline", "canary"), counts, strict=True))
 
 
@@ -53,28 +53,35 @@ METRICS: tuple[
         "drafter_registry_up",
         "1 while the registry can be used, 0 while it is damaged, locked or unreachable.",
         "",
-        lambda e: float(e.publisher.error is None),
+        lambda e: float(e.error is None),
+    ),
+    (
+        GaugeMetricFamily,
+        "drafter_registry_in_control",
+        "1 while this server decides which versions draft, 0 while another one does.",
+        "",
+        lambda e: float(e.controller.in_control),
     ),
     (
         CounterMetricFamily,
         "drafter_failed_swaps",
         "Versions that the engine would not load.",
         "",
-        lambda e: e.publisher.failures,
+        lambda e: e.follower.failures,
     ),
     (
         CounterMetricFamily,
         "drafter_trials",
         "Trials of new versions that have ended.",
         "decision",
-        lambda e: e.publisher.decisions,
+        lambda e: e.controller.decisions,
     ),
     (
         GaugeMetricFamily,
         "drafter_trial_version",
         "Version on trial; 0 without one.",
         "",
-        lambda e: e.publisher.trial.new if e.publisher.trial else 0,
+        lambda e: e.controller.trial.new if e.controller.trial else 0,
     ),
     (
         GaugeMetricFamily,

@@ -125,6 +125,11 @@ class Server:
             time.sleep(0.02)
         raise AssertionError(f"the condition did not come true in {timeout_s} s; log: {''.join(self.log)}")
 
+    def wait_until_logged(self, *texts: str) -> str:
+        """All of them, which take a moment from there to here; the log."""
+        self.wait_until(lambda: all(text in "".join(self.log) for text in texts))
+        return "".join(self.log)
+
     def wait_until_ready(self) -> Server:
         def ready() -> bool:
             assert self.process.poll() is None, "".join(self.log)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
 from slipstream.server.canary import Canary, chance_if_equal
+from slipstream.server.evolution.wish import Trial
 
 SCORES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.7, 1.0, 1.5]), min_size=4, max_size=40)
 
@@ -25,9 +26,10 @@ def test_the_rank_test_is_scipys(low: list[float], high: list[float]) -> None:
 
 def run(rng: Any, baseline: float, canary: float, **options: Any) -> tuple[str, int]:
     """Requests with these chances per guess, until the decision; how many of them ran on the canary."""
-    trial = Canary(1, 2, **({"share": 0.3} | options))
+    trial = Canary(1, 2, **options)
+    share = Trial(2, 1, is_live=False, share=0.3)
     for _ in range(100_000):
-        version = 2 if trial.takes(f"{rng.integers(1 << 60)}") else 1
+        version = 2 if share.takes(f"{rng.integers(1 << 60)}") else 1
         chance = canary if version == 2 else baseline
         # Requests differ: in length, and in how predictable they are.
         steps = 1 + int(rng.geometric(1 / 40))
@@ -57,7 +59,7 @@ def test_a_worse_canary_is_not_promoted_early_but_for_alpha() -> None:
     rng = np.random.default_rng(2)
     wrong = 0
     for _ in range(300):
-        trial = Canary(1, 2, 0.5, alpha=0.1, max_requests=160, margin=0.1)
+        trial = Canary(1, 2, alpha=0.1, max_requests=160, margin=0.1)
         while trial.decision == "continue" and trial.counts[1] < 159:
             trial.observe(1, 1000, int(1000 * rng.gamma(4, 0.25)))
             trial.observe(2, 1000, int(900 * rng.gamma(4, 0.25)))
@@ -78,7 +80,7 @@ OUTCOMES = st.lists(
 
 @given(OUTCOMES, st.integers(4, 20), st.integers(0, 60))
 def test_it_decides_once_and_in_time(outcomes: list[tuple[int, int, int]], least: int, more: int) -> None:
-    trial = Canary(1, 2, 0.5, min_requests=least, max_requests=least + more)
+    trial = Canary(1, 2, min_requests=least, max_requests=least + more)
     decided = None
     for version, proposals, right in outcomes:
         decision = trial.observe(version, proposals, min(right, proposals))
@@ -92,7 +94,7 @@ def test_it_decides_once_and_in_time(outcomes: list[tuple[int, int, int]], least
 
 
 def test_requests_without_proposals_tell_nothing() -> None:
-    trial = Canary(1, 2, 0.5, max_requests=20)
+    trial = Canary(1, 2, max_requests=20)
     for _ in range(200):
         assert trial.observe(1, 0, 0) == trial.observe(2, 0, 0) == "continue"
     assert trial.counts == (0, 0)
@@ -100,15 +102,13 @@ def test_requests_without_proposals_tell_nothing() -> None:
 
 @given(st.floats(0.05, 0.95), st.integers(1, 1000))
 def test_the_share_of_requests_is_kept_and_repeatable(share: float, version: int) -> None:
-    trial = Canary(1, version + 1, share)
+    trial = Trial(version + 1, 1, is_live=False, share=share)
     taken = [trial.takes(request) for request in range(2000)]
-    assert taken == [Canary(9, version + 1, share).takes(request) for request in range(2000)]
+    assert taken == [Trial(version + 1, 9, is_live=False, share=share).takes(request) for request in range(2000)]
     assert abs(sum(taken) / 2000 - share) < 5 * math.sqrt(share * (1 - share) / 2000)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"share": 0.0}, {"share": 1.0}, {"alpha": 0.5}, {"min_requests": 3}, {"margin": 1.0}]
-)
+@pytest.mark.parametrize("wrong", [{"alpha": 0.5}, {"min_requests": 3}, {"margin": 1.0}])
 def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a canary needs"):
-        Canary(1, 2, **({"share": 0.1} | wrong))
+        Canary(1, 2, **wrong)

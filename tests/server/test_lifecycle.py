@@ -126,13 +126,13 @@ def test_a_signal_while_the_engine_is_replaced_ends_the_server_at_once(start_ser
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(300) == 0
     assert not any(process.is_running() for process in second)
-    assert "restart 1" in "".join(server.log)
+    server.wait_until_logged("restart 1")
 
 
 def test_drain(start_server: Callable[..., Any]) -> None:
     server = start_server("--drain-timeout-s", "300").wait_until_ready()
     engine = server.engine
-    assert any("curl" in line for line in server.log)
+    server.wait_until_logged("curl")
     with server.send(COMPLETE, LONG | {"max_tokens": 300}) as running:
         server.wait_until(lambda: server.metric("num_requests_running") == 1)
         with server.suspended():  # so that it is not done before all is looked at

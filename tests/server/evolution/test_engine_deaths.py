@@ -78,7 +78,7 @@ def test_serving_goes_on_after_deaths_of_the_engine(tmp_path: Path, start_server
     engine.suspend()
     newer = add("domain:rivers")
     registry.promote(newer, "by hand")
-    time.sleep(2)  # the publisher looks twice a second
+    time.sleep(2)  # the controller looks twice a second
     engine.kill()
     versions["domain:rivers"] = newer
     server.wait_until(lambda: server.routes() == versions, 240)

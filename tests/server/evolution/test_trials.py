@@ -185,3 +185,31 @@ def test_of_several_decisions_the_latest_counts_and_none_is_one(
     assert reply["choices"][0]["message"]["content"] == expected
     registry.promote(first.version, "and again")
     server.wait_until(lambda: server.routes() == {"": first.version})
+
+
+def test_a_second_server_on_the_registry_follows_and_takes_over_when_the_first_ends(
+    server: Any, registry: Registry, add: Callable[..., Version], first: Version, good: Head, start_server: Any
+) -> None:
+    second = start_server("--registry", str(registry.folder), "--speculation", "head").wait_until_ready()
+    try:
+        second.wait_until(lambda: second.routes() == {"": first.version})
+        assert (server.metric("drafter_registry_in_control"), second.metric("drafter_registry_in_control")) == (1, 0)
+        tried = add(good, gate=PASSED, parent=first.version)
+        server.wait_until(lambda: server.routes() == {"": first.version, "canary": tried.version})
+        # A version on trial is none of its business; what people decide is.
+        registry.roll_back(reason="by hand", version=tried.version)
+        forced = add(good)
+        registry.promote(forced.version, "by hand")
+        second.wait_until(lambda: second.routes() == {"": forced.version})
+        assert second.metric("drafter_trial_version") == 0
+        registry.roll_back(reason="by hand", version=forced.version)
+        server.wait_until(lambda: server.routes() == {"": first.version})
+        second.wait_until(lambda: second.routes() == {"": first.version})
+        last = add(good, gate=PASSED, parent=first.version)
+        registry.pin(first.version)  # no trial
+        server.process.kill()
+        second.wait_until(lambda: second.metric("drafter_registry_in_control") == 1)
+        registry.unpin(first.version)
+        second.wait_until(lambda: second.routes() == {"": first.version, "canary": last.version})
+    finally:
+        second.stop()
