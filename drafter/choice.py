@@ -36,7 +36,7 @@ NEEDS = {"head": "drafter", "draft": "draft_model"}
 SUFFIX_CAPACITY = 200_000
 """Tokens of earlier answers that are kept; about 100 bytes each."""
 DRAFT_VOCAB_SIZE = 8192
-"""Of a cold or an untrained head: the first tokens, which are the most frequent ones of a byte-pair vocabulary."""
+"""Tokens that a cold or an untrained head can guess: the first ones, the most frequent of a byte-pair vocabulary."""
 
 
 def drafter_names(config: EngineConfig) -> list[str]:

@@ -82,7 +82,7 @@ FIXED = [
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AbuseOptions:
     megabytes: float = 16.0
-    """Of the largest bodies."""
+    """Size of the largest bodies."""
     bodies: int = 20
     """Random ones, besides the fixed kinds."""
     seed: int = 0

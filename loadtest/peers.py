@@ -30,7 +30,7 @@ class PeerOptions:
     port: int = 8001
     max_model_len: int = 4096
     dtype: str = "bfloat16"
-    """Of vLLM; llama.cpp computes as the file is quantised."""
+    """What vLLM computes in; llama.cpp computes as the file is quantised."""
     ngram: int = 0
     """Tokens of n-gram speculation per step, 0 for none; vLLM only."""
     arguments: tuple[str, ...] = ()

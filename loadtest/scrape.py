@@ -28,7 +28,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class _Counters:
-    """Of numbers that only grow; the difference of two is what came in between."""
+    """Values of numbers that only grow; the difference of two is what came in between."""
 
     def __sub__(self, earlier: Self) -> Self:
         values = {field.name: getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)}

@@ -26,7 +26,7 @@ PROFILES = {
 }
 TOKENS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 288)
 MILLISECONDS = (5.3, 6.2, 7.1, 7.9, 8.5, 8.6, 10.8, 13, 15.3, 22, 28.2, 42, 56, 84, 126)
-"""Of steps with so many positions, as measured once; with the kinks that the model of costs does not have."""
+"""Steps of so many positions, as measured once; with the kinks that the model of costs does not have."""
 
 
 def seconds(tokens: int) -> float:

@@ -22,7 +22,7 @@ LEVEL_HEADER = "X-Slipstream-Traffic"
 DOMAIN_HEADER = "X-Slipstream-Domain"
 LEVEL_KEY, DOMAIN_KEY, TENANT_KEY = "slipstream_traffic", "slipstream_domain", "slipstream_tenant"
 KEYS = (LEVEL_KEY, DOMAIN_KEY, TENANT_KEY)
-"""Of ``metadata``; the rest of it is the client's own."""
+"""Keys of ``metadata`` that are read; the rest of it is the client's own."""
 MAX_TENANT_CHARS = 512
 
 

@@ -13,7 +13,7 @@ from slipstream.server.body import Body
 
 REFERENCE = "#/components/schemas/{model}"
 ANYWHERE = (400, 401, 403, 408, 431, 500)
-"""Of HTTP itself, of the gate, and of what nobody foresaw: any route answers so."""
+"""Status codes of HTTP itself, of the gate, and of what nobody foresaw: any route answers so."""
 WITH_BODY = (413, 415)
 
 

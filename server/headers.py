@@ -16,7 +16,7 @@ ONCE = frozenset(
         *("content-encoding", "transfer-encoding"),
     }
 )
-"""Of these a second copy is refused. The other one that is read, X-Slipstream-Traffic, has a strictest value."""
+"""Headers that may come once. The other one that is read, X-Slipstream-Traffic, has a strictest value."""
 
 
 def check_repeated(scope: Scope) -> None:
@@ -57,7 +57,7 @@ def is_address(name: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Of a name or an address, with or without a port."""
+    """Whether a name or an address, with or without a port, is this machine's own."""
     name = host_name(host)
     if name == "localhost" or name.endswith(".localhost"):  # RFC 6761: never resolved to anything else
         return True

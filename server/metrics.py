@@ -176,7 +176,7 @@ class EngineCollector(Collector):
         yield steps
 
     def _versions(self, stats: EngineStats) -> Iterable[Metric]:
-        """Of learned drafters: only what is loaded now, so that the number of series stays small."""
+        """Metrics of learned drafters: only what is loaded now, so that the number of series stays small."""
         labels = ("model_name", "drafter", "version")
         versions = GaugeMetricFamily(
             PREFIX + "drafter_version", "Version of the drafter that a route uses.", labels=(*labels[:2], "route")

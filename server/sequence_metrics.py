@@ -31,12 +31,12 @@ class SequenceMetrics:
         self.learned_steps = self.learned_accepted = 0
         """Steps but for those that verified another drafter's guesses, and right guesses of the learned one."""
         self.proposals = self.first_right = 0
-        """Of the learned drafter, verified or not, and those of them whose first guess was right."""
+        """The learned drafter's, verified or not, and those of them whose first guess was right."""
         self._cached = 0
         self.accepted: list[tuple[int, int]] = []
         """(guesses verified, of them right) per step with guesses."""
         self.versions: set[int] = set()
-        """Of the learned drafter, whose guesses were verified."""
+        """Versions of the learned drafter whose guesses were verified."""
 
     def on_delta(self, delta: TokenDelta) -> None:
         self._begin(delta)
@@ -96,7 +96,7 @@ class SequenceMetrics:
 
 
 def sequences_metrics(sequences: list[SequenceMetrics]) -> dict[str, Any]:
-    """Of all sequences of an answer together, under the names that vLLM uses; times in milliseconds."""
+    """Metrics of all sequences of an answer together, under the names that vLLM uses; times in milliseconds."""
     begun = [sequence for sequence in sequences if sequence.first]
     first = min((sequence.first for sequence in begun), default=0.0)
     last = max((sequence.last for sequence in begun), default=0.0)

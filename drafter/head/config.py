@@ -24,9 +24,9 @@ ARCHITECTURES: dict[str, Kind] = {
     "LlamaForCausalLM": "eagle",  # as the first ones were published
 }
 LAYER = "midlayer."
-"""Of an EAGLE-3 head."""
+"""Prefix of the layer's tensors in an EAGLE-3 head."""
 FIRST_LAYER = "layers.0."
-"""Of an EAGLE-1 or -2 head."""
+"""Prefix of the layer's tensors in an EAGLE-1 or -2 head."""
 TAPS = "eagle_aux_hidden_state_layer_ids"
 MOST = 1 << 31
 """Sizes are less."""
@@ -44,7 +44,7 @@ class HeadConfig:
     kv_heads: int
     head_dim: int
     vocab_size: int
-    """Of the target."""
+    """Size of the target's vocabulary."""
     draft_vocab_size: int
     """Tokens the head can guess."""
     taps: tuple[int, ...]
@@ -63,7 +63,7 @@ class HeadConfig:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor in the file."""
+        """Shape of every tensor in the file."""
         hidden, inner = self.hidden, self.intermediate
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         read = 2 * hidden if self.kind == "eagle3" else hidden

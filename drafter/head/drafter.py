@@ -61,7 +61,7 @@ class _Pending:
     """Positions in all parts."""
 
     def add(self, rows: Tensor) -> None:
-        """Of the next positions; of more than can wait, the last."""
+        """Adds features of the next positions; of more than can wait, the last are kept."""
         self.parts.append(rows)
         self.count += len(rows)
         while self.count > MOST_PENDING:
@@ -198,7 +198,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         return _Version(version, path, weights, _guessable(config, tensors))
 
     def _free_weights(self) -> HeadWeights | None:
-        """Of the version that has not been held for longest, if there is no memory for another one."""
+        """Weights of the version that has not been held for longest, if there is no memory for another one."""
         with self._memory:
             return self._kept.pop(0).weights if self._kept and self._room < 1 else None
 

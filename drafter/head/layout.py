@@ -79,7 +79,7 @@ def from_target(config: HeadConfig, target: Mapping[str, Tensor], draft_tokens: 
 
 
 def output_name(names: Container[str]) -> str:
-    """Of the target's output matrix: the embeddings themselves where a checkpoint has no other."""
+    """Name of the target's output matrix: the embeddings themselves where a checkpoint has no other."""
     return "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
 
 

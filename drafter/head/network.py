@@ -25,7 +25,7 @@ from slipstream.kernels.native.library import DTYPE_CODES, CLayer, CModel, addre
 from slipstream.kernels.native.linear import COLUMNS, PANEL, PackedLinear
 
 PIECE_ELEMS = 1 << 16
-"""Of a matrix, laid out between two moments at which steps may go first."""
+"""Elements of a matrix that are laid out between two moments at which steps may go first."""
 
 
 class HeadWeights(Protocol):
@@ -39,7 +39,7 @@ class HeadWeights(Protocol):
 
 class HeadNetwork(Protocol):
     cache_bytes: int
-    """Of keys and values."""
+    """Bytes of keys and values."""
 
     def use(self, weights: HeadWeights) -> None:
         """Computes with these from now on; called before the first computation, and between two."""

@@ -16,7 +16,7 @@ class Difference(msgspec.Struct, frozen=True):
     """Between versions a and b."""
 
     fields: dict[str, tuple[Any, Any]]
-    """Of the manifest and of states, where they differ: a's value and b's; None for what one lacks."""
+    """Fields of the manifest and of states that differ: a's value and b's; None for what one lacks."""
     gate: dict[str, tuple[float | None, float | None]]
     """Every score of the gate that one of them has."""
     metrics: dict[str, tuple[float | None, float | None]]

@@ -47,7 +47,7 @@ def target_fingerprint(checkpoint: Checkpoint, lineage: str = "") -> str:
 
 
 def served_fingerprint(config: EngineConfig, lineage: str = "") -> str:
-    """Of the model that an engine with this configuration runs."""
+    """Fingerprint of the model that an engine with this configuration runs."""
     if config.load_format == "dummy":
         lineage = f"dummy weights {config.seed} {lineage}"
     return target_fingerprint(open_checkpoint(config.model), lineage)

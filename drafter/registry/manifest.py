@@ -24,7 +24,7 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     """Stored requests."""
     tokens: int = 0
     steps: int = 0
-    """Of the optimizer."""
+    """Steps of the optimizer."""
     began: datetime | None = None
     """Time of the oldest sample; None if nothing was learned."""
     ended: datetime | None = None

@@ -88,7 +88,7 @@ def find_state(database: sqlite3.Connection, state: State, route: str) -> sqlite
 
 
 def find_predecessor(database: sqlite3.Connection, route: str) -> sqlite3.Row | None:
-    """Of the versions that were live and left in good standing, the one that was so last."""
+    """The latest of the versions that were live and left in good standing."""
     query = (
         "SELECT * FROM versions WHERE route = ? AND state = 'retired' AND live_order > 0 "
         "ORDER BY live_order DESC LIMIT 1"
@@ -138,7 +138,7 @@ def log(database: sqlite3.Connection, row: sqlite3.Row, action: str, after: Stat
 
 
 def epoch_of(database: sqlite3.Connection) -> int:
-    """Of the server that took control last; 0 if none ever did."""
+    """Epoch of the server that took control last; 0 if none ever did."""
     # The table comes with the first controller; registries that were made before there were any have none.
     if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'control'").fetchone() is None:
         return 0

@@ -63,11 +63,11 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: int = 0
     """Positions learned since the worker's start, on all routes."""
     tokens_per_second: float = 0.0
-    """Of training, pauses not counted."""
+    """Positions learned per second of training, pauses not counted."""
     arithmetic: str = ""
     """What it computes in and how fast this machine is at that, in words."""
     progress: float = 0.0
-    """Of the round, 0 to 1."""
+    """How much of the round is done, 0 to 1."""
     version: int = 0
     foreign: bool = False
     """The version that was judged was not trained here."""

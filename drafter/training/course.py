@@ -30,7 +30,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     routes: tuple[str, ...] = ("",)
     """Routes to train heads for; see ``belongs``."""
     lineage: str = ""
-    """Of the target, where its weights change (RL); see drafter.registry.fingerprint."""
+    """Name of the target's lineage, where its weights change (RL); see drafter.registry.fingerprint."""
     loss: LossName | None = None
     """None: what suits the traffic."""
     depth: int = 3
@@ -63,7 +63,7 @@ def belongs(sample: Sample, route: str) -> bool:
 
 
 class Course:
-    """Of one route, with what it left in its last checkpoint."""
+    """The training of one route, with what it left in its last checkpoint."""
 
     def __init__(
         self,

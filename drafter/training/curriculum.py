@@ -87,7 +87,7 @@ class Curriculum:
         self._reservoir: list[_Known] = []
         self._seen = self._greedy = self._learnable = 0
         self.last_id = 0
-        """Of the latest text there is."""
+        """Id of the latest text there is."""
         self.tokens = 0
         """Tokens of answers that came so far, without those held out."""
         self.worth = 0.0
@@ -251,5 +251,5 @@ class Curriculum:
 
 
 def _bytes(example: Example) -> int:
-    """Of memory held, also by what was cut off."""
+    """Bytes of memory held, also by what was cut off."""
     return example.features.untyped_storage().nbytes()

@@ -21,7 +21,7 @@ LEAST_TEXTS = 8
 """A bootstrap over fewer knows no noise."""
 RESAMPLES = 2000
 CONFIDENCE = 0.975
-"""Of the bootstrap, on one side."""
+"""One-sided confidence of the bootstrap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Verdict:
     """Predicted tokens per second, candidate over live; 1 where the machine's speed is not known."""
     texts: int
     different: int
-    """Of the texts, those that are not nearly the same as another one."""
+    """How many of the texts are not nearly the same as another one."""
     repeated: float = 0.0
     """Share of the traffic that was asked before; the texts have the same."""
 

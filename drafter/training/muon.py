@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration that raises small singular values fastest (Jordan et al. 2024)."""
+"""Coefficients of the quintic iteration that raises small singular values fastest (Jordan et al. 2024)."""
 ITERATIONS = 5
 LEAST_NORM = 1e-7
 

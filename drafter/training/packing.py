@@ -32,7 +32,7 @@ class Example:
 
     @property
     def num_context(self) -> int:
-        """Of them, those before the first guess at the answer: seen, not learned."""
+        """Positions before the first guess at the answer: seen, not learned."""
         return max(self.num_prompt - 1 - self.start, 0)
 
     def cut(self, length: int) -> Example:

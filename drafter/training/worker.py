@@ -37,7 +37,7 @@ LOOK_SECONDS = 5.0
 """How often a round takes notice of new traffic, and of purged traffic."""
 REPORT_SECONDS = 1.0
 FIRST_ROUND = 0.25
-"""Of a round's positions; then rounds are as large as what was learned so far. The first ones are worth the most."""
+"""Size of the first round in full ones; the next are as large as what was learned so far. The first are worth most."""
 
 
 class Worker:
@@ -175,7 +175,7 @@ class Worker:
         return False
 
     def _new_trainer(self, course: Course) -> Trainer:
-        """Of the live version's head; where nothing is live, of one that starts as the target's last layer."""
+        """A trainer of the live version's head, or, where nothing is live, of the target's own last layer."""
         live = self._registry.serving(course.route)
         course.parent = live.version if live else None
         if live is not None:

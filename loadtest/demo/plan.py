@@ -31,7 +31,7 @@ class DemoOptions:
     model: str = "default"
     evolve: Literal["idle", "always"] = "idle"
     streams: int = 32
-    """Of the traffic."""
+    """Streams of the traffic."""
     output_tokens: int = 128
     seed: int = 0
     dataset: Path | None = None
@@ -57,7 +57,7 @@ class DemoOptions:
 
     @property
     def glance(self) -> int:
-        """Of them, those measured after every swap."""
+        """Held-out prompts that are measured after every swap."""
         return min(max(self.heldout // 4, 2), 4)
 
     @property

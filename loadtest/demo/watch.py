@@ -62,7 +62,7 @@ class Watch:
 
     @property
     def progress(self) -> float:
-        """Of the round of training, 0 to 1."""
+        """How much of the round of training is done, 0 to 1."""
         report = self.evolution.get("worker", {}).get("report", {})
         return float(report.get("progress", 0.0)) if report.get("state") == "training" else 0.0
 
@@ -94,7 +94,7 @@ class Watch:
 
     @property
     def rounds(self) -> int:
-        """Of training that the gate has judged."""
+        """Rounds of training that the gate has judged."""
         return sum(self.evolution.get("worker", {}).get("rounds", {}).values())
 
     @property

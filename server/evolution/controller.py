@@ -51,7 +51,7 @@ class Controller:
         self._refused: dict[str, int] = {}
         """What an engine would not load, by route."""
         self.judge: Canary | None = None
-        """Of the trial under way."""
+        """Judge of the trial under way."""
         self.trial: Trial | None = None
         self.decisions: dict[str, int] = {"promote": 0, "roll_back": 0}
         self.live: dict[str, Version] = {}
@@ -65,7 +65,7 @@ class Controller:
         return await asyncio.to_thread(self._look)
 
     def count(self, outcome: Outcome) -> bool:
-        """Of a request that has ended; whether the trial is decided now."""
+        """Counts a request that has ended; whether the trial is decided now."""
         judge = self.judge  # which another thread may end meanwhile
         return judge is not None and judge.observe(outcome.version, outcome.proposals, outcome.right) != "continue"
 

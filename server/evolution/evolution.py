@@ -180,6 +180,8 @@ class Evolution:
                     logger.error("drafter registry: %s", error)
                 self.error = str(error)
             await self._train(self.controller.in_control)
+            if self.worker is not None and self.error is None and not self.controller.in_control:
+                self.worker.stand_by("Another server is in control of the registry, and trains.")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poked.wait(), WISH_SECONDS)
 

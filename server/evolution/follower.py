@@ -84,7 +84,7 @@ class Follower:
             self._coming[route] = version, asyncio.create_task(self._load(route, version))
 
     def route(self, request_id: int) -> str:
-        """Of a request that no route of its own takes."""
+        """The route of a request that has none of its own."""
         trial = self.trial
         if trial is None or self._loaded.get(CANARY_ROUTE) != trial.beside:
             return SHARED_ROUTE

@@ -17,7 +17,7 @@ WORKER_STATES = ("starting", "waiting", "training", "gating", "paused", "publish
 VERSION_STATES: tuple[State, ...] = ("candidate", "canary", "live", "retired", "rolled-back", "pruned")
 
 Values = float | Mapping[str, float] | None
-"""Of the one series, or by the value of the label; None where there is nothing to say."""
+"""The value of the one series, or values by that of the label; None where there is nothing to say."""
 
 
 def trial_requests(evolution: Evolution) -> Values:

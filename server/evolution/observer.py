@@ -82,7 +82,7 @@ class Observer:
 
     @property
     def accept_length(self) -> float:
-        """Of the latest requests on the live version, with few streams; 0 where too little is known."""
+        """Tokens per step of the latest requests on the live version, with few streams; 0 where too little is known."""
         if len(self._lengths) < DRIFT_REQUESTS // 4:
             return 0.0
         return 1 + sum(accepted for _, accepted in self._lengths) / sum(steps for steps, _ in self._lengths)

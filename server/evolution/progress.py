@@ -17,7 +17,7 @@ class Progress:
         self.tokens = 0
         """Positions learned since the server's start."""
         self.rounds = Counter({"published": 0, "refused": 0})
-        """Of training, by what the gate said of their result."""
+        """Rounds of training, by what the gate said of their result."""
         self.training: dict[str, Any] = {}
         """The last report of a step of training."""
         self.verdict: dict[str, Any] = {}

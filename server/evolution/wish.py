@@ -20,7 +20,7 @@ class Trial(msgspec.Struct, frozen=True):
     old: int
     is_live: bool
     share: float
-    """Of the requests that run on the new one, between 0 and 1."""
+    """Share of the requests that run on the new one, between 0 and 1."""
 
     @property
     def beside(self) -> int:
@@ -44,7 +44,7 @@ class Wish(msgspec.Struct, frozen=True):
     """What should draft, as of one look at the registry."""
 
     epoch: int
-    """Of the controller that says so. Followers heed no lower one than they have heard of."""
+    """Epoch of the controller that says so. Followers heed no lower one than they have heard of."""
     routes: dict[str, int]
     """The live version by route; during a trial also the one on the canary's."""
     trial: Trial | None = None

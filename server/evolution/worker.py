@@ -66,6 +66,10 @@ class WorkerProcess:
         if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():
             self._process.stdin.write(msgspec.json.encode({"type": kind, **fields}) + b"\n")
 
+    def stand_by(self, why: str) -> None:
+        """There is to be no worker now."""
+        self._take({"state": "waiting", "message": why})
+
     def pause(self, paused: bool) -> None:
         """Until told otherwise, also over restarts."""
         self._paused = paused

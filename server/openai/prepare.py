@@ -36,9 +36,9 @@ TEMPLATE_FIELDS = {"role", "content", "name", "tool_call_id", "reasoning_content
 RENDERED: dict[str, Any] = {"messages": [], "tools": None, "chat_template": None, "chat_template_kwargs": None}
 """What nobody asks for once there is a prompt."""
 MAX_OTHER_BYTES = 2**20
-"""Of all fields but the prompt, pickled."""
+"""Most bytes of all fields but the prompt, pickled."""
 MAX_ANSWER_BYTES = 16 * 2**20
-"""Of /tokenize and /detokenize."""
+"""Most bytes of an answer of /tokenize and /detokenize."""
 
 encode_json = msgspec.json.Encoder().encode
 Kind = TypeVar("Kind", bound=GenerationBody)
@@ -67,7 +67,7 @@ class Prepared(Generic[Kind]):
     texts: list[str]
     """What the prompts were made of, where the answer is to repeat it."""
     ends: TurnEnds | None = None
-    """Of a conversation."""
+    """How turns of a conversation end; None for a prompt."""
 
     def packed(self) -> Packed:
         return Packed(self.body, [array("i", prompt) for prompt in self.prompts], self.texts, self.ends)

@@ -38,7 +38,7 @@ class Served:
     leak: int = 0
     """Requests that count as running for ever."""
     fault: str = ""
-    """Of the next request: error, mid-error, break, no-finish, two-finishes."""
+    """What goes wrong with the next request: error, mid-error, break, no-finish, two-finishes."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     on_request: Callable[[], None] = lambda: None
     running: int = 0

@@ -32,7 +32,7 @@ PATIENCE_S = 300.0
 
 
 PARAMETERS = {"name": ".+", "action": "[^/]+", "version": r"\d+", "other": r"\d+"}
-"""Of paths."""
+"""Patterns of the parameters of paths."""
 
 
 class Document:

@@ -51,7 +51,7 @@ def wait_for(server: Any, count: int, outcome: str = "kept") -> None:
 
 
 def contents(folder: Path) -> bytes:
-    """Of all files; read by another process, since closing SQLite's files here would let its locks go."""
+    """The bytes of all files; read by another process, since closing SQLite's files here would let its locks go."""
     files = [str(path) for path in sorted(folder.rglob("*")) if path.is_file()]
     return subprocess.run(["cat", *files], capture_output=True, check=True).stdout
 

@@ -61,7 +61,7 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
 
 @pytest.fixture(scope="session")
 def config_for(target: Path) -> Callable[..., EngineConfig]:
-    """Of an engine with the tiny target; the arguments are options."""
+    """The configuration of an engine with the tiny target; the arguments are options."""
 
     def make(**options: Any) -> EngineConfig:
         given: dict[str, Any] = {"dtype": "bfloat16", "max_step_tokens": 32, "kv_cache_memory": "8MiB"}
@@ -111,7 +111,7 @@ def tapped_engine() -> type[Tapped]:
 
 @pytest.fixture(scope="session")
 def prompts() -> Callable[..., list[list[int]]]:
-    """Of these lengths."""
+    """Makes prompts of these lengths."""
 
     def make(*lengths: int) -> list[list[int]]:
         return [np.random.default_rng(length).integers(0, 96, length).tolist() for length in lengths]

@@ -43,7 +43,7 @@ def same(left: Sample, right: Sample) -> bool:
 
 
 def contents(folder: Path) -> bytes:
-    """Of all files; read by another process, since closing SQLite's files here would let its locks go."""
+    """The bytes of all files; read by another process, since closing SQLite's files here would let its locks go."""
     files = [str(path) for path in sorted(folder.rglob("*")) if path.is_file()]
     return subprocess.run(["cat", *files], capture_output=True, check=True).stdout
 

@@ -52,7 +52,7 @@ def test_different_texts_are_counted_once() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(0, 20)), max_size=12))
 def test_kinds_are_those_of_all_pairs(drawn: list[tuple[int, int, int]]) -> None:
-    """Of whatever repeats itself: slices of one long text."""
+    """Also for what repeats itself: slices of one long text."""
     texts = [text([prompt], list(range(3 * begin, 3 * begin + length))) for prompt, begin, length in drawn]
 
     def pair(one: Example, other: Example) -> bool:

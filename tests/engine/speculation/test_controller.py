@@ -93,7 +93,7 @@ def test_the_bandit_tries_no_length_that_nobody_has_guesses_for() -> None:
 
 
 def observe(acceptance: Acceptance, evidence: int, tried: int, right: int) -> None:
-    """Of a chain of ``tried`` guesses the first ``right`` were right."""
+    """Tells that the first ``right`` guesses of a chain of ``tried`` were right."""
     acceptance.observe([(evidence, position, position < right) for position in range(min(right + 1, tried))])
 
 

@@ -172,7 +172,7 @@ class ManySeeds:
 
 
 def p_value(a: Joint, b: Joint) -> float:
-    """Of the chi-square test that both come from one distribution; rare outcomes are taken together."""
+    """The p-value of the chi-square test that both come from one distribution; rare outcomes are taken together."""
     common = [key for key in a | b if a[key] + b[key] >= 20]
     table = np.array([[counts[key] for key in common] for counts in (a, b)])
     rest = np.array([[a.total()], [b.total()]]) - table.sum(1, keepdims=True)

@@ -134,7 +134,7 @@ class Page:
         await self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     async def picture(self, path: Path) -> None:
-        """Of the whole page."""
+        """Takes a picture of the whole page."""
         reply = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(reply["data"]))
 

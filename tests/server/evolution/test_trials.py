@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,12 +189,22 @@ def test_of_several_decisions_the_latest_counts_and_none_is_one(
 
 
 def test_a_second_server_on_the_registry_follows_and_takes_over_when_the_first_ends(
-    server: Any, registry: Registry, add: Callable[..., Version], first: Version, good: Head, start_server: Any
+    server: Any,
+    registry: Registry,
+    add: Callable[..., Version],
+    first: Version,
+    good: Head,
+    start_server: Any,
+    tmp_path: Path,
 ) -> None:
-    second = start_server("--registry", str(registry.folder), "--speculation", "head").wait_until_ready()
+    learning = ("--evolve", "always", "--traffic-log", "features", "--traffic-folder", str(tmp_path))
+    second = start_server("--registry", str(registry.folder), "--speculation", "head", *learning).wait_until_ready()
     try:
         second.wait_until(lambda: second.routes() == {"": first.version})
         assert (server.metric("drafter_registry_in_control"), second.metric("drafter_registry_in_control")) == (1, 0)
+        worker = second.get("/admin/v1/status")[1]["evolution"]["worker"]["report"]
+        assert worker["state"] == "waiting" and "another server is in control" in worker["message"].lower()
+        assert second.metric("evolution_worker_up") == 0
         tried = add(good, gate=PASSED, parent=first.version)
         server.wait_until(lambda: server.routes() == {"": first.version, "canary": tried.version})
         # A version on trial is none of its business; what people decide is.
@@ -209,6 +220,7 @@ def test_a_second_server_on_the_registry_follows_and_takes_over_when_the_first_e
         registry.pin(first.version)  # no trial
         server.process.kill()
         second.wait_until(lambda: second.metric("drafter_registry_in_control") == 1)
+        second.wait_until(lambda: second.metric("evolution_worker_up") == 1)
         registry.unpin(first.version)
         second.wait_until(lambda: second.routes() == {"": first.version, "canary": last.version})
     finally:
