@@ -1,7 +1,8 @@
-"""The API process's view of the engine: submit, abort, call, and one stream of token deltas per request.
+"""An engine at the other end of a channel: submit, abort, call, and one stream of token deltas per request.
 
-The engine runs in a process of its own, so that Python work for HTTP and text never holds the interpreter lock the
-step loop needs. One message goes out per request and one comes back per step.
+A server's engine runs in a process of its own (``EngineClient.start``), so that Python work for HTTP and text never
+holds the interpreter lock the step loop needs; ``engine/thread.py`` runs one in a thread of this process, over the same
+channel. One message goes out per request and one comes back per step.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import msgspec
 
 from slipstream.engine import child
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import EngineDiedError, MisfitError, ModelError, SlipstreamError, SupersededError
+from slipstream.engine.handle import EngineHandle, RequestStream
 from slipstream.engine.messages import (
     AbortRequests,
     Call,
@@ -44,24 +46,6 @@ LOST_SECONDS = 0.5
 """After which an engine whose connection is lost is killed."""
 
 
-MAX_WAITING_DELTAS = 64
-"""More of them become one, which takes a tenth of the memory."""
-
-
-def merged(deltas: list[TokenDelta]) -> TokenDelta:
-    """One delta that says what these do; none of them is the last of its request."""
-    last = deltas[-1]
-    return msgspec.structs.replace(
-        deltas[0],
-        tokens=[token for delta in deltas for token in delta.tokens],
-        logprobs=None if last.logprobs is None else [entry for delta in deltas for entry in delta.logprobs or ()],
-        num_drafted=sum(delta.num_drafted for delta in deltas),
-        num_accepted=sum(delta.num_accepted for delta in deltas),
-        target_version=last.target_version,
-        drafter_version=last.drafter_version,
-    )
-
-
 ERRORS = {
     "failed": SlipstreamError,
     "refused": ModelError,
@@ -71,60 +55,66 @@ ERRORS = {
 """What the kinds of a CallReply are raised as."""
 
 
-class RequestStream:
-    """The deltas of one request, in order; ends after the one that carries a finish_reason."""
+class Host(Protocol):
+    """What an engine runs in."""
 
-    def __init__(self, client: EngineClient, request_id: int) -> None:
-        self.request_id = request_id
-        self._client = client
-        self._deltas: list[TokenDelta] = []
-        self._wake: asyncio.Future[None] | None = None
-        self._finished = False
-        self.on_last: Callable[[TokenDelta], None] | None = None
-        """Called with the last delta when it arrives, also of a request whose deltas nobody reads any more."""
-        self.lost = False
-        """It ended because the engine did."""
+    @property
+    def pid(self) -> int: ...
 
-    def put(self, delta: TokenDelta) -> None:
-        if len(self._deltas) >= MAX_WAITING_DELTAS:  # whoever reads them is slow
-            self._deltas = [merged(self._deltas)]
-        self._deltas.append(delta)
-        if delta.finish_reason is not None and self.on_last is not None:
-            self.on_last(delta)
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+    def stop(self) -> None:
+        """Asks the engine to end after the step under way, writing down what it keeps."""
+        ...
 
-    async def next(self) -> list[TokenDelta]:
-        """Every delta that has arrived since the last call, at least one; empty once the stream has ended."""
-        if self._finished:
-            return []
-        if not self._deltas:
-            self._wake = asyncio.get_running_loop().create_future()
-            await self._wake
-            self._wake = None
-        deltas, self._deltas = self._deltas, []
-        self._finished = deltas[-1].finish_reason is not None
-        return deltas
+    def kill(self) -> None:
+        """Ends it without waiting for the step under way."""
+        ...
 
-    async def __aiter__(self) -> AsyncIterator[TokenDelta]:
-        while deltas := await self.next():
-            for delta in deltas:
-                yield delta
+    async def wait(self) -> str:
+        """Returns when it has ended, and says how."""
+        ...
 
-    def abort(self, stopped: bool = False) -> None:
-        """Stops the request if it is still running; its blocks are freed at the next step.
 
-        ``stopped``: the answer is whole, a stop string ended it.
-        """
-        if not self._finished:
-            self._client.abort([self.request_id], stopped)
+class ProcessHost:
+    """A process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, descriptor: int, config: EngineConfig, entry: str, arguments: tuple[str, ...]) -> ProcessHost:
+        fields = msgspec.json.encode(dataclasses.asdict(config)).decode()
+        process = await asyncio.create_subprocess_exec(
+            *child.command(entry, str(descriptor), fields, *arguments),
+            # Huge pages for tensors of 2 MiB and more: fewer TLB misses over weights and cache (5-8 % of a step).
+            env={"THP_MEM_ALLOC_ENABLE": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"},
+            pass_fds=(descriptor,),
+            # Ctrl-C reaches the whole process group; the server decides when the engine ends.
+            start_new_session=True,
+        )
+        return cls(process)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def wait(self) -> str:
+        return f"the engine process ended: {describe_exit(await self._process.wait())}"
 
 
 class EngineClient:
-    """Owns one engine process, from its start to its end, and the channel to it."""
+    """Owns one engine, from its start to its end, and the channel to it: an EngineHandle."""
 
-    def __init__(self, before: EngineClient | None = None) -> None:
+    def __init__(self, host: Host, before: EngineHandle | None = None) -> None:
         self.ready: EngineReady
+        self._host = host
         self._reported = EngineStats()
         self._before = before.stats if before is not None else None
         """What the engines before it had counted."""
@@ -135,13 +125,12 @@ class EngineClient:
         self.failure: str | None = None
         """Why nothing can be asked of it any more."""
         self.ended = asyncio.Event()
-        """Set when the process is gone and all that waited for it was told."""
-        self._process: asyncio.subprocess.Process
+        """Set when nothing of it is left and all that waited for it was told."""
         self._watcher: asyncio.Task[None]
         self._channel = ClientChannel(self._handle, self._on_lost)
         self._streams: dict[int, RequestStream] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
-        self._ids: Iterator[int] = itertools.count(1) if before is None else before._ids
+        self.ids: Iterator[int] = itertools.count(1) if before is None else before.ids
         self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
         self._closing = False
 
@@ -151,9 +140,9 @@ class EngineClient:
         config: EngineConfig,
         entry: str = "slipstream.engine.process",
         arguments: tuple[str, ...] = (),
-        before: EngineClient | None = None,
+        before: EngineHandle | None = None,
     ) -> EngineClient:
-        """Starts the engine process and waits until its model is loaded.
+        """Starts an engine process and waits until its model is loaded.
 
         ``entry`` is the module it runs; it gets the socket, the configuration and ``arguments``. The engine that ended
         ``before`` hands on its counters and request ids.
@@ -163,20 +152,17 @@ class EngineClient:
             EngineDiedError: the process ended for another reason.
         """
         ours, theirs = socket.socketpair()
-        fields = msgspec.json.encode(dataclasses.asdict(config)).decode()
-        client = cls(before)
         with theirs:
-            client._process = await asyncio.create_subprocess_exec(
-                *child.command(entry, str(theirs.fileno()), fields, *arguments),
-                # Huge pages for tensors of 2 MiB and more: fewer TLB misses over weights and cache (5-8 % of a step).
-                env={"THP_MEM_ALLOC_ENABLE": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"},
-                pass_fds=(theirs.fileno(),),
-                # Ctrl-C reaches the whole process group; the server decides when the engine ends.
-                start_new_session=True,
-            )
+            host = await ProcessHost.start(theirs.fileno(), config, entry, arguments)
+        return await cls.connect(ours, host, before)
+
+    @classmethod
+    async def connect(cls, channel: socket.socket, host: Host, before: EngineHandle | None = None) -> EngineClient:
+        """Waits until the engine that ``host`` runs at the other end has loaded its model; raises what start raises."""
+        client = cls(host, before)
         client._watcher = asyncio.create_task(client._watch())
         try:
-            await asyncio.get_running_loop().create_connection(lambda: client._channel, sock=ours)
+            await asyncio.get_running_loop().create_connection(lambda: client._channel, sock=channel)
             client.ready = await client._ready
         except BaseException:
             client._ready.cancel()
@@ -187,7 +173,6 @@ class EngineClient:
 
     @property
     def stats(self) -> EngineStats:
-        """As of the last step; counters go on from those of the engines before."""
         if self._before is None:
             return self._reported
         if self._total is None or self._total[0] is not self._reported:
@@ -196,18 +181,16 @@ class EngineClient:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._host.pid
 
     @property
     def num_open(self) -> int:
-        """Requests submitted and not yet finished."""
         return len(self._streams)
 
     def next_request_id(self) -> int:
-        return next(self._ids)
+        return next(self.ids)
 
     def submit(self, request: NewRequest) -> RequestStream:
-        """Hands a request to the engine; the stream yields exactly one delta with a finish_reason, whatever happens."""
         stream = RequestStream(self, request.request_id)
         if self.failure is not None:
             self._lose(stream, self.failure)
@@ -221,39 +204,25 @@ class EngineClient:
             self._channel.send(AbortRequests(open_ids, stopped))
 
     async def call(self, operation: str, **arguments: Any) -> Any:
-        """Runs a control operation between two steps and returns its result.
-
-        Raises:
-            ModelError: the engine refuses what was asked for, and would again.
-            SupersededError: something else was asked for before it was done.
-            SlipstreamError: the operation failed; serving goes on.
-            EngineDiedError: the engine process is gone.
-        """
         if self.failure is not None:
             raise EngineDiedError(self.failure)
-        call_id = next(self._ids)
+        call_id = next(self.ids)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._channel.send(Call(call_id, operation, arguments))
         self._calls[call_id] = future
         return await future
 
     def kill(self) -> None:
-        """Ends the engine process without waiting for the step under way."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._host.kill()
 
     async def close(self) -> None:
-        """Ends the engine process; open requests end with finish_reason "abort"."""
         self._closing = True
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
-            try:
-                await asyncio.wait_for(self._process.wait(), CLOSE_SECONDS)
-            except TimeoutError:
-                self.kill()
-                await self._process.wait()
-        await self._watcher
+        self._host.stop()
+        try:
+            await asyncio.wait_for(asyncio.shield(self._watcher), CLOSE_SECONDS)
+        except TimeoutError:
+            self.kill()
+            await self._watcher
         self._channel.close()
 
     def _handle(self, message: FromEngine) -> None:
@@ -291,8 +260,8 @@ class EngineClient:
             asyncio.get_running_loop().call_later(LOST_SECONDS, self.kill)
 
     async def _watch(self) -> None:
-        code = await self._process.wait()
-        reason = "the server is shutting down" if self._closing else f"the engine process ended: {describe_exit(code)}"
+        how = await self._host.wait()
+        reason = "the server is shutting down" if self._closing else how
         self._end(reason, EngineDiedError(reason))
         self.ended.set()
 

@@ -242,16 +242,30 @@ def calibrate(cost: StepCost, runner: ModelRunner, max_model_len: int, max_step_
     cost.calibrate(profile, [measure(1, probe, context), measure(probe, 1, context)])
 
 
-class _Process:
-    def __init__(self, channel: EngineChannel, make_drafters: MakeDrafters, make_listeners: MakeListeners) -> None:
+class EngineLoop:
+    """An engine at the end of a channel: takes messages between two steps and sends what each step brought.
+
+    ``run`` blocks the thread that calls it; any other, or a signal, may ``stop`` it.
+    """
+
+    def __init__(
+        self,
+        channel: EngineChannel,
+        make_drafters: MakeDrafters = lambda _: (),
+        make_listeners: MakeListeners = lambda _: (),
+    ) -> None:
         self._channel = channel
         self._make_drafters = make_drafters
         self._make_listeners = make_listeners
         self._stop = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def run(self, config: EngineConfig) -> int:
+    def stop(self) -> None:
+        """It ends after the step under way, or at once if there is none."""
+        self._stop.set()
+        self._channel.wake()
+
+    def run(self, config: EngineConfig, on_loaded: Callable[[], None] = lambda: None) -> int:
+        """Returns an exit status; raises ConnectionError when nobody is left to tell anything."""
         try:
             drafters, listeners = self._make_drafters(config), self._make_listeners(config)
             engine = Engine(config, lambda deltas, stats: self._send(StepOutputs(deltas, stats)), drafters, listeners)
@@ -269,12 +283,10 @@ class _Process:
             traceback.print_exc()
             self._send(EngineFailed(f"the engine could not start: {type(error).__name__}: {error}"))
             return 1
-        # What exists now lives as long as the process; collections need not walk it.
-        gc.collect()
-        gc.freeze()
-        self._send(StepOutputs([], engine.core.stats()))
-        self._send(engine.ready())
+        on_loaded()
         try:
+            self._send(StepOutputs([], engine.core.stats()))
+            self._send(engine.ready())
             self._serve(engine)
         except ConnectionError:
             raise
@@ -282,6 +294,8 @@ class _Process:
             traceback.print_exc()
             self._send(EngineFailed(f"the engine failed: {type(error).__name__}: {error}"))
             return 1
+        finally:
+            engine.close()
         return 0
 
     def _serve(self, engine: Engine) -> None:
@@ -296,7 +310,6 @@ class _Process:
                 engine.core.step()
             elif not messages:
                 self._send(StepOutputs([], engine.core.stats()))
-        engine.close()
 
     def _take(self, engine: Engine, message: NewRequest | AbortRequests | Call | Undecodable) -> None:
         match message:
@@ -364,11 +377,19 @@ def main(
     make_drafters: MakeDrafters = lambda _: (),
     make_listeners: MakeListeners = lambda _: (),
 ) -> int:
+    loop = EngineLoop(EngineChannel(int(descriptor)), make_drafters, make_listeners)
+    signal.signal(signal.SIGTERM, lambda *_: loop.stop())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        process = _Process(EngineChannel(int(descriptor)), make_drafters, make_listeners)
-        return process.run(msgspec.json.decode(config, type=EngineConfig))
+        return loop.run(msgspec.json.decode(config, type=EngineConfig), _keep_for_good)
     except ConnectionError:
         return 1  # nobody is left to tell
+
+
+def _keep_for_good() -> None:
+    """What exists when the model is loaded lives as long as the process; collections need not walk it."""
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from slipstream.engine.client import EngineClient
 from slipstream.engine.errors import EngineLostError, SlipstreamError
+from slipstream.engine.handle import EngineHandle
 
+StartEngine = Callable[[EngineHandle | None], Awaitable[EngineHandle]]
+"""Starts an engine, given the one that it replaces."""
 logger = logging.getLogger(__name__)
 FIRST_PAUSE_S = 0.5
 """Before the next start after one that failed; doubles with each that fails."""
@@ -54,10 +56,10 @@ class EngineSupervisor:
 
     def __init__(
         self,
-        start: Callable[[EngineClient | None], Awaitable[EngineClient]],
+        start: StartEngine,
         restarts: Restarts,
         hang_s: float,
-        on_start: Callable[[EngineClient], None],
+        on_start: Callable[[EngineHandle], None],
     ) -> None:
         """
         Args:
@@ -70,7 +72,7 @@ class EngineSupervisor:
         self.lost = False
         """It has given up."""
         self._start, self._policy, self._hang_s, self._on_start = start, restarts, hang_s, on_start
-        self._engine: EngineClient | None = None
+        self._engine: EngineHandle | None = None
         self._start_seconds = 0.0
         """What the last start took."""
         self._ready_at = 0.0
@@ -87,7 +89,7 @@ class EngineSupervisor:
         return self._engine is not None
 
     @property
-    def engine(self) -> EngineClient:
+    def engine(self) -> EngineHandle:
         """The one that serves, or that served last."""
         assert self._engine is not None, "the engine is not loaded"
         return self._engine
@@ -102,7 +104,7 @@ class EngineSupervisor:
         return max(math.ceil(back_at - now), 1)
 
     async def start(self) -> None:
-        """Raises what EngineClient.start raises: the first engine is not tried twice."""
+        """Raises what ``start`` raises: the first engine is not tried twice."""
         await self._replace()
 
     async def run(self) -> NoReturn:
@@ -123,7 +125,7 @@ class EngineSupervisor:
         self._on_start(engine)
         self._engine, self._back_at = engine, None
 
-    async def _until_end(self, engine: EngineClient) -> None:
+    async def _until_end(self, engine: EngineHandle) -> None:
         """Waits until it has ended; ends it if it hangs. Engines give a sign of life with every step and every second.
 
         Looks without news are counted, not the clock asked: this process may have stood still, and not the engine.

@@ -66,6 +66,13 @@ class EngineChannel:
         self._frames = Frames()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._deaf = False
+
+    def wake(self) -> None:
+        """Ends the wait of ``receive`` for good, from another thread or a signal handler: nothing arrives any more."""
+        self._deaf = True
+        with contextlib.suppress(OSError):  # of a connection that is lost
+            self._socket.shutdown(socket.SHUT_RD)
 
     def send(self, message: FromEngine) -> None:
         """Raises ConnectionError when the API process is gone."""
@@ -76,6 +83,8 @@ class EngineChannel:
         messages: list[ToEngine | Undecodable] = []
         while self._poll.poll(timeout_ms):
             data = self._socket.recv(READ_BYTES)
+            if not data and self._deaf:
+                return messages
             if not data:
                 raise ConnectionResetError("the API process is gone")
             messages += map(self._decode, self._frames.feed(data))

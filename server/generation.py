@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import msgspec
 
-from slipstream.engine.client import RequestStream
+from slipstream.engine.handle import RequestStream
 from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
 from slipstream.server.errors import GenerationFailedError
 from slipstream.server.sequence_metrics import SequenceMetrics, sequences_metrics

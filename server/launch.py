@@ -31,7 +31,7 @@ from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.evolution.evolution import Evolution
 from slipstream.server.log import set_up_logging
 from slipstream.server.protocol import ConnectionLimits, HttpProtocol
-from slipstream.server.service import Service
+from slipstream.server.service import Service, StartEngine, start_process
 
 logger = logging.getLogger("slipstream")
 
@@ -67,11 +67,23 @@ def run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prompts are encoded in threads of our own
     set_up_logging(config.log_level)
     evolution.check_traffic(traffic)
-    service = Service(config, with_live_drafter(engine_config, evolution), traffic)
+    service = make_service(config, engine_config, traffic, evolution)
+    with listen(config.host, config.port) as listener:
+        uvloop.run(serve_until_signals(service, listener, started))
+
+
+def make_service(
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    traffic: TrafficConfig,
+    evolution: EvolutionConfig,
+    start_engine: StartEngine = start_process,
+) -> Service:
+    """Raises ModelError, ConfigError: the user can mend it."""
+    service = Service(config, with_live_drafter(engine_config, evolution), traffic, start_engine)
     if evolution.registry is not None:
         service.evolution = Evolution(service, evolution, traffic)
-    with listen(config.host, config.port) as listener:
-        uvloop.run(serve(service, listener, started))
+    return service
 
 
 def with_live_drafter(engine: EngineConfig, evolution: EvolutionConfig) -> EngineConfig:
@@ -103,7 +115,15 @@ def with_live_drafter(engine: EngineConfig, evolution: EvolutionConfig) -> Engin
     return replace(engine, drafter=str(registry.folder)) if live else without
 
 
-async def serve(service: Service, listener: socket.socket, started: float) -> None:
+async def serve_until_signals(service: Service, listener: socket.socket, started: float) -> None:
+    """SIGTERM or Ctrl-C ends it when requests have ended, the second one at once."""
+    await serve(service, listener, started, *stop_signals(service))
+
+
+async def serve(
+    service: Service, listener: socket.socket, started: float, stop: asyncio.Event, at_once: asyncio.Event
+) -> None:
+    """Serves until it is told to ``stop``, which waits for requests under way unless it is to end ``at_once``."""
     config = service.config
     settings = uvicorn.Config(
         build_app(service),
@@ -118,13 +138,12 @@ async def serve(service: Service, listener: socket.socket, started: float) -> No
         timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
     )
     http = HttpServer(settings)
-    first, second = stop_signals(service)
     url = address(listener)
     logger.info("loading %s; %s/ready tells when it is done", service.engine_config.model, url)
 
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     loading = asyncio.create_task(service.load())
-    stopping = asyncio.create_task(first.wait())
+    stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({loading, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
@@ -132,7 +151,7 @@ async def serve(service: Service, listener: socket.socket, started: float) -> No
             print(greeting(service, url, time.monotonic() - started), flush=True)
             supervising = asyncio.create_task(service.keep_running())
             await asyncio.wait({serving, stopping, supervising}, return_when=asyncio.FIRST_COMPLETED)
-            await finish_requests(service, second)
+            await finish_requests(service, at_once)
             await supervising
     finally:
         stopping.cancel()

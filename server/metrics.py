@@ -16,7 +16,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from slipstream.engine.client import EngineClient
+from slipstream.engine.handle import EngineHandle
 from slipstream.engine.messages import EngineStats, FinishReason, StepOutputs
 from slipstream.server.evolution.metrics import EvolutionCollector
 
@@ -117,7 +117,7 @@ class EngineCollector(Collector):
     """Reads the engine's last snapshot when somebody looks."""
 
     def __init__(self, model_name: str) -> None:
-        self.engine: EngineClient | None = None
+        self.engine: EngineHandle | None = None
         self._model_name = model_name
 
     def collect(self) -> Iterable[Metric]:
@@ -281,7 +281,7 @@ class Metrics:
             registry=self.registry,
         )
 
-    def attach(self, engine: EngineClient, is_ready: Callable[[], bool]) -> None:
+    def attach(self, engine: EngineHandle, is_ready: Callable[[], bool]) -> None:
         """Called with every engine process that serves, one after the other."""
         if self._engine.engine is None:
             self._phase.set_function(lambda: float(is_ready()))

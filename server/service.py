@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +14,9 @@ import msgspec
 
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.checkpoint import locate
-from slipstream.engine.client import EngineClient, RequestStream
+from slipstream.engine.client import EngineClient
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.handle import EngineHandle, RequestStream
 from slipstream.engine.messages import NewRequest
 from slipstream.engine.supervisor import EngineSupervisor, Restarts
 from slipstream.server.config import ServerConfig
@@ -45,10 +46,30 @@ MAX_ANSWERS_HELD = 32 * 2**20
 """Bytes of large answers that clients have not read yet."""
 
 
+StartEngine = Callable[[EngineConfig, TrafficConfig, ServerConfig, EngineHandle | None], Awaitable[EngineHandle]]
+"""Starts an engine with everything plugged in; the last argument is the one that it replaces."""
+
+
+async def start_process(
+    config: EngineConfig, traffic: TrafficConfig, server: ServerConfig, before: EngineHandle | None
+) -> EngineHandle:
+    """An engine in a process of its own; raises what EngineClient.start raises."""
+    fields = msgspec.json.encode(dataclasses.asdict(traffic)).decode()
+    return await EngineClient.start(
+        config, "slipstream.server.engine_process", (server.log_level, fields), before=before
+    )
+
+
 class Service:
     """Serves one model. ``load`` makes it ready, ``drain`` and ``close`` end it."""
 
-    def __init__(self, config: ServerConfig, engine_config: EngineConfig, traffic: TrafficConfig) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        engine_config: EngineConfig,
+        traffic: TrafficConfig,
+        start_engine: StartEngine = start_process,
+    ) -> None:
         """Raises ModelError if there is no such model."""
         self.config = config
         self.engine_config = engine_config
@@ -68,6 +89,7 @@ class Service:
             config.engine_hang_s,
             self._engine_started,
         )
+        self._start = start_engine
         self._observing: asyncio.Task[None] | None = None
         self._supervising: asyncio.Task[None] | None = None
         self._text: TextModel | None = None
@@ -122,16 +144,12 @@ class Service:
         with contextlib.suppress(asyncio.CancelledError):
             await self._supervising
 
-    async def _start_engine(self, before: EngineClient | None) -> EngineClient:
-        traffic = msgspec.json.encode(dataclasses.asdict(self.traffic)).decode()
-        arguments = (self.config.log_level, traffic)
+    async def _start_engine(self, before: EngineHandle | None) -> EngineHandle:
         if before is not None and self.evolution is not None:
             self.engine_config = await asyncio.to_thread(self.evolution.with_live_version, self.engine_config)
-        return await EngineClient.start(
-            self.engine_config, "slipstream.server.engine_process", arguments, before=before
-        )
+        return await self._start(self.engine_config, self.traffic, self.config, before)
 
-    def _engine_started(self, engine: EngineClient) -> None:
+    def _engine_started(self, engine: EngineHandle) -> None:
         self.metrics.attach(engine, lambda: self.ready()[0] == 200)
         if self.evolution is not None:
             self.evolution.follower.engine_started()
@@ -147,7 +165,7 @@ class Service:
         return self.supervisor.has_started
 
     @property
-    def engine(self) -> EngineClient:
+    def engine(self) -> EngineHandle:
         return self.supervisor.engine
 
     @property

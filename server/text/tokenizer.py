@@ -98,6 +98,10 @@ class Tokenizer:
         """As the vocabulary spells it; None for unknown ids."""
         return self._backend.id_to_token(token_id)
 
+    def save(self, file: Path) -> None:
+        """As a tokenizer.json; special tokens and chat templates stand elsewhere in a Hugging Face folder."""
+        self._backend.save(str(file))
+
     def drop_boundaries(self, vocab_size: int) -> list[str]:
         """Puts tokens that a model with so many tokens does not have before and after texts no more; returns them."""
         processor = self._backend.post_processor

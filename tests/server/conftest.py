@@ -1,8 +1,9 @@
-"""A real server with the real engine and the default model, over a real socket."""
+"""Real servers with real engines over real sockets: a tiny model in this process, the default one in processes."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -14,108 +15,48 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pytest
 
-from slipstream.server import app
-from slipstream.server.admin import routes as admin_routes
-from slipstream.server.description import ErrorAnswer
-from slipstream.server.openai import routes as openai_routes
+from slipstream.drafter.traffic.config import TrafficConfig
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.process import OPERATIONS, Engine
+from slipstream.server.config import ServerConfig
+from slipstream.server.evolution.config import EvolutionConfig
+from slipstream.server.testing import Document, ServerThread, write_tiny_model
 
 PATIENCE_S = 300.0
 """Far more than anything takes on a slow and busy machine: what waits so long waits for what never comes."""
 
 
-PARAMETERS = {"name": ".+", "action": "[^/]+", "version": r"\d+", "other": r"\d+"}
-"""Patterns of the parameters of paths."""
+MOST_TOKENS = 32_768
+"""Of a request to the tiny model, which does a thousand in a second or so."""
 
 
-class Document:
-    """An OpenAPI document, against which answers are held."""
+class Client:
+    """A plain HTTP client for a server; every answer is held against what the server says of its answers."""
 
-    def __init__(self, document: dict[str, Any]) -> None:
-        self._paths = document["paths"]
-        classes = (*openai_routes.DESCRIBED, *admin_routes.DESCRIBED, ErrorAnswer, app.Health, app.Version)
-        self._classes = {found.__name__: found for found in classes}
-        assert set(self._classes) <= set(document["components"]["schemas"])
+    long = 2000
+    """Tokens that take long."""
 
-    def operation(self, method: str, path: str) -> Any:
-        path = urllib.parse.unquote(path.partition("?")[0])
-        for template in sorted(self._paths, key=lambda template: template.count("{")):
-            pattern = re.sub(r"\\{(\w+)\\}", lambda found: PARAMETERS[found[1]], re.escape(template))
-            if re.fullmatch(pattern, path) and method in self._paths[template]:
-                return self._paths[template][method]
-        return None
-
-    def check(self, method: str, path: str, status: int, headers: dict[str, str], body: bytes) -> None:
-        operation = self.operation("get" if method == "HEAD" else method.lower(), path)
-        kind = headers.get("content-type", "").partition(";")[0]
-        if operation is None or method == "HEAD" or b'"unknown_route"' in body:
-            if status >= 400 and body:
-                ErrorAnswer.model_validate_json(body)
-            return
-        assert str(status) in operation["responses"], f"{method} {path} is not declared to answer {status}"
-        content = operation["responses"][str(status)]["content"]
-        assert kind in content, f"{method} {path} answers {status} with {kind}, not one of {list(content)}"
-        if kind == "application/json":
-            self._classes[content[kind]["schema"]["$ref"].rpartition("/")[2]].model_validate_json(body)
-        elif kind == "text/event-stream":
-            chunk = next(name for name in self._classes if name in content[kind]["schema"]["description"])
-            for event in body.decode().removesuffix("data: [DONE]\n\n").split("\n\n")[:-1]:
-                data = event.removeprefix("data: ")
-                (ErrorAnswer if data.startswith('{"error"') else self._classes[chunk]).model_validate_json(data)
-
-
-class Server:
-    """A ``slipstream serve`` process and a plain HTTP client for it."""
-
-    def __init__(self, *options: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+    def __init__(self, port: int, log: list[str]) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
         self.headers: dict[str, str] = {}
-        self.log: list[str] = []
+        self.log = log
         self._document: Document | None = None
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-P", "-m", "slipstream.server", "serve", "--port", str(self.port)),
-                *("--kv-cache-memory", "128MiB", *options),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            # No option comes from the environment.
-            env={k: v for k, v in os.environ.items() if k == "SLIPSTREAM_ISA" or not k.startswith("SLIPSTREAM_")},
-        )
-        self._reader = threading.Thread(target=self._read_log, daemon=True)
-        self._reader.start()
 
-    def _read_log(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as lines:
-            self.log.extend(lines)
+    def suspended(self) -> contextlib.AbstractContextManager[None]:
+        """The engine stands still: whatever is under way takes longer than any limit."""
+        raise NotImplementedError
 
-    @property
-    def engine(self) -> psutil.Process:
-        children = psutil.Process(self.process.pid).children()
-        [child] = [child for child in children if "slipstream.server.engine_process" in child.cmdline()]
-        return child
-
-    def hasten_worker(self) -> None:
-        """Gives the training worker its share of the processor, where that is allowed.
-
-        Else it gets what nobody else wants, and on a busy machine that is not enough to begin.
-        """
-        for child in psutil.Process(self.process.pid).children():
-            with contextlib.suppress(OSError, psutil.Error):
-                if any("training.worker" in word for word in child.cmdline()):
-                    for thread in child.threads():
-                        os.sched_setscheduler(thread.id, os.SCHED_OTHER, os.sched_param(0))
-                    Path(f"/proc/{child.pid}/autogroup").write_text("0")
+    def check_that_it_runs(self) -> None:
+        """Fails if it has ended."""
+        raise NotImplementedError
 
     def wait_until(self, condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
         deadline = time.monotonic() + timeout_s
@@ -130,9 +71,9 @@ class Server:
         self.wait_until(lambda: all(text in "".join(self.log) for text in texts))
         return "".join(self.log)
 
-    def wait_until_ready(self) -> Server:
+    def wait_until_ready(self) -> Self:
         def ready() -> bool:
-            assert self.process.poll() is None, "".join(self.log)
+            self.check_that_it_runs()
             with contextlib.suppress(OSError):
                 return self.get("/ready")[0] == 200
             return False
@@ -192,19 +133,9 @@ class Server:
         return [item if item == "[DONE]" else json.loads(item) for item in data]
 
     @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """The engine stands still: whatever is under way takes longer than any limit."""
-        engine = self.engine
-        engine.suspend()
-        try:
-            yield
-        finally:
-            engine.resume()
-
-    @contextlib.contextmanager
     def open_stream(self, **fields: Any) -> Iterator[socket.socket]:
         """A long stream of which at least one chunk has arrived; closing the socket is the client going away."""
-        body = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+        body = {"prompt": "Once upon a time", "max_tokens": self.long, "ignore_eos": True, "stream": True}
         body |= {"speculation": {"mode": "off"}, **fields}  # what repeats itself would be done too soon
         with self.send("/v1/completions", body) as connection:
             received = b""
@@ -265,12 +196,101 @@ class Server:
             )
         )
 
+
+class Server(Client):
+    """A ``slipstream serve`` process."""
+
+    def __init__(self, *options: str) -> None:
+        super().__init__(free_port(), [])
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-P", "-m", "slipstream.server", "serve", "--port", str(self.port)),
+                *("--kv-cache-memory", "128MiB", *options),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # No option comes from the environment.
+            env={k: v for k, v in os.environ.items() if k == "SLIPSTREAM_ISA" or not k.startswith("SLIPSTREAM_")},
+        )
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+
+    def _read_log(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            self.log.extend(lines)
+
+    @property
+    def engine(self) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children()
+        [child] = [child for child in children if "slipstream.server.engine_process" in child.cmdline()]
+        return child
+
+    def hasten_worker(self) -> None:
+        """Gives the training worker its share of the processor, where that is allowed.
+
+        Else it gets what nobody else wants, and on a busy machine that is not enough to begin.
+        """
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(OSError, psutil.Error):
+                if any("training.worker" in word for word in child.cmdline()):
+                    for thread in child.threads():
+                        os.sched_setscheduler(thread.id, os.SCHED_OTHER, os.sched_param(0))
+                    Path(f"/proc/{child.pid}/autogroup").write_text("0")
+
+    def check_that_it_runs(self) -> None:
+        assert self.process.poll() is None, "".join(self.log)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        engine = self.engine
+        engine.suspend()
+        try:
+            yield
+        finally:
+            engine.resume()
+
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(PATIENCE_S)
         self._reader.join(PATIENCE_S)
         return code
+
+
+class LocalServer(Client):
+    """A server in threads of this process, of the tiny model unless told otherwise."""
+
+    long = 8000
+
+    def __init__(self, thread: ServerThread) -> None:
+        self._thread = thread.start()
+        super().__init__(int(thread.url.rpartition(":")[2]), thread.log)
+
+    def check_that_it_runs(self) -> None:
+        assert self._thread.is_alive(), "".join(self.log)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        stands, go_on = threading.Event(), threading.Event()
+
+        def stand_still(_: Engine) -> None:
+            stands.set()
+            assert go_on.wait(PATIENCE_S)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(OPERATIONS, "stand_still", stand_still)
+            done = self._thread.submit(self._thread.service.engine.call("stand_still"))
+            try:
+                assert stands.wait(PATIENCE_S)
+                yield
+            finally:
+                go_on.set()
+                done.result(PATIENCE_S)
+
+    def stop(self) -> int:
+        return self._thread.stop()
 
 
 def free_port() -> int:
@@ -296,20 +316,61 @@ def start_server() -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture(scope="session")
-def server(start_server: Callable[..., Server]) -> Server:
-    """With default options."""
-    return start_server().wait_until_ready()
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the tokenizer of the default model, and a context in which an answer can be long enough to look at it."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-model"
+    folder.mkdir()
+    write_tiny_model(folder, max_position_embeddings=MOST_TOKENS)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def small_server(start_server: Callable[..., Server]) -> Server:
+def start_tiny(start_server: Callable[..., Server], tiny_model: Path) -> Callable[..., Server]:
+    """Starts ``slipstream serve`` with the tiny model and further options, for tests of what happens to processes."""
+    return lambda *options: start_server("--model", str(tiny_model), "--load-format", "dummy", *options)
+
+
+@pytest.fixture(scope="session")
+def start_local(tiny_model: Path) -> Iterator[Callable[..., LocalServer]]:
+    """Starts servers in this process; arguments are fields of any configuration. All are ended with the session."""
+    servers: list[LocalServer] = []
+
+    def start(**fields: Any) -> LocalServer:
+        options = {"model": str(tiny_model), "load_format": "dummy", "kv_cache_memory": "128MiB", **fields}
+        configs: list[Any] = []
+        for config in (ServerConfig, EngineConfig, TrafficConfig, EvolutionConfig):
+            names = {field.name for field in dataclasses.fields(config)} & options.keys()  # type: ignore[arg-type]
+            configs.append(config(**{name: options.pop(name) for name in names}))
+        assert not options, f"no configuration has {options}"
+        servers.append(LocalServer(ServerThread(*configs)).wait_until_ready())
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(start_local: Callable[..., LocalServer]) -> LocalServer:
+    """With default options, and the context of the default model."""
+    return start_local(max_model_len=8192)
+
+
+@pytest.fixture(scope="session")
+def small_server(start_local: Callable[..., LocalServer]) -> LocalServer:
     """With keys and narrow limits."""
-    server = start_server(
-        *("--api-key", "first-key", "--api-key", "second-key"),
-        *("--served-model-name", "tiny", "--served-model-name", "alias"),
-        *("--max-n", "4", "--max-prompts", "4", "--max-body-bytes", "20000", "--max-logprobs", "3"),
-        *("--max-running", "2", "--max-queued-requests", "2", "--max-model-len", "2048"),
-        *("--unknown-fields", "warn", "--health-stall-s", "2"),
+    server = start_local(
+        api_key=("first-key", "second-key"),
+        served_model_name=("tiny", "alias"),
+        **{"max_n": 4, "max_prompts": 4, "max_body_bytes": 20_000, "max_logprobs": 3},
+        **{"max_running": 2, "max_queued_requests": 2, "max_model_len": 2048},
+        **{"unknown_fields": "warn", "health_stall_s": 2.0},
     )
     server.headers = {"authorization": "Bearer first-key"}
-    return server.wait_until_ready()
+    return server
+
+
+@pytest.fixture(scope="session")
+def default_server(start_server: Callable[..., Server]) -> Server:
+    """Of the default model, for tests of what it says."""
+    return start_server().wait_until_ready()

@@ -23,7 +23,7 @@ GENERATION = {"eos_token_id": [END, PAD, 300_000, -1], "temperature": 0.5, "top_
 
 
 @pytest.fixture(scope="module")
-def padded(tmp_path_factory: pytest.TempPathFactory, start_server: Callable[..., Any]) -> Any:
+def padded(tmp_path_factory: pytest.TempPathFactory, start_local: Callable[..., Any]) -> Any:
     folder = tmp_path_factory.mktemp("padded")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
@@ -40,7 +40,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory, start_server: Callable[...,
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     described = {"eos_token": "<|end|>", "pad_token": "[PAD]", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
-    return start_server("--model", str(folder), "--generation-config", "auto").wait_until_ready()
+    return start_local(model=str(folder), load_format="auto", generation_config="auto")
 
 
 LACKING = {

@@ -13,8 +13,8 @@ QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of Franc
 
 
 @pytest.fixture
-def client(server: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+def client(default_server: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{default_server.url}/v1", api_key="unused", max_retries=0) as client:
         yield client
 
 
@@ -78,8 +78,8 @@ def test_logprobs(client: openai.OpenAI, model: str) -> None:
         assert bytes(entry.bytes or []).decode() == entry.token
 
 
-def test_completions_of_token_ids(client: openai.OpenAI, model: str, server: Any) -> None:
-    tokens = server.post("/tokenize", {"prompt": "The capital of France is"})[1]["tokens"]
+def test_completions_of_token_ids(client: openai.OpenAI, model: str, default_server: Any) -> None:
+    tokens = default_server.post("/tokenize", {"prompt": "The capital of France is"})[1]["tokens"]
     by_text = client.completions.create(model=model, prompt="The capital of France is", temperature=0, max_tokens=8)
     by_ids = client.completions.create(model=model, prompt=[tokens, tokens], temperature=0, max_tokens=8)
     assert [choice.text for choice in by_ids.choices] == [by_text.choices[0].text] * 2
@@ -107,8 +107,8 @@ def test_errors_have_their_classes(client: openai.OpenAI, model: str) -> None:
     assert unknown.value.code == "unknown_parameter"
 
 
-async def test_async_client_in_parallel(server: Any, model: str) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+async def test_async_client_in_parallel(default_server: Any, model: str) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{default_server.url}/v1", api_key="unused", max_retries=0) as client:
         replies = await asyncio.gather(
             *(
                 client.chat.completions.create(model=model, messages=QUESTION, temperature=0, max_tokens=30)

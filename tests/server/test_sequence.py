@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from slipstream.engine.client import RequestStream
+from slipstream.engine.handle import RequestStream
 from slipstream.engine.messages import NewRequest, SamplingParams, TokenDelta, TokenLogprobs
 from slipstream.server.errors import GenerationFailedError, UnavailableError
 from slipstream.server.generation import OutputOptions, Piece, Sequence

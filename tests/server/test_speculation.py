@@ -10,19 +10,19 @@ PROMPT = "Repeat after me: one two three four five six seven eight nine ten. one
 OFF = {"mode": "off"}
 
 
-def test_answers_are_the_same_and_guesses_were_right(server: Any) -> None:
-    before = {name: server.metric(name) for name in SPEC_COUNTERS}
+def test_answers_are_the_same_and_guesses_were_right(default_server: Any) -> None:
+    before = {name: default_server.metric(name) for name in SPEC_COUNTERS}
     for fields in ({}, {"temperature": 0.8, "seed": 3}, {"frequency_penalty": 0.4, "logprobs": 3}, {"stop": ["ten"]}):
         fields = {"max_tokens": 80, "ignore_eos": True, "return_token_ids": True, **fields}
-        with_guesses = server.complete(PROMPT, **fields)
-        without = server.complete(PROMPT, **fields, speculation=OFF)
+        with_guesses = default_server.complete(PROMPT, **fields)
+        without = default_server.complete(PROMPT, **fields, speculation=OFF)
         assert with_guesses["choices"] == without["choices"]
-    server.wait_until_idle()
-    after = {name: server.metric(name) for name in SPEC_COUNTERS}
+    default_server.wait_until_idle()
+    after = {name: default_server.metric(name) for name in SPEC_COUNTERS}
     grown = {name: after[name] - before[name] for name in SPEC_COUNTERS}
     assert grown["spec_decode_num_draft_tokens_total"] >= grown["spec_decode_num_accepted_tokens_total"] > 0
     assert grown["spec_decode_num_accepted_tokens_per_pos_total"] == grown["spec_decode_num_accepted_tokens_total"]
-    assert server.metric("speculation_steps_total", reason="worth it") > 0
+    assert default_server.metric("speculation_steps_total", reason="worth it") > 0
 
 
 SPEC_COUNTERS = (
@@ -33,9 +33,9 @@ SPEC_COUNTERS = (
 )
 
 
-def test_metrics_of_an_answer(server: Any) -> None:
+def test_metrics_of_an_answer(default_server: Any) -> None:
     fields = {"max_tokens": 60, "ignore_eos": True, "return_metrics": True}
-    reply = server.complete(PROMPT, **fields)
+    reply = default_server.complete(PROMPT, **fields)
     metrics = reply["metrics"]
     speculative = metrics["speculative_decoding"]
     histogram = speculative["acceptance_histogram"]
@@ -46,15 +46,15 @@ def test_metrics_of_an_answer(server: Any) -> None:
     )
     assert 0 <= metrics["queue_time_ms"] < metrics["time_to_first_token_ms"] < 10_000
     assert metrics["tokens_per_second"] > 0 and metrics["mean_itl_ms"] > 0
-    plain = server.complete(PROMPT, **fields, speculation=OFF)["metrics"]["speculative_decoding"]
+    plain = default_server.complete(PROMPT, **fields, speculation=OFF)["metrics"]["speculative_decoding"]
     assert plain["num_spec_steps"] == plain["num_draft_tokens"] == 0 and plain["mean_acceptance_length"] == 1
-    assert "metrics" not in server.complete(PROMPT, max_tokens=2)
+    assert "metrics" not in default_server.complete(PROMPT, max_tokens=2)
 
 
 @pytest.mark.parametrize("usage", [True, False])
-def test_metrics_end_a_stream(server: Any, usage: bool) -> None:
+def test_metrics_end_a_stream(default_server: Any, usage: bool) -> None:
     body = {"prompt": PROMPT, "max_tokens": 20, "return_metrics": True}
-    *events, last, done = server.events(
+    *events, last, done = default_server.events(
         "/v1/completions", body | ({"stream_options": {"include_usage": True}} if usage else {})
     )
     assert done == "[DONE]"
@@ -63,17 +63,17 @@ def test_metrics_end_a_stream(server: Any, usage: bool) -> None:
     assert all("metrics" not in event for event in events)
 
 
-def test_at_most_so_many_guesses(server: Any) -> None:
-    reply = server.complete(
+def test_at_most_so_many_guesses(default_server: Any) -> None:
+    reply = default_server.complete(
         PROMPT, max_tokens=60, ignore_eos=True, return_metrics=True, speculation={"max_draft_tokens": 2}
     )
     assert 0 < len(reply["metrics"]["speculative_decoding"]["acceptance_histogram"]) <= 3
 
 
-def test_unknown_drafters_are_refused_by_name(server: Any) -> None:
-    status, reply = server.post("/v1/completions", {"prompt": "x", "speculation": {"mode": "telepathy"}})
+def test_unknown_drafters_are_refused_by_name(default_server: Any) -> None:
+    status, reply = default_server.post("/v1/completions", {"prompt": "x", "speculation": {"mode": "telepathy"}})
     assert status == 400
     assert reply["error"]["param"] == "speculation.mode"
     assert "telepathy" in reply["error"]["message"] and "ngram" in reply["error"]["message"]
-    status, reply = server.post("/v1/completions", {"prompt": "x", "speculation": {"max_draft_tokens": 0}})
+    status, reply = default_server.post("/v1/completions", {"prompt": "x", "speculation": {"max_draft_tokens": 0}})
     assert status == 400 and reply["error"]["param"] == "speculation.max_draft_tokens"

@@ -32,12 +32,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def keeping(start_server: Callable[..., Any], folder: Path) -> Any:
+def keeping(start_tiny: Callable[..., Any], folder: Path) -> Any:
     (folder.parent / "redact_hook.py").write_text(HOOK)
     options = ("--traffic-log", "features", "--traffic-folder", str(folder), "--traffic-topk", "2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder.parent))
-        return start_server(*options, "--traffic-redact", "redact_hook:redact").wait_until_ready()
+        return start_tiny(*options, "--traffic-redact", "redact_hook:redact").wait_until_ready()
 
 
 def ask(server: Any, headers: dict[str, str], prompt: Any = "The sea is", **fields: Any) -> tuple[int, Any]:
@@ -61,7 +61,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PATH": "/usr/bin:/bin"})
 
 
-def test_the_life_of_traffic(keeping: Any, folder: Path, start_server: Callable[..., Any]) -> None:
+def test_the_life_of_traffic(keeping: Any, folder: Path, start_tiny: Callable[..., Any]) -> None:
     """One story, because every part stands on the one before: levels, stop strings, redaction, purge, restart."""
     server = keeping
     markers = {level: np.array([40, 41, 42, 43, number, number], np.int32) for number, level in enumerate(LEVELS, 100)}
@@ -79,7 +79,7 @@ def test_the_life_of_traffic(keeping: Any, folder: Path, start_server: Callable[
     samples = {sample.tenant: sample for sample in store.samples()}
     assert samples["user-tokens"].features is None and samples["user-tokens"].domain == "songs"
     full = samples["user-default"]
-    assert full.features is not None and full.features.shape == (13, 3, 576) and full.topk is not None
+    assert full.features is not None and full.features.shape == (13, 2, 64) and full.topk is not None
     assert full.topk[0].shape == (8, 2) and full.topk[0][:, 0].tolist() == full.tokens[6:].tolist()
 
     # A stop string ends the request like any other; a client that leaves, leaves nothing.
@@ -110,7 +110,7 @@ def test_the_life_of_traffic(keeping: Any, folder: Path, start_server: Callable[
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder.parent))
         opt_in = ("--traffic-log", "tokens", "--traffic-folder", str(folder), "--traffic-consent", "opt-in")
-        again = start_server(*opt_in).wait_until_ready()
+        again = start_tiny(*opt_in).wait_until_ready()
     again.wait_until(lambda: again.metric("traffic_store_tokens") > 0)
     assert markers["default"].tobytes() not in contents(folder)
     assert ask(again, {"X-Slipstream-Traffic": "features"}, [60, 61, 62], user="lowered")[0] == 200
