@@ -15,6 +15,7 @@ from slipstream.drafter.draft_model import ModelDrafter
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
+from slipstream.drafter.names import drafter_names
 from slipstream.drafter.registry import manifest as manifests
 from slipstream.drafter.registry.fingerprint import served_fingerprint
 from slipstream.drafter.registry.manifest import MANIFEST_FILE
@@ -23,39 +24,17 @@ from slipstream.drafter.registry.version_folder import read_folder
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.errors import ConfigError, ModelError
+from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.loader import build_model, find_device
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.speculation.protocol import Drafter
 
 logger = logging.getLogger(__name__)
-NAMES = ("ngram", "suffix", "head", "draft")
-NEEDS = {"head": "drafter", "draft": "draft_model"}
-"""Options without which a drafter cannot be."""
 SUFFIX_CAPACITY = 200_000
 """Tokens of earlier answers that are kept; about 100 bytes each."""
 DRAFT_VOCAB_SIZE = 8192
 """Tokens that a cold or an untrained head can guess: the first ones, the most frequent of a byte-pair vocabulary."""
-
-
-def drafter_names(config: EngineConfig) -> list[str]:
-    """Those of --speculation and --drafter; raises ConfigError for what does not go together."""
-    speculation = config.speculation
-    if speculation == "off":
-        return []
-    if speculation == "auto":
-        missing = {name for name, option in NEEDS.items() if getattr(config, option) is None}
-        return [name for name in NAMES if name not in missing]
-    names = [name.strip() for name in speculation.split(",")]
-    for name in names:
-        if name not in NAMES:
-            raise ConfigError(
-                f"--speculation {speculation}: there is no drafter {name!r}; there are {', '.join(NAMES)}"
-            )
-        if name in NEEDS and getattr(config, NEEDS[name]) is None:
-            raise ConfigError(f"--speculation {speculation}: {name} needs --{NEEDS[name].replace('_', '-')}")
-    return list(dict.fromkeys(names))
 
 
 def make_drafters(config: EngineConfig) -> Sequence[Drafter]:

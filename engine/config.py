@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.units import parse_size
 
 
 def option(default: Any, help: str) -> Any:  # noqa: A002
@@ -84,3 +85,5 @@ class EngineConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be more than 0")
         if self.threads < 0 or (self.max_model_len is not None and self.max_model_len < 2):
             raise ConfigError("--threads must not be negative, and --max-model-len must leave room for two tokens")
+        if self.kv_cache_memory is not None:
+            parse_size(self.kv_cache_memory, "kv-cache-memory")

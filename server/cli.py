@@ -18,7 +18,6 @@ from slipstream.drafter.registry.states import RegistryError
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, EngineLostError, ModelError, SlipstreamError
-from slipstream.loadtest.demo.cli import demo
 from slipstream.server.config import ServerConfig
 from slipstream.server.drafter_cli import drafter_app
 from slipstream.server.evolution.config import EvolutionConfig
@@ -39,7 +38,6 @@ app = typer.Typer(
 )
 app.add_typer(drafter_app, name="drafter")
 app.add_typer(traffic_app, name="traffic")
-app.command()(demo)
 ConfigType = TypeVar("ConfigType")
 
 
@@ -100,7 +98,22 @@ def version() -> None:
     print(installed_version("slipstream"))
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+OF_ANOTHER_ROOM: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+"""Of commands whose options a module knows that is imported only to run them."""
+
+
+@app.command(**OF_ANOTHER_ROOM)
+def demo(context: typer.Context) -> Any:
+    """Watch a server learn: starts one with a cold drafter, replays real prompts, measures before and after."""
+    from slipstream.loadtest.demo.cli import app as demo_app
+
+    return demo_app(args=context.args, prog_name="slipstream demo", standalone_mode=False)
+
+
+@app.command(**OF_ANOTHER_ROOM)
 def bench(context: typer.Context) -> None:
     """Load a server and compare servers; 'slipstream bench --help' shows how."""
     try:

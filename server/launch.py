@@ -19,6 +19,7 @@ from importlib.metadata import version
 import uvicorn
 import uvloop
 
+from slipstream.drafter.names import check_drafters
 from slipstream.drafter.registry.database import RegistryUnusableError
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.traffic.config import TrafficConfig
@@ -80,7 +81,9 @@ def make_service(
     start_engine: StartEngine = start_process,
 ) -> Service:
     """Raises ModelError, ConfigError: the user can mend it."""
-    service = Service(config, with_live_drafter(engine_config, evolution), traffic, start_engine)
+    engine_config = with_live_drafter(engine_config, evolution)
+    check_drafters(engine_config)  # the engine would say the same, but only after seconds of imports
+    service = Service(config, engine_config, traffic, start_engine)
     if evolution.registry is not None:
         service.evolution = Evolution(service, evolution, traffic)
     return service

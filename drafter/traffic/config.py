@@ -9,6 +9,7 @@ from typing import Literal
 
 from slipstream.engine.config import option
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.units import parse_size
 
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -46,6 +47,8 @@ class TrafficConfig:
         if self.traffic_topk and self.traffic_log != "features":
             raise ConfigError("--traffic-topk needs --traffic-log features")
         parse_duration(self.traffic_max_age, "traffic-max-age")
+        parse_size(self.traffic_max_bytes, "traffic-max-bytes")
+        parse_size(self.traffic_buffer, "traffic-buffer")
 
 
 def parse_duration(text: str, name: str) -> float:

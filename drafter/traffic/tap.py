@@ -22,9 +22,9 @@ from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import NewRequest, TrafficStats
-from slipstream.engine.models.loader import parse_size
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.speculation.protocol import Computed, EndedRequest, Listener
+from slipstream.engine.units import parse_size
 
 MOST_POSITIONS = 4096
 """Positions of a request, from its end, whose features are kept."""

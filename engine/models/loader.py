@@ -24,6 +24,7 @@ from slipstream.engine.models.rope import switch_length
 from slipstream.engine.models.torch_decoder import TorchDecoder
 from slipstream.engine.models.transformers_files import transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
+from slipstream.engine.units import parse_size
 from slipstream.kernels.kv_cache import TorchKVCache
 from slipstream.kernels.machine import FORMATS, describe_speed, fast_dtype
 from slipstream.kernels.native import library
@@ -39,7 +40,6 @@ SCRATCH_BLOCKS = 64
 """For branches of trees; one takes one block mostly, two where it crosses a border."""
 GENERATES = re.compile(r"ForCausalLM|ForConditionalGeneration|ForGeneration")
 """In the names of architectures; those of other heads have another word behind "For"."""
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +97,6 @@ def _check_kind(checkpoint: Checkpoint) -> None:
     names = [name for name in config.get("architectures") or () if isinstance(name, str)]
     if names and all("For" in name and not GENERATES.search(name) for name in names):
         raise ModelError(f"{checkpoint.path} holds a {names[0]}, which does not generate text")
-
-
-def parse_size(text: str, option: str) -> int:
-    """Bytes of "512MiB", "2GiB", "1.5 GB", "100000000"; raises ConfigError naming the option."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", text.lower())
-    if not match or match[2] not in UNITS:
-        raise ConfigError(f"--{option} {text!r} is not a size; write it like 512MiB or 2GiB")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def build_model(

@@ -13,7 +13,10 @@ import typer
 
 from slipstream.loadtest.cli import Dataset, Seed, need_aiohttp, start
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+
+@app.command()
 def demo(
     minutes: Annotated[float, typer.Option(help="How long it may take in all.")] = 30.0,
     workload: Annotated[str, typer.Option(help="sharegpt (chat) or extract (one application).")] = "sharegpt",

@@ -36,6 +36,8 @@ def test_files_stay_short() -> None:
         ("slipstream.engine.client", {"torch", "numpy", "transformers"}),
         ("slipstream.drafter.registry.registry", {"torch", "numpy", "transformers"}),
         ("slipstream.drafter.registry.manifest", {"torch", "numpy", "transformers"}),
+        ("slipstream.drafter.names", {"torch", "numpy", "transformers"}),
+        ("slipstream.server.cli", {"torch", "numpy", "transformers", "slipstream.loadtest"}),
         ("slipstream.server.drafter_cli", {"torch", "numpy", "transformers"}),
         ("slipstream.server.app", {"torch", "numpy", "transformers"}),
         ("slipstream.clients.aio", {"torch", "numpy", "transformers", "slipstream.engine"}),
