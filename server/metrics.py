@@ -18,7 +18,6 @@ from prometheus_client.registry import Collector
 
 from slipstream.engine.handle import EngineHandle
 from slipstream.engine.messages import EngineStats, FinishReason, StepOutputs
-from slipstream.server.evolution.metrics import EvolutionCollector
 
 PREFIX = "slipstream:"
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter and histogram that only says when it was first used
@@ -214,8 +213,6 @@ class Metrics:
         self._model_name = model_name
         self._engine = EngineCollector(model_name)
         self.registry.register(self._engine)
-        self.evolution = EvolutionCollector(PREFIX, model_name)
-        self.registry.register(self.evolution)
         ProcessCollector(registry=self.registry)
 
         self.first_token = self._histogram(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from slipstream.drafter.routes import DOMAIN_ROUTE, SHARED_ROUTE, TENANT_ROUTE
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.checkpoint import locate
 from slipstream.engine.client import EngineClient
@@ -21,10 +22,11 @@ from slipstream.engine.messages import NewRequest
 from slipstream.engine.supervisor import EngineSupervisor, Restarts
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import InvalidRequestError, OverloadedError, UnavailableError
+from slipstream.server.evolution.metrics import EvolutionCollector
 from slipstream.server.evolution.observer import Observer
 from slipstream.server.held import HeldBytes
-from slipstream.server.metrics import Metrics
-from slipstream.server.openai.prepare import Limits, require_model
+from slipstream.server.metrics import PREFIX, Metrics
+from slipstream.server.prepared import Limits, require_model
 from slipstream.server.sequence_metrics import SequenceMetrics
 from slipstream.server.text_model import TextModel, load_text_model
 from slipstream.server.text_work import TextWork
@@ -35,10 +37,6 @@ if TYPE_CHECKING:
 RETRY_LOADING_S = 2
 RETRY_OVERLOADED_S = 1
 RETRY_DRAINING_S = 5
-SHARED_ROUTE = ""
-CANARY_ROUTE = "canary"
-TENANT_ROUTE, DOMAIN_ROUTE = "tenant:", "domain:"
-"""Before the name of the tenant or the domain."""
 OBSERVE_SECONDS = 1.0
 BODIES_HELD = 4
 """So many of the largest bodies may be in memory at the same time."""
@@ -76,6 +74,8 @@ class Service:
         self.traffic = traffic
         self.model_names = config.served_model_name or (default_model_name(locate(engine_config.model)),)
         self.metrics = Metrics(self.model_names[0])
+        self._evolution_metrics = EvolutionCollector(PREFIX, self.model_names[0])
+        self.metrics.registry.register(self._evolution_metrics)
         self.created = int(time.time())
         self.phase: Literal["loading", "ready", "draining"] = "loading"
         self.num_responding = 0
@@ -116,7 +116,7 @@ class Service:
         self._observing = asyncio.create_task(self._observe())
         if self.evolution is not None:
             await self.evolution.start()
-            self.metrics.evolution.evolution = self.evolution
+            self._evolution_metrics.evolution = self.evolution
         if self.phase == "loading":
             self.phase = "ready"
 

@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from slipstream.server.config import ServerConfig
-from slipstream.server.openai.prepare import JOBS, Limits, Packed, RunElsewhereError
+from slipstream.server.openai.prepare import JOBS
+from slipstream.server.prepared import Limits, Packed, RunElsewhereError
 from slipstream.server.text_model import TextModel
 from slipstream.server.workers import Workers
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from slipstream.drafter.registry.control import Control, NotInControlError
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import Event, RegistryError, Version
+from slipstream.drafter.routes import CANARY_ROUTE, SHARED_ROUTE
 from slipstream.server.canary import Canary
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.evolution.wish import Outcome, Refusal, Trial, Wish
-from slipstream.server.service import CANARY_ROUTE, SHARED_ROUTE
 
 logger = logging.getLogger(__name__)
 TRIED = "trial"

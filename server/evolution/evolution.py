@@ -14,6 +14,7 @@ import msgspec
 
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import State
+from slipstream.drafter.routes import SHARED_ROUTE
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import EngineDiedError, SlipstreamError
@@ -23,9 +24,9 @@ from slipstream.server.evolution.controller import Controller
 from slipstream.server.evolution.follower import Follower
 from slipstream.server.evolution.observer import Observer
 from slipstream.server.evolution.progress import Progress
+from slipstream.server.evolution.served import Served
 from slipstream.server.evolution.worker import WorkerProcess
 from slipstream.server.sequence_metrics import SequenceMetrics
-from slipstream.server.service import SHARED_ROUTE, Service
 
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
@@ -39,7 +40,7 @@ VERSIONS_SHOWN, EVENTS_SHOWN = 100, 200
 class Evolution:
     """``start`` once the engine is ready, ``close`` before it ends."""
 
-    def __init__(self, service: Service, config: EvolutionConfig, traffic: TrafficConfig) -> None:
+    def __init__(self, service: Served, config: EvolutionConfig, traffic: TrafficConfig) -> None:
         assert config.registry is not None
         self.config = config
         self.registry = Registry(config.registry, open_now=False)

@@ -9,9 +9,10 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from slipstream.drafter.routes import CANARY_ROUTE, SHARED_ROUTE
 from slipstream.engine.errors import EngineDiedError, MisfitError, ModelError, SlipstreamError, SupersededError
+from slipstream.server.evolution.served import Served
 from slipstream.server.evolution.wish import Outcome, Refusal, Trial, Wish
-from slipstream.server.service import CANARY_ROUTE, SHARED_ROUTE, Service
 
 logger = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0
@@ -25,7 +26,7 @@ class Follower:
 
     def __init__(
         self,
-        service: Service,
+        service: Served,
         registry: Path,
         folder_of: Callable[[int], Path],
         refused: Callable[[Refusal], Awaitable[None]],

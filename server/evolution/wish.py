@@ -6,7 +6,7 @@ from hashlib import blake2b
 
 import msgspec
 
-from slipstream.server.service import CANARY_ROUTE, SHARED_ROUTE
+from slipstream.drafter.routes import CANARY_ROUTE, SHARED_ROUTE
 
 
 class Trial(msgspec.Struct, frozen=True):

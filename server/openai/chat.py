@@ -6,12 +6,13 @@ import time
 
 from fastapi import Request
 
+from slipstream.server.generating import fit_context, logprobs_asked, prepare_generation, require_choices
 from slipstream.server.openai.logprobs import LogprobFormatter
-from slipstream.server.openai.prepare import Prepared
-from slipstream.server.openai.request import answer_options, make_generation, prepare_generation, require_choices
-from slipstream.server.openai.sampling import fit_context, logprobs_asked, sampling_params
+from slipstream.server.openai.request import answer_options, make_generation
+from slipstream.server.openai.sampling import sampling_params
 from slipstream.server.openai.schema import ChatBody
 from slipstream.server.openai.writers import ChatWriter
+from slipstream.server.prepared import Prepared
 from slipstream.server.responses import GenerationResponse
 from slipstream.server.service import Service
 
@@ -21,7 +22,7 @@ async def chat(service: Service, request: Request) -> GenerationResponse:
     prepared: Prepared[ChatBody] = await prepare_generation(service, request, "chat")
     body, [prompt], ends = prepared.body, prepared.prompts, prepared.ends
     model = service.require_model(body.model)
-    require_choices(service, body)
+    require_choices(service, body.n or 1)
 
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     room = fit_context(service, len(prompt), asked, "messages")

@@ -7,12 +7,13 @@ import time
 import msgspec
 from fastapi import Request
 
+from slipstream.server.generating import fit_context, logprobs_asked, prepare_generation, require_choices
 from slipstream.server.openai.logprobs import LogprobFormatter
-from slipstream.server.openai.prepare import Prepared
-from slipstream.server.openai.request import answer_options, make_generation, prepare_generation, require_choices
-from slipstream.server.openai.sampling import fit_context, logprobs_asked, sampling_params
+from slipstream.server.openai.request import answer_options, make_generation
+from slipstream.server.openai.sampling import sampling_params
 from slipstream.server.openai.schema import CompletionBody
 from slipstream.server.openai.writers import CompletionWriter
+from slipstream.server.prepared import Prepared
 from slipstream.server.responses import GenerationResponse
 from slipstream.server.service import Service
 
@@ -24,7 +25,7 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
     prepared: Prepared[CompletionBody] = await prepare_generation(service, request, "complete")
     body, prompts = prepared.body, prepared.prompts
     model = service.require_model(body.model)
-    require_choices(service, body, len(prompts))
+    require_choices(service, body.n or 1, len(prompts))
 
     rooms = [fit_context(service, len(prompt), body.max_tokens, "prompt") for prompt in prompts]
     asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens

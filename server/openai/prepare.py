@@ -6,18 +6,15 @@ thread, or in a process of their own. Nothing here imports more than such a proc
 
 from __future__ import annotations
 
-import asyncio
 import pickle
-from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 from pydantic_core import from_json
 
-from slipstream.server.body import parse, shown
-from slipstream.server.errors import ContextTooLongError, InvalidRequestError, ModelNotFoundError
+from slipstream.server.body import parse
+from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.openai.schema import (
     MAX_STOP_CHARS,
     ChatBody,
@@ -29,6 +26,7 @@ from slipstream.server.openai.schema import (
     TokenizeMessagesBody,
     TokenizeTextBody,
 )
+from slipstream.server.prepared import Limits, Prepared, RunElsewhereError, require_model
 from slipstream.server.text import RESERVED_VARIABLES, ChatTemplate, TemplateError, TurnEnds
 from slipstream.server.text_model import TextModel
 
@@ -41,58 +39,6 @@ MAX_ANSWER_BYTES = 16 * 2**20
 """Most bytes of an answer of /tokenize and /detokenize."""
 
 encode_json = msgspec.json.Encoder().encode
-Kind = TypeVar("Kind", bound=GenerationBody)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the functions here must know of the server."""
-
-    model_names: tuple[str, ...]
-    max_model_len: int
-    vocab_size: int
-    max_prompts: int
-    unknown_fields: Literal["error", "warn"]
-    request_templates: Literal["refused", "elsewhere", "here"]
-    """Whether a template in a request is used. Where it would run beside others' work, it is to run elsewhere."""
-
-
-@dataclass(frozen=True)
-class Prepared(Generic[Kind]):
-    """A generating request."""
-
-    body: Kind
-    """Without the fields that became the prompts."""
-    prompts: list[list[int]]
-    texts: list[str]
-    """What the prompts were made of, where the answer is to repeat it."""
-    ends: TurnEnds | None = None
-    """How turns of a conversation end; None for a prompt."""
-
-    def packed(self) -> Packed:
-        return Packed(self.body, [array("i", prompt) for prompt in self.prompts], self.texts, self.ends)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Prepared, in a form that takes no time to read, however many tokens there are."""
-
-    body: Any
-    prompts: list[array[int]]
-    texts: list[str]
-    ends: TurnEnds | None
-
-    async def unpacked(self) -> Prepared[Any]:
-        """Between two prompts others have their turn."""
-        prompts = []
-        for prompt in self.prompts:
-            prompts.append(prompt.tolist())
-            await asyncio.sleep(0)
-        return Prepared(self.body, prompts, self.texts, self.ends)
-
-
-class RunElsewhereError(Exception):
-    """The request brings a template of its own."""
 
 
 def chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[ChatBody]:
@@ -266,17 +212,6 @@ def require_fits(limits: Limits, tokens: int, param: str) -> None:
         raise ContextTooLongError(
             f"the model's context is {limits.max_model_len} tokens, but the prompt has {tokens}", param=param
         )
-
-
-def require_model(names: Sequence[str], name: str | None) -> str:
-    """The name to answer with; requests may leave it out, since there is only one model. Raises ModelNotFoundError."""
-    if name is None:
-        return names[0]
-    if name not in names:
-        raise ModelNotFoundError(
-            f"there is no model {shown(name)} here; this server has {', '.join(map(repr, names))}", param="model"
-        )
-    return name
 
 
 def require_small(body: GenerationBody) -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
 
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.validation import foreign_token
-from slipstream.server.errors import ContextTooLongError, InvalidRequestError
+from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generation import OutputOptions
 from slipstream.server.openai.schema import CompletionBody, GenerationBody
 from slipstream.server.service import Service
 from slipstream.server.text import TurnEnds
-
-SEED_MASK = 2**63 - 1
 
 
 def sampling_params(
@@ -81,57 +77,6 @@ def output_options(body: GenerationBody, ends: TurnEnds | None) -> OutputOptions
         stop_token_ids=frozenset(body.stop_token_ids or ()),
         offsets=isinstance(body, CompletionBody) and body.logprobs is not None,
     )
-
-
-def fit_context(service: Service, prompt_tokens: int, asked: int | None, param: str) -> int:
-    """The number of tokens there is room for.
-
-    Raises:
-        InvalidRequestError: the prompt is empty.
-        ContextTooLongError: the prompt and the tokens asked for are longer than the model's context.
-    """
-    limit = service.engine.ready.max_model_len
-    if prompt_tokens == 0:
-        raise InvalidRequestError("the prompt has no tokens", param=param)
-    if prompt_tokens + (1 if asked is None else asked) > limit:
-        answer = "" if asked is None else f" and the answer may have {asked}"
-        raise ContextTooLongError(
-            f"the model's context is {limit} tokens, but the prompt has {prompt_tokens}{answer}", param=param
-        )
-    return limit - prompt_tokens
-
-
-def logprobs_asked(service: Service, value: int | None, param: str) -> int | None:
-    """Checks a number of log-probabilities; -1 stands for the whole vocabulary."""
-    if value is None:
-        return None
-    limit = service.config.max_logprobs
-    vocab_size = service.engine.ready.vocab_size
-    asked = vocab_size if value == -1 else value
-    if limit != -1 and asked > limit:
-        raise InvalidRequestError(f"{param}: at most {limit} (--max-logprobs), not {value}", param=param)
-    return min(asked, vocab_size)
-
-
-def require_known_tokens(
-    service: Service, prompts: SequenceOf[SequenceOf[int]], params: SamplingParams, param: str
-) -> None:
-    """The one place where token ids are checked, whether they came as ids or as text that the tokenizer made them of.
-
-    A tokenizer may have more tokens than the model. ``param`` names the prompts' field.
-
-    Raises:
-        InvalidRequestError: the model does not have one of them.
-    """
-    vocab_size = service.engine.ready.vocab_size
-    found = foreign_token(prompts, params, vocab_size)
-    if found is None:
-        return
-    field = param if found.field == "prompt" else found.field
-    token = str(found.token)
-    if text := service.text.tokenizer.token_name(found.token):
-        token += f" ({text!r}), which only the tokenizer has"
-    raise InvalidRequestError(f"{field}: the model has the tokens 0 to {vocab_size - 1}, not {token}", param=field)
 
 
 def bad_words(service: Service, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import Request, Response
 
-from slipstream.server.openai.request import prepare
+from slipstream.server.generating import prepare
 from slipstream.server.responses import LargeResponse
 from slipstream.server.service import Service
 

@@ -1,0 +1,80 @@
+"""What preparing a request makes of it, in whatever dialect it came; and what those who prepare know of the server.
+
+Nothing here imports more than the processes need that prepare large bodies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from slipstream.server.body import Body, shown
+from slipstream.server.errors import ModelNotFoundError
+from slipstream.server.text import TurnEnds
+
+Kind = TypeVar("Kind", bound=Body)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What those who prepare requests must know of the server."""
+
+    model_names: tuple[str, ...]
+    max_model_len: int
+    vocab_size: int
+    max_prompts: int
+    unknown_fields: Literal["error", "warn"]
+    request_templates: Literal["refused", "elsewhere", "here"]
+    """Whether a template in a request is used. Where it would run beside others' work, it is to run elsewhere."""
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[Kind]):
+    """A generating request."""
+
+    body: Kind
+    """Without the fields that became the prompts."""
+    prompts: list[list[int]]
+    texts: list[str]
+    """What the prompts were made of, where the answer is to repeat it."""
+    ends: TurnEnds | None = None
+    """How turns of a conversation end; None for a prompt."""
+
+    def packed(self) -> Packed:
+        return Packed(self.body, [array("i", prompt) for prompt in self.prompts], self.texts, self.ends)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Prepared, in a form that takes no time to read, however many tokens there are."""
+
+    body: Any
+    prompts: list[array[int]]
+    texts: list[str]
+    ends: TurnEnds | None
+
+    async def unpacked(self) -> Prepared[Any]:
+        """Between two prompts others have their turn."""
+        prompts = []
+        for prompt in self.prompts:
+            prompts.append(prompt.tolist())
+            await asyncio.sleep(0)
+        return Prepared(self.body, prompts, self.texts, self.ends)
+
+
+class RunElsewhereError(Exception):
+    """The request brings a template of its own."""
+
+
+def require_model(names: Sequence[str], name: str | None) -> str:
+    """The name to answer with; requests may leave it out, since there is only one model. Raises ModelNotFoundError."""
+    if name is None:
+        return names[0]
+    if name not in names:
+        raise ModelNotFoundError(
+            f"there is no model {shown(name)} here; this server has {', '.join(map(repr, names))}", param="model"
+        )
+    return name
