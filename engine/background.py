@@ -63,7 +63,11 @@ class Background:
     All methods but ``breathe`` are for the thread of the steps.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, settle: Callable[[], object] = lambda: None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """``settle`` is called before anything is carried out, so that no step is under way that began before."""
+        self._settle = settle
         # Begins with the first job: an engine that never has one needs no thread.
         self._thread = ThreadPoolExecutor(1, "background", initializer=self._begin)
         self._clock = clock
@@ -158,6 +162,7 @@ class Background:
         self._turn.wait_for(lambda: not self._has_turn, seconds)
 
     def _land(self, job: _Job, prepared: Future[Land]) -> None:
+        self._settle()
         try:
             job.done.set_result(prepared.result()())
         except Exception as error:

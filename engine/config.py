@@ -47,7 +47,8 @@ class EngineConfig:
     priority_step_s: float = option(30.0, "Head start in seconds that one level of request priority is worth.")
     pipeline: Literal["auto", "on", "off"] = option(
         "auto",
-        "Plan the next step while the device runs this one, or not; auto does on a GPU, whose host is idle then.",
+        "Plan the next step while the device runs this one, or not; auto does on a GPU, whose host is idle then, where "
+        "no drafter runs.",
     )
     deterministic: bool = option(
         False, "Start only where the result of a request cannot depend on what else is in the batch, to the bit."

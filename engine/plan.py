@@ -40,11 +40,13 @@ class StepPlan:
 
     slots: list[int]
     starts: list[int]
-    """First position to compute."""
+    """First position to compute. A row that samples ends with its last known token, wherever that is by then: while the
+    step before is under way, nobody knows how many of its draft tokens are right, and this is where it starts at most.
+    """
     counts: list[int]
     """Positions of known tokens to compute."""
     drafts: list[int]
-    """Positions besides, of draft tokens to verify: the first ones of what is proposed for the row."""
+    """Positions besides of draft tokens to verify, at most: the first ones of what is proposed for the row by then."""
     samples: list[bool]
     """Whether to draw the next token after the last known one, and after each guess that is right."""
     wanted: list[int]
@@ -59,6 +61,15 @@ class StepPlan:
     def num_tokens(self) -> int:
         return self.work.tokens
 
+    def work_with(self, drafted: list[int]) -> StepWork:
+        """What the step had to do with so many draft tokens per row, which may be fewer than were planned."""
+        work = self.work
+        if drafted != self.drafts:
+            rows = zip(self.starts, self.counts, self.drafts, drafted, strict=True)
+            for start, count, most, found in rows:
+                work = work.extend(start + count + most, found - most)
+        return work
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -66,6 +77,8 @@ class StepResult:
 
     tokens: list[list[int]]
     """Drawn tokens per row: none where none was asked for, else one more than guesses were right."""
+    drafted: list[int]
+    """Draft tokens that were verified per row."""
     offers: list[tuple[float, ...]]
     """Per row: what is proposed now, as the probability that guess i and all before it are right."""
     logprobs: dict[int, list[TokenLogprobs]]

@@ -42,11 +42,13 @@ class PlanBuilder:
         request.in_flight += sample
 
     def add_guesses(self, row: int, count: int) -> None:
-        """Positions that hold guesses follow the last known one of a row."""
+        """Positions that hold guesses, at most so many, follow the last known one of a row."""
         request = self.requests[row]
         self._drafts[row] = count
         self.work = self.work.extend(request.num_computed, count)
         request.num_computed += count
+        request.in_flight += count
+        request.unsure += count
 
     def remove_row(self, slot: int) -> None:
         """A request admitted in this very step is undone as if it had not been."""

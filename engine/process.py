@@ -69,11 +69,6 @@ class Engine:
         drafters: Sequence[Drafter] = (),
         listeners: Sequence[Listener] = (),
     ) -> None:
-        if config.pipeline == "on" and drafters:
-            raise ConfigError(
-                "--pipeline on plans a step before it knows which guesses of the one before were right: "
-                "use it with --speculation off"
-            )
         listeners = [GuardedListener(listener) for listener in listeners]
         loaded = load_model(config)
         self.loaded: LoadedModel = loaded
@@ -103,7 +98,7 @@ class Engine:
         )
         drafter_stats = self.runner.speculator.stats
         self.core = EngineCore(self.scheduler, self.runner, deliver, pipeline, drafter_stats)
-        self.background = Background()
+        self.background = Background(self.core.drain)
         self.listeners = self.scheduler.listeners = listeners
         if listeners:
             self.core.traffic = lambda: listeners[0].stats
@@ -134,12 +129,13 @@ class Engine:
             self.scheduler.refuse(request, wrong)
 
     def operate(self, operation: str, arguments: dict[str, Any]) -> Any:
-        """Runs a control operation by name; raises SlipstreamError for what cannot be done.
+        """Runs a control operation by name, between two steps; raises SlipstreamError for what cannot be done.
 
         What takes longer than steps may wait goes on in the background: its result is a Future, done in ``poll``.
         """
         if operation not in OPERATIONS:
             raise SlipstreamError(f"the engine has no operation {operation!r}; it has {sorted(OPERATIONS)}")
+        self.core.drain()
         return OPERATIONS[operation](self, **arguments)
 
     def poll(self) -> None:
@@ -333,7 +329,6 @@ class EngineLoop:
             self._send(CallReply(message.message_id, error=error))
 
     def _answer(self, engine: Engine, call: Call) -> None:
-        engine.core.drain()
         try:
             result = engine.operate(call.operation, call.arguments)
         except Exception as error:

@@ -16,7 +16,8 @@ class Request:
     """Private to the scheduler and mutable; everybody else sees plans and deltas.
 
     A request is caught up when ``num_computed == length``: ``length`` counts the known tokens and those that a step
-    under way will sample. Prefill, decode and recomputation after preemption are all "catching up".
+    under way will sample. Prefill, decode and recomputation after preemption are all "catching up". Draft tokens under
+    way count as if they were right, in both; what was wrong is taken back when the step is committed.
     """
 
     __slots__ = (
@@ -42,6 +43,7 @@ class Request:
         "slot",
         "tokens",
         "told_first",
+        "unsure",
     )
 
     def __init__(self, message: NewRequest, deadline: float, root: BlockHash) -> None:
@@ -54,7 +56,9 @@ class Request:
         self.num_computed = 0
         """Positions whose keys and values are in the cache once every planned step has run."""
         self.in_flight = 0
-        """Tokens that planned steps will sample and that are not committed yet."""
+        """Tokens that planned steps will sample at most, and that are not committed yet."""
+        self.unsure = 0
+        """Of them, draft tokens: nobody knows yet whether they are right."""
         self.blocks: list[int] = []
         self.block_hashes: list[BlockHash] = []
         self.awaited: BlockHash | None = None
@@ -77,11 +81,15 @@ class Request:
         self.told_first = False
         self.finished = False
 
-    def awaits_end(self, max_model_len: int) -> bool:
-        """Whether a token under way will end the request, so that nothing more is to be computed."""
+    def awaits_result(self, max_model_len: int, switch_length: int) -> bool:
+        """Whether what is under way has to be known before more is planned: it ends the request, or may bring it to the
+        end of its context, or to the length from which on it is computed in another way.
+        """
         if not self.in_flight:
             return False
-        return self.num_output + self.in_flight >= self.message.params.max_tokens or self.length >= max_model_len
+        if self.num_output + self.in_flight - self.unsure >= self.message.params.max_tokens:
+            return True
+        return self.length >= max_model_len or (self.unsure > 0 and not self.outgrown and self.length > switch_length)
 
     def draw_seed(self) -> int:
         """The seed of its random stream: its own, or one drawn once, so that it continues after a preemption."""

@@ -132,12 +132,13 @@ class Scheduler:
         """Takes the result of the oldest planned step; returns what its requests have to tell."""
         planned, requests, decision = self._under_way.popleft()
         assert planned is plan, "steps are committed in the order they were planned"
-        self.cost.observe(plan.work, result.seconds)
+        self.cost.observe(plan.work_with(result.drafted), result.seconds)
         self._guesses.observe(plan, decision, result)
         deltas = self.take_ended()
         for row, request in enumerate(requests):
             if plan.samples[row]:
-                request.in_flight -= 1
+                request.in_flight -= 1 + plan.drafts[row]
+                request.unsure -= plan.drafts[row]
             if request.finished:
                 continue
             if row in result.prompt_logprobs:
@@ -147,7 +148,7 @@ class Scheduler:
                 deltas.append(request.delta(self.target_version, [], "error", error=result.errors[row]))
             elif plan.samples[row]:
                 self._guesses.take_back(request, row, plan, result)
-                deltas.append(self._take_tokens(request, row, plan, result))
+                deltas.append(self._take_tokens(request, row, result))
         return deltas
 
     def fail(self, error: str) -> list[TokenDelta]:
@@ -160,7 +161,7 @@ class Scheduler:
         for request in list(self._running):
             self._preempt(request, None)
         for request in self._requests.values():
-            request.in_flight = 0
+            request.in_flight = request.unsure = 0
         deltas = self.take_ended()
         for request in failed:
             if not request.finished:
@@ -206,7 +207,7 @@ class Scheduler:
     def _restart_outgrown(self) -> None:
         """Requests that have become longer than the switch length are computed again, from their first position on."""
         for request in [*self._running, *self._waiting]:
-            if request.length <= self._switch_length or request.outgrown or request.awaits_end(self._max_model_len):
+            if request.length <= self._switch_length or request.outgrown or self._awaits_result(request):
                 continue
             if request.slot >= 0:
                 self._requeue(request)
@@ -216,7 +217,7 @@ class Scheduler:
         """Moves waiting requests to running ones while there is room, in order of their deadlines."""
         for request in list(self._waiting):
             if request.in_flight:
-                continue  # preempted with a token under way, which will come with the next commit
+                continue  # preempted with tokens under way, which will come with the next commit
             if not self._wants_prompt_work(request):
                 return
             while True:
@@ -260,13 +261,11 @@ class Scheduler:
     def _plan_decodes(self, plan: PlanBuilder) -> None:
         """One token for every stream; a stream without room for it pushes out the least urgent request."""
         for request in list(self._running):
-            if (
-                request.slot < 0
-                or request.length - request.num_computed != 1
-                or request.awaits_end(self._max_model_len)
-            ):
+            if request.slot < 0 or request.length - request.num_computed != 1 or self._awaits_result(request):
                 continue
             while (grown := self.kv.grow(request, request.length)) is None:
+                if request.unsure:
+                    break  # the room may not be needed, and then nobody has to go
                 victim = self._running[-1]
                 self._preempt(victim, plan)
                 if victim is request:
@@ -275,7 +274,7 @@ class Scheduler:
                 plan.map_grown(request, grown)
                 plan.add(request, 1)
         prompts_wait = any(request.length - request.num_computed > 1 for request in self._running)
-        self._guesses.plan(plan, prompts_wait)
+        self._guesses.plan(plan, prompts_wait, any(any(step.wanted) for step, _, _ in self._under_way))
 
     def _plan_prompts(self, plan: PlanBuilder) -> None:
         """Gives what the step has left to prompts, most urgent first."""
@@ -284,7 +283,7 @@ class Scheduler:
         limit = self._config.max_step_tokens
         for request in self._running:
             remaining = request.length - request.num_computed
-            if remaining <= 1 or request.awaits_end(self._max_model_len):
+            if remaining <= 1 or self._awaits_result(request):
                 continue
             if not self._config.chunked_prefill:
                 if plan.work.tokens > decodes and plan.work.tokens + remaining > limit:
@@ -299,6 +298,9 @@ class Scheduler:
             if most <= 0:
                 return
             plan.add(request, most)
+
+    def _awaits_result(self, request: Request) -> bool:
+        return request.awaits_result(self._max_model_len, self._switch_length)
 
     def _step_target(self, plan: PlanBuilder) -> float:
         """Seconds this step may take while streams run."""
@@ -330,7 +332,7 @@ class Scheduler:
 
     # Results --------------------------------------------------------------------------------------------------------
 
-    def _take_tokens(self, request: Request, row: int, plan: StepPlan, result: StepResult) -> TokenDelta:
+    def _take_tokens(self, request: Request, row: int, result: StepResult) -> TokenDelta:
         """Appends what a step drew, up to where the request ends."""
         drawn, logprobs = result.tokens[row], result.logprobs.get(row)
         proposal = result.proposals.get(row, (0, False))
@@ -362,7 +364,7 @@ class Scheduler:
             finish,
             stop_token,
             logprobs[:taken] if logprobs else None,
-            num_drafted=plan.drafts[row],
+            num_drafted=result.drafted[row],
             num_accepted=min(taken, len(drawn) - 1),
             proposal=proposal,
         )

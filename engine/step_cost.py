@@ -50,7 +50,10 @@ class StepWork:
         return StepWork(self.tokens, self.reads + start, self.pairs).extend(start, count)
 
     def extend(self, start: int, count: int) -> StepWork:
-        """With ``count`` more positions, from ``start`` on, in a segment that is counted already."""
+        """With ``count`` more positions, from ``start`` on, in a segment that is counted already.
+
+        A negative count takes the positions before ``start`` away again.
+        """
         pairs = count * start + count * (count + 1) // 2
         return StepWork(self.tokens + count, self.reads + count, self.pairs + pairs)
 

@@ -122,12 +122,23 @@ class SimulatedRunner:
     """Executes plans without a model and checks that every read of the cache would find the right content.
 
     A cache position holds a digest of all tokens up to and including its own, which is what real keys and values
-    depend on. A step that attends to a position holding anything else is an error in scheduling or block sharing.
+    depend on, and of whether the sequence was longer than the switch length. A step that attends to a position holding
+    anything else is an error in scheduling or block sharing.
     With ``right``, it guesses at every chance, each guess with this probability right.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, vocab: int, right: float | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        vocab: int,
+        max_len: int,
+        right: float | None = None,
+        switch_length: int = 0,
+    ) -> None:
         self._block_size = block_size
+        self._max_len = max_len
+        self._switch_length = switch_length
         self._vocab = vocab
         self._cells: list[bytes | None] = [None] * (num_blocks * block_size)
         self._rows: dict[int, NewRow] = {}
@@ -145,33 +156,50 @@ class SimulatedRunner:
             self._rows[new.slot] = new
             self._tokens[new.slot] = list(new.tokens)
             self._tables[new.slot] = {}
+            self._guesses.pop(new.slot, None)
         for slot, first, blocks in plan.blocks:
             self._tables[slot].update(enumerate(blocks, first))
         size = self._block_size
         copied = [self._cells[source * size : (source + 1) * size] for source, _ in plan.copies]
         for (_, destination), cells in zip(plan.copies, copied, strict=True):
             self._cells[destination * size : (destination + 1) * size] = cells
-        rows = list(zip(plan.slots, plan.starts, plan.counts, plan.drafts, strict=True))
+        drafted = [self._take_drafts(slot, most) for slot, most in zip(plan.slots, plan.drafts, strict=True)]
+        starts = [self._start(plan, row, drafted[row]) for row in range(len(plan.slots))]
+        rows = list(zip(plan.slots, starts, plan.counts, drafted, strict=True))
         assert len({slot for slot, *_ in rows}) == len(rows), "a row is in the step twice"
-        for slot, start, count, drafted in rows:
-            assert slot in self._rows, "a row is computed after its request has ended"
-            self._tokens[slot] += self._guesses[slot][:drafted] if drafted else []
-            for position in range(start, start + count + drafted):
-                self._cells[self._cell(slot, position)] = self._digest(slot, position)
-            self.tokens_computed += count + drafted
-        for slot, start, count, drafted in rows:
-            for position in range(start + count + drafted):
-                assert self._cells[self._cell(slot, position)] == self._digest(slot, position), "stale keys and values"
+        for slot, start, count, drafts in rows:
+            assert start + count + drafts <= self._max_len, "a position beyond the context is computed"
+            for position in range(start, start + count + drafts):
+                self._cells[self._cell(slot, position)] = self._digest(slot, position, drafts)
+            self.tokens_computed += count + drafts
+        for slot, start, count, drafts in rows:
+            for position in range(start + count + drafts):
+                found = self._cells[self._cell(slot, position)]
+                assert found == self._digest(slot, position, drafts), "stale keys and values"
         drawn = [
-            self._draw(slot, start + count + drafted, drafted) if wanted else []
-            for (slot, start, count, drafted), wanted in zip(rows, plan.samples, strict=True)
+            self._draw(slot, drafts) if wanted else []
+            for (slot, _, _, drafts), wanted in zip(rows, plan.samples, strict=True)
         ]
         offers = [self._guess(slot, most) for slot, most in zip(plan.slots, plan.wanted, strict=True)]
-        return StepResult(drawn, offers, {}, {}, {}, seconds=0.001)
+        return StepResult(drawn, drafted, offers, {}, {}, {}, seconds=0.001)
 
-    def _draw(self, slot: int, end: int, drafted: int) -> list[int]:
+    def _take_drafts(self, slot: int, most: int) -> int:
+        """Puts the first of the guesses behind the known tokens; how many these are."""
+        assert slot in self._rows, "a row is computed after its request has ended"
+        guesses = self._guesses.pop(slot, [])[:most]
+        self._tokens[slot] += guesses
+        return len(guesses)
+
+    def _start(self, plan: StepPlan, row: int, drafts: int) -> int:
+        """Where the row starts: one that samples ends with its last known token."""
+        if not plan.samples[row]:
+            return plan.starts[row]
+        start = len(self._tokens[plan.slots[row]]) - drafts - plan.counts[row]
+        assert 0 <= start <= plan.starts[row], "a row starts later than its plan says"
+        return start
+
+    def _draw(self, slot: int, drafted: int) -> list[int]:
         tokens = self._tokens[slot]
-        assert end == len(tokens), "a token is drawn before its predecessors are computed"
         guesses = tokens[len(tokens) - drafted :]
         del tokens[len(tokens) - drafted :]
         drawn = []
@@ -197,8 +225,11 @@ class SimulatedRunner:
     def _cell(self, slot: int, position: int) -> int:
         return self._tables[slot][position // self._block_size] * self._block_size + position % self._block_size
 
-    def _digest(self, slot: int, position: int) -> bytes:
-        return blake2b(array("i", self._tokens[slot][: position + 1]).tobytes(), digest_size=8).digest()
+    def _digest(self, slot: int, position: int, drafts: int) -> bytes:
+        tokens = self._tokens[slot]
+        is_long = bool(self._switch_length) and len(tokens) - drafts > self._switch_length
+        content = array("i", [is_long, *tokens[: position + 1]])
+        return blake2b(content.tobytes(), digest_size=8).digest()
 
 
 class OracleDrafter(Drafter):
@@ -293,11 +324,12 @@ class SimulatedLoop:
         ahead: int = 0,
         right: float | None = None,
         vocab_size: int = 40,
+        switch_length: int = 0,
     ) -> None:
         self.now = 0.0
         self.cost = StepCost()
-        self.scheduler = Scheduler(config, num_blocks, max_len, self.cost, clock=lambda: self.now)
-        self.runner = SimulatedRunner(num_blocks, config.block_size, vocab_size, right)
+        self.scheduler = Scheduler(config, num_blocks, max_len, self.cost, lambda: self.now, switch_length)
+        self.runner = SimulatedRunner(num_blocks, config.block_size, vocab_size, max_len, right, switch_length)
         self.plans: list[StepPlan] = []
         self.told: dict[int, list[TokenDelta]] = {}
         self._ahead = ahead

@@ -32,13 +32,15 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A step as it is computed: nothing in it depends on what is not known yet.
+    """A step as it is computed: where its plan names places, these are the tokens and positions.
 
     Draft tokens are inputs like others. So whoever runs the same step in several places (tensor parallelism) decides in
     one of them which ones there are (``trees``) and hands them on with the plan.
     """
 
     plan: StepPlan
+    starts: Int32
+    """[rows] first position computed of each row of the plan."""
     batch: RaggedBatch
     trees: Mapping[int, PlacedTree]
     """By row of the plan: the draft tokens that are verified."""
@@ -51,6 +53,14 @@ class StepInputs:
     """Rows of the plan that draw, with the place of the first of their draws."""
     sampling: SamplingBatch
     """What the draws are drawn with."""
+
+    @property
+    def drafted(self) -> list[int]:
+        """Draft tokens per row of the plan."""
+        drafted = [0] * len(self.plan.slots)
+        for row, tree in self.trees.items():
+            drafted[row] = len(tree.positions)
+        return drafted
 
     def accept(self, tokens: list[int]) -> list[Accepted]:
         """What comes of these tokens, one for every draw."""
@@ -73,8 +83,9 @@ class StepInputs:
 def prepare(plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch: Scratch) -> StepInputs:
     """``trees`` are the draft tokens to verify by row of the plan; their first paths are written to the table."""
     slots = np.array(plan.slots, np.int32)
-    starts, known = np.array(plan.starts, np.int32), np.array(plan.counts, np.int32)
+    known, samples = np.array(plan.counts, np.int32), np.array(plan.samples, np.bool_)
     lengths = table.lengths[slots]
+    starts = np.where(samples, lengths - known, np.array(plan.starts, np.int32))
     paths = {row: branches(tree.parents) for row, tree in trees.items()}
     counts = known.copy()
     for row, tree in trees.items():
@@ -90,16 +101,16 @@ def prepare(plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch:
     size = scratch.block_size
     if not trees:
         batch = make_batch(token_ids, counts, ends, table.blocks, slots, size, known=lengths)
-        drawing = np.array(plan.samples, np.bool_).nonzero()[0]
+        drawing = samples.nonzero()[0]
         last = batch.q_start[1:][drawing] - 1
         sampling = table.sampling.take(slots[drawing], lengths[drawing], lambda i: table.known(int(slots[drawing[i]])))
         first_draws = list(zip(drawing.tolist(), range(len(drawing)), strict=True))
-        return StepInputs(plan, batch, {}, [], last, first_draws, sampling)
+        return StepInputs(plan, starts, batch, {}, [], last, first_draws, sampling)
     roots = (np.cumsum(counts) - counts + known - 1).tolist()
     scratch.reset()
     added = BranchSegments(scratch, len(token_ids))
     placed = {
-        row: added.place(tree, paths[row], plan.slots[row], plan.starts[row], int(lengths[row]), roots[row])
+        row: added.place(tree, paths[row], plan.slots[row], int(starts[row]), int(lengths[row]), roots[row])
         for row, tree in trees.items()
     }
     batch = make_batch(
@@ -112,7 +123,7 @@ def prepare(plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch:
         np.array(added.mirrors, np.int32).reshape(-1, 3) if added.mirrors else NO_MIRRORS,
         np.append(lengths, np.array(added.ends, np.int32)),
     )
-    return StepInputs(plan, batch, placed, added.copies, *_draws(plan, placed, roots, table))
+    return StepInputs(plan, starts, batch, placed, added.copies, *_draws(plan, placed, roots, table))
 
 
 def _draws(

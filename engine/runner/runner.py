@@ -63,7 +63,7 @@ class ModelRunner:
         tokens: list[list[int]] = [[] for _ in plan.slots]
         logprobs: dict[int, list[TokenLogprobs]] = {}
         proposals: dict[int, tuple[int, bool]] = {}
-        accepted = inputs.accept(sampled.tokens)
+        accepted, drafted = inputs.accept(sampled.tokens), inputs.drafted
         for each in accepted:
             row = each.row
             if sampled.errors and (wrong := [sampled.errors[at] for at in each.draws if at in sampled.errors]):
@@ -73,7 +73,7 @@ class ModelRunner:
             tokens[row] = [sampled.tokens[at] for at in each.draws]
             self._table.append(plan.slots[row], tokens[row])
             drafts = self._table.drafts(plan.slots[row])
-            if proposal := self.speculator.verified(drafts, plan.drafts[row], tokens[row]):
+            if proposal := self.speculator.verified(drafts, drafted[row], tokens[row]):
                 proposals[row] = proposal
             if each.draws[0] in sampled.logprobs:
                 logprobs[row] = [sampled.logprobs[at] for at in each.draws]
@@ -85,6 +85,7 @@ class ModelRunner:
         offers = self._propose(plan, errors)
         return StepResult(
             tokens=tokens,
+            drafted=drafted,
             offers=offers,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -189,7 +190,9 @@ class ModelRunner:
             each = drawn.get(row)
             rows = inputs.computed(row, each.nodes if each else [])
             row_top = None if each is None or top is None else (_take(top[0], each.draws), _take(top[1], each.draws))
-            found.append(Computed(self._table.drafts(slot).draft, plan.starts[row], _take(features, rows), row_top))
+            found.append(
+                Computed(self._table.drafts(slot).draft, int(inputs.starts[row]), _take(features, rows), row_top)
+            )
         return found
 
     def _propose(self, plan: StepPlan, errors: Container[int]) -> list[tuple[float, ...]]:
@@ -213,7 +216,7 @@ class ModelRunner:
             count = table.params(slot).prompt_logprobs
             if count is None:
                 continue
-            start = plan.starts[row]
+            start = int(inputs.starts[row])
             end = min(start + plan.counts[row], table.num_prompt(slot) - 1)
             if start < end:
                 try:

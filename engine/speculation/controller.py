@@ -34,6 +34,8 @@ class Decision:
     reason: str
     plain_seconds: float = 0.0
     """What the step is expected to take without guesses; 0 where none are verified, or the policy expects nothing."""
+    arm: tuple[int, int] | None = None
+    """Of the bandit: bucket and length that its reward is for."""
 
 
 class Policy(Protocol):
@@ -98,7 +100,6 @@ class Bandit:
     def __init__(self, seed: int = 0) -> None:
         self._random = Random(seed)
         self._rewards: dict[int, dict[int, float]] = defaultdict(lambda: dict.fromkeys(self.LENGTHS, self.FIRST))
-        self._last: tuple[int, int] | None = None
 
     def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
         rewards = self._rewards[len(offers).bit_length()]
@@ -108,13 +109,13 @@ class Bandit:
         lengths = [length for length in self.LENGTHS if length <= longest]
         length = self._random.choice(lengths) if explores else max(lengths, key=rewards.__getitem__)
         counts = [min(length, len(offer.chances)) for offer in offers]
-        self._last = len(offers).bit_length(), length
-        return Decision(counts, "explores" if explores else "best so far")
+        arm = len(offers).bit_length(), length
+        return Decision(counts, "explores" if explores else "best so far", arm=arm)
 
     def observe(self, decision: Decision, tokens: int, seconds: float) -> None:
-        if self._last is None:
+        if decision.arm is None:
             return
-        bucket, length = self._last
+        bucket, length = decision.arm
         before, reward = self._rewards[bucket][length], tokens / seconds
         self._rewards[bucket][length] = (
             reward if before == self.FIRST else (self.MEMORY * before + (1 - self.MEMORY) * reward)

@@ -15,6 +15,9 @@ from slipstream.engine.speculation.controller import Decision, Offer, make_polic
 from slipstream.engine.step_cost import StepCost
 
 log = logging.getLogger(__name__)
+NOT_SEEN = "not proposed yet"
+"""Reason of a step that was planned before the step after which drafters are asked again: it verifies nothing, and says
+nothing about them."""
 PAUSE_BELOW = 0.985
 """Where verification and drafting together bring less than this, drafting pauses …"""
 PROBE_EVERY = 16
@@ -89,23 +92,28 @@ class GuessPlanner:
         self.costly_guesses = 0
         """At most so many for each request are wanted of costly drafters, after the step being planned."""
 
-    def plan(self, plan: PlanBuilder, prompts_wait: bool) -> None:
+    def plan(self, plan: PlanBuilder, prompts_wait: bool, is_asked: bool = False) -> None:
         """Adds positions to verify guesses in, where they are worth it and there is room, to a step of decodes.
 
         A step that prompts share is bound by arithmetic: guesses would cost their full price, and prolong it.
+        ``is_asked``: a step under way will have guesses proposed, which are verified in this one. What was offered
+        after the step before it has to do for deciding how many: where much was promised, much will be.
         """
         self._steps += 1
         self.costly_guesses = self._ask_costly()
         if prompts_wait:
             self.reasons["prompts wait"] += 1
         else:
-            self._verify(plan)
+            self._verify(plan, is_asked)
         if self.costly_guesses:
             self._reserve(plan)
 
-    def _verify(self, plan: PlanBuilder) -> None:
+    def _verify(self, plan: PlanBuilder, is_asked: bool) -> None:
         if not any(request.offer for request in plan.requests):
-            if self._pauses and self._most and (self._costly if self._has_costly else self._cheap).is_paused:
+            if is_asked:
+                plan.decision = Decision([0] * len(plan.requests), NOT_SEEN)
+                self.reasons[NOT_SEEN] += 1
+            elif self._pauses and self._most and (self._costly if self._has_costly else self._cheap).is_paused:
                 self.reasons["does not pay"] += 1
             return
         offers = [Offer(request.offer[: self._room(request)], request.num_computed) for request in plan.requests]
@@ -116,7 +124,7 @@ class GuessPlanner:
             log.debug("%s: verify %s of %s", decision.reason, decision.counts, chances)
         for row, count in enumerate(decision.counts):
             request = plan.requests[row]
-            grown = self._kv.grow(request, len(request.tokens) + count) if count else None
+            grown = self._kv.grow(request, request.num_computed + count) if count else None
             if grown is not None:
                 plan.map_grown(request, grown)
                 plan.add_guesses(row, count)
@@ -129,8 +137,9 @@ class GuessPlanner:
         if not self.costly_guesses and self._cheap.is_paused and not self._is_due(self._cheap):
             return 0
         most = self._most if speculation.max_draft_tokens is None else min(self._most, speculation.max_draft_tokens)
-        # The step being planned draws a token, and the next one after its guesses another.
-        return max(min(most, request.message.params.max_tokens - request.num_output - 2), 0)
+        # What is under way brings some tokens for sure, and the next step one after its guesses.
+        sure = request.num_output + request.in_flight - request.unsure + 1
+        return max(min(most, request.message.params.max_tokens - sure), 0)
 
     def _ask_costly(self) -> int:
         """How many guesses costly drafters may make after this step.
@@ -155,7 +164,7 @@ class GuessPlanner:
         if not self._pauses:
             return
         asked, self._asked = self._asked, None
-        if asked is not None:
+        if asked is not None and (decision is None or decision.reason != NOT_SEEN):
             # What it brought, not what was promised: the most promising guesses are those that chance makes look so.
             gain = 1.0
             if decision is not None and decision.plain_seconds:
@@ -188,11 +197,12 @@ class GuessPlanner:
         for request in plan.requests:
             wanted = min(self.wanted(request), self.costly_guesses)
             if wanted and self._kv.pool.num_available > 2 * len(plan.requests):
-                plan.map_grown(request, self._kv.grow(request, request.num_computed + 1 + wanted) or 0)
+                length = min(request.num_computed + 1 + wanted, self._max_model_len)
+                plan.map_grown(request, self._kv.grow(request, length) or 0)
 
     def _room(self, request: Request) -> int:
         """Guesses that fit before the request's end, with the token drawn after them."""
-        tokens = request.message.params.max_tokens - request.num_output - 1
+        tokens = request.message.params.max_tokens - request.num_output - request.in_flight + request.unsure
         # Guesses beyond the switch length would be computed as in a sequence that stays below it.
         longest = self._max_model_len if request.outgrown else self._switch_length
-        return max(min(tokens, longest - len(request.tokens)), 0)
+        return max(min(tokens, longest - (request.length - 1)), 0)

@@ -45,7 +45,10 @@ actions = st.lists(
 @given(
     actions=actions,
     num_blocks=st.integers(13, 40),
-    loop_kind=st.sampled_from([(0, None), (1, None), (2, None), (0, 0.2), (0, 0.8), (0, 1.0)]),
+    ahead=st.sampled_from([0, 1, 1, 2]),
+    right=st.sampled_from([None, 0.2, 0.8, 1.0]),
+    switch_length=st.sampled_from([0, 0, 50]),
+    max_len=st.sampled_from([200, 70, 70]),
     policy=st.sampled_from(["throughput", "bandit", "fixed"]),
     max_running=st.integers(1, 8),
     chunked=st.booleans(),
@@ -54,7 +57,10 @@ actions = st.lists(
 def test_whatever_happens_every_request_gets_its_tokens_and_one_end(
     actions: list,
     num_blocks: int,
-    loop_kind: tuple[int, float | None],
+    ahead: int,
+    right: float | None,
+    switch_length: int,
+    max_len: int,
     policy: Any,
     max_running: int,
     chunked: bool,
@@ -67,8 +73,7 @@ def test_whatever_happens_every_request_gets_its_tokens_and_one_end(
         prefix_caching=caching,
         speculation_policy=policy,
     )
-    ahead, right = loop_kind  # guesses are for the plain loop
-    loop = Loop(config, num_blocks, max_len=200, ahead=ahead, right=right)
+    loop = Loop(config, num_blocks, max_len=max_len, ahead=ahead, right=right, switch_length=switch_length)
     requests: dict[int, tuple] = {}
     aborted = set()
     for action in actions:
@@ -80,12 +85,12 @@ def test_whatever_happens_every_request_gets_its_tokens_and_one_end(
             loop.scheduler.check_integrity()
         else:
             prompt, max_tokens, priority, salt, stop = action
-            request_id = len(requests)
-            requests[request_id] = action
+            prompt, request_id = prompt[:max_len], len(requests)
+            requests[request_id] = prompt, max_tokens, stop
             loop.add(request_id, prompt, max_tokens, priority=priority, cache_salt=salt, stop_token_ids=stop)
     loop.finish()
-    for request_id, (prompt, max_tokens, _, _, stop) in requests.items():
-        wanted = simulated_answer(prompt, max_tokens, stop)
+    for request_id, (prompt, max_tokens, stop) in requests.items():
+        wanted = simulated_answer(prompt, max_tokens, stop, max_len)
         tokens = loop.tokens(request_id)
         ends = [delta.finish_reason for delta in loop.told[request_id] if delta.finish_reason]
         assert len(ends) == 1
@@ -100,7 +105,7 @@ def test_whatever_happens_every_request_gets_its_tokens_and_one_end(
 @pytest.mark.parametrize("chunked", [True, False])
 def test_a_prompt_that_fills_the_context_can_be_computed(ahead: int, chunked: bool) -> None:
     config = replace(CONFIG, chunked_prefill=chunked)
-    loop = Loop(config, num_blocks=13, max_len=200, ahead=ahead, right=None if ahead else 1.0)
+    loop = Loop(config, num_blocks=13, max_len=200, ahead=ahead, right=1.0)
     for request_id in range(3):
         loop.add(request_id, list(range(200)), max_tokens=0)
     loop.finish()

@@ -64,7 +64,6 @@ def test_serve_has_an_option_for_every_field() -> None:
         (["serve", "--drafter", "/no/such/head"], "/no/such/head"),
         (["serve", "--draft-model", "/no/such/draft"], "/no/such/draft"),
         (["serve", "--speculation", "ngram,telepathy"], "telepathy"),
-        (["serve", "--pipeline", "on", "--speculation", "ngram"], "--pipeline"),
         (["dance"], "dance"),
     ],
 )

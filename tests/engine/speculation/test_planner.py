@@ -49,13 +49,14 @@ class Loop:
         if self.is_costly:
             wanted = min(wanted, plan.costly_guesses)
         self.most = wanted
-        request.in_flight = 0
+        request.in_flight = request.unsure = 0
         verified = builder.decision is not None and builder.decision.counts[0]
         drawn = [5, 5] if verified and right else [5]
         request.tokens += drawn
         request.offer = (chance,) if wanted else ()
         drafting = STEP_SECONDS / 2 if wanted else 0.0
-        result = StepResult([drawn], [request.offer], {}, {}, {}, STEP_SECONDS, drafting, self.drafters)
+        drafted = plan.drafts
+        result = StepResult([drawn], drafted, [request.offer], {}, {}, {}, STEP_SECONDS, drafting, self.drafters)
         self.planner.observe(plan, builder.decision, result)
         return wanted > 0
 

@@ -1,0 +1,200 @@
+"""The pipelined loop with drafters gives what the plain loop gives without any, whatever comes and goes meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slipstream.drafter.draft_model import ModelDrafter
+from slipstream.drafter.head import layout
+from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
+from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
+from slipstream.engine.checkpoint.checkpoint import open_checkpoint
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.messages import SamplingParams, SpeculationParams
+from slipstream.engine.models.config import DecoderConfig, decoder_config
+from slipstream.engine.models.loader import build_model
+from slipstream.engine.speculation.protocol import Drafter
+from slipstream.engine.testing import Completion, LocalEngine, OracleDrafter, TreeOracleDrafter
+
+Engine = Callable[..., LocalEngine]
+Answers = dict[tuple[int, ...], list[int]]
+LENGTH = 40
+WAIT_S = 300.0
+
+
+def random_head(target: DecoderConfig) -> FirstHead:
+    config = layout.config_for(target, 8)
+    return FirstHead(config, layout.random_tensors(config, 0))
+
+
+def drafters(kind: str, tiny: Path, answers: Answers) -> tuple[list[Drafter], dict[str, Any]]:
+    """With options of the engine that they need."""
+
+    def same_model(_: Any, length: int) -> Any:
+        options = EngineConfig(model=str(tiny), dtype="float32")
+        return build_model(open_checkpoint(str(tiny)), options, torch.float32, torch.device("cpu"), length)
+
+    lookups = [NGramDrafter(), SuffixDrafter(10_000)]
+    kinds: dict[str, tuple[list[Drafter], dict[str, Any]]] = {
+        "lookups": (lookups, {}),
+        "head": ([HeadDrafter(random_head, stop_below=0.0)], {}),
+        "head tree": ([HeadDrafter(random_head, stop_below=0.0, width=3)], {"draft_width": 3}),
+        "draft tree": ([ModelDrafter(same_model, stop_below=0.0, width=3)], {"draft_width": 3}),
+        "oracle": ([OracleDrafter(answers, 0.8)], {"speculation_policy": "bandit"}),
+        "oracle tree": ([TreeOracleDrafter(answers, 0.9, 8)], {"draft_width": 2, "max_draft_tokens": 7}),
+        "all": (
+            [*lookups, HeadDrafter(random_head, width=3), ModelDrafter(same_model), OracleDrafter(answers, 0.7)],
+            {"draft_width": 3, "speculation_policy": "throughput"},
+        ),
+    }
+    return kinds[kind]
+
+
+@pytest.fixture(scope="session")
+def expected(engine: Engine) -> Callable[[tuple[int, ...], SamplingParams], Completion]:
+    """What the plain loop tells a request that is alone, without drafters."""
+    plain = engine(max_model_len=64)
+
+    @cache
+    def answer(prompt: tuple[int, ...], which: int) -> Completion:
+        return plain.generate([prompt], sampling(which))[0]
+
+    return lambda prompt, params: answer(prompt, PARAMS.index(params))
+
+
+@pytest.fixture(scope="session")
+def heads(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> list[Path]:
+    config = layout.config_for(decoder_config(open_checkpoint(str(tiny)).config), 8)
+    folders = [tmp_path_factory.mktemp("head") for _ in range(3)]
+    for seed, folder in enumerate(folders):
+        layout.write(folder / "v", config, layout.random_tensors(config, seed))
+    return [folder / "v" for folder in folders]
+
+
+PARAMS = [
+    SamplingParams(max_tokens=LENGTH, temperature=0.0),
+    SamplingParams(max_tokens=LENGTH, temperature=0.8, seed=5, logprobs=1),
+    SamplingParams(max_tokens=LENGTH, seed=7, top_p=0.8, frequency_penalty=0.4, stop_token_ids=(6,)),
+    SamplingParams(max_tokens=3, seed=9, stop_token_ids=(2,)),
+]
+
+
+def sampling(which: int) -> SamplingParams:
+    return PARAMS[which]
+
+
+arrivals = st.tuples(
+    st.lists(st.integers(0, 7), min_size=1, max_size=6).map(lambda text: tuple(text * (len(text) % 4 * 3 + 1))),
+    st.integers(0, len(PARAMS) - 1),
+    st.sampled_from(["auto", "auto", "auto", "off"]),
+    st.sampled_from(["", "trial"]),
+    st.sampled_from([0, 0, -1]),
+)
+actions = st.lists(
+    st.one_of(
+        *(arrivals, arrivals, arrivals, arrivals),
+        *(st.integers(1, 4), st.integers(1, 4)),  # steps
+        st.tuples(st.just("abort"), st.integers(0, 20)),
+        st.tuples(st.just("swap"), st.integers(0, 2), st.sampled_from(["", "trial"])),
+        st.just("reset"),
+    ),
+    min_size=8,
+    max_size=40,
+)
+
+
+@pytest.mark.parametrize("kind", ["lookups", "head", "head tree", "draft tree", "oracle", "oracle tree", "all"])
+def test_whatever_happens_tokens_are_those_of_the_plain_loop(
+    engine: Engine, tiny: Path, expected: Any, heads: list[Path], kind: str
+) -> None:
+    answers: Answers = {}
+    chosen, fields = drafters(kind, tiny, answers)
+    small = {"kv_cache_memory": "32KiB", "max_model_len": 64, "max_running": 4}
+    local = engine(chosen, pipeline="on", **(small | fields))
+
+    def play(script: Sequence[Any]) -> None:
+        submitted: list[tuple[Completion, tuple[int, ...], SamplingParams]] = []
+        aborted: set[int] = set()
+        swaps: list[Any] = []
+        for action in script:
+            match action:
+                case int():
+                    for _ in range(action):
+                        local.step()
+                case "reset":
+                    local.engine.operate("reset_prefix_cache", {})
+                case ("abort", which):
+                    if which < len(submitted):
+                        aborted.add(which)
+                        local.engine.scheduler.abort([submitted[which][0].request_id])
+                case ("swap", version, route):
+                    if "head" in local.engine.runner.speculator.names:
+                        named = {"version": version + 2, "route": route, "path": str(heads[version])}
+                        swaps.append(local.engine.operate("swap_drafter", named))
+                case (prompt, which, mode, route, priority):
+                    params = sampling(which)
+                    answers[prompt] = expected(prompt, params).tokens
+                    more = {"route": route, "priority": priority, "speculation": SpeculationParams(mode)}
+                    submitted.append((local.submit(prompt, params, **more), prompt, params))
+        deadline = time.monotonic() + WAIT_S
+        while not all(swap.done() for swap in swaps):
+            assert time.monotonic() < deadline
+            local.step() if local.engine.core.has_work else local.engine.poll()
+        local.finish()
+        for number, (completion, prompt, params) in enumerate(submitted):
+            plain = expected(prompt, params)
+            if completion.finish_reason == "abort":
+                assert number in aborted and completion.tokens == plain.tokens[: len(completion.tokens)]
+            else:
+                assert completion.tokens == plain.tokens
+                assert completion.finish_reason == plain.finish_reason
+
+    settings(max_examples=20)(given(actions)(play))()
+    drafted = sum(entry.draft_tokens for entry in local.stats.drafters)
+    right = sum(delta.num_accepted for done in local.completions.values() for delta in done.deltas)
+    assert drafted > 100 and (right > 50 or kind.startswith("head")), "too little was guessed for this to say anything"
+    assert local.stats.preemptions, "the cache has to be too small for this test to say anything"
+    local.close()
+
+
+def test_guesses_are_verified_in_every_step_of_the_pipelined_loop(engine: Engine, expected: Any) -> None:
+    """As many steps as the plain loop takes with the same drafter, but for the first ones and one after the end."""
+    prompt, answers = (1, 2, 3), Answers()
+    params = PARAMS[1]
+    answers[prompt] = expected(prompt, params).tokens
+
+    def steps(pipeline: str) -> int:
+        local = engine([OracleDrafter(answers, 1.0)], pipeline=pipeline)
+        [done] = local.generate([prompt], params)
+        local.close()
+        assert done.tokens == answers[prompt]
+        assert sum(delta.num_accepted for delta in done.deltas) > LENGTH / 2
+        return local.stats.steps
+
+    assert steps("off") < steps("on") <= steps("off") + 4
+
+
+def test_what_was_prepared_beside_the_steps_lands_between_two_of_them(engine: Engine) -> None:
+    local = engine(pipeline="on")
+    local.submit([1, 2, 3], SamplingParams(max_tokens=200, seed=1))
+    for _ in range(3):
+        local.step()
+    landed: list[int] = []
+    done = local.engine.background.start(lambda: lambda: landed.append(local.engine.scheduler.num_under_way))
+    deadline = time.monotonic() + WAIT_S
+    while not done.done():
+        assert time.monotonic() < deadline
+        assert local.engine.scheduler.num_under_way == 1, "a step has to be under way for this test to say anything"
+        local.step()
+    assert landed == [0]
+    local.finish()
+    local.close()
