@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftRow, Proposal
+from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftNeeds, DraftRow, Proposal
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.kv_cache import PagedKVCache
@@ -75,7 +75,6 @@ class AutoregressiveDrafter(Drafter):
     """
 
     num_evidence = len(EVIDENCE_BORDERS) + 1
-    costly = True
 
     def __init__(self, stop_below: float = 0.05, width: int = 1) -> None:
         """A draft does not go on where the probability that all of it is right falls below ``stop_below``.
@@ -84,6 +83,7 @@ class AutoregressiveDrafter(Drafter):
         """
         self._stop_below = stop_below
         self._width = width
+        self.needs = DraftNeeds(costly=True, own_blocks=True, branches=width > 1)
         self._host: DraftHost
 
     def attach(self, host: DraftHost) -> None:

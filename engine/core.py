@@ -11,7 +11,7 @@ from typing import Protocol
 
 from slipstream.engine.messages import DrafterStats, EngineStats, TokenDelta, TrafficStats
 from slipstream.engine.plan import StepPlan, StepResult
-from slipstream.engine.scheduler import Scheduler
+from slipstream.engine.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,9 @@ class EngineCore:
         deliver: Deliver,
         pipeline: bool,
         drafters: Sequence[DrafterStats] = (),
+        traffic: Callable[[], TrafficStats] = TrafficStats,
     ) -> None:
-        """``drafters`` are the counters as they stand before the first step."""
+        """``drafters`` are the counters before the first step; ``traffic`` tells those of requests that may be kept."""
         self.scheduler = scheduler
         self._runner = runner
         self._deliver = deliver
@@ -56,8 +57,7 @@ class EngineCore:
         self._steps = self._failures = 0
         self._model_seconds = self._device_cpu_seconds = 0.0
         self._drafters = list(drafters)
-        self.traffic: Callable[[], TrafficStats] = TrafficStats
-        """What became of the requests that may be kept."""
+        self._traffic = traffic
         self._began = time.thread_time()
         if pipeline:
             self._device = ThreadPoolExecutor(1, "device")
@@ -76,7 +76,7 @@ class EngineCore:
             step_seconds=seconds,
             steps=self._steps,
             drafters=self._drafters,
-            traffic=self.traffic(),
+            traffic=self._traffic(),
             model_seconds=self._model_seconds,
             overhead_cpu_seconds=time.thread_time() - self._began + self._device_cpu_seconds,
         )

@@ -9,7 +9,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from slipstream.engine.messages import DrafterStats, NewRequest, TokenLogprobs
-from slipstream.engine.step_cost import StepWork
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step has to do, as far as its time depends on it."""
+
+    tokens: int = 0
+    """Positions computed."""
+    reads: int = 0
+    """Cached positions read: per segment once, its length after the step."""
+    pairs: int = 0
+    """Pairs of a computed position and one it attends to."""
+
+    def add(self, start: int, count: int) -> StepWork:
+        """With a segment of ``count`` positions from ``start`` on."""
+        return StepWork(self.tokens, self.reads + start, self.pairs).extend(start, count)
+
+    def extend(self, start: int, count: int) -> StepWork:
+        """With ``count`` more positions, from ``start`` on, in a segment that is counted already.
+
+        A negative count takes the positions before ``start`` away again.
+        """
+        pairs = count * start + count * (count + 1) // 2
+        return StepWork(self.tokens + count, self.reads + count, self.pairs + pairs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from slipstream.engine.background import Background
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import EngineCore
 from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SlipstreamError, SupersededError
+from slipstream.engine.listening import Listener, Listeners
 from slipstream.engine.messages import (
     AbortRequests,
     Call,
@@ -36,11 +37,11 @@ from slipstream.engine.messages import (
 )
 from slipstream.engine.models.loader import LoadedModel, load_model
 from slipstream.engine.runner.runner import ModelRunner
-from slipstream.engine.scheduler import Scheduler
-from slipstream.engine.speculation.guarded_listener import GuardedListener
-from slipstream.engine.speculation.protocol import Drafter, Listener
-from slipstream.engine.speculation.speculator import Speculator
-from slipstream.engine.step_cost import StepCost, StepWork
+from slipstream.engine.runner.speculator import Speculator
+from slipstream.engine.scheduling.calibration import calibrate
+from slipstream.engine.scheduling.scheduler import Scheduler
+from slipstream.engine.scheduling.step_cost import StepCost
+from slipstream.engine.speculation.protocol import Drafter, DraftNeeds
 from slipstream.engine.validation import problem
 from slipstream.engine.wire import EngineChannel, Undecodable
 
@@ -49,14 +50,6 @@ MakeListeners = Callable[[EngineConfig], Sequence[Listener]]
 HEARTBEAT_MS = 1000
 BACKGROUND_MS = 5
 """How long an idle engine waits for messages while something is prepared beside it."""
-PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PROBE_TOKENS = 16
-PROBE_CONTEXT = 1024
-PROFILE_RUNS = 3
-PROFILE_SECONDS = 0.1
-"""A size that has taken so long is known well enough: the longer a step, the less its time varies."""
-LONG_STEP_S = 0.25
-"""Sizes beyond a step that takes so long are not measured: arithmetic bounds them, so they go on in proportion."""
 
 
 class Engine:
@@ -69,8 +62,9 @@ class Engine:
         drafters: Sequence[Drafter] = (),
         listeners: Sequence[Listener] = (),
     ) -> None:
-        listeners = [GuardedListener(listener) for listener in listeners]
-        loaded = load_model(config)
+        drafting = DraftNeeds.of(drafters, config.max_draft_tokens)
+        loaded = load_model(config, drafting.branches)
+        self.listeners = Listeners(listeners)
         self.loaded: LoadedModel = loaded
         self.config = config
         self.runner = ModelRunner(
@@ -79,11 +73,12 @@ class Engine:
             config.block_size,
             config.max_running,
             loaded.max_model_len,
-            Speculator(drafters, config.max_draft_tokens, listeners),
+            Speculator(drafters, config.max_draft_tokens),
+            self.listeners,
             loaded.scratch_blocks,
         )
         cost = StepCost()
-        calibrate(cost, self.runner, loaded.max_model_len, config.max_step_tokens)
+        calibrate(cost, self.runner.profile, loaded.max_model_len, config.max_step_tokens)
         switch_length = loaded.model.switch_length
         self.scheduler = Scheduler(
             config,
@@ -91,17 +86,15 @@ class Engine:
             loaded.max_model_len,
             cost,
             switch_length=switch_length,
-            has_costly_drafter=any(drafter.costly for drafter in drafters),
+            drafting=drafting,
+            listeners=self.listeners,
         )
         pipeline = config.pipeline == "on" or (
             config.pipeline == "auto" and self.runner.cache.device.type == "cuda" and not drafters
         )
         drafter_stats = self.runner.speculator.stats
-        self.core = EngineCore(self.scheduler, self.runner, deliver, pipeline, drafter_stats)
+        self.core = EngineCore(self.scheduler, self.runner, deliver, pipeline, drafter_stats, self.listeners.stats)
         self.background = Background(self.core.drain)
-        self.listeners = self.scheduler.listeners = listeners
-        if listeners:
-            self.core.traffic = lambda: listeners[0].stats
 
     def ready(self) -> EngineReady:
         model, loaded = self.loaded.model, self.loaded
@@ -145,8 +138,7 @@ class Engine:
     def close(self) -> None:
         self.background.close()
         self.core.close()
-        for listener in self.listeners:
-            listener.close()
+        self.listeners.close()
 
 
 def _check_integrity(engine: Engine) -> str:
@@ -209,33 +201,6 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "step_cost": _step_cost,
     "swap_drafter": _swap_drafter,
 }
-
-
-def calibrate(cost: StepCost, runner: ModelRunner, max_model_len: int, max_step_tokens: int) -> None:
-    """Measures steps of several sizes, best of a few runs each, so that the first requests are planned well.
-
-    The server is not ready before, so this takes about a second also where a step takes long.
-    """
-    most = min(max_model_len, max_step_tokens)
-    sizes = [count for count in PROFILE_TOKENS if count <= most] or [most]
-
-    def measure(segments: int, tokens: int, context: int) -> tuple[StepWork, float]:
-        work = StepWork()
-        for _ in range(segments):
-            work = work.add(context - tokens, tokens)
-        runs: list[float] = []
-        while len(runs) < PROFILE_RUNS and sum(runs) < PROFILE_SECONDS:
-            runs.append(runner.profile(segments, tokens, context))
-        return work, min(runs)
-
-    probe = min(PROBE_TOKENS, sizes[-1])
-    profile: list[tuple[StepWork, float]] = []
-    for tokens in sizes:
-        profile.append(measure(1, tokens, tokens))
-        if tokens >= probe and profile[-1][1] > LONG_STEP_S:
-            break
-    context = min(PROBE_CONTEXT, max_model_len)
-    cost.calibrate(profile, [measure(1, probe, context), measure(probe, 1, context)])
 
 
 class EngineLoop:

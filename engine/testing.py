@@ -11,12 +11,13 @@ from random import Random
 from typing import Any
 
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.listening import Listener
 from slipstream.engine.messages import EngineStats, NewRequest, SamplingParams, TokenDelta
 from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.process import Engine
-from slipstream.engine.scheduler import Scheduler
-from slipstream.engine.speculation.protocol import Drafter, DraftRow, Listener, Proposal
-from slipstream.engine.step_cost import StepCost
+from slipstream.engine.scheduling.scheduler import Scheduler
+from slipstream.engine.scheduling.step_cost import StepCost
+from slipstream.engine.speculation.protocol import Drafter, DraftNeeds, DraftRow, Proposal
 
 TINY_LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -276,6 +277,7 @@ class TreeOracleDrafter(Drafter):
 
     name = "oracle"
     num_evidence = 3
+    needs = DraftNeeds(branches=True)
 
     def __init__(self, answers: dict[tuple[int, ...], list[int]], right: float, vocab: int) -> None:
         self.answers = answers
@@ -328,7 +330,8 @@ class SimulatedLoop:
     ) -> None:
         self.now = 0.0
         self.cost = StepCost()
-        self.scheduler = Scheduler(config, num_blocks, max_len, self.cost, lambda: self.now, switch_length)
+        drafting = DraftNeeds(0 if right is None else config.max_draft_tokens)
+        self.scheduler = Scheduler(config, num_blocks, max_len, self.cost, lambda: self.now, switch_length, drafting)
         self.runner = SimulatedRunner(num_blocks, config.block_size, vocab_size, max_len, right, switch_length)
         self.plans: list[StepPlan] = []
         self.told: dict[int, list[TokenDelta]] = {}

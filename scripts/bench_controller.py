@@ -21,8 +21,8 @@ import numpy as np
 from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.speculation.controller import Bandit, Fixed, Policy, Throughput
-from slipstream.engine.step_cost import StepWork
+from slipstream.engine.plan import StepWork
+from slipstream.engine.scheduling.controller import Bandit, Fixed, Policy, Throughput
 from slipstream.engine.testing import LocalEngine, OracleDrafter
 from slipstream.loadtest.dataset import ShareGPT
 from slipstream.server.text import load_tokenizer

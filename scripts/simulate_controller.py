@@ -14,9 +14,10 @@ import math
 
 import numpy as np
 
-from slipstream.engine.speculation.acceptance import Acceptance, OwnAcceptance, chances
-from slipstream.engine.speculation.controller import Offer, Throughput
-from slipstream.engine.step_cost import StepCost, StepWork
+from slipstream.engine.plan import StepWork
+from slipstream.engine.runner.acceptance import Acceptance, OwnAcceptance, chances
+from slipstream.engine.scheduling.controller import Offer, Throughput
+from slipstream.engine.scheduling.step_cost import StepCost
 
 MOST, CONTEXT, NOISE = 8, 300, 0.08
 PROFILES = {

@@ -21,9 +21,10 @@ from slipstream.drafter.traffic.writer import TrafficWriter, load_hook
 from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.listening import EndedRequest, Listener
 from slipstream.engine.messages import NewRequest, TrafficStats
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.speculation.protocol import Computed, EndedRequest, Listener
+from slipstream.engine.speculation.protocol import Computed
 from slipstream.engine.units import parse_size
 
 MOST_POSITIONS = 4096

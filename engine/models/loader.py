@@ -54,8 +54,8 @@ class LoadedModel:
     seconds: float
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Loads the weights and sizes the cache.
+def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
+    """Loads the weights and sizes the cache; ``branches``: with scratch blocks for those of draft trees.
 
     Raises:
         ModelError: the model is broken, unknown, or does not fit into memory.
@@ -72,7 +72,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     weights_bytes = _weights_bytes(checkpoint, config, dtype)
     kind = NativeKVCache if is_native else TorchKVCache
     block_bytes = kind.block_bytes(cache_shape(shape, config.block_size, dtype))
-    scratch_blocks = SCRATCH_BLOCKS if config.draft_width > 1 and config.speculation != "off" else 0
+    scratch_blocks = SCRATCH_BLOCKS if branches else 0
     free = available_memory(device) - HEADROOM_BYTES - scratch_blocks * block_bytes
     num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, free)
     model = build_model(checkpoint, config, dtype, device, max_model_len)

@@ -10,7 +10,7 @@ import numpy as np
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.plan import NewRow
 from slipstream.engine.runner.sampler import SamplingColumns
-from slipstream.engine.speculation.speculator import RowDrafts
+from slipstream.engine.runner.speculator import RowDrafts
 from slipstream.kernels.batch import Int32
 
 

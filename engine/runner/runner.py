@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.engine.listening import Listeners
 from slipstream.engine.messages import TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.plan import StepPlan, StepResult
 from slipstream.engine.runner.inputs import Accepted, StepInputs, prepare
 from slipstream.engine.runner.rows import RowTable
 from slipstream.engine.runner.sampler import Sampled, failure, most_likely, sample, sample_apart, token_logprobs
+from slipstream.engine.runner.speculator import Speculator
 from slipstream.engine.speculation.protocol import Computed, DraftHost
 from slipstream.engine.speculation.scratch import Scratch
-from slipstream.engine.speculation.speculator import Speculator
 from slipstream.kernels.batch import Int32, make_batch
 
 PROMPT_LOGPROB_ROWS = 64
@@ -33,6 +34,7 @@ class ModelRunner:
         max_running: int,
         max_model_len: int,
         speculator: Speculator,
+        listeners: Listeners,
         scratch_blocks: int = 0,
     ) -> None:
         """The cache gets ``scratch_blocks`` besides those that plans name, for branches of trees."""
@@ -46,6 +48,8 @@ class ModelRunner:
         self._table = RowTable(max_running, longest, blocks, scratch_blocks)
         self._scratch = Scratch(self._table.blocks, num_blocks, scratch_blocks, block_size)
         speculator.attach(DraftHost(model, self._table.blocks, num_blocks + scratch_blocks, block_size, self._scratch))
+        self._listeners = listeners
+        self._taps = listeners.taps(model, speculator.taps)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -55,7 +59,7 @@ class ModelRunner:
         inputs = self._prepare(plan)
 
         model_began, model_cpu_began = time.perf_counter(), time.thread_time()
-        computed = self.model.forward(inputs.batch, self.cache, self.speculator.taps)
+        computed = self.model.forward(inputs.batch, self.cache, self._taps)
         sampled, top = self._sample(inputs, computed.hidden)
         prompt_logprobs, errors = self._prompt_logprobs(inputs, computed.hidden)
         model_cpu, model_seconds = time.thread_time() - model_cpu_began, time.perf_counter() - model_began
@@ -80,7 +84,9 @@ class ModelRunner:
         if inputs.trees:
             self._leave_branches(inputs, accepted)
         if computed.features is not None:
-            self.speculator.observe(self._observed(inputs, accepted, computed.features, top))
+            observed = self._observed(inputs, accepted, computed.features, top)
+            self.speculator.observe(observed)
+            self._listeners.observe(observed)
         seconds = time.perf_counter() - began
         offers = self._propose(plan, errors)
         return StepResult(
@@ -156,7 +162,8 @@ class ModelRunner:
         if not len(inputs.draws):
             return Sampled([]), None
         logits, top = self.model.logits(hidden, inputs.draws), None
-        if count := self.speculator.top_k(self._table.drafts(inputs.plan.slots[row]) for row, _ in inputs.first_draws):
+        drawing = (self._table.drafts(inputs.plan.slots[row]).draft for row, _ in inputs.first_draws)
+        if count := self._listeners.top_k(drawing):
             top = most_likely(logits, count)
         try:
             return sample(logits, inputs.sampling), top

@@ -1,4 +1,4 @@
-"""What the engine asks of a drafter, guesses at the tokens that come next, and what it tells those who listen.
+"""What the engine asks of a drafter, guesses at the tokens that come next, and what it tells it.
 
 Every position is drawn from the target's own distribution with a random number that belongs to the position, whatever
 was guessed; a guess counts if it is what was drawn. So drafters decide how fast an answer comes, never which one.
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slipstream.engine.messages import FinishReason, NewRequest, TrafficLevel, TrafficStats
+from slipstream.engine.messages import TrafficLevel
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.speculation.scratch import Scratch
 
@@ -114,16 +114,28 @@ class Computed:
 
 
 @dataclass(frozen=True, slots=True)
-class EndedRequest:
-    """A request that has ended, as listeners see it."""
+class DraftNeeds:
+    """What drafting needs of an engine."""
 
-    request: NewRequest
-    tokens: list[int]
-    """The prompt and the answer."""
-    reason: FinishReason
-    """"stop" also where a stop string ended the text; "abort" and "error" are no whole answers."""
-    target_version: int
-    drafter_version: int
+    most: int = 0
+    """Guesses per request and step at most, over all drafters; 0 without any."""
+    costly: bool = False
+    """A proposal takes a noticeable part of a step, so it is asked for only where it pays."""
+    own_blocks: bool = False
+    """Keys and values are kept for guesses, too: the positions that are guessed at need blocks."""
+    branches: bool = False
+    """Proposals are trees, whose branches are verified in scratch blocks."""
+
+    @classmethod
+    def of(cls, drafters: Sequence[Drafter], most: int) -> DraftNeeds:
+        """What these need together that guess at so many tokens at most."""
+        needs = [drafter.needs for drafter in drafters]
+        return cls(
+            most if drafters else 0,
+            any(each.costly for each in needs),
+            any(each.own_blocks for each in needs),
+            any(each.branches for each in needs),
+        )
 
 
 class Drafter(ABC):
@@ -132,8 +144,7 @@ class Drafter(ABC):
     name: str
     num_evidence: int
     """Evidence runs from 0 to num_evidence - 1."""
-    costly: bool = False
-    """Whether a proposal takes a noticeable part of a step."""
+    needs = DraftNeeds()
 
     def taps(self, model: CausalModel) -> tuple[int, ...]:
         """Layers of the target whose inputs it wants to see, ascending; their number for the output of the last.
@@ -187,42 +198,3 @@ class LearnedDrafter(Drafter):
     @abstractmethod
     def drop(self, route: str) -> None:
         """The route holds none from now on; raises ConfigError if it does not hold one."""
-
-
-class Listener(ABC):
-    """Hears what becomes of the requests that may be kept (``NewRequest.traffic``), and must not hold a step up.
-
-    ``begin`` and ``finish`` are called by the thread that plans steps, ``observe`` by the one that runs them; with a
-    pipeline these are two, and a step may still compute a row whose request has ended.
-    """
-
-    top_k: int = 0
-    """How many of the most likely tokens it wants to see at drawn positions."""
-
-    def taps(self, model: CausalModel, tapped: tuple[int, ...]) -> tuple[int, ...]:
-        """Layers whose inputs it wants to see, none or, if drafters see some already, those: ``tapped``.
-
-        Called once, before anything that follows; raises ConfigError if the model does not show them.
-        """
-        return ()
-
-    @abstractmethod
-    def begin(self, request: NewRequest, target_version: int) -> None:
-        """A request has arrived."""
-
-    def observe(self, computed: Sequence[Computed]) -> None:
-        """What a step computed of the requests whose features may be kept; only called with taps."""
-        return
-
-    @abstractmethod
-    def finish(self, ended: EndedRequest) -> None:
-        """A request that began has ended."""
-
-    @property
-    @abstractmethod
-    def stats(self) -> TrafficStats:
-        """The counts so far."""
-
-    def close(self) -> None:
-        """The engine ends."""
-        return

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from slipstream.engine import process
 from slipstream.engine.checkpoint.checkpoint import locate, open_checkpoint
 from slipstream.engine.models import loader
+from slipstream.engine.scheduling import calibration
 from slipstream.loadtest.dataset import ShareGPT
 from slipstream.server.text import ChatTemplate, load_tokenizer
 
@@ -72,4 +72,4 @@ def quick_engines(built: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Non
         return built[key]
 
     monkeypatch.setattr(loader, "build_model", build_once)
-    monkeypatch.setattr(process, "PROFILE_TOKENS", (1, 16))
+    monkeypatch.setattr(calibration, "PROFILE_TOKENS", (1, 16))

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import MOST_FAILURES
+from slipstream.engine.listening import EndedRequest, Listener
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams, TrafficStats
 from slipstream.engine.models.protocol import Forward
-from slipstream.engine.speculation.protocol import Computed, Drafter, DraftRow, EndedRequest, Listener, Proposal
+from slipstream.engine.speculation.protocol import Computed, Drafter, DraftRow, Proposal
 from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine
 
 VOCAB = TINY_LLAMA["vocab_size"]

@@ -22,9 +22,10 @@ from slipstream.drafter.traffic.tap import TrafficTap
 from slipstream.drafter.traffic.writer import TrafficWriter
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.listening import EndedRequest
 from slipstream.engine.messages import NewRequest, SamplingParams
 from slipstream.engine.models.loader import load_model
-from slipstream.engine.speculation.protocol import Computed, DraftRow, EndedRequest
+from slipstream.engine.speculation.protocol import Computed, DraftRow
 from slipstream.engine.testing import LocalEngine, OracleDrafter
 from slipstream.kernels.native.library import isa
 
@@ -224,7 +225,7 @@ def test_levels(tmp_path: Path, config_for: Any, tapped_engine: Any, prompts: An
     assert samples[11].features is None and samples[11].start == len(samples[11].tokens)
     assert samples[12].features is not None
     tokens_only = tapped_engine(tmp_path / "u", config_for(), features=False)
-    assert not tokens_only.local.engine.runner.speculator.taps, "nothing is read from the model"
+    assert not tokens_only.local.engine.runner._taps, "nothing is read from the model"
     tokens_only.submit(prompts(10)[0], traffic="tokens")
     [sample] = tokens_only.samples()
     assert sample.features is None and len(sample.tokens) == 34

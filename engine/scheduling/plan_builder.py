@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from slipstream.engine.plan import NewRow, StepPlan
-from slipstream.engine.request import Request
-from slipstream.engine.speculation.controller import Decision
-from slipstream.engine.step_cost import StepWork
+from slipstream.engine.plan import NewRow, StepPlan, StepWork
+from slipstream.engine.scheduling.controller import Decision
+from slipstream.engine.scheduling.request import Request
 
 
 class PlanBuilder:

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
-from slipstream.engine.kv import prefix
-from slipstream.engine.kv.manager import Admission, KVManager, Wait
-from slipstream.engine.kv.pool import BlockPool
 from slipstream.engine.messages import NewRequest, SamplingParams
-from slipstream.engine.request import Request
+from slipstream.engine.scheduling.kv import prefix
+from slipstream.engine.scheduling.kv.manager import Admission, KVManager, Wait
+from slipstream.engine.scheduling.kv.pool import BlockPool
+from slipstream.engine.scheduling.request import Request
 
 
 class PoolMachine(RuleBasedStateMachine):

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipstream.engine.speculation.acceptance import Acceptance, OwnAcceptance, chances
-from slipstream.engine.speculation.controller import LEAST_GAIN, Bandit, Decision, Fixed, Offer, Throughput
-from slipstream.engine.step_cost import StepCost, StepWork
+from slipstream.engine.plan import StepWork
+from slipstream.engine.runner.acceptance import Acceptance, OwnAcceptance, chances
+from slipstream.engine.scheduling.controller import LEAST_GAIN, Bandit, Decision, Fixed, Offer, Throughput
+from slipstream.engine.scheduling.step_cost import StepCost
 
 
 def machine(flat: float = 0.010, per_token: float = 0.0) -> StepCost:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.step_cost import StepWork
+from slipstream.engine.plan import StepWork
 from slipstream.engine.testing import SimulatedLoop, simulated_answer
 
 VOCAB = 40

@@ -8,11 +8,12 @@ it computes: eight streams read eight caches, eight positions of one stream read
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+
+from slipstream.engine.plan import StepWork
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 READS = len(KNOTS)
@@ -32,30 +33,6 @@ LEAST = 0.01
 """No size gets cheaper than this share of what it was taken for at first: from zero no surprise could lift it again."""
 MAX_SURPRISE = 0.5
 """A step that took much longer than predicted says more about the machine than about the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepWork:
-    """What a step has to do, as far as its time depends on it."""
-
-    tokens: int = 0
-    """Positions computed."""
-    reads: int = 0
-    """Cached positions read: per segment once, its length after the step."""
-    pairs: int = 0
-    """Pairs of a computed position and one it attends to."""
-
-    def add(self, start: int, count: int) -> StepWork:
-        """With a segment of ``count`` positions from ``start`` on."""
-        return StepWork(self.tokens, self.reads + start, self.pairs).extend(start, count)
-
-    def extend(self, start: int, count: int) -> StepWork:
-        """With ``count`` more positions, from ``start`` on, in a segment that is counted already.
-
-        A negative count takes the positions before ``start`` away again.
-        """
-        pairs = count * start + count * (count + 1) // 2
-        return StepWork(self.tokens + count, self.reads + count, self.pairs + pairs)
 
 
 class StepCost:

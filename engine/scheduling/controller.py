@@ -10,7 +10,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from slipstream.engine.step_cost import StepCost, StepWork
+from slipstream.engine.plan import StepWork
+from slipstream.engine.scheduling.step_cost import StepCost
 
 PolicyName = Literal["throughput", "bandit", "fixed"]
 LEAST_GAIN = 1.02

@@ -7,13 +7,14 @@ from random import Random
 import pytest
 
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.kv.manager import KVManager
 from slipstream.engine.messages import DrafterStats, NewRequest, SamplingParams
-from slipstream.engine.plan import StepResult
-from slipstream.engine.plan_builder import PlanBuilder
-from slipstream.engine.request import Request
-from slipstream.engine.speculation.planner import LONGEST_PAUSE, PROBE_EVERY, PROBE_GUESSES, GuessPlanner
-from slipstream.engine.step_cost import StepCost, StepWork
+from slipstream.engine.plan import StepResult, StepWork
+from slipstream.engine.scheduling.draft_planner import LONGEST_PAUSE, PROBE_EVERY, PROBE_GUESSES, DraftPlanner
+from slipstream.engine.scheduling.kv.manager import KVManager
+from slipstream.engine.scheduling.plan_builder import PlanBuilder
+from slipstream.engine.scheduling.request import Request
+from slipstream.engine.scheduling.step_cost import StepCost
+from slipstream.engine.speculation.protocol import DraftNeeds
 
 STEP_SECONDS = 0.01
 
@@ -25,7 +26,7 @@ class Loop:
         cost = StepCost()
         cost.calibrate([(StepWork(n), STEP_SECONDS) for n in (1, 2, 4, 8, 16)], [])
         self.kv = KVManager(1000, 16, prefix_caching=False)
-        self.planner = GuessPlanner(EngineConfig(), 10_000, 10_000, self.kv, cost, has_costly=is_costly)
+        self.planner = DraftPlanner(EngineConfig(), 10_000, 10_000, self.kv, cost, DraftNeeds(8, costly=is_costly))
         self.is_costly = is_costly
         self.drafters: list[DrafterStats] = []
         self.most = 0

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Mapping
 
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.kv.manager import KVManager
 from slipstream.engine.plan import StepPlan, StepResult
-from slipstream.engine.plan_builder import PlanBuilder
-from slipstream.engine.request import Request
-from slipstream.engine.speculation.controller import Decision, Offer, make_policy
-from slipstream.engine.step_cost import StepCost
+from slipstream.engine.scheduling.controller import Decision, Offer, make_policy
+from slipstream.engine.scheduling.kv.manager import KVManager
+from slipstream.engine.scheduling.plan_builder import PlanBuilder
+from slipstream.engine.scheduling.request import Request
+from slipstream.engine.scheduling.step_cost import StepCost
+from slipstream.engine.speculation.protocol import DraftNeeds
 
 log = logging.getLogger(__name__)
 NOT_SEEN = "not proposed yet"
@@ -58,7 +59,7 @@ class Worth:
         self._pause, self.next_probe = PROBE_EVERY, 0
 
 
-class GuessPlanner:
+class DraftPlanner:
     """Knows requests by what they offer; which drafter an offer comes from is the runner's business."""
 
     def __init__(
@@ -68,19 +69,18 @@ class GuessPlanner:
         switch_length: int,
         kv: KVManager,
         cost: StepCost,
-        has_costly: bool = False,
+        needs: DraftNeeds,
     ) -> None:
-        """``has_costly``: whether a drafter is among the runner's that is costly to ask."""
+        """``needs`` are those of the runner's drafters together."""
         self.reasons: Counter[str] = Counter()
         """Steps by the reason for the number of guesses verified in them."""
-        self._most = config.max_draft_tokens if config.speculation != "off" else 0
+        self._needs = needs
         self._max_model_len = max_model_len
         self._switch_length = switch_length
         self._kv = kv
         self._cost = cost
         self._policy = make_policy(config.speculation_policy, config.max_draft_tokens)
         self._pauses = config.speculation_policy == "throughput"
-        self._has_costly = has_costly
         self._cheap, self._costly = Worth(PROBE_EVERY), Worth(LONGEST_PAUSE)
         """Drafters that look up what was said, and networks: asking these may cost half a step."""
         self._asked: tuple[Worth, float] | None = None
@@ -105,7 +105,7 @@ class GuessPlanner:
             self.reasons["prompts wait"] += 1
         else:
             self._verify(plan, is_asked)
-        if self.costly_guesses:
+        if self.costly_guesses and self._needs.own_blocks:
             self._reserve(plan)
 
     def _verify(self, plan: PlanBuilder, is_asked: bool) -> None:
@@ -113,7 +113,7 @@ class GuessPlanner:
             if is_asked:
                 plan.decision = Decision([0] * len(plan.requests), NOT_SEEN)
                 self.reasons[NOT_SEEN] += 1
-            elif self._pauses and self._most and (self._costly if self._has_costly else self._cheap).is_paused:
+            elif self._pauses and self._needs.most and (self._costly if self._needs.costly else self._cheap).is_paused:
                 self.reasons["does not pay"] += 1
             return
         offers = [Offer(request.offer[: self._room(request)], request.num_computed) for request in plan.requests]
@@ -132,11 +132,13 @@ class GuessPlanner:
     def wanted(self, request: Request) -> int:
         """How many guesses could be verified after the step being planned."""
         speculation = request.message.speculation
-        if not self._most or speculation.mode == "off":
+        if not self._needs.most or speculation.mode == "off":
             return 0
         if not self.costly_guesses and self._cheap.is_paused and not self._is_due(self._cheap):
             return 0
-        most = self._most if speculation.max_draft_tokens is None else min(self._most, speculation.max_draft_tokens)
+        most = self._needs.most
+        if speculation.max_draft_tokens is not None:
+            most = min(most, speculation.max_draft_tokens)
         # What is under way brings some tokens for sure, and the next step one after its guesses.
         sure = request.num_output + request.in_flight - request.unsure + 1
         return max(min(most, request.message.params.max_tokens - sure), 0)
@@ -148,10 +150,10 @@ class GuessPlanner:
         came since they were asked last. Where several versions are loaded, one is on trial and has to show what it
         knows: that takes one guess now and then.
         """
-        if not self._has_costly:
+        if not self._needs.costly:
             return 0
         if not (self._pauses and self._costly.is_paused):
-            return self._most
+            return self._needs.most
         if self._is_due(self._costly):
             return PROBE_GUESSES
         return 1 if len(set(self._routes.values())) > 1 and self._steps % PROBE_EVERY == 0 else 0
@@ -193,7 +195,7 @@ class GuessPlanner:
             request.offer = result.offers[row]
 
     def _reserve(self, plan: PlanBuilder) -> None:
-        """Blocks for the positions a head drafts in after the step, where there are plenty."""
+        """Blocks for the positions that drafters guess at after the step, where there are plenty."""
         for request in plan.requests:
             wanted = min(self.wanted(request), self.costly_guesses)
             if wanted and self._kv.pool.num_available > 2 * len(plan.requests):

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from slipstream.engine.kv.pool import BlockHash
+from slipstream.engine.scheduling.kv.pool import BlockHash
 
 DIGEST_BYTES = 16
 

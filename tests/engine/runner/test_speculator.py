@@ -10,9 +10,9 @@ import pytest
 
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams
 from slipstream.engine.plan import NewRow
-from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftRow, LearnedDrafter, Proposal
+from slipstream.engine.runner.speculator import ENOUGH, RowDrafts, Speculator
+from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftNeeds, DraftRow, LearnedDrafter, Proposal
 from slipstream.engine.speculation.scratch import Scratch
-from slipstream.engine.speculation.speculator import ENOUGH, RowDrafts, Speculator
 from slipstream.engine.speculation.tree import Tree
 
 
@@ -22,7 +22,7 @@ class Always(Drafter):
     num_evidence = 1
 
     def __init__(self, name: str, token: int, count: int = 8, costly: bool = False) -> None:
-        self.name, self.costly = name, costly
+        self.name, self.needs = name, DraftNeeds(costly=costly)
         self._guess = [token] * count
         self.asked = 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,14 +14,13 @@ from slipstream.engine.errors import ConfigError
 from slipstream.engine.faults import Faults
 from slipstream.engine.messages import DrafterStats, VersionStats
 from slipstream.engine.plan import NewRow
-from slipstream.engine.speculation.acceptance import Acceptance, OwnAcceptance, chances
+from slipstream.engine.runner.acceptance import Acceptance, OwnAcceptance, chances
 from slipstream.engine.speculation.protocol import (
     Computed,
     Drafter,
     DraftHost,
     DraftRow,
     LearnedDrafter,
-    Listener,
     Proposal,
 )
 from slipstream.engine.speculation.tree import Tree, affordable, depths, is_chain
@@ -81,7 +80,7 @@ class Speculator:
     Drafting is optional: where a drafter fails, the request goes on without it.
     """
 
-    def __init__(self, drafters: Sequence[Drafter], most: int, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(self, drafters: Sequence[Drafter], most: int) -> None:
         self.most = most if drafters else 0
         self._stats = {
             drafter.name: DrafterStats(drafter.name, accepted_per_position=[0] * most) for drafter in drafters
@@ -92,13 +91,11 @@ class Speculator:
         self._versions: dict[int, VersionStats] = {}
         """Of the learned drafter's loaded versions."""
         self.taps: tuple[int, ...] = ()
-        """Layers of the target that somebody wants to see, ascending."""
+        """Layers of the target that drafters want to see, ascending."""
         self._watching: list[Drafter] = []
         self._scratch_blocks, self._block_size = 0, 1
         self._vocab_size = 2**31
         self._faults = Faults()
-        self._listeners = listeners
-        self._listening: list[Listener] = []
 
     def attach(self, host: DraftHost) -> None:
         """Makes every drafter ready; raises ConfigError or ModelError if one does not fit the model."""
@@ -111,11 +108,6 @@ class Speculator:
                     raise ConfigError(f"{drafter.name} reads the layers {taps}, another drafter {tapped}")
                 tapped = taps
                 self._watching.append(drafter)
-        for listener in self._listeners:
-            if taps := listener.taps(host.model, tapped):
-                assert tapped in ((), taps), "all who watch see the same layers"
-                tapped = taps
-                self._listening.append(listener)
         self.taps = tapped
         for drafter in self._drafters.values():
             drafter.attach(host)
@@ -208,18 +200,10 @@ class Speculator:
             found = self._acceptance[drafter.name, version] = Acceptance(drafter.num_evidence, self.most)
         return found
 
-    def top_k(self, rows: Iterable[RowDrafts]) -> int:
-        """How many of the most likely tokens listeners want to see of one of these rows."""
-        most = max((listener.top_k for listener in self._listening), default=0)
-        return most if most and any(row.draft.traffic == "features" for row in rows) else 0
-
     def observe(self, entries: Sequence[Computed]) -> None:
         """What a step computed, as far as it is right."""
         for drafter in self._watching:
             self._show(drafter, [entry for entry in entries if drafter.name in entry.row.drafters])
-        if self._listening and (kept := [entry for entry in entries if entry.row.traffic == "features"]):
-            for listener in self._listening:
-                listener.observe(kept)
 
     @property
     def names(self) -> list[str]:
@@ -310,13 +294,13 @@ class Speculator:
         values = np.zeros(len(rows))
         for drafter in self._drafters.values():
             for row, most in zip(rows, wanted, strict=True):
-                row.draft.most = min(most, self.most, costly_guesses if drafter.costly else most)
+                row.draft.most = min(most, self.most, costly_guesses if drafter.needs.costly else most)
             asked = [
                 i
                 for i, row in enumerate(rows)
                 if row.draft.most
                 and drafter.name in row.draft.drafters
-                and not (drafter.costly and values[i] >= ENOUGH)
+                and not (drafter.needs.costly and values[i] >= ENOUGH)
             ]
             if not asked:
                 continue

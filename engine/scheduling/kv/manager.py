@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from slipstream.engine.kv import prefix
-from slipstream.engine.kv.pool import BlockHash, BlockPool
-from slipstream.engine.request import Request
+from slipstream.engine.scheduling.kv import prefix
+from slipstream.engine.scheduling.kv.pool import BlockHash, BlockPool
+from slipstream.engine.scheduling.request import Request
 
 
 @dataclass(frozen=True, slots=True)

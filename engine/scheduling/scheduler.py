@@ -10,25 +10,27 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
 
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.kv import prefix
-from slipstream.engine.kv.manager import Admission, KVManager, Wait
+from slipstream.engine.listening import EndedRequest, Listeners
 from slipstream.engine.messages import EngineStats, FinishReason, NewRequest, TokenDelta
-from slipstream.engine.plan import NewRow, StepPlan, StepResult
-from slipstream.engine.plan_builder import PlanBuilder
-from slipstream.engine.request import Request, check_rows
-from slipstream.engine.speculation.controller import Decision
-from slipstream.engine.speculation.planner import GuessPlanner
-from slipstream.engine.speculation.protocol import EndedRequest, Listener
-from slipstream.engine.step_cost import StepCost, StepWork
+from slipstream.engine.plan import NewRow, StepPlan, StepResult, StepWork
+from slipstream.engine.scheduling.controller import Decision
+from slipstream.engine.scheduling.draft_planner import DraftPlanner
+from slipstream.engine.scheduling.kv import prefix
+from slipstream.engine.scheduling.kv.manager import Admission, KVManager, Wait
+from slipstream.engine.scheduling.plan_builder import PlanBuilder
+from slipstream.engine.scheduling.request import Request, check_rows
+from slipstream.engine.scheduling.step_cost import StepCost
+from slipstream.engine.speculation.protocol import DraftNeeds
 
 DECODE_SHARE = 0.39
 """While prompts wait, running streams keep at least this share of a step, and prompts get the rest."""
 _deadline = attrgetter("deadline")
+NO_DRAFTING, NO_LISTENERS = DraftNeeds(), Listeners()
 MIN_CHUNK = 16
 """Prompts always advance by this many tokens a step, whatever the latency target."""
 
@@ -44,13 +46,14 @@ class Scheduler:
         cost: StepCost,
         clock: Callable[[], float] = time.monotonic,
         switch_length: int = 0,
-        has_costly_drafter: bool = False,
+        drafting: DraftNeeds = NO_DRAFTING,
+        listeners: Listeners = NO_LISTENERS,
     ) -> None:
         """``switch_length`` is the model's: see CausalModel."""
         self.kv = KVManager(num_blocks, config.block_size, config.prefix_caching)
         self.cost = cost
         self.target_version = 0
-        self.listeners: Sequence[Listener] = ()
+        self._listeners = listeners
         self._config = config
         self._max_model_len = max_model_len
         self._switch_length = switch_length or max_model_len
@@ -62,7 +65,7 @@ class Scheduler:
         self._under_way: deque[tuple[StepPlan, list[Request], Decision | None]] = deque()
         self._ended_slots: list[int] = []  # since the last plan
         self._ended: list[TokenDelta] = []  # terminal deltas that no step will bring
-        self._guesses = GuessPlanner(config, max_model_len, self._switch_length, self.kv, cost, has_costly_drafter)
+        self._guesses = DraftPlanner(config, max_model_len, self._switch_length, self.kv, cost, drafting)
         self._step = 0
         self._prompt_tokens = self._generation_tokens = 0
         self._queries = self._hits = self._preemptions = 0
@@ -81,9 +84,7 @@ class Scheduler:
             request.outgrow()
         self._requests[request.request_id] = request
         insort(self._waiting, request, key=_deadline)
-        if message.traffic != "off":
-            for listener in self.listeners:
-                listener.begin(message, self.target_version)
+        self._listeners.begin(message, self.target_version)
 
     def abort(self, request_ids: Iterable[int], stopped: bool = False) -> None:
         """Ends requests at once; unknown ids are ignored. Their blocks are free before the next step.
@@ -377,10 +378,8 @@ class Scheduler:
             self._leave_row(request)
         else:
             self._waiting.remove(request)
-        if request.message.traffic != "off":
-            ended = EndedRequest(request.message, request.tokens, reason, self.target_version, request.drafter_version)
-            for listener in self.listeners:
-                listener.finish(ended)
+        version, drafter_version = self.target_version, request.drafter_version
+        self._listeners.finish(EndedRequest(request.message, request.tokens, reason, version, drafter_version))
 
     def _leave_row(self, request: Request) -> None:
         self.kv.free(request)

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.engine.step_cost import StepCost, StepWork
+from slipstream.engine.plan import StepWork
+from slipstream.engine.scheduling.step_cost import StepCost
 
 
 def machine(work: StepWork) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import SystemRandom
 
-from slipstream.engine.kv import prefix
-from slipstream.engine.kv.pool import BlockHash
 from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
+from slipstream.engine.scheduling.kv import prefix
+from slipstream.engine.scheduling.kv.pool import BlockHash
 
 RANDOM = SystemRandom()
 
