@@ -37,6 +37,7 @@ from slipstream.engine.messages import (
     StepOutputs,
     TokenDelta,
 )
+from slipstream.engine.operations import Answer, AnyOperation, Operation
 from slipstream.engine.totals import added, at_rest
 from slipstream.engine.wire import ClientChannel
 
@@ -203,14 +204,16 @@ class EngineClient:
         if open_ids := [request_id for request_id in request_ids if request_id in self._streams]:
             self._channel.send(AbortRequests(open_ids, stopped))
 
-    async def call(self, operation: str, **arguments: Any) -> Any:
+    async def call(self, operation: Operation[Answer]) -> Answer:
         if self.failure is not None:
             raise EngineDiedError(self.failure)
         call_id = next(self.ids)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._channel.send(Call(call_id, operation, arguments))
+        assert isinstance(operation, AnyOperation)
+        self._channel.send(Call(call_id, operation))
         self._calls[call_id] = future
-        return await future
+        answer: Answer = await future
+        return answer
 
     def kill(self) -> None:
         self._host.kill()

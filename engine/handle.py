@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
 from slipstream.engine.messages import EngineReady, EngineStats, NewRequest, StepOutputs, TokenDelta
+from slipstream.engine.operations import Answer, Operation
 
 MAX_WAITING_DELTAS = 64
 """More of them become one, which takes a tenth of the memory."""
@@ -73,8 +74,8 @@ class EngineHandle(Protocol):
         """Stops those that still run. ``stopped``: their answers are whole, a stop string ended them."""
         ...
 
-    async def call(self, operation: str, **arguments: Any) -> Any:
-        """Runs a control operation between two steps and returns its result.
+    async def call(self, operation: Operation[Answer]) -> Answer:
+        """Runs a control operation between two steps and returns its answer.
 
         Raises:
             ModelError: the engine refuses what was asked for, and would again.

@@ -6,9 +6,11 @@ sees token ids only: text, templates, stop strings and tokenizers belong to the 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
+
+from slipstream.engine.operations import AnyAnswer, AnyOperation
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 LogprobsMode = Literal["raw", "processed"]
@@ -101,11 +103,10 @@ class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
-    """A control operation by name (see ``engine.process.OPERATIONS``), answered by exactly one CallReply."""
+    """A control operation, answered by exactly one CallReply."""
 
     call_id: int
-    operation: str
-    arguments: dict[str, Any] = {}
+    operation: AnyOperation
 
 
 ToEngine = NewRequest | AbortRequests | Call
@@ -234,7 +235,7 @@ class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag="step"):
 
 class CallReply(msgspec.Struct, frozen=True, array_like=True, tag="reply"):
     call_id: int
-    result: Any = None
+    result: AnyAnswer = None
     error: str | None = None
     kind: Literal["failed", "refused", "misfit", "superseded"] = "failed"
     """Refused: a verdict on what was asked for, which would be the same again. Misfit: refused, but not damaged.

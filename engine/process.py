@@ -36,6 +36,15 @@ from slipstream.engine.messages import (
     TokenDelta,
 )
 from slipstream.engine.models.loader import LoadedModel, load_model
+from slipstream.engine.operations import (
+    CheckIntegrity,
+    DropDrafter,
+    Operation,
+    ResetPrefixCache,
+    SwapDrafter,
+    SwapReport,
+    TellStepCosts,
+)
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.runner.speculator import Speculator
 from slipstream.engine.scheduling.calibration import calibrate
@@ -121,15 +130,26 @@ class Engine:
         else:
             self.scheduler.refuse(request, wrong)
 
-    def operate(self, operation: str, arguments: dict[str, Any]) -> Any:
-        """Runs a control operation by name, between two steps; raises SlipstreamError for what cannot be done.
+    def operate(self, operation: Operation[Any]) -> Future[Any]:
+        """Carries out a control operation, between two steps; raises SlipstreamError for what cannot be done.
 
-        What takes longer than steps may wait goes on in the background: its result is a Future, done in ``poll``.
+        What takes longer than steps may wait goes on in the background: its future is done in ``poll``.
         """
-        if operation not in OPERATIONS:
-            raise SlipstreamError(f"the engine has no operation {operation!r}; it has {sorted(OPERATIONS)}")
         self.core.drain()
-        return OPERATIONS[operation](self, **arguments)
+        match operation:
+            case SwapDrafter():
+                return self._swap_drafter(operation)
+            case DropDrafter():
+                self._drop_drafter(operation.route)
+            case ResetPrefixCache():
+                self.scheduler.kv.reset()
+            case CheckIntegrity():
+                self.scheduler.check_integrity()
+            case TellStepCosts():
+                return _done(self.scheduler.cost.table())
+            case _:
+                raise SlipstreamError(f"the engine has no operation {type(operation).__name__}")
+        return _done(None)
 
     def poll(self) -> None:
         """Carries out what the background has prepared; called between two steps."""
@@ -140,67 +160,35 @@ class Engine:
         self.core.close()
         self.listeners.close()
 
-
-def _check_integrity(engine: Engine) -> str:
-    engine.scheduler.check_integrity()
-    return "ok"
-
-
-def _reset_prefix_cache(engine: Engine) -> bool:
-    engine.scheduler.kv.reset()
-    return True
-
-
-def _step_cost(engine: Engine) -> dict[str, float]:
-    return {str(tokens): seconds for tokens, seconds in engine.scheduler.cost.table().items()}
-
-
-def _swap_drafter(engine: Engine, version: int, route: str, path: str) -> Future[dict[str, Any]]:
-    """Lets the version in this folder draft for a route, at once if it is still in memory; the reply says what it took.
-
-    The latest decision about a route counts: what was to be done before and is not done yet fails with SupersededError.
-    """
-    speculator = engine.runner.speculator
-    asked = time.perf_counter()
-
-    def report(swap: Callable[[], Any], prepare_seconds: float) -> dict[str, Any]:
+    def _swap_drafter(self, asked: SwapDrafter) -> Future[SwapReport]:
+        speculator, background = self.runner.speculator, self.background
+        route, version, path = asked.route, asked.version, asked.path
         began = time.perf_counter()
-        swap()
-        pause = time.perf_counter() - began
-        return {"version": version, "route": route, "prepare_seconds": prepare_seconds, "pause_seconds": pause}
 
-    def prepare() -> Callable[[], dict[str, Any]]:
-        swap = speculator.prepare_swap(route, version, path)
-        return lambda: report(swap, time.perf_counter() - asked)
+        def report(swap: Callable[[], object], prepare_seconds: float) -> SwapReport:
+            swap_began = time.perf_counter()
+            swap()
+            return SwapReport(version, route, prepare_seconds, time.perf_counter() - swap_began)
 
-    if speculator.swap_loaded(route, version, path):
-        engine.background.supersede(route)
-        return _done(report(lambda: None, time.perf_counter() - asked))
-    return engine.background.start(prepare, route)
+        def prepare() -> Callable[[], SwapReport]:
+            swap = speculator.prepare_swap(route, version, path)
+            return lambda: report(swap, time.perf_counter() - began)
 
+        if speculator.swap_loaded(route, version, path):
+            background.supersede(route)
+            return _done(report(lambda: None, time.perf_counter() - began))
+        return background.start(prepare, route)
 
-def _drop_drafter(engine: Engine, route: str) -> Future[None]:
-    """Requests of this route use the shared version from now on; without one, no learned drafter."""
-    was_coming = engine.background.supersede(route)
-    if not was_coming or route in engine.runner.speculator.learned_routes:
-        engine.runner.speculator.drop(route)
-    return _done(None)
+    def _drop_drafter(self, route: str) -> None:
+        was_coming = self.background.supersede(route)
+        if not was_coming or route in self.runner.speculator.learned_routes:
+            self.runner.speculator.drop(route)
 
 
 def _done(result: Any) -> Future[Any]:
-    """Of what changed the drafters at once: the reply comes after the statistics that show it."""
     future: Future[Any] = Future()
     future.set_result(result)
     return future
-
-
-OPERATIONS: dict[str, Callable[..., Any]] = {
-    "check_integrity": _check_integrity,
-    "drop_drafter": _drop_drafter,
-    "reset_prefix_cache": _reset_prefix_cache,
-    "step_cost": _step_cost,
-    "swap_drafter": _swap_drafter,
-}
 
 
 class EngineLoop:
@@ -294,15 +282,13 @@ class EngineLoop:
             self._send(CallReply(message.message_id, error=error))
 
     def _answer(self, engine: Engine, call: Call) -> None:
+        engine.core.drain()  # if that fails, it is not the operation's fault
         try:
-            result = engine.operate(call.operation, call.arguments)
+            done = engine.operate(call.operation)
         except Exception as error:
             self._send(_failure(call, error))
         else:
-            if isinstance(result, Future):
-                result.add_done_callback(lambda done: self._tell_done(engine, call, done))
-            else:
-                self._send(CallReply(call.call_id, result))
+            done.add_done_callback(lambda done: self._tell_done(engine, call, done))
 
     def _tell_done(self, engine: Engine, call: Call, done: Future[Any]) -> None:
         """Statistics go first: whoever gets the reply finds there what has changed."""
@@ -328,7 +314,7 @@ def _failure(call: Call, error: BaseException) -> CallReply:
             kind = "misfit" if isinstance(error, MisfitError) else "refused"
         return CallReply(call.call_id, error=str(error), kind=kind)
     traceback.print_exception(error)
-    return CallReply(call.call_id, error=f"{call.operation} failed: {type(error).__name__}: {error}")
+    return CallReply(call.call_id, error=f"{type(call.operation).__name__} failed: {type(error).__name__}: {error}")
 
 
 def main(

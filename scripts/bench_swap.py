@@ -24,6 +24,7 @@ from slipstream.engine.checkpoint.checkpoint import locate, open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.config import decoder_config
+from slipstream.engine.operations import SwapDrafter
 from slipstream.engine.testing import LocalEngine
 from slipstream.loadtest.dataset import ShareGPT
 from slipstream.server.text import load_tokenizer
@@ -96,8 +97,7 @@ def run(
         steady = all(completion.deltas for completion in running)  # no prompt is in the step
         if steady and swap is None and quiet >= BETWEEN and done < swaps and len(steps) >= WARM_UP:
             done += 1
-            arguments = {"version": done + 1, "route": "", "path": str(heads[done % len(heads)])}
-            swap = local.engine.operate("swap_drafter", arguments)
+            swap = local.engine.operate(SwapDrafter(done + 1, "", str(heads[done % len(heads)])))
         rests = swap is not None and coin.random() < 0.5
         began = time.perf_counter()
         if rests:
@@ -114,8 +114,7 @@ def run(
         if steady:
             quiet += 1
             steps.append((kind, seconds))
-    pauses, prepared = ([reply[name] for reply in replies] for name in ("pause_seconds", "prepare_seconds"))
-    return steps[WARM_UP:], pauses, prepared
+    return steps[WARM_UP:], [reply.pause_seconds for reply in replies], [reply.prepare_seconds for reply in replies]
 
 
 def added(steps: list[tuple[Kind, float]], kind: Kind) -> list[tuple[float, float]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import State
@@ -19,6 +20,7 @@ from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import EngineDiedError, SlipstreamError
 from slipstream.engine.messages import NewRequest
+from slipstream.engine.operations import TellStepCosts
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.evolution.controller import Controller
 from slipstream.server.evolution.follower import Follower
@@ -152,7 +154,7 @@ class Evolution:
             "swaps": self.follower.swaps,
             "failed_swaps": self.follower.failures,
             "decisions": self.controller.decisions,
-            "last_swap": self.follower.last_swap,
+            "last_swap": structs.asdict(swap) if (swap := self.follower.last_swap) else {},
             "versions": versions,
             "events": events,
         }
@@ -213,7 +215,7 @@ class Evolution:
 
     async def _tell_machine(self, worker: WorkerProcess) -> None:
         """What steps cost here, for the gate. A guess reads the head's weights once, as a step reads the target's."""
-        steps = {int(size): seconds for size, seconds in (await self._service.engine.call("step_cost")).items()}
+        steps = await self._service.engine.call(TellStepCosts())
         live = self.controller.live.get(SHARED_ROUTE)
         share = live.manifest.weights_bytes / self._service.engine.ready.weights_bytes if live else 0.0
         self.machine = {"step_seconds": steps, "guess_seconds": share * steps[min(steps)]}

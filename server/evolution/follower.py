@@ -11,6 +11,7 @@ from pathlib import Path
 
 from slipstream.drafter.routes import CANARY_ROUTE, SHARED_ROUTE
 from slipstream.engine.errors import EngineDiedError, MisfitError, ModelError, SlipstreamError, SupersededError
+from slipstream.engine.operations import DropDrafter, SwapDrafter, SwapReport
 from slipstream.server.evolution.served import Served
 from slipstream.server.evolution.wish import Outcome, Refusal, Trial, Wish
 
@@ -54,7 +55,7 @@ class Follower:
         self.trial: Trial | None = None
         self.swaps: int = 0
         self.failures: int = 0
-        self.last_swap: dict[str, float] = {}
+        self.last_swap: SwapReport | None = None
         """What the engine said of the last swap."""
 
     async def follow(self, wish: Wish) -> None:
@@ -73,7 +74,7 @@ class Follower:
             if self._loaded.pop(route, 0) or route in self._coming:
                 self._coming.pop(route, None)
                 with contextlib.suppress(ModelError):  # there was nothing: what was coming has been refused
-                    await self._service.engine.call("drop_drafter", route=route)
+                    await self._service.engine.call(DropDrafter(route))
             if route == SHARED_ROUTE:
                 self._loaded[route] = 0
         for route, version in sorted(wish.routes.items()):
@@ -128,7 +129,7 @@ class Follower:
     async def _swap(self, route: str, version: int) -> None:
         engine, path = self._service.engine, str(self._folder_of(version))
         try:
-            done = await engine.call("swap_drafter", version=version, route=route, path=path)
+            done = await engine.call(SwapDrafter(version, route, path))
         except ModelError as error:
             self.failures += 1
             logger.error("drafter version %d cannot serve: %s", version, error)

@@ -24,6 +24,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError, SupersededError
 from slipstream.engine.messages import DrafterStats, SamplingParams, TokenDelta
 from slipstream.engine.models.config import decoder_config
+from slipstream.engine.operations import DropDrafter, SwapDrafter, SwapReport
 from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine
 from slipstream.kernels.native.library import isa
 
@@ -73,7 +74,7 @@ def local_engine(model: Path, kernels: str = "auto", head: str = "cold", **field
 
 def swap(local: LocalEngine, version: int, path: Path, route: str = "") -> Any:
     """Between the steps of whatever runs, but to its end."""
-    done = local.engine.operate("swap_drafter", {"version": version, "route": route, "path": str(path)})
+    done = local.engine.operate(SwapDrafter(version, route, str(path)))
     return wait(local, done)
 
 
@@ -107,7 +108,7 @@ def test_fifty_swaps_under_load_do_not_show(lively: Path, heads: dict[str, Path]
     order: list[TokenDelta] = []
     deliver = local._deliver
     local.engine.core._deliver = lambda deltas, stats: (order.extend(deltas), deliver(deltas, stats))[1]
-    landed: list[dict[str, Any]] = []
+    landed: list[SwapReport] = []
     version = 1
     done = None
     while len(landed) < 50 or local.engine.core.has_work:
@@ -116,13 +117,12 @@ def test_fifty_swaps_under_load_do_not_show(lively: Path, heads: dict[str, Path]
             done = None
         if done is None and len(landed) < 50:
             version += 1
-            arguments = {"version": version, "route": "", "path": str(files[version % 4])}
-            done = local.engine.operate("swap_drafter", arguments)
+            done = local.engine.operate(SwapDrafter(version, "", str(files[version % 4])))
         while len(landed) < 50 and sum(c.finish_reason is None for c in local.completions.values()) < streams:
             local.submit(texts[len(local.completions) % len(texts)], GREEDY)
         local.step()
     local.engine.scheduler.check_integrity()
-    assert [entry["version"] for entry in landed] == list(range(2, 52))
+    assert [entry.version for entry in landed] == list(range(2, 52))
     versions = [delta.drafter_version for delta in order if delta.num_drafted]
     assert versions == sorted(versions) and len(set(versions)) >= 25 and versions[-1] <= 51
     assert all(completion.finish_reason == "length" for completion in local.completions.values())
@@ -181,11 +181,11 @@ def test_routes_hold_versions_of_their_own(echo: Path, heads: dict[str, Path]) -
     assert versions[7].drafts > 10 * versions[7].accepted_tokens
     assert versions[8].accepted_tokens > 0.9 * versions[8].draft_tokens > 0
 
-    wait(local, local.engine.operate("drop_drafter", {"route": "canary"}))
+    wait(local, local.engine.operate(DropDrafter("canary")))
     assert head_stats(local).routes == {"": 1, "tenant": 8} and head_stats(local).memory_bytes == 2 * alone
     assert list(rates("canary")["canary"]) == [1]
     with pytest.raises(ConfigError, match="'canary' holds no drafter; loaded are the routes '', 'tenant'"):
-        local.engine.operate("drop_drafter", {"route": "canary"})
+        local.engine.operate(DropDrafter("canary"))
     swap(local, 9, heads["echo"], route="domain")
 
 
@@ -235,9 +235,8 @@ def test_what_is_in_memory_goes_live_at_once(echo: Path, heads: dict[str, Path],
         return {delta.drafter_version for delta in stream.deltas[before:] if delta.num_drafted}
 
     def at_once(version: int) -> None:
-        arguments = {"version": version, "route": "", "path": str(paths[version])}
-        done = local.engine.operate("swap_drafter", arguments)
-        assert done.done() and done.result()["version"] == version
+        done = local.engine.operate(SwapDrafter(version, "", str(paths[version])))
+        assert done.done() and done.result().version == version
         assert head_stats(local).routes[""] == version and drafted_by() <= {version}
 
     swap(local, 2, paths[2])
@@ -249,9 +248,9 @@ def test_what_is_in_memory_goes_live_at_once(echo: Path, heads: dict[str, Path],
     at_once(3)
     # Version 2 can be gone back to after these, too: there is memory for two versions on each of two routes.
     at_once(2)
-    local.engine.operate("drop_drafter", {"route": "canary"}).result()
+    local.engine.operate(DropDrafter("canary")).result()
     at_once(2)
-    local.engine.operate("drop_drafter", {"route": ""}).result()
+    local.engine.operate(DropDrafter("")).result()
     assert head_stats(local).routes == {} and drafted_by() == set()
     at_once(2)
     assert 2 in drafted_by()
@@ -267,14 +266,11 @@ def test_a_later_decision_counts_and_an_earlier_one_says_so(echo: Path, heads: d
     local = local_engine(echo)
     stream = local.submit([1, 2, 3], SamplingParams(max_tokens=400, temperature=0.0))
     local.step()
-    futures = [
-        local.engine.operate("swap_drafter", {"version": version, "route": "", "path": str(heads["random0"])})
-        for version in range(2, 10)
-    ]
-    assert wait(local, futures[-1])["version"] == 9
+    futures = [local.engine.operate(SwapDrafter(version, "", str(heads["random0"]))) for version in range(2, 10)]
+    assert wait(local, futures[-1]).version == 9
     assert all(isinstance(future.exception(), SupersededError) for future in futures[:-1])
-    coming = local.engine.operate("swap_drafter", {"version": 10, "route": "canary", "path": str(heads["echo"])})
-    local.engine.operate("drop_drafter", {"route": "canary"}).result()
+    coming = local.engine.operate(SwapDrafter(10, "canary", str(heads["echo"])))
+    local.engine.operate(DropDrafter("canary")).result()
     assert isinstance(coming.exception(), SupersededError)
     local.finish()
     assert head_stats(local).routes == {"": 9} and head_stats(local).swaps == 1
@@ -288,7 +284,7 @@ def test_a_route_can_come_and_go_in_mid_answer(lively: Path, heads: dict[str, Pa
         swap(local, version, heads["lively"], route="canary")
         for _ in range(5):
             local.step()
-        wait(local, local.engine.operate("drop_drafter", {"route": "canary"}))
+        wait(local, local.engine.operate(DropDrafter("canary")))
         for _ in range(5):
             local.step()
     local.finish()
@@ -348,12 +344,10 @@ def test_what_does_not_fit_is_refused_and_the_live_head_goes_on(
     assert rates.keys() == {1} and rates[1] > 0.9
 
 
-def test_versions_count_from_one_and_operations_are_checked(echo: Path, heads: dict[str, Path]) -> None:
+def test_versions_count_from_one(echo: Path, heads: dict[str, Path]) -> None:
     local = local_engine(echo)
     with pytest.raises(ConfigError, match="from 1 on, not 0"):
         swap(local, 0, heads["echo"])
-    with pytest.raises(TypeError, match="path"):
-        local.engine.operate("swap_drafter", {"version": 2, "route": ""})
     without = local_engine(echo, speculation="ngram")
     with pytest.raises(SlipstreamError, match="--drafter"):
         swap(without, 2, heads["echo"])

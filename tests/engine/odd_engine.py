@@ -51,7 +51,7 @@ def main(descriptor: str, _: str, how: str) -> int:
                     channel.send(StepOutputs([TokenDelta(request_id=request_id, tokens=[1])], EngineStats()))
                 case Call(call_id=call_id):
                     misbehave(channel, how)
-                    channel.send(CallReply(call_id, os.getpid()))
+                    channel.send(CallReply(call_id, {os.getpid(): 0.0}))
                 case AbortRequests():
                     pass
         drafter = DrafterStats("head", draft_tokens=requests, accepted_per_position=[requests], routes={"": 1})
@@ -74,7 +74,7 @@ def misbehave(channel: EngineChannel, how: str) -> None:
         case "hangs":
             time.sleep(600)
         case "answers twice":
-            channel.send(CallReply(123456, "nobody asked"))
+            channel.send(CallReply(123456))
         case "kills itself":
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -18,6 +18,7 @@ from slipstream.engine.client import EngineClient
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import EngineDiedError, EngineLostError, ModelError
 from slipstream.engine.messages import NewRequest, SamplingParams
+from slipstream.engine.operations import TellStepCosts
 from slipstream.engine.supervisor import MAX_FAILED_STARTS, EngineSupervisor, Restarts
 
 SECONDS = 300.0
@@ -76,7 +77,7 @@ async def test_whatever_an_engine_does_its_requests_and_calls_end_and_it_is_gone
     assert [delta.tokens for delta in await stream.next()] == [[1]]
     async with asyncio.timeout(SECONDS):
         with pytest.raises(EngineDiedError):
-            await engine.call("misbehave")
+            await engine.call(TellStepCosts())
         *_, last = [delta async for delta in stream]
         assert last.finish_reason == "error" and stream.lost
         await engine.ended.wait()
@@ -84,15 +85,15 @@ async def test_whatever_an_engine_does_its_requests_and_calls_end_and_it_is_gone
     late = engine.submit(ask(engine))
     assert [delta.finish_reason for delta in await late.next()] == ["error"] and late.lost
     with pytest.raises(EngineDiedError):
-        await engine.call("misbehave")
+        await engine.call(TellStepCosts())
     assert engine.stats.num_running == 0 and engine.num_open == 0
     await engine.close()
 
 
 async def test_an_answer_that_nobody_waits_for_is_no_harm() -> None:
     engine = await start("answers twice")
-    assert await engine.call("misbehave") == engine.pid
-    assert await engine.call("misbehave") == engine.pid
+    assert await engine.call(TellStepCosts()) == {engine.pid: 0.0}
+    assert await engine.call(TellStepCosts()) == {engine.pid: 0.0}
     await engine.close()
 
 
@@ -152,7 +153,7 @@ async def test_another_engine_takes_over_and_counts_on() -> None:
 async def test_an_engine_that_hangs_is_replaced() -> None:
     async with supervised(lambda before: start("hangs", before), limit=9, hang_s=0.5) as (supervisor, _, engines):
         stream = supervisor.engine.submit(ask(supervisor.engine))
-        call = asyncio.create_task(supervisor.engine.call("misbehave"))
+        call = asyncio.create_task(supervisor.engine.call(TellStepCosts()))
         async with asyncio.timeout(SECONDS):
             with pytest.raises(EngineDiedError, match="SIGKILL"):
                 await call

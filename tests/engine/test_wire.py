@@ -20,6 +20,7 @@ from slipstream.engine.messages import (
     ToEngine,
     TokenDelta,
 )
+from slipstream.engine.operations import SwapDrafter, TellStepCosts
 from slipstream.engine.wire import ClientChannel, EngineChannel, Frames, Undecodable, frame
 
 
@@ -64,7 +65,8 @@ async def test_messages_arrive_in_order_both_ways() -> None:
 MESSAGES: list[ToEngine] = [
     NewRequest(request_id=5, prompt=[1, 2], params=SamplingParams(max_tokens=3, logit_bias={4: 1.0}), tenant="acme"),
     AbortRequests([5]),
-    Call(5, "step_cost", {"a": [1]}),
+    Call(5, SwapDrafter(2, "canary", "/heads/2")),
+    Call(5, TellStepCosts()),
 ]
 ODD = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.just("é") | st.binary(max_size=5),

@@ -24,7 +24,8 @@ import pytest
 
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.process import OPERATIONS, Engine
+from slipstream.engine.operations import CheckIntegrity
+from slipstream.engine.scheduling.scheduler import Scheduler
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.testing import Document, ServerThread, write_tiny_model
@@ -275,13 +276,13 @@ class LocalServer(Client):
     def suspended(self) -> Iterator[None]:
         stands, go_on = threading.Event(), threading.Event()
 
-        def stand_still(_: Engine) -> None:
+        def stand_still(_: Scheduler) -> None:
             stands.set()
             assert go_on.wait(PATIENCE_S)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(OPERATIONS, "stand_still", stand_still)
-            done = self._thread.submit(self._thread.service.engine.call("stand_still"))
+            patch.setattr(Scheduler, "check_integrity", stand_still)
+            done = self._thread.submit(self._thread.service.engine.call(CheckIntegrity()))
             try:
                 assert stands.wait(PATIENCE_S)
                 yield

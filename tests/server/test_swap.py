@@ -23,6 +23,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.messages import NewRequest, SamplingParams, TokenDelta
 from slipstream.engine.models.config import decoder_config
+from slipstream.engine.operations import CheckIntegrity, DropDrafter, SwapDrafter
 from slipstream.engine.testing import TINY_LLAMA
 from slipstream.server.app import build_app
 from slipstream.server.config import ServerConfig
@@ -76,13 +77,13 @@ async def serve_while_swapping(
     try:
         streams = [asyncio.create_task(stream()) for _ in range(STREAMS)]
         for version in range(2, swaps + 2):
-            reply = await engine.call("swap_drafter", version=version, route="", path=str(files[version % len(files)]))
-            assert reply["version"] == version and reply["pause_seconds"] < reply["prepare_seconds"]
+            reply = await engine.call(SwapDrafter(version, "", str(files[version % len(files)])))
+            assert reply.version == version and reply.pause_seconds < reply.prepare_seconds
             with pytest.raises(SlipstreamError, match="is no drafter"):
-                await engine.call("swap_drafter", version=version, route="", path=str(files[0].parent / "nothing"))
+                await engine.call(SwapDrafter(version, "", str(files[0].parent / "nothing")))
         swapping = False
         await asyncio.gather(*streams)
-        assert await engine.call("check_integrity") == "ok"
+        await engine.call(CheckIntegrity())
         [head] = [entry for entry in engine.stats.drafters if entry.name == "head"]
         assert head.routes == {"": swaps + 1} and head.swaps == swaps
     finally:
@@ -160,8 +161,8 @@ def test_routes_over_http(tmp_path: Path) -> None:
         async with running(**options) as (service, http):
             first = await complete(http)
             assert first["metrics"]["speculative_decoding"]["drafter_versions"] == [1]
-            await service.engine.call("swap_drafter", version=4, route="tenant:acme", path=str(cold))
-            await service.engine.call("swap_drafter", version=5, route="canary", path=str(random))
+            await service.engine.call(SwapDrafter(4, "tenant:acme", str(cold)))
+            await service.engine.call(SwapDrafter(5, "canary", str(random)))
             reply = await complete(http, user="acme")
             assert reply["metrics"]["speculative_decoding"]["drafter_versions"] == [4]
             assert reply["choices"] == first["choices"]
@@ -171,7 +172,7 @@ def test_routes_over_http(tmp_path: Path) -> None:
             assert found == {"": 1.0, "tenant:acme": 4.0, "canary": 5.0}
             drafted = [line for line in lines if line.startswith("slipstream:drafter_version_num_draft_tokens_total{")]
             assert len(drafted) == 3 and any(float(line.split()[-1]) > 0 for line in drafted)
-            await service.engine.call("drop_drafter", route="canary")
+            await service.engine.call(DropDrafter("canary"))
             assert service.drafter_versions() == {"": 1, "tenant:acme": 4}
             assert service.route(1, "acme", "") == "tenant:acme" and service.route(1, "other", "") == ""
 

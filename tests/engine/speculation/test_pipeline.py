@@ -22,6 +22,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.models.loader import build_model
+from slipstream.engine.operations import ResetPrefixCache, SwapDrafter
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.testing import Completion, LocalEngine, OracleDrafter, TreeOracleDrafter
 
@@ -131,15 +132,15 @@ def test_whatever_happens_tokens_are_those_of_the_plain_loop(
                     for _ in range(action):
                         local.step()
                 case "reset":
-                    local.engine.operate("reset_prefix_cache", {})
+                    local.engine.operate(ResetPrefixCache())
                 case ("abort", which):
                     if which < len(submitted):
                         aborted.add(which)
                         local.engine.scheduler.abort([submitted[which][0].request_id])
                 case ("swap", version, route):
                     if "head" in local.engine.runner.speculator.names:
-                        named = {"version": version + 2, "route": route, "path": str(heads[version])}
-                        swaps.append(local.engine.operate("swap_drafter", named))
+                        swap = SwapDrafter(version + 2, route, str(heads[version]))
+                        swaps.append(local.engine.operate(swap))
                 case (prompt, which, mode, route, priority):
                     params = sampling(which)
                     answers[prompt] = expected(prompt, params).tokens
