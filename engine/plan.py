@@ -58,8 +58,9 @@ class StepPlan:
     copies: list[tuple[int, int]]
     """Cache blocks to copy before anything else, (source, destination)."""
 
-    ended: list[int]
-    """Slots whose request has ended since the last plan; they may be among the new ones."""
+    ended: list[tuple[int, int]]
+    """(slot, length) of requests that have ended since the last plan, with so many tokens: what was drawn beyond them
+    does not count. The slots may be among the new ones."""
 
     slots: list[int]
     starts: list[int]

@@ -151,7 +151,8 @@ class SimulatedRunner:
         self.tokens_computed = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
-        for slot in plan.ended:
+        for slot, length in plan.ended:
+            assert length <= len(self._tokens[slot]), "a request has ended with tokens that were not drawn"
             del self._rows[slot]
         for new in plan.new:
             self._rows[new.slot] = new

@@ -136,8 +136,8 @@ class ModelRunner:
     def _enter(self, plan: StepPlan) -> None:
         """Brings the table to the state the plan was made for."""
         table = self._table
-        for slot in plan.ended:
-            self.speculator.finish(table.drafts(slot))
+        for slot, length in plan.ended:
+            self.speculator.finish(table.drafts(slot), length)
         for new in plan.new:
             tokens = table.tokens[new.slot]
             tokens[: len(new.tokens)] = new.tokens

@@ -223,8 +223,9 @@ class Speculator:
         draft.request_id, draft.traffic, draft.remember = request.request_id, request.traffic, request.remember
         return RowDrafts(draft)
 
-    def finish(self, row: RowDrafts) -> None:
-        """The request in this row has ended."""
+    def finish(self, row: RowDrafts, length: int) -> None:
+        """The request in this row has ended with so many tokens."""
+        row.draft.length = length
         for drafter in self._drafters.values():
             try:
                 drafter.finish(row.draft)

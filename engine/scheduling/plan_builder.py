@@ -54,7 +54,7 @@ class PlanBuilder:
         self.new = [row for row in self.new if row.slot != slot]
         self.blocks = [entry for entry in self.blocks if entry[0] != slot]
 
-    def build(self, step: int, ended: list[int], wanted: list[int], costly_guesses: int = 0) -> StepPlan:
+    def build(self, step: int, ended: list[tuple[int, int]], wanted: list[int], costly_guesses: int = 0) -> StepPlan:
         return StepPlan(
             step=step,
             new=self.new,

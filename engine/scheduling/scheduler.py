@@ -63,7 +63,7 @@ class Scheduler:
         self._running: list[Request] = []  # by deadline
         self._free_slots = list(range(config.max_running - 1, -1, -1))
         self._under_way: deque[tuple[StepPlan, list[Request], Decision | None]] = deque()
-        self._ended_slots: list[int] = []  # since the last plan
+        self._ended_slots: list[tuple[int, int]] = []  # since the last plan
         self._ended: list[TokenDelta] = []  # terminal deltas that no step will bring
         self._guesses = DraftPlanner(config, max_model_len, self._switch_length, self.kv, cost, drafting)
         self._step = 0
@@ -374,7 +374,7 @@ class Scheduler:
         del self._requests[request.request_id]
         request.finished = True
         if request.slot >= 0:
-            self._ended_slots.append(request.slot)
+            self._ended_slots.append((request.slot, len(request.tokens)))
             self._leave_row(request)
         else:
             self._waiting.remove(request)

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +24,7 @@ from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.models.loader import build_model
 from slipstream.engine.operations import ResetPrefixCache, SwapDrafter
-from slipstream.engine.speculation.protocol import Drafter
+from slipstream.engine.speculation.protocol import Drafter, DraftRow
 from slipstream.engine.testing import Completion, LocalEngine, OracleDrafter, TreeOracleDrafter
 
 Engine = Callable[..., LocalEngine]
@@ -182,6 +183,39 @@ def test_guesses_are_verified_in_every_step_of_the_pipelined_loop(engine: Engine
         return local.stats.steps
 
     assert steps("off") < steps("on") <= steps("off") + 4
+
+
+class Hearing(OracleDrafter):
+    """Notes the text of requests that have ended."""
+
+    def __init__(self, answers: Answers) -> None:
+        super().__init__(answers, 1.0)
+        self.heard: set[tuple[int, ...]] = set()
+
+    def finish(self, row: DraftRow) -> None:
+        self.heard.add(tuple(row.known.tolist()))
+
+
+@pytest.mark.parametrize("pipeline", ["off", "on"])
+def test_drafters_learn_from_what_was_said_and_not_from_what_was_drawn_beyond(
+    engine: Engine, expected: Any, pipeline: str
+) -> None:
+    answers: Answers = {}
+    drafter = Hearing(answers)
+    local = engine([drafter], pipeline=pipeline)
+    for number, params in enumerate([*PARAMS, *PARAMS]):
+        prompt = (number, number, 3)
+        stopped = expected(prompt, params).tokens
+        # What the drafter knows goes on after the end, so right guesses reach beyond it.
+        longer = msgspec.structs.replace(params, max_tokens=LENGTH, stop_token_ids=())
+        answers[prompt] = local.generate([prompt], longer)[0].tokens
+        local.generate([[7]], SamplingParams(max_tokens=1))  # ends are told with the next plan
+        drafter.heard.clear()
+        [done] = local.generate([prompt], params)
+        assert done.tokens == stopped
+        local.generate([[7]], SamplingParams(max_tokens=1))
+        assert {text for text in drafter.heard if text[:3] == prompt} == {(*prompt, *stopped)}
+    local.close()
 
 
 def test_what_was_prepared_beside_the_steps_lands_between_two_of_them(engine: Engine) -> None:
