@@ -8,7 +8,8 @@ a page that may; ``KeyCheck``, which puts a ``Principal`` into the scope.
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,7 +18,7 @@ from slipstream.server.config import ServerConfig
 from slipstream.server.errors import ApiError, ForbiddenError, UnauthorizedError
 from slipstream.server.headers import check_repeated, header, is_loopback
 from slipstream.server.metrics import Metrics
-from slipstream.server.principal import SCOPE_ENTRY, Keys, Principal
+from slipstream.server.principal import SCOPE_ENTRY, Keys, Principal, RequestLimits
 from slipstream.server.web_pages import ANY, ELSEWHERE, WebPages
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"})
@@ -81,6 +82,7 @@ class KeyCheck:
         self._app = app
         self._users = Keys(config.api_key, "--api-key")
         self._admins = Keys(config.admin_key, "--admin-key")
+        self._limits = RequestLimits(config.max_n, config.max_logprobs, config.most_urgent_priority)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -94,7 +96,8 @@ class KeyCheck:
                 return await send_error(
                     send, UnauthorizedError(f"send a valid {kind} key as 'Authorization: Bearer KEY'")
                 )
-            scope[SCOPE_ENTRY] = principal
+            role: Literal["user", "admin"] = "admin" if admin else "user"
+            scope[SCOPE_ENTRY] = replace(principal, role=role, limits=self._limits)
         await self._app(scope, receive, send)
 
 

@@ -22,7 +22,7 @@ from slipstream.server.consent import read_statement
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.generation import Generation, OutputOptions, Sequence
 from slipstream.server.prepared import Prepared
-from slipstream.server.principal import principal_of
+from slipstream.server.principal import Principal, principal_of
 from slipstream.server.responses import cancelled_on_disconnect
 from slipstream.server.service import Service
 from slipstream.server.text_work import INLINE_BYTES
@@ -92,10 +92,11 @@ def start_generation(service: Service, request: Request, asked: GenerationReques
     """
     require_known_tokens(service, asked.prompts, asked.params[0], asked.param)
     require_known_drafter(service, asked.speculation.mode)
-    require_allowed_priority(service, asked.priority)
+    principal = principal_of(request.scope)
+    require_allowed_priority(principal, asked.priority)
     said = read_statement(request, asked.metadata, asked.user, service.traffic.traffic_consent)
     traffic = said.kept(service.traffic.traffic_log)
-    domain, tenant = said.domain, principal_of(request.scope).tenant(said.user)
+    domain, tenant = said.domain, principal.tenant(said.user)
     sequences: list[Sequence] = []
     for prompt, params in zip(asked.prompts, asked.params, strict=True):
         for choice in range(asked.choices):
@@ -120,13 +121,14 @@ def start_generation(service: Service, request: Request, asked: GenerationReques
     return Generation(service, asked.answer_prefix + request.state.request_id, asked.arrival, sequences, asked.choices)
 
 
-def require_choices(service: Service, choices: int, prompts: int = 1) -> None:
+def require_choices(service: Service, principal: Principal, choices: int, prompts: int = 1) -> None:
     """``choices`` per prompt.
 
     Raises InvalidRequestError if they are too many, OverloadedError if there is no room for the sequences.
     """
-    if choices > service.config.max_n:
-        raise InvalidRequestError(f"n: at most {service.config.max_n} (--max-n), not {choices}", param="n")
+    most = principal.limits.max_n
+    if choices > most:
+        raise InvalidRequestError(f"n: at most {most} (--max-n), not {choices}", param="n")
     service.admit(choices * prompts)
 
 
@@ -148,11 +150,11 @@ def fit_context(service: Service, prompt_tokens: int, asked: int | None, param: 
     return limit - prompt_tokens
 
 
-def logprobs_asked(service: Service, value: int | None, param: str) -> int | None:
+def logprobs_asked(service: Service, principal: Principal, value: int | None, param: str) -> int | None:
     """Checks a number of log-probabilities; -1 stands for the whole vocabulary."""
     if value is None:
         return None
-    limit = service.config.max_logprobs
+    limit = principal.limits.max_logprobs
     vocab_size = service.engine.ready.vocab_size
     asked = vocab_size if value == -1 else value
     if limit != -1 and asked > limit:
@@ -181,9 +183,9 @@ def require_known_tokens(
     raise InvalidRequestError(f"{field}: the model has the tokens 0 to {vocab_size - 1}, not {token}", param=field)
 
 
-def require_allowed_priority(service: Service, priority: int) -> None:
+def require_allowed_priority(principal: Principal, priority: int) -> None:
     """Raises InvalidRequestError for one that would put a request further before others than the server lets it."""
-    least = service.config.most_urgent_priority
+    least = principal.limits.most_urgent_priority
     if priority < least:
         raise InvalidRequestError(
             f"priority: {least} to {MAX_PRIORITY} on this server, not {priority} (--most-urgent-priority)",

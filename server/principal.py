@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Literal
 
 from starlette.types import Scope
 
@@ -19,11 +20,24 @@ SCOPE_ENTRY = "slipstream.principal"
 
 
 @dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """The most that one request may ask for, by the options of these names."""
+
+    max_n: int = 1
+    max_logprobs: int = 0
+    """-1: no limit."""
+    most_urgent_priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Principal:
-    """Whoever holds a key."""
+    """Whoever holds a key: the gate puts it into the scope, and what a request may do is asked of it alone."""
 
     key: str = ""
     """The name of the key; empty where nobody has to be told apart: without keys, or with one."""
+    role: Literal["user", "admin"] = "user"
+    """Which door the key opens."""
+    limits: RequestLimits = RequestLimits()
 
     def tenant(self, user: str) -> str:
         """The name of a tenant: nobody can name one of another key, because names of keys have no slash."""

@@ -13,6 +13,7 @@ from slipstream.server.openai.sampling import sampling_params
 from slipstream.server.openai.schema import ChatBody
 from slipstream.server.openai.writers import ChatWriter
 from slipstream.server.prepared import Prepared
+from slipstream.server.principal import principal_of
 from slipstream.server.responses import GenerationResponse
 from slipstream.server.service import Service
 
@@ -21,13 +22,14 @@ async def chat(service: Service, request: Request) -> GenerationResponse:
     arrival = time.monotonic()
     prepared: Prepared[ChatBody] = await prepare_generation(service, request, "chat")
     body, [prompt], ends = prepared.body, prepared.prompts, prepared.ends
+    principal = principal_of(request.scope)
     model = service.require_model(body.model)
-    require_choices(service, body.n or 1)
+    require_choices(service, principal, body.n or 1)
 
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     room = fit_context(service, len(prompt), asked, "messages")
-    logprobs = logprobs_asked(service, body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
-    prompt_logprobs = logprobs_asked(service, body.prompt_logprobs, "prompt_logprobs")
+    logprobs = logprobs_asked(service, principal, body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
+    prompt_logprobs = logprobs_asked(service, principal, body.prompt_logprobs, "prompt_logprobs")
     params = sampling_params(
         service, body, max_tokens=asked or room, logprobs=logprobs, prompt_logprobs=prompt_logprobs, ends=ends
     )

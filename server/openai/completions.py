@@ -14,6 +14,7 @@ from slipstream.server.openai.sampling import sampling_params
 from slipstream.server.openai.schema import CompletionBody
 from slipstream.server.openai.writers import CompletionWriter
 from slipstream.server.prepared import Prepared
+from slipstream.server.principal import principal_of
 from slipstream.server.responses import GenerationResponse
 from slipstream.server.service import Service
 
@@ -24,13 +25,14 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
     arrival = time.monotonic()
     prepared: Prepared[CompletionBody] = await prepare_generation(service, request, "complete")
     body, prompts = prepared.body, prepared.prompts
+    principal = principal_of(request.scope)
     model = service.require_model(body.model)
-    require_choices(service, body.n or 1, len(prompts))
+    require_choices(service, principal, body.n or 1, len(prompts))
 
     rooms = [fit_context(service, len(prompt), body.max_tokens, "prompt") for prompt in prompts]
     asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    logprobs = logprobs_asked(service, body.logprobs, "logprobs")
-    prompt_logprobs = logprobs_asked(service, body.prompt_logprobs, "prompt_logprobs")
+    logprobs = logprobs_asked(service, principal, body.logprobs, "logprobs")
+    prompt_logprobs = logprobs_asked(service, principal, body.prompt_logprobs, "prompt_logprobs")
     of_prompt = [value for value in (prompt_logprobs, logprobs if body.echo else None) if value is not None]
     params = sampling_params(
         service, body, max_tokens=min(asked, *rooms), logprobs=logprobs, prompt_logprobs=max(of_prompt, default=None)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slipstream.engine.errors import ConfigError
 from slipstream.server.config import ServerConfig
 from slipstream.server.gate import guarded
 from slipstream.server.headers import ONCE
 from slipstream.server.metrics import Metrics
-from slipstream.server.principal import Keys, Principal, principal_of
+from slipstream.server.principal import Keys, Principal, RequestLimits, principal_of
 
 LOCAL = ServerConfig()
 CONTAINER = ServerConfig(host="0.0.0.0")
@@ -47,6 +47,7 @@ async def ask(
     path: str = "/v1/completions",
     method: str = "POST",
     client: str = "127.0.0.1",
+    application: ASGIApp = app,
 ) -> Reply:
     messages: list[Any] = []
 
@@ -58,7 +59,7 @@ async def ask(
 
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers]
     scope = {"type": "http", "method": method, "path": path, "headers": raw, "client": (client, 5)}
-    await guarded(app, config, METRICS)(scope, receive, send)
+    await guarded(application, config, METRICS)(scope, receive, send)
     return Reply(messages)
 
 
@@ -229,6 +230,23 @@ def test_no_key_can_name_the_tenant_of_another(keys: list[Any], said: list[tuple
         assert holder is not None
         who = (name or secret, user)
         assert tenants.setdefault(holder.tenant(user), who) == who
+
+
+async def test_the_gate_says_who_asks_and_what_he_may() -> None:
+    seen: list[Principal] = []
+
+    async def look(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(principal_of(scope))
+        await app(scope, receive, send)
+
+    limits = {"max_n": 3, "max_logprobs": -1, "most_urgent_priority": -7}
+    config = ServerConfig(api_key=("acme=one", "globex=two"), admin_key=("root=three",), **limits)  # type: ignore[arg-type]
+    for path, key in (("/v1/completions", "one"), ("/v1/completions", "two"), (STATUS, "three")):
+        assert (await ask(config, ("authorization", f"Bearer {key}"), path=path, application=look)).status == 200
+    assert [(found.key, found.role) for found in seen] == [("acme", "user"), ("globex", "user"), ("", "admin")]
+    assert {found.limits for found in seen} == {RequestLimits(**limits)}
+    assert (await ask(config, ("authorization", "Bearer three"), application=look)).status == 401
+    assert (await ask(config, ("authorization", "Bearer one"), path=STATUS, application=look)).status == 401
 
 
 def test_names_of_tenants() -> None:
