@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
+from safetensors.torch import save_file
 
 from slipstream.drafter.choice import make_drafters
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.drafter.traffic.tap import make_listeners
+from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.handle import EngineHandle
 from slipstream.engine.testing import TINY_LLAMA
@@ -54,6 +56,7 @@ def write_tiny_model(folder: Path, **config: Any) -> None:
     tokenizer.save(folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     (folder / "config.json").write_text(json.dumps(shape))
+    save_file(dict(dummy_tensors(shape, 0)), folder / "model.safetensors")
 
 
 class ServerThread(logging.Handler):

@@ -59,6 +59,23 @@ class Client:
         """Fails if it has ended."""
         raise NotImplementedError
 
+    @property
+    def pid(self) -> int:
+        """The process that starts others."""
+        raise NotImplementedError
+
+    def hasten_worker(self) -> None:
+        """Gives the training worker its share of the processor, where that is allowed.
+
+        Else it gets what nobody else wants, and on a busy machine that is not enough to begin.
+        """
+        for child in psutil.Process(self.pid).children():
+            with contextlib.suppress(OSError, psutil.Error):
+                if any("training.worker" in word for word in child.cmdline()):
+                    for thread in child.threads():
+                        os.sched_setscheduler(thread.id, os.SCHED_OTHER, os.sched_param(0))
+                    Path(f"/proc/{child.pid}/autogroup").write_text("0")
+
     def wait_until(self, condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -223,22 +240,14 @@ class Server(Client):
             self.log.extend(lines)
 
     @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
     def engine(self) -> psutil.Process:
         children = psutil.Process(self.process.pid).children()
         [child] = [child for child in children if "slipstream.server.engine_process" in child.cmdline()]
         return child
-
-    def hasten_worker(self) -> None:
-        """Gives the training worker its share of the processor, where that is allowed.
-
-        Else it gets what nobody else wants, and on a busy machine that is not enough to begin.
-        """
-        for child in psutil.Process(self.process.pid).children():
-            with contextlib.suppress(OSError, psutil.Error):
-                if any("training.worker" in word for word in child.cmdline()):
-                    for thread in child.threads():
-                        os.sched_setscheduler(thread.id, os.SCHED_OTHER, os.sched_param(0))
-                    Path(f"/proc/{child.pid}/autogroup").write_text("0")
 
     def check_that_it_runs(self) -> None:
         assert self.process.poll() is None, "".join(self.log)
@@ -268,6 +277,10 @@ class LocalServer(Client):
     def __init__(self, thread: ServerThread) -> None:
         self._thread = thread.start()
         super().__init__(int(thread.url.rpartition(":")[2]), thread.log)
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
 
     def check_that_it_runs(self) -> None:
         assert self._thread.is_alive(), "".join(self.log)
@@ -328,7 +341,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def start_tiny(start_server: Callable[..., Server], tiny_model: Path) -> Callable[..., Server]:
     """Starts ``slipstream serve`` with the tiny model and further options, for tests of what happens to processes."""
-    return lambda *options: start_server("--model", str(tiny_model), "--load-format", "dummy", *options)
+    return lambda *options: start_server("--model", str(tiny_model), *options)
 
 
 @pytest.fixture(scope="session")
@@ -337,7 +350,7 @@ def start_local(tiny_model: Path) -> Iterator[Callable[..., LocalServer]]:
     servers: list[LocalServer] = []
 
     def start(**fields: Any) -> LocalServer:
-        options = {"model": str(tiny_model), "load_format": "dummy", "kv_cache_memory": "128MiB", **fields}
+        options = {"model": str(tiny_model), "kv_cache_memory": "128MiB", **fields}
         configs: list[Any] = []
         for config in (ServerConfig, EngineConfig, TrafficConfig, EvolutionConfig):
             names = {field.name for field in dataclasses.fields(config)} & options.keys()  # type: ignore[arg-type]

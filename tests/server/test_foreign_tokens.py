@@ -40,7 +40,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory, start_local: Callable[..., 
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     described = {"eos_token": "<|end|>", "pad_token": "[PAD]", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
-    return start_local(model=str(folder), load_format="auto", generation_config="auto")
+    return start_local(model=str(folder), generation_config="auto")
 
 
 LACKING = {

@@ -28,6 +28,7 @@ from slipstream.engine.testing import TINY_LLAMA
 from slipstream.server.app import build_app
 from slipstream.server.config import ServerConfig
 from slipstream.server.service import Service
+from slipstream.server.testing import start_in_thread
 
 TINY = TINY_LLAMA | {"max_position_embeddings": 512, "tie_word_embeddings": True}
 STREAMS = 32
@@ -136,7 +137,8 @@ def test_fifty_swaps_under_the_default_model(tmp_path: Path) -> None:
 
 @asynccontextmanager
 async def running(**fields: Any) -> AsyncIterator[tuple[Service, httpx2.AsyncClient]]:
-    service = Service(ServerConfig(), EngineConfig(kv_cache_memory="128MiB", **fields), TrafficConfig())
+    config = EngineConfig(kv_cache_memory="128MiB", **fields)
+    service = Service(ServerConfig(), config, TrafficConfig(), start_in_thread)
     await service.load()
     transport = httpx2.ASGITransport(app=build_app(service))
     try:
@@ -153,11 +155,12 @@ async def complete(http: httpx2.AsyncClient, **fields: Any) -> Any:
     return reply.json()
 
 
-def test_routes_over_http(tmp_path: Path) -> None:
-    cold, random = write_heads("default", tmp_path, 8192)
+def test_routes_over_http(tiny_model: Path, tmp_path: Path) -> None:
+    cold, random = write_heads(tiny_model, tmp_path, 8192)
 
     async def play() -> None:
-        options = {"drafter": "cold", "speculation": "head", "speculation_policy": "fixed", "max_draft_tokens": 3}
+        options: dict[str, Any] = {"model": str(tiny_model), "drafter": "cold"}
+        options |= {"speculation": "head", "speculation_policy": "fixed", "max_draft_tokens": 3}
         async with running(**options) as (service, http):
             first = await complete(http)
             assert first["metrics"]["speculative_decoding"]["drafter_versions"] == [1]

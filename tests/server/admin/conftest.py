@@ -27,10 +27,10 @@ KEY = "an-admin-key"
 
 
 @pytest.fixture(scope="session")
-def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Heads of the default model, one with too few tokens for this server, and one of another model."""
+def heads(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Heads of the tiny model, one with too few tokens for this server, and one of another model."""
     folder = tmp_path_factory.mktemp("heads")
-    target = decoder_config(open_checkpoint("default").config)
+    target = decoder_config(open_checkpoint(tiny_model).config)
     config = layout.config_for(target, 8192)
     layout.write(folder / "fits", config, layout.random_tensors(config, 0))
     small = layout.config_for(target, 512)
@@ -41,16 +41,16 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def evolving(start_server: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def evolving(start_local: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """With a registry, a worker that has too little to learn from, and keys."""
     folder = tmp_path_factory.mktemp("evolving")
-    server = start_server(
-        *("--registry", str(folder / "registry"), "--evolve", "idle", "--evolve-first-tokens", str(10**9)),
-        *("--traffic-log", "tokens", "--traffic-folder", str(folder / "traffic")),
-        *("--api-key", "a-user-key", "--admin-key", KEY),
+    server = start_local(
+        **{"registry": str(folder / "registry"), "evolve": "idle", "evolve_first_tokens": 10**9},
+        **{"traffic_log": "tokens", "traffic_folder": str(folder / "traffic")},
+        **{"api_key": ("a-user-key",), "admin_key": (KEY,)},
     )
     server.headers = {"authorization": "Bearer a-user-key"}
-    return server.wait_until_ready()
+    return server
 
 
 class Page:
