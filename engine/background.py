@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 from slipstream.engine.errors import SupersededError
@@ -68,8 +69,10 @@ class Background:
     ) -> None:
         """``settle`` is called before anything is carried out, so that no step is under way that began before."""
         self._settle = settle
-        # Begins with the first job: an engine that never has one needs no thread.
-        self._thread = ThreadPoolExecutor(1, "background", initializer=self._begin)
+        # Begins with the first job: an engine that never has one needs no thread. Not one of an executor, which Python
+        # waits for at its end: work may be waiting for a step that never comes.
+        self._thread: threading.Thread | None = None
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
         self._clock = clock
         self._jobs: list[_Job] = []
         """The first one is being prepared."""
@@ -133,7 +136,9 @@ class Background:
         with self._turn:
             self._is_busy = False
             self._turn.notify_all()
-        self._thread.shutdown(cancel_futures=True)
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
 
     def breathe(self) -> None:
         """See the function; for the thread itself."""
@@ -170,26 +175,42 @@ class Background:
 
     def _prepare_next(self) -> None:
         if self._jobs and self._jobs[0].prepared is None:
-            self._jobs[0].prepared = self._thread.submit(self._prepare, self._jobs[0])
-            if not self._begun.is_set():
+            self._jobs[0].prepared = Future()
+            self._queue.put(self._jobs[0])
+            if self._thread is None:
                 self._let_begin()
 
-    def _prepare(self, job: _Job) -> Land:
+    def _run(self) -> None:
         """In the thread."""
+        self._begin()
+        while (job := self._queue.get()) is not None:
+            self._prepare(job)
+
+    def _prepare(self, job: _Job) -> None:
+        assert job.prepared is not None
         _current.job = job
+        land: Land | None = None
+        failed: BaseException | None = None
         try:
             self.breathe()
-            return job.prepare()
-        finally:
-            with self._turn:
-                job.has_ended = True
-                self._has_turn, self._until = False, 0.0  # the next job waits for a turn of its own
-                self._turn.notify_all()
+            land = job.prepare()
+        except BaseException as error:
+            failed = error
+        with self._turn:
+            job.has_ended = True
+            self._has_turn, self._until = False, 0.0  # the next job waits for a turn of its own
+            self._turn.notify_all()
+        if land is not None:
+            job.prepared.set_result(land)
+        else:
+            job.prepared.set_exception(failed)
 
     def _let_begin(self) -> None:
         import torch  # not above: breathe is also for tools that have no other need of it
 
         threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._run, name="background", daemon=True)
+        self._thread.start()
         self._begun.wait()
         torch.set_num_threads(threads)  # torch keeps the number per thread; new threads get what was set last
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -86,12 +88,31 @@ def test_without_a_job_there_is_no_thread(background: Background) -> None:
     assert threading.active_count() == before + 1
 
 
+def test_work_that_waits_for_a_step_keeps_no_process_from_ending() -> None:
+    """An engine that ends otherwise than by ``close`` has no more steps."""
+    script = """
+import subprocess
+import sys
+from slipstream.engine.background import Background, breathe
+def prepare():
+    while True:
+        breathe()
+background = Background()
+background.poll(is_busy=True)
+background.start(prepare)
+background.poll(is_busy=True)
+print(background.has_work)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", script], timeout=PATIENCE_S, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
 class Played(Background):
     """Time passes only where a test says so, and a step waits for the thread however slow the machine is."""
 
     def __init__(self) -> None:
         self.now = 100.0
-        super().__init__(lambda: self.now)
+        super().__init__(clock=lambda: self.now)
 
     def _wait(self, seconds: float) -> None:
         assert self._turn.wait_for(lambda: not self._has_turn, PATIENCE_S)

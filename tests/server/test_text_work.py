@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -68,8 +69,14 @@ def chat(content: str, **fields: Any) -> bytes:
 
 
 def workers() -> list[psutil.Process]:
-    children = psutil.Process().children()  # not those of servers that other tests have started
-    return [child for child in children if "slipstream.server.text_worker" in child.cmdline()]
+    """Those of this process, not of servers that other tests have started."""
+
+    def is_one(child: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # it ends while it is looked at
+            return "slipstream.server.text_worker" in child.cmdline()
+        return False
+
+    return [child for child in psutil.Process().children() if is_one(child)]
 
 
 async def test_every_place_gives_the_same(work: TextWork, text: TextModel) -> None:
