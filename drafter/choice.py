@@ -118,4 +118,4 @@ def _last_layer(config: EngineConfig, target: DecoderConfig) -> dict[str, Tensor
 def _load_model(config: EngineConfig, target: CausalModel, length: int) -> CausalModel:
     assert config.draft_model is not None
     checkpoint = open_checkpoint(config.draft_model)
-    return build_model(checkpoint, config, target.dtype, find_device(config), length)
+    return build_model(checkpoint, config, target.formats, find_device(config), length)

@@ -111,7 +111,7 @@ class Engine:
             model_type=model.shape.model_type,
             vocab_size=model.shape.vocab_size,
             max_model_len=loaded.max_model_len,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=model.formats.weights,
             device=self.runner.cache.device.type,
             kernels=model.kernels,
             block_size=self.config.block_size,

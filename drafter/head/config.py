@@ -11,10 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from slipstream.kernels.compute import LayerShape
 
 Kind = Literal["eagle", "eagle3"]
 ARCHITECTURES: dict[str, Kind] = {
@@ -89,6 +92,10 @@ class HeadConfig:
             "d2t": (self.draft_vocab_size,),
             "t2d": (self.vocab_size,),
         }
+
+    def layer_shape(self, target: DecoderConfig) -> LayerShape:
+        """What its layer looks like, and reads."""
+        return replace(self.as_decoder(target).layer, reads="both" if self.kind == "eagle3" else "plain")
 
     def as_decoder(self, target: DecoderConfig) -> DecoderConfig:
         """The layer as a decoder of one layer."""

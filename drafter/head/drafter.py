@@ -15,11 +15,11 @@ from torch import Tensor
 from slipstream.drafter.autoregressive import AutoregressiveDrafter
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
-from slipstream.drafter.head.network import HeadNetwork, HeadWeights, make_network, make_weights
+from slipstream.drafter.head.network import HeadNetwork, HeadWeights
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.loader import available_memory
-from slipstream.engine.models.protocol import CausalModel
+from slipstream.engine.models.protocol import CausalModel, DecoderModel
 from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow, LearnedDrafter, Proposal
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
@@ -115,6 +115,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         self._load = load
         self._most, self._read = most, read
         self._config: HeadConfig
+        self._target: DecoderModel
         self._first: FirstHead | None = None
         self._networks: dict[str, HeadNetwork] = {}
         self._held: dict[str, _Version] = {}
@@ -133,6 +134,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
                 f"a head reads hidden states, which {model.shape.model_type} models, run through transformers, do not "
                 "show; use --speculation ngram,suffix"
             )
+        self._target = target
         self._first = self._load(target.config)
         self._config = self._first.config
         layout.check_target(self._config, target.config)
@@ -142,7 +144,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         super().attach(host)
         first, self._first = self._first, None
         assert first is not None, "taps comes first"
-        self._network, weights = make_network(first.config, host), make_weights(first.config, host)
+        self._network, weights = self._make_network(), HeadWeights(first.config, self._target)
         weights.fill(first.tensors)
         self._version = _Version(first.version, first.path, weights, _guessable(first.config, first.tensors))
         self._hold(SHARED, self._network, self._version)
@@ -158,7 +160,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     @property
     def _route_bytes(self) -> int:
-        return 2 * self._version.weights.memory_bytes + self._networks[SHARED].cache_bytes
+        return 2 * self._version.weights.memory_bytes + self._networks[SHARED].cache.num_bytes
 
     def swap_loaded(self, route: str, version: int, path: str) -> bool:
         network = self._networks.get(route)
@@ -189,11 +191,9 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     def _load_version(self, version: int, path: str, is_new: bool) -> _Version:
         """``is_new``: for a route that comes with memory of its own."""
-        target = self._host.model.decoder
-        assert target is not None, "taps refuses such models"
-        config, tensors = self._read(Path(path), target.config)
+        config, tensors = self._read(Path(path), self._target.config)
         self._require_same_sizes(config)
-        weights = (None if is_new else self._free_weights()) or make_weights(self._config, self._host)
+        weights = (None if is_new else self._free_weights()) or HeadWeights(self._config, self._target)
         weights.fill(tensors)
         return _Version(version, path, weights, _guessable(config, tensors))
 
@@ -232,12 +232,15 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     def _new_network(self) -> HeadNetwork:
         """For one more route; raises ModelError if there is no memory for it."""
-        target = self._host.model.decoder
-        assert target is not None, "taps refuses such models"
-        needed, free = self._route_bytes, available_memory(target.device)
+        needed, free = self._route_bytes, available_memory(self._target.compute.device)
         if free < needed + SPARE_BYTES:
             raise ModelError(f"one more drafter takes {needed >> 20} MiB, and only {free >> 20} MiB of memory are free")
-        return make_network(self._config, self._host)
+        return self._make_network()
+
+    def _make_network(self) -> HeadNetwork:
+        host = self._host
+        max_length = host.block_tables.shape[1] * host.block_size
+        return HeadNetwork(self._config, self._target, host.num_blocks, host.block_size, max_length)
 
     def _require_same_sizes(self, config: HeadConfig) -> None:
         """Networks are built once, and the target shows the layers it was asked for at the start."""

@@ -13,13 +13,14 @@ from slipstream.drafter.head.config import LAYER, HeadConfig
 from slipstream.drafter.training.packing import Pack
 from slipstream.engine.models.config import DecoderConfig, rope_tables
 from slipstream.kernels import ops
+from slipstream.kernels.torch_stack import MATRICES, DecoderLayer, Function
 
 OUTPUT = "lm_head.weight"
 """Rows of the target's own output matrix, which learning does not touch."""
 
 
 class TrainableHead:
-    """Weights in float32, computed with in ``dtype``; the same arithmetic as ``drafter.head.network.TorchHead``."""
+    """Weights in float32, computed with in ``dtype``, by the arithmetic of the layer that serves."""
 
     def __init__(
         self,
@@ -78,48 +79,27 @@ class TrainableHead:
         position r + i of the text.
         """
         self._cast = {name: weight.to(self.dtype) for name, weight in self.weights.items() if weight.dim() > 1}
-        config = self.config
+        layer = self._layer()
         learned = pack.learned
-        context = functional.linear(pack.features.to(self.dtype).flatten(1), self._cast["fc.weight"])
-        x = self._inputs(pack.tokens[:, 0], context)
-        keys, values = self._keys_values(x, pack.positions)
+        context = ops.linear(pack.features.to(self.dtype).flatten(1), self._cast["fc.weight"])
+        x = layer.inputs(context, ops.embedding(pack.tokens[:, 0], self._embedding))
+        keys, values = layer.keys_values(x, *self._rope(pack.positions))
         outputs: list[Tensor] = []
         own: list[tuple[Tensor, Tensor]] = []
         hidden, x = context[learned], x[learned]
         for step in range(steps):
-            positions = pack.positions[learned] + step
+            rope = self._rope(pack.positions[learned] + step)
             if step:
-                x = self._inputs(pack.tokens[learned, step], hidden)
-                own.append(self._keys_values(x, positions))
-            q = self._linear("self_attn.q_proj", x).view(len(x), config.heads, config.head_dim)
-            q = self._rope(q, positions)
-            attended = self._attend(pack, q, keys, values, own)
-            hidden = hidden + self._linear("self_attn.o_proj", attended)
-            x = self._norm(hidden, LAYER + "post_attention_layernorm.weight")
-            inner = ops.silu_mul(self._linear("mlp.gate_proj", x), self._linear("mlp.up_proj", x))
-            hidden = hidden + self._linear("mlp.down_proj", inner)
+                x = layer.inputs(hidden, ops.embedding(pack.tokens[learned, step], self._embedding))
+                own.append(layer.keys_values(x, *rope))
+            attended = self._attend(pack, layer.queries(x, *rope), keys, values, own)
+            hidden = layer.finish(hidden, attended)
             outputs.append(hidden)
         return outputs
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> [n, draft vocabulary]."""
-        return functional.linear(self._norm(hidden, "norm.weight"), self._cast[OUTPUT])
-
-    def _inputs(self, token_ids: Tensor, hidden: Tensor) -> Tensor:
-        embedding = functional.embedding(token_ids, self._embedding)
-        return torch.cat(
-            (
-                self._norm(embedding, LAYER + "input_layernorm.weight"),
-                self._norm(hidden, LAYER + "hidden_norm.weight"),
-            ),
-            dim=-1,
-        )
-
-    def _keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Each [n, KV heads, head_dim]."""
-        shape = (len(x), self.config.kv_heads, self.config.head_dim)
-        keys = self._rope(self._linear("self_attn.k_proj", x).view(shape), positions)
-        return keys, self._linear("self_attn.v_proj", x).view(shape)
+        return ops.linear(self._norm("norm.weight")(hidden), self._cast[OUTPUT])
 
     def _attend(self, pack: Pack, q: Tensor, keys: Tensor, values: Tensor, own: list[tuple[Tensor, Tensor]]) -> Tensor:
         """q [n, heads, head_dim] of the learned rows -> [n, heads * head_dim]."""
@@ -151,11 +131,25 @@ class TrainableHead:
             outputs.append(mixed.permute(2, 0, 1, 3).flatten(1))
         return torch.cat(outputs)
 
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self._cast[f"{LAYER}{name}.weight"])
+    def _layer(self) -> DecoderLayer:
+        def norm(name: str) -> Function:
+            return self._norm(LAYER + name + ".weight")
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        return functional.rms_norm(x.float(), x.shape[-1:], self.weights[name], self.config.norm_eps).to(self.dtype)
+        return DecoderLayer(
+            self.config.head_dim,
+            **{field: self._linear(name) for field, name in MATRICES.items()},
+            mlp_norm=norm("post_attention_layernorm"),
+            attn_norm=norm("hidden_norm"),
+            embed_norm=norm("input_layernorm"),
+        )
 
-    def _rope(self, x: Tensor, positions: Tensor) -> Tensor:
-        return ops.rope(x, self._cos[positions], self._sin[positions])
+    def _linear(self, name: str) -> Function:
+        weight = self._cast[f"{LAYER}{name}.weight"]
+        return lambda x: ops.linear(x, weight)
+
+    def _norm(self, name: str) -> Function:
+        weight, eps = self.weights[name], self.config.norm_eps
+        return lambda x: functional.rms_norm(x.float(), x.shape[-1:], weight, eps).to(self.dtype)
+
+    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self._cos[positions], self._sin[positions]

@@ -19,6 +19,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.models.loader import build_model, find_device
+from slipstream.kernels.compute import Formats
 from slipstream.kernels.machine import fast_dtype
 
 
@@ -74,6 +75,6 @@ class Target:
         if self._recompute is None:
             options = EngineConfig(model=str(self._checkpoint.path))
             device = find_device(options)
-            model = build_model(self._checkpoint, options, torch.bfloat16, device, self._max_length)
+            model = build_model(self._checkpoint, options, Formats.of(torch.bfloat16), device, self._max_length)
             self._recompute = Recompute(model, self.taps, self._max_length)
         return self._recompute

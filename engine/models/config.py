@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from slipstream.kernels.compute import LayerShape
     from slipstream.kernels.kv_cache import CacheShape
 
 
@@ -51,8 +52,22 @@ class DecoderConfig:
     """Hugging Face name and shape of every parameter."""
 
     @property
-    def qkv_width(self) -> int:
-        return (self.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
+    def layer(self) -> LayerShape:
+        """What all of its layers look like."""
+        from slipstream.kernels.compute import LayerShape  # not above: it imports torch
+
+        return LayerShape(
+            hidden=self.hidden,
+            intermediate=self.intermediate,
+            heads=self.heads,
+            kv_heads=self.shape.kv_heads,
+            head_dim=self.shape.head_dim,
+            norm_eps=self.norm_eps,
+            qkv_bias=self.qkv_bias,
+            out_bias=self.out_bias,
+            mlp_bias=self.mlp_bias,
+            qk_norm=self.qk_norm,
+        )
 
 
 def cache_shape(shape: ModelShape, block_size: int, dtype: torch.dtype) -> CacheShape:

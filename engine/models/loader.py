@@ -18,19 +18,20 @@ from slipstream.engine.checkpoint.shapes import FAMILIES, parameter_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models.config import ModelShape, cache_shape, decoder_config, model_shape, need, stated_positions
-from slipstream.engine.models.native_decoder import NativeDecoder
+from slipstream.engine.models.decoder import Decoder
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.rope import switch_length
-from slipstream.engine.models.torch_decoder import TorchDecoder
 from slipstream.engine.models.transformers_files import transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
 from slipstream.engine.units import parse_size
-from slipstream.kernels.kv_cache import TorchKVCache
+from slipstream.kernels.compute import Compute, Formats
 from slipstream.kernels.machine import FORMATS, describe_speed, fast_dtype
-from slipstream.kernels.native import library
-from slipstream.kernels.native.kv_cache import NativeKVCache
+from slipstream.kernels.native.stack import NativeCompute
+from slipstream.kernels.torch_stack import TorchCompute
 
 log = logging.getLogger(__name__)
+COMPUTES: dict[str, type[Compute]] = {"native": NativeCompute, "torch": TorchCompute}
+"""As --kernels calls them, those to be preferred first."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEFAULT_CACHE_SHARE = 4
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -66,16 +67,16 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     device = find_device(config)
     _check_kind(checkpoint)
     shape = model_shape(checkpoint.config) if is_own(checkpoint.config) else transformers_shape(checkpoint.config)
-    is_native = _is_native(checkpoint, config, device)
-    _prepare_threads(config, is_native)
-    dtype = _choose_dtype(checkpoint, config, device, is_native)
+    kind = _choose_compute(checkpoint, config, device)
+    kind.set_threads(config.threads or len(os.sched_getaffinity(0)))
+    dtype = _choose_dtype(checkpoint, config, device, kind)
+    formats = Formats.of(dtype)
     weights_bytes = _weights_bytes(checkpoint, config, dtype)
-    kind = NativeKVCache if is_native else TorchKVCache
-    block_bytes = kind.block_bytes(cache_shape(shape, config.block_size, dtype))
+    block_bytes = kind.cache_class.block_bytes(cache_shape(shape, config.block_size, formats.kv))
     scratch_blocks = SCRATCH_BLOCKS if branches else 0
     free = available_memory(device) - HEADROOM_BYTES - scratch_blocks * block_bytes
     num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, free)
-    model = build_model(checkpoint, config, dtype, device, max_model_len)
+    model = build_model(checkpoint, config, formats, device, max_model_len)
     seconds = time.monotonic() - began
     return LoadedModel(model, max_model_len, num_blocks, scratch_blocks, block_bytes, weights_bytes, seconds)
 
@@ -100,25 +101,22 @@ def _check_kind(checkpoint: Checkpoint) -> None:
 
 
 def build_model(
-    checkpoint: Checkpoint, options: EngineConfig, dtype: torch.dtype, device: torch.device, max_length: int
+    checkpoint: Checkpoint, options: EngineConfig, formats: Formats, device: torch.device, max_length: int
 ) -> CausalModel:
     """The fastest implementation that covers this model, with its weights loaded."""
     config, dummy = checkpoint.config, options.load_format == "dummy"
     if not is_own(config):
         _refuse_deterministic(options, "models that run through transformers")
-        return TransformersModel(config, dtype, device, None if dummy else checkpoint.path, options.seed)
-    decoder = decoder_config(config)
-    model: CausalModel
-    if _is_native(checkpoint, options, device):
-        model = NativeDecoder(decoder, dtype, max_length)
-    elif options.kernels == "native":
+        return TransformersModel(config, formats, device, None if dummy else checkpoint.path, options.seed)
+    kind = _choose_compute(checkpoint, options, device)
+    if options.kernels == "native" and kind is not COMPUTES["native"]:
         raise ConfigError(
             "--kernels native: the compiled kernels are not available here (no compiler at install, an older "
             "processor, a GPU, or sizes that are not multiples of 16); use --kernels auto"
         )
-    else:
+    if not kind.is_batch_invariant:
         _refuse_deterministic(options, "torch's kernels, which run here instead of the compiled ones,")
-        model = TorchDecoder(decoder, dtype, device, max_length)
+    model = Decoder(decoder_config(config), kind(formats, device), max_length)
     model.load(dummy_tensors(config, options.seed) if dummy else checkpoint.tensors())
     return model
 
@@ -136,29 +134,21 @@ def find_device(config: EngineConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _is_native(checkpoint: Checkpoint, options: EngineConfig, device: torch.device) -> bool:
-    """Whether the compiled kernels compute it."""
-    if device.type != "cpu" or options.kernels == "torch" or not is_own(checkpoint.config):
-        return False
-    return NativeDecoder.supports(decoder_config(checkpoint.config))
+def _choose_compute(checkpoint: Checkpoint, options: EngineConfig, device: torch.device) -> type[Compute]:
+    """The first that computes this model here; torch computes all of them."""
+    if options.kernels == "torch" or not is_own(checkpoint.config):
+        return TorchCompute
+    layer = decoder_config(checkpoint.config).layer
+    return next(compute for compute in COMPUTES.values() if compute.supports(layer, device))
 
 
-def _prepare_threads(config: EngineConfig, is_native: bool) -> None:
-    threads = config.threads or len(os.sched_getaffinity(0))
-    native = library.load()
-    if is_native and native is not None:
-        native.slip_set_threads(threads)
-        # torch's own threads would spin beside those of the kernels; what is left to torch is small.
-        torch.set_num_threads(1)
-    else:
-        torch.set_num_threads(threads)
-
-
-def _choose_dtype(checkpoint: Checkpoint, config: EngineConfig, device: torch.device, is_native: bool) -> torch.dtype:
+def _choose_dtype(
+    checkpoint: Checkpoint, config: EngineConfig, device: torch.device, kind: type[Compute]
+) -> torch.dtype:
     """The kernels of this project are as fast with bfloat16 on any CPU; torch's are where it has such instructions."""
     if config.dtype != "auto":
         return DTYPES[config.dtype]
-    if is_native or device.type != "cpu" or fast_dtype(device) is torch.bfloat16:
+    if kind.is_fast_in_bfloat16 or device.type != "cpu" or fast_dtype(device) is torch.bfloat16:
         return torch.bfloat16
     size, free = _weights_bytes(checkpoint, config, torch.float32), available_memory(device)
     if 2 * size > free:

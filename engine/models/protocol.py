@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from slipstream.engine.models.config import DecoderConfig, ModelShape
 from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.compute import Compute, Formats
+from slipstream.kernels.compute import Forward as Forward
 from slipstream.kernels.kv_cache import PagedKVCache
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """What a forward pass computed, one row per token of its batch."""
-
-    hidden: Tensor
-    """[num_tokens, hidden], as ``CausalModel.logits`` takes it."""
-    features: Tensor | None = None
-    """[num_tokens, taps, hidden] float32: the inputs of the layers that were asked for; None where none were."""
+from slipstream.kernels.weight import Weight
 
 
 class CausalModel(Protocol):
     """Weights and their forward pass. Every call runs over a ragged batch and writes keys and values to the cache."""
 
     shape: ModelShape
-    dtype: torch.dtype
+    formats: Formats
     kernels: str
     """Name of what runs the hot path, for logs and metrics."""
 
@@ -57,10 +48,15 @@ class CausalModel(Protocol):
 
 
 class DecoderModel(CausalModel, Protocol):
-    """A model of the families implemented here."""
+    """A model of decoder layers that can be looked into, which drafters share parts of, and make more of the kind."""
 
-    @property
-    def config(self) -> DecoderConfig: ...
+    config: DecoderConfig
+    compute: Compute
+    """What its parts were made by; those of a drafter that works with them are made by the same."""
+    embedding: Weight
+    """Token embeddings [vocab_size, hidden]."""
+    output: Weight
+    """The output matrix [vocab_size, hidden]."""
 
-    @property
-    def device(self) -> torch.device: ...
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """[n, hidden]: what the output matrix reads of the last layer's output."""

@@ -26,6 +26,7 @@ from slipstream.engine.models.transformers_files import (
     transformers_switch_length,
 )
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
+from slipstream.kernels.compute import Formats
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
 
 
@@ -45,13 +46,13 @@ class _GivenOutput(torch.nn.Module):
 
 class TransformersModel:
     def __init__(
-        self, config: dict[str, Any], dtype: torch.dtype, device: torch.device, folder: Path | None, seed: int = 0
+        self, config: dict[str, Any], formats: Formats, device: torch.device, folder: Path | None, seed: int = 0
     ) -> None:
         """Loads the weights of a Hugging Face folder with transformers' own loader; without one they are random."""
         self.shape = transformers_shape(config)
         self.switch_length = transformers_switch_length(config)
-        module = build_module(config, dtype, folder, seed).to(device).eval().requires_grad_(False)
-        self.dtype = dtype
+        module = build_module(config, formats.compute, folder, seed).to(device).eval().requires_grad_(False)
+        self.formats = formats
         self.kernels = f"transformers-{device.type}"
         self._device = device
         self._name = type(module).__name__
@@ -86,7 +87,7 @@ class TransformersModel:
             target.copy_(tensor)
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        return TorchKVCache(cache_shape(self.shape, block_size, self.dtype), num_blocks, self._device)
+        return TorchKVCache(cache_shape(self.shape, block_size, self.formats.kv), num_blocks, self._device)
 
     def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
         assert not taps

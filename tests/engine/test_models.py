@@ -20,6 +20,7 @@ from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models.loader import build_model, load_model
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.kernels.batch import make_batch
+from slipstream.kernels.compute import Formats
 from slipstream.kernels.native import library
 
 LLAMA = {
@@ -99,7 +100,7 @@ def save(folder: Path, config: dict[str, Any]) -> Any:
 
 def load(folder: Path, kernels: str) -> CausalModel:
     options = EngineConfig(kernels=kernels)  # type: ignore[arg-type]
-    return build_model(open_checkpoint(folder), options, torch.float32, CPU, 512)
+    return build_model(open_checkpoint(folder), options, Formats.of(torch.float32), CPU, 512)
 
 
 def logits_in_steps(model: CausalModel, sequences: list[list[int]], cuts: list[int]) -> list[torch.Tensor]:
@@ -148,7 +149,7 @@ def test_native_bfloat16_stays_close_to_float32(tmp_path: Path, name: str) -> No
     sequences = [np.random.default_rng(1).integers(0, 131, 150).tolist()]
     logits = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = build_model(checkpoint, EngineConfig(), dtype, CPU, 512)
+        model = build_model(checkpoint, EngineConfig(), Formats.of(dtype), CPU, 512)
         logits.append(logits_in_steps(model, sequences, cuts=[60, 100])[0])
     error = (logits[0] - logits[1]).norm() / logits[0].norm()
     assert error < 0.05
@@ -172,25 +173,25 @@ def test_hybrid_models_are_refused(tmp_path: Path) -> None:
         },
     )
     with pytest.raises(ModelError, match=r"paged cache|hybrid"):
-        build_model(open_checkpoint(tmp_path), options, torch.float32, CPU, 64)
+        build_model(open_checkpoint(tmp_path), options, Formats.of(torch.float32), CPU, 64)
 
 
 def test_unknown_model_type_names_it(tmp_path: Path) -> None:
     options = write_config(tmp_path, {"model_type": "no_such_model", "hidden_size": 8, "num_attention_heads": 2})
     with pytest.raises(ModelError, match="no_such_model"):
-        build_model(open_checkpoint(tmp_path), options, torch.float32, CPU, 64)
+        build_model(open_checkpoint(tmp_path), options, Formats.of(torch.float32), CPU, 64)
 
 
 def test_deterministic_mode_refuses_what_depends_on_the_batch(tmp_path: Path) -> None:
     options = write_config(tmp_path, MODELS["llama"])
     if NATIVE:
-        build_model(open_checkpoint(tmp_path), replace(options, deterministic=True), torch.float32, CPU, 64)
+        build_model(open_checkpoint(tmp_path), replace(options, deterministic=True), Formats.of(torch.float32), CPU, 64)
     with pytest.raises(ConfigError, match="--deterministic"):
         torch_only = replace(options, deterministic=True, kernels="torch")
-        build_model(open_checkpoint(tmp_path), torch_only, torch.float32, CPU, 64)
+        build_model(open_checkpoint(tmp_path), torch_only, Formats.of(torch.float32), CPU, 64)
     write_config(tmp_path, MODELS["gpt_neox"])
     with pytest.raises(ConfigError, match="--deterministic"):
-        build_model(open_checkpoint(tmp_path), replace(options, deterministic=True), torch.float32, CPU, 64)
+        build_model(open_checkpoint(tmp_path), replace(options, deterministic=True), Formats.of(torch.float32), CPU, 64)
 
 
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_dummy_weights_repeat_by_seed(tmp_path: Path, name: str) -> None:
     def logits(seed: int) -> torch.Tensor:
         options = EngineConfig(load_format="dummy", seed=seed)
         with torch.inference_mode():
-            model = build_model(open_checkpoint(tmp_path), options, torch.float32, CPU, 64)
+            model = build_model(open_checkpoint(tmp_path), options, Formats.of(torch.float32), CPU, 64)
             return logits_in_steps(model, sequence, cuts=[])[0]
 
     assert torch.equal(logits(1), logits(1))

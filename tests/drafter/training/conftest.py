@@ -35,6 +35,7 @@ from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.models.loader import build_model, find_device
+from slipstream.kernels.compute import Formats
 
 VOCAB, HIDDEN = 96, 64
 TARGET = {
@@ -121,7 +122,7 @@ class Traffic:
     def __init__(self, target: Path) -> None:
         checkpoint = open_checkpoint(str(target))
         options = EngineConfig(model=str(target))
-        model = build_model(checkpoint, options, torch.bfloat16, find_device(options), 256)
+        model = build_model(checkpoint, options, Formats.of(torch.bfloat16), find_device(options), 256)
         self._vocab = checkpoint.config["vocab_size"]
         self._recompute = Recompute(model, layout.default_taps(checkpoint.config["num_hidden_layers"]), 256)
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from slipstream.drafter.head.network import TorchHead, TorchWeights
+from slipstream.drafter.head.network import HeadNetwork, HeadWeights
 from slipstream.drafter.training.gate import score
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, pack
 from slipstream.engine.models.config import DecoderConfig
-from slipstream.engine.models.torch_decoder import TorchDecoder
-from slipstream.engine.speculation.protocol import DraftHost
-from slipstream.engine.speculation.scratch import Scratch
+from slipstream.engine.models.decoder import Decoder
 from slipstream.kernels.batch import make_batch
+from slipstream.kernels.compute import Formats
+from slipstream.kernels.torch_stack import TorchCompute
 
 MakeHead, MakeExample = Callable[..., TrainableHead], Callable[..., Example]
 
@@ -29,12 +29,11 @@ class _Live:
     """The head as it serves, drafting after known text."""
 
     def __init__(self, head: TrainableHead, target: DecoderConfig, embedding: Tensor) -> None:
-        model = TorchDecoder(target, torch.float32, torch.device("cpu"), 256)
-        model.embedding.copy_(embedding)
+        model = Decoder(target, TorchCompute(Formats.of(torch.float32), torch.device("cpu")), 256)
+        model.embedding.fill(embedding)
         self._table = np.arange(16, dtype=np.int32)[None]
-        host = DraftHost(model, self._table, 16, BLOCK, Scratch(self._table, 16, 0, BLOCK))
-        self._network = TorchHead(head.config, model, host)
-        weights = TorchWeights(head.config, model)
+        self._network = HeadNetwork(head.config, model, 16, BLOCK, 256)
+        weights = HeadWeights(head.config, model)
         weights.fill(head.tensors())
         self._network.use(weights)
 

@@ -49,9 +49,9 @@ def config(folder: Path, **options: object) -> EngineConfig:
 @pytest.mark.parametrize("fast", [F32, BF16])
 def test_torch_computes_in_what_is_fast_here(folder: Path, monkeypatch: pytest.MonkeyPatch, fast: torch.dtype) -> None:
     monkeypatch.setattr(loader, "fast_dtype", lambda device: fast)
-    assert load_model(config(folder, kernels="torch")).model.dtype is fast
-    assert load_model(config(folder, kernels="torch", dtype="bfloat16")).model.dtype is BF16
-    assert load_model(config(folder, kernels="torch", dtype="float32")).model.dtype is F32
+    assert load_model(config(folder, kernels="torch")).model.formats.compute is fast
+    assert load_model(config(folder, kernels="torch", dtype="bfloat16")).model.formats.compute is BF16
+    assert load_model(config(folder, kernels="torch", dtype="float32")).model.formats.compute is F32
 
 
 def test_bfloat16_where_there_is_no_room_for_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,13 +59,13 @@ def test_bfloat16_where_there_is_no_room_for_more(folder: Path, monkeypatch: pyt
     half = load_model(config(folder, kernels="torch", dtype="bfloat16")).weights_bytes
     monkeypatch.setattr(loader, "HEADROOM_BYTES", -(1 << 30))
     monkeypatch.setattr(loader, "available_memory", lambda device: 3 * half)
-    assert load_model(config(folder, kernels="torch")).model.dtype is BF16
+    assert load_model(config(folder, kernels="torch")).model.formats.compute is BF16
 
 
 @pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
 def test_compiled_kernels_have_their_own_arithmetic(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "fast_dtype", lambda device: F32)
-    assert load_model(config(folder)).model.dtype is BF16
+    assert load_model(config(folder)).model.formats.compute is BF16
     assert torch.get_num_threads() == 1, "torch has little to do beside them"
 
 

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.models.config import decoder_config
-from slipstream.engine.models.native_decoder import NativeDecoder
+from slipstream.engine.models.decoder import Decoder
+from slipstream.engine.models.loader import COMPUTES
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.models.torch_decoder import TorchDecoder
 from slipstream.engine.runner.trees import BranchSegments
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.engine.speculation.tree import Tree, affordable, branches, depths
 from slipstream.kernels.batch import make_batch
+from slipstream.kernels.compute import Formats
 from slipstream.kernels.native.library import isa
 
 CONFIG = {
@@ -73,11 +74,8 @@ def test_what_is_affordable_fits(tree: list[int], start: int, blocks: int) -> No
 @pytest.fixture(scope="module", params=KERNELS)
 def model(request: pytest.FixtureRequest) -> CausalModel:
     config = decoder_config(CONFIG)
-    made: CausalModel = (
-        NativeDecoder(config, torch.float32, 512)
-        if request.param == "native"
-        else TorchDecoder(config, torch.float32, torch.device("cpu"), 512)
-    )
+    compute = COMPUTES[request.param](Formats.of(torch.float32), torch.device("cpu"))
+    made = Decoder(config, compute, 512)
     made.load((name, tensor * (10 if tensor.ndim == 2 else 1)) for name, tensor in dummy_tensors(CONFIG, 0))
     return made
 

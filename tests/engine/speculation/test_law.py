@@ -34,6 +34,7 @@ from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.speculation.tree import Tree, branches
 from slipstream.engine.testing import LocalEngine, OracleDrafter, TreeOracleDrafter
 from slipstream.kernels import ops
+from slipstream.kernels.compute import Formats
 from slipstream.kernels.random import uniform
 
 Engine = Callable[..., LocalEngine]
@@ -63,7 +64,7 @@ def make_drafters(kind: str, tiny: Path) -> tuple[list[Drafter], int]:
 
     def same_model(_: Any, length: int) -> Any:
         options = EngineConfig(model=str(tiny), dtype="float32")
-        return build_model(open_checkpoint(str(tiny)), options, torch.float32, torch.device("cpu"), length)
+        return build_model(open_checkpoint(str(tiny)), options, Formats.of(torch.float32), torch.device("cpu"), length)
 
     drafters: dict[str, tuple[Drafter, int]] = {
         "ngram": (NGramDrafter(), 1),

@@ -5,17 +5,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream.kernels.native import library
-from slipstream.kernels.native.linear import PackedLinear
+from slipstream.kernels.native.weight import PackedWeight
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="no native kernels on this machine")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def linear(n: int, k: int, dtype: torch.dtype, bias: bool = True) -> tuple[PackedLinear, torch.Tensor, torch.Tensor]:
+def linear(n: int, k: int, dtype: torch.dtype, bias: bool = True) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(n * 1000 + k)
     weight = torch.randn(n, k, generator=generator).to(dtype).float()
     offset = torch.randn(n, generator=generator)
-    packed = PackedLinear(n, k, dtype, bias=bias)
+    packed = PackedWeight(n, k, dtype, bias=bias)
     packed.fill(weight)
     if bias:
         packed.fill_bias(offset)
@@ -25,10 +25,10 @@ def linear(n: int, k: int, dtype: torch.dtype, bias: bool = True) -> tuple[Packe
 @given(n=st.integers(1, 200), k=st.integers(1, 40), dtype=st.sampled_from(DTYPES))
 def test_rows_are_those_that_were_filled_in(n: int, k: int, dtype: torch.dtype) -> None:
     weight = torch.randn(n, 2 * k).to(dtype)
-    packed = PackedLinear(n, 2 * k, dtype)
+    packed = PackedWeight(n, 2 * k, dtype)
     packed.fill(weight)
     order = np.random.default_rng(0).permutation(n).astype(np.int32)
-    assert torch.equal(packed.rows(order), weight.float()[torch.from_numpy(order).long()])
+    assert torch.equal(packed.rows(torch.from_numpy(order)), weight.float()[torch.from_numpy(order).long()])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,11 +53,11 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa: str, dtype: torch.d
 
 
 def test_fill_overwrites_interleaved_panels_in_place(isa: str) -> None:
-    packed = PackedLinear(64, 32, torch.float32)
+    packed = PackedWeight(64, 32, torch.float32)
     before = packed.panels.data_ptr()
     gate, up = torch.randn(32, 32), torch.randn(32, 32)
-    packed.fill(gate, 0, 2)
-    packed.fill(up, 1, 2)
+    packed.fill(gate, 0, 0, 2)
+    packed.fill(up, 0, 1, 2)
     x = torch.randn(3, 32)
     out = packed(x).view(3, 4, 16)
     assert torch.allclose(out[:, 0::2].reshape(3, 32), x @ gate.T, atol=1e-4)

@@ -1,0 +1,163 @@
+"""How decoder layers are computed on a device: what makes weights, caches and stacks of layers that fit each other.
+
+``native.stack`` runs all layers in one compiled call, ``torch_stack`` goes from operation to operation on any device.
+Models and drafters name neither: they ask their ``Compute`` for what they need.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
+from slipstream.kernels.weight import Weight
+
+Reads = Literal["normed", "both", "plain"]
+"""What the attention reads: the hidden state behind a norm; [embedding of the token, hidden state], each behind a norm
+of its own; or the hidden state as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """In which numbers a model is kept and computed."""
+
+    weights: str
+    """Of matrices: "float32", "bfloat16", or another format that the ``Compute`` has."""
+    compute: torch.dtype
+    """Of activations between operations."""
+    kv: torch.dtype
+    """Of keys and values in the cache."""
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Formats:
+        """The same for all three."""
+        return cls(str(dtype).removeprefix("torch."), dtype, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """A pre-norm decoder layer: rotary positions, grouped-query attention, gated MLP."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    reads: Reads = "normed"
+
+    @property
+    def input_width(self) -> int:
+        """Of what queries, keys and values are made from."""
+        return 2 * self.hidden if self.reads == "both" else self.hidden
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What a forward pass computed, one row per token of its batch."""
+
+    hidden: Tensor
+    """[num_tokens, hidden], as ``logits`` takes it."""
+    features: Tensor | None = None
+    """[num_tokens, taps, hidden] float32: the inputs of the layers that were asked for; None where none were."""
+
+
+class LayerWeights(Protocol):
+    """The weights of one layer."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def fill(self, name: str, rows: Tensor, first_row: int = 0) -> None:
+        """Copies rows of one tensor to their place, as ``Weight.fill`` does.
+
+        ``name`` is the tensor's Hugging Face name within the layer, for example ``self_attn.q_proj.weight``.
+        """
+
+
+class Stack(Protocol):
+    """Layers with what is before and after them, ready to run; which weights they have can be changed at any time."""
+
+    def use(self, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
+        """Computes with these from now on; ``norm`` is before the output matrix, if there is one."""
+
+    def forward(
+        self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()
+    ) -> Forward:
+        """Runs all layers over a batch, and writes its keys and values to a cache of the same ``Compute``.
+
+        ``hidden`` [num_tokens, hidden], which may be overwritten, is the input of the first layer; without it that is
+        the embeddings of the tokens. ``taps``, ascending: layers whose inputs are wanted; their number for the last
+        one's output.
+        """
+
+    def logits(self, hidden: Tensor, rows: Int32 | None = None) -> Tensor:
+        """[rows, outputs] float32 of some rows of hidden, or of all; valid until the next call."""
+
+
+class Compute(ABC):
+    """What a model asks for its parts; all of one ``Compute`` work together."""
+
+    cache_class: ClassVar[type[PagedKVCache]]
+    is_batch_invariant: ClassVar[bool] = False
+    """Whether a row has the same bits in any batch."""
+    is_fast_in_bfloat16: ClassVar[bool] = False
+    """On whatever processor it supports."""
+
+    def __init__(self, formats: Formats, device: torch.device) -> None:
+        self.formats = formats
+        self.device = device
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, shape: LayerShape, device: torch.device) -> bool:
+        """Whether it is there, and computes such layers on this device."""
+
+    @classmethod
+    def set_threads(cls, count: int) -> None:
+        """What it computes on a CPU, this many threads of the process do."""
+        torch.set_num_threads(count)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """For logs and metrics."""
+
+    @abstractmethod
+    def weight(self, n: int, k: int, bias: bool = False) -> Weight:
+        """A matrix to be filled."""
+
+    @abstractmethod
+    def norm(self, width: int) -> Tensor:
+        """The weight of a norm, to be filled."""
+
+    @abstractmethod
+    def layers(self, shape: LayerShape, count: int) -> Sequence[LayerWeights]:
+        """Weights of layers that are read one after the other."""
+
+    @abstractmethod
+    def stack(self, shape: LayerShape, windows: Sequence[int], embedding: Weight, rope: tuple[Tensor, Tensor]) -> Stack:
+        """A stack of layers, to be given weights.
+
+        Args:
+            windows: for each layer, the last positions it attends to; 0 for all.
+            rope: cos and sin, each [positions, head_dim / 2] float32.
+        """
+
+    def cache(self, shape: CacheShape, num_blocks: int) -> PagedKVCache:
+        return self.cache_class(shape, num_blocks, self.device)
+
+    def filling(self) -> AbstractContextManager[None]:
+        """Around filling weights that no step uses, while steps run: over, on the device too, when it is left."""
+        return nullcontext()

@@ -1,0 +1,158 @@
+"""Decoder layers in one compiled call, without the interpreter lock: the fast path on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.compute import Compute, Formats, Forward, LayerShape, LayerWeights, Stack
+from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.native.kv_cache import NativeKVCache
+from slipstream.kernels.native.layer import NativeLayer
+from slipstream.kernels.native.library import DTYPE_CODES, CLayer, CModel, address, c_batch, isa, load, supports
+from slipstream.kernels.native.weight import PackedWeight
+from slipstream.kernels.weight import Weight
+
+
+class NativeStack:
+    """What the compiled code is given: addresses of weights, of tables and of a cache, and memory for a step.
+
+    To use other weights is to write other addresses, which takes microseconds.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        windows: Sequence[int],
+        embedding: PackedWeight,
+        rope: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        library = load()
+        assert library is not None
+        self._library = library
+        self._hidden, self._windows = shape.hidden, windows
+        self._cos, self._sin = rope
+        self._c_layers = (CLayer * len(windows))()
+        self._c = CModel(
+            dtype=DTYPE_CODES[dtype],
+            hidden=shape.hidden,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            intermediate=shape.intermediate,
+            num_layers=len(windows),
+            norm_eps=shape.norm_eps,
+            rope_cos=address(self._cos),
+            rope_sin=address(self._sin),
+            layers=self._c_layers,
+            embed=embedding.c,
+        )
+        # Whoever owns the memory that the struct points to.
+        self._embedding = embedding
+        self._weights: tuple[Sequence[LayerWeights], Tensor | None, PackedWeight]
+        self._cache = torch.empty(0)
+        self._taps: tuple[int, ...] = ()
+        self._c_taps = torch.empty(0, dtype=torch.int32)
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._rows = torch.empty(0, dtype=torch.int32)
+        self._logits = torch.empty(0, 0)
+
+    def use(self, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
+        for c, layer, window in zip(self._c_layers, layers, self._windows, strict=True):
+            assert isinstance(layer, NativeLayer)
+            layer.describe(c, window)
+        assert isinstance(output, PackedWeight)
+        self._c.lm_head, self._c.final_norm = output.c, address(norm)
+        self._weights = layers, norm, output
+
+    def forward(
+        self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()
+    ) -> Forward:
+        self._bind(cache)
+        tokens = batch.num_tokens
+        self._c.given_hidden = hidden is not None
+        hidden = torch.empty(tokens, self._hidden) if hidden is None else hidden.contiguous()
+        features = torch.empty(tokens, len(taps), self._hidden) if taps else None
+        if taps != self._taps:
+            self._taps, self._c_taps = taps, torch.tensor(taps, dtype=torch.int32)
+            self._c.taps, self._c.num_taps = address(self._c_taps), len(taps)
+        self._c.features = address(features)
+        c = c_batch(batch)
+        self._library.slip_forward(ctypes.byref(self._c), ctypes.byref(c), address(hidden), self._memory(tokens))
+        return Forward(hidden, features)
+
+    def logits(self, hidden: Tensor, rows: Int32 | None = None) -> Tensor:
+        count, vocab = len(hidden) if rows is None else len(rows), self._weights[2].n
+        if self._logits.shape[1] != vocab or count > len(self._logits):
+            # Kept, because fresh memory of this size is mapped page by page at every step.
+            self._logits = torch.empty(count, vocab)
+            self._rows = torch.arange(count, dtype=torch.int32)
+        chosen = self._rows.data_ptr() if rows is None else rows.ctypes.data
+        out = self._logits[:count]
+        self._library.slip_logits(
+            *(ctypes.byref(self._c), address(hidden), chosen, count, address(out), vocab),
+            self._memory(count),
+        )
+        return out
+
+    def _memory(self, tokens: int) -> int:
+        """Scratch for a step of this many tokens; grows and stays."""
+        size = self._library.slip_workspace_bytes(ctypes.byref(self._c), tokens)
+        if size > self._workspace.numel():
+            self._workspace = torch.empty(size, dtype=torch.uint8)
+        return self._workspace.data_ptr()
+
+    def _bind(self, cache: PagedKVCache) -> None:
+        assert isinstance(cache, NativeKVCache)
+        memory = cache.layers
+        if memory is not self._cache:
+            for c, (keys, values) in zip(self._c_layers, memory, strict=True):
+                c.k_cache, c.v_cache = address(keys), address(values)
+            self._cache = memory
+
+
+class NativeCompute(Compute):
+    cache_class = NativeKVCache
+    is_batch_invariant = True
+    is_fast_in_bfloat16 = True
+
+    def __init__(self, formats: Formats, device: torch.device) -> None:
+        assert formats == Formats.of(formats.compute), "the compiled kernels have one format for everything"
+        super().__init__(formats, device)
+
+    @classmethod
+    def supports(cls, shape: LayerShape, device: torch.device) -> bool:
+        is_there = device.type == "cpu" and load() is not None
+        return is_there and supports(shape.head_dim, shape.hidden, shape.intermediate)
+
+    @classmethod
+    def set_threads(cls, count: int) -> None:
+        library = load()
+        assert library is not None
+        library.slip_set_threads(count)
+        # torch's own threads would spin beside those of the kernels; what is left to torch is small.
+        torch.set_num_threads(1)
+
+    @property
+    def name(self) -> str:
+        return f"native-{isa()}"
+
+    def weight(self, n: int, k: int, bias: bool = False) -> PackedWeight:
+        return PackedWeight(n, k, self.formats.compute, bias)
+
+    def norm(self, width: int) -> Tensor:
+        return torch.ones(width)
+
+    def layers(self, shape: LayerShape, count: int) -> Sequence[LayerWeights]:
+        # One piece of memory, in the order of reading: the system gives large pages to pieces of 2 MiB and more only.
+        memory = torch.zeros(count, NativeLayer.num_elems(shape), dtype=self.formats.compute)
+        return [NativeLayer(shape, self.formats.compute, part) for part in memory]
+
+    def stack(self, shape: LayerShape, windows: Sequence[int], embedding: Weight, rope: tuple[Tensor, Tensor]) -> Stack:
+        assert isinstance(embedding, PackedWeight)
+        return NativeStack(shape, windows, embedding, rope, self.formats.compute)

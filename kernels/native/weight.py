@@ -1,0 +1,100 @@
+"""Weight matrices packed as panels of 16 output columns, four of them interleaved (layout in csrc/api.h)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.native.library import DTYPE_CODES, CLinear, address, load
+
+PANEL, GROUP = 16, 4
+COLUMNS = GROUP * PANEL
+PANELS_AT_ONCE = 32
+"""Filled at once: freeing large temporaries would hold up other threads for milliseconds."""
+
+
+def panels_elems(n: int, k: int) -> int:
+    """Elements of the panels of a matrix [n, k]."""
+    return -(-n // COLUMNS) * COLUMNS * k
+
+
+class PackedWeight:
+    """A ``Weight`` that is kept as panels only.
+
+    It may hold several matrices whose panels take turns: ``fill`` and ``fill_bias`` of one of them are told its first
+    panel, and how many panels further the next one is.
+    """
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool = False, memory: Tensor | None = None) -> None:
+        """``memory`` [panels_elems(n, k)] for the panels, as a part of something larger."""
+        self.n, self.k = n, k
+        self._num_panels = -(-n // PANEL)
+        pair = 2 if dtype is torch.bfloat16 else 1
+        memory = torch.zeros(panels_elems(n, k), dtype=dtype) if memory is None else memory
+        self.panels = memory.view(-1, k // pair, GROUP, PANEL, pair)
+        self.bias = torch.zeros(self._num_panels * PANEL) if bias else None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.panels.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def fill(self, rows: Tensor, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
+        apart = min(-first_row % PANEL, len(rows))
+        whole = apart + (len(rows) - apart) // PANEL * PANEL
+        self._fill_apart(rows[:apart], first_row, first_panel, stride)
+        panel = first_panel + stride * (-(-first_row // PANEL))
+        for part in torch.split(rows[apart:whole], PANELS_AT_ONCE * PANEL):
+            self._fill_panels(part, panel, stride)
+            panel += stride * PANELS_AT_ONCE
+        self._fill_apart(rows[whole:], first_row + whole, first_panel, stride)
+
+    def _fill_panels(self, rows: Tensor, first: int, stride: int) -> None:
+        """Whole panels: first, first + stride, …"""
+        pair, each = self.panels.shape[-1], GROUP // stride
+        packed = rows.to(self.panels.dtype).reshape(-1, PANEL, self.k // pair, pair).transpose(1, 2)
+        if first % GROUP < stride and len(packed) % each == 0:  # whole groups, or the same places of each
+            groups = self.panels[first // GROUP :][: len(packed) // each]
+            groups[:, :, first % GROUP :: stride].copy_(packed.view(-1, each, *packed.shape[1:]).transpose(1, 2))
+        else:
+            at = first + stride * torch.arange(len(packed))
+            self.panels[at // GROUP, :, at % GROUP] = packed
+
+    def _fill_apart(self, rows: Tensor, first_row: int, first_panel: int, stride: int) -> None:
+        """Rows that are no whole panel."""
+        if len(rows):
+            panel, lane = _places(len(rows), first_row, first_panel, stride)
+            pairs = rows.to(self.panels.dtype).reshape(len(rows), -1, self.panels.shape[-1])
+            self.panels[panel // GROUP, :, panel % GROUP, lane] = pairs
+
+    def fill_bias(self, values: Tensor, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
+        assert self.bias is not None
+        panel, lane = _places(len(values), first_row, first_panel, stride)
+        self.bias.view(-1, PANEL)[panel, lane] = values.float()
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """In float32."""
+        at = indices.long()
+        return self.panels[at // COLUMNS, :, at % COLUMNS // PANEL, at % PANEL].reshape(len(at), -1).float()
+
+    @property
+    def c(self) -> CLinear:
+        return CLinear(self._num_panels * PANEL, self.k, address(self.panels), address(self.bias))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [m, k], rounded to the format of the panels -> [m, n] float32."""
+        library = load()
+        assert library is not None and x.shape[1] == self.k
+        x = x.float().contiguous()
+        out = torch.empty(x.shape[0], self.n)
+        code = DTYPE_CODES[self.panels.dtype]
+        c = self.c
+        library.slip_linear(code, ctypes.byref(c), address(x), x.shape[0], address(out), self.n)
+        return out
+
+
+def _places(count: int, first_row: int, first_panel: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Panel, and lane in it, of ``count`` rows from the first one on."""
+    row = torch.arange(first_row, first_row + count)
+    return first_panel + stride * (row // PANEL), row % PANEL

@@ -1,0 +1,233 @@
+"""Decoder layers over operations, one after the other: on any device, with weights and caches of any format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels import ops
+from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.compute import Compute, Formats, Forward, LayerShape, LayerWeights, Stack
+from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
+from slipstream.kernels.weight import DenseWeight, Weight
+
+Function = Callable[[Tensor], Tensor]
+
+WEIGHTS: dict[str, Callable[[int, int, torch.device, bool], Weight]] = {
+    "float32": lambda n, k, device, bias: DenseWeight(n, k, torch.float32, device, bias),
+    "bfloat16": lambda n, k, device, bias: DenseWeight(n, k, torch.bfloat16, device, bias),
+}
+"""By format, what makes a matrix [n, k] on a device, with or without a bias."""
+
+MATRICES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "out": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+"""Of a layer, as its arithmetic and as files call them."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """The arithmetic of a layer, which follows transformers operation by operation.
+
+    Matrices and norms are functions, so that it is the same for weights of any format, and for those that are trained.
+    """
+
+    head_dim: int
+    q: Function
+    k: Function
+    v: Function
+    out: Function
+    gate: Function
+    up: Function
+    down: Function
+    mlp_norm: Function
+    attn_norm: Function | None
+    """None where attention reads the hidden state as it is."""
+    embed_norm: Function | None = None
+    """Set where attention reads the embedding of the token, too."""
+    q_norm: Function | None = None
+    k_norm: Function | None = None
+
+    def inputs(self, hidden: Tensor, embedding: Tensor | None) -> Tensor:
+        """What queries, keys and values are made from."""
+        x = hidden if self.attn_norm is None else self.attn_norm(hidden)
+        if self.embed_norm is None:
+            return x
+        assert embedding is not None
+        return torch.cat((self.embed_norm(embedding), x), dim=-1)
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[tokens, heads, head_dim], rotated; cos, sin [tokens, head_dim / 2]."""
+        return ops.rope(self._heads(self.q, self.q_norm, x), cos, sin)
+
+    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Each [tokens, kv_heads, head_dim]."""
+        return ops.rope(self._heads(self.k, self.k_norm, x), cos, sin), self._heads(self.v, None, x)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output, from its input and what attention made of it [tokens, heads * head_dim]."""
+        hidden = hidden + self.out(attended)
+        x = self.mlp_norm(hidden)
+        return hidden + self.down(ops.silu_mul(self.gate(x), self.up(x)))
+
+    def _heads(self, matrix: Function, norm: Function | None, x: Tensor) -> Tensor:
+        heads = matrix(x).view(len(x), -1, self.head_dim)
+        return heads if norm is None else norm(heads)
+
+
+class TorchLayer:
+    """Weights by their Hugging Face names."""
+
+    def __init__(self, shape: LayerShape, make: Compute) -> None:
+        q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        hidden, inner = shape.hidden, shape.intermediate
+        matrices = {
+            "q": make.weight(q_width, shape.input_width, shape.qkv_bias),
+            "k": make.weight(kv_width, shape.input_width, shape.qkv_bias),
+            "v": make.weight(kv_width, shape.input_width, shape.qkv_bias),
+            "out": make.weight(hidden, q_width, shape.out_bias),
+            "gate": make.weight(inner, hidden, shape.mlp_bias),
+            "up": make.weight(inner, hidden, shape.mlp_bias),
+            "down": make.weight(hidden, inner, shape.mlp_bias),
+        }
+        self._matrices = {MATRICES[field]: weight for field, weight in matrices.items()}
+        self._norms: dict[str, Tensor] = {}
+
+        def norm(name: str, width: int = hidden) -> Function:
+            weight = self._norms[name] = make.norm(width)
+            return lambda x: ops.rms_norm(x, weight, shape.norm_eps)
+
+        attn_norm = embed_norm = None
+        if shape.reads == "both":  # a layer that reads embeddings calls their norm the input's
+            attn_norm, embed_norm = norm("hidden_norm"), norm("input_layernorm")
+        elif shape.reads == "normed":
+            attn_norm = norm("input_layernorm")
+        self.arithmetic = DecoderLayer(
+            shape.head_dim,
+            **matrices,
+            mlp_norm=norm("post_attention_layernorm"),
+            attn_norm=attn_norm,
+            embed_norm=embed_norm,
+            q_norm=norm("self_attn.q_norm", shape.head_dim) if shape.qk_norm else None,
+            k_norm=norm("self_attn.k_norm", shape.head_dim) if shape.qk_norm else None,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        matrices = sum(weight.num_bytes for weight in self._matrices.values())
+        return matrices + sum(weight.nbytes for weight in self._norms.values())
+
+    def fill(self, name: str, rows: Tensor, first_row: int = 0) -> None:
+        module, _, kind = name.rpartition(".")
+        if module in self._norms:
+            self._norms[module][first_row : first_row + len(rows)].copy_(rows)
+        elif kind == "bias":
+            self._matrices[module].fill_bias(rows, first_row)
+        else:
+            self._matrices[module].fill(rows, first_row)
+
+
+class TorchStack:
+    def __init__(
+        self,
+        shape: LayerShape,
+        windows: Sequence[int],
+        embedding: Weight,
+        rope: tuple[Tensor, Tensor],
+        formats: Formats,
+        device: torch.device,
+    ) -> None:
+        self._shape, self._windows, self._embedding = shape, windows, embedding
+        self._cos, self._sin = (table.to(device) for table in rope)
+        self._dtype, self._device = formats.compute, device
+        self._layers: list[DecoderLayer] = []
+        self._norm: Tensor | None = None
+        self._output: Weight
+
+    def use(self, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
+        self._layers = []
+        for layer in layers:
+            assert isinstance(layer, TorchLayer)
+            self._layers.append(layer.arithmetic)
+        self._norm, self._output = norm, output
+
+    def forward(
+        self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()
+    ) -> Forward:
+        positions = torch.from_numpy(batch.positions).to(self._device)
+        cos, sin = self._cos[positions], self._sin[positions]
+        embedding = None
+        if hidden is None or self._shape.reads == "both":
+            embedding = self._embedding.rows(torch.from_numpy(batch.token_ids).to(self._device)).to(self._dtype)
+        x = embedding if hidden is None else hidden.to(self._dtype)
+        assert x is not None
+        attention = cache.plan(batch)
+        scale = self._shape.head_dim**-0.5
+        tapped = []
+        for index, (layer, window) in enumerate(zip(self._layers, self._windows, strict=True)):
+            if index in taps:
+                tapped.append(x)
+            read = layer.inputs(x, embedding)
+            attention.store(index, *layer.keys_values(read, cos, sin))
+            attended = attention.attend(index, layer.queries(read, cos, sin), scale, window)
+            x = layer.finish(x, attended.flatten(1))
+        if len(self._layers) in taps:
+            tapped.append(x)
+        return Forward(x, torch.stack(tapped, dim=1).float() if tapped else None)
+
+    def logits(self, hidden: Tensor, rows: Int32 | None = None) -> Tensor:
+        x = hidden.to(self._dtype)
+        if rows is not None:
+            x = x[torch.from_numpy(rows).to(self._device, torch.long)]
+        if self._norm is not None:
+            x = ops.rms_norm(x, self._norm, self._shape.norm_eps)
+        return self._output(x).float()
+
+
+class TorchCompute(Compute):
+    cache_class = TorchKVCache
+
+    def __init__(self, formats: Formats, device: torch.device) -> None:
+        super().__init__(formats, device)
+        on_gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def supports(cls, shape: LayerShape, device: torch.device) -> bool:
+        return True
+
+    @property
+    def name(self) -> str:
+        return f"torch-{self.device.type}"
+
+    def weight(self, n: int, k: int, bias: bool = False) -> Weight:
+        return WEIGHTS[self.formats.weights](n, k, self.device, bias)
+
+    def norm(self, width: int) -> Tensor:
+        return torch.ones(width, dtype=self.formats.compute, device=self.device)
+
+    def layers(self, shape: LayerShape, count: int) -> Sequence[LayerWeights]:
+        return [TorchLayer(shape, self) for _ in range(count)]
+
+    def stack(self, shape: LayerShape, windows: Sequence[int], embedding: Weight, rope: tuple[Tensor, Tensor]) -> Stack:
+        return TorchStack(shape, windows, embedding, rope, self.formats, self.device)
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """On a stream of its own, so that steps do not wait for the transfer."""
+        if self._stream is not None:  # what was there before may still be read by the last step that used it
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            yield
+        if self._stream is not None:
+            self._stream.synchronize()
