@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +8,10 @@ from hypothesis import strategies as st
 
 from slipstream.kernels.native import library
 from slipstream.kernels.native.weight import PackedWeight
+from slipstream.kernels.weight import DenseWeight, Weight
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="no native kernels on this machine")
+CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -63,6 +67,58 @@ def test_fill_overwrites_interleaved_panels_in_place(isa: str) -> None:
     assert torch.allclose(out[:, 0::2].reshape(3, 32), x @ gate.T, atol=1e-4)
     assert torch.allclose(out[:, 1::2].reshape(3, 32), x @ up.T, atol=1e-4)
     assert packed.panels.data_ptr() == before
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(1, 150),
+    pairs=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES),
+    packed=st.booleans(),
+    bias=st.booleans(),
+    data=st.data(),
+)
+def test_a_matrix_comes_whole_or_in_parts_of_any_size_and_order(
+    n: int, pairs: int, dtype: torch.dtype, packed: bool, bias: bool, data: st.DataObject
+) -> None:
+    k = 2 * pairs
+    kinds = {
+        True: lambda: PackedWeight(n, k, dtype, bias=bias),
+        False: lambda: DenseWeight(n, k, dtype, CPU, bias=bias),
+    }
+    whole: Weight
+    parts: Weight
+    whole, parts = kinds[packed](), kinds[packed]()
+    assert (parts.n, parts.k) == (n, k)
+    assert parts.num_bytes >= n * k * dtype.itemsize and parts.num_bytes == whole.num_bytes
+    matrix, offset = torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+    whole.fill(matrix)
+    borders = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=5))})
+    for begin, end in data.draw(st.permutations(list(pairwise(borders)))):
+        parts.fill(matrix[begin:end].double(), begin)
+        if bias:
+            parts.fill_bias(offset[begin:end], begin)
+    if bias:
+        whole.fill_bias(offset)
+    order = torch.randperm(n)
+    assert torch.equal(parts.rows(order).float(), matrix[order].float())
+    x = torch.randn(3, k)
+    assert torch.equal(parts(x), whole(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.lists(st.integers(1, 40), min_size=1, max_size=8))
+def test_matrices_whose_panels_take_turns_come_in_parts_too(dtype: torch.dtype, rows: list[int]) -> None:
+    n, k = 96, 8
+    packed, whole = PackedWeight(2 * n, k, dtype), PackedWeight(2 * n, k, dtype)
+    gate, up = torch.randn(n, k), torch.randn(n, k)
+    for first, matrix in enumerate((gate, up)):
+        whole.fill(matrix, 0, first, 2)
+        begin = 0
+        for count in [*rows, n]:
+            packed.fill(matrix[begin : begin + count], begin, first, 2)
+            begin = min(begin + count, n)
+    assert torch.equal(packed.panels, whole.panels)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
