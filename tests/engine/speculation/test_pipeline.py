@@ -43,7 +43,7 @@ def drafters(kind: str, tiny: Path, answers: Answers) -> tuple[list[Drafter], di
 
     def same_model(_: Any, length: int) -> Any:
         options = EngineConfig(model=str(tiny), dtype="float32")
-        return build_model(open_checkpoint(str(tiny)), options, torch.float32, torch.device("cpu"), length)
+        return build_model(open_checkpoint(str(tiny)), options, Formats.of(torch.float32), torch.device("cpu"), length)
 
     lookups = [NGramDrafter(), SuffixDrafter(10_000)]
     kinds: dict[str, tuple[list[Drafter], dict[str, Any]]] = {
