@@ -26,6 +26,7 @@ from slipstream.engine.models.loader import build_model
 from slipstream.engine.operations import ResetPrefixCache, SwapDrafter
 from slipstream.engine.speculation.protocol import Drafter, DraftRow
 from slipstream.engine.testing import Completion, LocalEngine, OracleDrafter, TreeOracleDrafter
+from slipstream.kernels.compute import Formats
 
 Engine = Callable[..., LocalEngine]
 Answers = dict[tuple[int, ...], list[int]]
