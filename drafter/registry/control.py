@@ -22,6 +22,7 @@ class Control:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._lock: int | None = None
+        self._is_lost = False
         self.registry: Registry | None = None
         """The registry to decide with; None without control."""
         self.epoch = 0
@@ -29,7 +30,7 @@ class Control:
 
     def take(self) -> Registry | None:
         """What to decide with, if nobody else is in control; raises RegistryUnusableError."""
-        if self.registry is None:
+        if self.registry is None and not self._is_lost:
             with transaction(self._registry.database, write=False) as database:
                 self.epoch = max(self.epoch, epoch_of(database))
             if self._lock is None and not self._try_lock():
@@ -39,7 +40,13 @@ class Control:
             self.registry = self._registry.under(self.epoch)
         return self.registry
 
+    def lose(self) -> None:
+        """For good: somebody took control past the lock, and taking it back would go on for ever."""
+        self._is_lost = True
+        self.release()
+
     def release(self) -> None:
+        """The next one may take it, this one, too."""
         self.registry = None
         if self._lock is not None:
             os.close(self._lock)

@@ -86,7 +86,7 @@ class Controller:
                 found = self._decide(registry, found)
             except NotInControlError as error:
                 logger.warning("%s", error)
-                self._control.release()
+                self._control.lose()
         self._set_trial(found if self.in_control else None)
         self.live = found.live
         routes = {route: version.version for route, version in found.live.items()}

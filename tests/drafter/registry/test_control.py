@@ -69,6 +69,8 @@ def test_where_locks_keep_nobody_out_the_one_before_changes_nothing_any_more(
         with pytest.raises(NotInControlError, match="another server has taken control"):
             change(before)
     assert before.get(version) == registry.get(version) and registry.get(version).state == "canary"
+    first.lose()
+    assert first.take() is None, "or they would take it from each other for ever"
     assert now.promote(version).state == "live"
     assert registry.retire(version).state == "retired", "people decide whoever is in control"
 
