@@ -17,7 +17,7 @@ from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
 from slipstream.drafter.names import drafter_names
 from slipstream.drafter.registry import manifest as manifests
-from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.registry.fingerprint import served_fingerprint, target_name
 from slipstream.drafter.registry.manifest import MANIFEST_FILE
 from slipstream.drafter.registry.registry import Registry, is_registry
 from slipstream.drafter.registry.version_folder import read_folder
@@ -104,7 +104,7 @@ def _read_head(
     config: EngineConfig, folder: Path, target: DecoderConfig, fingerprint: str
 ) -> tuple[layout.HeadConfig, Mapping[str, Tensor]]:
     if (folder / MANIFEST_FILE).is_file():
-        return read_folder(folder, fingerprint, config.model)
+        return read_folder(folder, fingerprint, target_name(config.model, config.target_lineage))
     return layout.read(folder, target)
 
 

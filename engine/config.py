@@ -19,6 +19,11 @@ class EngineConfig:
     """What the engine needs to know. Sizes are in tokens or bytes as named; None means decided at load."""
 
     model: str = option("default", "Hugging Face folder, GGUF file, or 'default' for the embedded model.")
+    target_lineage: str = option(
+        "",
+        "Name that stands for the model's weights where these change, as in RL: drafters of this lineage fit them all. "
+        "Without one, drafters are for the weights of the files.",
+    )
     load_format: Literal["auto", "dummy"] = option("auto", "'dummy' fills the model with random weights.")
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto",

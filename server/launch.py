@@ -110,7 +110,7 @@ def with_live_drafter(engine: EngineConfig, evolution: EvolutionConfig) -> Engin
         return engine
     if not live and engine.drafter == "warm":
         # In a process of its own, because it needs torch. As a version it can be trained on, judged and gone back to.
-        command = child.command("slipstream.drafter.warm", engine.model, evolution.registry)
+        command = child.command("slipstream.drafter.warm", engine.model, evolution.registry, engine.target_lineage)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ConfigError(done.stderr.strip())

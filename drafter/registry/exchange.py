@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slipstream.drafter.head.config import HeadConfig, check_shapes, check_target, read_config, write_config
 from slipstream.drafter.registry import manifest as manifests
-from slipstream.drafter.registry.fingerprint import target_fingerprint
+from slipstream.drafter.registry.fingerprint import target_fingerprint, target_name
 from slipstream.drafter.registry.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import Version
@@ -56,7 +56,7 @@ def check_import(folder: Path, target: Checkpoint, *, lineage: str = "") -> Head
     decoder = decoder_config(target.config)
     if (folder / MANIFEST_FILE).is_file():
         manifest = manifests.read(folder)
-        check_fit(manifest, target_fingerprint(target, lineage), target.path.name)
+        check_fit(manifest, target_fingerprint(target, lineage), target_name(target.path.name, lineage))
         intact(folder, manifest)
         config = head_config(manifest)
     else:
@@ -102,7 +102,7 @@ def import_head(
         config,
         weights,
         target=target_fingerprint(target, lineage),
-        target_name=target.path.name,
+        target_name=target_name(target.path.name, lineage),
         origin=origin,
         route=route,
         training=training,

@@ -46,11 +46,17 @@ def target_fingerprint(checkpoint: Checkpoint, lineage: str = "") -> str:
     return digest.hexdigest()
 
 
-def served_fingerprint(config: EngineConfig, lineage: str = "") -> str:
+def served_fingerprint(config: EngineConfig) -> str:
     """Fingerprint of the model that an engine with this configuration runs."""
-    if config.load_format == "dummy":
-        lineage = f"dummy weights {config.seed} {lineage}"
+    lineage = config.target_lineage
+    if not lineage and config.load_format == "dummy":
+        lineage = f"dummy weights {config.seed}"
     return target_fingerprint(open_checkpoint(config.model), lineage)
+
+
+def target_name(model: str, lineage: str) -> str:
+    """How people are told which target a drafter is for."""
+    return f"{model}, lineage {lineage!r}" if lineage else model
 
 
 def _architecture(checkpoint: Checkpoint) -> bytes:

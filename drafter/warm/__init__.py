@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
-from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.registry.fingerprint import target_fingerprint
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
@@ -26,11 +26,14 @@ OUTPUT = "lm_head.weight"
 
 
 def find(config: EngineConfig) -> Path | None:
-    """The file for the model of this configuration; None if there is none."""
+    """The file for the model of this configuration; None if there is none.
+
+    It is looked for by the weights of the model's files, whatever lineage these begin.
+    """
     files = sorted(FOLDER.glob("*.safetensors"))
     if not files or config.load_format == "dummy":
         return None
-    fingerprint = served_fingerprint(config)
+    fingerprint = target_fingerprint(open_checkpoint(config.model))
     return next((file for file in files if _metadata(file).get("target") == fingerprint), None)
 
 

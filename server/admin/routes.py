@@ -125,11 +125,12 @@ def admin_router(service: Service) -> APIRouter:
         """Add a head from a folder of this server as a candidate."""
         registry = evolution_of(service).registry
         body = await body_of(service, request, ImportBody)
-        options = {name: value for name, value in body.model_dump().items() if value and name != "folder"}
+        given = {name: value for name, value in body.model_dump().items() if value is not None and name != "folder"}
         await ask(registry.count)  # whether there is one that can be used
-        options = {"target": service.engine_config.model} | options
+        served = service.engine_config
+        options = {"target": served.model, "target_lineage": served.target_lineage} | given
         with naming(body, "target", default="folder"):
-            await asyncio.to_thread(check_import, body.folder, options["target"], options.get("target_lineage", ""))
+            await asyncio.to_thread(check_import, body.folder, options["target"], options["target_lineage"])
             return JSONBody({"drafter": await commands.run(registry.folder, "import", body.folder, **options)})
 
     @router.post(

@@ -226,6 +226,7 @@ class Evolution:
         assert traffic.traffic_folder is not None
         return {
             "model": engine.model,
+            "lineage": engine.target_lineage,
             "traffic": str(Path(traffic.traffic_folder).absolute()),
             "registry": str(Path(config.registry or "").absolute()),
             "mode": config.evolve,

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from slipstream.drafter.choice import make_drafters
 from slipstream.drafter.head import layout
+from slipstream.drafter.registry.exchange import import_head
 from slipstream.drafter.registry.fingerprint import served_fingerprint
 from slipstream.drafter.registry.registry import Registry
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError, SupersededError
+from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SlipstreamError, SupersededError
 from slipstream.engine.messages import DrafterStats, SamplingParams, TokenDelta
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.operations import DropDrafter, SwapDrafter, SwapReport
@@ -374,3 +375,25 @@ def test_versions_of_a_registry_are_checked_against_the_served_model(
     assert head_stats(local).routes == {"": own}
     swap(local, own, registry.path(own), route="tenant:acme")
     assert head_stats(local).routes == {"": own, "tenant:acme": own}
+
+
+def test_a_version_of_a_lineage_is_served_where_that_lineage_is(
+    echo: Path, heads: dict[str, Path], tmp_path: Path
+) -> None:
+    registry = Registry(tmp_path)
+    lineages = ("", "run 7", "run 8")
+    checkpoint = open_checkpoint(echo)
+    versions = {
+        lineage: import_head(registry, heads["echo"], checkpoint, lineage=lineage).version for lineage in lineages
+    }
+    for served in lineages:
+        own = versions[served]
+        local = local_engine(echo, head=str(registry.path(own)), target_lineage=served)
+        assert head_stats(local).routes == {"": own}
+        for lineage in set(lineages) - {served}:
+            version = versions[lineage]
+            with pytest.raises(MisfitError, match=f"version {version} does not fit the model") as caught:
+                swap(local, version, registry.path(version))
+            for name in filter(None, (lineage, served)):
+                assert f"lineage '{name}'" in str(caught.value)
+        assert head_stats(local).routes == {"": own}

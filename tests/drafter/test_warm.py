@@ -9,6 +9,9 @@ import torch
 from slipstream.drafter import warm
 from slipstream.drafter.choice import make_drafters
 from slipstream.drafter.head import layout
+from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.warm import __main__ as command
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
@@ -59,3 +62,13 @@ def test_a_file_repeats_nothing_of_the_target(tmp_path: Path) -> None:
     config, tensors = warm.read(EngineConfig())
     warm.write(tmp_path / "head.safetensors", "fingerprint", config, layout.stored(tensors), "")
     assert (tmp_path / "head.safetensors").stat().st_size < 11_000_000
+
+
+@pytest.mark.parametrize("lineage", ["", "run 7"])
+def test_it_begins_a_lineage_too(tmp_path: Path, lineage: str) -> None:
+    config = EngineConfig(target_lineage=lineage)
+    assert warm.find(config) == warm.find(EngineConfig()) is not None
+    command.main("default", str(tmp_path / "registry"), lineage)
+    live = Registry(tmp_path / "registry").live()
+    assert live is not None and live.manifest.target == served_fingerprint(config)
+    assert (f"lineage '{lineage}'" in live.manifest.target_name) == bool(lineage)

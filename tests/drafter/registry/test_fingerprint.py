@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,9 @@ def test_of_what_a_server_runs(target: Path) -> None:
     assert served_fingerprint(config) == of(target)
     dummies = [EngineConfig(model=str(target), load_format="dummy", seed=seed) for seed in (0, 1)]
     assert len({served_fingerprint(each) for each in (config, *dummies)}) == 3
+    # Where a lineage stands for the weights, it is nothing to it which ones they begin as.
+    lineages = [replace(each, target_lineage="run 7") for each in (config, *dummies)]
+    assert {served_fingerprint(each) for each in lineages} == {of(target, "run 7")}
     (target / "model.safetensors").unlink()
     served_fingerprint(dummies[0])
     with pytest.raises(ModelError, match="no weights"):

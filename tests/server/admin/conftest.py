@@ -42,10 +42,11 @@ def heads(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def evolving(start_local: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """With a registry, a worker that has too little to learn from, and keys."""
+    """With a registry, a lineage, a worker that has too little to learn from, and keys."""
     folder = tmp_path_factory.mktemp("evolving")
     server = start_local(
         **{"registry": str(folder / "registry"), "evolve": "idle", "evolve_first_tokens": 10**9},
+        target_lineage="run 7",
         **{"traffic_log": "tokens", "traffic_folder": str(folder / "traffic")},
         **{"api_key": ("a-user-key",), "admin_key": (KEY,)},
     )

@@ -83,6 +83,9 @@ async def test_the_life_of_a_version(admin: AdminClient, evolving: Any, heads: P
     number = first["version"]
     made = first["manifest"]
     assert (first["state"], made["note"], made["origin"]) == ("candidate", "from afar", "imported")
+    assert "lineage 'run 7'" in made["target_name"], "the server's own, or it would refuse the version"
+    of_the_files = await admin.import_drafter(str(heads / "fits"), target_lineage="")
+    assert of_the_files["manifest"]["target"] != made["target"]
     second = (await admin.import_drafter(str(heads / "fits"), route="tenant:acme"))["version"]
     assert {number, second} <= {each["version"] for each in await admin.drafters()}
     assert [each["version"] for each in await admin.drafters("tenant:acme")] == [second]
