@@ -1,4 +1,4 @@
-"""Those who hear what becomes of the requests that may be kept (``NewRequest.traffic``)."""
+"""Those who hear what becomes of the requests that may be kept (``NewRequest.traffic``), and by which weights."""
 
 from __future__ import annotations
 
@@ -46,6 +46,13 @@ class Listener(ABC):
     def begin(self, request: NewRequest, target_version: int) -> None:
         """A request has arrived."""
 
+    def target_changed(self, version: int, model: CausalModel) -> None:
+        """The model's weights are those of this version from here on; called between two steps.
+
+        Those that it refers to now (``model.decoder.embedding``, say) stay as they are for who keeps a reference.
+        """
+        return
+
     def observe(self, computed: Sequence[Computed]) -> None:
         """What a step computed of the requests whose features may be kept; only called with taps."""
         return
@@ -91,6 +98,11 @@ class Listeners:
             for guarded in self._all:
                 guarded.begin(request, target_version)
 
+    def target_changed(self, version: int, model: CausalModel) -> None:
+        """New weights serve, after the step before this call and before the next one."""
+        for guarded in self._all:
+            guarded.target_changed(version, model)
+
     def top_k(self, rows: Iterable[DraftRow]) -> int:
         """How many of the most likely tokens they want to see of one of these rows."""
         most = max((guarded.listener.top_k for guarded in self._watching), default=0)
@@ -131,6 +143,12 @@ class _Guarded:
             self.listener.begin(request, target_version)
         except Exception:
             self._spoil([request.request_id])
+
+    def target_changed(self, version: int, model: CausalModel) -> None:
+        try:
+            self.listener.target_changed(version, model)
+        except Exception:
+            self._faults.tell("hearing of the model's new weights", "whoever listens goes on with the old ones")
 
     def observe(self, computed: Sequence[Computed]) -> None:
         kept = [entry for entry in computed if entry.row.request_id not in self._spoiled]

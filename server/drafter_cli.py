@@ -42,7 +42,7 @@ Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
 Route = Annotated[str, typer.Option(help="Tenant or domain; empty for the route all share.")]
 Traffic = Annotated[Path, typer.Option(help="The --traffic-folder of a server.", envvar="SLIPSTREAM_TRAFFIC_FOLDER")]
 Model = Annotated[str, typer.Option(help="The model it drafts for: folder, GGUF file, or 'default'.")]
-Lineage = Annotated[str, typer.Option(help="Name that stands for the model's weights where these change, as in RL.")]
+Lineage = Annotated[str, typer.Option(help="The --target-lineage of the server whose traffic, or versions, these are.")]
 TrainedRoute = Annotated[str, typer.Option(help="tenant:NAME or domain:NAME; empty for the route all share.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 takes every core.")]
 
@@ -250,13 +250,13 @@ def train(
         threads=threads or None,
     )
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    began, published, tokens = time.monotonic(), [], 0
+    began, published, tokens, said = time.monotonic(), [], 0, ""
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("starting", total=minutes * 60)
 
         def show(told: Report) -> None:
-            nonlocal tokens
-            tokens = max(tokens, told.tokens)
+            nonlocal tokens, said
+            tokens, said = max(tokens, told.tokens), told.message if told.state == "waiting" else said
             what = f"{told.state}: step {told.step}, {told.tokens:,} tokens, {told.tokens_per_second:,.0f} per second"
             what += f", loss {told.loss:.3f}" if told.loss else ""
             progress.update(bar, description=what, completed=time.monotonic() - began)
@@ -279,7 +279,8 @@ def train(
         finally:
             signal.signal(signal.SIGINT, before)
     if not tokens:
-        raise ConfigError(f"nothing was learned: {traffic_folder} has no texts for {route or 'the shared route'}")
+        why = said or f"{traffic_folder} has no texts for {route or 'the shared route'}"
+        raise ConfigError(f"nothing was learned: {why}")
     if as_json:
         return print_json({"tokens": tokens, "versions": [versions.get(number) for number in published]})
     print(f"learned {tokens:,} tokens; versions that passed the gate: {', '.join(map(str, published)) or 'none'}")

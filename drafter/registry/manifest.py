@@ -29,6 +29,10 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     """Time of the oldest sample; None if nothing was learned."""
     ended: datetime | None = None
     """Time of the newest one."""
+    target_version: int = 0
+    """Version of the target's weights that served; 0 for those of its files."""
+    shares_output: bool = False
+    """Whether its output rows are the target's own, as they were in that version. Without it they may be so, too."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

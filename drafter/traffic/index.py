@@ -286,17 +286,33 @@ class TrafficIndex:
             self._delete_orphans(db, "*")
 
     @guarded
-    def claim(self, target: str) -> None:
-        """The traffic is that of this target model; raises ConfigError if the folder holds another's."""
+    def claim(self, target: str, files: str) -> None:
+        """From now on the traffic is that of this target, whose weights begin as these files have them.
+
+        Raises ConfigError if the folder holds another target's.
+        """
         with self.transaction() as db:
-            row = db.execute("SELECT value FROM meta WHERE key = 'target'").fetchone()
+            known = dict(db.execute("SELECT key, value FROM meta"))
             [count] = db.execute("SELECT COUNT(*) FROM samples").fetchone()
-            if row is not None and row[0] != target and count:
+            if known.get("target", target) != target and count:
                 raise ConfigError(
                     f"{self.folder} holds the traffic of another model: choose another --traffic-folder, or empty it "
                     f"with 'slipstream traffic purge --all --folder {self.folder}'"
                 )
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('target', ?)", (target,))
+            new = {"target": target, "files": files}
+            before = known.get("files", known.get("target"))  # before there were lineages, the target was the files
+            if before not in (None, files):
+                new["files_since"] = repr(time.time())
+            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", new.items())
+
+    @guarded
+    def files_since(self) -> float:
+        """When the target's weights began to come from the files of the server that wrote last, in seconds since 1970.
+
+        What arrived earlier was answered by other weights, also where its ``target_version`` is 0.
+        """
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'files_since'").fetchone()
+        return float(row[0]) if row is not None else 0.0
 
     def _delete(self, db: sqlite3.Connection, shards: Sequence[tuple[int, str]]) -> None:
         for number, file in shards:

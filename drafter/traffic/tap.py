@@ -6,7 +6,8 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 
 from slipstream.drafter.head.layout import default_taps
+from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.traffic import target_file
 from slipstream.drafter.traffic.config import TrafficConfig, parse_duration
 from slipstream.drafter.traffic.pages import FeaturePages, Track
 from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.drafter.traffic.target_file import EMBEDDING, OUTPUT, UpdatedWeights
 from slipstream.drafter.traffic.writer import TrafficWriter, load_hook
 from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.engine.config import EngineConfig
@@ -55,8 +59,13 @@ class TrafficTap(Listener):
         buffer_bytes: int = 256 << 20,
         top_k: int = 0,
         most_positions: int = MOST_POSITIONS,
+        target: Callable[[], str] = lambda: "",
     ) -> None:
+        """``target`` returns the fingerprint of the served model; the writer asks for it when weights are updated."""
         self.top_k = top_k
+        self._target = target
+        self._serving_since = 0.0
+        """When the model's weights last changed."""
         self._writer = writer
         self._features = features
         self._buffer_bytes = buffer_bytes
@@ -86,6 +95,19 @@ class TrafficTap(Listener):
     def begin(self, request: NewRequest, target_version: int) -> None:
         with self._lock:
             self._recordings[request.request_id] = _Recording(target_version)
+
+    def target_changed(self, version: int, model: CausalModel) -> None:
+        self._serving_since = since = time.time()
+        decoder = model.decoder
+        if decoder is None:
+            return  # nor is anything trained for such a model
+        matrices = {EMBEDDING: decoder.embedding}
+        if decoder.output is not decoder.embedding:
+            matrices[OUTPUT] = decoder.output
+        device = decoder.compute.device
+        self._writer.target_changed(
+            lambda folder: target_file.write(folder, UpdatedWeights(version, since, self._target()), matrices, device)
+        )
 
     def observe(self, computed: Sequence[Computed]) -> None:
         places: list[int] = []
@@ -136,28 +158,32 @@ class TrafficTap(Listener):
             recording = self._recordings.pop(ended.request.request_id, None)
         if recording is None:
             return
+        # The number of a version may come again, for other weights.
+        by_one = recording.target_version == ended.target_version and recording.time >= self._serving_since
         if recording.dropped:
             self._writer.drop()
         elif (
             ended.reason in ("abort", "error")
             or len(ended.tokens) == len(ended.request.prompt)  # nothing was to be said
-            or not self._writer.offer(lambda: self._sample(ended, recording))
+            or not self._writer.offer(lambda: self._sample(ended, recording, by_one))
         ):
             self._release(recording)
 
     def close(self) -> None:
         self._writer.close()
 
-    def _sample(self, ended: EndedRequest, recording: _Recording) -> Sample:
-        """Puts a sample together and lets the pages go; called by the writer."""
+    def _sample(self, ended: EndedRequest, recording: _Recording, by_one: bool) -> Sample:
+        """Puts a sample together and lets the pages go; called by the writer.
+
+        ``by_one``: whether the same weights answered from the first token to the last; else only tokens mean anything.
+        """
         tokens = np.array(ended.tokens, np.int32)
         num_prompt = len(ended.request.prompt)
         track = recording.track
         features: Tensor | None = None
         topk: tuple[Tensor, Tensor] | None = None
         start = len(tokens)
-        # With a change of the target's weights while it ran, only the tokens mean anything.
-        if recording.target_version == ended.target_version:
+        if by_one:
             end = min(track.end, len(tokens) - 1)
             begin = max(track.begin, end - self._most_positions)
             if track.pages and begin < end:
@@ -198,24 +224,26 @@ def make_listeners(traffic: TrafficConfig, engine: EngineConfig) -> list[Listene
     buffer_bytes = parse_size(traffic.traffic_buffer, "traffic-buffer")
     redact = load_hook(traffic.traffic_redact) if traffic.traffic_redact else None
     max_age = parse_duration(traffic.traffic_max_age, "traffic-max-age")
-    folder, target = traffic.traffic_folder, target_id(engine)
+    folder, files = traffic.traffic_folder, files_id(engine)
+    target = served_fingerprint(engine) if engine.target_lineage else files
 
     def open_store() -> TrafficStore:
         store = TrafficStore(folder, max_bytes, max_age)
         try:
             store.lock()
-            store.index.claim(target)
+            store.index.claim(target, files)
         except BaseException:
             store.close()
             raise
         return store
 
-    features = traffic.traffic_log == "features"
-    return [TrafficTap(TrafficWriter(open_store, redact), features, buffer_bytes, traffic.traffic_topk)]
+    writer, features = TrafficWriter(open_store, redact), traffic.traffic_log == "features"
+    fingerprint = cache(lambda: served_fingerprint(engine))
+    return [TrafficTap(writer, features, buffer_bytes, traffic.traffic_topk, target=fingerprint)]
 
 
-def target_id(engine: EngineConfig) -> str:
-    """Tells target models apart by their files: sizes, beginnings and ends."""
+def files_id(engine: EngineConfig) -> str:
+    """Tells the files of target models apart: by sizes, beginnings and ends."""
     path = locate(engine.model)
     files = [path] if path.is_file() else sorted([path / "config.json", *path.glob("*.safetensors")])
     digest = hashlib.blake2b(digest_size=16)

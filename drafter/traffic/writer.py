@@ -11,12 +11,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
+from slipstream.drafter.traffic import target_file
 from slipstream.drafter.traffic.index import TrafficUnusableError
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.faults import Faults
 from slipstream.engine.messages import TrafficStats
 
 log = logging.getLogger(__name__)
@@ -27,7 +30,7 @@ EVERY_S = 1.0
 """What ended within so many seconds is written together."""
 EXPIRE_EVERY_S = 60.0
 REOPEN_S = 5.0
-"""How often a damaged store is tried again."""
+"""How often what failed is tried again: opening a damaged store, or writing the target's new weights."""
 CLOSE_S = 5.0
 """How long the end of the engine waits for what is not written yet."""
 SWITCH_S = 0.0005
@@ -51,6 +54,13 @@ class TrafficWriter:
         self._kept = self._redacted = self._failed = 0
         self._refused = 0  # counted by the engine's threads, the others by the writer
         self._totals = (0, 0)
+        self._put_target: Callable[[Path], None] = target_file.remove
+        """Makes the file of the target's weights tell of those that serve; first, of those of the model's files."""
+        self._target_put: Callable[[Path], None] | None = None
+        """The same, once it is done."""
+        self._target_due = 0.0
+        """When it is tried again if it failed; as time.monotonic() has it."""
+        self._faults = Faults()
         self._expired_at = self._opened_at = time.monotonic()
         try:
             self._open()
@@ -80,6 +90,10 @@ class TrafficWriter:
         self._waiting.append(make)
         return True
 
+    def target_changed(self, put: Callable[[Path], None]) -> None:
+        """New weights serve: the writer thread calls ``put``, which writes what is needed of them into the folder."""
+        self._put_target = put
+
     def drop(self) -> None:
         """Counts a sample for which there was no room."""
         self._refused += 1
@@ -100,7 +114,20 @@ class TrafficWriter:
             store.lock()
             self._totals = store.index.totals()
             self._store, self._failure = store, ""
+        self._update_target(self._store.index.folder)
         return self._store
+
+    def _update_target(self, folder: Path) -> None:
+        """A failure costs no sample; it is tried again."""
+        put = self._put_target
+        if put is self._target_put or time.monotonic() < self._target_due:
+            return
+        try:
+            put(folder)
+            self._target_put = put
+        except Exception:
+            self._target_due = time.monotonic() + REOPEN_S
+            self._faults.tell("writing the model's new weights for training", "it goes on with the old ones")
 
     def _fail(self, error: Exception) -> None:
         """Serving goes on: the disk is full, say."""
@@ -185,6 +212,8 @@ def _accept(sample: Sample, changed: Sample) -> Sample:
             domain=changed.domain,
             features=sample.features if keeps_features else None,
             topk=sample.topk if keeps_topk else None,
+            start=sample.start if keeps_features else len(tokens),
+            taps=sample.taps if keeps_features else (),
         )
     return dataclasses.replace(
         sample,

@@ -68,6 +68,8 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     """What it computes in and how fast this machine is at that, in words."""
     progress: float = 0.0
     """How much of the round is done, 0 to 1."""
+    passed_over: int = 0
+    """Texts that cannot be learned from, because the target's weights have changed since."""
     version: int = 0
     foreign: bool = False
     """The version that was judged was not trained here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from slipstream.drafter.training.control import Mode
 from slipstream.drafter.training.curriculum import LEAST_ANSWER, Curriculum
 from slipstream.drafter.training.losses import LossName, default_loss
 from slipstream.drafter.training.packing import Example
-from slipstream.drafter.training.target import Target
+from slipstream.drafter.training.target import Target, Unusable
 from slipstream.drafter.training.trainer import Trainer, TrainOptions
 
 
@@ -83,12 +84,13 @@ class Course:
         """The version training began with."""
         self.published: int | None = None
         """The last version that came of it."""
+        self.passed_over: Counter[Unusable] = Counter()
+        """Texts that cannot be learned from, by the reason."""
         self._options = options
         self._target = target
+        self._store = store
         self._check = check
-        self.curriculum = Curriculum(
-            store, self.prepare, lambda sample: belongs(sample, route), cache_bytes=options.cache_bytes
-        )
+        self.curriculum = self._new_curriculum()
         self._credit = 0.0
         """Positions that the traffic is still good for."""
         self._counted = 0
@@ -104,11 +106,42 @@ class Course:
         if self._saved is not None:
             self._take_over(self._saved)
 
+    def _new_curriculum(self) -> Curriculum:
+        return Curriculum(self._store, self.prepare, self._accepts, cache_bytes=self._options.cache_bytes)
+
+    def _accepts(self, sample: Sample) -> bool:
+        if not belongs(sample, self.route):
+            return False
+        if (why := self._target.unusable(sample)) is not None:
+            self.passed_over[why] += 1
+        return why is None
+
+    def target_changed(self) -> None:
+        """Other weights serve; unless a lineage says that drafters fit them all, what they answer is to be learned."""
+        if self._target.lineage:
+            return
+        self.curriculum = self._new_curriculum()
+        self.passed_over.clear()
+        self._credit, self._counted = 0.0, 0
+
+    def described_passed_over(self) -> str:
+        """A sentence for people; empty if nothing was."""
+        count = self.passed_over.total()
+        why: dict[Unusable, str] = {
+            "other weights": "were answered by weights that do not serve now",
+            "no features": "have no hidden states, which cannot be computed again for weights that are not in the "
+            "model's files (keep them with --traffic-log features)",
+        }
+        parts = [f"{self.passed_over[reason]:,} {said}" for reason, said in why.items() if self.passed_over[reason]]
+        return f"{count:,} texts cannot be learned from: {', and '.join(parts)}." if count else ""
+
     def prepare(self, sample: Sample) -> Example | None:
         """With the features of its end; recomputed where the store has only tokens, or not those of the answer."""
-        if sample.target_version != self._target.version or len(sample.tokens) - sample.num_prompt < LEAST_ANSWER:
+        if self._target.unusable(sample) or len(sample.tokens) - sample.num_prompt < LEAST_ANSWER:
             return None
-        if sample.features is None or sample.taps != self._target.taps or sample.start >= sample.num_prompt:
+        if sample.features is None or not self._target.has_features(sample):
+            if not self._target.serving.files_answered(sample):
+                return None
             self._check()
             with suppress(ValueError):  # too long
                 sample = recompute(sample, self._target.recompute())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slipstream.drafter.head import layout
+from slipstream.drafter.registry import manifest as manifests
 from slipstream.drafter.registry.manifest import MANIFEST_FILE
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.version_folder import read_folder
@@ -40,14 +41,17 @@ def evaluate(
     [route, *_] = options.routes
     store = TrafficStore(options.traffic, create=False)
     target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage)
+    target.follow(store)
     trainable = _open(head, target, registry)
-    curriculum = Course(options, route, target, store).curriculum
+    course = Course(options, route, target, store)
+    curriculum = course.curriculum
     curriculum.refresh()
     texts = curriculum.latest(options.gate_texts) if everything else curriculum.held_out(options.gate_texts)
     store.close()
     if not texts.examples:
         raise ConfigError(
-            f"{options.traffic} has no held-out text to evaluate on: one question in ten is held out of training"
+            f"{options.traffic} has no held-out text to evaluate on: one question in ten is held out of training. "
+            + course.described_passed_over()
         )
     found = score(trainable, texts.examples, options.depth).weighted(texts.weights)
     live = registry.serving(route) if registry is not None else None
@@ -63,7 +67,9 @@ def evaluate(
 def _open(head: int | Path, target: Target, registry: Registry | None) -> TrainableHead:
     if isinstance(head, int):
         assert registry is not None
-        return target.trainable(*registry.open_version(head, target.fingerprint, target.name))
+        training = registry.get(head).manifest.training
+        return target.trainable(*registry.open_version(head, target.fingerprint, target.name), training.shares_output)
     if (head / MANIFEST_FILE).is_file():
-        return target.trainable(*read_folder(head, target.fingerprint, target.name))
+        training = manifests.read(head).training
+        return target.trainable(*read_folder(head, target.fingerprint, target.name), training.shares_output)
     return target.trainable(*layout.read(head, target.config))

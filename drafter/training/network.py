@@ -33,7 +33,9 @@ class TrainableHead:
         """``embedding`` [vocabulary, hidden] is the target's, frozen; ``tensors`` in the published layout."""
         self.config = config
         self.dtype = dtype
-        self._embedding = embedding.to(dtype)
+        self.shares_output = False
+        """Whether its output rows are the target's own, to be replaced by what these are now."""
+        self.read_from(embedding)
         self.weights = {
             name: tensor.detach().clone().float() for name, tensor in tensors.items() if tensor.is_floating_point()
         }
@@ -52,6 +54,10 @@ class TrainableHead:
         self.to_draft = torch.full((self.config.vocab_size,), -1)
         self.to_draft[draft_tokens] = torch.arange(len(draft_tokens))
 
+    def read_from(self, embedding: Tensor) -> None:
+        """The target's embedding, if its weights have changed."""
+        self._embedding = embedding.to(self.dtype)
+
     def guess_from(self, draft_tokens: Tensor, output: Tensor) -> None:
         """Changes what the head can guess (ascending tokens); ``output`` [vocabulary, hidden] is the target's head.
 
@@ -63,7 +69,7 @@ class TrainableHead:
         self._map(draft_tokens)
 
     def guesses_with(self, output: Tensor) -> bool:
-        """Whether the head's rows are the target's own; if not, ``guess_from`` would lose what is in them."""
+        """Whether the head's rows are those of this output matrix; ``guess_from`` would lose what is in others."""
         rows = output[self.to_target].to(torch.bfloat16)
         return torch.equal(self.weights[OUTPUT].bfloat16(), rows)
 

@@ -1,18 +1,23 @@
-"""The target as training needs it: its embeddings, its head, and features of text on demand."""
+"""The target as training needs it: its embeddings and its head as they serve now, and features of text on demand."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
-from slipstream.drafter.registry.fingerprint import target_fingerprint
+from slipstream.drafter.registry.fingerprint import target_fingerprint, target_name
+from slipstream.drafter.traffic import target_file
 from slipstream.drafter.traffic.recompute import Recompute
+from slipstream.drafter.traffic.store import Sample, TrafficStore
+from slipstream.drafter.traffic.target_file import EMBEDDING, OUTPUT, UpdatedWeights
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
@@ -21,6 +26,31 @@ from slipstream.engine.models.config import decoder_config
 from slipstream.engine.models.loader import build_model, find_device
 from slipstream.kernels.compute import Formats
 from slipstream.kernels.machine import fast_dtype
+
+Unusable = Literal["other weights", "no features"]
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Which weights of the target serve."""
+
+    updated: UpdatedWeights | None = None
+    """None: those of its files."""
+    files_since: float = 0.0
+    """When these became the files, in seconds since 1970; see ``TrafficIndex.files_since``."""
+
+    @property
+    def version(self) -> int:
+        return self.updated.version if self.updated else 0
+
+    def answered(self, sample: Sample) -> bool:
+        """Whether these weights did, from the first token to the last."""
+        since = self.updated.since if self.updated else self.files_since
+        return sample.target_version == self.version and sample.time >= since
+
+    def files_answered(self, sample: Sample) -> bool:
+        """Whether the weights of the files did, which serve or served."""
+        return sample.target_version == 0 and sample.time >= self.files_since
 
 
 class Target:
@@ -31,25 +61,75 @@ class Target:
         self._checkpoint = open_checkpoint(model)
         self.config = decoder_config(self._checkpoint.config)
         self.fingerprint = target_fingerprint(self._checkpoint, lineage)
-        self.name = Path(self._checkpoint.path).name
-        self.version = 0
+        self.name = target_name(Path(self._checkpoint.path).name, lineage)
+        self.lineage = lineage
+        self.serving = Serving()
         self.dtype = fast_dtype(torch.device("cpu"))
         """What heads are computed with, in training and in the gate: what this processor multiplies fastest."""
         self.head = layout.config_for(self.config, draft_vocab_size)
         self.taps = self.head.taps
         self._max_length = min(max_length, self.config.shape.max_positions)
-        self._last_layer = layout.last_layer(self._checkpoint.tensors(), self.config.shape.num_layers)
-        # As the model that serves has it, and in the format of training, so that heads share it.
-        self.embedding = self._last_layer["model.embed_tokens.weight"].to(torch.bfloat16).to(self.dtype)
-        self.output = self._last_layer.get("lm_head.weight", self.embedding)
+        self._of_files = layout.last_layer(self._checkpoint.tensors(), self.config.shape.num_layers)
+        if self.config.tied:
+            self._of_files.pop(OUTPUT, None)  # some checkpoints hold it all the same
+        self._use({})
+        self._output_of_files = self.output
         self._recompute: Recompute | None = None
+
+    def _use(self, matrices: dict[str, Tensor]) -> None:
+        """Instead of what the files have, as far as there are any."""
+        self._last_layer = self._of_files | matrices
+        # As the model that serves has it, and in the format of training, so that heads share it.
+        self.embedding = self._last_layer[EMBEDDING].to(torch.bfloat16).to(self.dtype)
+        self.output = self._last_layer.get(OUTPUT, self.embedding)
+
+    def follow(self, store: TrafficStore) -> bool:
+        """Takes over the weights that serve now, of which the server tells beside the traffic; whether they are others.
+
+        Raises ModelError where these cannot be read: then they are as they were.
+        """
+        folder, files_since = store.index.folder, store.index.files_since()
+        found = target_file.read(folder, self.fingerprint, self.serving.updated)
+        serving = Serving(found[0] if found else None, files_since)
+        if serving == self.serving:
+            return False
+        if serving.updated != self.serving.updated:
+            matrices = found[1] if found else {}
+            if found is not None:
+                self._check(folder, matrices)
+            self._use(matrices)
+        self.serving = serving
+        return True
+
+    def _check(self, folder: Path, matrices: Mapping[str, Tensor]) -> None:
+        size = (self.config.shape.vocab_size, self.config.hidden)
+        wanted = {name: size for name in (EMBEDDING, OUTPUT) if name in self._of_files}
+        if (shapes := {name: tuple(matrix.shape) for name, matrix in matrices.items()}) != wanted:
+            raise ModelError(f"{folder / target_file.FILE} holds {shapes}, and the model has {wanted}")
+
+    def unusable(self, sample: Sample) -> Unusable | None:
+        """Why nothing can be learned from a sample, if so: it is of weights that do not serve, and no lineage says that
+        a drafter fits them all; or its features are not there, and cannot be computed again without its weights.
+        """
+        if not self.lineage and not self.serving.answered(sample):
+            return "other weights"
+        return None if self.has_features(sample) or self.serving.files_answered(sample) else "no features"
+
+    def has_features(self, sample: Sample) -> bool:
+        """Whether those of the whole answer were kept, also of samples that are read without them."""
+        return sample.taps == self.taps and sample.start < sample.num_prompt
 
     def cold_head(self, draft_tokens: Tensor) -> tuple[HeadConfig, dict[str, Tensor]]:
         """A head that starts as the last layer."""
         return self.head, layout.from_target(self.head, self._last_layer, draft_tokens.tolist())
 
-    def trainable(self, config: HeadConfig, tensors: Mapping[str, Tensor]) -> TrainableHead:
-        """Raises ModelError for a head that does not read what traffic keeps."""
+    def trainable(
+        self, config: HeadConfig, tensors: Mapping[str, Tensor], shares_output: bool = False
+    ) -> TrainableHead:
+        """``shares_output``: its output rows are the target's, of whatever version, and become those that serve now.
+
+        Raises ModelError for a head that does not read what traffic keeps.
+        """
         if config.kind != "eagle3":
             raise ModelError(
                 "only EAGLE-3 heads are trained and scored here; an EAGLE-1 or -2 head can be served as it is"
@@ -60,7 +140,12 @@ class Target:
                 f"the drafter reads layers {list(config.taps)}; what is kept of the traffic, and trained with, are "
                 f"layers {list(self.taps)}"
             )
-        return TrainableHead(config, self.config, self.embedding, tensors, self.dtype)
+        head = TrainableHead(config, self.config, self.embedding, tensors, self.dtype)
+        is_current = head.guesses_with(self.output)
+        head.shares_output = shares_output or is_current or head.guesses_with(self._output_of_files)
+        if head.shares_output and not is_current:
+            head.guess_from(head.to_target, self.output)
+        return head
 
     def draft_tokens(self, counts: Mapping[int, float], size: int) -> Tensor:
         """The ``size`` most frequent tokens, and the first of the vocabulary where there are not enough; ascending."""
@@ -71,7 +156,7 @@ class Target:
         return torch.tensor(sorted(chosen))
 
     def recompute(self) -> Recompute:
-        """Raises ConfigError for models that do not show hidden states."""
+        """With the weights of the files; raises ConfigError for models that do not show hidden states."""
         if self._recompute is None:
             options = EngineConfig(model=str(self._checkpoint.path))
             device = find_device(options)

@@ -51,6 +51,10 @@ class Worker:
         self._store = TrafficStore(options.traffic)
         self._registry = Registry(options.registry)
         self._target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage)
+        self._unreadable = ""
+        """Why the weights that serve now cannot be read, if so."""
+        self._courses: list[Course] = []
+        self._follow_target()
         folder = self._registry.folder / "training"
         self._courses = [
             Course(options, route, self._target, self._store, control.check, folder) for route in options.routes
@@ -69,7 +73,7 @@ class Worker:
             while not self._control.finishing:
                 asked = self._control.take_due()
                 worked = False
-                for course in self._courses:
+                for course in self._courses if self._follow_target() else ():
                     self._route = course.route
                     if not self._can_train(course):
                         continue
@@ -77,14 +81,37 @@ class Worker:
                     if self._is_due(course, bool(asked)):
                         worked |= self._round(course)
                 if not worked:
-                    speed = describe_speed(self._target.dtype)
-                    self._control.report(Report("waiting", tokens=self._learned(), arithmetic=speed))
+                    self._control.report(self._waiting())
                     self._control.sleep(POLL_SECONDS)
         except ServerGoneError:
             pass
         for course in self._courses:
             if course.trainer is not None:
                 course.save(wait=True)
+
+    def _waiting(self) -> Report:
+        """What it says while there is nothing to do, for all routes."""
+        first = self._courses[0]
+        return Report(
+            "waiting",
+            tokens=self._learned(),
+            arithmetic=describe_speed(self._target.dtype),
+            passed_over=first.passed_over.total(),
+            message=self._unreadable or first.described_passed_over(),
+        )
+
+    def _follow_target(self) -> bool:
+        """Whether the weights that serve now are known here."""
+        before, self._unreadable = self._unreadable, ""
+        try:
+            if self._target.follow(self._store):
+                for course in self._courses:
+                    course.target_changed()
+        except ModelError as error:
+            self._unreadable = f"not training: {error}"
+            if self._unreadable != before:
+                self._control.report(Report("failed", tokens=self._learned(), message=self._unreadable))
+        return not self._unreadable
 
     def _can_train(self, course: Course) -> bool:
         """Not while a head is live that is damaged, or of a kind that is served but not trained."""
@@ -143,6 +170,8 @@ class Worker:
             steps=trainer.step - first_step,
             began=datetime.fromtimestamp(course.curriculum.oldest, UTC),
             ended=datetime.fromtimestamp(course.curriculum.newest, UTC),
+            target_version=self._target.serving.version,
+            shares_output=trainer.head.shares_output,
         )
         self._publish(course, trainer, training)
         course.save()
@@ -163,7 +192,8 @@ class Worker:
             course.trainer = trainer if course.resume(trainer) else self._new_trainer(course)
         trainer, counts = course.trainer, course.curriculum.counts
         trainer.options = course.options()
-        if trainer.head.guesses_with(self._target.output):
+        trainer.head.read_from(self._target.embedding)
+        if trainer.head.shares_output:
             tokens = self._target.draft_tokens(counts, trainer.head.config.draft_vocab_size)
             trainer.head.guess_from(tokens, self._target.output)
         course.curriculum.forget(0.9)
@@ -186,13 +216,17 @@ class Worker:
         return Trainer(head, course.options())
 
     def _head(self, version: int) -> TrainableHead:
-        return self._target.trainable(*self._registry.open_version(version, self._target.fingerprint))
+        return self._target.trainable(
+            *self._registry.open_version(version, self._target.fingerprint, self._target.name),
+            self._registry.get(version).manifest.training.shares_output,
+        )
 
     def _publish(self, course: Course, trainer: Trainer, training: Training) -> None:
         """As a candidate, if it passes the gate."""
         # What is judged is what will be in the file, to the last bit.
         config, tensors = trainer.head.config, layout.stored(trainer.published())
-        verdict = self._verdict(course, self._target.trainable(config, tensors), self._held_out(course))
+        candidate = self._target.trainable(config, tensors, training.shares_output)
+        verdict = self._verdict(course, candidate, self._held_out(course))
         if not verdict.passes:
             self._report("refused", gate=verdict.metrics(), message=verdict.describe())
             return

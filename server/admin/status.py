@@ -37,6 +37,8 @@ async def status(service: Service) -> dict[str, Any]:
         "device": ready.device,
         "dtype": ready.dtype,
         "kernels": ready.kernels,
+        "target_lineage": service.engine_config.target_lineage,
+        "target_version": stats.target_version,
         "max_model_len": ready.max_model_len,
         "speculation": service.engine_config.speculation,
     }

@@ -17,7 +17,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import MOST_FAILURES
 from slipstream.engine.listening import EndedRequest, Listener
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams, TrafficStats
-from slipstream.engine.models.protocol import Forward
+from slipstream.engine.models.protocol import CausalModel, Forward
 from slipstream.engine.speculation.protocol import Computed, Drafter, DraftRow, Proposal
 from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine
 
@@ -283,6 +283,9 @@ class RaisingListener(Listener):
         if request.prompt[0] == 1:
             raise OSError("the disk is full")
 
+    def target_changed(self, version: int, model: CausalModel) -> None:
+        raise OSError("the disk is full")
+
     def observe(self, computed: Sequence[Computed]) -> None:
         raise OSError("the disk is full")
 
@@ -299,6 +302,7 @@ def test_a_listener_that_fails_costs_no_request(make: Make, alone: list[list[int
     listener = RaisingListener()
     engine = make(listeners=[listener])
     healthy = [engine.submit(prompt, sampling, traffic="features") for prompt, sampling in HEALTHY]
+    engine.engine.listeners.target_changed(1, engine.engine.loaded.model)
     engine.finish()
     assert [completion.tokens for completion in healthy] == alone
     assert sorted(listener.reasons) == ["error", "length", "length"], "what it has not heard whole is not kept"

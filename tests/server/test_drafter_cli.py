@@ -75,6 +75,7 @@ def test_versions_are_listed_and_shown(cli: Cli, tmp_path: Path) -> None:
     output = cli("show", 2)
     assert shown["version"]["manifest"]["weights_sha256"] in output
     assert "LlamaForCausalLMEagle3" in output
+    assert "lineage 'run 7'" in output and "target_version 0" in output
 
 
 def test_versions_are_promoted_rolled_back_pinned_and_pruned(cli: Cli, tmp_path: Path, head: Path) -> None:

@@ -257,10 +257,10 @@ def test_wrong_folders_are_refused(tmp_path: Path, make_sample: Make) -> None:
         TrafficStore(tmp_path / "missing", create=False)
     assert not (tmp_path / "missing").exists()
     store = TrafficStore(tmp_path / "t")
-    store.index.claim("model a")
+    store.index.claim("model a", "files")
     store.append([make_sample(8)])
     with pytest.raises(ConfigError, match="another model"):
-        store.index.claim("model b")
+        store.index.claim("model b", "files")
     store.close()
     database = sqlite3.connect(tmp_path / "t" / "index.sqlite")
     database.execute("PRAGMA user_version = 99")

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from slipstream.drafter.head import layout
 from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.traffic import target_file
 from slipstream.drafter.traffic.store import Sample
+from slipstream.drafter.traffic.target_file import EMBEDDING, OUTPUT, UpdatedWeights
+from slipstream.drafter.training.control import Control
+from slipstream.drafter.training.control import Report as Told
+from slipstream.drafter.training.course import WorkerOptions
+from slipstream.drafter.training.target import Target
+from slipstream.drafter.training.worker import Worker
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.models.config import decoder_config
+from slipstream.kernels.weight import DenseWeight
 
 MODULE = "slipstream.drafter.training.worker"
 SECONDS = 600.0
@@ -80,11 +90,24 @@ def test_it_stops_for_requests_and_goes_on_when_it_is_calm(workshop: Any, traffi
     assert worker.end() == 0
 
 
-def test_load_is_nothing_to_a_worker_that_always_trains(workshop: Any, traffic: MakeSamples) -> None:
-    workshop.store.append(traffic(120))
-    worker = workshop.start()
+def test_load_is_nothing_to_a_worker_that_always_trains(
+    workshop: Any, traffic: MakeSamples, target_folder: Path
+) -> None:
+    """Here, also, one of a lineage, after an update of the weights."""
+    target = Target(str(target_folder), 64, 256, "run 7")
+    rows, hidden = target.embedding.shape
+    matrices = {name: DenseWeight(rows, hidden, torch.bfloat16, torch.device("cpu")) for name in (EMBEDDING, OUTPUT)}
+    matrices[EMBEDDING].fill(target.embedding)
+    matrices[OUTPUT].fill(target.output)
+    updated = UpdatedWeights(3, time.time(), target.fingerprint)
+    target_file.write(workshop.store.index.folder, updated, matrices, torch.device("cpu"))
+    workshop.store.append(traffic(60, target_version=2) + traffic(60, seed=1, target_version=3))
+    worker = workshop.start(lineage="run 7")
     worker.say("load", running=32)
     first = workshop.train_first(worker)
+    assert first.manifest.target == target.fingerprint != workshop.fingerprint
+    assert first.manifest.target_name == f"{target_folder.name}, lineage 'run 7'"
+    assert first.manifest.training.target_version == 3 and first.manifest.training.shares_output
     worker.say("pause", paused=True)
     worker.wait_for("paused")
     assert first.manifest.gate["accept_length"] > 1
@@ -208,6 +231,33 @@ def test_beside_a_live_head_that_it_cannot_train_on_it_waits_for_another(
     make_live(good)
     worker.wait_for("training")
     assert worker.end() == 0
+
+
+def test_weights_that_cannot_be_read_are_told_once_and_waited_for(
+    workshop: Any, traffic: MakeSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slipstream.drafter.training.worker.POLL_SECONDS", 0.01)
+    workshop.store.append(traffic(10))
+    file = workshop.store.index.folder / target_file.FILE
+    file.write_bytes(b"rubbish")
+    told: list[Told] = []
+    over = threading.Event()
+
+    def hear(report: Told) -> None:
+        told.append(report)
+        if len(told) == 5:
+            file.unlink()
+        if report.state == "waiting" and not report.message:
+            over.set()
+
+    def lines() -> Iterator[str]:
+        assert over.wait(SECONDS)
+        yield '{"type": "finish"}'
+
+    options = msgspec.convert(workshop.options, WorkerOptions)
+    Worker(options, Control("always", lines(), hear)).run()
+    assert [report.state for report in told[:5]] == ["failed", *4 * ["waiting"]]
+    assert all(str(file) in report.message and "damaged" in report.message for report in told[:5])
 
 
 def test_what_cannot_work_is_said(workshop: Any, tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ async def test_the_life_of_a_version(admin: AdminClient, evolving: Any, heads: P
     evolving.wait_until(lambda: evolving.metric("drafter_version", route="") == number)
     found = await admin.status()
     assert found["evolution"]["routes"][""] == number
+    assert (found["server"]["target_lineage"], found["server"]["target_version"]) == ("run 7", 0)
     assert found["evolution"]["events"][-1]["action"] == "promoted"
     assert "is live" in await refused(admin.change("promote", number), 409, "illegal_transition")
     await refused(admin.change("rollback", second), 409, "illegal_transition")
