@@ -54,7 +54,10 @@ class AdminClient(HttpClient):
         route: str | None = None,
         note: str | None = None,
     ) -> Answer:
-        """Adds a head as a candidate; ``target`` and ``target_lineage`` are the server's own if not given. Returns the version."""
+        """Adds a head as a candidate; ``target`` and ``target_lineage`` are the server's own if not given.
+
+        Returns the version.
+        """
         body = {"folder": folder, "target": target, "target_lineage": target_lineage, "route": route, "note": note}
         found: Answer = (await self._object("POST", "/admin/v1/drafters/import", body))["drafter"]
         return found
