@@ -224,6 +224,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Steps by the reason for the number of guesses verified in them."""
     traffic: TrafficStats = TrafficStats()
     target_version: int = 0
+    is_paused: bool = False
 
 
 class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag="step"):

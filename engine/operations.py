@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
 Answer = TypeVar("Answer")
+UpdateMode = Literal["keep", "recompute", "abort"]
+"""What becomes of open requests when the target's weights change. Keep: those that run go on with the keys and values
+that the old weights made. Recompute: they are computed again from their tokens, with the new weights, and go on. Abort:
+all end, with what they have said. Requests that have not begun are computed with the new weights in any case.
+"""
+PauseMode = Literal["keep", "recompute", "wait", "abort"]
+"""What becomes of open requests in a pause. Keep: all stand still as they are. Recompute: they give up what was
+computed of them and go back to the queue. Wait: those that have begun go on to their end. Abort: all end, with what
+they have said.
+"""
 
 
 class Operation(msgspec.Struct, Generic[Answer], frozen=True, array_like=True):
@@ -45,6 +55,66 @@ class ResetPrefixCache(Operation[None], frozen=True, array_like=True, tag="reset
     """Nothing computed so far can be found again."""
 
 
+class Pause(Operation[None], frozen=True, array_like=True, tag="pause"):
+    """No request begins from now on, and none goes on but as the mode says; new ones wait. Answered at once."""
+
+    mode: PauseMode = "keep"
+
+
+class Resume(Operation[None], frozen=True, array_like=True, tag="resume"):
+    """Ends a pause; nothing where there is none."""
+
+
+class BeginTargetUpdate(Operation[None], frozen=True, array_like=True, tag="begin_target_update"):
+    """Other weights for the target are to come; an update that was not finished is given up.
+
+    Until it is finished the old ones serve, and nothing of the new ones can be seen.
+    """
+
+    version: int
+    """Deltas tell it of every token, and it names the update in what follows."""
+    mode: UpdateMode = "recompute"
+
+
+class FillTarget(Operation[None], frozen=True, array_like=True, tag="fill_target"):
+    """Tensors of an update, or rows of them, in any order; every row of every tensor has to come once at least."""
+
+    version: int
+    tensors: bytes
+    """A safetensors file: tensors by their Hugging Face names, in any number format."""
+    first_rows: dict[str, int] = {}
+    """Where a tensor begins with another row than the first."""
+
+
+class ReadTarget(Operation[None], frozen=True, array_like=True, tag="read_target"):
+    """As FillTarget, of what is in a file: a safetensors file, or a whole model in a folder or a GGUF file."""
+
+    version: int
+    path: str
+
+
+class TargetUpdated(msgspec.Struct, frozen=True, array_like=True, tag="target_updated"):
+    """A version of the target serves now; what that took, in seconds."""
+
+    version: int
+    prepare_seconds: float
+    """Since the update began; steps went on meanwhile."""
+    pause_seconds: float
+    """For which no step could run."""
+
+
+class FinishTargetUpdate(Operation[TargetUpdated], frozen=True, array_like=True, tag="finish_target_update"):
+    """The new weights serve from now on, all of them; fails, and leaves the old ones, if some have not come."""
+
+    version: int
+
+
+class CancelTargetUpdate(Operation[None], frozen=True, array_like=True, tag="cancel_target_update"):
+    """Gives an update up; the old weights go on serving."""
+
+    version: int
+
+
 class CheckIntegrity(Operation[None], frozen=True, array_like=True, tag="check_integrity"):
     """Fails if blocks, slots or queues do not add up."""
 
@@ -53,5 +123,8 @@ class TellStepCosts(Operation[dict[int, float]], frozen=True, array_like=True, t
     """Answers with the seconds of a step by its tokens, with nothing to attend to."""
 
 
-AnyOperation = SwapDrafter | DropDrafter | ResetPrefixCache | CheckIntegrity | TellStepCosts
-AnyAnswer = SwapReport | dict[int, float] | None
+TargetOperation = BeginTargetUpdate | FillTarget | ReadTarget | FinishTargetUpdate | CancelTargetUpdate
+AnyOperation = (
+    SwapDrafter | DropDrafter | Pause | Resume | TargetOperation | ResetPrefixCache | CheckIntegrity | TellStepCosts
+)
+AnyAnswer = SwapReport | TargetUpdated | dict[int, float] | None

@@ -36,14 +36,23 @@ from slipstream.engine.messages import (
     TokenDelta,
 )
 from slipstream.engine.models.loader import LoadedModel, load_model
+from slipstream.engine.models.weights import Weights
 from slipstream.engine.operations import (
+    BeginTargetUpdate,
+    CancelTargetUpdate,
     CheckIntegrity,
     DropDrafter,
+    FillTarget,
+    FinishTargetUpdate,
     Operation,
+    Pause,
+    ReadTarget,
     ResetPrefixCache,
+    Resume,
     SwapDrafter,
     SwapReport,
     TellStepCosts,
+    UpdateMode,
 )
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.runner.speculator import Speculator
@@ -51,6 +60,7 @@ from slipstream.engine.scheduling.calibration import calibrate
 from slipstream.engine.scheduling.scheduler import Scheduler
 from slipstream.engine.scheduling.step_cost import StepCost
 from slipstream.engine.speculation.protocol import Drafter, DraftNeeds
+from slipstream.engine.target_update import TargetUpdates
 from slipstream.engine.validation import problem
 from slipstream.engine.wire import EngineChannel, Undecodable
 
@@ -104,6 +114,9 @@ class Engine:
         drafter_stats = self.runner.speculator.stats
         self.core = EngineCore(self.scheduler, self.runner, deliver, pipeline, drafter_stats, self.listeners.stats)
         self.background = Background(self.core.drain)
+        self._target = TargetUpdates(
+            loaded.model, self.runner.cache.device, loaded.weights_bytes, self.background, self._prepare_target
+        )
 
     def ready(self) -> EngineReady:
         model, loaded = self.loaded.model, self.loaded
@@ -141,6 +154,12 @@ class Engine:
                 return self._swap_drafter(operation)
             case DropDrafter():
                 self._drop_drafter(operation.route)
+            case Pause():
+                self.scheduler.pause(operation.mode)
+            case Resume():
+                self.scheduler.resume()
+            case BeginTargetUpdate() | FillTarget() | ReadTarget() | FinishTargetUpdate() | CancelTargetUpdate():
+                return self._target.operate(operation)
             case ResetPrefixCache():
                 self.scheduler.kv.reset()
             case CheckIntegrity():
@@ -178,6 +197,17 @@ class Engine:
             background.supersede(route)
             return _done(report(lambda: None, time.perf_counter() - began))
         return background.start(prepare, route)
+
+    def _prepare_target(self, weights: Weights) -> Callable[[int, UpdateMode], None]:
+        follow = self.runner.speculator.prepare_target(weights)
+
+        def use(version: int, mode: UpdateMode) -> None:
+            self.loaded.model.use(weights)
+            follow()
+            self.scheduler.use_target(version, mode)
+            self.listeners.target_changed(version, self.loaded.model)
+
+        return use
 
     def _drop_drafter(self, route: str) -> None:
         was_coming = self.background.supersede(route)

@@ -13,11 +13,12 @@ from typing import Any
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.listening import Listener
 from slipstream.engine.messages import EngineStats, NewRequest, SamplingParams, TokenDelta
+from slipstream.engine.operations import UpdateMode
 from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.process import Engine
 from slipstream.engine.scheduling.scheduler import Scheduler
 from slipstream.engine.scheduling.step_cost import StepCost
-from slipstream.engine.speculation.protocol import Drafter, DraftNeeds, DraftRow, Proposal
+from slipstream.engine.speculation.protocol import Drafter, DraftNeeds
 
 TINY_LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -101,9 +102,9 @@ class LocalEngine:
             completion.deltas.append(delta)
 
 
-def simulated_token(history: Sequence[int], vocab: int) -> int:
-    """The next token of the model that SimulatedRunner stands for: a hash of everything before it."""
-    digest = blake2b(array("i", history).tobytes(), digest_size=8).digest()
+def simulated_token(history: Sequence[int], vocab: int, weights: int = 0) -> int:
+    """The next token of the model that SimulatedRunner stands for: a hash of everything before it, and its weights."""
+    digest = blake2b(array("i", history).tobytes(), digest_size=8, salt=weights.to_bytes(4, "little")).digest()
     return int.from_bytes(digest, "little") % vocab
 
 
@@ -123,8 +124,9 @@ class SimulatedRunner:
     """Executes plans without a model and checks that every read of the cache would find the right content.
 
     A cache position holds a digest of all tokens up to and including its own, which is what real keys and values
-    depend on, and of whether the sequence was longer than the switch length. A step that attends to a position holding
-    anything else is an error in scheduling or block sharing.
+    depend on, of whether the sequence was longer than the switch length, and of the weights. A step that attends to a
+    position holding anything else is an error in scheduling or block sharing; only a row that was there when ``weights``
+    changed may read what older ones made.
     With ``right``, it guesses at every chance, each guess with this probability right.
     """
 
@@ -147,6 +149,10 @@ class SimulatedRunner:
         self._tables: dict[int, dict[int, int]] = {}
         self._right = right
         self._random = Random(0)
+        self.weights = 0
+        """Which ones it computes with: a number to be raised between two steps."""
+        self._entered: dict[int, int] = {}
+        """With which weights each row began."""
         self._guesses: dict[int, list[int]] = {}
         self.tokens_computed = 0
 
@@ -155,7 +161,7 @@ class SimulatedRunner:
             assert length <= len(self._tokens[slot]), "a request has ended with tokens that were not drawn"
             del self._rows[slot]
         for new in plan.new:
-            self._rows[new.slot] = new
+            self._rows[new.slot], self._entered[new.slot] = new, self.weights
             self._tokens[new.slot] = list(new.tokens)
             self._tables[new.slot] = {}
             self._guesses.pop(new.slot, None)
@@ -172,12 +178,13 @@ class SimulatedRunner:
         for slot, start, count, drafts in rows:
             assert start + count + drafts <= self._max_len, "a position beyond the context is computed"
             for position in range(start, start + count + drafts):
-                self._cells[self._cell(slot, position)] = self._digest(slot, position, drafts)
+                self._cells[self._cell(slot, position)] = self._digest(slot, position, drafts, self.weights)
             self.tokens_computed += count + drafts
         for slot, start, count, drafts in rows:
             for position in range(start + count + drafts):
                 found = self._cells[self._cell(slot, position)]
-                assert found == self._digest(slot, position, drafts), "stale keys and values"
+                known = range(self._entered[slot], self.weights + 1)
+                assert found in (self._digest(slot, position, drafts, each) for each in known), "stale keys and values"
         drawn = [
             self._draw(slot, drafts) if wanted else []
             for (slot, _, _, drafts), wanted in zip(rows, plan.samples, strict=True)
@@ -206,7 +213,7 @@ class SimulatedRunner:
         del tokens[len(tokens) - drafted :]
         drawn = []
         for guess in [*guesses, None]:
-            drawn.append(simulated_token(tokens, self._vocab))
+            drawn.append(simulated_token(tokens, self._vocab, self.weights))
             tokens.append(drawn[-1])
             if drawn[-1] != guess:
                 break
@@ -218,7 +225,7 @@ class SimulatedRunner:
         tokens = list(self._tokens[slot])
         guesses = []
         for _ in range(self._random.randint(0, most)):
-            truth = simulated_token(tokens, self._vocab)
+            truth = simulated_token(tokens, self._vocab, self.weights)
             guesses.append(truth if self._random.random() < self._right else (truth + 1) % self._vocab)
             tokens.append(guesses[-1])
         self._guesses[slot] = guesses
@@ -227,93 +234,11 @@ class SimulatedRunner:
     def _cell(self, slot: int, position: int) -> int:
         return self._tables[slot][position // self._block_size] * self._block_size + position % self._block_size
 
-    def _digest(self, slot: int, position: int, drafts: int) -> bytes:
+    def _digest(self, slot: int, position: int, drafts: int, weights: int) -> bytes:
         tokens = self._tokens[slot]
         is_long = bool(self._switch_length) and len(tokens) - drafts > self._switch_length
-        content = array("i", [is_long, *tokens[: position + 1]])
+        content = array("i", [weights, is_long, *tokens[: position + 1]])
         return blake2b(content.tobytes(), digest_size=8).digest()
-
-
-class OracleDrafter(Drafter):
-    """Knows the answers: its guess at each place is right with a given probability, and so are those after it.
-
-    Args:
-        answers: by prompt, what the request will be told.
-        right: probability that a guess is right if those before it are; a number, or one per position.
-    """
-
-    name = "oracle"
-    num_evidence = 1
-
-    def __init__(self, answers: dict[tuple[int, ...], list[int]], right: float | Sequence[float]) -> None:
-        self.answers = answers
-        self.right = right
-        self.salt = 0
-        """Which guesses are right depends on this, the prompt and the place only, so that settings can be compared."""
-
-    def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
-        return [self._propose(row) for row in rows]
-
-    def _propose(self, row: DraftRow) -> Proposal | None:
-        prompt = tuple(row.tokens[: row.num_prompt].tolist())
-        answer = self.answers.get(prompt, [])
-        begin = row.length - row.num_prompt
-        guesses = answer[begin : begin + row.most]
-        random = Random(hash((self.salt, prompt, begin)))
-        for position in range(len(guesses)):
-            right = self.right if isinstance(self.right, float) else self.right[position]
-            if random.random() >= right:
-                guesses[position] ^= 1  # some other token
-        return Proposal.chain(guesses, 0)
-
-
-class TreeOracleDrafter(Drafter):
-    """Knows the answers: proposes random trees, and with a given probability the right token is among the guesses.
-
-    Args:
-        answers: by prompt, what the request will be told.
-        right: probability that the right token is guessed at after a node that is right.
-        vocab: number of tokens to guess from.
-    """
-
-    name = "oracle"
-    num_evidence = 3
-    needs = DraftNeeds(branches=True)
-
-    def __init__(self, answers: dict[tuple[int, ...], list[int]], right: float, vocab: int) -> None:
-        self.answers = answers
-        self.right = right
-        self.vocab = vocab
-
-    def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
-        return [self._propose(row) for row in rows]
-
-    def _propose(self, row: DraftRow) -> Proposal:
-        prompt = tuple(row.tokens[: row.num_prompt].tolist())
-        begin = row.length - row.num_prompt
-        truth = self.answers.get(prompt, [])[begin : begin + row.most]
-        random = Random(hash((prompt, begin)))
-        tokens: list[int] = []
-        parents: list[int] = []
-        on_path = [-1]  # right nodes, from the root on
-        for node in range(row.most):
-            parent = on_path[-1] if random.random() < 0.6 else random.randrange(-1, node)
-            taken = {tokens[i] for i in range(node) if parents[i] == parent}
-            if len(taken) >= self.vocab - 1:  # one is left at least for the truth
-                parent, taken = node - 1, set()
-            depth = len(on_path) - 1
-            if parent == on_path[-1] and depth < len(truth) and random.random() < self.right:
-                on_path.append(node)
-                tokens.append(truth[depth])
-            else:
-                if parent in on_path[: len(truth)]:
-                    taken.add(truth[on_path.index(parent)])
-                token = random.randrange(self.vocab)
-                while token in taken:
-                    token = random.randrange(self.vocab)
-                tokens.append(token)
-            parents.append(parent)
-        return Proposal(tokens, parents, [random.randrange(3) for _ in tokens])
 
 
 class SimulatedLoop:
@@ -355,12 +280,21 @@ class SimulatedLoop:
             self.plans.append(plan)
             self._queue.append(plan)
         if self._queue and (len(self._queue) > self._ahead or plan is None):
-            done = self._queue.popleft()
-            self._tell(self.scheduler.commit(done, self.runner.execute(done)))
+            self._commit()
         else:
             self._tell(self.scheduler.take_ended())
         self.scheduler.check_integrity()
         return plan
+
+    def drain(self) -> None:
+        while self._queue:
+            self._commit()
+
+    def use_target(self, mode: UpdateMode) -> None:
+        """The model has other weights from now on, of the next version."""
+        self.drain()
+        self.runner.weights += 1
+        self.scheduler.use_target(self.runner.weights, mode)
 
     def finish(self, most: int = 5000) -> None:
         for _ in range(most):
@@ -376,6 +310,10 @@ class SimulatedLoop:
 
     def reason(self, request_id: int) -> str | None:
         return self.told[request_id][-1].finish_reason if self.told[request_id] else None
+
+    def _commit(self) -> None:
+        done = self._queue.popleft()
+        self._tell(self.scheduler.commit(done, self.runner.execute(done)))
 
     def _tell(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:

@@ -89,7 +89,7 @@ class LayerWeights(Protocol):
 class Stack(Protocol):
     """Layers with what is before and after them, ready to run; which weights they have can be changed at any time."""
 
-    def use(self, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
+    def use(self, embedding: Weight, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
         """Computes with these from now on; ``norm`` is before the output matrix, if there is one."""
 
     def forward(
@@ -147,7 +147,7 @@ class Compute(ABC):
         """Weights of layers that are read one after the other."""
 
     @abstractmethod
-    def stack(self, shape: LayerShape, windows: Sequence[int], embedding: Weight, rope: tuple[Tensor, Tensor]) -> Stack:
+    def stack(self, shape: LayerShape, windows: Sequence[int], rope: tuple[Tensor, Tensor]) -> Stack:
         """A stack of layers, to be given weights.
 
         Args:

@@ -142,24 +142,24 @@ class TorchStack:
         self,
         shape: LayerShape,
         windows: Sequence[int],
-        embedding: Weight,
         rope: tuple[Tensor, Tensor],
         formats: Formats,
         device: torch.device,
     ) -> None:
-        self._shape, self._windows, self._embedding = shape, windows, embedding
+        self._shape, self._windows = shape, windows
         self._cos, self._sin = (table.to(device) for table in rope)
         self._dtype, self._device = formats.compute, device
         self._layers: list[DecoderLayer] = []
         self._norm: Tensor | None = None
+        self._embedding: Weight
         self._output: Weight
 
-    def use(self, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
+    def use(self, embedding: Weight, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
         self._layers = []
         for layer in layers:
             assert isinstance(layer, TorchLayer)
             self._layers.append(layer.arithmetic)
-        self._norm, self._output = norm, output
+        self._embedding, self._norm, self._output = embedding, norm, output
 
     def forward(
         self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()
@@ -219,8 +219,8 @@ class TorchCompute(Compute):
     def layers(self, shape: LayerShape, count: int) -> Sequence[LayerWeights]:
         return [TorchLayer(shape, self) for _ in range(count)]
 
-    def stack(self, shape: LayerShape, windows: Sequence[int], embedding: Weight, rope: tuple[Tensor, Tensor]) -> Stack:
-        return TorchStack(shape, windows, embedding, rope, self.formats, self.device)
+    def stack(self, shape: LayerShape, windows: Sequence[int], rope: tuple[Tensor, Tensor]) -> Stack:
+        return TorchStack(shape, windows, rope, self.formats, self.device)
 
     @contextmanager
     def filling(self) -> Iterator[None]:

@@ -23,7 +23,8 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.plan import StepWork
 from slipstream.engine.scheduling.controller import Bandit, Fixed, Policy, Throughput
-from slipstream.engine.testing import LocalEngine, OracleDrafter
+from slipstream.engine.speculation.oracles import OracleDrafter
+from slipstream.engine.testing import LocalEngine
 from slipstream.loadtest.dataset import ShareGPT
 from slipstream.server.text import load_tokenizer
 

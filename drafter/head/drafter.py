@@ -18,8 +18,10 @@ from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.head.network import HeadNetwork, HeadWeights
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models.config import DecoderConfig
-from slipstream.engine.models.loader import available_memory
+from slipstream.engine.models.decoder import DecoderWeights
+from slipstream.engine.models.loader import SPARE_BYTES, available_memory
 from slipstream.engine.models.protocol import CausalModel, DecoderModel
+from slipstream.engine.models.weights import Weights
 from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow, LearnedDrafter, Proposal
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
@@ -27,8 +29,6 @@ from slipstream.kernels.kv_cache import PagedKVCache
 MOST_PENDING = 512
 """Positions per request that wait for the head while nobody asks it; older ones are left out."""
 
-SPARE_BYTES = 200 << 20
-"""Memory that loading one more head leaves free."""
 SHARED = ""
 """The route for every request whose own holds nothing."""
 
@@ -182,6 +182,26 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         ready = self._find(version, path) or self._load_version(version, path, is_new=network is None)
         network = network or self._new_network()
         return lambda: self._hold(route, network, ready)
+
+    def prepare_target(self, weights: Weights) -> Callable[[], None]:
+        """Copies of the target's rows, from which heads guess, become those of the new output matrix."""
+        assert isinstance(weights, DecoderWeights)
+        with self._memory:
+            loaded = {id(each): each for each in (*self._held.values(), *self._kept)}
+        outputs = []
+        for version in loaded.values():
+            rows = torch.from_numpy(version.to_target).to(self._target.compute.device)
+            output = version.weights.output_from(rows, self._target.output, weights.output)
+            outputs.append((version.weights, output))
+
+        def land() -> None:
+            for head, output in outputs:
+                if output is not None:
+                    head.output = output
+            for route, held in self._held.items():
+                self._networks[route].use(held.weights)
+
+        return land
 
     def _find(self, version: int, path: str) -> _Version | None:
         """The files of a version never change, so one that is in memory need not be read again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,19 +11,17 @@ from slipstream.drafter.head.config import HeadConfig
 from slipstream.engine.background import breathe
 from slipstream.engine.models.config import cache_shape, rope_tables
 from slipstream.engine.models.protocol import DecoderModel
+from slipstream.engine.models.weights import pieces
 from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.weight import Weight
 
-PIECE_ELEMS, PIECE_ROWS = 1 << 16, 64
-"""Of a matrix, laid out between two moments at which steps may go first: so many elements, in whole groups of rows."""
+ROWS_AT_ONCE = 128
+"""Of an output matrix, compared and copied between two moments at which steps may go first."""
 
 
 class HeadWeights:
-    """One version's weights as they are computed with; networks of several routes may share them.
-
-    What EAGLE-1 and -2 heads lack is the target's, or not there.
-    """
+    """One version's weights as they are computed with; networks of several routes may share them."""
 
     def __init__(self, config: HeadConfig, target: DecoderModel) -> None:
         self._compute, self._prefix = target.compute, config.layer
@@ -31,10 +29,11 @@ class HeadWeights:
         self.fc = self._compute.weight(width, read, config.fc_bias)
         self.layers = self._compute.layers(config.layer_shape(target.config), 1)
         is_third = config.kind == "eagle3"
-        self.output = self._compute.weight(config.draft_vocab_size, config.hidden) if is_third else target.output
+        self.output = self._compute.weight(config.draft_vocab_size, config.hidden) if is_third else None
+        """EAGLE-1 and -2 heads guess with the target's."""
         self.norm = self._compute.norm(config.hidden) if is_third else None
         self.memory_bytes = self.fc.num_bytes + self.layers[0].num_bytes
-        if self.norm is not None:
+        if self.output is not None and self.norm is not None:
             self.memory_bytes += self.output.num_bytes + self.norm.nbytes
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -43,29 +42,43 @@ class HeadWeights:
             _fill(self.fc, tensors["fc.weight"])
             if "fc.bias" in tensors:
                 self.fc.fill_bias(tensors["fc.bias"])
-            if self.norm is not None:
+            if self.output is not None and self.norm is not None:
                 _fill(self.output, tensors["lm_head.weight"])
                 self.norm.copy_(tensors["norm.weight"])
             for name, tensor in tensors.items():
                 if name.startswith(self._prefix):
-                    for row, part in _pieces(tensor):
+                    for row, part in pieces(tensor):
                         self.layers[0].fill(name.removeprefix(self._prefix), part, row)
+
+    def output_from(self, rows: Tensor, before: Weight, after: Weight) -> Weight | None:
+        """Its output matrix for a target that goes from the output matrix ``before`` to ``after``.
+
+        ``rows`` [draft vocabulary] of these are what it guesses from. Only where it holds copies of them, which is what
+        training leaves: None for a head that does not, or has none of its own.
+        """
+        if self.output is None or not _are_copies(self.output, before, rows):
+            return None
+        output = self._compute.weight(self.output.n, self.output.k)
+        with self._compute.filling():
+            for first in range(0, len(rows), ROWS_AT_ONCE):
+                breathe()
+                output.fill(after.rows(rows[first : first + ROWS_AT_ONCE]), first)
+        return output
+
+
+def _are_copies(weight: Weight, of: Weight, rows: Tensor) -> bool:
+    own = torch.arange(len(rows), device=rows.device)
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        breathe()
+        some = slice(first, first + ROWS_AT_ONCE)
+        if not torch.equal(weight.rows(own[some]), of.rows(rows[some])):
+            return False
+    return True
 
 
 def _fill(weight: Weight, tensor: Tensor) -> None:
-    for row, part in _pieces(tensor):
+    for row, part in pieces(tensor):
         weight.fill(part, row)
-
-
-def _pieces(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """First rows and rows; steps go on between them."""
-    if tensor.dim() < 2:
-        yield 0, tensor
-        return
-    rows = max(PIECE_ELEMS // tensor.shape[1] // PIECE_ROWS, 1) * PIECE_ROWS
-    for number, part in enumerate(torch.split(tensor, rows)):
-        breathe()
-        yield number * rows, part
 
 
 class HeadNetwork:
@@ -77,17 +90,16 @@ class HeadNetwork:
         """The drafter has refused heads for other models before. ``max_length`` of sequences, in tokens."""
         decoder, compute = config.as_decoder(target.config), target.compute
         self._target, self._is_third = target, config.kind == "eagle3"
-        self._stack = compute.stack(
-            config.layer_shape(target.config), (0,), target.embedding, rope_tables(decoder, max_length)
-        )
+        self._stack = compute.stack(config.layer_shape(target.config), (0,), rope_tables(decoder, max_length))
         self._weights: HeadWeights
         self.cache: PagedKVCache = compute.cache(cache_shape(decoder.shape, block_size, target.formats.kv), num_blocks)
         """The head's keys and values."""
 
     def use(self, weights: HeadWeights) -> None:
-        """Computes with these from now on; called before the first computation, and between two."""
+        """Computes with these, and what the target uses now; called before the first computation, and between two."""
         self._weights = weights
-        self._stack.use(weights.layers, weights.norm, weights.output)
+        output = self._target.output if weights.output is None else weights.output
+        self._stack.use(self._target.embedding, weights.layers, weights.norm, output)
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features [n, taps, hidden] as they wait for their tokens, [n, hidden] float32."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from slipstream.engine.checkpoint.shapes import FAMILIES, parameter_shapes
 from slipstream.engine.errors import ModelError
-from slipstream.engine.models.rope import context_length, rope_parameters
+from slipstream.engine.models.rope import context_length, rope_parameters, switch_length
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,16 @@ class DecoderConfig:
     parameters: dict[str, tuple[int, ...]]
     """Hugging Face name and shape of every parameter."""
 
+    def differences(self, other: DecoderConfig) -> list[tuple[str, Any]]:
+        """What is not the same in another one, and matters to what weights mean: names of fields, and its values."""
+        ours, theirs = (
+            {"vocab_size": each.shape.vocab_size, "head_dim": each.shape.head_dim}
+            | {"kv_heads": each.shape.kv_heads, "layers": each.shape.num_layers}
+            | {field.name: getattr(each, field.name) for field in fields(each) if field.name != "shape"}
+            for each in (self, other)
+        )
+        return [(name, theirs[name]) for name in ours if ours[name] != theirs[name]]
+
     @property
     def layer(self) -> LayerShape:
         """What all of its layers look like."""
@@ -88,6 +98,11 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
         head_dim=config.get("head_dim") or hidden // heads,
         max_positions=context_length(config, stated_positions(config)),
     )
+
+
+def is_own(config: dict[str, Any]) -> bool:
+    """Whether the decoders here run this model, not transformers, which does rotary positions that depend on length."""
+    return need(config, "model_type") in FAMILIES and not switch_length(config, stated_positions(config))
 
 
 def decoder_config(config: dict[str, Any]) -> DecoderConfig:

@@ -6,39 +6,85 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from slipstream.engine.models.config import DecoderConfig, cache_shape, rope_tables
+from slipstream.engine.checkpoint.checkpoint import Checkpoint
+from slipstream.engine.errors import MisfitError
+from slipstream.engine.models.config import DecoderConfig, cache_shape, decoder_config, is_own, rope_tables
 from slipstream.engine.models.protocol import DecoderModel, Forward
-from slipstream.engine.models.weights import WeightSlots
+from slipstream.engine.models.weights import Weights, WeightSlots, pieces
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Compute
 from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.weight import Weight
+
+
+class DecoderWeights:
+    """All weights of a decoder, to be filled."""
+
+    def __init__(self, config: DecoderConfig, compute: Compute) -> None:
+        self.embedding = compute.weight(config.shape.vocab_size, config.hidden)
+        self.output = self.embedding if config.tied else compute.weight(config.shape.vocab_size, config.hidden)
+        self.layers = compute.layers(config.layer, config.shape.num_layers)
+        self.norm = compute.norm(config.hidden)
+        self._compute, self._slots = compute, WeightSlots(config.parameters)
+
+    def fill(self, name: str, rows: Tensor, first_row: int = 0) -> None:
+        if self._slots.take(name, rows, first_row):
+            with self._compute.filling():
+                for row, part in pieces(rows, first_row):
+                    self._fill(name, part, row)
+
+    def check_complete(self) -> None:
+        self._slots.check_complete()
+
+    def _fill(self, name: str, rows: Tensor, first_row: int) -> None:
+        match name.split(".", 3):
+            case ["model", "embed_tokens", "weight"]:
+                self.embedding.fill(rows, first_row)
+            case ["lm_head", "weight"]:
+                self.output.fill(rows, first_row)
+            case ["model", "norm", "weight"]:
+                self.norm[first_row : first_row + len(rows)].copy_(rows)
+            case ["model", "layers", index, rest]:
+                self.layers[int(index)].fill(rest, rows, first_row)
 
 
 class Decoder:
     def __init__(self, config: DecoderConfig, compute: Compute, max_length: int) -> None:
-        """``max_length`` of sequences, in tokens. Its weights are still to be loaded."""
+        """``max_length`` of sequences, in tokens. It computes once it was told which weights to use."""
         self.shape = config.shape
         self.switch_length = 0
         self.formats, self.kernels = compute.formats, compute.name
         self.config, self.compute = config, compute
-        self.embedding = compute.weight(self.shape.vocab_size, config.hidden)
-        self.output = self.embedding if config.tied else compute.weight(self.shape.vocab_size, config.hidden)
-        self._layers = compute.layers(config.layer, self.shape.num_layers)
-        self._norm = compute.norm(config.hidden)
-        self._stack = compute.stack(config.layer, config.windows, self.embedding, rope_tables(config, max_length))
-        self._stack.use(self._layers, self._norm, self.output)
+        self._weights: DecoderWeights
+        self._stack = compute.stack(config.layer, config.windows, rope_tables(config, max_length))
 
     @property
     def decoder(self) -> DecoderModel:
         return self
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        slots = WeightSlots(self.config.parameters)
-        for name, tensor in tensors:
-            if slots.take(name, tensor):
-                self._fill(name, tensor)
-        slots.check_complete()
+    @property
+    def embedding(self) -> Weight:
+        return self._weights.embedding
+
+    @property
+    def output(self) -> Weight:
+        return self._weights.output
+
+    def new_weights(self) -> DecoderWeights:
+        return DecoderWeights(self.config, self.compute)
+
+    def use(self, weights: Weights) -> None:
+        assert isinstance(weights, DecoderWeights)
+        self._weights = weights
+        self._stack.use(weights.embedding, weights.layers, weights.norm, weights.output)
+
+    def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Tensor]]:
+        theirs = decoder_config(checkpoint.config) if is_own(checkpoint.config) else None
+        if theirs is None or (wrong := self.config.differences(theirs)):
+            what = checkpoint.config.get("model_type") if theirs is None else f"its {wrong[0]} is {wrong[1]}"
+            raise MisfitError(f"{checkpoint.path} is not the model that runs here: {what}")
+        return checkpoint.tensors()
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         return self.compute.cache(cache_shape(self.shape, block_size, self.formats.kv), num_blocks)
@@ -50,15 +96,4 @@ class Decoder:
         return self._stack.logits(hidden, rows)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        return ops.rms_norm(hidden, self._norm, self.config.norm_eps)
-
-    def _fill(self, name: str, tensor: Tensor) -> None:
-        match name.split(".", 3):
-            case ["model", "embed_tokens", "weight"]:
-                self.embedding.fill(tensor)
-            case ["lm_head", "weight"]:
-                self.output.fill(tensor)
-            case ["model", "norm", "weight"]:
-                self._norm.copy_(tensor)
-            case ["model", "layers", index, rest]:
-                self._layers[int(index)].fill(rest, tensor)
+        return ops.rms_norm(hidden, self._weights.norm, self.config.norm_eps)

@@ -7,22 +7,21 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
 
 from slipstream.engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
-from slipstream.engine.checkpoint.shapes import FAMILIES, parameter_shapes
+from slipstream.engine.checkpoint.shapes import parameter_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
-from slipstream.engine.models.config import ModelShape, cache_shape, decoder_config, model_shape, need, stated_positions
+from slipstream.engine.models.config import ModelShape, cache_shape, decoder_config, is_own, model_shape
 from slipstream.engine.models.decoder import Decoder
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.models.rope import switch_length
 from slipstream.engine.models.transformers_files import transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
+from slipstream.engine.models.weights import load
 from slipstream.engine.units import parse_size
 from slipstream.kernels.compute import Compute, Formats
 from slipstream.kernels.machine import FORMATS, describe_speed, fast_dtype
@@ -35,6 +34,8 @@ COMPUTES: dict[str, type[Compute]] = {"native": NativeCompute, "torch": TorchCom
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEFAULT_CACHE_SHARE = 4
 DEFAULT_CACHE_BYTES = 2 << 30
+SPARE_BYTES = 200 << 20
+"""Memory that loading something more beside the model leaves free."""
 HEADROOM_BYTES = 400 << 20
 """Memory for the interpreter, torch and activations, besides weights and cache."""
 SCRATCH_BLOCKS = 64
@@ -81,11 +82,6 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     return LoadedModel(model, max_model_len, num_blocks, scratch_blocks, block_bytes, weights_bytes, seconds)
 
 
-def is_own(config: dict[str, Any]) -> bool:
-    """Whether the decoders here run this model, not transformers, which does rotary positions that depend on length."""
-    return need(config, "model_type") in FAMILIES and not switch_length(config, stated_positions(config))
-
-
 def _check_kind(checkpoint: Checkpoint) -> None:
     """Refuses quantised weights, and models that are made for other things than generating text."""
     config = checkpoint.config
@@ -117,7 +113,7 @@ def build_model(
     if not kind.is_batch_invariant:
         _refuse_deterministic(options, "torch's kernels, which run here instead of the compiled ones,")
     model = Decoder(decoder_config(config), kind(formats, device), max_length)
-    model.load(dummy_tensors(config, options.seed) if dummy else checkpoint.tensors())
+    load(model, dummy_tensors(config, options.seed) if dummy else checkpoint.tensors())
     return model
 
 
@@ -152,7 +148,7 @@ def _choose_dtype(
         return torch.bfloat16
     size, free = _weights_bytes(checkpoint, config, torch.float32), available_memory(device)
     if 2 * size > free:
-        log.info("bfloat16, which is slow on this CPU: in float32, weights would take %s", _human(size))
+        log.info("bfloat16, which is slow on this CPU: in float32, weights would take %s", human_size(size))
         return torch.bfloat16
     log.info(
         "float32, since torch computes slowly in bfloat16 on this CPU: %s", " and ".join(map(describe_speed, FORMATS))
@@ -181,8 +177,8 @@ def _fit(
     least = -(-wanted // config.block_size) * block_bytes if config.max_model_len else 16 * block_bytes
     if left < least:
         raise ModelError(
-            f"the model does not fit: weights take {_human(weights_bytes)} and the smallest useful KV cache "
-            f"{_human(least)}, but only {_human(max(available, 0))} of memory are free"
+            f"the model does not fit: weights take {human_size(weights_bytes)} and the smallest useful KV cache "
+            f"{human_size(least)}, but only {human_size(max(available, 0))} of memory are free"
         )
     if config.kv_cache_memory is None:
         size = max(min(left // DEFAULT_CACHE_SHARE, DEFAULT_CACHE_BYTES), least)
@@ -191,11 +187,11 @@ def _fit(
         if size > left:
             raise ModelError(
                 f"--kv-cache-memory {config.kv_cache_memory} does not fit: beside the weights "
-                f"({_human(weights_bytes)}) {_human(max(left, 0))} of memory are free"
+                f"({human_size(weights_bytes)}) {human_size(max(left, 0))} of memory are free"
             )
         if size < least:
             raise ConfigError(
-                f"--kv-cache-memory {config.kv_cache_memory} is too small; at least {_human(least)} are needed"
+                f"--kv-cache-memory {config.kv_cache_memory} is too small; at least {human_size(least)} are needed"
             )
     num_blocks = size // block_bytes
     return num_blocks, min(wanted, num_blocks * config.block_size)
@@ -208,5 +204,5 @@ def available_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _human(size: int) -> str:
+def human_size(size: int) -> str:
     return f"{size / (1 << 30):.2f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"

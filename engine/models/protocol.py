@@ -7,7 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from slipstream.engine.checkpoint.checkpoint import Checkpoint
 from slipstream.engine.models.config import DecoderConfig, ModelShape
+from slipstream.engine.models.weights import Weights
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Compute, Formats
 from slipstream.kernels.compute import Forward as Forward
@@ -31,8 +33,14 @@ class CausalModel(Protocol):
     def decoder(self) -> DecoderModel | None:
         """The same model as one whose layers can be looked into; None where they cannot."""
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copies weights in, by their Hugging Face names, in place; raises ModelError for a misfit or a gap."""
+    def new_weights(self) -> Weights:
+        """To be filled with weights that it does not use yet."""
+
+    def use(self, weights: Weights) -> None:
+        """Computes with these, of its own making and complete, from now on; called between two forward passes."""
+
+    def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Tensor]]:
+        """What a checkpoint holds, to be filled in; raises ModelError if it is not of a model like this one."""
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         """A cache in the layout this model reads."""
@@ -53,10 +61,14 @@ class DecoderModel(CausalModel, Protocol):
     config: DecoderConfig
     compute: Compute
     """What its parts were made by; those of a drafter that works with them are made by the same."""
-    embedding: Weight
-    """Token embeddings [vocab_size, hidden]."""
-    output: Weight
-    """The output matrix [vocab_size, hidden]."""
+
+    @property
+    def embedding(self) -> Weight:
+        """Token embeddings [vocab_size, hidden]; another object with other weights."""
+
+    @property
+    def output(self) -> Weight:
+        """The output matrix [vocab_size, hidden]; another object with other weights."""
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """[n, hidden]: what the output matrix reads of the last layer's output."""

@@ -8,7 +8,7 @@ model computes from the whole row must be computed per sequence: rotary position
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.engine.errors import ModelError
+from slipstream.engine.checkpoint.checkpoint import Checkpoint
+from slipstream.engine.errors import MisfitError, ModelError
 from slipstream.engine.models.config import cache_shape
 from slipstream.engine.models.paged_attention import STEP, Probe, Step
 from slipstream.engine.models.protocol import Forward
@@ -25,6 +26,7 @@ from slipstream.engine.models.transformers_files import (
     transformers_shape,
     transformers_switch_length,
 )
+from slipstream.engine.models.weights import Weights, WeightSlots, pieces
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.compute import Formats
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
@@ -42,6 +44,36 @@ class _GivenOutput(torch.nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.output
+
+
+class _ModuleWeights:
+    """Values for all parameters of a module; one that has several names needs to come under one of them."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._names: dict[str, str] = {}
+        """By every name of a parameter, its first one."""
+        first: dict[int, str] = {}
+        for name, parameter in parameters.items():
+            self._names[name] = first.setdefault(id(parameter), name)
+        self._values = {name: torch.empty_like(parameters[name]) for name in first.values()}
+        self._slots = WeightSlots({name: tuple(value.shape) for name, value in self._values.items()})
+
+    def fill(self, name: str, rows: Tensor, first_row: int = 0) -> None:
+        name = self._names.get(name, name)
+        if self._slots.take(name, rows, first_row):
+            value = self._values[name]
+            if not rows.dim():
+                value.copy_(rows)
+                return
+            for row, part in pieces(rows, first_row):
+                value[row : row + len(part)].copy_(part)
+
+    def check_complete(self) -> None:
+        self._slots.check_complete()
+
+    def put_into(self, parameters: Mapping[str, Tensor]) -> None:
+        for name, parameter in parameters.items():
+            parameter.data = self._values[self._names[name]]
 
 
 class TransformersModel:
@@ -77,14 +109,19 @@ class TransformersModel:
         """transformers does not show hidden states."""
         return None
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        for name, tensor in tensors:
-            target = self._parameters.get(name)
-            if target is None:
-                raise ModelError(f"{self._name} has no parameter {name!r}")
-            if target.shape != tensor.shape:
-                raise ModelError(f"tensor {name!r} has shape {list(tensor.shape)}, needed is {list(target.shape)}")
-            target.copy_(tensor)
+    def new_weights(self) -> _ModuleWeights:
+        return _ModuleWeights(self._parameters)
+
+    def use(self, weights: Weights) -> None:
+        assert isinstance(weights, _ModuleWeights)
+        weights.put_into(self._parameters)
+
+    def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Tensor]]:
+        if (theirs := checkpoint.config.get("model_type")) != self.shape.model_type:
+            raise MisfitError(f"{checkpoint.path} is not the model that runs here: {theirs}")
+        module = build_module(checkpoint.config, self.formats.compute, checkpoint.path, 0)
+        parameters: Iterable[tuple[str, Tensor]] = module.named_parameters(remove_duplicate=False)
+        return parameters
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         return TorchKVCache(cache_shape(self.shape, block_size, self.formats.kv), num_blocks, self._device)

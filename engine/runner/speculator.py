@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.faults import Faults
 from slipstream.engine.messages import DrafterStats, VersionStats
+from slipstream.engine.models.weights import Weights
 from slipstream.engine.plan import NewRow
 from slipstream.engine.runner.acceptance import Acceptance, OwnAcceptance, chances
 from slipstream.engine.speculation.protocol import (
@@ -131,6 +132,24 @@ class Speculator:
             before = self._version_for(route)
             swap()
             self._swapped(drafter, version, before)
+
+        return land
+
+    def prepare_target(self, weights: Weights) -> Callable[[], None]:
+        """As Drafter.prepare_target, for all of them; one that fails goes on with what it has."""
+        prepared = []
+        for drafter in self._drafters.values():
+            try:
+                prepared.append((drafter, drafter.prepare_target(weights)))
+            except Exception:
+                self._faults.tell(f"drafter {drafter.name} before new weights", "it guesses with what it has")
+
+        def land() -> None:
+            for drafter, follow in prepared:
+                try:
+                    follow()
+                except Exception:
+                    self._faults.tell(f"drafter {drafter.name} after new weights", "it guesses with what it has")
 
         return land
 

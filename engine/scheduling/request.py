@@ -40,17 +40,24 @@ class Request:
         "root",
         "scheduled_at",
         "seed",
+        "sharing",
         "slot",
         "tokens",
         "told_first",
         "unsure",
+        "weights",
     )
 
-    def __init__(self, message: NewRequest, deadline: float, root: BlockHash) -> None:
+    def __init__(self, message: NewRequest, deadline: float, sharing: tuple[str, ...] = ()) -> None:
+        """It may find blocks only of those with the same ``sharing``."""
         self.message = message
         self.deadline = deadline
         """Orders the queue: see Scheduler.add."""
-        self.root = root
+        self.sharing = sharing
+        self.root: BlockHash = b""
+        """Of the chain of hashes of its blocks, taken when it is to be admitted."""
+        self.weights = -1
+        """Which weights of the target the root stands for; none yet."""
         self.tokens = list(message.prompt)
         self.num_prompt = len(self.tokens)
         self.num_computed = 0
@@ -101,9 +108,21 @@ class Request:
     def outgrow(self) -> None:
         """From now on, blocks computed for shorter sequences do not fit; the request must hold none."""
         self.outgrown = True
-        self.root = prefix.outgrown(self.root)
-        self.block_hashes = []
-        self.awaited = None
+        self.weights = -1
+
+    def take_root(self, weights: int) -> None:
+        """Its blocks will be those that the target computes with these weights; it must hold none."""
+        if weights != self.weights:
+            self.weights = weights
+            root = prefix.seed(weights, *self.sharing)
+            self.root = prefix.outgrown(root) if self.outgrown else root
+            self.block_hashes = []
+            self.awaited = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it was ever part of a step."""
+        return self.scheduled_at > 0
 
     @property
     def request_id(self) -> int:

@@ -17,22 +17,19 @@ from typing import Any
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.listening import EndedRequest, Listeners
 from slipstream.engine.messages import EngineStats, FinishReason, NewRequest, TokenDelta
+from slipstream.engine.operations import PauseMode, UpdateMode
 from slipstream.engine.plan import NewRow, StepPlan, StepResult, StepWork
 from slipstream.engine.scheduling.controller import Decision
 from slipstream.engine.scheduling.draft_planner import DraftPlanner
-from slipstream.engine.scheduling.kv import prefix
 from slipstream.engine.scheduling.kv.manager import Admission, KVManager, Wait
 from slipstream.engine.scheduling.plan_builder import PlanBuilder
+from slipstream.engine.scheduling.prompts import plan_prompts
 from slipstream.engine.scheduling.request import Request, check_rows
 from slipstream.engine.scheduling.step_cost import StepCost
 from slipstream.engine.speculation.protocol import DraftNeeds
 
-DECODE_SHARE = 0.39
-"""While prompts wait, running streams keep at least this share of a step, and prompts get the rest."""
 _deadline = attrgetter("deadline")
 NO_DRAFTING, NO_LISTENERS = DraftNeeds(), Listeners()
-MIN_CHUNK = 16
-"""Prompts always advance by this many tokens a step, whatever the latency target."""
 
 
 class Scheduler:
@@ -53,6 +50,9 @@ class Scheduler:
         self.kv = KVManager(num_blocks, config.block_size, config.prefix_caching)
         self.cost = cost
         self.target_version = 0
+        self._weights = 0
+        """How often the target's weights have changed."""
+        self._pause: PauseMode | None = None
         self._listeners = listeners
         self._config = config
         self._max_model_len = max_model_len
@@ -78,8 +78,7 @@ class Scheduler:
         service = self.cost.predict(StepWork().add(0, len(message.prompt)))
         deadline = arrival + service + message.priority * self._config.priority_step_s
         sharing = message.tenant if self._config.prefix_cache_scope == "tenant" else ""
-        root = prefix.seed(self.target_version, message.cache_salt, sharing, drafter)
-        request = Request(message, deadline, root)
+        request = Request(message, deadline, (message.cache_salt, sharing, drafter))
         if request.length > self._switch_length:
             request.outgrow()
         self._requests[request.request_id] = request
@@ -102,22 +101,58 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests or self._ended)
+        return bool(self._ended or (self._requests and not self.is_still))
 
     @property
     def num_under_way(self) -> int:
         """Planned steps that are not committed yet."""
         return len(self._under_way)
 
+    # Pauses and updates of the target --------------------------------------------------------------------------------
+
+    def pause(self, mode: PauseMode) -> None:
+        """See PauseMode; called with no step under way."""
+        if mode == "abort":
+            self.abort(list(self._requests))
+        if mode == "recompute":
+            self._requeue_all()
+        self._pause = mode
+
+    def resume(self) -> None:
+        self._pause = None
+
+    @property
+    def is_still(self) -> bool:
+        """In a pause, and nothing goes on to its end any more."""
+        begun = self._pause == "wait" and any(request.has_begun for request in self._requests.values())
+        return self._pause is not None and not begun
+
+    def use_target(self, version: int, mode: UpdateMode) -> None:
+        """The target computes with other weights from now on; called with no step under way."""
+        if mode == "abort":
+            self.abort(list(self._requests))
+        if mode == "recompute":
+            self._requeue_all()
+        self.target_version = version
+        self._weights += 1
+        self.kv.reset()
+
+    def _requeue_all(self) -> None:
+        for request in list(self._running):
+            self._requeue(request)
+
     # A step ---------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute for now."""
+        if self.is_still:
+            return None
         plan = PlanBuilder()
         self._restart_outgrown()
         self._admit(plan)
         self._plan_decodes(plan)
-        self._plan_prompts(plan)
+        caught_up = (each for each in self._running if not self._awaits_result(each))
+        plan_prompts(plan, caught_up, self._config, self.cost)
         if not plan.requests:
             return None
         for request in plan.requests:
@@ -194,6 +229,7 @@ class Scheduler:
             preemptions=self._preemptions,
             speculation_steps=dict(self._guesses.reasons),
             target_version=self.target_version,
+            is_paused=self._pause is not None,
             **step,
         )
 
@@ -219,6 +255,9 @@ class Scheduler:
         for request in list(self._waiting):
             if request.in_flight:
                 continue  # preempted with tokens under way, which will come with the next commit
+            if self._pause and not request.has_begun:
+                continue
+            request.take_root(self._weights)
             if not self._wants_prompt_work(request):
                 return
             while True:
@@ -277,36 +316,8 @@ class Scheduler:
         prompts_wait = any(request.length - request.num_computed > 1 for request in self._running)
         self._guesses.plan(plan, prompts_wait, any(any(step.wanted) for step, _, _ in self._under_way))
 
-    def _plan_prompts(self, plan: PlanBuilder) -> None:
-        """Gives what the step has left to prompts, most urgent first."""
-        decodes = plan.work.tokens
-        seconds = self._step_target(plan)
-        limit = self._config.max_step_tokens
-        for request in self._running:
-            remaining = request.length - request.num_computed
-            if remaining <= 1 or self._awaits_result(request):
-                continue
-            if not self._config.chunked_prefill:
-                if plan.work.tokens > decodes and plan.work.tokens + remaining > limit:
-                    return
-                plan.add(request, remaining)
-                continue
-            most = min(remaining, limit - plan.work.tokens)
-            if decodes:
-                fits = self.cost.chunk_within(seconds, plan.work, request.num_computed, most)
-                least = MIN_CHUNK if plan.work.tokens == decodes else 0
-                most = max(fits, min(least, most))
-            if most <= 0:
-                return
-            plan.add(request, most)
-
     def _awaits_result(self, request: Request) -> bool:
         return request.awaits_result(self._max_model_len, self._switch_length)
-
-    def _step_target(self, plan: PlanBuilder) -> float:
-        """Seconds this step may take while streams run."""
-        decode_seconds = self.cost.predict(plan.work)
-        return max(self._config.step_latency_ms / 1000, decode_seconds / DECODE_SHARE)
 
     def _preempt_for(self, request: Request) -> bool:
         """Makes room by pushing out a running request of lower priority and later deadline, if there is one."""

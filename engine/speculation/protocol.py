@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slipstream.engine.messages import TrafficLevel
 from slipstream.engine.models.protocol import CausalModel
+from slipstream.engine.models.weights import Weights
 from slipstream.engine.speculation.scratch import Scratch
 
 
@@ -156,6 +157,14 @@ class Drafter(ABC):
     def attach(self, host: DraftHost) -> None:
         """Called once, before anything that follows."""
         return
+
+    def prepare_target(self, weights: Weights) -> Callable[[], None]:
+        """The target is about to use these weights; called in another thread, while it drafts for the old ones.
+
+        What it returns is called when the target uses them, in the thread of the steps and between two of them. What
+        was computed with the old ones costs acceptance only.
+        """
+        return lambda: None
 
     def observe(self, computed: Sequence[Computed]) -> None:
         """What the target computed in a step; only called for drafters with taps."""

@@ -28,7 +28,6 @@ class NativeStack:
         self,
         shape: LayerShape,
         windows: Sequence[int],
-        embedding: PackedWeight,
         rope: tuple[Tensor, Tensor],
         dtype: torch.dtype,
     ) -> None:
@@ -50,11 +49,9 @@ class NativeStack:
             rope_cos=address(self._cos),
             rope_sin=address(self._sin),
             layers=self._c_layers,
-            embed=embedding.c,
         )
         # Whoever owns the memory that the struct points to.
-        self._embedding = embedding
-        self._weights: tuple[Sequence[LayerWeights], Tensor | None, PackedWeight]
+        self._weights: tuple[PackedWeight, Sequence[LayerWeights], Tensor | None, PackedWeight]
         self._cache = torch.empty(0)
         self._taps: tuple[int, ...] = ()
         self._c_taps = torch.empty(0, dtype=torch.int32)
@@ -62,13 +59,13 @@ class NativeStack:
         self._rows = torch.empty(0, dtype=torch.int32)
         self._logits = torch.empty(0, 0)
 
-    def use(self, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
+    def use(self, embedding: Weight, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
         for c, layer, window in zip(self._c_layers, layers, self._windows, strict=True):
             assert isinstance(layer, NativeLayer)
             layer.describe(c, window)
-        assert isinstance(output, PackedWeight)
-        self._c.lm_head, self._c.final_norm = output.c, address(norm)
-        self._weights = layers, norm, output
+        assert isinstance(embedding, PackedWeight) and isinstance(output, PackedWeight)
+        self._c.embed, self._c.lm_head, self._c.final_norm = embedding.c, output.c, address(norm)
+        self._weights = embedding, layers, norm, output
 
     def forward(
         self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()
@@ -87,7 +84,7 @@ class NativeStack:
         return Forward(hidden, features)
 
     def logits(self, hidden: Tensor, rows: Int32 | None = None) -> Tensor:
-        count, vocab = len(hidden) if rows is None else len(rows), self._weights[2].n
+        count, vocab = len(hidden) if rows is None else len(rows), self._weights[3].n
         if self._logits.shape[1] != vocab or count > len(self._logits):
             # Kept, because fresh memory of this size is mapped page by page at every step.
             self._logits = torch.empty(count, vocab)
@@ -153,6 +150,5 @@ class NativeCompute(Compute):
         memory = torch.zeros(count, NativeLayer.num_elems(shape), dtype=self.formats.compute)
         return [NativeLayer(shape, self.formats.compute, part) for part in memory]
 
-    def stack(self, shape: LayerShape, windows: Sequence[int], embedding: Weight, rope: tuple[Tensor, Tensor]) -> Stack:
-        assert isinstance(embedding, PackedWeight)
-        return NativeStack(shape, windows, embedding, rope, self.formats.compute)
+    def stack(self, shape: LayerShape, windows: Sequence[int], rope: tuple[Tensor, Tensor]) -> Stack:
+        return NativeStack(shape, windows, rope, self.formats.compute)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
+from slipstream.engine.models import weights
 from slipstream.engine.models.loader import build_model, load_model
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.kernels.batch import make_batch
@@ -229,7 +230,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, change: Any, messag
     model = load(tmp_path, kernels)
     change(tensors)
     with pytest.raises(ModelError, match=message):
-        model.load(tensors.items())
+        weights.load(model, tensors.items())
 
 
 def test_a_fallback_model_with_missing_weights_is_refused(tmp_path: Path) -> None:

@@ -30,12 +30,14 @@ class _Live:
 
     def __init__(self, head: TrainableHead, target: DecoderConfig, embedding: Tensor) -> None:
         model = Decoder(target, TorchCompute(Formats.of(torch.float32), torch.device("cpu")), 256)
-        model.embedding.fill(embedding)
+        weights = model.new_weights()
+        weights.embedding.fill(embedding)
+        model.use(weights)
         self._table = np.arange(16, dtype=np.int32)[None]
         self._network = HeadNetwork(head.config, model, 16, BLOCK, 256)
-        weights = HeadWeights(head.config, model)
-        weights.fill(head.tensors())
-        self._network.use(weights)
+        ours = HeadWeights(head.config, model)
+        ours.fill(head.tensors())
+        self._network.use(ours)
 
     def outputs(self, tokens: np.ndarray, features: Tensor, known: int, guesses: int) -> Tensor:
         """After ``known`` tokens, then after so many guesses that are the tokens that came: [1 + guesses, hidden]."""

@@ -10,7 +10,8 @@ import pytest
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.testing import LocalEngine, OracleDrafter
+from slipstream.engine.speculation.oracles import OracleDrafter
+from slipstream.engine.testing import LocalEngine
 
 ORIGINAL = 64
 PHI3 = {

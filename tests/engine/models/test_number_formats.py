@@ -10,6 +10,7 @@ from torch import Tensor
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.models.decoder import Decoder
+from slipstream.engine.models.weights import load
 from slipstream.engine.testing import TINY_LLAMA
 from slipstream.kernels import torch_stack
 from slipstream.kernels.batch import make_batch
@@ -53,7 +54,7 @@ class Int8Weight:
 def hidden(formats: Formats) -> tuple[Tensor, int]:
     """Of 40 tokens in two steps; and the bytes of the cache."""
     model = Decoder(decoder_config(TINY_LLAMA), TorchCompute(formats, CPU), 64)
-    model.load(dummy_tensors(TINY_LLAMA, 0))
+    load(model, dummy_tensors(TINY_LLAMA, 0))
     cache = model.new_cache(4, 16)
     ids = np.random.default_rng(0).integers(0, 96, 40).astype(np.int32)
     found = []

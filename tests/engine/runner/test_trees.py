@@ -15,6 +15,7 @@ from slipstream.engine.models.config import decoder_config
 from slipstream.engine.models.decoder import Decoder
 from slipstream.engine.models.loader import COMPUTES
 from slipstream.engine.models.protocol import CausalModel
+from slipstream.engine.models.weights import load
 from slipstream.engine.runner.trees import BranchSegments
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.engine.speculation.tree import Tree, affordable, branches, depths
@@ -76,7 +77,7 @@ def model(request: pytest.FixtureRequest) -> CausalModel:
     config = decoder_config(CONFIG)
     compute = COMPUTES[request.param](Formats.of(torch.float32), torch.device("cpu"))
     made = Decoder(config, compute, 512)
-    made.load((name, tensor * (10 if tensor.ndim == 2 else 1)) for name, tensor in dummy_tensors(CONFIG, 0))
+    load(made, ((name, tensor * (10 if tensor.ndim == 2 else 1)) for name, tensor in dummy_tensors(CONFIG, 0)))
     return made
 
 

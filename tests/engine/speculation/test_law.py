@@ -30,9 +30,10 @@ from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.loader import build_model
 from slipstream.engine.runner import runner
 from slipstream.engine.runner.sampler import Sampled, SamplingBatch, sample
+from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.speculation.tree import Tree, branches
-from slipstream.engine.testing import LocalEngine, OracleDrafter, TreeOracleDrafter
+from slipstream.engine.testing import LocalEngine
 from slipstream.kernels import ops
 from slipstream.kernels.compute import Formats
 from slipstream.kernels.random import uniform

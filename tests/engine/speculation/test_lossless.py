@@ -12,8 +12,9 @@ from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.models.config import DecoderConfig
+from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter
-from slipstream.engine.testing import LocalEngine, OracleDrafter, TreeOracleDrafter
+from slipstream.engine.testing import LocalEngine
 
 Engine = Callable[..., LocalEngine]
 PARAMS: dict[str, dict[str, Any]] = {

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from slipstream.engine.speculation.oracles import OracleDrafter
 from slipstream.engine.speculation.protocol import DraftRow
-from slipstream.engine.testing import OracleDrafter
 
 
 def test_guesses_are_right_as_often_as_told_on_every_walk() -> None:

@@ -24,8 +24,9 @@ from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.models.loader import build_model
 from slipstream.engine.operations import ResetPrefixCache, SwapDrafter
+from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter, DraftRow
-from slipstream.engine.testing import Completion, LocalEngine, OracleDrafter, TreeOracleDrafter
+from slipstream.engine.testing import Completion, LocalEngine
 from slipstream.kernels.compute import Formats
 
 Engine = Callable[..., LocalEngine]

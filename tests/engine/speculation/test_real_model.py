@@ -11,8 +11,9 @@ import pytest
 from slipstream.drafter.choice import make_drafters
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
+from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter
-from slipstream.engine.testing import LocalEngine, OracleDrafter, TreeOracleDrafter
+from slipstream.engine.testing import LocalEngine
 from slipstream.kernels.native.library import isa
 
 LENGTH = 128
