@@ -119,7 +119,14 @@ class EngineSupervisor:
 
     async def _replace(self) -> None:
         began = time.monotonic()
-        engine = await self._start(self._engine)
+        before = self._engine
+        engine = await self._start(before)
+        if before is not None and (lost := before.stats.target_version):
+            logger.error(
+                "the engine that ended had version %d of the target's weights, the new one has those of the model's "
+                "files (version 0): send the update again",
+                lost,
+            )
         self._ready_at = time.monotonic()
         self._start_seconds = self._ready_at - began
         self._on_start(engine)

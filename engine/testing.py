@@ -125,8 +125,8 @@ class SimulatedRunner:
 
     A cache position holds a digest of all tokens up to and including its own, which is what real keys and values
     depend on, of whether the sequence was longer than the switch length, and of the weights. A step that attends to a
-    position holding anything else is an error in scheduling or block sharing; only a row that was there when ``weights``
-    changed may read what older ones made.
+    position holding anything else is an error in scheduling or block sharing; only a row that was there when the
+    weights changed may read what older ones made.
     With ``right``, it guesses at every chance, each guess with this probability right.
     """
 
@@ -184,7 +184,7 @@ class SimulatedRunner:
             for position in range(start + count + drafts):
                 found = self._cells[self._cell(slot, position)]
                 known = range(self._entered[slot], self.weights + 1)
-                assert found in (self._digest(slot, position, drafts, each) for each in known), "stale keys and values"
+                assert found in [self._digest(slot, position, drafts, each) for each in known], "stale keys and values"
         drawn = [
             self._draw(slot, drafts) if wanted else []
             for (slot, _, _, drafts), wanted in zip(rows, plan.samples, strict=True)

@@ -271,7 +271,9 @@ class Service:
         if self.engine.num_open and silence > self.config.health_stall_s:
             reason = f"{self.engine.num_open} sequences are open and no step has ended for {silence:.0f} s"
             return 503, {"status": "stalled", "reason": reason}
-        return 200, {"status": "draining" if self.phase == "draining" else "ok"}
+        if self.phase == "draining":
+            return 200, {"status": "draining"}
+        return 200, {"status": "paused" if self.engine.stats.is_paused else "ok"}
 
     def ready(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body: should requests be sent here?"""

@@ -1,0 +1,376 @@
+"""Updates of the target's weights while it serves: what comes after one is what a fresh engine would say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from slipstream.drafter.head import layout
+from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
+from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SupersededError
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.models.config import DecoderConfig, decoder_config
+from slipstream.engine.operations import (
+    BeginTargetUpdate,
+    CancelTargetUpdate,
+    FillTarget,
+    FinishTargetUpdate,
+    Operation,
+    Pause,
+    ReadTarget,
+    Resume,
+    UpdateMode,
+)
+from slipstream.engine.speculation.protocol import Drafter
+from slipstream.engine.testing import LocalEngine
+
+Tensors = dict[str, Tensor]
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+PROMPTS = [[1, 2, 3], list(range(20)), [7] * 40]
+MODES = get_args(UpdateMode)
+
+
+def policy(seed: int, config: dict[str, Any] = CONFIG) -> Tensors:
+    """Large weights, so that the next token depends on those before it, and on the seed."""
+    return {name: tensor * (10 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(config, seed)}
+
+
+def write(folder: Path, seed: int, config: dict[str, Any] = CONFIG) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(policy(seed, config), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same model with three sets of weights."""
+    root = tmp_path_factory.mktemp("policies")
+    return [write(root / str(seed), seed) for seed in range(3)]
+
+
+def engine(folder: Path, drafters: Sequence[Drafter] = (), **fields: Any) -> LocalEngine:
+    options: dict[str, Any] = {"kv_cache_memory": "4MiB", "max_running": 8, "dtype": "float32", "pipeline": "off"}
+    return LocalEngine(EngineConfig(model=str(folder), **(options | fields)), drafters)
+
+
+@pytest.fixture(scope="module")
+def fresh(folders: list[Path]) -> Callable[[int], list[list[int]]]:
+    """What an engine says that begins with the weights of this number."""
+    answers = []
+    for folder in folders:
+        local = engine(folder)
+        answers.append([done.tokens for done in local.generate(PROMPTS, GREEDY)])
+        local.close()
+    assert answers[0] != answers[1] != answers[2], "the weights have to matter"
+    return lambda which: answers[which]
+
+
+@pytest.fixture
+def local(folders: list[Path]) -> Iterator[LocalEngine]:
+    local = engine(folders[0])
+    yield local
+    local.close()
+
+
+def wait(local: LocalEngine, done: Future[Any]) -> Any:
+    while not done.done():
+        local.step() if local.engine.core.has_work else local.engine.poll()
+    return done.result()
+
+
+def tell(local: LocalEngine, *operations: Operation[Any]) -> Any:
+    """The answer to the last one."""
+    return [wait(local, local.engine.operate(operation)) for operation in operations][-1]
+
+
+def buckets(tensors: Tensors, rng: Random) -> list[tuple[bytes, dict[str, int]]]:
+    """All rows of all tensors, cut anywhere, in any order."""
+    parts: list[tuple[str, int, Tensor]] = []
+    for name, tensor in tensors.items():
+        cuts = sorted({0, len(tensor), *(rng.randrange(len(tensor)) for _ in range(rng.randrange(3)))})
+        parts += [(name, begin, tensor[begin:end].clone()) for begin, end in pairwise(cuts)]
+    rng.shuffle(parts)
+    made: list[tuple[bytes, dict[str, int]]] = []
+    while parts:
+        bucket: dict[str, tuple[int, Tensor]] = {}
+        while parts and parts[-1][0] not in bucket and len(bucket) < 5:
+            name, begin, rows = parts.pop()
+            bucket[name] = (begin, rows)
+        made.append((save({name: rows for name, (_, rows) in bucket.items()}), {n: b for n, (b, _) in bucket.items()}))
+    return made
+
+
+def update(local: LocalEngine, version: int, tensors: Tensors, mode: UpdateMode, rng: Random | None = None) -> Any:
+    fills = [FillTarget(version, *bucket) for bucket in buckets(tensors, rng or Random(version))]
+    return tell(local, BeginTargetUpdate(version, mode), *fills, FinishTargetUpdate(version))
+
+
+@pytest.mark.parametrize("options", [{}, {"kernels": "torch"}, {"dtype": "bfloat16"}, {"pipeline": "on"}], ids=str)
+def test_after_an_update_the_engine_is_a_fresh_one(
+    folders: list[Path], fresh: Callable[[int], list[list[int]]], options: dict[str, Any]
+) -> None:
+    """Whatever it said before, and though the prompts are the same."""
+    local = engine(folders[0], **options)
+    before = [done.tokens for done in local.generate(PROMPTS, GREEDY)]
+    report = update(local, 5, policy(1), "recompute")
+    assert report.version == 5 and 0 <= report.pause_seconds < report.prepare_seconds
+    after = local.generate(PROMPTS, GREEDY)
+    other = engine(folders[1], **options)
+    assert [done.tokens for done in after] == [done.tokens for done in other.generate(PROMPTS, GREEDY)] != before
+    assert {delta.target_version for done in after for delta in done.deltas} == {5}
+    assert local.stats.target_version == 5
+    if options != {"dtype": "bfloat16"}:
+        assert [done.tokens for done in after] == fresh(1)
+    local.close()
+    other.close()
+
+
+@settings(max_examples=15)
+@given(st.randoms(use_true_random=False), st.integers(0, 2))
+def test_buckets_may_be_cut_anywhere_and_come_in_any_order(
+    folders: list[Path], fresh: Callable[[int], list[list[int]]], rng: Random, which: int
+) -> None:
+    local = engine(folders[2])
+    update(local, 1, policy(which), "keep", rng)
+    assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(which)
+    local.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pipeline", ["off", "on"])
+def test_what_becomes_of_running_requests(
+    folders: list[Path], fresh: Callable[[int], list[list[int]]], mode: UpdateMode, pipeline: str
+) -> None:
+    local = engine(folders[0], pipeline=pipeline)
+    long = SamplingParams(max_tokens=60, temperature=0.0)
+    running = [local.submit(prompt, long) for prompt in PROMPTS]
+    for _ in range(8):
+        local.step()
+    fills = [FillTarget(1, *bucket) for bucket in buckets(policy(1), Random(0))]
+    tell(local, BeginTargetUpdate(1, mode), *fills)
+    assert all(delta.target_version == 0 for done in running for delta in done.deltas)
+    tell(local, FinishTargetUpdate(1))
+    local.finish()
+    for prompt, done in zip(PROMPTS, running, strict=True):
+        old = [token for delta in done.deltas if not delta.target_version for token in delta.tokens]
+        if mode == "abort":
+            assert done.finish_reason == "abort" and done.tokens == old
+            continue
+        assert done.finish_reason == "length" and 0 < len(old) < len(done.tokens) == 60
+        if mode == "recompute":  # the new weights go on with the text as if it were their own prompt
+            other = engine(folders[1])
+            rest = SamplingParams(max_tokens=60 - len(old), temperature=0.0)
+            assert [each.tokens for each in other.generate([[*prompt, *old]], rest)] == [done.tokens[len(old) :]]
+            other.close()
+    assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(1)
+    local.close()
+
+
+def random_head(target: DecoderConfig) -> FirstHead:
+    config = layout.config_for(target, 16)
+    tensors = layout.random_tensors(config, 0)
+    rows = layout.draft_tokens(config, tensors)
+    return FirstHead(config, {**tensors, "lm_head.weight": policy(0)["lm_head.weight"][rows]})
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_head_guesses_with_the_rows_of_the_new_output_matrix(
+    folders: list[Path], fresh: Callable[[int], list[list[int]]], kernels: str
+) -> None:
+    head = HeadDrafter(random_head, stop_below=0.0)
+    local = engine(folders[0], [head], kernels=kernels, speculation_policy="fixed", max_draft_tokens=3)
+    local.generate(PROMPTS, GREEDY)
+
+    def rows() -> Tensor:
+        [held] = head._held.values()
+        assert held.weights.output is not None
+        return held.weights.output.rows(torch.arange(16))
+
+    chosen = layout.draft_tokens(
+        *[getattr(random_head(decoder_config(CONFIG)), name) for name in ("config", "tensors")]
+    )
+    assert torch.equal(rows(), policy(0)["lm_head.weight"][chosen])
+    update(local, 1, policy(1), "recompute")
+    assert torch.equal(rows(), policy(1)["lm_head.weight"][chosen])
+    done = local.generate(PROMPTS, GREEDY)
+    assert [each.tokens for each in done] == fresh(1)
+    assert sum(delta.num_drafted for each in done for delta in each.deltas) > 10
+    local.close()
+
+
+def test_a_model_that_runs_through_transformers_is_updated_too(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def write_fallback(seed: int) -> Path:
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = AutoConfig.for_model("gpt_neox", vocab_size=64, max_position_embeddings=128, **sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(seed))
+        return tmp_path / str(seed)
+
+    first, second = write_fallback(0), write_fallback(1)
+    local, other = engine(first), engine(second)
+    expected = [done.tokens for done in other.generate(PROMPTS, GREEDY)]
+    assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] != expected
+    tell(local, BeginTargetUpdate(1), ReadTarget(1, str(second)), FinishTargetUpdate(1))
+    assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == expected
+    local.close()
+    other.close()
+
+
+def test_weights_may_come_from_files(local: LocalEngine, folders: list[Path], fresh: Any) -> None:
+    tell(local, BeginTargetUpdate(1), ReadTarget(1, str(folders[1])), FinishTargetUpdate(1))
+    assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(1)
+    tell(local, BeginTargetUpdate(2), ReadTarget(2, str(folders[2] / "model.safetensors")), FinishTargetUpdate(2))
+    assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(2)
+
+
+class Broken:
+    """An update that cannot be finished, in one of many ways."""
+
+    def __init__(self, operations: Sequence[Operation[Any]], message: str, error: type[Exception] = ModelError) -> None:
+        self.operations, self.message, self.error = operations, message, error
+
+
+def without(name: str) -> bytes:
+    return save({each: tensor for each, tensor in policy(1).items() if each != name})
+
+
+NORM = "model.norm.weight"
+BROKEN = {
+    "a tensor is missing": Broken([FillTarget(1, without(NORM)), FinishTargetUpdate(1)], "lacks 1 tensors.*norm"),
+    "a row is missing": Broken(
+        [FillTarget(1, without(NORM)), FillTarget(1, save({NORM: torch.ones(63)}), {NORM: 1}), FinishTargetUpdate(1)],
+        "lacks 1 tensors",
+    ),
+    "nothing came": Broken([FinishTargetUpdate(1)], "lacks"),
+    "a size is wrong": Broken([FillTarget(1, save({NORM: torch.ones(65)}))], "has shape"),
+    "rows lie outside": Broken([FillTarget(1, save({NORM: torch.ones(60)}), {NORM: 10})], "has shape.*row 10"),
+    "rows before the first": Broken([FillTarget(1, save({NORM: torch.ones(60)}), {NORM: -1})], "has shape"),
+    "an unknown name": Broken([FillTarget(1, save({"model.nose": torch.ones(3)}))], "model.nose"),
+    "no safetensors": Broken([FillTarget(1, b"what")], "no safetensors file"),
+    "no such file": Broken([ReadTarget(1, "/nowhere/at/all")], "no model at"),
+    "another version": Broken([FinishTargetUpdate(2)], "no update to version 2 is under way, but one to version 1"),
+    "it was cancelled": Broken([CancelTargetUpdate(1), FinishTargetUpdate(1)], "but none"),
+    "another was begun": Broken([BeginTargetUpdate(3), FillTarget(1, without(NORM))], "but one to version 3"),
+    "no number": Broken([BeginTargetUpdate(-1)], "from 0 on", ConfigError),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_an_update_that_is_broken_off_leaves_the_old_weights(
+    local: LocalEngine, folders: list[Path], fresh: Any, broken: Broken
+) -> None:
+    running = local.submit(PROMPTS[0], GREEDY)
+    with pytest.raises(broken.error, match=broken.message):
+        tell(local, BeginTargetUpdate(1), *broken.operations)
+    local.finish()
+    assert running.tokens == fresh(0)[0] and local.stats.target_version == 0
+    assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(0)
+    update(local, 4, policy(1), "recompute")
+    assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(1)
+
+
+def test_after_a_failure_nothing_more_is_taken_and_the_reason_is_told(local: LocalEngine, fresh: Any) -> None:
+    with pytest.raises(ModelError, match="has shape"):
+        tell(local, BeginTargetUpdate(1), FillTarget(1, save({NORM: torch.ones(65)})))
+    for operation in (FillTarget(1, save(policy(1))), FinishTargetUpdate(1)):
+        with pytest.raises(ModelError, match="cannot be finished: tensor .* has shape"):
+            tell(local, operation)
+    assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(0)
+
+
+def test_other_models_are_refused(local: LocalEngine, tmp_path: Path) -> None:
+    for change in ({"rope_theta": 5.0}, {"num_hidden_layers": 1}, {"rms_norm_eps": 0.1}, {"model_type": "qwen2"}):
+        other = write(tmp_path / "other", 1, CONFIG | change)
+        with pytest.raises(MisfitError, match="is not the model that runs here"):
+            tell(local, BeginTargetUpdate(1), ReadTarget(1, str(other)))
+
+
+def test_cancelling_while_it_is_finished_leaves_the_old_weights(local: LocalEngine, fresh: Any) -> None:
+    tell(local, BeginTargetUpdate(1), FillTarget(1, save(policy(1))))
+    finishing = local.engine.operate(FinishTargetUpdate(1))
+    cancelled = local.engine.operate(CancelTargetUpdate(1))
+    with pytest.raises((SupersededError, ModelError), match="cancelled"):
+        wait(local, finishing)
+    wait(local, cancelled)
+    assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(0)
+
+
+def test_no_memory_for_a_second_set_of_weights_is_said(local: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slipstream.engine.target_update.available_memory", lambda _: 1 << 20)
+    with pytest.raises(ModelError, match=r"other weights take .* and only 1.0 MiB of memory are free"):
+        tell(local, BeginTargetUpdate(1))
+
+
+def test_fifty_updates_leave_nothing_behind(local: LocalEngine, fresh: Any) -> None:
+    """Old weights are freed, and a block is held by nobody."""
+    import gc
+    import weakref
+
+    seen = weakref.WeakSet[Any]()
+    long = SamplingParams(max_tokens=100, temperature=0.0)
+    for number in range(1, 51):
+        local.submit(PROMPTS[number % 3], long)
+        local.step()
+        mode: UpdateMode = MODES[number % 3]
+        update(local, number, policy(number % 3), mode)
+        seen.add(local.engine.loaded.model._weights)  # type: ignore[attr-defined]
+    gc.collect()
+    assert len(seen) == 1
+    local.finish()
+    assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(50 % 3)
+    assert local.engine.scheduler.kv.pool.num_used == 0
+
+
+def test_an_engine_that_is_paused_does_nothing_and_goes_on(local: LocalEngine, fresh: Any) -> None:
+    running = [local.submit(prompt, GREEDY) for prompt in PROMPTS]
+    for _ in range(3):
+        local.step()
+    tell(local, Pause("keep"))
+    assert local.stats.is_paused is False and local.engine.core.stats().is_paused
+    assert not local.engine.core.has_work
+    late = local.submit(PROMPTS[0], GREEDY)
+    assert not local.engine.core.has_work
+    tell(local, Resume())
+    local.finish()
+    assert [done.tokens for done in running] == fresh(0) and late.tokens == fresh(0)[0]
+
+
+def test_an_update_in_a_pause(local: LocalEngine, fresh: Any) -> None:
+    running = local.submit(PROMPTS[0], GREEDY)
+    local.step()
+    tell(local, Pause("recompute"))
+    waiting = local.submit(PROMPTS[1], GREEDY)
+    update(local, 1, policy(1), "recompute")
+    assert not local.engine.core.has_work and not waiting.deltas
+    tell(local, Resume())
+    local.finish()
+    assert waiting.tokens == fresh(1)[1] and running.finish_reason == "length"
