@@ -82,7 +82,7 @@ class Decoder:
     def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Tensor]]:
         theirs = decoder_config(checkpoint.config) if is_own(checkpoint.config) else None
         if theirs is None or (wrong := self.config.differences(theirs)):
-            what = checkpoint.config.get("model_type") if theirs is None else f"its {wrong[0]} is {wrong[1]}"
+            what = checkpoint.config.get("model_type") if theirs is None else f"its {wrong[0][0]} is {wrong[0][1]}"
             raise MisfitError(f"{checkpoint.path} is not the model that runs here: {what}")
         return checkpoint.tensors()
 
