@@ -61,10 +61,6 @@ class Listener(ABC):
     def finish(self, ended: EndedRequest) -> None:
         """A request that began has ended."""
 
-    def target_changed(self, version: int, model: CausalModel) -> None:
-        """The model computes with other weights from now on, which are this version; called between two steps."""
-        return
-
     @property
     @abstractmethod
     def stats(self) -> TrafficStats:
@@ -124,11 +120,6 @@ class Listeners:
             for guarded in self._all:
                 guarded.finish(ended)
 
-    def target_changed(self, version: int, model: CausalModel) -> None:
-        """The model computes with other weights from now on."""
-        for guarded in self._all:
-            guarded.target_changed(version, model)
-
     def stats(self) -> TrafficStats:
         """The counts of the first one, which keeps the traffic."""
         return self._all[0].listener.stats if self._all else TrafficStats()
@@ -174,12 +165,6 @@ class _Guarded:
             self.listener.finish(ended)
         except Exception:
             self._faults.tell("keeping a request", "it is not kept")
-
-    def target_changed(self, version: int, model: CausalModel) -> None:
-        try:
-            self.listener.target_changed(version, model)
-        except Exception:
-            self._faults.tell("hearing of the target's new weights", "what is kept of requests may not be learned from")
 
     def _spoil(self, request_ids: Sequence[int]) -> None:
         self._spoiled.update(request_ids)
