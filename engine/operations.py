@@ -83,7 +83,7 @@ class FillTarget(Operation[None], frozen=True, array_like=True, tag="fill_target
     tensors: bytes
     """A safetensors file: tensors by their Hugging Face names, in any number format."""
     first_rows: dict[str, int] = {}
-    """Where a tensor begins with another row than the first."""
+    """Of tensors that are only a part of the rows, the first of these."""
 
 
 class ReadTarget(Operation[None], frozen=True, array_like=True, tag="read_target"):

@@ -110,7 +110,7 @@ class TargetUpdates:
             try:
                 for name, rows in read():
                     update.check()
-                    update.weights.fill(name, rows, first_rows.get(name, 0))
+                    update.weights.fill(name, rows, first_rows.get(name))
             except Exception as error:
                 update.failure = update.failure or str(error)
                 raise

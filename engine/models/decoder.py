@@ -28,10 +28,10 @@ class DecoderWeights:
         self.norm = compute.norm(config.hidden)
         self._compute, self._slots = compute, WeightSlots(config.parameters)
 
-    def fill(self, name: str, rows: Tensor, first_row: int = 0) -> None:
+    def fill(self, name: str, rows: Tensor, first_row: int | None = None) -> None:
         if self._slots.take(name, rows, first_row):
             with self._compute.filling():
-                for row, part in pieces(rows, first_row):
+                for row, part in pieces(rows, first_row or 0):
                     self._fill(name, part, row)
 
     def check_complete(self) -> None:

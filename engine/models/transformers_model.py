@@ -58,14 +58,14 @@ class _ModuleWeights:
         self._values = {name: torch.empty_like(parameters[name]) for name in first.values()}
         self._slots = WeightSlots({name: tuple(value.shape) for name, value in self._values.items()})
 
-    def fill(self, name: str, rows: Tensor, first_row: int = 0) -> None:
+    def fill(self, name: str, rows: Tensor, first_row: int | None = None) -> None:
         name = self._names.get(name, name)
         if self._slots.take(name, rows, first_row):
             value = self._values[name]
             if not rows.dim():
                 value.copy_(rows)
                 return
-            for row, part in pieces(rows, first_row):
+            for row, part in pieces(rows, first_row or 0):
                 value[row : row + len(part)].copy_(part)
 
     def check_complete(self) -> None:

@@ -27,8 +27,8 @@ PIECE_ELEMS, PIECE_ROWS = 1 << 16, 64
 class Weights(Protocol):
     """All weights of a model, which compute nothing before the model uses them."""
 
-    def fill(self, name: str, rows: Tensor, first_row: int = 0) -> None:
-        """Copies rows first_row, first_row + 1, … of a tensor, by its Hugging Face name, to their place.
+    def fill(self, name: str, rows: Tensor, first_row: int | None = None) -> None:
+        """Copies a tensor, by its Hugging Face name, to its place: all of it, or the rows first_row, first_row + 1, …
 
         May run in another thread than the model. Raises ModelError for a name or a size that the model does not have.
         """
@@ -71,7 +71,7 @@ class WeightSlots:
         }
         """Rows that have not come, of tensors that are not complete."""
 
-    def take(self, name: str, rows: Tensor, first_row: int = 0) -> bool:
+    def take(self, name: str, rows: Tensor, first_row: int | None = None) -> bool:
         """True when the model has this parameter; raises ModelError on a wrong shape or an unknown name."""
         size = self._expected.get(name)
         if size is None:
@@ -80,12 +80,14 @@ class WeightSlots:
                 return False
             raise ModelError(f"the checkpoint holds a tensor {name!r} that this architecture does not have")
         shape = tuple(rows.shape) or (1,)
-        end = first_row + shape[0]
-        if shape[1:] != size[1:] or len(shape) != len(size) or not 0 <= first_row <= end <= size[0]:
-            where = f", from row {first_row} on," if first_row else ""
-            raise ModelError(f"tensor {name!r} has shape {list(shape)}{where} the configuration needs {list(size)}")
+        begin = first_row or 0
+        end = begin + shape[0]
+        fits = shape == size if first_row is None else shape[1:] == size[1:] and 0 <= begin <= end <= size[0]
+        if not fits:
+            where = "" if first_row is None else f" from row {first_row} on"
+            raise ModelError(f"tensor {name!r} has shape {list(shape)}{where}, the configuration needs {list(size)}")
         if (missing := self._missing.get(name)) is not None:
-            missing[first_row:end] = False
+            missing[begin:end] = False
             if not missing.any():
                 del self._missing[name]
         return True

@@ -270,6 +270,7 @@ BROKEN = {
         "lacks 1 tensors",
     ),
     "nothing came": Broken([FinishTargetUpdate(1)], "lacks"),
+    "rows without their place": Broken([FillTarget(1, save({NORM: torch.ones(5)}))], "has shape"),
     "a size is wrong": Broken([FillTarget(1, save({NORM: torch.ones(65)}))], "has shape"),
     "rows lie outside": Broken([FillTarget(1, save({NORM: torch.ones(60)}), {NORM: 10})], "has shape.*row 10"),
     "rows before the first": Broken([FillTarget(1, save({NORM: torch.ones(60)}), {NORM: -1})], "has shape"),
