@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+from pathlib import Path
 
 import msgspec
 
 from slipstream.engine.checkpoint import Checkpoint, open_checkpoint
+from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.engine.checkpoint.shapes import FAMILIES
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
@@ -18,6 +21,8 @@ WHOLE_BYTES = 32 << 20
 """Larger tensors are sampled."""
 SAMPLES = 512
 SAMPLE_BYTES = 64 << 10
+END_BYTES = 1 << 20
+"""Read of a file where it is only to be told from others."""
 
 
 def target_fingerprint(checkpoint: Checkpoint, lineage: str = "") -> str:
@@ -52,6 +57,28 @@ def served_fingerprint(config: EngineConfig) -> str:
     if not lineage and config.load_format == "dummy":
         lineage = f"dummy weights {config.seed}"
     return target_fingerprint(open_checkpoint(config.model), lineage)
+
+
+def traffic_target(config: EngineConfig) -> str:
+    """Whose traffic is kept in one store: that of a lineage, or of the same files."""
+    return served_fingerprint(config) if config.target_lineage else files_fingerprint(config)
+
+
+def files_fingerprint(config: EngineConfig) -> str:
+    """Tells the files of target models apart in no time: by sizes, beginnings and ends."""
+    path = locate(config.model)
+    files = [path] if path.is_file() else sorted([path / "config.json", *path.glob("*.safetensors")])
+    digest = hashlib.blake2b(digest_size=16)
+    if config.load_format == "dummy":
+        digest.update(b"dummy %d" % config.seed)
+    for file in files:
+        with Path(file).open("rb") as content:
+            size = content.seek(0, os.SEEK_END)
+            digest.update(b"%d " % size)
+            for begin in (0, max(size - END_BYTES, 0)):
+                content.seek(begin)
+                digest.update(content.read(END_BYTES))
+    return digest.hexdigest()
 
 
 def target_name(model: str, lineage: str) -> str:

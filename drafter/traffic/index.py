@@ -306,6 +306,16 @@ class TrafficIndex:
             db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", new.items())
 
     @guarded
+    def check(self, target: str) -> None:
+        """Raises ConfigError if the traffic is known to be another target's than this; see ``claim``."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'target'").fetchone()
+        if row is not None and row[0] != target:
+            raise ConfigError(
+                f"{self.folder} holds the traffic of another model, or of another lineage of it: --model and "
+                "--target-lineage must be those of the server that kept it"
+            )
+
+    @guarded
     def files_since(self) -> float:
         """When the target's weights began to come from the files of the server that wrote last, in seconds since 1970.
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.drafter.head.layout import default_taps
-from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.registry.fingerprint import files_fingerprint, served_fingerprint, traffic_target
 from slipstream.drafter.traffic import target_file
 from slipstream.drafter.traffic.config import TrafficConfig, parse_duration
 from slipstream.drafter.traffic.pages import FeaturePages, Track
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.traffic.target_file import EMBEDDING, OUTPUT, UpdatedWeights
 from slipstream.drafter.traffic.writer import TrafficWriter, load_hook
-from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.listening import EndedRequest, Listener
@@ -33,7 +29,6 @@ from slipstream.engine.units import parse_size
 
 MOST_POSITIONS = 4096
 """Positions of a request, from its end, whose features are kept."""
-END_BYTES = 1 << 20
 
 
 class _Recording:
@@ -224,8 +219,7 @@ def make_listeners(traffic: TrafficConfig, engine: EngineConfig) -> list[Listene
     buffer_bytes = parse_size(traffic.traffic_buffer, "traffic-buffer")
     redact = load_hook(traffic.traffic_redact) if traffic.traffic_redact else None
     max_age = parse_duration(traffic.traffic_max_age, "traffic-max-age")
-    folder, files = traffic.traffic_folder, files_id(engine)
-    target = served_fingerprint(engine) if engine.target_lineage else files
+    folder, target, files = traffic.traffic_folder, traffic_target(engine), files_fingerprint(engine)
 
     def open_store() -> TrafficStore:
         store = TrafficStore(folder, max_bytes, max_age)
@@ -240,20 +234,3 @@ def make_listeners(traffic: TrafficConfig, engine: EngineConfig) -> list[Listene
     writer, features = TrafficWriter(open_store, redact), traffic.traffic_log == "features"
     fingerprint = cache(lambda: served_fingerprint(engine))
     return [TrafficTap(writer, features, buffer_bytes, traffic.traffic_topk, target=fingerprint)]
-
-
-def files_id(engine: EngineConfig) -> str:
-    """Tells the files of target models apart: by sizes, beginnings and ends."""
-    path = locate(engine.model)
-    files = [path] if path.is_file() else sorted([path / "config.json", *path.glob("*.safetensors")])
-    digest = hashlib.blake2b(digest_size=16)
-    if engine.load_format == "dummy":
-        digest.update(b"dummy %d" % engine.seed)
-    for file in files:
-        with Path(file).open("rb") as content:
-            size = content.seek(0, os.SEEK_END)
-            digest.update(b"%d " % size)
-            for begin in (0, max(size - END_BYTES, 0)):
-                content.seek(begin)
-                digest.update(content.read(END_BYTES))
-    return digest.hexdigest()

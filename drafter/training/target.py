@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
-from slipstream.drafter.registry.fingerprint import target_fingerprint, target_name
+from slipstream.drafter.registry.fingerprint import target_fingerprint, target_name, traffic_target
 from slipstream.drafter.traffic import target_file
 from slipstream.drafter.traffic.recompute import Recompute
 from slipstream.drafter.traffic.store import Sample, TrafficStore
@@ -59,6 +59,8 @@ class Target:
     def __init__(self, model: str, draft_vocab_size: int, max_length: int, lineage: str = "") -> None:
         """``max_length`` in tokens, of texts whose features are recomputed. Raises ModelError."""
         self._checkpoint = open_checkpoint(model)
+        self._model = EngineConfig(model=model, target_lineage=lineage)
+        self._traffic_target = traffic_target(self._model)
         self.config = decoder_config(self._checkpoint.config)
         self.fingerprint = target_fingerprint(self._checkpoint, lineage)
         self.name = target_name(Path(self._checkpoint.path).name, lineage)
@@ -86,8 +88,10 @@ class Target:
     def follow(self, store: TrafficStore) -> bool:
         """Takes over the weights that serve now, of which the server tells beside the traffic; whether they are others.
 
-        Raises ModelError where these cannot be read: then they are as they were.
+        Raises ModelError where these cannot be read: then they are as they were. Raises ConfigError for a store that
+        holds the traffic of another target.
         """
+        store.index.check(self._traffic_target)
         folder, files_since = store.index.folder, store.index.files_since()
         found = target_file.read(folder, self.fingerprint, self.serving.updated)
         serving = Serving(found[0] if found else None, files_since)
@@ -158,8 +162,7 @@ class Target:
     def recompute(self) -> Recompute:
         """With the weights of the files; raises ConfigError for models that do not show hidden states."""
         if self._recompute is None:
-            options = EngineConfig(model=str(self._checkpoint.path))
-            device = find_device(options)
-            model = build_model(self._checkpoint, options, Formats.of(torch.bfloat16), device, self._max_length)
+            device = find_device(self._model)
+            model = build_model(self._checkpoint, self._model, Formats.of(torch.bfloat16), device, self._max_length)
             self._recompute = Recompute(model, self.taps, self._max_length)
         return self._recompute

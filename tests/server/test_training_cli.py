@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from slipstream.drafter.registry.fingerprint import traffic_target
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.testing import TINY_LLAMA
 from slipstream.server.cli import app
@@ -101,3 +104,17 @@ def test_what_cannot_work_is_said(cli: Cli, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no traffic store"):
         Cli(tmp_path)("train", "--minutes", 1)
     assert not (tmp_path / "traffic").exists()
+
+    store = TrafficStore(tmp_path / "traffic")
+    store.append([replace(text(number), target_version=3) for number in range(20)])
+    model = EngineConfig(model=str(cli.folder / "model"))
+    store.index.claim(traffic_target(model), "files")
+    store.close()
+    (tmp_path / "model").symlink_to(cli.folder / "model")
+    updated = Cli(tmp_path)
+    for command in (("train", "--minutes", 0.02), ("eval", cli.folder / "registry" / "versions" / "000001")):
+        with pytest.raises(ConfigError, match="20 texts cannot be learned from: 20 were answered by weights that do"):
+            updated(*command)
+    for command in ("train", "--minutes", 0.02), ("eval", 1):
+        with pytest.raises(ConfigError, match="traffic of another model, or of another lineage"):
+            updated(*command, "--target-lineage", "run 7")

@@ -261,6 +261,9 @@ def test_wrong_folders_are_refused(tmp_path: Path, make_sample: Make) -> None:
     store.append([make_sample(8)])
     with pytest.raises(ConfigError, match="another model"):
         store.index.claim("model b", "files")
+    store.index.check("model a")
+    with pytest.raises(ConfigError, match="--target-lineage must be"):
+        store.index.check("model b")
     store.close()
     database = sqlite3.connect(tmp_path / "t" / "index.sqlite")
     database.execute("PRAGMA user_version = 99")

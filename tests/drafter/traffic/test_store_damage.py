@@ -24,6 +24,7 @@ def use(folder: Path) -> None:
         lambda store: store.statistics(),
         lambda store: store.questions(),
         lambda store: store.index.files_since(),
+        lambda store: store.index.check("target"),
         lambda store: store.lock(),
         lambda store: store.index.claim("target", "files"),
         lambda store: store.expire(),

@@ -19,6 +19,8 @@ from slipstream.drafter.registry.states import Version
 from slipstream.engine.config import EngineConfig
 
 Head = tuple[HeadConfig, dict[str, torch.Tensor]]
+LINEAGE = "run 7"
+"""Versions of it are served, the one that comes with Slipstream among them."""
 PASSED = {"least_ratio": 1.1, "accept_length": 2.0}
 
 
@@ -46,7 +48,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
 
 @pytest.fixture(scope="module")
 def add(registry: Registry) -> Callable[..., Version]:
-    fingerprint = served_fingerprint(EngineConfig())
+    fingerprint = served_fingerprint(EngineConfig(target_lineage=LINEAGE))
 
     def add(head: Head, target: str = fingerprint, **fields: Any) -> Version:
         return registry.add(*head, target=target, origin="trained", **fields)
@@ -59,7 +61,7 @@ def server(registry: Registry, start_server: Callable[..., Any]) -> Any:
     return start_server(
         *("--registry", str(registry.folder), "--drafter", "warm", "--speculation", "head"),
         *("--speculation-policy", "fixed", "--max-draft-tokens", "3"),
-        *("--canary-share", "0.5", "--canary-requests", "20"),
+        *("--canary-share", "0.5", "--canary-requests", "20", "--target-lineage", LINEAGE),
     ).wait_until_ready()
 
 
@@ -198,7 +200,8 @@ def test_a_second_server_on_the_registry_follows_and_takes_over_when_the_first_e
     tmp_path: Path,
 ) -> None:
     learning = ("--evolve", "always", "--traffic-log", "features", "--traffic-folder", str(tmp_path))
-    second = start_server("--registry", str(registry.folder), "--speculation", "head", *learning).wait_until_ready()
+    options = ("--registry", str(registry.folder), "--speculation", "head", "--target-lineage", LINEAGE)
+    second = start_server(*options, *learning).wait_until_ready()
     try:
         second.wait_until(lambda: second.routes() == {"": first.version})
         assert (server.metric("drafter_registry_in_control"), second.metric("drafter_registry_in_control")) == (1, 0)
@@ -223,5 +226,12 @@ def test_a_second_server_on_the_registry_follows_and_takes_over_when_the_first_e
         second.wait_until(lambda: second.metric("evolution_worker_up") == 1)
         registry.unpin(first.version)
         second.wait_until(lambda: second.routes() == {"": first.version, "canary": last.version})
+
+        def worker_waits() -> bool:
+            report = second.get("/admin/v1/status")[1]["evolution"]["worker"]["report"]
+            assert report["state"] in ("starting", "waiting"), "its traffic, model and lineage are those of the server"
+            return report["state"] == "waiting" and "arithmetic" in report
+
+        second.wait_until(worker_waits)
     finally:
         second.stop()
