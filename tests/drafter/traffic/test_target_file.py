@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
+from slipstream.drafter.registry.fingerprint import served_fingerprint
 from slipstream.drafter.traffic import target_file
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.traffic.tap import make_listeners
 from slipstream.drafter.traffic.target_file import EMBEDDING, OUTPUT, UpdatedWeights
 from slipstream.drafter.traffic.writer import TrafficWriter
+from slipstream.drafter.training.target import Target
+from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models.loader import load_model
+from slipstream.engine.operations import BeginTargetUpdate, FillTarget, FinishTargetUpdate
 from slipstream.kernels.native.library import isa
 from slipstream.kernels.weight import DenseWeight, Weight
 
@@ -87,22 +93,38 @@ def test_of_a_damaged_file_nothing_wrong_is_told(tmp_path_factory: pytest.TempPa
         assert isinstance(found[0], UpdatedWeights) and found[0].target == "target"
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_the_tap_writes_what_the_engine_serves(
-    tmp_path: Path, kernels: str, config_for: Any, tapped_engine: Any, prompts: Any
+@pytest.mark.parametrize(("kernels", "lineage"), [(KERNELS[0], ""), (KERNELS[-1], "run 7")])
+def test_what_an_update_brings_reaches_who_trains(
+    tmp_path: Path, kernels: str, lineage: str, config_for: Any, tapped_engine: Any, prompts: Any, target: Path
 ) -> None:
-    folder = tmp_path / "t"
-    tapped = tapped_engine(folder, config_for(kernels=kernels), target=lambda: "target")
-    before = time.time()
-    engine = tapped.local.engine
-    engine.listeners.target_changed(7, engine.loaded.model)
+    """From the engine, through the tap and the store, to the target of the training worker."""
+    folder, config = tmp_path / "t", config_for(kernels=kernels, dtype="float32", threads=1, target_lineage=lineage)
+    tapped = tapped_engine(folder, config, target=lambda: served_fingerprint(config))
+    trained = Target(str(target), 48, 256, lineage)
+    local, shape = tapped.local, json.loads((target / "config.json").read_text())
     tapped.submit(prompts(20)[0])
-    assert len(tapped.samples()) == 1
-    found = target_file.read(folder, "target")
-    assert found is not None and found[0].version == 7 and before <= found[0].since <= time.time()
-    model = engine.loaded.model.decoder
-    assert torch.equal(found[1][EMBEDDING], content(model.embedding))
-    assert torch.equal(found[1][OUTPUT], content(model.output))
+    local.finish()
+    for version in (7, 8):  # one soon after the other
+        tensors = dict(dummy_tensors(shape, version))
+        operations = [BeginTargetUpdate(version), FillTarget(version, save(tensors)), FinishTargetUpdate(version)]
+        for done in [local.engine.operate(operation) for operation in operations]:
+            while not done.done():
+                local.engine.poll()
+                time.sleep(0.001)
+            done.result()
+    tapped.submit(prompts(21)[0])
+    old, new = sorted(tapped.samples(), key=lambda sample: sample.num_prompt)
+
+    store = TrafficStore(folder, create=False)
+    assert trained.follow(store) and trained.serving.version == 8
+    store.close()
+    served = local.engine.loaded.model.decoder
+    assert torch.equal(trained.embedding.bfloat16(), content(served.embedding))
+    assert torch.equal(trained.output.bfloat16(), content(served.output))
+    assert torch.equal(trained.output.bfloat16(), tensors["lm_head.weight"].bfloat16())
+    assert (old.target_version, new.target_version) == (0, 8)
+    assert new.features is not None and trained.unusable(new) is None
+    assert trained.unusable(old) == (None if lineage else "other weights")
 
 
 @pytest.mark.parametrize("version", [1, 0])
@@ -182,8 +204,6 @@ def test_a_store_of_a_lineage_is_one_for_all_its_weights(
 
 
 def test_a_served_lineage_stands_in_the_file(tmp_path: Path, config_for: Callable[..., EngineConfig]) -> None:
-    from slipstream.drafter.registry.fingerprint import served_fingerprint
-
     config = config_for(target_lineage="run 7")
     [tap] = make_listeners(TrafficConfig(traffic_log="tokens", traffic_folder=str(tmp_path / "t")), config)
     tap.target_changed(2, load_model(config).model)

@@ -207,7 +207,9 @@ async def test_training_is_paused_and_asked_for(admin: AdminClient, evolving: An
     evolving.wait_until(is_waiting)
     assert evolving.metric("evolution_worker_up") == 1
     assert (await admin.evolve("pause"))["paused"] is True
-    assert (await admin.status())["evolution"]["worker"]["paused"] is True
+    worker = (await admin.status())["evolution"]["worker"]
+    assert worker["paused"] is True
+    assert "arithmetic" in worker["report"], "it has begun: its traffic is that of the server's model and lineage"
     assert (await admin.evolve("resume"))["paused"] is False
     assert (await admin.evolve("train"))["report"]["state"] in ("waiting", "gating", "paused")
     assert evolving.metric("evolution_worker_restarts_total") == 0
