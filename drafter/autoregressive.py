@@ -41,7 +41,7 @@ class _Draft:
         self.chance += [before * probability for probability in likely]
 
     def best(self) -> list[int]:
-        """As many nodes as are wanted, the most likely ones first: each stands behind its parent."""
+        """The most likely nodes, at most as many as are wanted, in falling order: each stands behind its parent."""
         return sorted(range(len(self.chance)), key=lambda node: -self.chance[node])[: self.row.most]
 
     def proposal(self) -> Proposal:

@@ -16,7 +16,7 @@ MADE_HERE = ("warm", "cold", "random")
 
 
 def drafter_names(config: EngineConfig) -> list[str]:
-    """Those of --speculation and --drafter; raises ConfigError for what does not go together."""
+    """The drafters that --speculation and --drafter name; raises ConfigError for what does not go together."""
     speculation = config.speculation
     if speculation == "off":
         return []

@@ -47,11 +47,11 @@ class EngineHandle(Protocol):
     """Set when it has ended and nothing of it is left."""
 
     ids: Iterator[int]
-    """Of requests and calls; the same for engines that replace each other, so that none comes twice."""
+    """Ids for requests and calls; engines that replace each other share the iterator, so that no id comes twice."""
 
     @property
     def stats(self) -> EngineStats:
-        """As of the last step; counters go on from those of the engine that it replaced."""
+        """Statistics of the last step; counters go on from those of the engine that this one replaced."""
         ...
 
     @property
@@ -106,7 +106,7 @@ class RequestStream:
         self.on_last: Callable[[TokenDelta], None] | None = None
         """Called with the last delta when it arrives, also of a request whose deltas nobody reads any more."""
         self.lost = False
-        """It ended because the engine did."""
+        """Whether the request ended because the engine did."""
 
     def put(self, delta: TokenDelta) -> None:
         if len(self._deltas) >= MAX_WAITING_DELTAS:  # whoever reads them is slow

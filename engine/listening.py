@@ -1,4 +1,4 @@
-"""Those who hear what becomes of the requests that may be kept (``NewRequest.traffic``), and by which weights."""
+"""Listeners, which hear what becomes of requests that may be kept (``NewRequest.traffic``), and by which weights."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Listeners:
     def __init__(self, listeners: Sequence[Listener] = ()) -> None:
         self._all = [_Guarded(listener) for listener in listeners]
         self._watching: list[_Guarded] = []
-        """Those who see features."""
+        """Listeners that see features."""
 
     def taps(self, model: CausalModel, tapped: tuple[int, ...]) -> tuple[int, ...]:
         """Layers whose inputs are wanted: those that drafters see (``tapped``), or others if they see none."""

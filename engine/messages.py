@@ -99,7 +99,7 @@ class AbortRequests(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
 
     request_ids: list[int]
     stopped: bool = False
-    """They have said all that was wanted: a stop string ended the text."""
+    """The requests have said all that was wanted: a stop string ended the text."""
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
@@ -144,11 +144,11 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     num_drafted: int = 0
     """Guesses verified in this step."""
     num_accepted: int = 0
-    """Of them, those that were right and count."""
+    """Accepted draft tokens among the verified ones that count."""
     target_version: int = 0
     drafter_version: int = 0
-    """Of the learned drafter that had proposed what comes in this step, whether or not it was verified; 0 if nothing
-    was proposed, or by another."""
+    """Version of the learned drafter that had proposed what comes in this step, whether or not it was verified; 0 if
+    nothing was proposed, or by another drafter."""
     first_right: bool = False
     """Its first guess was right."""
 
@@ -174,7 +174,7 @@ class DrafterStats(msgspec.Struct, array_like=True):
     routes: dict[str, int] = {}
     """Loaded versions of a learned drafter by route; "" is the shared one."""
     versions: list[VersionStats] = []
-    """Of the loaded ones."""
+    """Statistics of the loaded versions."""
     swaps: int = 0
     memory_bytes: int = 0
     """Weights, the room to load new ones beside them, and caches, over all routes."""

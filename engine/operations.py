@@ -31,7 +31,7 @@ class SwapReport(msgspec.Struct, frozen=True, array_like=True, tag="swapped"):
     prepare_seconds: float
     """From the request for it until it was ready to be swapped in; steps went on meanwhile."""
     pause_seconds: float
-    """For which no step could run."""
+    """Time in which no step could run."""
 
 
 class SwapDrafter(Operation[SwapReport], frozen=True, array_like=True, tag="swap_drafter"):
@@ -83,11 +83,11 @@ class FillTarget(Operation[None], frozen=True, array_like=True, tag="fill_target
     tensors: bytes
     """A safetensors file: tensors by their Hugging Face names, in any number format."""
     first_rows: dict[str, int] = {}
-    """Of tensors that are only a part of the rows, the first of these."""
+    """The first row of each tensor that holds only a part of the rows."""
 
 
 class ReadTarget(Operation[None], frozen=True, array_like=True, tag="read_target"):
-    """As FillTarget, of what is in a file: a safetensors file, or a whole model in a folder or a GGUF file."""
+    """Fills an update from a path: a safetensors file, a GGUF file, or a folder with a whole model. See FillTarget."""
 
     version: int
     path: str
@@ -98,9 +98,9 @@ class TargetUpdated(msgspec.Struct, frozen=True, array_like=True, tag="target_up
 
     version: int
     prepare_seconds: float
-    """Since the update began; steps went on meanwhile."""
+    """Time since the update began; steps went on meanwhile."""
     pause_seconds: float
-    """For which no step could run."""
+    """Time in which no step could run."""
 
 
 class FinishTargetUpdate(Operation[TargetUpdated], frozen=True, array_like=True, tag="finish_target_update"):

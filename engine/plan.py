@@ -44,7 +44,7 @@ class NewRow:
     tokens: list[int]
     """Known tokens: the prompt, and the output so far after a preemption."""
     seed: int
-    """Of the request's random stream."""
+    """Seed of the request's random stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class StepResult:
     """Wall time of proposing, not part of ``seconds``."""
     drafters: list[DrafterStats] = field(default_factory=list)
     model_seconds: float = 0.0
-    """Of it, the model and drawing tokens."""
+    """Share of ``seconds`` that the model and sampling took."""
     overhead_cpu_seconds: float = 0.0
     """CPU time of this thread for the rest."""
     proposals: dict[int, tuple[int, bool]] = field(default_factory=dict)

@@ -239,7 +239,7 @@ class EngineLoop:
         self._stop = threading.Event()
 
     def stop(self) -> None:
-        """It ends after the step under way, or at once if there is none."""
+        """Has the engine end after the step under way, or at once if there is none."""
         self._stop.set()
         self._channel.wake()
 

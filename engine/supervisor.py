@@ -70,7 +70,7 @@ class EngineSupervisor:
         self.restarts = 0
         """Engines that took over."""
         self.lost = False
-        """It has given up."""
+        """Whether the supervisor has given up."""
         self._start, self._policy, self._hang_s, self._on_start = start, restarts, hang_s, on_start
         self._engine: EngineHandle | None = None
         self._start_seconds = 0.0

@@ -152,7 +152,7 @@ class SimulatedRunner:
         self.weights = 0
         """Which ones it computes with: a number to be raised between two steps."""
         self._entered: dict[int, int] = {}
-        """With which weights each row began."""
+        """The weights with which each row began."""
         self._guesses: dict[int, list[int]] = {}
         self.tokens_computed = 0
 

@@ -19,7 +19,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_tokens": (0, MOST),
     "min_tokens": (0, MOST),
 }
-"""Of numbers among the sampling parameters, both ends included: as wide as arithmetic on logits in float32 is right."""
+"""Ranges of numbers among the sampling parameters, both ends included: as wide as arithmetic on logits in float32 is
+right."""
 BIAS_RANGE = (-100.0, 100.0)
 OPTIONAL_RANGES: dict[str, tuple[int, int]] = {
     "seed": (0, 2**64 - 1),

@@ -29,11 +29,11 @@ class Formats:
     """In which numbers a model is kept and computed."""
 
     weights: str
-    """Of matrices: "float32", "bfloat16", or another format that the ``Compute`` has."""
+    """Format of matrices: "float32", "bfloat16", or another format that the ``Compute`` has."""
     compute: torch.dtype
-    """Of activations between operations."""
+    """Format of activations between operations."""
     kv: torch.dtype
-    """Of keys and values in the cache."""
+    """Format of keys and values in the cache."""
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Formats:
@@ -59,7 +59,7 @@ class LayerShape:
 
     @property
     def input_width(self) -> int:
-        """Of what queries, keys and values are made from."""
+        """Width of what queries, keys and values are made from."""
         return 2 * self.hidden if self.reads == "both" else self.hidden
 
 

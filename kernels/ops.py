@@ -19,7 +19,7 @@ from slipstream.kernels.reference import NEVER as NEVER
 from slipstream.kernels.reference import ReferenceOps
 
 BACKENDS: list[type[ReferenceOps]] = [NativeOps, ReferenceOps]
-"""Those to be preferred first."""
+"""Backends, preferred ones first."""
 COLDEST = torch.finfo(torch.float32).tiny
 """Lower temperatures count as this one, which leaves the largest logit and its equals: their inverse is not a float."""
 
@@ -61,7 +61,7 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 def argmax_with_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """As argmax, and the probability of each at temperature 1 [rows]; 0 where there is none."""
+    """What argmax returns, and the probability of each token at temperature 1 [rows]; 0 where there is none."""
     return _backend(logits).argmax_with_probability(logits)
 
 
@@ -114,7 +114,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend_names() -> list[str]:
-    """Those that run on this machine's CPU, those to be preferred first."""
+    """Backends that run on this machine's CPU, preferred ones first."""
     return [backend.name for backend in BACKENDS if backend.runs_on(torch.device("cpu"))]
 
 

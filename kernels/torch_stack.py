@@ -32,7 +32,7 @@ MATRICES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-"""Of a layer, as its arithmetic and as files call them."""
+"""Names of a layer's matrices in its arithmetic, and in files."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ class Weight(Protocol):
         """
 
     def fill_bias(self, values: Tensor, first_row: int = 0) -> None:
-        """As ``fill``, for values [m] of the bias."""
+        """Overwrites values first_row, first_row + 1, … of the bias with values [m]; see ``fill``."""
 
     def rows(self, indices: Tensor) -> Tensor:
         """[len(indices), k]: rows of the matrix, as an embedding looks them up; indices [m] of integers."""

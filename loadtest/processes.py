@@ -30,7 +30,7 @@ class ProcessTree:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """They stand still, whatever they do, until the block is left."""
+        """The processes stand still, whatever they do, until the block is left."""
         processes = list(self.processes())
         try:
             for process in processes:

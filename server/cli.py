@@ -102,7 +102,7 @@ OF_ANOTHER_ROOM: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
-"""Of commands whose options a module knows that is imported only to run them."""
+"""Settings of commands whose options only the module knows that is imported to run them."""
 
 
 @app.command(**OF_ANOTHER_ROOM)

@@ -71,7 +71,7 @@ def read_statement(
 
 
 def metadata_fields(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Those of KEYS that are there and not null.
+    """The fields of metadata that are among KEYS and not null.
 
     Raises InvalidRequestError also for what was probably meant to be one of them: refused consent must not be lost
     because of a spelling.

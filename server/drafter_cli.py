@@ -376,5 +376,5 @@ def text(value: Any) -> str:
 
 
 def cell(text: str) -> str:
-    """As a cell of a table: manifests and reasons of strangers are neither markup nor terminal codes."""
+    """A text for a cell of a table: manifests and reasons of strangers are neither markup nor terminal codes."""
     return escape(printable(text))

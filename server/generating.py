@@ -37,7 +37,7 @@ class GenerationRequest:
 
     prompts: SequenceOf[list[int]]
     params: SequenceOf[SamplingParams]
-    """Of each prompt; they differ in ``max_tokens`` only, and have no seed."""
+    """Sampling parameters of each prompt; they differ in ``max_tokens`` only, and have no seed."""
     param: str
     """The field of the prompts, for errors."""
     output: OutputOptions

@@ -30,7 +30,7 @@ class OutputOptions:
     min_tokens: int = 0
     """Stop strings are looked for in the text of the tokens after these."""
     stop_token_ids: frozenset[int] = frozenset()
-    """Those the caller asked for, which are reported as stop_reason; end-of-sequence tokens are not."""
+    """Stop tokens that the caller asked for, which are reported as stop_reason; end-of-sequence tokens are not."""
     offsets: bool = False
     """Tell where in the text each token begins."""
 

@@ -109,7 +109,7 @@ class ServerThread(logging.Handler):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Of several servers in a process each hears its own; contexts go with tasks and threads that it starts."""
+        """Several servers in a process hear their own records each: contexts go with tasks and threads."""
         return _server.get() is self
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -32,7 +32,7 @@ LONG_FILES = (
     "server/test_swap.py",
     "engine/speculation/test_real_model.py",
 )
-"""Those with few tests that take long. One that began last would keep one process busy while the others have ended."""
+"""Files with few tests that take long. One that began last would keep one process busy while the others have ended."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

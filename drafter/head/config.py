@@ -262,7 +262,7 @@ def check_shapes(config: HeadConfig, shapes: Mapping[str, tuple[int, ...]]) -> N
 
 
 def read_config(folder: Path, num_layers: int) -> HeadConfig:
-    """That of config.json, for a target of so many layers; raises ModelError naming what is wrong with it."""
+    """Reads the content of config.json for a target of so many layers; raises ModelError naming what is wrong."""
     path = folder / "config.json"
     try:
         return parse_config(json.loads(path.read_text()), num_layers)
@@ -275,6 +275,6 @@ def read_config(folder: Path, num_layers: int) -> HeadConfig:
 
 
 def write_config(folder: Path, config: HeadConfig) -> None:
-    """As it is published."""
+    """Writes config.json of a published head."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")

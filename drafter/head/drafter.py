@@ -245,7 +245,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
             self._keep(self._held.pop(route))
 
     def _keep(self, released: _Version | None) -> None:
-        """As far as there is memory: two versions per route."""
+        """Keeps the weights of a released version while there is memory: two versions per route."""
         held = set(map(id, self._held.values()))
         self._kept = [each for each in (*self._kept, released) if each is not None and id(each) not in held]
         del self._kept[: max(-self._room, 0)]

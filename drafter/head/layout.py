@@ -157,7 +157,7 @@ def write(folder: Path, config: HeadConfig, tensors: Mapping[str, Tensor]) -> No
 
 
 def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As they are in files: matrices in bfloat16, every tensor with memory of its own."""
+    """The tensors as files hold them: matrices in bfloat16, every tensor with memory of its own."""
     return {
         name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in tensors.items()

@@ -17,7 +17,7 @@ from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.weight import Weight
 
 ROWS_AT_ONCE = 128
-"""Of an output matrix, compared and copied between two moments at which steps may go first."""
+"""Rows of an output matrix that are compared and copied between two moments at which steps may go first."""
 
 
 class HeadWeights:

@@ -78,7 +78,7 @@ def _tensor(path: Path, name: str, entry: StoredTensor, data: memoryview) -> Sto
 
 
 def check(config: HeadConfig, tensors: Mapping[str, Stored]) -> None:
-    """As layout.check: raises ModelError where tensors are not what the configuration says, or hold no numbers."""
+    """Raises ModelError where tensors are not what the configuration says, or hold no numbers, as layout.check does."""
     check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()})
     if "d2t" in tensors:
         tokens = tensors["d2t"].numbers.astype(np.int64) + np.arange(config.draft_vocab_size)

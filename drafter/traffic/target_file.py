@@ -32,7 +32,7 @@ class UpdatedWeights:
     """What identifies the weights of an update."""
 
     version: int
-    """Of the target, as samples carry it; counted anew from 0 whenever the engine starts."""
+    """The target version that samples carry; counted anew from 0 whenever the engine starts."""
     since: float
     """When they began to serve, in seconds since 1970: the same version before then was that of other weights."""
     target: str

@@ -222,7 +222,7 @@ class Worker:
         )
 
     def _publish(self, course: Course, trainer: Trainer, training: Training) -> None:
-        """As a candidate, if it passes the gate."""
+        """Adds the trained head to the registry as a candidate, if it passes the gate."""
         # What is judged is what will be in the file, to the last bit.
         config, tensors = trainer.head.config, layout.stored(trainer.published())
         candidate = self._target.trainable(config, tensors, training.shares_output)

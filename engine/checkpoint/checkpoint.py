@@ -41,9 +41,9 @@ class Checkpoint(ABC):
 
     path: Path
     config: dict[str, Any]
-    """As in Hugging Face's config.json."""
+    """The content of config.json, in Hugging Face's form."""
     generation_config: dict[str, Any]
-    """As in generation_config.json; empty if there is none."""
+    """The content of generation_config.json; empty if there is none."""
 
     @abstractmethod
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -34,7 +34,7 @@ class StoredTensor:
     """First byte in the file."""
     end: int
     dtype: str
-    """As the format calls it: BF16, F32, I64, …"""
+    """The format's name for it: BF16, F32, I64, …"""
 
     @property
     def num_elements(self) -> int:

@@ -10,7 +10,7 @@ from slipstream.engine.checkpoint.checkpoint import Checkpoint
 from slipstream.engine.errors import MisfitError
 from slipstream.engine.models.config import DecoderConfig, cache_shape, decoder_config, is_own, rope_tables
 from slipstream.engine.models.protocol import DecoderModel, Forward
-from slipstream.engine.models.weights import Weights, WeightSlots, pieces
+from slipstream.engine.models.weights import ExpectedTensors, Weights, pieces
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Compute
@@ -26,16 +26,16 @@ class DecoderWeights:
         self.output = self.embedding if config.tied else compute.weight(config.shape.vocab_size, config.hidden)
         self.layers = compute.layers(config.layer, config.shape.num_layers)
         self.norm = compute.norm(config.hidden)
-        self._compute, self._slots = compute, WeightSlots(config.parameters)
+        self._compute, self._expected = compute, ExpectedTensors(config.parameters)
 
     def fill(self, name: str, rows: Tensor, first_row: int | None = None) -> None:
-        if self._slots.take(name, rows, first_row):
+        if self._expected.take(name, rows, first_row):
             with self._compute.filling():
                 for row, part in pieces(rows, first_row or 0):
                     self._fill(name, part, row)
 
     def check_complete(self) -> None:
-        self._slots.check_complete()
+        self._expected.check_complete()
 
     def _fill(self, name: str, rows: Tensor, first_row: int) -> None:
         match name.split(".", 3):

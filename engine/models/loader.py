@@ -30,7 +30,7 @@ from slipstream.kernels.torch_stack import TorchCompute
 
 log = logging.getLogger(__name__)
 COMPUTES: dict[str, type[Compute]] = {"native": NativeCompute, "torch": TorchCompute}
-"""As --kernels calls them, those to be preferred first."""
+"""Ways to run layers by the names that --kernels takes, preferred ones first."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEFAULT_CACHE_SHARE = 4
 DEFAULT_CACHE_BYTES = 2 << 30

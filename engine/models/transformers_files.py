@@ -39,7 +39,7 @@ def settings_of(config: dict[str, Any]) -> Any:
 
 
 def transformers_shape(config: dict[str, Any]) -> ModelShape:
-    """As model_shape, for any configuration that transformers knows, whatever it calls its sizes."""
+    """The shape that any configuration which transformers knows has, whatever it calls its sizes; see model_shape."""
     settings = settings_of(config)
     kind = config["model_type"]
     if getattr(settings, "is_encoder_decoder", False):

@@ -26,7 +26,7 @@ from slipstream.engine.models.transformers_files import (
     transformers_shape,
     transformers_switch_length,
 )
-from slipstream.engine.models.weights import Weights, WeightSlots, pieces
+from slipstream.engine.models.weights import ExpectedTensors, Weights, pieces
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.compute import Formats
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
@@ -56,11 +56,11 @@ class _ModuleWeights:
         for name, parameter in parameters.items():
             self._names[name] = first.setdefault(id(parameter), name)
         self._values = {name: torch.empty_like(parameters[name]) for name in first.values()}
-        self._slots = WeightSlots({name: tuple(value.shape) for name, value in self._values.items()})
+        self._expected = ExpectedTensors({name: tuple(value.shape) for name, value in self._values.items()})
 
     def fill(self, name: str, rows: Tensor, first_row: int | None = None) -> None:
         name = self._names.get(name, name)
-        if self._slots.take(name, rows, first_row):
+        if self._expected.take(name, rows, first_row):
             value = self._values[name]
             if not rows.dim():
                 value.copy_(rows)
@@ -69,7 +69,7 @@ class _ModuleWeights:
                 value[row : row + len(part)].copy_(part)
 
     def check_complete(self) -> None:
-        self._slots.check_complete()
+        self._expected.check_complete()
 
     def put_into(self, parameters: Mapping[str, Tensor]) -> None:
         for name, parameter in parameters.items():

@@ -21,7 +21,8 @@ BUFFERS = re.compile(
 )
 """What exporters wrote besides weights: tables and masks that every implementation makes itself."""
 PIECE_ELEMS, PIECE_ROWS = 1 << 16, 64
-"""Of a matrix, laid out between two moments at which steps may go first: so many elements, in whole groups of rows."""
+"""Elements and rows of a matrix that are laid out between two moments at which steps may go first: so many elements, in
+whole groups of rows."""
 
 
 class Weights(Protocol):
@@ -61,8 +62,11 @@ def is_buffer(name: str) -> bool:
     return BUFFERS.search(name) is not None
 
 
-class WeightSlots:
-    """Every row of every parameter has to come, with the right shape; other names must be known leftovers."""
+class ExpectedTensors:
+    """Holds tensors against the parameters of a model.
+
+    Every row of every parameter has to come, with the right shape; other names must be known leftovers.
+    """
 
     def __init__(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         self._expected = {name: size or (1,) for name, size in expected.items()}

@@ -17,7 +17,7 @@ MOST_LIKELY = 0.995
 
 
 class Acceptance:
-    """Of one drafter: the probability that a guess is right if those before it are, by evidence and position.
+    """How likely draft tokens of one drafter are to be right if those before them are, by evidence and position.
 
     The position of a guess is the number of guesses before it on its path. Far positions are seen seldom, only after
     the near ones were right. So what is known of them fades with every observation, whatever its position, and gives
@@ -36,7 +36,7 @@ class Acceptance:
         self._right = [[0.0] * positions for _ in range(num_evidence)]
 
     def rates(self, evidence: Sequence[int], positions: Sequence[int]) -> list[float]:
-        """Of guesses with this evidence at these positions, each given that those before it are right."""
+        """Acceptance of draft tokens by evidence and position, each given that those before it are right."""
         pools = {level: self._pool(level) for level in set(evidence)}
         return [
             (self._right[level][at] + POOL_WEIGHT * pools[level]) / (self._tried[level][at] + POOL_WEIGHT)
@@ -44,7 +44,7 @@ class Acceptance:
         ]
 
     def _pool(self, level: int) -> float:
-        """Of guesses with this evidence at any position."""
+        """Acceptance of draft tokens with this evidence at any position."""
         return (sum(self._right[level]) + PRIOR_WEIGHT * self._first[level]) / (sum(self._tried[level]) + PRIOR_WEIGHT)
 
     def observe(self, seen: Iterable[tuple[int, int, bool]]) -> None:

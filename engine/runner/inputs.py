@@ -23,7 +23,7 @@ class Accepted:
     """The draft tokens of a row that are what was drawn at their places, and the token drawn after the last of them."""
 
     row: int
-    """Of the plan."""
+    """Row of the plan."""
     nodes: list[int]
     """The draft tokens, as nodes of the row's tree, from the root on."""
     draws: list[int]

@@ -178,8 +178,8 @@ class ModelRunner:
         moved = [(tree, node) for tree, node in nodes if tree.table_rows[node] != tree.slot]
         if moved:
             positions = [tree.positions[node] for tree, node in moved]
-            source = self._scratch.slots([tree.table_rows[node] for tree, node in moved], positions)
-            destination = self._scratch.slots([tree.slot for tree, _ in moved], positions)
+            source = self._scratch.cells([tree.table_rows[node] for tree, node in moved], positions)
+            destination = self._scratch.cells([tree.slot for tree, _ in moved], positions)
             self.cache.copy_cells(list(zip(source.tolist(), destination.tolist(), strict=True)))
 
     def _observed(
@@ -215,7 +215,7 @@ class ModelRunner:
     def _prompt_logprobs(
         self, inputs: StepInputs, hidden: Tensor
     ) -> tuple[dict[int, list[TokenLogprobs]], dict[int, str]]:
-        """Of the prompt tokens that follow the positions of this step, for rows that ask for them; errors by row."""
+        """Log-probabilities of prompt tokens after the positions of this step, by row that asks; errors by row."""
         wanted: dict[int, list[TokenLogprobs]] = {}
         errors: dict[int, str] = {}
         plan, table = inputs.plan, self._table

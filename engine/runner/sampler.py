@@ -178,7 +178,7 @@ def _draw(
 
 
 def sample_apart(logits: Tensor, batch: SamplingBatch) -> Sampled:
-    """As ``sample``, one row after the other: an exception is the error of the row that raised it."""
+    """Samples one row after the other: an exception is the error of the row that raised it. See ``sample``."""
     result = Sampled([])
     for i in range(len(batch)):
         try:
@@ -232,7 +232,7 @@ def process(logits: Tensor, i: int, params: SamplingParams, batch: SamplingBatch
 
 
 def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Of one token and the ``count`` most likely ones, from logprobs [vocab].
+    """Log-probabilities of one token and of the ``count`` most likely ones, from logprobs [vocab].
 
     Raises ValueError if they are not numbers.
     """
@@ -249,7 +249,10 @@ def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
 
 
 def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Of each row of logits: ids [rows, count] int32 and log-probabilities [rows, count] float16, best first."""
+    """The most likely tokens of each row of logits, best first.
+
+    Ids [rows, count] int32 and log-probabilities [rows, count] float16.
+    """
     best = logits.topk(min(count, logits.shape[1]))
     return best.indices.int(), (best.values - logits.logsumexp(-1, keepdim=True)).half()
 

@@ -39,7 +39,7 @@ class _Guesses:
 
     drafter: str
     version: int
-    """Of a learned drafter; else 0."""
+    """Version of the learned drafter that proposed; 0 for other drafters."""
     tree: Tree
     evidence: Sequence[int]
     positions: Sequence[int]
@@ -90,7 +90,7 @@ class Speculator:
         self._learned = next((drafter for drafter in drafters if isinstance(drafter, LearnedDrafter)), None)
         self._acceptance: dict[tuple[str, int], Acceptance] = {}
         self._versions: dict[int, VersionStats] = {}
-        """Of the learned drafter's loaded versions."""
+        """Statistics of the learned drafter's loaded versions, by version."""
         self.taps: tuple[int, ...] = ()
         """Layers of the target that drafters want to see, ascending."""
         self._watching: list[Drafter] = []
@@ -115,7 +115,7 @@ class Speculator:
         self._take_versions()
 
     def swap_loaded(self, route: str, version: int, path: str) -> bool:
-        """As LearnedDrafter.swap_loaded."""
+        """See LearnedDrafter.swap_loaded."""
         drafter = self._require_learned()
         before = self._version_for(route)
         if not drafter.swap_loaded(route, version, path):
@@ -124,7 +124,7 @@ class Speculator:
         return True
 
     def prepare_swap(self, route: str, version: int, path: str) -> Callable[[], None]:
-        """As LearnedDrafter.prepare; the files are read in the calling thread."""
+        """See LearnedDrafter.prepare; the files are read in the calling thread."""
         drafter = self._require_learned()
         swap = drafter.prepare(route, version, path)
 
@@ -136,7 +136,9 @@ class Speculator:
         return land
 
     def prepare_target(self, weights: Weights) -> Callable[[], None]:
-        """As Drafter.prepare_target, for all of them; one that fails goes on with what it has."""
+        """Prepares every drafter for new weights of the target; one that fails goes on with what it has.
+
+        See Drafter.prepare_target."""
         prepared = []
         for drafter in self._drafters.values():
             try:
@@ -154,7 +156,7 @@ class Speculator:
         return land
 
     def _version_for(self, route: str) -> int:
-        """That drafts for its requests now."""
+        """The version that drafts for requests of this route now."""
         routes = self.learned_routes
         return routes.get(route, routes.get("", 0))
 
@@ -173,7 +175,7 @@ class Speculator:
         self._take_versions()
 
     def drop(self, route: str) -> None:
-        """As LearnedDrafter.drop."""
+        """See LearnedDrafter.drop."""
         self._require_learned().drop(route)
         self._take_versions()
 
@@ -184,7 +186,7 @@ class Speculator:
 
     @property
     def learned_routes(self) -> Mapping[str, int]:
-        """As LearnedDrafter.routes."""
+        """See LearnedDrafter.routes."""
         return self._require_learned().routes
 
     def _require_learned(self) -> LearnedDrafter:
@@ -213,7 +215,7 @@ class Speculator:
         stats.memory_bytes = drafter.memory_bytes
 
     def _acceptance_of(self, drafter: Drafter, version: int) -> Acceptance:
-        """Apart for each version: a new one is neither trusted nor doubted for what another did."""
+        """Acceptance of one version: a new one is neither trusted nor doubted for what another did."""
         found = self._acceptance.get((drafter.name, version))
         if found is None:
             found = self._acceptance[drafter.name, version] = Acceptance(drafter.num_evidence, self.most)

@@ -25,10 +25,10 @@ class PlacedTree:
     tree: Tree
     slot: int
     positions: list[int]
-    """In the sequence."""
+    """Position in the sequence."""
     batch_rows: list[int]
     table_rows: list[int]
-    """Through which the cache keeps it; the slot itself on the first path."""
+    """Row of the block tables through which the cache keeps the node; the slot itself on the first path."""
 
     def histories(self, tokens: Int32) -> list[Int32]:
         """What comes before the token that each node predicts, given the slot's tokens with the first path."""
@@ -49,7 +49,7 @@ class BranchSegments:
 
     scratch: Scratch
     next_row: int
-    """Of the batch."""
+    """Row of the batch that the next node takes."""
     token_ids: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
@@ -92,7 +92,7 @@ class BranchSegments:
         begin = end - end % size
         if begin == end:
             return
-        source, destination = (int(slot) // size for slot in self.scratch.slots([placed.slot, table_row], [begin] * 2))
+        source, destination = (int(cell) // size for cell in self.scratch.cells([placed.slot, table_row], [begin] * 2))
         if begin < start:
             self.copies.append((source, destination))
         before = placed.tree.parents[node]

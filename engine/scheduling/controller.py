@@ -36,7 +36,7 @@ class Decision:
     plain_seconds: float = 0.0
     """What the step is expected to take without guesses; 0 where none are verified, or the policy expects nothing."""
     arm: tuple[int, int] | None = None
-    """Of the bandit: bucket and length that its reward is for."""
+    """Bucket and length that the reward is for, where the bandit decided."""
 
 
 class Policy(Protocol):

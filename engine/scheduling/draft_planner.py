@@ -26,7 +26,7 @@ PROBE_EVERY = 16
 LONGEST_PAUSE = 256
 """Each probe of costly drafters that disappoints makes their pause twice as long, up to this."""
 PROBE_GUESSES = 3
-"""That costly drafters may make in a probe."""
+"""Draft tokens that costly drafters may propose in a probe."""
 SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
 """Weight of a step in what is known of this, and of a probe, of which there are few."""
 

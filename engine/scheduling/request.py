@@ -49,13 +49,13 @@ class Request:
     )
 
     def __init__(self, message: NewRequest, deadline: float, sharing: tuple[str, ...] = ()) -> None:
-        """It may find blocks only of those with the same ``sharing``."""
+        """A request may find cache blocks only of requests with the same ``sharing``."""
         self.message = message
         self.deadline = deadline
         """Orders the queue: see Scheduler.add."""
         self.sharing = sharing
         self.root: BlockHash = b""
-        """Of the chain of hashes of its blocks, taken when it is to be admitted."""
+        """Root of the chain of hashes of its blocks, taken when it is to be admitted."""
         self.weights = -1
         """Which weights of the target the root stands for; none yet."""
         self.tokens = list(message.prompt)
@@ -65,7 +65,7 @@ class Request:
         self.in_flight = 0
         """Tokens that planned steps will sample at most, and that are not committed yet."""
         self.unsure = 0
-        """Of them, draft tokens: nobody knows yet whether they are right."""
+        """Draft tokens among those in flight: nobody knows yet whether they are right."""
         self.blocks: list[int] = []
         self.block_hashes: list[BlockHash] = []
         self.awaited: BlockHash | None = None
@@ -81,7 +81,7 @@ class Request:
         self.offer: tuple[float, ...] = ()
         """What drafters propose now: the probability that guess i and all before it are right."""
         self.drafter_version = 0
-        """Of the learned drafter that guessed last; 0 if none did."""
+        """Version of the learned drafter that proposed last; 0 if none did."""
         self.num_cached = 0
         self.num_preemptions = 0
         self.scheduled_at = 0.0

@@ -35,7 +35,7 @@ class DraftRow:
     drafters: frozenset[str]
     """Names of the drafters this request may use."""
     route: str = ""
-    """Of the versions of a learned drafter, the one to use; the shared one if this route holds none."""
+    """The route whose version of a learned drafter is to be used; the shared one if this route holds none."""
     mapped: int = 0
     """Positions that have a block in the block tables."""
     most: int = 0
@@ -66,7 +66,7 @@ class Proposal:
     0 is the weakest.
     """
     version: int = 0
-    """Of the learned drafter that guessed; 0 for a drafter without versions."""
+    """Version of the learned drafter that proposes; 0 for a drafter without versions."""
 
     @classmethod
     def chain(cls, tokens: list[int], evidence: int, version: int = 0) -> Proposal:
@@ -94,7 +94,7 @@ class DraftHost:
     block_tables: NDArray[np.int32]
     """[slots and rows of ``scratch``, blocks]: cache blocks of each running request; changes from step to step."""
     num_blocks: int
-    """Those of ``scratch`` included."""
+    """Blocks of the cache, those of ``scratch`` included."""
     block_size: int
     scratch: Scratch
     """Blocks for branches of trees; whoever uses them resets them first."""
@@ -106,7 +106,7 @@ class Computed:
 
     row: DraftRow
     start: int
-    """First of them."""
+    """The first of these positions."""
     features: Tensor
     """[positions, taps, hidden] float32; valid during the call."""
     top: tuple[Tensor, Tensor] | None = None
@@ -180,7 +180,7 @@ class Drafter(ABC):
 
 
 class LearnedDrafter(Drafter):
-    """Its weights can be changed while it drafts: each route holds one version of them."""
+    """A drafter whose weights can be changed while it drafts: each route holds one version of them."""
 
     @property
     @abstractmethod

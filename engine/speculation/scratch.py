@@ -47,8 +47,8 @@ class Scratch:
         self._used += count
         return mine
 
-    def slots(self, rows: Sequence[int], positions: Sequence[int]) -> Int32:
-        """Where the cache keeps positions of table rows, as block * block_size + offset."""
+    def cells(self, rows: Sequence[int], positions: Sequence[int]) -> Int32:
+        """The cache cells of positions of table rows, as block * block_size + offset."""
         at = np.asarray(positions, np.int32)
         blocks = self._tables[np.asarray(rows, np.intp), at // self.block_size]
         return (blocks * self.block_size + at % self.block_size).astype(np.int32)

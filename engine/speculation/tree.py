@@ -72,7 +72,7 @@ def affordable(parents: Sequence[int], start: int, block_size: int, blocks: int)
     """
     kept: list[int] = []
     place = {-1: (start - 1, False)}
-    """Of the nodes that are kept: position, and whether it is on a branch."""
+    """Position of each node that is kept, and whether it is on a branch."""
     followed: set[int] = set()
     used = 0
     for node, parent in enumerate(parents):

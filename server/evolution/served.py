@@ -11,7 +11,7 @@ from slipstream.server.evolution.observer import Observer
 
 class Served(Protocol):
     engine_config: EngineConfig
-    """Of the engine that serves now."""
+    """Configuration of the engine that serves now."""
     observer: Observer
 
     @property

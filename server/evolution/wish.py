@@ -36,7 +36,7 @@ class Trial(msgspec.Struct, frozen=True):
         return SHARED_ROUTE if self.takes(request_id) == self.is_live else CANARY_ROUTE
 
     def version(self, route: str) -> int | None:
-        """That a request on this route counts for."""
+        """The version that a request on this route counts for."""
         return {SHARED_ROUTE: self.new if self.is_live else self.old, CANARY_ROUTE: self.beside}.get(route)
 
 
@@ -66,4 +66,4 @@ class Refusal(msgspec.Struct, frozen=True):
     route: str
     reason: str
     is_misfit: bool
-    """It is sound, and made for another model or of other sizes."""
+    """Whether the version is sound, but made for another model or of other sizes."""

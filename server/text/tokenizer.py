@@ -95,11 +95,11 @@ class Tokenizer:
         return None if text is None else self._backend.token_to_id(text)
 
     def token_name(self, token_id: int) -> str | None:
-        """As the vocabulary spells it; None for unknown ids."""
+        """The exact text of a token in the vocabulary; None for unknown ids."""
         return self._backend.id_to_token(token_id)
 
     def save(self, file: Path) -> None:
-        """As a tokenizer.json; special tokens and chat templates stand elsewhere in a Hugging Face folder."""
+        """Writes a tokenizer.json; special tokens and chat templates stand elsewhere in a Hugging Face folder."""
         self._backend.save(str(file))
 
     def drop_boundaries(self, vocab_size: int) -> list[str]:

@@ -35,7 +35,7 @@ PATIENCE_S = 300.0
 
 
 MOST_TOKENS = 32_768
-"""Of a request to the tiny model, which does a thousand in a second or so."""
+"""Most tokens of a request to the tiny model, which does a thousand in a second or so."""
 
 
 class Client:
@@ -386,5 +386,5 @@ def small_server(start_local: Callable[..., LocalServer]) -> LocalServer:
 
 @pytest.fixture(scope="session")
 def default_server(start_server: Callable[..., Server]) -> Server:
-    """Of the default model, for tests of what it says."""
+    """A server of the default model, for tests of what it says."""
     return start_server().wait_until_ready()

@@ -69,7 +69,7 @@ def chat(content: str, **fields: Any) -> bytes:
 
 
 def workers() -> list[psutil.Process]:
-    """Those of this process, not of servers that other tests have started."""
+    """Workers of this process, not of servers that other tests have started."""
 
     def is_one(child: psutil.Process) -> bool:
         with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # it ends while it is looked at

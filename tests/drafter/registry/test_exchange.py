@@ -84,7 +84,7 @@ class Module:
 
 
 def test_vllm_loads_an_exported_head(exported: Path) -> None:
-    """As vllm/model_executor/models/llama_eagle3.py and v1/worker/gpu_model_runner.py of 0.32 do."""
+    """Reads it as vllm/model_executor/models/llama_eagle3.py and v1/worker/gpu_model_runner.py of 0.32 do."""
     config = json.loads((exported / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]  # a key of its model registry
     layers = config.get("eagle_aux_hidden_state_layer_ids")  # inputs of layers
@@ -109,7 +109,7 @@ def test_vllm_loads_an_exported_head(exported: Path) -> None:
 
 
 def test_sglang_loads_an_exported_head(exported: Path) -> None:
-    """As sglang/srt/models/llama_eagle3.py does, before and after its reading of layer numbers changed."""
+    """Reads it as sglang/srt/models/llama_eagle3.py does, before and after its reading of layer numbers changed."""
     config = json.loads((exported / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]  # its EntryClass
     assert config["eagle_config"].get("use_aux_hidden_state", True)

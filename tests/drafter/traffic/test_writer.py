@@ -135,7 +135,7 @@ def test_a_full_disk_drops_samples_and_serving_goes_on(
 def test_a_failed_write_leaves_no_file_and_loses_nobody_elses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config_for: Any, tapped_engine: Any, prompts: Any
 ) -> None:
-    """As it is when the disk is full: part of the file is written, or the index cannot be."""
+    """What happens when the disk is full: part of the file is written, or the index cannot be."""
     shards = tmp_path / "t" / "shards"
 
     def half(tensors: Any, path: Path) -> None:

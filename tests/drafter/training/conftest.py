@@ -55,7 +55,7 @@ MakeExample = Callable[..., Example]
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """These sizes are not worth a second one, least of all on a loaded machine."""
+    """The sizes of these tests are not worth a second thread, least of all on a loaded machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -52,7 +52,7 @@ class Int8Weight:
 
 @torch.inference_mode()
 def hidden(formats: Formats) -> tuple[Tensor, int]:
-    """Of 40 tokens in two steps; and the bytes of the cache."""
+    """Hidden states of 40 tokens in two steps; and the bytes of the cache."""
     model = Decoder(decoder_config(TINY_LLAMA), TorchCompute(formats, CPU), 64)
     load(model, dummy_tensors(TINY_LLAMA, 0))
     cache = model.new_cache(4, 16)

@@ -93,7 +93,7 @@ def model(request: pytest.FixtureRequest) -> CausalModel:
 def test_every_node_gets_what_plain_decoding_computes(
     model: CausalModel, tree: list[int], length: int, new: int, block_size: int, seed: int
 ) -> None:
-    """To the bit with the compiled kernels; and the accepted slots hold it too."""
+    """To the bit with the compiled kernels; and the cells of accepted nodes hold it, too."""
     rng = np.random.default_rng(seed)
     known = rng.integers(0, 32, length).astype(np.int32)
     guesses = Tree(rng.integers(0, 32, len(tree)).tolist(), tree)
@@ -146,8 +146,8 @@ def test_every_node_gets_what_plain_decoding_computes(
         path.insert(0, tree[path[0]])
     history = placed.histories(row_of_tokens)[node]
     positions = [placed.positions[i] for i in path]
-    source = scratch.slots([placed.table_rows[i] for i in path], positions).tolist()
-    cache.copy_cells(list(zip(source, scratch.slots([1] * len(path), positions).tolist(), strict=True)))
+    source = scratch.cells([placed.table_rows[i] for i in path], positions).tolist()
+    cache.copy_cells(list(zip(source, scratch.cells([1] * len(path), positions).tolist(), strict=True)))
     after = run(np.array([5]), [1], [len(history) + 1], [1], [])[-1]
     plain = run(np.append(history, 5), [len(history) + 1], [len(history) + 1], [0], [])[-1]
     assert torch.equal(after, plain) if model.kernels.startswith("native") else torch.allclose(after, plain, atol=1e-3)

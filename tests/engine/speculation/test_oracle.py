@@ -11,7 +11,7 @@ from slipstream.engine.speculation.protocol import DraftRow
 
 
 def test_guesses_are_right_as_often_as_told_on_every_walk() -> None:
-    """As answers are walked: the next guesses start behind the first one that was wrong."""
+    """Answers are walked as in decoding: the next draft tokens start behind the first one that was wrong."""
     right = [0.6, 0.55, 0.5, 0.45]
     answer = list(range(128))
     tried, hits = np.zeros(4), np.zeros(4)

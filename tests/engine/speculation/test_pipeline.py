@@ -171,7 +171,7 @@ def test_whatever_happens_tokens_are_those_of_the_plain_loop(
 
 
 def test_guesses_are_verified_in_every_step_of_the_pipelined_loop(engine: Engine, expected: Any) -> None:
-    """As many steps as the plain loop takes with the same drafter, but for the first ones and one after the end."""
+    """It takes as many steps as the plain loop with the same drafter, but for the first ones and one after the end."""
     prompt, answers = (1, 2, 3), Answers()
     params = PARAMS[1]
     answers[prompt] = expected(prompt, params).tokens
