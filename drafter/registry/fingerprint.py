@@ -47,7 +47,7 @@ def target_fingerprint(checkpoint: Checkpoint, lineage: str = "") -> str:
     if not names:
         raise ModelError(f"{checkpoint.path} has no {EMBEDDINGS[0]}, so drafters for it cannot be told apart")
     for name in names:
-        _update_with_tensor(digest, checkpoint.stored_bytes(name))
+        _update_with_tensor(digest, checkpoint.stored(name).data.reshape(-1).data)
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,11 @@ from slipstream.engine.checkpoint.gguf_config import (
     translate_generation_config,
     unpermute_rope_rows,
 )
-from slipstream.engine.checkpoint.gguf_file import GGUFFile
+from slipstream.engine.checkpoint.gguf_file import GGUFFile, dequantised
 from slipstream.engine.checkpoint.json_file import read_json_object
-from slipstream.engine.checkpoint.safetensors_files import StoredTensor, find_tensors, read_tensors, stored_bytes
+from slipstream.engine.checkpoint.safetensors_files import StoredTensor, find_tensors, read_stored, read_tensors
 from slipstream.engine.checkpoint.shapes import FAMILIES, canonical_names
+from slipstream.engine.checkpoint.stored import Stored
 from slipstream.engine.errors import ModelError
 
 if TYPE_CHECKING:
@@ -58,8 +60,8 @@ class Checkpoint(ABC):
         """
 
     @abstractmethod
-    def stored_bytes(self, name: str) -> memoryview:
-        """A tensor as it lies in the file, by its Hugging Face name; KeyError if there is none."""
+    def stored(self, name: str) -> Stored:
+        """A tensor as it lies in the file, packed if it is, by its Hugging Face name; KeyError if there is none."""
 
     @abstractmethod
     def tokenizer_data(self) -> Iterator[bytes]:
@@ -108,8 +110,8 @@ class FolderCheckpoint(Checkpoint):
         for name, tensor in read_tensors(self._stored):
             yield names[id(self._stored[name])], tensor
 
-    def stored_bytes(self, name: str) -> memoryview:
-        return stored_bytes(self._tensors[name])
+    def stored(self, name: str) -> Stored:
+        return read_stored(self._tensors[name])
 
     def tokenizer_data(self) -> Iterator[bytes]:
         whole = self.path / TOKENIZER_FILES[0]
@@ -127,7 +129,8 @@ class GGUFCheckpoint(Checkpoint):
         self.config = translate_config(self._file)
         self.generation_config = translate_generation_config(self._file)
         names = {name: huggingface_name(name) for name in self._file.tensors}
-        self._names = {name: translated for name, translated in names.items() if translated is not None}
+        self._originals = {translated: name for name, translated in names.items() if translated is not None}
+        """Names in the file, by those in Hugging Face form."""
         permuted = self._file.metadata["general.architecture"] == "llama"
         self._rope_heads = {
             "q_proj": self.config["num_attention_heads"] if permuted else 0,
@@ -135,19 +138,20 @@ class GGUFCheckpoint(Checkpoint):
         }
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {translated: self._file.tensors[name].shape for name, translated in self._names.items()}
+        return {name: self._file.tensors[original].shape for name, original in self._originals.items()}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         import torch
 
-        for name, translated in self._names.items():
-            rows = self._file.tensor(name)
-            heads = self._rope_heads.get(translated.split(".")[-2])
-            yield translated, torch.from_numpy(unpermute_rope_rows(rows, heads) if heads else rows)
+        for name in self._originals:
+            yield name, torch.from_numpy(dequantised(self.stored(name)))
 
-    def stored_bytes(self, name: str) -> memoryview:
-        original = {translated: name for name, translated in self._names.items()}
-        return self._file.stored_bytes(original[name])
+    def stored(self, name: str) -> Stored:
+        found = self._file.stored(self._originals[name])
+        if not (heads := self._rope_heads.get(name.split(".")[-2])):
+            return found
+        rows = unpermute_rope_rows(found.data.reshape(found.shape[0], -1), heads)  # of a bias, its numbers
+        return replace(found, data=rows.reshape(found.data.shape))
 
     def tokenizer_data(self) -> Iterator[bytes]:
         for key, value in sorted(self._file.metadata.items()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from slipstream.engine.checkpoint.gguf_file import GGUFFile
 from slipstream.engine.checkpoint.shapes import head_dim, parameter_shapes
@@ -13,6 +13,8 @@ from slipstream.engine.errors import ModelError
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    Number = TypeVar("Number", bound=np.generic)
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -171,8 +173,8 @@ def huggingface_name(name: str) -> str | None:
     return f"{known[module]}.{kind}" if layer is None else f"model.layers.{layer}.{known[module]}.{kind}"
 
 
-def unpermute_rope_rows(rows: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
-    """Undoes the row order of the query and key projections in GGUF files of architecture llama.
+def unpermute_rope_rows(rows: npt.NDArray[Number], num_heads: int) -> npt.NDArray[Number]:
+    """Undoes, of rows [rows, anything], the order of the query and key projections in GGUF files of architecture llama.
 
     Those rotate neighbouring rows (2i, 2i + 1) of a head together, Hugging Face's rotate rows (i, i + head_dim / 2).
     """

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slipstream.engine.checkpoint.stored import Stored, in_rows
 from slipstream.engine.errors import ModelError
 
 if TYPE_CHECKING:
@@ -89,29 +90,33 @@ class GGUFFile:
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """The named tensor dequantised to float32, as a fresh array."""
-        import gguf
-        import numpy as np
+        return dequantised(self.stored(name))
 
+    def stored(self, name: str) -> Stored:
+        """The named tensor as it lies in the file; raises ModelError if there is none."""
         info = self.tensors.get(name)
         if info is None:
             raise ModelError(f"{self.path} has no tensor {name!r}")
-        kind = gguf.GGMLQuantizationType[info.type.name]
-        packed = np.frombuffer(self._data, np.uint8, count=info.num_bytes, offset=info.offset)
-        packed = packed.reshape(-1, info.type.block_bytes)  # [num_blocks, block_bytes]
-        out = np.empty((len(packed), info.type.block_elements), np.float32)
-        step = max(1, CHUNK_ELEMENTS // info.type.block_elements)
-        with np.errstate(all="ignore"):  # a scale may be infinite or NaN in a damaged file
-            for start in range(0, len(packed), step):
-                chunk = packed[start : start + step]
-                # One long row: the library works through rows in small groups, in the interpreter.
-                flat = gguf.quants.dequantize(chunk.reshape(1, -1), kind)
-                out[start : start + step] = flat.reshape(len(chunk), -1)
-        return out.reshape(info.shape)
+        data = memoryview(self._data)[info.offset : info.offset + info.num_bytes]
+        return in_rows(info.type.name, info.shape, data)
 
-    def stored_bytes(self, name: str) -> memoryview:
-        """The named tensor as it lies in the file."""
-        info = self.tensors[name]
-        return memoryview(self._data)[info.offset : info.offset + info.num_bytes]
+
+def dequantised(stored: Stored) -> npt.NDArray[np.float32]:
+    """A tensor of one of TENSOR_TYPES in float32, as a fresh array."""
+    import gguf
+    import numpy as np
+
+    [kind] = (each for each in TENSOR_TYPES.values() if each.name == stored.format)
+    packed = stored.data.reshape(-1, kind.block_bytes)  # [num_blocks, block_bytes]
+    out = np.empty((len(packed), kind.block_elements), np.float32)
+    step = max(1, CHUNK_ELEMENTS // kind.block_elements)
+    with np.errstate(all="ignore"):  # a scale may be infinite or NaN in a damaged file
+        for start in range(0, len(packed), step):
+            chunk = packed[start : start + step]
+            # One long row: the library works through rows in small groups, in the interpreter.
+            flat = gguf.quants.dequantize(chunk.reshape(1, -1), gguf.GGMLQuantizationType[kind.name])
+            out[start : start + step] = flat.reshape(len(chunk), -1)
+    return out.reshape(stored.shape)
 
 
 class _Cursor:

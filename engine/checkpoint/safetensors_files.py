@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slipstream.engine.checkpoint.json_file import read_json_object
+from slipstream.engine.checkpoint.stored import Stored, in_rows
 from slipstream.engine.errors import ModelError
 
 if TYPE_CHECKING:
@@ -99,14 +100,14 @@ def read_tensors(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, torch.
         yield from _read_file(path, names)
 
 
-def stored_bytes(tensor: StoredTensor) -> memoryview:
+def read_stored(tensor: StoredTensor) -> Stored:
     """A tensor as it lies in the file."""
     try:
         with tensor.file.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {tensor.file}: {error}") from error
-    return memoryview(data)[tensor.begin : tensor.end]
+    return in_rows(tensor.dtype, tensor.shape, memoryview(data)[tensor.begin : tensor.end])
 
 
 def _read_file(path: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -105,7 +105,7 @@ def test_the_default_model() -> None:
     found = target_fingerprint(checkpoint)
     assert time.process_time() - began < 2  # 0.05 s on a free core
     assert found == target_fingerprint(open_checkpoint("default"))
-    stored = checkpoint.stored_bytes("model.embed_tokens.weight")
-    assert len(stored) == 49152 * 576 * 34 // 32  # 8-bit
+    stored = checkpoint.stored("model.embed_tokens.weight")
+    assert stored.format == "Q8_0" and stored.data.shape == (49152, 576 * 34 // 32)
     with pytest.raises(KeyError):
-        checkpoint.stored_bytes("lm_head.weight")
+        checkpoint.stored("lm_head.weight")

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slipstream.engine.checkpoint import Checkpoint, open_checkpoint
+from slipstream.engine.checkpoint.gguf_file import dequantised
+from slipstream.engine.checkpoint.stored import Stored
 from slipstream.engine.errors import ModelError
 
 Config = dict[str, Any]
@@ -58,6 +60,19 @@ def test_default_model_equals_transformers_own_loading(monkeypatch: pytest.Monke
     assert checkpoint.weights_bytes(torch.bfloat16) == 2 * sum(tensor.numel() for tensor in expected.values())
 
 
+def test_packed_tensors_are_handed_over_as_stored_with_rows_in_our_order() -> None:
+    """Of the default model's file, whose queries and keys lie in another order."""
+    checkpoint, tensors = open_checkpoint("default"), dict(open_checkpoint("default").tensors())
+    formats = {checkpoint.stored(name).format for name in checkpoint.tensor_names()}
+    assert formats == {"F32", "Q4_1", "Q8_0"}
+    for name in ("model.layers.3.self_attn.q_proj.weight", "model.layers.3.mlp.down_proj.weight", "model.norm.weight"):
+        stored = checkpoint.stored(name)
+        assert np.array_equal(dequantised(stored), tensors[name].numpy())
+        if stored.format == "Q4_1":  # a row alone is the row
+            row = Stored(stored.format, (1, stored.shape[1]), stored.data[5:6])
+            assert np.array_equal(dequantised(row)[0], tensors[name][5].numpy())
+
+
 def test_opening_imports_no_torch() -> None:
     code = (
         "import sys; from slipstream.engine.checkpoint import open_checkpoint;"
@@ -77,6 +92,11 @@ def test_folder(tiny: Callable[..., Config], write_folder: Callable[..., Path], 
     assert checkpoint.config == config
     assert checkpoint.generation_config == {"eos_token_id": [2, 3]}
     assert_equal_tensors(checkpoint, parameters(config))
+    for name, tensor in parameters(config).items():
+        stored = checkpoint.stored(name)
+        assert (stored.format, stored.shape) == ("F32", tuple(tensor.shape))
+        assert stored.data.shape == ((len(tensor), tensor[0].nbytes) if tensor.dim() > 1 else (1, tensor.nbytes))
+        assert np.array_equal(stored.data.view(np.float32).reshape(stored.shape), tensor.numpy())
 
 
 @pytest.mark.parametrize(
