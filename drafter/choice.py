@@ -13,6 +13,7 @@ from torch import Tensor
 from slipstream.drafter import warm
 from slipstream.drafter.draft_model import ModelDrafter
 from slipstream.drafter.head import layout
+from slipstream.drafter.head.config import OUTPUT
 from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
 from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
 from slipstream.drafter.names import drafter_names
@@ -103,9 +104,12 @@ def _cold_head(config: EngineConfig, target: DecoderConfig) -> FirstHead:
 def _read_head(
     config: EngineConfig, folder: Path, target: DecoderConfig, fingerprint: str
 ) -> tuple[layout.HeadConfig, Mapping[str, Tensor]]:
-    if (folder / MANIFEST_FILE).is_file():
-        return read_folder(folder, fingerprint, target_name(config.model, config.target_lineage))
-    return layout.read(folder, target)
+    if not (folder / MANIFEST_FILE).is_file():
+        return layout.read(folder, target)
+    head, tensors = read_folder(folder, fingerprint, target_name(config.model, config.target_lineage))
+    if manifests.read(folder).training.shares_output:  # the target's weights may be others than when it was trained
+        tensors.pop(OUTPUT)
+    return head, tensors
 
 
 def _last_layer(config: EngineConfig, target: DecoderConfig) -> dict[str, Tensor]:

@@ -81,8 +81,8 @@ class TargetUpdates:
                 return self._background.start(lambda: _nothing)
 
     def _begin(self, version: int, mode: UpdateMode) -> None:
-        if version < 0:
-            raise ConfigError(f"a version of the target is a number from 0 on, not {version}")
+        if version < 1:
+            raise ConfigError(f"a version of the target is a number from 1 on (0: those of its files), not {version}")
         if self._update is not None:
             self._give_up(self._update, f"an update to version {version} was begun instead")
         needed, free = self._weights_bytes, available_memory(self._device)

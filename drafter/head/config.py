@@ -30,6 +30,8 @@ LAYER = "midlayer."
 """Prefix of the layer's tensors in an EAGLE-3 head."""
 FIRST_LAYER = "layers.0."
 """Prefix of the layer's tensors in an EAGLE-1 or -2 head."""
+OUTPUT = "lm_head.weight"
+"""The output matrix of an EAGLE-3 head; often rows of the target's."""
 TAPS = "eagle_aux_hidden_state_layer_ids"
 MOST = 1 << 31
 """Sizes are less."""
@@ -88,7 +90,7 @@ class HeadConfig:
             "fc.weight": (hidden, len(self.taps) * hidden),
             **{LAYER + name: shape for name, shape in layer.items()},
             "norm.weight": (hidden,),
-            "lm_head.weight": (self.draft_vocab_size, hidden),
+            OUTPUT: (self.draft_vocab_size, hidden),
             "d2t": (self.draft_vocab_size,),
             "t2d": (self.vocab_size,),
         }

@@ -39,6 +39,7 @@ class FirstHead:
 
     config: HeadConfig
     tensors: Mapping[str, Tensor]
+    """An output matrix that is the target's own rows may be left out."""
     version: int = 1
     path: str = ""
     """Where it was read, if it may be swapped in again from there."""
@@ -47,7 +48,7 @@ class FirstHead:
 Load = Callable[[DecoderConfig], FirstHead]
 """Reads or makes a head for a target."""
 Read = Callable[[Path, DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
-"""Reads the head in a folder; raises ModelError if it is damaged or was not made for this target."""
+"""Reads the head in a folder, as FirstHead has it; raises ModelError if it is damaged or for another target."""
 
 
 @dataclass(slots=True)
@@ -145,8 +146,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         first, self._first = self._first, None
         assert first is not None, "taps comes first"
         self._network, weights = self._make_network(), HeadWeights(first.config, self._target)
-        weights.fill(first.tensors)
-        self._version = _Version(first.version, first.path, weights, _guessable(first.config, first.tensors))
+        self._version = self._fill(weights, first)
         self._hold(SHARED, self._network, self._version)
 
     @property
@@ -214,8 +214,12 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         config, tensors = self._read(Path(path), self._target.config)
         self._require_same_sizes(config)
         weights = (None if is_new else self._free_weights()) or HeadWeights(self._config, self._target)
-        weights.fill(tensors)
-        return _Version(version, path, weights, _guessable(config, tensors))
+        return self._fill(weights, FirstHead(config, tensors, version, path))
+
+    def _fill(self, weights: HeadWeights, head: FirstHead) -> _Version:
+        tokens = layout.draft_tokens(head.config, head.tensors)
+        weights.fill(head.tensors, tokens.to(self._target.compute.device))
+        return _Version(head.version, head.path, weights, tokens.numpy().astype(np.int32))
 
     def _free_weights(self) -> HeadWeights | None:
         """Weights of the version that has not been held for longest, if there is no memory for another one."""
@@ -335,7 +339,3 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     def _position(self, row: DraftRow) -> int:
         return row.length - 1  # with the token at this place and the output before it
-
-
-def _guessable(config: HeadConfig, tensors: Mapping[str, Tensor]) -> Int32:
-    return layout.draft_tokens(config, tensors).numpy().astype(np.int32)

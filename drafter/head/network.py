@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from slipstream.drafter.head.config import HeadConfig
+from slipstream.drafter.head.config import OUTPUT, HeadConfig
 from slipstream.engine.background import breathe
 from slipstream.engine.models.config import cache_shape, rope_tables
 from slipstream.engine.models.protocol import DecoderModel
@@ -24,7 +24,7 @@ class HeadWeights:
     """One version's weights as they are computed with; networks of several routes may share them."""
 
     def __init__(self, config: HeadConfig, target: DecoderModel) -> None:
-        self._compute, self._prefix = target.compute, config.layer
+        self._target, self._compute, self._prefix = target, target.compute, config.layer
         width, read = config.shapes["fc.weight"]
         self.fc = self._compute.weight(width, read, config.fc_bias)
         self.layers = self._compute.layers(config.layer_shape(target.config), 1)
@@ -36,14 +36,20 @@ class HeadWeights:
         if self.output is not None and self.norm is not None:
             self.memory_bytes += self.output.num_bytes + self.norm.nbytes
 
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Lays them out; may run in another thread, while networks compute with other weights."""
+    def fill(self, tensors: Mapping[str, Tensor], draft_tokens: Tensor) -> None:
+        """Lays them out; may run in another thread, while networks compute with other weights.
+
+        Without an output matrix among them, it becomes the rows ``draft_tokens`` of the target's.
+        """
         with self._compute.filling():
             _fill(self.fc, tensors["fc.weight"])
             if "fc.bias" in tensors:
                 self.fc.fill_bias(tensors["fc.bias"])
             if self.output is not None and self.norm is not None:
-                _fill(self.output, tensors["lm_head.weight"])
+                if OUTPUT in tensors:
+                    _fill(self.output, tensors[OUTPUT])
+                else:
+                    _copy_rows(self.output, self._target.output, draft_tokens)
                 self.norm.copy_(tensors["norm.weight"])
             for name, tensor in tensors.items():
                 if name.startswith(self._prefix):
@@ -60,10 +66,14 @@ class HeadWeights:
             return None
         output = self._compute.weight(self.output.n, self.output.k)
         with self._compute.filling():
-            for first in range(0, len(rows), ROWS_AT_ONCE):
-                breathe()
-                output.fill(after.rows(rows[first : first + ROWS_AT_ONCE]), first)
+            _copy_rows(output, after, rows)
         return output
+
+
+def _copy_rows(output: Weight, source: Weight, rows: Tensor) -> None:
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        breathe()
+        output.fill(source.rows(rows[first : first + ROWS_AT_ONCE]), first)
 
 
 def _are_copies(weight: Weight, of: Weight, rows: Tensor) -> bool:

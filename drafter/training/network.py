@@ -9,14 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from slipstream.drafter.head import layout
-from slipstream.drafter.head.config import LAYER, HeadConfig
+from slipstream.drafter.head.config import LAYER, OUTPUT, HeadConfig
 from slipstream.drafter.training.packing import Pack
 from slipstream.engine.models.config import DecoderConfig, rope_tables
 from slipstream.kernels import ops
 from slipstream.kernels.torch_stack import MATRICES, DecoderLayer, Function
-
-OUTPUT = "lm_head.weight"
-"""Rows of the target's own output matrix, which learning does not touch."""
 
 
 class TrainableHead:

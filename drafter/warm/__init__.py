@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slipstream.drafter.head import layout
+from slipstream.drafter.head.config import OUTPUT
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.registry.fingerprint import target_fingerprint
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
@@ -22,7 +23,6 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 
 FOLDER = Path(__file__).parent
-OUTPUT = "lm_head.weight"
 
 
 def find(config: EngineConfig) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import pairwise
@@ -17,8 +18,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from slipstream.drafter.choice import make_drafters
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
+from slipstream.drafter.registry.fingerprint import served_fingerprint
+from slipstream.drafter.registry.manifest import Training
+from slipstream.drafter.registry.registry import Registry
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SupersededError
@@ -33,6 +38,7 @@ from slipstream.engine.operations import (
     Pause,
     ReadTarget,
     Resume,
+    SwapDrafter,
     UpdateMode,
 )
 from slipstream.engine.speculation.protocol import Drafter
@@ -101,7 +107,11 @@ def local(folders: list[Path]) -> Iterator[LocalEngine]:
 
 def wait(local: LocalEngine, done: Future[Any]) -> Any:
     while not done.done():
-        local.step() if local.engine.core.has_work else local.engine.poll()
+        if local.engine.core.has_work:
+            local.step()
+        else:
+            local.engine.poll()
+            time.sleep(0.001)  # the background has the interpreter meanwhile
     return done.result()
 
 
@@ -224,6 +234,32 @@ def test_a_head_guesses_with_the_rows_of_the_new_output_matrix(
     local.close()
 
 
+def test_a_version_that_shares_the_targets_rows_gets_those_that_serve(folders: list[Path], tmp_path: Path) -> None:
+    """It was trained on older weights, and comes when others serve."""
+    registry = Registry(tmp_path)
+    config, head = EngineConfig(model=str(folders[0])), random_head(decoder_config(CONFIG))
+    target = served_fingerprint(config)
+    versions = [
+        registry.add(
+            head.config, head.tensors, target=target, origin="trained", training=Training(shares_output=shares)
+        )
+        for shares in (False, True)
+    ]
+    paths = [str(registry.path(version.version)) for version in versions]
+    [drafter] = make_drafters(EngineConfig(model=str(folders[0]), drafter=paths[0], speculation="head"))
+    assert isinstance(drafter, HeadDrafter)
+    local = engine(folders[0], [drafter])
+    update(local, 1, policy(1), "recompute")
+    chosen = layout.draft_tokens(head.config, head.tensors)
+    for version, path in zip((7, 8), paths, strict=True):
+        tell(local, SwapDrafter(version, "", path))
+        output = drafter._held[""].weights.output
+        assert output is not None
+        expected = policy(0) if version == 7 else policy(1)
+        assert torch.equal(output.rows(torch.arange(16)).bfloat16(), expected["lm_head.weight"][chosen].bfloat16())
+    local.close()
+
+
 def test_a_model_that_runs_through_transformers_is_updated_too(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -280,7 +316,7 @@ BROKEN = {
     "another version": Broken([FinishTargetUpdate(2)], "no update to version 2 is under way, but one to version 1"),
     "it was cancelled": Broken([CancelTargetUpdate(1), FinishTargetUpdate(1)], "but none"),
     "another was begun": Broken([BeginTargetUpdate(3), FillTarget(1, without(NORM))], "but one to version 3"),
-    "no number": Broken([BeginTargetUpdate(-1)], "from 0 on", ConfigError),
+    "the version of the files": Broken([BeginTargetUpdate(0)], "from 1 on", ConfigError),
 }
 
 

@@ -36,7 +36,7 @@ class _Live:
         self._table = np.arange(16, dtype=np.int32)[None]
         self._network = HeadNetwork(head.config, model, 16, BLOCK, 256)
         ours = HeadWeights(head.config, model)
-        ours.fill(head.tensors())
+        ours.fill(head.tensors(), head.to_target)
         self._network.use(ours)
 
     def outputs(self, tokens: np.ndarray, features: Tensor, known: int, guesses: int) -> Tensor:
