@@ -59,7 +59,7 @@ class EngineConfig:
         False, "Start only where the result of a request cannot depend on what else is in the batch, to the bit."
     )
     speculation: str = option(
-        "auto", "Drafters that may guess tokens, by name (ngram,suffix), 'auto' for all there are, or 'off'."
+        "auto", "Drafters that may propose tokens, by name (ngram,suffix), 'auto' for all there are, or 'off'."
     )
     drafter: str | None = option(
         None,
@@ -73,13 +73,13 @@ class EngineConfig:
     draft_model: str | None = option(
         None, "A small model with the same tokenizer that drafts: a folder or a GGUF file; none by default."
     )
-    max_draft_tokens: int = option(8, "Most guesses per request and step.")
+    max_draft_tokens: int = option(8, "Most draft tokens per request and step.")
     draft_width: int = option(
-        1, "Guesses at the same place that a head or draft model may make, as branches of a tree; 1 drafts chains."
+        1, "Draft tokens at the same place that a head or draft model may propose, as branches; 1 drafts chains."
     )
     speculation_policy: Literal["throughput", "bandit", "fixed"] = option(
         "throughput",
-        "How many guesses are verified: what promises most tokens per second, what did best by trial, or always "
+        "How many draft tokens are verified: what promises most tokens per second, what did best by trial, or always "
         "--max-draft-tokens.",
     )
     seed: int = option(0, "Seeds the random weights of --load-format dummy.")

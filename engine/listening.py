@@ -33,7 +33,7 @@ class Listener(ABC):
     """
 
     top_k: int = 0
-    """How many of the most likely tokens it wants to see at drawn positions."""
+    """How many of the most likely tokens it wants to see at sampled positions."""
 
     def taps(self, model: CausalModel, tapped: tuple[int, ...]) -> tuple[int, ...]:
         """Layers whose inputs it wants to see, none or, if drafters see some already, those: ``tapped``.

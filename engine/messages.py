@@ -19,7 +19,7 @@ TrafficLevel = Literal["off", "tokens", "features"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How the tokens of one request are drawn; validated by the server, trusted by the engine.
+    """How the tokens of one request are sampled; validated by the server, trusted by the engine.
 
     Processors apply in this order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition, frequency and
     presence penalty, temperature, top_k, min_p, top_p. ``temperature == 0`` takes the most likely token after the
@@ -45,23 +45,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that must not appear in the output."""
     seed: int | None = None
-    """Selects the request's random stream; None lets the engine draw one."""
+    """Selects the request's random stream; None lets the engine choose one."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the request (end-of-sequence tokens included by the server); masked until min_tokens."""
     logprobs: int | None = None
     """None: no log-probabilities; k: of the sampled token and of the k most likely tokens."""
     prompt_logprobs: int | None = None
     logprobs_mode: LogprobsMode = "raw"
-    """raw: of the model's own distribution; processed: of the distribution the token was drawn from."""
+    """raw: of the model's own distribution; processed: of the distribution the token was sampled from."""
 
 
 class SpeculationParams(msgspec.Struct, frozen=True, array_like=True):
-    """Which guesses a request allows; they change its speed, never its tokens."""
+    """Which draft tokens a request allows; they change its speed, never its tokens."""
 
     mode: str = "auto"
     """auto: every drafter of the server; off: none; or the name of one."""
     max_draft_tokens: int | None = None
-    """Guesses verified at once, at most; None leaves it to the server."""
+    """Draft tokens verified at once, at most; None leaves it to the server."""
 
 
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="new"):
@@ -77,7 +77,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     tenant: str = ""
     """Whose request this is: tenants learn nothing of each other, see EngineConfig.prefix_cache_scope."""
     route: str = ""
-    """Which of the loaded versions of a learned drafter guesses; one that holds nothing stands for the shared one."""
+    """Which of the loaded versions of a learned drafter drafts; one that holds nothing stands for the shared one."""
     domain: str = ""
     """What the request is about, as its sender calls it."""
     traffic: TrafficLevel = "off"
@@ -142,7 +142,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     num_preemptions: int = 0
     """In the last delta."""
     num_drafted: int = 0
-    """Guesses verified in this step."""
+    """Draft tokens verified in this step."""
     num_accepted: int = 0
     """Accepted draft tokens among the verified ones that count."""
     target_version: int = 0
@@ -150,11 +150,11 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Version of the learned drafter that had proposed what comes in this step, whether or not it was verified; 0 if
     nothing was proposed, or by another drafter."""
     first_right: bool = False
-    """Its first guess was right."""
+    """Whether the first draft token of what that drafter had proposed was right."""
 
 
 class VersionStats(msgspec.Struct, array_like=True):
-    """What became of the guesses of one version of a learned drafter, while it is loaded."""
+    """What became of the draft tokens of one version of a learned drafter, while it is loaded."""
 
     version: int
     drafts: int = 0
@@ -163,14 +163,14 @@ class VersionStats(msgspec.Struct, array_like=True):
 
 
 class DrafterStats(msgspec.Struct, array_like=True):
-    """What became of one drafter's guesses; counters count from the start of the engine."""
+    """What became of one drafter's draft tokens; counters count from the start of the engine."""
 
     name: str
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_per_position: list[int] = []
-    """How often the guess at each position was right."""
+    """How often the draft token at each position was accepted."""
     routes: dict[str, int] = {}
     """Loaded versions of a learned drafter by route; "" is the shared one."""
     versions: list[VersionStats] = []
@@ -216,12 +216,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Wall time of this step on the device."""
     steps: int = 0
     model_seconds: float = 0.0
-    """Wall time spent in the model and in drawing tokens, over all steps."""
+    """Wall time spent in the model and in sampling, over all steps."""
     overhead_cpu_seconds: float = 0.0
     """CPU time spent on everything else, over all steps: planning, batches, results, messages."""
     drafters: list[DrafterStats] = []
     speculation_steps: dict[str, int] = {}
-    """Steps by the reason for the number of guesses verified in them."""
+    """Steps by the reason for the number of draft tokens verified in them."""
     traffic: TrafficStats = TrafficStats()
     target_version: int = 0
     is_paused: bool = False

@@ -59,8 +59,8 @@ class StepPlan:
     """Cache blocks to copy before anything else, (source, destination)."""
 
     ended: list[tuple[int, int]]
-    """(slot, length) of requests that have ended since the last plan, with so many tokens: what was drawn beyond them
-    does not count. The slots may be among the new ones."""
+    """(slot, length) of requests that have ended since the last plan, with so many tokens: what was sampled beyond
+    them does not count. The slots may be among the new ones."""
 
     slots: list[int]
     starts: list[int]
@@ -72,11 +72,11 @@ class StepPlan:
     drafts: list[int]
     """Positions besides of draft tokens to verify, at most: the first ones of what is proposed for the row by then."""
     samples: list[bool]
-    """Whether to draw the next token after the last known one, and after each guess that is right."""
+    """Whether to sample the next token after the last known one, and after each accepted draft token."""
     wanted: list[int]
-    """Guesses to propose, at most, after this step."""
-    costly_guesses: int
-    """So many of them, at most, by drafters that compute with a network; 0: they are not asked."""
+    """Draft tokens to propose, at most, after this step."""
+    costly_drafts: int
+    """Draft tokens to propose, at most, by drafters that compute with a network; 0: they are not asked."""
 
     work: StepWork
     """For the cost model."""
@@ -100,17 +100,17 @@ class StepResult:
     """Parallel to the plan's rows."""
 
     tokens: list[list[int]]
-    """Drawn tokens per row: none where none was asked for, else one more than guesses were right."""
+    """Sampled tokens per row: none where none was asked for, else one more than draft tokens were accepted."""
     drafted: list[int]
     """Draft tokens that were verified per row."""
     offers: list[tuple[float, ...]]
-    """Per row: what is proposed now, as the probability that guess i and all before it are right."""
+    """Per row: what is proposed now, as the probability that draft token i and all before it are right."""
     logprobs: dict[int, list[TokenLogprobs]]
-    """By row index, one per drawn token, for requests that want them."""
+    """By row index, one per sampled token, for requests that want them."""
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     """By row index: of the prompt tokens that follow the positions computed in this step."""
     errors: dict[int, str]
-    """By row index: rows for which no token could be drawn, or whose log-probabilities could not be told."""
+    """By row index: rows for which no token could be sampled, or whose log-probabilities could not be told."""
     seconds: float
     """Wall time of the step."""
     draft_seconds: float = 0.0
@@ -122,4 +122,4 @@ class StepResult:
     """CPU time of this thread for the rest."""
     proposals: dict[int, tuple[int, bool]] = field(default_factory=dict)
     """By row index: the version of a learned drafter that had proposed what came, whether or not that was verified, and
-    whether its first guess was right."""
+    whether its first draft token was right."""

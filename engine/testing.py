@@ -127,7 +127,7 @@ class SimulatedRunner:
     depend on, of whether the sequence was longer than the switch length, and of the weights. A step that attends to a
     position holding anything else is an error in scheduling or block sharing; only a row that was there when the
     weights changed may read what older ones made.
-    With ``right``, it guesses at every chance, each guess with this probability right.
+    With ``right``, it proposes at every chance, each draft token being right with this probability.
     """
 
     def __init__(
@@ -153,18 +153,18 @@ class SimulatedRunner:
         """Which ones it computes with: a number to be raised between two steps."""
         self._entered: dict[int, int] = {}
         """The weights with which each row began."""
-        self._guesses: dict[int, list[int]] = {}
+        self._drafts: dict[int, list[int]] = {}
         self.tokens_computed = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
         for slot, length in plan.ended:
-            assert length <= len(self._tokens[slot]), "a request has ended with tokens that were not drawn"
+            assert length <= len(self._tokens[slot]), "a request has ended with tokens that were not sampled"
             del self._rows[slot]
         for new in plan.new:
             self._rows[new.slot], self._entered[new.slot] = new, self.weights
             self._tokens[new.slot] = list(new.tokens)
             self._tables[new.slot] = {}
-            self._guesses.pop(new.slot, None)
+            self._drafts.pop(new.slot, None)
         for slot, first, blocks in plan.blocks:
             self._tables[slot].update(enumerate(blocks, first))
         size = self._block_size
@@ -185,19 +185,19 @@ class SimulatedRunner:
                 found = self._cells[self._cell(slot, position)]
                 known = range(self._entered[slot], self.weights + 1)
                 assert found in [self._digest(slot, position, drafts, each) for each in known], "stale keys and values"
-        drawn = [
-            self._draw(slot, drafts) if wanted else []
+        sampled = [
+            self._sample(slot, drafts) if wanted else []
             for (slot, _, _, drafts), wanted in zip(rows, plan.samples, strict=True)
         ]
-        offers = [self._guess(slot, most) for slot, most in zip(plan.slots, plan.wanted, strict=True)]
-        return StepResult(drawn, drafted, offers, {}, {}, {}, seconds=0.001)
+        offers = [self._propose(slot, most) for slot, most in zip(plan.slots, plan.wanted, strict=True)]
+        return StepResult(sampled, drafted, offers, {}, {}, {}, seconds=0.001)
 
     def _take_drafts(self, slot: int, most: int) -> int:
-        """Puts the first of the guesses behind the known tokens; how many these are."""
+        """Puts the first draft tokens behind the known tokens; how many these are."""
         assert slot in self._rows, "a row is computed after its request has ended"
-        guesses = self._guesses.pop(slot, [])[:most]
-        self._tokens[slot] += guesses
-        return len(guesses)
+        drafts = self._drafts.pop(slot, [])[:most]
+        self._tokens[slot] += drafts
+        return len(drafts)
 
     def _start(self, plan: StepPlan, row: int, drafts: int) -> int:
         """Where the row starts: one that samples ends with its last known token."""
@@ -207,29 +207,29 @@ class SimulatedRunner:
         assert 0 <= start <= plan.starts[row], "a row starts later than its plan says"
         return start
 
-    def _draw(self, slot: int, drafted: int) -> list[int]:
+    def _sample(self, slot: int, drafted: int) -> list[int]:
         tokens = self._tokens[slot]
-        guesses = tokens[len(tokens) - drafted :]
+        drafts = tokens[len(tokens) - drafted :]
         del tokens[len(tokens) - drafted :]
-        drawn = []
-        for guess in [*guesses, None]:
-            drawn.append(simulated_token(tokens, self._vocab, self.weights))
-            tokens.append(drawn[-1])
-            if drawn[-1] != guess:
+        sampled = []
+        for draft in [*drafts, None]:
+            sampled.append(simulated_token(tokens, self._vocab, self.weights))
+            tokens.append(sampled[-1])
+            if sampled[-1] != draft:
                 break
-        return drawn
+        return sampled
 
-    def _guess(self, slot: int, most: int) -> tuple[float, ...]:
+    def _propose(self, slot: int, most: int) -> tuple[float, ...]:
         if self._right is None or not most:
             return ()
         tokens = list(self._tokens[slot])
-        guesses = []
+        drafts = []
         for _ in range(self._random.randint(0, most)):
             truth = simulated_token(tokens, self._vocab, self.weights)
-            guesses.append(truth if self._random.random() < self._right else (truth + 1) % self._vocab)
-            tokens.append(guesses[-1])
-        self._guesses[slot] = guesses
-        return tuple(self._right**i for i in range(1, len(guesses) + 1))
+            drafts.append(truth if self._random.random() < self._right else (truth + 1) % self._vocab)
+            tokens.append(drafts[-1])
+        self._drafts[slot] = drafts
+        return tuple(self._right**i for i in range(1, len(drafts) + 1))
 
     def _cell(self, slot: int, position: int) -> int:
         return self._tables[slot][position // self._block_size] * self._block_size + position % self._block_size

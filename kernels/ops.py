@@ -66,7 +66,7 @@ def argmax_with_probability(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distribution(logits: Tensor, temperature: Tensor, top_k: Tensor, min_p: Tensor, top_p: Tensor) -> Tensor:
-    """Weights proportional to the probability of drawing each token; may overwrite logits [rows, vocab] float32.
+    """Weights proportional to the probability of sampling each token; may overwrite logits [rows, vocab] float32.
 
     In this order: divide by temperature (from 0 to COLDEST all the same), keep the top_k largest (0: all), drop what is
     less likely than min_p times the most likely, keep the smallest set with mass top_p of what is left (Holtzman et al.
@@ -86,7 +86,7 @@ def penalize(
     row: int,
     seen: Tensor,
     repetition: float,
-    drawn: Tensor,
+    output: Tensor,
     counts: Tensor,
     frequency: float,
     presence: float,
@@ -96,10 +96,10 @@ def penalize(
     Args:
         seen: distinct tokens of prompt and output, which repetition divides (if positive) or multiplies (if negative)
             (Keskar et al. 2019).
-        drawn, counts: distinct tokens of the output and how often each occurs: frequency * count + presence is
+        output, counts: distinct tokens of the output and how often each occurs: frequency * count + presence is
             subtracted.
     """
-    _backend(logits).penalize(logits, row, seen, repetition, drawn, counts, frequency, presence)
+    _backend(logits).penalize(logits, row, seen, repetition, output, counts, frequency, presence)
 
 
 @contextmanager

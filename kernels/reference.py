@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 NEVER = float("-inf")
-"""The logit of a token that is not drawn."""
+"""The logit of a token that is never sampled."""
 
 
 class ReferenceOps:
@@ -67,9 +67,9 @@ class ReferenceOps:
 
     def draw(self, weights: Tensor, shares: Tensor) -> Tensor:
         cumulative = weights.double().cumsum(-1)
-        drawn = torch.searchsorted(cumulative, shares[:, None].double() * cumulative[:, -1:], right=True)[:, 0]
+        found = torch.searchsorted(cumulative, shares[:, None].double() * cumulative[:, -1:], right=True)[:, 0]
         last = weights.shape[1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
-        return torch.minimum(drawn, last)
+        return torch.minimum(found, last)
 
     def penalize(
         self,
@@ -77,7 +77,7 @@ class ReferenceOps:
         row: int,
         seen: Tensor,
         repetition: float,
-        drawn: Tensor,
+        output: Tensor,
         counts: Tensor,
         frequency: float,
         presence: float,
@@ -86,7 +86,7 @@ class ReferenceOps:
             values = logits[row, seen]
             logits[row, seen] = torch.where(values > 0, values / repetition, values * repetition)
         if frequency or presence:
-            logits[row, drawn] -= frequency * counts + presence
+            logits[row, output] -= frequency * counts + presence
 
 
 def attention(

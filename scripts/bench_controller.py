@@ -55,7 +55,7 @@ class Bench:
             self.oracle.answers[tuple(prompt)] = done.tokens
 
     def use(self, policy: Policy) -> None:
-        planner = self.local.engine.scheduler._guesses
+        planner = self.local.engine.scheduler._draft_planner
         planner._policy, planner._pauses, planner._worth = policy, isinstance(policy, Throughput), 1.0
 
     def run(self) -> float:

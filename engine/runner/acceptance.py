@@ -1,4 +1,4 @@
-"""How likely guesses are to be right, learned from what became of earlier ones."""
+"""How likely draft tokens are to be right, learned from what became of earlier ones."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ PRIOR_WEIGHT = 4.0
 """Observations that the first estimate is worth."""
 OWN_DECAY = 0.96
 OWN_WEIGHT = 8.0
-"""Tokens guessed at after which a request's estimate is half its own and half everybody's."""
+"""Draft tokens after which a request's estimate is half its own and half everybody's."""
 MOST_LIKELY = 0.995
 
 
 class Acceptance:
     """How likely draft tokens of one drafter are to be right if those before them are, by evidence and position.
 
-    The position of a guess is the number of guesses before it on its path. Far positions are seen seldom, only after
-    the near ones were right. So what is known of them fades with every observation, whatever its position, and gives
-    way to what is known of all positions together.
+    The position of a draft token is the number of draft tokens before it on its path. Far positions are seen seldom,
+    only after the near ones were right. So what is known of them fades with every observation, whatever its position,
+    and gives way to what is known of all positions together.
     """
 
     def __init__(self, num_evidence: int, positions: int, before: Acceptance | None = None) -> None:
@@ -48,7 +48,7 @@ class Acceptance:
         return (sum(self._right[level]) + PRIOR_WEIGHT * self._first[level]) / (sum(self._tried[level]) + PRIOR_WEIGHT)
 
     def observe(self, seen: Iterable[tuple[int, int, bool]]) -> None:
-        """Guesses of one proposal were looked at: the evidence of each, its position, and whether it was right."""
+        """Draft tokens of one proposal were looked at: the evidence of each, its position, and whether it was right."""
         seen = list(seen)
         for level in {evidence for evidence, _, _ in seen}:
             self._tried[level] = [count * DECAY for count in self._tried[level]]
@@ -59,7 +59,7 @@ class Acceptance:
 
 
 class OwnAcceptance:
-    """How much more or less often than expected guesses are right for one request."""
+    """How much more or less often than expected draft tokens are right for one request."""
 
     __slots__ = ("_expected", "_right")
 
@@ -70,13 +70,13 @@ class OwnAcceptance:
         return (self._right + OWN_WEIGHT) / (self._expected + OWN_WEIGHT)
 
     def observe(self, rate: float, right: bool) -> None:
-        """There were guesses after a token that was right, one of them right with this probability."""
+        """Draft tokens followed a token that was right, one of them right with this probability."""
         self._expected = self._expected * OWN_DECAY + rate
         self._right = self._right * OWN_DECAY + right
 
 
 def chances(rates: Sequence[float], parents: Sequence[int], factor: float) -> list[float]:
-    """Probability that each guess and all before it are right; less than that of its parent."""
+    """Probability that each draft token and all before it are right; less than that of its parent."""
     result: list[float] = []
     for rate, parent in zip(rates, parents, strict=True):
         result.append((result[parent] if parent >= 0 else 1.0) * min(rate * factor, MOST_LIKELY))

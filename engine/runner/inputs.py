@@ -1,4 +1,4 @@
-"""The inputs of one step, made of its plan and the table of rows, and what was accepted of what the step drew."""
+"""The inputs of one step, made of its plan and the table of rows, and what was accepted of what the step sampled."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from slipstream.kernels.batch import NO_MIRRORS, Int32, RaggedBatch, make_batch
 
 @dataclass(slots=True)
 class Accepted:
-    """The draft tokens of a row that are what was drawn at their places, and the token drawn after the last of them."""
+    """The accepted draft tokens of a row, which were sampled at their places, and the token sampled after them."""
 
     row: int
     """Row of the plan."""
     nodes: list[int]
     """The draft tokens, as nodes of the row's tree, from the root on."""
-    draws: list[int]
-    """Where among the step's draws its tokens are, one more than nodes."""
+    samples: list[int]
+    """Where the row's tokens are among the step's samples, one more than nodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ class StepInputs:
     """By row of the plan: the draft tokens that are verified."""
     copies: list[tuple[int, int]]
     """Cache blocks, (source, destination), to copy before the forward pass."""
-    draws: Int32
-    """[draws] batch row after which each token is drawn: of every row that draws, the last known token and then each
-    node of its tree, as if the draft tokens before it were right."""
-    first_draws: list[tuple[int, int]]
-    """Rows of the plan that draw, with the place of the first of their draws."""
+    logits_rows: Int32
+    """[samples] batch row after which each token is sampled: of every row that samples, the last known token and then
+    each node of its tree, as if the draft tokens before it were right."""
+    first_samples: list[tuple[int, int]]
+    """Rows of the plan that sample, with the place of the first of their samples."""
     sampling: SamplingBatch
-    """What the draws are drawn with."""
+    """What the tokens are sampled with."""
 
     @property
     def drafted(self) -> list[int]:
@@ -63,13 +63,13 @@ class StepInputs:
         return drafted
 
     def accept(self, tokens: list[int]) -> list[Accepted]:
-        """What comes of these tokens, one for every draw."""
+        """What is accepted if these tokens were sampled, one for each of ``logits_rows``."""
         accepted: list[Accepted] = []
-        for row, at in self.first_draws:
+        for row, at in self.first_samples:
             if (tree := self.trees.get(row)) is None:
                 accepted.append(Accepted(row, [], [at]))
             else:
-                nodes = tree.tree.right(tokens[at : at + 1 + len(tree.positions)])
+                nodes = tree.tree.accepted(tokens[at : at + 1 + len(tree.positions)])
                 accepted.append(Accepted(row, nodes, [at, *(at + 1 + node for node in nodes)]))
         return accepted
 
@@ -101,11 +101,12 @@ def prepare(plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch:
     size = scratch.block_size
     if not trees:
         batch = make_batch(token_ids, counts, ends, table.blocks, slots, size, known=lengths)
-        drawing = samples.nonzero()[0]
-        last = batch.q_start[1:][drawing] - 1
-        sampling = table.sampling.take(slots[drawing], lengths[drawing], lambda i: table.known(int(slots[drawing[i]])))
-        first_draws = list(zip(drawing.tolist(), range(len(drawing)), strict=True))
-        return StepInputs(plan, starts, batch, {}, [], last, first_draws, sampling)
+        sampling_rows = samples.nonzero()[0]
+        last = batch.q_start[1:][sampling_rows] - 1
+        mine = slots[sampling_rows]
+        sampling = table.sampling.take(mine, lengths[sampling_rows], lambda i: table.known(int(mine[i])))
+        first_samples = list(zip(sampling_rows.tolist(), range(len(sampling_rows)), strict=True))
+        return StepInputs(plan, starts, batch, {}, [], last, first_samples, sampling)
     roots = (np.cumsum(counts) - counts + known - 1).tolist()
     scratch.reset()
     added = BranchSegments(scratch, len(token_ids))
@@ -123,22 +124,22 @@ def prepare(plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch:
         np.array(added.mirrors, np.int32).reshape(-1, 3) if added.mirrors else NO_MIRRORS,
         np.append(lengths, np.array(added.ends, np.int32)),
     )
-    return StepInputs(plan, starts, batch, placed, added.copies, *_draws(plan, placed, roots, table))
+    return StepInputs(plan, starts, batch, placed, added.copies, *_samples(plan, placed, roots, table))
 
 
-def _draws(
+def _samples(
     plan: StepPlan, trees: Mapping[int, PlacedTree], roots: list[int], table: RowTable
 ) -> tuple[Int32, list[tuple[int, int]], SamplingBatch]:
-    """Where and with what tokens are drawn in a step with draft tokens; see StepInputs."""
+    """Where and with what tokens are sampled in a step with draft tokens; see StepInputs."""
     last: list[int] = []
-    first_draws: list[tuple[int, int]] = []
+    first_samples: list[tuple[int, int]] = []
     slots: list[int] = []
     lengths: list[int] = []
-    for row, draws in enumerate(plan.samples):
-        if not draws:
+    for row, wanted in enumerate(plan.samples):
+        if not wanted:
             continue
         slot = plan.slots[row]
-        first_draws.append((row, len(last)))
+        first_samples.append((row, len(last)))
         last.append(roots[row])
         slots.append(slot)
         lengths.append(int(table.lengths[slot]))
@@ -146,19 +147,19 @@ def _draws(
             last += tree.batch_rows
             slots += [slot] * len(tree.positions)
             lengths += [position + 1 for position in tree.positions]
-    history = _history(plan, trees, first_draws, table)
+    history = _history(plan, trees, first_samples, table)
     sampling = table.sampling.take(np.array(slots, np.int32), np.array(lengths, np.int32), history)
-    return np.array(last, np.int32), first_draws, sampling
+    return np.array(last, np.int32), first_samples, sampling
 
 
 def _history(
-    plan: StepPlan, trees: Mapping[int, PlacedTree], first_draws: list[tuple[int, int]], table: RowTable
+    plan: StepPlan, trees: Mapping[int, PlacedTree], first_samples: list[tuple[int, int]], table: RowTable
 ) -> History:
-    """Tokens before each draw; those of branches are put together once a draw asks for one of their tree."""
+    """Tokens before each sample; those of branches are put together once a sample asks for one of their tree."""
     found: dict[int, list[Int32]] = {}
 
     def history(i: int) -> Int32:
-        row, first = first_draws[bisect_right(first_draws, i, key=itemgetter(1)) - 1]
+        row, first = first_samples[bisect_right(first_samples, i, key=itemgetter(1)) - 1]
         if i == first:
             return table.known(plan.slots[row])
         if row not in found:

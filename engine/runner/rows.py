@@ -1,6 +1,6 @@
 """The running requests as one table: a row per slot, from which a step reads what it needs besides its plan.
 
-The runner keeps tokens and lengths itself, so a plan can name a token that the step before it has yet to draw.
+The runner keeps tokens and lengths itself, so a plan can name a token that the step before it has yet to sample.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Executes step plans: prepares a step's inputs, runs the model over them, draws tokens, and accepts them."""
+"""Executes step plans: prepares a step's inputs, runs the model over them, samples tokens, and accepts draft tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ModelRunner:
         self.cache = model.new_cache(num_blocks + scratch_blocks, block_size)
         self._num_blocks = num_blocks
         self._block_size = block_size
-        # One position more than a sequence has, for a token that is drawn and not kept, and the guesses after it.
+        # One position more than a sequence has, for a token that is sampled and not kept, and the drafts after it.
         longest, blocks = max_model_len + 1 + speculator.most, -(-max_model_len // block_size) + 1
         self._table = RowTable(max_running, longest, blocks, scratch_blocks)
         self._scratch = Scratch(self._table.blocks, num_blocks, scratch_blocks, block_size)
@@ -70,17 +70,17 @@ class ModelRunner:
         accepted, drafted = inputs.accept(sampled.tokens), inputs.drafted
         for each in accepted:
             row = each.row
-            if sampled.errors and (wrong := [sampled.errors[at] for at in each.draws if at in sampled.errors]):
+            if sampled.errors and (wrong := [sampled.errors[at] for at in each.samples if at in sampled.errors]):
                 errors.setdefault(row, wrong[0])
             if row in errors:
                 continue
-            tokens[row] = [sampled.tokens[at] for at in each.draws]
+            tokens[row] = [sampled.tokens[at] for at in each.samples]
             self._table.append(plan.slots[row], tokens[row])
             drafts = self._table.drafts(plan.slots[row])
             if proposal := self.speculator.verified(drafts, drafted[row], tokens[row]):
                 proposals[row] = proposal
-            if each.draws[0] in sampled.logprobs:
-                logprobs[row] = [sampled.logprobs[at] for at in each.draws]
+            if each.samples[0] in sampled.logprobs:
+                logprobs[row] = [sampled.logprobs[at] for at in each.samples]
         if inputs.trees:
             self._leave_branches(inputs, accepted)
         if computed.features is not None:
@@ -150,7 +150,7 @@ class ModelRunner:
     def _prepare(self, plan: StepPlan) -> StepInputs:
         trees = {}
         for row, most in enumerate(plan.drafts):
-            if most and (tree := self.speculator.guesses(self._table.drafts(plan.slots[row]), most)):
+            if most and (tree := self.speculator.draft_tree(self._table.drafts(plan.slots[row]), most)):
                 trees[row] = tree
         inputs = prepare(plan, trees, self._table, self._scratch)
         if inputs.copies:
@@ -158,22 +158,22 @@ class ModelRunner:
         return inputs
 
     def _sample(self, inputs: StepInputs, hidden: Tensor) -> tuple[Sampled, tuple[Tensor, Tensor] | None]:
-        """What is drawn, and the most likely tokens at these places if somebody wants to see them."""
-        if not len(inputs.draws):
+        """What is sampled, and the most likely tokens at these places if somebody wants to see them."""
+        if not len(inputs.logits_rows):
             return Sampled([]), None
-        logits, top = self.model.logits(hidden, inputs.draws), None
-        drawing = (self._table.drafts(inputs.plan.slots[row]).draft for row, _ in inputs.first_draws)
-        if count := self._listeners.top_k(drawing):
+        logits, top = self.model.logits(hidden, inputs.logits_rows), None
+        sampling = (self._table.drafts(inputs.plan.slots[row]).draft for row, _ in inputs.first_samples)
+        if count := self._listeners.top_k(sampling):
             top = most_likely(logits, count)
         try:
             return sample(logits, inputs.sampling), top
         except Exception:
-            # One row that cannot be drawn costs the others nothing but the time for a second try. Drawing overwrites
+            # One row that cannot be sampled costs the others nothing but the time for a second try. Sampling overwrites
             # logits. All rows at once, so that they have the same bits as before.
-            return sample_apart(self.model.logits(hidden, inputs.draws), inputs.sampling), top
+            return sample_apart(self.model.logits(hidden, inputs.logits_rows), inputs.sampling), top
 
     def _leave_branches(self, inputs: StepInputs, accepted: Sequence[Accepted]) -> None:
-        """Copies keys and values of right guesses on branches to their rows' own blocks."""
+        """Copies keys and values of accepted draft tokens on branches to their rows' own blocks."""
         nodes = [(inputs.trees[each.row], node) for each in accepted for node in each.nodes]
         moved = [(tree, node) for tree, node in nodes if tree.table_rows[node] != tree.slot]
         if moved:
@@ -189,14 +189,16 @@ class ModelRunner:
         features: Tensor,
         top: tuple[Tensor, Tensor] | None,
     ) -> list[Computed]:
-        """What the step computed of each row, without what follows a wrong guess."""
+        """What the step computed of each row, without what follows a rejected draft token."""
         plan = inputs.plan
-        drawn = {each.row: each for each in accepted}
+        by_row = {each.row: each for each in accepted}
         found: list[Computed] = []
         for row, slot in enumerate(plan.slots):
-            each = drawn.get(row)
+            each = by_row.get(row)
             rows = inputs.computed(row, each.nodes if each else [])
-            row_top = None if each is None or top is None else (_take(top[0], each.draws), _take(top[1], each.draws))
+            row_top = (
+                None if each is None or top is None else (_take(top[0], each.samples), _take(top[1], each.samples))
+            )
             found.append(
                 Computed(self._table.drafts(slot).draft, int(inputs.starts[row]), _take(features, rows), row_top)
             )
@@ -207,7 +209,7 @@ class ModelRunner:
         asked = [row for row, most in enumerate(plan.wanted) if most and row not in errors]
         if asked:
             rows = [self._table.drafts(plan.slots[row]) for row in asked]
-            proposed = self.speculator.propose(rows, [plan.wanted[row] for row in asked], plan.costly_guesses)
+            proposed = self.speculator.propose(rows, [plan.wanted[row] for row in asked], plan.costly_drafts)
             for row, offer in zip(asked, proposed, strict=True):
                 offers[row] = offer
         return offers

@@ -1,4 +1,4 @@
-"""Draws the next token of each row and reports log-probabilities, as each request's parameters say."""
+"""Samples the next token of each row and reports log-probabilities, as each request's parameters say."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slipstream.kernels.random import UInt64, uniform
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot carry."""
 History = Callable[[int], NDArray[np.int32]]
-"""Prompt and output before the token that row i of a batch draws; valid during the call."""
+"""Prompt and output before the token that row i of a batch samples; valid during the call."""
 NO_HISTORY = np.empty(0, np.int32)
 NOT_FINITE = "the model returned logits that are not finite"
 NOTHING_ALLOWED = "the request's constraints leave no token to generate"
@@ -33,7 +33,7 @@ class SamplingColumns:
         self.num_prompt = np.zeros(slots, np.int64)
         self.seeds = np.zeros(slots, np.uint64)
         self.is_special = np.zeros(slots, np.bool_)
-        """Whether more is to be done than to draw from the model's distribution (``is_plain``)."""
+        """Whether more is to be done than to sample from the model's distribution (``is_plain``)."""
         self.faults: dict[int, Exception] = {}
         """Slots whose parameters are no numbers that can be computed with, and why."""
         self._temperature = np.zeros(slots, np.float32)
@@ -52,13 +52,13 @@ class SamplingColumns:
             self.seeds[slot], self._top_k[slot] = seed, params.top_k
             with np.errstate(over="ignore"):
                 self._min_p[slot], self._top_p[slot] = params.min_p, params.top_p
-                if params.temperature > 0:  # as a float32 it could be 0, which is another way of drawing
+                if params.temperature > 0:  # as a float32 it could be 0, which is another way of sampling
                     self._temperature[slot] = max(params.temperature, ops.COLDEST)
         except OverflowError as error:
             self.faults[slot] = error
 
     def take(self, slots: Int32, lengths: Int32, history: History) -> SamplingBatch:
-        """For rows of logits that belong to these slots, each drawn after so many tokens (arrays [rows])."""
+        """For rows of logits that belong to these slots, each sampled after so many tokens (arrays [rows])."""
         num_output = lengths - self.num_prompt[slots]
         special: dict[int, SamplingParams] = {}
         if (is_special := self.is_special[slots]).any():
@@ -72,7 +72,7 @@ class SamplingColumns:
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """What rows of logits are drawn with. The arrays have an entry per row; the mappings only those that need one."""
+    """What rows of logits are sampled with. The arrays have an entry per row; the mappings only those that need one."""
 
     temperature: NDArray[np.float32]
     top_k: NDArray[np.int32]
@@ -80,7 +80,7 @@ class SamplingBatch:
     top_p: NDArray[np.float32]
     seeds: UInt64
     num_output: NDArray[np.int64]
-    """Tokens drawn before, which is the place in the row's random stream."""
+    """Tokens sampled before, which is the place in the row's random stream."""
     special: Mapping[int, SamplingParams]
     """Rows with processors, or with log-probabilities to report."""
     faults: Mapping[int, Exception]
@@ -109,7 +109,7 @@ class Sampled:
 
 
 def is_plain(params: SamplingParams) -> bool:
-    """Whether a token is just drawn from the logits as they come: no processor changes or reports anything."""
+    """Whether a token is just sampled from the logits as they come: no processor changes or reports anything."""
     return (
         params.logprobs is None
         and params.frequency_penalty == 0.0
@@ -123,10 +123,10 @@ def is_plain(params: SamplingParams) -> bool:
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
-    """Draws one token per row of logits [len(batch), vocab] float32, which is overwritten.
+    """Samples one token per row of logits [len(batch), vocab] float32, which is overwritten.
 
-    Randomness comes from each row's seed and the number of tokens drawn before, so the result of a row does not
-    depend on the other rows. Raises where a row cannot be drawn; ``sample_apart`` finds out which.
+    Randomness comes from each row's seed and the number of tokens sampled before, so the result of a row does not
+    depend on the other rows. Raises where a row cannot be sampled; ``sample_apart`` finds out which.
     """
     if batch.faults:
         raise next(iter(batch.faults.values()))
@@ -140,12 +140,12 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
     errors: dict[int, str] = {}
     if min(tokens) < 0:
         errors = {i: _no_token(logits[i]) for i, token in enumerate(tokens) if token < 0}
-    drawn, probs = _draw(logits, batch, tokens, errors)
+    random, probs = _sample_random(logits, batch, tokens, errors)
     result = Sampled(tokens, errors=errors)
     if raw_logits is not None:
         for i, logprobs in zip(raw, raw_logits.log_softmax(-1), strict=True):
             _report(result, i, logprobs, reported[i])
-    place = {i: at for at, i in enumerate(drawn)} if len(raw) < len(reported) else {}
+    place = {i: at for at, i in enumerate(random)} if len(raw) < len(reported) else {}
     for i, params in reported.items():
         if params.logprobs_mode == "processed":
             if probs is not None and i in place:
@@ -157,24 +157,24 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
     return result
 
 
-def _draw(
+def _sample_random(
     logits: Tensor, batch: SamplingBatch, tokens: list[int], errors: Mapping[int, str]
 ) -> tuple[list[int], Tensor | None]:
-    """Replaces the tokens of rows that are not greedy; which ones these are, and what they were drawn from."""
-    is_drawn = batch.temperature > 0
+    """Replaces the tokens of rows that are not greedy; which ones these are, and what they were sampled from."""
+    is_random = batch.temperature > 0
     if errors:
-        is_drawn[list(errors)] = False
-    at: NDArray[np.intp] = is_drawn.nonzero()[0]
+        is_random[list(errors)] = False
+    at: NDArray[np.intp] = is_random.nonzero()[0]
     if not len(at):
         return [], None
-    drawn: list[int] = at.tolist()
-    chosen = logits if len(drawn) == len(tokens) else logits[drawn]
+    random: list[int] = at.tolist()
+    chosen = logits if len(random) == len(tokens) else logits[random]
     columns = (torch.from_numpy(column[at]) for column in (batch.temperature, batch.top_k, batch.min_p, batch.top_p))
     probs = ops.distribution(chosen, *(column.to(logits.device) for column in columns))
     uniforms = torch.from_numpy(uniform(batch.seeds[at], batch.num_output[at].astype(np.uint64))).to(logits.device)
-    for i, token in zip(drawn, ops.draw(probs, uniforms).tolist(), strict=True):
+    for i, token in zip(random, ops.draw(probs, uniforms).tolist(), strict=True):
         tokens[i] = token
-    return drawn, probs
+    return random, probs
 
 
 def sample_apart(logits: Tensor, batch: SamplingBatch) -> Sampled:
@@ -218,13 +218,13 @@ def process(logits: Tensor, i: int, params: SamplingParams, batch: SamplingBatch
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[i, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
     if penalizes:
-        drawn, counts = np.unique(history[len(history) - num_output :], return_counts=True)
+        output, counts = np.unique(history[len(history) - num_output :], return_counts=True)
         ops.penalize(
             logits,
             i,
             torch.from_numpy(np.unique(history)).to(logits.device, torch.long),
             params.repetition_penalty,
-            torch.from_numpy(drawn).to(logits.device, torch.long),
+            torch.from_numpy(output).to(logits.device, torch.long),
             torch.from_numpy(counts).to(logits.device, torch.float32),
             params.frequency_penalty,
             params.presence_penalty,
@@ -263,5 +263,5 @@ def _report(result: Sampled, i: int, logprobs: Tensor, params: SamplingParams) -
 
 
 def _no_token(logits: Tensor) -> str:
-    """Why none of these can be drawn."""
+    """Why none of these tokens can be sampled."""
     return NOTHING_ALLOWED if bool((logits == ops.NEVER).all()) else NOT_FINITE

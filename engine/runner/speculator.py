@@ -30,12 +30,12 @@ Answer = TypeVar("Answer")
 REMEMBERED = 8
 """Versions of a learned drafter that no route holds any more, of which it is still known how good they are."""
 ENOUGH = 2.5
-"""Right guesses to be expected with which no costly drafter is asked any more."""
+"""Accepted draft tokens to be expected with which no costly drafter is asked any more."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Guesses:
-    """A proposal with what is known of its acceptance; the lists are parallel."""
+class _RatedProposal:
+    """A proposal with what is known of its acceptance; the lists are parallel, an entry per draft token."""
 
     drafter: str
     version: int
@@ -46,13 +46,13 @@ class _Guesses:
     rates: Sequence[float]
     chances: Sequence[float]
 
-    def take(self, nodes: Sequence[int]) -> _Guesses:
+    def take(self, nodes: Sequence[int]) -> _RatedProposal:
         """Only these nodes, in this order; the parent of each is among those before it."""
         if nodes == list(range(len(self.chances))):
             return self
         place = {-1: -1} | {node: at for at, node in enumerate(nodes)}
         tree = Tree([self.tree.tokens[i] for i in nodes], [place[self.tree.parents[i]] for i in nodes])
-        return _Guesses(
+        return _RatedProposal(
             self.drafter,
             self.version,
             tree,
@@ -71,7 +71,7 @@ class RowDrafts:
     def __init__(self, draft: DraftRow) -> None:
         self.draft = draft
         self.own = {name: OwnAcceptance() for name in draft.drafters}
-        self.best: _Guesses | None = None
+        self.best: _RatedProposal | None = None
         """What is proposed for it now."""
 
 
@@ -144,14 +144,14 @@ class Speculator:
             try:
                 prepared.append((drafter, drafter.prepare_target(weights)))
             except Exception:
-                self._faults.tell(f"drafter {drafter.name} before new weights", "it guesses with what it has")
+                self._faults.tell(f"drafter {drafter.name} before new weights", "it drafts with what it has")
 
         def land() -> None:
             for drafter, follow in prepared:
                 try:
                     follow()
                 except Exception:
-                    self._faults.tell(f"drafter {drafter.name} after new weights", "it guesses with what it has")
+                    self._faults.tell(f"drafter {drafter.name} after new weights", "it drafts with what it has")
 
         return land
 
@@ -161,10 +161,10 @@ class Speculator:
         return routes.get(route, routes.get("", 0))
 
     def _swapped(self, drafter: LearnedDrafter, version: int, before: int) -> None:
-        """A new version is expected to be as good as the one it replaces, until its guesses say otherwise.
+        """A new version is expected to be as good as the one it replaces, until its draft tokens say otherwise.
 
-        More trust would have every request verify many guesses at once, just to see: long steps, at the very moment of
-        a swap. Versions that were known come back as they were known.
+        More trust would have every request verify many draft tokens at once, just to see: long steps, at the very
+        moment of a swap. Versions that were known come back as they were known.
         """
         self._stats[drafter.name].swaps += 1
         known = self._acceptance.pop((drafter.name, version), None)
@@ -253,61 +253,61 @@ class Speculator:
             except Exception:
                 self._faults.tell(f"the end of a request in drafter {drafter.name}", "it learned nothing from it")
 
-    def guesses(self, row: RowDrafts, most: int) -> Tree | None:
-        """The first nodes of what is proposed for this row, at most so many; None if there is nothing."""
+    def draft_tree(self, row: RowDrafts, most: int) -> Tree | None:
+        """The first draft tokens of what is proposed for this row, at most so many; None if there are none."""
         if row.best is None:
             return None
         return Tree(row.best.tree.tokens[:most], row.best.tree.parents[:most])
 
-    def verified(self, row: RowDrafts, drafted: int, drawn: Sequence[int]) -> tuple[int, bool] | None:
-        """``drafted`` guesses were verified, and the tokens ``drawn`` came of it.
+    def verified(self, row: RowDrafts, drafted: int, sampled: Sequence[int]) -> tuple[int, bool] | None:
+        """``drafted`` draft tokens were verified, and the tokens ``sampled`` came of it.
 
-        Returns the version of the learned drafter whose proposal this was, and whether its first guess was right: what
-        a version can be judged by at any load, because it does not matter how many guesses were verified.
+        Returns the version of the learned drafter whose proposal this was, and whether its first draft token was right:
+        what a version can be judged by at any load, because it does not matter how many draft tokens were verified.
         """
         if row.best is None:
             return None
-        guesses, row.best = row.best, None
-        depth = self._learn(row, guesses, drawn)
+        proposal, row.best = row.best, None
+        depth = self._learn(row, proposal, sampled)
         if drafted:
-            right = len(drawn) - 1
-            stats = self._stats[guesses.drafter]
+            accepted = len(sampled) - 1
+            stats = self._stats[proposal.drafter]
             stats.drafts += 1
             stats.draft_tokens += drafted
-            stats.accepted_tokens += right
-            if version := self._versions.get(guesses.version):
+            stats.accepted_tokens += accepted
+            if version := self._versions.get(proposal.version):
                 version.drafts += 1
                 version.draft_tokens += drafted
-                version.accepted_tokens += right
-            for position in range(right):
+                version.accepted_tokens += accepted
+            for position in range(accepted):
                 stats.accepted_per_position[position] += 1
-        return (guesses.version, depth > 0) if guesses.version else None
+        return (proposal.version, depth > 0) if proposal.version else None
 
-    def _learn(self, row: RowDrafts, guesses: _Guesses, drawn: Sequence[int]) -> int:
-        """Holds guesses against the tokens that came at their places, also those that were not verified.
+    def _learn(self, row: RowDrafts, proposal: _RatedProposal, sampled: Sequence[int]) -> int:
+        """Holds draft tokens against the tokens that came at their places, also those that were not verified.
 
         Returns how many in a row were right.
         """
         seen: list[tuple[int, int, bool]] = []
         node: int | None = -1
         depth = 0
-        for token in drawn:
-            siblings = [i for i, parent in enumerate(guesses.tree.parents) if parent == node]
+        for token in sampled:
+            siblings = [i for i, parent in enumerate(proposal.tree.parents) if parent == node]
             if not siblings:
                 break
-            node = next((i for i in siblings if guesses.tree.tokens[i] == token), None)
-            seen += [(guesses.evidence[i], guesses.positions[i], i == node) for i in siblings]
-            row.own[guesses.drafter].observe(sum(guesses.rates[i] for i in siblings), node is not None)
+            node = next((i for i in siblings if proposal.tree.tokens[i] == token), None)
+            seen += [(proposal.evidence[i], proposal.positions[i], i == node) for i in siblings]
+            row.own[proposal.drafter].observe(sum(proposal.rates[i] for i in siblings), node is not None)
             if node is None:
                 break
             depth += 1
-        self._acceptance_of(self._drafters[guesses.drafter], guesses.version).observe(seen)
+        self._acceptance_of(self._drafters[proposal.drafter], proposal.version).observe(seen)
         return depth
 
-    def propose(self, rows: Sequence[RowDrafts], wanted: Sequence[int], costly_guesses: int) -> list[tuple[float, ...]]:
-        """Per row, the falling chances of the guesses that are now kept for it; empty where there are none.
+    def propose(self, rows: Sequence[RowDrafts], wanted: Sequence[int], costly_drafts: int) -> list[tuple[float, ...]]:
+        """Per row, the falling chances of the draft tokens that are now kept for it; empty where there are none.
 
-        ``wanted`` of each row at most, and ``costly_guesses`` of drafters that are costly to ask; 0: they are not.
+        ``wanted`` of each row at most, and ``costly_drafts`` by drafters that are costly to ask; 0: they are not asked.
         """
         if not self._drafters:
             return [()] * len(rows)
@@ -316,7 +316,7 @@ class Speculator:
         values = np.zeros(len(rows))
         for drafter in self._drafters.values():
             for row, most in zip(rows, wanted, strict=True):
-                row.draft.most = min(most, self.most, costly_guesses if drafter.needs.costly else most)
+                row.draft.most = min(most, self.most, costly_drafts if drafter.needs.costly else most)
             asked = [
                 i
                 for i, row in enumerate(rows)
@@ -329,10 +329,10 @@ class Speculator:
             for i, proposal in zip(asked, self._ask(drafter, [rows[i].draft for i in asked]), strict=True):
                 if proposal is None or not proposal.tokens:
                     continue
-                guesses = self._weigh(rows[i], drafter.name, proposal)
-                value = sum(guesses.chances)
+                rated = self._rate(rows[i], drafter.name, proposal)
+                value = sum(rated.chances)
                 if value > values[i]:
-                    values[i], rows[i].best = value, guesses
+                    values[i], rows[i].best = value, rated
         self._cut_branches(rows)
         return [tuple(row.best.chances) if row.best else () for row in rows]
 
@@ -372,13 +372,13 @@ class Speculator:
                 self._faults.tell(f"drafter {drafter.name}", "the request goes on without it")
         return found
 
-    def _weigh(self, row: RowDrafts, drafter: str, proposal: Proposal) -> _Guesses:
-        """A proposal with its chances, in their order, so that the first n guesses are the most promising tree of n."""
+    def _rate(self, row: RowDrafts, drafter: str, proposal: Proposal) -> _RatedProposal:
+        """A proposal with its chances, in their order: the first n draft tokens are the most promising tree of n."""
         tree, positions = Tree(proposal.tokens, proposal.parents), depths(proposal.parents)
         rates = self._acceptance_of(self._drafters[drafter], proposal.version).rates(proposal.evidence, positions)
         found = chances(rates, proposal.parents, row.own[drafter].factor())
-        guesses = _Guesses(drafter, proposal.version, tree, proposal.evidence, positions, rates, found)
-        return guesses.take(sorted(range(len(found)), key=lambda node: -found[node]))
+        rated = _RatedProposal(drafter, proposal.version, tree, proposal.evidence, positions, rates, found)
+        return rated.take(sorted(range(len(found)), key=lambda node: -found[node]))
 
     def _cut_branches(self, rows: Sequence[RowDrafts]) -> None:
         """Leaves out branches for which there are too few scratch blocks; every row gets the same share of them."""

@@ -1,4 +1,4 @@
-"""Where a step computes trees of guesses.
+"""Where a step computes trees of draft tokens.
 
 A position has to visit the keys of its path in the order in which plain decoding visits them, or its last bits differ.
 So there is no mask over a tree: its first path goes on in the segment of its row, and every branch is a segment of its

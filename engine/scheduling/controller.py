@@ -1,4 +1,4 @@
-"""How many guesses to verify in a step: more of them may bring more tokens, and make the step longer."""
+"""How many draft tokens to verify in a step: more of them may bring more tokens, and make the step longer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Offer:
     """What could be verified for one request."""
 
     chances: Sequence[float]
-    """Probability that guess i and all before it are right; falls from one to the next."""
+    """Probability that draft token i and all before it are right; falls from one to the next."""
     start: int
     """Position of the first of them."""
 
@@ -31,17 +31,17 @@ class Offer:
 @dataclass(frozen=True, slots=True)
 class Decision:
     counts: list[int]
-    """Guesses to verify per offer."""
+    """Draft tokens to verify per offer."""
     reason: str
     plain_seconds: float = 0.0
-    """What the step is expected to take without guesses; 0 where none are verified, or the policy expects nothing."""
+    """Expected time of the step without draft tokens; 0 where none are verified, or the policy expects nothing."""
     arm: tuple[int, int] | None = None
     """Bucket and length that the reward is for, where the bandit decided."""
 
 
 class Policy(Protocol):
     def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
-        """``work`` is the step without guesses, one token for each offer at least."""
+        """``work`` is the step without draft tokens, one token for each offer at least."""
 
     def observe(self, decision: Decision, tokens: int, seconds: float) -> None:
         """The step brought so many tokens."""
@@ -50,8 +50,8 @@ class Policy(Protocol):
 class Throughput:
     """Verifies what maximises expected tokens per second.
 
-    Guesses are taken in the order of their chances, over all requests; since the chances of a request fall along its
-    list, a prefix of that order is a prefix of every list.
+    Draft tokens are taken in the order of their chances, over all requests; since the chances of a request fall along
+    its list, a prefix of that order is a prefix of every list.
     """
 
     def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
@@ -75,7 +75,7 @@ class Throughput:
 
 
 class Fixed:
-    """Verifies a fixed number of guesses, or as many as there are."""
+    """Verifies a fixed number of draft tokens, or as many as there are."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -105,7 +105,7 @@ class Bandit:
     def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
         rewards = self._rewards[len(offers).bit_length()]
         explores = self._random.random() < self.EPSILON
-        # A length that nobody has guesses for would never be tried, and look promising for ever.
+        # A length that nobody has draft tokens for would never be tried, and look promising for ever.
         longest = max((len(offer.chances) for offer in offers), default=0)
         lengths = [length for length in self.LENGTHS if length <= longest]
         length = self._random.choice(lengths) if explores else max(lengths, key=rewards.__getitem__)

@@ -1,4 +1,4 @@
-"""The scheduler's side of speculation: which of the offered guesses a step verifies, and how many are wanted next."""
+"""The scheduler's side of speculation: how many draft tokens a step verifies, and how many are wanted next."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROBE_EVERY = 16
 """… but for a probe after so many steps, to see whether that has changed."""
 LONGEST_PAUSE = 256
 """Each probe of costly drafters that disappoints makes their pause twice as long, up to this."""
-PROBE_GUESSES = 3
+PROBE_DRAFTS = 3
 """Draft tokens that costly drafters may propose in a probe."""
 SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
 """Weight of a step in what is known of this, and of a probe, of which there are few."""
@@ -73,7 +73,7 @@ class DraftPlanner:
     ) -> None:
         """``needs`` are those of the runner's drafters together."""
         self.reasons: Counter[str] = Counter()
-        """Steps by the reason for the number of guesses verified in them."""
+        """Steps by the reason for the number of draft tokens verified in them."""
         self._needs = needs
         self._max_model_len = max_model_len
         self._switch_length = switch_length
@@ -89,23 +89,23 @@ class DraftPlanner:
         """Whether costly drafters were asked after the last step."""
         self._routes: Mapping[str, int] = {}
         self._steps = 0
-        self.costly_guesses = 0
+        self.costly_drafts = 0
         """At most so many for each request are wanted of costly drafters, after the step being planned."""
 
     def plan(self, plan: PlanBuilder, prompts_wait: bool, is_asked: bool = False) -> None:
-        """Adds positions to verify guesses in, where they are worth it and there is room, to a step of decodes.
+        """Adds positions to verify draft tokens in, where they are worth it and there is room, to a step of decodes.
 
-        A step that prompts share is bound by arithmetic: guesses would cost their full price, and prolong it.
-        ``is_asked``: a step under way will have guesses proposed, which are verified in this one. What was offered
+        A step that prompts share is bound by arithmetic: draft tokens would cost their full price, and prolong it.
+        ``is_asked``: a step under way will have draft tokens proposed, which are verified in this one. What was offered
         after the step before it has to do for deciding how many: where much was promised, much will be.
         """
         self._steps += 1
-        self.costly_guesses = self._ask_costly()
+        self.costly_drafts = self._ask_costly()
         if prompts_wait:
             self.reasons["prompts wait"] += 1
         else:
             self._verify(plan, is_asked)
-        if self.costly_guesses and self._needs.own_blocks:
+        if self.costly_drafts and self._needs.own_blocks:
             self._reserve(plan)
 
     def _verify(self, plan: PlanBuilder, is_asked: bool) -> None:
@@ -127,35 +127,35 @@ class DraftPlanner:
             grown = self._kv.grow(request, request.num_computed + count) if count else None
             if grown is not None:
                 plan.map_grown(request, grown)
-                plan.add_guesses(row, count)
+                plan.add_drafts(row, count)
 
     def wanted(self, request: Request) -> int:
-        """How many guesses could be verified after the step being planned."""
+        """How many draft tokens could be verified after the step being planned."""
         speculation = request.message.speculation
         if not self._needs.most or speculation.mode == "off":
             return 0
-        if not self.costly_guesses and self._cheap.is_paused and not self._is_due(self._cheap):
+        if not self.costly_drafts and self._cheap.is_paused and not self._is_due(self._cheap):
             return 0
         most = self._needs.most
         if speculation.max_draft_tokens is not None:
             most = min(most, speculation.max_draft_tokens)
-        # What is under way brings some tokens for sure, and the next step one after its guesses.
+        # What is under way brings some tokens for sure, and the next step one after its draft tokens.
         sure = request.num_output + request.in_flight - request.unsure + 1
         return max(min(most, request.message.params.max_tokens - sure), 0)
 
     def _ask_costly(self) -> int:
-        """How many guesses costly drafters may make after this step.
+        """How many draft tokens costly drafters may propose after this step.
 
         While they do not pay, that is a probe now and then: of two steps, because in the first they also look at what
         came since they were asked last. Where several versions are loaded, one is on trial and has to show what it
-        knows: that takes one guess now and then.
+        knows: that takes one draft token now and then.
         """
         if not self._needs.costly:
             return 0
         if not (self._pauses and self._costly.is_paused):
             return self._needs.most
         if self._is_due(self._costly):
-            return PROBE_GUESSES
+            return PROBE_DRAFTS
         return 1 if len(set(self._routes.values())) > 1 and self._steps % PROBE_EVERY == 0 else 0
 
     def observe(self, plan: StepPlan, decision: Decision | None, result: StepResult) -> None:
@@ -167,44 +167,44 @@ class DraftPlanner:
             return
         asked, self._asked = self._asked, None
         if asked is not None and (decision is None or decision.reason != NOT_SEEN):
-            # What it brought, not what was promised: the most promising guesses are those that chance makes look so.
+            # What it brought, not what was promised: the most promising drafts are those that chance makes look so.
             gain = 1.0
             if decision is not None and decision.plain_seconds:
                 gain = tokens / len(result.tokens) * decision.plain_seconds / result.seconds
             worth, share = asked
             worth.observe(self._steps, gain * share)
         if any(plan.wanted):
-            worth = self._costly if plan.costly_guesses else self._cheap
+            worth = self._costly if plan.costly_drafts else self._cheap
             share = result.seconds / (result.seconds + result.draft_seconds)
             if worth is self._cheap or self._was_asked or not worth.is_paused:
                 self._asked = worth, share
-        self._was_asked = bool(plan.costly_guesses) and any(plan.wanted)
+        self._was_asked = bool(plan.costly_drafts) and any(plan.wanted)
         for drafter in result.drafters:
             if drafter.routes and drafter.routes != self._routes:
                 self._routes = dict(drafter.routes)
                 self._costly.retry()
 
     def _is_due(self, worth: Worth) -> bool:
-        """Whether a paused kind is to be probed; not while the guesses of a probe are being verified."""
+        """Whether a paused kind is to be probed; not while the draft tokens of a probe are being verified."""
         return self._steps >= worth.next_probe and (self._asked is None or self._asked[0] is not worth)
 
     def take_back(self, request: Request, row: int, plan: StepPlan, result: StepResult) -> None:
-        """What was computed for guesses that were wrong does not count; keeps what is offered now."""
+        """What was computed for rejected draft tokens does not count; keeps what is offered now."""
         if request.slot >= 0:
             request.num_computed -= plan.drafts[row] - (len(result.tokens[row]) - 1)
             request.offer = result.offers[row]
 
     def _reserve(self, plan: PlanBuilder) -> None:
-        """Blocks for the positions that drafters guess at after the step, where there are plenty."""
+        """Blocks for the positions that drafters propose tokens for after the step, where there are plenty."""
         for request in plan.requests:
-            wanted = min(self.wanted(request), self.costly_guesses)
+            wanted = min(self.wanted(request), self.costly_drafts)
             if wanted and self._kv.pool.num_available > 2 * len(plan.requests):
                 length = min(request.num_computed + 1 + wanted, self._max_model_len)
                 plan.map_grown(request, self._kv.grow(request, length) or 0)
 
     def _room(self, request: Request) -> int:
-        """Guesses that fit before the request's end, with the token drawn after them."""
+        """Draft tokens that fit before the request's end, with the token sampled after them."""
         tokens = request.message.params.max_tokens - request.num_output - request.in_flight + request.unsure
-        # Guesses beyond the switch length would be computed as in a sequence that stays below it.
+        # Draft tokens beyond the switch length would be computed as in a sequence that stays below it.
         longest = self._max_model_len if request.outgrown else self._switch_length
         return max(min(tokens, longest - (request.length - 1)), 0)

@@ -28,7 +28,7 @@ class PlanBuilder:
             self.blocks.append((request.slot, len(request.blocks) - grown, request.blocks[-grown:]))
 
     def add(self, request: Request, count: int) -> None:
-        """The request advances by ``count`` known positions, and by a drawn one where they are the last."""
+        """The request advances by ``count`` known positions, and by a sampled one where they are the last."""
         start = request.num_computed
         sample = start + count == request.length
         self.requests.append(request)
@@ -40,8 +40,8 @@ class PlanBuilder:
         request.num_computed += count
         request.in_flight += sample
 
-    def add_guesses(self, row: int, count: int) -> None:
-        """Positions that hold guesses, at most so many, follow the last known one of a row."""
+    def add_drafts(self, row: int, count: int) -> None:
+        """Positions that hold draft tokens, at most so many, follow the last known one of a row."""
         request = self.requests[row]
         self._drafts[row] = count
         self.work = self.work.extend(request.num_computed, count)
@@ -54,7 +54,7 @@ class PlanBuilder:
         self.new = [row for row in self.new if row.slot != slot]
         self.blocks = [entry for entry in self.blocks if entry[0] != slot]
 
-    def build(self, step: int, ended: list[tuple[int, int]], wanted: list[int], costly_guesses: int = 0) -> StepPlan:
+    def build(self, step: int, ended: list[tuple[int, int]], wanted: list[int], costly_drafts: int = 0) -> StepPlan:
         return StepPlan(
             step=step,
             new=self.new,
@@ -67,6 +67,6 @@ class PlanBuilder:
             drafts=self._drafts,
             samples=self._samples,
             wanted=[most if sample else 0 for most, sample in zip(wanted, self._samples, strict=True)],
-            costly_guesses=costly_guesses,
+            costly_drafts=costly_drafts,
             work=self.work,
         )

@@ -79,7 +79,7 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         """Collected chunk by chunk until the first delta takes them along."""
         self.offer: tuple[float, ...] = ()
-        """What drafters propose now: the probability that guess i and all before it are right."""
+        """What drafters propose now: the probability that draft token i and all before it are right."""
         self.drafter_version = 0
         """Version of the learned drafter that proposed last; 0 if none did."""
         self.num_cached = 0
@@ -98,8 +98,8 @@ class Request:
             return True
         return self.length >= max_model_len or (self.unsure > 0 and not self.outgrown and self.length > switch_length)
 
-    def draw_seed(self) -> int:
-        """The seed of its random stream: its own, or one drawn once, so that it continues after a preemption."""
+    def stream_seed(self) -> int:
+        """The seed of its random stream: its own, or one chosen once, so that it continues after a preemption."""
         if self.seed is None:
             asked = self.message.params.seed
             self.seed = asked if asked is not None else RANDOM.getrandbits(63)

@@ -65,7 +65,7 @@ class Scheduler:
         self._under_way: deque[tuple[StepPlan, list[Request], Decision | None]] = deque()
         self._ended_slots: list[tuple[int, int]] = []  # since the last plan
         self._ended: list[TokenDelta] = []  # terminal deltas that no step will bring
-        self._guesses = DraftPlanner(config, max_model_len, self._switch_length, self.kv, cost, drafting)
+        self._draft_planner = DraftPlanner(config, max_model_len, self._switch_length, self.kv, cost, drafting)
         self._step = 0
         self._prompt_tokens = self._generation_tokens = 0
         self._queries = self._hits = self._preemptions = 0
@@ -159,8 +159,8 @@ class Scheduler:
             self.kv.publish(request)
         self._step += 1
         ended, self._ended_slots = self._ended_slots, []
-        wanted = list(map(self._guesses.wanted, plan.requests))
-        step = plan.build(self._step, ended, wanted, self._guesses.costly_guesses)
+        wanted = list(map(self._draft_planner.wanted, plan.requests))
+        step = plan.build(self._step, ended, wanted, self._draft_planner.costly_drafts)
         self._under_way.append((step, plan.requests, plan.decision))
         return step
 
@@ -169,7 +169,7 @@ class Scheduler:
         planned, requests, decision = self._under_way.popleft()
         assert planned is plan, "steps are committed in the order they were planned"
         self.cost.observe(plan.work_with(result.drafted), result.seconds)
-        self._guesses.observe(plan, decision, result)
+        self._draft_planner.observe(plan, decision, result)
         deltas = self.take_ended()
         for row, request in enumerate(requests):
             if plan.samples[row]:
@@ -183,7 +183,7 @@ class Scheduler:
                 self._end(request, "error")
                 deltas.append(request.delta(self.target_version, [], "error", error=result.errors[row]))
             elif plan.samples[row]:
-                self._guesses.take_back(request, row, plan, result)
+                self._draft_planner.take_back(request, row, plan, result)
                 deltas.append(self._take_tokens(request, row, result))
         return deltas
 
@@ -227,7 +227,7 @@ class Scheduler:
             prefix_cache_queries=self._queries,
             prefix_cache_hits=self._hits,
             preemptions=self._preemptions,
-            speculation_steps=dict(self._guesses.reasons),
+            speculation_steps=dict(self._draft_planner.reasons),
             target_version=self.target_version,
             is_paused=self._pause is not None,
             **step,
@@ -294,7 +294,7 @@ class Scheduler:
             self._prompt_tokens += request.num_prompt
         self._queries += len(request.tokens)
         self._hits += admission.num_cached
-        plan.new.append(NewRow(request.slot, request.message, list(request.tokens), request.draw_seed()))
+        plan.new.append(NewRow(request.slot, request.message, list(request.tokens), request.stream_seed()))
         plan.blocks.append((request.slot, 0, list(request.blocks)))
         plan.copies.extend(admission.copies)
 
@@ -314,7 +314,7 @@ class Scheduler:
                 plan.map_grown(request, grown)
                 plan.add(request, 1)
         prompts_wait = any(request.length - request.num_computed > 1 for request in self._running)
-        self._guesses.plan(plan, prompts_wait, any(any(step.wanted) for step, _, _ in self._under_way))
+        self._draft_planner.plan(plan, prompts_wait, any(any(step.wanted) for step, _, _ in self._under_way))
 
     def _awaits_result(self, request: Request) -> bool:
         return request.awaits_result(self._max_model_len, self._switch_length)
@@ -345,8 +345,8 @@ class Scheduler:
     # Results --------------------------------------------------------------------------------------------------------
 
     def _take_tokens(self, request: Request, row: int, result: StepResult) -> TokenDelta:
-        """Appends what a step drew, up to where the request ends."""
-        drawn, logprobs = result.tokens[row], result.logprobs.get(row)
+        """Appends what a step sampled, up to where the request ends."""
+        sampled, logprobs = result.tokens[row], result.logprobs.get(row)
         proposal = result.proposals.get(row, (0, False))
         request.drafter_version = proposal[0] or request.drafter_version
         params = request.message.params
@@ -356,7 +356,7 @@ class Scheduler:
         finish: FinishReason | None = None
         stop_token = None
         taken = 0
-        for token in drawn:
+        for token in sampled:
             request.tokens.append(token)
             taken += 1
             if token in params.stop_token_ids and request.num_output >= params.min_tokens:
@@ -372,12 +372,12 @@ class Scheduler:
         self._generation_tokens += taken
         return request.delta(
             self.target_version,
-            drawn[:taken],
+            sampled[:taken],
             finish,
             stop_token,
             logprobs[:taken] if logprobs else None,
             num_drafted=result.drafted[row],
-            num_accepted=min(taken, len(drawn) - 1),
+            num_accepted=min(taken, len(sampled) - 1),
             proposal=proposal,
         )
 

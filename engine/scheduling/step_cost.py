@@ -38,8 +38,8 @@ MAX_SURPRISE = 0.5
 class StepCost:
     """A Kalman filter over the knots and the slopes (Kalman 1960), which wander as the machine's load changes."""
 
-    def __init__(self, first_guess: float = 0.01) -> None:
-        self._curve = np.array([first_guess * (1 + knot / 64) for knot in KNOTS] + [0.0, 0.0])
+    def __init__(self, first_estimate: float = 0.01) -> None:
+        self._curve = np.array([first_estimate * (1 + knot / 64) for knot in KNOTS] + [0.0, 0.0])
         self._trust_nothing()
 
     def predict(self, work: StepWork) -> float:

@@ -9,11 +9,11 @@ from slipstream.engine.speculation.protocol import Drafter, DraftNeeds, DraftRow
 
 
 class OracleDrafter(Drafter):
-    """Knows the answers: its guess at each place is right with a given probability, and so are those after it.
+    """Knows the answers: its draft token at each place is right with a given probability, and so are those after it.
 
     Args:
         answers: by prompt, what the request will be told.
-        right: probability that a guess is right if those before it are; a number, or one per position.
+        right: probability that a draft token is right if those before it are; a number, or one per position.
     """
 
     name = "oracle"
@@ -23,7 +23,7 @@ class OracleDrafter(Drafter):
         self.answers = answers
         self.right = right
         self.salt = 0
-        """Which guesses are right depends on this, the prompt and the place only, so that settings can be compared."""
+        """What is right depends on the salt, the prompt and the place only, so that settings can be compared."""
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
         return [self._propose(row) for row in rows]
@@ -32,22 +32,22 @@ class OracleDrafter(Drafter):
         prompt = tuple(row.tokens[: row.num_prompt].tolist())
         answer = self.answers.get(prompt, [])
         begin = row.length - row.num_prompt
-        guesses = answer[begin : begin + row.most]
+        drafts = answer[begin : begin + row.most]
         random = Random(hash((self.salt, prompt, begin)))
-        for position in range(len(guesses)):
+        for position in range(len(drafts)):
             right = self.right if isinstance(self.right, float) else self.right[position]
             if random.random() >= right:
-                guesses[position] ^= 1  # some other token
-        return Proposal.chain(guesses, 0)
+                drafts[position] ^= 1  # some other token
+        return Proposal.chain(drafts, 0)
 
 
 class TreeOracleDrafter(Drafter):
-    """Knows the answers: proposes random trees, and with a given probability the right token is among the guesses.
+    """Knows the answers: proposes random trees, and with a given probability the right token is among the draft tokens.
 
     Args:
         answers: by prompt, what the request will be told.
-        right: probability that the right token is guessed at after a node that is right.
-        vocab: number of tokens to guess from.
+        right: probability that the right token is proposed after a node that is right.
+        vocab: size of the vocabulary to draft from.
     """
 
     name = "oracle"

@@ -1,7 +1,8 @@
-"""What the engine asks of a drafter, guesses at the tokens that come next, and what it tells it.
+"""What the engine asks of a drafter, which proposes the tokens that come next, and what a drafter is told.
 
-Every position is drawn from the target's own distribution with a random number that belongs to the position, whatever
-was guessed; a guess counts if it is what was drawn. So drafters decide how fast an answer comes, never which one.
+Every position is sampled from the target's own distribution with a random number that belongs to the position, whatever
+was proposed; a draft token is accepted if it is what was sampled. So drafters decide how fast an answer comes, never
+which one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class DraftRow:
     mapped: int = 0
     """Positions that have a block in the block tables."""
     most: int = 0
-    """Guesses wanted at most, on all branches together; 0 for none."""
+    """Draft tokens wanted at most, on all branches together; 0 for none."""
     memory: dict[str, object] = field(default_factory=dict)
     """What a drafter keeps about the request, by its name."""
     request_id: int = 0
@@ -55,13 +56,13 @@ class DraftRow:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A tree of guesses: several may follow the same token, of which one at most is right."""
+    """A tree of draft tokens: several may follow the same token, of which one at most is right."""
 
     tokens: list[int]
     parents: list[int]
-    """The guess that each one follows, which stands before it in the list; -1 for the last known token."""
+    """The draft token that each one follows, which stands before it in the list; -1 for the last known token."""
     evidence: list[int]
-    """How well founded each guess is if its parent is right, as a small number: acceptance is learned apart for each.
+    """How well founded each draft token is if its parent is right: acceptance is learned apart for each number.
 
     0 is the weakest.
     """
@@ -70,7 +71,7 @@ class Proposal:
 
     @classmethod
     def chain(cls, tokens: list[int], evidence: int, version: int = 0) -> Proposal:
-        """Each guess follows the one before it, all equally well founded."""
+        """Each draft token follows the one before it, all equally well founded."""
         return cls(tokens, list(range(-1, len(tokens) - 1)), [evidence] * len(tokens), version)
 
     def check(self, most: int, vocab_size: int, num_evidence: int) -> None:
@@ -83,7 +84,7 @@ class Proposal:
         if count and not 0 <= min(self.evidence) <= max(self.evidence) < num_evidence:
             raise ValueError(f"a proposal with evidence outside 0 … {num_evidence - 1}: {self.evidence}")
         if not all(-1 <= parent < node for node, parent in enumerate(self.parents)):
-            raise ValueError(f"a proposal in which a guess stands before its parent: {self.parents}")
+            raise ValueError(f"a proposal in which a draft token stands before its parent: {self.parents}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class DraftHost:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Positions of a row that a step computed, without those whose guess was wrong."""
+    """Positions of a row that a step computed, without those of rejected draft tokens."""
 
     row: DraftRow
     start: int
@@ -110,8 +111,8 @@ class Computed:
     features: Tensor
     """[positions, taps, hidden] float32; valid during the call."""
     top: tuple[Tensor, Tensor] | None = None
-    """Where listeners want it: ids [drawn, k] int32 and log-probabilities [drawn, k] float16 of the most likely tokens
-    at the places of the tokens drawn in the step, which are the row's last; before any sampling parameter."""
+    """Where listeners want it: ids [sampled, k] int32 and log-probabilities [sampled, k] float16 of the most likely
+    tokens at the places of the tokens sampled in the step, which are the row's last; before any sampling parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +120,17 @@ class DraftNeeds:
     """What drafting needs of an engine."""
 
     most: int = 0
-    """Guesses per request and step at most, over all drafters; 0 without any."""
+    """Draft tokens per request and step at most, over all drafters; 0 without any."""
     costly: bool = False
     """A proposal takes a noticeable part of a step, so it is asked for only where it pays."""
     own_blocks: bool = False
-    """Keys and values are kept for guesses, too: the positions that are guessed at need blocks."""
+    """Keys and values are kept for draft tokens, too: draft positions need blocks."""
     branches: bool = False
     """Proposals are trees, whose branches are verified in scratch blocks."""
 
     @classmethod
     def of(cls, drafters: Sequence[Drafter], most: int) -> DraftNeeds:
-        """What these need together that guess at so many tokens at most."""
+        """What these drafters need together if they propose at most so many tokens."""
         needs = [drafter.needs for drafter in drafters]
         return cls(
             most if drafters else 0,

@@ -1,4 +1,4 @@
-"""Trees of guesses as lists of parents: node i follows node ``parents[i]`` < i, or the last known token where it is -1.
+"""Trees of draft tokens as lists of parents: node i follows ``parents[i]`` < i, or the last known token where it is -1.
 
 So every prefix of the lists is a tree, whose nodes lie on the same paths.
 """
@@ -15,24 +15,24 @@ class Tree:
     parents: Sequence[int]
 
     def child(self, node: int, token: int) -> int | None:
-        """The guess at ``token`` after a node, or after the last known token for -1."""
+        """The draft token ``token`` after a node, or after the last known token for -1."""
         for i in range(node + 1, len(self.parents)):
             if self.parents[i] == node and self.tokens[i] == token:
                 return i
         return None
 
-    def right(self, drawn: Sequence[int]) -> list[int]:
-        """The nodes that are right: the path of those that were drawn at their places.
+    def accepted(self, sampled: Sequence[int]) -> list[int]:
+        """The nodes that are accepted: the path of those whose tokens were sampled at their places.
 
-        ``drawn[0]`` came after the last known token, and ``drawn[i + 1]`` after node i. A guess is right with the
-        probability that the target draws it, and what is kept is what the target draws: so the output is the same with
-        any drafter and with none, token for token, for sampled requests too.
+        ``sampled[0]`` came after the last known token, and ``sampled[i + 1]`` after node i. A draft token is accepted
+        with the probability that the target samples it, and what is kept is what the target samples: so the output is
+        the same with any drafter and with none, token for token, also at temperatures above 0.
         """
         path: list[int] = []
-        node = self.child(-1, drawn[0])
+        node = self.child(-1, sampled[0])
         while node is not None:
             path.append(node)
-            node = self.child(node, drawn[node + 1])
+            node = self.child(node, sampled[node + 1])
         return path
 
 
@@ -42,7 +42,7 @@ def is_chain(parents: Sequence[int]) -> bool:
 
 
 def depths(parents: Sequence[int]) -> list[int]:
-    """Guesses before each node on its path."""
+    """Draft tokens before each node on its path."""
     found: list[int] = []
     for parent in parents:
         found.append(found[parent] + 1 if parent >= 0 else 0)
@@ -68,7 +68,7 @@ def branches(parents: Sequence[int]) -> list[list[int]]:
 def affordable(parents: Sequence[int], start: int, block_size: int, blocks: int) -> tuple[list[int], int]:
     """Nodes that can be verified if branches besides the first path get so many cache blocks; the blocks they need.
 
-    ``start`` is the position of the first guess. Where blocks do not suffice, earlier nodes of the list go first.
+    ``start`` is the position of the first draft token. Where blocks do not suffice, earlier nodes of the list go first.
     """
     kept: list[int] = []
     place = {-1: (start - 1, False)}

@@ -201,7 +201,7 @@ class Offline:
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("kind", MAKERS)
-def test_guesses_are_those_of_the_definition(folder: Path, kernels: Any, kind: str) -> None:
+def test_drafts_are_those_of_the_definition(folder: Path, kernels: Any, kind: str) -> None:
     """Through chunked prompts, verification, wrong and right guesses, pauses and preemption."""
     recorder = Recorder(MAKERS[kind])
     config = EngineConfig(
@@ -317,7 +317,7 @@ def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path) -> Non
         LocalEngine(config, [HeadDrafter(first_head)])
 
 
-def test_rows_that_were_not_watched_get_no_guess(folder: Path) -> None:
+def test_rows_that_were_not_watched_get_no_proposal(folder: Path) -> None:
     drafter = HeadDrafter(first_head)
     LocalEngine(EngineConfig(model=str(folder), kv_cache_memory="4MiB"), [drafter])
     row = DraftRow(0, "", 3, np.zeros(20, np.int32), 5, frozenset({"head"}), mapped=16, most=3)
@@ -350,7 +350,7 @@ def test_a_cold_head_is_the_last_layer_of_its_target(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("draft_tokens", [[1, 2, 3], [1, 1, 2, 3], [1, 2, 3, 96], [-1, 1, 2, 3]])
-def test_a_cold_head_needs_as_many_tokens_as_it_can_guess(folder: Path, draft_tokens: list[int]) -> None:
+def test_a_cold_head_needs_as_many_tokens_as_it_can_draft(folder: Path, draft_tokens: list[int]) -> None:
     parameters = layout.last_layer(open_checkpoint(folder).tensors(), 4)
     with pytest.raises(ModelError, match="4 different tokens"):
         layout.from_target(layout.config_for(decoder_config(TARGET), 4), parameters, draft_tokens)

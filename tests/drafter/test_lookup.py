@@ -137,7 +137,7 @@ def test_names() -> None:
         names("head")
 
 
-def test_no_tenant_gets_guesses_from_the_text_of_another(tmp_path: Path) -> None:
+def test_no_tenant_gets_drafts_from_the_text_of_another(tmp_path: Path) -> None:
     """Through the whole engine: the same prompt again has guesses for its own tenant and cache salt only."""
     config = {"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
     config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -33,7 +33,7 @@ def test_it_fits_the_default_model_and_stays_small() -> None:
     assert torch.equal(tensors[warm.OUTPUT], embedding[draft_tokens])
 
 
-def test_it_guesses_well_and_changes_nothing() -> None:
+def test_it_drafts_well_and_changes_nothing() -> None:
     text = load_text_model("default", ServerConfig())
     assert text.template is not None
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]

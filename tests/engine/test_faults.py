@@ -145,7 +145,7 @@ def test_a_prompt_that_the_model_does_not_have_is_refused(engine: LocalEngine, p
     assert "prompt" in error_of(engine.generate([prompt], SamplingParams(max_tokens=3))[0])
 
 
-def test_a_row_that_cannot_be_drawn_is_that_request_s_error(engine: LocalEngine, alone: list[list[int]]) -> None:
+def test_a_row_that_cannot_be_sampled_is_that_request_s_error(engine: LocalEngine, alone: list[list[int]]) -> None:
     healthy = start_healthy(engine)
     wrong = [
         submit_unchecked(engine, [1, 2], SamplingParams(max_tokens=3, logit_bias={10**6: 1.0})),

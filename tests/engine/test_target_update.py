@@ -210,7 +210,7 @@ def random_head(target: DecoderConfig) -> FirstHead:
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
-def test_a_head_guesses_with_the_rows_of_the_new_output_matrix(
+def test_a_head_drafts_with_the_rows_of_the_new_output_matrix(
     folders: list[Path], fresh: Callable[[int], list[list[int]]], kernels: str
 ) -> None:
     head = HeadDrafter(random_head, stop_below=0.0)

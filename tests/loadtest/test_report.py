@@ -106,7 +106,7 @@ def test_steps_of_the_engine_are_part_of_the_summary():
     assert "0.250 ms" in console.export_text()
 
 
-def test_guesses_are_part_of_the_summary():
+def test_drafts_are_part_of_the_summary():
     figures = summarise(Run([finished(0.0, [1.0, 2.0])], duration=5.0))
     figures |= summarise_speculation(Speculation(10, 40, 30))
     assert figures["spec_decode_acceptance_length"] == 4.0

@@ -72,7 +72,7 @@ slipstream:spec_decode_num_accepted_tokens_per_pos_total{drafter="ngram",positio
 """
 
 
-def test_guesses_are_summed_over_drafters():
+def test_drafts_are_summed_over_drafters():
     assert parse_speculation(GUESSES) == Speculation(15, 40, 30)
     assert Speculation(15, 40, 30) - Speculation(5, 10, 20) == Speculation(10, 30, 10)
     assert parse_speculation(STEPS) is None

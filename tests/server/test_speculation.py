@@ -10,7 +10,7 @@ PROMPT = "Repeat after me: one two three four five six seven eight nine ten. one
 OFF = {"mode": "off"}
 
 
-def test_answers_are_the_same_and_guesses_were_right(default_server: Any) -> None:
+def test_answers_are_the_same_and_drafts_were_accepted(default_server: Any) -> None:
     before = {name: default_server.metric(name) for name in SPEC_COUNTERS}
     for fields in ({}, {"temperature": 0.8, "seed": 3}, {"frequency_penalty": 0.4, "logprobs": 3}, {"stop": ["ten"]}):
         fields = {"max_tokens": 80, "ignore_eos": True, "return_token_ids": True, **fields}
@@ -63,7 +63,7 @@ def test_metrics_end_a_stream(default_server: Any, usage: bool) -> None:
     assert all("metrics" not in event for event in events)
 
 
-def test_at_most_so_many_guesses(default_server: Any) -> None:
+def test_at_most_so_many_drafts(default_server: Any) -> None:
     reply = default_server.complete(
         PROMPT, max_tokens=60, ignore_eos=True, return_metrics=True, speculation={"max_draft_tokens": 2}
     )

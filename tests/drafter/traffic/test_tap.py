@@ -86,7 +86,7 @@ def test_features_are_those_of_a_plain_forward_pass(
 
 @needs_native
 @pytest.mark.parametrize("right", [0.0, 0.6, 1.0])
-def test_wrong_guesses_leave_nothing(
+def test_rejected_drafts_leave_nothing(
     tmp_path: Path, truth: Callable[..., Sample], right: float, config_for: Any, tapped_engine: Any, prompts: Any
 ) -> None:
     asked = prompts(5, 17, 40)

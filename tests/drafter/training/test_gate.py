@@ -41,14 +41,14 @@ def test_nothing_to_judge_by_passes_nothing() -> None:
     assert not verdict.passes and verdict.texts == verdict.different == 0
 
 
-def test_any_head_is_better_than_none_if_it_guesses() -> None:
+def test_any_head_is_better_than_none_if_it_drafts() -> None:
     found = drafted(0.5, 50, 0)
     verdict = judge(found, found.without_guesses())
     assert verdict.passes and verdict.live_accept_length == 1
     assert verdict.accept_length == found.accept_length(3) == pytest.approx(1.875, rel=0.1)
 
 
-def test_tokens_per_second_are_those_of_the_best_number_of_guesses() -> None:
+def test_tokens_per_second_are_those_of_the_best_number_of_drafts() -> None:
     found = drafted(0.5, 50, 0)
     flat = Speed({1: 0.01, 64: 0.01}, 0.0, {1: 1.0})
     assert flat.tokens_per_second(found) == pytest.approx(found.accept_length(3) / 0.01)

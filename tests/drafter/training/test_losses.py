@@ -63,7 +63,7 @@ def test_known_values() -> None:
     torch.testing.assert_close(losses.loss("lk", logits, targets, probs)[0], expected)
 
 
-def test_what_cannot_be_guessed_does_not_count() -> None:
+def test_what_cannot_be_drafted_does_not_count() -> None:
     logits, _ = distributions(0)
     targets = torch.tensor([0, -1, 2, -1, 4, 5, 6])
     found = losses.loss("ce", logits, targets, None)

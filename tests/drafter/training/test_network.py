@@ -118,7 +118,7 @@ def test_texts_side_by_side_do_not_see_each_other(make_head: MakeHead, make_exam
         torch.testing.assert_close(a, b[-len(a) :], rtol=1e-5, atol=1e-5)
 
 
-def test_guessing_from_other_tokens_keeps_what_was_learned(make_head: MakeHead, make_example: MakeExample) -> None:
+def test_drafting_from_other_tokens_keeps_what_was_learned(make_head: MakeHead, make_example: MakeExample) -> None:
     head = make_head()
     batch = pack([make_example()], 1)
     output = torch.randn(96, 64)

@@ -71,7 +71,7 @@ def test_longrope_alone_in_a_batch_chunked_and_cached(tiny_model: Callable[[dict
         engine.close()
 
 
-def test_guesses_do_not_reach_beyond_the_switch(tiny_model: Callable[[dict[str, Any]], Any]) -> None:
+def test_drafts_do_not_reach_beyond_the_switch(tiny_model: Callable[[dict[str, Any]], Any]) -> None:
     model = tiny_model(PHI3)
     expected = [model.generate(prompt, COUNT) for prompt in PROMPTS]
     answers = {tuple(prompt): text for prompt, text in zip(PROMPTS, expected, strict=True)}

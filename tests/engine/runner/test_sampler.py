@@ -20,7 +20,7 @@ VOCAB = 12
 
 @dataclass(frozen=True)
 class Row:
-    """A request that draws its next token."""
+    """A request that samples its next token."""
 
     params: SamplingParams
     seed: int
@@ -43,11 +43,11 @@ def sample(logits: torch.Tensor, rows: list[Row]) -> Sampled:
     return sample_batch(logits, columns.take(slots, lengths, lambda i: np.array(rows[i].history, np.int32)))
 
 
-def possible(logits: list[float] | torch.Tensor, draws: int = 400, **params: Any) -> set[int]:
-    """Tokens that come up at high temperature among many draws."""
+def possible(logits: list[float] | torch.Tensor, samples: int = 400, **params: Any) -> set[int]:
+    """Tokens that come up at high temperature among many samples."""
     params.setdefault("temperature", 5.0)
-    rows = [row(seed=seed, **params) for seed in range(draws)]
-    tensor = torch.as_tensor(logits, dtype=torch.float32).expand(draws, -1).contiguous()
+    rows = [row(seed=seed, **params) for seed in range(samples)]
+    tensor = torch.as_tensor(logits, dtype=torch.float32).expand(samples, -1).contiguous()
     return set(sample(tensor, rows).tokens)
 
 
@@ -130,7 +130,7 @@ def test_processors_change_what_greedy_takes_but_not_raw_logprobs() -> None:
     assert entry.top[0][1] == pytest.approx(float(expected[11]))
 
 
-def test_processed_logprobs_are_of_the_distribution_drawn_from() -> None:
+def test_processed_logprobs_are_of_the_distribution_sampled_from() -> None:
     params = {"temperature": 0.5, "top_k": 2, "logprobs": 3, "logprobs_mode": "processed"}
     result = sample(torch.tensor([RISING]), [row(**params)])
     expected = torch.tensor([2.75, 2.5]).div(0.5).log_softmax(-1)
@@ -182,7 +182,7 @@ any_params = st.fixed_dictionaries(
 
 @settings(max_examples=60)
 @given(params=st.lists(any_params, min_size=1, max_size=6), seed=st.integers(0, 100))
-def test_a_row_is_drawn_alike_alone_and_in_any_batch(params: list[dict[str, Any]], seed: int) -> None:
+def test_a_row_is_sampled_alike_alone_and_in_any_batch(params: list[dict[str, Any]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(params), VOCAB, generator=generator) * 2
     rows = [row(output=[3, 5, 3], seed=seed + i, **entry) for i, entry in enumerate(params)]

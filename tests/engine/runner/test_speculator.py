@@ -1,4 +1,4 @@
-"""The runner's side alone: who is asked, whose guess is taken, and what is learned from what became of it."""
+"""The runner's side alone: who is asked, whose proposal is taken, and what is learned from what became of it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from slipstream.engine.speculation.tree import Tree
 
 
 class Always(Drafter):
-    """Guesses the same token everywhere."""
+    """Proposes the same token everywhere."""
 
     num_evidence = 1
 
     def __init__(self, name: str, token: int, count: int = 8, costly: bool = False) -> None:
         self.name, self.needs = name, DraftNeeds(costly=costly)
-        self._guess = [token] * count
+        self._tokens = [token] * count
         self.asked = 0
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
         self.asked += len(rows)
-        return [Proposal.chain(self._guess[: row.most], 0) for row in rows]
+        return [Proposal.chain(self._tokens[: row.most], 0) for row in rows]
 
 
 class Alone:
@@ -49,14 +49,14 @@ class Alone:
         [offer] = self.speculator.propose([self.row], [most], 8)
         return offer
 
-    def guesses(self, count: int) -> Tree:
-        tree = self.speculator.guesses(self.row, count)
+    def draft_tree(self, count: int) -> Tree:
+        tree = self.speculator.draft_tree(self.row, count)
         assert tree is not None
         return tree
 
-    def verified(self, drafted: int, drawn: Sequence[int], length: int) -> tuple[int, bool] | None:
+    def verified(self, drafted: int, sampled: Sequence[int], length: int) -> tuple[int, bool] | None:
         self.row.draft.length = length
-        return self.speculator.verified(self.row, drafted, drawn)
+        return self.speculator.verified(self.row, drafted, sampled)
 
 
 def play(made: Alone, truth: int, steps: int, drafted: int) -> None:
@@ -64,9 +64,9 @@ def play(made: Alone, truth: int, steps: int, drafted: int) -> None:
     length = 3
     for _ in range(steps):
         count = min(drafted, len(made.propose()))
-        guesses = made.guesses(count).tokens if count else []
+        drafts = made.draft_tree(count).tokens if count else []
         right = 0
-        while right < count and guesses[right] == truth:
+        while right < count and drafts[right] == truth:
             right += 1
         length = 3 + (length + right) % 100
         made.verified(count, [truth] * (right + 1), length)
@@ -77,14 +77,14 @@ def test_the_drafter_that_is_right_wins() -> None:
     made = Alone(wrong, right)
     play(made, 7, 30, drafted=3)
     assert made.propose()[0] > 0.9
-    assert made.guesses(2).tokens == [7, 7]
+    assert made.draft_tree(2).tokens == [7, 7]
     stats = {entry.name: entry for entry in made.speculator.stats}
     assert stats["right"].accepted_tokens == stats["right"].draft_tokens > 60
     assert stats["right"].accepted_per_position[:3] == [stats["right"].drafts] * 3
 
 
 class Branching(Drafter):
-    """Two guesses at each of two places: 7 or 8, then 7 or 8 after 7. The second ones are better founded."""
+    """Two draft tokens at each of two places: 7 or 8, then 7 or 8 after 7. The second ones are better founded."""
 
     name, num_evidence = "branching", 2
 
@@ -102,14 +102,14 @@ def host(scratch_blocks: int) -> DraftHost:
     ("scratch_blocks", "tokens", "parents"),
     [(8, [8, 7, 8, 7], [-1, -1, 1, 1]), (1, [8, 7, 8], [-1, -1, 1]), (0, [8], [-1])],
 )
-def test_guesses_are_offered_in_the_order_of_their_chances(
+def test_drafts_are_offered_in_the_order_of_their_chances(
     scratch_blocks: int, tokens: list[int], parents: list[int]
 ) -> None:
     made = Alone(Branching())
     made.speculator.attach(host(scratch_blocks))
     offer = made.propose()
     assert list(offer) == sorted(offer, reverse=True)
-    tree = made.guesses(len(offer))
+    tree = made.draft_tree(len(offer))
     assert (tree.tokens, tree.parents) == (tokens, parents)
 
 
@@ -118,12 +118,12 @@ def test_branches_learn_apart() -> None:
     made.speculator.attach(host(8))
     play(made, 7, 40, drafted=0)
     assert made.propose()[0] > 0.8
-    tree = made.guesses(4)
+    tree = made.draft_tree(4)
     assert tree.tokens == [7, 7, 8, 8]
     assert tree.parents[:2] == [-1, 0]
 
 
-def test_guesses_that_are_not_verified_teach_too() -> None:
+def test_drafts_that_are_not_verified_teach_too() -> None:
     made = Alone(Always("wrong", 5))
     before = made.propose()[0]
     play(made, 7, 50, drafted=0)
@@ -140,14 +140,14 @@ def test_costly_drafters_are_asked_where_cheap_ones_promise_little() -> None:
     assert costly.asked == asked
     play(made, 5, 100, drafted=2)
     assert costly.asked > asked
-    assert made.propose() and made.guesses(1).tokens == [5]
+    assert made.propose() and made.draft_tree(1).tokens == [5]
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("off", []), ("one", [7]), ("two", [5])])
 def test_a_request_is_served_by_the_drafters_it_names(mode: str, expected: list[int]) -> None:
     made = Alone(Always("one", 7), Always("two", 5), mode=mode)
     offer = made.propose(1)
-    assert (made.guesses(1).tokens if offer else []) == expected
+    assert (made.draft_tree(1).tokens if offer else []) == expected
 
 
 class Learned(Always, LearnedDrafter):

@@ -1,4 +1,4 @@
-"""Trees of guesses: how they are cut into branches, and that verifying one computes what plain decoding computes."""
+"""Trees of draft tokens: how they are cut into branches, and that verifying one is plain decoding."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_every_node_gets_what_plain_decoding_computes(
     """To the bit with the compiled kernels; and the cells of accepted nodes hold it, too."""
     rng = np.random.default_rng(seed)
     known = rng.integers(0, 32, length).astype(np.int32)
-    guesses = Tree(rng.integers(0, 32, len(tree)).tolist(), tree)
+    drafts = Tree(rng.integers(0, 32, len(tree)).tolist(), tree)
     start = max(length - new, 0)
     width, spare = 8, 24
     tables = np.zeros((2 + spare, width), np.int32)
@@ -117,9 +117,9 @@ def test_every_node_gets_what_plain_decoding_computes(
     if start:
         run(known[:start], [start], [start], [1], [])
     first = branches(tree)[0]
-    own = [*known[start:], *(guesses.tokens[node] for node in first)]
+    own = [*known[start:], *(drafts.tokens[node] for node in first)]
     added = BranchSegments(scratch, len(own))
-    placed = added.place(guesses, branches(tree), 1, start, length, length - start - 1)
+    placed = added.place(drafts, branches(tree), 1, start, length, length - start - 1)
     if added.copies:
         cache.copy_blocks(added.copies)
     logits = run(
@@ -135,7 +135,7 @@ def test_every_node_gets_what_plain_decoding_computes(
         path = [node]
         while tree[path[0]] >= 0:
             path.insert(0, tree[path[0]])
-        assert history.tolist() == [*known, *(guesses.tokens[i] for i in path)]
+        assert history.tolist() == [*known, *(drafts.tokens[i] for i in path)]
         plain = run(history, [len(history)], [len(history)], [0], [])[-1]
         got = logits[placed.batch_rows[node]]
         assert torch.equal(got, plain) if model.kernels.startswith("native") else torch.allclose(got, plain, atol=1e-3)

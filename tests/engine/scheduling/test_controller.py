@@ -81,7 +81,7 @@ def test_the_bandit_finds_the_better_length(per_token: float, rate: float, best:
     assert chosen[-100:].count(best) > 85
 
 
-def test_the_bandit_tries_no_length_that_nobody_has_guesses_for() -> None:
+def test_the_bandit_tries_no_length_that_nobody_has_drafts_for() -> None:
     cost, bandit = machine(per_token=0.05), Bandit()
     chosen = []
     for _ in range(300):
@@ -94,7 +94,7 @@ def test_the_bandit_tries_no_length_that_nobody_has_guesses_for() -> None:
 
 
 def observe(acceptance: Acceptance, evidence: int, tried: int, right: int) -> None:
-    """Tells that the first ``right`` guesses of a chain of ``tried`` were right."""
+    """Tells that the first ``right`` draft tokens of a chain of ``tried`` were right."""
     acceptance.observe([(evidence, position, position < right) for position in range(min(right + 1, tried))])
 
 
@@ -110,13 +110,13 @@ def test_acceptance_converges_by_evidence_and_position() -> None:
 
 def test_acceptance_tells_siblings_apart_by_their_evidence() -> None:
     acceptance = Acceptance(num_evidence=3, positions=2)
-    for turn in range(2000):  # after a right guess, the likely one of two is right three times in four
+    for turn in range(2000):  # after a right draft token, the likely one of two is right three times in four
         acceptance.observe([(2, 0, True), (1, 1, turn % 4 != 0), (0, 1, turn % 4 == 0)])
     assert acceptance.rates([2, 1, 0], [0, 1, 1]) == pytest.approx([1.0, 0.75, 0.25], abs=0.12)
 
 
 def test_acceptance_follows_a_change_within_200_observations() -> None:
-    """Also at positions that are hardly seen any more, because the first guess is always wrong now."""
+    """Also at positions that are hardly seen any more, because the first draft token is always wrong now."""
     acceptance = Acceptance(1, 4)
     for _ in range(500):
         observe(acceptance, 0, 4, 4)

@@ -9,7 +9,7 @@ import pytest
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import DrafterStats, NewRequest, SamplingParams
 from slipstream.engine.plan import StepResult, StepWork
-from slipstream.engine.scheduling.draft_planner import LONGEST_PAUSE, PROBE_EVERY, PROBE_GUESSES, DraftPlanner
+from slipstream.engine.scheduling.draft_planner import LONGEST_PAUSE, PROBE_DRAFTS, PROBE_EVERY, DraftPlanner
 from slipstream.engine.scheduling.kv.manager import KVManager
 from slipstream.engine.scheduling.plan_builder import PlanBuilder
 from slipstream.engine.scheduling.request import Request
@@ -30,7 +30,7 @@ class Loop:
         self.is_costly = is_costly
         self.drafters: list[DrafterStats] = []
         self.most = 0
-        """Guesses that were wanted of it after the last step."""
+        """Draft tokens that were wanted of it after the last step."""
         self.request = Request(
             NewRequest(request_id=1, prompt=[1, 2, 3], params=SamplingParams(max_tokens=9000)), 0.0, b""
         )
@@ -38,7 +38,7 @@ class Loop:
         self.request.slot = 0
 
     def step(self, chance: float, right: bool) -> bool:
-        """Whether guesses were wanted; the next offer has this chance, and what is verified is right or not."""
+        """Whether draft tokens were wanted; the next offer has this chance, and what is verified is right or not."""
         request = self.request
         request.num_computed = len(request.tokens) - 1
         builder = PlanBuilder()
@@ -46,18 +46,18 @@ class Loop:
         builder.add(request, 1)
         self.planner.plan(builder, prompts_wait=False)
         wanted = self.planner.wanted(request)
-        plan = builder.build(1, [], [wanted], self.planner.costly_guesses)
+        plan = builder.build(1, [], [wanted], self.planner.costly_drafts)
         if self.is_costly:
-            wanted = min(wanted, plan.costly_guesses)
+            wanted = min(wanted, plan.costly_drafts)
         self.most = wanted
         request.in_flight = request.unsure = 0
         verified = builder.decision is not None and builder.decision.counts[0]
-        drawn = [5, 5] if verified and right else [5]
-        request.tokens += drawn
+        sampled = [5, 5] if verified and right else [5]
+        request.tokens += sampled
         request.offer = (chance,) if wanted else ()
         drafting = STEP_SECONDS / 2 if wanted else 0.0
         drafted = plan.drafts
-        result = StepResult([drawn], drafted, [request.offer], {}, {}, {}, STEP_SECONDS, drafting, self.drafters)
+        result = StepResult([sampled], drafted, [request.offer], {}, {}, {}, STEP_SECONDS, drafting, self.drafters)
         self.planner.observe(plan, builder.decision, result)
         return wanted > 0
 
@@ -89,7 +89,7 @@ def test_a_costly_drafter_that_does_not_pay_is_asked_ever_less(promise: float) -
     while len(probes) < 2:
         if loop.step(promise, right=False):
             probes.append(loop.most)
-    assert probes == [PROBE_GUESSES] * 2
+    assert probes == [PROBE_DRAFTS] * 2
     for _ in range(2 * LONGEST_PAUSE):
         loop.step(promise, right=True)
     assert all(loop.step(promise, right=True) for _ in range(50)) and loop.most == 8
@@ -117,7 +117,7 @@ def test_a_version_on_trial_shows_what_it_knows_also_where_none_pays() -> None:
 
 
 @pytest.mark.parametrize("is_costly", [False, True])
-def test_some_wrong_guesses_do_not_stop_a_drafter_that_pays(is_costly: bool) -> None:
+def test_some_rejected_drafts_do_not_stop_a_drafter_that_pays(is_costly: bool) -> None:
     loop, random = Loop(is_costly), Random(0)
     wanted = [loop.step(0.8, right=random.random() < 0.8) for _ in range(2000)]
     assert sum(wanted) > 1900

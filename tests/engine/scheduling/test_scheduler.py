@@ -131,7 +131,7 @@ def test_the_last_delta_says_what_only_the_engine_knows() -> None:
     assert [delta.scheduled_at for delta in last] == list(scheduled.values())
 
 
-def test_right_guesses_save_steps_and_the_limits_hold() -> None:
+def test_accepted_drafts_save_steps_and_the_limits_hold() -> None:
     config = replace(CONFIG, speculation_policy="fixed", max_draft_tokens=4)
     loop = Loop(config, right=1.0)
     loop.add(1, [1, 2, 3], max_tokens=30)
@@ -163,8 +163,8 @@ def test_steps_that_prompts_share_verify_nothing() -> None:
     assert any(sum(plan.drafts) for plan in loop.plans)
 
 
-def test_guesses_never_push_a_request_out() -> None:
-    """Blocks that only guesses need are not worth a preemption."""
+def test_drafts_never_push_a_request_out() -> None:
+    """Blocks that only draft tokens need are not worth a preemption."""
     config = replace(CONFIG, speculation_policy="fixed", max_draft_tokens=8, prefix_caching=False)
     loop = Loop(config, num_blocks=4, right=1.0)
     for request_id in range(2):

@@ -22,7 +22,7 @@ def make_loop(ahead: int = 0, right: float | None = None, **fields: Any) -> Simu
 
 
 def check_versions(loop: SimulatedLoop, request_id: int, prompt: list[int]) -> list[int]:
-    """Every token is the one that the weights draw which its delta names; returns the versions."""
+    """Every token is what the weights sample that its delta names; returns the versions."""
     history, versions = list(prompt), []
     for delta in loop.told[request_id]:
         for token in delta.tokens:

@@ -1,7 +1,7 @@
 """The law of the output does not depend on speculation: chi-square tests over the joint distribution of three tokens.
 
 One engine runs with one seed a request. The other form runs one request for all seeds whose run is the same so far,
-down to every guess: 200,000 draws are a few hundred requests then.
+down to every draft token: 200,000 samples are a few hundred requests then.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LAWS: dict[str, dict[str, Any]] = {
     "allowed": {"allowed_token_ids": (0, 2, 3, 7)},
 }
 LENGTH = 3
-# Every pair of neighbours occurs, so that the n-gram drafter always has a guess.
+# Every pair of neighbours occurs, so that the n-gram drafter always has a proposal.
 PAIRS = [token for a in range(8) for b in range(a, 8) for token in (a, b)]
 ANSWERS = {tuple(PAIRS): [1, 0, 1, 2, 3, 4]}
 
@@ -84,13 +84,13 @@ def make_drafters(kind: str, tiny: Path) -> tuple[list[Drafter], int]:
 KINDS = ("ngram", "suffix", "head", "head tree", "draft", "draft tree", "oracle", "oracle tree")
 
 
-def joint(local: LocalEngine, draws: int, first_seed: int, params: dict[str, Any]) -> Joint:
+def joint(local: LocalEngine, samples: int, first_seed: int, params: dict[str, Any]) -> Joint:
     """How often each run of the next three tokens came, over so many seeds."""
     counts: Joint = Counter()
-    for begin in range(0, draws, 128):
+    for begin in range(0, samples, 128):
         completions = [
             local.submit(PAIRS, SamplingParams(**({"max_tokens": LENGTH + 2, "seed": first_seed + begin + i} | params)))
-            for i in range(min(128, draws - begin))
+            for i in range(min(128, samples - begin))
         ]
         local.finish()
         counts.update(tuple(completion.tokens[:LENGTH]) for completion in completions)
@@ -100,15 +100,15 @@ def joint(local: LocalEngine, draws: int, first_seed: int, params: dict[str, Any
 class ManySeeds:
     """Requests that each stand for a set of seeds, of which the first is the request's own.
 
-    Where tokens are drawn, they are drawn for all of them. Those for which the step brings other tokens than for the
-    first leave the set, and begin anew with a request of their own; so every seed ends in a request all of whose
-    steps are what they would be with this seed.
+    Tokens are sampled for all of them. Those for which the step brings other tokens than for the first leave the set,
+    and begin anew with a request of their own; so every seed ends in a request all of whose steps are what they would
+    be with this seed.
     """
 
     def __init__(self, local: LocalEngine, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         self.joint: Joint = Counter()
-        self.guessed = 0
-        """Guesses that were verified, over all seeds."""
+        self.drafted = 0
+        """Draft tokens that were verified, over all seeds."""
         self._local = local
         self._params = params
         self._seeds: dict[int, NDArray[np.uint64]] = {}
@@ -116,16 +116,16 @@ class ManySeeds:
         self._batch: SamplingBatch
         self._draw = ops.draw
         monkeypatch.setattr(runner, "sample", self._sample)
-        monkeypatch.setattr(ops, "draw", self._draw_all)
+        monkeypatch.setattr(ops, "draw", self._sample_all)
 
-    def run(self, draws: int, first_seed: int) -> Joint:
-        self._waiting = [np.arange(first_seed, first_seed + draws, dtype=np.uint64)]
+    def run(self, samples: int, first_seed: int) -> Joint:
+        self._waiting = [np.arange(first_seed, first_seed + samples, dtype=np.uint64)]
         while self._waiting:
             waiting, self._waiting = self._waiting, []
             for seeds in waiting:
                 self._begin(seeds)
             self._local.finish()  # before the next ones begin: steps that prompts share verify nothing
-        assert self.joint.total() == draws
+        assert self.joint.total() == samples
         return self.joint
 
     def _begin(self, seeds: NDArray[np.uint64]) -> None:
@@ -136,7 +136,7 @@ class ManySeeds:
         self._batch = batch
         return sample(logits, batch)
 
-    def _draw_all(self, weights: Tensor, shares: Tensor) -> Tensor:
+    def _sample_all(self, weights: Tensor, shares: Tensor) -> Tensor:
         for seed, group in groupby(range(len(self._batch)), key=lambda place: int(self._batch.seeds[place])):
             if seed in self._seeds:
                 self._split(seed, list(group), weights)
@@ -144,17 +144,17 @@ class ManySeeds:
 
     def _split(self, seed: int, places: list[int], weights: Tensor) -> None:
         seeds, texts = self._seeds.pop(seed), [self._batch.history(place) for place in places]
-        drawn = np.stack([self._draw_many(weights[place], place, seeds) for place in places], axis=1)
-        self.guessed += len(seeds) * (len(texts) - 1)
+        sampled = np.stack([self._sample_many(weights[place], place, seeds) for place in places], axis=1)
+        self.drafted += len(seeds) * (len(texts) - 1)
         node_of = {text.tobytes(): node for node, text in enumerate(texts, -1)}
         tokens = [int(text[-1]) for text in texts[1:]]
         tree = Tree(tokens, [node_of[text[:-1].tobytes()] for text in texts[1:]])
-        _, first, which = np.unique(drawn @ 8 ** np.arange(len(texts)), return_index=True, return_inverse=True)
+        _, first, which = np.unique(sampled @ 8 ** np.arange(len(texts)), return_index=True, return_inverse=True)
         known = tuple(texts[0][len(PAIRS) :].tolist())
         outcomes = []
         for index in first:
-            mine = drawn[index].tolist()
-            right = tree.right(mine) if tokens else []
+            mine = sampled[index].tolist()
+            right = tree.accepted(mine) if tokens else []
             outcomes.append((*known, mine[0], *(mine[node + 1] for node in right))[:LENGTH])
         distinct = {outcome: number for number, outcome in enumerate(dict.fromkeys(outcomes))}
         number_of = np.array([distinct[outcome] for outcome in outcomes])[which]
@@ -167,10 +167,10 @@ class ManySeeds:
             else:
                 self._waiting.append(members)
 
-    def _draw_many(self, weights: Tensor, place: int, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
+    def _sample_many(self, weights: Tensor, place: int, seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
         shares = torch.from_numpy(uniform(seeds, np.full(len(seeds), self._batch.num_output[place], np.uint64)))
-        drawn: NDArray[np.int64] = self._draw(weights.expand(len(seeds), -1).contiguous(), shares).numpy()
-        return drawn
+        sampled: NDArray[np.int64] = self._draw(weights.expand(len(seeds), -1).contiguous(), shares).numpy()
+        return sampled
 
 
 def p_value(a: Joint, b: Joint) -> float:
@@ -182,28 +182,30 @@ def p_value(a: Joint, b: Joint) -> float:
     return float(chi2_contingency(table).pvalue) if table.shape[1] > 1 else 1.0
 
 
-def law(engine: Engine, tiny: Path, kind: str, name: str, draws: int) -> float:
-    """With a request per draw."""
+def law(engine: Engine, tiny: Path, kind: str, name: str, samples: int) -> float:
+    """With a request per sample."""
     drafters, width = make_drafters(kind, tiny)
-    plain = joint(engine(), draws, 1, LAWS[name])
-    guessing = engine(drafters, draft_width=width)
-    speculated = joint(guessing, draws, 10_000_000, LAWS[name])
-    drafted = sum(stats.draft_tokens for stats in guessing.stats.drafters)
-    assert drafted > draws / 10, "too little was guessed for this test to say anything"
+    plain = joint(engine(), samples, 1, LAWS[name])
+    speculating = engine(drafters, draft_width=width)
+    speculated = joint(speculating, samples, 10_000_000, LAWS[name])
+    drafted = sum(stats.draft_tokens for stats in speculating.stats.drafters)
+    assert drafted > samples / 10, "too little was drafted for this test to say anything"
     return p_value(plain, speculated)
 
 
-def law_of_many(engine: Engine, tiny: Path, kind: str, name: str, draws: int, monkeypatch: pytest.MonkeyPatch) -> float:
-    """With a request for all draws that go the same way."""
+def law_of_many(
+    engine: Engine, tiny: Path, kind: str, name: str, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> float:
+    """With a request for all samples that go the same way."""
     drafters, width = make_drafters(kind, tiny)
     with monkeypatch.context() as patch:
-        plain = ManySeeds(engine(), LAWS[name], patch).run(draws, 1)
+        plain = ManySeeds(engine(), LAWS[name], patch).run(samples, 1)
     local = engine(drafters, draft_width=width)
     joint(local, 128, 5_000_000, LAWS[name])  # earlier answers, for the suffix drafter
     with monkeypatch.context() as patch:
-        guessing = ManySeeds(local, LAWS[name], patch)
-        speculated = guessing.run(draws, 10_000_000 * (1 + KINDS.index(kind)))
-    assert guessing.guessed > draws, "too little was guessed for this test to say anything"
+        speculating = ManySeeds(local, LAWS[name], patch)
+        speculated = speculating.run(samples, 10_000_000 * (1 + KINDS.index(kind)))
+    assert speculating.drafted > samples, "too little was drafted for this test to say anything"
     return p_value(plain, speculated)
 
 
@@ -223,7 +225,7 @@ def test_the_law_is_the_same_over_many_seeds_at_once(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", list(LAWS))
-def test_the_law_is_the_same_over_200_000_draws(
+def test_the_law_is_the_same_over_200_000_samples(
     engine: Engine, tiny: Path, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert law_of_many(engine, tiny, kind, name, 200_000, monkeypatch) > 1e-4
@@ -239,17 +241,17 @@ def test_many_seeds_at_once_bring_what_each_brings_alone(
     assert together == alone
 
 
-right_nodes = Tree.right
+accepted_nodes = Tree.accepted
 
 
-def keep_the_first_path(self: Tree, drawn: list[int]) -> list[int]:
-    """A planted error: guesses are kept if they can come at all, as if that were enough."""
+def keep_the_first_path(self: Tree, sampled: list[int]) -> list[int]:
+    """A planted error: draft tokens are kept if they can come at all, as if that were enough."""
     return branches(self.parents)[0]
 
 
-def keep_one_more(self: Tree, drawn: list[int]) -> list[int]:
-    """A planted error: off by one, what follows the first wrong guess is kept too."""
-    right = right_nodes(self, drawn)
+def keep_one_more(self: Tree, sampled: list[int]) -> list[int]:
+    """A planted error: off by one, what follows the first rejected draft token is kept, too."""
+    right = accepted_nodes(self, sampled)
     return right + [node for node in branches(self.parents)[0] if node > max(right, default=-1)][:1]
 
 
@@ -258,6 +260,6 @@ def keep_one_more(self: Tree, drawn: list[int]) -> list[int]:
 def test_a_planted_error_is_found(
     engine: Engine, tiny: Path, kind: str, mistake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Tree, "right", mistake)
+    monkeypatch.setattr(Tree, "accepted", mistake)
     assert law(engine, tiny, kind, "temperature", 2000) < 1e-6
     assert law_of_many(engine, tiny, kind, "temperature", 20_000, monkeypatch) < 1e-6

@@ -69,7 +69,7 @@ def test_tokens_logprobs_and_ends_are_those_without_speculation(engine: Engine, 
                 exact = local.engine.ready().kernels.startswith("native")
                 assert logprobs(again) == (logprobs(once) if exact else pytest.approx(logprobs(once), abs=1e-4))
             accepted = sum(delta.num_accepted for done in local.completions.values() for delta in done.deltas)
-            assert accepted > 20, "guesses have to be right for this test to say anything"
+            assert accepted > 20, "draft tokens have to be right for this test to say anything"
             assert moved or chosen != [trees], "branches have to be right for this test to say anything"
             if cache == "64KiB" and "stop_token_ids" not in PARAMS[kind] and "max_running" not in fields:
                 assert local.stats.preemptions, "the cache has to be too small for this test to say anything"
@@ -89,7 +89,7 @@ def test_more_branches_than_there_are_blocks_for(engine: Engine) -> None:
 
 
 def watch_moves(local: LocalEngine) -> list[tuple[int, int]]:
-    """Cells of right guesses on branches, which are copied."""
+    """Cells of accepted draft tokens on branches, which are copied."""
     cache, moved = local.engine.runner.cache, list[tuple[int, int]]()
     copy = cache.copy_cells
 

@@ -10,7 +10,7 @@ from slipstream.engine.speculation.oracles import OracleDrafter
 from slipstream.engine.speculation.protocol import DraftRow
 
 
-def test_guesses_are_right_as_often_as_told_on_every_walk() -> None:
+def test_drafts_are_right_as_often_as_told_on_every_walk() -> None:
     """Answers are walked as in decoding: the next draft tokens start behind the first one that was wrong."""
     right = [0.6, 0.55, 0.5, 0.45]
     answer = list(range(128))
@@ -24,11 +24,11 @@ def test_guesses_are_right_as_often_as_told_on_every_walk() -> None:
             tokens = np.array([*prompt, *answer[:begin]], np.int32)
             (proposal,) = oracle.propose([DraftRow(0, "", 3, tokens, len(tokens), frozenset({"oracle"}), most=4)])
             assert proposal is not None
-            for place, (guess, truth) in enumerate(zip(proposal.tokens, answer[begin:], strict=False)):
+            for place, (draft, truth) in enumerate(zip(proposal.tokens, answer[begin:], strict=False)):
                 tried[place] += 1
-                hits[place] += guess == truth
+                hits[place] += draft == truth
                 begin += 1
-                if guess != truth:
+                if draft != truth:
                     break
             else:
                 begin += 1

@@ -165,12 +165,12 @@ def test_whatever_happens_tokens_are_those_of_the_plain_loop(
     settings(max_examples=20)(given(actions)(play))()
     drafted = sum(entry.draft_tokens for entry in local.stats.drafters)
     right = sum(delta.num_accepted for done in local.completions.values() for delta in done.deltas)
-    assert drafted > 100 and (right > 50 or kind.startswith("head")), "too little was guessed for this to say anything"
+    assert drafted > 100 and (right > 50 or kind.startswith("head")), "too little was drafted for this to say anything"
     assert local.stats.preemptions, "the cache has to be too small for this test to say anything"
     local.close()
 
 
-def test_guesses_are_verified_in_every_step_of_the_pipelined_loop(engine: Engine, expected: Any) -> None:
+def test_drafts_are_verified_in_every_step_of_the_pipelined_loop(engine: Engine, expected: Any) -> None:
     """It takes as many steps as the plain loop with the same drafter, but for the first ones and one after the end."""
     prompt, answers = (1, 2, 3), Answers()
     params = PARAMS[1]
@@ -199,7 +199,7 @@ class Hearing(OracleDrafter):
 
 
 @pytest.mark.parametrize("pipeline", ["off", "on"])
-def test_drafters_learn_from_what_was_said_and_not_from_what_was_drawn_beyond(
+def test_drafters_learn_from_what_was_said_and_not_from_what_was_sampled_beyond(
     engine: Engine, expected: Any, pipeline: str
 ) -> None:
     answers: Answers = {}
@@ -208,7 +208,7 @@ def test_drafters_learn_from_what_was_said_and_not_from_what_was_drawn_beyond(
     for number, params in enumerate([*PARAMS, *PARAMS]):
         prompt = (number, number, 3)
         stopped = expected(prompt, params).tokens
-        # What the drafter knows goes on after the end, so right guesses reach beyond it.
+        # What the drafter knows goes on after the end, so accepted draft tokens reach beyond it.
         longer = msgspec.structs.replace(params, max_tokens=LENGTH, stop_token_ids=())
         answers[prompt] = local.generate([prompt], longer)[0].tokens
         local.generate([[7]], SamplingParams(max_tokens=1))  # ends are told with the next plan

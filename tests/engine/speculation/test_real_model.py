@@ -36,7 +36,7 @@ def run(
     length: int = LENGTH,
     drafter: str = "random",
 ) -> tuple[list[list[int]], int]:
-    """Tokens of each answer, and how many guesses were right."""
+    """Tokens of each answer, and how many draft tokens were right."""
     config = EngineConfig(
         dtype=dtype,  # type: ignore[arg-type]
         deterministic=True,
