@@ -16,7 +16,7 @@ from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.kv_cache import PagedKVCache
 
 EVIDENCE_BORDERS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
-"""Least probability of a guess for each level of evidence but the lowest."""
+"""Least probability of a draft token for each level of evidence but the lowest."""
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class _Draft:
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     likely: list[float] = field(default_factory=list)
-    """Probability of each guess if those before it are right."""
+    """Probability of each draft token if those before it are right."""
     chance: list[float] = field(default_factory=list)
     """Probability that they are all right."""
 
@@ -70,8 +70,9 @@ class AutoregressiveDrafter(Drafter):
     most likely paths, ``width`` of them, go on with ``width`` tokens each, and the most likely nodes of all are kept.
 
     The network's keys and values lie in the same blocks as the target's, so room, prefix hits and eviction are decided
-    once. What it wrote for guesses is overwritten when it catches up. Where it was not asked for a while, or a cached
-    block was filled without it, its keys and values are old or missing; that costs acceptance, never correctness.
+    once. What it wrote for draft tokens is overwritten when it catches up. Where it was not asked for a while, or a
+    cached block was filled without it, its keys and values are old or missing; that costs acceptance, never
+    correctness.
     """
 
     num_evidence = len(EVIDENCE_BORDERS) + 1
@@ -96,7 +97,7 @@ class AutoregressiveDrafter(Drafter):
 
     @abstractmethod
     def _is_ready(self, row: DraftRow) -> bool:
-        """Whether the network can guess after the last known token now."""
+        """Whether the network can draft after the last known token now."""
 
     @abstractmethod
     def _catch_up(self, rows: Sequence[DraftRow]) -> Tensor:
@@ -104,11 +105,11 @@ class AutoregressiveDrafter(Drafter):
 
     @abstractmethod
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
-        """Its output after one guess more per segment; ``hidden`` is the output before."""
+        """The network's output after one draft token more per segment; ``hidden`` is the output before."""
 
     @abstractmethod
     def _scores(self, hidden: Tensor) -> Tensor:
-        """Logits of what it can guess [rows, n] float32."""
+        """Logits of the draft vocabulary [rows, n] float32."""
 
     @abstractmethod
     def _tokens(self, choices: Int32) -> Int32:
@@ -116,7 +117,7 @@ class AutoregressiveDrafter(Drafter):
 
     @abstractmethod
     def _position(self, row: DraftRow) -> int:
-        """Where the network's cache takes the first guess."""
+        """Where the network's cache takes the first draft token."""
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
         live = [row for row in rows if self._is_ready(row)]
@@ -199,7 +200,7 @@ class AutoregressiveDrafter(Drafter):
         return make_batch(ids, counts, ends, self._host.block_tables, slots, self._host.block_size)
 
     def _most_likely(self, hidden: Tensor) -> tuple[list[list[float]], list[list[int]]]:
-        """Probabilities and tokens of the best guesses after each row."""
+        """Probabilities and tokens of the most likely draft tokens after each row."""
         scores = self._scores(hidden)
         if self._width == 1:
             indices, likely = (each[:, None] for each in ops.argmax_with_probability(scores))

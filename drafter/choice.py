@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 SUFFIX_CAPACITY = 200_000
 """Tokens of earlier answers that are kept; about 100 bytes each."""
 DRAFT_VOCAB_SIZE = 8192
-"""Tokens that a cold or an untrained head can guess: the first ones, the most frequent of a byte-pair vocabulary."""
+"""Draft vocabulary of a cold or an untrained head: the first tokens, the most frequent of a byte-pair vocabulary."""
 
 
 def make_drafters(config: EngineConfig) -> Sequence[Drafter]:

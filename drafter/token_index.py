@@ -9,7 +9,7 @@ from itertools import islice
 KEY_TOKENS = 2
 """Shortest match."""
 LONGEST_MATCH = 16
-"""Beyond this a longer match makes a guess no better."""
+"""Beyond this a longer match makes a draft token no better."""
 CANDIDATES = 8
 """Latest occurrences that are looked at."""
 

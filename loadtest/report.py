@@ -86,7 +86,7 @@ def summarise_steps(steps: Steps) -> dict[str, Any]:
 
 
 def summarise_speculation(counts: Speculation) -> dict[str, Any]:
-    """Figures of guesses over a run; the acceptance length counts the token that the step brings anyway."""
+    """Figures of draft tokens over a run; the acceptance length counts the token that the step brings anyway."""
     return {
         "spec_decode_num_drafts": round(counts.drafts),
         "spec_decode_acceptance_length": round(1 + counts.accepted_tokens / counts.drafts, 4) if counts.drafts else 1.0,
@@ -125,8 +125,8 @@ def print_summary(title: str, figures: dict[str, Any], console: Console) -> None
         totals.add_row("mean step in the model", f"{figures['mean_step_ms']:.2f} ms")
         totals.add_row("scheduler CPU per step", f"{figures['scheduler_cpu_ms_per_step']:.3f} ms")
     if figures.get("spec_decode_num_drafts"):
-        totals.add_row("tokens per step with guesses", f"{figures['spec_decode_acceptance_length']:.2f}")
-        totals.add_row("guesses that were right", f"{figures['spec_decode_acceptance_rate']:.1%}")
+        totals.add_row("tokens per step with draft tokens", f"{figures['spec_decode_acceptance_length']:.2f}")
+        totals.add_row("accepted draft tokens", f"{figures['spec_decode_acceptance_rate']:.1%}")
     console.print(totals)
     latencies = Table("milliseconds", *("p50" if name == "median" else name for name in STATISTICS))
     for name, title in LATENCIES.items():

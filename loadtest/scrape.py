@@ -41,14 +41,14 @@ class Steps(_Counters):
 
     count: float
     model_seconds: float
-    """Wall time in the model and in drawing tokens."""
+    """Wall time in the model and in sampling."""
     overhead_cpu_seconds: float
     """CPU time of the engine on everything else."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speculation(_Counters):
-    """What became of guesses since the server was started; the difference of two is what did in between."""
+    """What became of draft tokens since the server was started; the difference of two is what did in between."""
 
     drafts: float
     draft_tokens: float

@@ -1,4 +1,4 @@
-"""The throughput policy against every fixed number of guesses, with a drafter of known acceptance; and after a change.
+"""The throughput policy against fixed numbers of draft tokens, with a drafter of known acceptance; and after a change.
 
     python scripts/bench_controller.py [--streams 1,4,16,32] [--profiles good,middling,poor] [--rounds 7] [--bandit]
 
@@ -96,10 +96,10 @@ def shares(rates: dict[str, list[float]], policy: str) -> list[float]:
 
 
 def after_change(bench: Bench, before: list[float], after: list[float]) -> list[tuple[float, float]]:
-    """By window of 50 steps from the change on: guesses verified per stream and step, and what they are worth.
+    """By window of 50 steps from the change on: draft tokens verified per stream and step, and what they are worth.
 
-    The worth is the throughput expected of that number of guesses, by the true probabilities and the engine's costs of
-    steps, relative to the best fixed number.
+    The worth is the throughput expected of that number of draft tokens, by the true probabilities and the engine's
+    costs of steps, relative to the best fixed number.
     """
     bench.use(Throughput())
     bench.oracle.right = before
@@ -119,19 +119,19 @@ def after_change(bench: Bench, before: list[float], after: list[float]) -> list[
             bench.local.step()
             steps += 1
             if steps % 50 == 0:
-                guesses = (drafted() - first) / 50 / streams
+                drafts = (drafted() - first) / 50 / streams
                 first = drafted()
                 best = max(expected_rate(bench, after, count) for count in COUNTS)
-                windows.append((round(guesses, 2), round(expected_rate(bench, after, guesses) / best, 3)))
+                windows.append((round(drafts, 2), round(expected_rate(bench, after, drafts) / best, 3)))
     bench.local.finish()
     return windows
 
 
-def expected_rate(bench: Bench, right: list[float], guesses: float) -> float:
-    """Tokens per second of a stream that verifies so many guesses per step, in the middle of an answer."""
-    tokens = 1 + np.interp(guesses, range(MOST + 1), np.concatenate(([0.0], np.cumprod(right).cumsum())))
+def expected_rate(bench: Bench, right: list[float], drafts: float) -> float:
+    """Tokens per second of a stream that verifies so many draft tokens per step, in the middle of an answer."""
+    tokens = 1 + np.interp(drafts, range(MOST + 1), np.concatenate(([0.0], np.cumprod(right).cumsum())))
     streams, context = len(bench.prompts), 100 + bench.tokens // 2
-    size = round(streams * (1 + guesses))
+    size = round(streams * (1 + drafts))
     seconds = bench.local.engine.scheduler.cost.predict(StepWork(size, context * streams + size, context * size))
     return float(tokens / seconds)
 
@@ -166,9 +166,7 @@ def main() -> None:
             report.append({"streams": streams, "profile": name, "rates": rates})
         for before, after in (("good", "poor"), ("poor", "good")):
             windows = after_change(bench, PROFILES[before], PROFILES[after])
-            print(
-                f"{streams:3} streams, {before} -> {after}, guesses and their worth in windows of 50 steps: {windows}"
-            )
+            print(f"{streams:3} streams, {before} -> {after}, drafts and their worth in windows of 50 steps: {windows}")
             report.append({"streams": streams, "change": [before, after], "windows": windows})
     print(json.dumps(report))
 

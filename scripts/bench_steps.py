@@ -1,8 +1,8 @@
-"""What a step costs by the positions in it: of one stream that verifies guesses, and of several streams.
+"""What a step costs by the positions in it: of one stream that verifies draft tokens, and of several streams.
 
     python scripts/bench_steps.py [--context 300] [--rounds 25]
 
-The default model in this process: forward pass, logits of every position and a greedy token drawn from each, as a
+The default model in this process: forward pass, logits of every position and a greedy token sampled from each, as a
 verification needs them. All sizes take turns in every round, in changing order; prints medians as a table in Markdown.
 """
 

@@ -1,4 +1,4 @@
-"""Trees against chains of the same drafter with the same number of verified guesses: tokens per verification step.
+"""Trees against chains of the same drafter with the same number of verified draft tokens: tokens per verification step.
 
     python scripts/bench_tree.py --drafter FOLDER [--budgets 4,8] [--widths 1,2,3,4] [--prompts 40] [--tokens 128]
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--drafter", default="random", help="folder of a head, or 'random'")
     parser.add_argument("--draft-model", help="a small model instead of a head")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--budgets", default="4,8", help="guesses verified per step")
+    parser.add_argument("--budgets", default="4,8", help="draft tokens verified per step")
     parser.add_argument("--widths", default="1,2,3,4")
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--skip", type=int, default=0, help="leave out so many prompts, for example those trained on")
@@ -101,7 +101,7 @@ def main() -> None:
     prompts = real_prompts(options.model, options.prompts, options.skip)
     report = []
     expected: list[list[int]] | None = None
-    print("guesses  width  tokens per verification  verified  tok/s  accepted per position")
+    print("budget   width  tokens per verification  verified  tok/s  accepted per position")
     for budget in map(int, options.budgets.split(",")):
         for width in map(int, options.widths.split(",")):
             result, answers = measure(options, prompts, budget, width)

@@ -126,7 +126,7 @@ def main() -> None:
     held_out, texts = texts[:HELD_OUT], texts[HELD_OUT:]
     head = train(texts, target, options.minutes, options.rate)
     length = score(head, held_out, 3).accept_length(3)
-    note = f"{len(texts)} answers, {options.minutes:g} minutes, accept length {length:.3f} at 3 guesses"
+    note = f"{len(texts)} answers, {options.minutes:g} minutes, accept length {length:.3f} at 3 draft tokens"
     warm.write(options.out, target.fingerprint, head.config, layout.stored(head.tensors()), note)
     print(note)
 

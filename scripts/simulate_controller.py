@@ -1,8 +1,8 @@
-"""The throughput policy on a machine without noise, against every fixed number of guesses: what its learning costs.
+"""The throughput policy on a machine without noise, against fixed numbers of draft tokens: what its learning costs.
 
     python scripts/simulate_controller.py [--known]
 
-Acceptance and step costs are learned as on a server, from guesses that are right with a given probability and from
+Acceptance and step costs are learned as on a server, from draft tokens that are right with a given probability and from
 steps whose time is known but for 8 %; what a setting is worth is computed from the true times. With --known the
 policy is told the true probabilities. Prints what it reaches of the best fixed number; takes half a minute.
 """
@@ -35,20 +35,20 @@ def seconds(tokens: int) -> float:
 
 
 def best_fixed(streams: int, right: list[float]) -> tuple[float, int]:
-    """Tokens per second, and the number of guesses."""
+    """Tokens per second, and the number of draft tokens."""
     expected = np.concatenate(([1.0], np.cumprod(right))).cumsum()
     return max((streams * expected[n] / seconds(streams * (1 + n)), n) for n in (0, 1, 2, 3, 4, 6, 8))
 
 
 def policy(streams: int, right: list[float], steps: int, known: bool) -> tuple[float, float]:
-    """Tokens per second, and guesses per stream."""
+    """Tokens per second, and draft tokens per stream."""
     random = np.random.default_rng(1)
     cost = StepCost()
     cost.calibrate([(StepWork(n, 10 * n, 10 * n), seconds(n)) for n in TOKENS], [])
     throughput, acceptance = Throughput(), Acceptance(1, MOST)
     own = [OwnAcceptance() for _ in range(streams)]
     left = [max(512 // streams, 64)] * streams
-    time = tokens = guesses = 0.0
+    time = tokens = drafts = 0.0
     for _ in range(steps):
         rates = acceptance.rates([0] * MOST, range(MOST))
         parents = range(-1, MOST - 1)
@@ -58,33 +58,33 @@ def policy(streams: int, right: list[float], steps: int, known: bool) -> tuple[f
         decision = throughput.decide(offers, StepWork(streams, read, read), cost)
         size = streams + sum(decision.counts)
         time += seconds(size)
-        guesses += sum(decision.counts)
+        drafts += sum(decision.counts)
         cost.observe(StepWork(size, read, read), seconds(size) * math.exp(NOISE * random.standard_normal()))
         for stream, count in enumerate(decision.counts):
             hits = random.random(MOST) < right
             in_a_row = int(hits.argmin()) if not hits.all() else MOST
-            drawn = 1 + min(in_a_row, count)
-            seen = [(0, at, bool(hits[at])) for at in range(min(drawn, in_a_row + 1, MOST))]
+            sampled = 1 + min(in_a_row, count)
+            seen = [(0, at, bool(hits[at])) for at in range(min(sampled, in_a_row + 1, MOST))]
             for _, at, was_right in seen:
                 own[stream].observe(rates[at], was_right)
             acceptance.observe(seen)
-            tokens += drawn
-            left[stream] -= drawn
+            tokens += sampled
+            left[stream] -= sampled
             if left[stream] <= 0:
                 left[stream], own[stream] = max(512 // streams, 64), OwnAcceptance()
-    return tokens / time, guesses / steps / streams
+    return tokens / time, drafts / steps / streams
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--known", action="store_true", help="the true probabilities are known")
     options = parser.parse_args()
-    print("| streams | drafter | best fixed | throughput policy | guesses per stream |\n|---|---|---|---|---|")
+    print("| streams | drafter | best fixed | throughput policy | draft tokens per stream |\n|---|---|---|---|---|")
     for streams in (1, 4, 16, 32):
         for name, right in PROFILES.items():
             best, count = best_fixed(streams, right)
-            rate, guesses = policy(streams, right, 3000 // max(streams // 2, 1), options.known)
-            print(f"| {streams} | {name} | {count} | {rate / best:.3f} | {guesses:.2f} |", flush=True)
+            rate, drafts = policy(streams, right, 3000 // max(streams // 2, 1), options.known)
+            print(f"| {streams} | {name} | {count} | {rate / best:.3f} | {drafts:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """A new drafter on a share of the requests: is it as good as the one it is to replace?
 
-A request's score is the share of its proposals whose first guess was right, verified or not: it does not depend on
-the load, under which more or fewer guesses are verified. Scores of both versions, of the same time, are compared by
-the rank test of Mann and Whitney (1947), which asks nothing of their distribution. It looks when so many requests
-have ended on the canary, and again when they are twice as many, and so on: a group sequential test whose looks share
-``alpha`` equally (Bonferroni), so that looking often does not raise the chance of a wrong answer.
+A request's score is the share of its proposals whose first draft token was right, verified or not: it does not depend
+on the load, under which more or fewer draft tokens are verified. Scores of both versions, of the same time, are
+compared by the rank test of Mann and Whitney (1947), which asks nothing of their distribution. It looks when so many
+requests have ended on the canary, and again when they are twice as many, and so on: a group sequential test whose looks
+share ``alpha`` equally (Bonferroni), so that looking often does not raise the chance of a wrong answer.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Canary:
         self._canary: list[float] = []
 
     def observe(self, version: int, proposals: int, right: int) -> Decision:
-        """A request that ran on a version has ended; of so many proposals the first guess was so often right.
+        """A request that ran on a version has ended; of so many proposals the first draft token was so often right.
 
         Requests of other versions, and those for which nothing was proposed, tell nothing.
         """
@@ -69,7 +69,7 @@ class Canary:
 
     @property
     def means(self) -> tuple[float, float]:
-        """Share of right first guesses, mean over requests: baseline, canary; 0 where nothing is known."""
+        """Share of right first draft tokens, mean over requests: baseline, canary; 0 where nothing is known."""
         return _mean(self._baseline), _mean(self._canary)
 
     @property
@@ -91,7 +91,9 @@ class Canary:
     def _decide(self, decision: Decision, why: str) -> None:
         before, now = self.means
         self.decision = decision
-        self.reason = f"{why}: {now:.1%} of first guesses right in {len(self._canary)} requests, before {before:.1%}"
+        self.reason = (
+            f"{why}: {now:.1%} of first draft tokens right in {len(self._canary)} requests, before {before:.1%}"
+        )
 
 
 def chance_if_equal(low: Sequence[float], high: Sequence[float]) -> float:

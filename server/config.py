@@ -63,7 +63,7 @@ class ServerConfig:
         False, "Accept the request field chat_template; a hostile template can keep a core busy."
     )
     logprobs_mode: Literal["raw", "processed"] = option(
-        "raw", "Log-probabilities of the model's own distribution, or of the one the token was drawn from."
+        "raw", "Log-probabilities of the model's own distribution, or of the one the token was sampled from."
     )
     max_logprobs: int = option(20, "Most log-probabilities per token a request may ask for; -1 for no limit.")
     max_n: int = option(128, "Most choices (n) per prompt.")

@@ -303,7 +303,7 @@ def evaluate_head(
     target_lineage: Lineage = "",
     route: TrainedRoute = "",
     texts: Annotated[int, typer.Option(min=1, help="How many, the latest ones.")] = 200,
-    depth: Annotated[int, typer.Option(min=1, max=15, help="Guesses in a row.")] = 3,
+    depth: Annotated[int, typer.Option(min=1, max=15, help="Draft tokens in a row.")] = 3,
     everything: Annotated[bool, typer.Option("--all", help="Also texts that training may have seen.")] = False,
     threads: Threads = 0,
     as_json: AsJson = False,
@@ -339,8 +339,8 @@ def evaluate_head(
     verdict = found.verdict
     live = "no drafter" if found.live is None else f"version {found.live} (live)"
     table = Table("accept length with", cell(head), live, box=box.SIMPLE)
-    for guesses, (ours, theirs) in enumerate(zip(found.accept_lengths, found.live_accept_lengths, strict=True), 1):
-        table.add_row(f"{guesses} guess{'es' if guesses > 1 else ''}", f"{ours:.3f}", f"{theirs:.3f}")
+    for count, (ours, theirs) in enumerate(zip(found.accept_lengths, found.live_accept_lengths, strict=True), 1):
+        table.add_row(f"{count} draft token{'s' if count > 1 else ''}", f"{ours:.3f}", f"{theirs:.3f}")
     show_table(table)
     what = "passes the gate" if verdict.passes else "does not pass the gate"
     print(f"{what}: at least {verdict.least_ratio:.3f} times the live one with 97.5 %; {verdict.describe()}")

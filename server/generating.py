@@ -44,7 +44,7 @@ class GenerationRequest:
     choices: int = 1
     """Per prompt."""
     seed: int | None = None
-    """With a seed, choice i draws from the stream of seed + i, whatever prompt it belongs to."""
+    """With a seed, choice i samples with the stream of seed + i, whatever prompt it belongs to."""
     speculation: SpeculationParams = ANY_DRAFTER
     priority: int = 0
     cache_salt: str = ""

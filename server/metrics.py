@@ -100,7 +100,7 @@ FROM_STATS: tuple[
     (
         CounterMetricFamily,
         "step_seconds",
-        "Wall time in the model and in drawing tokens.",
+        "Wall time in the model and in sampling.",
         lambda s: s.model_seconds,
     ),
     (
@@ -154,11 +154,14 @@ class EngineCollector(Collector):
         def counter(name: str, help_text: str, *labels: str) -> CounterMetricFamily:
             return CounterMetricFamily(PREFIX + name, help_text, labels=("model_name", *labels))
 
-        drafts = counter("spec_decode_num_drafts", "Proposals of which guesses were verified.", "drafter")
-        drafted = counter("spec_decode_num_draft_tokens", "Guesses verified.", "drafter")
-        accepted = counter("spec_decode_num_accepted_tokens", "Guesses that were right.", "drafter")
+        drafts = counter("spec_decode_num_drafts", "Proposals of which draft tokens were verified.", "drafter")
+        drafted = counter("spec_decode_num_draft_tokens", "Draft tokens verified.", "drafter")
+        accepted = counter("spec_decode_num_accepted_tokens", "Draft tokens that were accepted.", "drafter")
         places = counter(
-            "spec_decode_num_accepted_tokens_per_pos", "Guesses that were right, by place.", "drafter", "position"
+            "spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens that were accepted, by place.",
+            "drafter",
+            "position",
         )
         for drafter in stats.drafters:
             labels = (self._model_name, drafter.name)
@@ -169,7 +172,7 @@ class EngineCollector(Collector):
                 places.add_metric((*labels, str(position)), count)
         yield from (drafts, drafted, accepted, places)
         yield from self._versions(stats)
-        steps = counter("speculation_steps", "Steps by why so many guesses were verified in them.", "reason")
+        steps = counter("speculation_steps", "Steps by why so many draft tokens were verified in them.", "reason")
         for reason, count in stats.speculation_steps.items():
             steps.add_metric((self._model_name, reason), count)
         yield steps
@@ -185,9 +188,9 @@ class EngineCollector(Collector):
         drafts, drafted, accepted = (
             CounterMetricFamily(PREFIX + f"drafter_version_num_{name}", help_text, labels=labels)
             for name, help_text in (
-                ("drafts", "Proposals of a loaded version of which guesses were verified."),
-                ("draft_tokens", "Guesses of a loaded version that were verified."),
-                ("accepted_tokens", "Guesses of a loaded version that were right."),
+                ("drafts", "Proposals of a loaded version of which draft tokens were verified."),
+                ("draft_tokens", "Draft tokens of a loaded version that were verified."),
+                ("accepted_tokens", "Draft tokens of a loaded version that were accepted."),
             )
         )
         for drafter in stats.drafters:

@@ -29,14 +29,14 @@ class SequenceMetrics:
         self.steps = 0
         """After the one that brought the first token."""
         self.learned_steps = self.learned_accepted = 0
-        """Steps but for those that verified another drafter's guesses, and right guesses of the learned one."""
+        """Steps but for those that verified another drafter's tokens, and accepted draft tokens of the learned one."""
         self.proposals = self.first_right = 0
-        """The learned drafter's, verified or not, and those of them whose first guess was right."""
+        """Proposals of the learned drafter, verified or not, and how many of them had a right first draft token."""
         self._cached = 0
         self.accepted: list[tuple[int, int]] = []
-        """(guesses verified, of them right) per step with guesses."""
+        """(verified, accepted) draft tokens per step that verified any."""
         self.versions: set[int] = set()
-        """Versions of the learned drafter whose guesses were verified."""
+        """Versions of the learned drafter whose draft tokens were verified."""
 
     def on_delta(self, delta: TokenDelta) -> None:
         self._begin(delta)
@@ -78,7 +78,7 @@ class SequenceMetrics:
 
     @property
     def num_accepted(self) -> int:
-        """Guesses that were right."""
+        """Draft tokens that were accepted."""
         return sum(right for _, right in self.accepted)
 
     def on_end(self, reason: FinishReason) -> None:

@@ -51,7 +51,7 @@ class HeadConfig:
     vocab_size: int
     """Size of the target's vocabulary."""
     draft_vocab_size: int
-    """Tokens the head can guess."""
+    """Tokens that the head can propose."""
     taps: tuple[int, ...]
     """Layers of the target whose inputs are fused."""
     norm_eps: float

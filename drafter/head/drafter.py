@@ -184,7 +184,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         return lambda: self._hold(route, network, ready)
 
     def prepare_target(self, weights: Weights) -> Callable[[], None]:
-        """Copies of the target's rows, from which heads guess, become those of the new output matrix."""
+        """Copies of the target's rows, with which heads draft, become those of the new output matrix."""
         assert isinstance(weights, DecoderWeights)
         with self._memory:
             loaded = {id(each): each for each in (*self._held.values(), *self._kept)}
@@ -306,7 +306,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
             pending.add(rows)
 
     def _is_ready(self, row: DraftRow) -> bool:
-        """Whether the features up to the last but one token, after which the next guess comes, are at hand."""
+        """Whether the features up to the last but one token, after which the next draft token comes, are at hand."""
         pending = row.memory.get(self.name)
         return isinstance(pending, _Pending) and pending.start + pending.count == row.length - 1
 

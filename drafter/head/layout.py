@@ -26,7 +26,7 @@ LAYERS = "model.layers."
 
 
 def random_tensors(config: HeadConfig, seed: int) -> dict[str, Tensor]:
-    """An untrained head; it guesses the first tokens of the vocabulary."""
+    """An untrained head; its draft vocabulary is the first tokens of the vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, shape in config.shapes.items():
@@ -50,14 +50,14 @@ def from_target(config: HeadConfig, target: Mapping[str, Tensor], draft_tokens: 
         config: as ``config_for`` makes it: the layer has the sizes of the target's.
         target: parameters by their Hugging Face names; of the layers only the last is read (``last_layer`` finds all
             that is needed). Biases and the norms of queries and keys have no place in a head and are left out.
-        draft_tokens: what the head can guess, ``config.draft_vocab_size`` different tokens.
+        draft_tokens: the draft vocabulary, ``config.draft_vocab_size`` different tokens.
 
     Raises ModelError where the sizes do not match.
     """
     prefix = f"{LAYERS}{_last_index(target)}."
     tokens = torch.tensor(sorted(set(draft_tokens)))
     if len(tokens) != config.draft_vocab_size or tokens[0] < 0 or tokens[-1] >= config.vocab_size:
-        raise ModelError(f"a head needs {config.draft_vocab_size} different tokens of the vocabulary to guess from")
+        raise ModelError(f"a head needs {config.draft_vocab_size} different tokens as its draft vocabulary")
     tensors = {
         "fc.weight": torch.eye(config.hidden).repeat(1, len(config.taps)),
         LAYER + "hidden_norm.weight": target[prefix + "input_layernorm.weight"],
@@ -84,7 +84,7 @@ def output_name(names: Container[str]) -> str:
 
 
 def draft_maps(draft_tokens: Tensor, vocab_size: int) -> dict[str, Tensor]:
-    """``d2t`` and ``t2d`` for a head that guesses these tokens, which must ascend."""
+    """``d2t`` and ``t2d`` for a head with this draft vocabulary, whose tokens must ascend."""
     return {
         "d2t": draft_tokens - torch.arange(len(draft_tokens)),
         "t2d": torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, draft_tokens, True),
@@ -92,9 +92,9 @@ def draft_maps(draft_tokens: Tensor, vocab_size: int) -> dict[str, Tensor]:
 
 
 def draft_tokens(config: HeadConfig, tensors: Mapping[str, Tensor]) -> Tensor:
-    """[draft vocabulary] int64: the target's tokens that a head guesses; without ``d2t``, all of them."""
-    guesses = torch.arange(config.draft_vocab_size)
-    return tensors["d2t"].long() + guesses if "d2t" in tensors else guesses
+    """[draft vocabulary] int64: the target's tokens that a head can propose; without ``d2t``, all of them."""
+    indices = torch.arange(config.draft_vocab_size)
+    return tensors["d2t"].long() + indices if "d2t" in tensors else indices
 
 
 def _last_index(target: Mapping[str, Tensor]) -> int:

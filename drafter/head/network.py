@@ -30,7 +30,7 @@ class HeadWeights:
         self.layers = self._compute.layers(config.layer_shape(target.config), 1)
         is_third = config.kind == "eagle3"
         self.output = self._compute.weight(config.draft_vocab_size, config.hidden) if is_third else None
-        """EAGLE-1 and -2 heads guess with the target's."""
+        """EAGLE-1 and -2 heads draft with that of the target."""
         self.norm = self._compute.norm(config.hidden) if is_third else None
         self.memory_bytes = self.fc.num_bytes + self.layers[0].num_bytes
         if self.output is not None and self.norm is not None:
@@ -57,10 +57,10 @@ class HeadWeights:
                         self.layers[0].fill(name.removeprefix(self._prefix), part, row)
 
     def output_from(self, rows: Tensor, before: Weight, after: Weight) -> Weight | None:
-        """Its output matrix for a target that goes from the output matrix ``before`` to ``after``.
+        """The head's output matrix for a target that goes from the output matrix ``before`` to ``after``.
 
-        ``rows`` [draft vocabulary] of these are what it guesses from. Only where it holds copies of them, which is what
-        training leaves: None for a head that does not, or has none of its own.
+        ``rows`` [draft vocabulary] of these are what the head proposes. Only where it holds copies of them, which is
+        what training leaves: None for a head that does not, or has none of its own.
         """
         if self.output is None or not _are_copies(self.output, before, rows):
             return None

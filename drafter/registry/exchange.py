@@ -44,7 +44,7 @@ def export_version(registry: Registry, version: int, folder: Path) -> Sequence[s
     if len(config.taps) != SGLANG_TAPS:
         cautions.append(f"SGLang loads heads that read {SGLANG_TAPS} layers; this one reads {len(config.taps)}")
     elif config.taps[0] == 1:
-        cautions.append("SGLang would take the numbers of the layers this head reads for others, and guess badly")
+        cautions.append("SGLang would take the numbers of the layers this head reads for others, and draft badly")
     return cautions
 
 

@@ -1,4 +1,4 @@
-"""Which model a drafter was made for, as a hash: heads of another model load without a word and guess nothing."""
+"""Which model a drafter was made for, as a hash: heads of another model load without a word and are never right."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def intact(folder: Path, manifest: Manifest) -> Path:
 
 def head_config(manifest: Manifest) -> HeadConfig:
     """Raises ModelError for what is no head."""
-    # Taps are always written into the manifest, so the target's number of layers is not needed to guess them.
+    # Taps are always written into the manifest, so the target's number of layers is not needed to find them.
     return parse_config(manifest.head, num_layers=0)
 
 

@@ -30,7 +30,7 @@ class TrafficConfig:
     traffic_max_bytes: str = option("2GiB", "The oldest traffic goes when there is more of it than this.")
     traffic_max_age: str = option("7d", "Traffic goes when it is older than this: 30min, 12h, 7d.")
     traffic_topk: int = option(
-        0, "Also keep the model's k most likely tokens wherever one is drawn; costs a pass over the logits. 0: none."
+        0, "Also keep the model's k most likely tokens wherever one is sampled; costs a pass over the logits. 0: none."
     )
     traffic_buffer: str = option(
         "256MiB", "Memory for hidden states until a request has ended and is written; what finds no room is dropped."

@@ -90,7 +90,7 @@ class Entry:
 def held_out(question: int) -> bool:
     """Whether training must not see samples of this question: they are for the gate.
 
-    All of a question are on one side: an answer that was learned says nothing of how well a head guesses others.
+    All of a question are on one side: an answer that was learned says nothing of how well a head drafts others.
     """
     digest = hashlib.blake2b(question.to_bytes(8, "little", signed=True), digest_size=8).digest()
     return int.from_bytes(digest, "little") % HOLDOUT == 0

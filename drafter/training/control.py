@@ -167,8 +167,8 @@ class Control:
                 if self._running and not running:
                     self._busy_until = time.monotonic() + CALM_SECONDS
                 self._running = running
-            case Machine(step_seconds, guess_seconds, streams):
-                self.speed = Speed(step_seconds, guess_seconds, streams) if step_seconds and streams else None
+            case Machine(step_seconds, draft_seconds, streams):
+                self.speed = Speed(step_seconds, draft_seconds, streams) if step_seconds and streams else None
             case Train(reason):
                 self._due = reason or "asked for"
             case Pause(paused):

@@ -35,7 +35,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     loss: LossName | None = None
     """None: what suits the traffic."""
     depth: int = 3
-    """Guesses in a row that are learned and that the gate counts."""
+    """Draft tokens in a row that are learned and that the gate counts."""
     draft_vocab_size: int = 8192
     first_tokens: int = 20_000
     """Tokens of answers with which the first round begins."""

@@ -18,7 +18,7 @@ from slipstream.drafter.training.held_out import HeldOut
 from slipstream.drafter.training.packing import Example
 
 LEAST_ANSWER = 3
-"""Tokens of an answer with something to learn: the first two are not guessed from features of the answer."""
+"""Tokens of an answer with something to learn: the first two are not drafted from features of the answer."""
 TRIES = 100
 """Texts in a row that cannot be used before drawing gives up."""
 

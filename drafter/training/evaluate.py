@@ -24,7 +24,7 @@ class Evaluation:
     live: int | None
     """The version it was compared with; None: drafting nothing."""
     accept_lengths: tuple[float, ...]
-    """With at most 1, 2, … guesses."""
+    """With at most 1, 2, … draft tokens."""
     live_accept_lengths: tuple[float, ...]
 
 
@@ -56,7 +56,7 @@ def evaluate(
     found = score(trainable, texts.examples, options.depth).weighted(texts.weights)
     live = registry.serving(route) if registry is not None else None
     if live is None:
-        compared = found.without_guesses()
+        compared = found.without_drafting()
     else:
         compared = score(_open(live.version, target, registry), texts.examples, options.depth).weighted(texts.weights)
     lengths = [tuple(each.accept_length(depth) for depth in range(1, options.depth + 1)) for each in (found, compared)]

@@ -26,20 +26,20 @@ CONFIDENCE = 0.975
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What live drafting of chains would have had, per text and greatest number of guesses."""
+    """What live drafting of chains would have had, per text and greatest number of draft tokens."""
 
     tokens: NDArray[np.int64]  # [texts]: of the answers, but for their first
-    steps: NDArray[np.int64]  # [texts, 1 + depth]: verification steps with at most 0, 1, … guesses
+    steps: NDArray[np.int64]  # [texts, 1 + depth]: verification steps with at most 0, 1, … draft tokens
     weights: NDArray[np.float64] | None = None  # [texts]; None: all the same
 
     def accept_length(self, depth: int) -> float:
-        """Tokens per verification step over all texts, with at most ``depth`` guesses."""
+        """Tokens per verification step over all texts, with at most ``depth`` draft tokens."""
         weights = np.ones(len(self.tokens)) if self.weights is None else self.weights
         steps = float(weights @ self.steps[:, depth])
         return float(weights @ self.tokens) / steps if steps else math.nan
 
-    def without_guesses(self) -> Score:
-        """The same texts with nobody guessing."""
+    def without_drafting(self) -> Score:
+        """The same texts with nobody drafting."""
         return Score(self.tokens, np.repeat(self.tokens[:, None], self.steps.shape[1], axis=1), self.weights)
 
     def weighted(self, weights: NDArray[np.float64]) -> Score:
@@ -52,19 +52,19 @@ class Speed:
 
     step_seconds: Mapping[int, float]
     """By positions computed; in between, linear."""
-    guess_seconds: float
-    """One guess more per stream, for all streams together."""
+    draft_seconds: float
+    """Time of one draft token more per stream, for all streams together."""
     streams: Mapping[int, float]
     """Share of the time with so many streams."""
 
     def tokens_per_second(self, score: Score) -> float:
-        """Predicted, with the best number of guesses at each number of streams."""
+        """Predicted, with the best number of draft tokens at each number of streams."""
         sizes = sorted(self.step_seconds)
         seconds = [self.step_seconds[size] for size in sizes]
         depths = range(score.steps.shape[1])
         total = 0.0
         for streams, share in self.streams.items():
-            costs = [float(np.interp(streams * (1 + d), sizes, seconds)) + d * self.guess_seconds for d in depths]
+            costs = [float(np.interp(streams * (1 + d), sizes, seconds)) + d * self.draft_seconds for d in depths]
             total += share * max(streams * score.accept_length(d) / cost for d, cost in zip(depths, costs, strict=True))
         return total / sum(self.streams.values())
 
@@ -110,13 +110,13 @@ class Verdict:
 def score(
     head: TrainableHead, examples: Sequence[Example], depth: int, check: Callable[[], object] = lambda: None
 ) -> Score:
-    """Drafts along texts that are known, for chains of up to ``depth`` guesses.
+    """Drafts along texts that are known, for chains of up to ``depth`` draft tokens.
 
     ``check`` is called between parts of about ``ROWS`` positions; what it raises ends the scoring.
 
-    As long as all guesses before were right, guess i is made after exactly the tokens that came: so one unrolled pass
-    knows at every position how many guesses are right there. The walk from the first position to the end of the
-    answer, by one token more than are right at a time, visits the positions that live drafting starts from.
+    As long as all draft tokens before were right, draft token i is made after exactly the tokens that came: so one
+    unrolled pass knows at every position how many draft tokens are right there. The walk from the first position to the
+    end of the answer, by one token more than are right at a time, visits the positions that live drafting starts from.
     """
     tokens: list[int] = []
     steps: list[list[int]] = []
@@ -127,8 +127,8 @@ def score(
             outputs = head.unroll(batch, depth)
             # argmax of bfloat16 takes six times as long on a CPU; ties go to the first in both.
             best = [head.logits(hidden).max(-1).indices for hidden in outputs]
-            guesses = torch.stack([head.to_target[guess] for guess in best], dim=1)
-        right = (guesses == batch.targets).long().cumprod(1).sum(1).numpy()
+            drafts = torch.stack([head.to_target[indices] for indices in best], dim=1)
+        right = (drafts == batch.targets).long().cumprod(1).sum(1).numpy()
         at = 0
         for segment in batch.segments:
             count = segment.end - segment.learned
@@ -148,7 +148,7 @@ def judge(
 ) -> Verdict:
     """Paired bootstrap over groups of texts (Efron 1979): passes if better by more than ``margin`` beyond noise.
 
-    Both must be scores of the same texts. Accept lengths are those with all guesses; with ``speed``, the predicted
+    Both must be scores of the same texts. Accept lengths are those with all draft tokens; with ``speed``, the predicted
     tokens per second must not fall either. Nothing passes on fewer than ``LEAST_TEXTS`` groups.
 
     Args:
@@ -175,7 +175,7 @@ def judge(
 
 
 def _walk(right: NDArray[np.int64], most: int) -> int:
-    """Verification steps for an answer with so many right guesses at each position."""
+    """Verification steps for an answer with so many right draft tokens at each position."""
     at = steps = 0
     while at < len(right):
         at += 1 + min(int(right[at]), most)

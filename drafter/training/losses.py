@@ -1,12 +1,12 @@
-"""What a head is trained for: how far its guesses are from the target's tokens or distribution.
+"""What a head is trained for: how far its draft tokens are from the target's tokens or distribution.
 
 Every loss is per row. ``logits`` [n, draft vocabulary] are the head's; ``targets`` [n] are indices into the draft
-vocabulary of the tokens that came, -1 where the head cannot guess them; ``probs`` [n, draft vocabulary] is what is
-known of the target's distribution. Rows may sum to less than one: the rest lies on tokens that cannot be guessed.
+vocabulary of the tokens that came, -1 where the head cannot propose them; ``probs`` [n, draft vocabulary] is what is
+known of the target's distribution. Rows may sum to less than one: the rest lies on tokens that cannot be proposed.
 
-A guess here is the head's most likely token, and it is right with the probability the target gives it. Cross-entropy
-with the tokens that came fits that for greedy traffic, forward KL for sampled traffic, where one drawn token says less
-than the distribution (DistillSpec, Zhou et al. 2024, compares the divergences).
+A draft token here is the head's most likely one, and it is right with the probability the target gives it.
+Cross-entropy with the tokens that came fits that for greedy traffic, forward KL for sampled traffic, where one sampled
+token says less than the distribution (DistillSpec, Zhou et al. 2024, compares the divergences).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LK_STEEPNESS = 3.0
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log q(the token that came); 0 where it cannot be guessed."""
+    """-log q(the token that came); 0 where it cannot be proposed."""
     return functional.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
 
 

@@ -1,4 +1,4 @@
-"""An EAGLE-3 head as something to train: its guesses after its own guesses, for many texts at once."""
+"""An EAGLE-3 head as something to train: its draft tokens after its own draft tokens, for many texts at once."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class TrainableHead:
         """The target's embedding, if its weights have changed."""
         self._embedding = embedding.to(self.dtype)
 
-    def guess_from(self, draft_tokens: Tensor, output: Tensor) -> None:
-        """Changes what the head can guess (ascending tokens); ``output`` [vocabulary, hidden] is the target's head.
+    def set_draft_vocabulary(self, draft_tokens: Tensor, output: Tensor) -> None:
+        """Changes the draft vocabulary (ascending tokens); ``output`` [vocabulary, hidden] is the target's head.
 
         Nothing learned is lost as long as the rows are the target's own.
         """
@@ -65,8 +65,8 @@ class TrainableHead:
         self.maps = layout.draft_maps(draft_tokens, self.config.vocab_size)
         self._map(draft_tokens)
 
-    def guesses_with(self, output: Tensor) -> bool:
-        """Whether the head's rows are those of this output matrix; ``guess_from`` would lose what is in others."""
+    def has_rows_of(self, output: Tensor) -> bool:
+        """Whether the head's rows are those of this output matrix; ``set_draft_vocabulary`` would lose other ones."""
         rows = output[self.to_target].to(torch.bfloat16)
         return torch.equal(self.weights[OUTPUT].bfloat16(), rows)
 
@@ -75,11 +75,11 @@ class TrainableHead:
         return {**{name: weight.detach() for name, weight in self.weights.items()}, **self.maps}
 
     def unroll(self, pack: Pack, steps: int) -> list[Tensor]:
-        """Outputs after 0, 1, … guesses at the learned rows, each [n, hidden]; guess i is the token that came.
+        """Outputs after 0, 1, … draft tokens at the learned rows, each [n, hidden]; draft token i is the one that came.
 
-        This is the training-time test of EAGLE-3: after i guesses, a row attends to the true features up to its own
-        position and to what the head made of the i guesses after it. The output after i guesses at row r belongs to
-        position r + i of the text.
+        This is the training-time test of EAGLE-3: after i draft tokens, a row attends to the true features up to its
+        own position and to what the head made of the i draft tokens after it. The output after i draft tokens at row r
+        belongs to position r + i of the text.
         """
         self._cast = {name: weight.to(self.dtype) for name, weight in self.weights.items() if weight.dim() > 1}
         layer = self._layer()
@@ -124,7 +124,7 @@ class TrainableHead:
             future = torch.ones(count, length, dtype=torch.bool).triu(length - count + 1)
             scores = scores.masked_fill(future, float("-inf"))
             if own:
-                k = torch.stack([k[rows] for k, _ in own], dim=1)  # [n, guesses, KV heads, head_dim]
+                k = torch.stack([k[rows] for k, _ in own], dim=1)  # [n, draft tokens, KV heads, head_dim]
                 scores = torch.cat((scores, torch.einsum("hgnd,nshd->hgns", query, k)), dim=-1)
             shares = scores.float().softmax(-1).to(self.dtype)
             mixed = (shares[..., :length].flatten(1, 2) @ value).view(-1, group, count, self.config.head_dim)

@@ -17,7 +17,7 @@ class Example:
 
     tokens: NDArray[np.int32]
     num_prompt: int
-    """Tokens before the answer; only guesses at the answer are learned."""
+    """Tokens before the answer; only drafting the answer is learned."""
     start: int
     """First position with features."""
     features: Tensor
@@ -32,7 +32,7 @@ class Example:
 
     @property
     def num_context(self) -> int:
-        """Positions before the first guess at the answer: seen, not learned."""
+        """Positions before the first draft token of the answer: seen, not learned."""
         return max(self.num_prompt - 1 - self.start, 0)
 
     def cut(self, length: int) -> Example:
@@ -67,7 +67,7 @@ class Pack:
 
 
 def pack(examples: Sequence[Example], steps: int) -> Pack:
-    """Lays texts side by side; ``steps`` is how many guesses in a row will be learned."""
+    """Lays texts side by side; ``steps`` is how many draft tokens in a row will be learned."""
     segments: list[Segment] = []
     rows = 0
     positions, tokens, targets, learned = [], [], [], []

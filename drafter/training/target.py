@@ -145,10 +145,10 @@ class Target:
                 f"layers {list(self.taps)}"
             )
         head = TrainableHead(config, self.config, self.embedding, tensors, self.dtype)
-        is_current = head.guesses_with(self.output)
-        head.shares_output = shares_output or is_current or head.guesses_with(self._output_of_files)
+        is_current = head.has_rows_of(self.output)
+        head.shares_output = shares_output or is_current or head.has_rows_of(self._output_of_files)
         if head.shares_output and not is_current:
-            head.guess_from(head.to_target, self.output)
+            head.set_draft_vocabulary(head.to_target, self.output)
         return head
 
     def draft_tokens(self, counts: Mapping[int, float], size: int) -> Tensor:

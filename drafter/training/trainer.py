@@ -19,9 +19,9 @@ from slipstream.drafter.training.packing import Example, Pack, pack
 class TrainOptions:
     loss: losses.LossName = "ce"
     steps: int = 3
-    """Guesses in a row that are learned."""
+    """Draft tokens in a row that are learned."""
     step_decay: float = 0.8
-    """Weight of each guess relative to the one before it."""
+    """Weight of each draft token relative to the one before it."""
     learning_rate: float = 2e-3
     """For matrices, which Muon updates (Jordan et al. 2024), scaled to the size of AdamW's; vectors get a tenth."""
     weight_decay: float = 0.01
@@ -41,7 +41,7 @@ class Progress:
     tokens: int
     """Positions learned."""
     right: tuple[float, ...]
-    """Share of right guesses per step of the chain, given that those before were taken to be right."""
+    """Share of right draft tokens per step of the chain, given that those before were taken to be right."""
 
 
 class Trainer:
@@ -82,7 +82,7 @@ class Trainer:
         return Progress(self.step, loss / max(tokens, 1), tokens, tuple((right / max(tokens, 1)).tolist()))
 
     def _accumulate(self, examples: Sequence[Example]) -> tuple[float, Tensor, int]:
-        """Adds gradients; returns the loss, the right guesses per step and the rows, each a sum."""
+        """Adds gradients; returns the loss, the right draft tokens per step and the rows, each a sum."""
         options = self.options
         batch = pack(examples, options.steps)
         total = torch.zeros(())
@@ -121,7 +121,7 @@ class Trainer:
             optimizer.load_state_dict(saved)
 
     def _targets(self, batch: Pack, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens to guess as indices of the draft vocabulary (-1: cannot be guessed), and which rows have one."""
+        """Tokens to draft as indices of the draft vocabulary (-1: not in it), and which rows have one."""
         tokens = batch.targets[:, step]
         exists = tokens >= 0
         return torch.where(exists, self.head.to_draft[tokens.clamp_min(0)], -1), exists

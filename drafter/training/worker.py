@@ -195,7 +195,7 @@ class Worker:
         trainer.head.read_from(self._target.embedding)
         if trainer.head.shares_output:
             tokens = self._target.draft_tokens(counts, trainer.head.config.draft_vocab_size)
-            trainer.head.guess_from(tokens, self._target.output)
+            trainer.head.set_draft_vocabulary(tokens, self._target.output)
         course.curriculum.forget(0.9)
         return trainer
 
@@ -277,7 +277,7 @@ class Worker:
         self._report("gating")
         found = self._score(candidate, texts)
         live = self._registry.serving(course.route)
-        known = found.without_guesses() if live is None else self._score(self._head(live.version), texts)
+        known = found.without_drafting() if live is None else self._score(self._head(live.version), texts)
         return judge(found, known, self._control.speed, groups=texts.groups, repeated=texts.repeated)
 
     def _score(self, head: TrainableHead, texts: HeldOut) -> Score:

@@ -29,7 +29,7 @@ READY_SECONDS = 300.0
 STARVED_SECONDS = 6.0
 """So long the worker has to wait for traffic before it gets some."""
 TRIAL_STREAMS = 4
-"""Few enough that guesses are verified; a version is not judged where none are."""
+"""Few enough that draft tokens are verified; a version is not judged where none are."""
 NOT_KEPT = {"X-Slipstream-Traffic": "off"}
 
 

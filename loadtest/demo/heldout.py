@@ -20,7 +20,7 @@ class Answer:
     """From sending to the whole answer."""
     tokens: int
     accepted: int
-    """Guesses that were right."""
+    """Draft tokens that were accepted."""
     text: str
 
 
@@ -41,7 +41,7 @@ class Answers:
 
     @property
     def accept_length(self) -> float:
-        """Tokens per step after the first token of each answer, as the gate counts; 1 without guesses."""
+        """Tokens per step after the first token of each answer, as the gate counts; 1 without drafting."""
         tokens = sum(max(answer.tokens - 1, 0) for answer in self.answers)
         steps = tokens - sum(answer.accepted for answer in self.answers)
         return tokens / steps if steps > 0 else 1.0

@@ -14,7 +14,7 @@ NOISE = 0.02
 
 
 def break_even(machine: Mapping[str, Any] | None) -> float | None:
-    """Tokens per step from which chains of DEPTH guesses pay at one stream: how much longer the step becomes.
+    """Tokens per step from which chains of DEPTH draft tokens pay at one stream: how much longer the step becomes.
 
     ``machine``: of the admin API's status; None where it is not known yet.
     """
@@ -31,7 +31,7 @@ def hope(machine: Mapping[str, Any] | None, arithmetic: str) -> str:
     found = []
     if (least := break_even(machine)) is not None:
         found.append(
-            f"a step that makes and verifies {DEPTH} guesses takes {least:.2f} times a plain one here: "
+            f"a step that proposes and verifies {DEPTH} draft tokens takes {least:.2f} times a plain one here: "
             f"with one stream a head pays from {least:.2f} tokens per step on"
         )
     if arithmetic:
@@ -40,7 +40,7 @@ def hope(machine: Mapping[str, Any] | None, arithmetic: str) -> str:
 
 
 def verdict(machine: Mapping[str, Any] | None, accept_length: float, speedup: float) -> str:
-    """For the end. ``accept_length``: with all guesses verified; ``speedup``: with the head over without."""
+    """For the end. ``accept_length``: with all draft tokens verified; ``speedup``: with the head over without."""
     least = break_even(machine)
     if speedup >= 1 + NOISE:
         said = f"It pays here: {speedup:.2f} times the speed without speculation"
@@ -54,5 +54,5 @@ def verdict(machine: Mapping[str, Any] | None, accept_length: float, speedup: fl
     return (
         f"{said}. The head has {accept_length:.2f} tokens per step with chains of {DEPTH}, {relation} than the "
         f"{least:.2f} plain steps that such a step costs; where a chain is too long, fewer "
-        "guesses are verified, or none."
+        "draft tokens are verified, or none."
     )

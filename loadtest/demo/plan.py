@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 DemoWorkload = Literal["sharegpt", "extract"]
 DEPTH = 3
-"""Guesses in a chain."""
+"""Draft tokens in a chain."""
 FIRST_BURST, LATER_BURST = 0.15, 0.12
 """Share of the learning time that begins with traffic alone; seconds of traffic per second of training later."""
 LEAST_LEARNING = 0.4
@@ -95,7 +95,7 @@ class DemoOptions:
         return self._command(options)
 
     def probe(self, drafter: str, traffic: Path) -> list[str]:
-        """A server that verifies three guesses of one head in every step, and keeps what it answers.
+        """A server that verifies three draft tokens of one head in every step, and keeps what it answers.
 
         Without a prefix cache hidden states of the whole prompt are kept: offline, the head sees what it saw live.
         """

@@ -22,11 +22,11 @@ class Measured:
     """Held-out prompts, one stream, greedy."""
 
     off: Answers
-    """Without guesses; in turn with …"""
+    """Without drafting; in turn with …"""
     head: Answers
-    """… the head, of whose guesses the server verifies as many as it finds worth it."""
+    """… the head, of whose draft tokens the server verifies as many as it finds worth it."""
     depth: Answers
-    """The head with all guesses of every chain verified."""
+    """The head with all draft tokens of every chain verified."""
 
     @property
     def speedup(self) -> float:
@@ -58,7 +58,7 @@ class Result:
 
     @property
     def differing(self) -> int:
-        """Held-out answers that are not the same with guesses and without: there must be none."""
+        """Held-out answers that are not the same with drafting and without: there must be none."""
         first = self.before.off.texts
         others = (self.before.head, self.before.depth, self.after.off, self.after.head, self.after.depth)
         return sum(len(set(texts)) > 1 for texts in zip(first, *(each.texts for each in others), strict=True))
@@ -135,7 +135,7 @@ def print_result(result: Result, console: Console) -> None:
     outcomes.add_row("learned", learned)
     outcomes.add_row("traffic", f"{result.replayed_tokens:,} tokens of answers")
     outcomes.add_row("failed requests", f"{result.failed} of {result.sent}")
-    outcomes.add_row("answers that guesses changed", str(result.differing))
+    outcomes.add_row("answers that drafting changed", str(result.differing))
     console.print(outcomes)
     if result.watch.live:
         said = verdict(result.watch.machine, result.after.depth.accept_length, result.after.speedup)

@@ -214,7 +214,7 @@ class Evolution:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _tell_machine(self, worker: WorkerProcess) -> None:
-        """What steps cost here, for the gate. A guess reads the head's weights once, as a step reads the target's."""
+        """What steps cost, for the gate. A draft token reads the head's weights once, as a step reads the target's."""
         steps = await self._service.engine.call(TellStepCosts())
         live = self.controller.live.get(SHARED_ROUTE)
         share = live.manifest.weights_bytes / self._service.engine.ready.weights_bytes if live else 0.0

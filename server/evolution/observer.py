@@ -17,7 +17,7 @@ DRIFT_BELOW = 0.85
 DRIFT_REQUESTS = 100
 """Requests whose accept length is compared, the latest."""
 QUIET_STREAMS = 4
-"""With more streams fewer guesses are verified than the gate counted on."""
+"""With more streams fewer draft tokens are verified than the gate counted on."""
 USE_MEMORY = 0.999
 """How much each second before counts in the distribution of streams."""
 
@@ -71,7 +71,7 @@ class Observer:
             self._interval *= 2
 
     def ended(self, version: int, running: int, metrics: SequenceMetrics) -> None:
-        """A sequence has ended that this version drafted for, and others; the gate knows its guesses only."""
+        """A sequence has ended that this version drafted for, and others; the gate knows its draft tokens only."""
         self._steps += metrics.steps
         self._tokens += metrics.num_accepted
         if version != self._version:

@@ -56,7 +56,7 @@ class Outcome(msgspec.Struct, frozen=True):
     version: int
     proposals: int
     right: int
-    """Proposals whose first guess was right."""
+    """Proposals whose first draft token was right."""
 
 
 class Refusal(msgspec.Struct, frozen=True):

@@ -47,7 +47,7 @@ def first_head(target: DecoderConfig) -> FirstHead:
 
 
 def make_head(target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
-    """Random, with weights large enough to matter, guessing every second token."""
+    """Random, with weights large enough to matter; its draft vocabulary is every second token."""
     config = layout.config_for(target, 48)
     tensors = layout.random_tensors(config, 1)
     for name, tensor in tensors.items():
@@ -55,7 +55,7 @@ def make_head(target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
             tensors[name] = tensor * 8
         elif tensor.is_floating_point():
             tensors[name] = torch.linspace(0.5, 1.5, len(tensor))
-    tensors["d2t"] = torch.arange(48)  # guess i is token 2 i
+    tensors["d2t"] = torch.arange(48)  # index i is token 2 i
     tensors["t2d"] = torch.arange(96) % 2 == 0
     return config, tensors
 
@@ -127,7 +127,7 @@ def published_forward(config: HeadConfig, w: dict[str, Tensor], embedding: Tenso
 
 
 class Offline:
-    """What the head should guess after a text, from the definition: features of t and token t + 1 predict t + 2."""
+    """What the head should propose after a text, from the definition: features of t and token t + 1 predict t + 2."""
 
     def __init__(self, folder: Path, kind: str = "eagle3") -> None:
         from transformers import AutoModelForCausalLM
@@ -146,7 +146,7 @@ class Offline:
 
     @torch.inference_mode()
     def scores(self, inputs: list[int], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """By target token, how likely it is to follow the last input (-inf: no guess); ``hidden`` after that input."""
+        """By target token, how likely it is to follow the last input (-inf: never); ``hidden`` after that input."""
         embedding = self.model.get_input_embeddings()
         out = published_forward(self.config, self.weights, embedding(torch.tensor(inputs)), hidden)
         if self.config.kind == "eagle":
@@ -156,8 +156,8 @@ class Offline:
         scores[torch.arange(48) + self.weights["d2t"]] = normed @ self.weights["lm_head.weight"].T
         return scores, torch.cat((hidden, out[-1:]))
 
-    def guesses(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
-        """Guesses, with how far the second best is behind."""
+    def drafts(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
+        """Draft tokens, with how far the second best is behind."""
         inputs, hidden = list(tokens[1:]), self.features(tokens)
         found = []
         for _ in range(count):
@@ -168,7 +168,7 @@ class Offline:
         return found
 
     def tree_values(self, tokens: list[int], proposal: Proposal, width: int) -> tuple[float, float]:
-        """Right guesses to expect, by the head's probabilities: in the best tree by definition, and in this one."""
+        """Expected number of accepted draft tokens, by the head's probabilities: in the best tree, and in this one."""
         seen: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
         def after(path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -195,14 +195,14 @@ class Offline:
             before = paths[parent] if parent >= 0 else ()
             chances.append((chances[parent] if parent >= 0 else 1.0) * float(after(before)[0][token]))
             paths.append((*before, token))
-        assert len(set(paths)) == most, "a guess is made twice"
+        assert len(set(paths)) == most, "a token is proposed twice"
         return sum(sorted(found)[-most:]), sum(chances)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("kind", MAKERS)
 def test_drafts_are_those_of_the_definition(folder: Path, kernels: Any, kind: str) -> None:
-    """Through chunked prompts, verification, wrong and right guesses, pauses and preemption."""
+    """Through chunked prompts, verification, rejected and accepted draft tokens, pauses and preemption."""
     recorder = Recorder(MAKERS[kind])
     config = EngineConfig(
         model=str(folder),
@@ -224,11 +224,11 @@ def test_drafts_are_those_of_the_definition(folder: Path, kernels: Any, kind: st
     offline = Offline(folder, kind)
     compared = 0
     for known, proposal in recorder.seen:
-        guesses = offline.guesses(known, len(proposal.tokens))
-        for guess, (expected, gap) in zip(proposal.tokens, guesses, strict=True):
+        drafts = offline.drafts(known, len(proposal.tokens))
+        for token, (expected, gap) in zip(proposal.tokens, drafts, strict=True):
             if gap < 1e-3:
                 break  # too close to call in float32
-            assert guess == expected
+            assert token == expected
             compared += 1
     assert compared > 150
 
@@ -332,12 +332,12 @@ def test_a_cold_head_is_the_last_layer_of_its_target(folder: Path) -> None:
     target = decoder_config(TARGET)
     config = layout.config_for(target, 40, taps=(0, 1, 3))
     parameters = layout.last_layer(open_checkpoint(folder).tensors(), 4)
-    guessable = [(7 * i) % 96 for i in range(40)]
-    weights = layout.from_target(config, parameters, guessable)
+    vocabulary = [(7 * i) % 96 for i in range(40)]
+    weights = layout.from_target(config, parameters, vocabulary)
     layout.check(config, weights)
     tokens = weights["d2t"] + torch.arange(40)
-    assert tokens.tolist() == sorted(guessable)
-    assert weights["t2d"].nonzero().flatten().tolist() == sorted(guessable)
+    assert tokens.tolist() == sorted(vocabulary)
+    assert weights["t2d"].nonzero().flatten().tolist() == sorted(vocabulary)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     text = torch.arange(30) * 5 % 96

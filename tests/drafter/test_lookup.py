@@ -1,4 +1,4 @@
-"""Guesses from text against a plain search, and what must not be seen across scopes."""
+"""Draft tokens from text against a plain search, and what must not be seen across scopes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_suffix_knows_earlier_answers_of_its_scope_only() -> None:
     assert drafter.propose([row([9, 3, 4], scope="b")]) == [None]
     [proposal] = drafter.propose([row([9, 3, 4], scope="a")])
     assert proposal is not None and proposal.tokens == [5, 6]
-    # The first guess of an answer comes from the end of the prompt before it.
+    # The first draft token of an answer comes from the end of the prompt before it.
     [proposal] = drafter.propose([row([1, 2], scope="a")])
     assert proposal is not None and proposal.tokens == [3, 4, 5, 6]
 
@@ -138,7 +138,7 @@ def test_names() -> None:
 
 
 def test_no_tenant_gets_drafts_from_the_text_of_another(tmp_path: Path) -> None:
-    """Through the whole engine: the same prompt again has guesses for its own tenant and cache salt only."""
+    """Through the whole engine: the same prompt again has draft tokens for its own tenant and cache salt only."""
     config = {"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
     config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
@@ -147,17 +147,17 @@ def test_no_tenant_gets_drafts_from_the_text_of_another(tmp_path: Path) -> None:
     local = LocalEngine(options, [drafter])
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=1)
 
-    def guesses(**sender: object) -> int:
+    def drafts(**sender: object) -> int:
         [stats] = local.engine.runner.speculator.stats
         before = stats.draft_tokens
         local.submit([1, 2, 3, 4, 5], params, **sender)
         local.finish()
         return stats.draft_tokens - before
 
-    assert guesses(tenant="alice", remember=False) == guesses(tenant="alice", remember=False) == 0, "nor remembered"
-    assert guesses(tenant="alice") == 0, "nothing is known yet"
+    assert drafts(tenant="alice", remember=False) == drafts(tenant="alice", remember=False) == 0, "nor remembered"
+    assert drafts(tenant="alice") == 0, "nothing is known yet"
     local.submit([9], SamplingParams(max_tokens=1))  # what has ended is told with the next step
     local.finish()
-    assert guesses(tenant="bob") == guesses(tenant="") == guesses(tenant="alice", cache_salt="s") == 0
-    assert guesses(tenant="mallory\0b", cache_salt="c") == guesses(tenant="mallory", cache_salt="b\0c") == 0
-    assert guesses(tenant="alice") > 10
+    assert drafts(tenant="bob") == drafts(tenant="") == drafts(tenant="alice", cache_salt="s") == 0
+    assert drafts(tenant="mallory\0b", cache_salt="c") == drafts(tenant="mallory", cache_salt="b\0c") == 0
+    assert drafts(tenant="alice") > 10

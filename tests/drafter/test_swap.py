@@ -137,7 +137,7 @@ def test_fifty_swaps_under_load_do_not_show(lively: Path, heads: dict[str, Path]
 
 
 def accept_rate(completions: list[Completion]) -> dict[int, float]:
-    """Guesses that were right among those verified, by version."""
+    """Accepted draft tokens among those verified, by version."""
     deltas = [delta for completion in completions for delta in completion.deltas if delta.num_drafted]
     return {
         version: sum(delta.num_accepted for delta in deltas if delta.drafter_version == version)
@@ -199,7 +199,7 @@ def test_a_version_of_its_own_route_sees_the_whole_context(lively: Path, heads: 
     texts = [beginning + text for text in prompts(8)]
 
     def ask(route: str) -> tuple[list[list[int]], list[list[bool]], list[int]]:
-        """Answers, which first guesses were right, how much came from the cache."""
+        """Answers, which first draft tokens were right, how much came from the cache."""
         asked = []
         for text in (beginning, *texts):  # one at a time: what shares a step decides how numbers are rounded
             asked.append(local.submit(text, GREEDY, route=route))
@@ -214,7 +214,7 @@ def test_a_version_of_its_own_route_sees_the_whole_context(lively: Path, heads: 
         told, found, fresh = ask(route)
         told_again, _, again = ask(route)
         assert told == told_again == answers
-        assert (found == right) == (head == same), "it guesses like the same head that was there from the beginning"
+        assert (found == right) == (head == same), "it drafts like the same head that was there from the beginning"
         assert fresh == cached and min(again) > 0, "a prefix is computed once per version"
     assert min(ask("nobody")[2]) > 0, "without a version of its own, a route shares what all have computed"
 
@@ -229,7 +229,7 @@ def test_what_is_in_memory_goes_live_at_once(echo: Path, heads: dict[str, Path],
         shutil.copytree(heads["random0" if version == 3 else "echo"], path)
 
     def drafted_by() -> set[int]:
-        local.step()  # with guesses from before
+        local.step()  # with draft tokens from before
         before = len(stream.deltas)
         for _ in range(6):
             local.step()

@@ -60,7 +60,7 @@ def test_steps_are_read_and_subtracted():
     assert parse_steps(PAGE.format(p="slipstream")) is None
 
 
-GUESSES = """\
+DRAFTS = """\
 # TYPE slipstream:spec_decode_num_drafts counter
 slipstream:spec_decode_num_drafts_total{drafter="ngram"} 10
 slipstream:spec_decode_num_drafts_total{drafter="suffix"} 5
@@ -73,7 +73,7 @@ slipstream:spec_decode_num_accepted_tokens_per_pos_total{drafter="ngram",positio
 
 
 def test_drafts_are_summed_over_drafters():
-    assert parse_speculation(GUESSES) == Speculation(15, 40, 30)
+    assert parse_speculation(DRAFTS) == Speculation(15, 40, 30)
     assert Speculation(15, 40, 30) - Speculation(5, 10, 20) == Speculation(10, 30, 10)
     assert parse_speculation(STEPS) is None
 

@@ -25,7 +25,7 @@ def test_the_rank_test_is_scipys(low: list[float], high: list[float]) -> None:
 
 
 def run(rng: Any, baseline: float, canary: float, **options: Any) -> tuple[str, int]:
-    """Requests with these chances per guess, until the decision; how many of them ran on the canary."""
+    """Requests with these chances per draft token, until the decision; how many of them ran on the canary."""
     trial = Canary(1, 2, **options)
     share = Trial(2, 1, is_live=False, share=0.3)
     for _ in range(100_000):

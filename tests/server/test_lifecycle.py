@@ -15,7 +15,7 @@ import pytest
 
 CHAT = "/v1/chat/completions"
 COMPLETE = "/v1/completions"
-# Without guesses: what repeats itself would be done too soon.
+# Without draft tokens: what repeats itself would be done too soon.
 LONG = {"prompt": "Once upon a time", "max_tokens": 8000, "ignore_eos": True, "temperature": 0}
 LONG |= {"speculation": {"mode": "off"}}
 

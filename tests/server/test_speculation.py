@@ -14,9 +14,9 @@ def test_answers_are_the_same_and_drafts_were_accepted(default_server: Any) -> N
     before = {name: default_server.metric(name) for name in SPEC_COUNTERS}
     for fields in ({}, {"temperature": 0.8, "seed": 3}, {"frequency_penalty": 0.4, "logprobs": 3}, {"stop": ["ten"]}):
         fields = {"max_tokens": 80, "ignore_eos": True, "return_token_ids": True, **fields}
-        with_guesses = default_server.complete(PROMPT, **fields)
+        with_drafts = default_server.complete(PROMPT, **fields)
         without = default_server.complete(PROMPT, **fields, speculation=OFF)
-        assert with_guesses["choices"] == without["choices"]
+        assert with_drafts["choices"] == without["choices"]
     default_server.wait_until_idle()
     after = {name: default_server.metric(name) for name in SPEC_COUNTERS}
     grown = {name: after[name] - before[name] for name in SPEC_COUNTERS}

@@ -88,7 +88,7 @@ def test_training_ends_with_a_live_version_that_eval_finds_better_than_none(cli:
     assert by_folder["accept_lengths"] == found["accept_lengths"]
     assert by_folder["live_accept_lengths"] == [1.0, 1.0, 1.0]
     output = cli("eval", live.version)
-    assert "no drafter" in output and "passes the gate" in output and "3 guesses" in output
+    assert "no drafter" in output and "passes the gate" in output and "3 draft tokens" in output
 
     again = cli.json("train", "--minutes", 0.05, "--no-promote")
     assert again["tokens"] > 0 and registry.live() is None

@@ -30,7 +30,7 @@ VOCAB, DRAFT_VOCAB = 96, 48
 
 @pytest.fixture
 def version(registry: Registry, target: Path, make_head: Any) -> int:
-    """A head that guesses every second token."""
+    """A head whose draft vocabulary is every second token."""
     config, tensors = make_head(1)
     tensors["d2t"] = torch.arange(DRAFT_VOCAB)
     tensors["t2d"] = torch.arange(VOCAB) % 2 == 0

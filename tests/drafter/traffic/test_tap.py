@@ -113,7 +113,7 @@ def test_rejected_drafts_leave_nothing(
 def test_most_likely_tokens_belong_to_their_places(
     tmp_path: Path, truth: Callable[..., Sample], config_for: Any, tapped_engine: Any, prompts: Any
 ) -> None:
-    """For greedy answers they begin with the answer, through chunks, guesses right and wrong, and penalties."""
+    """For greedy answers they begin with the answer, through chunks, draft tokens right and wrong, and penalties."""
     asked = prompts(5, 17, 40)
     params = SamplingParams(max_tokens=40, temperature=0.0, logprobs=3)
     plain = LocalEngine(config_for())

@@ -7,7 +7,7 @@ from slipstream.drafter.training.gate import Score, Speed, judge
 
 
 def drafted(rate: float, texts: int, seed: int, depth: int = 3) -> Score:
-    """Answers of 100 tokens with so many right guesses."""
+    """Answers of 100 tokens with so many accepted draft tokens."""
     rng = np.random.default_rng(seed)
     steps = []
     for _ in range(texts):
@@ -43,7 +43,7 @@ def test_nothing_to_judge_by_passes_nothing() -> None:
 
 def test_any_head_is_better_than_none_if_it_drafts() -> None:
     found = drafted(0.5, 50, 0)
-    verdict = judge(found, found.without_guesses())
+    verdict = judge(found, found.without_drafting())
     assert verdict.passes and verdict.live_accept_length == 1
     assert verdict.accept_length == found.accept_length(3) == pytest.approx(1.875, rel=0.1)
 
@@ -60,7 +60,7 @@ def test_tokens_per_second_are_those_of_the_best_number_of_drafts() -> None:
 
 
 def test_a_head_that_would_not_serve_faster_does_not_pass() -> None:
-    """Better at three guesses, but where it serves only one is worth verifying, and there it is worse."""
+    """Better at three draft tokens, but where it serves only one is worth verifying, and there it is worse."""
     rng = np.random.default_rng(0)
     tokens = np.full(80, 100)
     noise = rng.integers(0, 3, 80)
@@ -103,4 +103,4 @@ def test_weights_are_how_often_a_text_counts(first: int, second: int) -> None:
     weighted = both.weighted(np.array([first, second]) / 7)
     for depth in range(4):
         assert weighted.accept_length(depth) == pytest.approx(repeated.accept_length(depth))
-    assert weighted.without_guesses().accept_length(3) == 1
+    assert weighted.without_drafting().accept_length(3) == 1

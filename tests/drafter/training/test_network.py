@@ -39,13 +39,13 @@ class _Live:
         ours.fill(head.tensors(), head.to_target)
         self._network.use(ours)
 
-    def outputs(self, tokens: np.ndarray, features: Tensor, known: int, guesses: int) -> Tensor:
-        """After ``known`` tokens, then after so many guesses that are the tokens that came: [1 + guesses, hidden]."""
+    def outputs(self, tokens: np.ndarray, features: Tensor, known: int, drafts: int) -> Tensor:
+        """After ``known`` tokens, then after so many draft tokens, which are those that came: [1 + drafts, hidden]."""
         count = known - 1
         fused = self._network.fuse(features[:count])
         hidden = self._network.forward(self._batch(tokens[1:known], count), fused)[-1:]
         result = [hidden]
-        for i in range(guesses):
+        for i in range(drafts):
             hidden = self._network.forward(self._batch(tokens[known + i : known + i + 1], count + i + 1), hidden)
             result.append(hidden)
         return torch.cat(result)
@@ -74,9 +74,9 @@ def test_unrolled_outputs_are_those_of_live_drafting(
         at = 0
         for example in examples:
             for position in range(example.num_context, example.length):
-                guesses = min(2, len(example.tokens) - position - 3)
-                expected = live.outputs(example.tokens, example.features, position + 2, guesses)
-                for step in range(guesses + 1):
+                drafts = min(2, len(example.tokens) - position - 3)
+                expected = live.outputs(example.tokens, example.features, position + 2, drafts)
+                for step in range(drafts + 1):
                     torch.testing.assert_close(unrolled[step][at], expected[step], rtol=1e-4, atol=1e-4)
                 at += 1
         torch.testing.assert_close(head.logits(unrolled[0]), live.logits(unrolled[0]), rtol=1e-4, atol=1e-4)
@@ -90,8 +90,8 @@ def test_offline_accept_length_is_that_of_a_live_walk(
     example = make_example(60, num_prompt=4)
     with torch.inference_mode():
         for known in range(5, 58, 2):
-            guess = live.logits(live.outputs(example.tokens, example.features, known, 0)).argmax(-1)
-            example.tokens[known] = int(head.to_target[guess])
+            index = live.logits(live.outputs(example.tokens, example.features, known, 0)).argmax(-1)
+            example.tokens[known] = int(head.to_target[index])
         found = score(head, [example], 3)
         for depth in range(4):
             known, steps = example.num_prompt + 1, 0
@@ -106,7 +106,7 @@ def test_offline_accept_length_is_that_of_a_live_walk(
                 steps += 1
             assert found.steps[0, depth] == steps
     assert found.tokens[0] == len(example.tokens) - example.num_prompt - 1
-    assert found.accept_length(3) > 1, "the walk is worth nothing if no guess is right"
+    assert found.accept_length(3) > 1, "the walk is worth nothing if no draft token is right"
 
 
 def test_texts_side_by_side_do_not_see_each_other(make_head: MakeHead, make_example: MakeExample) -> None:
@@ -122,10 +122,10 @@ def test_drafting_from_other_tokens_keeps_what_was_learned(make_head: MakeHead, 
     head = make_head()
     batch = pack([make_example()], 1)
     output = torch.randn(96, 64)
-    head.guess_from(torch.arange(48), output)
+    head.set_draft_vocabulary(torch.arange(48), output)
     [hidden] = head.unroll(batch, 1)
     first = head.logits(hidden)
-    head.guess_from(torch.arange(24, 72), output)
+    head.set_draft_vocabulary(torch.arange(24, 72), output)
     assert head.to_draft[30] == 6 and head.to_draft[10] == -1 and head.to_target[0] == 24
     [hidden] = head.unroll(batch, 1)
     torch.testing.assert_close(head.logits(hidden)[:, :24], first[:, 24:])

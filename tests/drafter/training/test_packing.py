@@ -45,7 +45,7 @@ def test_features_of_p_and_the_token_after_it_predict_the_one_after_that(example
                     assert batch.targets[at].tolist() == [
                         int(example.tokens[p]) if p < len(example.tokens) else -1 for p in after
                     ]
-                    assert after[0] > example.num_prompt, "the first guess follows the first token of the answer"
+                    assert after[0] > example.num_prompt, "the first draft token follows the first token of the answer"
                     at += 1
                 else:
                     assert position + 2 <= example.num_prompt

@@ -149,9 +149,9 @@ def test_output_rows_that_a_head_shares_follow(store: TrafficStore, target_folde
 
     first = update(store, target, 1)
     target.follow(store)
-    assert not head.guesses_with(target.output)
+    assert not head.has_rows_of(target.output)
     again = target.trainable(config, cold)
-    assert again.shares_output and again.guesses_with(first[OUTPUT]), "rows of the files are known"
+    assert again.shares_output and again.has_rows_of(first[OUTPUT]), "rows of the files are known"
     trained = layout.stored(again.tensors())
     kept = target.trainable(config, own)
     assert not kept.shares_output and torch.equal(kept.weights[OUTPUT], own[OUTPUT])
@@ -159,9 +159,9 @@ def test_output_rows_that_a_head_shares_follow(store: TrafficStore, target_folde
     second = update(store, target, 2)
     target.follow(store)
     assert not target.trainable(config, trained).shares_output, "nobody can tell"
-    assert target.trainable(config, trained, shares_output=True).guesses_with(second[OUTPUT]), "but who trained it"
+    assert target.trainable(config, trained, shares_output=True).has_rows_of(second[OUTPUT]), "but who trained it"
     colder = target.trainable(*target.cold_head(torch.arange(64)))
-    assert colder.guesses_with(second[OUTPUT])
+    assert colder.has_rows_of(second[OUTPUT])
 
 
 @pytest.mark.parametrize("lineage", LINEAGES)

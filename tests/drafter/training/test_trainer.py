@@ -17,14 +17,14 @@ from slipstream.engine.models.config import DecoderConfig
 MakeHead, MakeExample = Callable[..., TrainableHead], Callable[..., Example]
 
 
-def guessable(example: Example) -> Example:
-    """Only tokens that the test's heads can guess."""
+def draftable(example: Example) -> Example:
+    """Only tokens of the draft vocabulary of the test's heads."""
     example.tokens[:] = example.tokens // 2 * 2
     return example
 
 
 def test_training_makes_a_head_better(make_head: MakeHead, make_example: MakeExample) -> None:
-    example = guessable(make_example(80))
+    example = draftable(make_example(80))
     trainer = Trainer(make_head(), TrainOptions(steps=2, learning_rate=5e-3, warmup=5))
     before = score(trainer.head, [example], 2).accept_length(2)
     first = trainer.learn([[example]])
@@ -36,7 +36,7 @@ def test_training_makes_a_head_better(make_head: MakeHead, make_example: MakeExa
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss_trains(name: LossName, make_head: MakeHead, make_example: MakeExample) -> None:
-    example = guessable(make_example(50))
+    example = draftable(make_example(50))
     answer = example.tokens[example.num_prompt :, None]
     likely = (answer, torch.full(answer.shape, 0.9).log().numpy())
     example = Example(example.tokens, example.num_prompt, 0, example.features, likely)

@@ -30,7 +30,7 @@ async def test_a_cold_server_learns(tmp_path, workload):
     assert (found["failed"], found["differing_answers"]) == (0, 0)
     assert found["learned_positions"] >= 9000
     assert found["before"]["accept_length"] < found["after"]["accept_length"]
-    # A head so young is right so seldom that a few guesses at the ends of answers matter.
+    # A head so young is right so seldom that a few draft tokens at the ends of answers matter.
     assert found["offline_accept_length"] == pytest.approx(found["after"]["accept_length"], rel=0.05)
     assert ElementTree.parse(plot).getroot().get("width")
     assert "live versions" in out.decode()

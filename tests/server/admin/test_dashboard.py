@@ -81,7 +81,7 @@ async def test_a_server_without_a_registry_says_what_to_do(
         assert "--registry FOLDER" in await page.text(f"#{card}"), card
     assert "--traffic-log" in await page.text("#traffic")
     server.complete("one two one two one two one two", max_tokens=60, ignore_eos=True)
-    await page.wait("document.querySelectorAll('#guesses .bars, #choices .bars').length >= 1")
+    await page.wait("document.querySelectorAll('#drafters .bars, #choices .bars').length >= 1")
     await page.wait("document.querySelector('#chart-speed path.curve')")
     assert re.fullmatch(r"[\d,]+ tokens/s", await page.text("#tile-speed"))
     # Hours later: the line is a mean, with the points faint behind it.
