@@ -76,7 +76,7 @@ class ModelDrafter(AutoregressiveDrafter):
         return computed
 
     def _compute(self, rows: Sequence[DraftRow], most: int) -> Tensor:
-        """Up to so many of the known tokens that are new; the output at the last of each row."""
+        """Computes at most so many of the new known tokens of each row; the output at the last of them."""
         starts = [self._computed(row) for row in rows]
         ends = np.array([min(start + most, row.length) for row, start in zip(rows, starts, strict=True)], np.int32)
         ids = np.concatenate([row.known[start:end] for row, start, end in zip(rows, starts, ends, strict=True)])

@@ -163,7 +163,7 @@ class Background:
             self._wait(seconds)
 
     def _wait(self, seconds: float) -> None:
-        """Until the thread has used its turn or has nothing more to do."""
+        """Waits until the thread has used its turn or has nothing more to do."""
         self._turn.wait_for(lambda: not self._has_turn, seconds)
 
     def _land(self, job: _Job, prepared: Future[Land]) -> None:
@@ -181,7 +181,7 @@ class Background:
                 self._let_begin()
 
     def _run(self) -> None:
-        """In the thread."""
+        """What the thread does."""
         self._begin()
         while (job := self._queue.get()) is not None:
             self._prepare(job)

@@ -42,9 +42,9 @@ from slipstream.engine.totals import added, at_rest
 from slipstream.engine.wire import ClientChannel
 
 CLOSE_SECONDS = 10.0
-"""Within which an engine must end that is told to, writing down what it keeps."""
+"""Time in which an engine that is told to end has to, writing down what it keeps."""
 LOST_SECONDS = 0.5
-"""After which an engine whose connection is lost is killed."""
+"""Time after which an engine whose connection is lost is killed."""
 
 
 ERRORS = {

@@ -27,7 +27,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     """
 
     max_tokens: int
-    """With 0 only the prompt is computed."""
+    """Most tokens of the answer; with 0 only the prompt is computed."""
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -130,7 +130,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """In the first delta of a request that asked for them; the first prompt token has none."""
+    """Log-probabilities of the prompt, in the first delta of a request that asked for them; none of its first token."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The member of stop_token_ids that ended the request; it is the last of ``tokens``."""
@@ -140,7 +140,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     scheduled_at: float = 0.0
     """time.monotonic() when the request first entered a step; in the first and in the last delta. 0 if it never did."""
     num_preemptions: int = 0
-    """In the last delta."""
+    """How often the request was preempted; in the last delta."""
     num_drafted: int = 0
     """Draft tokens verified in this step."""
     num_accepted: int = 0
@@ -185,9 +185,9 @@ class TrafficStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     kept: int = 0
     dropped: int = 0
-    """For lack of room, or because keeping them failed."""
+    """Requests that were not kept for lack of room, or because keeping them failed."""
     redacted: int = 0
-    """Refused by the redaction hook."""
+    """Requests that the redaction hook refused."""
     store_bytes: int = 0
     store_tokens: int = 0
     failure: str = ""

@@ -29,7 +29,7 @@ class SwapReport(msgspec.Struct, frozen=True, array_like=True, tag="swapped"):
     version: int
     route: str
     prepare_seconds: float
-    """From the request for it until it was ready to be swapped in; steps went on meanwhile."""
+    """Time from the request for the version until it was ready to be swapped in; steps went on meanwhile."""
     pause_seconds: float
     """Time in which no step could run."""
 

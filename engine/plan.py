@@ -23,11 +23,11 @@ class StepWork:
     """Pairs of a computed position and one it attends to."""
 
     def add(self, start: int, count: int) -> StepWork:
-        """With a segment of ``count`` positions from ``start`` on."""
+        """This work and a segment of ``count`` positions from ``start`` on."""
         return StepWork(self.tokens, self.reads + start, self.pairs).extend(start, count)
 
     def extend(self, start: int, count: int) -> StepWork:
-        """With ``count`` more positions, from ``start`` on, in a segment that is counted already.
+        """This work and ``count`` more positions, from ``start`` on, in a segment that is counted already.
 
         A negative count takes the positions before ``start`` away again.
         """
@@ -79,7 +79,7 @@ class StepPlan:
     """Draft tokens to propose, at most, by drafters that compute with a network; 0: they are not asked."""
 
     work: StepWork
-    """For the cost model."""
+    """What the cost model predicts and learns from."""
 
     @property
     def num_tokens(self) -> int:
@@ -106,11 +106,11 @@ class StepResult:
     offers: list[tuple[float, ...]]
     """Per row: what is proposed now, as the probability that draft token i and all before it are right."""
     logprobs: dict[int, list[TokenLogprobs]]
-    """By row index, one per sampled token, for requests that want them."""
+    """Log-probabilities by row index, one per sampled token, for requests that want them."""
     prompt_logprobs: dict[int, list[TokenLogprobs]]
-    """By row index: of the prompt tokens that follow the positions computed in this step."""
+    """Log-probabilities by row index, of the prompt tokens that follow the positions computed in this step."""
     errors: dict[int, str]
-    """By row index: rows for which no token could be sampled, or whose log-probabilities could not be told."""
+    """Errors by row index: no token could be sampled, or log-probabilities could not be told."""
     seconds: float
     """Wall time of the step."""
     draft_seconds: float = 0.0
@@ -119,7 +119,7 @@ class StepResult:
     model_seconds: float = 0.0
     """Share of ``seconds`` that the model and sampling took."""
     overhead_cpu_seconds: float = 0.0
-    """CPU time of this thread for the rest."""
+    """CPU time of this thread besides the model and sampling."""
     proposals: dict[int, tuple[int, bool]] = field(default_factory=dict)
     """By row index: the version of a learned drafter that had proposed what came, whether or not that was verified, and
     whether its first draft token was right."""

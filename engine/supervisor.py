@@ -18,9 +18,9 @@ StartEngine = Callable[[EngineHandle | None], Awaitable[EngineHandle]]
 """Starts an engine, given the one that it replaces."""
 logger = logging.getLogger(__name__)
 FIRST_PAUSE_S = 0.5
-"""Before the next start after one that failed; doubles with each that fails."""
+"""Pause before the next start after one that failed; doubles with each that fails."""
 MAX_FAILED_STARTS = 6
-"""In a row. What keeps an engine from starting is seldom gone by itself; memory that others held may be."""
+"""Most failed starts in a row. What keeps an engine from starting seldom goes by itself; memory of others may."""
 LOOK_SECONDS = 1.0
 
 
@@ -96,7 +96,7 @@ class EngineSupervisor:
 
     @property
     def seconds_left(self) -> int:
-        """Until requests are served again, if all goes well; at least 1."""
+        """Seconds until requests are served again, if all goes well; at least 1."""
         if self.is_up:
             return 1
         now = time.monotonic()
@@ -108,7 +108,7 @@ class EngineSupervisor:
         await self._replace()
 
     async def run(self) -> NoReturn:
-        """Until cancelled. Raises EngineLostError when it gives up."""
+        """Replaces engines until cancelled. Raises EngineLostError when it gives up."""
         while True:
             await self._until_end(self.engine)
             await self._restart()

@@ -86,7 +86,7 @@ class LocalEngine:
         self.engine.scheduler.check_integrity()
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """All prompts at once."""
+        """Generates from all prompts at once."""
         completions = [self.submit(prompt, params) for prompt in prompts]
         self.finish()
         return completions
@@ -150,7 +150,7 @@ class SimulatedRunner:
         self._right = right
         self._random = Random(0)
         self.weights = 0
-        """Which ones it computes with: a number to be raised between two steps."""
+        """Number of the weights that it computes with, to be raised between two steps."""
         self._entered: dict[int, int] = {}
         """The weights with which each row began."""
         self._drafts: dict[int, list[int]] = {}

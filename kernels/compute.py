@@ -113,7 +113,7 @@ class Compute(ABC):
     is_batch_invariant: ClassVar[bool] = False
     """Whether a row has the same bits in any batch."""
     is_fast_in_bfloat16: ClassVar[bool] = False
-    """On whatever processor it supports."""
+    """Whether bfloat16 is fast on whatever processor it supports."""
 
     def __init__(self, formats: Formats, device: torch.device) -> None:
         self.formats = formats
@@ -132,7 +132,7 @@ class Compute(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """For logs and metrics."""
+        """Name for logs and metrics."""
 
     @abstractmethod
     def weight(self, n: int, k: int, bias: bool = False) -> Weight:

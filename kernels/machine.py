@@ -47,5 +47,5 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def describe_speed(dtype: torch.dtype) -> str:
-    """For people: the format and what the CPU makes of it, for example ``float32, 110 GFLOP/s``."""
+    """Tells people the format and what the CPU makes of it, for example ``float32, 110 GFLOP/s``."""
     return f"{str(dtype).removeprefix('torch.')}, {matmul_flops(dtype) / 1e9:.0f} GFLOP/s"

@@ -104,7 +104,7 @@ def penalize(
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """In all threads, operations are computed by this backend, whatever the device; for tests and measurements."""
+    """Has this backend compute operations in all threads, whatever the device; for tests and measurements."""
     _named(name)
     _forced.append(name)
     try:

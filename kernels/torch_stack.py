@@ -21,7 +21,7 @@ WEIGHTS: dict[str, Callable[[int, int, torch.device, bool], Weight]] = {
     "float32": lambda n, k, device, bias: DenseWeight(n, k, torch.float32, device, bias),
     "bfloat16": lambda n, k, device, bias: DenseWeight(n, k, torch.bfloat16, device, bias),
 }
-"""By format, what makes a matrix [n, k] on a device, with or without a bias."""
+"""What makes a matrix [n, k] on a device, with or without a bias, by format."""
 
 MATRICES = {
     "q": "self_attn.q_proj",
@@ -224,7 +224,7 @@ class TorchCompute(Compute):
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """On a stream of its own, so that steps do not wait for the transfer."""
+        """Fills weights on a stream of its own, so that steps do not wait for the transfer."""
         if self._stream is not None:  # what was there before may still be read by the last step that used it
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):

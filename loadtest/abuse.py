@@ -164,7 +164,7 @@ def random_body(random: Random, largest: int) -> AbuseBody:
 
 
 def filled(frame: str, name: str, value: str, size: int) -> bytes:
-    """So many items, or fields if they have names, that the body has about ``size`` bytes."""
+    """The frame with so many items, or fields if they have names, that the body has about ``size`` bytes."""
     longest = len(name) + len(value.encode()) + (8 if name else 1)
     count = max(1, (size - len(frame)) // longest)
     items = (f"{name.format(index)}:{value}" for index in range(count)) if name else [value] * count

@@ -32,7 +32,7 @@ class RequestRecord:
     """When the last chunk with a choice was received; for a failed request, when it failed."""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    """From the server's usage."""
+    """Tokens of the answer as the server's usage counts them, like those of the prompt."""
     finish_reasons: list[str] = field(default_factory=list)
     error: str | None = None
 

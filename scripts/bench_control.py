@@ -128,7 +128,7 @@ class Control:
 
 
 def make_registry(folder: Path, count: int) -> list[int]:
-    """So many copies of the cold head, the first of them live."""
+    """A registry with so many copies of the cold head, the first of them live."""
     registry = Registry(folder)
     checkpoint = open_checkpoint("default")
     target = decoder_config(checkpoint.config)
@@ -168,7 +168,7 @@ def make_wrong(folder: Path, registry: Path) -> list[Path]:
 
 
 async def window(seconds: float, work: Callable[[], Awaitable[None]] | None = None) -> tuple[float, float]:
-    """From when to when; at least so long."""
+    """Does the work, for at least so many seconds; when it began and ended."""
     began = perf_counter()
     if work is not None:
         await work()

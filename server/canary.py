@@ -45,7 +45,7 @@ class Canary:
         self.baseline_version, self.canary_version = baseline_version, canary_version
         self.decision: Decision = "continue"
         self.reason = ""
-        """For the decision."""
+        """Why it was decided so."""
         self._min, self._max, self._margin = min_requests, max_requests, margin
         self._alpha = alpha / (1 + math.ceil(math.log2(max_requests / min_requests)))
         self._next_look = min_requests

@@ -42,9 +42,9 @@ class GenerationRequest:
     """The field of the prompts, for errors."""
     output: OutputOptions
     choices: int = 1
-    """Per prompt."""
+    """Answers per prompt."""
     seed: int | None = None
-    """With a seed, choice i samples with the stream of seed + i, whatever prompt it belongs to."""
+    """Seed of the request: choice i samples with the stream of seed + i, whatever prompt it belongs to."""
     speculation: SpeculationParams = ANY_DRAFTER
     priority: int = 0
     cache_salt: str = ""
@@ -55,7 +55,7 @@ class GenerationRequest:
     answer_prefix: str = ""
     """Stands before the request's id in the id of the answer."""
     request_id: str | None = None
-    """Its id, if it brings one."""
+    """Id of the request, if it brings one."""
     arrival: float
     """time.monotonic()"""
 

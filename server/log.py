@@ -6,7 +6,7 @@ from types import TracebackType
 
 
 def set_up_logging(level: str) -> None:
-    """To stderr; ``level`` is that of --log-level."""
+    """Has records written to stderr; ``level`` is that of --log-level."""
     handler = logging.StreamHandler()
     handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -37,7 +37,7 @@ class OneLineFormatter(logging.Formatter):
 
 
 def printable(text: str) -> str:
-    """With everything escaped that is no visible character or space: line breaks, terminal codes, directions."""
+    """The text with everything but visible characters and spaces escaped: line breaks, terminal codes, directions."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -36,7 +36,7 @@ class Prepared(Generic[Kind]):
     """A generating request."""
 
     body: Kind
-    """Without the fields that became the prompts."""
+    """The body without the fields that became the prompts."""
     prompts: list[list[int]]
     texts: list[str]
     """What the prompts were made of, where the answer is to repeat it."""
@@ -57,7 +57,7 @@ class Packed:
     ends: TurnEnds | None
 
     async def unpacked(self) -> Prepared[Any]:
-        """Between two prompts others have their turn."""
+        """Makes lists of the prompts; others have their turn between two of them."""
         prompts = []
         for prompt in self.prompts:
             prompts.append(prompt.tolist())

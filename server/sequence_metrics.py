@@ -27,7 +27,7 @@ class SequenceMetrics:
         self.last = 0.0
         self.tokens = 0
         self.steps = 0
-        """After the one that brought the first token."""
+        """Steps after the one that brought the first token."""
         self.learned_steps = self.learned_accepted = 0
         """Steps but for those that verified another drafter's tokens, and accepted draft tokens of the learned one."""
         self.proposals = self.first_right = 0

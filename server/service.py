@@ -39,7 +39,7 @@ RETRY_OVERLOADED_S = 1
 RETRY_DRAINING_S = 5
 OBSERVE_SECONDS = 1.0
 BODIES_HELD = 4
-"""So many of the largest bodies may be in memory at the same time."""
+"""How many of the largest bodies may be in memory at the same time."""
 MAX_ANSWERS_HELD = 32 * 2**20
 """Bytes of large answers that clients have not read yet."""
 
@@ -81,7 +81,7 @@ class Service:
         self.num_responding = 0
         """Responses under way that a shutdown waits for: those of the generating routes, and large ones."""
         self.evolution: Evolution | None = None
-        """With a registry."""
+        """Drafter evolution, where there is a registry."""
         self.observer = Observer()
         self.supervisor = EngineSupervisor(
             self._start_engine,

@@ -49,7 +49,7 @@ async def start_in_thread(
 
 
 def write_tiny_model(folder: Path, **config: Any) -> None:
-    """With the default model's tokenizer, but random weights: for what a server does, whatever its model says."""
+    """Writes a model with random weights and the default model's tokenizer: for tests of all but what it says."""
     tokenizer = load_tokenizer("default")
     described = tokenizer.special_tokens | {"chat_template": tokenizer.chat_template}
     shape = TINY_LLAMA | {"vocab_size": tokenizer.vocab_size, "eos_token_id": list(tokenizer.eos_token_ids)} | config

@@ -27,7 +27,7 @@ class TextModel:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     sampling_defaults: Mapping[str, float]
-    """From generation_config.json, if the server is told to use it."""
+    """Sampling parameters of generation_config.json, if the server is told to use them."""
     turn_ends: TurnEnds
     """What the template puts after an answer."""
     longest_token: int

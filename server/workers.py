@@ -86,7 +86,7 @@ class Worker:
             self.process.kill()
 
     async def _send(self, message: bytes) -> None:
-        """In pieces: to copy a large message at once would take milliseconds."""
+        """Sends a message in pieces: to copy a large message at once would take milliseconds."""
         self._writer.write(len(message).to_bytes(LENGTH_BYTES, "little"))
         view = memoryview(message)
         for begin in range(0, len(message), PIECE_BYTES):
@@ -95,7 +95,7 @@ class Worker:
 
 
 class Workers:
-    """Up to so many text workers. A job that is cancelled ends its worker."""
+    """A pool of at most ``size`` text workers. A job that is cancelled ends its worker."""
 
     def __init__(self, size: int, cpu_s: float, settings: tuple[Any, ...]) -> None:
         """``cpu_s``: processor time of a job; ``settings``: model, ServerConfig and Limits."""

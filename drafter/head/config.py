@@ -188,7 +188,7 @@ def config_for(target: DecoderConfig, draft_vocab_size: int, taps: tuple[int, ..
 
 
 def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
-    """From config.json; ``num_layers`` of the target. Raises ModelError for what is no EAGLE head."""
+    """Reads config.json for a target of ``num_layers`` layers. Raises ModelError for what is no EAGLE head."""
     if not isinstance(config, Mapping):
         raise ModelError(f"config.json of the drafter holds a JSON {type(config).__name__}, not an object")
     architectures = config.get("architectures")

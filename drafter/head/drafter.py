@@ -120,9 +120,9 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         self._first: FirstHead | None = None
         self._networks: dict[str, HeadNetwork] = {}
         self._held: dict[str, _Version] = {}
-        """By route."""
+        """The version that each route holds."""
         self._kept: list[_Version] = []
-        """In memory and held by no route; what was held last comes last."""
+        """Versions in memory that no route holds; what was held last comes last."""
         self._memory = threading.Lock()
         """Around what is kept: versions are prepared in another thread than steps run in."""
         self._network: HeadNetwork
@@ -155,7 +155,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     @property
     def memory_bytes(self) -> int:
-        """With the room for two versions per route, whether it is filled or not."""
+        """Weights and caches, with the room for two versions per route, whether it is filled or not."""
         return len(self._networks) * self._route_bytes
 
     @property
@@ -228,7 +228,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     @property
     def _room(self) -> int:
-        """For so many more versions."""
+        """How many more versions there is memory for."""
         return 2 * len(self._networks) - len(set(map(id, self._held.values()))) - len(self._kept)
 
     def _hold(self, route: str, network: HeadNetwork, version: _Version) -> None:
@@ -255,7 +255,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         del self._kept[: max(-self._room, 0)]
 
     def _new_network(self) -> HeadNetwork:
-        """For one more route; raises ModelError if there is no memory for it."""
+        """A network for one more route; raises ModelError if there is no memory for it."""
         needed, free = self._route_bytes, available_memory(self._target.compute.device)
         if free < needed + SPARE_BYTES:
             raise ModelError(f"one more drafter takes {needed >> 20} MiB, and only {free >> 20} MiB of memory are free")

@@ -41,7 +41,7 @@ class Control:
         return self.registry
 
     def lose(self) -> None:
-        """For good: somebody took control past the lock, and taking it back would go on for ever."""
+        """Gives control up for good: somebody took control past the lock, and taking it back would go on for ever."""
         self._is_lost = True
         self.release()
 

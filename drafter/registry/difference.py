@@ -13,7 +13,7 @@ UNCOMPARED = frozenset({"gate", "weights_sha256", "weights_bytes", "format_versi
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """Between versions a and b."""
+    """What differs between versions a and b."""
 
     fields: dict[str, tuple[Any, Any]]
     """Fields of the manifest and of states that differ: a's value and b's; None for what one lacks."""

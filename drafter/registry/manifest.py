@@ -48,7 +48,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     """Fingerprint of the model it drafts for."""
     target_name: str = ""
-    """For people."""
+    """A name of the model for people."""
     origin: Origin
     route: str = ""
     """Tenant or domain it was made for; empty for the one all share."""

@@ -81,7 +81,7 @@ def find(database: sqlite3.Connection, version: int) -> sqlite3.Row:
 
 
 def find_state(database: sqlite3.Connection, state: State, route: str) -> sqlite3.Row | None:
-    """For the states that one version per route can have."""
+    """The version of a route in a state that only one of them can have."""
     query = "SELECT * FROM versions WHERE state = ? AND route = ?"
     row: sqlite3.Row | None = database.execute(query, (state, route)).fetchone()
     return row
@@ -117,7 +117,7 @@ def as_version(database: sqlite3.Connection, row: sqlite3.Row) -> Version:
 
 
 def move(database: sqlite3.Connection, version: int, state: State, action: str, reason: str) -> None:
-    """To another state; raises UnknownVersionError or TransitionError."""
+    """Moves a version to another state; raises UnknownVersionError or TransitionError."""
     row = find(database, version)
     if row["state"] not in MAY_BECOME[state]:
         raise TransitionError(f"drafter version {version} is {row['state']}; it cannot become {state}")
@@ -147,7 +147,7 @@ def epoch_of(database: sqlite3.Connection) -> int:
 
 
 def raise_epoch(database: sqlite3.Connection, above: int) -> int:
-    """For a server that takes control: a number above all that there were, and above this one."""
+    """The next epoch, for a server that takes control: above all that there were, and above this number."""
     epoch = max(epoch_of(database), above) + 1
     database.execute("CREATE TABLE IF NOT EXISTS control (epoch INTEGER NOT NULL)")
     database.execute("DELETE FROM control")

@@ -136,7 +136,7 @@ def lock(path: Path, kind: int) -> Iterator[bool]:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """For a version that is being written; removed unless it was renamed."""
+    """A folder for a version that is being written; removed unless it was renamed."""
     folder = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
     try:
         yield folder

@@ -180,7 +180,7 @@ class TrafficIndex:
 
     @guarded
     def statistics(self) -> dict[str, TenantStatistics]:
-        """By tenant."""
+        """Statistics by tenant."""
         sizes = dict(self._db.execute("SELECT tenant, SUM(bytes) FROM shards GROUP BY tenant"))
         rows = self._db.execute(
             "SELECT tenant, COUNT(*), SUM(num_tokens), MIN(time), MAX(time) FROM samples GROUP BY tenant ORDER BY 1"
@@ -199,7 +199,7 @@ class TrafficIndex:
 
     @guarded
     def questions(self) -> dict[int, int]:
-        """By id of all samples; the id itself for those of stores that did not know yet what was asked."""
+        """The question of every sample by its id; the id itself in stores that did not know yet what was asked."""
         return dict(self._db.execute(f"SELECT id, {QUESTION} FROM samples"))
 
     @guarded
@@ -287,7 +287,7 @@ class TrafficIndex:
 
     @guarded
     def claim(self, target: str, files: str) -> None:
-        """From now on the traffic is that of this target, whose weights begin as these files have them.
+        """Says that from now on the traffic is that of this target, whose weights begin as these files have them.
 
         Raises ConfigError if the folder holds another target's.
         """

@@ -74,7 +74,7 @@ class FeaturePages:
         return self._data[rows[track.begin - base * PAGE_POSITIONS : end - base * PAGE_POSITIONS]]
 
     def release(self, track: Track) -> None:
-        """Its pages are free again."""
+        """Frees the pages of a track."""
         self._free.extend(track.pages)
         track.pages.clear()
         track.begin = track.end = 0

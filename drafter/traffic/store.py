@@ -157,7 +157,7 @@ class TrafficStore:
                 [entry] = found
 
     def questions(self) -> dict[int, int]:
-        """By id of all samples there are now."""
+        """The question of every sample that there is now, by the id of the sample."""
         return self.index.questions()
 
     def statistics(self) -> dict[str, TenantStatistics]:

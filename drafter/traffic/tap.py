@@ -45,7 +45,7 @@ class _Recording:
 
 
 class TrafficTap(Listener):
-    """In a step it copies rows into pages and nothing else; a sample for which there is no room is dropped."""
+    """Copies rows into pages in a step, and does nothing else; a sample for which there is no room is dropped."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slipstream.drafter.training.gate import Speed
 
 CALM_SECONDS = 0.5
-"""So long nothing must have run before training goes on in idle mode: between two requests of a chat it would only
+"""Time without requests before training goes on in idle mode: between two requests of a chat it would only
 be in the way."""
 Mode = Literal["idle", "always"]
 
@@ -41,7 +41,7 @@ class Train(msgspec.Struct, frozen=True, tag="train"):
 
 
 class Pause(msgspec.Struct, frozen=True, tag="pause"):
-    """Until told otherwise, whatever the load: a trainer wants the machine for itself."""
+    """Training pauses or goes on until told otherwise, whatever the load: a trainer wants the machine for itself."""
 
     paused: bool
 
@@ -82,7 +82,7 @@ class ServerGoneError(Exception):
 
 
 def print_line(report: Report) -> None:
-    """To standard output, for the server."""
+    """Writes a report to standard output, for the server."""
     try:
         print(msgspec.json.encode(report).decode(), flush=True)
     except BrokenPipeError:

@@ -136,7 +136,7 @@ class Course:
         return f"{count:,} texts cannot be learned from: {', and '.join(parts)}." if count else ""
 
     def prepare(self, sample: Sample) -> Example | None:
-        """With the features of its end; recomputed where the store has only tokens, or not those of the answer."""
+        """The sample with the features of its end; recomputed where the store has none, or not those of the answer."""
         if self._target.unusable(sample) or len(sample.tokens) - sample.num_prompt < LEAST_ANSWER:
             return None
         if sample.features is None or not self._target.has_features(sample):
@@ -188,7 +188,7 @@ class Course:
         self._credit = max(self._credit - positions, -float(self._options.round_tokens))
 
     def options(self) -> TrainOptions:
-        """For the traffic as it is now."""
+        """Options that fit the traffic as it is now."""
         loss = self._options.loss or default_loss(self.curriculum.is_greedy)
         return TrainOptions(loss=loss, steps=self._options.depth, learning_rate=self._options.learning_rate)
 

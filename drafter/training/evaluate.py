@@ -24,7 +24,7 @@ class Evaluation:
     live: int | None
     """The version it was compared with; None: drafting nothing."""
     accept_lengths: tuple[float, ...]
-    """With at most 1, 2, … draft tokens."""
+    """Accept lengths with at most 1, 2, … draft tokens."""
     live_accept_lengths: tuple[float, ...]
 
 

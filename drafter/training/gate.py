@@ -51,7 +51,7 @@ class Speed:
     """What steps cost on the machine that serves, and how it is used."""
 
     step_seconds: Mapping[int, float]
-    """By positions computed; in between, linear."""
+    """Seconds of a step by positions computed; in between, linear."""
     draft_seconds: float
     """Time of one draft token more per stream, for all streams together."""
     streams: Mapping[int, float]
@@ -95,7 +95,7 @@ class Verdict:
         return said
 
     def metrics(self) -> dict[str, float]:
-        """For the manifest."""
+        """The figures of a verdict that the manifest keeps."""
         return {
             "accept_length": self.accept_length,
             "live_accept_length": self.live_accept_length,

@@ -52,7 +52,7 @@ class TrainableHead:
         self.to_draft[draft_tokens] = torch.arange(len(draft_tokens))
 
     def read_from(self, embedding: Tensor) -> None:
-        """The target's embedding, if its weights have changed."""
+        """Has the head read this embedding: the target's weights have changed."""
         self._embedding = embedding.to(self.dtype)
 
     def set_draft_vocabulary(self, draft_tokens: Tensor, output: Tensor) -> None:
@@ -71,7 +71,7 @@ class TrainableHead:
         return torch.equal(self.weights[OUTPUT].bfloat16(), rows)
 
     def tensors(self) -> dict[str, Tensor]:
-        """In the published layout, detached."""
+        """The tensors of the head in the published layout, detached."""
         return {**{name: weight.detach() for name, weight in self.weights.items()}, **self.maps}
 
     def unroll(self, pack: Pack, steps: int) -> list[Tensor]:

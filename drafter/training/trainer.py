@@ -23,7 +23,7 @@ class TrainOptions:
     step_decay: float = 0.8
     """Weight of each draft token relative to the one before it."""
     learning_rate: float = 2e-3
-    """For matrices, which Muon updates (Jordan et al. 2024), scaled to the size of AdamW's; vectors get a tenth."""
+    """Rate for matrices, which Muon updates (Jordan et al. 2024), scaled to AdamW's size; vectors get a tenth."""
     weight_decay: float = 0.01
     warmup: int = 20
     clip: float = 1.0

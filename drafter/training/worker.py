@@ -60,7 +60,7 @@ class Worker:
             Course(options, route, self._target, self._store, control.check, folder) for route in options.routes
         ]
         self._checked: dict[str, tuple[int, bool]] = {}
-        """By route, the live version that was last looked at, and whether it can be trained on."""
+        """The live version of each route as it was last looked at, and whether it can be trained on."""
         self._route = ""
         """What it is busy with."""
         self._busy = 0.0

@@ -54,7 +54,7 @@ def read(config: EngineConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
 
 
 def write(file: Path, fingerprint: str, config: HeadConfig, tensors: Mapping[str, Tensor], note: str) -> None:
-    """For a head whose output rows are the target's."""
+    """Writes a head whose output rows are the target's."""
     kept = {name: tensor for name, tensor in layout.stored(tensors).items() if name != OUTPUT}
     metadata = {"target": fingerprint, "head": json.dumps(config.to_json()), "note": note}
     save_file(kept, file, metadata)

@@ -94,7 +94,7 @@ class FolderCheckpoint(Checkpoint):
 
     @cached_property
     def _tensors(self) -> dict[str, StoredTensor]:
-        """By Hugging Face name."""
+        """The stored tensors by Hugging Face name."""
         names = canonical_names(self._stored) if self.config.get("model_type") in FAMILIES else {}
         return {names.get(name, name): stored for name, stored in self._stored.items()}
 

@@ -39,9 +39,9 @@ SPARE_BYTES = 200 << 20
 HEADROOM_BYTES = 400 << 20
 """Memory for the interpreter, torch and activations, besides weights and cache."""
 SCRATCH_BLOCKS = 64
-"""For branches of trees; one takes one block mostly, two where it crosses a border."""
+"""Cache blocks for branches of trees; one takes one block mostly, two where it crosses a border."""
 GENERATES = re.compile(r"ForCausalLM|ForConditionalGeneration|ForGeneration")
-"""In the names of architectures; those of other heads have another word behind "For"."""
+"""What the names of architectures contain that generate text; those of other heads have another word behind "For"."""
 
 
 @dataclass(frozen=True, slots=True)

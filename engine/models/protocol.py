@@ -34,7 +34,7 @@ class CausalModel(Protocol):
         """The same model as one whose layers can be looked into; None where they cannot."""
 
     def new_weights(self) -> Weights:
-        """To be filled with weights that it does not use yet."""
+        """Weights to be filled that the model does not use yet."""
 
     def use(self, weights: Weights) -> None:
         """Computes with these, of its own making and complete, from now on; called between two forward passes."""

@@ -51,7 +51,7 @@ class _ModuleWeights:
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._names: dict[str, str] = {}
-        """By every name of a parameter, its first one."""
+        """The first name of each parameter, by every name that it has."""
         first: dict[int, str] = {}
         for name, parameter in parameters.items():
             self._names[name] = first.setdefault(id(parameter), name)
@@ -208,7 +208,7 @@ class TransformersModel:
 
 
 def _choose(long: Tensor, of_long: Any, of_short: Any) -> Any:
-    """By token, dimension 1; the last row of ``of_long`` is the one that was added."""
+    """Chooses by token, dimension 1; the last row of ``of_long`` is the one that was added."""
     if isinstance(of_short, tuple):
         return tuple(_choose(long, *pair) for pair in zip(of_long, of_short, strict=True))
     shape = [1, -1] + [1] * (of_short.dim() - 2)

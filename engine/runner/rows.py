@@ -38,7 +38,7 @@ class RowTable:
         self.drafts(slot).draft.mapped = (first + len(blocks)) * block_size
 
     def append(self, slot: int, tokens: list[int]) -> None:
-        """These tokens were sampled."""
+        """Appends tokens that were sampled."""
         length = int(self.lengths[slot])
         self.tokens[slot, length : length + len(tokens)] = tokens
         self.lengths[slot] = self.drafts(slot).draft.length = length + len(tokens)

@@ -58,7 +58,7 @@ class SamplingColumns:
             self.faults[slot] = error
 
     def take(self, slots: Int32, lengths: Int32, history: History) -> SamplingBatch:
-        """For rows of logits that belong to these slots, each sampled after so many tokens (arrays [rows])."""
+        """What to sample with, for rows of logits of these slots, each sampled after so many tokens (arrays [rows])."""
         num_output = lengths - self.num_prompt[slots]
         special: dict[int, SamplingParams] = {}
         if (is_special := self.is_special[slots]).any():

@@ -76,9 +76,9 @@ class RowDrafts:
 
 
 class Speculator:
-    """Without drafters it does nothing. The rows are those of the runner's table.
+    """Asks the drafters, keeps the best proposal of each row of the runner's table, and learns acceptance.
 
-    Drafting is optional: where a drafter fails, the request goes on without it.
+    Drafting is optional: without drafters it does nothing, and where one fails, the request goes on without it.
     """
 
     def __init__(self, drafters: Sequence[Drafter], most: int) -> None:
@@ -198,7 +198,7 @@ class Speculator:
         return self._learned
 
     def _take_versions(self) -> None:
-        """After a swap or a drop: counts go on for versions that stay, and end for those that are gone.
+        """Follows a swap or a drop: counts go on for versions that stay, and end for those that are gone.
 
         What is known of the latest few is kept, in case one is gone back to.
         """
@@ -305,7 +305,7 @@ class Speculator:
         return depth
 
     def propose(self, rows: Sequence[RowDrafts], wanted: Sequence[int], costly_drafts: int) -> list[tuple[float, ...]]:
-        """Per row, the falling chances of the draft tokens that are now kept for it; empty where there are none.
+        """Returns the falling chances of the draft tokens that are now kept for each row; empty where there are none.
 
         ``wanted`` of each row at most, and ``costly_drafts`` by drafters that are costly to ask; 0: they are not asked.
         """

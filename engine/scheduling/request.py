@@ -106,12 +106,12 @@ class Request:
         return self.seed
 
     def outgrow(self) -> None:
-        """From now on, blocks computed for shorter sequences do not fit; the request must hold none."""
+        """Has the request use no blocks computed for shorter sequences from now on; it must hold none."""
         self.outgrown = True
         self.weights = -1
 
     def take_root(self, weights: int) -> None:
-        """Its blocks will be those that the target computes with these weights; it must hold none."""
+        """Has the request use blocks that the target computes with these weights; it must hold none."""
         if weights != self.weights:
             self.weights = weights
             root = prefix.seed(weights, *self.sharing)

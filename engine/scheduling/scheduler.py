@@ -123,7 +123,7 @@ class Scheduler:
 
     @property
     def is_still(self) -> bool:
-        """In a pause, and nothing goes on to its end any more."""
+        """Whether a pause lasts in which nothing goes on to its end any more."""
         begun = self._pause == "wait" and any(request.has_begun for request in self._requests.values())
         return self._pause is not None and not begun
 

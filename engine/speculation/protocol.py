@@ -111,7 +111,7 @@ class Computed:
     features: Tensor
     """[positions, taps, hidden] float32; valid during the call."""
     top: tuple[Tensor, Tensor] | None = None
-    """Where listeners want it: ids [sampled, k] int32 and log-probabilities [sampled, k] float16 of the most likely
+    """Set where listeners want it: ids [sampled, k] int32 and log-probabilities [sampled, k] float16 of the most likely
     tokens at the places of the tokens sampled in the step, which are the row's last; before any sampling parameter."""
 
 

@@ -20,7 +20,7 @@ from slipstream.kernels.batch import RaggedBatch
 
 LIBRARY = Path(__file__).parent.parent / "_native.so"
 ISA_VARIABLE = "SLIPSTREAM_ISA"
-"""In the environment: the variant to use (avx512bf16, avx2) instead of the best one, to try what other machines run."""
+"""Environment variable: the variant to use (avx512bf16, avx2) instead of the best, to try what other machines run."""
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 

@@ -74,7 +74,7 @@ class PackedWeight:
         self.bias.view(-1, PANEL)[panel, lane] = values.float()
 
     def rows(self, indices: Tensor) -> Tensor:
-        """In float32."""
+        """Rows of the matrix in float32."""
         at = indices.long()
         return self.panels[at // COLUMNS, :, at % COLUMNS // PANEL, at % PANEL].reshape(len(at), -1).float()
 

@@ -27,7 +27,7 @@ from slipstream.loadtest.workloads import Workload, WorkloadOptions
 
 READY_SECONDS = 300.0
 STARVED_SECONDS = 6.0
-"""So long the worker has to wait for traffic before it gets some."""
+"""Time the worker has to wait for traffic before it gets some."""
 TRIAL_STREAMS = 4
 """Few enough that draft tokens are verified; a version is not judged where none are."""
 NOT_KEPT = {"X-Slipstream-Traffic": "off"}

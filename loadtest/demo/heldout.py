@@ -17,7 +17,7 @@ Mode = Literal["off", "head"]
 @dataclass(frozen=True, slots=True)
 class Answer:
     seconds: float
-    """From sending to the whole answer."""
+    """Time from sending to the whole answer."""
     tokens: int
     accepted: int
     """Draft tokens that were accepted."""
@@ -25,7 +25,7 @@ class Answer:
 
 
 class Answers:
-    """To several prompts, in their order."""
+    """Answers to several prompts, in their order."""
 
     def __init__(self, answers: Sequence[Answer] = ()) -> None:
         self.answers = list(answers)
@@ -63,7 +63,7 @@ class HeldOut:
         return Answers([await self._ask(target, request, mode) for request in self.requests[:count]])
 
     async def compare(self, target: Target) -> tuple[Answers, Answers]:
-        """Without and with the head, in turn; every other prompt begins with the head."""
+        """Answers without and with the head, in turn; every other prompt begins with the head."""
         self._rounds += 1
         found: dict[Mode, list[Answer]] = {"off": [], "head": []}
         for number, request in enumerate(self.requests):

@@ -27,7 +27,7 @@ def break_even(machine: Mapping[str, Any] | None) -> float | None:
 
 
 def hope(machine: Mapping[str, Any] | None, arithmetic: str) -> str:
-    """For the start; empty where nothing is known."""
+    """What to say at the start; empty where nothing is known."""
     found = []
     if (least := break_even(machine)) is not None:
         found.append(
@@ -40,7 +40,7 @@ def hope(machine: Mapping[str, Any] | None, arithmetic: str) -> str:
 
 
 def verdict(machine: Mapping[str, Any] | None, accept_length: float, speedup: float) -> str:
-    """For the end. ``accept_length``: with all draft tokens verified; ``speedup``: with the head over without."""
+    """What to say at the end. ``accept_length``: all draft tokens verified; ``speedup``: with the head over without."""
     least = break_even(machine)
     if speedup >= 1 + NOISE:
         said = f"It pays here: {speedup:.2f} times the speed without speculation"

@@ -15,7 +15,7 @@ FIRST_BURST, LATER_BURST = 0.15, 0.12
 LEAST_LEARNING = 0.4
 """Share of the whole time, even where measuring takes so long that it will be over."""
 GRACE = 1.0
-"""So much longer, at most, where not even one round of training has ended by then; share of the whole time."""
+"""Longest extension where not even one round of training has ended by then; share of the whole time."""
 SETTLE = 0.05
 """Share of the whole time for the last gate and the last trial."""
 

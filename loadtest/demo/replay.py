@@ -27,7 +27,7 @@ class Replay:
     tokens: int = 0
 
     async def run(self, streams: int, enough: Callable[[], bool], **fields: Any) -> None:
-        """So many streams, each with one request after the other, until it is enough; answers are awaited."""
+        """Runs so many streams, each with one request after the other, until it is enough; answers are awaited."""
 
         async def stream() -> None:
             while not enough():

@@ -22,11 +22,11 @@ class Measured:
     """Held-out prompts, one stream, greedy."""
 
     off: Answers
-    """Without drafting; in turn with …"""
+    """Answers without drafting, in turn with those of ``head``."""
     head: Answers
-    """… the head, of whose draft tokens the server verifies as many as it finds worth it."""
+    """Answers with the head, of whose draft tokens the server verifies as many as it finds worth it."""
     depth: Answers
-    """The head with all draft tokens of every chain verified."""
+    """Answers with all draft tokens of every chain of the head verified."""
 
     @property
     def speedup(self) -> float:

@@ -20,7 +20,7 @@ class Swap:
     """A version went live."""
 
     minute: float
-    """Since the demo's start."""
+    """Minutes since the demo's start."""
     version: int
 
 
@@ -35,7 +35,7 @@ class Watch:
         """Since when the worker has had nothing to do."""
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Watches until cancelled."""
         while True:
             # The next look may go well; a server that is gone is noticed by requests.
             with suppress(ClientError):

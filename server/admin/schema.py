@@ -12,7 +12,7 @@ NO_NUL = r"^[^\x00]*$"
 """What the operating system takes as an argument of a command."""
 Text = Annotated[str, Field(max_length=1000, pattern=NO_NUL)]
 Path = Annotated[str, Field(min_length=1, max_length=4096, pattern=NO_NUL)]
-"""On the server."""
+"""A path on the server."""
 
 
 class ReasonBody(Body):

@@ -14,7 +14,7 @@ ROUTE_KINDS = ("tenant:", "domain:")
 
 @dataclass(frozen=True, kw_only=True)
 class EvolutionConfig:
-    """Without a registry nothing evolves, and the drafter is the one of --drafter for ever."""
+    """Options of evolution. Without a registry nothing evolves, and the drafter is the one of --drafter for ever."""
 
     registry: str | None = option(
         None, "Folder of the drafter registry: the server drafts with its live version and follows its changes."

@@ -31,7 +31,7 @@ class _Found:
     """What the registry says."""
 
     live: dict[str, Version]
-    """By route."""
+    """The live version of each route."""
     canary: Version | None
     forced: Version | None
     """A live version that nobody tried, and …"""
@@ -155,7 +155,7 @@ class Controller:
             logger.info("drafter version %d: %s", trial.new, error)
 
     def _set_trial(self, found: _Found | None) -> None:
-        """Without control there is none: who does not decide counts nothing."""
+        """Sets the trial; without control there is none: who does not decide counts nothing."""
         live = found.live.get(SHARED_ROUTE) if found is not None else None
         share = self._config.canary_share
         if found is not None and found.canary is not None and live is not None:

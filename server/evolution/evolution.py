@@ -169,7 +169,7 @@ class Evolution:
         return versions, [msgspec.to_builtins(event) for event in self.registry.history()[-EVENTS_SHOWN:]]
 
     async def _follow(self) -> None:
-        """Until cancelled. Nothing that goes wrong here may end it."""
+        """Follows the registry until cancelled. Nothing that goes wrong here may end it."""
         while True:
             self._poked.clear()
             try:

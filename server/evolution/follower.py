@@ -17,7 +17,7 @@ from slipstream.server.evolution.wish import Outcome, Refusal, Trial, Wish
 
 logger = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0
-"""After which a version is loaded again where loading has failed without the engine saying that it is bad."""
+"""Time after which a version is loaded again where loading has failed without the engine saying that it is bad."""
 
 
 class Follower:

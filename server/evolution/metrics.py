@@ -159,7 +159,7 @@ METRICS: tuple[
 
 
 class EvolutionCollector(Collector):
-    """Without a registry the families have no series."""
+    """The metrics of evolution; without a registry the families have no series."""
 
     def __init__(self, prefix: str, model_name: str) -> None:
         self.evolution: Evolution | None = None

@@ -17,7 +17,7 @@ DRIFT_BELOW = 0.85
 DRIFT_REQUESTS = 100
 """Requests whose accept length is compared, the latest."""
 QUIET_STREAMS = 4
-"""With more streams fewer draft tokens are verified than the gate counted on."""
+"""Most streams at which as many draft tokens are verified as the gate counted on."""
 USE_MEMORY = 0.999
 """How much each second before counts in the distribution of streams."""
 
@@ -36,7 +36,7 @@ class Point:
 
 
 class Observer:
-    """With or without a registry."""
+    """Speed and acceptance over time, with or without a registry."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []

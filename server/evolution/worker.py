@@ -24,7 +24,7 @@ HEALTHY_SECONDS = 60.0
 
 
 class WorkerProcess:
-    """Its lines are those of drafter/training/control.py, which the API process does not import: it needs torch."""
+    """The training process, told in lines of drafter/training/control.py, which is not imported: it needs torch."""
 
     def __init__(self, options: dict[str, Any], running: Callable[[], int]) -> None:
         """``options``: fields of WorkerOptions. ``running``: how many requests run now."""
@@ -58,7 +58,7 @@ class WorkerProcess:
 
     @property
     def paused(self) -> bool:
-        """By ``pause``, not for requests."""
+        """Whether ``pause`` has paused training; requests do not count."""
         return self._paused
 
     def send(self, kind: str, **fields: Any) -> None:
@@ -67,11 +67,11 @@ class WorkerProcess:
             self._process.stdin.write(msgspec.json.encode({"type": kind, **fields}) + b"\n")
 
     def stand_by(self, why: str) -> None:
-        """There is to be no worker now."""
+        """Says that there is to be no worker now."""
         self._take({"state": "waiting", "message": why})
 
     def pause(self, paused: bool) -> None:
-        """Until told otherwise, also over restarts."""
+        """Pauses training, or has it go on, until told otherwise, also over restarts."""
         self._paused = paused
         self.send("pause", paused=paused)
 

@@ -171,7 +171,7 @@ def render_prompt(text: TextModel, limits: Limits, body: TemplateBody, template:
 
 
 def short(ends: TurnEnds) -> TurnEnds:
-    """Without texts that a request could not ask for as stop strings."""
+    """Ends without texts that a request could not ask for as stop strings."""
     return TurnEnds(ends.token_ids, tuple(stop for stop in ends.stops if len(stop) <= MAX_STOP_CHARS))
 
 

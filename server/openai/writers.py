@@ -25,9 +25,9 @@ class AnswerOptions:
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
     return_metrics: bool = False
-    """What the answer took; in a stream, in a last chunk."""
+    """Whether to write what the answer took; in a stream, in a last chunk."""
     include_usage: bool = False
-    """In a stream: a last chunk with the usage."""
+    """Whether to end a stream with a chunk with the usage."""
     continuous_usage: bool = False
 
 

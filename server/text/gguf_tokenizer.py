@@ -123,7 +123,7 @@ def _pre_tokenizer(file: GGUFFile, name: object) -> pre_tokenizers.PreTokenizer:
 
 
 def _sentencepiece(file: GGUFFile, tokens: list[str], vocab: dict[str, int], types: list[Any]) -> Tokenizer:
-    """With the space that SentencePiece puts before a text as tokenizer.json of the model does.
+    """A tokenizer with the space that SentencePiece puts before a text as tokenizer.json of the model does.
 
     Llama 2 and what descends from it put it before every text between special tokens. The tokenizers of Mistral's
     version 3, known by their control token [INST], put it before the first one only, and not before another space.

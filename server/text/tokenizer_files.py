@@ -33,7 +33,7 @@ class TokenizerParts:
     end_token_ids: tuple[int, ...]
     """The tokens that the model's configurations end a text with."""
     chat_templates: dict[str, str | TemplateError]
-    """By name; an error says why one cannot be read."""
+    """Chat templates by name; an error says why one cannot be read."""
     source: Path = Path()
     """The folder or file."""
 
@@ -104,7 +104,7 @@ def _content(token: Any) -> str:
 
 
 def _end_token_ids(folder: Path) -> tuple[int, ...]:
-    """From generation_config.json, or config.json if that names none; one id or a list of them."""
+    """End tokens from generation_config.json, or config.json if that names none; one id or a list of them."""
     generation, config = folder / "generation_config.json", folder / "config.json"
     try:
         found = _optional(generation)
@@ -128,7 +128,7 @@ def _first(tokens: Any) -> Any:
 
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str | TemplateError]:
-    """By name; the one without a name is called default. Template files win over the entry in the configuration.
+    """Chat templates by name; the one without a name is called default. Template files win over the configuration.
 
     A broken one concerns only requests that need it, so it is kept as the error to answer them with.
     """
