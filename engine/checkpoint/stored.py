@@ -15,7 +15,7 @@ class Stored:
     """Shares memory with the file: not to be written to."""
 
     format: str
-    """As files call it: F32, BF16, Q4_1, …"""
+    """The name that files give it: F32, BF16, Q4_1, …"""
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]
     """[rows, bytes of a row], rows in Hugging Face's order; a row of a quantised tensor is blocks of numbers, one after

@@ -1,5 +1,6 @@
-"""What keeps the rooms apart: the import contract, modules that stay light, files that stay short."""
+"""What keeps the rooms apart and readable: the import contract, light modules, short files, the words of the map."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,20 @@ def test_files_stay_short() -> None:
         str(path.relative_to(ROOT)): lines for path in sources() if (lines := path.read_text().count("\n")) > MOST_LINES
     }
     assert not long, "split these by what they are about"
+
+
+@pytest.mark.parametrize(
+    ("instead", "word"),
+    [
+        ("a draft token, which is proposed, or the draft vocabulary", re.compile(r"\bguess(es|ed|ing|able)?\b", re.I)),
+        ("a docstring that can be read without the line before it", re.compile(r'^\s*"{3}Of ', re.M)),
+    ],
+)
+def test_words_are_those_of_the_map(instead: str, word: re.Pattern[str]) -> None:
+    """See *Words* in docs/architecture.md."""
+    here = Path(__file__)
+    found = [str(path.relative_to(ROOT)) for path in sources() if path != here and word.search(path.read_text())]
+    assert not found, f"write {instead}"
 
 
 @pytest.mark.parametrize(

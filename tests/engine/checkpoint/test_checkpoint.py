@@ -61,7 +61,7 @@ def test_default_model_equals_transformers_own_loading(monkeypatch: pytest.Monke
 
 
 def test_packed_tensors_are_handed_over_as_stored_with_rows_in_our_order() -> None:
-    """Of the default model's file, whose queries and keys lie in another order."""
+    """The default model's file is read, whose queries and keys lie in another order."""
     checkpoint, tensors = open_checkpoint("default"), dict(open_checkpoint("default").tensors())
     formats = {checkpoint.stored(name).format for name in checkpoint.tensor_names()}
     assert formats == {"F32", "Q4_1", "Q8_0"}
