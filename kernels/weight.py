@@ -44,7 +44,7 @@ class DenseWeight:
 
     def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device, bias: bool = False) -> None:
         self.n, self.k = n, k
-        self._matrix = torch.zeros(n, k, dtype=dtype, device=device)
+        self._matrix = torch.empty(n, k, dtype=dtype, device=device)
         self._bias = torch.zeros(n, dtype=dtype, device=device) if bias else None
 
     @property

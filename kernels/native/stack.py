@@ -147,7 +147,7 @@ class NativeCompute(Compute):
 
     def layers(self, shape: LayerShape, count: int) -> Sequence[LayerWeights]:
         # One piece of memory, in the order of reading: the system gives large pages to pieces of 2 MiB and more only.
-        memory = torch.zeros(count, NativeLayer.num_elems(shape), dtype=self.formats.compute)
+        memory = torch.empty(count, NativeLayer.num_elems(shape), dtype=self.formats.compute)
         return [NativeLayer(shape, self.formats.compute, part) for part in memory]
 
     def stack(self, shape: LayerShape, windows: Sequence[int], rope: tuple[Tensor, Tensor]) -> Stack:

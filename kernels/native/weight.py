@@ -32,8 +32,11 @@ class PackedWeight:
         self.n, self.k = n, k
         self._num_panels = -(-n // PANEL)
         pair = 2 if dtype is torch.bfloat16 else 1
-        memory = torch.zeros(panels_elems(n, k), dtype=dtype) if memory is None else memory
+        # Not set to zero: that would touch all of it here, for a second where a model has gigabytes.
+        memory = torch.empty(panels_elems(n, k), dtype=dtype) if memory is None else memory
         self.panels = memory.view(-1, k // pair, GROUP, PANEL, pair)
+        if n % COLUMNS:
+            self.panels[-1].zero_()  # columns that nobody fills
         self.bias = torch.zeros(self._num_panels * PANEL) if bias else None
 
     @property
