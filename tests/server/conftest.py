@@ -24,7 +24,7 @@ import pytest
 
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.operations import CheckIntegrity
+from slipstream.engine.operations import CheckIntegrity, Operation
 from slipstream.engine.scheduling.scheduler import Scheduler
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
@@ -302,6 +302,10 @@ class LocalServer(Client):
             finally:
                 go_on.set()
                 done.result(PATIENCE_S)
+
+    def operate(self, operation: Operation[Any]) -> Any:
+        """What the engine answers."""
+        return self._thread.submit(self._thread.service.engine.call(operation)).result(PATIENCE_S)
 
     def stop(self) -> int:
         return self._thread.stop()

@@ -8,10 +8,13 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
 import pytest
+
+from slipstream.engine.operations import Pause, Resume
 
 CHAT = "/v1/chat/completions"
 COMPLETE = "/v1/completions"
@@ -130,6 +133,23 @@ def test_health_tells_when_the_engine_stalls(narrow: Any) -> None:
             assert narrow.get("/ready")[0] == 503
     narrow.wait_until(lambda: narrow.get("/health")[0] == 200)
     narrow.wait_until_idle()
+
+
+def test_a_pause_is_no_stall(narrow: Any) -> None:
+    narrow.wait_until_idle()
+    expected = narrow.complete("x", max_tokens=3)["choices"]
+    narrow.operate(Pause("keep"))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(narrow.complete, "x", max_tokens=3)
+        narrow.wait_until(lambda: narrow.metric("num_requests_waiting") == 1)
+        paused = time.monotonic()
+        while time.monotonic() < paused + 2.5:  # longer than --health-stall-s
+            assert narrow.get("/health") == (200, {"status": "paused"})
+            time.sleep(0.1)
+        assert narrow.get("/ready")[0] == 200
+        narrow.operate(Resume())
+        assert waiting.result(300)["choices"] == expected
+    assert narrow.get("/health") == (200, {"status": "ok"})
 
 
 def test_a_signal_while_the_engine_is_replaced_ends_the_server_at_once(start_tiny: Callable[..., Any]) -> None:
