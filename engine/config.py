@@ -33,7 +33,11 @@ class EngineConfig:
     kernels: Literal["auto", "native", "torch"] = option(
         "auto", "CPU kernels: compiled ones, or the torch reference; auto takes compiled ones where they run."
     )
-    threads: int = option(0, "Compute threads on the CPU; 0 takes every core this process may use.")
+    threads: int = option(
+        0,
+        "Compute threads on the CPU; 0 takes every core this process may use, and no more than its control group "
+        "has time for.",
+    )
     max_model_len: int | None = option(None, "Longest prompt plus output in tokens; default from the model.")
     max_running: int = option(128, "Requests that may run at once.")
     max_step_tokens: int = option(512, "Most tokens computed in one step.")

@@ -26,6 +26,7 @@ from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine import child
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.limits import control_groups
 from slipstream.server.app import build_app
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
@@ -223,11 +224,13 @@ def address(listener: socket.socket) -> str:
 
 def greeting(service: Service, url: str, seconds: float) -> str:
     ready = service.engine.ready
+    limits = str(control_groups())
     key = " -H 'Authorization: Bearer YOUR_KEY'" if service.config.api_key else ""
     return (
         f"Slipstream {version('slipstream')} serves {service.model_names[0]} at {url} (ready after {seconds:.1f} s)\n"
         f"  {ready.dtype} on {ready.device}, {ready.kernels} kernels, context {ready.max_model_len} tokens, "
         f"KV cache for {ready.num_blocks * ready.block_size} tokens\n"
-        f"  try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+        + (f"  limited by its control group to {limits}\n" if limits else "")
+        + f"  try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         """-d '{"messages": [{"role": "user", "content": "Hello!"}]}'"""
     )

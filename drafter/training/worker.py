@@ -30,6 +30,7 @@ from slipstream.drafter.training.packing import Example, fill
 from slipstream.drafter.training.target import Target
 from slipstream.drafter.training.trainer import Trainer
 from slipstream.engine.errors import ModelError, SlipstreamError
+from slipstream.engine.limits import usable_cores
 from slipstream.kernels.machine import describe_speed
 
 POLL_SECONDS = 2.0
@@ -46,8 +47,7 @@ class Worker:
         self._control = control
         self._stand_by = StandBy(control, lambda: self._report("paused"))
         """Around all that computes, but not where the registry is locked: the server reads it, too."""
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads or min(torch.get_num_threads(), usable_cores()))
         self._store = TrafficStore(options.traffic)
         self._registry = Registry(options.registry)
         self._target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage)

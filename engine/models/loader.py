@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from slipstream.engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -16,6 +14,7 @@ from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.checkpoint.shapes import parameter_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
+from slipstream.engine.limits import control_groups, free_memory, usable_cores
 from slipstream.engine.models.config import ModelShape, cache_shape, decoder_config, is_own, model_shape
 from slipstream.engine.models.decoder import Decoder
 from slipstream.engine.models.protocol import CausalModel
@@ -69,14 +68,14 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     _check_kind(checkpoint)
     shape = model_shape(checkpoint.config) if is_own(checkpoint.config) else transformers_shape(checkpoint.config)
     kind = _choose_compute(checkpoint, config, device)
-    kind.set_threads(config.threads or len(os.sched_getaffinity(0)))
+    kind.set_threads(config.threads or usable_cores())
     dtype = _choose_dtype(checkpoint, config, device, kind)
     formats = Formats.of(dtype)
     weights_bytes = _weights_bytes(checkpoint, config, dtype)
     block_bytes = kind.cache_class.block_bytes(cache_shape(shape, config.block_size, formats.kv))
     scratch_blocks = SCRATCH_BLOCKS if branches else 0
-    free = available_memory(device) - HEADROOM_BYTES - scratch_blocks * block_bytes
-    num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, free)
+    besides = HEADROOM_BYTES + scratch_blocks * block_bytes
+    num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, besides, available_memory(device))
     model = build_model(checkpoint, config, formats, device, max_model_len)
     seconds = time.monotonic() - began
     return LoadedModel(model, max_model_len, num_blocks, scratch_blocks, block_bytes, weights_bytes, seconds)
@@ -165,20 +164,24 @@ def _weights_bytes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dt
 
 
 def _fit(
-    config: EngineConfig, shape: ModelShape, weights_bytes: int, block_bytes: int, available: int
+    config: EngineConfig, shape: ModelShape, weights_bytes: int, block_bytes: int, besides: int, available: int
 ) -> tuple[int, int]:
-    """Number of cache blocks, and the longest sequence they and the model allow."""
+    """Number of cache blocks, and the longest sequence they and the model allow.
+
+    ``available`` bytes hold weights, cache and, ``besides``, everything else.
+    """
     if config.block_size % 16:
         raise ConfigError(f"--block-size {config.block_size} must be a multiple of 16")
-    left = available - weights_bytes
+    left = available - weights_bytes - besides
     wanted = config.max_model_len or shape.max_positions
     if wanted > shape.max_positions:
         raise ConfigError(f"--max-model-len {wanted}: the model was made for {shape.max_positions} positions at most")
     least = -(-wanted // config.block_size) * block_bytes if config.max_model_len else 16 * block_bytes
     if left < least:
         raise ModelError(
-            f"the model does not fit: weights take {human_size(weights_bytes)} and the smallest useful KV cache "
-            f"{human_size(least)}, but only {human_size(max(available, 0))} of memory are free"
+            f"the model does not fit: it needs {human_size(weights_bytes + least + besides)} of memory (weights "
+            f"{human_size(weights_bytes)}, the smallest useful KV cache {human_size(least)}, everything else "
+            f"{human_size(besides)}), and {human_size(available)} are free{_limit()}"
         )
     if config.kv_cache_memory is None:
         size = max(min(left // DEFAULT_CACHE_SHARE, DEFAULT_CACHE_BYTES), least)
@@ -187,7 +190,8 @@ def _fit(
         if size > left:
             raise ModelError(
                 f"--kv-cache-memory {config.kv_cache_memory} does not fit: beside the weights "
-                f"({human_size(weights_bytes)}) {human_size(max(left, 0))} of memory are free"
+                f"({human_size(weights_bytes)}) and everything else ({human_size(besides)}) "
+                f"{human_size(max(left, 0))} of memory are left{_limit()}"
             )
         if size < least:
             raise ConfigError(
@@ -197,11 +201,15 @@ def _fit(
     return num_blocks, min(wanted, num_blocks * config.block_size)
 
 
+def _limit() -> str:
+    """What keeps the process from the memory of the machine, if anything does."""
+    limits = control_groups()
+    return "" if limits.memory is None else f" (its control group is limited to {human_size(limits.memory)})"
+
+
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    """Bytes that this process can still have now."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
 
 
 def human_size(size: int) -> str:
