@@ -18,7 +18,12 @@ def option(default: Any, help: str) -> Any:  # noqa: A002
 class EngineConfig:
     """What the engine needs to know. Sizes are in tokens or bytes as named; None means decided at load."""
 
-    model: str = option("default", "Hugging Face folder, GGUF file, or 'default' for the embedded model.")
+    model: str = option(
+        "default",
+        "Hugging Face folder, GGUF file, name of a model of the hub (OWNER/NAME, or OWNER/NAME/FILE.gguf), which is "
+        "fetched, or 'default' for the embedded model.",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a model of the hub; default its main branch.")
     target_lineage: str = option(
         "",
         "Name that stands for the model's weights where these change, as in RL: drafters of this lineage fit them all. "

@@ -21,7 +21,7 @@ NO_LIMIT = 1 << 60
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of control groups; None where there is none."""
+    """What control groups allow; None where they do not limit it."""
 
     memory: int | None = None
     """Bytes, of which ``memory_left`` can still be had: what is used up to now counts, file caches do not."""

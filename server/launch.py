@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -24,6 +26,7 @@ from slipstream.drafter.registry.database import RegistryUnusableError
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine import child
+from slipstream.engine.checkpoint import hub
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.limits import control_groups
@@ -69,9 +72,29 @@ def run(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prompts are encoded in threads of our own
     set_up_logging(config.log_level)
     evolution.check_traffic(traffic)
+    config, engine_config = with_local_model(config, engine_config)
     service = make_service(config, engine_config, traffic, evolution)
     with listen(config.host, config.port) as listener:
         uvloop.run(serve_until_signals(service, listener, started))
+
+
+def with_local_model(config: ServerConfig, engine: EngineConfig) -> tuple[ServerConfig, EngineConfig]:
+    """Fetches models that are named as the hub names them; answers go on to call the model so.
+
+    Raises ModelError, ConfigError.
+    """
+    models: dict[str, Any] = {}
+    for field in ("model", "draft_model"):
+        name = getattr(engine, field)
+        if name and not Path(name).expanduser().exists() and hub.is_name(name):
+            revision = engine.revision if field == "model" else None
+            logger.info("fetching %s from the hub, unless it is in the cache", name)
+            models[field] = str(hub.fetch(name, revision))
+    if engine.revision is not None and "model" not in models:
+        raise ConfigError(f"--revision {engine.revision}: --model {engine.model} is no model of the hub")
+    if "model" in models and not config.served_model_name:
+        config = replace(config, served_model_name=(engine.model,))
+    return config, replace(engine, **models)
 
 
 def make_service(

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slipstream.engine.checkpoint import hub
 from slipstream.engine.checkpoint.gguf_config import (
     huggingface_name,
     translate_config,
@@ -166,7 +167,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def locate(path: str | Path) -> Path:
-    """The folder or GGUF file a model name stands for; ModelError if it does not exist."""
+    """The folder or GGUF file a model name stands for; ModelError if it does not exist.
+
+    Models of the hub are looked for in the local cache only: see ``hub.fetch``.
+    """
     if str(path) == DEFAULT_MODEL:
         return _default_model()
     found = Path(path).expanduser()
@@ -178,9 +182,11 @@ def locate(path: str | Path) -> Path:
         raise ModelError(f"cannot open the model {str(path)!r}: {error}") from error
     if exists:
         raise ModelError(f"{found} is neither a Hugging Face model folder nor a .gguf file")
+    if hub.is_name(str(path)) and (cached := hub.cached(str(path))) is not None:
+        return cached
     raise ModelError(
-        f"there is no model at {str(path)!r}. Give a Hugging Face model folder, a .gguf file, or 'default'; models are "
-        "not downloaded (`hf download NAME --local-dir FOLDER` does that)."
+        f"there is no model at {str(path)!r}. Give a Hugging Face model folder, a .gguf file, 'default', or the name "
+        "of a model of the hub (OWNER/NAME) that `slipstream serve --model NAME` or `hf download NAME` has fetched."
     )
 
 
