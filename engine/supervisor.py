@@ -13,6 +13,8 @@ from typing import NoReturn
 
 from slipstream.engine.errors import EngineLostError, SlipstreamError
 from slipstream.engine.handle import EngineHandle
+from slipstream.engine.messages import EngineStats
+from slipstream.engine.operations import Pause
 
 StartEngine = Callable[[EngineHandle | None], Awaitable[EngineHandle]]
 """Starts an engine, given the one that it replaces."""
@@ -121,16 +123,23 @@ class EngineSupervisor:
         began = time.monotonic()
         before = self._engine
         engine = await self._start(before)
-        if before is not None and (lost := before.stats.target_version):
-            logger.error(
-                "the engine that ended had version %d of the target's weights, the new one has those of the model's "
-                "files (version 0): send the update again",
-                lost,
-            )
+        if before is not None:
+            await self._take_over(before.stats, engine)
         self._ready_at = time.monotonic()
         self._start_seconds = self._ready_at - began
         self._on_start(engine)
         self._engine, self._back_at = engine, None
+
+    async def _take_over(self, before: EngineStats, engine: EngineHandle) -> None:
+        """Brings a new engine to the state of the one that has ended, as far as that can be had again."""
+        if before.is_paused:  # whoever paused it has not resumed it, and may be about to send it weights
+            await engine.call(Pause("keep"))
+        if before.target_version:
+            logger.error(
+                "the engine that ended had version %d of the target's weights, the new one has those of the model's "
+                "files (version 0): send the update again",
+                before.target_version,
+            )
 
     async def _until_end(self, engine: EngineHandle) -> None:
         """Waits until it has ended; ends it if it hangs. Engines give a sign of life with every step and every second.

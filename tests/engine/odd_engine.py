@@ -22,6 +22,7 @@ from slipstream.engine.messages import (
     StepOutputs,
     TokenDelta,
 )
+from slipstream.engine.operations import CancelTargetUpdate, Pause
 from slipstream.engine.wire import EngineChannel, frame
 
 SHAPE = {"vocab_size": 9, "max_model_len": 9, "block_size": 16, "num_blocks": 9, "weights_bytes": 0}
@@ -42,13 +43,17 @@ def main(descriptor: str, _: str, how: str) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(600)
     channel.send(READY)
-    requests = 0
+    requests, is_paused, version = 0, False, 0
     while True:
         for message in channel.receive(20):
             match message:
                 case NewRequest(request_id=request_id) if how != "hangs":
                     requests += 1
                     channel.send(StepOutputs([TokenDelta(request_id=request_id, tokens=[1])], EngineStats()))
+                case Call(call_id, Pause() | CancelTargetUpdate() as operation):  # as if an update had been finished
+                    is_paused = is_paused or isinstance(operation, Pause)
+                    version = getattr(operation, "version", version)
+                    channel.send(CallReply(call_id))
                 case Call(call_id=call_id):
                     misbehave(channel, how)
                     channel.send(CallReply(call_id, {os.getpid(): 0.0}))
@@ -56,6 +61,7 @@ def main(descriptor: str, _: str, how: str) -> int:
                     pass
         drafter = DrafterStats("head", draft_tokens=requests, accepted_per_position=[requests], routes={"": 1})
         stats = EngineStats(generation_tokens=requests, num_running=requests, drafters=[drafter])
+        stats = msgspec.structs.replace(stats, is_paused=is_paused, target_version=version)
         channel.send(StepOutputs([], stats))
 
 

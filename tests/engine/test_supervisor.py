@@ -18,7 +18,7 @@ from slipstream.engine.client import EngineClient
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import EngineDiedError, EngineLostError, ModelError
 from slipstream.engine.messages import NewRequest, SamplingParams
-from slipstream.engine.operations import TellStepCosts
+from slipstream.engine.operations import CancelTargetUpdate, Pause, TellStepCosts
 from slipstream.engine.supervisor import MAX_FAILED_STARTS, EngineSupervisor, Restarts
 
 SECONDS = 300.0
@@ -148,6 +148,23 @@ async def test_another_engine_takes_over_and_counts_on() -> None:
             async with asyncio.timeout(SECONDS):
                 await running
         assert supervisor.lost
+
+
+async def test_a_new_engine_is_paused_if_the_old_one_was_and_lost_weights_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with supervised(lambda before: start("nothing", before), limit=9) as (supervisor, _, engines):
+        await supervisor.engine.call(Pause("keep"))
+        await supervisor.engine.call(CancelTargetUpdate(7))  # which this engine takes for the end of an update
+        await until(lambda: supervisor.engine.stats.is_paused and supervisor.engine.stats.target_version == 7)
+        os.kill(supervisor.engine.pid, 9)
+        await until(lambda: supervisor.is_up and len(engines) == 2)
+        await until(lambda: supervisor.engine.stats.is_paused)
+        assert supervisor.engine.stats.target_version == 0
+        assert "had version 7 of the target's weights" in caplog.text
+        os.kill(supervisor.engine.pid, 9)
+        await until(lambda: supervisor.is_up and len(engines) == 3)
+        assert caplog.text.count("send the update again") == 1
 
 
 async def test_an_engine_that_hangs_is_replaced() -> None:
