@@ -70,6 +70,37 @@ class AdminClient(HttpClient):
         """Pauses training, goes on with it, or asks for a round: ``{"paused", "report"}``."""
         return await self._object("POST", "/admin/v1/evolve", {"action": action})
 
+    async def pause(self, mode: Literal["keep", "recompute", "wait", "abort"] = "keep") -> None:
+        """Lets no request begin, and none go on but as the mode says."""
+        await self._object("POST", "/admin/v1/pause", {"mode": mode})
+
+    async def resume(self) -> None:
+        """Ends a pause."""
+        await self._object("POST", "/admin/v1/resume", {})
+
+    async def begin_update(self, version: int, mode: Literal["keep", "recompute", "abort"] = "recompute") -> None:
+        """Begins an update of the model's weights; ``mode`` is what becomes of running requests when it is finished."""
+        await self._object("POST", "/admin/v1/target/begin", {"version": version, "mode": mode})
+
+    async def fill(self, version: int, tensors: bytes) -> None:
+        """Sends a safetensors file with tensors by their Hugging Face names.
+
+        Of those that are only some rows of a tensor, its metadata tells the first ones: ``{"first_rows": JSON}``.
+        """
+        await self._object("POST", f"/admin/v1/target/fill?version={version}", tensors)
+
+    async def read(self, version: int, path: str) -> None:
+        """Has the server read a safetensors file, or a whole model, from a path of its own."""
+        await self._object("POST", "/admin/v1/target/read", {"version": version, "path": path})
+
+    async def finish_update(self, version: int) -> Answer:
+        """Serves with the new weights from now on: ``{"version", "prepare_seconds", "pause_seconds"}``."""
+        return await self._object("POST", "/admin/v1/target/finish", {"version": version})
+
+    async def cancel_update(self, version: int) -> None:
+        """Gives an update up."""
+        await self._object("POST", "/admin/v1/target/cancel", {"version": version})
+
     async def traffic(self) -> dict[str, Answer]:
         """What is kept, by tenant."""
         tenants: dict[str, Answer] = (await self._object("GET", "/admin/v1/traffic"))["tenants"]

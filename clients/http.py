@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -51,7 +52,7 @@ class HttpClient:
     async def close(self) -> None:
         await self._session.close()
 
-    async def _object(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    async def _object(self, method: str, path: str, body: Mapping[str, Any] | bytes | None = None) -> dict[str, Any]:
         reply = await self._body(method, path, body)
         try:
             data = _decode(reply)
@@ -61,7 +62,7 @@ class HttpClient:
             raise ClientError(f"{method} {path} did not answer a JSON object: {reply[:200]!r}")
         return data
 
-    async def _body(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> bytes:
+    async def _body(self, method: str, path: str, body: Mapping[str, Any] | bytes | None = None) -> bytes:
         response = await self._send(method, path, body)
         try:
             return await response.read()
@@ -70,10 +71,13 @@ class HttpClient:
         finally:
             response.release()
 
-    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> aiohttp.ClientResponse:
-        """Send, and wait for the headers of an answer that is no error."""
-        data = None if body is None else _encode(body)
-        headers = {} if body is None else {"Content-Type": "application/json"}
+    async def _send(self, method: str, path: str, body: Mapping[str, Any] | bytes | None) -> aiohttp.ClientResponse:
+        """Send JSON, or bytes as they are, and wait for the headers of an answer that is no error."""
+        data: Any = None if body is None or isinstance(body, bytes) else _encode(body)
+        if isinstance(body, bytes):
+            data = io.BytesIO(body)  # sent in parts: as bytes, a large body would hold up the loop
+        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
+        headers = {} if body is None else {"Content-Type": kind}
         try:
             response = await self._session.request(method, self.base_url + path, data=data, headers=headers)
             if response.status < 400:

@@ -138,7 +138,7 @@ class TargetUpdates:
         return TargetUpdated(update.version, began - update.began, time.perf_counter() - began)
 
     def _read(self, path: Path) -> Iterable[tuple[str, Tensor]]:
-        if path.is_file() and path.suffix.lower() == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return read_tensors(read_header(path))
         return self._model.tensors(open_checkpoint(path))
 

@@ -45,15 +45,19 @@ class Body(BaseModel):
 BodyType = TypeVar("BodyType", bound=Body)
 
 
-async def read_body(request: Request, max_bytes: int, held: Hold | None = None) -> bytes:
+JSON = "application/json"
+
+
+async def read_body(request: Request, max_bytes: int, held: Hold | None = None, media_type: str = JSON) -> bytes:
     """The whole body, whose bytes are added to ``held``.
 
     Raises:
         OverloadedError: there is no room for it.
         BodyTooLargeError: it is, or says it is, larger than ``max_bytes``; the rest of it is not read.
         TooSlowError: it does not arrive in BODY_TIMEOUT_S.
-        UnsupportedMediaTypeError: it is compressed, or declared as something other than JSON. Browsers send other types
-            across origins without asking first, so a web page could otherwise use a server on the reader's own machine.
+        UnsupportedMediaTypeError: it is compressed, or declared as something other than ``media_type``. Browsers send
+            some types, none of which is taken here, across origins without asking first, so a web page could otherwise
+            use a server on the reader's own machine.
     """
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     transfer = request.headers.get("transfer-encoding", "chunked").strip().lower()
@@ -62,9 +66,11 @@ async def read_body(request: Request, max_bytes: int, held: Hold | None = None) 
             raise UnsupportedMediaTypeError(
                 f"send the body as it is, not compressed: {name}-Encoding is {found[:60]!r}"
             )
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise UnsupportedMediaTypeError(f"send the body as application/json, not as {media_type!r}")
+    found = (
+        request.headers.get("content-type", media_type if media_type == JSON else "").partition(";")[0].strip().lower()
+    )
+    if found != media_type and not (media_type == JSON and found.endswith("+json")):
+        raise UnsupportedMediaTypeError(f"send the body as {media_type}, not as {found!r}")
     too_large = BodyTooLargeError(f"the body is larger than {max_bytes} bytes; see --max-body-bytes")
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > max_bytes:
@@ -82,7 +88,8 @@ async def read_body(request: Request, max_bytes: int, held: Hold | None = None) 
                 chunks.append(chunk)
     except TimeoutError:
         raise TooSlowError(f"the body took longer than {BODY_TIMEOUT_S:g} s") from None
-    return b"".join(chunks).removeprefix(BOM_UTF8)  # some editors and shells write one
+    body = b"".join(chunks)
+    return body.removeprefix(BOM_UTF8) if media_type == JSON else body  # some editors and shells write one
 
 
 def parse(model: type[BodyType], body: bytes, unknown_fields: Literal["error", "warn"]) -> BodyType:

@@ -40,6 +40,7 @@ def describe(
     *statuses: int,
     bodies: Sequence[type[Body]] = (),
     body_required: bool = True,
+    raw_body: str | None = None,
     stream: type[Answer] | None = None,
     errors: type[Answer] = ErrorAnswer,
 ) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def describe(
     Args:
         answer: of status 200; the media type of what is not JSON.
         statuses: with an error, besides those that any route may answer.
+        raw_body: the media type of a body that is not JSON.
         stream: the events of an answer that is streamed.
         errors: the body of ``statuses``.
     """
@@ -57,12 +59,17 @@ def describe(
         content["text/event-stream"] = {"schema": {"type": "string", "description": events}}
     responses = {"200": {"description": "OK", "content": content}}
     known: dict[int, type[Answer]] = {**dict.fromkeys(ANYWHERE, ErrorAnswer), **dict.fromkeys(statuses, errors)}
-    known |= dict.fromkeys(WITH_BODY if bodies else (), ErrorAnswer)
+    known |= dict.fromkeys(WITH_BODY if bodies or raw_body else (), ErrorAnswer)
     for status, model in sorted(known.items()):
         responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": json_of(model)}
     found: dict[str, Any] = {"responses": responses}
     if bodies:
         found["requestBody"] = {"required": body_required, "content": json_of(*bodies)}
+    elif raw_body is not None:
+        found["requestBody"] = {
+            "required": True,
+            "content": {raw_body: {"schema": {"type": "string", "format": "binary"}}},
+        }
     return found
 
 

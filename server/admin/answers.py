@@ -71,6 +71,20 @@ class Evolving(Answer):
     report: JsonObject
 
 
+class Paused(Answer):
+    paused: bool
+
+
+class Update(Answer):
+    version: int
+
+
+class Updated(Answer):
+    version: int
+    prepare_seconds: float
+    pause_seconds: float
+
+
 class TenantTraffic(Answer):
     samples: int
     tokens: int
@@ -100,5 +114,5 @@ class Status(Answer):
 
 ANSWERS: tuple[type[Answer], ...] = (
     *(Status, Drafters, DrafterAndHistory, DrafterAndLive, Difference, Pruned, Imported, Exported, Evolving),
-    *(Traffic, Purged),
+    *(Traffic, Purged, Paused, Update, Updated),
 )

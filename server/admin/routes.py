@@ -20,8 +20,21 @@ from slipstream.engine.errors import ModelError, SlipstreamError
 from slipstream.server.admin import answers
 from slipstream.server.admin.commands import DrafterCommands
 from slipstream.server.admin.page import dashboard_page
-from slipstream.server.admin.schema import EvolveBody, ExportBody, ImportBody, PruneBody, PurgeBody, ReasonBody
+from slipstream.server.admin.schema import (
+    BeginBody,
+    EmptyBody,
+    EvolveBody,
+    ExportBody,
+    ImportBody,
+    PauseBody,
+    PruneBody,
+    PurgeBody,
+    ReadBody,
+    ReasonBody,
+    UpdateBody,
+)
 from slipstream.server.admin.status import status
+from slipstream.server.admin.target import target_router
 from slipstream.server.body import Body, BodyType, parse, read_body
 from slipstream.server.description import describe
 from slipstream.server.errors import (
@@ -36,7 +49,10 @@ from slipstream.server.evolution.evolution import Evolution
 from slipstream.server.json_response import JSONBody
 from slipstream.server.service import Service
 
-BODIES: tuple[type[Body], ...] = (ReasonBody, PruneBody, ImportBody, ExportBody, EvolveBody, PurgeBody)
+BODIES: tuple[type[Body], ...] = (
+    *(ReasonBody, PruneBody, ImportBody, ExportBody, EvolveBody, PurgeBody),
+    *(EmptyBody, PauseBody, UpdateBody, BeginBody, ReadBody),
+)
 DESCRIBED = (*BODIES, *answers.ANSWERS)
 BY_HAND = "by the admin API"
 RETRY_WORKER_S = 5
@@ -50,6 +66,7 @@ def admin_router(service: Service) -> APIRouter:
     router = APIRouter(default_response_class=Response)
     prefix = "/admin/v1"
     commands = DrafterCommands()
+    router.include_router(target_router(service))
     one = prefix + "/drafters/{version:int}"
 
     @router.get("/dashboard", openapi_extra=describe("text/html"))

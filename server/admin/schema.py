@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from slipstream.engine.operations import PauseMode, UpdateMode
 from slipstream.server.body import Body
 
 NO_NUL = r"^[^\x00]*$"
@@ -41,6 +42,26 @@ class ExportBody(Body):
 
 class EvolveBody(Body):
     action: Literal["pause", "resume", "train"]
+
+
+class EmptyBody(Body):
+    """Nothing is to be said."""
+
+
+class PauseBody(Body):
+    mode: PauseMode = "keep"
+
+
+class UpdateBody(Body):
+    version: Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class BeginBody(UpdateBody):
+    mode: UpdateMode = "recompute"
+
+
+class ReadBody(UpdateBody):
+    path: Path
 
 
 class PurgeBody(Body):

@@ -1,0 +1,131 @@
+"""The part of the admin API that pauses the engine and gives the model other weights while it serves."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from slipstream.engine.errors import ConfigError, EngineDiedError, ModelError, SlipstreamError, SupersededError
+from slipstream.engine.operations import (
+    Answer,
+    BeginTargetUpdate,
+    CancelTargetUpdate,
+    FillTarget,
+    FinishTargetUpdate,
+    Operation,
+    Pause,
+    ReadTarget,
+    Resume,
+)
+from slipstream.server.admin import answers
+from slipstream.server.admin.schema import BeginBody, EmptyBody, PauseBody, ReadBody, UpdateBody
+from slipstream.server.body import BodyType, parse, read_body
+from slipstream.server.description import describe
+from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError
+from slipstream.server.json_response import JSONBody
+from slipstream.server.service import Service
+
+MAX_BODY_BYTES = 32 * 2**10
+TENSORS = "application/octet-stream"
+"""Which a web page cannot send without asking first."""
+FIRST_ROWS = "first_rows"
+"""In the metadata of a safetensors file: a JSON object of the first rows of tensors that are only a part."""
+
+
+def target_router(service: Service) -> APIRouter:
+    router = APIRouter(default_response_class=Response, prefix="/admin/v1")
+
+    async def body(request: Request, model: type[BodyType]) -> BodyType:
+        return parse(model, await read_body(request, MAX_BODY_BYTES) or b"{}", "error")
+
+    async def update(operation: Operation[Any], version: int) -> Response:
+        await operate(service, operation)
+        return JSONBody({"version": version})
+
+    @router.post("/pause", openapi_extra=describe(answers.Paused, 503, bodies=[PauseBody], body_required=False))
+    async def pause(request: Request) -> Response:
+        """Let no request begin, and none go on but as the mode says, until it is resumed."""
+        await operate(service, Pause((await body(request, PauseBody)).mode))
+        return JSONBody({"paused": True})
+
+    @router.post("/resume", openapi_extra=describe(answers.Paused, 503, bodies=[EmptyBody], body_required=False))
+    async def resume(request: Request) -> Response:
+        """End a pause."""
+        await body(request, EmptyBody)
+        await operate(service, Resume())
+        return JSONBody({"paused": False})
+
+    @router.post("/target/begin", openapi_extra=describe(answers.Update, 503, bodies=[BeginBody]))
+    async def begin(request: Request) -> Response:
+        """Begin an update of the model's weights."""
+        asked = await body(request, BeginBody)
+        return await update(BeginTargetUpdate(asked.version, asked.mode), asked.version)
+
+    @router.post("/target/fill", openapi_extra=describe(answers.Update, 409, 503, raw_body=TENSORS))
+    async def fill(request: Request) -> Response:
+        """Send tensors of an update, or rows of them, as a safetensors file."""
+        version = version_of(request)
+        data = await read_body(request, service.config.max_body_bytes, media_type=TENSORS)
+        return await update(FillTarget(version, data, first_rows(data)), version)
+
+    @router.post("/target/read", openapi_extra=describe(answers.Update, 409, 503, bodies=[ReadBody]))
+    async def read(request: Request) -> Response:
+        """Have the server read tensors of an update from its files."""
+        asked = await body(request, ReadBody)
+        return await update(ReadTarget(asked.version, asked.path), asked.version)
+
+    @router.post("/target/finish", openapi_extra=describe(answers.Updated, 409, 503, bodies=[UpdateBody]))
+    async def finish(request: Request) -> Response:
+        """Serve with the new weights, all of them, from now on."""
+        asked = await body(request, UpdateBody)
+        report = await operate(service, FinishTargetUpdate(asked.version))
+        return JSONBody(msgspec.structs.asdict(report))
+
+    @router.post("/target/cancel", openapi_extra=describe(answers.Update, 503, bodies=[UpdateBody]))
+    async def cancel(request: Request) -> Response:
+        """Give an update up; the old weights go on serving."""
+        asked = await body(request, UpdateBody)
+        return await update(CancelTargetUpdate(asked.version), asked.version)
+
+    return router
+
+
+async def operate(service: Service, operation: Operation[Answer]) -> Answer:
+    """The engine's answer; its errors become those of HTTP."""
+    service.require_ready()
+    try:
+        return await service.engine.call(operation)
+    except SupersededError as error:
+        raise ConflictError(str(error), code="superseded") from None
+    except (ModelError, ConfigError) as error:
+        raise InvalidRequestError(str(error)) from None
+    except EngineDiedError as error:
+        raise service.engine_gone(str(error)) from None
+    except SlipstreamError as error:
+        raise ApiError(str(error)) from None
+
+
+def version_of(request: Request) -> int:
+    """The one parameter of the query."""
+    for name in request.query_params:
+        if name != "version":
+            raise InvalidRequestError(f"unknown parameter {name!r}", param=name, code="unknown_parameter")
+    text = request.query_params.get("version", "")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise InvalidRequestError(f"version: a number in the query, ?version=7, not {text[:60]!r}", param="version")
+    return int(text)
+
+
+def first_rows(tensors: bytes) -> dict[str, int]:
+    """What the metadata of a safetensors file says of them; the engine judges the rest of the file."""
+    try:
+        header = json.loads(tensors[8 : 8 + int.from_bytes(tensors[:8], "little")])
+        found = msgspec.json.decode(header.get("__metadata__", {}).get(FIRST_ROWS, "{}"), type=dict[str, int])
+    except (ValueError, AttributeError, RecursionError, msgspec.MsgspecError, TypeError):
+        raise InvalidRequestError(
+            "the body is no safetensors file, or its metadata has a first_rows that is no JSON object of numbers"
+        ) from None
+    return found
