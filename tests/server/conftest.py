@@ -26,6 +26,7 @@ from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.operations import CheckIntegrity, Operation
 from slipstream.engine.scheduling.scheduler import Scheduler
+from slipstream.server import workers
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.testing import Document, ServerThread, write_tiny_model
@@ -317,6 +318,14 @@ def free_port() -> int:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> Iterator[None]:
+    """Text workers give way to whatever else runs here: beside busy processes a job may take more than a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "WALL_S", PATIENCE_S)
+        yield
 
 
 @pytest.fixture(scope="session")
