@@ -22,25 +22,23 @@ READ_BYTES = 1 << 20
 
 
 class Frames:
-    """Cuts a byte stream into frames."""
+    """Cuts a byte stream into frames, in time that grows with the bytes, however large frames and small parts are."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The frames that ``data`` completes."""
-        if self._buffer:
-            self._buffer += data
-            data = bytes(self._buffer)
-            self._buffer.clear()
-        begin = 0
-        while len(data) - begin >= LENGTH_BYTES:
-            end = begin + LENGTH_BYTES + int.from_bytes(data[begin : begin + LENGTH_BYTES], "little")
-            if end > len(data):
+        self._buffer += data
+        begin, size = 0, len(self._buffer)
+        while size - begin >= LENGTH_BYTES:
+            first = begin + LENGTH_BYTES
+            end = first + int.from_bytes(self._buffer[begin:first], "little")
+            if end > size:
                 break
-            yield data[begin + LENGTH_BYTES : end]
             begin = end
-        self._buffer += data[begin:]
+            yield bytes(memoryview(self._buffer)[first:end])
+        del self._buffer[:begin]
 
 
 def frame(payload: bytes) -> bytes:
