@@ -32,6 +32,7 @@ from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.testing import Document, ServerThread, write_tiny_model
 
 PATIENCE_S = 300.0
+workers.WALL_S = PATIENCE_S  # text workers give way to whatever else runs here: it may take more than a minute
 """Far more than anything takes on a slow and busy machine: what waits so long waits for what never comes."""
 
 
@@ -318,14 +319,6 @@ def free_port() -> int:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
-
-
-@pytest.fixture(scope="session", autouse=True)
-def patience() -> Iterator[None]:
-    """Text workers give way to whatever else runs here: beside busy processes a job may take more than a minute."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "WALL_S", PATIENCE_S)
-        yield
 
 
 @pytest.fixture(scope="session")
