@@ -73,11 +73,13 @@ class HttpClient:
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | bytes | None) -> aiohttp.ClientResponse:
         """Send JSON, or bytes as they are, and wait for the headers of an answer that is no error."""
-        data: Any = None if body is None or isinstance(body, bytes) else _encode(body)
+        data: Any = None
+        headers = {}
         if isinstance(body, bytes):
             data = io.BytesIO(body)  # sent in parts: as bytes, a large body would hold up the loop
-        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
-        headers = {} if body is None else {"Content-Type": kind}
+            headers["Content-Type"] = "application/octet-stream"
+        elif body is not None:
+            data, headers["Content-Type"] = _encode(body), "application/json"
         try:
             response = await self._session.request(method, self.base_url + path, data=data, headers=headers)
             if response.status < 400:

@@ -112,10 +112,7 @@ class Scheduler:
 
     def pause(self, mode: PauseMode) -> None:
         """See PauseMode; called with no step under way."""
-        if mode == "abort":
-            self.abort(list(self._requests))
-        if mode == "recompute":
-            self._requeue_all()
+        self._interrupt(mode)
         self._pause = mode
 
     def resume(self) -> None:
@@ -129,17 +126,18 @@ class Scheduler:
 
     def use_target(self, version: int, mode: UpdateMode) -> None:
         """The target computes with other weights from now on; called with no step under way."""
-        if mode == "abort":
-            self.abort(list(self._requests))
-        if mode == "recompute":
-            self._requeue_all()
+        self._interrupt(mode)
         self.target_version = version
         self._weights += 1
         self.kv.reset()
 
-    def _requeue_all(self) -> None:
-        for request in list(self._running):
-            self._requeue(request)
+    def _interrupt(self, mode: PauseMode | UpdateMode) -> None:
+        """What becomes of open requests at once; those that the mode keeps stay as they are."""
+        if mode == "abort":
+            self.abort(list(self._requests))
+        elif mode == "recompute":
+            for request in list(self._running):
+                self._requeue(request)
 
     # A step ---------------------------------------------------------------------------------------------------------
 

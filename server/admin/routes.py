@@ -18,6 +18,7 @@ from slipstream.drafter.traffic.index import TrafficIndex, TrafficUnusableError
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.errors import ModelError, SlipstreamError
 from slipstream.server.admin import answers
+from slipstream.server.admin.asked import body_of, only
 from slipstream.server.admin.commands import DrafterCommands
 from slipstream.server.admin.page import dashboard_page
 from slipstream.server.admin.schema import (
@@ -35,7 +36,7 @@ from slipstream.server.admin.schema import (
 )
 from slipstream.server.admin.status import status
 from slipstream.server.admin.target import target_router
-from slipstream.server.body import Body, BodyType, parse, read_body
+from slipstream.server.body import Body
 from slipstream.server.description import describe
 from slipstream.server.errors import (
     ApiError,
@@ -58,7 +59,6 @@ BY_HAND = "by the admin API"
 RETRY_WORKER_S = 5
 RETRY_FILES_S = 60
 """Damaged files take somebody to mend them."""
-MAX_BODY_BYTES = 32 * 2**10
 Result = TypeVar("Result")
 
 
@@ -237,20 +237,6 @@ async def ask(function: Callable[..., Result], *arguments: Any) -> Result:
         raise UnavailableError(str(error), code="traffic_unusable", retry_after_s=RETRY_FILES_S) from None
     except (SlipstreamError, OSError) as error:
         raise ApiError(str(error)) from None
-
-
-async def body_of(service: Service, request: Request, model: type[BodyType]) -> BodyType:
-    """Unknown fields are always refused; no body is an empty one."""
-    limit = min(service.config.max_body_bytes, MAX_BODY_BYTES)
-    return parse(model, await read_body(request, limit) or b"{}", "error")
-
-
-def only(request: Request, *names: str) -> dict[str, str]:
-    """The query's parameters; raises InvalidRequestError for one that is none of these."""
-    for name in request.query_params:
-        if name not in names:
-            raise InvalidRequestError(f"unknown parameter {name!r}", param=name, code="unknown_parameter")
-    return dict(request.query_params)
 
 
 def with_traffic(service: Service, do: Callable[[TrafficIndex], Result]) -> Result:

@@ -21,14 +21,14 @@ from slipstream.engine.operations import (
     Resume,
 )
 from slipstream.server.admin import answers
+from slipstream.server.admin.asked import body_of, only
 from slipstream.server.admin.schema import BeginBody, EmptyBody, PauseBody, ReadBody, UpdateBody
-from slipstream.server.body import BodyType, parse, read_body
+from slipstream.server.body import read_body
 from slipstream.server.description import describe
 from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError
 from slipstream.server.json_response import JSONBody
 from slipstream.server.service import Service
 
-MAX_BODY_BYTES = 32 * 2**10
 TENSORS = "application/octet-stream"
 """Which a web page cannot send without asking first."""
 FIRST_ROWS = "first_rows"
@@ -38,9 +38,6 @@ FIRST_ROWS = "first_rows"
 def target_router(service: Service) -> APIRouter:
     router = APIRouter(default_response_class=Response, prefix="/admin/v1")
 
-    async def body(request: Request, model: type[BodyType]) -> BodyType:
-        return parse(model, await read_body(request, MAX_BODY_BYTES) or b"{}", "error")
-
     async def update(operation: Operation[Any], version: int) -> Response:
         await operate(service, operation)
         return JSONBody({"version": version})
@@ -48,20 +45,20 @@ def target_router(service: Service) -> APIRouter:
     @router.post("/pause", openapi_extra=describe(answers.Paused, 503, bodies=[PauseBody], body_required=False))
     async def pause(request: Request) -> Response:
         """Let no request begin, and none go on but as the mode says, until it is resumed."""
-        await operate(service, Pause((await body(request, PauseBody)).mode))
+        await operate(service, Pause((await body_of(service, request, PauseBody)).mode))
         return JSONBody({"paused": True})
 
     @router.post("/resume", openapi_extra=describe(answers.Paused, 503, bodies=[EmptyBody], body_required=False))
     async def resume(request: Request) -> Response:
         """End a pause."""
-        await body(request, EmptyBody)
+        await body_of(service, request, EmptyBody)
         await operate(service, Resume())
         return JSONBody({"paused": False})
 
     @router.post("/target/begin", openapi_extra=describe(answers.Update, 503, bodies=[BeginBody]))
     async def begin(request: Request) -> Response:
         """Begin an update of the model's weights."""
-        asked = await body(request, BeginBody)
+        asked = await body_of(service, request, BeginBody)
         return await update(BeginTargetUpdate(asked.version, asked.mode), asked.version)
 
     @router.post("/target/fill", openapi_extra=describe(answers.Update, 409, 503, raw_body=TENSORS))
@@ -74,20 +71,20 @@ def target_router(service: Service) -> APIRouter:
     @router.post("/target/read", openapi_extra=describe(answers.Update, 409, 503, bodies=[ReadBody]))
     async def read(request: Request) -> Response:
         """Have the server read tensors of an update from its files."""
-        asked = await body(request, ReadBody)
+        asked = await body_of(service, request, ReadBody)
         return await update(ReadTarget(asked.version, asked.path), asked.version)
 
     @router.post("/target/finish", openapi_extra=describe(answers.Updated, 409, 503, bodies=[UpdateBody]))
     async def finish(request: Request) -> Response:
         """Serve with the new weights, all of them, from now on."""
-        asked = await body(request, UpdateBody)
+        asked = await body_of(service, request, UpdateBody)
         report = await operate(service, FinishTargetUpdate(asked.version))
         return JSONBody(msgspec.structs.asdict(report))
 
     @router.post("/target/cancel", openapi_extra=describe(answers.Update, 503, bodies=[UpdateBody]))
     async def cancel(request: Request) -> Response:
         """Give an update up; the old weights go on serving."""
-        asked = await body(request, UpdateBody)
+        asked = await body_of(service, request, UpdateBody)
         return await update(CancelTargetUpdate(asked.version), asked.version)
 
     return router
@@ -110,10 +107,7 @@ async def operate(service: Service, operation: Operation[Answer]) -> Answer:
 
 def version_of(request: Request) -> int:
     """The one parameter of the query."""
-    for name in request.query_params:
-        if name != "version":
-            raise InvalidRequestError(f"unknown parameter {name!r}", param=name, code="unknown_parameter")
-    text = request.query_params.get("version", "")
+    text = only(request, "version").get("version", "")
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise InvalidRequestError(f"version: a number in the query, ?version=7, not {text[:60]!r}", param="version")
     return int(text)

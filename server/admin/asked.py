@@ -1,0 +1,25 @@
+"""What a request to the admin API says: its body and its query."""
+
+from __future__ import annotations
+
+from fastapi import Request
+
+from slipstream.server.body import BodyType, parse, read_body
+from slipstream.server.errors import InvalidRequestError
+from slipstream.server.service import Service
+
+MAX_BODY_BYTES = 32 * 2**10
+
+
+async def body_of(service: Service, request: Request, model: type[BodyType]) -> BodyType:
+    """Unknown fields are always refused; no body is an empty one."""
+    limit = min(service.config.max_body_bytes, MAX_BODY_BYTES)
+    return parse(model, await read_body(request, limit) or b"{}", "error")
+
+
+def only(request: Request, *names: str) -> dict[str, str]:
+    """The query's parameters; raises InvalidRequestError for one that is none of these."""
+    for name in request.query_params:
+        if name not in names:
+            raise InvalidRequestError(f"unknown parameter {name!r}", param=name, code="unknown_parameter")
+    return dict(request.query_params)
