@@ -41,6 +41,13 @@ def breathe() -> None:
         background.breathe()
 
 
+def done(result: Any) -> Future[Any]:
+    """The future of what needed no background."""
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
+
+
 class _Unneeded(BaseException):
     """Raised in the work itself, which must not take it for an error of its own."""
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from slipstream.engine.background import Background
+from slipstream.engine.background import Background, done
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import EngineCore
 from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SlipstreamError, SupersededError
@@ -165,10 +165,10 @@ class Engine:
             case CheckIntegrity():
                 self.scheduler.check_integrity()
             case TellStepCosts():
-                return _done(self.scheduler.cost.table())
+                return done(self.scheduler.cost.table())
             case _:
                 raise SlipstreamError(f"the engine has no operation {type(operation).__name__}")
-        return _done(None)
+        return done(None)
 
     def poll(self) -> None:
         """Carries out what the background has prepared; called between two steps."""
@@ -195,7 +195,7 @@ class Engine:
 
         if speculator.swap_loaded(route, version, path):
             background.supersede(route)
-            return _done(report(lambda: None, time.perf_counter() - began))
+            return done(report(lambda: None, time.perf_counter() - began))
         return background.start(prepare, route)
 
     def _prepare_target(self, weights: Weights) -> Callable[[int, UpdateMode], None]:
@@ -213,12 +213,6 @@ class Engine:
         was_coming = self.background.supersede(route)
         if not was_coming or route in self.runner.speculator.learned_routes:
             self.runner.speculator.drop(route)
-
-
-def _done(result: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(result)
-    return future
 
 
 class EngineLoop:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from slipstream.engine.background import Background
+from slipstream.engine.background import Background, done
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.safetensors_files import read_header, read_tensors
 from slipstream.engine.errors import ConfigError, ModelError, SupersededError
@@ -69,7 +69,6 @@ class TargetUpdates:
         match operation:
             case BeginTargetUpdate(version, mode):
                 self._begin(version, mode)
-                return self._background.start(lambda: _nothing)
             case FillTarget(version, tensors, first_rows):
                 return self._fill(version, lambda: _unpack(tensors), first_rows)
             case ReadTarget(version, path):
@@ -78,7 +77,7 @@ class TargetUpdates:
                 return self._finish(self._find(version))
             case CancelTargetUpdate(version):
                 self._give_up(self._find(version), "it was cancelled")
-                return self._background.start(lambda: _nothing)
+        return done(None)
 
     def _begin(self, version: int, mode: UpdateMode) -> None:
         if version < 1:
