@@ -143,7 +143,9 @@ def test_no_tenant_gets_drafts_from_the_text_of_another(tmp_path: Path) -> None:
     config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
     drafter = SuffixDrafter(10_000)
-    options = EngineConfig(model=str(tmp_path), load_format="dummy", kv_cache_memory="8MiB", max_model_len=128)
+    options = EngineConfig(
+        model=str(tmp_path), load_format="dummy", kv_cache_memory="8MiB", max_model_len=128, speculation_policy="fixed"
+    )
     local = LocalEngine(options, [drafter])
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=1)
 
