@@ -55,7 +55,7 @@ class EngineCore:
         self._device: ThreadPoolExecutor | None = None
         self._running: tuple[StepPlan, Future[StepResult]] | None = None
         self._steps = self._failures = 0
-        self._model_seconds = self._device_cpu_seconds = 0.0
+        self._model_seconds = self._verify_seconds = self._draft_seconds = self._device_cpu_seconds = 0.0
         self._drafters = list(drafters)
         self._traffic = traffic
         self._began = time.thread_time()
@@ -78,6 +78,8 @@ class EngineCore:
             drafters=self._drafters,
             traffic=self._traffic(),
             model_seconds=self._model_seconds,
+            verify_seconds=self._verify_seconds,
+            draft_seconds=self._draft_seconds,
             overhead_cpu_seconds=time.thread_time() - self._began + self._device_cpu_seconds,
         )
 
@@ -139,6 +141,9 @@ class EngineCore:
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         self._steps += 1
         self._model_seconds += result.model_seconds
+        if any(result.drafted):
+            self._verify_seconds += result.model_seconds
+        self._draft_seconds += result.draft_seconds
         self._drafters = result.drafters
         self._device_cpu_seconds += result.overhead_cpu_seconds
         deltas = self.scheduler.commit(plan, result)

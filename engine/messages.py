@@ -217,6 +217,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     steps: int = 0
     model_seconds: float = 0.0
     """Wall time spent in the model and in sampling, over all steps."""
+    verify_seconds: float = 0.0
+    """The part of it in steps that verified draft tokens."""
+    draft_seconds: float = 0.0
+    """Wall time spent proposing draft tokens, over all steps; no part of model_seconds."""
     overhead_cpu_seconds: float = 0.0
     """CPU time spent on everything else, over all steps: planning, batches, results, messages."""
     drafters: list[DrafterStats] = []

@@ -10,7 +10,7 @@ from slipstream.engine.messages import DrafterStats, EngineStats, TrafficStats, 
 
 COUNTERS = (
     *("step", "prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "preemptions"),
-    *("steps", "model_seconds", "overhead_cpu_seconds"),
+    *("steps", "model_seconds", "verify_seconds", "draft_seconds", "overhead_cpu_seconds"),
 )
 
 

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
@@ -36,8 +37,13 @@ class Version(Answer):
 
 def build_app(service: Service) -> ASGIApp:
     app = FastAPI(title="Slipstream", version=version("slipstream"), redoc_url=None, redirect_slashes=False)
-    app.include_router(openai.openai_router(service))
+    generating = openai.openai_router(service)
+    app.include_router(generating)
     app.include_router(admin.admin_router(service))
+
+    for route in generating.routes:
+        if isinstance(route, APIRoute):
+            service.metrics.expect_failures(route.path)
 
     @app.get("/health", response_class=Response, openapi_extra=describe(Health, 503, errors=Health))
     async def health() -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -37,6 +38,7 @@ COUNT_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20
 STEP_TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHOICES_BUCKETS = (1, 2, 5, 10, 20, 50, 100)
 PREEMPTIONS_BUCKETS = (0, 1, 2, 5, 10, 20)
+FAILURES = (429, 500, 503, 504)
 
 FROM_STATS: tuple[
     tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[[EngineStats], float]], ...
@@ -58,6 +60,7 @@ FROM_STATS: tuple[
         lambda s: s.blocks_cached,
     ),
     (GaugeMetricFamily, "target_version", "Version of the target's weights.", lambda s: s.target_version),
+    (GaugeMetricFamily, "engine_paused", "1 while somebody has paused the engine.", lambda s: float(s.is_paused)),
     (CounterMetricFamily, "prompt_tokens", "Prompt tokens processed.", lambda s: s.prompt_tokens),
     (CounterMetricFamily, "generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
     (
@@ -102,6 +105,18 @@ FROM_STATS: tuple[
         "step_seconds",
         "Wall time in the model and in sampling.",
         lambda s: s.model_seconds,
+    ),
+    (
+        CounterMetricFamily,
+        "spec_decode_verify_seconds",
+        "Wall time in the model and in sampling, of steps that verified draft tokens.",
+        lambda s: s.verify_seconds,
+    ),
+    (
+        CounterMetricFamily,
+        "spec_decode_draft_seconds",
+        "Wall time of proposing draft tokens.",
+        lambda s: s.draft_seconds,
     ),
     (
         CounterMetricFamily,
@@ -274,17 +289,28 @@ class Metrics:
             "Connections closed because the client did not read its answer in time.",
             registry=self.registry,
         )
+        # Series that begin with the first failure would hide it: a rate needs a value before it.
+        for finish_reason in get_args(FinishReason):
+            self._finished.labels(model_name, finish_reason)
+        self._rejected.labels(model_name, "queue_full")
         self._phase = Gauge(PREFIX + "ready", "1 when the server takes requests.", registry=self.registry)
+        self._stalled = Gauge(
+            PREFIX + "engine_stalled_seconds",
+            "Time since the last step while sequences are open, 0 while none are.",
+            ("model_name",),
+            registry=self.registry,
+        ).labels(model_name)
         self._restarts = Counter(
             PREFIX + "engine_restarts",
             "Engine processes that replaced a dead one.",
             registry=self.registry,
         )
 
-    def attach(self, engine: EngineHandle, is_ready: Callable[[], bool]) -> None:
+    def attach(self, engine: EngineHandle, is_ready: Callable[[], bool], stalled_s: Callable[[], float]) -> None:
         """Called with every engine process that serves, one after the other."""
         if self._engine.engine is None:
             self._phase.set_function(lambda: float(is_ready()))
+            self._stalled.set_function(stalled_s)
             ProcessCollector(namespace="slipstream_engine", pid=self._engine_pid, registry=self.registry)
         else:
             self._restarts.inc()
@@ -306,6 +332,11 @@ class Metrics:
 
     def connection_cut(self) -> None:
         self._cut.inc()
+
+    def expect_failures(self, route: str) -> None:
+        """Counts of a route's answers by which a server that is in trouble is known begin at 0."""
+        for status in FAILURES:
+            self._responses.labels(route, status)
 
     def responded(self, route: str, status: int) -> None:
         self._responses.labels(route, status).inc()

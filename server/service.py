@@ -21,6 +21,7 @@ from slipstream.engine.handle import EngineHandle, RequestStream
 from slipstream.engine.messages import NewRequest
 from slipstream.engine.supervisor import EngineSupervisor, Restarts
 from slipstream.server.config import ServerConfig
+from slipstream.server.disks import Disks
 from slipstream.server.errors import InvalidRequestError, OverloadedError, UnavailableError
 from slipstream.server.evolution.metrics import EvolutionCollector
 from slipstream.server.evolution.observer import Observer
@@ -76,6 +77,8 @@ class Service:
         self.metrics = Metrics(self.model_names[0])
         self._evolution_metrics = EvolutionCollector(PREFIX, self.model_names[0])
         self.metrics.registry.register(self._evolution_metrics)
+        self._disks = Disks(PREFIX, self.model_names[0])
+        self.metrics.registry.register(self._disks)
         self.created = int(time.time())
         self.phase: Literal["loading", "ready", "draining"] = "loading"
         self.num_responding = 0
@@ -90,7 +93,7 @@ class Service:
             self._engine_started,
         )
         self._start = start_engine
-        self._observing: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self._supervising: asyncio.Task[None] | None = None
         self._text: TextModel | None = None
         self._work: TextWork | None = None
@@ -113,7 +116,7 @@ class Service:
             raise errors.exceptions[0] from None
         self.text.fit(self.engine.ready.vocab_size)
         self._work = self._make_work()
-        self._observing = asyncio.create_task(self._observe())
+        self._watching = [asyncio.create_task(self._observe()), asyncio.create_task(self._disks.watch(self._folders()))]
         if self.evolution is not None:
             await self.evolution.start()
             self._evolution_metrics.evolution = self.evolution
@@ -150,9 +153,18 @@ class Service:
         return await self._start(self.engine_config, self.traffic, self.config, before)
 
     def _engine_started(self, engine: EngineHandle) -> None:
-        self.metrics.attach(engine, lambda: self.ready()[0] == 200)
+        self.metrics.attach(engine, lambda: self.ready()[0] == 200, lambda: self.stalled_s)
         if self.evolution is not None:
             self.evolution.follower.engine_started()
+
+    def _folders(self) -> dict[str, Path]:
+        """What grows on disks while the server runs."""
+        folders = {}
+        if self.traffic.traffic_log != "off" and self.traffic.traffic_folder is not None:
+            folders["traffic"] = Path(self.traffic.traffic_folder)
+        if self.evolution is not None:
+            folders["registry"] = self.evolution.registry.folder
+        return folders
 
     async def _observe(self) -> None:
         while True:
@@ -257,6 +269,13 @@ class Service:
         if self.evolution is not None:
             self.evolution.ended(request, metrics)
 
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the last step while sequences are open; 0 while none are."""
+        if not self.engine.num_open:
+            return 0.0
+        return time.monotonic() - max(self.engine.last_step_at, self._busy_since)
+
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body: does the engine make progress?"""
         if not self.is_loaded or self._text is None:
@@ -267,9 +286,8 @@ class Service:
             left = f"in about {self.supervisor.seconds_left} s"
             reason = f"{self.engine.failure}; another one is being started and should be ready {left}"
             return 503, {"status": "restarting", "reason": reason}
-        silence = time.monotonic() - max(self.engine.last_step_at, self._busy_since)
-        if self.engine.num_open and silence > self.config.health_stall_s:
-            reason = f"{self.engine.num_open} sequences are open and no step has ended for {silence:.0f} s"
+        if (stalled_s := self.stalled_s) > self.config.health_stall_s:
+            reason = f"{self.engine.num_open} sequences are open and no step has ended for {stalled_s:.0f} s"
             return 503, {"status": "stalled", "reason": reason}
         if self.phase == "draining":
             return 200, {"status": "draining"}
@@ -302,7 +320,8 @@ class Service:
         """Ends the engine process; requests that are still open get their terminal message."""
         self.phase = "draining"
         await end(self._supervising)
-        await end(self._observing)
+        for task in self._watching:
+            await end(task)
         if self._work is not None:
             await self._work.close()
         if self.evolution is not None:

@@ -126,10 +126,12 @@ def test_health_tells_when_the_engine_stalls(narrow: Any) -> None:
     with narrow.suspended():
         time.sleep(2.2)
         assert narrow.get("/health")[0] == 200  # nothing to do, so nothing is wrong
+        assert narrow.metric("engine_stalled_seconds") == 0
         with narrow.send(COMPLETE, LONG):
             _, reply = narrow.wait_until(lambda: (found := narrow.get("/health"))[0] == 503 and found)
             assert reply["status"] == "stalled"
             assert "1 sequences" in reply["reason"]
+            assert narrow.metric("engine_stalled_seconds") > 2
             assert narrow.get("/ready")[0] == 503
     narrow.wait_until(lambda: narrow.get("/health")[0] == 200)
     narrow.wait_until_idle()
@@ -142,6 +144,7 @@ def test_a_pause_is_no_stall(narrow: Any) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(narrow.complete, "x", max_tokens=3)
         narrow.wait_until(lambda: narrow.metric("num_requests_waiting") == 1)
+        assert narrow.metric("engine_paused") == 1
         paused = time.monotonic()
         while time.monotonic() < paused + 2.5:  # longer than --health-stall-s
             assert narrow.get("/health") == (200, {"status": "paused"})
@@ -150,6 +153,7 @@ def test_a_pause_is_no_stall(narrow: Any) -> None:
         narrow.operate(Resume())
         assert waiting.result(300)["choices"] == expected
     assert narrow.get("/health") == (200, {"status": "ok"})
+    assert narrow.metric("engine_paused") == 0
 
 
 def test_a_signal_while_the_engine_is_replaced_ends_the_server_at_once(start_tiny: Callable[..., Any]) -> None:

@@ -5,6 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+from prometheus_client.core import CounterMetricFamily
+
+from slipstream.engine.messages import EngineStats
+from slipstream.engine.totals import added
+from slipstream.server.metrics import FROM_STATS, Metrics
+
 NAMES = {
     "num_requests_running",
     "num_requests_waiting",
@@ -119,3 +126,26 @@ def test_responses_are_counted_by_route_and_status(server: Any) -> None:
     other = server.metric("http_responses_total", route="other", status="404")
     server.get("/a/path/somebody/made/up")
     assert server.metric("http_responses_total", route="other", status="404") == other + 1
+
+
+def test_failures_are_counted_from_nought() -> None:
+    metrics = Metrics("m")
+    metrics.expect_failures("/v1/completions")
+    lines = metrics.render().decode().splitlines()
+    for series in (
+        *(f'request_success_total{{finished_reason="{reason}",model_name="m"}}' for reason in ("stop", "error")),
+        'admission_rejections_total{model_name="m",reason="queue_full"}',
+        *(f'http_responses_total{{route="/v1/completions",status="{status}"}}' for status in (429, 500, 503, 504)),
+        "connections_cut_total",
+        "engine_restarts_total",
+        'engine_stalled_seconds{model_name="m"}',
+    ):
+        assert f"slipstream:{series} 0.0" in lines
+
+
+@pytest.mark.parametrize(("name", "read"), [each[1::2] for each in FROM_STATS if each[0] is CounterMetricFamily])
+def test_counters_go_on_over_a_restart_of_the_engine(name: str, read: Any) -> None:
+    stats = EngineStats(
+        **{field: 7 for field in EngineStats.__struct_fields__ if type(getattr(EngineStats(), field)) in (int, float)}
+    )
+    assert read(added(stats, stats)) == 2 * read(stats) > 0, name

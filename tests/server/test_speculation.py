@@ -23,6 +23,8 @@ def test_answers_are_the_same_and_drafts_were_accepted(default_server: Any) -> N
     assert grown["spec_decode_num_draft_tokens_total"] >= grown["spec_decode_num_accepted_tokens_total"] > 0
     assert grown["spec_decode_num_accepted_tokens_per_pos_total"] == grown["spec_decode_num_accepted_tokens_total"]
     assert default_server.metric("speculation_steps_total", reason="worth it") > 0
+    assert 0 < grown["spec_decode_verify_seconds_total"] < grown["step_seconds_total"]
+    assert grown["spec_decode_draft_seconds_total"] > 0
 
 
 SPEC_COUNTERS = (
@@ -30,6 +32,9 @@ SPEC_COUNTERS = (
     "spec_decode_num_draft_tokens_total",
     "spec_decode_num_accepted_tokens_total",
     "spec_decode_num_accepted_tokens_per_pos_total",
+    "spec_decode_verify_seconds_total",
+    "spec_decode_draft_seconds_total",
+    "step_seconds_total",
 )
 
 

@@ -60,6 +60,9 @@ def test_a_damaged_live_version_is_passed_over(tmp_path: Path, start_server: Cal
         assert server.chat(max_tokens=5)["choices"][0]["message"]["content"]
         broken.write_bytes(whole)
         server.wait_until(lambda: server.metric("drafter_registry_up") == 1)
+        free, size = (server.metric(f"disk_{name}_bytes", store="registry") for name in ("free", "size"))
+        assert 0 < free < size
+        assert server.metric("disk_size_bytes", store="traffic") == 0  # none is kept
         assert "Traceback" not in "".join(server.log)
     finally:
         server.stop()
