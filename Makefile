@@ -10,7 +10,7 @@ export PYTHONSAFEPATH := 1
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
-PATHS := server engine kernels drafter clients loadtest tests scripts setup.py
+PATHS := server engine kernels drafter clients loadtest tests scripts docker setup.py
 
 .PHONY: run test test-slow check format bench install install-dev clean
 
