@@ -90,7 +90,8 @@ class Page:
     def stat(
         self, title: str, unit: str, queries: list[Query], description: str, *, graph: str = "area", **more: Any
     ) -> None:
-        """The last value, and what it was before."""
+        """The last value, and what it was before; a share of nothing is no number."""
+        more |= {"mappings": [{"type": "special", "options": {"match": "nan", "result": {"text": "idle"}}}]}
         self._add("stat", title, unit, queries, description, STAT | {"graphMode": graph}, **{"size": (3, 4)} | more)
 
     def bars(self, title: str, unit: str, queries: list[Query], description: str, **more: Any) -> None:
