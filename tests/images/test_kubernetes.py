@@ -74,6 +74,58 @@ def test_manifests_are_valid(values: Document) -> None:
             validate(document, version)
 
 
+@pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX)
+def test_references_lead_somewhere(values: Document) -> None:
+    documents = rendered(values)
+    names = {(document["kind"], document["metadata"]["name"]) for document in documents}
+    assert len(names) == len(documents)
+    deployment, service = of_kind(documents, "Deployment"), of_kind(documents, "Service")
+    template = deployment["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    labels, ports = template["metadata"]["labels"].items(), {port["name"] for port in container["ports"]}
+
+    for selector in found(documents, "matchLabels"):
+        assert selector.items() <= labels
+    assert service["spec"]["selector"].items() <= labels
+    assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
+    assert {probe["port"] for probe in found(container, "httpGet")} <= ports
+    assert {endpoint["port"] for each in found(documents, "podMetricsEndpoints") for endpoint in each} <= ports
+    for target in found(documents, "scaleTargetRef"):
+        assert ("Deployment", target["name"]) in names
+    for backend in found(documents, "backend"):
+        assert ("Service", backend["service"]["name"]) in names
+        assert backend["service"]["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
+
+    made = {"serviceAccountName": "ServiceAccount", "claimName": "PersistentVolumeClaim"}
+    given = {"mine", "models"}
+    for field, kind in made.items():
+        assert all(name in given or (kind, name) in names for name in found(template, field))
+    assert [mount["name"] for mount in container["volumeMounts"]] == [
+        each["name"] for each in template["spec"]["volumes"]
+    ]
+
+
+def found(value: Any, field: str) -> list[Any]:
+    """What this field has, wherever it is."""
+    if isinstance(value, list):
+        return [each for item in value for each in found(item, field)]
+    if not isinstance(value, dict):
+        return []
+    return [value[name] for name in value if name == field] + [
+        each for inner in value.values() for each in found(inner, field)
+    ]
+
+
+@pytest.mark.parametrize("release", ["a", "slipstream", "my-slipstream-2", "x" * 53])
+def test_names_are_names_of_the_domain_name_system(release: str) -> None:
+    for document in rendered(EVERYTHING, release):
+        metadata = document["metadata"]
+        assert re.fullmatch("[a-z]([a-z0-9-]{0,61}[a-z0-9])?", metadata["name"])
+        assert all(
+            re.fullmatch(r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", value) for value in metadata["labels"].values()
+        )
+
+
 def test_manifests_in_the_repository_are_those_of_the_chart() -> None:
     stale = "run docker/helm/render.py"
     assert render.SCHEMA.read_text() == render.schema(), stale
