@@ -54,6 +54,12 @@ class HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    def end_connections(self) -> None:
+        """Those that clients keep for their next request now, others after the answer under way."""
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, HttpProtocol)
+            connection.end_after_answer()
+
 
 def run(
     config: ServerConfig,
@@ -178,6 +184,7 @@ async def serve(
             print(greeting(service, url, time.monotonic() - started), flush=True)
             supervising = asyncio.create_task(service.keep_running())
             await asyncio.wait({serving, stopping, supervising}, return_when=asyncio.FIRST_COMPLETED)
+            http.end_connections()
             await finish_requests(service, at_once)
             await supervising
     finally:
@@ -198,6 +205,7 @@ def connection_limits(service: Service) -> ConnectionLimits:
         max_connections=min(service.config.max_connections or possible, possible),
         write_timeout_s=service.config.write_timeout_s,
         on_cut=service.metrics.connection_cut,
+        is_ending=lambda: service.phase == "draining",
     )
 
 

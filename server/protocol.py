@@ -25,6 +25,8 @@ class ConnectionLimits:
     """How long a client may take to read what is waiting for it (uvicorn lets 64 KiB wait)."""
     on_cut: Callable[[], None] = lambda: None
     """Called for a connection that is closed because its client does not read."""
+    is_ending: Callable[[], bool] = lambda: False
+    """Whether an answer ends its connection: who asks again is to find a server that stays."""
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -94,6 +96,20 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_arrived()
         super().on_headers_complete()
+        if self._limits.is_ending():
+            self.end_after_answer()
+
+    def end_after_answer(self) -> None:
+        """Closes the connection if it waits for its next request, or else after the answer to what is under way.
+
+        A request that is being sent is answered, also the first one of a connection.
+        """
+        if self.cycle is None or self._head_timer is not None:
+            return
+        if self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self.cycle.keep_alive = False
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequestError(msg, code="invalid_http"))

@@ -152,3 +152,49 @@ async def test_connections_have_a_limit(big_port: tuple[int, list[int]]) -> None
         await writer.wait_closed()
     await asyncio.sleep(0.05)
     assert (await say(port, GET)).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_connections_end_with_the_server_and_no_request_is_lost() -> None:
+    is_ending, may_answer = False, asyncio.Event()
+    app = FastAPI()
+
+    @app.get("/")
+    async def wait() -> dict[str, bool]:
+        await may_answer.wait()
+        return {"ok": True}
+
+    config = uvicorn.Config(app, lifespan="off", log_config=None)
+    config.load()
+    state = uvicorn.server.ServerState()
+    limits = protocol.ConnectionLimits(is_ending=lambda: is_ending)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: protocol.HttpProtocol(config, state, {}, limits=limits), "127.0.0.1", 0)
+    keep = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with server, asyncio.timeout(60):
+        new, begun, asked, idle = [
+            await asyncio.open_connection(*server.sockets[0].getsockname()[:2]) for _ in range(4)
+        ]
+        may_answer.set()
+        for reader, writer in (idle, begun):
+            writer.write(keep)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert b"connection: close" not in head and await reader.readexactly(11) == b'{"ok":true}'
+        may_answer.clear()
+        begun[1].write(keep[:20])
+        asked[1].write(keep)
+        connections: Any = list(state.connections)
+        while not (state.tasks and any(each.cycle and each._head_timer for each in connections)):
+            await asyncio.sleep(0.01)
+
+        is_ending = True
+        for connection in connections:
+            connection.end_after_answer()
+        assert await idle[0].read() == b"", "closed at once"
+        new[1].write(keep)
+        begun[1].write(keep[20:])
+        may_answer.set()
+        for reader, _ in (new, begun, asked):
+            received = await reader.read()
+            assert b"connection: close" in received and received.endswith(b'{"ok":true}')
+        for _, writer in (new, begun, asked, idle):
+            writer.close()
