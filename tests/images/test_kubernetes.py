@@ -24,6 +24,10 @@ VERSIONS = ("1.27", "1.32", "1.37")
 """The oldest Kubernetes that Chart.yaml allows, and later ones."""
 
 # Custom resources are not in the schemas of Kubernetes: the fields that their operators know, as far as we use them.
+SCALE_DOWN = {
+    "stabilizationWindowSeconds": int,
+    "policies": [{"type": str, "value": int, "periodSeconds": int}],
+}
 CUSTOM: dict[str, Document] = {
     "PodMonitor": {
         "jobLabel": str,
@@ -34,7 +38,7 @@ CUSTOM: dict[str, Document] = {
         "scaleTargetRef": {"name": str},
         "minReplicaCount": int,
         "maxReplicaCount": int,
-        "advanced": {"horizontalPodAutoscalerConfig": {"behavior": {"scaleDown": {"stabilizationWindowSeconds": int}}}},
+        "advanced": {"horizontalPodAutoscalerConfig": {"behavior": {"scaleDown": SCALE_DOWN}}},
         "triggers": [{"type": str, "metadata": {"serverAddress": str, "query": str, "threshold": str}}],
     },
 }
