@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import types
 import typing
@@ -57,7 +58,7 @@ def render(values: dict[str, Any] | None = None, name: str = "slipstream", names
 
 
 def place(text: str) -> tuple[int, str]:
-    kind = yaml.safe_load(text)["kind"]
+    kind = re.findall(r"^kind: (\w+)$", text, re.MULTILINE)[0]
     return KIND_ORDER.index(kind) if kind in KIND_ORDER else len(KIND_ORDER), kind
 
 

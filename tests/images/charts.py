@@ -43,7 +43,7 @@ EVERYTHING: Document = {
         "annotations": {"a": "b"},
     },
     "networkPolicy": {"enabled": True},
-    "monitoring": {"podMonitor": True, "labels": {"release": "prometheus"}},
+    "monitoring": {"podMonitor": True, "rules": True, "labels": {"release": "prometheus"}},
 }
 MATRIX: dict[str, Document] = {
     "default": {},
@@ -62,7 +62,8 @@ MATRIX: dict[str, Document] = {
 
 
 def rendered(values: Document, name: str = "chat") -> list[Document]:
-    return [yaml.safe_load(text) for text in render.render(values, name=name, namespace="models")]
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # rules are long
+    return [yaml.load(text, loader) for text in render.render(values, name=name, namespace="models")]
 
 
 def of_kind(documents: list[Document], kind: str) -> Document:
