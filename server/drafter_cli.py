@@ -41,8 +41,16 @@ Number = Annotated[int, typer.Argument(help="Number of the version.", metavar="V
 Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
 Route = Annotated[str, typer.Option(help="Tenant or domain; empty for the route all share.")]
 Traffic = Annotated[Path, typer.Option(help="The --traffic-folder of a server.", envvar="SLIPSTREAM_TRAFFIC_FOLDER")]
-Model = Annotated[str, typer.Option(help="The model it drafts for: folder, GGUF file, or 'default'.")]
-Lineage = Annotated[str, typer.Option(help="The --target-lineage of the server whose traffic, or versions, these are.")]
+Model = Annotated[
+    str, typer.Option(help="The model it drafts for: folder, GGUF file, or 'default'.", envvar="SLIPSTREAM_MODEL")
+]
+Lineage = Annotated[
+    str,
+    typer.Option(
+        help="The --target-lineage of the server whose traffic, or versions, these are.",
+        envvar="SLIPSTREAM_TARGET_LINEAGE",
+    ),
+]
 TrainedRoute = Annotated[str, typer.Option(help="tenant:NAME or domain:NAME; empty for the route all share.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 takes every core.")]
 
@@ -213,7 +221,14 @@ def prune(
 def train(
     registry: Folder,
     traffic_folder: Traffic,
-    minutes: Annotated[float, typer.Option(min=0, help="How long; then what was learned last is judged, too.")],
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="How long; then what was learned last is judged, too. Without it, until it is ended: where there is "
+            "nothing left to learn it waits for more traffic, as beside a server.",
+        ),
+    ] = None,
     model: Model = "default",
     target_lineage: Lineage = "",
     route: TrainedRoute = "",
@@ -226,7 +241,7 @@ def train(
     promote: Annotated[bool, typer.Option(help="Make versions live that pass the gate; a pinned one stays.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Train on kept traffic without a server, as its worker does; Ctrl-C ends it early."""
+    """Train on kept traffic without a server, as its worker does; Ctrl-C or SIGTERM ends it early."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from slipstream.drafter.training.control import Control, Report  # imports torch
@@ -244,15 +259,15 @@ def train(
         registry=str(registry),
         routes=(route,),
         loss=None if loss == "auto" else loss,
-        first_tokens=1,
         round_tokens=round_tokens,
-        epochs=1e9,  # as long as was asked for
         threads=threads or None,
     )
+    if minutes is not None:
+        options = msgspec.structs.replace(options, first_tokens=1, epochs=1e9)  # on what there is, as long as asked for
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     began, published, tokens, said = time.monotonic(), [], 0, ""
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("starting", total=minutes * 60)
+        bar = progress.add_task("starting", total=None if minutes is None else minutes * 60)
 
         def show(told: Report) -> None:
             nonlocal tokens, said
@@ -270,15 +285,18 @@ def train(
                     versions.promote(told.version, "trained offline and passed the gate")
 
         ready, over = threading.Event(), threading.Event()
-        before = signal.signal(signal.SIGINT, lambda *_: over.set())
+        stopping = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, lambda *_: over.set()) for number in stopping]
         try:
-            worker = Worker(options, Control("always", until(ready, over, minutes * 60), show))
+            seconds = None if minutes is None else minutes * 60
+            worker = Worker(options, Control("always", until(ready, over, seconds), show))
             began = time.monotonic()
             ready.set()
             worker.run()
         finally:
-            signal.signal(signal.SIGINT, before)
-    if not tokens:
+            for number, handler in zip(stopping, before, strict=True):
+                signal.signal(number, handler)
+    if not tokens and minutes is not None:
         why = said or f"{traffic_folder} has no texts for {route or 'the shared route'}"
         raise ConfigError(f"nothing was learned: {why}")
     if as_json:
@@ -286,8 +304,8 @@ def train(
     print(f"learned {tokens:,} tokens; versions that passed the gate: {', '.join(map(str, published)) or 'none'}")
 
 
-def until(ready: threading.Event, over: threading.Event, seconds: float) -> Iterator[str]:
-    """What the worker is told: to finish when the time is over."""
+def until(ready: threading.Event, over: threading.Event, seconds: float | None) -> Iterator[str]:
+    """What the worker is told: to finish when the time is over, or when ``over`` says so."""
     ready.wait()
     over.wait(seconds)
     yield '{"type":"finish"}'

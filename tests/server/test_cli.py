@@ -112,6 +112,11 @@ def test_environment_sets_options() -> None:
     assert "/from/the/environment" in done.stderr
 
 
+def test_what_kubernetes_says_of_a_service_is_no_option() -> None:
+    done = run("serve", SLIPSTREAM_PORT="tcp://10.96.0.12:8000", SLIPSTREAM_MODEL="/from/the/environment")
+    assert "/from/the/environment" in done.stderr and "tcp:" not in done.stderr
+
+
 def test_defaults_of_options_are_those_of_the_configuration() -> None:
     values = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
     assert build(ServerConfig, values | {"api_key": ["a", "b"]}) == ServerConfig(api_key=("a", "b"))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +96,32 @@ def test_training_ends_with_a_live_version_that_eval_finds_better_than_none(cli:
 
     again = cli.json("train", "--minutes", 0.05, "--no-promote")
     assert again["tokens"] > 0 and registry.live() is None
+
+
+def test_without_an_end_it_waits_for_traffic_and_ends_when_it_is_told(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(cli.folder / "model")
+    TrafficStore(tmp_path / "traffic").close()
+    checkpoint = tmp_path / "registry" / "training" / "shared.pt"
+
+    def serve_then_stop() -> None:
+        until(lambda: checkpoint.parent.exists())
+        store = TrafficStore(tmp_path / "traffic")
+        store.append([text(number) for number in range(800)])
+        store.close()
+        until(checkpoint.exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def until(happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not happened() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    other = threading.Thread(target=serve_then_stop)
+    other.start()
+    trained = Cli(tmp_path).json("train", "--no-promote", "--round-tokens", 4_000)
+    other.join()
+    assert trained["tokens"] > 0 and checkpoint.exists()
+    assert Registry(tmp_path / "registry").live() is None
 
 
 def test_what_cannot_work_is_said(cli: Cli, tmp_path: Path) -> None:
