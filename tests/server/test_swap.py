@@ -80,6 +80,9 @@ async def serve_while_swapping(
         for version in range(2, swaps + 2):
             reply = await engine.call(SwapDrafter(version, "", str(files[version % len(files)])))
             assert reply.version == version and reply.pause_seconds < reply.prepare_seconds
+            async with asyncio.timeout(300):  # a swap takes less than a step of many streams
+                while not order or order[-1] < version:
+                    await asyncio.sleep(0.01)
             with pytest.raises(SlipstreamError, match="is no drafter"):
                 await engine.call(SwapDrafter(version, "", str(files[0].parent / "nothing")))
         swapping = False
@@ -89,7 +92,7 @@ async def serve_while_swapping(
         assert head.routes == {"": swaps + 1} and head.swaps == swaps
     finally:
         await engine.close()
-    assert order == sorted(order) and len(set(order)) > swaps // 2
+    assert order == sorted(order) and set(order) >= set(range(2, swaps + 2)), "drafts of each were verified"
     assert all(deltas[-1].finish_reason == "length" for deltas in told)
     answers = [[token for delta in deltas for token in delta.tokens] for deltas in told]
     return answers, told
