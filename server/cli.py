@@ -22,6 +22,7 @@ from slipstream.server.config import ServerConfig
 from slipstream.server.drafter_cli import drafter_app
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.traffic_cli import app as traffic_app
+from slipstream.server.training_cli import evaluate_head, train
 
 STARTED = time.monotonic()
 USER_ERROR = 2
@@ -38,6 +39,8 @@ app = typer.Typer(
 )
 app.add_typer(drafter_app, name="drafter")
 app.add_typer(traffic_app, name="traffic")
+drafter_app.command()(train)
+drafter_app.command("eval")(evaluate_head)
 ConfigType = TypeVar("ConfigType")
 
 

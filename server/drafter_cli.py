@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -20,9 +16,6 @@ from rich.table import Table
 
 from slipstream.drafter.registry.registry import Registry, default_folder
 from slipstream.drafter.registry.states import Version
-from slipstream.drafter.traffic.index import TrafficIndex
-from slipstream.engine.errors import ConfigError, ModelError
-from slipstream.server.evolution.config import check_route
 from slipstream.server.log import printable
 
 drafter_app = typer.Typer(
@@ -40,7 +33,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Number = Annotated[int, typer.Argument(help="Number of the version.", metavar="VERSION")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
 Route = Annotated[str, typer.Option(help="Tenant or domain; empty for the route all share.")]
-Traffic = Annotated[Path, typer.Option(help="The --traffic-folder of a server.", envvar="SLIPSTREAM_TRAFFIC_FOLDER")]
 Model = Annotated[
     str, typer.Option(help="The model it drafts for: folder, GGUF file, or 'default'.", envvar="SLIPSTREAM_MODEL")
 ]
@@ -51,8 +43,6 @@ Lineage = Annotated[
         envvar="SLIPSTREAM_TARGET_LINEAGE",
     ),
 ]
-TrainedRoute = Annotated[str, typer.Option(help="tenant:NAME or domain:NAME; empty for the route all share.")]
-Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 takes every core.")]
 
 
 def open_registry(folder: Path) -> Registry:
@@ -215,153 +205,6 @@ def prune(
     if as_json:
         return print_json(pruned)
     print(f"pruned: {', '.join(map(str, pruned))}" if pruned else "nothing to prune")
-
-
-@drafter_app.command()
-def train(
-    registry: Folder,
-    traffic_folder: Traffic,
-    minutes: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="How long; then what was learned last is judged, too. Without it, until it is ended: where there is "
-            "nothing left to learn it waits for more traffic, as beside a server.",
-        ),
-    ] = None,
-    model: Model = "default",
-    target_lineage: Lineage = "",
-    route: TrainedRoute = "",
-    loss: Annotated[
-        Literal["auto", "ce", "kl", "rkl", "jsd", "tv", "tvpp", "nla", "lk"],
-        typer.Option(help="What is minimised; auto: cross-entropy for greedy traffic, forward KL for sampled."),
-    ] = "auto",
-    round_tokens: Annotated[int, typer.Option(min=1, help="Positions learned between two versions.")] = 100_000,
-    threads: Threads = 0,
-    promote: Annotated[bool, typer.Option(help="Make versions live that pass the gate; a pinned one stays.")] = True,
-    as_json: AsJson = False,
-) -> None:
-    """Train on kept traffic without a server, as its worker does; Ctrl-C or SIGTERM ends it early."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from slipstream.drafter.training.control import Control, Report  # imports torch
-    from slipstream.drafter.training.course import WorkerOptions
-    from slipstream.drafter.training.worker import Worker
-
-    if route:
-        check_route(route, "route")
-    TrafficIndex(traffic_folder).close()  # says so where there is none
-    versions = Registry(registry)
-    options = WorkerOptions(
-        model=model,
-        lineage=target_lineage,
-        traffic=str(traffic_folder),
-        registry=str(registry),
-        routes=(route,),
-        loss=None if loss == "auto" else loss,
-        round_tokens=round_tokens,
-        threads=threads or None,
-    )
-    if minutes is not None:
-        options = msgspec.structs.replace(options, first_tokens=1, epochs=1e9)  # on what there is, as long as asked for
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    began, published, tokens, said = time.monotonic(), [], 0, ""
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("starting", total=None if minutes is None else minutes * 60)
-
-        def show(told: Report) -> None:
-            nonlocal tokens, said
-            tokens, said = max(tokens, told.tokens), told.message if told.state == "waiting" else said
-            what = f"{told.state}: step {told.step}, {told.tokens:,} tokens, {told.tokens_per_second:,.0f} per second"
-            what += f", loss {told.loss:.3f}" if told.loss else ""
-            progress.update(bar, description=what, completed=time.monotonic() - began)
-            if told.state in ("published", "refused"):
-                name = f"version {told.version}" if told.version else "no version"
-                progress.print(f"{told.tokens:,} tokens: {name}, {told.message}")
-            if told.state == "published" and versions.get(told.version).route == route:
-                published.append(told.version)
-                live = versions.live(route)
-                if promote and not (live and live.pinned):
-                    versions.promote(told.version, "trained offline and passed the gate")
-
-        ready, over = threading.Event(), threading.Event()
-        stopping = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, lambda *_: over.set()) for number in stopping]
-        try:
-            seconds = None if minutes is None else minutes * 60
-            worker = Worker(options, Control("always", until(ready, over, seconds), show))
-            began = time.monotonic()
-            ready.set()
-            worker.run()
-        finally:
-            for number, handler in zip(stopping, before, strict=True):
-                signal.signal(number, handler)
-    if not tokens and minutes is not None:
-        why = said or f"{traffic_folder} has no texts for {route or 'the shared route'}"
-        raise ConfigError(f"nothing was learned: {why}")
-    if as_json:
-        return print_json({"tokens": tokens, "versions": [versions.get(number) for number in published]})
-    print(f"learned {tokens:,} tokens; versions that passed the gate: {', '.join(map(str, published)) or 'none'}")
-
-
-def until(ready: threading.Event, over: threading.Event, seconds: float | None) -> Iterator[str]:
-    """What the worker is told: to finish when the time is over, or when ``over`` says so."""
-    ready.wait()
-    over.wait(seconds)
-    yield '{"type":"finish"}'
-    threading.Event().wait()  # the line stays open until the worker has ended
-
-
-@drafter_app.command("eval")
-def evaluate_head(
-    registry: Folder,
-    head: Annotated[str, typer.Argument(metavar="VERSION|FOLDER", help="Number of a version, or folder of a head.")],
-    traffic_folder: Traffic,
-    model: Model = "default",
-    target_lineage: Lineage = "",
-    route: TrainedRoute = "",
-    texts: Annotated[int, typer.Option(min=1, help="How many, the latest ones.")] = 200,
-    depth: Annotated[int, typer.Option(min=1, max=15, help="Draft tokens in a row.")] = 3,
-    everything: Annotated[bool, typer.Option("--all", help="Also texts that training may have seen.")] = False,
-    threads: Threads = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Score a head as the gate does, on kept traffic that training does not see, against the live version."""
-    import torch
-
-    from slipstream.drafter.training.course import WorkerOptions
-    from slipstream.drafter.training.evaluate import evaluate
-
-    if route:
-        check_route(route, "route")
-    if threads:
-        torch.set_num_threads(threads)
-    options = WorkerOptions(
-        model=model,
-        lineage=target_lineage,
-        traffic=str(traffic_folder),
-        registry=str(registry),
-        routes=(route,),
-        gate_texts=texts,
-        depth=depth,
-    )
-    if head.isdecimal():
-        found = evaluate(int(head), options, open_registry(registry), everything)
-    else:
-        opened = None
-        with suppress(ModelError):  # a folder can be scored without a registry
-            opened = open_registry(registry)
-        found = evaluate(Path(head), options, opened, everything)
-    if as_json:
-        return print_json(found)
-    verdict = found.verdict
-    live = "no drafter" if found.live is None else f"version {found.live} (live)"
-    table = Table("accept length with", cell(head), live, box=box.SIMPLE)
-    for count, (ours, theirs) in enumerate(zip(found.accept_lengths, found.live_accept_lengths, strict=True), 1):
-        table.add_row(f"{count} draft token{'s' if count > 1 else ''}", f"{ours:.3f}", f"{theirs:.3f}")
-    show_table(table)
-    what = "passes the gate" if verdict.passes else "does not pass the gate"
-    print(f"{what}: at least {verdict.least_ratio:.3f} times the live one with 97.5 %; {verdict.describe()}")
 
 
 def report(version: Version, what: str, as_json: bool) -> None:

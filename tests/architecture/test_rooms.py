@@ -53,7 +53,7 @@ def test_words_are_those_of_the_map(instead: str, word: re.Pattern[str]) -> None
         ("slipstream.drafter.registry.manifest", {"torch", "numpy", "transformers"}),
         ("slipstream.drafter.names", {"torch", "numpy", "transformers"}),
         ("slipstream.server.cli", {"torch", "numpy", "transformers", "slipstream.loadtest"}),
-        ("slipstream.server.drafter_cli", {"torch", "numpy", "transformers"}),
+        ("slipstream.server.training_cli", {"torch", "numpy", "transformers"}),
         ("slipstream.server.app", {"torch", "numpy", "transformers"}),
         ("slipstream.clients.aio", {"torch", "numpy", "transformers", "slipstream.engine"}),
         ("slipstream.clients.admin", {"torch", "numpy", "transformers", "slipstream.engine"}),

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-sys.path += [str(HERE), str(ROOT / "docker" / "helm")]
-
 from containers import Containers
 from engine_here import Docker, UnavailableError, engine
+
+ROOT = Path(__file__).parents[2]
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:

@@ -9,7 +9,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,13 +138,3 @@ class Containers:
         for name in self.started:
             self.docker.run("rm", "-f", "-v", name)
         self.started.clear()
-
-
-@contextlib.contextmanager
-def volume(docker: Docker) -> Iterator[str]:
-    name = f"slipstream-proof-{time.time_ns()}"
-    docker("volume", "create", name)
-    try:
-        yield name
-    finally:
-        docker.run("volume", "rm", "-f", name)

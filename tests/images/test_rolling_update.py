@@ -1,4 +1,4 @@
-"""A rolling update as Kubernetes does it, with two containers behind what stands in for a Service: no request is lost."""
+"""A rolling update as Kubernetes does it, of containers behind what stands in for a Service: no request is lost."""
 
 from __future__ import annotations
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-import threading
 import time
-from typing import Any
 
 import pytest
-from containers import HARDENED, Container, Containers, volume
-from engine_here import Docker, until
+from containers import HARDENED, Containers
 
 pytestmark = pytest.mark.images
 QUESTION = "Why is the sky blue?"
@@ -63,67 +59,3 @@ def test_under_limits_it_answers_or_says_what_it_needs(run: Containers, limits: 
     assert all(stream.join().is_whole and stream.error is None for stream in streams)
     assert not server.state["OOMKilled"] and server.state["Status"] == "running", server.log
     print(f"{limits}: answers")
-
-
-def test_a_drafter_is_trained_gated_and_swapped_inside_and_outlives_restart_and_kill(
-    docker: Docker, run: Containers
-) -> None:
-    options = {
-        "REGISTRY": "/data/drafters",
-        "TRAFFIC_LOG": "features",
-        "TRAFFIC_FOLDER": "/data/traffic",
-        "EVOLVE": "always",
-        "EVOLVE_FIRST_TOKENS": "400",
-        "EVOLVE_ROUND_TOKENS": "3000",
-        "ADMIN_KEY": "admin-of-the-proof",
-    }
-    given = [part for name, value in options.items() for part in ("-e", f"SLIPSTREAM_{name}={value}")]
-    with volume(docker) as data:
-        server = run(*HARDENED, *given, "--user", "12345:0", "-v", f"{data}:/data").wait_until_ready()
-        with Answering(server):
-            until(lambda: live_version(server) > 0, 240)
-        version = live_version(server)
-        assert server.metric("drafter_swaps_total") >= 1
-        [manifest] = [each for each in listed(server) if each["version"] == version]
-        assert manifest["manifest"]["gate"] and manifest["manifest"]["training"]["tokens"] > 0
-
-        for again in (("restart", "-t", "45"), ("kill", "-s", "KILL")):
-            docker(*again, server.name)
-            if again[0] == "kill":
-                until(lambda: server.state["Status"] == "exited", 30)
-                docker("start", server.name)
-            server.wait_until_ready()
-            assert server.metric("drafter_version", route="") >= version
-            assert server.stream(QUESTION, 16).join().is_whole
-        run.remove()
-
-
-class Answering:
-    """Questions are asked until the block is left, a new one each time."""
-
-    def __init__(self, server: Container) -> None:
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(server, number)) for number in range(4)]
-
-    def __enter__(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def __exit__(self, *_: Any) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _ask(self, server: Container, number: int) -> None:
-        for count in range(100):
-            if self._over.is_set():
-                return
-            server.stream(f"Tell me {count} facts about river number {number}.", 40).join()
-
-
-def live_version(server: Container) -> int:
-    return int(server.metric("drafter_version", route=""))
-
-
-def listed(server: Container) -> Any:
-    return json.loads(server.docker("exec", server.name, "slipstream", "drafter", "list", "--json"))

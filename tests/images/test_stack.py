@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import subprocess
-import urllib.request
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,17 @@ pytestmark = pytest.mark.images
 PROMETHEUS = ("prometheus",)
 """Debian's package, for promtool, and for the server where no images can be pulled."""
 QUESTION = "Name a river."
+HURRIED = {
+    "SLIPSTREAM_REGISTRY": "/data/drafters",
+    "SLIPSTREAM_TRAFFIC_LOG": "features",
+    "SLIPSTREAM_TRAFFIC_FOLDER": "/data/traffic",
+    "SLIPSTREAM_EVOLVE": "always",
+    "SLIPSTREAM_EVOLVE_FIRST_TOKENS": "400",
+    "SLIPSTREAM_EVOLVE_ROUND_TOKENS": "3000",
+    "SLIPSTREAM_CANARY_REQUESTS": "20",
+    "SLIPSTREAM_ADMIN_KEY": "admin-of-the-proof",
+}
+"""Rounds and trials of seconds."""
 
 
 @dataclass
@@ -67,15 +78,15 @@ def prometheus_image(docker: Docker, tree: Path, promtool: Path, work: Path) -> 
 def stack(
     docker: Docker, images: Any, tree: Path, prometheus_image: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stack]:
-    """The stack with evolution by a trainer of its own, on free ports, with short rounds."""
-    hurried = tmp_path_factory.mktemp("stack") / "hurried.yaml"
-    server = {"SLIPSTREAM_ADMIN_KEY": "admin-of-the-proof", "SLIPSTREAM_CANARY_REQUESTS": "20"}
-    services = {"slipstream": {"environment": server, "healthcheck": {"interval": "1s"}}}
-    hurried.write_text(yaml.safe_dump({"services": services | {"prometheus": {"healthcheck": {"interval": "1s"}}}}))
-    folder = tree / "docker"
+    """The server with evolution, on free ports, with short rounds, and Prometheus."""
+    hurried, folder = tmp_path_factory.mktemp("stack") / "hurried.yaml", tree / "docker"
+    often = {"healthcheck": {"interval": "1s"}}
+    hurried.write_text(
+        yaml.safe_dump({"services": {"slipstream": often | {"environment": HURRIED}, "prometheus": often}})
+    )
     ports = {f"PUBLISH{name}": "127.0.0.1:0" for name in ("", "_PROMETHEUS", "_GRAFANA")}
     environment = ports | {"SLIPSTREAM_IMAGE": images.cpu, "COMPOSE_PROJECT_NAME": "slipstream-proof", "MEMORY": "2g"}
-    made = Stack(docker, (folder / "compose.yaml", folder / "compose.evolve.yaml", hurried), environment)
+    made = Stack(docker, (folder / "compose.yaml", hurried), environment)
     try:
         made("up", "-d", "--no-build", "--pull", "never", "--wait", "--wait-timeout", "300", "slipstream", "prometheus")
         yield made
@@ -88,7 +99,46 @@ def server(stack: Stack) -> Container:
     return stack.container("slipstream")
 
 
-@pytest.mark.parametrize("over", [(), ("compose.gpu.yaml",), ("compose.evolve.yaml",), ("compose.gpu.yaml", "compose.evolve.yaml")])
+@contextlib.contextmanager
+def asking(server: Container, clients: int = 4) -> Iterator[None]:
+    """Questions are asked until the block is left, a new one each time."""
+    over = threading.Event()
+
+    def ask(number: int) -> None:
+        for count in range(100):
+            if over.is_set():
+                return
+            server.stream(f"Tell me {count} facts about river number {number}.", 40).join()
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def live_version(server: Container) -> int:
+    return int(server.metric("drafter_version", route=""))
+
+
+def drafters(server: Container) -> str:
+    """The versions in the registry, as the command line in the container lists them."""
+    return server.docker("exec", server.name, "slipstream", "drafter", "list", "--json")
+
+
+LAID_OVER: tuple[tuple[str, ...], ...] = (
+    (),
+    ("compose.gpu.yaml",),
+    ("compose.evolve.yaml",),
+    ("compose.gpu.yaml", "compose.evolve.yaml"),
+)
+
+
+@pytest.mark.parametrize("over", LAID_OVER)
 def test_compose_takes_the_files(docker: Docker, tree: Path, over: tuple[str, ...]) -> None:
     files = ("compose.yaml", *over)
     stack = Stack(docker, tuple(tree / "docker" / file for file in files), {})
@@ -105,6 +155,17 @@ def test_compose_takes_the_files(docker: Docker, tree: Path, over: tuple[str, ..
         assert served["build"]["dockerfile"] == "docker/Dockerfile" and served["image"] == "slipstream:cuda"
 
 
+def test_the_dashboard_and_the_rules(tree: Path, promtool: Path) -> None:
+    folder = tree / "docker"
+    grafana = folder / "grafana"
+    asked = monitoring.queries(grafana / "dashboards" / "slipstream.json", folder / "prometheus" / "rules.yml")
+    sources = grafana / "provisioning" / "datasources" / "prometheus.yaml"
+    assert monitoring.dashboard_problems(grafana / "dashboards" / "slipstream.json", sources) == []
+    rules, tests = (folder / "prometheus" / name for name in ("rules.yml", "rules_test.yml"))
+    assert monitoring.rule_problems(rules, tests) == []
+    assert monitoring.promtool_problems(promtool, asked, folder / "prometheus") == []
+
+
 def test_the_stack_comes_up_hardened(server: Container) -> None:
     found = server.docker.inspect(server.name)
     assert found["State"]["Health"]["Status"] == "healthy"
@@ -114,10 +175,60 @@ def test_the_stack_comes_up_hardened(server: Container) -> None:
     assert server.stream(QUESTION, 16).join().is_whole
 
 
-def test_rules_and_their_tests(tree: Path, promtool: Path) -> None:
-    folder = tree / "docker" / "prometheus"
-    for arguments in (("check", "config", "--syntax-only", "prometheus.yml"), ("check", "rules", "rules.yml")):
-        done = subprocess.run([promtool, *arguments], cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    done = subprocess.run([promtool, "test", "rules", "rules_test.yml"], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_drafter_is_trained_gated_and_swapped(server: Container) -> None:
+    with asking(server):
+        until(lambda: live_version(server) > 0, 240)
+    version = live_version(server)
+    assert server.metric("drafter_swaps_total") >= 1
+    [found] = [each for each in json.loads(drafters(server)) if each["version"] == version]
+    assert found["manifest"]["gate"] and found["manifest"]["training"]["tokens"] > 0
+
+
+def test_every_query_finds_data(stack: Stack, server: Container, tree: Path) -> None:
+    folder = tree / "docker"
+    dashboard = folder / "grafana" / "dashboards" / "slipstream.json"
+    asked = monitoring.queries(dashboard, folder / "prometheus" / "rules.yml")
+    status, page = server.get("/metrics")
+    assert status == 200 and monitoring.unknown_metrics(asked, monitoring.exposed(page)) == []
+    url = stack.port("prometheus", 9090)
+    wrong: list[str] = []
+
+    def answered() -> bool:
+        wrong[:] = monitoring.without_data(url, asked)
+        return not wrong
+
+    with asking(server), contextlib.suppress(TimeoutError):
+        until(answered, 60, 2)
+    assert not wrong, "\n".join(wrong)
+    print(f"{len(asked)} queries find data")
+
+
+@pytest.mark.parametrize("how", ["restart", "kill"])
+def test_the_live_version_outlives_a_restart_and_a_kill(stack: Stack, server: Container, how: str) -> None:
+    version = live_version(server)
+    assert version > 0
+    if how == "restart":
+        server.docker("restart", "-t", "45", server.name)
+    else:
+        server.docker("kill", "-s", "KILL", server.name)
+        until(lambda: server.state["Status"] == "exited", 30)
+        server.docker("start", server.name)
+    server.wait_until_ready()
+    assert live_version(server) >= version
+    assert server.stream(QUESTION, 16).join().is_whole
+
+
+def test_a_trainer_of_its_own_makes_versions(stack: Stack, server: Container, tree: Path) -> None:
+    """The folders that the server left are there for a trainer, which begins where traffic is."""
+    before = max(each["version"] for each in json.loads(drafters(server)))
+    apart = Stack(
+        stack.docker, (stack.files[0], tree / "docker" / "compose.evolve.yaml", stack.files[1]), stack.environment
+    )
+    apart("up", "-d", "--no-build", "--pull", "never", "--wait", "--wait-timeout", "300", "slipstream", "trainer")
+    with asking(server):
+        until(lambda: max(each["version"] for each in json.loads(drafters(server))) > before, 240, 1)
+    trainer = apart.container("trainer")
+    assert trainer.state["Status"] == "running" and "version" in trainer.log, trainer.log
+    assert apart.docker.inspect(trainer.name)["HostConfig"]["CpuShares"] == 2
+    apart("stop", "trainer")
+    assert trainer.state["ExitCode"] == 0, trainer.log
