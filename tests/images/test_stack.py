@@ -85,7 +85,12 @@ def stack(
         yaml.safe_dump({"services": {"slipstream": often | {"environment": HURRIED}, "prometheus": often}})
     )
     ports = {f"PUBLISH{name}": "127.0.0.1:0" for name in ("", "_PROMETHEUS", "_GRAFANA")}
-    environment = ports | {"SLIPSTREAM_IMAGE": images.cpu, "COMPOSE_PROJECT_NAME": "slipstream-proof", "MEMORY": "2g"}
+    environment = ports | {
+        "SLIPSTREAM_IMAGE": images.cpu,
+        "TRAINER_IMAGE": images.cpu,
+        "COMPOSE_PROJECT_NAME": "slipstream-proof",
+        "MEMORY": "2g",
+    }
     made = Stack(docker, (folder / "compose.yaml", hurried), environment)
     try:
         made("up", "-d", "--no-build", "--pull", "never", "--wait", "--wait-timeout", "300", "slipstream", "prometheus")
