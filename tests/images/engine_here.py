@@ -189,6 +189,7 @@ def wheels(work: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{WHEELS_PORT}/"
     finally:
         server.shutdown()
+        server.server_close()
 
 
 def make_base(docker: Docker, work: Path, tools: Path, served: str) -> None:

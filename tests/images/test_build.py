@@ -91,7 +91,7 @@ def test_what_triton_needs_at_run_time_is_in_it(docker: Docker, images: Any) -> 
     [
         (("slipstream", "serve", "--help"), "--max-running"),
         (("bash",), "No such command 'bash'"),
-        (("serve", "my-model"), "unexpected extra argument (my-model)"),
+        (("serve", "my-model"), "unexpected extra argument(s) (my-model)"),
     ],
 )
 def test_arguments_are_understood_or_refused_with_a_sentence(
@@ -104,7 +104,7 @@ def test_arguments_are_understood_or_refused_with_a_sentence(
 
 def test_a_change_of_source_costs_megabytes(docker: Docker, image: str) -> None:
     """The layer of our wheel is the last one that holds anything."""
-    layers = docker("history", "--human=false", "--format", "{{json .}}", image).splitlines()
+    layers = docker("history", "--no-trunc", "--human=false", "--format", "{{json .}}", image).splitlines()
     sizes = [(int(float(layer["Size"])), layer["CreatedBy"]) for layer in map(json.loads, layers)]
     ours = next(index for index, (_, by) in enumerate(sizes) if "/dist/*.whl" in by)
     assert sum(size for size, _ in sizes[: ours + 1]) < 40e6 < sum(size for size, _ in sizes)
