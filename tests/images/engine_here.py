@@ -22,8 +22,15 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("docker.io", "docker-cli", "docker-buildx", "containerd", "runc", "mmdebstrap")
-"""In one release of Debian or another; together they have dockerd, its client and what it needs."""
+PACKAGES = (
+    *("docker.io", "docker-cli", "docker-buildx", "containerd", "runc", "mmdebstrap"),
+    *("iptables", "libxtables12", "libip4tc2", "libip6tc2", "libnftnl11", "libmnl0"),
+    *("libnfnetlink0", "libnetfilter-conntrack3"),
+)
+"""In one release of Debian or another; together they have dockerd, its client and what it needs.
+
+It never touches this machine's firewall, but that inside of each container: there names of services are answered.
+"""
 PYTHON = "3.11"
 """That of the stand-in, Debian's."""
 WHEELS_PORT = 18123
@@ -117,6 +124,9 @@ def unpack(work: Path, packages: Sequence[str], wanted: str) -> Path:
         subprocess.run(["apt-get", "update", "-qq"], capture_output=True, check=False)
     for file in folder.glob("*.deb"):
         subprocess.run(["dpkg-deb", "-x", str(file), str(root)], check=True)
+    for name in ("iptables", "ip6tables"):  # what an installation would have linked
+        if (root / "usr/sbin" / f"{name}-nft").exists() and not (root / "usr/sbin" / name).exists():
+            (root / "usr/sbin" / name).symlink_to(f"{name}-nft")
     if not (root / wanted).exists():
         raise UnavailableError(f"{packages[0]} cannot be had from Debian's packages here")
     return root
@@ -131,6 +141,8 @@ def dockerd(work: Path, tools: Path) -> Iterator[Docker]:
     path = f"{tools}/usr/sbin:{tools}/usr/bin:{os.environ['PATH']}"
     environment = {"PATH": path, "DOCKER_HOST": f"unix://{state}/sock", "DOCKER_BUILDKIT": "1"}
     environment["DOCKER_CONFIG"] = str(work / "config")
+    for folder in tools.glob("usr/lib/*-linux-gnu"):
+        environment |= {"LD_LIBRARY_PATH": str(folder), "XTABLES_LIBDIR": str(folder / "xtables")}
     link_plugins(plugins, tools)
     end(state / "pid")  # of a proof that was killed
     command = ["dockerd", "--data-root", state / "data", "--exec-root", state / "exec", "--pidfile", state / "pid"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,30 @@ pytestmark = pytest.mark.images
 PROMETHEUS = ("prometheus",)
 """Debian's package, for promtool, and for the server where no images can be pulled."""
 QUESTION = "Name a river."
+VERBS = ("What is", "Tell me about", "Who needs", "Where do I find", "Write a line about", "Explain", "Why is there")
+NOUNS = (
+    "a river",
+    "salt",
+    "the moon",
+    "a violin",
+    "bread",
+    "a lighthouse",
+    "the winter",
+    "a spider",
+    "glass",
+    "a king",
+)
+QUESTIONS = itertools.product(("?", " today?", " in Rome?", " to a child."), VERBS, NOUNS)
+"""Of many kinds, since the gate wants to see different ones."""
 HURRIED = {
     "SLIPSTREAM_REGISTRY": "/data/drafters",
     "SLIPSTREAM_TRAFFIC_LOG": "features",
     "SLIPSTREAM_TRAFFIC_FOLDER": "/data/traffic",
     "SLIPSTREAM_EVOLVE": "always",
-    "SLIPSTREAM_EVOLVE_FIRST_TOKENS": "400",
-    "SLIPSTREAM_EVOLVE_ROUND_TOKENS": "3000",
+    "SLIPSTREAM_EVOLVE_FIRST_TOKENS": "300",
+    "SLIPSTREAM_EVOLVE_ROUND_TOKENS": "1500",
     "SLIPSTREAM_CANARY_REQUESTS": "20",
+    "SLIPSTREAM_MAX_DRAFT_TOKENS": "3",
     "SLIPSTREAM_ADMIN_KEY": "admin-of-the-proof",
 }
 """Rounds and trials of seconds."""
@@ -104,29 +120,25 @@ def server(stack: Stack) -> Container:
     return stack.container("slipstream")
 
 
-@contextlib.contextmanager
-def asking(server: Container, clients: int = 4) -> Iterator[None]:
-    """Questions are asked until the block is left, a new one each time."""
-    over = threading.Event()
-
-    def ask(number: int) -> None:
-        for count in range(100):
-            if over.is_set():
-                return
-            server.stream(f"Tell me {count} facts about river number {number}.", 40).join()
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
+def ask(server: Container, questions: int) -> None:
+    """So many, each another one, eight at a time; then the processor is free for training."""
+    for _ in range(0, questions, 8):
+        asked = [f"{verb} {noun}{mark}" for mark, verb, noun in itertools.islice(QUESTIONS, 8)]
+        assert all(answer.join().is_whole for answer in [server.stream(question, 24) for question in asked])
 
 
-def live_version(server: Container) -> int:
+def ask_until(server: Container, happened: Callable[[], bool]) -> None:
+    """Asks, lets it train, and asks more if what there was did not do for a version; raises TimeoutError."""
+    for _ in range(6):
+        ask(server, 96)
+        with contextlib.suppress(TimeoutError):
+            until(happened, 45, 0.5)
+            return
+    raise TimeoutError(f"it did not happen: {server.log}")
+
+
+def drafting(server: Container) -> int:
+    """The version that the engine drafts with."""
     return int(server.metric("drafter_version", route=""))
 
 
@@ -181,12 +193,10 @@ def test_the_stack_comes_up_hardened(server: Container) -> None:
 
 
 def test_a_drafter_is_trained_gated_and_swapped(server: Container) -> None:
-    with asking(server):
-        until(lambda: live_version(server) > 0, 240)
-    version = live_version(server)
-    assert server.metric("drafter_swaps_total") >= 1
-    [found] = [each for each in json.loads(drafters(server)) if each["version"] == version]
-    assert found["manifest"]["gate"] and found["manifest"]["training"]["tokens"] > 0
+    ask_until(server, lambda: server.metric("drafter_swaps_total") >= 1)
+    [live] = [each for each in json.loads(drafters(server)) if each["state"] == "live"]
+    assert live["manifest"]["gate"] and live["manifest"]["training"]["tokens"] > 0
+    until(lambda: drafting(server) >= live["version"], 60)
 
 
 def test_every_query_finds_data(stack: Stack, server: Container, tree: Path) -> None:
@@ -199,10 +209,11 @@ def test_every_query_finds_data(stack: Stack, server: Container, tree: Path) -> 
     wrong: list[str] = []
 
     def answered() -> bool:
+        ask(server, 8)
         wrong[:] = monitoring.without_data(url, asked)
         return not wrong
 
-    with asking(server), contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError):
         until(answered, 60, 2)
     assert not wrong, "\n".join(wrong)
     print(f"{len(asked)} queries find data")
@@ -210,8 +221,7 @@ def test_every_query_finds_data(stack: Stack, server: Container, tree: Path) -> 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
 def test_the_live_version_outlives_a_restart_and_a_kill(stack: Stack, server: Container, how: str) -> None:
-    version = live_version(server)
-    assert version > 0
+    [before] = [each["version"] for each in json.loads(drafters(server)) if each["state"] == "live"]
     if how == "restart":
         server.docker("restart", "-t", "45", server.name)
     else:
@@ -219,7 +229,8 @@ def test_the_live_version_outlives_a_restart_and_a_kill(stack: Stack, server: Co
         until(lambda: server.state["Status"] == "exited", 30)
         server.docker("start", server.name)
     server.wait_until_ready()
-    assert live_version(server) >= version
+    [live] = [each["version"] for each in json.loads(drafters(server)) if each["state"] == "live"]
+    assert live >= before and drafting(server) >= before and server.metric("drafter_versions", state="live") == 1
     assert server.stream(QUESTION, 16).join().is_whole
 
 
@@ -230,8 +241,7 @@ def test_a_trainer_of_its_own_makes_versions(stack: Stack, server: Container, tr
         stack.docker, (stack.files[0], tree / "docker" / "compose.evolve.yaml", stack.files[1]), stack.environment
     )
     apart("up", "-d", "--no-build", "--pull", "never", "--wait", "--wait-timeout", "300", "slipstream", "trainer")
-    with asking(server):
-        until(lambda: max(each["version"] for each in json.loads(drafters(server))) > before, 240, 1)
+    ask_until(server, lambda: max(each["version"] for each in json.loads(drafters(server))) > before)
     trainer = apart.container("trainer")
     assert trainer.state["Status"] == "running" and "version" in trainer.log, trainer.log
     assert apart.docker.inspect(trainer.name)["HostConfig"]["CpuShares"] == 2
