@@ -105,6 +105,8 @@ def train(
 
         def show(told: Report) -> None:
             nonlocal tokens, said
+            if told.message != said and told.state in ("waiting", "failed") and told.message:
+                progress.print(told.message)
             tokens, said = max(tokens, told.tokens), told.message if told.state == "waiting" else said
             what = f"{told.state}: step {told.step}, {told.tokens:,} tokens, {told.tokens_per_second:,.0f} per second"
             what += f", loss {told.loss:.3f}" if told.loss else ""

@@ -25,10 +25,12 @@ class Container:
 
     docker: Docker
     name: str
+    port: int = 8000
+    """Where it listens, inside."""
 
     @property
     def url(self) -> str:
-        return f"http://{self.docker('port', self.name, '8000').splitlines()[0]}"
+        return f"http://{self.docker('port', self.name, str(self.port)).splitlines()[0]}"
 
     @property
     def state(self) -> Any:
@@ -126,13 +128,15 @@ class Containers:
     image: str
     started: list[str] = field(default_factory=list)
 
-    def __call__(self, *options: str, image: str | None = None, arguments: tuple[str, ...] = ()) -> Container:
+    def __call__(
+        self, *options: str, image: str | None = None, arguments: tuple[str, ...] = (), port: int = 8000
+    ) -> Container:
         """``options`` are those of `docker run`, ``arguments`` those of the server."""
         name = f"slipstream-proof-{next(NUMBERS)}-{time.time_ns() % 10**8}"
         self.started.append(name)
-        port = ("-p", "127.0.0.1::8000")
-        self.docker("run", "-d", "--name", name, *port, *options, image or self.image, *arguments)
-        return Container(self.docker, name)
+        published = ("-p", f"127.0.0.1::{port}")
+        self.docker("run", "-d", "--name", name, *published, *options, image or self.image, *arguments)
+        return Container(self.docker, name, port)
 
     def remove(self) -> None:
         for name in self.started:

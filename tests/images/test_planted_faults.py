@@ -29,7 +29,7 @@ def replace(file: str, old: str, new: str) -> Plant:
 FAULTS: dict[str, tuple[Plant, str, str]] = {
     "wrong command": (
         replace("docker/Dockerfile.cpu", 'CMD ["serve"]', 'CMD ["server"]'),
-        "test_serving.py::test_the_command_of_the_image_serves",
+        "test_stack.py::test_the_stack_comes_up_hardened",
         "No such command 'server'",
     ),
     "no compiler, so no kernels": (

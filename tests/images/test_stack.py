@@ -234,13 +234,19 @@ def test_the_live_version_outlives_a_restart_and_a_kill(stack: Stack, server: Co
     assert server.stream(QUESTION, 16).join().is_whole
 
 
-def test_a_trainer_of_its_own_makes_versions(stack: Stack, server: Container, tree: Path) -> None:
-    """The folders that the server left are there for a trainer, which begins where traffic is."""
+@pytest.mark.slow
+def test_a_trainer_of_its_own_makes_versions(stack: Stack, server: Container, tree: Path, tmp_path: Path) -> None:
+    """The folders that the server left are there for a trainer; the server does not train any more, and tries versions."""
     before = max(each["version"] for each in json.loads(drafters(server)))
-    apart = Stack(
-        stack.docker, (stack.files[0], tree / "docker" / "compose.evolve.yaml", stack.files[1]), stack.environment
-    )
+    only_served = tmp_path / "served.yaml"
+    only_served.write_text(yaml.safe_dump({"services": {"slipstream": {"environment": {"SLIPSTREAM_EVOLVE": "off"}}}}))
+    hurried = tmp_path / "hurried.yaml"
+    hurried.write_text(yaml.safe_dump({"services": {"trainer": {"environment": HURRIED}}}))
+    files = (stack.files[0], tree / "docker" / "compose.evolve.yaml", stack.files[1], only_served, hurried)
+    apart = Stack(stack.docker, files, stack.environment)
     apart("up", "-d", "--no-build", "--pull", "never", "--wait", "--wait-timeout", "300", "slipstream", "trainer")
+    server = apart.container("slipstream")
+    assert server.get("/metrics")[1].count("slipstream:evolution_worker_up{") == 0
     ask_until(server, lambda: max(each["version"] for each in json.loads(drafters(server))) > before)
     trainer = apart.container("trainer")
     assert trainer.state["Status"] == "running" and "version" in trainer.log, trainer.log
