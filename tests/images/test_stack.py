@@ -236,7 +236,7 @@ def test_the_live_version_outlives_a_restart_and_a_kill(stack: Stack, server: Co
 
 @pytest.mark.slow
 def test_a_trainer_of_its_own_makes_versions(stack: Stack, server: Container, tree: Path, tmp_path: Path) -> None:
-    """The folders that the server left are there for a trainer; the server does not train any more, and tries versions."""
+    """The server left folders for a trainer; it does not train itself any more, and tries what comes of them."""
     before = max(each["version"] for each in json.loads(drafters(server)))
     only_served = tmp_path / "served.yaml"
     only_served.write_text(yaml.safe_dump({"services": {"slipstream": {"environment": {"SLIPSTREAM_EVOLVE": "off"}}}}))
