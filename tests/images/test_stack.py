@@ -34,7 +34,7 @@ NOUNS = (
     "a king",
 )
 QUESTIONS = itertools.product(("?", " today?", " in Rome?", " to a child."), VERBS, NOUNS)
-"""Of many kinds, since the gate wants to see different ones."""
+"""They are of many kinds, since the gate wants to see different ones."""
 HURRIED = {
     "SLIPSTREAM_REGISTRY": "/data/drafters",
     "SLIPSTREAM_TRAFFIC_LOG": "features",
