@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,13 @@ class Stack:
         files = [part for file in self.files for part in ("-f", str(file))]
         return self.docker("compose", *files, *arguments, environment=self.environment, timeout=timeout)
 
+    def up(self, *services: str) -> None:
+        """Returns when they are healthy; raises RuntimeError with their logs."""
+        try:
+            self("up", "-d", "--no-build", "--pull", "never", "--wait", "--wait-timeout", "300", *services)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}\n{self('logs', '--no-color', *services)[-4000:]}") from None
+
     def container(self, service: str) -> Container:
         return Container(self.docker, self("ps", "-q", "-a", service))
 
@@ -104,12 +112,12 @@ def stack(
     environment = ports | {
         "SLIPSTREAM_IMAGE": images.cpu,
         "TRAINER_IMAGE": images.cpu,
-        "COMPOSE_PROJECT_NAME": "slipstream-proof",
+        "COMPOSE_PROJECT_NAME": f"slipstream-proof-{os.getpid()}",
         "MEMORY": "2g",
     }
     made = Stack(docker, (folder / "compose.yaml", hurried), environment)
     try:
-        made("up", "-d", "--no-build", "--pull", "never", "--wait", "--wait-timeout", "300", "slipstream", "prometheus")
+        made.up("slipstream", "prometheus")
         yield made
     finally:
         made("down", "-v", "--timeout", "45")
@@ -145,6 +153,10 @@ def drafting(server: Container) -> int:
 def drafters(server: Container) -> str:
     """The versions in the registry, as the command line in the container lists them."""
     return server.docker("exec", server.name, "slipstream", "drafter", "list", "--json")
+
+
+def newest(server: Container) -> int:
+    return max((each["version"] for each in json.loads(drafters(server))), default=0)
 
 
 LAID_OVER: tuple[tuple[str, ...], ...] = (
@@ -237,17 +249,17 @@ def test_the_live_version_outlives_a_restart_and_a_kill(stack: Stack, server: Co
 @pytest.mark.slow
 def test_a_trainer_of_its_own_makes_versions(stack: Stack, server: Container, tree: Path, tmp_path: Path) -> None:
     """The server left folders for a trainer; it does not train itself any more, and tries what comes of them."""
-    before = max(each["version"] for each in json.loads(drafters(server)))
+    before = newest(server)
     only_served = tmp_path / "served.yaml"
     only_served.write_text(yaml.safe_dump({"services": {"slipstream": {"environment": {"SLIPSTREAM_EVOLVE": "off"}}}}))
     hurried = tmp_path / "hurried.yaml"
     hurried.write_text(yaml.safe_dump({"services": {"trainer": {"environment": HURRIED}}}))
     files = (stack.files[0], tree / "docker" / "compose.evolve.yaml", stack.files[1], only_served, hurried)
     apart = Stack(stack.docker, files, stack.environment)
-    apart("up", "-d", "--no-build", "--pull", "never", "--wait", "--wait-timeout", "300", "slipstream", "trainer")
+    apart.up("slipstream", "trainer")
     server = apart.container("slipstream")
     assert server.get("/metrics")[1].count("slipstream:evolution_worker_up{") == 0
-    ask_until(server, lambda: max(each["version"] for each in json.loads(drafters(server))) > before)
+    ask_until(server, lambda: newest(server) > before)
     trainer = apart.container("trainer")
     assert trainer.state["Status"] == "running" and "version" in trainer.log, trainer.log
     assert apart.docker.inspect(trainer.name)["HostConfig"]["CpuShares"] == 2
