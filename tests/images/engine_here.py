@@ -155,8 +155,9 @@ def dockerd(work: Path, tools: Path) -> Iterator[Docker]:
         )
     docker = Docker(f"{tools}/usr/bin/docker", environment, is_stand_in=True, build_arguments=stand_in_arguments())
     try:
-        until(lambda: docker.run("version").returncode == 0 or process.poll() is not None, 60)
-        if process.poll() is not None:
+        with contextlib.suppress(TimeoutError):
+            until(lambda: docker.run("version").returncode == 0 or process.poll() is not None, 60)
+        if process.poll() is not None or docker.run("version").returncode:
             said = (state / "log").read_text(errors="replace").strip().splitlines()
             raise UnavailableError(f"dockerd does not run here: {said[-1] if said else 'it says nothing'}")
         yield docker
