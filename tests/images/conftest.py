@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from containers import Containers
+from containers import Containers, revision
 from engine_here import Docker, UnavailableError, engine
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def images(docker: Docker, tree: Path) -> Images:
     suffix = os.environ.get("SLIPSTREAM_IMAGES_SUFFIX", "")
     names = Images(f"slipstream:cpu{suffix}", f"slipstream:cuda{suffix}")
     for name, file in ((names.cpu, "Dockerfile.cpu"), (names.cuda, "Dockerfile")):
-        docker.build(tree / "docker" / file, name, tree)
+        docker.build(tree / "docker" / file, name, tree, "--build-arg", f"REVISION={revision(tree)}")
     return names
 
 

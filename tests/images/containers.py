@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from engine_here import Docker, until
@@ -142,3 +144,9 @@ class Containers:
         for name in self.started:
             self.docker.run("rm", "-f", "-v", name)
         self.started.clear()
+
+
+def revision(tree: Path) -> str:
+    """The commit; a copy of a tree has none."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from containers import revision
 from engine_here import Docker
 
 pytestmark = pytest.mark.images
@@ -54,9 +55,11 @@ def test_it_is_run_as_a_user_who_is_not_root(docker: Docker, image: str) -> None
     assert {f"org.opencontainers.image.{name}" for name in ("version", "revision", "title")} <= set(labels)
 
 
-def test_the_label_has_the_version_of_the_project(docker: Docker, tree: Path, image: str) -> None:
+def test_the_labels_have_version_and_commit(docker: Docker, tree: Path, image: str) -> None:
     version = tomllib.loads((tree / "pyproject.toml").read_text())["project"]["version"]
-    assert docker.inspect(image)["Config"]["Labels"]["org.opencontainers.image.version"] == version
+    labels = docker.inspect(image)["Config"]["Labels"]
+    assert labels["org.opencontainers.image.version"] == version
+    assert labels["org.opencontainers.image.revision"] == revision(tree)
     assert docker("run", "--rm", image, "version") == version
 
 
