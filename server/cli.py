@@ -135,7 +135,10 @@ def main() -> None:
         forget_service_links()
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="slipstream", standalone_mode=False))
     except UsageError as error:
-        fail(error.format_message(), USER_ERROR)
+        said = error.format_message()
+        # As other servers have it: serve MODEL.
+        hint = "; the model is an option here: --model" if "unexpected extra argument" in said else ""
+        fail(said + hint, USER_ERROR)
     except (ConfigError, ModelError, RegistryError) as error:
         fail(str(error), USER_ERROR)
     except EngineLostError as error:

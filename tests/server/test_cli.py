@@ -51,6 +51,7 @@ def test_serve_has_an_option_for_every_field() -> None:
         (["serve", "--model", "/no/such/model"], "/no/such/model"),
         (["serve", "--device", "abacus"], "abacus"),
         (["serve", "--port", "many"], "--port"),
+        (["serve", "my-model"], "(my-model); the model is an option here: --model"),
         (["serve", "--port", "99999"], "port"),
         (["serve", "--host", "192.0.2.1"], "192.0.2.1"),
         (["serve", "--max-n", "0"], "--max-n"),
