@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -42,20 +42,30 @@ def docker(work: Path) -> Iterator[Docker]:
         pytest.exit(f"NOT PROVED: {error}", returncode=3)
 
 
-@dataclass(frozen=True)
 class Images:
-    cpu: str
-    cuda: str
+    """Both images, each built from the tree when it is first asked for."""
+
+    def __init__(self, docker: Docker, tree: Path) -> None:
+        self._docker, self._tree = docker, tree
+
+    @cached_property
+    def cpu(self) -> str:
+        return self._build("cpu", "Dockerfile.cpu")
+
+    @cached_property
+    def cuda(self) -> str:
+        return self._build("cuda", "Dockerfile")
+
+    def _build(self, tag: str, file: str) -> str:
+        name = f"slipstream:{tag}{os.environ.get('SLIPSTREAM_IMAGES_SUFFIX', '')}"
+        labels = ("--build-arg", f"REVISION={revision(self._tree)}")
+        self._docker.build(self._tree / "docker" / file, name, self._tree, *labels)
+        return name
 
 
 @pytest.fixture(scope="session")
 def images(docker: Docker, tree: Path) -> Images:
-    """Both images, built from the tree."""
-    suffix = os.environ.get("SLIPSTREAM_IMAGES_SUFFIX", "")
-    names = Images(f"slipstream:cpu{suffix}", f"slipstream:cuda{suffix}")
-    for name, file in ((names.cpu, "Dockerfile.cpu"), (names.cuda, "Dockerfile")):
-        docker.build(tree / "docker" / file, name, tree, "--build-arg", f"REVISION={revision(tree)}")
-    return names
+    return Images(docker, tree)
 
 
 @pytest.fixture
