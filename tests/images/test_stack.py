@@ -34,8 +34,20 @@ NOUNS = (
     "glass",
     "a king",
 )
-QUESTIONS = itertools.product(("?", " today?", " in Rome?", " to a child."), VERBS, NOUNS)
-"""They are of many kinds, since the gate wants to see different ones."""
+MARKS = (
+    "?",
+    " today?",
+    " in Rome?",
+    " to a child.",
+    " at sea?",
+    " for a poet.",
+    " in short.",
+    " for two?",
+    ", please.",
+    " now?",
+)
+QUESTIONS = itertools.product(MARKS, VERBS, NOUNS)
+"""They differ, since the gate looks for that."""
 HURRIED = {
     "SLIPSTREAM_REGISTRY": "/data/drafters",
     "SLIPSTREAM_TRAFFIC_LOG": "features",
@@ -132,13 +144,13 @@ def ask(server: Container, questions: int) -> None:
     """So many, each another one, eight at a time; then the processor is free for training."""
     for _ in range(0, questions, 8):
         asked = [f"{verb} {noun}{mark}" for mark, verb, noun in itertools.islice(QUESTIONS, 8)]
-        assert all(answer.join().is_whole for answer in [server.stream(question, 16) for question in asked])
+        assert all(answer.join().is_whole for answer in [server.stream(question, 10) for question in asked])
 
 
 def ask_until(server: Container, happened: Callable[[], bool]) -> None:
     """Asks, lets it train, and asks more if what there was did not do for a version; raises TimeoutError."""
     for _ in range(6):
-        ask(server, 80)
+        ask(server, 160)  # one in ten is for the gate, which wants to see eight
         with contextlib.suppress(TimeoutError):
             until(happened, 45, 0.5)
             return
