@@ -152,7 +152,7 @@ def ask_until(server: Container, happened: Callable[[], bool]) -> None:
     for _ in range(6):
         ask(server, 160)  # one in ten is for the gate, which wants to see eight
         with contextlib.suppress(TimeoutError):
-            until(happened, 45, 0.5)
+            until(happened, 120, 0.5)  # asking takes the processor from training
             return
     raise TimeoutError(f"it did not happen: {server.log}")
 
