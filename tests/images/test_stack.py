@@ -144,15 +144,15 @@ def ask(server: Container, questions: int) -> None:
     """So many, each another one, eight at a time; then the processor is free for training."""
     for _ in range(0, questions, 8):
         asked = [f"{verb} {noun}{mark}" for mark, verb, noun in itertools.islice(QUESTIONS, 8)]
-        assert all(answer.join().is_whole for answer in [server.stream(question, 10) for question in asked])
+        assert all(answer.join().is_whole for answer in [server.stream(question, 24) for question in asked])
 
 
 def ask_until(server: Container, happened: Callable[[], bool]) -> None:
     """Asks, lets it train, and asks more if what there was did not do for a version; raises TimeoutError."""
     for _ in range(6):
-        ask(server, 160)  # one in ten is for the gate, which wants to see eight
+        ask(server, 96)
         with contextlib.suppress(TimeoutError):
-            until(happened, 120, 0.5)  # asking takes the processor from training
+            until(happened, 45, 0.5)
             return
     raise TimeoutError(f"it did not happen: {server.log}")
 
