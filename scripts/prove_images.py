@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "images"))
 
-from engine_here import UnavailableError, engine  # noqa: E402
+from engine_here import WORK, UnavailableError, engine  # noqa: E402
 
 SOURCES = (
     *("clients", "docker", "drafter", "engine", "kernels", "loadtest", "server", "tests/images", "scripts"),
@@ -33,8 +32,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="Also if nothing has changed since it was proved.")
     parser.add_argument("--slow", action="store_true", help="Also what takes minutes: faults that are to be found.")
     parser.add_argument("--if-possible", action="store_true", help="It is no failure if this machine has no engine.")
-    folder = Path("/var/tmp/slipstream-images")
-    parser.add_argument("--work", type=Path, default=folder, help="Where to keep what the next run needs.")
+    parser.add_argument("--work", type=Path, default=WORK, help="Where to keep what the next run needs.")
     options = parser.parse_args()
 
     key, proved = fingerprint(), options.work / "proved"
@@ -45,9 +43,7 @@ def main() -> int:
     began = time.monotonic()
     try:
         with engine(options.work) as docker:
-            environment = os.environ | docker.environment | {"SLIPSTREAM_IMAGES_WORK": str(options.work)}
-            if docker.is_stand_in:
-                environment["SLIPSTREAM_IMAGES_DOCKER"] = docker.binary
+            environment = docker.handed_on | {"SLIPSTREAM_IMAGES_WORK": str(options.work)}
             status = run_tests("images" if options.slow else "images and not slow", environment)
     except UnavailableError as error:
         print(f"NOT PROVED: {error}.", file=sys.stderr)

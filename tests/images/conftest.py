@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from containers import Containers, revision
-from engine_here import Docker, UnavailableError, engine
+from engine_here import WORK, Docker, UnavailableError, engine
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +30,7 @@ def tree() -> Path:
 @pytest.fixture(scope="session")
 def work() -> Path:
     """Where the engine, its images and the tools are kept between two runs."""
-    return Path(os.environ.get("SLIPSTREAM_IMAGES_WORK") or "/var/tmp/slipstream-images")
+    return Path(os.environ.get("SLIPSTREAM_IMAGES_WORK") or WORK)
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,8 @@ PACKAGES = (
 
 It never touches this machine's firewall, but that inside of each container: there names of services are answered.
 """
+WORK = Path("/var/tmp/slipstream-images")
+"""Where the engine, its images and the tools are kept between two runs, unless said otherwise."""
 PYTHON = "3.11"
 """That of the stand-in, Debian's."""
 WHEELS_PORT = 18123
@@ -64,6 +66,12 @@ class Docker:
         return subprocess.run(
             [self.binary, *arguments], capture_output=True, text=True, timeout=timeout, env=environment, **options
         )
+
+    @property
+    def handed_on(self) -> dict[str, str]:
+        """The environment of a process that is to use this engine, too."""
+        found = {**os.environ, **self.environment}
+        return found | {"SLIPSTREAM_IMAGES_DOCKER": self.binary} if self.is_stand_in else found
 
     def build(self, file: Path, tag: str, context: Path, *arguments: str) -> None:
         network = ("--network", "host") if self.is_stand_in else ()

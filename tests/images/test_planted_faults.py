@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -60,8 +59,7 @@ def test_a_fault_is_found(docker: Docker, work: Path, tree: Path, tmp_path: Path
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(tree / name, copy / name)
     plant(copy)
-    environment = os.environ | docker.environment | {"SLIPSTREAM_IMAGES_DOCKER": docker.binary}
-    environment |= {"SLIPSTREAM_IMAGES_TREE": str(copy), "SLIPSTREAM_IMAGES_WORK": str(work)}
+    environment = docker.handed_on | {"SLIPSTREAM_IMAGES_TREE": str(copy), "SLIPSTREAM_IMAGES_WORK": str(work)}
     environment |= {"SLIPSTREAM_IMAGES_SUFFIX": "-with-a-fault"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "images", str(FOLDER / test)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FOLDER, check=False)

@@ -75,7 +75,8 @@ class Stack:
     def up(self, *services: str) -> None:
         """Returns when they are healthy; raises RuntimeError with their logs."""
         try:
-            self("up", "-d", "--no-build", "--pull", "never", "--wait", "--wait-timeout", "300", *services)
+            pull = "never" if self.docker.is_stand_in else "missing"
+            self("up", "-d", "--no-build", "--pull", pull, "--wait", "--wait-timeout", "300", *services)
         except RuntimeError as error:
             raise RuntimeError(f"{error}\n{self('logs', '--no-color', *services)[-4000:]}") from None
 
@@ -194,6 +195,32 @@ def test_compose_takes_the_files(docker: Docker, tree: Path, over: tuple[str, ..
         [device] = served["deploy"]["resources"]["reservations"]["devices"]
         assert device["driver"] == "nvidia" and device["capabilities"] == ["gpu"]
         assert served["build"]["dockerfile"] == "docker/Dockerfile" and served["image"] == "slipstream:cuda"
+
+
+def test_compose_takes_the_variables_that_its_page_lists(docker: Docker, tree: Path) -> None:
+    given = {
+        "MODELS": "/srv/models",
+        "MEMORY": "3g",
+        "CPUS": "1.5",
+        "TRAINER_MEMORY": "2g",
+        "GPUS": "2",
+        "SHM_SIZE": "1g",
+    }
+    given |= {"PUBLISH": "0.0.0.0:81", "PUBLISH_PROMETHEUS": "0.0.0.0:82", "PUBLISH_GRAFANA": "0.0.0.0:83"}
+    given |= {"GRAFANA_PASSWORD": "secret", "METRICS_RETENTION": "3d", "TRAINER_IMAGE": "x:y", "REVISION": "abc"}
+    files = ("compose.yaml", "compose.gpu.yaml", "compose.evolve.yaml")
+    services = yaml.safe_load(Stack(docker, tuple(tree / "docker" / file for file in files), given)("config"))[
+        "services"
+    ]
+    server, trainer = services["slipstream"], services["trainer"]
+    assert (int(server["mem_limit"]), server["cpus"], int(trainer["mem_limit"])) == (3 << 30, 1.5, 2 << 30)
+    assert all({"/srv/models"} <= {volume["source"] for volume in each["volumes"]} for each in (server, trainer))
+    ports = [services[name]["ports"][0] for name in ("slipstream", "prometheus", "grafana")]
+    assert [(port["host_ip"], port["published"]) for port in ports] == [("0.0.0.0", str(at)) for at in (81, 82, 83)]
+    assert server["deploy"]["resources"]["reservations"]["devices"][0]["count"] == 2
+    assert int(server["shm_size"]) == 1 << 30 and server["build"]["args"]["REVISION"] == "abc"
+    assert services["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD"] == "secret" and trainer["image"] == "x:y"
+    assert "--storage.tsdb.retention.time=3d" in services["prometheus"]["command"]
 
 
 def test_the_dashboard_and_the_rules(tree: Path, promtool: Path) -> None:

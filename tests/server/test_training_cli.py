@@ -106,7 +106,7 @@ def test_without_an_end_it_waits_for_traffic_and_ends_when_it_is_told(cli: Cli, 
     def serve_then_stop() -> None:
         until(lambda: checkpoint.parent.exists())
         store = TrafficStore(tmp_path / "traffic")
-        store.append([text(number) for number in range(800)])
+        store.append([text(number) for number in range(100)])
         store.close()
         until(checkpoint.exists)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -118,7 +118,7 @@ def test_without_an_end_it_waits_for_traffic_and_ends_when_it_is_told(cli: Cli, 
 
     other = threading.Thread(target=serve_then_stop)
     other.start()
-    trained = Cli(tmp_path).json("train", "--no-promote", "--round-tokens", 4_000)
+    trained = Cli(tmp_path).json("train", "--no-promote", "--first-tokens", 1_000, "--round-tokens", 4_000)
     other.join()
     assert trained["tokens"] > 0 and checkpoint.exists()
     assert Registry(tmp_path / "registry").live() is None
