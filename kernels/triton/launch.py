@@ -1,0 +1,35 @@
+"""Where Triton's kernels run, and what every launch of them has in common.
+
+Kernels keep to what Triton 3.6 to the newest have: no block pointers, no inline assembly, no libdevice, no autotuning.
+With ``TRITON_INTERPRET=1`` in the environment, which has to be there before they are imported, they run on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+def is_interpreted() -> bool:
+    """Whether kernels of this process run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def runs_on(device_type: str) -> bool:
+    """Whether Triton is installed and runs kernels on such devices in this process."""
+    if find_spec("triton") is None:
+        return False
+    return device_type == "cpu" if is_interpreted() else device_type == "cuda"
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """Compute capability as one number, for example 90 for 9.0; 0 where there is none."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

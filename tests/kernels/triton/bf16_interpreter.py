@@ -1,0 +1,54 @@
+"""Mends Triton's interpreter where it computes bfloat16 in another way than a GPU does; importing it is enough.
+
+The interpreter keeps a bfloat16 as the 16 bits that it has in memory. Conversions know that, but cut bits off where
+hardware rounds to the nearest even number, and ``tl.dot`` multiplies the bits themselves. Kernels widen to float32 right
+after loading, so that these two are all that is left to mend. With Triton 3.6, numpy 2.4 refuses a loop bound that a
+kernel loaded, which is an array of one number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from numpy.typing import NDArray
+from triton.runtime import interpreter
+
+
+def rounded(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of the nearest bfloat16 of each number, ties to even; no number stays none."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    with np.errstate(over="ignore"):
+        kept = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), np.uint32(0x7FC0), kept).astype(np.uint16)
+
+
+def widened(handle: Any) -> Any:
+    """A bfloat16 operand as the float32 that it stands for; any other as it is."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def mend() -> None:
+    builder = interpreter.InterpreterBuilder
+    cast, dot, tensors = builder.cast_impl, builder.create_dot, interpreter._patch_lang_tensor
+
+    def cast_impl(self: Any, source: Any, kind: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(rounded(source.data), tl.bfloat16)
+        return cast(self, source, kind)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), d, *rest)
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        tensors(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    interpreter._patch_lang_tensor = patch_tensor
+
+
+mend()
