@@ -2,8 +2,8 @@
 
 The interpreter keeps a bfloat16 as the 16 bits that it has in memory. Conversions know that, but cut bits off where
 hardware rounds to the nearest even number, and ``tl.dot`` multiplies the bits themselves. Kernels widen to float32
-right after loading, so that these two are all that is left to mend. With Triton 3.6, numpy 2.4 refuses a loop bound that a
-kernel loaded, which is an array of one number.
+right after loading, so that these two are all that is left to mend. With Triton 3.6, numpy 2.4 refuses a loop bound
+that a kernel loaded, which is an array of one number.
 """
 
 from __future__ import annotations
