@@ -53,6 +53,14 @@ class Container:
         except (OSError, RuntimeError) as error:
             return 0, str(error)
 
+    def post(self, path: str, body: dict[str, Any], timeout: float = 60) -> Any:
+        """What is answered; raises urllib.error.HTTPError where it is an error."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return json.load(answer)
+
     def wait_until_ready(self, seconds: float = START_SECONDS) -> Container:
         """Raises AssertionError with the log if it ends, or takes too long."""
 

@@ -6,54 +6,45 @@ import contextlib
 import itertools
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import monitoring
+import numpy as np
 import pytest
 import yaml
 from containers import Container
 from engine_here import Docker, unpack, until
 
+from slipstream.drafter.traffic.index import held_out
+from slipstream.drafter.traffic.store import question_of
+
 pytestmark = pytest.mark.images
 PROMETHEUS = ("prometheus",)
 """Debian's package, for promtool, and for the server where no images can be pulled."""
 QUESTION = "Name a river."
-VERBS = ("What is", "Tell me about", "Who needs", "Where do I find", "Write a line about", "Explain", "Why is there")
+VERBS = ("Say", "Recite", "Spell", "Write", "Sing")
 NOUNS = (
-    "a river",
-    "salt",
-    "the moon",
-    "a violin",
-    "bread",
-    "a lighthouse",
-    "the winter",
-    "a spider",
-    "glass",
-    "a king",
+    *("a king", "salt", "the moon", "a spider", "bread", "a lion", "the sea", "a queen", "the sun", "a horse"),
+    *("the wind", "a cat", "the rain", "a dog", "snow", "a fox", "the king", "a bear", "milk", "a bird", "gold"),
+    *("a fish", "the river", "a baker", "the night", "a farmer", "silver", "a ship", "the snow", "a teacher"),
 )
-MARKS = (
-    "?",
-    " today?",
-    " in Rome?",
-    " to a child.",
-    " at sea?",
-    " for a poet.",
-    " in short.",
-    " for two?",
-    ", please.",
-    " now?",
-)
-QUESTIONS = itertools.product(MARKS, VERBS, NOUNS)
-"""They differ, since the gate looks for that."""
+MARKS = (".", "!", " now.", " again.", " please.", " today.", " once.", " too.", " slowly.", " first.")
+CANDIDATES = itertools.product(VERBS, MARKS, NOUNS)
+"""Questions, each another one, since the gate looks for that; with answers so alike that a head learns them in seconds.
+"""
+FOR_TRAINING: deque[str] = deque()
+FOR_THE_GATE: deque[str] = deque()
+"""Looked at already, and not asked yet."""
 HURRIED = {
     "SLIPSTREAM_REGISTRY": "/data/drafters",
     "SLIPSTREAM_TRAFFIC_LOG": "features",
     "SLIPSTREAM_TRAFFIC_FOLDER": "/data/traffic",
     "SLIPSTREAM_EVOLVE": "always",
-    "SLIPSTREAM_EVOLVE_FIRST_TOKENS": "300",
+    "SLIPSTREAM_EVOLVE_FIRST_TOKENS": "150",
     "SLIPSTREAM_EVOLVE_ROUND_TOKENS": "1500",
     "SLIPSTREAM_CANARY_REQUESTS": "20",
     "SLIPSTREAM_MAX_DRAFT_TOKENS": "3",
@@ -141,17 +132,32 @@ def server(stack: Stack) -> Container:
     return stack.container("slipstream")
 
 
+def next_question(server: Container, for_the_gate: bool) -> str:
+    """One that training must not see, or one that it may. One in ten is held out by its number."""
+    wanted = FOR_THE_GATE if for_the_gate else FOR_TRAINING
+    while not wanted:
+        verb, mark, noun = next(CANDIDATES)
+        question = f"{verb} the alphabet to {noun}{mark}"
+        prompt = server.post("/tokenize", {"messages": [{"role": "user", "content": question}]})["tokens"]
+        is_held_out = held_out(question_of(np.array(prompt, np.int32)))
+        (FOR_THE_GATE if is_held_out else FOR_TRAINING).append(question)
+    return wanted.popleft()
+
+
 def ask(server: Container, questions: int) -> None:
-    """So many, each another one, eight at a time; then the processor is free for training."""
+    """So many, eight at a time; then the processor is free for training.
+
+    Three of eight are for the gate, which wants some different ones: as they come it would have to wait for long.
+    """
     for _ in range(0, questions, 8):
-        asked = [f"{verb} {noun}{mark}" for mark, verb, noun in itertools.islice(QUESTIONS, 8)]
-        assert all(answer.join().is_whole for answer in [server.stream(question, 24) for question in asked])
+        asked = [next_question(server, i % 8 in (2, 5, 7)) for i in range(8)]
+        assert all(answer.join().is_whole for answer in [server.stream(each, 12, temperature=0) for each in asked])
 
 
 def ask_until(server: Container, happened: Callable[[], bool]) -> None:
     """Asks, lets it train, and asks more if what there was did not do for a version; raises TimeoutError."""
     for _ in range(6):
-        ask(server, 96)
+        ask(server, 40)
         with contextlib.suppress(TimeoutError):
             until(happened, 45, 0.5)
             return
