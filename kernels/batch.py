@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ class RaggedBatch:
     too, before attention: so a segment can read what another one of the same batch computes.
     ``known`` is how long the sequence is as far as its tokens are known, later chunks of its prompt included: what
     models go by that compute long sequences in another way than short ones. All arrays are C-contiguous int32.
+    Columns are further arrays, of any numbers, that the step needs where the model runs: they travel with the batch.
+    Columns are further arrays that the step needs where the model runs; they travel with the batch (``Forward``).
     """
 
     token_ids: Int32  # [num_tokens]
@@ -33,6 +36,7 @@ class RaggedBatch:
     block_size: int
     known: Int32  # [num_segments]
     mirrors: Int32 = field(default_factory=lambda: NO_MIRRORS)  # [num_mirrors, 3]
+    columns: tuple[NDArray[Any], ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -71,6 +71,8 @@ class Forward:
     """[num_tokens, hidden], as ``logits`` takes it."""
     features: Tensor | None = None
     """[num_tokens, taps, hidden] float32: the inputs of the layers that were asked for; None where none were."""
+    columns: tuple[Tensor, ...] = ()
+    """The batch's columns on the device; valid until the next forward pass."""
 
 
 class LayerWeights(Protocol):
@@ -102,8 +104,11 @@ class Stack(Protocol):
         one's output.
         """
 
-    def logits(self, hidden: Tensor, rows: Int32 | None = None) -> Tensor:
-        """[rows, outputs] float32 of some rows of hidden, or of all; valid until the next call."""
+    def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:
+        """[rows, outputs] float32 of some rows of hidden, or of all; valid until the next call.
+
+        ``rows`` int32, on the host, or on the device as a column of the batch.
+        """
 
 
 class Compute(ABC):

@@ -97,6 +97,11 @@ class DenseKVCache(PagedKVCache):
 
     _data: Tensor
 
+    @property
+    def memory(self) -> Tensor:
+        """The tensor; another one after ``restore``."""
+        return self._data
+
     @classmethod
     def block_bytes(cls, shape: CacheShape) -> int:
         return shape.num_layers * 2 * shape.block_size * shape.kv_heads * shape.head_dim * shape.dtype.itemsize

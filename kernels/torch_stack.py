@@ -183,12 +183,14 @@ class TorchStack:
             x = layer.finish(x, attended.flatten(1))
         if len(self._layers) in taps:
             tapped.append(x)
-        return Forward(x, torch.stack(tapped, dim=1).float() if tapped else None)
+        columns = tuple(torch.from_numpy(column).to(self._device) for column in batch.columns)
+        return Forward(x, torch.stack(tapped, dim=1).float() if tapped else None, columns)
 
-    def logits(self, hidden: Tensor, rows: Int32 | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:
         x = hidden.to(self._dtype)
         if rows is not None:
-            x = x[torch.from_numpy(rows).to(self._device, torch.long)]
+            rows = rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
+            x = x[rows.to(self._device, torch.long)]
         if self._norm is not None:
             x = ops.rms_norm(x, self._norm, self._shape.norm_eps)
         return self._output(x).float()

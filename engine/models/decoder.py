@@ -92,7 +92,7 @@ class Decoder:
     def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
         return self._stack.forward(batch, cache, taps=taps)
 
-    def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
+    def logits(self, hidden: Tensor, rows: Int32 | Tensor) -> Tensor:
         return self._stack.logits(hidden, rows)
 
     def final_norm(self, hidden: Tensor) -> Tensor:

@@ -51,8 +51,8 @@ class CausalModel(Protocol):
         Only for models with a ``decoder`` may there be taps.
         """
 
-    def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
-        """Logits [len(rows), vocab_size] float32 of some rows of hidden; valid until the next call."""
+    def logits(self, hidden: Tensor, rows: Int32 | Tensor) -> Tensor:
+        """Logits [len(rows), vocab_size] float32 of some rows of hidden; valid until the next call. See ``Stack``."""
 
 
 class DecoderModel(CausalModel, Protocol):

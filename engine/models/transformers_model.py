@@ -128,10 +128,12 @@ class TransformersModel:
 
     def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
         assert not taps
-        return Forward(self._forward(Step(batch, cache.plan(batch), self._windows)))
+        columns = tuple(torch.from_numpy(column).to(self._device) for column in batch.columns)
+        return Forward(self._forward(Step(batch, cache.plan(batch), self._windows)), columns=columns)
 
-    def logits(self, hidden: Tensor, rows: Int32) -> Tensor:
-        chosen = hidden[torch.from_numpy(rows).to(self._device, torch.long)]
+    def logits(self, hidden: Tensor, rows: Int32 | Tensor) -> Tensor:
+        rows = rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
+        chosen = hidden[rows.to(self._device, torch.long)]
         self._given.output.last_hidden_state = chosen[None]
         logits: Tensor = self._head(input_ids=torch.zeros(1, len(rows), dtype=torch.long, device=self._device)).logits
         return logits[0].float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
 import numpy as np
@@ -106,7 +106,7 @@ def prepare(plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch:
         mine = slots[sampling_rows]
         sampling = table.sampling.take(mine, lengths[sampling_rows], lambda i: table.known(int(mine[i])))
         first_samples = list(zip(sampling_rows.tolist(), range(len(sampling_rows)), strict=True))
-        return StepInputs(plan, starts, batch, {}, [], last, first_samples, sampling)
+        return StepInputs(plan, starts, _with_columns(batch, last, sampling), {}, [], last, first_samples, sampling)
     roots = (np.cumsum(counts) - counts + known - 1).tolist()
     scratch.reset()
     added = BranchSegments(scratch, len(token_ids))
@@ -124,7 +124,14 @@ def prepare(plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch:
         np.array(added.mirrors, np.int32).reshape(-1, 3) if added.mirrors else NO_MIRRORS,
         np.append(lengths, np.array(added.ends, np.int32)),
     )
-    return StepInputs(plan, starts, batch, placed, added.copies, *_samples(plan, placed, roots, table))
+    logits_rows, first_samples, sampling = _samples(plan, placed, roots, table)
+    batch = _with_columns(batch, logits_rows, sampling)
+    return StepInputs(plan, starts, batch, placed, added.copies, logits_rows, first_samples, sampling)
+
+
+def _with_columns(batch: RaggedBatch, logits_rows: Int32, sampling: SamplingBatch) -> RaggedBatch:
+    """So that everything a step needs goes to the device at once."""
+    return replace(batch, columns=(logits_rows, *sampling.columns)) if len(logits_rows) else batch
 
 
 def _samples(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slipstream.engine.listening import Listeners
 from slipstream.engine.messages import TokenLogprobs
-from slipstream.engine.models.protocol import CausalModel
+from slipstream.engine.models.protocol import CausalModel, Forward
 from slipstream.engine.plan import StepPlan, StepResult
 from slipstream.engine.runner.inputs import Accepted, StepInputs, prepare
 from slipstream.engine.runner.rows import RowTable
@@ -60,7 +60,7 @@ class ModelRunner:
 
         model_began, model_cpu_began = time.perf_counter(), time.thread_time()
         computed = self.model.forward(inputs.batch, self.cache, self._taps)
-        sampled, top = self._sample(inputs, computed.hidden)
+        sampled, top = self._sample(inputs, computed)
         prompt_logprobs, errors = self._prompt_logprobs(inputs, computed.hidden)
         model_cpu, model_seconds = time.thread_time() - model_cpu_began, time.perf_counter() - model_began
 
@@ -157,20 +157,21 @@ class ModelRunner:
             self.cache.copy_blocks(inputs.copies)
         return inputs
 
-    def _sample(self, inputs: StepInputs, hidden: Tensor) -> tuple[Sampled, tuple[Tensor, Tensor] | None]:
+    def _sample(self, inputs: StepInputs, computed: Forward) -> tuple[Sampled, tuple[Tensor, Tensor] | None]:
         """What is sampled, and the most likely tokens at these places if somebody wants to see them."""
         if not len(inputs.logits_rows):
             return Sampled([]), None
-        logits, top = self.model.logits(hidden, inputs.logits_rows), None
+        rows, *columns = computed.columns
+        logits, top = self.model.logits(computed.hidden, rows), None
         sampling = (self._table.drafts(inputs.plan.slots[row]).draft for row, _ in inputs.first_samples)
         if count := self._listeners.top_k(sampling):
             top = most_likely(logits, count)
         try:
-            return sample(logits, inputs.sampling), top
+            return sample(logits, inputs.sampling, columns), top
         except Exception:
             # One row that cannot be sampled costs the others nothing but the time for a second try. Sampling overwrites
             # logits. All rows at once, so that they have the same bits as before.
-            return sample_apart(self.model.logits(hidden, inputs.logits_rows), inputs.sampling), top
+            return sample_apart(self.model.logits(computed.hidden, rows), inputs.sampling), top
 
     def _leave_branches(self, inputs: StepInputs, accepted: Sequence[Accepted]) -> None:
         """Copies keys and values of accepted draft tokens on branches to their rows' own blocks."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,6 +90,20 @@ class SamplingBatch:
     def __len__(self) -> int:
         return len(self.seeds)
 
+    @property
+    def random(self) -> Int32:
+        """Rows that are drawn; the others are greedy."""
+        return self.temperature.nonzero()[0].astype(np.int32)
+
+    @property
+    def columns(self) -> tuple[NDArray[Any], ...]:
+        """What drawing takes, with an entry per row that is drawn: rows, the four parameters, shares; see ``ops``."""
+        at = self.random
+        if not len(at):
+            return ()
+        parameters = self.temperature[at], self.top_k[at], self.min_p[at], self.top_p[at]
+        return at, *parameters, uniform(self.seeds[at], self.num_output[at].astype(np.uint64))
+
     def alone(self, i: int) -> SamplingBatch:
         """Row i by itself."""
         rows = slice(i, i + 1)
@@ -122,11 +137,18 @@ def is_plain(params: SamplingParams) -> bool:
     )
 
 
-def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
+def excludes(params: SamplingParams) -> bool:
+    """Whether a request rules tokens out, so that none may be left."""
+    return bool(params.allowed_token_ids or params.bad_words or params.logit_bias or params.min_tokens)
+
+
+def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | None = None) -> Sampled:
     """Samples one token per row of logits [len(batch), vocab] float32, which is overwritten.
 
     Randomness comes from each row's seed and the number of tokens sampled before, so the result of a row does not
     depend on the other rows. Raises where a row cannot be sampled; ``sample_apart`` finds out which.
+
+    ``columns`` are the batch's, where the logits are, if they are there already. What is sampled comes back in one copy.
     """
     if batch.faults:
         raise next(iter(batch.faults.values()))
@@ -135,17 +157,31 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
     raw_logits = logits[raw] if raw else None
     for i, params in batch.special.items():
         process(logits, i, params, batch)
+    emptied = {i: (logits[i] == ops.NEVER).all() for i, params in batch.special.items() if excludes(params)}
 
-    tokens: list[int] = ops.argmax(logits).tolist()
+    best, probs = ops.argmax(logits), None
+    if len(batch.random):
+        if columns is None:
+            columns = [torch.from_numpy(column).to(logits.device) for column in batch.columns]
+        at, *parameters, shares = columns
+        everywhere = len(at) == len(logits)
+        probs = ops.distribution(logits if everywhere else logits[at], *parameters)
+        likeliest, drawn = best if everywhere else best[at], ops.draw(probs, shares)
+        drawn = torch.where(likeliest < 0, likeliest, drawn)  # a row without a likeliest token has none at all
+        best = drawn if everywhere else best.index_copy(0, at.long(), drawn)
+    tokens: list[int] = best.tolist()
     errors: dict[int, str] = {}
     if min(tokens) < 0:
-        errors = {i: _no_token(logits[i]) for i, token in enumerate(tokens) if token < 0}
-    random, probs = _sample_random(logits, batch, tokens, errors)
+        errors = {
+            i: NOTHING_ALLOWED if i in emptied and bool(emptied[i]) else NOT_FINITE
+            for i, token in enumerate(tokens)
+            if token < 0
+        }
     result = Sampled(tokens, errors=errors)
     if raw_logits is not None:
         for i, logprobs in zip(raw, raw_logits.log_softmax(-1), strict=True):
             _report(result, i, logprobs, reported[i])
-    place = {i: at for at, i in enumerate(random)} if len(raw) < len(reported) else {}
+    place = {i: at for at, i in enumerate(batch.random.tolist())} if len(raw) < len(reported) else {}
     for i, params in reported.items():
         if params.logprobs_mode == "processed":
             if probs is not None and i in place:
@@ -155,26 +191,6 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
                 logprobs = logits[i].log_softmax(-1)
             _report(result, i, logprobs, params)
     return result
-
-
-def _sample_random(
-    logits: Tensor, batch: SamplingBatch, tokens: list[int], errors: Mapping[int, str]
-) -> tuple[list[int], Tensor | None]:
-    """Replaces the tokens of rows that are not greedy; which ones these are, and what they were sampled from."""
-    is_random = batch.temperature > 0
-    if errors:
-        is_random[list(errors)] = False
-    at: NDArray[np.intp] = is_random.nonzero()[0]
-    if not len(at):
-        return [], None
-    random: list[int] = at.tolist()
-    chosen = logits if len(random) == len(tokens) else logits[random]
-    columns = (torch.from_numpy(column[at]) for column in (batch.temperature, batch.top_k, batch.min_p, batch.top_p))
-    probs = ops.distribution(chosen, *(column.to(logits.device) for column in columns))
-    uniforms = torch.from_numpy(uniform(batch.seeds[at], batch.num_output[at].astype(np.uint64))).to(logits.device)
-    for i, token in zip(random, ops.draw(probs, uniforms).tolist(), strict=True):
-        tokens[i] = token
-    return random, probs
 
 
 def sample_apart(logits: Tensor, batch: SamplingBatch) -> Sampled:
@@ -260,8 +276,3 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _report(result: Sampled, i: int, logprobs: Tensor, params: SamplingParams) -> None:
     if i not in result.errors:
         result.logprobs[i] = token_logprobs(logprobs, result.tokens[i], params.logprobs or 0)
-
-
-def _no_token(logits: Tensor) -> str:
-    """Why none of these tokens can be sampled."""
-    return NOTHING_ALLOWED if bool((logits == ops.NEVER).all()) else NOT_FINITE

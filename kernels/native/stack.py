@@ -81,15 +81,16 @@ class NativeStack:
         self._c.features = address(features)
         c = c_batch(batch)
         self._library.slip_forward(ctypes.byref(self._c), ctypes.byref(c), address(hidden), self._memory(tokens))
-        return Forward(hidden, features)
+        return Forward(hidden, features, tuple(map(torch.from_numpy, batch.columns)))
 
-    def logits(self, hidden: Tensor, rows: Int32 | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:
         count, vocab = len(hidden) if rows is None else len(rows), self._weights[3].n
         if self._logits.shape[1] != vocab or count > len(self._logits):
             # Kept, because fresh memory of this size is mapped page by page at every step.
             self._logits = torch.empty(count, vocab)
             self._rows = torch.arange(count, dtype=torch.int32)
-        chosen = self._rows.data_ptr() if rows is None else rows.ctypes.data
+        rows = self._rows if rows is None else rows
+        chosen = rows.data_ptr() if isinstance(rows, Tensor) else rows.ctypes.data
         out = self._logits[:count]
         self._library.slip_logits(
             *(ctypes.byref(self._c), address(hidden), chosen, count, address(out), vocab),
