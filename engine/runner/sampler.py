@@ -148,7 +148,7 @@ def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | Non
     Randomness comes from each row's seed and the number of tokens sampled before, so the result of a row does not
     depend on the other rows. Raises where a row cannot be sampled; ``sample_apart`` finds out which.
 
-    ``columns`` are the batch's, where the logits are, if they are there already. What is sampled comes back in one copy.
+    ``columns`` are the batch's, where the logits are, if they are there already. What is drawn comes back in one copy.
     """
     if batch.faults:
         raise next(iter(batch.faults.values()))
