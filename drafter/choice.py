@@ -115,8 +115,9 @@ def _read_head(
 def _last_layer(config: EngineConfig, target: DecoderConfig) -> dict[str, Tensor]:
     checkpoint = open_checkpoint(config.model)
     dummy = config.load_format == "dummy"
-    tensors = dummy_tensors(checkpoint.config, config.seed) if dummy else checkpoint.tensors()
-    return layout.last_layer(tensors, target.shape.num_layers)
+    made_on = find_device(config)
+    tensors = dummy_tensors(checkpoint.config, config.seed, made_on) if dummy else checkpoint.tensors()
+    return {name: each.cpu() for name, each in layout.last_layer(tensors, target.shape.num_layers).items()}
 
 
 def _load_model(config: EngineConfig, target: CausalModel, length: int) -> CausalModel:

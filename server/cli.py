@@ -21,6 +21,7 @@ from slipstream.engine.errors import ConfigError, EngineLostError, ModelError, S
 from slipstream.server.config import ServerConfig
 from slipstream.server.drafter_cli import drafter_app
 from slipstream.server.evolution.config import EvolutionConfig
+from slipstream.server.gpu_check.cli import gpu_check
 from slipstream.server.traffic_cli import app as traffic_app
 from slipstream.server.training_cli import evaluate_head, train
 
@@ -41,6 +42,7 @@ app.add_typer(drafter_app, name="drafter")
 app.add_typer(traffic_app, name="traffic")
 drafter_app.command()(train)
 drafter_app.command("eval")(evaluate_head)
+app.command()(gpu_check)
 ConfigType = TypeVar("ConfigType")
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 from collections import Counter
-
-from starlette.types import Scope
+from typing import TYPE_CHECKING
 
 from slipstream.server.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from starlette.types import Scope
 
 ONCE = frozenset(
     {

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Literal
-
-from starlette.types import Scope
+from typing import TYPE_CHECKING, Literal
 
 from slipstream.engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from starlette.types import Scope
 
 NAMED_KEY = re.compile(r"([A-Za-z0-9._-]{1,64})=(.*[^=].*)")
 """NAME=KEY. Equal signs at the end alone are padding of base64, so such a key has no name."""

@@ -112,7 +112,7 @@ def build_model(
     if not kind.is_batch_invariant:
         _refuse_deterministic(options, "torch's kernels, which run here instead of the compiled ones,")
     model = Decoder(decoder_config(config), kind(formats, device), max_length)
-    load(model, dummy_tensors(config, options.seed) if dummy else checkpoint.tensors())
+    load(model, dummy_tensors(config, options.seed, device) if dummy else checkpoint.tensors())
     return model
 
 

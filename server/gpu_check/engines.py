@@ -1,0 +1,113 @@
+"""Engines in this process, and how fast they decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slipstream.drafter.choice import make_drafters
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.testing import Completion, LocalEngine
+from slipstream.server.gpu_check.context import Context
+
+WARM_UP = 5
+"""Steps that are not measured."""
+
+
+def config(context: Context, model: Path | str, **options: Any) -> EngineConfig:
+    """As a server has it on this device, but without drafters and cached beginnings unless asked for."""
+    defaults: dict[str, Any] = {"model": str(model), "device": context.device.type, "prefix_caching": False}
+    defaults |= {"speculation": "off", "max_step_tokens": 2048 if context.on_gpu else 128}
+    if context.dry_run:
+        defaults |= {"dtype": "float32", "kv_cache_memory": "16MiB", "threads": 1}
+    return EngineConfig(**(defaults | options))
+
+
+@contextmanager
+def engine(options: EngineConfig) -> Iterator[LocalEngine]:
+    local = LocalEngine(options, make_drafters(options) if options.speculation != "off" else ())
+    try:
+        yield local
+    finally:
+        local.close()
+
+
+def prompts(count: int, length: int, vocab: int, seed: int = 0) -> list[list[int]]:
+    """Random tokens."""
+    return np.random.default_rng(seed).integers(1, vocab, (count, length)).tolist()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast tokens came while all streams decoded."""
+
+    tokens: int
+    steps: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def step_ms(self) -> float:
+        return 1e3 * self.seconds / self.steps
+
+
+def synchronize(local: LocalEngine) -> None:
+    """Nothing is under way any more."""
+    local.engine.core.drain()
+    if local.engine.runner.cache.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def decoding(
+    local: LocalEngine, texts: Sequence[Sequence[int]], most_tokens: int, most_s: float
+) -> Iterator[list[Completion]]:
+    """Streams that all decode, after some steps of that; they are broken off in the end.
+
+    Raises TimeoutError where they are not so far after ``most_s`` seconds.
+    """
+    ends = time.monotonic() + most_s
+    params = SamplingParams(max_tokens=most_tokens, temperature=0.0)
+    streams = [local.submit(text, params) for text in texts]
+    while not all(stream.deltas for stream in streams):
+        if time.monotonic() > ends:
+            raise TimeoutError(f"the prompts of {len(texts)} streams took longer than {most_s:.0f} s")
+        local.step()
+    for _ in range(WARM_UP):
+        local.step()
+    synchronize(local)
+    try:
+        yield streams
+    finally:
+        local.engine.core.drain()
+        local.engine.scheduler.abort([stream.request_id for stream in streams])
+        local.finish()
+
+
+def measure(local: LocalEngine, streams: Sequence[Completion], steps: int, most_s: float) -> Speed:
+    """So many steps, or as many as fit into the time."""
+
+    def count() -> int:
+        return sum(len(stream.tokens) for stream in streams)
+
+    before, done, began = count(), 0, time.perf_counter()
+    while done < steps and (done == 0 or time.perf_counter() - began < most_s):
+        local.step()
+        done += 1
+    synchronize(local)
+    seconds = time.perf_counter() - began
+    ended = [stream for stream in streams if stream.finish_reason]
+    if ended:
+        raise RuntimeError(f"{len(ended)} streams ended while they were measured: {ended[0].finish_reason}")
+    return Speed(count() - before, done, seconds)

@@ -1,0 +1,101 @@
+"""Kernels alone: are they right, and how close do they come to what the device can move and multiply?"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from slipstream.kernels.cases import (
+    LLAMA_8B,
+    MIDDLE,
+    TINY,
+    TOLERANCE,
+    Case,
+    Source,
+    caches,
+    cases,
+    difference,
+)
+from slipstream.server.gpu_check.context import Context, Part
+from slipstream.server.gpu_check.timing import seconds
+
+COPY = "bytes per second of a copy"
+MULTIPLY = "flops per second of a product"
+WANTED_SHARE = 0.8
+"""The share of the copy's bandwidth that attention of 32 streams over 8k tokens each is to reach."""
+
+
+def correctness(context: Context) -> Iterator[Part]:
+    """Against the reference. Without a GPU in float32 only: the interpreter's bfloat16 is not that of a GPU."""
+    sizes = TINY if context.dry_run else MIDDLE
+    for case in cases(context.device):
+        for dtype in case.dtypes:
+            if dtype is torch.float32 or not context.dry_run:
+                yield Part(f"{case.name}, {_name(dtype)}", partial(_compare, context, case, dtype, sizes))
+
+
+def _compare(context: Context, case: Case, dtype: torch.dtype, sizes: object) -> None:
+    prepared = case.prepare(Source(context.device, dtype), sizes)  # type: ignore[arg-type]
+    found = difference(prepared.found(), prepared.expected())
+    most = TOLERANCE[dtype]
+    context.check(f"{case.name}, {_name(dtype)}", found <= most, f"differs by {found:.2g}", f"at most {most:.2g}")
+    context.row("differences from the reference", kernel=case.name, dtype=_name(dtype), difference=found, most=most)
+
+
+def speed(context: Context) -> Iterator[Part]:
+    """First what the device can do at most, then every kernel with the sizes of an 8B model."""
+    found = dict(context.kept)
+    yield Part("copy", partial(_copy, context, found))
+    yield Part("product", partial(_multiply, context, found))
+    for case in cases(context.device):
+        dtype = case.dtypes[0] if context.on_gpu else torch.float32
+        yield Part(case.name, partial(_time, context, case, dtype, found))
+
+
+def _copy(context: Context, found: dict[str, float]) -> None:
+    size = 1 << 30 if context.on_gpu else 1 << 20
+    source = torch.zeros(size, dtype=torch.int8, device=context.device)
+    target = torch.empty_like(source)
+    found[COPY] = 2 * size / seconds(lambda: target.copy_(source), context.device)
+    context.keep(COPY, found[COPY])
+    context.row("ceilings", what="a copy, read and written", GB_per_s=found[COPY] / 1e9)
+
+
+def _multiply(context: Context, found: dict[str, float]) -> None:
+    size, dtype = (8192, torch.bfloat16) if context.on_gpu else (64, torch.float32)
+    a, b = torch.randn(2, size, size, device=context.device).to(dtype)
+    found[MULTIPLY] = 2 * size**3 / seconds(lambda: a @ b, context.device)
+    context.keep(MULTIPLY, found[MULTIPLY])
+    context.row("ceilings", what=f"a product of {size}², {_name(dtype)}", TFLOP_per_s=found[MULTIPLY] / 1e12)
+
+
+def _time(context: Context, case: Case, dtype: torch.dtype, ceilings: dict[str, float]) -> None:
+    most_s = 0.3 if context.on_gpu else 0.0
+    prepared = case.prepare(Source(context.device, dtype), LLAMA_8B if context.on_gpu else TINY)
+    took = seconds(prepared.run, context.device, most_s)
+    copy, multiply = ceilings.get(COPY), ceilings.get(MULTIPLY)
+    context.row(
+        "kernels",
+        kernel=case.name,
+        dtype=_name(dtype),
+        µs=took * 1e6,
+        GB_per_s=prepared.moved / took / 1e9,
+        of_the_copy=prepared.moved / took / copy if copy else None,
+        TFLOP_per_s=prepared.flops / took / 1e12 if prepared.flops else None,
+        of_the_product=prepared.flops / took / multiply if prepared.flops and multiply else None,
+    )
+    best = caches(context.device)[0].__name__.removesuffix("KVCache").lower()
+    if case.name == f"attention decode, {best}" and copy:
+        what = (
+            f"attention decode, {best}, {LLAMA_8B.streams} streams × {LLAMA_8B.context}: share of the copy's bandwidth"
+        )
+        context.target(what, prepared.moved / took / copy, at_least=WANTED_SHARE)
+    del prepared
+    gc.collect()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,22 @@
+"""The stages, in the order of their value."""
+
+from functools import partial
+
+from slipstream.server.gpu_check import drafting, equality, kernels, machine, peers, real, steps, throughput
+from slipstream.server.gpu_check.context import Stage
+
+STAGES = (
+    Stage("machine", "what is checked", machine.parts, 0, 60),
+    Stage("kernels", "kernels against the reference", kernels.correctness, 10, 90),
+    Stage("equality", "the same tokens however they are computed", equality.parts, 15, 80),
+    Stage("speed", "kernels against what the device can do", kernels.speed, 10, 60),
+    Stage("8B", "tokens per second, 8B shape", partial(throughput.of_shape, "8B"), 25, 110),
+    Stage("steps", "what a step costs besides computing", steps.parts, 20, 60),
+    Stage("memory", "memory, graphs included", steps.memory, 15, 40),
+    Stage("model", "a real model, and its head", real.parts, 15, 70),
+    Stage("drafter", "a head trained and swapped under load", drafting.parts, 30, 90),
+    Stage("peers", "other programs", peers.parts, 30, 120),
+    Stage("1B", "tokens per second, 1B shape", partial(throughput.of_shape, "1B"), 15, 50),
+    Stage("32B", "tokens per second, 32B shape", partial(throughput.of_shape, "32B"), 40, 110),
+)
+"""The first one says on what; without it there is nothing to do."""

@@ -1,0 +1,117 @@
+"""Tokens per second of the engine with the sizes of known models, whose weights say nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from slipstream.engine.models.loader import available_memory
+from slipstream.engine.testing import LocalEngine
+from slipstream.server.gpu_check import models
+from slipstream.server.gpu_check.context import Context, Part, streams_of
+from slipstream.server.gpu_check.engines import WARM_UP, config, decoding, engine, measure, prompts
+from slipstream.server.gpu_check.kernels import COPY
+
+STREAMS = (1, 8, 32, 64, 128, 256)
+PROMPT, STEPS = 128, 64
+LONG_PROMPT, LONG_ANSWER = 1024, 1024
+SPARE_BYTES = 4 << 30
+"""Memory of the device that is left for activations and graphs."""
+PART_S = 15.0
+"""Streams that are measured are given so long for their prompts, and so long again for their steps."""
+WANTED_SHARE = 0.8
+
+
+def streams(context: Context) -> tuple[int, ...]:
+    return (1, 3) if context.dry_run else STREAMS
+
+
+def sizes(context: Context) -> tuple[int, int]:
+    """Tokens of a prompt, and steps that are measured."""
+    return (20, 8) if context.dry_run else (PROMPT, STEPS)
+
+
+def dummy_engine(context: Context, name: str, tokens: int, **options: Any) -> Any:
+    """An engine with the weights of a dummy, and a cache for so many tokens or as many as there is room for."""
+    shape = models.shape(context, name)
+    path = models.folder(context, name, shape)
+    if context.on_gpu:
+        wanted = tokens * models.kv_bytes(shape, 2)
+        room = available_memory(context.device) - models.weights_bytes(shape, 2) - SPARE_BYTES
+        options |= {"dtype": "bfloat16", "kv_cache_memory": str(max(min(wanted, room), 0))}
+    return engine(config(context, path, load_format="dummy", **({"max_running": max(STREAMS)} | options)))
+
+
+def of_shape(name: str, context: Context) -> Iterator[Part]:
+    prompt, steps = sizes(context)
+    counts = streams(context)
+    long = (30, 12) if context.dry_run else (LONG_PROMPT, LONG_ANSWER)
+    longest = max(prompt + steps + 2 * WARM_UP, sum(long)) + 2
+    most = max(counts[-1] * sum(long), 1)
+    with dummy_engine(context, name, most, max_model_len=longest) as local:
+        for count in counts:
+            yield Part(f"{streams_of(count)}", partial(_measure, context, name, local, count, prompt, steps))
+        yield Part(f"{streams_of(counts[-1])}, whole answers", partial(_whole, context, name, local, counts[-1], *long))
+
+
+def _measure(context: Context, name: str, local: LocalEngine, count: int, prompt: int, steps: int) -> None:
+    shape = models.shape(context, name)
+    texts = prompts(count, prompt, shape["vocab_size"], count)
+    with decoding(local, texts, steps + 2 * WARM_UP, PART_S) as running:
+        speed = measure(local, running, steps, PART_S)
+    itemsize = 2 if context.on_gpu else 4
+    read = models.weights_bytes(shape, itemsize) + count * prompt * models.kv_bytes(shape, itemsize)
+    share = read / context.kept[COPY] / (speed.seconds / speed.steps) if COPY in context.kept else None
+    context.keep(f"{name}, {streams_of(count)}", speed.tokens_per_s)
+    context.row(
+        "decoding",
+        program="slipstream",
+        model=f"{name} shape",
+        streams=count,
+        prompt=prompt,
+        tokens_per_s=speed.tokens_per_s,
+        ms_per_step=speed.step_ms,
+        of_the_copy=share,
+    )
+    if name == "8B" and count == 1 and share is not None:
+        what = "8B shape, 1 stream: share of the bandwidth of a copy at which weights are read"
+        context.target(what, share, at_least=WANTED_SHARE)
+
+
+def _whole(context: Context, name: str, local: LocalEngine, count: int, prompt: int, answer: int) -> None:
+    """From the first prompt to the last token."""
+    import time
+
+    from slipstream.engine.messages import SamplingParams
+
+    texts = prompts(count, prompt, models.shape(context, name)["vocab_size"], count)
+    began = time.perf_counter()
+    asked = [local.submit(text, SamplingParams(max_tokens=answer, temperature=0.0)) for text in texts]
+    while local.engine.core.has_work:
+        if context.left() < 0:
+            done = sum(len(each.tokens) for each in asked)
+            local.engine.scheduler.abort([each.request_id for each in asked])
+            local.finish()
+            raise TimeoutError(f"{done} of {count * answer} tokens were there when the stage's time was over")
+        local.step()
+    seconds = time.perf_counter() - began
+    if wrong := [each.finish_reason for each in asked if len(each.tokens) != answer]:
+        raise RuntimeError(f"{len(wrong)} answers are not {answer} tokens long, the first ended with {wrong[0]}")
+    context.row(
+        "whole requests",
+        program="slipstream",
+        model=f"{name} shape",
+        streams=count,
+        prompt=prompt,
+        answer=answer,
+        tokens_per_s=count * answer / seconds,
+        seconds=seconds,
+        preemptions=sum(each.num_preemptions for each in asked),
+    )
+    context.keep(f"{name}, whole", count * answer / seconds)
+
+
+def folder_of(context: Context, name: str) -> Path:
+    return models.folder(context, name, models.shape(context, name))

@@ -1,0 +1,53 @@
+"""``slipstream gpu-check --dry-run``: every stage runs on the CPU, in an image that has only what it needs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from slipstream.server.gpu_check.report import Report
+from slipstream.server.gpu_check.stages import STAGES
+
+SECONDS = 600
+ONLY_SERVERS_NEED = (
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "uvloop",
+    "httptools",
+    "prometheus_client",
+    "aiohttp",
+)
+RUN = f"""
+import sys
+sys.modules.update(dict.fromkeys({ONLY_SERVERS_NEED!r}))  # to import them is an error
+sys.argv[0] = "slipstream"
+from slipstream.server.cli import main
+main()
+"""
+
+
+def test_every_stage_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", RUN, "gpu-check", "--dry-run", "--out", str(tmp_path)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    assert done.stdout, done.stderr
+    report = msgspec.json.decode((tmp_path / "gpu-check.json").read_bytes(), type=Report)
+    assert done.returncode == 0 and not report.failed, done.stdout + done.stderr
+    stages = {stage.name: stage for stage in report.stages}
+    assert {name: stage.outcome for name, stage in stages.items()} == dict.fromkeys(stages, "ok")
+    assert not any(stage.left_out for stage in stages.values())
+    assert set(stages) == {stage.name for stage in STAGES}
+    assert len(stages["kernels"].checks) > 10 and len(stages["equality"].checks) > 10
+    tables = {name for stage in stages.values() for name in stage.tables}
+    assert {"kernels", "ceilings", "decoding", "whole requests", "steps", "memory", "a head learns"} <= tables
+    [learned] = stages["drafter"].tables["a head learns"]
+    assert learned["accepted after"] and learned["swap pause ms"]
+    steps = stages["steps"].tables["steps"]
+    assert all(row["operations of torch"] for row in steps)
+    programs = {row["program"] for row in stages["peers"].tables["other programs, decoding"]}
+    assert programs == {"transformers"}

@@ -1,0 +1,80 @@
+"""A check survives whatever becomes of its stages, and says of each what became of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from slipstream.server.gpu_check.report import Report, StageReport
+
+HERE = Path(__file__).parent
+SECONDS = 300
+
+
+def scenario(name: str, folder: Path) -> Report:
+    command = [sys.executable, "-P", str(HERE / "scenarios.py"), name, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return msgspec.json.decode((folder / "gpu-check.json").read_bytes(), type=Report)
+
+
+def test_a_stage_that_goes_wrong_costs_no_other_one_anything(tmp_path: Path) -> None:
+    report = scenario("many_ends", tmp_path)
+    stages = {stage.name: stage for stage in report.stages}
+    assert list(stages) == ["machine", "troubled", "hanging", "late", "wrong", "broken", "absent", "too long"]
+    assert {name: stage.outcome for name, stage in stages.items()} == {
+        "machine": "ok",
+        "troubled": "failed",
+        "hanging": "failed",
+        "late": "ok",
+        "wrong": "failed",
+        "broken": "failed",
+        "absent": "not there",
+        "too long": "left out",
+    }
+    troubled = stages["troubled"]
+    assert list(troubled.errors) == ["fails", "is killed"] and "this went wrong" in troubled.errors["fails"]
+    assert troubled.errors["is killed"] == "its process was ended by SIGSEGV"
+    assert troubled.notes == ["is not there: not there: somebody forgot it"]
+    assert troubled.tables == {"found": [{"what it is": "the last part", "count": 3}]}
+    assert stages["hanging"].errors == {"hangs": "took longer than there was time"} and stages["hanging"].checks
+    assert stages["late"].left_out == ["comes too late"]
+    assert [check.found for check in stages["wrong"].checks] == ["5"] and stages["wrong"].targets[0].passed is None
+    assert "the engine did not start" in stages["broken"].errors["the stage"]
+    assert stages["absent"].reason == "nobody asked for it"
+    assert "10000 s at least" in stages["too long"].reason
+    assert report.failed == ["troubled", "hanging", "wrong", "broken"]
+
+    page = (tmp_path / "gpu-check.md").read_text()
+    assert "A dry run" in page and report.date in page and report.commit in page
+    assert "| absent | the stage absent | not there: nobody asked for it | " in page
+    assert "- **two and two**: 5 (wanted: 4)" in page and "- **fails** failed: ValueError: this went wrong" in page
+    assert "| speed | at least 0.8 | 0.5 | not judged |" in page
+    assert "No time was left for: comes too late." in page
+    assert "| what it is | count |\n|---|---|\n| the last part | 3 |" in page
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "found"),
+    [("wrong_kernel", "kernels", "silu_mul"), ("wrong_acceptance", "equality", "the same tokens with a head")],
+)
+def test_what_computes_wrongly_is_found(name: str, stage: str, found: str, tmp_path: Path) -> None:
+    report = scenario(name, tmp_path)
+    assert report.failed == [stage]
+    failed: StageReport = report.stages[-1]
+    assert any(check.name.startswith(found) and not check.passed for check in failed.checks), failed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be checked")
+def test_without_a_gpu_there_is_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "slipstream.server", "gpu-check", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("slipstream: gpu-check needs a GPU, and torch sees none here; --dry-run")
+    assert not (tmp_path / "out").exists()
