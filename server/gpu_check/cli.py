@@ -35,7 +35,9 @@ def gpu_check(
     Stages run in the order of their value, each in a process of its own; results are written after every part of one,
     so a run that is cut off has lost nothing. The exit status is 1 if a stage failed, 2 if nothing could be checked.
     """
-    # Kernels are for the one or the other when they are imported.
+    # Before torch is imported: whether there is a GPU can be asked without using it, which forks would not survive.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    # Before kernels are imported: they are for the one or the other then.
     if dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
     else:

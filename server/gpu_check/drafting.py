@@ -28,6 +28,8 @@ from slipstream.server.gpu_check.real import RealModel
 
 DRAFT_VOCAB_SIZE = 8192
 LONGEST = 400
+TRAINING_S = 30.0
+"""No step of training begins later."""
 NEW_VERSION = 2
 
 
@@ -47,8 +49,8 @@ class Trained:
 
 def _train_and_swap(context: Context) -> None:
     # Forked before anything has computed here, since threads of OpenMP do not outlive that.
-    trainer = TrainingProcess(context.scratch / "head", steps=5 if context.dry_run else 60)
-    model = RealModel(context)
+    trainer = TrainingProcess(context.scratch / "head", most_steps=5 if context.dry_run else 60)
+    model = RealModel(context, or_another=True)
     answer = 60 if context.dry_run else 200
     options: dict[str, Any] = {"speculation": "head", "drafter": "random", "speculation_policy": "fixed"}
     options |= {"max_model_len": LONGEST, "max_draft_tokens": 3}
@@ -147,11 +149,11 @@ class TrainingProcess:
     On the CPU, as a server's worker does; not at its lowest priority, so that it is over in time on any machine.
     """
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    def __init__(self, folder: Path, most_steps: int) -> None:
         self.folder = folder
         fork = multiprocessing.get_context("fork")
         self._connection, theirs = fork.Pipe()
-        self._process = fork.Process(target=_train, args=(theirs, folder, steps))
+        self._process = fork.Process(target=_train, args=(theirs, folder, most_steps))
         self._process.start()
         theirs.close()
 
@@ -175,7 +177,7 @@ class TrainingProcess:
         return told
 
 
-def _train(connection: Connection, folder: Path, steps: int) -> None:
+def _train(connection: Connection, folder: Path, most_steps: int) -> None:
     """In a process of its own."""
     try:
         model, told = connection.recv()
@@ -185,8 +187,10 @@ def _train(connection: Connection, folder: Path, steps: int) -> None:
         counts = Counter(token for each in examples for token in each.tokens[each.num_prompt :].tolist())
         size = target.head.draft_vocab_size
         trainer = Trainer(target.trainable(*target.cold_head(target.draft_tokens(counts, size))), TrainOptions())
-        losses = [trainer.learn([[each] for each in examples]).loss for _ in range(steps)]
+        losses = [trainer.learn([[each] for each in examples]).loss]
+        while len(losses) < most_steps and time.perf_counter() - began < TRAINING_S:
+            losses.append(trainer.learn([[each] for each in examples]).loss)
         layout.write(folder, trainer.head.config, trainer.published())
-        connection.send(Trained(steps, tuple(losses), time.perf_counter() - began))
+        connection.send(Trained(len(losses), tuple(losses), time.perf_counter() - began))
     except Exception as error:
         connection.send(Trained(0, (math.nan,), 0.0, f"{type(error).__name__}: {error}"))

@@ -80,14 +80,14 @@ def decoding(
     ends = time.monotonic() + most_s
     params = SamplingParams(max_tokens=most_tokens, temperature=0.0)
     streams = [local.submit(text, params) for text in texts]
-    while not all(stream.deltas for stream in streams):
-        if time.monotonic() > ends:
-            raise TimeoutError(f"the prompts of {len(texts)} streams took longer than {most_s:.0f} s")
-        local.step()
-    for _ in range(WARM_UP):
-        local.step()
-    synchronize(local)
     try:
+        while not all(stream.deltas for stream in streams):
+            if time.monotonic() > ends:
+                raise TimeoutError(f"the prompts of {len(texts)} streams took longer than {most_s:.0f} s")
+            local.step()
+        for _ in range(WARM_UP):
+            local.step()
+        synchronize(local)
         yield streams
     finally:
         local.engine.core.drain()

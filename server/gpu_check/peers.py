@@ -48,22 +48,37 @@ def _compare(context: Context, name: str) -> None:
             slipstream=context.kept.get(f"{NAME}, {streams_of(count)}"),
         )
     prompt, answer = (30, 12) if context.dry_run else (LONG_PROMPT, LONG_ANSWER)
-    seconds, tokens = _time(context, generate, counts[-1], prompt, answer)
-    ours = context.kept.get(f"{NAME}, whole")
+    count, (seconds, tokens) = _most_that_fits(context, name, generate, counts[-1], prompt, answer)
+    ours = context.kept.get(f"{NAME}, whole") if count == counts[-1] else None
     context.row(
         "other programs, whole requests",
         program=name,
         model=f"{NAME} shape",
-        streams=counts[-1],
+        streams=count,
         prompt=prompt,
         answer=answer,
         tokens_per_s=tokens / seconds,
         slipstream=ours,
     )
     if ours is not None:
-        context.target(
-            f"{streams_of(counts[-1])}, whole requests: times as fast as {name}", ours * seconds / tokens, at_least=1
-        )
+        what = f"{streams_of(count)}, whole requests: times as fast as {name}"
+        context.target(what, ours * seconds / tokens, at_least=1)
+
+
+def _most_that_fits(
+    context: Context, name: str, generate: Generate, count: int, prompt: int, answer: int
+) -> tuple[int, tuple[float, int]]:
+    """How many streams there was memory for, by halves, and what ``_time`` says of them."""
+    while True:
+        try:
+            return count, _time(context, generate, count, prompt, answer)
+        except torch.cuda.OutOfMemoryError:
+            context.note(f"{name} has no memory for {streams_of(count)} of {prompt} + {answer} tokens.")
+            if count == 1:
+                raise
+        count //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _time(context: Context, generate: Generate, count: int, prompt: int, answer: int) -> tuple[float, int]:

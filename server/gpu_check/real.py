@@ -31,30 +31,40 @@ WANTED_RATIO = 2.0
 
 
 class RealModel:
-    """The model that was asked for or the embedded one; in a dry run, unless one was asked for, a tiny one that repeats
-    the last token, with tokens instead of questions."""
+    """The model that was asked for, or the embedded one, with questions.
 
-    def __init__(self, context: Context) -> None:
-        """Raises NotThere if there is none."""
-        self.is_real = context.options.model is not None or not context.dry_run
-        self.name = context.options.model or DEFAULT_MODEL
+    Instead of it, in a dry run or where there is none, a small one that repeats the last token, with random ones.
+    """
+
+    def __init__(self, context: Context, or_another: bool) -> None:
+        """Raises NotThere if there is no real one, and no dry run, unless another one will do."""
+        self.path = self.name = context.options.model or DEFAULT_MODEL
         self.stop: tuple[int, ...] = ()
-        if not self.is_real:
-            shape = models.TINY | {"tie_word_embeddings": True}
-            self.path = str(models.with_weights(context, "echo", shape, 1.0))
-            self.name = "tiny, with random weights"
-            self.texts: Sequence[list[int]] = prompts(len(QUESTIONS), 20, shape["vocab_size"])
+        self.is_real = False
+        if context.dry_run and context.options.model is None:
+            self._use_another(context)
             return
-        self.path = self.name
         try:
             checkpoint = open_checkpoint(self.path)
             tokenizer = load_tokenizer(locate(self.path))
         except ModelError as error:
-            raise NotThere(f"a real model: {error}") from None
+            if not or_another:
+                raise NotThere(f"a real model: {error}") from None
+            self._use_another(context)
+            return
+        self.is_real = True
         ends: Any = checkpoint.generation_config.get("eos_token_id", checkpoint.config.get("eos_token_id", []))
         self.stop = tuple(ends) if isinstance(ends, list) else (ends,)
         template = tokenizer.own_template()
-        self.texts = [tokenizer.encode(_rendered(template, question), template is None) for question in QUESTIONS]
+        self.texts: Sequence[list[int]] = [
+            tokenizer.encode(_rendered(template, question), template is None) for question in QUESTIONS
+        ]
+
+    def _use_another(self, context: Context) -> None:
+        shape = models.shape(context, "135M")
+        self.path = str(models.with_weights(context, "echo", shape, 1.0))
+        self.name = "135M shape, random weights"
+        self.texts = prompts(len(QUESTIONS), 20, shape["vocab_size"])
 
     def params(self, answer: int) -> SamplingParams:
         return SamplingParams(max_tokens=answer, temperature=0.0, stop_token_ids=self.stop)
@@ -66,7 +76,7 @@ def _rendered(template: ChatTemplate | None, question: str) -> str:
 
 
 def parts(context: Context) -> Iterator[Part]:
-    model = RealModel(context)
+    model = RealModel(context, or_another=False)
     found: dict[str, float] = {}
     for count in (1, 8) if context.dry_run else (1, 8, 32):
         yield Part(f"{streams_of(count)}", partial(_measure, context, model, count, {}, found))

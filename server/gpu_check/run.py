@@ -39,6 +39,8 @@ class Check:
         self.options = options
         self._ends = time.monotonic() + options.budget_s
         self._kept: dict[str, float] = {}
+        self.start = "fork"
+        """How processes start: forks share what is imported, but cannot use a GPU that this process has used."""
         asked = {"budget": f"{options.budget_s / 60:g} min", "compare": " ".join(options.compare) or "nothing"}
         self.report = Report(
             date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -130,9 +132,9 @@ class Running:
 
     def _run_process(self) -> bool:
         """Whether there is nothing left to do."""
-        fork = multiprocessing.get_context("fork")
-        ours, theirs = fork.Pipe(duplex=False)
-        process = fork.Process(target=self._work, args=(theirs,))
+        start = multiprocessing.get_context(self._check.start)
+        ours, theirs = start.Pipe(duplex=False)
+        process: Any = start.Process(target=self._work, args=(theirs,))  # type: ignore[attr-defined]
         process.start()
         theirs.close()
         part: str | None = None
@@ -141,6 +143,9 @@ class Running:
                 told = ours.recv()
                 if told[0] == "done":
                     return True
+                if told[0] == "cannot fork":
+                    self._check.start = "spawn"
+                    return False
                 if told[0] == "begin":
                     part = told[1]
                     self._tried.add(part)
@@ -169,6 +174,9 @@ class Running:
         if self._check.options.dry_run:
             torch.set_num_threads(1)  # tiny shapes are not worth a second one
         send = connection.send
+        if not self._check.options.dry_run and torch.cuda._is_in_bad_fork():
+            send(("cannot fork",))
+            return
         context = Context(self._check.options, send, self._deadline, self._check.kept, self._scratch)
         try:
             for part in self._stage.parts(context):

@@ -17,15 +17,15 @@ WARM_UPS = 3
 
 
 def seconds(run: Callable[[], object], device: torch.device, most_s: float = 0.5, most_runs: int = 50) -> float:
-    """Median of several runs with cold caches, as many as fit into ``most_s`` seconds but three at least.
+    """Median of several runs, as many as fit into ``most_s`` seconds.
 
-    On a GPU what it takes there: what the host does meanwhile does not count as long as it is below a millisecond.
+    On a GPU three at least, with cold caches, and what it takes there: what the host does meanwhile does not count as
+    long as it is below a millisecond.
     """
     if device.type == "cuda":
         return _on_gpu(run, device, most_s, most_runs)
-    run()
     found: list[float] = []
-    while len(found) < 3 or (sum(found) < most_s and len(found) < most_runs):
+    while not found or (sum(found) < most_s and len(found) < most_runs):
         began = time.perf_counter()
         run()
         found.append(time.perf_counter() - began)

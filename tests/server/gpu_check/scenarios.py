@@ -18,7 +18,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from slipstream.engine.speculation.tree import Tree
 from slipstream.kernels import ops
-from slipstream.server.gpu_check import context as contexts
 from slipstream.server.gpu_check import run as running
 from slipstream.server.gpu_check.context import Context, NotThere, Options, Part, Stage
 from slipstream.server.gpu_check.stages import STAGES
@@ -103,13 +102,19 @@ def wrong_acceptance() -> tuple[Stage, ...]:
     return only("equality")
 
 
+def spawned() -> tuple[Stage, ...]:
+    """As where the processes of stages cannot be forked."""
+    return (STAGES[0], stage("wrong", wrong), stage("broken", broken))
+
+
 def only(name: str) -> tuple[Stage, ...]:
     return (STAGES[0], *(each for each in STAGES if each.name == name))
 
 
-SCENARIOS = {each.__name__: each for each in (many_ends, wrong_kernel, wrong_acceptance)}
+SCENARIOS = {each.__name__: each for each in (many_ends, wrong_kernel, wrong_acceptance, spawned)}
 
 if __name__ == "__main__":
     running.GRACE_S = 1.0
-    assert contexts.Context is Context
-    running.run(Options(Path(sys.argv[2]), 300.0, True, (), None, ()), SCENARIOS[sys.argv[1]]())
+    check = running.Check(Options(Path(sys.argv[2]), 300.0, True, (), None, ()))
+    check.start = "spawn" if sys.argv[1] == "spawned" else "fork"
+    check.run(SCENARIOS[sys.argv[1]]())

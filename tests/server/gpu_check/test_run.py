@@ -71,6 +71,13 @@ def test_what_computes_wrongly_is_found(name: str, stage: str, found: str, tmp_p
     assert any(check.name.startswith(found) and not check.passed for check in failed.checks), failed
 
 
+def test_stages_need_not_be_forked(tmp_path: Path) -> None:
+    """Where this process has used a GPU, its forks cannot."""
+    report = scenario("spawned", tmp_path)
+    assert report.failed == ["wrong", "broken"] and "device" in report.machine
+    assert "the engine did not start" in report.stages[-1].errors["the stage"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be checked")
 def test_without_a_gpu_there_is_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "slipstream.server", "gpu-check", "--out", str(tmp_path / "out")]
