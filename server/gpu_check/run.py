@@ -161,7 +161,7 @@ class Running:
                 return False
             if process.exitcode:
                 self._check.take(self._found, ("error", "", _how_it_ended(process.exitcode)))
-            return process.exitcode != LOST
+            return bool(process.exitcode != LOST)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid or 0, signal.SIGKILL)  # what it may have started, too
