@@ -13,7 +13,7 @@ from slipstream.server.gpu_check.report import Report
 from slipstream.server.gpu_check.stages import STAGES
 
 SECONDS = 600
-ONLY_SERVERS_NEED = (
+NOT_NEEDED = (
     "fastapi",
     "starlette",
     "uvicorn",
@@ -24,7 +24,7 @@ ONLY_SERVERS_NEED = (
 )
 RUN = f"""
 import sys
-sys.modules.update(dict.fromkeys({ONLY_SERVERS_NEED!r}))  # to import them is an error
+sys.modules.update(dict.fromkeys({NOT_NEEDED!r}))  # to import them is an error
 sys.argv[0] = "slipstream"
 from slipstream.server.cli import main
 main()
