@@ -77,7 +77,8 @@ class Check:
             Running(self, stage, found, min(began + stage.most_s, self._ends), scratch).run()
             found.seconds = round(time.monotonic() - began, 1)
             bad = bool(found.errors) or not all(check.passed for check in found.checks)
-            found.outcome = "failed" if bad else "not there" if found.reason else "ok"
+            absent = found.reason or (found.notes and not (found.tables or found.checks or found.targets))
+            found.outcome = "failed" if bad else "not there" if absent else "ok"
         self._write()
         why = f": {found.reason}" if found.reason else ""
         print(f"{stage.name}: {found.outcome}{why} ({found.seconds:.1f} s)", flush=True)

@@ -13,6 +13,7 @@ STAGES = (
     Stage("8B", "tokens per second, 8B shape", partial(throughput.of_shape, "8B"), 25, 110),
     Stage("steps", "what a step costs besides computing", steps.parts, 20, 60),
     Stage("memory", "memory, graphs included", steps.memory, 15, 40),
+    Stage("deterministic", "what deterministic results cost", throughput.deterministic, 20, 50),
     Stage("model", "a real model, and its head", real.parts, 15, 70),
     Stage("drafter", "a head trained and swapped under load", drafting.parts, 30, 90),
     Stage("peers", "other programs", peers.parts, 30, 120),

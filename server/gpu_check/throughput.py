@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from slipstream.engine.errors import ConfigError, ModelError
+from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.loader import available_memory
 from slipstream.engine.testing import LocalEngine
 from slipstream.server.gpu_check import models
-from slipstream.server.gpu_check.context import Context, Part, streams_of
+from slipstream.server.gpu_check.context import Context, NotThere, Part, streams_of
 from slipstream.server.gpu_check.engines import WARM_UP, config, decoding, engine, measure, prompts
 from slipstream.server.gpu_check.kernels import COPY
 
@@ -33,15 +36,25 @@ def sizes(context: Context) -> tuple[int, int]:
     return (20, 8) if context.dry_run else (PROMPT, STEPS)
 
 
-def dummy_engine(context: Context, name: str, tokens: int, **options: Any) -> Any:
-    """An engine with the weights of a dummy, and a cache for so many tokens or as many as there is room for."""
+@contextmanager
+def dummy_engine(context: Context, name: str, tokens: int, **options: Any) -> Iterator[LocalEngine]:
+    """An engine with the weights of a dummy, and a cache for so many tokens or as many as there is room for.
+
+    Raises NotThere where there is not even room for the weights.
+    """
     shape = models.shape(context, name)
     path = models.folder(context, name, shape)
     if context.on_gpu:
         wanted = tokens * models.kv_bytes(shape, 2)
         room = available_memory(context.device) - models.weights_bytes(shape, 2) - SPARE_BYTES
         options |= {"dtype": "bfloat16", "kv_cache_memory": str(max(min(wanted, room), 0))}
-    return engine(config(context, path, load_format="dummy", **({"max_running": max(STREAMS)} | options)))
+    with ExitStack() as stack:
+        asked = {"load_format": "dummy", "max_running": max(STREAMS)} | options
+        try:
+            local = stack.enter_context(engine(config(context, path, **asked)))
+        except ModelError as error:
+            raise NotThere(f"room for the {name} shape: {error}") from None
+        yield local
 
 
 def of_shape(name: str, context: Context) -> Iterator[Part]:
@@ -80,12 +93,40 @@ def _measure(context: Context, name: str, local: LocalEngine, count: int, prompt
         context.target(what, share, at_least=WANTED_SHARE)
 
 
+def deterministic(context: Context) -> Iterator[Part]:
+    """What the same bits in any batch cost."""
+    yield Part("8B shape", partial(_deterministic, context))
+
+
+def _deterministic(context: Context) -> None:
+    name, count = "8B", 3 if context.dry_run else 32
+    prompt, steps = sizes(context)
+    longest = prompt + steps + 2 * WARM_UP + 2
+    shape = models.shape(context, name)
+    found: dict[bool, float] = {}
+    for demanded in (True, False):
+        try:
+            made = dummy_engine(context, name, count * longest, max_model_len=longest, deterministic=demanded)
+            with (
+                made as local,
+                decoding(local, prompts(count, prompt, shape["vocab_size"]), longest, PART_S) as running,
+            ):
+                found[demanded] = measure(local, running, steps, PART_S).tokens_per_s
+        except ConfigError as error:
+            raise NotThere(str(error)) from None
+    context.row(
+        "deterministic",
+        model=f"{name} shape",
+        streams=count,
+        prompt=prompt,
+        tokens_per_s=found[True],
+        otherwise=found[False],
+        costs=f"{1 - found[True] / found[False]:.0%}",
+    )
+
+
 def _whole(context: Context, name: str, local: LocalEngine, count: int, prompt: int, answer: int) -> None:
     """From the first prompt to the last token."""
-    import time
-
-    from slipstream.engine.messages import SamplingParams
-
     texts = prompts(count, prompt, models.shape(context, name)["vocab_size"], count)
     began = time.perf_counter()
     asked = [local.submit(text, SamplingParams(max_tokens=answer, temperature=0.0)) for text in texts]
@@ -111,7 +152,3 @@ def _whole(context: Context, name: str, local: LocalEngine, count: int, prompt: 
         preemptions=sum(each.num_preemptions for each in asked),
     )
     context.keep(f"{name}, whole", count * answer / seconds)
-
-
-def folder_of(context: Context, name: str) -> Path:
-    return models.folder(context, name, models.shape(context, name))
