@@ -17,8 +17,9 @@ from torch import Tensor
 from slipstream.kernels.native.ops import NativeOps
 from slipstream.kernels.reference import NEVER as NEVER
 from slipstream.kernels.reference import ReferenceOps
+from slipstream.kernels.triton.ops import TritonOps
 
-BACKENDS: list[type[ReferenceOps]] = [NativeOps, ReferenceOps]
+BACKENDS: list[type[ReferenceOps]] = [NativeOps, TritonOps, ReferenceOps]
 """Backends, preferred ones first."""
 COLDEST = torch.finfo(torch.float32).tiny
 """Lower temperatures count as this one, which leaves the largest logit and its equals: their inverse is not a float."""

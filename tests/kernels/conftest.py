@@ -3,6 +3,10 @@ from collections.abc import Iterator
 import pytest
 
 from slipstream.kernels.native import library
+from slipstream.kernels.triton import launch
+
+if launch.runs_on("cpu"):
+    import bf16_interpreter  # noqa: F401  (mends the interpreter, for tests that go through all backends)
 
 
 @pytest.fixture(params=["avx512bf16", "avx2"], scope="module")

@@ -1,5 +1,8 @@
 """Backends of operations: each computes what the reference does, and one is a class and a line in the table."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,8 +15,8 @@ from torch import Tensor
 
 from slipstream.kernels import ops
 from slipstream.kernels.reference import ReferenceOps
+from slipstream.kernels.triton import launch
 
-CPU = torch.device("cpu")
 PLAIN = ReferenceOps()
 
 
@@ -81,7 +84,7 @@ def operations() -> set[str]:
 
 @settings(max_examples=40)
 @given(
-    backend=st.sampled_from(["fused", *(backend.name for backend in ops.BACKENDS if backend.runs_on(CPU))]),
+    backend=st.sampled_from(["fused", *ops.backend_names(), *(["triton"] if launch.runs_on("cpu") else [])]),
     rows=st.integers(1, 6),
     width=st.integers(1, 70),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -104,6 +107,18 @@ def test_every_backend_computes_what_the_reference_does(
             if not torch.equal(found > 0, wanted > 0):
                 continue
         torch.testing.assert_close(found, wanted, rtol=1.6e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-5)
+
+
+def test_the_cpu_never_gets_triton() -> None:
+    """Even where its interpreter runs; a process that computes on the CPU does not import it either."""
+    check = (
+        "import sys, torch; from slipstream.kernels import ops;"
+        "print(ops._for_device(torch.device('cpu')).name, 'triton' in sys.modules)"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=True)
+    name, is_imported = done.stdout.split()
+    assert name != "triton" and is_imported == "False"
 
 
 def test_a_device_gets_the_first_backend_that_runs_on_it() -> None:

@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 
 from slipstream.kernels import ops, random
 from slipstream.kernels.reference import ReferenceOps
+from slipstream.kernels.triton import launch
 
 NEVER = float("-inf")
 REFERENCE = ReferenceOps()
+BACKENDS = [*ops.backend_names(), *(["triton"] if launch.runs_on("cpu") else [])]
 
 
 def columns(rows: int, t: float, k: int, m: float, p: float) -> tuple[torch.Tensor, ...]:
@@ -124,8 +126,10 @@ def test_extreme_parameters_give_what_float64_gives(
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_ties_at_the_border_stay(isa: str, top_k: int) -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]])
-    weights = ops.distribution(logits.clone(), *columns(1, 1.0, top_k, 0.0, 1.0))
-    assert (weights[0] > 0).tolist() == [False, True, True, False, True]
+    for backend in BACKENDS:
+        with ops.use_backend(backend):
+            weights = ops.distribution(logits.clone(), *columns(1, 1.0, top_k, 0.0, 1.0))
+        assert (weights[0] > 0).tolist() == [False, True, True, False, True]
 
 
 @given(vocab=st.integers(1, 100), seed=st.integers(0, 500), share=st.floats(0, 1, exclude_max=True))
@@ -134,12 +138,13 @@ def test_draw_inverts_the_running_sum(isa: str, vocab: int, seed: int, share: fl
     weights[0, seed % vocab :: 3] = 0.0
     weights[0, (seed + 1) % vocab] = 0.5
     shares = torch.tensor([share], dtype=torch.float64)
-    drawn = int(ops.draw(weights, shares))
-    assert weights[0, drawn] > 0
-    below, upto = float(weights[0, :drawn].double().sum()), float(weights[0, : drawn + 1].double().sum())
-    target = share * float(weights[0].double().sum())
-    assert below <= target * (1 + 1e-6) + 1e-9 and upto >= target * (1 - 1e-6) - 1e-9
-    assert abs(int(REFERENCE.draw(weights, shares)) - drawn) <= vocab
+    for backend in BACKENDS:
+        with ops.use_backend(backend):
+            drawn = int(ops.draw(weights, shares))
+        assert weights[0, drawn] > 0
+        below, upto = float(weights[0, :drawn].double().sum()), float(weights[0, : drawn + 1].double().sum())
+        target = share * float(weights[0].double().sum())
+        assert below <= target * (1 + 1e-6) + 1e-9 and upto >= target * (1 - 1e-6) - 1e-9
 
 
 def test_drawn_tokens_follow_the_weights(isa: str) -> None:
@@ -163,12 +168,11 @@ def test_argmax_takes_the_first_largest_and_refuses_broken_rows(isa: str) -> Non
     logits[4, :] = NEVER
     logits[5, :1000] = NEVER
     expected = REFERENCE.argmax(logits)
-    assert ops.argmax(logits).tolist() == expected.tolist()
     assert expected.tolist()[1:] == [700, -1, -1, -1, 1000]
-    for best, likely in (
-        ops.argmax_with_probability(logits),
-        REFERENCE.argmax_with_probability(logits),
-    ):
+    for backend in BACKENDS:
+        with ops.use_backend(backend):
+            assert ops.argmax(logits).tolist() == expected.tolist()
+            best, likely = ops.argmax_with_probability(logits)
         assert best.tolist() == expected.tolist()
         assert likely[2:].tolist() == [0.0, 0.0, 0.0, 1.0]
         for row in (0, 1):
@@ -176,6 +180,9 @@ def test_argmax_takes_the_first_largest_and_refuses_broken_rows(isa: str) -> Non
 
 
 def test_penalties_follow_their_definition() -> None:
-    logits = torch.tensor([[2.0, -2.0, 1.0, 1.0]])
-    ops.penalize(logits, 0, torch.tensor([0, 1]), 2.0, torch.tensor([1, 3]), torch.tensor([1.0, 3.0]), 0.5, 0.25)
-    assert logits[0].tolist() == [1.0, -4.0 - 0.75, 1.0, 1.0 - 1.75]
+    for backend in BACKENDS:
+        logits = torch.tensor([[2.0, -2.0, 1.0, 1.0]])
+        output, counts = torch.tensor([1, 3]), torch.tensor([1.0, 3.0])
+        with ops.use_backend(backend):
+            ops.penalize(logits, 0, torch.tensor([0, 1]), 2.0, output, counts, 0.5, 0.25)
+        assert logits[0].tolist() == [1.0, -4.0 - 0.75, 1.0, 1.0 - 1.75]

@@ -1,0 +1,88 @@
+"""The operations that Triton's kernels compute; what they do not take, and the others, torch computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.reference import ReferenceOps
+from slipstream.kernels.triton import launch
+
+FORMATS = {torch.float32, torch.bfloat16, torch.float16}
+
+
+class TritonOps(ReferenceOps):
+    name = "triton"
+
+    @classmethod
+    def runs_on(cls, device: torch.device) -> bool:
+        # Nobody gets the interpreter without asking for it by name.
+        return not launch.is_interpreted() and launch.runs_on(device.type)
+
+    def __init__(self) -> None:
+        # Only where it computes: Triton takes a while to import, and is not there for every platform.
+        from slipstream.kernels.triton import activation, distribution, logits, norm, rows, sampling
+
+        self._activation, self._distribution, self._logits = activation, distribution, logits
+        self._norm, self._rows, self._sampling = norm, rows, sampling
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not self._fits(x, weight) or x.shape[-1] > self._norm.WIDEST:
+            return super().rms_norm(x, weight, eps)
+        return self._norm.rms_norm(x, weight, eps)
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        if not self._fits(gate, up) or gate.shape != up.shape:
+            return super().silu_mul(gate, up)
+        return self._activation.silu_mul(gate, up)
+
+    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+        if not self._fits(weight):
+            return super().embedding(ids, weight)
+        return self._rows.take_rows(weight, ids.reshape(-1)).view(*ids.shape, -1)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return self._sampling.argmax(logits) if self._fits(logits) else super().argmax(logits)
+
+    def argmax_with_probability(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._fits(logits):
+            return super().argmax_with_probability(logits)
+        return self._sampling.argmax_with_probability(logits)
+
+    def distribution(self, logits: Tensor, temperature: Tensor, top_k: Tensor, min_p: Tensor, top_p: Tensor) -> Tensor:
+        if not self._fits(logits) or logits.dtype is not torch.float32:
+            return super().distribution(logits, temperature, top_k, min_p, top_p)
+        return self._distribution.distribution(logits, temperature, top_k, min_p, top_p, out=logits)
+
+    def draw(self, weights: Tensor, shares: Tensor) -> Tensor:
+        return self._sampling.draw(weights, shares) if self._fits(weights) else super().draw(weights, shares)
+
+    def penalize(
+        self,
+        logits: Tensor,
+        row: int,
+        seen: Tensor,
+        repetition: float,
+        output: Tensor,
+        counts: Tensor,
+        frequency: float,
+        presence: float,
+    ) -> None:
+        if not self._fits(logits) or logits.dtype is not torch.float32:
+            return super().penalize(logits, row, seen, repetition, output, counts, frequency, presence)
+        device, rows = logits.device, logits[row : row + 1]
+
+        def number(value: float) -> Tensor:
+            return torch.full((1,), value, dtype=torch.float32, device=device)
+
+        def whole(tokens: Tensor) -> Tensor:
+            return torch.arange(2, dtype=torch.int32, device=device) * len(tokens)
+
+        if repetition != 1.0:
+            self._logits.penalize_rows(rows, whole(seen), seen, None, number(repetition), number(0.0), number(0.0))
+        if frequency or presence:
+            parameters = number(1.0), number(frequency), number(presence)
+            self._logits.penalize_rows(rows, whole(output), output, counts, *parameters)
+
+    def _fits(self, *tensors: Tensor) -> bool:
+        return all(tensor.dtype in FORMATS and self._rows.fits(tensor) for tensor in tensors)
