@@ -41,7 +41,12 @@ def mend() -> None:
         return cast(self, source, kind)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        return dot(self, widened(a), widened(b), d, *rest)
+        a, b = widened(a), widened(b)
+        if d.dtype.scalar != tl.float32 or np.uint8 in (a.data.dtype, b.data.dtype):
+            return dot(self, a, b, d, *rest)
+        # numpy sums a row in an order that depends on its place; a GPU does not. Not so to float32's precision.
+        exact = np.matmul(a.data, b.data, dtype=np.float64) + d.data
+        return interpreter.TensorHandle(exact.astype(np.float32), tl.float32)
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
         tensors(tensor, scope)
