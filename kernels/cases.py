@@ -17,6 +17,7 @@ from torch import Tensor
 from slipstream.kernels import ops, reference
 from slipstream.kernels.batch import RaggedBatch, make_batch
 from slipstream.kernels.kv_cache import CacheShape, PagedKVCache, TorchKVCache
+from slipstream.kernels.triton import launch
 
 Outputs = tuple[Tensor, ...]
 TRITON = "triton"
@@ -140,6 +141,16 @@ def cases(device: torch.device) -> Iterator[Case]:
         if backend.runs_on(device) and backend.name != TRITON:
             yield from operations(backend.name)
     yield from attention(TorchKVCache)
+    if launch.runs_on(device.type):
+        yield from triton_cases()
+
+
+def triton_cases() -> Iterator[Case]:
+    """Those of Triton's kernels, which are imported for that."""
+    from slipstream.kernels.triton import row_cases
+
+    yield from operations(TRITON)
+    yield from row_cases.cases()
 
 
 def operations(backend: str) -> Iterator[Case]:
@@ -154,6 +165,17 @@ def operations(backend: str) -> Iterator[Case]:
     yield Case(f"argmax_with_probability, {backend}", partial(_argmax_with_probability, backend), float32)
     yield Case(f"distribution, {backend}", partial(_distribution, backend), float32)
     yield Case(f"draw, {backend}", partial(_draw, backend), float32)
+
+
+def called(
+    run: Callable[[], Tensor | Outputs], expected: Callable[[], Tensor | Outputs], moved: int, flops: int = 0
+) -> Prepared:
+    """Functions without arguments that return a tensor, or several."""
+
+    def found() -> Outputs:
+        return _outputs(run())
+
+    return Prepared(found, found, lambda: _outputs(expected()), moved, flops)
 
 
 def _prepared(

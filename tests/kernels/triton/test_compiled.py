@@ -1,0 +1,61 @@
+"""Every launch compiles for the GPUs there are, within their registers and their shared memory; without one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+SECONDS = 900
+
+
+def compiled(request: pytest.FixtureRequest, tmp_path: Path, *options: str) -> list[dict[str, Any]]:
+    """Rows of ``scripts/kernel_resources.py``. In another process: in this one, kernels are interpreted."""
+    file = tmp_path / "rows.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # What has been compiled once from the same source is found there by the next run.
+    environment["TRITON_CACHE_DIR"] = str(request.config.cache.mkdir("triton"))  # type: ignore[union-attr]
+    done = subprocess.run(
+        [sys.executable, "-P", str(ROOT / "scripts/kernel_resources.py"), f"--json={file}", *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert file.exists(), done.stderr
+    rows: list[dict[str, Any]] = json.loads(file.read_text())
+    problems = [f"{row['target']}, {row['case']}, {row['kernel']}: {row['problem']}" for row in rows if row["problem"]]
+    assert not problems, "\n".join([*problems, done.stderr])
+    assert done.returncode == 0
+    return rows
+
+
+def test_kernels_fit_hopper_and_blackwell(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    rows = compiled(request, tmp_path, "--target=sm_90", "--target=sm_100", "--important")
+    for target in ("sm_90", "sm_100"):
+        of_target = [row for row in rows if row["target"] == target]
+        assert {row["tokens"] for row in of_target} and all(row["registers"] > 0 for row in of_target)
+
+
+@pytest.mark.slow
+def test_kernels_fit_all_targets_in_all_formats_and_sizes(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    rows = compiled(request, tmp_path, "--all-formats")
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+
+
+def test_a_kernel_that_asks_for_too_much_is_found(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, str(Path(__file__).with_name("wasteful.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["modest"] == [""]
+    [spills], [shared] = found["spills"], found["shared"]
+    assert spills.startswith("spills ") and "bytes of shared memory, of 232448" in shared
