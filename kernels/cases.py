@@ -147,10 +147,11 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 def triton_cases() -> Iterator[Case]:
     """Those of Triton's kernels, which are imported for that."""
-    from slipstream.kernels.triton import row_cases
+    from slipstream.kernels.triton import linear_cases, row_cases
 
     yield from operations(TRITON)
     yield from row_cases.cases()
+    yield from linear_cases.cases()
 
 
 def operations(backend: str) -> Iterator[Case]:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipstream.kernels.triton import launch
+
 PROGRAMS = 264
 """Programs that occupy a GPU: two for each multiprocessor of the largest there are."""
 
@@ -175,7 +177,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=4,
-        num_stages=2 if exact else 4,
+        # AMD's programs have a third of the shared memory.
+        num_stages=2 if exact or not launch.capability(x.device) else 4,
     )
     if parts is not None:
         add_parts(parts, None, bias, out)

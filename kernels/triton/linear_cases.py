@@ -1,0 +1,51 @@
+"""Cases of Triton's products with matrices; see ``slipstream.kernels.cases``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.cases import Case, Prepared, Sizes, Source, called, size
+from slipstream.kernels.triton import linear, quantized
+
+
+def cases() -> Iterator[Case]:
+    yield Case("linear, batch-invariant", _linear)
+    yield Case("linear, int8", partial(_quantized, "int8"), (torch.bfloat16, torch.float16))
+    yield Case("linear, fp8", partial(_quantized, "fp8"), (torch.bfloat16, torch.float16))
+    yield Case("linear, int4", partial(_quantized, "int4"), (torch.bfloat16, torch.float16))
+
+
+def _linear(source: Source, sizes: Sizes) -> Prepared:
+    x, weight = source.normal(sizes.tokens, sizes.hidden), source.normal(sizes.intermediate, sizes.hidden, scale=0.02)
+    moved = size(x, weight) + sizes.tokens * sizes.intermediate * x.element_size()
+    flops = 2 * sizes.tokens * sizes.hidden * sizes.intermediate
+    return called(lambda: linear.linear(x, weight), lambda: x.float() @ weight.float().T, moved, flops)
+
+
+def _quantized(format_: Literal["int8", "fp8", "int4"], source: Source, sizes: Sizes) -> Prepared:
+    n, k = sizes.intermediate, sizes.hidden
+    x = source.normal(sizes.tokens, k)
+    if source.empty:  # packing takes a CPU long, and what is compiled does not depend on numbers
+        data = torch.empty(
+            n, k // 2 if format_ == "int4" else k, dtype=torch.int8 if format_ == "int8" else torch.uint8
+        )
+        groups = torch.empty(n, k // 128, dtype=torch.bfloat16), torch.empty(n, k // 128, dtype=torch.uint8)
+        scale, zero = groups if format_ == "int4" else (torch.empty(n), None)
+        matrix = quantized.QuantizedMatrix(format_, k, data, scale, zero, 128 if format_ == "int4" else 0)
+    else:
+        weight = source.normal(n, k, scale=0.02)
+        if format_ == "int4":
+            matrix = quantized.pack_int4(weight, 128 if k % 256 == 0 else 32)
+        else:
+            matrix = (quantized.pack_int8 if format_ == "int8" else quantized.pack_fp8)(weight)
+    moved = size(x) + matrix.num_bytes + sizes.tokens * n * x.element_size()
+
+    def expected() -> Tensor:
+        return x.float() @ quantized.unpack(matrix).T
+
+    return called(lambda: quantized.quantized_linear(x, matrix), expected, moved, 2 * sizes.tokens * n * k)
