@@ -124,9 +124,9 @@ def unpack(work: Path, packages: Sequence[str], wanted: str) -> Path:
     folder = work / "packages"
     folder.mkdir(parents=True, exist_ok=True)
     for attempt in range(2):
-        for package in packages:
-            if not list(folder.glob(f"{package}_*.deb")):
-                subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, capture_output=True, check=False)
+        said = subprocess.run(["apt-cache", "pkgnames"], capture_output=True, text=True, check=False).stdout.split()
+        there = [name for name in packages if name in set(said) and not list(folder.glob(f"{name}_*.deb"))]
+        subprocess.run(["apt-get", "download", "-qq", *there], cwd=folder, capture_output=True, check=False)
         if list(folder.glob(f"{packages[0]}_*.deb")) or attempt:
             break
         subprocess.run(["apt-get", "update", "-qq"], capture_output=True, check=False)
@@ -217,7 +217,7 @@ def make_base(docker: Docker, work: Path, tools: Path, served: str) -> None:
     """The stand-in for the Python image: Debian with its Python, and pip told of this machine's certificates."""
     archive, folder = work / "base.tar", work / "base"
     if not archive.exists():
-        left_out = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "info")]
+        left_out = ["--dpkgopt=force-unsafe-io", *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "info"))]
         command = ["mmdebstrap", "--quiet", "--format=tar", "--variant=minbase", *left_out]
         command += ["--include=python3,python3-venv,ca-certificates"]
         command += ['--customize-hook=cp /etc/ssl/certs/ca-certificates.crt "$1/etc/ssl/certs/ca-certificates.crt"']
