@@ -199,7 +199,7 @@ def quantized_linear(
     block_m = tile_rows or (16 if m <= 16 else 64)
     block_n = block_k = 64
     if x.dtype is torch.float32:
-        block_m, block_n, block_k = 16, 32, 32
+        block_m, block_n, block_k = 16, 32, 16 if is_int4 else 32
     if is_int4:
         block_k = min(block_k, matrix.group)
     split = Split.of(n, k, block_n, 2 * matrix.group if is_int4 else block_k)
@@ -219,7 +219,7 @@ def quantized_linear(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         num_warps=8 if is_int4 and block_m == 64 else 4,
-        num_stages=3,
+        num_stages=2 if x.dtype is torch.float32 else 3,
         enable_fp_fusion=False,  # so that parts computed apart give the same bits
     )
     if parts is not None:
