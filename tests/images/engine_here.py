@@ -217,10 +217,8 @@ def make_base(docker: Docker, work: Path, tools: Path, served: str) -> None:
     """The stand-in for the Python image: Debian with its Python, and pip told of this machine's certificates."""
     archive, folder = work / "base.tar", work / "base"
     if not archive.exists():
-        left_out = [
-            "--dpkgopt=force-unsafe-io",
-            *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "info")),
-        ]
+        left_out = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "info")]
+        left_out.append("--dpkgopt=force-unsafe-io")
         command = ["mmdebstrap", "--quiet", "--format=tar", "--variant=minbase", *left_out]
         command += ["--include=python3,python3-venv,ca-certificates"]
         command += ['--customize-hook=cp /etc/ssl/certs/ca-certificates.crt "$1/etc/ssl/certs/ca-certificates.crt"']
