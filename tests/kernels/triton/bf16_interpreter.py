@@ -1,9 +1,12 @@
-"""Mends Triton's interpreter where it computes bfloat16 in another way than a GPU does; importing it is enough.
+"""Mends Triton's interpreter where it computes narrow formats in another way than a GPU does; importing it is enough.
 
 The interpreter keeps a bfloat16 as the 16 bits that it has in memory. Conversions know that, but cut bits off where
 hardware rounds to the nearest even number, and ``tl.dot`` multiplies the bits themselves. Kernels widen to float32
 right after loading, so that these two are all that is left to mend. With Triton 3.6, numpy 2.4 refuses a loop bound
 that a kernel loaded, which is an array of one number.
+
+A kernel that calls a function prepares the language for it, which takes milliseconds: here once per function, not with
+every call. Numbers of 8 bits it rounds wrongly; hardware rounds to the nearest even one, and what is too large to the largest.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter
@@ -31,14 +35,26 @@ def widened(handle: Any) -> Any:
     return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
+def rounded_to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """The bits of the nearest float8_e4m3fn of each number, ties to even; no number stays none."""
+    wide = torch.from_numpy(np.ascontiguousarray(values, np.float32)).clamp(-448, 448)
+    return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
 def mend() -> None:
     builder = interpreter.InterpreterBuilder
     cast, dot, tensors = builder.cast_impl, builder.create_dot, interpreter._patch_lang_tensor
+    convert = builder.create_fp_to_fp
 
     def cast_impl(self: Any, source: Any, kind: Any) -> Any:
         if source.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
             return interpreter.TensorHandle(rounded(source.data), tl.bfloat16)
         return cast(self, source, kind)
+
+    def create_fp_to_fp(self: Any, source: Any, kind: Any, rounding: Any) -> Any:
+        if source.dtype.scalar in (tl.float32, tl.float16) and kind.scalar == tl.float8e4nv:
+            return interpreter.TensorHandle(rounded_to_8_bits(source.data), tl.float8e4nv)
+        return convert(self, source, kind, rounding)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         a, b = widened(a), widened(b)
@@ -52,7 +68,16 @@ def mend() -> None:
         tensors(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
-    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    prepared = set()
+
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        if self.fn not in prepared:
+            interpreter._patch_lang(self.fn)
+            prepared.add(self.fn)
+        return self.rewrite()(*args, **options)
+
+    interpreter.InterpretedFunction.__call__ = call
+    builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
     interpreter._patch_lang_tensor = patch_tensor
 
 

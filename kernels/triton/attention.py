@@ -1,0 +1,414 @@
+"""Paged attention over a ragged batch: decode, chunks of prompts, verification and branches are all segments of it.
+
+A program has a tile: some tokens of one segment with all query heads that share a KV head, as rows of one matrix. It
+visits keys in chunks counted from the start of the sequence with an online softmax (Milakov & Gimelshein 2018), so that
+the bits of a row depend on its position only: not on the batch, not on how the sequence was cut into steps, and not on
+what there is room for. There are two kinds of tiles, since what suits one token is slow for hundreds:
+
+* tiles of rows: few tokens. Keys go in splits of a fixed number, which run beside each other and are then combined in
+  their order (Dao et al. 2023, "Flash-Decoding"), or, where that would take too much memory, one after the other.
+* tiles of prompts: more tokens, for segments longer than ``LONGEST_ROWS``; all keys in one go.
+
+Each kind has its own order of adding up, and on Hopper and Blackwell its own instructions; so the bits of one are not
+those of the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slipstream.kernels.triton.device_batch import DeviceBatch
+
+LONGEST_ROWS = 32
+"""Longer segments are prompts, if the caller says that there are any: no verification of a guess is as long."""
+PARTS_BYTES = 256 << 20
+"""What the results of splits may take; where they would take more, splits go one after the other, to the same bits."""
+ANY_LENGTH = 1 << 30
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How one kind of tile is computed; bits depend on ``chunk`` and ``split``."""
+
+    rows: int
+    """Rows of a tile: tokens times the query heads of a KV head."""
+    chunk: int
+    """Keys that are visited at once."""
+    split: int
+    """Keys of a split, a multiple of ``chunk``; 0 where all go in one."""
+    warps: int
+    stages: int
+
+
+def row_tiles(head_dim: int, group: int, operand: torch.dtype) -> Tiles:
+    """Tiles for decode and verification, with ``group`` query heads per KV head."""
+    rows = max(16, triton.next_power_of_2(group))
+    if operand is torch.float32:
+        return Tiles(rows, 32, 512, 4, 2)
+    return Tiles(rows, 64 if head_dim <= 128 else 32, 512, 4, 3)
+
+
+def prompt_tiles(head_dim: int, group: int, operand: torch.dtype) -> Tiles:
+    """Tiles for chunks of prompts, with ``group`` query heads per KV head."""
+    if operand is torch.float32:
+        return Tiles(max(16, triton.next_power_of_2(group)), 32, 0, 4, 2)
+    rows = max(64, triton.next_power_of_2(group))
+    return Tiles(rows, 64 if head_dim <= 128 else 32, 0, 4 if head_dim <= 128 else 8, 3)
+
+
+@triton.jit
+def finish(best, total, acc, sink, HAS_SINKS: tl.constexpr):
+    """The weighted mean: a sink is one more key without a value."""
+    if HAS_SINKS:
+        highest = tl.maximum(best, sink)
+        fade = tl.exp2(best - highest)
+        total = tl.fma(total, fade, tl.exp2(sink - highest))
+        acc = acc * fade[:, None]
+    return acc / total[:, None]
+
+
+@triton.jit
+def join(best, total, acc, best_next, total_next, acc_next):
+    """Adds the next split to those before it."""
+    highest = tl.maximum(best, best_next)
+    safe = tl.where(highest == -float("inf"), 0.0, highest)
+    fade, fade_next = tl.exp2(best - safe), tl.exp2(best_next - safe)
+    total = tl.fma(total, fade, total_next * fade_next)
+    acc = tl.fma(acc, tl.broadcast_to(fade[:, None], acc.shape), acc_next * fade_next[:, None])
+    return highest, total, acc
+
+
+@triton.jit
+def visit_keys(
+    queries,
+    position,
+    low,
+    high,
+    keys,
+    values,
+    table,
+    kv_head,
+    scale,
+    softcap,
+    window,
+    BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    OPERAND: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Attention over the keys low … high - 1, where low is a multiple of CHUNK.
+
+    Returns the largest score of each row in powers of two, the sum of 2 ** (score - largest), and with it as weight
+    the sum of values; minus infinity and zeros for a row that sees none of these keys.
+    """
+    ROWS: tl.constexpr = queries.shape[0]
+    WIDTH: tl.constexpr = queries.shape[1]
+    d = tl.arange(0, WIDTH)
+    best = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for base in tl.range(low, high, CHUNK):
+        key = base + tl.arange(0, CHUNK)
+        there = key < high
+        block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+        at = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
+        k = tl.load(keys + at[None, :] + d[:, None], mask=there[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
+        scores = tl.dot(queries, k.to(OPERAND), input_precision="ieee")
+        if HAS_SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+            scores = (softcap * LOG2_E) * (1.0 - 2.0 / (tl.exp2(scores * (scale * 2.0 * LOG2_E / softcap)) + 1.0))
+        else:
+            scores *= scale * LOG2_E
+        seen = key[None, :] <= position[:, None]
+        if HAS_WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, -float("inf"))
+        highest = tl.maximum(best, tl.max(scores, 1))
+        safe = tl.where(highest == -float("inf"), 0.0, highest)
+        weights = tl.exp2(scores - safe[:, None])
+        fade = tl.exp2(best - safe)
+        total = tl.fma(total, fade, tl.sum(weights, 1))
+        v = tl.load(values + at[:, None] + d[None, :], mask=there[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        acc = tl.dot(weights.to(OPERAND), v.to(OPERAND), acc * fade[:, None], input_precision="ieee")
+        best = highest
+    return best, total, acc
+
+
+@triton.jit(do_not_specialize=["num_segments", "window", "splits"])
+def attend_tile(
+    q,
+    keys,
+    values,
+    out,
+    parts,
+    part_stats,
+    q_start,
+    kv_len,
+    table_row,
+    block_tables,
+    scales,
+    sinks,
+    num_segments,
+    q_stride,
+    table_stride,
+    scale,
+    softcap,
+    window,
+    splits,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    LONGEST: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    APART: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+):
+    """One tile of one KV head, over one split of the keys (APART) or over all of them."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    TOKENS: tl.constexpr = ROWS // GROUP
+    WIDTH: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
+    kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)  # the longest ones first
+    # Segment s has the tiles from q_start[s] // TOKENS + s on, which leaves at least as many as it needs.
+    s = tl.arange(0, SEGMENTS)
+    first_tile = tl.load(q_start + s, mask=s < num_segments, other=1 << 30) // TOKENS + s
+    segment = tl.sum((first_tile <= tile).to(tl.int32)) - 1
+    begin = tl.load(q_start + segment)
+    count = tl.load(q_start + segment + 1) - begin
+    first = (tile - (begin // TOKENS + segment)) * TOKENS
+    if (first >= count) | (count < SHORTEST) | (count > LONGEST):
+        return
+    start = tl.load(kv_len + segment) - count
+    last = start + tl.minimum(first + TOKENS, count)  # keys before it are visible to some row
+    low = 0
+    if HAS_WINDOW:
+        low = tl.maximum(start + first - window + 1, 0) // CHUNK * CHUNK
+    split = tl.program_id(2)
+    if APART:
+        low = tl.maximum(low, split * SPLIT)
+        last = tl.minimum(last, split * SPLIT + SPLIT)
+        if low >= last:
+            return
+    row = tl.arange(0, ROWS)
+    # Rows that are left over compute what the last token's do, and are not stored.
+    live = (first + row // GROUP < count) & (row < TOKENS * GROUP)
+    token = tl.minimum(first + tl.minimum(row // GROUP, TOKENS - 1), count - 1)
+    head = kv_head * GROUP + row % GROUP
+    position = start + token
+    token = (begin + token).to(tl.int64)
+    d = tl.arange(0, WIDTH)
+    inside = (d < HEAD_DIM)[None, :]
+    queries = tl.load(q + (token * q_stride + head * HEAD_DIM)[:, None] + d[None, :], mask=inside, other=0.0)
+    queries = queries.to(OPERAND)
+    table = block_tables + tl.load(table_row + segment).to(tl.int64) * table_stride
+    if HAS_SCALES:
+        scale *= tl.load(scales)
+    if SPLIT == 0 or APART:
+        best, total, acc = visit_keys(
+            queries, position, low, last, keys, values, table, kv_head, scale, softcap, window,
+            BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP,
+        )  # fmt: skip
+    else:
+        best = tl.full([ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, WIDTH], tl.float32)
+        for border in tl.range(low // SPLIT * SPLIT, last, SPLIT):
+            best_next, total_next, acc_next = visit_keys(
+                queries, position, tl.maximum(low, border), tl.minimum(last, border + SPLIT),
+                keys, values, table, kv_head, scale, softcap, window,
+                BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP,
+            )  # fmt: skip
+            best, total, acc = join(best, total, acc, best_next, total_next, acc_next)
+    at = token * HEADS + head
+    stored = live[:, None] & inside
+    if APART:
+        slot = at * splits + split
+        tl.store(parts + (slot * HEAD_DIM)[:, None] + d[None, :], acc, mask=stored)
+        tl.store(part_stats + slot * 2, best, mask=live)
+        tl.store(part_stats + slot * 2 + 1, total, mask=live)
+    else:
+        sink = 0.0
+        if HAS_SINKS:
+            sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        acc = finish(best, total, acc, sink, HAS_SINKS)
+        if HAS_SCALES:
+            acc *= tl.load(scales + 1)
+        tl.store(out + (at * HEAD_DIM)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=["num_segments", "window", "splits"])
+def combine_splits(
+    parts,
+    part_stats,
+    out,
+    q_start,
+    kv_len,
+    scales,
+    sinks,
+    num_segments,
+    window,
+    splits,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    LONGEST: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+):
+    """The splits that one token sees, one after the other, for the query heads of one KV head."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    ROWS: tl.constexpr = triton.next_power_of_2(GROUP)
+    WIDTH: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
+    token, kv_head = tl.program_id(0), tl.program_id(1)
+    s = tl.arange(0, SEGMENTS)
+    ends = tl.load(q_start + 1 + s, mask=s < num_segments, other=1 << 30)
+    segment = tl.sum((ends <= token).to(tl.int32))
+    if segment >= num_segments:
+        return
+    begin, end = tl.load(q_start + segment), tl.load(q_start + segment + 1)
+    if end - begin > LONGEST:
+        return
+    position = tl.load(kv_len + segment) - (end - token)
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(position - window + 1, 0) // SPLIT
+    row, d = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    head = kv_head * GROUP + tl.minimum(row, GROUP - 1)
+    at = token.to(tl.int64) * HEADS + head
+    inside = (d < HEAD_DIM)[None, :]
+    best = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for split in tl.range(first, position // SPLIT + 1):
+        slot = at * splits + split
+        part = tl.load(parts + (slot * HEAD_DIM)[:, None] + d[None, :], mask=inside, other=0.0)
+        best_next, total_next = tl.load(part_stats + slot * 2), tl.load(part_stats + slot * 2 + 1)
+        best, total, acc = join(best, total, acc, best_next, total_next, part)
+    sink = 0.0
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+    acc = finish(best, total, acc, sink, HAS_SINKS)
+    if HAS_SCALES:
+        acc *= tl.load(scales + 1)
+    stored = (row < GROUP)[:, None] & inside
+    tl.store(out + (at * HEAD_DIM)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=stored)
+
+
+def attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: DeviceBatch,
+    scale: float,
+    *,
+    max_context: int,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    scales: Tensor | None = None,
+    prompt: bool = False,
+    row_tokens: int | None = None,
+    rows: Tiles | None = None,
+) -> Tensor:
+    """Causal attention of every token of the batch over its sequence in the cache.
+
+    Args:
+        q: [tokens, heads, head_dim] float32, bfloat16 or float16; tokens may be any distance apart.
+        keys, values: [cells, kv_heads, head_dim] of one layer, contiguous, in those formats or float8_e4m3fn.
+        scale, window, softcap, sinks: as in ``reference.attention``.
+        max_context: no sequence is longer.
+        scales: [2] float32, what keys and values were divided by when they were stored; None for 1.
+        prompt: whether segments of more than ``LONGEST_ROWS`` tokens are computed as prompts. Without it all bits are
+            those of rows.
+        row_tokens: where prompts are, segments of at most ``LONGEST_ROWS`` tokens lie within so many first tokens of
+            the batch; 0 if there are none. All tokens by default.
+        rows: tiles of rows, for tests; by default what ``row_tiles`` says.
+    Returns:
+        [tokens, heads, head_dim] in the dtype of q, contiguous; where there is no token, anything.
+    """
+    tokens, heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    if q.stride(2) != 1 or (heads > 1 and q.stride(1) != head_dim):
+        raise ValueError(f"the heads of a token of q must lie beside each other; its strides are {q.stride()}")
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise ValueError("keys and values must be contiguous")
+    stored = q.dtype if keys.dtype.itemsize == 1 else keys.dtype
+    operand = q.dtype if stored is q.dtype else torch.float32
+    group = heads // kv_heads
+    rows = rows or row_tiles(head_dim, group, operand)
+    out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
+    shared = {
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "HEAD_DIM": head_dim,
+        "SEGMENTS": triton.next_power_of_2(batch.num_segments),
+        "HAS_WINDOW": window > 0,
+        "HAS_SINKS": sinks is not None,
+        "HAS_SCALES": scales is not None,
+    }
+
+    def attend(
+        tiles: Tiles, covered: int, lengths: tuple[int, int], parts: Tensor | None, stats: Tensor | None, splits: int
+    ) -> None:
+        grid = (kv_heads, covered // (tiles.rows // group) + batch.num_segments, splits)
+        attend_tile[grid](
+            *(q, keys, values, out, parts, stats),
+            *(batch.q_start, batch.kv_len, batch.table_row, batch.block_tables, scales, sinks),
+            *(batch.num_segments, q.stride(0), batch.block_tables.stride(0), scale, softcap, window, splits),
+            **shared,
+            BLOCK_SIZE=batch.block_size,
+            SHORTEST=lengths[0],
+            LONGEST=lengths[1],
+            OPERAND=TYPES[operand],
+            ROWS=tiles.rows,
+            CHUNK=tiles.chunk,
+            SPLIT=tiles.split,
+            APART=parts is not None,
+            HAS_SOFTCAP=softcap > 0,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+
+    longest = ANY_LENGTH
+    if prompt:
+        longest = LONGEST_ROWS
+        attend(prompt_tiles(head_dim, group, operand), tokens, (longest + 1, ANY_LENGTH), None, None, 1)
+    covered = row_tokens if prompt and row_tokens is not None else tokens
+    splits = triton.cdiv(max_context, rows.split)
+    if covered and splits == 1:
+        attend(replace(rows, split=0), covered, (1, longest), None, None, 1)
+    elif covered * heads * splits * head_dim * 4 > PARTS_BYTES:
+        attend(rows, covered, (1, longest), None, None, 1)
+    elif covered:
+        parts = torch.empty(covered, heads, splits, head_dim, dtype=torch.float32, device=q.device)
+        stats = torch.empty(covered, heads, splits, 2, dtype=torch.float32, device=q.device)
+        attend(rows, covered, (1, longest), parts, stats, splits)
+        elements = triton.next_power_of_2(group) * triton.next_power_of_2(head_dim)
+        combine_splits[covered, kv_heads](
+            *(parts, stats, out, batch.q_start, batch.kv_len, scales, sinks, batch.num_segments, window, splits),
+            **shared,
+            LONGEST=longest,
+            SPLIT=rows.split,
+            num_warps=min(8, max(1, elements // 128)),
+        )
+    return out

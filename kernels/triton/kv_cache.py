@@ -1,0 +1,123 @@
+"""The paged cache with attention in Triton; tokens lie as in ``TorchKVCache``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.kernels.batch import RaggedBatch
+from slipstream.kernels.kv_cache import AttentionPlan, CacheShape, TorchKVCache
+from slipstream.kernels.triton import cache
+from slipstream.kernels.triton.attention import attention
+from slipstream.kernels.triton.cache import Rotation
+from slipstream.kernels.triton.device_batch import DeviceBatch
+from slipstream.kernels.triton.launch import capability
+
+
+class TritonKVCache(TorchKVCache):
+    """Keys and values in float32, bfloat16, float16 or, with a scale for each of them per layer, float8_e4m3fn."""
+
+    def __init__(self, shape: CacheShape, num_blocks: int, device: torch.device) -> None:
+        if shape.dtype.itemsize == 1 and 0 < capability(device) < 89:
+            raise ValueError(
+                f"a cache in {shape.dtype} needs compute capability 8.9 or newer; this device has "
+                f"{capability(device) / 10}"
+            )
+        super().__init__(shape, num_blocks, device)
+        self.scales: Tensor | None = None
+        """[layers, 2] float32: keys and values are stored divided by these; only where the format is of 8 bits."""
+        if shape.dtype.itemsize == 1:  # layers are 16 bytes apart, since kernels are compiled for how pointers align
+            self.scales = torch.ones(shape.num_layers, 4, device=device)[:, :2]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self.copy_blocks_on_device(self._staged(pairs))
+
+    def copy_cells(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self.copy_cells_on_device(self._staged(pairs))
+
+    def copy_blocks_on_device(self, pairs: Tensor) -> None:
+        """``copy_blocks`` for pairs [n, 2] int32 on the device, where a source of -1 is none.
+
+        No destination is a source as well.
+        """
+        cache.copy_rows(self._data, pairs)
+
+    def copy_cells_on_device(self, pairs: Tensor) -> None:
+        """``copy_cells`` for pairs [n, 2] int32 on the device, as ``copy_blocks_on_device``."""
+        width = self.shape.kv_heads * self.shape.head_dim
+        cache.copy_rows(self._data.view(len(self._data), 2, -1, width), pairs)
+
+    def plan(self, batch: RaggedBatch) -> AttentionPlan:
+        """All segments are computed as rows, so that bits do not depend on how a sequence is cut."""
+        tokens = np.zeros((2, batch.num_tokens), np.int32)
+        arrays = (batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors, batch.block_tables)
+        staged = (torch.from_numpy(array).to(self.device) for array in (*arrays, *tokens))
+        on_device = DeviceBatch(*staged, block_size=batch.block_size)
+        cache.place(on_device)
+        return self.plan_on_device(on_device, int(batch.kv_len.max()), prompt=False)
+
+    def plan_on_device(
+        self, batch: DeviceBatch, max_context: int, prompt: bool, row_tokens: int | None = None
+    ) -> TritonPlan:
+        """A plan for a batch that is placed, or will be before the plan is used.
+
+        ``max_context``, ``prompt`` and ``row_tokens`` as in ``attention``. The plan may be captured in a graph, and
+        replayed with other contents of the batch's tensors.
+        """
+        return TritonPlan(self._data, self.shape, self.scales, batch, max_context, prompt, row_tokens)
+
+    def _staged(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        return torch.tensor(pairs, dtype=torch.int32).to(self.device)
+
+
+class TritonPlan(AttentionPlan):
+    """Attention over a batch on the device."""
+
+    def __init__(
+        self,
+        data: Tensor,
+        shape: CacheShape,
+        scales: Tensor | None,
+        batch: DeviceBatch,
+        max_context: int,
+        prompt: bool,
+        row_tokens: int | None,
+    ) -> None:
+        self._cells = data.view(len(data), 2, -1, shape.kv_heads, shape.head_dim)
+        self._scales = scales
+        self._batch = batch
+        self._max_context, self._prompt, self._row_tokens = max_context, prompt, row_tokens
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        cache.store(self._batch, k, v, *self._cells[layer], self._scales_of(layer))
+
+    def rotate_and_store(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> None:
+        """Rotates q in place, and stores k rotated, and v; the three may be parts of one tensor."""
+        cache.store(self._batch, k, v, *self._cells[layer], self._scales_of(layer), q, rotation)
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        keys, values = self._cells[layer]
+        return attention(
+            *(q, keys, values, self._batch, scale),
+            max_context=self._max_context,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            scales=self._scales_of(layer),
+            prompt=self._prompt,
+            row_tokens=self._row_tokens,
+        )
+
+    def _scales_of(self, layer: int) -> Tensor | None:
+        return None if self._scales is None else self._scales[layer]
