@@ -62,9 +62,7 @@ class Case:
     ) -> list[Tensor]:
         """The last ``counts`` tokens before these lengths of these sequences, all by default."""
         lengths, rows = lengths or self.lengths, range(len(self.lengths)) if rows is None else rows
-        batch = device_batch(
-            self.tables, self.block_size, counts, lengths, rows, (), spare_tokens, spare_segments
-        )
+        batch = device_batch(self.tables, self.block_size, counts, lengths, rows, (), spare_tokens, spare_segments)
         used = [self.q[row][end - count : end] for row, end, count in zip(rows, lengths, counts, strict=True)]
         q = torch.cat([*used, torch.full((spare_tokens, *self.q[0].shape[1:]), torch.nan).to(used[0])])
         # As a part of a wider tensor, as queries are.
@@ -134,7 +132,7 @@ shapes = st.sampled_from([(4, 2, 32), (3, 1, 32), (2, 2, 48)])
 windows = st.sampled_from([0, 0, 5, 40])
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     segments=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 90)), min_size=1, max_size=4),
     shape=shapes,
@@ -167,22 +165,20 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_with_room_to_spare(
         assert torch.equal(alone, together[row])
 
 
-@settings(max_examples=6)
-@given(cuts=st.lists(st.integers(1, 109), max_size=4, unique=True), shape=shapes, window=windows, softcap=st.booleans())
+@settings(max_examples=4)
+@given(cuts=st.lists(st.integers(1, 39), max_size=3, unique=True), shape=shapes, window=windows, softcap=st.booleans())
 def test_cutting_a_sequence_into_steps_changes_no_bit(
     cuts: list[int], shape: tuple[int, int, int], window: int, softcap: bool
 ) -> None:
-    case = Case([110], *shape, torch.bfloat16)
+    case = Case([40], *shape, torch.bfloat16)
     options = {"window": window, "softcap": 3.0 * softcap}
-    (whole,) = case.attend([110], **options)
-    pieces = [case.attend([b - a], [b], **options)[0] for a, b in pairwise([0, *sorted(cuts), 110])]
+    (whole,) = case.attend([40], **options)
+    pieces = [case.attend([b - a], [b], **options)[0] for a, b in pairwise([0, *sorted(cuts), 40])]
     assert torch.equal(torch.cat(pieces), whole)
 
 
 @pytest.mark.parametrize("window", [0, 40])
-def test_splits_beside_each_other_are_those_one_after_the_other(
-    monkeypatch: pytest.MonkeyPatch, window: int
-) -> None:
+def test_splits_beside_each_other_are_those_one_after_the_other(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     case = Case([100, 33, 20], 6, 2, 32, torch.bfloat16)
     options: dict[str, object] = {"window": window, "sinks": case.sinks}
     beside = case.attend([9, 2, 1], **options)

@@ -29,9 +29,7 @@ def random(*shape: int) -> Tensor:
     spare=st.tuples(st.integers(0, 150), st.integers(0, 9)),
     block_size=st.sampled_from([1, 16, 32]),
 )
-def test_every_token_gets_its_place(
-    segments: list[tuple[int, int]], spare: tuple[int, int], block_size: int
-) -> None:
+def test_every_token_gets_its_place(segments: list[tuple[int, int]], spare: tuple[int, int], block_size: int) -> None:
     counts, lengths = [count for count, _ in segments], [count + before for count, before in segments]
     tables, _ = scattered_tables(lengths, block_size)
     rows = list(reversed(range(len(segments))))
@@ -115,7 +113,9 @@ def test_rotated_and_stored_is_what_the_operations_give(
         untouched = torch.ones(len(data), dtype=torch.bool, device=DEVICE)
         untouched[cells] = False
         assert (data[untouched].float() == 9.0).all()
-    assert torch.equal(values[cells].float(), (v[tokens].float() / (2.0 if scales is not None else 1.0)).to(stored).float())
+    assert torch.equal(
+        values[cells].float(), (v[tokens].float() / (2.0 if scales is not None else 1.0)).to(stored).float()
+    )
 
 
 def test_stored_without_rotation_it_is_as_it_was() -> None:
