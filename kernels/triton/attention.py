@@ -15,7 +15,7 @@ those of the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slipstream.kernels.triton.device_batch import DeviceBatch
+from slipstream.kernels.triton.tiles import Tiles, prompt_tiles, row_tiles
 
 LONGEST_ROWS = 32
 """Longer segments are prompts, if the caller says that there are any: no verification of a guess is as long."""
@@ -31,36 +32,6 @@ PARTS_BYTES = 256 << 20
 ANY_LENGTH = 1 << 30
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """How one kind of tile is computed; bits depend on ``chunk`` and ``split``."""
-
-    rows: int
-    """Rows of a tile: tokens times the query heads of a KV head."""
-    chunk: int
-    """Keys that are visited at once."""
-    split: int
-    """Keys of a split, a multiple of ``chunk``; 0 where all go in one."""
-    warps: int
-    stages: int
-
-
-def row_tiles(head_dim: int, group: int, operand: torch.dtype) -> Tiles:
-    """Tiles for decode and verification, with ``group`` query heads per KV head."""
-    rows = max(16, triton.next_power_of_2(group))
-    if operand is torch.float32:
-        return Tiles(rows, 32, 512, 4, 2)
-    return Tiles(rows, 64 if head_dim <= 128 else 32, 512, 4, 3)
-
-
-def prompt_tiles(head_dim: int, group: int, operand: torch.dtype) -> Tiles:
-    """Tiles for chunks of prompts, with ``group`` query heads per KV head."""
-    if operand is torch.float32:
-        return Tiles(max(16, triton.next_power_of_2(group)), 32, 0, 4, 2)
-    rows = max(64, triton.next_power_of_2(group))
-    return Tiles(rows, 64 if head_dim <= 128 else 32, 0, 4 if head_dim <= 128 else 8, 3)
 
 
 @triton.jit

@@ -6,7 +6,8 @@ right after loading, so that these two are all that is left to mend. With Triton
 that a kernel loaded, which is an array of one number.
 
 A kernel that calls a function prepares the language for it, which takes milliseconds: here once per function, not with
-every call. Numbers of 8 bits it rounds wrongly; hardware rounds to the nearest even one, and what is too large to the largest.
+every call. Numbers of 8 bits it rounds wrongly; hardware rounds to the nearest even one, and what is too large to the
+largest.
 """
 
 from __future__ import annotations
