@@ -26,7 +26,7 @@ from slipstream.kernels.triton.device_batch import DeviceBatch
 from slipstream.kernels.triton.tiles import Tiles, prompt_tiles, row_tiles
 
 LONGEST_ROWS = 32
-"""Longer segments are prompts, if the caller says that there are any: no verification of a guess is as long."""
+"""Longer segments are prompts, if the caller says that there are any: no verification of draft tokens is as long."""
 PARTS_BYTES = 256 << 20
 """What the results of splits may take; where they would take more, splits go one after the other, to the same bits."""
 ANY_LENGTH = 1 << 30

@@ -54,8 +54,10 @@ class TritonKVCache(TorchKVCache):
         """All segments are computed as rows, so that bits do not depend on how a sequence is cut."""
         tokens = np.zeros((2, batch.num_tokens), np.int32)
         arrays = (batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors, batch.block_tables)
-        staged = (torch.from_numpy(array).to(self.device) for array in (*arrays, *tokens))
-        on_device = DeviceBatch(*staged, block_size=batch.block_size)
+        ids, starts, lengths, rows, mirrors, tables, positions, cells = (
+            torch.from_numpy(array).to(self.device) for array in (*arrays, *tokens)
+        )
+        on_device = DeviceBatch(*(ids, starts, lengths, rows, mirrors, tables, positions, cells, batch.block_size))
         cache.place(on_device)
         return self.plan_on_device(on_device, int(batch.kv_len.max()), prompt=False)
 
@@ -92,11 +94,13 @@ class TritonPlan(AttentionPlan):
         self._max_context, self._prompt, self._row_tokens = max_context, prompt, row_tokens
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        cache.store(self._batch, k, v, *self._cells[layer], self._scales_of(layer))
+        keys, values = self._cells[layer]
+        cache.store(self._batch, k, v, keys, values, self._scales_of(layer))
 
     def rotate_and_store(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> None:
         """Rotates q in place, and stores k rotated, and v; the three may be parts of one tensor."""
-        cache.store(self._batch, k, v, *self._cells[layer], self._scales_of(layer), q, rotation)
+        keys, values = self._cells[layer]
+        cache.store(self._batch, k, v, keys, values, self._scales_of(layer), q, rotation)
 
     def attend(
         self,
