@@ -147,9 +147,10 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 def triton_cases() -> Iterator[Case]:
     """Those of Triton's kernels, which are imported for that."""
-    from slipstream.kernels.triton import linear_cases, row_cases
+    from slipstream.kernels.triton import cache_cases, linear_cases, row_cases
 
     yield from operations(TRITON)
+    yield from cache_cases.cases()
     yield from row_cases.cases()
     yield from linear_cases.cases()
 

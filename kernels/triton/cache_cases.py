@@ -1,0 +1,158 @@
+"""Cases of Triton's paged cache and the attention over it; see ``slipstream.kernels.cases``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.kernels import reference
+from slipstream.kernels.batch import Int32
+from slipstream.kernels.cases import Case, Outputs, Prepared, Sizes, Source, attention, called, size
+from slipstream.kernels.kv_cache import CacheShape
+from slipstream.kernels.triton import cache
+from slipstream.kernels.triton.device_batch import DeviceBatch
+from slipstream.kernels.triton.kv_cache import TritonKVCache
+
+FLOAT32 = (torch.float32,)
+_PLAIN = reference.ReferenceOps()
+
+
+def cases() -> Iterator[Case]:
+    yield from attention(TritonKVCache)
+    yield Case("attention, tiles of prompts", _prompt_attention)
+    yield Case("rotate and store", _rotate_and_store)
+    yield Case("copy blocks", _copy_blocks)
+    yield Case("place tokens", _place, FLOAT32)
+    yield Case("change tables", _update_tables, FLOAT32)
+
+
+def device_batch(source: Source, counts: list[int], lengths: list[int], block_size: int) -> tuple[DeviceBatch, int]:
+    """Placed, and how many blocks its sequences take."""
+    batch, blocks = source.batch(counts, lengths, block_size)
+
+    def staged(array: Int32) -> Tensor:
+        return torch.from_numpy(array).to(source.device)
+
+    found = DeviceBatch(
+        token_ids=staged(batch.token_ids),
+        q_start=staged(batch.q_start),
+        kv_len=staged(batch.kv_len),
+        table_row=staged(batch.table_row),
+        mirrors=staged(batch.mirrors),
+        block_tables=staged(batch.block_tables),
+        positions=staged(np.zeros_like(batch.positions)),
+        cells=staged(np.zeros_like(batch.positions)),
+        block_size=block_size,
+    )
+    cache.place(found)
+    return found, blocks
+
+
+def _prompt_attention(source: Source, sizes: Sizes) -> Prepared:
+    count = sizes.chunk
+    batch, blocks = device_batch(source, [count], [count], sizes.block_size)
+    shape = CacheShape(1, sizes.block_size, sizes.kv_heads, sizes.head_dim, source.dtype)
+    plan = TritonKVCache(shape, blocks, source.device).plan_on_device(batch, count, prompt=True)
+    k, v = (source.normal(count, sizes.kv_heads, sizes.head_dim) for _ in range(2))
+    q = source.normal(count, sizes.heads, sizes.head_dim)
+    plan.store(0, k, v)
+    scale = sizes.head_dim**-0.5
+    flops = 4 * sizes.heads * sizes.head_dim * count * (count + 1) // 2
+    return called(
+        lambda: plan.attend(0, q, scale),
+        lambda: reference.attention(q.float(), k, v, scale),
+        2 * size(q) + size(k, v),
+        flops,
+    )
+
+
+def _rotate_and_store(source: Source, sizes: Sizes) -> Prepared:
+    """What is stored is read by attention of one token to itself, whose queries are those that were rotated."""
+    batch, blocks = device_batch(source, [sizes.tokens], [sizes.tokens], sizes.block_size)
+    shape = CacheShape(1, sizes.block_size, sizes.kv_heads, sizes.head_dim, source.dtype)
+    kept = TritonKVCache(shape, blocks, source.device)
+    plan = kept.plan_on_device(batch, sizes.tokens, prompt=False)
+    angle = source.normal(sizes.tokens, sizes.head_dim // 2, dtype=torch.float32)
+    rotation = cache.Rotation(angle.cos(), angle.sin())
+    k, v = (source.normal(sizes.tokens, sizes.kv_heads, sizes.head_dim) for _ in range(2))
+    q = source.normal(sizes.tokens, sizes.heads, sizes.head_dim)
+    group = sizes.heads // sizes.kv_heads
+
+    def found() -> Outputs:
+        rotated = q.clone()
+        plan.rotate_and_store(0, rotated, k, v, rotation)
+        keys, values = kept._data.view(2, -1, sizes.kv_heads, sizes.head_dim)
+        return rotated, keys[batch.cells.long()], values[batch.cells.long()], plan.attend(0, rotated, 0.1, window=1)
+
+    def expected() -> Outputs:
+        turned = [_PLAIN.rope(x.float(), rotation.cos, rotation.sin) for x in (q, k)]
+        return (*turned, v.float(), v.float().repeat_interleave(group, 1))
+
+    again = q.clone()
+    moved = 2 * size(q) + 4 * size(k) + 2 * size(angle)
+    return Prepared(lambda: plan.rotate_and_store(0, again, k, v, rotation), found, expected, moved)
+
+
+def _copy_blocks(source: Source, sizes: Sizes) -> Prepared:
+    count = max(sizes.streams, 2)
+    shape = CacheShape(2, sizes.block_size, sizes.kv_heads, sizes.head_dim, source.dtype)
+    width = sizes.block_size * sizes.kv_heads * sizes.head_dim
+    data = source.normal(2, 2, 2 * count, width)
+    pairs = torch.stack((torch.arange(count), torch.arange(count) + count), 1).int().to(source.device)
+    pairs[0, 0] = -1
+
+    def found() -> Tensor:
+        copied = data.clone()
+        cache.copy_rows(copied, pairs)
+        return copied
+
+    def expected() -> Tensor:
+        copied = data.float()
+        copied[:, :, count + 1 :] = copied[:, :, 1:count]
+        return copied
+
+    once = data.clone()
+    moved = 2 * (count - 1) * 4 * width * source.dtype.itemsize
+    assert shape.num_layers == len(data)
+    return Prepared(lambda: cache.copy_rows(once, pairs), lambda: (found(),), lambda: (expected(),), moved)
+
+
+def _place(source: Source, sizes: Sizes) -> Prepared:
+    counts = [sizes.chunk, *[1] * sizes.streams]
+    lengths = [sizes.chunk, *[sizes.context] * sizes.streams]
+    batch, _ = device_batch(source, counts, lengths, sizes.block_size)
+
+    def found() -> Outputs:
+        cache.place(batch)
+        return batch.positions, batch.cells
+
+    def expected() -> Outputs:
+        ends = list(zip(counts, lengths, strict=True))
+        positions = torch.cat([torch.arange(length - count, length) for count, length in ends])
+        row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        block = batch.block_tables.cpu()[row, positions // sizes.block_size]
+        return positions, block * sizes.block_size + positions % sizes.block_size
+
+    return Prepared(found, found, expected, 3 * size(batch.positions))
+
+
+def _update_tables(source: Source, sizes: Sizes) -> Prepared:
+    tables = torch.zeros(sizes.streams, 64, dtype=torch.int32, device=source.device)
+    changed = torch.stack(
+        [torch.arange(sizes.streams), torch.arange(sizes.streams) % 64, torch.arange(sizes.streams) + 7], 1
+    )
+    changes = torch.cat((changed, torch.full((1, 3), -1))).int().to(source.device)
+
+    def expected() -> Tensor:
+        made = torch.zeros_like(tables)
+        made[changed[:, 0], changed[:, 1]] = changed[:, 2].int().to(source.device)
+        return made
+
+    def found() -> Tensor:
+        cache.update_tables(tables, changes)
+        return tables
+
+    return called(found, expected, size(changes))
