@@ -127,7 +127,7 @@ class Compiled:
         self._known: set[int] = set()
 
     def new(self) -> Iterator[Resources]:
-        """Of kernels compiled since it was asked last."""
+        """What was compiled since it was asked last."""
         for function in functions(self._package):
             for kernel in function.device_caches[0][0].values() if 0 in function.device_caches else ():
                 if id(kernel) not in self._known:
