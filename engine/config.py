@@ -35,8 +35,13 @@ class EngineConfig:
         "Weights and KV cache; auto is bfloat16, but float32 where torch's kernels run on a CPU that is slow at it.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto takes a GPU if there is one.")
-    kernels: Literal["auto", "native", "torch"] = option(
-        "auto", "CPU kernels: compiled ones, or the torch reference; auto takes compiled ones where they run."
+    kernels: Literal["auto", "native", "triton", "torch"] = option(
+        "auto",
+        "Kernels: compiled ones for the CPU, Triton's for a GPU, or the torch reference; auto takes what is made for "
+        "the device.",
+    )
+    graph_memory: str = option(
+        "2GiB", "What graphs of small steps may take of a GPU's memory, for example 512MiB; 0 launches kernels singly."
     )
     threads: int = option(
         0,

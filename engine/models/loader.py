@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -22,14 +23,15 @@ from slipstream.engine.models.transformers_files import transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
 from slipstream.engine.models.weights import load
 from slipstream.engine.units import parse_size
-from slipstream.kernels.compute import Compute, Formats
+from slipstream.kernels.compute import Compute, Formats, LayerShape
 from slipstream.kernels.machine import FORMATS, describe_speed, fast_dtype
 from slipstream.kernels.native.stack import NativeCompute
 from slipstream.kernels.torch_stack import TorchCompute
+from slipstream.kernels.triton import launch
 
 log = logging.getLogger(__name__)
 COMPUTES: dict[str, type[Compute]] = {"native": NativeCompute, "torch": TorchCompute}
-"""Ways to run layers by the names that --kernels takes, preferred ones first."""
+"""Ways to run layers by the names that --kernels takes, preferred ones first; besides Triton's, which GPUs have."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEFAULT_CACHE_SHARE = 4
 DEFAULT_CACHE_BYTES = 2 << 30
@@ -111,7 +113,7 @@ def build_model(
         )
     if not kind.is_batch_invariant:
         _refuse_deterministic(options, "torch's kernels, which run here instead of the compiled ones,")
-    model = Decoder(decoder_config(config), kind(formats, device), max_length)
+    model = Decoder(decoder_config(config), _made(kind, formats, device, options), max_length)
     load(model, dummy_tensors(config, options.seed, device) if dummy else checkpoint.tensors())
     return model
 
@@ -134,7 +136,35 @@ def _choose_compute(checkpoint: Checkpoint, options: EngineConfig, device: torch
     if options.kernels == "torch" or not is_own(checkpoint.config):
         return TorchCompute
     layer = decoder_config(checkpoint.config).layer
+    if options.kernels == "triton" or device.type == "cuda":
+        if launch.runs_on(device.type):
+            from slipstream.kernels.triton.stack import TritonCompute  # takes a while, and a CPU does without
+
+            if TritonCompute.computes(layer):
+                return TritonCompute
+        if options.kernels == "triton":
+            raise ConfigError(
+                f"--kernels triton: Triton's kernels do not run here: {_without_triton(device, layer)}; "
+                "use --kernels auto"
+            )
     return next(compute for compute in COMPUTES.values() if compute.supports(layer, device))
+
+
+def _without_triton(device: torch.device, layer: LayerShape) -> str:
+    if find_spec("triton") is None:
+        return "Triton is not installed (torch for CUDA brings it)"
+    if not launch.runs_on(device.type):
+        return "there is no GPU" if device.type == "cpu" else "this process runs them in the interpreter, on the CPU"
+    return f"heads of size {layer.head_dim} have no kernel"
+
+
+def _made(kind: type[Compute], formats: Formats, device: torch.device, options: EngineConfig) -> Compute:
+    if kind in COMPUTES.values():
+        return kind(formats, device)
+    from slipstream.kernels.triton.graphs import GraphPool
+    from slipstream.kernels.triton.stack import TritonCompute
+
+    return TritonCompute(formats, device, GraphPool(device, parse_size(options.graph_memory, "graph-memory")))
 
 
 def _choose_dtype(

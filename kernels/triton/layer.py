@@ -1,0 +1,56 @@
+"""The weights of one decoder layer as a GPU reads them: matrices that share their input are one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from slipstream.kernels.compute import Compute, LayerShape
+from slipstream.kernels.weight import Weight
+
+
+class FusedLayer:
+    """Filled by Hugging Face's names, whose tensors are rows of the fused matrices."""
+
+    def __init__(self, shape: LayerShape, make: Compute) -> None:
+        hidden, inner = shape.hidden, shape.intermediate
+        self.q_width, self.kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        self.qkv = make.weight(self.q_width + 2 * self.kv_width, shape.input_width, shape.qkv_bias)
+        self.out = make.weight(hidden, self.q_width, shape.out_bias)
+        self.gate_up = make.weight(2 * inner, hidden, shape.mlp_bias)
+        self.down = make.weight(hidden, inner, shape.mlp_bias)
+        self.attn_norm = make.norm(hidden) if shape.reads != "plain" else None
+        self.embed_norm = make.norm(hidden) if shape.reads == "both" else None
+        self.mlp_norm = make.norm(hidden)
+        self.q_norm = make.norm(shape.head_dim) if shape.qk_norm else None
+        self.k_norm = make.norm(shape.head_dim) if shape.qk_norm else None
+        self._places: dict[str, tuple[Weight, int]] = {
+            "q_proj": (self.qkv, 0),
+            "k_proj": (self.qkv, self.q_width),
+            "v_proj": (self.qkv, self.q_width + self.kv_width),
+            "o_proj": (self.out, 0),
+            "gate_proj": (self.gate_up, 0),
+            "up_proj": (self.gate_up, inner),
+            "down_proj": (self.down, 0),
+        }
+        norms = {
+            # A layer that reads embeddings calls their norm the input's.
+            "input_layernorm": self.embed_norm if shape.reads == "both" else self.attn_norm,
+            "hidden_norm": self.attn_norm,
+            "post_attention_layernorm": self.mlp_norm,
+            "q_norm": self.q_norm,
+            "k_norm": self.k_norm,
+        }
+        self._norms = {name: norm for name, norm in norms.items() if norm is not None}
+
+    @property
+    def num_bytes(self) -> int:
+        matrices = sum(weight.num_bytes for weight in (self.qkv, self.out, self.gate_up, self.down))
+        return matrices + sum(norm.nbytes for norm in {id(norm): norm for norm in self._norms.values()}.values())
+
+    def fill(self, name: str, rows: Tensor, first_row: int = 0) -> None:
+        *_, module, kind = name.split(".")
+        if module in self._norms:
+            self._norms[module][first_row : first_row + len(rows)].copy_(rows)
+            return
+        weight, place = self._places[module]
+        (weight.fill_bias if kind == "bias" else weight.fill)(rows, place + first_row)

@@ -1,0 +1,253 @@
+"""Decoder layers in Triton's kernels and cuBLAS: one copy to the device per step, and small steps as graphs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.kernels import ops
+from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.compute import Formats, Forward, LayerShape, LayerWeights, Stack
+from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.torch_stack import TorchCompute
+from slipstream.kernels.triton import activation, launch, norm
+from slipstream.kernels.triton.cache import Rotation, place, update_tables
+from slipstream.kernels.triton.device_batch import DeviceBatch
+from slipstream.kernels.triton.graphs import GraphPool
+from slipstream.kernels.triton.kv_cache import TritonKVCache, TritonPlan
+from slipstream.kernels.triton.layer import FusedLayer
+from slipstream.kernels.triton.rows import take_rows
+from slipstream.kernels.triton.staging import Array, Staging, TableMirror, places
+from slipstream.kernels.weight import Weight
+
+CONTEXTS = (4096, 32768)
+"""Longest sequences that graphs are recorded for, besides the longest of all: a graph launches kernels for as many keys
+as any sequence may have, and those that a sequence does not have cost a little."""
+BESIDES_BYTES = 1 << 18
+"""Room behind the batch for what else a step needs on the device: changes of tables, and columns."""
+MOST_TABLES = 4
+
+
+class _Room:
+    """Memory on the device that graphs of one number of tokens read their batch from."""
+
+    def __init__(self, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tokens = tokens
+        batch = places([4 * tokens, 4 * (tokens + 1), 4 * tokens, 4 * tokens, 12 * tokens])[-1]
+        self.slab = torch.zeros(batch + BESIDES_BYTES, dtype=torch.uint8, device=device)
+        self.positions = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self.cells = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self.hidden = torch.zeros(tokens, hidden, dtype=dtype, device=device)
+
+    def has_room(self, arrays: Sequence[Array]) -> bool:
+        return places([array.nbytes for array in arrays])[-1] <= len(self.slab)
+
+
+def padded(batch: RaggedBatch, tokens: int) -> list[Array]:
+    """Token ids, starts, lengths, rows of tables and mirrors, with room for so many tokens; see ``DeviceBatch``."""
+    segments, mirrors = batch.num_segments, len(batch.mirrors)
+    ids = np.zeros(tokens, np.int32)
+    ids[: batch.num_tokens] = batch.token_ids
+    starts = np.full(tokens + 1, batch.num_tokens, np.int32)
+    starts[: segments + 1] = batch.q_start
+    lengths, rows = np.zeros((2, tokens), np.int32)
+    lengths[:segments], rows[:segments] = batch.kv_len, batch.table_row
+    places_too = np.full((tokens, 3), -1, np.int32)
+    places_too[:mirrors] = batch.mirrors
+    return [ids, starts, lengths, rows, places_too]
+
+
+class TritonStack:
+    def __init__(
+        self,
+        shape: LayerShape,
+        windows: Sequence[int],
+        rope: tuple[Tensor, Tensor],
+        formats: Formats,
+        device: torch.device,
+        graphs: GraphPool,
+    ) -> None:
+        self._shape, self._windows = shape, windows
+        self._cos, self._sin = (table.to(device, torch.float32).contiguous() for table in rope)
+        self._dtype, self._device = formats.compute, device
+        self._graphs = graphs
+        self._staging = Staging(device)
+        self._mirrors: OrderedDict[int, TableMirror] = OrderedDict()
+        self._rooms: dict[int, _Room] = {}
+        self._recorded_for: Tensor | None = None
+        """Memory of the cache that graphs were recorded for."""
+        self._layers: list[FusedLayer] = []
+        self._rotations: list[Rotation] = []
+        self._norm: Tensor | None = None
+        self._embedding: Weight
+        self._output: Weight
+
+    def use(self, embedding: Weight, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
+        self._layers, self._rotations = [], []
+        for layer in layers:
+            assert isinstance(layer, FusedLayer)
+            self._layers.append(layer)
+            rotation = Rotation(self._cos, self._sin, layer.q_norm, layer.k_norm, self._shape.norm_eps)
+            self._rotations.append(rotation)
+        self._embedding, self._norm, self._output = embedding, norm, output
+        self._graphs.forget(self)
+
+    def forward(
+        self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()
+    ) -> Forward:
+        assert isinstance(cache, TritonKVCache)
+        if cache.memory is not self._recorded_for:
+            self._graphs.forget(self)
+            self._recorded_for = cache.memory
+        mirror = self._mirror(batch.block_tables)
+        changes = mirror.changes(batch)
+        longest, tokens = int(batch.kv_len.max(initial=1)), batch.num_tokens
+        bucket = self._graphs.bucket(max(tokens, batch.num_segments, len(batch.mirrors)))
+        room = None if bucket is None else self._room(bucket)
+        arrays: list[Array] = [] if room is None else [*padded(batch, room.tokens), changes, *batch.columns]
+        if room is None or not room.has_room(arrays):
+            return self._piece_by_piece(batch, cache, hidden, taps, mirror, changes, longest)
+        sent = self._staging.send(arrays, room.slab)
+        self._update(mirror, changes, sent[5])
+        ids, starts, lengths, rows, mirrors = sent[:5]
+        on_device = DeviceBatch(
+            *(ids, starts, lengths, rows, mirrors, mirror.tables, room.positions, room.cells, batch.block_size)
+        )
+        if hidden is not None:
+            room.hidden[:tokens].copy_(hidden)
+        context = next((most for most in CONTEXTS if longest <= most), len(self._cos))
+        given = None if hidden is None else room.hidden
+
+        def work() -> Forward:
+            return self._run(on_device, cache.plan_on_device(on_device, context, prompt=False), given, taps)
+
+        done = self._graphs.run(self, (room.tokens, context, given is None, taps, id(mirror)), work)
+        # The next step overwrites what a graph returns.
+        features = None if done.features is None else done.features[:tokens].clone()
+        return Forward(done.hidden[:tokens].clone(), features, tuple(sent[6:]))
+
+    def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:
+        x = hidden.to(self._dtype)
+        if rows is not None:
+            x = take_rows(x, rows if isinstance(rows, Tensor) else self._staging.send([rows])[0])
+        if self._norm is not None:
+            x = ops.rms_norm(x, self._norm, self._shape.norm_eps)
+        return self._output(x).float()
+
+    def _piece_by_piece(
+        self,
+        batch: RaggedBatch,
+        cache: TritonKVCache,
+        hidden: Tensor | None,
+        taps: tuple[int, ...],
+        mirror: TableMirror,
+        changes: Int32,
+        longest: int,
+    ) -> Forward:
+        """Without a graph: with as much room as there are tokens, and tiles for long segments."""
+        arrays = [batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors]
+        sent = self._staging.send([*arrays, changes, *batch.columns])
+        self._update(mirror, changes, sent[5])
+        positions, cells = torch.empty(2, batch.num_tokens, dtype=torch.int32, device=self._device)
+        ids, starts, lengths, rows, mirrors = sent[:5]
+        on_device = DeviceBatch(
+            *(ids, starts, lengths, rows, mirrors, mirror.tables, positions, cells, batch.block_size)
+        )
+        plan = cache.plan_on_device(on_device, longest, prompt=True)
+        done = self._run(on_device, plan, None if hidden is None else hidden.to(self._dtype), taps)
+        return Forward(done.hidden, done.features, tuple(sent[6:]))
+
+    def _run(self, batch: DeviceBatch, plan: TritonPlan, hidden: Tensor | None, taps: tuple[int, ...]) -> Forward:
+        """Everything of a step that only reads and writes memory of the device."""
+        shape, eps = self._shape, self._shape.norm_eps
+        place(batch)
+        embedding = None
+        if hidden is None or shape.reads == "both":
+            embedding = self._embedding.rows(batch.token_ids).to(self._dtype)
+        first = embedding if hidden is None else hidden
+        assert first is not None
+        stream = first.clone()  # layers add to it in place
+        tapped = []
+        added: Tensor | None = None
+        """What the layer before adds to the stream, which the next norm does."""
+        scale = shape.head_dim**-0.5
+        for index, (layer, window) in enumerate(zip(self._layers, self._windows, strict=True)):
+            stream, x = self._normed(stream, added, layer.attn_norm)
+            if index in taps:
+                tapped.append(stream.clone())
+            if layer.embed_norm is not None:
+                assert embedding is not None
+                x = torch.cat((norm.rms_norm(embedding, layer.embed_norm, eps), x), dim=-1)
+            qkv = layer.qkv(x).view(len(x), -1, shape.head_dim)
+            q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+            plan.rotate_and_store(index, q, k, v, self._rotations[index])
+            attended = plan.attend(index, q, scale, window)
+            stream, x = self._normed(stream, layer.out(attended.flatten(1)), layer.mlp_norm)
+            added = layer.down(activation.silu_mul_halves(layer.gate_up(x)))
+        if added is not None:
+            stream = stream.add_(added)
+        if len(self._layers) in taps:
+            tapped.append(stream.clone())
+        return Forward(stream, torch.stack(tapped, dim=1).float() if tapped else None)
+
+    def _normed(self, stream: Tensor, added: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream with what is added to it, in place; and that behind a norm, if there is one."""
+        eps = self._shape.norm_eps
+        if weight is None:
+            stream = stream if added is None else stream.add_(added)
+            return stream, stream
+        if added is None:
+            return stream, norm.rms_norm(stream, weight, eps)
+        return stream, norm.add_rms_norm(added, stream, weight, eps)
+
+    def _mirror(self, tables: Int32) -> TableMirror:
+        found = self._mirrors.get(id(tables))
+        if found is None or found.host is not tables:
+            found = self._mirrors[id(tables)] = TableMirror(tables, self._device)
+            if len(self._mirrors) > MOST_TABLES:
+                self._mirrors.popitem(last=False)
+                self._graphs.forget(self)  # one of them may read the table that is gone
+        self._mirrors.move_to_end(id(tables))
+        return found
+
+    def _update(self, mirror: TableMirror, changes: Int32, on_device: Tensor) -> None:
+        if len(changes):
+            update_tables(mirror.tables, on_device)
+            mirror.told(changes)
+
+    def _room(self, tokens: int) -> _Room:
+        if tokens not in self._rooms:
+            self._rooms[tokens] = _Room(tokens, self._shape.hidden, self._dtype, self._device)
+        return self._rooms[tokens]
+
+
+class TritonCompute(TorchCompute):
+    cache_class = TritonKVCache
+
+    def __init__(self, formats: Formats, device: torch.device, graphs: GraphPool | None = None) -> None:
+        """``graphs`` of all stacks together; without them, all work is launched piece by piece."""
+        super().__init__(formats, device)
+        self.graphs = GraphPool(device, 0) if graphs is None else graphs
+
+    @classmethod
+    def supports(cls, shape: LayerShape, device: torch.device) -> bool:
+        return device.type == "cuda" and launch.runs_on(device.type) and cls.computes(shape)
+
+    @staticmethod
+    def computes(shape: LayerShape) -> bool:
+        """Whether there are kernels for such layers, wherever they run."""
+        return shape.head_dim <= 256 and shape.head_dim % 2 == 0
+
+    @property
+    def name(self) -> str:
+        return f"triton-{self.device.type}"
+
+    def layers(self, shape: LayerShape, count: int) -> Sequence[LayerWeights]:
+        return [FusedLayer(shape, self) for _ in range(count)]
+
+    def stack(self, shape: LayerShape, windows: Sequence[int], rope: tuple[Tensor, Tensor]) -> Stack:
+        return TritonStack(shape, windows, rope, self.formats, self.device, self.graphs)

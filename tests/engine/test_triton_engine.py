@@ -1,0 +1,88 @@
+"""The whole engine on Triton's kernels, which run on the CPU here: the tokens of torch's, by few copies."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+import bf16_interpreter  # noqa: F401  (mends the interpreter)
+from recorded_graph import HostTraffic, RecordedGraph
+
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.models import loader
+from slipstream.engine.testing import LocalEngine
+from slipstream.kernels.triton import graphs, launch
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_engines"),
+    pytest.mark.skipif(not launch.is_interpreted(), reason="tests marked gpu do this where there is one"),
+]
+MADE: list[RecordedGraph] = []
+PROMPTS = [[5, 9, 5, 9, 5, 9, 5], [40, 41, 3]]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 64}
+    config |= {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config |= {"num_hidden_layers": 1, "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "head_dim": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def engine(tiny: str, kernels: Any, **options: Any) -> LocalEngine:
+    fields = {"load_format": "dummy", "device": "cpu", "dtype": "float32", "kv_cache_memory": "256KiB", "threads": 1}
+    return LocalEngine(EngineConfig(model=tiny, kernels=kernels, **(fields | options)))
+
+
+def answers(made: LocalEngine) -> list[list[int]]:
+    greedy, drawn = SamplingParams(max_tokens=6, temperature=0.0), SamplingParams(max_tokens=6, seed=3, top_k=8)
+    asked = [made.submit(PROMPTS[0], greedy), made.submit(PROMPTS[1], drawn)]
+    made.finish()
+    return [completion.tokens for completion in asked]
+
+
+class RecordingPool(graphs.GraphPool):
+    def __init__(self, device: Any, max_bytes: int) -> None:
+        super().__init__(device, max_bytes, self._graph)
+
+    def _graph(self) -> RecordedGraph:
+        MADE.append(RecordedGraph())
+        return MADE[-1]
+
+
+@pytest.mark.parametrize("speculation", ["off", "ngram"])
+def test_tokens_are_those_of_torch(tiny: str, speculation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By graphs, without speculation and with chains of draft tokens; a step sends once, and reads once."""
+    monkeypatch.setattr(graphs, "GraphPool", RecordingPool)
+    options = {"speculation": speculation, "speculation_policy": "fixed", "max_draft_tokens": 3}
+    expected, found = engine(tiny, "torch", **options), engine(tiny, "triton", **options)
+    counted: list[tuple[int, int]] = []
+    execute = found.engine.runner.execute
+
+    def counting(plan: Any) -> Any:
+        with HostTraffic() as traffic:
+            result = execute(plan)
+        counted.append((traffic.to_device, traffic.to_host))
+        return result
+
+    monkeypatch.setattr(found.engine.runner, "execute", counting)
+    try:
+        assert answers(found) == answers(expected)
+        assert found.engine.runner.model.kernels == "triton-cpu" and len(MADE) >= 2
+        assert len(counted) > 3 and set(counted) == {(1, 1)}
+    finally:
+        found.close()
+        expected.close()
+
+
+def test_what_keeps_triton_from_running_is_said(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader.launch, "runs_on", lambda device: False)
+    with pytest.raises(ConfigError, match=r"--kernels triton.*there is no GPU"):
+        engine(tiny, "triton")

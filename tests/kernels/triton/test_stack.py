@@ -1,0 +1,198 @@
+"""Layers in Triton's kernels: the same numbers as torch's, one copy to the device, and graphs that can be replayed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from recorded_graph import HostTraffic, NotRecordedError, RecordedGraph
+from torch import Tensor
+
+from slipstream.kernels.batch import NO_MIRRORS, Int32, RaggedBatch, make_batch
+from slipstream.kernels.compute import Compute, Formats, LayerShape, Stack
+from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
+from slipstream.kernels.torch_stack import MATRICES, TorchCompute
+from slipstream.kernels.triton.graphs import GraphPool
+from slipstream.kernels.triton.stack import TritonCompute
+
+CPU = torch.device("cpu")
+PLAIN = LayerShape(hidden=32, intermediate=48, heads=4, kv_heads=2, head_dim=16, norm_eps=1e-5)
+SHAPES = {
+    "llama": PLAIN,
+    "qwen2": LayerShape(32, 48, 4, 2, 16, 1e-6, qkv_bias=True),
+    "qwen3": LayerShape(32, 48, 2, 1, 32, 1e-6, qk_norm=True),
+    "eagle": LayerShape(32, 48, 4, 2, 16, 1e-5, reads="both"),
+    "plain": LayerShape(32, 48, 4, 2, 16, 1e-5, reads="plain"),
+}
+TABLES = np.array([[3, 1], [2, 5], [6, 7], [0, 4]], np.int32)
+VOCAB = 50
+
+
+def names(shape: LayerShape) -> dict[str, tuple[int, ...]]:
+    """Tensors of a layer, with their shapes."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    rows = {"q": q, "k": kv, "v": kv, "out": shape.hidden, "gate": 48, "up": 48, "down": shape.hidden}
+    columns = {"q": shape.input_width, "k": shape.input_width, "v": shape.input_width, "out": q, "down": 48}
+    found: dict[str, tuple[int, ...]] = {
+        f"{MATRICES[name]}.weight": (n, columns.get(name, shape.hidden)) for name, n in rows.items()
+    }
+    if shape.qkv_bias:
+        found |= {f"{MATRICES[name]}.bias": (rows[name],) for name in "qkv"}
+    found["post_attention_layernorm.weight"] = (shape.hidden,)
+    if shape.reads == "both":
+        found["hidden_norm.weight"] = (shape.hidden,)
+    if shape.reads != "plain":
+        found["input_layernorm.weight"] = (shape.hidden,)
+    if shape.qk_norm:
+        found |= {f"self_attn.{name}_norm.weight": (shape.head_dim,) for name in "qk"}
+    return found
+
+
+def built(make: Compute, shape: LayerShape, windows: tuple[int, ...]) -> tuple[Stack, PagedKVCache]:
+    """Always the same weights."""
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.outer(torch.arange(64.0), 100.0 ** -torch.linspace(0, 1, shape.head_dim // 2))
+    stack = make.stack(shape, windows, (angle.cos(), angle.sin()))
+    embedding, norm = make.weight(VOCAB, shape.hidden), make.norm(shape.hidden)
+    embedding.fill(torch.randn(VOCAB, shape.hidden, generator=generator))
+    layers = make.layers(shape, len(windows))
+    for layer in layers:
+        for name, size in names(shape).items():
+            layer.fill(name, torch.randn(size, generator=generator) * 0.3 + (0.7 if "norm" in name else 0))
+    stack.use(embedding, layers, norm, embedding)
+    cache = make.cache(CacheShape(len(windows), 16, shape.kv_heads, shape.head_dim, make.formats.kv), 8)
+    return stack, cache
+
+
+def batch(
+    rows: list[int], counts: list[int], ends: list[int], mirrors: Int32 = NO_MIRRORS, columns: tuple[Any, ...] = ()
+) -> RaggedBatch:
+    numbers = (np.array(x, np.int32) for x in ([7 * i % VOCAB for i in range(sum(counts))], counts, ends))
+    made = make_batch(*numbers, TABLES, np.array(rows, np.int32), 16, mirrors)
+    return RaggedBatch(**{name: getattr(made, name) for name in made.__slots__} | {"columns": columns})
+
+
+STEPS = (
+    batch([0, 1], [9, 3], [9, 3]),
+    batch([0, 1, 2], [1, 4, 2], [10, 7, 2]),  # decode, verification, and a prompt
+    batch([0, 3], [2, 2], [12, 12], np.array([[0, 0, 10]], np.int32)),  # a branch, which shares a token
+)
+
+
+def computed(stack: Stack, cache: PagedKVCache, shape: LayerShape) -> list[Tensor]:
+    found = []
+    generator = torch.Generator().manual_seed(1)
+    for step in STEPS:
+        given = None if shape.reads == "normed" else torch.randn(step.num_tokens, shape.hidden, generator=generator)
+        done = stack.forward(step, cache, given, taps=(0, 2))
+        assert done.features is not None
+        found += [done.hidden, done.features, stack.logits(done.hidden, step.q_start[1:] - 1).clone()]
+    return found
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_computes_what_torch_does(name: str, dtype: torch.dtype) -> None:
+    if dtype is torch.bfloat16 and name != "llama":
+        pytest.skip("formats of numbers are a matter of kernels")
+    shape, formats = SHAPES[name], Formats.of(dtype)
+    expected = computed(*built(TorchCompute(formats, CPU), shape, (0, 4)), shape)
+    found = computed(*built(TritonCompute(formats, CPU), shape, (0, 4)), shape)
+    for one, other in zip(found, expected, strict=True):
+        away = (one.float() - other.float()).abs().max() / other.float().abs().max()
+        assert one.dtype == other.dtype and away < (2e-5 if dtype is torch.float32 else 0.03)
+
+
+def recording() -> tuple[TritonCompute, list[RecordedGraph]]:
+    made: list[RecordedGraph] = []
+
+    def make() -> RecordedGraph:
+        made.append(RecordedGraph())
+        return made[-1]
+
+    return TritonCompute(Formats.of(torch.float32), CPU, GraphPool(CPU, 1 << 30, make)), made
+
+
+SMALL = LayerShape(hidden=16, intermediate=48, heads=2, kv_heads=1, head_dim=16, norm_eps=1e-5)
+
+
+def test_a_graph_serves_every_batch_of_its_size() -> None:
+    eager, cache = built(TritonCompute(Formats.of(torch.float32), CPU), SMALL, (5,))
+    compute, graphs = recording()
+    replayed, other_cache = built(compute, SMALL, (5,))
+    for step in (
+        batch([0, 1], [5, 3], [5, 3]),  # prompts
+        batch([0, 1, 2], [1, 4, 2], [6, 7, 2]),  # decode, verification, and a prompt
+        batch([0, 3, 1], [2, 2, 1], [8, 8, 8], np.array([[0, 0, 6], [4, 4, 15]], np.int32)),  # a branch, and decode
+    ):
+        one, other = eager.forward(step, cache, taps=(1,)), replayed.forward(step, other_cache, taps=(1,))
+        assert torch.equal(one.hidden, other.hidden)
+        assert one.features is not None and other.features is not None and torch.equal(one.features, other.features)
+    assert torch.equal(cache.memory, other_cache.memory)  # type: ignore[attr-defined]
+    assert len(graphs) == 1
+
+
+def test_nothing_of_a_batch_is_baked_into_a_graph() -> None:
+    """Two graphs of a size, recorded of different batches, are the same."""
+    compute, graphs = recording()
+    stack, cache = built(compute, SMALL, (5,))
+    steps = batch([0, 1], [2, 1], [2, 1]), batch([1, 0, 2], [1, 2, 1], [20, 11, 2], np.array([[0, 7, 3]], np.int32))
+    for step in steps:
+        stack.forward(step, cache)
+        compute.graphs.forget(stack)
+    one, other = (graph.trace for graph in graphs)
+    assert one == other and len(one) > 10
+
+
+def test_another_cache_or_other_weights_need_other_graphs() -> None:
+    compute, graphs = recording()
+    stack, cache = built(compute, SMALL, (0,))
+    step = batch([0], [2], [2])
+    first = stack.forward(step, cache).hidden
+    stack.forward(step, cache)
+    assert len(graphs) == 1
+    cache.release()
+    cache.restore()
+    assert torch.equal(stack.forward(step, cache).hidden, first) and len(graphs) == 2
+    embedding, norm = compute.weight(VOCAB, SMALL.hidden), compute.norm(SMALL.hidden)
+    embedding.fill(torch.ones(VOCAB, SMALL.hidden))
+    layers = compute.layers(SMALL, 1)
+    for name, size in names(SMALL).items():
+        layers[0].fill(name, torch.ones(size))
+    stack.use(embedding, layers, norm, embedding)
+    assert not torch.equal(stack.forward(step, cache).hidden, first) and len(graphs) == 3
+
+
+@pytest.mark.parametrize("tokens", [2, 5])
+def test_a_step_is_one_copy_to_the_device(tokens: int) -> None:
+    """Whatever travels with it, and whether it is replayed or launched piece by piece."""
+    for compute in (recording()[0], TritonCompute(Formats.of(torch.float32), CPU)):
+        stack, cache = built(compute, SMALL, (0,))
+        columns = np.array([tokens - 1], np.int32), np.array([0.5], np.float32), np.array([0.25], np.float64)
+        step = batch([0], [tokens], [tokens], columns=columns)
+        stack.forward(step, cache)
+        with HostTraffic() as counted:
+            done = stack.forward(step, cache)
+            logits = stack.logits(done.hidden, done.columns[0])
+        assert (counted.to_device, counted.to_host) == (1, 0)
+        assert logits.shape == (1, VOCAB) and [float(column) for column in done.columns[1:]] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x + torch.tensor([1.0, 2.0]),
+        lambda x: x + torch.from_numpy(np.ones(2, np.float32)),
+    ],
+)
+def test_what_cuda_would_refuse_is_refused(work: Any) -> None:
+    x = torch.ones(2)
+    with pytest.raises(NotRecordedError):
+        RecordedGraph().record(lambda: work(x))
