@@ -25,6 +25,9 @@ settings.load_profile("fixed")
 LONG_FILES = (
     "drafter/training/test_worker.py",
     "server/evolution/test_trials.py",
+    "server/gpu_check/test_dry_run.py",
+    "kernels/triton/test_attention.py",
+    "kernels/triton/test_compiled.py",
     "server/test_lifecycle.py",
     "server/admin/test_admin_api.py",
     "server/test_cli.py",

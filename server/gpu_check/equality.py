@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in a batch": {},
     "in chunks": {"max_step_tokens": 16},
     "planned ahead": {"pipeline": "on"},
+    "without graphs": {"graph_memory": "0"},
     "with cached beginnings": {"prefix_caching": True},
     "preempted": {"kv_cache_memory": PREEMPTING},
     "by the reference on the CPU": {"device": "cpu", "kernels": "torch"},
