@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 import bf16_interpreter  # noqa: F401  (mends the interpreter)
 from recorded_graph import HostTraffic, RecordedGraph
 
+from slipstream.drafter.choice import make_drafters
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
@@ -22,6 +23,7 @@ pytestmark = [
     pytest.mark.usefixtures("quick_engines"),
     pytest.mark.skipif(not launch.is_interpreted(), reason="tests marked gpu do this where there is one"),
 ]
+HEAD = {"speculation": "head", "drafter": "cold"}
 MADE: list[RecordedGraph] = []
 PROMPTS = [[5, 9, 5, 9, 5, 9, 5], [40, 41, 3]]
 
@@ -38,7 +40,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def engine(tiny: str, kernels: Any, **options: Any) -> LocalEngine:
     fields = {"load_format": "dummy", "device": "cpu", "dtype": "float32", "kv_cache_memory": "256KiB", "threads": 1}
-    return LocalEngine(EngineConfig(model=tiny, kernels=kernels, **(fields | options)))
+    config = EngineConfig(model=tiny, kernels=kernels, **(fields | options))
+    return LocalEngine(config, make_drafters(config) if options.get("speculation") else ())
 
 
 def answers(made: LocalEngine) -> list[list[int]]:
@@ -57,26 +60,34 @@ class RecordingPool(graphs.GraphPool):
         return MADE[-1]
 
 
-@pytest.mark.parametrize("speculation", ["off", "ngram"])
-def test_tokens_are_those_of_torch(tiny: str, speculation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By graphs, without speculation and with chains of draft tokens; a step sends once, and reads once."""
+@pytest.mark.parametrize(
+    "options",
+    [{}, HEAD, HEAD | {"draft_width": 2}],
+    ids=["no drafter", "chains", "trees"],
+)
+def test_tokens_are_those_of_torch(tiny: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By graphs, with draft tokens and without; a step of the target sends once, and reads once."""
     monkeypatch.setattr(graphs, "GraphPool", RecordingPool)
-    options = {"speculation": speculation, "speculation_policy": "fixed", "max_draft_tokens": 3}
-    expected, found = engine(tiny, "torch", **options), engine(tiny, "triton", **options)
+    policy = {"speculation_policy": "fixed", "max_draft_tokens": 3}
+    expected, found = engine(tiny, "torch", **options, **policy), engine(tiny, "triton", **options, **policy)
     counted: list[tuple[int, int]] = []
+    drafted: list[int] = []
     execute = found.engine.runner.execute
 
     def counting(plan: Any) -> Any:
         with HostTraffic() as traffic:
             result = execute(plan)
         counted.append((traffic.to_device, traffic.to_host))
+        drafted.extend(result.drafted)
         return result
 
     monkeypatch.setattr(found.engine.runner, "execute", counting)
     try:
         assert answers(found) == answers(expected)
         assert found.engine.runner.model.kernels == "triton-cpu" and len(MADE) >= 2
-        assert len(counted) > 3 and set(counted) == {(1, 1)}
+        assert bool(sum(drafted)) == bool(options)
+        if not options:
+            assert len(counted) > 3 and set(counted) == {(1, 1)}
     finally:
         found.close()
         expected.close()

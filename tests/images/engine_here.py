@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    *("docker.io", "docker-cli", "docker-buildx", "containerd", "runc", "mmdebstrap"),
+    *("docker.io", "docker-cli", "docker-buildx", "containerd", "runc"),
     *("iptables", "libxtables12", "libip4tc2", "libip6tc2", "libnftnl11", "libmnl0"),
     *("libnfnetlink0", "libnetfilter-conntrack3"),
 )
@@ -92,9 +93,12 @@ def engine(work: Path, say: Any = print) -> Iterator[Docker]:
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise UnavailableError("no Docker engine answers, and the one that could be started here is Debian's")
     work.mkdir(parents=True, exist_ok=True)
-    tools = unpack(work, PACKAGES, "usr/sbin/dockerd")
+    tools = unpack(work, ["mmdebstrap"], "usr/bin/mmdebstrap")
+    with ThreadPoolExecutor() as beside:
+        archive = beside.submit(make_archive, work, tools)  # takes a minute, and needs no engine
+        unpack(work, PACKAGES, "usr/sbin/dockerd")
     with dockerd(work, tools) as docker, wheels(work) as served:
-        make_base(docker, work, tools, served)
+        make_base(docker, work, archive.result(), served)
         yield docker
 
 
@@ -130,7 +134,7 @@ def unpack(work: Path, packages: Sequence[str], wanted: str) -> Path:
         if list(folder.glob(f"{packages[0]}_*.deb")) or attempt:
             break
         subprocess.run(["apt-get", "update", "-qq"], capture_output=True, check=False)
-    for file in folder.glob("*.deb"):
+    for file in [file for package in packages for file in folder.glob(f"{package}_*.deb")]:
         subprocess.run(["dpkg-deb", "-x", str(file), str(root)], check=True)
     for name in ("iptables", "ip6tables"):  # what an installation would have linked
         if (root / "usr/sbin" / f"{name}-nft").exists() and not (root / "usr/sbin" / name).exists():
@@ -213,9 +217,9 @@ def wheels(work: Path) -> Iterator[str]:
         server.server_close()
 
 
-def make_base(docker: Docker, work: Path, tools: Path, served: str) -> None:
-    """The stand-in for the Python image: Debian with its Python, and pip told of this machine's certificates."""
-    archive, folder = work / "base.tar", work / "base"
+def make_archive(work: Path, tools: Path) -> Path:
+    """Debian with its Python, as a tar file; raises UnavailableError."""
+    archive = work / "base.tar"
     if not archive.exists():
         left_out = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "info")]
         left_out.append("--dpkgopt=force-unsafe-io")
@@ -226,11 +230,20 @@ def make_base(docker: Docker, work: Path, tools: Path, served: str) -> None:
         command += ['--customize-hook=rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*.bin']
         new = archive.with_suffix(".new")
         done = subprocess.run(
-            [*command, "bookworm", str(new)], env=os.environ | docker.environment, capture_output=True, text=True
+            [*command, "bookworm", str(new)],
+            env=os.environ | {"PATH": f"{tools}/usr/bin:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             raise UnavailableError(f"no base image can be made here: {done.stderr.strip()[-500:]}")
         new.rename(archive)
+    return archive
+
+
+def make_base(docker: Docker, work: Path, archive: Path, served: str) -> None:
+    """The stand-in for the Python image, from the archive; pip is told of this machine's certificates."""
+    folder = work / "base"
     if docker.run("image", "inspect", "standin:base").returncode:
         # An import is a new image each time, and would empty the build cache.
         path = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
