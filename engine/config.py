@@ -53,7 +53,12 @@ class EngineConfig:
     max_step_tokens: int = option(512, "Most tokens computed in one step.")
     block_size: int = option(16, "Tokens per KV-cache block.")
     kv_cache_memory: str | None = option(
-        None, "Size of the KV cache, for example 512MiB or 2GiB; default a quarter of the free memory, at most 2GiB."
+        None,
+        "Size of the KV cache, for example 512MiB or 2GiB; default a quarter of the free memory, at most 2GiB; on a GPU "
+        "all that is left.",
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "Share of a GPU's memory to use for weights, cache and everything else; other programs may have the rest."
     )
     prefix_caching: bool = option(True, "Reuse the KV cache of equal prompt beginnings.")
     prefix_cache_scope: Literal["tenant", "server"] = option(
@@ -105,5 +110,8 @@ class EngineConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be more than 0")
         if self.threads < 0 or (self.max_model_len is not None and self.max_model_len < 2):
             raise ConfigError("--threads must not be negative, and --max-model-len must leave room for two tokens")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"--gpu-memory-utilization {self.gpu_memory_utilization}: must be above 0 and at most 1")
+        parse_size(self.graph_memory, "graph-memory")
         if self.kv_cache_memory is not None:
             parse_size(self.kv_cache_memory, "kv-cache-memory")

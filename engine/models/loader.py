@@ -18,6 +18,7 @@ from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.limits import control_groups, free_memory, usable_cores
 from slipstream.engine.models.config import ModelShape, cache_shape, decoder_config, is_own, model_shape
 from slipstream.engine.models.decoder import Decoder
+from slipstream.engine.models.gpu_memory import budget, has_own_memory, step_bytes
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.transformers_files import transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
@@ -77,8 +78,16 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     block_bytes = kind.cache_class.block_bytes(cache_shape(shape, config.block_size, formats.kv))
     scratch_blocks = SCRATCH_BLOCKS if branches else 0
     besides = HEADROOM_BYTES + scratch_blocks * block_bytes
-    num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, besides, available_memory(device))
+    on_gpu = has_own_memory(device)
+    available = budget(device, config.gpu_memory_utilization) if on_gpu else available_memory(device)
+    num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, besides, available, on_gpu)
     model = build_model(checkpoint, config, formats, device, max_model_len)
+    if on_gpu:
+        step = step_bytes(
+            *(model, device, config.max_step_tokens, config.max_running, max_model_len, config.block_size)
+        )
+        besides += step + parse_size(config.graph_memory, "graph-memory")
+        num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, besides, available, on_gpu)
     seconds = time.monotonic() - began
     return LoadedModel(model, max_model_len, num_blocks, scratch_blocks, block_bytes, weights_bytes, seconds)
 
@@ -194,11 +203,17 @@ def _weights_bytes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dt
 
 
 def _fit(
-    config: EngineConfig, shape: ModelShape, weights_bytes: int, block_bytes: int, besides: int, available: int
+    config: EngineConfig,
+    shape: ModelShape,
+    weights_bytes: int,
+    block_bytes: int,
+    besides: int,
+    available: int,
+    on_gpu: bool,
 ) -> tuple[int, int]:
     """Number of cache blocks, and the longest sequence they and the model allow.
 
-    ``available`` bytes hold weights, cache and, ``besides``, everything else.
+    ``available`` bytes hold weights, cache and, ``besides``, everything else. Memory of a GPU is all for this.
     """
     if config.block_size % 16:
         raise ConfigError(f"--block-size {config.block_size} must be a multiple of 16")
@@ -211,17 +226,17 @@ def _fit(
         raise ModelError(
             f"the model does not fit: it needs {human_size(weights_bytes + least + besides)} of memory (weights "
             f"{human_size(weights_bytes)}, the smallest useful KV cache {human_size(least)}, everything else "
-            f"{human_size(besides)}), and {human_size(available)} are free{_limit()}"
+            f"{human_size(besides)}), and {human_size(available)} are free{_limit(config, on_gpu)}"
         )
     if config.kv_cache_memory is None:
-        size = max(min(left // DEFAULT_CACHE_SHARE, DEFAULT_CACHE_BYTES), least)
+        size = left if on_gpu else max(min(left // DEFAULT_CACHE_SHARE, DEFAULT_CACHE_BYTES), least)
     else:
         size = parse_size(config.kv_cache_memory, "kv-cache-memory")
         if size > left:
             raise ModelError(
                 f"--kv-cache-memory {config.kv_cache_memory} does not fit: beside the weights "
                 f"({human_size(weights_bytes)}) and everything else ({human_size(besides)}) "
-                f"{human_size(max(left, 0))} of memory are left{_limit()}"
+                f"{human_size(max(left, 0))} of memory are left{_limit(config, on_gpu)}"
             )
         if size < least:
             raise ConfigError(
@@ -231,8 +246,10 @@ def _fit(
     return num_blocks, min(wanted, num_blocks * config.block_size)
 
 
-def _limit() -> str:
+def _limit(config: EngineConfig, on_gpu: bool) -> str:
     """What keeps the process from the memory of the machine, if anything does."""
+    if on_gpu:
+        return f" within --gpu-memory-utilization {config.gpu_memory_utilization:g}"
     limits = control_groups()
     return "" if limits.memory is None else f" (its control group is limited to {human_size(limits.memory)})"
 

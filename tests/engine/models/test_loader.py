@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models import loader
 from slipstream.engine.models.loader import load_model
 from slipstream.engine.testing import TINY_LLAMA
@@ -74,3 +75,43 @@ def test_a_model_that_torch_computes_has_all_threads(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(FALLBACK))
     assert load_model(config(folder)).model.kernels == "transformers-cpu"
     assert torch.get_num_threads() == 2
+
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of the CPU as if it were that of a GPU: 100 MiB, of which others have 20, and steps take 7."""
+    monkeypatch.setattr(loader, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * MIB, 100 * MIB))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * MIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10 * MIB)
+    monkeypatch.setattr(loader, "HEADROOM_BYTES", 5 * MIB)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_gpu_is_filled_with_cache(folder: Path, as_a_gpu: None, kernels: str) -> None:
+    """Up to the share that may be used, less weights, what a step took when one was tried, graphs, and headroom."""
+    options = {"kernels": kernels, "kv_cache_memory": None, "graph_memory": "4MiB", "max_step_tokens": 700}
+    loaded = load_model(config(folder, **options, gpu_memory_utilization=0.8))
+    left = 80 * MIB - 20 * MIB - loaded.weights_bytes - 7 * MIB - 4 * MIB - 5 * MIB
+    assert loaded.num_blocks == left // loaded.block_bytes
+    assert load_model(config(folder, **(options | {"kv_cache_memory": "1MiB"}))).num_blocks == MIB // loaded.block_bytes
+
+
+def test_what_a_gpu_has_no_room_for_is_said_with_numbers(folder: Path, as_a_gpu: None) -> None:
+    with pytest.raises(
+        ModelError, match=r"64MiB does not fit.*beside the weights.* left within --gpu-memory-utilization 0\.8"
+    ):
+        load_model(config(folder, kv_cache_memory="64MiB", graph_memory="0", gpu_memory_utilization=0.8))
+    with pytest.raises(
+        ModelError, match=r"does not fit: it needs .*MiB are free within --gpu-memory-utilization 0\.21"
+    ):
+        load_model(config(folder, graph_memory="0", gpu_memory_utilization=0.21))
+    with pytest.raises(ConfigError, match=r"--gpu-memory-utilization 1\.5"):
+        config(folder, gpu_memory_utilization=1.5)
+    with pytest.raises(ConfigError, match=r"--graph-memory 'much' is not a size"):
+        config(folder, graph_memory="much")
