@@ -54,8 +54,8 @@ class EngineConfig:
     block_size: int = option(16, "Tokens per KV-cache block.")
     kv_cache_memory: str | None = option(
         None,
-        "Size of the KV cache, for example 512MiB or 2GiB; default a quarter of the free memory, at most 2GiB; on a GPU "
-        "all that is left.",
+        "Size of the KV cache, for example 512MiB or 2GiB; default a quarter of the free memory, at most 2GiB; on a "
+        "GPU all that is left.",
     )
     gpu_memory_utilization: float = option(
         0.9, "Share of a GPU's memory to use for weights, cache and everything else; other programs may have the rest."
