@@ -206,7 +206,7 @@ class TritonStack:
 
     def _mirror(self, tables: Int32) -> TableMirror:
         found = self._mirrors.get(id(tables))
-        if found is None or found.host is not tables:
+        if found is None:  # it keeps the host's array, so that no other one has its id
             found = self._mirrors[id(tables)] = TableMirror(tables, self._device)
             if len(self._mirrors) > MOST_TABLES:
                 self._mirrors.popitem(last=False)
