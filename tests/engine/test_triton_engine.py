@@ -62,7 +62,7 @@ class RecordingPool(graphs.GraphPool):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, HEAD, HEAD | {"draft_width": 2}],
+    [{}, pytest.param(HEAD, marks=pytest.mark.slow), HEAD | {"draft_width": 2}],
     ids=["no drafter", "chains", "trees"],
 )
 def test_tokens_are_those_of_torch(tiny: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ down to every draft token: 200,000 samples are a few hundred requests then.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -132,9 +132,9 @@ class ManySeeds:
         self._seeds[int(seeds[0])] = seeds
         self._local.submit(PAIRS, SamplingParams(**({"max_tokens": LENGTH + 5, "seed": int(seeds[0])} | self._params)))
 
-    def _sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
+    def _sample(self, logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor]) -> Sampled:
         self._batch = batch
-        return sample(logits, batch)
+        return sample(logits, batch, columns)
 
     def _sample_all(self, weights: Tensor, shares: Tensor) -> Tensor:
         for seed, group in groupby(range(len(self._batch)), key=lambda place: int(self._batch.seeds[place])):

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[3] / "scripts")]  # `make` keeps both out
+sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parent))  # which `make` keeps out
 
 import torch
 import triton
