@@ -149,7 +149,7 @@ def _choose_compute(checkpoint: Checkpoint, options: EngineConfig, device: torch
         if launch.runs_on(device.type):
             from slipstream.kernels.triton.stack import TritonCompute  # takes a while, and a CPU does without
 
-            if TritonCompute.computes(layer):
+            if TritonCompute.supports(layer, device):
                 return TritonCompute
         if options.kernels == "triton":
             raise ConfigError(

@@ -160,9 +160,9 @@ def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | Non
     emptied = {i: (logits[i] == ops.NEVER).all() for i, params in batch.special.items() if excludes(params)}
 
     best, probs = ops.argmax(logits), None
-    if len(batch.random):
-        if columns is None:
-            columns = [torch.from_numpy(column).to(logits.device) for column in batch.columns]
+    if columns is None:
+        columns = [torch.from_numpy(column).to(logits.device) for column in batch.columns]
+    if columns:
         at, *parameters, shares = columns
         everywhere = len(at) == len(logits)
         probs = ops.distribution(logits if everywhere else logits[at], *parameters)

@@ -111,11 +111,8 @@ class TritonStack:
         arrays: list[Array] = [] if room is None else [*padded(batch, room.tokens), changes, *batch.columns]
         if room is None or not room.has_room(arrays):
             return self._piece_by_piece(batch, cache, hidden, taps, mirror, changes, longest)
-        sent = self._staging.send(arrays, room.slab)
-        self._update(mirror, changes, sent[5])
-        ids, starts, lengths, rows, mirrors = sent[:5]
-        on_device = DeviceBatch(
-            *(ids, starts, lengths, rows, mirrors, mirror.tables, room.positions, room.cells, batch.block_size)
+        on_device, columns = self._send(
+            arrays, mirror, changes, batch.block_size, room.slab, room.positions, room.cells
         )
         if hidden is not None:
             room.hidden[:tokens].copy_(hidden)
@@ -128,7 +125,7 @@ class TritonStack:
         done = self._graphs.run(self, (room.tokens, context, given is None, taps, id(mirror)), work)
         # The next step overwrites what a graph returns.
         features = None if done.features is None else done.features[:tokens].clone()
-        return Forward(done.hidden[:tokens].clone(), features, tuple(sent[6:]))
+        return Forward(done.hidden[:tokens].clone(), features, columns)
 
     def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:
         x = hidden.to(self._dtype)
@@ -149,17 +146,30 @@ class TritonStack:
         longest: int,
     ) -> Forward:
         """Without a graph: with as much room as there are tokens, and tiles for long segments."""
-        arrays = [batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors]
-        sent = self._staging.send([*arrays, changes, *batch.columns])
-        self._update(mirror, changes, sent[5])
-        positions, cells = torch.empty(2, batch.num_tokens, dtype=torch.int32, device=self._device)
-        ids, starts, lengths, rows, mirrors = sent[:5]
-        on_device = DeviceBatch(
-            *(ids, starts, lengths, rows, mirrors, mirror.tables, positions, cells, batch.block_size)
-        )
+        arrays = [batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors, changes, *batch.columns]
+        empty = torch.empty(2, batch.num_tokens, dtype=torch.int32, device=self._device)
+        on_device, columns = self._send(arrays, mirror, changes, batch.block_size, None, *empty)
         plan = cache.plan_on_device(on_device, longest, prompt=True)
         done = self._run(on_device, plan, None if hidden is None else hidden.to(self._dtype), taps)
-        return Forward(done.hidden, done.features, tuple(sent[6:]))
+        return Forward(done.hidden, done.features, columns)
+
+    def _send(
+        self,
+        arrays: list[Array],
+        mirror: TableMirror,
+        changes: Int32,
+        block_size: int,
+        slab: Tensor | None,
+        positions: Tensor,
+        cells: Tensor,
+    ) -> tuple[DeviceBatch, tuple[Tensor, ...]]:
+        """The batch on the device, and its columns: the arrays are five of the batch, the changes, and the columns."""
+        ids, starts, lengths, rows, mirrors, changed, *columns = self._staging.send(arrays, slab)
+        if len(changes):
+            update_tables(mirror.tables, changed)
+            mirror.told(changes)
+        batch = DeviceBatch(ids, starts, lengths, rows, mirrors, mirror.tables, positions, cells, block_size)
+        return batch, tuple(columns)
 
     def _run(self, batch: DeviceBatch, plan: TritonPlan, hidden: Tensor | None, taps: tuple[int, ...]) -> Forward:
         """Everything of a step that only reads and writes memory of the device."""
@@ -214,11 +224,6 @@ class TritonStack:
         self._mirrors.move_to_end(id(tables))
         return found
 
-    def _update(self, mirror: TableMirror, changes: Int32, on_device: Tensor) -> None:
-        if len(changes):
-            update_tables(mirror.tables, on_device)
-            mirror.told(changes)
-
     def _room(self, tokens: int) -> _Room:
         if tokens not in self._rooms:
             self._rooms[tokens] = _Room(tokens, self._shape.hidden, self._dtype, self._device)
@@ -235,12 +240,7 @@ class TritonCompute(TorchCompute):
 
     @classmethod
     def supports(cls, shape: LayerShape, device: torch.device) -> bool:
-        return device.type == "cuda" and launch.runs_on(device.type) and cls.computes(shape)
-
-    @staticmethod
-    def computes(shape: LayerShape) -> bool:
-        """Whether there are kernels for such layers, wherever they run."""
-        return shape.head_dim <= 256 and shape.head_dim % 2 == 0
+        return launch.runs_on(device.type) and shape.head_dim <= 256 and shape.head_dim % 2 == 0
 
     @property
     def name(self) -> str:

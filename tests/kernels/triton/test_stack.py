@@ -165,6 +165,18 @@ def test_another_cache_or_other_weights_need_other_graphs() -> None:
     assert not torch.equal(stack.forward(step, cache).hidden, first) and len(graphs) == 3
 
 
+def test_graphs_take_no_more_memory_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was recorded is replayed, and the rest launched piece by piece; without memory, everything is."""
+    compute, graphs = recording()
+    taken = iter(range(0, 9 << 30, 600 << 20))
+    monkeypatch.setattr(compute.graphs, "_memory", lambda: next(taken))
+    done: list[str] = []
+    for key in ("one", "two", "three", "one"):
+        compute.graphs.run(compute, key, lambda: done.append(key))  # noqa: B023
+    assert done == ["one", "two", "three"] and len(graphs) == 2 and compute.graphs.num_bytes == 1200 << 20
+    assert GraphPool(CPU, 0).bucket(1) is None
+
+
 @pytest.mark.parametrize("tokens", [2, 5])
 def test_a_step_is_one_copy_to_the_device(tokens: int) -> None:
     """Whatever travels with it, and whether it is replayed or launched piece by piece."""
