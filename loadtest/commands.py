@@ -18,6 +18,7 @@ from slipstream.loadtest.harness import Run, Target, connect, measure
 from slipstream.loadtest.latency import PrefixOptions, StallOptions, prefix, print_prefix, print_stall, stall
 from slipstream.loadtest.progress import progress_bar
 from slipstream.loadtest.report import print_json, print_summary, summarise, summarise_speculation, summarise_steps
+from slipstream.loadtest.rollout import RolloutOptions, as_json, plot_rollout, print_rollout, rollout
 from slipstream.loadtest.scrape import read_speculation, read_steps
 from slipstream.loadtest.soak import SoakOptions, print_soak, soak
 from slipstream.loadtest.workloads import Workload, WorkloadOptions
@@ -106,6 +107,20 @@ async def run_comparison(a: ServerOptions, b: ServerOptions, options: WorkloadOp
         }
         print_json({**sides, "workload": _describe(options, workload), **result})
     return 1 if any(part["failed_a"] or part["failed_b"] for part in result["results"]) else 0
+
+
+async def run_rollout(servers: Mapping[str, ServerOptions], options: RolloutOptions) -> int:
+    async with AsyncExitStack() as stack:
+        targets = {name: await stack.enter_async_context(server.connect()) for name, server in servers.items()}
+        sides = await rollout(targets, options)
+        console = Console()
+        print_rollout(sides, options, console)
+        if options.plot is not None:
+            plot_rollout(sides, options.plot)
+            console.print(f"plot: {options.plot}", markup=False, highlight=False)
+        files = {"dataset": options.dataset and options.dataset.name, "plot": options.plot and options.plot.name}
+        print_json({"rollout": asdict(options) | files, "servers": as_json(sides)})
+    return 1 if any(epoch.failed for side in sides for epoch in side.epochs) else 0
 
 
 async def run_soak(server: ServerOptions, options: SoakOptions) -> int:

@@ -55,6 +55,26 @@ class Speculation(_Counters):
     accepted_tokens: float
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens(_Counters):
+    """Tokens that were sampled, and what speculation had to do with them."""
+
+    generated: float
+    drafts: float
+    """Proposals that were verified, at least in part."""
+    accepted: float
+
+    @property
+    def rows(self) -> float:
+        """Rows of steps that sampled: each brings one token and what was accepted."""
+        return self.generated - self.accepted
+
+    @property
+    def per_step(self) -> float | None:
+        """Tokens per row; None if nothing was sampled."""
+        return self.generated / self.rows if self.rows > 0 else None
+
+
 def parse_load(text: str) -> Load | None:
     """None if the page has no such metrics. Values are summed over labels (several engines)."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total")
@@ -77,6 +97,13 @@ def parse_speculation(text: str) -> Speculation | None:
     names = tuple(f"spec_decode_{name}" for name in counted)
     values = _read(text, ("slipstream", "vllm"), names)
     return Speculation(*(values[name] for name in names)) if len(values) == len(names) else None
+
+
+def parse_tokens(text: str) -> Tokens | None:
+    """None if the page has no such metrics; a server without speculation has no proposals."""
+    names = ("generation_tokens_total", "spec_decode_num_drafts_total", "spec_decode_num_accepted_tokens_total")
+    values = _read(text, ("slipstream", "vllm"), names)
+    return Tokens(*(values.get(name, 0.0) for name in names)) if names[0] in values else None
 
 
 def _read(text: str, prefixes: tuple[str, ...], names: tuple[str, ...]) -> dict[str, float]:
@@ -102,6 +129,11 @@ async def read_steps(client: AsyncClient) -> Steps | None:
 async def read_speculation(client: AsyncClient) -> Speculation | None:
     """None for a server without these metrics."""
     return parse_speculation(await _page(client))
+
+
+async def read_tokens(client: AsyncClient) -> Tokens | None:
+    """None for a server without these metrics."""
+    return parse_tokens(await _page(client))
 
 
 async def _page(client: AsyncClient) -> str:

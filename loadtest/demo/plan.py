@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from slipstream.loadtest.plots import require_plot
+
 DemoWorkload = Literal["sharegpt", "extract"]
 DEPTH = 3
 """Draft tokens in a chain."""
@@ -43,10 +45,7 @@ class DemoOptions:
             raise ValueError(f"--evolve {self.evolve}: idle or always")
         if self.minutes < 1:
             raise ValueError(f"--minutes {self.minutes:g}: nothing is learned in less than one")
-        if self.plot.suffix != ".svg":
-            raise ValueError(f"--plot {self.plot}: the plot is an SVG file; name it so")
-        if not self.plot.absolute().parent.is_dir():
-            raise ValueError(f"--plot {self.plot}: there is no such folder")
+        require_plot(self.plot)
         if (self.folder / "registry").exists() or (self.folder / "traffic").exists():
             raise ValueError(f"--folder {self.folder} holds an earlier demo: it would not start cold")
 

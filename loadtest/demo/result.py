@@ -13,8 +13,8 @@ from rich.table import Table
 from slipstream.loadtest.demo.heldout import Answers
 from slipstream.loadtest.demo.machine import break_even, verdict
 from slipstream.loadtest.demo.plan import DEPTH, DemoOptions
-from slipstream.loadtest.demo.plot import Line, Panel, write_plot
 from slipstream.loadtest.demo.watch import Watch
+from slipstream.loadtest.plots import Line, Panel, write_plot
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +158,16 @@ def plot_result(result: Result) -> None:
         (first, result.before.off.first(options.glance).tokens_per_second),
         (last, result.after.off.first(options.glance).tokens_per_second),
     ]
-    panels = (
-        Panel(
-            f"Accept length, the first {options.glance} held-out prompts, 1 stream",
-            [Line("with the head", length)],
-            1.0,
-        ),
-        Panel("Tokens per second", [Line("with the head", rate), Line("speculation off", off)], 0.0),
-    )
     marks = [(swap.minute, str(swap.version)) for swap in result.watch.swaps]
     title = f"slipstream demo: {options.workload}, {result.minutes:.0f} minutes; dashed: a version goes live"
-    write_plot(options.plot, title, panels, marks)
+    panels = (
+        Panel(
+            f"The first {options.glance} held-out prompts, 1 stream",
+            "accept length",
+            [Line("with the head", length)],
+            1.0,
+            marks,
+        ),
+        Panel("", "tokens per second", [Line("with the head", rate), Line("speculation off", off)], 0.0, marks),
+    )
+    write_plot(options.plot, title, "minutes", panels)

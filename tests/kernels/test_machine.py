@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -41,3 +42,18 @@ def test_a_gpu_computes_in_bfloat16() -> None:
 
 def test_speed_is_measured() -> None:
     assert machine.matmul_flops(torch.float32) > 1e6
+
+
+def test_time_in_which_others_compute_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training worker has the lowest priority: beside requests it waits more than it computes."""
+    product = torch.nn.functional.linear
+
+    def interrupted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.5)
+        return product(x, weight)
+
+    machine.matmul_flops.cache_clear()
+    monkeypatch.setattr(torch.nn.functional, "linear", interrupted)
+    operations = 2 * machine.ROWS * machine.WIDTH * machine.WIDTH
+    assert machine.matmul_flops(torch.float32) > operations / 0.25
+    machine.matmul_flops.cache_clear()

@@ -14,7 +14,7 @@ def given(tmp_path):
         ({"workload": "long"}, "--workload long"),
         ({"evolve": "off"}, "--evolve off"),
         ({"minutes": 0.5}, "--minutes 0.5"),
-        ({"plot": "demo.png"}, "SVG"),
+        ({"plot": "demo.pdf"}, "SVG or a PNG"),
         ({"plot": "nowhere/demo.svg"}, "no such folder"),
     ],
 )

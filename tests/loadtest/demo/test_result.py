@@ -8,7 +8,6 @@ from rich.console import Console
 
 from slipstream.loadtest.demo.heldout import Answer, Answers
 from slipstream.loadtest.demo.plan import DemoOptions
-from slipstream.loadtest.demo.plot import Line, Panel, plot, ticks
 from slipstream.loadtest.demo.result import Glance, Measured, Result, plot_result, print_result
 from slipstream.loadtest.demo.watch import Watch
 
@@ -111,34 +110,12 @@ async def test_what_went_wrong_is_no_success(tmp_path):
     assert (other.differing, other.ok) == (2, False)
 
 
-async def test_the_plot_has_a_mark_for_every_swap_and_a_point_for_every_glance(tmp_path):
+async def test_the_plot_has_a_mark_for_every_swap(tmp_path):
     found = await result(tmp_path, watch=await watched(status(2), status(4)))
     plot_result(found)
     root = ElementTree.parse(found.options.plot).getroot()
-    assert len([path for path in root.iter(f"{SVG}path") if path.get("class") == "mark"]) == 2 * 2
-    texts = [text.text for text in root.iter(f"{SVG}text")]
-    assert texts.count("2") >= 2
+    texts = ["".join(text.itertext()) for text in root.iter(f"{SVG}text")]
+    for expected in ("accept length", "tokens per second", "minutes", "speculation off"):
+        assert expected in texts
+    # A version of each swap above each of the two panels, besides what the axes say.
     assert texts.count("4") >= 2
-    assert len(list(root.iter(f"{SVG}polyline"))) == 3
-    assert len(list(root.iter(f"{SVG}circle"))) == 2 + 2 + 2
-
-
-floats = st.floats(0, 1e4)
-
-
-@given(st.lists(st.tuples(floats, floats), min_size=1, max_size=20), st.text("<&\"'a", max_size=5))
-def test_any_points_stay_within_the_picture(points, name):
-    svg = plot(name, [Panel(name, [Line(name, sorted(points))], 0.0)], [(points[0][0], name)])
-    root = ElementTree.fromstring(svg)
-    width, height = float(root.get("width")), float(root.get("height"))
-    for circle in root.iter(f"{SVG}circle"):
-        assert 0 <= float(circle.get("cx")) <= width
-        assert 0 <= float(circle.get("cy")) <= height
-
-
-@given(st.floats(-100, 1e6), st.floats(1e-3, 1e6))
-def test_ticks_are_few_and_reach_far_enough(least, span):
-    found = ticks(least, least + span)
-    assert 2 <= len(found) <= 7
-    assert found[0] == pytest.approx(least, abs=1e-6)
-    assert found[-1] >= least + span - 1e-5 * span - 1e-9

@@ -1,0 +1,113 @@
+"""What a drafter costs or brings, good or bad, against speculation off: pairs of runs of the same requests, in turns.
+
+    python scripts/bench_off.py [--drafters cold,warm,random,FOLDER] [--streams 1,8] [--temperatures 0,0.8] [--rounds 20]
+
+One engine per drafter and one without, with the settings of the server, all in this process; only one works at a time.
+Every round has new real prompts, the same for all engines, which take turns in an order that changes. ``random`` is a
+head of random numbers, so a deliberately bad one. Answers must be the same token for token, which is checked. Prints the
+speed of each as a share of the speed without speculation: the median of the pairs, their quartiles and their range; and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from random import Random
+from statistics import median, quantiles
+from typing import Any
+
+from bench_tree import real_prompts
+
+from slipstream.drafter.choice import make_drafters
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.testing import LocalEngine
+
+OFF = "off"
+TOKENS = {1: 96, 8: 64}
+"""Per answer, by the number of streams; 48 with any other."""
+
+
+def engine(drafter: str) -> LocalEngine:
+    if drafter == OFF:
+        return LocalEngine(EngineConfig(kv_cache_memory="256MiB", speculation="off"))
+    config = EngineConfig(kv_cache_memory="256MiB", speculation="head", drafter=drafter)
+    return LocalEngine(config, make_drafters(config))
+
+
+def timed(local: LocalEngine, prompts: list[list[int]], params: SamplingParams) -> tuple[float, list[list[int]]]:
+    """Seconds, and the answers."""
+    began = time.perf_counter()
+    done = local.generate(prompts, params)
+    return time.perf_counter() - began, [completion.tokens for completion in done]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drafters", default="cold,warm,random")
+    parser.add_argument("--streams", default="1,8")
+    parser.add_argument("--temperatures", default="0,0.8")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--warm-up", type=int, default=3, help="rounds that do not count: the policy learns the machine")
+    options = parser.parse_args()
+
+    names = [OFF, *options.drafters.split(",")]
+    engines = {name: engine(name) for name in names}
+    cells = [(int(s), float(t)) for s in options.streams.split(",") for t in options.temperatures.split(",")]
+    rounds = options.rounds + options.warm_up
+    prompts = real_prompts("default", sum(streams for streams, _ in cells) * rounds, 500)
+    random = Random(0)
+    results: list[dict[str, Any]] = []
+    print(f"{platform.processor() or platform.machine()}: speed with a drafter / speed without")
+    print("streams  temperature  drafter          median   quartiles        range           tokens/step")
+    for streams, temperature in cells:
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        before = {name: counts(engines[name]) for name in names}
+        for number in range(rounds):
+            asked, prompts = prompts[:streams], prompts[streams:]
+            params = SamplingParams(
+                max_tokens=TOKENS.get(streams, 48), min_tokens=16, temperature=temperature, seed=number
+            )
+            answers: list[list[list[int]]] = []
+            for name in random.sample(names, len(names)):
+                taken, tokens = timed(engines[name], asked, params)
+                answers.append(tokens)
+                if number >= options.warm_up:
+                    seconds[name].append(taken)
+            assert all(each == answers[0] for each in answers), "a draft token changed an answer"
+        for name in names[1:]:
+            ratios = [off / own for off, own in zip(seconds[OFF], seconds[name], strict=True)]
+            low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+            drafts, accepted = (now - then for now, then in zip(counts(engines[name]), before[name], strict=True))
+            length = 1 + accepted / drafts if drafts else 1.0
+            results.append(
+                {
+                    "streams": streams,
+                    "temperature": temperature,
+                    "drafter": name if name in ("cold", "warm", "random") else Path(name).name,
+                    "ratio": round(median(ratios), 4),
+                    "quartiles": [round(low, 4), round(high, 4)],
+                    "range": [round(min(ratios), 4), round(max(ratios), 4)],
+                    "verified_steps": drafts,
+                    "accept_length": round(length, 3),
+                }
+            )
+            print(
+                f"{streams:7d}  {temperature:11g}  {results[-1]['drafter']:15s}  {median(ratios):6.3f}   "
+                f"{low:.3f} - {high:.3f}   {min(ratios):.3f} - {max(ratios):.3f}   {length:.2f} in {drafts} steps",
+                flush=True,
+            )
+    print(json.dumps({"processor": platform.processor(), "rounds": options.rounds, "results": results}))
+
+
+def counts(local: LocalEngine) -> tuple[int, int]:
+    """Rows that verified proposals, and draft tokens accepted."""
+    drafters = local.stats.drafters
+    return sum(each.drafts for each in drafters), sum(each.accepted_tokens for each in drafters)
+
+
+if __name__ == "__main__":
+    main()
