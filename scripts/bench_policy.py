@@ -1,0 +1,174 @@
+"""Whether a drafter follows a policy that training moves: accept length over updates, following against frozen.
+
+    python scripts/bench_policy.py --model FOLDER --folder OUT [--updates 30] [--rate 5e-5] [--learn 30]
+
+FOLDER is the default model as a Hugging Face folder (scripts/gguf_to_hf.py). Two servers begin with its warm head. Between
+two batches of sampled answers the policy learns to write the standard library's code, a few steps of Adam, and both
+servers take the new weights; one trains its head on the answers it gave, in the seconds in which nobody asks (``--evolve
+idle``), the other keeps its head. Both verify chains of three in every step, so the answers' accept length is that of the
+head alone. Every turn of one is the other's standstill. Writes a table in Markdown and a plot to OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slipstream.clients.admin import AdminClient
+from slipstream.loadtest.arrivals import ClosedLoop
+from slipstream.loadtest.children import free_port, running
+from slipstream.loadtest.dataset import code_passages
+from slipstream.loadtest.harness import Target, connect, measure
+from slipstream.loadtest.plots import Line, Panel, write_plot
+from slipstream.loadtest.processes import ProcessTree
+from slipstream.loadtest.scrape import read_speculation
+from slipstream.loadtest.workloads import CONTINUE_CODE, Workload, WorkloadOptions
+
+DEPTH, STREAMS = 3, 16
+TEXT_CHARS, LEARNED_TOKENS = 900, 320
+BATCH, STEPS = 2, 2
+"""Texts per step of Adam, and steps per update."""
+
+
+class Policy:
+    """The model that moves: supervised on code, since that is far from what the warm head has seen."""
+
+    def __init__(self, folder: Path, rate: float) -> None:
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.99))
+        self.texts = code_passages(Random("policy"), TEXT_CHARS)
+
+    def learn(self) -> float:
+        """The last step's loss, in nats per token."""
+        loss = torch.zeros(())
+        for _ in range(STEPS):
+            asked = [self._example(next(self.texts)) for _ in range(BATCH)]
+            longest = max(len(tokens) for tokens, _ in asked)
+            ids = torch.zeros(BATCH, longest, dtype=torch.long)
+            labels = torch.full((BATCH, longest), -100)
+            for row, (tokens, prompt) in enumerate(asked):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                labels[row, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
+            loss = self.model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return float(loss)
+
+    def _example(self, text: str) -> tuple[list[int], int]:
+        """Tokens of a question and its answer, and how many are the question's."""
+        cut = text.find("\n", len(text) // 3) + 1
+        turns = [{"role": "user", "content": CONTINUE_CODE + text[:cut]}]
+        prompt = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        start = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        answer = self.tokenizer(text[cut:], add_special_tokens=False)["input_ids"]
+        return (start + answer)[:LEARNED_TOKENS], len(start)
+
+
+def command(model: Path, port: int, *options: object) -> list[str]:
+    fixed = ("--speculation", "head", "--speculation-policy", "fixed", "--max-draft-tokens", DEPTH)
+    given = ("--model", model, "--port", port, "--target-lineage", "policy", "--drafter", "warm", *fixed, *options)
+    return [sys.executable, "-P", "-m", "slipstream.server", "serve", *map(str, given)]
+
+
+async def accept_length(target: Target, requests: list[Any]) -> float:
+    before = await read_speculation(target.client)
+    run = await measure(target, requests, ClosedLoop(STREAMS))
+    after = await read_speculation(target.client)
+    assert before is not None and after is not None
+    assert all(record.ok for record in run.records), run.records
+    counts = after - before
+    return 1 + counts.accepted_tokens / counts.drafts
+
+
+async def take_weights(admin: AdminClient, weights: Path, version: int) -> None:
+    await admin.begin_update(version)
+    await admin.read(version, str(weights))
+    await admin.finish_update(version)
+
+
+async def run(options: argparse.Namespace) -> None:
+    out: Path = options.folder
+    out.mkdir(parents=True, exist_ok=True)
+    policy, weights = Policy(options.model, options.rate), out / "policy"
+    evolution = ("--registry", out / "registry", "--traffic-log", "features", "--traffic-folder", out / "traffic")
+    evolution += ("--evolve", "idle", "--evolve-first-tokens", "2000", "--evolve-round-tokens", options.round_tokens)
+    evolution += ("--canary-share", "0.5", "--canary-requests", "20")
+    found: list[tuple[float, float, float, int]] = []
+    async with AsyncExitStack() as stack:
+        sides = []
+        for name, more in (("following", evolution), ("frozen", ())):
+            port = free_port()
+            log = out / f"{name}.log"
+            process = await stack.enter_async_context(running(name, command(options.model, port, *more), port, log=log))
+            url = f"http://127.0.0.1:{port}"
+            target = await stack.enter_async_context(connect(url, timeout=1200))
+            admin = await stack.enter_async_context(AdminClient(url))
+            sides.append((ProcessTree(process.pid), target, admin))
+        (following, target, admin), (frozen, other_target, other_admin) = sides
+        workload = Workload(
+            WorkloadOptions(name="code", output_tokens=96, temperature=1.0, seed=options.seed), target.tokenizer
+        )
+        for update in range(options.updates + 1):
+            requests = await workload.round(options.requests)
+            loss = 0.0
+            if update:
+                with following.frozen(), frozen.frozen():
+                    loss = policy.learn()
+                    policy.model.save_pretrained(weights)
+                for each in (admin, other_admin):
+                    await take_weights(each, weights, update)
+            with following.frozen():
+                without = await accept_length(other_target, requests)
+            with frozen.frozen():
+                length = await accept_length(target, requests)
+                await asyncio.sleep(options.learn)
+                versions = [each for each in await admin.drafters() if each["state"] == "live"]
+            live = versions[-1]["version"] if versions else 0
+            found.append((length, without, loss, live))
+            print(f"{update:3d}: following {length:.3f}, frozen {without:.3f}, loss {loss:.3f}, live {live}", flush=True)
+    report(out, found)
+
+
+def report(out: Path, found: list[tuple[float, float, float, int]]) -> None:
+    lines = ["| update | following | frozen | ratio | policy's loss | live version |", "|---|---|---|---|---|---|"]
+    for update, (length, without, loss, live) in enumerate(found):
+        lines.append(f"| {update} | {length:.2f} | {without:.2f} | {length / without:.2f} | {loss:.2f} | {live} |")
+    (out / "policy.md").write_text("\n".join(lines) + "\n")
+    curves = [
+        Line("head follows", [(float(i), length) for i, (length, *_) in enumerate(found)]),
+        Line("head frozen", [(float(i), without) for i, (_, without, *_) in enumerate(found)]),
+    ]
+    marks = [(float(i), str(found[i][3])) for i in range(1, len(found)) if found[i][3] != found[i - 1][3]]
+    panel = Panel("dashed: a version goes live", "accept length, chains of 3", curves, 1.0, marks)
+    write_plot(out / "policy.svg", "A policy moves and its drafter follows", "updates of the policy", [panel])
+    last = found[-max(len(found) // 5, 1) :]
+    ratio = sum(length for length, *_ in last) / sum(without for _, without, *_ in last)
+    print(f"the last {len(last)} updates: {ratio:.3f} times the accept length of the frozen head")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of the default model")
+    parser.add_argument("--folder", type=Path, required=True, help="gets everything")
+    parser.add_argument("--updates", type=int, default=30)
+    parser.add_argument("--requests", type=int, default=32, help="answers per update")
+    parser.add_argument("--rate", type=float, default=5e-5, help="of Adam")
+    parser.add_argument("--learn", type=float, default=30, help="seconds after each batch in which nobody asks")
+    parser.add_argument("--round-tokens", type=int, default=8000)
+    parser.add_argument("--seed", type=int, default=0)
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
