@@ -18,6 +18,7 @@ from slipstream.drafter.registry.states import RegistryError
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, EngineLostError, ModelError, SlipstreamError
+from slipstream.server.chat_cli import chat
 from slipstream.server.config import ServerConfig
 from slipstream.server.drafter_cli import drafter_app
 from slipstream.server.evolution.config import EvolutionConfig
@@ -43,6 +44,7 @@ app.add_typer(traffic_app, name="traffic")
 drafter_app.command()(train)
 drafter_app.command("eval")(evaluate_head)
 app.command()(gpu_check)
+app.command()(chat)
 ConfigType = TypeVar("ConfigType")
 
 
