@@ -87,6 +87,10 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     """time.monotonic() at the server, seconds; comparable between processes of one host."""
     remember: bool = True
     """Whether drafters may keep its text in memory, for later requests of the same scope."""
+    longest_first: bool = False
+    """Belongs to a batch that is over when its longest answer is: likely-long answers go first, by a little."""
+    expected_tokens: int = 0
+    """How long its sender expects the answer to be; 0 if nothing is expected. Counts with ``longest_first`` only."""
 
     @property
     def scope(self) -> str:

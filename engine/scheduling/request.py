@@ -52,7 +52,7 @@ class Request:
         """A request may find cache blocks only of requests with the same ``sharing``."""
         self.message = message
         self.deadline = deadline
-        """Orders the queue: see Scheduler.add."""
+        """Orders the queue: see QueueOrder."""
         self.sharing = sharing
         self.root: BlockHash = b""
         """Root of the chain of hashes of its blocks, taken when it is to be admitted."""

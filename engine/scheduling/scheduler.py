@@ -1,9 +1,4 @@
-"""Decides what the next step computes, and digests what it brought.
-
-Queue order. Every request gets a deadline when it arrives: arrival time, plus the time its prompt needs, plus a fixed
-time per level of priority; the earliest deadline goes first. So short prompts overtake long ones by a little, urgent
-requests overtake others by a bounded time, and nothing starves: whoever comes late enough has a later deadline.
-"""
+"""Decides what the next step computes, and digests what it brought."""
 
 from __future__ import annotations
 
@@ -18,12 +13,13 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.listening import EndedRequest, Listeners
 from slipstream.engine.messages import EngineStats, FinishReason, NewRequest, TokenDelta
 from slipstream.engine.operations import PauseMode, UpdateMode
-from slipstream.engine.plan import NewRow, StepPlan, StepResult, StepWork
+from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.scheduling.controller import Decision
 from slipstream.engine.scheduling.draft_planner import DraftPlanner
 from slipstream.engine.scheduling.kv.manager import Admission, KVManager, Wait
 from slipstream.engine.scheduling.plan_builder import PlanBuilder
 from slipstream.engine.scheduling.prompts import plan_prompts
+from slipstream.engine.scheduling.queue_order import QueueOrder
 from slipstream.engine.scheduling.request import Request, check_rows
 from slipstream.engine.scheduling.step_cost import StepCost
 from slipstream.engine.speculation.protocol import DraftNeeds
@@ -58,6 +54,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._switch_length = switch_length or max_model_len
         self._clock = clock
+        self._order = QueueOrder(config, cost, clock)
         self._requests: dict[int, Request] = {}
         self._waiting: list[Request] = []  # by deadline
         self._running: list[Request] = []  # by deadline
@@ -74,11 +71,8 @@ class Scheduler:
 
     def add(self, message: NewRequest, drafter: str = "") -> None:
         """``drafter`` names the learned drafter of this route alone: it knows nothing of blocks that others filled."""
-        arrival = message.arrival or self._clock()
-        service = self.cost.predict(StepWork().add(0, len(message.prompt)))
-        deadline = arrival + service + message.priority * self._config.priority_step_s
         sharing = message.tenant if self._config.prefix_cache_scope == "tenant" else ""
-        request = Request(message, deadline, (message.cache_salt, sharing, drafter))
+        request = Request(message, self._order.deadline(message), (message.cache_salt, sharing, drafter))
         if request.length > self._switch_length:
             request.outgrow()
         self._requests[request.request_id] = request
@@ -382,6 +376,8 @@ class Scheduler:
     def _end(self, request: Request, reason: FinishReason) -> None:
         del self._requests[request.request_id]
         request.finished = True
+        if reason in ("stop", "length"):
+            self._order.ended(request.message, request.num_output)
         if request.slot >= 0:
             self._ended_slots.append((request.slot, len(request.tokens)))
             self._leave_row(request)
