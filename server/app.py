@@ -20,6 +20,7 @@ from slipstream.server.errors import ApiError, MethodNotAllowedError, NotFoundEr
 from slipstream.server.gate import guarded
 from slipstream.server.json_response import JSONBody
 from slipstream.server.openai import routes as openai
+from slipstream.server.page import CHAT, page_response
 from slipstream.server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,11 @@ def build_app(service: Service) -> ASGIApp:
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", response_class=Response, openapi_extra=describe("text/html"))
+    async def chat_page() -> Response:
+        """A conversation with the model, for who opens the server's address in a browser."""
+        return page_response(CHAT)
 
     @app.get("/version", response_class=Response, openapi_extra=describe(Version))
     async def server_version() -> Response:

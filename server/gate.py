@@ -21,8 +21,8 @@ from slipstream.server.metrics import Metrics
 from slipstream.server.principal import SCOPE_ENTRY, Keys, Principal, RequestLimits
 from slipstream.server.web_pages import ANY, ELSEWHERE, WebPages
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/dashboard"})
-"""The dashboard is a page without data; what it shows it asks the admin API for."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/", "/dashboard"})
+"""The chat and the dashboard are pages without data; what they show they ask the API for."""
 ADMIN_PATH = "/admin/"
 PROXY_HEADERS = frozenset({b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"cf-connecting-ip"})
 PROXY_PREFIXES = (b"x-forwarded-", b"x-envoy-")

@@ -20,7 +20,6 @@ from slipstream.engine.errors import ModelError, SlipstreamError
 from slipstream.server.admin import answers
 from slipstream.server.admin.asked import body_of, only
 from slipstream.server.admin.commands import DrafterCommands
-from slipstream.server.admin.page import dashboard_page
 from slipstream.server.admin.schema import (
     BeginBody,
     EmptyBody,
@@ -48,6 +47,7 @@ from slipstream.server.errors import (
 )
 from slipstream.server.evolution.evolution import Evolution
 from slipstream.server.json_response import JSONBody
+from slipstream.server.page import DASHBOARD, page_response
 from slipstream.server.service import Service
 
 BODIES: tuple[type[Body], ...] = (
@@ -72,7 +72,7 @@ def admin_router(service: Service) -> APIRouter:
     @router.get("/dashboard", openapi_extra=describe("text/html"))
     async def dashboard() -> Response:
         """A page that shows what the server learns."""
-        return dashboard_page()
+        return page_response(DASHBOARD)
 
     @router.get(prefix + "/status", openapi_extra=describe(answers.Status))
     async def all_there_is() -> Response:

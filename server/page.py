@@ -1,4 +1,4 @@
-"""The dashboard: one file with everything in it, which asks the admin API every two seconds."""
+"""Pages for browsers: the dashboard and the chat, each one file with everything in it, which asks the API for the rest."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 
 from starlette.responses import Response
 
-PAGE = Path(__file__).with_name("dashboard.html")
+HERE = Path(__file__).parent
+DASHBOARD, CHAT = HERE / "admin" / "dashboard.html", HERE / "chat.html"
 
 
 @cache
-def _page() -> tuple[bytes, dict[str, str]]:
-    text = PAGE.read_text(encoding="utf-8")
+def _read(page: Path) -> tuple[bytes, dict[str, str]]:
+    text = page.read_text(encoding="utf-8")
     [script] = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
     [style] = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
-    # Names of tenants and notes come from users. They are only ever set as text; should that fail, no script of theirs
+    # Names of tenants, notes and answers come from users and models. They are only ever set as text; should that fail, no script of theirs
     # runs, and nothing is loaded from or sent to elsewhere.
     policy = (
         f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; connect-src 'self'; "
@@ -37,6 +38,7 @@ def _digest(text: str) -> str:
     return "sha256-" + b64encode(sha256(text.encode()).digest()).decode()
 
 
-def dashboard_page() -> Response:
-    text, headers = _page()
+def page_response(page: Path) -> Response:
+    """``page`` has one script and one style, and its answer lets no others run."""
+    text, headers = _read(page)
     return Response(text, headers=headers, media_type="text/html; charset=utf-8")
