@@ -250,7 +250,9 @@ def abuse(
 def rollout(
     server: Annotated[
         list[str],
-        typer.Option("--server", help="NAME=URL of a server; twice or more. What is faster is said against the others."),
+        typer.Option(
+            "--server", help="NAME=URL of a server; twice or more. What is faster is said against the others."
+        ),
     ],
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of a batch.")] = 12,
     samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 4,

@@ -73,7 +73,9 @@ def draw(title: str, time: str, panels: Sequence[Panel]) -> Figure:
         for moment, label in panel.marks:
             axis.axvline(moment, color=MARK, linestyle="--", linewidth=1)
             # Just above the panel, where no line is.
-            axis.annotate(label, (moment, 1), (0, 2), ("data", "axes fraction"), "offset points", color=MARK, ha="center")
+            axis.annotate(
+                label, (moment, 1), (0, 2), ("data", "axes fraction"), "offset points", color=MARK, ha="center"
+            )
         axis.grid(alpha=0.3)
         if len(panel.lines) > 1:
             axis.legend(fontsize=8)

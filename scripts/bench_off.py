@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--streams", default="1,8")
     parser.add_argument("--temperatures", default="0,0.8")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--warm-up", type=int, default=3, help="rounds that do not count: the policy learns the machine")
+    parser.add_argument(
+        "--warm-up", type=int, default=3, help="rounds that do not count: the policy learns the machine"
+    )
     options = parser.parse_args()
 
     names = [OFF, *options.drafters.split(",")]

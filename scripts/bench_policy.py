@@ -136,7 +136,9 @@ async def run(options: argparse.Namespace) -> None:
                 versions = [each for each in await admin.drafters() if each["state"] == "live"]
             live = versions[-1]["version"] if versions else 0
             found.append((length, without, loss, live))
-            print(f"{update:3d}: following {length:.3f}, frozen {without:.3f}, loss {loss:.3f}, live {live}", flush=True)
+            print(
+                f"{update:3d}: following {length:.3f}, frozen {without:.3f}, loss {loss:.3f}, live {live}", flush=True
+            )
     report(out, found)
 
 

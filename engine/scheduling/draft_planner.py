@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.plan import StepPlan, StepResult
 from slipstream.engine.scheduling.controller import Decision, Offer, make_policy
+from slipstream.engine.scheduling.draft_depth import DraftDepth
 from slipstream.engine.scheduling.kv.manager import KVManager
 from slipstream.engine.scheduling.plan_builder import PlanBuilder
 from slipstream.engine.scheduling.request import Request
@@ -81,6 +82,7 @@ class DraftPlanner:
         self._cost = cost
         self._policy = make_policy(config.speculation_policy, config.max_draft_tokens)
         self._pauses = config.speculation_policy == "throughput"
+        self._depth = DraftDepth(needs.most)
         self._cheap, self._costly = Worth(PROBE_EVERY), Worth(LONGEST_PAUSE)
         """Drafters that look up what was said, and networks: asking these may cost half a step."""
         self._asked: tuple[Worth, float] | None = None
@@ -100,7 +102,7 @@ class DraftPlanner:
         after the step before it has to do for deciding how many: where much was promised, much will be.
         """
         self._steps += 1
-        self.costly_drafts = self._ask_costly()
+        self.costly_drafts = self._ask_costly(plan)
         if prompts_wait:
             self.reasons["prompts wait"] += 1
         else:
@@ -143,8 +145,8 @@ class DraftPlanner:
         sure = request.num_output + request.in_flight - request.unsure + 1
         return max(min(most, request.message.params.max_tokens - sure), 0)
 
-    def _ask_costly(self) -> int:
-        """How many draft tokens costly drafters may propose after this step.
+    def _ask_costly(self, plan: PlanBuilder) -> int:
+        """How many draft tokens costly drafters may propose after this step: as many as are worth it.
 
         While they do not pay, that is a probe now and then: of two steps, because in the first they also look at what
         came since they were asked last. Where several versions are loaded, one is on trial and has to show what it
@@ -152,10 +154,12 @@ class DraftPlanner:
         """
         if not self._needs.costly:
             return 0
-        if not (self._pauses and self._costly.is_paused):
+        if not self._pauses:
             return self._needs.most
-        if self._is_due(self._costly):
-            return PROBE_DRAFTS
+        if not self._costly.is_paused or self._is_due(self._costly):
+            start = sum(request.num_computed for request in plan.requests) / max(len(plan.requests), 1)
+            best = self._depth.best(len(plan.requests), plan.work, start, self._cost)
+            return min(best, PROBE_DRAFTS) if self._costly.is_paused else best
         return 1 if len(set(self._routes.values())) > 1 and self._steps % PROBE_EVERY == 0 else 0
 
     def observe(self, plan: StepPlan, decision: Decision | None, result: StepResult) -> None:
@@ -165,6 +169,9 @@ class DraftPlanner:
             self._policy.observe(decision, tokens, result.seconds)
         if not self._pauses:
             return
+        if plan.costly_drafts and self._was_asked:
+            # Not after a pause: then drafters also look at what came since.
+            self._depth.observe(plan.costly_drafts, result.offers, result.draft_seconds)
         asked, self._asked = self._asked, None
         if asked is not None and (decision is None or decision.reason != NOT_SEEN):
             # What it brought, not what was promised: the most promising drafts are those that chance makes look so.

@@ -11,7 +11,16 @@ from rich.console import Console
 from slipstream.clients.errors import ClientError
 from slipstream.loadtest import rollout as module
 from slipstream.loadtest.harness import connect
-from slipstream.loadtest.rollout import RolloutOptions, as_json, at, batches, open_requests, print_rollout, rollout, switch
+from slipstream.loadtest.rollout import (
+    RolloutOptions,
+    as_json,
+    at,
+    batches,
+    open_requests,
+    print_rollout,
+    rollout,
+    switch,
+)
 from slipstream.loadtest.scrape import Tokens, parse_tokens
 from slipstream.loadtest.workloads import Request
 

@@ -1,0 +1,78 @@
+"""How many draft tokens a network is asked for: as many as are worth the time of proposing and of verifying them.
+
+Lookups propose at once, so they are asked for as many as may be verified. A network takes as long for each as a small
+step: on a processor that computes slowly, chains of eight take a third of a step, of which the last ones are hardly ever right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from slipstream.engine.plan import StepWork
+from slipstream.engine.scheduling.step_cost import StepCost
+
+WEIGHT = 0.05
+"""Of a step in the mean chances."""
+FORGETTING = 0.01
+"""Of a step in what was known of draft tokens that nobody asked for in it."""
+TIME_WEIGHT = 0.1
+"""Of a step in the mean time; one that takes more than twice as long as expected counts as twice."""
+
+
+class DraftDepth:
+    """Learns from every step what networks offer, and how long proposing takes with so many rows."""
+
+    def __init__(self, most: int) -> None:
+        """``most`` draft tokens per row may be asked for."""
+        self._most = most
+        self._rates: list[float] = []
+        """Mean probability that draft token i of a row is right if those before it are; as deep as was seen."""
+        self._seconds: dict[int, float] = {}
+        """Time of proposing one draft token for all rows, by the binary order of their number."""
+
+    def observe(self, asked: int, offers: Sequence[Sequence[float]], seconds: float) -> None:
+        """Networks were asked for ``asked`` draft tokens, and took so long.
+
+        ``offers`` are what was kept for each row. Longer ones than were asked for are of lookups; shorter ones ended where
+        hardly anything was right any more.
+        """
+        own = [offer for offer in offers if 0 < len(offer) <= asked]
+        if not own:
+            return
+        deepest, above = max(map(len, own)), float(len(own))
+        for place in range(deepest):
+            if not above:
+                break
+            total = sum(offer[place] for offer in own if place < len(offer))
+            rate, above = total / above, total
+            if place < len(self._rates):
+                self._rates[place] += WEIGHT * (rate - self._rates[place])
+            else:
+                self._rates.append(rate)
+        # Deeper ones may have become as good as the deepest that was seen: so they are tried again some time.
+        for place in range(deepest, len(self._rates)):
+            self._rates[place] += FORGETTING * (self._rates[deepest - 1] - self._rates[place])
+        bucket, each = len(offers).bit_length(), seconds / deepest
+        before = self._seconds.get(bucket, each)
+        self._seconds[bucket] = before + TIME_WEIGHT * (min(each, 2 * before) - before)
+
+    def best(self, rows: int, work: StepWork, start: float, cost: StepCost) -> int:
+        """Draft tokens per row that promise most tokens per second, at least one; all there may be where nothing is known.
+
+        ``work`` is a step of these rows without draft tokens, and ``start`` the mean position of the first of them.
+        """
+        if not self._rates or not rows:
+            return self._most
+        depths = np.arange(1, self._most + 1)
+        verify = cost.predict_more(work, rows * self._most, start)[rows * depths]
+        # Beyond what was seen, draft tokens are taken to be as often right as the last ones that were.
+        rates = np.array(self._rates + self._rates[-1:] * self._most)[: self._most]
+        tokens = 1 + np.cumsum(np.cumprod(rates))
+        return int(depths[np.argmax(tokens / (verify + depths * self._each(rows)))])
+
+    def _each(self, rows: int) -> float:
+        """Seconds; of the number of rows nearest to this one of which it is known."""
+        bucket = rows.bit_length()
+        return self._seconds[min(self._seconds, key=lambda known: abs(known - bucket))]
