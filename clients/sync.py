@@ -135,12 +135,12 @@ class Client:
                 if response.status_code < 400:
                     yield response
                     return
-                error = _error(response)
+                refusal = _error(response)
             finally:
                 response.close()
-            if error.status not in LATER or not left:
-                raise error
-            time.sleep(min(error.retry_after if error.retry_after is not None else pause, LONGEST_PAUSE))
+            if refusal.status not in LATER or not left:
+                raise refusal
+            time.sleep(min(pause if refusal.retry_after is None else refusal.retry_after, LONGEST_PAUSE))
 
 
 def _error(response: httpx.Response) -> APIError:

@@ -1,4 +1,4 @@
-"""A conversation in the terminal, which shows how fast the server writes and what drafting brings: ``slipstream chat``."""
+"""A conversation in the terminal, which shows how fast the server writes and what drafting brings."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Speed:
         text: str = delta.get("content") or ""
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
         counted = (chunk.get("usage") or {}).get("completion_tokens")
-        if counted is not None and counted > self.tokens or text:
+        if (counted is not None and counted > self.tokens) or text:
             self.tokens = counted if counted is not None else self.tokens + 1
             self.chunks += 1
             self.first, self.last = self.first or now, now

@@ -1,8 +1,8 @@
 """Batches of rollouts as reinforcement learning asks for them: all at once, over when the longest answer is.
 
-The time of such a batch is the time of its longest answers, which are alone at its end. So a batch here has real prompts,
-several sampled answers of each, and lengths with a heavy tail; the same prompts come again in every epoch, with other
-samples. Servers have turns, in alternating order.
+The time of such a batch is the time of its longest answers, which are alone at its end. So a batch here has real
+prompts, several sampled answers of each, and lengths with a heavy tail; the same prompts come again in every epoch,
+with other samples. Servers have turns, in alternating order.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from statistics import NormalDist
@@ -224,7 +225,7 @@ def at(running: Sequence[tuple[float, int]], time: float) -> int:
 def switch(seen: Sequence[tuple[float, Tokens]]) -> float | None:
     """Since when most rows verified draft tokens, up to the end; None if at the end they did not."""
     began = None
-    for (before, earlier), (_, later) in reversed(list(zip(seen, seen[1:], strict=False))):
+    for (before, earlier), (_, later) in reversed(list(pairwise(seen))):
         counts = later - earlier
         if counts.rows <= 0:
             continue  # nothing was sampled meanwhile

@@ -1,11 +1,12 @@
 """What a drafter costs or brings, good or bad, against speculation off: pairs of runs of the same requests, in turns.
 
-    python scripts/bench_off.py [--drafters cold,warm,random,FOLDER] [--streams 1,8] [--temperatures 0,0.8] [--rounds 20]
+    python scripts/bench_off.py [--drafters cold,warm,random,FOLDER] [--streams 1,8] [--temperatures 0,0.8]
 
 One engine per drafter and one without, with the settings of the server, all in this process; only one works at a time.
 Every round has new real prompts, the same for all engines, which take turns in an order that changes. ``random`` is a
-head of random numbers, so a deliberately bad one. Answers must be the same token for token, which is checked. Prints the
-speed of each as a share of the speed without speculation: the median of the pairs, their quartiles and their range; and one JSON line last.
+head of random numbers, so a deliberately bad one. Answers must be the same token for token, which is checked. Prints
+the speed of each as a share of the speed without speculation: the median of the pairs, their quartiles and their
+range; and one JSON line last.
 """
 
 from __future__ import annotations

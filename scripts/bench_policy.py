@@ -2,11 +2,12 @@
 
     python scripts/bench_policy.py --model FOLDER --folder OUT [--updates 30] [--rate 5e-5] [--learn 30]
 
-FOLDER is the default model as a Hugging Face folder (scripts/gguf_to_hf.py). Two servers begin with its warm head. Between
-two batches of sampled answers the policy learns to write the standard library's code, a few steps of Adam, and both
-servers take the new weights; one trains its head on the answers it gave, in the seconds in which nobody asks (``--evolve
-idle``), the other keeps its head. Both verify chains of three in every step, so the answers' accept length is that of the
-head alone. Every turn of one is the other's standstill. Writes a table in Markdown and a plot to OUT.
+FOLDER is the default model as a Hugging Face folder (scripts/gguf_to_hf.py). Two servers begin with its warm head.
+Between two batches of sampled answers the policy learns to write the standard library's code, a few steps of Adam,
+and both servers take the new weights; one trains its head on the answers it gave, in the seconds in which nobody asks
+(``--evolve idle``), the other keeps its head. Both verify chains of three in every step, so the answers' accept
+length is that of the head alone. Every turn of one is the other's standstill. Writes a table in Markdown and a plot
+to OUT.
 """
 
 from __future__ import annotations

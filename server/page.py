@@ -1,4 +1,4 @@
-"""Pages for browsers: the dashboard and the chat, each one file with everything in it, which asks the API for the rest."""
+"""Pages for browsers, the dashboard and the chat: one file with everything in it, which asks the API for the rest."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def _read(page: Path) -> tuple[bytes, dict[str, str]]:
     text = page.read_text(encoding="utf-8")
     [script] = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
     [style] = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
-    # Names of tenants, notes and answers come from users and models. They are only ever set as text; should that fail, no script of theirs
-    # runs, and nothing is loaded from or sent to elsewhere.
+    # Names of tenants, notes and answers come from users and models. They are only ever set as text; should that
+    # fail, no script of theirs runs, and nothing is loaded from or sent to elsewhere.
     policy = (
         f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

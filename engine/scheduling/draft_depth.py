@@ -1,7 +1,8 @@
 """How many draft tokens a network is asked for: as many as are worth the time of proposing and of verifying them.
 
 Lookups propose at once, so they are asked for as many as may be verified. A network takes as long for each as a small
-step: on a processor that computes slowly, chains of eight take a third of a step, of which the last ones are hardly ever right.
+step: on a processor that computes slowly, chains of eight take a third of a step, of which the last ones are hardly
+ever right.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class DraftDepth:
     def observe(self, asked: int, offers: Sequence[Sequence[float]], seconds: float) -> None:
         """Networks were asked for ``asked`` draft tokens, and took so long.
 
-        ``offers`` are what was kept for each row. Longer ones than were asked for are of lookups; shorter ones ended where
-        hardly anything was right any more.
+        ``offers`` are what was kept for each row. Longer ones than were asked for are of lookups; shorter ones ended
+        where hardly anything was right any more.
         """
         own = [offer for offer in offers if 0 < len(offer) <= asked]
         if not own:
@@ -59,7 +60,7 @@ class DraftDepth:
         self._seconds[bucket] = before + TIME_WEIGHT * (min(each, 2 * before) - before)
 
     def best(self, rows: int, work: StepWork, start: float, cost: StepCost) -> int:
-        """Draft tokens per row that promise most tokens per second, at least one; all there may be where nothing is known.
+        """Draft tokens per row that promise most tokens per second, at least one; all where nothing is known.
 
         ``work`` is a step of these rows without draft tokens, and ``start`` the mean position of the first of them.
         """

@@ -1,12 +1,12 @@
 """Who goes first: every request gets a deadline when it arrives, and the earliest deadline goes first.
 
-A deadline is the arrival time, plus the time its prompt needs, plus a fixed time per level of priority. So short prompts
-overtake long ones by a little, urgent requests overtake others by a bounded time, and nothing starves: whoever comes
-late enough has a later deadline.
+A deadline is the arrival time, plus the time its prompt needs, plus a fixed time per level of priority. So short
+prompts overtake long ones by a little, urgent requests overtake others by a bounded time, and nothing starves:
+whoever comes late enough has a later deadline.
 
 Requests of a batch that is over when its longest answer is may ask for the longest answers first: then likely-long ones
-get up to one level of priority ahead of likely-short ones. How long is what the sender expects, else what earlier answers
-to the same prompt took, else the most the answer may have.
+get up to one level of priority ahead of likely-short ones. How long is what the sender expects, else what earlier
+answers to the same prompt took, else the most the answer may have.
 """
 
 from __future__ import annotations

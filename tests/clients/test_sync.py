@@ -100,7 +100,7 @@ def test_nobody_is_there(monkeypatch, scripted):
     url = scripted.url
     scripted.shutdown()
     scripted.server_close()
-    with Client(url, retries=3) as client, pytest.raises(UnreachableError, match="127.0.0.1"):
+    with Client(url, retries=3) as client, pytest.raises(UnreachableError, match=r"127\.0\.0\.1"):
         client.models()
     assert waits == [0.001, 0.002, 0.004]
 

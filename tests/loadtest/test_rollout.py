@@ -34,7 +34,7 @@ def test_the_longest_answers_are_many_times_the_median(prompts, samples, median,
     )
     lengths = sorted(options.lengths())
     assert len(lengths) == prompts * samples
-    assert 1 <= lengths[0] and lengths[-1] <= options.longest
+    assert lengths[0] >= 1 and lengths[-1] <= options.longest
     middle = lengths[(len(lengths) - 1) // 2], lengths[len(lengths) // 2]
     assert middle[0] <= median <= middle[1]
     beyond = lengths[math.ceil(0.95 * len(lengths) + 0.5) :]

@@ -18,7 +18,7 @@ def cost_of(slope: float) -> StepCost:
 
 
 def settled(rate: float, each: float, slope: float, rows: int = 1, steps: int = 100) -> tuple[DraftDepth, int]:
-    """What is asked for after so many steps of a drafter whose tokens are right at this rate, ``each`` taking so long."""
+    """What is asked for after so many steps; draft tokens are right at this rate, and ``each`` takes so long."""
     depth, cost, asked = DraftDepth(MOST), cost_of(slope), MOST
     for _ in range(steps):
         offers = [tuple(rate ** (i + 1) for i in range(asked))] * rows

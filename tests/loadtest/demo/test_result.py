@@ -2,8 +2,6 @@ import io
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from slipstream.loadtest.demo.heldout import Answer, Answers
