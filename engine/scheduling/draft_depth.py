@@ -15,11 +15,11 @@ from slipstream.engine.plan import StepWork
 from slipstream.engine.scheduling.step_cost import StepCost
 
 WEIGHT = 0.05
-"""Of a step in the mean chances."""
+"""Weight of a step in what is known of draft tokens."""
 FORGETTING = 0.01
-"""Of a step in what was known of draft tokens that nobody asked for in it."""
+"""The same, where nobody asked for them in the step."""
 TIME_WEIGHT = 0.1
-"""Of a step in the mean time; one that takes more than twice as long as expected counts as twice."""
+"""Weight of a step in the mean time; one that takes more than twice as long as expected counts as twice."""
 
 
 class DraftDepth:

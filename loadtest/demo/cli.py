@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slipstream.loadtest.cli import Dataset, Seed, need_aiohttp, start
+from slipstream.loadtest.options import Dataset, Seed, need_aiohttp, start
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
