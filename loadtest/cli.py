@@ -66,6 +66,7 @@ def run(
     """One workload against one server."""
     need_aiohttp()
     from slipstream.loadtest.arrivals import ClosedLoop, OpenLoop
+    from slipstream.loadtest.commands import run_workload
 
     if concurrency is not None and rate is not None:
         raise typer.BadParameter("choose --concurrency (closed loop) or --rate (open loop), not both")
