@@ -4,6 +4,7 @@ SlipstreamError
 ├── ModelError        a model cannot be loaded or served; the user can mend it
 │   └── MisfitError       … and is not damaged: it is for another model, or of a newer version of Slipstream
 ├── SupersededError   a later decision came before this one took effect
+├── RequestError      a request asks for what cannot be computed, and would again
 ├── ConfigError       an option is wrong; the user can mend it
 └── EngineDiedError   the engine process is gone
     └── EngineLostError   … and is not started again; requests cannot be served any more
@@ -24,6 +25,10 @@ class MisfitError(ModelError):
 
 class SupersededError(SlipstreamError):
     """What was decided is not done any more, because something else was decided since."""
+
+
+class RequestError(SlipstreamError):
+    """What a request asks for cannot be computed; the same would fail again."""
 
 
 class ConfigError(SlipstreamError):

@@ -21,8 +21,8 @@ TrafficLevel = Literal["off", "tokens", "features"]
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """How the tokens of one request are sampled; validated by the server, trusted by the engine.
 
-    Processors apply in this order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition, frequency and
-    presence penalty, temperature, top_k, min_p, top_p. ``temperature == 0`` takes the most likely token after the
+    Processors apply in this order: grammar, allowed_token_ids, bad_words, min_tokens, logit_bias, repetition, frequency
+    and presence penalty, temperature, top_k, min_p, top_p. ``temperature == 0`` takes the most likely token after the
     penalties and biases.
     """
 
@@ -44,6 +44,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     """Empty means every token is allowed."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that must not appear in the output."""
+    grammar: str = ""
+    """What the output has to match, in the notation of llguidance; empty for anything. Stop tokens are allowed where
+    the output may end, from min_tokens on or where nothing else is left, and end it."""
     seed: int | None = None
     """Selects the request's random stream; None lets the engine choose one."""
     stop_token_ids: tuple[int, ...] = ()
@@ -139,6 +142,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     stop_token: int | None = None
     """The member of stop_token_ids that ended the request; it is the last of ``tokens``."""
     error: str | None = None
+    is_refused: bool = False
+    """The error is what the request asks for, and it would get it again."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache; in the first and in the last delta."""
     scheduled_at: float = 0.0

@@ -115,6 +115,15 @@ class CancelTargetUpdate(Operation[None], frozen=True, array_like=True, tag="can
     version: int
 
 
+class UseVocabulary(Operation[None], frozen=True, array_like=True, tag="use_vocabulary"):
+    """Tells what tokens stand for, which requests with grammars need."""
+
+    tokens: list[bytes]
+    """By token id: what it adds to a text that has begun; empty for tokens that stand for nothing."""
+    special: list[int] = []
+    """Tokens that stand for something else than text, such as its end."""
+
+
 class CheckIntegrity(Operation[None], frozen=True, array_like=True, tag="check_integrity"):
     """Fails if blocks, slots or queues do not add up."""
 
@@ -125,6 +134,14 @@ class TellStepCosts(Operation[dict[int, float]], frozen=True, array_like=True, t
 
 TargetOperation = BeginTargetUpdate | FillTarget | ReadTarget | FinishTargetUpdate | CancelTargetUpdate
 AnyOperation = (
-    SwapDrafter | DropDrafter | Pause | Resume | TargetOperation | ResetPrefixCache | CheckIntegrity | TellStepCosts
+    SwapDrafter
+    | DropDrafter
+    | Pause
+    | Resume
+    | TargetOperation
+    | ResetPrefixCache
+    | UseVocabulary
+    | CheckIntegrity
+    | TellStepCosts
 )
 AnyAnswer = SwapReport | TargetUpdated | dict[int, float] | None

@@ -120,6 +120,8 @@ class StepResult:
     """Share of ``seconds`` that the model and sampling took."""
     overhead_cpu_seconds: float = 0.0
     """CPU time of this thread besides the model and sampling."""
+    refused: frozenset[int] = frozenset()
+    """Row indices with errors that are what the request asks for."""
     proposals: dict[int, tuple[int, bool]] = field(default_factory=dict)
     """By row index: the version of a learned drafter that had proposed what came, whether or not that was verified, and
     whether its first draft token was right."""

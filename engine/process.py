@@ -20,8 +20,10 @@ import msgspec
 
 from slipstream.engine.background import Background, done
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.constrained import ConstrainedRequests
 from slipstream.engine.core import EngineCore
 from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SlipstreamError, SupersededError
+from slipstream.engine.grammar import Grammars
 from slipstream.engine.listening import Listener, Listeners
 from slipstream.engine.messages import (
     AbortRequests,
@@ -53,6 +55,7 @@ from slipstream.engine.operations import (
     SwapReport,
     TellStepCosts,
     UpdateMode,
+    UseVocabulary,
 )
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.runner.speculator import Speculator
@@ -86,6 +89,7 @@ class Engine:
         self.listeners = Listeners(listeners)
         self.loaded: LoadedModel = loaded
         self.config = config
+        grammars = Grammars()
         self.runner = ModelRunner(
             loaded.model,
             loaded.num_blocks,
@@ -95,6 +99,7 @@ class Engine:
             Speculator(drafters, config.max_draft_tokens),
             self.listeners,
             loaded.scratch_blocks,
+            grammars,
         )
         cost = StepCost()
         calibrate(cost, self.runner.profile, loaded.max_model_len, config.max_step_tokens)
@@ -108,6 +113,7 @@ class Engine:
             drafting=drafting,
             listeners=self.listeners,
         )
+        self.constrained = ConstrainedRequests(grammars, self.scheduler)
         pipeline = config.pipeline == "on" or (
             config.pipeline == "auto" and self.runner.cache.device.type == "cuda" and not drafters
         )
@@ -139,7 +145,7 @@ class Engine:
         """Takes a request, or ends it with an error if it asks for what the model cannot do."""
         wrong = problem(request, self.loaded.model.shape.vocab_size, self.loaded.max_model_len)
         if wrong is None:
-            self.scheduler.add(request, self.runner.speculator.own_drafter(request.route))
+            self.constrained.add(request, self.runner.speculator.own_drafter(request.route))
         else:
             self.scheduler.refuse(request, wrong)
 
@@ -160,6 +166,8 @@ class Engine:
                 self.scheduler.resume()
             case BeginTargetUpdate() | FillTarget() | ReadTarget() | FinishTargetUpdate() | CancelTargetUpdate():
                 return self._target.operate(operation)
+            case UseVocabulary():
+                self.constrained.grammars.use(operation.tokens, operation.special, self.loaded.model.shape.vocab_size)
             case ResetPrefixCache():
                 self.scheduler.kv.reset()
             case CheckIntegrity():
@@ -172,9 +180,15 @@ class Engine:
 
     def poll(self) -> None:
         """Carries out what the background has prepared; called between two steps."""
+        self.constrained.poll(self.core.has_work)
         self.background.poll(self.core.has_work)
 
+    @property
+    def has_background_work(self) -> bool:
+        return self.background.has_work or self.constrained.has_work
+
     def close(self) -> None:
+        self.constrained.close()
         self.background.close()
         self.core.close()
         self.listeners.close()
@@ -274,7 +288,7 @@ class EngineLoop:
     def _serve(self, engine: Engine) -> None:
         while not self._stop.is_set():
             busy = engine.core.has_work
-            idle_ms = BACKGROUND_MS if engine.background.has_work else HEARTBEAT_MS
+            idle_ms = BACKGROUND_MS if engine.has_background_work else HEARTBEAT_MS
             messages = self._channel.receive(0 if busy else idle_ms)
             for message in messages:
                 self._take(engine, message)

@@ -81,7 +81,7 @@ class LocalEngine:
 
     def finish(self) -> None:
         """Steps until nothing is left to do, then checks the books."""
-        while self.engine.core.has_work:
+        while self.engine.core.has_work or self.engine.has_background_work:
             self.step()
         self.engine.scheduler.check_integrity()
 

@@ -55,6 +55,8 @@ def problem(request: NewRequest, vocab_size: int, max_model_len: int) -> str | N
         return f"{foreign.field}: the vocabulary has the tokens 0 to {vocab_size - 1}, not {foreign.token}"
     if not all(params.bad_words):
         return "bad_words: a word has no tokens"
+    if params.grammar and not params.stop_token_ids:
+        return "grammar: it needs stop tokens, of which one ends the output where the grammar does"
     for field, value, (low, high) in _numbers(params):
         if not low <= value <= high:  # NaN is in no range
             return f"{field}: from {low:g} to {high:g}, not {value}"

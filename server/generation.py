@@ -11,7 +11,7 @@ import msgspec
 
 from slipstream.engine.handle import RequestStream
 from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
-from slipstream.server.errors import GenerationFailedError
+from slipstream.server.errors import GenerationFailedError, InvalidRequestError
 from slipstream.server.sequence_metrics import SequenceMetrics, sequences_metrics
 from slipstream.server.service import Service
 from slipstream.server.text import IncrementalDetokenizer, OffsetDetokenizer, StopChecker
@@ -31,6 +31,8 @@ class OutputOptions:
     """Stop strings are looked for in the text of the tokens after these."""
     stop_token_ids: frozenset[int] = frozenset()
     """Stop tokens that the caller asked for, which are reported as stop_reason; end-of-sequence tokens are not."""
+    structure_param: str | None = None
+    """The field that asks for a structure of the answer, for errors."""
     offsets: bool = False
     """Tell where in the text each token begins."""
 
@@ -161,7 +163,8 @@ class Sequence:
         """Takes over why the engine ended the sequence.
 
         Raises:
-            GenerationFailedError: because of an error.
+            InvalidRequestError: what the request asks for cannot be done.
+            GenerationFailedError: because of another error.
             UnavailableError: because the engine died or the server is shutting down: half an answer must not look like
                 a whole one.
         """
@@ -172,6 +175,8 @@ class Sequence:
         if last.finish_reason == "error":
             self.finished = True
             self.metrics.on_end("error")
+            if last.is_refused:
+                raise InvalidRequestError(last.error or "it cannot be done", param=self._output.structure_param)
             raise GenerationFailedError(last.error or "the engine failed this request")
         piece.finish_reason = last.finish_reason
         if last.stop_token in self._output.stop_token_ids:

@@ -29,6 +29,18 @@ class Limits:
     unknown_fields: Literal["error", "warn"]
     request_templates: Literal["refused", "elsewhere", "here"]
     """Whether a template in a request is used. Where it would run beside others' work, it is to run elsewhere."""
+    is_apart: bool = False
+    """Whether this is a process that may end."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What an answer is to look like."""
+
+    grammar: str
+    """For the engine; see SamplingParams."""
+    param: str
+    """The field that asks for it, for errors."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +54,11 @@ class Prepared(Generic[Kind]):
     """What the prompts were made of, where the answer is to repeat it."""
     ends: TurnEnds | None = None
     """How turns of a conversation end; None for a prompt."""
+    structure: Structure | None = None
 
     def packed(self) -> Packed:
-        return Packed(self.body, [array("i", prompt) for prompt in self.prompts], self.texts, self.ends)
+        prompts = [array("i", prompt) for prompt in self.prompts]
+        return Packed(self.body, prompts, self.texts, self.ends, self.structure)
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,7 @@ class Packed:
     prompts: list[array[int]]
     texts: list[str]
     ends: TurnEnds | None
+    structure: Structure | None
 
     async def unpacked(self) -> Prepared[Any]:
         """Makes lists of the prompts; others have their turn between two of them."""
@@ -62,11 +77,11 @@ class Packed:
         for prompt in self.prompts:
             prompts.append(prompt.tolist())
             await asyncio.sleep(0)
-        return Prepared(self.body, prompts, self.texts, self.ends)
+        return Prepared(self.body, prompts, self.texts, self.ends, self.structure)
 
 
 class RunElsewhereError(Exception):
-    """The request brings a template of its own."""
+    """The request brings a template of its own, or a grammar that has to be tried."""
 
 
 def require_model(names: Sequence[str], name: str | None) -> str:

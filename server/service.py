@@ -19,6 +19,7 @@ from slipstream.engine.client import EngineClient
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.handle import EngineHandle, RequestStream
 from slipstream.engine.messages import NewRequest
+from slipstream.engine.operations import UseVocabulary
 from slipstream.engine.supervisor import EngineSupervisor, Restarts
 from slipstream.server.config import ServerConfig
 from slipstream.server.disks import Disks
@@ -115,6 +116,7 @@ class Service:
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         self.text.fit(self.engine.ready.vocab_size)
+        await self._tell_vocabulary(self.engine)
         self._work = self._make_work()
         self._watching = [asyncio.create_task(self._observe()), asyncio.create_task(self._disks.watch(self._folders()))]
         if self.evolution is not None:
@@ -150,7 +152,15 @@ class Service:
     async def _start_engine(self, before: EngineHandle | None) -> EngineHandle:
         if before is not None and self.evolution is not None:
             self.engine_config = await asyncio.to_thread(self.evolution.with_live_version, self.engine_config)
-        return await self._start(self.engine_config, self.traffic, self.config, before)
+        engine = await self._start(self.engine_config, self.traffic, self.config, before)
+        if before is not None:
+            await self._tell_vocabulary(engine)
+        return engine
+
+    async def _tell_vocabulary(self, engine: EngineHandle) -> None:
+        tokenizer = self.text.tokenizer
+        tokens = await asyncio.to_thread(tokenizer.all_bytes)
+        await engine.call(UseVocabulary(tokens, sorted(tokenizer.special_ids)))
 
     def _engine_started(self, engine: EngineHandle) -> None:
         self.metrics.attach(engine, lambda: self.ready()[0] == 200, lambda: self.stalled_s)
@@ -278,7 +288,7 @@ class Service:
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """HTTP status and body: does the engine make progress?"""
-        if not self.is_loaded or self._text is None:
+        if self.phase == "loading" or not self.is_loaded or self._text is None:
             return 503, {"status": "loading", "reason": "the model is loading"}
         if self.engine.failure is not None:
             if self.supervisor.lost or self.phase == "draining":

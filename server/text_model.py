@@ -68,7 +68,7 @@ def load_text_model(model: str, config: ServerConfig) -> TextModel:
         template,
         sampling_defaults(model) if config.generation_config == "auto" else {},
         tokenizer.turn_ends(template) if template is not None else TurnEnds(),
-        max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)),
+        max(map(len, tokenizer.all_bytes())),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from slipstream.server import vetting
 from slipstream.server.config import ServerConfig
 from slipstream.server.openai.prepare import JOBS
 from slipstream.server.prepared import Limits, Packed, RunElsewhereError
@@ -35,10 +36,12 @@ class TextWork:
         self._text = text
         self._limits = limits
         self._threads = ThreadPoolExecutor(THREADS, "text")
-        self._workers = Workers(PROCESSES, CPU_S, (model, config, limits))
+        apart = replace(limits, is_apart=True)
+        self._workers = Workers(PROCESSES, CPU_S, (model, config, apart))
         # Of their own, so that a hostile template keeps only others of its kind waiting.
-        here = replace(limits, request_templates="here")
-        self._template_workers = Workers(TEMPLATE_PROCESSES, TEMPLATE_CPU_S, (model, config, here))
+        here = limits.request_templates if limits.request_templates == "refused" else "here"
+        apart = replace(apart, request_templates=here)
+        self._template_workers = Workers(TEMPLATE_PROCESSES, TEMPLATE_CPU_S, (model, config, apart))
 
     async def run(self, job: str, raw: bytes) -> Any:
         """Raises what the job raises. Cancelling ends what runs in a process."""
@@ -51,6 +54,8 @@ class TextWork:
             found = await self._workers.run(job, raw)
         except RunElsewhereError:
             found = await self._template_workers.run(job, raw)
+        if isinstance(found, Packed) and found.structure is not None:
+            vetting.remember(found.structure.grammar)
         return await found.unpacked() if isinstance(found, Packed) else found
 
     async def close(self) -> None:

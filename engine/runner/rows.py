@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from slipstream.engine.grammar import Constraint
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.plan import NewRow
 from slipstream.engine.runner.sampler import SamplingColumns
@@ -24,6 +25,8 @@ class RowTable:
         """Known tokens of each row, sampled ones included."""
         self.blocks = np.zeros((slots + branch_rows, blocks), np.int32)
         self.sampling = SamplingColumns(slots)
+        self.constraints: dict[int, Constraint] = {}
+        """Rows whose request has a grammar."""
         self._drafts: list[RowDrafts | None] = [None] * slots
 
     def enter(self, new: NewRow, drafts: RowDrafts) -> None:
@@ -31,6 +34,9 @@ class RowTable:
         self.lengths[new.slot] = len(new.tokens)
         self.sampling.enter(new.slot, new.request.params, new.seed, len(new.request.prompt))
         self._drafts[new.slot] = drafts
+        self.constraints.pop(new.slot, None)
+        if drafts.constraint is not None:
+            self.constraints[new.slot] = drafts.constraint
 
     def map(self, slot: int, first: int, blocks: list[int], block_size: int) -> None:
         """The row has these blocks now, ``first`` being the index of the first of them."""
@@ -42,6 +48,8 @@ class RowTable:
         length = int(self.lengths[slot])
         self.tokens[slot, length : length + len(tokens)] = tokens
         self.lengths[slot] = self.drafts(slot).draft.length = length + len(tokens)
+        if self.constraints and (constraint := self.constraints.get(slot)) is not None:
+            constraint.advance(tokens)
 
     def drafts(self, slot: int) -> RowDrafts:
         found = self._drafts[slot]
@@ -61,3 +69,4 @@ class RowTable:
     def clear(self) -> None:
         """No request has a row any more."""
         self._drafts = [None] * len(self._drafts)
+        self.constraints.clear()

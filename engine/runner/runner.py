@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.engine.errors import RequestError
+from slipstream.engine.grammar import Grammars, Mask
 from slipstream.engine.listening import Listeners
 from slipstream.engine.messages import TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel, Forward
 from slipstream.engine.plan import StepPlan, StepResult
 from slipstream.engine.runner.inputs import Accepted, StepInputs, prepare
 from slipstream.engine.runner.rows import RowTable
-from slipstream.engine.runner.sampler import Sampled, failure, most_likely, sample, sample_apart, token_logprobs
+from slipstream.engine.runner.sampler import (
+    Sampled,
+    SamplingBatch,
+    failure,
+    most_likely,
+    sample,
+    sample_apart,
+    token_logprobs,
+)
 from slipstream.engine.runner.speculator import Speculator
 from slipstream.engine.speculation.protocol import Computed, DraftHost
 from slipstream.engine.speculation.scratch import Scratch
@@ -36,6 +47,7 @@ class ModelRunner:
         speculator: Speculator,
         listeners: Listeners,
         scratch_blocks: int = 0,
+        grammars: Grammars | None = None,
     ) -> None:
         """The cache gets ``scratch_blocks`` besides those that plans name, for branches of trees."""
         self.model = model
@@ -48,6 +60,7 @@ class ModelRunner:
         self._table = RowTable(max_running, longest, blocks, scratch_blocks)
         self._scratch = Scratch(self._table.blocks, num_blocks, scratch_blocks, block_size)
         speculator.attach(DraftHost(model, self._table.blocks, num_blocks + scratch_blocks, block_size, self._scratch))
+        self._grammars = grammars or Grammars()
         self._listeners = listeners
         self._taps = listeners.taps(model, speculator.taps)
 
@@ -68,10 +81,12 @@ class ModelRunner:
         logprobs: dict[int, list[TokenLogprobs]] = {}
         proposals: dict[int, tuple[int, bool]] = {}
         accepted, drafted = inputs.accept(sampled.tokens), inputs.drafted
+        refused: set[int] = set()
         for each in accepted:
             row = each.row
             if sampled.errors and (wrong := [sampled.errors[at] for at in each.samples if at in sampled.errors]):
                 errors.setdefault(row, wrong[0])
+                refused |= {row} if sampled.refused.intersection(each.samples) else set()
             if row in errors:
                 continue
             tokens[row] = [sampled.tokens[at] for at in each.samples]
@@ -101,6 +116,7 @@ class ModelRunner:
             drafters=self.speculator.stats,
             model_seconds=model_seconds,
             overhead_cpu_seconds=time.thread_time() - cpu_began - model_cpu,
+            refused=frozenset(refused),
             proposals=proposals,
         )
 
@@ -138,10 +154,13 @@ class ModelRunner:
         table = self._table
         for slot, length in plan.ended:
             self.speculator.finish(table.drafts(slot), length)
+            table.constraints.pop(slot, None)
         for new in plan.new:
             tokens = table.tokens[new.slot]
             tokens[: len(new.tokens)] = new.tokens
-            table.enter(new, self.speculator.enter(new, tokens))
+            drafts = self.speculator.enter(new, tokens)
+            drafts.constraint = self._grammars.constrain(new.request.params, new.tokens[len(new.request.prompt) :])
+            table.enter(new, drafts)
         for slot, first, blocks in plan.blocks:
             table.map(slot, first, blocks, self._block_size)
         if plan.copies:
@@ -166,12 +185,35 @@ class ModelRunner:
         sampling = (self._table.drafts(inputs.plan.slots[row]).draft for row, _ in inputs.first_samples)
         if count := self._listeners.top_k(sampling):
             top = most_likely(logits, count)
+        batch = self._constrained(inputs)
         try:
-            return sample(logits, inputs.sampling, columns), top
+            return sample(logits, batch, columns), top
         except Exception:
             # One row that cannot be sampled costs the others nothing but the time for a second try. Sampling overwrites
             # logits. All rows at once, so that they have the same bits as before.
-            return sample_apart(self.model.logits(computed.hidden, rows), inputs.sampling), top
+            return sample_apart(self.model.logits(computed.hidden, rows), batch), top
+
+    def _constrained(self, inputs: StepInputs) -> SamplingBatch:
+        """What the step samples with, and what grammars allow at each place.
+
+        The device computes the step meanwhile, where it does that by itself.
+        """
+        constraints = self._table.constraints
+        if not constraints:
+            return inputs.sampling
+        masks: dict[int, Mask] = {}
+        faults = dict(inputs.sampling.faults)
+        for row, first in inputs.first_samples:
+            if (constraint := constraints.get(inputs.plan.slots[row])) is None:
+                continue
+            placed = inputs.trees.get(row)
+            try:
+                found = constraint.masks(placed.tree if placed is not None else None)
+            except RequestError as error:
+                faults[first] = error
+            else:
+                masks |= {at: mask for at, mask in enumerate(found, first) if mask is not None}
+        return replace(inputs.sampling, masks=masks, faults=faults)
 
     def _leave_branches(self, inputs: StepInputs, accepted: Sequence[Accepted]) -> None:
         """Copies keys and values of accepted draft tokens on branches to their rows' own blocks."""

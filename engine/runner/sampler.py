@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream.engine.errors import RequestError
+from slipstream.engine.grammar import Mask
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32
@@ -86,6 +88,8 @@ class SamplingBatch:
     """Rows with processors, or with log-probabilities to report."""
     faults: Mapping[int, Exception]
     history: History
+    masks: Mapping[int, Mask] = field(default_factory=dict)
+    """Rows that a grammar constrains, with what it allows."""
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -113,6 +117,7 @@ class SamplingBatch:
             {0: self.special[i]} if i in self.special else {},
             {0: self.faults[i]} if i in self.faults else {},
             lambda _: self.history(i),
+            {0: self.masks[i]} if i in self.masks else {},
         )
 
 
@@ -121,6 +126,8 @@ class Sampled:
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
+    """Those with errors that are what the request asks for."""
 
 
 def is_plain(params: SamplingParams) -> bool:
@@ -155,6 +162,8 @@ def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | Non
     reported = {i: params for i, params in batch.special.items() if params.logprobs is not None}
     raw = [i for i, params in reported.items() if params.logprobs_mode == "raw"]
     raw_logits = logits[raw] if raw else None
+    if batch.masks:
+        restrict(logits, batch.masks)
     for i, params in batch.special.items():
         process(logits, i, params, batch)
     emptied = {i: (logits[i] == ops.NEVER).all() for i, params in batch.special.items() if excludes(params)}
@@ -199,6 +208,8 @@ def sample_apart(logits: Tensor, batch: SamplingBatch) -> Sampled:
     for i in range(len(batch)):
         try:
             alone = sample(logits[i : i + 1], batch.alone(i))
+        except RequestError as error:
+            alone = Sampled([-1], errors={0: str(error)}, refused={0})
         except Exception as error:
             alone = Sampled([-1], errors={0: failure(error)})
         result.tokens += alone.tokens
@@ -206,12 +217,25 @@ def sample_apart(logits: Tensor, batch: SamplingBatch) -> Sampled:
             result.logprobs[i] = alone.logprobs[0]
         if 0 in alone.errors:
             result.errors[i] = alone.errors[0]
+        result.refused |= {i} if alone.refused else set()
     return result
 
 
 def failure(error: Exception) -> str:
     """What the request is told that raised it."""
     return f"the request could not be computed: {type(error).__name__}: {error}"
+
+
+def restrict(logits: Tensor, masks: Mapping[int, Mask]) -> None:
+    """Leaves rows of logits, in place, only what their masks allow."""
+    bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
+    places = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    forbidden = ((bits.unsqueeze(-1) >> places) & 1).view(len(masks), -1)[:, : logits.shape[1]] == 0
+    if len(masks) == len(logits):
+        logits.masked_fill_(forbidden, ops.NEVER)
+    else:
+        rows = torch.tensor(list(masks), device=logits.device)
+        logits[rows] = logits[rows].masked_fill(forbidden, ops.NEVER)
 
 
 def process(logits: Tensor, i: int, params: SamplingParams, batch: SamplingBatch) -> None:
@@ -228,7 +252,7 @@ def process(logits: Tensor, i: int, params: SamplingParams, batch: SamplingBatch
         head = len(word) - 1
         if num_output >= head and history[len(history) - head :].tolist() == list(word[:-1]):
             logits[i, word[-1]] = ops.NEVER
-    if num_output < params.min_tokens and params.stop_token_ids:
+    if num_output < params.min_tokens and params.stop_token_ids and not params.grammar:
         logits[i, list(params.stop_token_ids)] = ops.NEVER
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.faults import Faults
+from slipstream.engine.grammar import Constraint
 from slipstream.engine.messages import DrafterStats, VersionStats
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.plan import NewRow
@@ -66,11 +67,13 @@ class _RatedProposal:
 class RowDrafts:
     """What speculation knows of a running request."""
 
-    __slots__ = ("best", "draft", "own")
+    __slots__ = ("best", "constraint", "draft", "own")
 
     def __init__(self, draft: DraftRow) -> None:
         self.draft = draft
         self.own = {name: OwnAcceptance() for name in draft.drafters}
+        self.constraint: Constraint | None = None
+        """What its grammar allows, if it has one."""
         self.best: _RatedProposal | None = None
         """What is proposed for it now."""
 
@@ -330,6 +333,8 @@ class Speculator:
                 if proposal is None or not proposal.tokens:
                     continue
                 rated = self._rate(rows[i], drafter.name, proposal)
+                if (constraint := rows[i].constraint) is not None:  # what it forbids would be verified in vain
+                    rated = rated.take(constraint.permitted(rated.tree))
                 value = sum(rated.chances)
                 if value > values[i]:
                     values[i], rows[i].best = value, rated

@@ -27,7 +27,9 @@ class Request:
         "deadline",
         "drafter_version",
         "finished",
+        "grammar",
         "in_flight",
+        "is_held",
         "message",
         "num_cached",
         "num_computed",
@@ -48,7 +50,9 @@ class Request:
         "weights",
     )
 
-    def __init__(self, message: NewRequest, deadline: float, sharing: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, message: NewRequest, deadline: float, sharing: tuple[str, ...] = (), is_held: bool = False
+    ) -> None:
         """A request may find cache blocks only of requests with the same ``sharing``."""
         self.message = message
         self.deadline = deadline
@@ -80,6 +84,10 @@ class Request:
         """Collected chunk by chunk until the first delta takes them along."""
         self.offer: tuple[float, ...] = ()
         """What drafters propose now: the probability that draft token i and all before it are right."""
+        self.is_held = is_held
+        """Whether it waits for its grammar."""
+        self.grammar: object = None
+        """The compiled grammar, which is kept as long as the request."""
         self.drafter_version = 0
         """Version of the learned drafter that proposed last; 0 if none did."""
         self.num_cached = 0
@@ -136,6 +144,18 @@ class Request:
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
 
+    def take(self, sampled: Sequence[int], max_model_len: int) -> tuple[int, FinishReason | None, int | None]:
+        """Appends what a step sampled, up to where it ends the request: how many, why it ends, and the stop token."""
+        params = self.message.params
+        for taken, token in enumerate(sampled, 1):
+            self.tokens.append(token)
+            # A grammar allows stop tokens before min_tokens only where nothing else is left.
+            if token in params.stop_token_ids and (self.num_output >= params.min_tokens or params.grammar):
+                return taken, "stop", token
+            if self.num_output >= params.max_tokens or len(self.tokens) >= max_model_len:
+                return taken, "length", None
+        return len(sampled), None, None
+
     def delta(
         self,
         target_version: int,
@@ -144,6 +164,7 @@ class Request:
         stop_token: int | None = None,
         logprobs: list[TokenLogprobs] | None = None,
         error: str | None = None,
+        is_refused: bool = False,
         num_drafted: int = 0,
         num_accepted: int = 0,
         proposal: tuple[int, bool] = (0, False),
@@ -160,6 +181,7 @@ class Request:
             finish_reason=finish,
             stop_token=stop_token,
             error=error,
+            is_refused=is_refused,
             num_cached_tokens=self.num_cached if first or finish else 0,
             scheduled_at=self.scheduled_at if first or finish else 0.0,
             num_preemptions=self.num_preemptions if finish else 0,

@@ -69,10 +69,11 @@ class Scheduler:
 
     # Requests in and out --------------------------------------------------------------------------------------------
 
-    def add(self, message: NewRequest, drafter: str = "") -> None:
-        """``drafter`` names the learned drafter of this route alone: it knows nothing of blocks that others filled."""
+    def add(self, message: NewRequest, drafter: str = "", is_held: bool = False) -> None:
+        """``drafter`` names the learned drafter of this route alone: it knows nothing of blocks that others filled.
+        One that ``is_held`` waits until it is released, while others pass it."""
         sharing = message.tenant if self._config.prefix_cache_scope == "tenant" else ""
-        request = Request(message, self._order.deadline(message), (message.cache_salt, sharing, drafter))
+        request = Request(message, self._order.deadline(message), (message.cache_salt, sharing, drafter), is_held)
         if request.length > self._switch_length:
             request.outgrow()
         self._requests[request.request_id] = request
@@ -90,12 +91,23 @@ class Scheduler:
                 self._ended.append(request.delta(self.target_version, [], "abort"))
 
     def refuse(self, message: NewRequest, error: str) -> None:
-        """Ends a request with an error before it begins."""
+        """Ends a request with an error before it is added."""
         self._ended.append(TokenDelta(request_id=message.request_id, tokens=[], finish_reason="error", error=error))
+
+    def release(self, request_id: int, grammar: object) -> None:
+        """A request that was held may begin, if it has not ended; ``grammar`` is kept as long as it."""
+        if request := self._requests.get(request_id):
+            request.is_held, request.grammar = False, grammar
+
+    def reject(self, request_id: int, error: str) -> None:
+        """Ends a request that was held with an error, if it has not ended: what it asks for cannot be computed."""
+        if request := self._requests.get(request_id):
+            self._end(request, "error")
+            self._ended.append(request.delta(self.target_version, [], "error", error=error, is_refused=True))
 
     @property
     def has_work(self) -> bool:
-        return bool(self._ended or (self._requests and not self.is_still))
+        return bool(self._ended) or (not self.is_still and not all(each.is_held for each in self._requests.values()))
 
     @property
     def num_under_way(self) -> int:
@@ -173,7 +185,8 @@ class Scheduler:
                 request.prompt_logprobs += result.prompt_logprobs[row]
             if row in result.errors:
                 self._end(request, "error")
-                deltas.append(request.delta(self.target_version, [], "error", error=result.errors[row]))
+                error, is_refused = result.errors[row], row in result.refused
+                deltas.append(request.delta(self.target_version, [], "error", error=error, is_refused=is_refused))
             elif plan.samples[row]:
                 self._draft_planner.take_back(request, row, plan, result)
                 deltas.append(self._take_tokens(request, row, result))
@@ -247,7 +260,7 @@ class Scheduler:
         for request in list(self._waiting):
             if request.in_flight:
                 continue  # preempted with tokens under way, which will come with the next commit
-            if self._pause and not request.has_begun:
+            if request.is_held or (self._pause and not request.has_begun):
                 continue
             request.take_root(self._weights)
             if not self._wants_prompt_work(request):
@@ -341,26 +354,14 @@ class Scheduler:
         sampled, logprobs = result.tokens[row], result.logprobs.get(row)
         proposal = result.proposals.get(row, (0, False))
         request.drafter_version = proposal[0] or request.drafter_version
-        params = request.message.params
-        if params.max_tokens == 0:
+        if request.message.params.max_tokens == 0:
             self._end(request, "length")
             return request.delta(self.target_version, [], "length")
-        finish: FinishReason | None = None
-        stop_token = None
-        taken = 0
-        for token in sampled:
-            request.tokens.append(token)
-            taken += 1
-            if token in params.stop_token_ids and request.num_output >= params.min_tokens:
-                finish, stop_token = "stop", token
-            elif request.num_output >= params.max_tokens or len(request.tokens) >= self._max_model_len:
-                finish = "length"
-            if finish is not None:
-                self._end(request, finish)
-                break
-        else:
-            if request.slot >= 0:
-                self.kv.publish(request)
+        taken, finish, stop_token = request.take(sampled, self._max_model_len)
+        if finish is not None:
+            self._end(request, finish)
+        elif request.slot >= 0:
+            self.kv.publish(request)
         self._generation_tokens += taken
         return request.delta(
             self.target_version,

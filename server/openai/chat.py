@@ -31,7 +31,13 @@ async def chat(service: Service, request: Request) -> GenerationResponse:
     logprobs = logprobs_asked(service, principal, body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
     prompt_logprobs = logprobs_asked(service, principal, body.prompt_logprobs, "prompt_logprobs")
     params = sampling_params(
-        service, body, max_tokens=asked or room, logprobs=logprobs, prompt_logprobs=prompt_logprobs, ends=ends
+        service,
+        body,
+        max_tokens=asked or room,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        ends=ends,
+        structure=prepared.structure,
     )
     generation = make_generation(
         service,
@@ -43,6 +49,7 @@ async def chat(service: Service, request: Request) -> GenerationResponse:
         params=[params],
         arrival=arrival,
         ends=ends,
+        structure=prepared.structure,
     )
     options = answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)
     formatter = LogprobFormatter(service.text.tokenizer, bool(body.return_tokens_as_token_ids))

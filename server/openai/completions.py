@@ -35,7 +35,12 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
     prompt_logprobs = logprobs_asked(service, principal, body.prompt_logprobs, "prompt_logprobs")
     of_prompt = [value for value in (prompt_logprobs, logprobs if body.echo else None) if value is not None]
     params = sampling_params(
-        service, body, max_tokens=min(asked, *rooms), logprobs=logprobs, prompt_logprobs=max(of_prompt, default=None)
+        service,
+        body,
+        max_tokens=min(asked, *rooms),
+        logprobs=logprobs,
+        prompt_logprobs=max(of_prompt, default=None),
+        structure=prepared.structure,
     )
     generation = make_generation(
         service,
@@ -46,6 +51,7 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
         prompts=prompts,
         params=[msgspec.structs.replace(params, max_tokens=min(asked, room)) for room in rooms],
         arrival=arrival,
+        structure=prepared.structure,
     )
     echo = None
     if body.echo:

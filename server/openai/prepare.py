@@ -26,12 +26,22 @@ from slipstream.server.openai.schema import (
     TokenizeMessagesBody,
     TokenizeTextBody,
 )
-from slipstream.server.prepared import Limits, Prepared, RunElsewhereError, require_model
+from slipstream.server.openai.structured import StructuredFields
+from slipstream.server.prepared import Limits, Prepared, RunElsewhereError, Structure, require_model
 from slipstream.server.text import RESERVED_VARIABLES, ChatTemplate, TemplateError, TurnEnds
 from slipstream.server.text_model import TextModel
+from slipstream.server.vetting import is_known, vet
 
 TEMPLATE_FIELDS = {"role", "content", "name", "tool_call_id", "reasoning_content"}
-RENDERED: dict[str, Any] = {"messages": [], "tools": None, "chat_template": None, "chat_template_kwargs": None}
+STRUCTURED: dict[str, Any] = dict.fromkeys(StructuredFields.model_fields)
+"""What nobody asks for once there is a grammar."""
+RENDERED: dict[str, Any] = {
+    "messages": [],
+    "tools": None,
+    "chat_template": None,
+    "chat_template_kwargs": None,
+    **STRUCTURED,
+}
 """What nobody asks for once there is a prompt."""
 MAX_OTHER_BYTES = 2**20
 """Most bytes of all fields but the prompt, pickled."""
@@ -48,7 +58,7 @@ def chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[ChatBody]:
     prompt = render_prompt(text, limits, body, template)
     require_fits(limits, len(prompt), "messages")
     ends = text.turn_ends if template is text.template else short(text.tokenizer.turn_ends(template))
-    return Prepared(body.model_copy(update=RENDERED), [prompt], [], ends)
+    return Prepared(body.model_copy(update=RENDERED), [prompt], [], ends, structure(text, limits, body))
 
 
 def complete(text: TextModel, limits: Limits, raw: bytes) -> Prepared[CompletionBody]:
@@ -64,7 +74,8 @@ def complete(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Completion
         prompts = encode(text, limits, texts, body.add_special_tokens is not False, "prompt")
     for prompt in prompts:
         require_fits(limits, len(prompt), "prompt")
-    return Prepared(body.model_copy(update={"prompt": ""}), prompts, texts if body.echo else [])
+    done = body.model_copy(update={"prompt": ""} | STRUCTURED)
+    return Prepared(done, prompts, texts if body.echo else [], structure=structure(text, limits, body))
 
 
 def tokenize(text: TextModel, limits: Limits, raw: bytes) -> bytes:
@@ -168,6 +179,28 @@ def render_prompt(text: TextModel, limits: Limits, body: TemplateBody, template:
     except TemplateError as error:
         raise InvalidRequestError(str(error), param="messages") from None
     return encode(text, limits, [prompt], bool(body.add_special_tokens), "messages")[0]
+
+
+def structure(text: TextModel, limits: Limits, body: GenerationBody) -> Structure | None:
+    """What the answer is to look like.
+
+    Raises:
+        InvalidRequestError: it cannot be combined with the rest of the request, or takes too much.
+        RunElsewhereError: that has to be found out elsewhere.
+    """
+    grammar, param = body.structure()
+    if not grammar:
+        return None
+    for name in ("allowed_token_ids", "bad_words", "ignore_eos"):
+        if getattr(body, name):
+            why = "the answer ends where its structure does" if name == "ignore_eos" else "no token might be left"
+            raise InvalidRequestError(f"{name} cannot be combined with {param}: {why}", param=name)
+    found = Structure(grammar, param)
+    if limits.is_apart:
+        vet(text.tokenizer, found)
+    elif not is_known(grammar):
+        raise RunElsewhereError
+    return found
 
 
 def short(ends: TurnEnds) -> TurnEnds:

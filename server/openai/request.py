@@ -12,6 +12,7 @@ from slipstream.server.generation import Generation
 from slipstream.server.openai.sampling import output_options
 from slipstream.server.openai.schema import GenerationBody, Speculation
 from slipstream.server.openai.writers import AnswerOptions
+from slipstream.server.prepared import Structure
 from slipstream.server.service import Service
 from slipstream.server.text import TurnEnds
 
@@ -27,6 +28,7 @@ def make_generation(
     params: SequenceOf[SamplingParams],
     arrival: float,
     ends: TurnEnds | None = None,
+    structure: Structure | None = None,
 ) -> Generation:
     """``params`` of each prompt, which differ in ``max_tokens`` only; ``ends`` of a conversation.
 
@@ -36,7 +38,7 @@ def make_generation(
         prompts=prompts,
         params=params,
         param=param,
-        output=output_options(body, ends),
+        output=output_options(body, ends, structure),
         choices=body.n or 1,
         seed=body.seed,
         speculation=speculation_params(body.speculation),

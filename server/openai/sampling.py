@@ -8,6 +8,7 @@ from slipstream.engine.messages import SamplingParams
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generation import OutputOptions
 from slipstream.server.openai.schema import CompletionBody, GenerationBody
+from slipstream.server.prepared import Structure
 from slipstream.server.service import Service
 from slipstream.server.text import TurnEnds
 
@@ -20,12 +21,14 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
     ends: TurnEnds | None = None,
+    structure: Structure | None = None,
 ) -> SamplingParams:
     """``max_tokens`` and the numbers of log-probabilities as resolved for the endpoint; ``ends`` of a conversation with
     a template of its own.
 
     Raises:
-        InvalidRequestError: min_tokens is more than max_tokens, or the constraints can forbid every token.
+        InvalidRequestError: min_tokens is more than max_tokens, the constraints can forbid every token, or the model
+            cannot end an answer where its structure does.
     """
     text = service.text
     default = text.sampling_defaults.get
@@ -44,6 +47,11 @@ def sampling_params(
         known = range(service.engine.ready.vocab_size)
         found = [*text.tokenizer.eos_token_ids, *(ends or text.turn_ends).token_ids]
         stop |= dict.fromkeys(token for token in found if token in known)
+    if structure is not None and not stop:
+        raise InvalidRequestError(
+            f"{structure.param}: the model has no token that ends a text; name one in stop_token_ids",
+            param=structure.param,
+        )
     words = bad_words(service, body.bad_words or ())
     require_way_out(body.allowed_token_ids or (), words, tuple(stop) if min_tokens else ())
     return SamplingParams(
@@ -59,6 +67,7 @@ def sampling_params(
         logit_bias=body.logit_bias or {},
         allowed_token_ids=tuple(dict.fromkeys(body.allowed_token_ids or ())),
         bad_words=words,
+        grammar="" if structure is None else structure.grammar,
         stop_token_ids=tuple(stop),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
@@ -66,9 +75,10 @@ def sampling_params(
     )
 
 
-def output_options(body: GenerationBody, ends: TurnEnds | None) -> OutputOptions:
+def output_options(body: GenerationBody, ends: TurnEnds | None, structure: Structure | None) -> OutputOptions:
     """``ends``: of a conversation."""
     return OutputOptions(
+        structure_param=None if structure is None else structure.param,
         end_texts=() if ends is None or body.ignore_eos else ends.stops,
         stop=body.stop_strings,
         include_stop=bool(body.include_stop_str_in_output),

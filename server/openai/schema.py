@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationInfo, model_validator
-from pydantic.functional_validators import AfterValidator
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from slipstream.engine.messages import LogprobsMode
 from slipstream.engine.validation import BIAS_RANGE, RANGES
 from slipstream.server.body import Body
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.openai.fields import unsupported
+from slipstream.server.openai.structured import StructuredFields
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 512
@@ -34,18 +34,6 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Label = Annotated[str, Field(max_length=512)]
-
-
-def unsupported(*off: Any) -> Any:
-    """A field that only accepts null and the values that switch it off."""
-
-    def check(value: Any, info: ValidationInfo) -> Any:
-        if value is None or any(type(value) is type(allowed) and value == allowed for allowed in off):
-            return value
-        hint = f"; only {', '.join(map(repr, off))} and null are accepted" if off else ""
-        raise PydanticCustomError("unsupported", "not supported by this server{hint}", {"hint": hint})
-
-    return Annotated[Any, AfterValidator(check)]
 
 
 def in_range(field: str) -> Any:
@@ -93,7 +81,7 @@ class Speculation(Body):
     max_draft_tokens: int | None = Field(None, ge=1, lt=2**31)
 
 
-class GenerationBody(Body):
+class GenerationBody(StructuredFields):
     """The fields that chat and completions share."""
 
     model: str | None = None
@@ -148,7 +136,6 @@ class GenerationBody(Body):
     use_beam_search: unsupported(False) = None  # type: ignore[valid-type]
     length_penalty: unsupported(1, 1.0) = None  # type: ignore[valid-type]
     truncate_prompt_tokens: unsupported() = None  # type: ignore[valid-type]
-    structured_outputs: unsupported() = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _check_shared(self) -> GenerationBody:
@@ -230,7 +217,6 @@ class ChatBody(GenerationBody, TemplateBody):
     # Refused unless off.
     functions: unsupported([]) = None  # type: ignore[valid-type]
     function_call: unsupported("none") = None  # type: ignore[valid-type]
-    response_format: unsupported({"type": "text"}) = None  # type: ignore[valid-type]
     modalities: unsupported(["text"]) = None  # type: ignore[valid-type]
     audio: unsupported() = None  # type: ignore[valid-type]
     prediction: unsupported() = None  # type: ignore[valid-type]

@@ -128,6 +128,10 @@ class Tokenizer:
         alone = self.decode([token_id], skip_special_tokens=False)
         return self.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :].encode()
 
+    def all_bytes(self) -> list[bytes]:
+        """``token_bytes`` of every token."""
+        return self._bytes if self._byte_level else [self.token_bytes(token) for token in range(self.vocab_size)]
+
     def token_text(self, token_id: int) -> str:
         """The token as text; bytes that are only part of a character are written as ``\\xe2``."""
         return self.token_bytes(token_id).decode("utf-8", "backslashreplace")

@@ -85,7 +85,7 @@ def test_both_endpoints_name_the_field(server: Any, field: str, value: Any, para
         ("tools", [{"type": "function", "function": {"name": "f"}}], "tools"),
         ("tool_choice", "auto", "tool_choice"),
         ("functions", [{}], "functions"),
-        ("response_format", {"type": "json_object"}, "response_format"),
+        ("response_format", {"type": "xml"}, "response_format.type"),
         ("modalities", ["text", "audio"], "modalities"),
         ("audio", {}, "audio"),
         ("prediction", {}, "prediction"),

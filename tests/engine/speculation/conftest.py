@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.operations import UseVocabulary
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.testing import LocalEngine
 
@@ -26,6 +27,7 @@ CONFIG = {
     "head_dim": 32,
     "max_position_embeddings": 512,
 }
+TOKENS = [b"a", b"b", b"ab", b"ba", b"(", b")", b"()", b"<end>"]
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +45,8 @@ def engine(tiny: Path) -> Callable[..., LocalEngine]:
     def make(drafters: Sequence[Drafter] = (), **fields: Any) -> LocalEngine:
         options = {"max_running": 128, "kv_cache_memory": "16MiB", "speculation_policy": "fixed", "max_draft_tokens": 4}
         options |= {"max_step_tokens": 16384, "step_latency_ms": 1000.0}
-        return LocalEngine(EngineConfig(model=str(tiny), dtype="float32", **(options | fields)), drafters)
+        local = LocalEngine(EngineConfig(model=str(tiny), dtype="float32", **(options | fields)), drafters)
+        local.engine.operate(UseVocabulary(TOKENS, [7]))
+        return local
 
     return make

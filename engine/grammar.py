@@ -1,0 +1,194 @@
+"""Grammars that answers follow: compiled once for all requests, and where each running request stands in its own.
+
+A grammar (see compiling.py) constrains bytes; which tokens stand for them the engine is told once (``UseVocabulary``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipstream.engine.compiling import check, compile_grammar, vocabulary
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.speculation.tree import Tree
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MOST_KEPT = 256
+"""Compiled grammars that are kept though no request has them."""
+Mask = NDArray[np.uint8]
+"""A bit per token, the lowest of each byte first: whether it may come next."""
+
+
+class Compiled:
+    """A grammar for one vocabulary. Nothing that requests do with it changes it."""
+
+    __slots__ = ("__weakref__", "end", "matcher")
+
+    def __init__(self, matcher: LLMatcher, end: int) -> None:
+        self.matcher = matcher
+        self.end = end
+        """The token after the last of the vocabulary, which stands for the end of a text."""
+
+
+class Grammars:
+    """Compiled grammars by their text. ``compile`` may run beside everything else."""
+
+    def __init__(self) -> None:
+        self._tokenizer: LLTokenizer | None = None
+        self._end = 0
+        self._known: WeakValueDictionary[str, Compiled] = WeakValueDictionary()
+        """Every one that anybody holds."""
+        self._kept: OrderedDict[str, Compiled] = OrderedDict()
+        """The latest ones."""
+        self._lock = threading.Lock()
+
+    @property
+    def has_vocabulary(self) -> bool:
+        return self._tokenizer is not None
+
+    def use(self, tokens: Sequence[bytes], special: Sequence[int], vocab_size: int) -> None:
+        """Takes the bytes of every token; of those that a model with so many tokens does not have, none is taken.
+
+        Raises ConfigError where the library that compiles grammars is not installed.
+        """
+        padded = [*tokens[:vocab_size], *[b""] * (vocab_size - len(tokens))]
+        self._tokenizer = vocabulary(padded, [token for token in special if token < vocab_size])
+        self._end = vocab_size
+        with self._lock:
+            self._known.clear()
+            self._kept.clear()
+
+    def find(self, text: str) -> Compiled | None:
+        """A grammar that is compiled already."""
+        with self._lock:
+            if (found := self._known.get(text)) is not None:
+                self._keep(text, found)
+            return found
+
+    def compile(self, text: str) -> Compiled:
+        """Takes milliseconds, for the worst grammars some hundreds, and leaves the interpreter to others meanwhile.
+
+        Raises:
+            RequestError: it is no grammar, or one that would take too much.
+        """
+        if (found := self.find(text)) is not None:
+            return found
+        assert self._tokenizer is not None, "the engine was not told the vocabulary"
+        compiled = Compiled(compile_grammar(self._tokenizer, text), self._end)
+        with self._lock:
+            compiled = self._known.setdefault(text, compiled)
+            self._keep(text, compiled)
+        return compiled
+
+    def constrain(self, params: SamplingParams, output: Sequence[int]) -> Constraint | None:
+        """The constraint of a request that has said ``output`` so far; None if it has no grammar."""
+        if not params.grammar:
+            return None
+        return Constraint(self.compile(params.grammar), params, output)
+
+    def _keep(self, text: str, compiled: Compiled) -> None:
+        self._kept[text] = compiled
+        self._kept.move_to_end(text)
+        if len(self._kept) > MOST_KEPT:
+            self._kept.popitem(last=False)
+
+
+class Constraint:
+    """Where one running request stands in its grammar: after its last known token.
+
+    It depends on the tokens alone, not on what was looked at between them, so it allows the same tokens with draft
+    tokens and without, and after a preemption.
+    """
+
+    def __init__(self, compiled: Compiled, params: SamplingParams, output: Sequence[int] = ()) -> None:
+        self._matcher = compiled.matcher.deep_copy()
+        self._end = compiled.end
+        self._stops = frozenset(params.stop_token_ids)
+        self._min_tokens = params.min_tokens
+        self._num_output = 0
+        self._has_ended = False
+        self.advance(output)
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """These tokens were sampled. What follows a stop token does not count."""
+        for token in tokens:
+            self._has_ended = self._has_ended or token in self._stops
+            if not self._has_ended:
+                self._matcher.consume_token(token)  # if that fails, the next mask says so
+        self._num_output += len(tokens)
+
+    def masks(self, tree: Tree | None = None) -> list[Mask | None]:
+        """What is allowed after the last known token, and after each node of a tree of permitted draft tokens.
+
+        None where everything is, because nothing that follows counts. Raises RequestError where it takes too much.
+        """
+        if self._has_ended:
+            return [None] * (1 + (len(tree.tokens) if tree is not None else 0))
+        found: list[Mask | None] = [self._mask(0)]
+        if tree is None:
+            return found
+        paths: dict[int, list[int]] = {-1: []}
+        """Nodes from the root on, by the last one."""
+        consumed: list[int] = []
+        for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+            if token in self._stops:
+                found.append(None)
+                continue
+            path = paths[node] = [*paths[parent], node]
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(path, consumed, strict=False)))
+            self._matcher.rollback(len(consumed) - same)
+            self._matcher.consume_tokens([tree.tokens[each] for each in path[same:]])
+            consumed = path
+            found.append(self._mask(len(path)))
+        self._matcher.rollback(len(consumed))
+        return found
+
+    def permitted(self, tree: Tree) -> list[int]:
+        """The nodes whose tokens the grammar allows at their places; nothing follows a stop token."""
+        if self._has_ended:
+            return []
+        paths: dict[int, list[int]] = {-1: []}
+        kept: list[int] = []
+        for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+            if (before := paths.get(parent)) is None:
+                continue
+            if token in self._stops:
+                kept.append(node)
+                continue
+            path = [*before, token]
+            if self._matcher.validate_tokens(path) == len(path):
+                paths[node] = path
+                kept.append(node)
+        return kept
+
+    def _mask(self, ahead: int) -> Mask:
+        """``ahead`` draft tokens after the last known token."""
+        mask = np.frombuffer(bytearray(self._matcher.compute_bitmask()), np.uint8)
+        check(self._matcher)
+        may_end = _take_bit(mask, self._end)
+        if self._num_output + ahead < self._min_tokens:
+            longer = mask.copy()
+            for stop in self._stops:
+                _take_bit(longer, stop)
+            if longer.any():
+                return longer
+        if may_end:  # also before min_tokens, where the grammar has nothing more to say
+            for stop in self._stops:
+                mask[stop >> 3] |= 1 << (stop & 7)
+        return mask
+
+
+def _take_bit(mask: Mask, bit: int) -> bool:
+    """Clears a bit; whether it was set."""
+    was_set = bool(mask[bit >> 3] >> (bit & 7) & 1)
+    mask[bit >> 3] &= ~(1 << (bit & 7)) & 0xFF
+    return was_set

@@ -1,0 +1,21 @@
+"""Kinds of fields of bodies."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import ValidationInfo
+from pydantic.functional_validators import AfterValidator
+from pydantic_core import PydanticCustomError
+
+
+def unsupported(*off: Any) -> Any:
+    """A field that only accepts null and the values that switch it off."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        if value is None or any(type(value) is type(allowed) and value == allowed for allowed in off):
+            return value
+        hint = f"; only {', '.join(map(repr, off))} and null are accepted" if off else ""
+        raise PydanticCustomError("unsupported", "not supported by this server{hint}", {"hint": hint})
+
+    return Annotated[Any, AfterValidator(check)]
