@@ -54,6 +54,10 @@ class ModelDrafter(AutoregressiveDrafter):
         return self._compute(rows, MOST_AT_ONCE)
 
     @property
+    def caches(self) -> Sequence[PagedKVCache]:
+        return [self._cache]
+
+    @property
     def _kv(self) -> PagedKVCache:
         return self._cache
 

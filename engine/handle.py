@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Protocol
 
@@ -12,11 +13,18 @@ from slipstream.engine.messages import EngineReady, EngineStats, NewRequest, Ste
 from slipstream.engine.operations import Answer, Operation
 
 MAX_WAITING_DELTAS = 64
-"""More of them become one, which takes a tenth of the memory."""
+"""More of them are merged, which takes a tenth of the memory."""
 
 
-def merged(deltas: list[TokenDelta]) -> TokenDelta:
-    """One delta that says what these do; none of them is the last of its request."""
+def merged(deltas: list[TokenDelta]) -> list[TokenDelta]:
+    """As few deltas as say what these do; none of them is the last of its request.
+
+    One for each version of the target: deltas say which one their tokens are of.
+    """
+    return [_merged(list(some)) for _, some in itertools.groupby(deltas, lambda delta: delta.target_version)]
+
+
+def _merged(deltas: list[TokenDelta]) -> TokenDelta:
     last = deltas[-1]
     return msgspec.structs.replace(
         deltas[0],
@@ -24,7 +32,6 @@ def merged(deltas: list[TokenDelta]) -> TokenDelta:
         logprobs=None if last.logprobs is None else [entry for delta in deltas for entry in delta.logprobs or ()],
         num_drafted=sum(delta.num_drafted for delta in deltas),
         num_accepted=sum(delta.num_accepted for delta in deltas),
-        target_version=last.target_version,
         drafter_version=last.drafter_version,
     )
 
@@ -110,7 +117,7 @@ class RequestStream:
 
     def put(self, delta: TokenDelta) -> None:
         if len(self._deltas) >= MAX_WAITING_DELTAS:  # whoever reads them is slow
-            self._deltas = [merged(self._deltas)]
+            self._deltas = merged(self._deltas)
         self._deltas.append(delta)
         if delta.finish_reason is not None and self.on_last is not None:
             self.on_last(delta)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from slipstream.engine.operations import AnyAnswer, AnyOperation
+from slipstream.engine.operations import AnyAnswer, AnyOperation, MemoryTag
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 LogprobsMode = Literal["raw", "processed"]
@@ -155,6 +155,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     num_accepted: int = 0
     """Accepted draft tokens among the verified ones that count."""
     target_version: int = 0
+    """The weights that sampled the tokens."""
     drafter_version: int = 0
     """Version of the learned drafter that had proposed what comes in this step, whether or not it was verified; 0 if
     nothing was proposed, or by another drafter."""
@@ -238,6 +239,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     traffic: TrafficStats = TrafficStats()
     target_version: int = 0
     is_paused: bool = False
+    is_still: bool = False
+    """Whether no step will run until somebody resumes the engine, or gives it its memory back."""
+    released: tuple[MemoryTag, ...] = ()
+    """What it has given back of its memory; see ReleaseMemory."""
 
 
 class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag="step"):

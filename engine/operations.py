@@ -51,8 +51,8 @@ class DropDrafter(Operation[None], frozen=True, array_like=True, tag="drop_draft
     route: str
 
 
-class ResetPrefixCache(Operation[None], frozen=True, array_like=True, tag="reset_prefix_cache"):
-    """Nothing computed so far can be found again."""
+class ResetPrefixCache(Operation[bool], frozen=True, array_like=True, tag="reset_prefix_cache"):
+    """Nothing computed so far can be found again. Answers whether nothing of it is held by a request any more."""
 
 
 class Pause(Operation[None], frozen=True, array_like=True, tag="pause"):
@@ -74,10 +74,15 @@ class BeginTargetUpdate(Operation[None], frozen=True, array_like=True, tag="begi
     version: int
     """Deltas tell it of every token, and it names the update in what follows."""
     mode: UpdateMode = "recompute"
+    name: str = ""
+    """What people call the version, for errors; its number if that is all it has."""
 
 
-class FillTarget(Operation[None], frozen=True, array_like=True, tag="fill_target"):
-    """Tensors of an update, or rows of them, in any order; every row of every tensor has to come once at least."""
+class FillTarget(Operation[int], frozen=True, array_like=True, tag="fill_target"):
+    """Tensors of an update, or rows of them, in any order. Answers how many tensors have not come completely.
+
+    Names that end with ``lora_A.weight`` and ``lora_B.weight`` are those of a LoRA: see BeginTargetUpdate.
+    """
 
     version: int
     tensors: bytes
@@ -86,11 +91,87 @@ class FillTarget(Operation[None], frozen=True, array_like=True, tag="fill_target
     """The first row of each tensor that holds only a part of the rows."""
 
 
-class ReadTarget(Operation[None], frozen=True, array_like=True, tag="read_target"):
-    """Fills an update from a path: a safetensors file, a GGUF file, or a folder with a whole model. See FillTarget."""
+class ReadTarget(Operation[int], frozen=True, array_like=True, tag="read_target"):
+    """Fills an update from a path: a safetensors file, a GGUF file, or a folder with a whole model or a LoRA.
+
+    Answers as FillTarget.
+    """
 
     version: int
     path: str
+
+
+class FillTargetShared(Operation[int], frozen=True, array_like=True, tag="fill_target_shared"):
+    """Fills an update from a shared-memory segment of this host that holds a safetensors file. Answers as FillTarget.
+
+    It has been read when this is answered, and may be used again then.
+    """
+
+    version: int
+    segment: str
+    """Its name, as ``multiprocessing.shared_memory`` and ``shm_open`` have it."""
+    num_bytes: int
+    """Size of the file; the segment may be larger."""
+
+
+class FillTargetHandles(Operation[int], frozen=True, array_like=True, tag="fill_target_handles"):
+    """Fills an update from tensors that another process of this host shares with torch. Answers as FillTarget."""
+
+    version: int
+    pickled: bytes
+    """As ``torch.multiprocessing`` pickles them: names and tensors, one flat tensor and what lies where in it, or
+    handles of CUDA by device and ``names``."""
+    names: tuple[str, ...] = ()
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor that is to come."""
+
+    name: str
+    dtype: str
+    """torch's name of the number format, with or without ``torch.`` before it."""
+    shape: tuple[int, ...]
+
+
+class JoinGroup(Operation[None], frozen=True, array_like=True, tag="join_group"):
+    """Joins a group of processes of torch.distributed, in which a trainer has rank 0 and its address.
+
+    Answered when all have joined. A group of the same name is left first.
+    """
+
+    name: str
+    address: str
+    port: int
+    world_size: int
+    rank: int
+    backend: Literal["gloo", "nccl"]
+    rendezvous: Literal["named", "stateless"] = "named"
+    """How its members find each other at the address. Named: under the group's name, as ``init_process_group`` and what
+    trainers make of it. Stateless: under the address, as groups that know nothing of names."""
+    timeout_s: float = 120.0
+
+
+class LeaveGroup(Operation[None], frozen=True, array_like=True, tag="leave_group"):
+    """Leaves a group; refused where there is none of this name."""
+
+    name: str
+
+
+class ReceiveTarget(Operation[int], frozen=True, array_like=True, tag="receive_target"):
+    """Fills an update with tensors that rank 0 of a group broadcasts, in this order. Answers as FillTarget.
+
+    Steps go on meanwhile. A trainer that ends or says nothing for ``timeout_s`` makes the update fail.
+    """
+
+    version: int
+    group: str
+    tensors: tuple[TensorSpec, ...]
+    buffer_bytes: int | None = None
+    """None: each tensor comes alone. Else they come as bytes behind each other, as many of them together as it takes to
+    have more than so many bytes."""
+    barrier: bool = False
+    """Whether members wait for each other after every broadcast."""
+    timeout_s: float = 300.0
 
 
 class TargetUpdated(msgspec.Struct, frozen=True, array_like=True, tag="target_updated"):
@@ -104,9 +185,18 @@ class TargetUpdated(msgspec.Struct, frozen=True, array_like=True, tag="target_up
 
 
 class FinishTargetUpdate(Operation[TargetUpdated], frozen=True, array_like=True, tag="finish_target_update"):
-    """The new weights serve from now on, all of them; fails, and leaves the old ones, if some have not come."""
+    """The new weights serve from now on, all of them; fails, and leaves the old ones, if some have not come.
+
+    With a LoRA, they are those that served before the LoRA that serves now, if there is one, plus this one.
+    """
 
     version: int
+    keep_rest: bool = False
+    """What has not come stays as it serves now, instead."""
+    checksums: dict[str, str] = {}
+    """What ``ChecksumTarget`` has to say of the new weights, of any of the tensors; else the update fails."""
+    lora_scale: float | None = None
+    """What the product of a LoRA's matrices is multiplied with; a LoRA that was read from a folder brings its own."""
 
 
 class CancelTargetUpdate(Operation[None], frozen=True, array_like=True, tag="cancel_target_update"):
@@ -124,6 +214,58 @@ class UseVocabulary(Operation[None], frozen=True, array_like=True, tag="use_voca
     """Tokens that stand for something else than text, such as its end."""
 
 
+class Checksums(msgspec.Struct, frozen=True, array_like=True, tag="checksums"):
+    by_name: dict[str, str]
+
+
+class ChecksumTarget(Operation[Checksums], frozen=True, array_like=True, tag="checksum_target"):
+    """Answers with the SHA-256 of every tensor that serves, by its Hugging Face name.
+
+    Of its numbers in the format of the weights (``EngineReady.dtype``), row by row, each in the order of a
+    little-endian machine.
+    """
+
+
+class TensorRows(msgspec.Struct, frozen=True, array_like=True, tag="tensor_rows"):
+    """Rows of a tensor."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    values: bytes
+    """The rows' numbers, float32 in the order of this machine."""
+
+
+class ReadTensor(Operation[TensorRows], frozen=True, array_like=True, tag="read_tensor"):
+    """Answers with rows first_row, first_row + 1, … of a tensor that serves, at most ``rows`` of them."""
+
+    name: str
+    first_row: int = 0
+    rows: int = 1
+
+
+MemoryTag = Literal["kv_cache", "weights"]
+
+
+class ReleaseMemory(Operation[None], frozen=True, array_like=True, tag="release_memory"):
+    """Gives memory back to the system, until ``ResumeMemory``; no step runs meanwhile.
+
+    Keys and values of requests that run are lost: these go back to the queue, or end.
+    """
+
+    tags: tuple[MemoryTag, ...]
+    keep_weights: bool = True
+    """Kept, weights move to the memory of the host; they stay where they are if that is where they were. Discarded ones
+    come back from the model's files, or with an update."""
+    abort: bool = False
+    """Whether all requests end, with what they have said."""
+
+
+class ResumeMemory(Operation[None], frozen=True, array_like=True, tag="resume_memory"):
+    """Takes memory again that was released; of discarded weights, those of the model's files (version 0) serve then."""
+
+    tags: tuple[MemoryTag, ...]
+
+
 class CheckIntegrity(Operation[None], frozen=True, array_like=True, tag="check_integrity"):
     """Fails if blocks, slots or queues do not add up."""
 
@@ -132,16 +274,21 @@ class TellStepCosts(Operation[dict[int, float]], frozen=True, array_like=True, t
     """Answers with the seconds of a step by its tokens, with nothing to attend to."""
 
 
-TargetOperation = BeginTargetUpdate | FillTarget | ReadTarget | FinishTargetUpdate | CancelTargetUpdate
-AnyOperation = (
-    SwapDrafter
-    | DropDrafter
-    | Pause
-    | Resume
-    | TargetOperation
-    | ResetPrefixCache
-    | UseVocabulary
-    | CheckIntegrity
-    | TellStepCosts
+TargetOperation = (
+    BeginTargetUpdate
+    | FillTarget
+    | ReadTarget
+    | FillTargetShared
+    | FillTargetHandles
+    | JoinGroup
+    | LeaveGroup
+    | ReceiveTarget
+    | FinishTargetUpdate
+    | CancelTargetUpdate
+    | ChecksumTarget
+    | ReadTensor
 )
-AnyAnswer = SwapReport | TargetUpdated | dict[int, float] | None
+MemoryOperation = ReleaseMemory | ResumeMemory
+SchedulingOperation = Pause | Resume | ResetPrefixCache | UseVocabulary | CheckIntegrity | TellStepCosts
+AnyOperation = SwapDrafter | DropDrafter | SchedulingOperation | TargetOperation | MemoryOperation
+AnyAnswer = SwapReport | TargetUpdated | TensorRows | Checksums | dict[int, float] | bool | int | None

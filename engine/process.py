@@ -37,22 +37,20 @@ from slipstream.engine.messages import (
     StepOutputs,
     TokenDelta,
 )
-from slipstream.engine.models.loader import LoadedModel, load_model
+from slipstream.engine.models.loader import LoadedModel, file_tensors, load_model
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.operations import (
-    BeginTargetUpdate,
-    CancelTargetUpdate,
     CheckIntegrity,
     DropDrafter,
-    FillTarget,
-    FinishTargetUpdate,
     Operation,
     Pause,
-    ReadTarget,
+    ReleaseMemory,
     ResetPrefixCache,
     Resume,
+    ResumeMemory,
     SwapDrafter,
     SwapReport,
+    TargetOperation,
     TellStepCosts,
     UpdateMode,
     UseVocabulary,
@@ -62,6 +60,7 @@ from slipstream.engine.runner.speculator import Speculator
 from slipstream.engine.scheduling.calibration import calibrate
 from slipstream.engine.scheduling.scheduler import Scheduler
 from slipstream.engine.scheduling.step_cost import StepCost
+from slipstream.engine.sleeping import Sleeper
 from slipstream.engine.speculation.protocol import Drafter, DraftNeeds
 from slipstream.engine.target_update import TargetUpdates
 from slipstream.engine.validation import problem
@@ -123,6 +122,14 @@ class Engine:
         self._target = TargetUpdates(
             loaded.model, self.runner.cache.device, loaded.weights_bytes, self.background, self._prepare_target
         )
+        self._sleeper = Sleeper(
+            self.runner,
+            self.scheduler,
+            self._target,
+            self.background,
+            self._prepare_target,
+            lambda: file_tensors(config, loaded.model, self.runner.cache.device),
+        )
 
     def ready(self) -> EngineReady:
         model, loaded = self.loaded.model, self.loaded
@@ -155,6 +162,8 @@ class Engine:
         What takes longer than steps may wait goes on in the background: its future is done in ``poll``.
         """
         self.core.drain()
+        if isinstance(operation, TargetOperation):
+            return self._target.operate(operation)
         match operation:
             case SwapDrafter():
                 return self._swap_drafter(operation)
@@ -164,12 +173,15 @@ class Engine:
                 self.scheduler.pause(operation.mode)
             case Resume():
                 self.scheduler.resume()
-            case BeginTargetUpdate() | FillTarget() | ReadTarget() | FinishTargetUpdate() | CancelTargetUpdate():
-                return self._target.operate(operation)
             case UseVocabulary():
                 self.constrained.grammars.use(operation.tokens, operation.special, self.loaded.model.shape.vocab_size)
+            case ReleaseMemory():
+                return self._sleeper.release(operation)
+            case ResumeMemory():
+                return self._sleeper.resume(operation)
             case ResetPrefixCache():
                 self.scheduler.kv.reset()
+                return done(self.scheduler.kv.pool.num_used == 0)
             case CheckIntegrity():
                 self.scheduler.check_integrity()
             case TellStepCosts():
@@ -180,14 +192,17 @@ class Engine:
 
     def poll(self) -> None:
         """Carries out what the background has prepared; called between two steps."""
+        self._target.poll()
         self.constrained.poll(self.core.has_work)
         self.background.poll(self.core.has_work)
 
     @property
     def has_background_work(self) -> bool:
-        return self.background.has_work or self.constrained.has_work
+        """Whether ``poll`` may find something to carry out at any moment."""
+        return self.background.has_work or self.constrained.has_work or self._target.is_waiting
 
     def close(self) -> None:
+        self._target.close()
         self.constrained.close()
         self.background.close()
         self.core.close()
@@ -196,6 +211,8 @@ class Engine:
     def _swap_drafter(self, asked: SwapDrafter) -> Future[SwapReport]:
         speculator, background = self.runner.speculator, self.background
         route, version, path = asked.route, asked.version, asked.path
+        if not self._target.has_weights:
+            raise SlipstreamError("the model's weights were discarded: drafters are swapped once there are some again")
         began = time.perf_counter()
 
         def report(swap: Callable[[], object], prepare_seconds: float) -> SwapReport:

@@ -14,7 +14,7 @@ from typing import NoReturn
 from slipstream.engine.errors import EngineLostError, SlipstreamError
 from slipstream.engine.handle import EngineHandle
 from slipstream.engine.messages import EngineStats
-from slipstream.engine.operations import Pause
+from slipstream.engine.operations import Pause, ReleaseMemory
 
 StartEngine = Callable[[EngineHandle | None], Awaitable[EngineHandle]]
 """Starts an engine, given the one that it replaces."""
@@ -134,6 +134,8 @@ class EngineSupervisor:
         """Brings a new engine to the state of the one that has ended, as far as that can be had again."""
         if before.is_paused:  # whoever paused it has not resumed it, and may be about to send it weights
             await engine.call(Pause("keep"))
+        if before.released:  # whoever has its memory now needs it until the engine is woken up
+            await engine.call(ReleaseMemory(before.released, keep_weights=False))
         if before.target_version:
             logger.error(
                 "the engine that ended had version %d of the target's weights, the new one has those of the model's "

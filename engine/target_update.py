@@ -3,49 +3,85 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
 
 from slipstream.engine.background import Background, done
-from slipstream.engine.checkpoint.checkpoint import open_checkpoint
-from slipstream.engine.checkpoint.safetensors_files import read_header, read_tensors
 from slipstream.engine.errors import ConfigError, ModelError, SupersededError
+from slipstream.engine.lora import Lora, plain_name
 from slipstream.engine.models.loader import SPARE_BYTES, available_memory, human_size
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.models.weights import Weights
+from slipstream.engine.models.weights import Weights, checksums, copy_missing
 from slipstream.engine.operations import (
     BeginTargetUpdate,
     CancelTargetUpdate,
+    Checksums,
+    ChecksumTarget,
     FillTarget,
+    FillTargetHandles,
+    FillTargetShared,
     FinishTargetUpdate,
+    JoinGroup,
+    LeaveGroup,
     ReadTarget,
+    ReadTensor,
+    ReceiveTarget,
     TargetOperation,
     TargetUpdated,
+    TensorRows,
     UpdateMode,
 )
+from slipstream.engine.shared_handles import open_handles
+from slipstream.engine.target_groups import Empty, Group, Transfer
+from slipstream.engine.target_sources import Tensors, lora_scale, read, read_segment, unpack
 
 PrepareUse = Callable[[Weights], Callable[[int, UpdateMode], None]]
 """Makes ready for weights, in the background; what it returns is called between two steps, with their version, and has
 all that follows computed with them."""
+STALE_S = 1800.0
+"""An update that nothing was heard of for so long is given up: whoever sent it has gone, and its memory is needed."""
+MOST_READ_BYTES = 64 << 20
 
 
 class _Update:
-    def __init__(self, version: int, mode: UpdateMode, weights: Weights) -> None:
-        self.version, self.mode, self.weights = version, mode, weights
-        self.began = time.perf_counter()
+    def __init__(self, version: int, mode: UpdateMode, name: str, weights: Weights) -> None:
+        self.version, self.mode, self.name = version, mode, name or str(version)
+        self.began = self.touched = time.perf_counter()
+        self.lora = Lora()
         self.failure = ""
         """Why it cannot be finished any more."""
+        self._weights: Weights | None = weights
+
+    @property
+    def weights(self) -> Weights:
+        """Raises ModelError where it has failed."""
+        if self._weights is None:
+            raise ModelError(f"the update to version {self.name} cannot be finished: {self.failure}")
+        return self._weights
 
     def check(self) -> None:
-        if self.failure:
-            raise ModelError(f"the update to version {self.version} cannot be finished: {self.failure}")
+        """Raises ModelError where it has failed."""
+        assert self.weights is not None
+
+    def fail(self, why: str) -> None:
+        """The first reason counts. What has come is not kept."""
+        self.failure, self._weights = self.failure or why, None
+        self.lora = Lora()
+
+
+class _Arrival:
+    """Tensors on their way from a trainer's group into an update."""
+
+    def __init__(self, update: _Update, transfer: Transfer) -> None:
+        self.update, self.transfer = update, transfer
+        self.done: Future[int] = Future()
+        self.laid_out: Future[int] | None = None
+        """The last of them that came."""
 
 
 class TargetUpdates:
@@ -63,92 +99,247 @@ class TargetUpdates:
         self._model, self._device, self._weights_bytes = model, device, weights_bytes
         self._background, self._prepare_use = background, prepare_use
         self._update: _Update | None = None
+        self._base: Weights | None = None
+        """What served before the LoRA that serves now."""
+        self._groups: dict[str, Group] = {}
+        self._joining: list[tuple[Group, Future[None]]] = []
+        self._arrivals: list[_Arrival] = []
+        self.has_weights = True
+        """Whether the model has any; it has none while they are discarded."""
 
     def operate(self, operation: TargetOperation) -> Future[Any]:
         """Raises ModelError for what the update under way does not allow."""
         match operation:
-            case BeginTargetUpdate(version, mode):
-                self._begin(version, mode)
+            case BeginTargetUpdate(version, mode, name):
+                self._begin(version, mode, name)
             case FillTarget(version, tensors, first_rows):
-                return self._fill(version, lambda: _unpack(tensors), first_rows)
+                return self._fill(self._find(version), lambda: unpack(tensors), first_rows)
+            case FillTargetShared(version, segment, num_bytes):
+                return self._fill(self._find(version), lambda: unpack(read_segment(segment, num_bytes)))
+            case FillTargetHandles(version, pickled, names):
+                return self._fill(self._find(version), lambda: open_handles(pickled, names))
             case ReadTarget(version, path):
-                return self._fill(version, lambda: self._read(Path(path)), {})
-            case FinishTargetUpdate(version):
-                return self._finish(self._find(version))
+                return self._read(self._find(version), Path(path))
+            case ReceiveTarget():
+                return self._receive(operation)
+            case JoinGroup():
+                return self._join(operation)
+            case LeaveGroup(name):
+                self._group(name).leave()
+                del self._groups[name]
+            case FinishTargetUpdate():
+                return self._finish(self._find(operation.version), operation)
             case CancelTargetUpdate(version):
                 self._give_up(self._find(version), "it was cancelled")
+            case ChecksumTarget():
+                weights, dtype = self._serving(), self._model.formats.weights
+                return self._background.start(lambda: partial(Checksums, checksums(weights, dtype)))
+            case ReadTensor():
+                return done(self._read_tensor(operation))
         return done(None)
 
-    def _begin(self, version: int, mode: UpdateMode) -> None:
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something may come at any time that ``poll`` has to look for."""
+        return bool(self._arrivals or self._joining)
+
+    def poll(self) -> None:
+        """Takes what has come from other threads; called between two steps."""
+        for group, told in list(self._joining):
+            if group.joined.done():
+                self._joining.remove((group, told))
+                self._tell_joined(group, told)
+        for arrival in list(self._arrivals):
+            self._take(arrival)
+        update = self._update
+        if update is not None and time.perf_counter() - update.touched > STALE_S and not self._background.has_work:
+            self._give_up(update, f"nothing was heard of it for {STALE_S:.0f} s")
+
+    def discard(self) -> None:
+        """The model has no weights from now on, until ``use`` gives it some."""
+        self._base, self.has_weights = None, False
+        self._model.forget()
+
+    def use(self, weights: Weights, version: int, mode: UpdateMode, follow: Callable[[int, UpdateMode], None]) -> None:
+        """Serves with these from now on; ``follow`` is what was prepared for them."""
+        follow(version, mode)
+        self.has_weights = True
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            group.leave()
+
+    def _begin(self, version: int, mode: UpdateMode, name: str) -> None:
         if version < 1:
             raise ConfigError(f"a version of the target is a number from 1 on (0: those of its files), not {version}")
         if self._update is not None:
-            self._give_up(self._update, f"an update to version {version} was begun instead")
+            self._give_up(self._update, f"an update to version {name or version} was begun instead")
         needed, free = self._weights_bytes, available_memory(self._device)
         if free < needed + SPARE_BYTES:
             sizes = f"take {human_size(needed)} beside those that serve, and only {human_size(free)} of memory are free"
             raise ModelError(f"other weights {sizes}")
-        self._update = _Update(version, mode, self._model.new_weights())
+        self._update = _Update(version, mode, name, self._model.new_weights())
 
     def _find(self, version: int) -> _Update:
-        if self._update is None or self._update.version != version:
-            what = "none" if self._update is None else f"one to version {self._update.version}"
+        update = self._update
+        if update is None or update.version != version:
+            what = "none" if update is None else f"one to version {update.name}"
             raise ModelError(f"no update to version {version} is under way, but {what}: begin it first")
-        return self._update
+        update.touched = time.perf_counter()
+        return update
 
     def _give_up(self, update: _Update, why: str) -> None:
-        update.failure, self._update = why, None
+        update.fail(why)
+        self._update = None
+
+    def _serving(self) -> Weights:
+        if not self.has_weights:
+            raise ModelError("the model's weights were discarded: wake the engine up, or finish an update first")
+        return self._model.weights
+
+    # What comes ------------------------------------------------------------------------------------------------------
 
     def _fill(
-        self, version: int, read: Callable[[], Iterable[tuple[str, Tensor]]], first_rows: dict[str, int]
-    ) -> Future[Any]:
-        update = self._find(version)
-        update.check()
+        self, update: _Update, tensors: Callable[[], Tensors], first_rows: dict[str, int] | None = None
+    ) -> Future[int]:
+        """How many tensors have not come completely then."""
+        weights, lora, firsts = update.weights, update.lora, first_rows or {}
 
-        def prepare() -> Callable[[], None]:
+        def prepare() -> Callable[[], int]:
             try:
-                for name, rows in read():
+                for name, rows in tensors():
                     update.check()
-                    update.weights.fill(name, rows, first_rows.get(name))
+                    if not lora.take(name, rows):
+                        weights.fill(plain_name(name), rows, firsts.get(name))
             except Exception as error:
-                update.failure = update.failure or str(error)
+                update.fail(str(error))
                 raise
-            return _nothing
+            missing = weights.num_missing
+            return lambda: missing
 
         return self._background.start(prepare)
 
-    def _finish(self, update: _Update) -> Future[TargetUpdated]:
-        update.check()
+    def _read(self, update: _Update, path: Path) -> Future[int]:
+        lora = update.lora
+
+        def tensors() -> Tensors:
+            scale = lora_scale(path)
+            lora.scale = lora.scale if scale is None else scale
+            return read(path, self._model)
+
+        return self._fill(update, tensors)
+
+    def _receive(self, asked: ReceiveTarget) -> Future[int]:
+        update, group = self._find(asked.version), self._group(asked.group)
+        if not asked.tensors:
+            return done(update.weights.num_missing)
+        arrival = _Arrival(update, group.receive(asked))
+        self._arrivals.append(arrival)
+        return arrival.done
+
+    def _take(self, arrival: _Arrival) -> None:
+        """Has what came laid out, once what came before is; ends the arrival where nothing more comes."""
+        last, update = arrival.laid_out, arrival.update
+        if last is not None and not last.done():
+            return
+        try:
+            missing = update.weights.num_missing if last is None else last.result()
+            update.check()
+            came = arrival.transfer.take()
+            update.touched = time.perf_counter()
+            if isinstance(came, Exception):
+                update.fail(str(came))
+                raise came
+            if came is not None:
+                arrival.laid_out = self._fill(update, lambda: came)
+                return
+        except Empty:
+            return
+        except Exception as error:
+            self._arrivals.remove(arrival)
+            arrival.transfer.discard()
+            arrival.done.set_exception(error)
+        else:
+            self._arrivals.remove(arrival)
+            arrival.done.set_result(missing)
+
+    # Groups ----------------------------------------------------------------------------------------------------------
+
+    def _group(self, name: str) -> Group:
+        if name not in self._groups:
+            known = ", ".join(map(repr, self._groups)) or "none"
+            raise ModelError(f"there is no group {name!r} of processes, but {known}: join it first")
+        return self._groups[name]
+
+    def _join(self, asked: JoinGroup) -> Future[None]:
+        group = Group(asked, self._device)
+        if (before := self._groups.pop(asked.name, None)) is not None:
+            before.leave()
+        self._groups[asked.name] = group
+        told: Future[None] = Future()
+        self._joining.append((group, told))
+        return told
+
+    def _tell_joined(self, group: Group, told: Future[None]) -> None:
+        if (error := group.joined.exception()) is None:
+            told.set_result(None)
+            return
+        self._groups = {name: each for name, each in self._groups.items() if each is not group}
+        told.set_exception(error)
+
+    # The end ---------------------------------------------------------------------------------------------------------
+
+    def _finish(self, update: _Update, asked: FinishTargetUpdate) -> Future[TargetUpdated]:
+        weights, lora = update.weights, update.lora
+        base: Weights | None = None
+        if lora:
+            base = self._base or self._serving()
+        elif asked.keep_rest:
+            base = self._serving()
 
         def prepare() -> Callable[[], TargetUpdated]:
             update.check()
-            update.weights.check_complete()
-            use = self._prepare_use(update.weights)
-            return lambda: self._use(update, use)
+            if base is not None:
+                for name, rows, first in lora.merged(base, asked.lora_scale):
+                    weights.fill(name, rows, first)
+                copy_missing(weights, base)
+            weights.check_complete()
+            self._compare(weights, asked.checksums)
+            follow = self._prepare_use(weights)
+            return lambda: self._land(update, weights, base if lora else None, follow)
 
         return self._background.start(prepare)
 
-    def _use(self, update: _Update, use: Callable[[int, UpdateMode], None]) -> TargetUpdated:
+    def _compare(self, weights: Weights, expected: dict[str, str]) -> None:
+        if not expected:
+            return
+        found = checksums(weights, self._model.formats.weights, expected)
+        if wrong := [name for name, checksum in expected.items() if found.get(name) != checksum]:
+            some = ", ".join(sorted(wrong)[:3])
+            raise ModelError(f"{len(wrong)} tensors are not those whose checksums were told, for example {some}")
+
+    def _land(
+        self, update: _Update, weights: Weights, base: Weights | None, follow: Callable[[int, UpdateMode], None]
+    ) -> TargetUpdated:
         if self._update is not update:
-            raise SupersededError(f"the update to version {update.version} was given up: {update.failure}")
+            raise SupersededError(f"the update to version {update.name} was given up: {update.failure}")
         began = time.perf_counter()
-        use(update.version, update.mode)
-        self._update = None
+        self.use(weights, update.version, update.mode, follow)
+        self._update, self._base = None, base
         return TargetUpdated(update.version, began - update.began, time.perf_counter() - began)
 
-    def _read(self, path: Path) -> Iterable[tuple[str, Tensor]]:
-        if path.suffix.lower() == ".safetensors":
-            return read_tensors(read_header(path))
-        return self._model.tensors(open_checkpoint(path))
-
-
-def _unpack(tensors: bytes) -> Iterable[tuple[str, Tensor]]:
-    try:
-        found: dict[str, Tensor] = safetensors.torch.load(tensors)
-        return found.items()
-    except SafetensorError as error:
-        raise ModelError(f"the tensors of an update are no safetensors file: {error}") from error
-
-
-def _nothing() -> None:
-    pass
+    def _read_tensor(self, asked: ReadTensor) -> TensorRows:
+        weights = self._serving()
+        name = asked.name
+        if name == "lm_head.weight" and name not in weights.shapes:
+            name = "model.embed_tokens.weight"
+        shape = weights.shapes.get(name)
+        if shape is None:
+            raise ModelError(f"the model has no tensor {asked.name!r}")
+        if not 0 <= asked.first_row < shape[0] or asked.rows < 1:
+            raise ModelError(f"tensor {asked.name!r} has {shape[0]} rows, none of which was asked for")
+        count = min(asked.rows, shape[0] - asked.first_row)
+        if 4 * count * max(torch.Size(shape[1:]).numel(), 1) > MOST_READ_BYTES:
+            raise ModelError(f"{count} rows of {asked.name!r} are too many to be read at once")
+        rows = weights.read(name, asked.first_row, count).to("cpu", torch.float32).contiguous()
+        return TensorRows(shape, rows.numpy().tobytes())

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import time
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.listening import Listener
 from slipstream.engine.messages import EngineStats, NewRequest, SamplingParams, TokenDelta
-from slipstream.engine.operations import UpdateMode
+from slipstream.engine.operations import Operation, UpdateMode
 from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.process import Engine
 from slipstream.engine.scheduling.scheduler import Scheduler
@@ -32,6 +41,56 @@ TINY_LLAMA: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 """config.json of a model that is small enough for tests, and has what models have."""
+POLICY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+"""config.json of a model that is smaller still, for tests in which a trainer changes its weights."""
+
+
+def policy(seed: int, config: dict[str, Any] = POLICY) -> dict[str, Tensor]:
+    """Weights that are large, so that the next token depends on those before it, and on the seed."""
+    return {name: tensor * (10 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(config, seed)}
+
+
+def telling_policy(version: int) -> dict[str, Tensor]:
+    """Weights with which every token is their version, modulo the vocabulary; made of parts of several versions, they
+    say others.
+
+    Half of the hidden state says what the embedding is, the other half what values the tokens before had: keys and
+    values of another version make the token less likely than it should be.
+    """
+    size = POLICY["vocab_size"]
+    said = (8 * version) % size
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in dummy_tensors(POLICY, 0)}
+    tensors["model.embed_tokens.weight"][:, said] = 1.0
+    unit = torch.eye(size)
+    heard = unit.roll(7 * version, 1)
+    tensors["lm_head.weight"].copy_(torch.cat((heard, heard), 1))
+    for name, tensor in tensors.items():
+        if name.endswith("norm.weight"):
+            tensor.fill_(1.0)
+        elif name.endswith("v_proj.weight"):
+            tensor[:, :size] = unit.roll(3 * version, 0)
+        elif name.endswith("o_proj.weight"):
+            tensor[size:, :size] = unit.roll(3 * version, 1) / 16
+    return tensors
+
+
+def write_policy(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] = POLICY) -> Path:
+    """A folder with a model of these weights."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 @dataclass(slots=True)
@@ -78,6 +137,23 @@ class LocalEngine:
     def step(self) -> None:
         self.engine.poll()
         self.engine.core.step()
+
+    def operate(self, *operations: Operation[Any]) -> Any:
+        """Carries them out one after the other, with steps in between; the answer to the last one."""
+        answer = None
+        for operation in operations:
+            answer = self.wait(self.engine.operate(operation))
+        return answer
+
+    def wait(self, done: Future[Any]) -> Any:
+        """Steps until it is done."""
+        while not done.done():
+            if self.engine.core.has_work:
+                self.step()
+            else:
+                self.engine.poll()
+                time.sleep(0.001)  # other threads have the interpreter meanwhile
+        return done.result()
 
     def finish(self) -> None:
         """Steps until nothing is left to do, then checks the books."""

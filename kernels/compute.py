@@ -87,12 +87,18 @@ class LayerWeights(Protocol):
         ``name`` is the tensor's Hugging Face name within the layer, for example ``self_attn.q_proj.weight``.
         """
 
+    def read(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of a tensor, by indices on the device of the weights, in some number format."""
+
 
 class Stack(Protocol):
     """Layers with what is before and after them, ready to run; which weights they have can be changed at any time."""
 
     def use(self, embedding: Weight, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
         """Computes with these from now on; ``norm`` is before the output matrix, if there is one."""
+
+    def forget(self) -> None:
+        """Holds no weights from now on, until it is told to use some; nothing is computed meanwhile."""
 
     def forward(
         self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()

@@ -136,6 +136,13 @@ class TorchLayer:
         else:
             self._matrices[module].fill(rows, first_row)
 
+    def read(self, name: str, rows: Tensor) -> Tensor:
+        module, _, kind = name.rpartition(".")
+        if module in self._norms:
+            return self._norms[module][rows]
+        weight = self._matrices[module]
+        return weight.biases(rows) if kind == "bias" else weight.rows(rows)
+
 
 class TorchStack:
     def __init__(
@@ -160,6 +167,10 @@ class TorchStack:
             assert isinstance(layer, TorchLayer)
             self._layers.append(layer.arithmetic)
         self._embedding, self._norm, self._output = embedding, norm, output
+
+    def forget(self) -> None:
+        self._layers, self._norm = [], None
+        del self._embedding, self._output
 
     def forward(
         self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()

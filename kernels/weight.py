@@ -35,6 +35,9 @@ class Weight(Protocol):
     def rows(self, indices: Tensor) -> Tensor:
         """[len(indices), k]: rows of the matrix, as an embedding looks them up; indices [m] of integers."""
 
+    def biases(self, indices: Tensor) -> Tensor:
+        """[len(indices)]: values of the bias, of a matrix that has one."""
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [m, k] of any number format, times the transpose, plus the bias: [m, n]."""
 
@@ -60,6 +63,10 @@ class DenseWeight:
 
     def rows(self, indices: Tensor) -> Tensor:
         return ops.embedding(indices, self._matrix)
+
+    def biases(self, indices: Tensor) -> Tensor:
+        assert self._bias is not None
+        return self._bias[indices]
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.linear(x.to(self._matrix.dtype), self._matrix, self._bias)

@@ -56,6 +56,8 @@ class GenerationRequest:
     """Stands before the request's id in the id of the answer."""
     request_id: str | None = None
     """Id of the request, if it brings one."""
+    sequence_ids: SequenceOf[str] = ()
+    """An id for each sequence, in the order prompt, choice, by which it can be aborted; or none."""
     arrival: float
     """time.monotonic()"""
 
@@ -63,6 +65,7 @@ class GenerationRequest:
 async def prepare_generation(service: Service, request: Request, job: str) -> Prepared[Any]:
     """A generating request, unless the queue is full anyway."""
     service.require_ready()
+    service.control.require_awake()
     service.admit(1)
     prepared: Prepared[Any] = await prepare(service, request, job)
     return prepared
@@ -118,7 +121,11 @@ def start_generation(service: Service, request: Request, asked: GenerationReques
             sequences.append(Sequence(len(sequences), new, asked.output, service))
     if asked.request_id is not None:
         request.state.request_id = asked.request_id
-    return Generation(service, asked.answer_prefix + request.state.request_id, asked.arrival, sequences, asked.choices)
+    for sequence, sequence_id in zip(sequences, asked.sequence_ids, strict=False):
+        sequence.id = sequence_id
+    request_id = request.state.request_id
+    name = asked.answer_prefix + request_id
+    return Generation(service, name, asked.arrival, sequences, asked.choices, request_id)
 
 
 def require_choices(service: Service, principal: Principal, choices: int, prompts: int = 1) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import msgspec
 
@@ -59,12 +60,23 @@ class Piece(msgspec.Struct):
     """
 
 
+class WeightSpan(NamedTuple):
+    """Tokens of an answer that were sampled by the same weights, up to where the next span begins."""
+
+    first: int
+    """The first of them, counted from 0."""
+    version: str
+    """What trainers call the weights."""
+
+
 class Sequence:
     """One choice of one prompt. It ends when the engine says so or when a stop string is complete."""
 
     def __init__(self, index: int, request: NewRequest, output: OutputOptions, service: Service) -> None:
         self.index = index
         self.request = request
+        self.id = ""
+        """An id of its own, by which it can be aborted, if the request brought one."""
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.num_tokens = 0
         self.num_cached_tokens = 0
@@ -79,6 +91,8 @@ class Sequence:
         stops = output.stop + output.end_texts
         self._stop = StopChecker(stops, output.include_stop) if stops else None
         self._first = True
+        self._spans: list[tuple[int, int]] = []
+        """First token, and number of the version of the weights that sampled it and those after it."""
         self._stream: RequestStream
 
     @property
@@ -88,6 +102,17 @@ class Sequence:
     def attach(self, stream: RequestStream) -> None:
         self._stream = stream
         stream.on_last = self.metrics.on_last
+
+    @property
+    def weight_spans(self) -> list[WeightSpan]:
+        """Which weights sampled the tokens so far, in order; one span unless they were updated meanwhile."""
+        name = self._service.control.version_name
+        return [WeightSpan(first, name(number)) for first, number in self._spans if first < self.num_tokens]
+
+    @property
+    def weight_version(self) -> str:
+        """Of the last token so far; of the weights that serve now if there is none."""
+        return spans[-1].version if (spans := self.weight_spans) else self._service.control.weight_version
 
     async def next(self) -> Piece:
         """What the deltas that have arrived add up to."""
@@ -127,6 +152,11 @@ class Sequence:
         return deltas
 
     def _push(self, deltas: list[TokenDelta]) -> Piece:
+        at = self.num_tokens
+        for delta in deltas:
+            if delta.tokens and (not self._spans or self._spans[-1][1] != delta.target_version):
+                self._spans.append((at, delta.target_version))
+            at += len(delta.tokens)
         if len(deltas) == 1 and deltas[0].logprobs is None:
             tokens, logprobs = deltas[0].tokens, []
         else:
@@ -216,9 +246,22 @@ class Sequence:
 class Generation:
     """Used as a context manager: entering submits the sequences, leaving stops those that have not ended."""
 
-    def __init__(self, service: Service, name: str, arrival: float, sequences: list[Sequence], choices: int) -> None:
-        """``sequences`` are in the order prompt, choice; ``choices`` of them belong to each prompt."""
+    def __init__(
+        self,
+        service: Service,
+        name: str,
+        arrival: float,
+        sequences: list[Sequence],
+        choices: int,
+        request_id: str = "",
+    ) -> None:
+        """``sequences`` are in the order prompt, choice; ``choices`` of them belong to each prompt.
+
+        It can be aborted by its ``name``, which is that of the answer, and by the ``request_id``.
+        """
         self.name = name
+        self._request_id = request_id or name
+        self._opened = ExitStack()
         self.arrival = arrival
         self.sequences = sequences
         self._choices = choices
@@ -232,6 +275,7 @@ class Generation:
         streams = self._service.submit([sequence.request for sequence in self.sequences])
         for sequence, stream in zip(self.sequences, streams, strict=True):
             sequence.attach(stream)
+        self._open()
         metrics = self._service.metrics
         metrics.choices.observe(self._choices)
         metrics.max_tokens.observe(self.sequences[0].request.params.max_tokens)
@@ -240,12 +284,21 @@ class Generation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._opened.close()
         for pump in self._pumps:
             pump.cancel()
         for sequence in self.sequences:
             sequence.end()
             self._service.ended(sequence.request, sequence.metrics)
         self._service.metrics.max_generation_tokens.observe(max(sequence.num_tokens for sequence in self.sequences))
+
+    def _open(self) -> None:
+        opened = self._service.control.opened
+        ids = [sequence.request.request_id for sequence in self.sequences]
+        self._opened.enter_context(opened(ids, {self.name, self._request_id}))
+        for sequence in self.sequences:
+            if sequence.id:
+                self._opened.enter_context(opened([sequence.request.request_id], [sequence.id]))
 
     @property
     def finished(self) -> bool:

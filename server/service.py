@@ -29,6 +29,7 @@ from slipstream.server.evolution.observer import Observer
 from slipstream.server.held import HeldBytes
 from slipstream.server.metrics import PREFIX, Metrics
 from slipstream.server.prepared import Limits, require_model
+from slipstream.server.rollout.control import Control
 from slipstream.server.sequence_metrics import SequenceMetrics
 from slipstream.server.text_model import TextModel, load_text_model
 from slipstream.server.text_work import TextWork
@@ -93,6 +94,8 @@ class Service:
             config.engine_hang_s,
             self._engine_started,
         )
+        self.control = Control(self)
+        """Pauses, memory and weights, for whoever trains the model."""
         self._start = start_engine
         self._watching: list[asyncio.Task[None]] = []
         self._supervising: asyncio.Task[None] | None = None
@@ -250,6 +253,7 @@ class Service:
 
     def submit(self, requests: list[NewRequest]) -> list[RequestStream]:
         self.require_ready()
+        self.control.require_awake()
         self.admit(len(requests))
         if self.engine.num_open == 0:
             self._busy_since = time.monotonic()
@@ -301,6 +305,8 @@ class Service:
             return 503, {"status": "stalled", "reason": reason}
         if self.phase == "draining":
             return 200, {"status": "draining"}
+        if released := self.engine.stats.released:
+            return 200, {"status": "asleep", "reason": f"it has given back the memory of {' and '.join(released)}"}
         return 200, {"status": "paused" if self.engine.stats.is_paused else "ok"}
 
     def ready(self) -> tuple[int, dict[str, Any]]:
@@ -308,6 +314,8 @@ class Service:
         status, body = self.health()
         if status == 200 and self.phase == "draining":
             return 503, {"status": "draining", "reason": "the server is shutting down"}
+        if status == 200 and self.control.refuses:
+            return 503, body
         return status, body
 
     async def drain(self, timeout_s: float) -> bool:

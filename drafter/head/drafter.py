@@ -191,7 +191,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         outputs = []
         for version in loaded.values():
             rows = torch.from_numpy(version.to_target).to(self._target.compute.device)
-            output = version.weights.output_from(rows, self._target.output, weights.output)
+            output = version.weights.output_from(rows, weights.output)
             outputs.append((version.weights, output))
 
         def land() -> None:
@@ -202,6 +202,14 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
                 self._networks[route].use(held.weights)
 
         return land
+
+    def forget_target(self) -> None:
+        for network in self._networks.values():
+            network.forget()
+
+    @property
+    def caches(self) -> Sequence[PagedKVCache]:
+        return [network.cache for network in self._networks.values()]
 
     def _find(self, version: int, path: str) -> _Version | None:
         """The files of a version never change, so one that is in memory need not be read again."""

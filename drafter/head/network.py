@@ -31,6 +31,8 @@ class HeadWeights:
         is_third = config.kind == "eagle3"
         self.output = self._compute.weight(config.draft_vocab_size, config.hidden) if is_third else None
         """EAGLE-1 and -2 heads draft with that of the target."""
+        self._follows = False
+        """Whether the output matrix holds rows of the target's, which training leaves."""
         self.norm = self._compute.norm(config.hidden) if is_third else None
         self.memory_bytes = self.fc.num_bytes + self.layers[0].num_bytes
         if self.output is not None and self.norm is not None:
@@ -50,19 +52,20 @@ class HeadWeights:
                     _fill(self.output, tensors[OUTPUT])
                 else:
                     _copy_rows(self.output, self._target.output, draft_tokens)
+                self._follows = OUTPUT not in tensors or _are_copies(self.output, self._target.output, draft_tokens)
                 self.norm.copy_(tensors["norm.weight"])
             for name, tensor in tensors.items():
                 if name.startswith(self._prefix):
                     for row, part in pieces(tensor):
                         self.layers[0].fill(name.removeprefix(self._prefix), part, row)
 
-    def output_from(self, rows: Tensor, before: Weight, after: Weight) -> Weight | None:
-        """The head's output matrix for a target that goes from the output matrix ``before`` to ``after``.
+    def output_from(self, rows: Tensor, after: Weight) -> Weight | None:
+        """The head's output matrix for a target whose output matrix is ``after`` from now on.
 
-        ``rows`` [draft vocabulary] of these are what the head proposes. Only where it holds copies of them, which is
-        what training leaves: None for a head that does not, or has none of its own.
+        ``rows`` [draft vocabulary] of these are what the head proposes. Only where it holds copies of them: None for a
+        head that does not, or has none of its own.
         """
-        if self.output is None or not _are_copies(self.output, before, rows):
+        if self.output is None or not self._follows:
             return None
         output = self._compute.weight(self.output.n, self.output.k)
         with self._compute.filling():
@@ -110,6 +113,10 @@ class HeadNetwork:
         self._weights = weights
         output = self._target.output if weights.output is None else weights.output
         self._stack.use(self._target.embedding, weights.layers, weights.norm, output)
+
+    def forget(self) -> None:
+        """Keeps nothing of the target's from being freed, until ``use``."""
+        self._stack.forget()
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features [n, taps, hidden] as they wait for their tokens, [n, hidden] float32."""

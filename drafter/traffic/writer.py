@@ -54,10 +54,11 @@ class TrafficWriter:
         self._kept = self._redacted = self._failed = 0
         self._refused = 0  # counted by the engine's threads, the others by the writer
         self._totals = (0, 0)
-        self._put_target: Callable[[Path], None] = target_file.remove
-        """Makes the file of the target's weights tell of those that serve; first, of those of the model's files."""
-        self._target_put: Callable[[Path], None] | None = None
-        """The same, once it is done."""
+        self._put_target: Callable[[Path], None] | None = target_file.remove
+        """Makes the file of the target's weights tell of those that serve; first, of those of the model's files.
+
+        None once that is done: it holds weights, which may be wanted back."""
+        self._target_lock = threading.Lock()
         self._target_due = 0.0
         """When it is tried again if it failed; as time.monotonic() has it."""
         self._faults = Faults()
@@ -92,7 +93,8 @@ class TrafficWriter:
 
     def target_changed(self, put: Callable[[Path], None]) -> None:
         """New weights serve: the writer thread calls ``put``, which writes what is needed of them into the folder."""
-        self._put_target = put
+        with self._target_lock:
+            self._put_target = put
 
     def drop(self) -> None:
         """Counts a sample for which there was no room."""
@@ -119,13 +121,16 @@ class TrafficWriter:
 
     def _update_target(self, folder: Path) -> None:
         """A failure costs no sample; it is tried again."""
-        put = self._put_target
-        if put is self._target_put or time.monotonic() < self._target_due:
+        if time.monotonic() < self._target_due:
             return
+        with self._target_lock:
+            put, self._put_target = self._put_target, None
         try:
-            put(folder)
-            self._target_put = put
+            if put is not None:
+                put(folder)
         except Exception:
+            with self._target_lock:
+                self._put_target = self._put_target or put
             self._target_due = time.monotonic() + REOPEN_S
             self._faults.tell("writing the model's new weights for training", "it goes on with the old ones")
 

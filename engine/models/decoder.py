@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from slipstream.engine.checkpoint.checkpoint import Checkpoint
@@ -28,11 +29,34 @@ class DecoderWeights:
         self.norm = compute.norm(config.hidden)
         self._compute, self._expected = compute, ExpectedTensors(config.parameters)
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._expected.shapes
+
     def fill(self, name: str, rows: Tensor, first_row: int | None = None) -> None:
         if self._expected.take(name, rows, first_row):
             with self._compute.filling():
                 for row, part in pieces(rows, first_row or 0):
                     self._fill(name, part, row)
+
+    def read(self, name: str, first_row: int, count: int) -> Tensor:
+        self._expected.check_rows(name, first_row, count)
+        rows = torch.arange(first_row, first_row + count, device=self._compute.device)
+        match name.split(".", 3):
+            case ["model", "embed_tokens", "weight"]:
+                return self.embedding.rows(rows)
+            case ["lm_head", "weight"]:
+                return self.output.rows(rows)
+            case ["model", "layers", index, rest]:
+                return self.layers[int(index)].read(rest, rows)
+        return self.norm[first_row : first_row + count]
+
+    @property
+    def num_missing(self) -> int:
+        return self._expected.num_missing
+
+    def missing(self) -> Sequence[tuple[str, int, int]]:
+        return self._expected.missing()
 
     def check_complete(self) -> None:
         self._expected.check_complete()
@@ -64,6 +88,10 @@ class Decoder:
         return self
 
     @property
+    def weights(self) -> DecoderWeights:
+        return self._weights
+
+    @property
     def embedding(self) -> Weight:
         return self._weights.embedding
 
@@ -78,6 +106,10 @@ class Decoder:
         assert isinstance(weights, DecoderWeights)
         self._weights = weights
         self._stack.use(weights.embedding, weights.layers, weights.norm, weights.output)
+
+    def forget(self) -> None:
+        self._stack.forget()
+        del self._weights
 
     def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Tensor]]:
         theirs = decoder_config(checkpoint.config) if is_own(checkpoint.config) else None

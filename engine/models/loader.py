@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -125,6 +126,14 @@ def build_model(
     model = Decoder(decoder_config(config), _made(kind, formats, device, options), max_length)
     load(model, dummy_tensors(config, options.seed, device) if dummy else checkpoint.tensors())
     return model
+
+
+def file_tensors(options: EngineConfig, model: CausalModel, device: torch.device) -> Iterable[tuple[str, torch.Tensor]]:
+    """The weights that a model of these options begins with, to be filled in again."""
+    checkpoint = open_checkpoint(options.model)
+    if options.load_format == "dummy" and is_own(checkpoint.config):
+        return dummy_tensors(checkpoint.config, options.seed, device)
+    return model.tensors(checkpoint)
 
 
 def _refuse_deterministic(options: EngineConfig, what: str) -> None:

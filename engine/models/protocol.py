@@ -33,11 +33,18 @@ class CausalModel(Protocol):
     def decoder(self) -> DecoderModel | None:
         """The same model as one whose layers can be looked into; None where they cannot."""
 
+    @property
+    def weights(self) -> Weights:
+        """Those that it computes with; another object with other weights."""
+
     def new_weights(self) -> Weights:
         """Weights to be filled that the model does not use yet."""
 
     def use(self, weights: Weights) -> None:
         """Computes with these, of its own making and complete, from now on; called between two forward passes."""
+
+    def forget(self) -> None:
+        """Holds no weights from now on, until it is told to use some; nothing is computed meanwhile."""
 
     def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Tensor]]:
         """What a checkpoint holds, to be filled in; raises ModelError if it is not of a model like this one."""

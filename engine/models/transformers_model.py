@@ -8,7 +8,7 @@ model computes from the whole row must be computed per sequence: rotary position
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,34 +46,73 @@ class _GivenOutput(torch.nn.Module):
         return self.output
 
 
+class _Parameters:
+    """The parameters of a module by name, of which some have several names."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self.by_name = parameters
+        self.first: dict[str, str] = {}
+        """The first name of each parameter, by every name that it has."""
+        names: dict[int, str] = {}
+        for name, parameter in parameters.items():
+            self.first[name] = names.setdefault(id(parameter), name)
+        self._like = {name: torch.empty_like(parameters[name], device="meta") for name in names.values()}
+        self._device = next(iter(parameters.values())).device
+
+    def new_values(self) -> dict[str, Tensor]:
+        return {name: torch.empty_like(like, device=self._device) for name, like in self._like.items()}
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Those that the module computes with."""
+        return {name: self.by_name[name].data for name in self._like}
+
+    def use(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.by_name.items():
+            parameter.data = values[self.first[name]]
+
+    def forget(self) -> None:
+        for parameter in self.by_name.values():
+            parameter.data = parameter.data.new_empty(0)
+
+
 class _ModuleWeights:
     """Values for all parameters of a module; one that has several names needs to come under one of them."""
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._names: dict[str, str] = {}
-        """The first name of each parameter, by every name that it has."""
-        first: dict[int, str] = {}
-        for name, parameter in parameters.items():
-            self._names[name] = first.setdefault(id(parameter), name)
-        self._values = {name: torch.empty_like(parameters[name]) for name in first.values()}
-        self._expected = ExpectedTensors({name: tuple(value.shape) for name, value in self._values.items()})
+    def __init__(self, names: Mapping[str, str], values: dict[str, Tensor]) -> None:
+        """``names``: the one of each value, by every name that it has."""
+        self._names, self.values = names, values
+        self._expected = ExpectedTensors({name: tuple(value.shape) for name, value in values.items()})
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._expected.shapes
 
     def fill(self, name: str, rows: Tensor, first_row: int | None = None) -> None:
         name = self._names.get(name, name)
         if self._expected.take(name, rows, first_row):
-            value = self._values[name]
-            if not rows.dim():
-                value.copy_(rows)
+            value = self.values[name]
+            if not value.dim():
+                value.copy_(rows.reshape(()))
                 return
             for row, part in pieces(rows, first_row or 0):
                 value[row : row + len(part)].copy_(part)
 
+    def read(self, name: str, first_row: int, count: int) -> Tensor:
+        name = self._names.get(name, name)
+        self._expected.check_rows(name, first_row, count)
+        value = self.values[name]
+        return value[first_row : first_row + count] if value.dim() else value[None]
+
+    @property
+    def num_missing(self) -> int:
+        return self._expected.num_missing
+
+    def missing(self) -> Sequence[tuple[str, int, int]]:
+        return self._expected.missing()
+
     def check_complete(self) -> None:
         self._expected.check_complete()
-
-    def put_into(self, parameters: Mapping[str, Tensor]) -> None:
-        for name, parameter in parameters.items():
-            parameter.data = self._values[self._names[name]]
 
 
 class TransformersModel:
@@ -88,7 +127,7 @@ class TransformersModel:
         self.kernels = f"transformers-{device.type}"
         self._device = device
         self._name = type(module).__name__
-        self._parameters = dict(module.named_parameters(remove_duplicate=False))
+        self._parameters = _Parameters(dict(module.named_parameters(remove_duplicate=False)))
         self._head = module
         prefix = module.base_model_prefix if hasattr(module, module.base_model_prefix) else "model"
         self._body: Any = getattr(module, prefix, None)
@@ -109,12 +148,19 @@ class TransformersModel:
         """transformers does not show hidden states."""
         return None
 
+    @property
+    def weights(self) -> _ModuleWeights:
+        return _ModuleWeights(self._parameters.first, self._parameters.values)
+
     def new_weights(self) -> _ModuleWeights:
-        return _ModuleWeights(self._parameters)
+        return _ModuleWeights(self._parameters.first, self._parameters.new_values())
 
     def use(self, weights: Weights) -> None:
         assert isinstance(weights, _ModuleWeights)
-        weights.put_into(self._parameters)
+        self._parameters.use(weights.values)
+
+    def forget(self) -> None:
+        self._parameters.forget()
 
     def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Tensor]]:
         if (theirs := checkpoint.config.get("model_type")) != self.shape.model_type:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor, split
+from torch import Tensor
 
 from slipstream.engine.background import breathe
 from slipstream.engine.errors import ModelError
@@ -28,11 +31,25 @@ whole groups of rows."""
 class Weights(Protocol):
     """All weights of a model, which compute nothing before the model uses them."""
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of all tensors that there are, by their Hugging Face names; a number alone counts as [1]."""
+
     def fill(self, name: str, rows: Tensor, first_row: int | None = None) -> None:
         """Copies a tensor, by its Hugging Face name, to its place: all of it, or the rows first_row, first_row + 1, …
 
         May run in another thread than the model. Raises ModelError for a name or a size that the model does not have.
         """
+
+    def read(self, name: str, first_row: int, count: int) -> Tensor:
+        """Rows first_row, first_row + 1, … of a tensor as they are computed with, in some number format."""
+
+    @property
+    def num_missing(self) -> int:
+        """How many tensors have rows that have not come."""
+
+    def missing(self) -> Sequence[tuple[str, int, int]]:
+        """What has not come: name, first row and number of rows, as long as rows follow each other."""
 
     def check_complete(self) -> None:
         """Raises ModelError where rows have not come."""
@@ -47,15 +64,47 @@ def load(model: CausalModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
     model.use(weights)
 
 
+def row_pieces(shape: tuple[int, ...], first_row: int = 0) -> Iterator[tuple[int, int]]:
+    """First row and number of rows of parts of a tensor that are laid out in about a millisecond each."""
+    size = max(PIECE_ELEMS // max(math.prod(shape[1:]), 1) // PIECE_ROWS, 1) * PIECE_ROWS
+    for first in range(0, shape[0], size):
+        yield first_row + first, min(size, shape[0] - first)
+
+
+def copy_missing(weights: Weights, source: Weights) -> None:
+    """Gives weights what has not come, as another set of weights of the same model has it."""
+    for name, first, count in weights.missing():
+        for row, some in row_pieces((count, *weights.shapes[name][1:]), first):
+            breathe()
+            weights.fill(name, source.read(name, row, some), row)
+
+
+def checksums(weights: Weights, dtype: str, names: Collection[str] | None = None) -> dict[str, str]:
+    """SHA-256 of tensors by name: of their numbers in this format, row by row, each of them little-endian.
+
+    Of all tensors, or of those with these names that there are.
+    """
+    found = {}
+    for name, shape in weights.shapes.items():
+        if names is not None and name not in names:
+            continue
+        digest = hashlib.sha256()
+        for first, count in row_pieces(shape):
+            breathe()
+            rows = weights.read(name, first, count).to("cpu", getattr(torch, dtype)).contiguous()
+            digest.update(rows.view(torch.uint8).numpy().data)
+        found[name] = digest.hexdigest()
+    return found
+
+
 def pieces(rows: Tensor, first_row: int = 0) -> Iterator[tuple[int, Tensor]]:
     """Parts of a tensor with the first row of each; in the background, steps go on between them."""
     if rows.dim() < 2:
         yield first_row, rows
         return
-    size = max(PIECE_ELEMS // max(rows[0].numel(), 1) // PIECE_ROWS, 1) * PIECE_ROWS
-    for number, part in enumerate(split(rows, size)):
+    for first, count in row_pieces(tuple(rows.shape), first_row):
         breathe()
-        yield first_row + number * size, part
+        yield first, rows[first - first_row : first - first_row + count]
 
 
 def is_buffer(name: str) -> bool:
@@ -69,15 +118,15 @@ class ExpectedTensors:
     """
 
     def __init__(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        self._expected = {name: size or (1,) for name, size in expected.items()}
+        self.shapes = {name: size or (1,) for name, size in expected.items()}
         self._missing: dict[str, NDArray[np.bool_]] = {
-            name: np.ones(size[:1], np.bool_) for name, size in self._expected.items()
+            name: np.ones(size[:1], np.bool_) for name, size in self.shapes.items()
         }
         """Rows that have not come, of tensors that are not complete."""
 
     def take(self, name: str, rows: Tensor, first_row: int | None = None) -> bool:
         """True when the model has this parameter; raises ModelError on a wrong shape or an unknown name."""
-        size = self._expected.get(name)
+        size = self.shapes.get(name)
         if size is None:
             # A tied head is stored by some although it repeats the embedding.
             if is_buffer(name) or name == "lm_head.weight":
@@ -95,6 +144,26 @@ class ExpectedTensors:
             if not missing.any():
                 del self._missing[name]
         return True
+
+    def check_rows(self, name: str, first_row: int, count: int) -> None:
+        """Raises ModelError unless there is such a tensor with these rows."""
+        size = self.shapes.get(name)
+        if size is None:
+            raise ModelError(f"the model has no tensor {name!r}")
+        if not 0 <= first_row <= first_row + count <= size[0]:
+            raise ModelError(f"tensor {name!r} has {size[0]} rows, not {count} from row {first_row} on")
+
+    @property
+    def num_missing(self) -> int:
+        return len(self._missing)
+
+    def missing(self) -> list[tuple[str, int, int]]:
+        """Name, first row and number of the rows that have not come, as long as they follow each other."""
+        found = []
+        for name, rows in self._missing.items():
+            borders = np.flatnonzero(np.diff(rows, prepend=False, append=False))
+            found += [(name, int(first), int(end - first)) for first, end in borders.reshape(-1, 2)]
+        return found
 
     def check_complete(self) -> None:
         if self._missing:

@@ -31,6 +31,7 @@ from slipstream.engine.runner.speculator import Speculator
 from slipstream.engine.speculation.protocol import Computed, DraftHost
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.kernels.batch import Int32, make_batch
+from slipstream.kernels.kv_cache import PagedKVCache
 
 PROMPT_LOGPROB_ROWS = 64
 """Prompt positions whose logits are held at once; a row is the size of the vocabulary."""
@@ -142,6 +143,11 @@ class ModelRunner:
         hidden = self.model.forward(batch, self.cache).hidden
         self.model.logits(hidden, batch.q_start[1:] - 1).argmax(-1).tolist()
         return time.perf_counter() - began
+
+    @property
+    def caches(self) -> list[PagedKVCache]:
+        """The model's keys and values, and those of drafters."""
+        return [self.cache, *(cache for drafter in self.speculator.drafters for cache in drafter.caches)]
 
     def reset(self) -> None:
         """Forgets all rows: a step failed, and nobody knows what it left. Raises where the device is lost too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -228,6 +228,10 @@ class Speculator:
         """What a step computed, as far as it is right."""
         for drafter in self._watching:
             self._show(drafter, [entry for entry in entries if drafter.name in entry.row.drafters])
+
+    @property
+    def drafters(self) -> Collection[Drafter]:
+        return self._drafters.values()
 
     @property
     def names(self) -> list[str]:

@@ -21,6 +21,7 @@ from slipstream.engine.scheduling.plan_builder import PlanBuilder
 from slipstream.engine.scheduling.prompts import plan_prompts
 from slipstream.engine.scheduling.queue_order import QueueOrder
 from slipstream.engine.scheduling.request import Request, check_rows
+from slipstream.engine.scheduling.standstill import Standstill
 from slipstream.engine.scheduling.step_cost import StepCost
 from slipstream.engine.speculation.protocol import DraftNeeds
 
@@ -48,7 +49,7 @@ class Scheduler:
         self.target_version = 0
         self._weights = 0
         """How often the target's weights have changed."""
-        self._pause: PauseMode | None = None
+        self.standstill = Standstill()
         self._listeners = listeners
         self._config = config
         self._max_model_len = max_model_len
@@ -118,26 +119,25 @@ class Scheduler:
 
     def pause(self, mode: PauseMode) -> None:
         """See PauseMode; called with no step under way."""
-        self._interrupt(mode)
-        self._pause = mode
+        self.interrupt(mode)
+        self.standstill.pause = mode
 
     def resume(self) -> None:
-        self._pause = None
+        self.standstill.pause = None
 
     @property
     def is_still(self) -> bool:
-        """Whether a pause lasts in which nothing goes on to its end any more."""
-        begun = self._pause == "wait" and any(request.has_begun for request in self._requests.values())
-        return self._pause is not None and not begun
+        """Whether a pause or a sleep lasts in which nothing goes on to its end any more."""
+        return self.standstill.holds(self._requests.values())
 
     def use_target(self, version: int, mode: UpdateMode) -> None:
         """The target computes with other weights from now on; called with no step under way."""
-        self._interrupt(mode)
+        self.interrupt(mode)
         self.target_version = version
         self._weights += 1
         self.kv.reset()
 
-    def _interrupt(self, mode: PauseMode | UpdateMode) -> None:
+    def interrupt(self, mode: PauseMode | UpdateMode) -> None:
         """What becomes of open requests at once; those that the mode keeps stay as they are."""
         if mode == "abort":
             self.abort(list(self._requests))
@@ -234,7 +234,9 @@ class Scheduler:
             preemptions=self._preemptions,
             speculation_steps=dict(self._draft_planner.reasons),
             target_version=self.target_version,
-            is_paused=self._pause is not None,
+            is_paused=self.standstill.pause is not None,
+            is_still=self.is_still,
+            released=self.standstill.released,
             **step,
         )
 
@@ -260,7 +262,7 @@ class Scheduler:
         for request in list(self._waiting):
             if request.in_flight:
                 continue  # preempted with tokens under way, which will come with the next commit
-            if request.is_held or (self._pause and not request.has_begun):
+            if request.is_held or (self.standstill.pause and not request.has_begun):
                 continue
             request.take_root(self._weights)
             if not self._wants_prompt_work(request):

@@ -19,6 +19,7 @@ from slipstream.engine.messages import TrafficLevel
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.speculation.scratch import Scratch
+from slipstream.kernels.kv_cache import PagedKVCache
 
 
 @dataclass(slots=True)
@@ -166,6 +167,15 @@ class Drafter(ABC):
         was computed with the old ones costs acceptance only.
         """
         return lambda: None
+
+    def forget_target(self) -> None:
+        """The target's weights are gone; others follow, before anything is drafted (``prepare_target``)."""
+        return
+
+    @property
+    def caches(self) -> Sequence[PagedKVCache]:
+        """Its own keys and values. What they hold may be lost between two steps, which costs acceptance only."""
+        return ()
 
     def observe(self, computed: Sequence[Computed]) -> None:
         """What the target computed in a step; only called for drafters with taps."""

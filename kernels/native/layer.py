@@ -64,6 +64,13 @@ class NativeLayer:
             weight, first, stride = self._places[module]
             (weight.fill_bias if kind == "bias" else weight.fill)(rows, first_row, first, stride)
 
+    def read(self, name: str, rows: Tensor) -> Tensor:
+        *_, module, kind = name.split(".")
+        if module in self._norms:
+            return self._norms[module][rows]
+        weight, first, stride = self._places[module]
+        return (weight.biases if kind == "bias" else weight.rows)(rows, first, stride)
+
     def describe(self, c: CLayer, window: int) -> None:
         """Fills in the C struct but for the cache."""
         c.qkv, c.out, c.gate_up, c.down = self.qkv.c, self.out.c, self.gate_up.c, self.down.c

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -52,7 +53,8 @@ class NativeStack:
         )
         # Whoever owns the memory that the struct points to.
         self._weights: tuple[PackedWeight, Sequence[LayerWeights], Tensor | None, PackedWeight]
-        self._cache = torch.empty(0)
+        self._cache: weakref.ref[Tensor] | None = None
+        """Memory of the cache that the struct points to; not kept from being released."""
         self._taps: tuple[int, ...] = ()
         self._c_taps = torch.empty(0, dtype=torch.int32)
         self._workspace = torch.empty(0, dtype=torch.uint8)
@@ -66,6 +68,9 @@ class NativeStack:
         assert isinstance(embedding, PackedWeight) and isinstance(output, PackedWeight)
         self._c.embed, self._c.lm_head, self._c.final_norm = embedding.c, output.c, address(norm)
         self._weights = embedding, layers, norm, output
+
+    def forget(self) -> None:
+        del self._weights
 
     def forward(
         self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()
@@ -108,10 +113,10 @@ class NativeStack:
     def _bind(self, cache: PagedKVCache) -> None:
         assert isinstance(cache, NativeKVCache)
         memory = cache.layers
-        if memory is not self._cache:
+        if self._cache is None or memory is not self._cache():
             for c, (keys, values) in zip(self._c_layers, memory, strict=True):
                 c.k_cache, c.v_cache = address(keys), address(values)
-            self._cache = memory
+            self._cache = weakref.ref(memory)
 
 
 class NativeCompute(Compute):

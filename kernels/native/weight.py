@@ -23,8 +23,8 @@ def panels_elems(n: int, k: int) -> int:
 class PackedWeight:
     """A ``Weight`` that is kept as panels only.
 
-    It may hold several matrices whose panels take turns: ``fill`` and ``fill_bias`` of one of them are told its first
-    panel, and how many panels further the next one is.
+    It may hold several matrices whose panels take turns: filling and reading one of them takes its first panel, and how
+    many panels further the next one is.
     """
 
     def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool = False, memory: Tensor | None = None) -> None:
@@ -67,19 +67,23 @@ class PackedWeight:
     def _fill_apart(self, rows: Tensor, first_row: int, first_panel: int, stride: int) -> None:
         """Rows that are no whole panel."""
         if len(rows):
-            panel, lane = _places(len(rows), first_row, first_panel, stride)
+            panel, lane = _places(torch.arange(first_row, first_row + len(rows)), first_panel, stride)
             pairs = rows.to(self.panels.dtype).reshape(len(rows), -1, self.panels.shape[-1])
             self.panels[panel // GROUP, :, panel % GROUP, lane] = pairs
 
     def fill_bias(self, values: Tensor, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
         assert self.bias is not None
-        panel, lane = _places(len(values), first_row, first_panel, stride)
+        panel, lane = _places(torch.arange(first_row, first_row + len(values)), first_panel, stride)
         self.bias.view(-1, PANEL)[panel, lane] = values.float()
 
-    def rows(self, indices: Tensor) -> Tensor:
+    def rows(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor:
         """Rows of the matrix in float32."""
-        at = indices.long()
-        return self.panels[at // COLUMNS, :, at % COLUMNS // PANEL, at % PANEL].reshape(len(at), -1).float()
+        panel, lane = _places(indices.long(), first_panel, stride)
+        return self.panels[panel // GROUP, :, panel % GROUP, lane].reshape(len(panel), -1).float()
+
+    def biases(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor:
+        assert self.bias is not None
+        return self.bias.view(-1, PANEL)[_places(indices.long(), first_panel, stride)]
 
     @property
     def c(self) -> CLinear:
@@ -97,7 +101,6 @@ class PackedWeight:
         return out
 
 
-def _places(count: int, first_row: int, first_panel: int, stride: int) -> tuple[Tensor, Tensor]:
-    """Panel, and lane in it, of ``count`` rows from the first one on."""
-    row = torch.arange(first_row, first_row + count)
+def _places(row: Tensor, first_panel: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Panel, and lane in it, of rows."""
     return first_panel + stride * (row // PANEL), row % PANEL

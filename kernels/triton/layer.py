@@ -54,3 +54,10 @@ class FusedLayer:
             return
         weight, place = self._places[module]
         (weight.fill_bias if kind == "bias" else weight.fill)(rows, place + first_row)
+
+    def read(self, name: str, rows: Tensor) -> Tensor:
+        *_, module, kind = name.split(".")
+        if module in self._norms:
+            return self._norms[module][rows]
+        weight, place = self._places[module]
+        return (weight.biases if kind == "bias" else weight.rows)(place + rows)

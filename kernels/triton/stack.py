@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -78,8 +79,8 @@ class TritonStack:
         self._staging = Staging(device)
         self._mirrors: OrderedDict[int, TableMirror] = OrderedDict()
         self._rooms: dict[int, _Room] = {}
-        self._recorded_for: Tensor | None = None
-        """Memory of the cache that graphs were recorded for."""
+        self._recorded_for: weakref.ref[Tensor] | None = None
+        """Memory of the cache that graphs were recorded for; not kept from being released."""
         self._layers: list[FusedLayer] = []
         self._rotations: list[Rotation] = []
         self._norm: Tensor | None = None
@@ -96,13 +97,18 @@ class TritonStack:
         self._embedding, self._norm, self._output = embedding, norm, output
         self._graphs.forget(self)
 
+    def forget(self) -> None:
+        self._layers, self._rotations, self._norm = [], [], None
+        del self._embedding, self._output
+        self._graphs.forget(self)
+
     def forward(
         self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()
     ) -> Forward:
         assert isinstance(cache, TritonKVCache)
-        if cache.memory is not self._recorded_for:
+        if self._recorded_for is None or cache.memory is not self._recorded_for():
             self._graphs.forget(self)
-            self._recorded_for = cache.memory
+            self._recorded_for = weakref.ref(cache.memory)
         mirror = self._mirror(batch.block_tables)
         changes = mirror.changes(batch)
         longest, tokens = int(batch.kv_len.max(initial=1)), batch.num_tokens

@@ -39,7 +39,9 @@ async def status(service: Service) -> dict[str, Any]:
         "kernels": ready.kernels,
         "target_lineage": service.engine_config.target_lineage,
         "target_version": stats.target_version,
+        "weight_version": service.control.weight_version,
         "paused": stats.is_paused,
+        "released": stats.released,
         "max_model_len": ready.max_model_len,
         "speculation": service.engine_config.speculation,
     }

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from slipstream.engine.errors import ConfigError, EngineDiedError, ModelError, SlipstreamError, SupersededError
-from slipstream.engine.operations import (
-    Answer,
-    BeginTargetUpdate,
-    CancelTargetUpdate,
-    FillTarget,
-    FinishTargetUpdate,
-    Operation,
-    Pause,
-    ReadTarget,
-    Resume,
-)
 from slipstream.server.admin import answers
 from slipstream.server.admin.asked import body_of, only
 from slipstream.server.admin.schema import BeginBody, EmptyBody, PauseBody, ReadBody, UpdateBody
 from slipstream.server.body import read_body
 from slipstream.server.description import describe
-from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError
+from slipstream.server.errors import InvalidRequestError
 from slipstream.server.json_response import JSONBody
 from slipstream.server.service import Service
 
@@ -37,72 +24,61 @@ FIRST_ROWS = "first_rows"
 
 def target_router(service: Service) -> APIRouter:
     router = APIRouter(default_response_class=Response, prefix="/admin/v1")
+    control = service.control
 
-    async def update(operation: Operation[Any], version: int) -> Response:
-        await operate(service, operation)
+    def update(version: int) -> Response:
         return JSONBody({"version": version})
 
     @router.post("/pause", openapi_extra=describe(answers.Paused, 503, bodies=[PauseBody], body_required=False))
     async def pause(request: Request) -> Response:
         """Let no request begin, and none go on but as the mode says, until it is resumed."""
-        await operate(service, Pause((await body_of(service, request, PauseBody)).mode))
+        await control.pause((await body_of(service, request, PauseBody)).mode)
         return JSONBody({"paused": True})
 
     @router.post("/resume", openapi_extra=describe(answers.Paused, 503, bodies=[EmptyBody], body_required=False))
     async def resume(request: Request) -> Response:
         """End a pause."""
         await body_of(service, request, EmptyBody)
-        await operate(service, Resume())
+        await control.resume()
         return JSONBody({"paused": False})
 
     @router.post("/target/begin", openapi_extra=describe(answers.Update, 503, bodies=[BeginBody]))
     async def begin(request: Request) -> Response:
         """Begin an update of the model's weights."""
         asked = await body_of(service, request, BeginBody)
-        return await update(BeginTargetUpdate(asked.version, asked.mode), asked.version)
+        await control.begin_update(str(asked.version), asked.mode)
+        return update(asked.version)
 
     @router.post("/target/fill", openapi_extra=describe(answers.Update, 409, 503, raw_body=TENSORS))
     async def fill(request: Request) -> Response:
         """Send tensors of an update, or rows of them, as a safetensors file."""
         version = version_of(request)
         data = await read_body(request, service.config.max_body_bytes, media_type=TENSORS)
-        return await update(FillTarget(version, data, first_rows(data)), version)
+        await control.fill(str(version), data, first_rows(data))
+        return update(version)
 
     @router.post("/target/read", openapi_extra=describe(answers.Update, 409, 503, bodies=[ReadBody]))
     async def read(request: Request) -> Response:
         """Have the server read tensors of an update from its files."""
         asked = await body_of(service, request, ReadBody)
-        return await update(ReadTarget(asked.version, asked.path), asked.version)
+        await control.read(str(asked.version), asked.path)
+        return update(asked.version)
 
     @router.post("/target/finish", openapi_extra=describe(answers.Updated, 409, 503, bodies=[UpdateBody]))
     async def finish(request: Request) -> Response:
         """Serve with the new weights, all of them, from now on."""
         asked = await body_of(service, request, UpdateBody)
-        report = await operate(service, FinishTargetUpdate(asked.version))
-        return JSONBody(msgspec.structs.asdict(report))
+        report = await control.finish_update(str(asked.version))
+        return JSONBody(msgspec.structs.asdict(report) | {"version": asked.version})
 
     @router.post("/target/cancel", openapi_extra=describe(answers.Update, 503, bodies=[UpdateBody]))
     async def cancel(request: Request) -> Response:
         """Give an update up; the old weights go on serving."""
         asked = await body_of(service, request, UpdateBody)
-        return await update(CancelTargetUpdate(asked.version), asked.version)
+        await control.cancel_update(str(asked.version))
+        return update(asked.version)
 
     return router
-
-
-async def operate(service: Service, operation: Operation[Answer]) -> Answer:
-    """The engine's answer; its errors become those of HTTP."""
-    service.require_ready()
-    try:
-        return await service.engine.call(operation)
-    except SupersededError as error:
-        raise ConflictError(str(error), code="superseded") from None
-    except (ModelError, ConfigError) as error:
-        raise InvalidRequestError(str(error)) from None
-    except EngineDiedError as error:
-        raise service.engine_gone(str(error)) from None
-    except SlipstreamError as error:
-        raise ApiError(str(error)) from None
 
 
 def version_of(request: Request) -> int:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -15,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from slipstream.drafter.choice import make_drafters
@@ -24,7 +21,6 @@ from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
 from slipstream.drafter.registry.fingerprint import served_fingerprint
 from slipstream.drafter.registry.manifest import Training
 from slipstream.drafter.registry.registry import Registry
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SupersededError
 from slipstream.engine.messages import SamplingParams
@@ -42,36 +38,17 @@ from slipstream.engine.operations import (
     UpdateMode,
 )
 from slipstream.engine.speculation.protocol import Drafter
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
 
 Tensors = dict[str, Tensor]
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-}
+CONFIG = POLICY
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 PROMPTS = [[1, 2, 3], list(range(20)), [7] * 40]
 MODES = get_args(UpdateMode)
 
 
-def policy(seed: int, config: dict[str, Any] = CONFIG) -> Tensors:
-    """Large weights, so that the next token depends on those before it, and on the seed."""
-    return {name: tensor * (10 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(config, seed)}
-
-
 def write(folder: Path, seed: int, config: dict[str, Any] = CONFIG) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(policy(seed, config), folder / "model.safetensors")
-    return folder
+    return write_policy(folder, policy(seed, config), config)
 
 
 @pytest.fixture(scope="module")
@@ -105,19 +82,9 @@ def local(folders: list[Path]) -> Iterator[LocalEngine]:
     local.close()
 
 
-def wait(local: LocalEngine, done: Future[Any]) -> Any:
-    while not done.done():
-        if local.engine.core.has_work:
-            local.step()
-        else:
-            local.engine.poll()
-            time.sleep(0.001)  # the background has the interpreter meanwhile
-    return done.result()
-
-
 def tell(local: LocalEngine, *operations: Operation[Any]) -> Any:
     """The answer to the last one."""
-    return [wait(local, local.engine.operate(operation)) for operation in operations][-1]
+    return local.operate(*operations)
 
 
 def buckets(tensors: Tensors, rng: Random) -> list[tuple[bytes, dict[str, int]]]:
@@ -342,8 +309,8 @@ def test_cancelling_while_it_is_finished_leaves_the_old_weights(local: LocalEngi
     finishing = local.engine.operate(FinishTargetUpdate(1))
     cancelled = local.engine.operate(CancelTargetUpdate(1))
     with pytest.raises((SupersededError, ModelError), match="cancelled"):
-        wait(local, finishing)
-    wait(local, cancelled)
+        local.wait(finishing)
+    local.wait(cancelled)
     assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(0)
 
 

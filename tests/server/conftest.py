@@ -278,6 +278,7 @@ class LocalServer(Client):
 
     def __init__(self, thread: ServerThread) -> None:
         self._thread = thread.start()
+        self.service = thread.service
         super().__init__(int(thread.url.rpartition(":")[2]), thread.log)
 
     @property
@@ -305,9 +306,12 @@ class LocalServer(Client):
                 go_on.set()
                 done.result(PATIENCE_S)
 
+    def run(self, coroutine: Any) -> Any:
+        """What it returns in the server's event loop."""
+        return self._thread.submit(coroutine).result(PATIENCE_S)
+
     def operate(self, operation: Operation[Any]) -> Any:
-        """What the engine answers."""
-        return self._thread.submit(self._thread.service.engine.call(operation)).result(PATIENCE_S)
+        return self.run(self.service.engine.call(operation))
 
     def stop(self) -> int:
         return self._thread.stop()

@@ -1,0 +1,87 @@
+"""LoRA updates of the target: low-rank matrices that come instead of weights, and are added to these."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.engine.background import breathe
+from slipstream.engine.errors import ModelError
+from slipstream.engine.models.weights import Weights, row_pieces
+
+PREFIX = "base_model.model."
+"""Before the model's own names in what PEFT writes."""
+MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(\.[\w-]+)?\.weight")
+UNSUPPORTED = re.compile(r"\.(lora_(embedding_[AB]|magnitude_vector|[AB]\.bias))")
+
+
+def plain_name(name: str) -> str:
+    """The model's own name of a tensor that PEFT has written, or the trainer of its model."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def scale_of(config: Mapping[str, Any], path: Path) -> float:
+    """What the product of the matrices is multiplied with, from PEFT's configuration.
+
+    Raises ModelError for what cannot be merged.
+    """
+    for name in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication"):
+        if config.get(name):
+            raise ModelError(f"{path}: a LoRA with {name} is not supported")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise ModelError(f"{path} has no usable r and lora_alpha")
+    return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else rank)
+
+
+class Lora:
+    """The matrices of one update, by the weights that they change."""
+
+    def __init__(self) -> None:
+        self._matrices: dict[str, dict[str, Tensor]] = {}
+        self.scale: float | None = None
+        """What their product is multiplied with, once it is known."""
+
+    def __bool__(self) -> bool:
+        return bool(self._matrices)
+
+    def take(self, name: str, tensor: Tensor) -> bool:
+        """Keeps a copy of it; False if it is none of a LoRA's matrices."""
+        if UNSUPPORTED.search(name):
+            raise ModelError(f"{name!r} belongs to a kind of LoRA that is not supported")
+        found = MATRIX.fullmatch(name)
+        if found is None:
+            return False
+        if tensor.dim() != 2:
+            raise ModelError(f"{name!r} has shape {list(tensor.shape)}, which is no matrix of a LoRA")
+        matrix = tensor.detach().to("cpu", torch.float32, copy=True)
+        self._matrices.setdefault(found["module"] + ".weight", {})[found["which"]] = matrix
+        return True
+
+    def merged(self, base: Weights, scale: float | None) -> Iterator[tuple[str, Tensor, int]]:
+        """Rows of the weights that it changes, with the name of each and its first row.
+
+        Raises ModelError for a matrix that fits no weight, or has no other half.
+        """
+        scale = self.scale if scale is None else scale
+        if scale is None:
+            raise ModelError("nobody has told what the LoRA is to be multiplied with (lora_scale: lora_alpha / r)")
+        for name, pair in self._matrices.items():
+            if len(pair) != 2:
+                raise ModelError(f"of the LoRA for {name!r} only the matrix {'or'.join(pair)} has come")
+            down, up = pair["A"], pair["B"]
+            shape = base.shapes.get(name)
+            if shape != (len(up), down.shape[1]) or up.shape[1] != len(down):
+                raise ModelError(
+                    f"the LoRA for {name!r} has the shapes {list(up.shape)} times {list(down.shape)}, and that is "
+                    f"{'no weight of this model' if shape is None else list(shape)}"
+                )
+            for first, count in row_pieces(shape):
+                breathe()
+                rows = base.read(name, first, count).to("cpu", torch.float32)
+                yield name, rows + scale * (up[first : first + count] @ down), first

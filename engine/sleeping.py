@@ -1,0 +1,116 @@
+"""An engine that sleeps: memory that it gives back to the system for a while, and takes again."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.engine.background import Background
+from slipstream.engine.models.protocol import CausalModel
+from slipstream.engine.models.weights import Weights, row_pieces
+from slipstream.engine.operations import MemoryTag, ReleaseMemory, ResumeMemory
+from slipstream.engine.runner.runner import ModelRunner
+from slipstream.engine.scheduling.scheduler import Scheduler
+from slipstream.engine.target_update import PrepareUse, TargetUpdates
+
+Tensors = Iterable[tuple[str, Tensor]]
+
+
+class Sleeper:
+    """Gives memory of the cache and of the weights back, and takes it again, in the order in which it is told to.
+
+    Drafters keep their weights and their versions; their keys and values go with those of the model.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        targets: TargetUpdates,
+        background: Background,
+        prepare_use: PrepareUse,
+        files: Callable[[], Tensors],
+    ) -> None:
+        """``files`` reads the weights that the engine began with."""
+        self._runner, self._scheduler, self._targets = runner, scheduler, targets
+        self._background, self._prepare_use, self._files = background, prepare_use, files
+        self._model: CausalModel = runner.model
+        self._kept: list[tuple[str, Tensor]] | None = None
+        """Weights of a GPU, in the memory of the host."""
+
+    def release(self, asked: ReleaseMemory) -> Future[Any]:
+        # After what is being prepared for the weights that there are now.
+        return self._background.start(lambda: lambda: self._release(asked))
+
+    def resume(self, asked: ResumeMemory) -> Future[Any]:
+        return self._background.start(lambda: self._prepare(asked))
+
+    def _release(self, asked: ReleaseMemory) -> None:
+        standstill = self._scheduler.standstill
+        tags = [tag for tag in asked.tags if tag not in standstill.released]
+        self._scheduler.interrupt("abort" if asked.abort else "recompute" if "kv_cache" in tags else "keep")
+        standstill.released = tuple(sorted({*standstill.released, *tags}))
+        if "kv_cache" in tags:
+            self._scheduler.kv.reset()
+            for cache in self._runner.caches:
+                cache.release()
+        if "weights" in tags:
+            self._release_weights(asked.keep_weights)
+        give_back()
+
+    def _release_weights(self, keep: bool) -> None:
+        on_host = self._runner.cache.device.type == "cpu"
+        if keep and on_host:
+            return  # they lie where they would be kept
+        self._kept = list(_copies(self._model.weights)) if keep else None
+        self._targets.discard()
+        for drafter in self._runner.speculator.drafters:
+            drafter.forget_target()
+
+    def _prepare(self, asked: ResumeMemory) -> Callable[[], None]:
+        if "weights" not in asked.tags or self._targets.has_weights:
+            return lambda: self._resume(asked.tags)
+        weights, kept = self._model.new_weights(), self._kept
+        for name, tensor in self._files() if kept is None else kept:
+            weights.fill(name, tensor)
+        weights.check_complete()
+        follow = self._prepare_use(weights)
+        version = 0 if kept is None else self._scheduler.target_version
+
+        def land() -> None:
+            if not self._targets.has_weights:  # else an update was finished meanwhile
+                self._targets.use(weights, version, "recompute", follow)
+            self._resume(asked.tags)
+
+        return land
+
+    def _resume(self, tags: tuple[MemoryTag, ...]) -> None:
+        standstill = self._scheduler.standstill
+        if "kv_cache" in tags and "kv_cache" in standstill.released:
+            for cache in self._runner.caches:
+                cache.restore()
+        if "weights" in tags:
+            self._kept = None
+        standstill.released = tuple(tag for tag in standstill.released if tag not in tags)
+
+
+def _copies(weights: Weights) -> Iterable[tuple[str, Tensor]]:
+    for name, shape in weights.shapes.items():
+        parts = [weights.read(name, first, count).cpu() for first, count in row_pieces(shape)]
+        yield name, torch.cat(parts)
+
+
+def give_back() -> None:
+    """Has the allocators give memory that is free to the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # what is not glibc keeps less of what is free, or has no such call
+        ctypes.CDLL(None).malloc_trim(0)

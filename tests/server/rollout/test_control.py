@@ -1,0 +1,326 @@
+"""The control of a server by a trainer, over a real engine: versions of tokens, answers that are cut short, sleep."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from safetensors.torch import save
+from torch import Tensor
+
+from slipstream.engine.checkpoint import open_checkpoint
+from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.messages import NewRequest, SamplingParams
+from slipstream.engine.operations import PauseMode
+from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError
+from slipstream.server.generation import Generation, OutputOptions, Sequence, WeightSpan
+from slipstream.server.rollout.control import Control
+
+LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "ignore_eos": True, "logprobs": 2, "temperature": 0}
+LONG |= {"speculation": {"mode": "off"}}
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> Callable[[int], dict[str, Tensor]]:
+    config = open_checkpoint(tiny_model).config
+    return lambda seed: dict(dummy_tensors(config, seed))
+
+
+@pytest.fixture(scope="module")
+def serving(start_local: Callable[..., Any]) -> Any:
+    return start_local(max_body_bytes=64 << 20)
+
+
+@pytest.fixture
+def server(serving: Any, tiny_model: Path) -> Iterator[Any]:
+    """With the weights of its files, awake, and with nothing to do before and after."""
+    yield serving
+    control = serving.service.control
+    serving.run(control.resume_memory())
+    serving.run(control.resume())
+    if control.weight_version != "files":
+        serving.run(control.update_from_disk(str(tiny_model), "files"))
+    serving.wait_until_idle()
+
+
+@pytest.fixture
+def control(server: Any) -> Control:
+    found: Control = server.service.control
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(serving: Any, tiny_model: Path) -> Any:
+    """What the long request gets if nobody disturbs it, as far as anybody lets it go."""
+    serving.run(serving.service.control.update_from_disk(str(tiny_model), "files"))
+    return serving.complete(LONG["prompt"], **{**LONG, "max_tokens": 1500, "prompt": LONG["prompt"]})["choices"][0]
+
+
+def wait_for_tokens(server: Any, count: int) -> None:
+    began = server.service.engine.stats.generation_tokens
+    server.wait_until(lambda: server.service.engine.stats.generation_tokens >= began + count)
+
+
+# Answers that are cut short ------------------------------------------------------------------------------------------
+
+Way = Callable[[Any, Any], None]
+
+
+def by_id(server: Any, policy: Any) -> None:
+    server.wait_until(lambda: "rollout-1" in server.service.control.open_requests)
+    assert server.run(server.service.control.abort(["rollout-1", "unknown"])) >= 1
+
+
+def by_the_answers_id(server: Any, policy: Any) -> None:
+    names = server.wait_until(lambda: [n for n in server.service.control.open_requests if n.startswith("cmpl-")])
+    assert server.run(server.service.control.abort(names)) >= 1
+
+
+def all_of_them(server: Any, policy: Any) -> None:
+    assert server.run(server.service.control.abort()) >= 1
+
+
+def a_pause(server: Any, policy: Any) -> None:
+    server.run(server.service.control.pause("abort"))
+
+
+def an_update(server: Any, policy: Any) -> None:
+    server.run(server.service.control.update_from_tensors(save(policy(1)), "other", "abort"))
+
+
+def sleep(server: Any, policy: Any) -> None:
+    server.run(server.service.control.release_memory())
+
+
+WAYS: list[Way] = [by_id, by_the_answers_id, all_of_them, a_pause, an_update, sleep]
+
+
+def check_cut(found: Any, whole: Any, text: str) -> None:
+    """All of it is the beginning of the whole answer: tokens, their log-probabilities, and the text."""
+    logprobs = found["logprobs"]
+    count = len(logprobs["tokens"])
+    assert found["finish_reason"] == "abort" and count > 0
+    assert text and whole["text"].startswith(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert logprobs[name] == whole["logprobs"][name][:count], name
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_aborted_answer_has_all_its_tokens(server: Any, policy: Any, whole: Any, way: Way, stream: bool) -> None:
+    def ask() -> tuple[int, bytes]:
+        body = json.dumps({**LONG, "n": 2, "stream": stream}).encode()
+        headers = {"content-type": "application/json", "x-request-id": "rollout-1"}
+        status, _, reply = server.request("POST", "/v1/completions", body, headers)
+        return status, reply
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        wait_for_tokens(server, 60)
+        way(server, policy)
+        status, reply = asked.result(60)
+    assert status == 200, reply
+    if not stream:
+        choices = json.loads(reply)["choices"]
+        for choice in choices:
+            check_cut(choice, whole, choice["text"])
+        return
+    events = [json.loads(event.removeprefix("data: ")) for event in reply.decode().split("\n\n")[:-2]]
+    for index in range(2):
+        parts = [choice for event in events for choice in event["choices"] if choice["index"] == index]
+        names = ("tokens", "token_logprobs", "text_offset")
+        joined = {name: [each for part in parts for each in (part["logprobs"] or {}).get(name, [])] for name in names}
+        text = "".join(part["text"] for part in parts)
+        check_cut({"finish_reason": parts[-1]["finish_reason"], "logprobs": joined}, whole, text)
+    assert server.service.control.open_requests == set()
+
+
+def test_nothing_that_nobody_asked_for_is_aborted(server: Any, control: Control) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.complete, "Hello", max_tokens=200, ignore_eos=True)
+        server.wait_until(lambda: control.open_requests)
+        assert server.run(control.abort(["other"])) == 0
+        assert asked.result(60)["choices"][0]["finish_reason"] == "length"
+
+
+# Versions ------------------------------------------------------------------------------------------------------------
+
+
+async def generate(server: Any, prompt: list[int], tokens: int, at: int, interrupt: Callable[[], Any]) -> Sequence:
+    """A sequence, whose answer is interrupted once it has so many tokens."""
+    service = server.service
+    params = SamplingParams(max_tokens=tokens, temperature=0.0)
+    request = NewRequest(request_id=service.engine.next_request_id(), prompt=prompt, params=params)
+    sequence = Sequence(0, request, OutputOptions(), service)
+    interrupted = False
+    with Generation(service, "test", time.monotonic(), [sequence], 1) as generation:
+        while not generation.finished:
+            await generation.next()
+            if sequence.num_tokens >= at and not interrupted:
+                interrupted = True
+                await interrupt()
+    return sequence
+
+
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
+def test_an_update_in_a_pause_makes_two_spans(server: Any, control: Control, policy: Any, mode: PauseMode) -> None:
+    async def interrupt() -> None:
+        await control.pause(mode)
+        await asyncio.sleep(0.05)
+        await control.update_from_tensors(save(policy(1)), "v9")
+        assert control.weight_version == "v9"
+        await control.resume()
+
+    before = control.weight_version
+    sequence = server.run(generate(server, [1, 2, 3], 400, 20, interrupt))
+    first, second = sequence.weight_spans
+    assert first == WeightSpan(0, before) and second.version == "v9" and 20 <= second.first < 400
+    assert sequence.weight_version == "v9" and sequence.num_tokens == 400
+
+
+def test_other_names_for_the_same_weights_make_no_span(server: Any, control: Control) -> None:
+    async def rename() -> None:
+        control.set_weight_version("renamed")
+
+    before = control.weight_version
+    sequence = server.run(generate(server, [1, 2, 3], 100, 10, rename))
+    assert sequence.weight_spans == [WeightSpan(0, "renamed")]
+    control.set_weight_version(before)
+
+
+def test_versions_are_what_trainers_call_them_and_may_come_again(server: Any, control: Control, policy: Any) -> None:
+    numbers = []
+    for name in ("7", "3", "step-4", "7", None):
+        sent = server.run(control.update_from_tensors(save(policy(2)), name))
+        assert sent.missing == 0 and sent.finished is not None
+        numbers.append(server.service.engine.stats.target_version)
+        assert control.weight_version == (name or str(numbers[-1]))
+    assert numbers == sorted(set(numbers)), "no number stands for two sets of weights"
+
+
+# Updates -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_update_is_finished_when_it_is_complete_or_when_somebody_says_so(
+    server: Any, control: Control, policy: Any
+) -> None:
+    tensors = list(policy(1).items())
+    half = len(tensors) // 2
+    first, second = save(dict(tensors[:half])), save(dict(tensors[half:]))
+    before, started = server.run(control.checksums()), control.weight_version
+    sent = server.run(control.update_from_tensors(first, "a"))
+    assert sent.missing == len(tensors) - half and sent.finished is None and control.updating == "a"
+    assert server.run(control.checksums()) == before and control.weight_version == started
+    sent = server.run(control.update_from_tensors(second))
+    assert sent.finished is not None and control.updating is None and control.weight_version == "a"
+    server.run(control.snapshot_weights())
+    sent = server.run(control.update_from_tensors(save(dict([tensors[0]])), "b", finish="yes", keep_rest=True))
+    assert sent.finished is not None and server.run(control.differing_weights()) == []
+    name = tensors[0][0]
+    server.run(control.update_from_tensors(save({name: tensors[0][1] + 1}), "c", finish="no"))
+    assert control.weight_version == "b"
+    server.run(control.finish_update("c", keep_rest=True, name="d"))
+    assert control.weight_version == "d" and server.run(control.differing_weights()) == [name]
+
+
+def test_an_update_that_fails_is_given_up(server: Any, control: Control, policy: Any) -> None:
+    before = control.weight_version
+    for send in (
+        lambda: control.update_from_tensors(b"nothing", "x"),
+        lambda: control.update_from_tensors(save(dict(list(policy(1).items())[:2])), "x", finish="yes"),
+        lambda: control.update_from_disk("/nowhere/at/all", "x"),
+        lambda: control.update_from_shared_memory("no-such-segment", 10, "x"),
+        lambda: control.update_from_handles(b"", (), "x"),
+        lambda: control.receive("nobody", [("a", "float32", [1])], "x"),
+    ):
+        with pytest.raises(InvalidRequestError):
+            server.run(send())
+        assert control.updating is None and control.weight_version == before
+    with pytest.raises(InvalidRequestError, match="but none"):
+        server.run(control.finish_update("x"))
+    server.run(control.cancel_update())
+    with pytest.raises(ConflictError, match="no snapshot"):
+        server.run(Control(server.service).differing_weights())
+
+
+def test_weights_come_through_shared_memory(server: Any, control: Control, policy: Any) -> None:
+    data = save(policy(3))
+    segment = SharedMemory(create=True, size=len(data))
+    try:
+        segment.buf[: len(data)] = data
+        sent = server.run(control.update_from_shared_memory(segment.name, len(data), "shared"))
+    finally:
+        segment.close()
+        segment.unlink()
+    assert sent.finished is not None and control.weight_version == "shared"
+    norm = server.run(control.read_tensor("model.norm.weight", 0, 100))
+    assert norm.shape == (64,)
+
+
+# Pauses and sleep ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pause_that_waits_has_settled_when_it_returns(server: Any, control: Control) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.complete, "Hello", max_tokens=300, ignore_eos=True)
+        wait_for_tokens(server, 5)
+        server.run(control.pause("wait", settle=True))
+        assert server.service.engine.stats.num_running == 0 and control.paused
+        assert asked.result(60)["usage"]["completion_tokens"] == 300
+    assert server.run(control.flush_prefix_cache())
+    server.run(control.resume())
+    assert not control.paused
+
+
+def test_a_flush_tells_whether_something_is_still_held(server: Any, control: Control) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.complete, "Hello", max_tokens=2000, ignore_eos=True)
+        wait_for_tokens(server, 5)
+        server.run(control.pause("keep"))
+        assert not server.run(control.flush_prefix_cache())
+        server.run(control.pause("abort"))
+        assert asked.result(60)["choices"][0]["finish_reason"] == "abort"
+        assert server.run(control.flush_prefix_cache())
+        server.run(control.resume())
+
+
+@pytest.mark.parametrize("mode", get_args(PauseMode))
+def test_who_asks_a_server_that_sleeps(server: Any, control: Control, mode: PauseMode) -> None:
+    expected = server.complete("The quick brown fox", max_tokens=8)["choices"]
+    server.run(control.release_memory(mode=mode, keep_weights=False))
+    assert control.released == {"kv_cache", "weights"}
+    assert server.get("/health") == (
+        200,
+        {"status": "asleep", "reason": "it has given back the memory of kv_cache and weights"},
+    )
+    if mode == "abort":
+        status, reply = server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
+        assert status == 503 and reply["error"]["code"] == "asleep"
+        assert "memory of kv_cache and weights; wake it up" in reply["error"]["message"]
+        assert server.get("/ready")[0] == 503
+        server.run(control.resume_memory())
+        assert server.complete("The quick brown fox", max_tokens=8)["choices"] == expected
+        return
+    assert server.get("/ready")[0] == 200
+    done = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.complete, "The quick brown fox", max_tokens=8)
+        asked.add_done_callback(lambda _: done.set())
+        server.wait_until(lambda: control.open_requests)
+        server.run(control.resume_memory(["weights"]))
+        assert not done.wait(0.3) and control.released == {"kv_cache"}
+        server.run(control.resume_memory(["kv_cache"]))
+        assert asked.result(60)["choices"] == expected
+
+
+def test_memory_of_no_kind_is_refused(server: Any, control: Control) -> None:
+    with pytest.raises(ApiError, match="kv_cache, weights, not 'graphs'"):
+        server.run(control.release_memory(["graphs"]))  # type: ignore[list-item]
