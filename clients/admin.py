@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlencode
 
@@ -9,6 +10,7 @@ from slipstream.clients.http import HttpClient
 
 Change = Literal["promote", "rollback", "retire", "pin", "unpin"]
 Answer = dict[str, Any]
+Memory = Literal["kv_cache", "weights"]
 
 
 class AdminClient(HttpClient):
@@ -78,28 +80,86 @@ class AdminClient(HttpClient):
         """Ends a pause."""
         await self._object("POST", "/admin/v1/resume", {})
 
+    async def abort(self, ids: Sequence[str] | None = None) -> int:
+        """Ends requests by their ids, or all of them, each with what it has said; how many sequences that were."""
+        aborted: int = (await self._object("POST", "/admin/v1/abort", {"ids": ids}))["aborted"]
+        return aborted
+
+    async def sleep(
+        self,
+        tags: Sequence[Memory] | None = None,
+        keep_weights: bool = True,
+        mode: Literal["keep", "recompute", "wait", "abort"] = "abort",
+    ) -> list[str]:
+        """Has the engine give memory back to the system, all of it without ``tags``; what it has given back."""
+        body = {"tags": tags, "keep_weights": keep_weights, "mode": mode}
+        released: list[str] = (await self._object("POST", "/admin/v1/sleep", body))["released"]
+        return released
+
+    async def wake(self, tags: Sequence[Memory] | None = None) -> list[str]:
+        """Has the engine take memory again; what is still given back."""
+        released: list[str] = (await self._object("POST", "/admin/v1/wake", {"tags": tags}))["released"]
+        return released
+
     async def begin_update(self, version: int, mode: Literal["keep", "recompute", "abort"] = "recompute") -> None:
         """Begins an update of the model's weights; ``mode`` is what becomes of running requests when it is finished."""
         await self._object("POST", "/admin/v1/target/begin", {"version": version, "mode": mode})
 
-    async def fill(self, version: int, tensors: bytes) -> None:
-        """Sends a safetensors file with tensors by their Hugging Face names.
+    async def fill(self, version: int, tensors: bytes) -> int:
+        """Sends a safetensors file with tensors by their Hugging Face names; how many have not come completely.
 
         Of those that are only some rows of a tensor, its metadata tells the first ones: ``{"first_rows": JSON}``.
         """
-        await self._object("POST", f"/admin/v1/target/fill?version={version}", tensors)
+        return _missing(await self._object("POST", f"/admin/v1/target/fill?version={version}", tensors))
 
-    async def read(self, version: int, path: str) -> None:
-        """Has the server read a safetensors file, or a whole model, from a path of its own."""
-        await self._object("POST", "/admin/v1/target/read", {"version": version, "path": path})
+    async def read(self, version: int, path: str) -> int:
+        """Has the server read a safetensors file, a whole model or a LoRA, from a path of its own; see ``fill``."""
+        return _missing(await self._object("POST", "/admin/v1/target/read", {"version": version, "path": path}))
 
-    async def finish_update(self, version: int) -> Answer:
+    async def share(self, version: int, segment: str, num_bytes: int) -> int:
+        """Has a server of this machine read a safetensors file from shared memory, which is free again afterwards."""
+        body = {"version": version, "segment": segment, "num_bytes": num_bytes}
+        return _missing(await self._object("POST", "/admin/v1/target/shared", body))
+
+    async def join_group(self, name: str, address: str, port: int, world_size: int, rank: int, **options: Any) -> None:
+        """Has the server join a group of processes; returns when all have. ``options`` as in docs/api.md."""
+        body = {"name": name, "address": address, "port": port, "world_size": world_size, "rank": rank, **options}
+        await self._object("POST", "/admin/v1/groups/join", body)
+
+    async def leave_group(self, name: str) -> None:
+        await self._object("POST", "/admin/v1/groups/leave", {"name": name})
+
+    async def receive(
+        self,
+        version: int,
+        group: str,
+        tensors: Sequence[tuple[str, str, Sequence[int]]],
+        buffer_bytes: int | None = None,
+    ) -> int:
+        """Has the server take tensors (name, number format, shape) that are broadcast in a group; see ``fill``."""
+        described = [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in tensors]
+        body = {"version": version, "group": group, "tensors": described, "buffer_bytes": buffer_bytes}
+        return _missing(await self._object("POST", "/admin/v1/target/receive", body))
+
+    async def finish_update(
+        self,
+        version: int,
+        keep_rest: bool = False,
+        checksums: Mapping[str, str] | None = None,
+        lora_scale: float | None = None,
+    ) -> Answer:
         """Serves with the new weights from now on: ``{"version", "prepare_seconds", "pause_seconds"}``."""
-        return await self._object("POST", "/admin/v1/target/finish", {"version": version})
+        body = {"version": version, "keep_rest": keep_rest, "checksums": checksums, "lora_scale": lora_scale}
+        return await self._object("POST", "/admin/v1/target/finish", body)
 
     async def cancel_update(self, version: int) -> None:
         """Gives an update up."""
         await self._object("POST", "/admin/v1/target/cancel", {"version": version})
+
+    async def checksums(self) -> dict[str, str]:
+        """SHA-256 of every tensor that serves, in the number format of the weights."""
+        found: dict[str, str] = (await self._object("GET", "/admin/v1/target/checksums"))["checksums"]
+        return found
 
     async def traffic(self) -> dict[str, Answer]:
         """What is kept, by tenant."""
@@ -111,3 +171,8 @@ class AdminClient(HttpClient):
         body = {"all": True} if tenant is None else {"tenant": tenant}
         purged: int = (await self._object("POST", "/admin/v1/traffic/purge", body))["purged_samples"]
         return purged
+
+
+def _missing(answer: Answer) -> int:
+    missing: int = answer["missing"]
+    return missing

@@ -85,6 +85,32 @@ class Updated(Answer):
     pause_seconds: float
 
 
+class Filled(Answer):
+    version: int
+    missing: int
+    """Tensors that have not come completely."""
+
+
+class WeightChecksums(Answer):
+    version: str
+    """What the weights that serve are called."""
+    checksums: dict[str, str]
+
+
+class TrainersGroup(Answer):
+    name: str
+
+
+class ReleasedMemory(Answer):
+    released: list[str]
+    """What the engine has given back of its memory."""
+
+
+class Aborted(Answer):
+    aborted: int
+    """Sequences that were running or waiting."""
+
+
 class TenantTraffic(Answer):
     samples: int
     tokens: int
@@ -114,5 +140,5 @@ class Status(Answer):
 
 ANSWERS: tuple[type[Answer], ...] = (
     *(Status, Drafters, DrafterAndHistory, DrafterAndLive, Difference, Pruned, Imported, Exported, Evolving),
-    *(Traffic, Purged, Paused, Update, Updated),
+    *(Traffic, Purged, Paused, Update, Updated, Filled, WeightChecksums, TrainersGroup, ReleasedMemory, Aborted),
 )

@@ -11,9 +11,9 @@ from slipstream.server.service import Service
 MAX_BODY_BYTES = 32 * 2**10
 
 
-async def body_of(service: Service, request: Request, model: type[BodyType]) -> BodyType:
-    """Unknown fields are always refused; no body is an empty one."""
-    limit = min(service.config.max_body_bytes, MAX_BODY_BYTES)
+async def body_of(service: Service, request: Request, model: type[BodyType], most: int = MAX_BODY_BYTES) -> BodyType:
+    """Unknown fields are always refused; no body is an empty one. It may have ``most`` bytes, if the server lets it."""
+    limit = min(service.config.max_body_bytes, most)
     return parse(model, await read_body(request, limit) or b"{}", "error")
 
 

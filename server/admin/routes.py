@@ -21,20 +21,15 @@ from slipstream.server.admin import answers
 from slipstream.server.admin.asked import body_of, only
 from slipstream.server.admin.commands import DrafterCommands
 from slipstream.server.admin.schema import (
-    BeginBody,
-    EmptyBody,
     EvolveBody,
     ExportBody,
     ImportBody,
-    PauseBody,
     PruneBody,
     PurgeBody,
-    ReadBody,
     ReasonBody,
-    UpdateBody,
 )
 from slipstream.server.admin.status import status
-from slipstream.server.admin.target import target_router
+from slipstream.server.admin.target import TARGET_BODIES, target_router
 from slipstream.server.body import Body
 from slipstream.server.description import describe
 from slipstream.server.errors import (
@@ -52,7 +47,7 @@ from slipstream.server.service import Service
 
 BODIES: tuple[type[Body], ...] = (
     *(ReasonBody, PruneBody, ImportBody, ExportBody, EvolveBody, PurgeBody),
-    *(EmptyBody, PauseBody, UpdateBody, BeginBody, ReadBody),
+    *TARGET_BODIES,
 )
 DESCRIBED = (*BODIES, *answers.ANSWERS)
 BY_HAND = "by the admin API"

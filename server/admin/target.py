@@ -9,15 +9,37 @@ from fastapi import APIRouter, Request, Response
 
 from slipstream.server.admin import answers
 from slipstream.server.admin.asked import body_of, only
-from slipstream.server.admin.schema import BeginBody, EmptyBody, PauseBody, ReadBody, UpdateBody
-from slipstream.server.body import read_body
+from slipstream.server.admin.schema import (
+    AbortBody,
+    BeginBody,
+    EmptyBody,
+    FinishBody,
+    GroupBody,
+    JoinBody,
+    PauseBody,
+    ReadBody,
+    ReceiveBody,
+    SharedBody,
+    SleepBody,
+    TensorBody,
+    UpdateBody,
+    WakeBody,
+)
+from slipstream.server.body import Body, read_body
 from slipstream.server.description import describe
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.json_response import JSONBody
+from slipstream.server.rollout.control import ALL_MEMORY
 from slipstream.server.service import Service
 
 TENSORS = "application/octet-stream"
 """Which a web page cannot send without asking first."""
+TENSORS_BYTES = 4 << 20
+"""Largest body that describes tensors."""
+TARGET_BODIES: tuple[type[Body], ...] = (
+    *(EmptyBody, PauseBody, AbortBody, SleepBody, WakeBody, UpdateBody, BeginBody, FinishBody, ReadBody, SharedBody),
+    *(TensorBody, ReceiveBody, GroupBody, JoinBody),
+)
 FIRST_ROWS = "first_rows"
 """In the metadata of a safetensors file: a JSON object of the first rows of tensors that are only a part."""
 
@@ -26,8 +48,8 @@ def target_router(service: Service) -> APIRouter:
     router = APIRouter(default_response_class=Response, prefix="/admin/v1")
     control = service.control
 
-    def update(version: int) -> Response:
-        return JSONBody({"version": version})
+    def filled(version: int, missing: int) -> Response:
+        return JSONBody({"version": version, "missing": missing})
 
     @router.post("/pause", openapi_extra=describe(answers.Paused, 503, bodies=[PauseBody], body_required=False))
     async def pause(request: Request) -> Response:
@@ -42,33 +64,71 @@ def target_router(service: Service) -> APIRouter:
         await control.resume()
         return JSONBody({"paused": False})
 
+    @router.post("/abort", openapi_extra=describe(answers.Aborted, 503, bodies=[AbortBody], body_required=False))
+    async def abort(request: Request) -> Response:
+        """End requests by their ids, or all of them; each is answered with what it has said so far."""
+        asked = await body_of(service, request, AbortBody, TENSORS_BYTES)
+        service.require_ready()
+        return JSONBody({"aborted": await control.abort(asked.ids)})
+
+    @router.post("/sleep", openapi_extra=describe(answers.ReleasedMemory, 503, bodies=[SleepBody], body_required=False))
+    async def sleep(request: Request) -> Response:
+        """Give memory of the cache and of the weights back to the system."""
+        asked = await body_of(service, request, SleepBody)
+        await control.release_memory(asked.tags or ALL_MEMORY, asked.keep_weights, asked.mode)
+        return JSONBody({"released": sorted(control.released)})
+
+    @router.post("/wake", openapi_extra=describe(answers.ReleasedMemory, 503, bodies=[WakeBody], body_required=False))
+    async def wake(request: Request) -> Response:
+        """Take memory again, and serve on when all of it is back."""
+        asked = await body_of(service, request, WakeBody)
+        await control.resume_memory(asked.tags or ALL_MEMORY)
+        return JSONBody({"released": sorted(control.released)})
+
     @router.post("/target/begin", openapi_extra=describe(answers.Update, 503, bodies=[BeginBody]))
     async def begin(request: Request) -> Response:
         """Begin an update of the model's weights."""
         asked = await body_of(service, request, BeginBody)
         await control.begin_update(str(asked.version), asked.mode)
-        return update(asked.version)
+        return JSONBody({"version": asked.version})
 
-    @router.post("/target/fill", openapi_extra=describe(answers.Update, 409, 503, raw_body=TENSORS))
+    @router.post("/target/fill", openapi_extra=describe(answers.Filled, 409, 503, raw_body=TENSORS))
     async def fill(request: Request) -> Response:
         """Send tensors of an update, or rows of them, as a safetensors file."""
         version = version_of(request)
         data = await read_body(request, service.config.max_body_bytes, media_type=TENSORS)
-        await control.fill(str(version), data, first_rows(data))
-        return update(version)
+        return filled(version, await control.fill(str(version), data, first_rows(data)))
 
-    @router.post("/target/read", openapi_extra=describe(answers.Update, 409, 503, bodies=[ReadBody]))
+    @router.post("/target/read", openapi_extra=describe(answers.Filled, 409, 503, bodies=[ReadBody]))
     async def read(request: Request) -> Response:
         """Have the server read tensors of an update from its files."""
         asked = await body_of(service, request, ReadBody)
-        await control.read(str(asked.version), asked.path)
-        return update(asked.version)
+        return filled(asked.version, await control.read(str(asked.version), asked.path))
 
-    @router.post("/target/finish", openapi_extra=describe(answers.Updated, 409, 503, bodies=[UpdateBody]))
+    @router.post("/target/shared", openapi_extra=describe(answers.Filled, 409, 503, bodies=[SharedBody]))
+    async def shared(request: Request) -> Response:
+        """Have the server read tensors of an update from shared memory of its machine."""
+        asked = await body_of(service, request, SharedBody)
+        missing = await control.fill_shared(str(asked.version), asked.segment, asked.num_bytes)
+        return filled(asked.version, missing)
+
+    @router.post("/target/receive", openapi_extra=describe(answers.Filled, 409, 503, bodies=[ReceiveBody]))
+    async def receive(request: Request) -> Response:
+        """Have the server take tensors of an update that are broadcast in a group."""
+        asked = await body_of(service, request, ReceiveBody, TENSORS_BYTES)
+        tensors = [(each.name, each.dtype, each.shape) for each in asked.tensors]
+        missing = await control.fill_from_group(
+            str(asked.version), asked.group, tensors, buffer_bytes=asked.buffer_bytes
+        )
+        return filled(asked.version, missing)
+
+    @router.post("/target/finish", openapi_extra=describe(answers.Updated, 409, 503, bodies=[FinishBody]))
     async def finish(request: Request) -> Response:
         """Serve with the new weights, all of them, from now on."""
-        asked = await body_of(service, request, UpdateBody)
-        report = await control.finish_update(str(asked.version))
+        asked = await body_of(service, request, FinishBody, TENSORS_BYTES)
+        report = await control.finish_update(
+            str(asked.version), asked.keep_rest, asked.checksums, lora_scale=asked.lora_scale
+        )
         return JSONBody(msgspec.structs.asdict(report) | {"version": asked.version})
 
     @router.post("/target/cancel", openapi_extra=describe(answers.Update, 503, bodies=[UpdateBody]))
@@ -76,7 +136,27 @@ def target_router(service: Service) -> APIRouter:
         """Give an update up; the old weights go on serving."""
         asked = await body_of(service, request, UpdateBody)
         await control.cancel_update(str(asked.version))
-        return update(asked.version)
+        return JSONBody({"version": asked.version})
+
+    @router.get("/target/checksums", openapi_extra=describe(answers.WeightChecksums, 503))
+    async def checksums() -> Response:
+        """Checksums of the weights that serve."""
+        found = await control.checksums()
+        return JSONBody({"version": control.weight_version, "checksums": found})
+
+    @router.post("/groups/join", openapi_extra=describe(answers.TrainersGroup, 503, bodies=[JoinBody]))
+    async def join(request: Request) -> Response:
+        """Join a group of processes of torch.distributed, in which a trainer broadcasts weights."""
+        asked = await body_of(service, request, JoinBody)
+        await control.join_group(**asked.model_dump())
+        return JSONBody({"name": asked.name})
+
+    @router.post("/groups/leave", openapi_extra=describe(answers.TrainersGroup, 503, bodies=[GroupBody]))
+    async def leave(request: Request) -> Response:
+        """Leave a group."""
+        asked = await body_of(service, request, GroupBody)
+        await control.leave_group(asked.name)
+        return JSONBody({"name": asked.name})
 
     return router
 

@@ -121,6 +121,22 @@ class WeightControl:
         """Has the engine read tensors of the update under way from a path; see ``fill``."""
         return await self.operate(ReadTarget(self._number(version), path))
 
+    async def fill_shared(self, version: str, segment: str, num_bytes: int) -> int:
+        """Has the engine read tensors of the update under way from shared memory; see ``fill``."""
+        return await self.operate(FillTargetShared(self._number(version), segment, num_bytes))
+
+    async def fill_from_group(
+        self,
+        version: str,
+        group: str,
+        tensors: Iterable[tuple[str, str, Iterable[int]]],
+        buffer_bytes: int | None = None,
+        barrier: bool = False,
+    ) -> int:
+        """Has the engine take tensors of the update under way that a trainer broadcasts; see ``receive``, ``fill``."""
+        specs = _specs(tensors)
+        return await self.operate(ReceiveTarget(self._number(version), group, specs, buffer_bytes, barrier))
+
     async def finish_update(
         self,
         version: str,
@@ -230,7 +246,7 @@ class WeightControl:
 
         See ReceiveTarget.
         """
-        specs = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in tensors)
+        specs = _specs(tensors)
         return await self._send(
             lambda number: ReceiveTarget(number, group, specs, buffer_bytes, barrier), version, mode, finish, keep_rest
         )
@@ -312,3 +328,7 @@ class WeightControl:
     @property
     def _stats(self) -> EngineStats:
         return self._host.engine.stats
+
+
+def _specs(tensors: Iterable[tuple[str, str, Iterable[int]]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in tensors)
