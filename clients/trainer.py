@@ -183,12 +183,12 @@ def _packed(tensors: Mapping[str, Tensor], first_rows: Mapping[str, int]) -> byt
 
 def _make_group(name: str, address: str, port: int, size: int, backend: str) -> Any:
     """As trainers make groups beside their default one: of torch's own parts."""
-    import torch.distributed as dist
-    from torch.distributed import distributed_c10d as c10d
+    from torch.distributed import distributed_c10d
 
-    store, rank, size = next(dist.rendezvous(f"tcp://{address}:{port}", 0, size, timeout=GROUP_TIMEOUT))
+    c10d: Any = distributed_c10d
+    store, rank, size = next(c10d.rendezvous(f"tcp://{address}:{port}", 0, size, timeout=GROUP_TIMEOUT))
     store.set_timeout(GROUP_TIMEOUT)
-    group, _ = c10d._new_process_group_helper(  # type: ignore[no-untyped-call]
+    group, _ = c10d._new_process_group_helper(
         *(size, rank, [], c10d.Backend(backend), c10d.PrefixStore(name, store)),
         group_name=name,
         backend_options=None,

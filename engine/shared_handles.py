@@ -93,7 +93,7 @@ def _view(storage: Any, dtype: torch.dtype | None, offset: int, size: Any, strid
     if not isinstance(storage, torch.UntypedStorage) or dtype is None:
         raise ModelError("a shared tensor has no storage, or no number format")
     tensor = torch.empty(0, dtype=dtype)
-    return tensor.set_(storage, offset, tuple(size), tuple(stride))  # type: ignore[call-overload,no-any-return]
+    return tensor.set_(storage, offset, tuple(size), tuple(stride))
 
 
 def _cuda_tensor(*arguments: Any) -> Tensor:

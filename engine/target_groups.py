@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.operations import JoinGroup, ReceiveTarget, TensorSpec
@@ -48,14 +50,14 @@ class TorchGroup:
 
     def __init__(self, asked: JoinGroup, device: torch.device) -> None:
         timeout = timedelta(seconds=asked.timeout_s)
-        store: dist.Store = _store(asked)
+        store: Store = _store(asked)
         if asked.rendezvous == "stateless":
-            store = dist.PrefixStore(_uri(asked), store)
+            store = PrefixStore(_uri(asked), store)
         else:
             # What torch's init_process_group puts around a store, inside of what those put around it who make groups
             # beside the default one.
             for prefix in (asked.name, f"{asked.name}/", "cpu/" if asked.backend == "gloo" else "cuda/"):
-                store = dist.PrefixStore(prefix, store)
+                store = PrefixStore(prefix, store)
         if asked.backend == "gloo":
             self._group: Any = dist.ProcessGroupGloo(store, asked.rank, asked.world_size, timeout=timeout)
         else:
@@ -96,9 +98,9 @@ class PlainNccl:
         self._store, self._rank, self._size, self._device = _store(asked), asked.rank, asked.world_size, device
         self._told = 0
         with torch.cuda.device(device):
-            self._comms = [torch.cuda.nccl.init_rank(asked.world_size, self._hear(_UniqueId), asked.rank)]
-            warm_up = torch.zeros(1, device=device)
-            torch.cuda.nccl.all_reduce([warm_up], comms=self._comms)
+            nccl: Any = torch.cuda.nccl
+            self._comms = [nccl.init_rank(asked.world_size, self._hear(_UniqueId), asked.rank)]
+            nccl.all_reduce([torch.zeros(1, device=device)], comms=self._comms)
             torch.cuda.synchronize(device)
 
     def broadcast(self, tensor: Tensor, timeout_s: float) -> None:
@@ -140,9 +142,9 @@ class _UniqueId(_Text):
         return super().find_class(module, name)
 
 
-def _store(asked: JoinGroup) -> dist.TCPStore:
+def _store(asked: JoinGroup) -> TCPStore:
     timeout = timedelta(seconds=asked.timeout_s)
-    return dist.TCPStore(asked.address.strip("[]"), asked.port, asked.world_size, is_master=False, timeout=timeout)
+    return TCPStore(asked.address.strip("[]"), asked.port, asked.world_size, is_master=False, timeout=timeout)
 
 
 def _uri(asked: JoinGroup) -> str:

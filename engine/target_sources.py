@@ -29,7 +29,7 @@ PIECE_BYTES = 4 << 20
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def unpack(tensors: bytes | bytearray) -> Tensors:
+def unpack(tensors: bytes) -> Tensors:
     """The tensors of a safetensors file."""
     try:
         found: dict[str, Tensor] = safetensors.torch.load(tensors)

@@ -115,7 +115,7 @@ class TargetUpdates:
             case FillTarget(version, tensors, first_rows):
                 return self._fill(self._find(version), lambda: unpack(tensors), first_rows)
             case FillTargetShared(version, segment, num_bytes):
-                return self._fill(self._find(version), lambda: unpack(read_segment(segment, num_bytes)))
+                return self._fill(self._find(version), lambda: unpack(bytes(read_segment(segment, num_bytes))))
             case FillTargetHandles(version, pickled, names):
                 return self._fill(self._find(version), lambda: open_handles(pickled, names))
             case ReadTarget(version, path):
@@ -300,8 +300,9 @@ class TargetUpdates:
         def prepare() -> Callable[[], TargetUpdated]:
             update.check()
             if base is not None:
-                for name, rows, first in lora.merged(base, asked.lora_scale):
-                    weights.fill(name, rows, first)
+                if lora:
+                    for name, rows, first in lora.merged(base, asked.lora_scale):
+                        weights.fill(name, rows, first)
                 copy_missing(weights, base)
             weights.check_complete()
             self._compare(weights, asked.checksums)

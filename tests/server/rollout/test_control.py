@@ -61,7 +61,7 @@ def control(server: Any) -> Control:
 def whole(serving: Any, tiny_model: Path) -> Any:
     """What the long request gets if nobody disturbs it, as far as anybody lets it go."""
     serving.run(serving.service.control.update_from_disk(str(tiny_model), "files"))
-    return serving.complete(LONG["prompt"], **{**LONG, "max_tokens": 1500, "prompt": LONG["prompt"]})["choices"][0]
+    return serving.complete(**(LONG | {"max_tokens": 1500}))["choices"][0]
 
 
 def wait_for_tokens(server: Any, count: int) -> None:
