@@ -54,7 +54,7 @@ class Lora:
         """Keeps a copy of it; False if it is none of a LoRA's matrices."""
         if UNSUPPORTED.search(name):
             raise ModelError(f"{name!r} belongs to a kind of LoRA that is not supported")
-        found = MATRIX.fullmatch(name)
+        found = MATRIX.fullmatch(plain_name(name))
         if found is None:
             return False
         if tensor.dim() != 2:
