@@ -7,7 +7,7 @@ import asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from slipstream.server.errors import TimedOutError
-from slipstream.server.gate import is_admin, send_error
+from slipstream.server.gate import ADMIN_API, AdminPaths, send_error
 
 DEADLINE = "slipstream.deadline"
 """The scope's key for the asyncio.Timeout of the request. A stream takes it over."""
@@ -16,15 +16,16 @@ DEADLINE = "slipstream.deadline"
 class Deadline:
     """Ends requests at --request-timeout-s: with 504, or, in the middle of an answer, by closing the connection.
 
-    Commands of the admin API take as long as they take.
+    What the admin key opens takes as long as it takes.
     """
 
-    def __init__(self, app: ASGIApp, limit_s: float) -> None:
+    def __init__(self, app: ASGIApp, limit_s: float, admin: AdminPaths = ADMIN_API) -> None:
         self._app = app
+        self._admin = admin
         self._limit_s = limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_admin(scope):
+        if scope["type"] != "http" or scope["path"] in self._admin:
             await self._app(scope, receive, send)
             return
         started = False

@@ -7,7 +7,7 @@ a page that may; ``KeyCheck``, which puts a ``Principal`` into the scope.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,16 +21,29 @@ from slipstream.server.metrics import Metrics
 from slipstream.server.principal import SCOPE_ENTRY, Keys, Principal, RequestLimits
 from slipstream.server.web_pages import ANY, ELSEWHERE, WebPages
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/", "/dashboard"})
+OPEN_PATHS = frozenset({"/health", "/health/", "/ready", "/metrics", "/version", "/", "/dashboard"})
 """The chat and the dashboard are pages without data; what they show they ask the API for."""
 ADMIN_PATH = "/admin/"
 PROXY_HEADERS = frozenset({b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"cf-connecting-ip"})
 PROXY_PREFIXES = (b"x-forwarded-", b"x-envoy-")
 
 
-def guarded(app: ASGIApp, config: ServerConfig, metrics: Metrics) -> ASGIApp:
+class AdminPaths:
+    """What the admin key opens: the admin API, and the paths by which trainers control a server."""
+
+    def __init__(self, controls: Iterable[str] = ()) -> None:
+        self._controls = frozenset(controls)
+
+    def __contains__(self, path: str) -> bool:
+        return path.startswith(ADMIN_PATH) or path in self._controls
+
+
+ADMIN_API = AdminPaths()
+
+
+def guarded(app: ASGIApp, config: ServerConfig, metrics: Metrics, admin: AdminPaths = ADMIN_API) -> ASGIApp:
     """The application behind everything that decides who may use it."""
-    app = KeyCheck(app, config)
+    app = KeyCheck(app, config, admin)
     if config.allowed_origin:
         origins = [origin.removesuffix("/") for origin in config.allowed_origin]
         app = CORSMiddleware(
@@ -41,14 +54,15 @@ def guarded(app: ASGIApp, config: ServerConfig, metrics: Metrics) -> ASGIApp:
             expose_headers=("x-request-id", "retry-after"),
             allow_private_network=True,
         )
-    return ResponseCounter(Threshold(app, config), metrics)
+    return ResponseCounter(Threshold(app, config, admin), metrics)
 
 
 class Threshold:
     """Refuses requests whose senders nobody can trust whatever key they have, or that nobody sends for himself."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, admin: AdminPaths) -> None:
         self._app = app
+        self._admin = admin
         self._pages = WebPages(config)
         self._admin_has_keys = bool(config.admin_key)
         # A server that others reach, that a proxy stands before or that asks for keys cannot tell who stands behind a
@@ -65,11 +79,15 @@ class Threshold:
 
     def _check(self, scope: Scope) -> None:
         check_repeated(scope)
-        if is_admin(scope) and not self._admin_has_keys and not (self._trusts_loopback and is_local(scope)):
+        if (
+            scope["path"] in self._admin
+            and not self._admin_has_keys
+            and not (self._trusts_loopback and is_local(scope))
+        ):
             raise ForbiddenError(
-                "without --admin-key the admin API answers only on a server that listens on a loopback address, has no "
-                "--api-key and no --behind-proxy, and to clients on its own machine that are neither proxies nor web "
-                "pages of others; start the server with --admin-key KEY",
+                "without --admin-key what controls the server answers only on one that listens on a loopback address, "
+                "has no --api-key and no --behind-proxy, and to clients on its own machine that are neither proxies "
+                "nor web pages of others; start the server with --admin-key KEY",
                 code="admin_key_required",
             )
         self._pages.check(scope)
@@ -78,15 +96,16 @@ class Threshold:
 class KeyCheck:
     """Lets requests in that carry a key of their door, and says whose it is; what tells how the server is is open."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, admin: AdminPaths) -> None:
         self._app = app
+        self._admin = admin
         self._users = Keys(config.api_key, "--api-key")
         self._admins = Keys(config.admin_key, "--admin-key")
         self._limits = RequestLimits(config.max_n, config.max_logprobs, config.most_urgent_priority)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            admin = is_admin(scope)
+            admin = scope["path"] in self._admin
             keys = self._admins if admin else self._users
             principal: Principal | None = Principal()
             if keys and scope["path"] not in OPEN_PATHS:
@@ -99,11 +118,6 @@ class KeyCheck:
             role: Literal["user", "admin"] = "admin" if admin else "user"
             scope[SCOPE_ENTRY] = replace(principal, role=role, limits=self._limits)
         await self._app(scope, receive, send)
-
-
-def is_admin(scope: Scope) -> bool:
-    path: str = scope["path"]
-    return path.startswith(ADMIN_PATH)
 
 
 def is_local(scope: Scope) -> bool:

@@ -72,7 +72,7 @@ async def prepare_generation(service: Service, request: Request, job: str) -> Pr
 
 
 async def prepare(service: Service, request: Request, job: str) -> Any:
-    """What a function of openai/prepare.py makes of the body.
+    """What a job (server/jobs.py) makes of the body.
 
     Raises ClientDisconnect when nobody waits for it any more.
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 from slipstream.server import vetting
 from slipstream.server.config import ServerConfig
-from slipstream.server.openai.prepare import JOBS
+from slipstream.server.jobs import JOBS
 from slipstream.server.prepared import Limits, Packed, RunElsewhereError
 from slipstream.server.text_model import TextModel
 from slipstream.server.workers import Workers
@@ -30,7 +30,7 @@ TEMPLATE_CPU_S = 5.0
 
 
 class TextWork:
-    """Runs the functions of openai/prepare.py."""
+    """Runs the jobs of server/jobs.py."""
 
     def __init__(self, model: str, config: ServerConfig, limits: Limits, text: TextModel) -> None:
         self._text = text

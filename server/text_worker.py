@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from slipstream.server.errors import ApiError
+from slipstream.server.jobs import JOBS, require_small
 from slipstream.server.log import set_up_logging
-from slipstream.server.openai.prepare import JOBS, require_small
 from slipstream.server.prepared import Limits, Prepared, RunElsewhereError
 from slipstream.server.text_model import load_text_model
 

@@ -6,7 +6,6 @@ thread, or in a process of their own. Nothing here imports more than such a proc
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,6 @@ from slipstream.server.openai.schema import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    GenerationBody,
     Message,
     TemplateBody,
     TokenizeMessagesBody,
@@ -43,8 +41,6 @@ RENDERED: dict[str, Any] = {
     **STRUCTURED,
 }
 """What nobody asks for once there is a prompt."""
-MAX_OTHER_BYTES = 2**20
-"""Most bytes of all fields but the prompt, pickled."""
 MAX_ANSWER_BYTES = 16 * 2**20
 """Most bytes of an answer of /tokenize and /detokenize."""
 
@@ -174,6 +170,7 @@ def render_prompt(text: TextModel, limits: Limits, body: TemplateBody, template:
             [as_template_sees_it(message) for message in body.messages],
             add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continued,
+            tools=body.tools or None,
             variables=variables,
         )
     except TemplateError as error:
@@ -181,7 +178,7 @@ def render_prompt(text: TextModel, limits: Limits, body: TemplateBody, template:
     return encode(text, limits, [prompt], bool(body.add_special_tokens), "messages")[0]
 
 
-def structure(text: TextModel, limits: Limits, body: GenerationBody) -> Structure | None:
+def structure(text: TextModel, limits: Limits, body: StructuredFields) -> Structure | None:
     """What the answer is to look like.
 
     Raises:
@@ -245,11 +242,3 @@ def require_fits(limits: Limits, tokens: int, param: str) -> None:
         raise ContextTooLongError(
             f"the model's context is {limits.max_model_len} tokens, but the prompt has {tokens}", param=param
         )
-
-
-def require_small(body: GenerationBody) -> None:
-    """Raises InvalidRequestError for fields that would keep the server busy which takes the body over."""
-    if body.allowed_token_ids:
-        body.allowed_token_ids = list(dict.fromkeys(body.allowed_token_ids))
-    if len(pickle.dumps(body)) > MAX_OTHER_BYTES:
-        raise InvalidRequestError(f"the fields besides the prompt are larger than {MAX_OTHER_BYTES} bytes")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from slipstream.engine.messages import SamplingParams
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generation import OutputOptions
-from slipstream.server.openai.schema import CompletionBody, GenerationBody
+from slipstream.server.openai.schema import CompletionBody, SamplingBody
 from slipstream.server.prepared import Structure
 from slipstream.server.service import Service
 from slipstream.server.text import TurnEnds
@@ -15,7 +15,7 @@ from slipstream.server.text import TurnEnds
 
 def sampling_params(
     service: Service,
-    body: GenerationBody,
+    body: SamplingBody,
     *,
     max_tokens: int,
     logprobs: int | None,
@@ -65,7 +65,7 @@ def sampling_params(
         presence_penalty=body.presence_penalty or 0.0,
         repetition_penalty=first_set(body.repetition_penalty, default("repetition_penalty"), 1.0),
         logit_bias=body.logit_bias or {},
-        allowed_token_ids=tuple(dict.fromkeys(body.allowed_token_ids or ())),
+        allowed_token_ids=tuple(body.allowed_token_ids or ()),
         bad_words=words,
         grammar="" if structure is None else structure.grammar,
         stop_token_ids=tuple(stop),
@@ -75,7 +75,7 @@ def sampling_params(
     )
 
 
-def output_options(body: GenerationBody, ends: TurnEnds | None, structure: Structure | None) -> OutputOptions:
+def output_options(body: SamplingBody, ends: TurnEnds | None, structure: Structure | None = None) -> OutputOptions:
     """``ends``: of a conversation."""
     return OutputOptions(
         structure_param=None if structure is None else structure.param,

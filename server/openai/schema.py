@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic.functional_validators import AfterValidator
 
 from slipstream.engine.messages import LogprobsMode
 from slipstream.engine.validation import BIAS_RANGE, RANGES
@@ -29,11 +30,14 @@ MAX_LOGIT_BIAS = 4096
 MAX_ALLOWED_TOKEN_IDS = 2**20
 MAX_MESSAGES = 4096
 MAX_METADATA = 256
+MAX_TOOLS = 256
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Label = Annotated[str, Field(max_length=512)]
+CacheSalt = Annotated[str, Field(min_length=1, max_length=512)]
+RequestId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
 
 
 def in_range(field: str) -> Any:
@@ -69,6 +73,12 @@ Prompt = Annotated[
     Discriminator(kind_of_prompt),
 ]
 
+AllowedTokenIds = Annotated[
+    list[TokenId],
+    Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, fail_fast=True),
+    AfterValidator(lambda tokens: list(dict.fromkeys(tokens))),
+]
+
 
 class StreamOptions(Body):
     include_usage: bool | None = None
@@ -81,10 +91,9 @@ class Speculation(Body):
     max_draft_tokens: int | None = Field(None, ge=1, lt=2**31)
 
 
-class GenerationBody(StructuredFields):
-    """The fields that chat and completions share."""
+class SamplingBody(Body):
+    """How tokens are sampled, and how they become text."""
 
-    model: str | None = None
     n: int | None = Field(None, ge=1, lt=2**31)
     max_tokens: Count | None = None
     min_tokens: Count | None = None
@@ -98,9 +107,7 @@ class GenerationBody(StructuredFields):
     logit_bias: dict[TokenId, Annotated[float, Field(ge=BIAS_RANGE[0], le=BIAS_RANGE[1])]] | None = Field(
         None, max_length=MAX_LOGIT_BIAS
     )
-    allowed_token_ids: list[TokenId] | None = Field(
-        None, min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, fail_fast=True
-    )
+    allowed_token_ids: AllowedTokenIds | None = None
     bad_words: list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]] | None = Field(
         None, max_length=MAX_BAD_WORDS, fail_fast=True
     )
@@ -112,15 +119,31 @@ class GenerationBody(StructuredFields):
     prompt_logprobs: int | None = Field(None, ge=-1, lt=2**31)
     logprobs_mode: LogprobsMode | None = None
     skip_special_tokens: bool | None = None
+
+    # Accepted: it cannot change the answer.
+    spaces_between_special_tokens: bool | None = None
+
+    # Refused unless off.
+    truncate_prompt_tokens: unsupported() = None  # type: ignore[valid-type]
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class GenerationBody(SamplingBody, StructuredFields):
+    """The fields that chat and completions share."""
+
+    model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
-    cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    cache_salt: CacheSalt | None = None
     speculation: Speculation | None = None
     return_metrics: bool | None = None
-    request_id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")] | None = None
+    request_id: RequestId | None = None
     user: Label | None = None
 
     # Accepted: they cannot change the answer.
@@ -130,22 +153,16 @@ class GenerationBody(StructuredFields):
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
     prompt_cache_retention: str | None = None
-    spaces_between_special_tokens: bool | None = None
 
     # Refused unless off.
     use_beam_search: unsupported(False) = None  # type: ignore[valid-type]
     length_penalty: unsupported(1, 1.0) = None  # type: ignore[valid-type]
-    truncate_prompt_tokens: unsupported() = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _check_shared(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
         return self
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 class TextPart(Body):
@@ -187,6 +204,8 @@ class TemplateBody(Body):
     add_special_tokens: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
+    """What the template tells the model of. Calls of them are text of the answer: nobody looks for them here."""
 
     @model_validator(mode="after")
     def _check_template(self) -> TemplateBody:
@@ -209,12 +228,11 @@ class ChatBody(GenerationBody, TemplateBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=-1, lt=2**31)
 
-    # Accepted: without tools they cannot change the answer.
+    # Accepted: without calls it cannot change the answer.
     parallel_tool_calls: bool | None = None
-    tools: list[Any] | None = None
-    tool_choice: unsupported("none") = None  # type: ignore[valid-type]
 
     # Refused unless off.
+    tool_choice: unsupported("none") = None  # type: ignore[valid-type]
     functions: unsupported([]) = None  # type: ignore[valid-type]
     function_call: unsupported("none") = None  # type: ignore[valid-type]
     modalities: unsupported(["text"]) = None  # type: ignore[valid-type]
@@ -228,7 +246,8 @@ class ChatBody(GenerationBody, TemplateBody):
     def _check_chat(self) -> ChatBody:
         if self.tools and self.tool_choice != "none":
             raise InvalidRequestError(
-                'tools are not supported by this server; leave them out or set tool_choice to "none"',
+                "calls of tools are not taken out of answers by this server: leave tools out, or tell the model of "
+                'them with tool_choice "none" and read the text',
                 param="tools",
                 code="unsupported_parameter",
             )

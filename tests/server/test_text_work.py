@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from slipstream.server import text_work
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import ApiError, InvalidRequestError
-from slipstream.server.openai.prepare import JOBS
+from slipstream.server.jobs import JOBS
 from slipstream.server.prepared import Limits, Prepared
 from slipstream.server.text_model import TextModel, load_text_model
 from slipstream.server.text_work import INLINE_BYTES, THREAD_BYTES, TextWork
