@@ -54,6 +54,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     logprobs: int | None = None
     """None: no log-probabilities; k: of the sampled token and of the k most likely tokens."""
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 0
+    """Position of the first token of the prompt whose log-probability is wanted; what lies before may come from the
+    prefix cache."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """Tokens whose log-probabilities are wanted at every position that tells any."""
     logprobs_mode: LogprobsMode = "raw"
     """raw: of the model's own distribution; processed: of the distribution the token was sampled from."""
 
@@ -128,6 +133,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """1 for the most likely token."""
     top: list[tuple[int, float]] = []
     """The most likely tokens, best first."""
+    asked: list[float] = []
+    """Log-probabilities of ``logprob_token_ids``, in their order."""
 
 
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -137,7 +144,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """Log-probabilities of the prompt, in the first delta of a request that asked for them; none of its first token."""
+    """Log-probabilities of the prompt, in the first delta of a request that asked for them; none of its first token, and
+    of those before ``prompt_logprobs_from``."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The member of stop_token_ids that ended the request; it is the last of ``tokens``."""

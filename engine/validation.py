@@ -18,6 +18,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "repetition_penalty": (0.01, 10.0),
     "max_tokens": (0, MOST),
     "min_tokens": (0, MOST),
+    "prompt_logprobs_from": (0, MOST),
 }
 """Ranges of numbers among the sampling parameters, both ends included: as wide as arithmetic on logits in float32 is
 right."""
@@ -71,6 +72,7 @@ def _token_lists(prompts: Sequence[Sequence[int]], params: SamplingParams) -> It
     yield "logit_bias", tuple(params.logit_bias)
     yield "allowed_token_ids", params.allowed_token_ids
     yield "stop_token_ids", params.stop_token_ids
+    yield "logprob_token_ids", params.logprob_token_ids
     for word in params.bad_words:
         yield "bad_words", word
 

@@ -86,13 +86,30 @@ async def prepare(service: Service, request: Request, job: str) -> Any:
         raise ClientDisconnect
 
 
-def start_generation(service: Service, request: Request, asked: GenerationRequest) -> Generation:
-    """The sequences are in the order prompt, choice. They are submitted when the Generation is entered.
+def start_generation(
+    service: Service, request: Request, asked: GenerationRequest, *others: GenerationRequest
+) -> Generation:
+    """The sequences are in the order request, prompt, choice. They are submitted when the Generation is entered.
+
+    One HTTP request may ask for several things at once (``others``), of as many choices each; their answer is one, and
+    named as the first says.
 
     Raises:
         InvalidRequestError: the model lacks a token of a prompt (the field ``param``) or of the parameters; there is no
             such drafter; the priority is not allowed; headers and metadata contradict each other.
     """
+    sequences: list[Sequence] = []
+    for each in (asked, *others):
+        sequences += make_sequences(service, request, each, len(sequences))
+    if asked.request_id is not None:
+        request.state.request_id = asked.request_id
+    request_id = request.state.request_id
+    name = asked.answer_prefix + request_id
+    return Generation(service, name, asked.arrival, sequences, asked.choices, request_id)
+
+
+def make_sequences(service: Service, request: Request, asked: GenerationRequest, first: int) -> list[Sequence]:
+    """Those of one GenerationRequest, the first of which has index ``first``; raises what start_generation raises."""
     require_known_tokens(service, asked.prompts, asked.params[0], asked.param)
     require_known_drafter(service, asked.speculation.mode)
     principal = principal_of(request.scope)
@@ -118,14 +135,10 @@ def start_generation(service: Service, request: Request, asked: GenerationReques
                 arrival=asked.arrival,
                 remember=said.level != "off",
             )
-            sequences.append(Sequence(len(sequences), new, asked.output, service))
-    if asked.request_id is not None:
-        request.state.request_id = asked.request_id
+            sequences.append(Sequence(first + len(sequences), new, asked.output, service))
     for sequence, sequence_id in zip(sequences, asked.sequence_ids, strict=False):
         sequence.id = sequence_id
-    request_id = request.state.request_id
-    name = asked.answer_prefix + request_id
-    return Generation(service, name, asked.arrival, sequences, asked.choices, request_id)
+    return sequences
 
 
 def require_choices(service: Service, principal: Principal, choices: int, prompts: int = 1) -> None:

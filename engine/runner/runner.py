@@ -13,7 +13,7 @@ from torch import Tensor
 from slipstream.engine.errors import RequestError
 from slipstream.engine.grammar import Grammars, Mask
 from slipstream.engine.listening import Listeners
-from slipstream.engine.messages import TokenLogprobs
+from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel, Forward
 from slipstream.engine.plan import StepPlan, StepResult
 from slipstream.engine.runner.inputs import Accepted, StepInputs, prepare
@@ -271,30 +271,32 @@ class ModelRunner:
         errors: dict[int, str] = {}
         plan, table = inputs.plan, self._table
         for row, slot in enumerate(plan.slots):
-            count = table.params(slot).prompt_logprobs
-            if count is None:
+            params = table.params(slot)
+            if params.prompt_logprobs is None:
                 continue
-            start = int(inputs.starts[row])
-            end = min(start + plan.counts[row], table.num_prompt(slot) - 1)
+            begin = int(inputs.starts[row])
+            end = min(begin + plan.counts[row], table.num_prompt(slot) - 1)
+            start = max(begin, params.prompt_logprobs_from - 1)
             if start < end:
                 try:
-                    offset = int(inputs.batch.q_start[row])
-                    wanted[row] = self._following(table.known(slot), start, end, offset, hidden, count)
+                    offset = int(inputs.batch.q_start[row]) + start - begin
+                    wanted[row] = self._following(table.known(slot), start, end, offset, hidden, params)
                 except Exception as error:
                     errors[row] = failure(error)
         return wanted, errors
 
     def _following(
-        self, tokens: Int32, start: int, end: int, offset: int, hidden: Tensor, count: int
+        self, tokens: Int32, start: int, end: int, offset: int, hidden: Tensor, params: SamplingParams
     ) -> list[TokenLogprobs]:
         """Log-probabilities of tokens start+1 … end, which the hidden rows from ``offset`` on predict."""
         entries = []
+        count, asked = params.prompt_logprobs or 0, params.logprob_token_ids
         for begin in range(start, end, PROMPT_LOGPROB_ROWS):
             stop = min(begin + PROMPT_LOGPROB_ROWS, end)
             rows: Int32 = np.arange(offset + begin - start, offset + stop - start, dtype=np.int32)
             logprobs = self.model.logits(hidden, rows).log_softmax(-1)
             for position, row_logprobs in zip(range(begin, stop), logprobs, strict=True):
-                entries.append(token_logprobs(row_logprobs, int(tokens[position + 1]), count))
+                entries.append(token_logprobs(row_logprobs, int(tokens[position + 1]), count, asked))
         return entries
 
 

@@ -271,8 +271,8 @@ def process(logits: Tensor, i: int, params: SamplingParams, batch: SamplingBatch
         )
 
 
-def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Log-probabilities of one token and of the ``count`` most likely ones, from logprobs [vocab].
+def token_logprobs(logprobs: Tensor, token: int, count: int, asked: Sequence[int] = ()) -> TokenLogprobs:
+    """Log-probabilities of one token, of the ``count`` most likely ones and of those ``asked`` for, from logprobs [vocab].
 
     Raises ValueError if they are not numbers.
     """
@@ -285,7 +285,8 @@ def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
         best = logprobs.topk(min(count, len(logprobs)))
         values = best.values.clamp(min=LOWEST_LOGPROB).tolist()
         top = list(zip(best.indices.tolist(), values, strict=True))
-    return TokenLogprobs(token, max(float(value), LOWEST_LOGPROB), rank, top)
+    others = logprobs[list(asked)].clamp(min=LOWEST_LOGPROB).tolist() if asked else []
+    return TokenLogprobs(token, max(float(value), LOWEST_LOGPROB), rank, top, others)
 
 
 def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -299,4 +300,6 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _report(result: Sampled, i: int, logprobs: Tensor, params: SamplingParams) -> None:
     if i not in result.errors:
-        result.logprobs[i] = token_logprobs(logprobs, result.tokens[i], params.logprobs or 0)
+        result.logprobs[i] = token_logprobs(
+            logprobs, result.tokens[i], params.logprobs or 0, params.logprob_token_ids
+        )

@@ -80,7 +80,7 @@ class Request:
         self.seed: int | None = None
         self.outgrown = False
         """Whether it is longer than the model's switch length, and computed as such."""
-        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+        self.prompt_logprobs = self.untold_logprobs()
         """Collected chunk by chunk until the first delta takes them along."""
         self.offer: tuple[float, ...] = ()
         """What drafters propose now: the probability that draft token i and all before it are right."""
@@ -95,6 +95,10 @@ class Request:
         self.scheduled_at = 0.0
         self.told_first = False
         self.finished = False
+
+    def untold_logprobs(self) -> list[TokenLogprobs | None]:
+        """Places of the prompt's tokens that have no log-probability: the first, and those that are not wanted."""
+        return [None] * max(1, min(self.message.params.prompt_logprobs_from, len(self.message.prompt)))
 
     def awaits_result(self, max_model_len: int, switch_length: int) -> bool:
         """Whether what is under way has to be known before more is planned: it ends the request, or may bring it to the

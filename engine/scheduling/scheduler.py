@@ -294,7 +294,7 @@ class Scheduler:
         insort(self._running, request, key=_deadline)
         request.slot = self._free_slots.pop()
         request.num_computed = admission.num_cached
-        request.prompt_logprobs = [None]
+        request.prompt_logprobs = request.untold_logprobs()
         if not request.scheduled_at:
             request.scheduled_at = self._clock()
             request.num_cached = admission.num_cached

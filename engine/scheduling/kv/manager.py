@@ -110,10 +110,11 @@ class KVManager:
         if not self._prefix_caching:
             return []
         prefix.extend(request.block_hashes, request.root, request.tokens, self.block_size)
-        if request.message.params.prompt_logprobs is not None:
-            return []  # every prompt position has to be computed
+        params, most = request.message.params, len(request.block_hashes)
+        if params.prompt_logprobs is not None:  # the positions that tell them have to be computed
+            most = max(params.prompt_logprobs_from - 1, 0) // self.block_size
         hits = []
-        for content in request.block_hashes:
+        for content in request.block_hashes[:most]:
             block = self.pool.find(content)
             if block is None:
                 break
