@@ -144,7 +144,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """Log-probabilities of the prompt, in the first delta of a request that asked for them; none of its first token, and
+    """Log-probabilities of the prompt, in the first delta of a request that asked for them; none of its first, nor
     of those before ``prompt_logprobs_from``."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None

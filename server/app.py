@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -17,11 +18,12 @@ from slipstream.server.deadline import Deadline
 from slipstream.server.description import Answer, describe, finish
 from slipstream.server.edge import Edge
 from slipstream.server.errors import ApiError, MethodNotAllowedError, NotFoundError
-from slipstream.server.gate import guarded
+from slipstream.server.gate import AdminPaths, guarded
 from slipstream.server.json_response import JSONBody
 from slipstream.server.openai import routes as openai
 from slipstream.server.page import CHAT, page_response
 from slipstream.server.service import Service
+from slipstream.server.sglang import routes as sglang
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +38,19 @@ class Version(Answer):
     version: str
 
 
+DIALECTS = (openai, sglang, admin)
+DESCRIBED = tuple(dict.fromkeys([*(model for dialect in DIALECTS for model in dialect.DESCRIBED), Health, Version]))
+"""Bodies and answers, for the OpenAPI document."""
+
+
 def build_app(service: Service) -> ASGIApp:
     app = FastAPI(title="Slipstream", version=version("slipstream"), redoc_url=None, redirect_slashes=False)
-    generating = openai.openai_router(service)
-    app.include_router(generating)
-    app.include_router(admin.admin_router(service))
-
-    for route in generating.routes:
-        if isinstance(route, APIRoute):
-            service.metrics.expect_failures(route.path)
+    generating = [openai.openai_router(service), sglang.sglang_router(service)]
+    controls = [sglang.control_router(service)]
+    for router in (*generating, *controls, admin.admin_router(service)):
+        app.include_router(router)
+    for path in paths(generating):
+        service.metrics.expect_failures(path)
 
     @app.get("/health", response_class=Response, openapi_extra=describe(Health, 503, errors=Health))
     async def health() -> Response:
@@ -96,12 +102,17 @@ def build_app(service: Service) -> ASGIApp:
     describe_routes = app.openapi
 
     def openapi() -> dict[str, Any]:
-        return finish(describe_routes(), (*openai.DESCRIBED, *admin.DESCRIBED, Health, Version))
+        return finish(describe_routes(), DESCRIBED)
 
     app.openapi = openapi  # type: ignore[method-assign]
-    guard = guarded(app, service.config, service.metrics)
+    administrative = AdminPaths(paths(controls))
+    guard = guarded(app, service.config, service.metrics, administrative)
     limit_s = service.config.request_timeout_s
-    return Edge(Deadline(guard, limit_s) if limit_s else guard)
+    return Edge(Deadline(guard, limit_s, administrative) if limit_s else guard)
+
+
+def paths(routers: Iterable[APIRouter]) -> list[str]:
+    return [route.path for router in routers for route in router.routes if isinstance(route, APIRoute)]
 
 
 def refuse_method(request: Request, where: str, methods: str) -> Response:

@@ -36,13 +36,13 @@ class ErrorAnswer(Answer):
 
 
 def describe(
-    answer: type[Answer] | str,
+    answer: type[BaseModel] | str,
     *statuses: int,
     bodies: Sequence[type[Body]] = (),
     body_required: bool = True,
     raw_body: str | None = None,
-    stream: type[Answer] | None = None,
-    errors: type[Answer] = ErrorAnswer,
+    stream: type[BaseModel] | None = None,
+    errors: type[BaseModel] = ErrorAnswer,
 ) -> dict[str, Any]:
     """For ``openapi_extra`` of a route; its ``response_class`` must be Response, of which FastAPI says nothing itself.
 
@@ -58,7 +58,7 @@ def describe(
         events = f'Server-sent events: the data of each is a {stream.__name__} or {{"error"}}, of the last [DONE].'
         content["text/event-stream"] = {"schema": {"type": "string", "description": events}}
     responses = {"200": {"description": "OK", "content": content}}
-    known: dict[int, type[Answer]] = {**dict.fromkeys(ANYWHERE, ErrorAnswer), **dict.fromkeys(statuses, errors)}
+    known: dict[int, type[BaseModel]] = {**dict.fromkeys(ANYWHERE, ErrorAnswer), **dict.fromkeys(statuses, errors)}
     known |= dict.fromkeys(WITH_BODY if bodies or raw_body else (), ErrorAnswer)
     for status, model in sorted(known.items()):
         responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": json_of(model)}

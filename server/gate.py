@@ -21,7 +21,7 @@ from slipstream.server.metrics import Metrics
 from slipstream.server.principal import SCOPE_ENTRY, Keys, Principal, RequestLimits
 from slipstream.server.web_pages import ANY, ELSEWHERE, WebPages
 
-OPEN_PATHS = frozenset({"/health", "/health/", "/ready", "/metrics", "/version", "/", "/dashboard"})
+OPEN_PATHS = frozenset({"/health", "/health/", "/health_generate", "/ready", "/metrics", "/version", "/", "/dashboard"})
 """The chat and the dashboard are pages without data; what they show they ask the API for."""
 ADMIN_PATH = "/admin/"
 PROXY_HEADERS = frozenset({b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"cf-connecting-ip"})
@@ -35,7 +35,8 @@ class AdminPaths:
         self._controls = frozenset(controls)
 
     def __contains__(self, path: str) -> bool:
-        return path.startswith(ADMIN_PATH) or path in self._controls
+        # What matches routes takes a line break at the end of a path for nothing.
+        return path.startswith(ADMIN_PATH) or path.removesuffix("\n") in self._controls
 
 
 ADMIN_API = AdminPaths()

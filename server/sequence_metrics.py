@@ -15,7 +15,7 @@ class SequenceMetrics:
 
     __slots__ = (
         *("_cached", "_metrics", "_prompt_tokens", "accepted", "arrival", "first", "last", "scheduled", "tokens"),
-        *("first_right", "learned_accepted", "learned_steps", "proposals", "steps", "versions"),
+        *("first_right", "learned_accepted", "learned_steps", "preemptions", "proposals", "steps", "versions"),
     )
 
     def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int) -> None:
@@ -32,6 +32,8 @@ class SequenceMetrics:
         """Steps but for those that verified another drafter's tokens, and accepted draft tokens of the learned one."""
         self.proposals = self.first_right = 0
         """Proposals of the learned drafter, verified or not, and how many of them had a right first draft token."""
+        self.preemptions = 0
+        """How often it was preempted, once the engine has said it at the end."""
         self._cached = 0
         self.accepted: list[tuple[int, int]] = []
         """(verified, accepted) draft tokens per step that verified any."""
@@ -67,6 +69,7 @@ class SequenceMetrics:
         Of what was ended from outside (by a stop string, or since the client has gone) this comes after ``on_end``.
         """
         self._begin(delta)
+        self.preemptions = delta.num_preemptions
         self._metrics.preemptions.observe(delta.num_preemptions)
         self._metrics.computed_tokens.observe(self._prompt_tokens - self._cached if self.scheduled else 0)
 

@@ -27,13 +27,11 @@ from slipstream.engine.handle import EngineHandle
 from slipstream.engine.testing import TINY_LLAMA
 from slipstream.engine.thread import start_thread
 from slipstream.server import app
-from slipstream.server.admin import routes as admin_routes
 from slipstream.server.config import ServerConfig
 from slipstream.server.description import ErrorAnswer
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.launch import address, listen, make_service, serve
 from slipstream.server.log import OneLineFormatter
-from slipstream.server.openai import routes as openai_routes
 from slipstream.server.text import load_tokenizer
 
 PATIENCE_S = 300.0
@@ -144,13 +142,7 @@ class Document:
 
     def __init__(self, document: dict[str, Any]) -> None:
         self._paths = document["paths"]
-        classes: tuple[Any, ...] = (
-            *openai_routes.DESCRIBED,
-            *admin_routes.DESCRIBED,
-            ErrorAnswer,
-            app.Health,
-            app.Version,
-        )
+        classes: tuple[Any, ...] = (*app.DESCRIBED, ErrorAnswer)
         self._classes = {found.__name__: found for found in classes}
         assert set(self._classes) <= set(document["components"]["schemas"])
 

@@ -272,7 +272,7 @@ def process(logits: Tensor, i: int, params: SamplingParams, batch: SamplingBatch
 
 
 def token_logprobs(logprobs: Tensor, token: int, count: int, asked: Sequence[int] = ()) -> TokenLogprobs:
-    """Log-probabilities of one token, of the ``count`` most likely ones and of those ``asked`` for, from logprobs [vocab].
+    """Log-probabilities of a token, of the ``count`` most likely and of those ``asked`` for; from logprobs [vocab].
 
     Raises ValueError if they are not numbers.
     """

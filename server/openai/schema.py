@@ -158,6 +158,13 @@ class GenerationBody(SamplingBody, StructuredFields):
     use_beam_search: unsupported(False) = None  # type: ignore[valid-type]
     length_penalty: unsupported(1, 1.0) = None  # type: ignore[valid-type]
 
+    # What routers add to bodies that they pass on.
+    no_stop_trim: unsupported(False) = None  # type: ignore[valid-type]
+    return_hidden_states: unsupported(False) = None  # type: ignore[valid-type]
+    separate_reasoning: unsupported(True) = None  # type: ignore[valid-type]
+    stream_reasoning: unsupported(True) = None  # type: ignore[valid-type]
+    include_reasoning: unsupported(True) = None  # type: ignore[valid-type]
+
     @model_validator(mode="after")
     def _check_shared(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:

@@ -1,0 +1,39 @@
+"""Weights that come in buckets, of which nobody says which one is the last."""
+
+from __future__ import annotations
+
+from slipstream.engine.operations import UpdateMode
+from slipstream.server.rollout.control import Control
+from slipstream.server.sglang.control_schema import UpdateFields
+
+
+class Updates:
+    """Begins an update with its first bucket, and ends it when every tensor has come or when the trainer goes on.
+
+    Until then the old weights serve, all of them.
+    """
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._ours: str | None = None
+        """The update that buckets have come for."""
+
+    async def prepare(self, asked: UpdateFields) -> UpdateMode:
+        """What becomes of open requests when the new weights serve."""
+        if asked.abort_all_requests:
+            await self._control.abort()
+            return "abort"
+        return "keep" if asked.flush_cache is False else "recompute"
+
+    def took_bucket(self) -> str:
+        """What has happened, in words."""
+        self._ours = self._control.updating
+        if self._ours is None:
+            return f"Weight version {self._control.weight_version} serves."
+        return "The weights have come; they serve when all have, or when generation continues."
+
+    async def finish(self) -> None:
+        """Ends the update for which buckets have come, if there is one: what has not come stays as it is."""
+        if self._ours is not None and self._control.updating == self._ours:
+            await self._control.finish_update(self._ours, keep_rest=True)
+        self._ours = None

@@ -1,0 +1,410 @@
+"""/generate as trainers send it, and what they read of its answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slipstream.server.sglang.control_schema import BODIES as CONTROL_BODIES
+from slipstream.server.sglang.schema import SGLangGenerateBody, SGLangSamplingParams
+
+PROMPT = [504, 2632, 6354, 16438, 28]
+TEXT = "The quick brown fox"
+
+
+def generate(server: Any, prompt: Any = None, **fields: Any) -> Any:
+    """``prompt`` as ids unless it is a text; sampling parameters by their names, other fields by theirs."""
+    sampling = {"max_new_tokens": 8, "temperature": 0, **fields.pop("sampling", {})}
+    prompt = PROMPT if prompt is None else prompt
+    first = prompt[0] if isinstance(prompt, list) else prompt
+    name = "text" if isinstance(first, str) else "input_ids"
+    body = {name: prompt, "sampling_params": sampling, **fields}
+    status, answer = server.post("/generate", body)
+    assert status == 200, answer
+    return answer
+
+
+def refused(server: Any, **body: Any) -> Any:
+    status, answer = server.post("/generate", {"input_ids": PROMPT, **body})
+    assert status == 400, answer
+    return answer["error"]
+
+
+def values(entries: Any) -> list[Any]:
+    return [entry[0] for entry in entries]
+
+
+def joined(lists: Iterable[list[Any]]) -> list[Any]:
+    return list(chain.from_iterable(lists))
+
+
+def ids(entries: Any) -> list[int]:
+    return [entry[1] for entry in entries]
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ({"temperature": 0}, {"temperature": 0}),
+        ({"temperature": 0.8, "sampling_seed": 7}, {"temperature": 0.8, "seed": 7}),
+        ({"sampling_seed": 3, "top_k": 20, "top_p": 0.9, "temperature": 1}, {"seed": 3, "top_k": 20, "top_p": 0.9}),
+        ({"sampling_seed": 3, "top_k": 2**30, "repetition_penalty": 1.2}, {"seed": 3, "repetition_penalty": 1.2}),
+        ({"logit_bias": {"100": 50}, "min_new_tokens": 8}, {"logit_bias": {"100": 50}, "min_tokens": 8}),
+    ],
+)
+@pytest.mark.parametrize("mode", ["processed", "raw"])
+def test_the_same_tokens_and_log_probabilities_as_in_the_other_dialect(
+    server: Any, here: dict[str, Any], there: dict[str, Any], mode: str
+) -> None:
+    there = {"temperature": 1 if "seed" in there else 0} | there
+    here = {"temperature": there["temperature"]} | here
+    found = generate(server, sampling=here, return_logprob=True, top_logprobs_num=3, logprobs_mode=mode)
+    other = server.complete(
+        PROMPT,
+        max_tokens=8,
+        return_token_ids=True,
+        logprobs=3,
+        logprobs_mode=mode,
+        return_tokens_as_token_ids=True,
+        **there,
+    )["choices"][0]
+    assert found["text"] == other["text"]
+    assert found["output_ids"] == other["token_ids"]
+    meta = found["meta_info"]
+    assert ids(meta["output_token_logprobs"]) == found["output_ids"]
+    assert values(meta["output_token_logprobs"]) == other["logprobs"]["token_logprobs"]
+    for top, expected in zip(meta["output_top_logprobs"], other["logprobs"]["top_logprobs"], strict=True):
+        assert len(top) == 3
+        assert {f"token_id:{token}": logprob for logprob, token, _ in top}.items() <= expected.items()
+
+
+def test_log_probabilities_are_by_default_those_of_the_distribution_drawn_from(server: Any) -> None:
+    asked = {"sampling": {"temperature": 0.5, "sampling_seed": 1}, "return_logprob": True}
+    default, processed, raw = (
+        values(generate(server, **asked, **mode)["meta_info"]["output_token_logprobs"])
+        for mode in ({}, {"logprobs_mode": "processed"}, {"logprobs_mode": "raw"})
+    )
+    assert default == processed != raw
+
+
+def test_what_trainers_read_of_one_answer(server: Any) -> None:
+    found = generate(server, TEXT, return_logprob=True, rid="a rid", return_prompt_token_ids=True)
+    assert set(found) == {"text", "output_ids", "meta_info", "prompt_token_ids"}
+    meta = found["meta_info"]
+    assert meta["id"] == "a rid"
+    assert meta["finish_reason"] == {"type": "length", "length": 8}
+    assert meta["prompt_tokens"] == len(found["prompt_token_ids"]) == 4
+    assert meta["completion_tokens"] == len(found["output_ids"]) == meta["output_token_logprobs_length"] == 8
+    assert meta["input_token_logprobs"] == []
+    assert all(text is None for _, _, text in meta["output_token_logprobs"])
+    assert 0 < meta["e2e_latency"] < 300 and meta["num_retractions"] == 0 <= meta["cached_tokens"] <= 4
+    version = meta["weight_version"]
+    assert meta["weight_versions"] == [{"version": version, "start": 0, "end": 8}]
+    assert server.get("/get_weight_version")[1] == {"weight_version": version}
+    plain = generate(server, TEXT)["meta_info"]
+    assert not any("logprobs" in name for name in plain)
+    with_text = generate(server, TEXT, return_logprob=True, return_text_in_logprobs=True)
+    assert "".join(text for _, _, text in with_text["meta_info"]["output_token_logprobs"]) == found["text"]
+
+
+def test_log_probabilities_of_the_prompt(server: Any) -> None:
+    asked = {"sampling": {"max_new_tokens": 1}, "return_logprob": True, "top_logprobs_num": 2}
+    other = server.complete(PROMPT, max_tokens=1, prompt_logprobs=2)["choices"][0]["prompt_logprobs"]
+    for start in (0, 1, 3, 4):
+        for _ in range(2):  # the second time, what lies before may be in the cache
+            meta = generate(server, **asked, logprob_start_len=start)["meta_info"]
+            assert ids(meta["input_token_logprobs"]) == PROMPT[start:]
+            assert len(meta["input_top_logprobs"]) == len(PROMPT) - start
+            for entry, top, expected in zip(
+                meta["input_token_logprobs"], meta["input_top_logprobs"], other[start:], strict=True
+            ):
+                assert entry[0] == (None if expected is None else expected[str(entry[1])]["logprob"])
+                assert (top is None) == (expected is None)
+                assert all(expected[str(token)]["logprob"] == logprob for logprob, token, _ in top or [])
+    assert generate(server, **asked, logprob_start_len=5)["meta_info"]["input_token_logprobs"] == []
+    error = refused(server, return_logprob=True, logprob_start_len=6)
+    assert error["param"] == "logprob_start_len" and "5 tokens" in error["message"]
+
+
+def test_a_long_prompt_is_scored_without_computing_what_is_cached(server: Any) -> None:
+    prompt = [(7 * i) % 4000 + 300 for i in range(400)]
+    whole = generate(server, prompt, return_logprob=True, logprob_start_len=0, sampling={"max_new_tokens": 1})
+    again = generate(server, prompt, return_logprob=True, logprob_start_len=390, sampling={"max_new_tokens": 1})
+    assert again["meta_info"]["cached_tokens"] > 300
+    expected = whole["meta_info"]["input_token_logprobs"][390:]
+    for entry, one in zip(again["meta_info"]["input_token_logprobs"], expected, strict=True):
+        assert entry[1] == one[1] and entry[0] == pytest.approx(one[0], abs=1e-4)
+
+
+def test_log_probabilities_of_chosen_tokens(server: Any) -> None:
+    chosen = [504, 0, 49_151]
+    meta = generate(
+        server,
+        return_logprob=True,
+        logprob_start_len=2,
+        top_logprobs_num=1,
+        token_ids_logprob=chosen,
+        logprobs_mode="raw",
+    )["meta_info"]
+    assert [ids(entries) for entries in meta["output_token_ids_logprobs"]] == [chosen] * 8
+    assert [ids(entries) for entries in meta["input_token_ids_logprobs"]] == [chosen] * 3
+    best = [top[0] for top in meta["output_top_logprobs"]]
+    for entries, top in zip(meta["output_token_ids_logprobs"], best, strict=True):
+        assert all(logprob <= top[0] for logprob in values(entries))
+    same = generate(server, return_logprob=True, token_ids_logprob=[top[1] for top in best][:1], logprobs_mode="raw")[
+        "meta_info"
+    ]
+    assert same["output_token_ids_logprobs"][0][0][:2] == best[0][:2]
+    assert refused(server, return_logprob=True, token_ids_logprob=[60_000])["param"] == "logprob_token_ids"
+
+
+def test_one_prompt_or_several_and_one_answer_or_several(server: Any) -> None:
+    sampled = {"temperature": 1, "sampling_seed": 11}
+    single = generate(server, sampling=sampled)
+    assert isinstance(single, dict)
+    [one] = generate(server, [PROMPT], sampling=sampled)
+    assert one["output_ids"] == single["output_ids"]
+    both = generate(server, [TEXT, "Once upon a time"], sampling=sampled)
+    assert [answer["meta_info"]["prompt_tokens"] for answer in both] == [4, 4]
+    several = generate(server, [PROMPT, [300]], sampling={**sampled, "n": 2}, rid="x")
+    assert [answer["meta_info"]["id"] for answer in several] == ["x_0", "x_1", "x_2", "x_3"]
+    assert several[0]["output_ids"] == single["output_ids"] != several[1]["output_ids"]
+    assert [answer["meta_info"]["prompt_tokens"] for answer in several] == [5, 5, 1, 1]
+    named = generate(server, [PROMPT, [300]], rid=["a", "b"])
+    assert [answer["meta_info"]["id"] for answer in named] == ["a", "b"]
+    assert refused(server, input_ids=[PROMPT, [300]], rid=["a", "a"])["param"] == "rid"
+    generated = {answer["meta_info"]["id"] for answer in generate(server, [PROMPT, [300]], sampling={"n": 2})}
+    assert len(generated) == 4
+
+
+def test_each_prompt_of_a_batch_may_ask_for_something_else(server: Any) -> None:
+    found = generate(
+        server,
+        [PROMPT, PROMPT, TEXT_IDS],
+        sampling_params=[
+            {"max_new_tokens": 3, "temperature": 0},
+            {"max_new_tokens": 5, "temperature": 1, "sampling_seed": 4},
+            {"max_new_tokens": 2, "temperature": 0, "min_new_tokens": 2},
+        ],
+        return_logprob=[True, False, True],
+        top_logprobs_num=[0, 0, 2],
+        logprob_start_len=[-1, -1, 1],
+        token_ids_logprob=[[5], [], [6, 7]],
+        extra_key=["a", "", None],
+    )
+    assert [answer["meta_info"]["completion_tokens"] for answer in found] == [3, 5, 2]
+    first, second, third = (answer["meta_info"] for answer in found)
+    assert "output_token_logprobs" not in second and "output_top_logprobs" not in first
+    assert [ids(entries) for entries in first["output_token_ids_logprobs"]] == [[5]] * 3
+    assert [ids(entries) for entries in third["output_token_ids_logprobs"]] == [[6, 7]] * 2
+    assert ids(third["input_token_logprobs"]) == TEXT_IDS[1:]
+    alone = generate(server, sampling={"max_new_tokens": 5, "temperature": 1, "sampling_seed": 4})
+    assert found[1]["output_ids"] == alone["output_ids"]
+    for field, value in (("sampling_params", [{}]), ("return_logprob", [True] * 4), ("rid", ["a"])):
+        assert refused(server, input_ids=[PROMPT, PROMPT], **{field: value})["param"] == field
+    assert "the same for all" in refused(server, input_ids=[PROMPT, PROMPT], sampling_params=[{"n": 2}, {}])["message"]
+
+
+TEXT_IDS = [504, 2365]
+
+
+def test_why_an_answer_ended(server: Any) -> None:
+    whole = generate(server)
+    token = whole["output_ids"][3]
+    before = whole["output_ids"].index(token)
+    stopped = generate(server, sampling={"stop_token_ids": [token]}, return_logprob=True)
+    assert stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": token}
+    assert stopped["output_ids"] == whole["output_ids"][: before + 1]
+    assert len(stopped["meta_info"]["output_token_logprobs"]) == before + 1
+    kept = generate(server, sampling={"stop_token_ids": [token], "no_stop_trim": True})
+    assert kept["output_ids"] == stopped["output_ids"] and len(kept["text"]) > len(stopped["text"])
+    assert whole["text"].startswith(kept["text"])
+    ignored = generate(server, sampling={"stop_token_ids": [token], "ignore_eos": True})
+    assert ignored["output_ids"] == whole["output_ids"], "as SGLang has it"
+    later = generate(server, sampling={"stop_token_ids": [token], "min_new_tokens": before + 2})
+    assert len(later["output_ids"]) > before + 1
+    letters = whole["text"][4:6]
+    by_text = generate(server, sampling={"stop": letters})
+    assert by_text["meta_info"]["finish_reason"] == {"type": "stop", "matched": letters}
+    assert by_text["text"] == whole["text"].partition(letters)[0]
+    assert generate(server, sampling={"stop": [letters], "no_stop_trim": True})["text"].endswith(letters)
+
+
+def test_how_many_tokens(server: Any) -> None:
+    # Of a model that says anything, so the end of a text may come at any time.
+    forever = {"ignore_eos": True, "temperature": 0}
+    status, answer = server.post("/generate", {"input_ids": PROMPT, "sampling_params": forever})
+    assert status == 200 and answer["meta_info"]["finish_reason"] == {"type": "length", "length": 128}
+    none = generate(server, sampling={"max_new_tokens": 0}, return_logprob=True, logprob_start_len=0)
+    assert none["meta_info"]["finish_reason"] == {"type": "length", "length": 0} and none["output_ids"] == []
+    assert len(none["meta_info"]["input_token_logprobs"]) == 5
+    near = [400] * 8190
+    rest = generate(server, near, sampling_params={**forever, "max_new_tokens": None})
+    assert len(rest["output_ids"]) == 2
+    assert len(generate(server, near, sampling_params=forever)["output_ids"]) == 2, "the default gives way"
+    error = refused(server, input_ids=near, sampling_params={"max_new_tokens": 3})
+    assert error["param"] == "sampling_params.max_new_tokens" and error["code"] == "context_length_exceeded"
+    assert refused(server, sampling_params={"max_new_tokens": 3, "min_new_tokens": 4})["param"].endswith(
+        "min_new_tokens"
+    )
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_stream_adds_up_to_the_answer(server: Any, incremental: bool, interval: int) -> None:
+    sampling = {"max_new_tokens": 20, "temperature": 1, "sampling_seed": 5, "n": 2, "stream_interval": interval}
+    asked = {"return_logprob": True, "top_logprobs_num": 2, "token_ids_logprob": [5, 6], "logprob_start_len": 3}
+    whole = generate(server, sampling=sampling, **asked, rid="r")
+    body = {"input_ids": PROMPT, "sampling_params": sampling, **asked, "rid": "r"}
+    events = server.events("/generate", body | {"incremental_streaming_output": incremental})
+    assert events.pop() == "[DONE]"
+    lists = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
+    for index, answer in enumerate(whole):
+        mine = [event for event in events if event["index"] == index]
+        assert len(mine) > 1
+        last = mine[-1]
+        for name in ("id", "finish_reason", "prompt_tokens", "completion_tokens", "input_token_logprobs"):
+            assert last["meta_info"][name] == answer["meta_info"][name]
+        assert all(event["meta_info"]["finish_reason"] is None for event in mine[:-1])
+        counts = [event["meta_info"]["completion_tokens"] for event in mine]
+        assert all(later - sooner >= interval for sooner, later in pairwise(counts[:-1]))
+        if incremental:
+            assert "".join(event["text"] for event in mine) == answer["text"]
+            assert joined(event["output_ids"] for event in mine) == answer["output_ids"]
+            for name in lists:
+                assert joined(event["meta_info"][name] for event in mine) == answer["meta_info"][name]
+        else:
+            assert (last["text"], last["output_ids"]) == (answer["text"], answer["output_ids"])
+            for event, count in zip(mine, counts, strict=True):
+                assert answer["text"].startswith(event["text"]) and len(event["output_ids"]) == count
+                for name in lists:
+                    assert event["meta_info"][name] == answer["meta_info"][name][:count]
+
+
+def test_speculation_as_trainers_count_it(server: Any) -> None:
+    meta = generate(server, [400] * 30, sampling={"max_new_tokens": 64, "ignore_eos": True})["meta_info"]
+    steps, right, drafted = meta["spec_verify_ct"], meta["spec_num_correct_drafts"], meta["spec_num_proposed_drafts"]
+    assert 0 < steps < 64 and 0 <= right <= drafted
+    assert sum(meta["spec_correct_drafts_histogram"]) == steps
+    assert sum(i * count for i, count in enumerate(meta["spec_correct_drafts_histogram"])) == right
+    assert meta["spec_accept_length"] == 64 / steps
+    assert (meta["spec_accept_token_num"], meta["spec_draft_token_num"]) == (right, drafted)
+
+
+BODIES = {
+    "slime": {
+        "input_ids": PROMPT,
+        "sampling_params": {
+            **{
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "top_k": -1,
+                "max_new_tokens": 4,
+                "stop": None,
+                "stop_token_ids": None,
+            },
+            **{"skip_special_tokens": False, "no_stop_trim": True, "spaces_between_special_tokens": False},
+            "sampling_seed": 42,
+        },
+        "return_logprob": True,
+    },
+    "areal": {
+        "input_ids": PROMPT,
+        "image_data": [],
+        "sampling_params": {
+            **{"top_p": 1.0, "top_k": 100_000_000, "max_new_tokens": 4, "temperature": 1.0, "stop_token_ids": [0, 2]},
+            **{"ignore_eos": False, "skip_special_tokens": True, "frequency_penalty": 0.0},
+        },
+        "return_logprob": True,
+        "stream": False,
+    },
+    "router": {
+        "text": TEXT,
+        "sampling_params": {"max_new_tokens": 4, "no_stop_trim": False, "custom_params": None, "beam_width": 1},
+        **{"return_logprob": False, "return_hidden_states": False, "stream": False, "log_metrics": True},
+        **{"lora_path": None, "session_params": None, "bootstrap_room": None, "data_parallel_rank": 0},
+        **{"routing_key": "k", "session_id": "s", "custom_labels": {"a": "b"}, "background": False},
+    },
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies_as_they_are_sent(server: Any, name: str) -> None:
+    status, answer = server.post("/generate", BODIES[name])
+    assert status == 200, answer
+    assert len(answer["output_ids"]) <= 4
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"sampling_params": {"json_schema": "{}"}}, "sampling_params.json_schema"),
+        ({"sampling_params": {"regex": "a+"}}, "sampling_params.regex"),
+        ({"sampling_params": {"stop_regex": "a+"}}, "sampling_params.stop_regex"),
+        ({"sampling_params": {"custom_params": {"return_top_p_token_ids": True}}}, "sampling_params.custom_params"),
+        ({"sampling_params": {"beam_width": 2}}, "sampling_params.beam_width"),
+        ({"sampling_params": {"temprature": 1}}, "sampling_params.temprature"),
+        ({"sampling_params": {"top_k": -2}}, "sampling_params.top_k"),
+        ({"return_routed_experts": True}, "return_routed_experts"),
+        ({"return_hidden_states": True}, "return_hidden_states"),
+        ({"lora_path": "x"}, "lora_path"),
+        ({"image_data": ["x"]}, "image_data"),
+        ({"routed_dp_rank": 1}, "routed_dp_rank"),
+        ({"text": "both"}, "text"),
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [60_000]}, "input_ids"),
+        ({"input_ids": None}, "text"),
+        ({"top_logprobs_num": 21, "return_logprob": True}, "top_logprobs_num"),
+        ({"priority": 1}, "priority"),
+    ],
+)
+def test_what_is_refused(server: Any, body: dict[str, Any], param: str) -> None:
+    error = refused(server, **body)
+    assert error["param"] == param and error["message"]
+
+
+def test_fields_nobody_knows(server: Any) -> None:
+    generate(server, routed_experts_dtype="uint8")
+    server.wait_until_logged("ignored unknown request field routed_experts_dtype")
+
+
+def test_less_urgent_and_not_kept(server: Any) -> None:
+    assert generate(server, priority=-3, no_logs=True, cache_salt="s")["output_ids"] == generate(server)["output_ids"]
+    generate(server, [450] * 40, cache_salt="one")
+    assert generate(server, [450] * 40, cache_salt="two")["meta_info"]["cached_tokens"] == 0
+    assert generate(server, [450] * 40, cache_salt="one", extra_key="k")["meta_info"]["cached_tokens"] == 0
+    assert generate(server, [450] * 40, cache_salt="one")["meta_info"]["cached_tokens"] > 0
+
+
+def test_every_field_is_documented() -> None:
+    page = (Path(__file__).parents[3] / "docs/sglang.md").read_text()
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", page))))
+    bodies = (SGLangGenerateBody, SGLangSamplingParams, *CONTROL_BODIES)
+    fields = {name for body in bodies for name in body.model_fields}
+    unnamed = {name for name in fields - words if not name.startswith(("bootstrap_", "mm_", "return_flat_"))}
+    assert len(fields) > 100
+    assert unnamed == OF_IMAGES | OF_SCORING
+
+
+OF_IMAGES = {"video_config", "images_config", "decode_tp_size", "disagg_prefill_dp_rank", "sampling_logprobs_mode"}
+OF_SCORING = {"multi_item_delimiter_indices", "token_indices_to_pool"}
+"""Refused, and of kinds that the page names together."""
+
+
+def test_fields_that_routers_add_to_the_other_dialect(server: Any) -> None:
+    added = {"no_stop_trim": False, "return_hidden_states": False, "separate_reasoning": True, "stream_reasoning": True}
+    added["include_reasoning"] = True
+    body = {"prompt": TEXT, "max_tokens": 2, "temperature": 0}
+    assert server.complete(TEXT, max_tokens=2, **added) | IGNORED == server.complete(TEXT, max_tokens=2) | IGNORED
+    server.chat(max_tokens=1, **added)
+    for name, value in added.items():
+        status, answer = server.post("/v1/completions", body | {name: not value})
+        assert status == 400 and answer["error"]["param"] == name
+
+
+IGNORED = {"id": "", "created": 0}

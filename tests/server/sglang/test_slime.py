@@ -1,0 +1,273 @@
+"""What slime calls of an external rollout engine, in its order, and what it reads of the answers.
+
+The calls are those of its pages on external engines and of the code behind them; the trainer's side of the process
+group is a process of its own (trainer.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slipstream.engine.checkpoint import open_checkpoint
+from slipstream.engine.checkpoint.dummy import dummy_tensors
+
+PROMPT = [504, 2632, 6354, 16438, 28]
+GREEDY = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+GROUP = "slime-pp_0"
+
+
+@pytest.fixture(scope="module")
+def tensors(tiny_model: Path) -> Callable[[int], dict[str, Tensor]]:
+    config = open_checkpoint(tiny_model).config
+    return lambda seed: dict(dummy_tensors(config, seed))
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: Any, tiny_model: Path, tensors: Any) -> Callable[[int], Path]:
+    """A folder with the weights of a step."""
+
+    def write(seed: int) -> Path:
+        folder: Path = tmp_path_factory.mktemp(f"weight_v{seed:06}")
+        for file in tiny_model.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        save_file(tensors(seed), folder / "model.safetensors")
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def engine(start_local: Callable[..., Any]) -> Any:
+    return start_local(max_running=8)
+
+
+class Slime:
+    """One engine as slime sees it."""
+
+    def __init__(self, server: Any) -> None:
+        self.server = server
+
+    def post(self, path: str, **body: Any) -> Any:
+        status, answer = self.server.post(path, body)
+        assert status == 200, answer
+        return answer
+
+    def discover(self) -> dict[str, Any]:
+        status, info = self.server.get("/server_info")
+        assert status == 200
+        assert int(info.get("num_gpus") or info["tp_size"] * info["pp_size"]) == 1
+        assert info.get("disaggregation_mode") not in ("prefill", "decode") and not info.get("encoder_only")
+        assert self.server.get("/health_generate")[0] == 200
+        self.flush()
+        assert self.server.get("/get_server_info")[1] == info | {"port": info["port"]}
+        return dict(info)
+
+    def flush(self) -> None:
+        for _ in range(60):
+            if self.server.request("GET", "/flush_cache")[0] == 200:
+                return
+            time.sleep(0.05)
+        raise AssertionError("the cache is not flushed")
+
+    def generate(self, **sampling: Any) -> Any:
+        params = {"top_p": 1.0, "top_k": -1, "skip_special_tokens": False, "no_stop_trim": True} | GREEDY | sampling
+        answer = self.post("/generate", input_ids=PROMPT, sampling_params=params, return_logprob=True)
+        meta = answer["meta_info"]
+        tokens = [item[1] for item in meta["output_token_logprobs"]]
+        assert tokens == answer["output_ids"] and len(tokens) == meta["completion_tokens"]
+        assert all(item[0] <= 0 for item in meta["output_token_logprobs"])
+        return answer
+
+    def abort_until_idle(self) -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            self.post("/abort_request", abort_all=True)
+            status, answer = self.server.get("/v1/loads?include=core,disagg,queues")
+            assert status == 200
+            if sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in answer["loads"]) == 0:
+                return
+        raise AssertionError("requests are left")
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        self.post("/pause_generation")
+        self.flush()
+        yield
+        self.post("/continue_generation")
+
+    def version(self) -> str:
+        return str(self.server.get("/get_weight_version")[1]["weight_version"])
+
+
+def said_by(start_local: Callable[..., Any], folder: Path) -> list[int]:
+    """What a server says that begins with these weights."""
+    found = Slime(start_local(model=str(folder))).generate()["output_ids"]
+    return list(found)
+
+
+def test_weights_from_disk(start_local: Callable[..., Any], engine: Any, policy: Any) -> None:
+    slime = Slime(engine)
+    slime.discover()
+    before = slime.generate()
+    folder = policy(1)
+    with slime.updating():
+        answer = slime.post("/update_weights_from_disk", model_path=str(folder), load_format=None, weight_version="1")
+        assert answer["success"] is True
+    after = slime.generate()
+    assert (after["meta_info"]["weight_version"], slime.version()) == ("1", "1")
+    assert after["meta_info"]["weight_versions"] == [{"version": "1", "start": 0, "end": 8}]
+    assert after["meta_info"]["cached_tokens"] == 0, "nothing of the old weights is found"
+    assert after["output_ids"] == said_by(start_local, folder) != before["output_ids"]
+
+
+def test_an_update_outside_a_pause_waits_for_answers(engine: Any, policy: Any) -> None:
+    slime = Slime(engine)
+    old, folder = slime.version(), policy(5)
+    answers: list[Any] = []
+    request = threading.Thread(target=lambda: answers.append(slime.generate(max_new_tokens=1500)))
+    request.start()
+    engine.wait_until(lambda: engine.get("/v1/loads")[1]["loads"][0]["num_running_reqs"] == 1)
+    slime.post("/update_weights_from_disk", model_path=str(folder), weight_version="five")
+    request.join(300)
+    assert answers[0]["meta_info"]["weight_versions"] == [{"version": old, "start": 0, "end": 1500}]
+    assert slime.generate()["meta_info"]["weight_version"] == "five"
+
+
+def test_an_update_that_fails_leaves_the_old_weights(engine: Any, tmp_path: Path) -> None:
+    slime = Slime(engine)
+    before, version = slime.generate()["output_ids"], slime.version()
+    with slime.updating():
+        status, answer = engine.post("/update_weights_from_disk", {"model_path": str(tmp_path), "weight_version": "9"})
+        assert (status, answer["success"]) == (400, False) and answer["message"] == answer["error"]["message"]
+    assert (slime.generate()["output_ids"], slime.version()) == (before, version)
+    for body in ({"model_path": "x", "load_format": "delta"}, {"weight_version": "9"}):
+        status, answer = engine.post("/update_weights_from_disk", body)
+        assert (status, answer["success"]) == (400, False)
+    status, answer = engine.post("/destroy_weights_update_group", {"group_name": "none"})
+    assert (status, answer["success"]) == (400, False)
+
+
+def test_a_partial_rollout(engine: Any) -> None:
+    """Aborted, collected, sent again with what it has said, under other weights."""
+    slime = Slime(engine)
+    sampling = {"temperature": 1, "sampling_seed": 3, "max_new_tokens": 8000}
+    answers: list[Any] = []
+    threads = [threading.Thread(target=lambda: answers.append(slime.generate(**sampling))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    engine.wait_until(lambda: engine.get("/v1/loads")[1]["loads"][0]["num_running_reqs"] == 3)
+    before = engine.metric("generation_tokens_total")
+    engine.wait_until(lambda: engine.metric("generation_tokens_total") > before + 200)
+    slime.abort_until_idle()
+    for thread in threads:
+        thread.join(300)
+    for answer in answers:
+        assert answer["meta_info"]["finish_reason"]["type"] == "abort" and answer["output_ids"]
+    partial = max(answers, key=lambda answer: len(answer["output_ids"]))["output_ids"]
+    again = slime.post("/generate", input_ids=PROMPT + partial, sampling_params=GREEDY, return_logprob=True)
+    meta = again["meta_info"]
+    assert meta["prompt_tokens"] == len(PROMPT) + len(partial)
+    assert meta["prompt_tokens"] - meta["cached_tokens"] <= 2 * 16, "only what is not cached is computed"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def trainer(port: int, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    script = Path(__file__).with_name("trainer.py")
+    command = [sys.executable, "-P", str(script), str(port), GROUP, str(folder / "model.safetensors")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_weights_over_a_group(start_local: Callable[..., Any], engine: Any, policy: Any, tensors: Any) -> None:
+    slime = Slime(engine)
+    folder, port = policy(2), free_port()
+    before = slime.generate()["output_ids"]
+    with trainer(port, folder) as process:
+        assert process.stdin is not None and process.stdout is not None
+        answer = slime.post(
+            "/init_weights_update_group",
+            **{"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2},
+            **{"group_name": GROUP, "backend": "gloo"},
+        )
+        assert answer["success"] is True and process.stdout.readline() == "joined\n"
+        found = tensors(2)
+        names = list(found)
+        with slime.updating():
+            for bucket in (names[: len(names) // 2], names[len(names) // 2 :]):
+                print(json.dumps(bucket), file=process.stdin, flush=True)
+                answer = slime.post(
+                    "/update_weights_from_distributed",
+                    names=bucket,
+                    dtypes=[str(found[name].dtype).removeprefix("torch.") for name in bucket],
+                    shapes=[list(found[name].shape) for name in bucket],
+                    **{"group_name": GROUP, "flush_cache": False, "weight_version": "2"},
+                )
+                assert answer["success"] is True and process.stdout.readline() == "sent\n"
+        after = slime.generate()
+        assert after["meta_info"]["weight_version"] == slime.version() == "2"
+        assert after["output_ids"] == said_by(start_local, folder) != before
+        # Some of the tensors only: the others stay, and the new ones serve when generation continues.
+        with slime.updating():
+            bucket = ["model.norm.weight"]
+            print(json.dumps(bucket), file=process.stdin, flush=True)
+            slime.post(
+                "/update_weights_from_distributed",
+                **{"names": bucket, "dtypes": ["float32"], "shapes": [list(found[bucket[0]].shape)]},
+                **{"group_name": GROUP, "flush_cache": False, "weight_version": "3"},
+            )
+            assert slime.version() == "2"
+        assert slime.version() == "3" and slime.generate()["output_ids"] == after["output_ids"]
+        slime.post("/destroy_weights_update_group", group_name=GROUP)
+
+
+def test_what_is_asked_about_weights(engine: Any, tensors: Any, policy: Any) -> None:
+    slime = Slime(engine)
+    slime.post("/update_weights_from_disk", model_path=str(policy(4)), weight_version="4")
+    expected = tensors(4)
+    rows = slime.post("/get_weights_by_name", name="model.embed_tokens.weight", truncate_size=3)
+    assert rows == expected["model.embed_tokens.weight"][:3].tolist()
+    assert slime.post("/get_weights_by_name", name="model.norm.weight") == expected["model.norm.weight"][:100].tolist()
+    assert engine.post("/get_weights_by_name", {"name": "nothing"})[0] == 400
+    assert slime.post("/weights_checker", action="snapshot")["success"] is True
+    assert slime.post("/weights_checker", action="compare")["success"] is True
+    sums = slime.post("/weights_checker", action="checksum")
+    assert set(sums["ranks"][0]["checksums"]) == set(expected)
+    slime.post("/update_weights_from_disk", model_path=str(policy(1)), weight_version="1")
+    status, answer = engine.post("/weights_checker", {"action": "compare"})
+    assert (status, answer["success"]) == (400, False)
+    assert slime.post("/weights_checker")["per_engine_checksum"] != sums["per_engine_checksum"]
+
+
+def test_memory_is_given_back_and_taken_again(engine: Any) -> None:
+    slime = Slime(engine)
+    before = slime.generate()["output_ids"]
+    for tags in ({"tags": ["kv_cache"]}, {"tags": ["weights", "kv_cache", "cuda_graph"]}, {}, {"tags": None}):
+        slime.flush()
+        slime.post("/release_memory_occupation", **tags)
+        answers: list[Any] = []
+        waiting = threading.Thread(target=lambda answers=answers: answers.append(slime.generate()))
+        waiting.start()
+        slime.post("/resume_memory_occupation", **tags)
+        waiting.join(300)
+        assert answers[0]["output_ids"] == before
