@@ -34,6 +34,6 @@ class Updates:
 
     async def finish(self) -> None:
         """Ends the update for which buckets have come, if there is one: what has not come stays as it is."""
-        if self._ours is not None and self._control.updating == self._ours:
-            await self._control.finish_update(self._ours, keep_rest=True)
-        self._ours = None
+        ours, self._ours = self._ours, None  # one that cannot be finished is not tried again
+        if ours is not None and self._control.updating == ours:
+            await self._control.finish_update(ours, keep_rest=True)
