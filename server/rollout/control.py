@@ -47,7 +47,7 @@ class Control(WeightControl):
         try:
             yield
         finally:
-            for name in known:
+            for name in known & self._open.keys():  # a sequence may be called as its request is
                 self._open[name].difference_update(request_ids)
                 if not self._open[name]:
                     del self._open[name]

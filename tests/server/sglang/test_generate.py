@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -243,7 +243,11 @@ def test_how_many_tokens(server: Any) -> None:
     none = generate(server, sampling={"max_new_tokens": 0}, return_logprob=True, logprob_start_len=0)
     assert none["meta_info"]["finish_reason"] == {"type": "length", "length": 0} and none["output_ids"] == []
     assert len(none["meta_info"]["input_token_logprobs"]) == 5
-    near = [400] * 8190
+
+
+def test_how_many_tokens_there_is_room_for(start_local: Callable[..., Any]) -> None:
+    server, forever = start_local(max_model_len=256), {"ignore_eos": True, "temperature": 0}
+    near = [400] * 254
     rest = generate(server, near, sampling_params={**forever, "max_new_tokens": None})
     assert len(rest["output_ids"]) == 2
     assert len(generate(server, near, sampling_params=forever)["output_ids"]) == 2, "the default gives way"
@@ -408,3 +412,11 @@ def test_fields_that_routers_add_to_the_other_dialect(server: Any) -> None:
 
 
 IGNORED = {"id": "", "created": 0}
+
+
+def test_the_log_has_no_errors(server: Any) -> None:
+    """An answer may be whole and what comes after it may fail."""
+    generate(server)
+    generate(server, rid="one of mine", sampling={"n": 2})
+    server.wait_until(lambda: not server.service.control.open_requests)
+    assert not [line for line in server.log if " ERROR " in line]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -244,7 +245,8 @@ def test_weights_over_a_group(start_local: Callable[..., Any], engine: Any, poli
 def test_what_is_asked_about_weights(engine: Any, tensors: Any, policy: Any) -> None:
     slime = Slime(engine)
     slime.post("/update_weights_from_disk", model_path=str(policy(4)), weight_version="4")
-    expected = tensors(4)
+    served = {"float32": torch.float32, "bfloat16": torch.bfloat16}[engine.get("/server_info")[1]["dtype"]]
+    expected = {name: tensor.to(served).float() for name, tensor in tensors(4).items()}
     rows = slime.post("/get_weights_by_name", name="model.embed_tokens.weight", truncate_size=3)
     assert rows == expected["model.embed_tokens.weight"][:3].tolist()
     assert slime.post("/get_weights_by_name", name="model.norm.weight") == expected["model.norm.weight"][:100].tolist()
