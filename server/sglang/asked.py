@@ -55,7 +55,7 @@ def read_asked(
     """
     count = len(prompts)
     sampling: list[SGLangSamplingParams] = per_prompt(body.sampling_params, count, "sampling_params")
-    sampling = [each or SGLangSamplingParams() for each in sampling]
+    sampling = [each or SGLangSamplingParams.model_validate({}) for each in sampling]
     choices = choices_of(sampling)
     require_choices(service, principal, choices, count)
     wanted = per_prompt(body.return_logprob, count, "return_logprob")

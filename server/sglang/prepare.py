@@ -17,7 +17,8 @@ def sglang_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[SGL
     """The body keeps an empty ``text``, a list for a list of prompts. Raises InvalidRequestError."""
     body = parse(SGLangGenerateBody, raw, "warn")
     single = body.is_single
-    field, given = ("text", body.text) if body.text is not None else ("input_ids", body.input_ids)
+    field = "input_ids" if body.text is None else "text"
+    given: Any = getattr(body, field)
     prompts = [given] if single else given
     if not 0 < len(prompts) <= limits.max_prompts:
         raise InvalidRequestError(

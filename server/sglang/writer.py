@@ -110,9 +110,9 @@ class SGLangWriter:
                 lists["output_top_logprobs"] = told.top
             if wanted.token_ids:
                 lists["output_token_ids_logprobs"] = told.asked
-            meta += b"".join(b',"%b":[%b]' % (name.encode(), inside) for name, inside in lists.items())
+            meta += b"".join(b',"%b":[%b]' % (name.encode(), bytes(inside)) for name, inside in lists.items())
             meta += b"".join(b',"%b":%b' % (name.encode(), value) for name, value in told.prompt.items())
-        answer = b'{"text":"%b","output_ids":[%b],"meta_info":%b}' % (told.text, told.ids, meta)
+        answer = b"".join((b'{"text":"', told.text, b'","output_ids":[', told.ids, b'],"meta_info":', meta, b"}"))
         if self._options.with_prompt:
             answer += b',"prompt_token_ids":' + encode(sequence.prompt)
         return answer + b"}"

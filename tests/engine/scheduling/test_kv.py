@@ -114,8 +114,10 @@ def test_other_weights_and_other_salts_have_other_roots(version: int, salt: str)
     assert prefix.seed(version, salt) != prefix.seed(0, "")
 
 
-def new_request(tokens: list[int], request_id: int = 1, prompt_logprobs: int | None = None) -> Request:
-    params = SamplingParams(max_tokens=5, prompt_logprobs=prompt_logprobs)
+def new_request(
+    tokens: list[int], request_id: int = 1, prompt_logprobs: int | None = None, prompt_logprobs_from: int = 0
+) -> Request:
+    params = SamplingParams(max_tokens=5, prompt_logprobs=prompt_logprobs, prompt_logprobs_from=prompt_logprobs_from)
     return Request(NewRequest(request_id=request_id, prompt=tokens, params=params), 0.0, prefix.seed(0, ""))
 
 
@@ -179,6 +181,16 @@ def test_prompt_logprobs_compute_every_position() -> None:
     kv = KVManager(10, 4, prefix_caching=True)
     admit(kv, list(range(8)))
     assert admit(kv, list(range(8)), prompt_logprobs=1)[1] == Admission(0, ())
+
+
+@pytest.mark.parametrize(("position", "cached"), [(0, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8), (40, 11)])
+def test_prompt_logprobs_from_a_position_on_compute_what_tells_them(position: int, cached: int) -> None:
+    """That of a token is told by the position before it."""
+    kv = KVManager(10, 4, prefix_caching=True)
+    admit(kv, list(range(12)))
+    request, admission = admit(kv, list(range(12)), prompt_logprobs=1, prompt_logprobs_from=position)
+    assert admission.num_cached == cached
+    assert len(request.untold_logprobs()) == min(max(1, position), 12)
 
 
 def test_caching_can_be_switched_off() -> None:
