@@ -300,6 +300,4 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _report(result: Sampled, i: int, logprobs: Tensor, params: SamplingParams) -> None:
     if i not in result.errors:
-        result.logprobs[i] = token_logprobs(
-            logprobs, result.tokens[i], params.logprobs or 0, params.logprob_token_ids
-        )
+        result.logprobs[i] = token_logprobs(logprobs, result.tokens[i], params.logprobs or 0, params.logprob_token_ids)
