@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from slipstream.server.body import Body
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.openai.schema import Count, unsupported
+from slipstream.server.openai.fields import unsupported
+from slipstream.server.openai.schema import Count
 from slipstream.server.sglang.schema import MAX_LIST
 
 DEFAULT_GROUP = "weight_update_group"

@@ -16,6 +16,7 @@ from slipstream.engine.validation import BIAS_RANGE
 from slipstream.server.body import Body, shown
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.openai.fields import unsupported
 from slipstream.server.openai.schema import (
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
@@ -24,7 +25,6 @@ from slipstream.server.openai.schema import (
     Stop,
     TokenId,
     in_range,
-    unsupported,
 )
 
 DEFAULT_MAX_NEW_TOKENS = 128
