@@ -59,6 +59,14 @@ class ServerConfig:
         "Where sampling defaults come from: the OpenAI API (temperature 1), or the model's generation_config.json.",
     )
     chat_template: str | None = option(None, "File with a Jinja chat template to use instead of the model's own.")
+    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "mistral_args", "json"] = option(
+        "auto", "How the model calls tools; auto for what its chat template tells, none to refuse tools."
+    )
+    reasoning_parser: Literal["auto", "none", "think", "magistral", "seed"] = option(
+        "auto",
+        "Tags around what the model thinks before it answers, which becomes reasoning_content; auto for those of its "
+        "chat template.",
+    )
     trust_request_chat_template: bool = option(
         False, "Accept the request field chat_template; a hostile template can keep a core busy."
     )

@@ -14,6 +14,7 @@ from typing import Any, Generic, Literal, TypeVar
 from slipstream.server.body import Body, shown
 from slipstream.server.errors import ModelNotFoundError
 from slipstream.server.text import TurnEnds
+from slipstream.server.tools.answer import Speech
 
 Kind = TypeVar("Kind", bound=Body)
 
@@ -29,6 +30,9 @@ class Limits:
     unknown_fields: Literal["error", "warn"]
     request_templates: Literal["refused", "elsewhere", "here"]
     """Whether a template in a request is used. Where it would run beside others' work, it is to run elsewhere."""
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
+    """The options of these names."""
     is_apart: bool = False
     """Whether this is a process that may end."""
 
@@ -55,10 +59,12 @@ class Prepared(Generic[Kind]):
     ends: TurnEnds | None = None
     """How turns of a conversation end; None for a prompt."""
     structure: Structure | None = None
+    speech: Speech | None = None
+    """What is to be looked for in the answer; None: it is content as a whole."""
 
     def packed(self) -> Packed:
         prompts = [array("i", prompt) for prompt in self.prompts]
-        return Packed(self.body, prompts, self.texts, self.ends, self.structure)
+        return Packed(self.body, prompts, self.texts, self.ends, self.structure, self.speech)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Packed:
     texts: list[str]
     ends: TurnEnds | None
     structure: Structure | None
+    speech: Speech | None
 
     async def unpacked(self) -> Prepared[Any]:
         """Makes lists of the prompts; others have their turn between two of them."""
@@ -77,7 +84,7 @@ class Packed:
         for prompt in self.prompts:
             prompts.append(prompt.tolist())
             await asyncio.sleep(0)
-        return Prepared(self.body, prompts, self.texts, self.ends, self.structure)
+        return Prepared(self.body, prompts, self.texts, self.ends, self.structure, self.speech)
 
 
 class RunElsewhereError(Exception):

@@ -139,6 +139,8 @@ class Service:
             vocab_size=ready.vocab_size,
             max_prompts=self.config.max_prompts,
             unknown_fields=self.config.unknown_fields,
+            tool_call_parser=self.config.tool_call_parser,
+            reasoning_parser=self.config.reasoning_parser,
             request_templates="elsewhere" if self.config.trust_request_chat_template else "refused",
         )
         return TextWork(self.engine_config.model, self.config, limits, self.text)

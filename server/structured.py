@@ -80,6 +80,27 @@ def context_free_grammar(text: str, param: str) -> str:
         ) from None
 
 
+def after_reasoning(grammar: str, begin: str, end: str, is_open: bool) -> str:
+    """A grammar for an answer with reasoning before it, between two symbols; ``is_open`` if it has begun already."""
+    space = "SPACE: /[ \\t\\n]{0,8}/\nTEXT: /(.|\\n)*/"
+    thought = f"TEXT {end}" if end.startswith("<") else "thought"
+    lines = [f"start: {thought} SPACE @answer" if is_open else f"start: ({begin} {thought} SPACE)? @answer", space]
+    if thought == "thought":
+        lines.append(f"thought[lazy]: TEXT {end}")
+    return several("\n".join(lines), grammar)
+
+
+def several(first: str, answer: str) -> str:
+    """A grammar in Lark's notation with another one, which it calls ``@answer``."""
+    if answer.startswith("{"):  # it has one already
+        first, answer = first.replace("@answer", "@whole"), answer
+        whole, *others = json.loads(answer)["grammars"]
+        inner = [{"name": "whole", **whole}, *others]
+    else:
+        inner = [{"name": "answer", "lark_grammar": answer}]
+    return json.dumps({"grammars": [{"lark_grammar": first}, *inner]}, ensure_ascii=False)
+
+
 def bounded(text: str, param: str) -> str:
     if len(text) > MAX_GRAMMAR_CHARS:
         raise InvalidRequestError(

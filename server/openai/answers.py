@@ -7,6 +7,7 @@ from typing import Literal
 from slipstream.server.description import Answer
 
 FinishReason = Literal["stop", "length", "abort"]
+ChatFinishReason = Literal["stop", "length", "abort", "tool_calls"]
 
 
 class PromptTokensDetails(Answer):
@@ -71,17 +72,31 @@ class ChatLogprobs(Answer):
     content: list[ChatTokenLogprobs]
 
 
+class FunctionCalled(Answer):
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallMade(Answer):
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCalled
+    index: int | None = None
+
+
 class ChatMessage(Answer):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallMade] | None = None
 
 
 class ChatChoice(Answer):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: str | int | None
     token_ids: list[int] | None = None
 
@@ -97,13 +112,15 @@ class ChatAnswer(Generated):
 class ChatDelta(Answer):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallMade] | None = None
 
 
 class ChatChunkChoice(Answer):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
 

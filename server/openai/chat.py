@@ -50,7 +50,9 @@ async def chat(service: Service, request: Request) -> GenerationResponse:
         arrival=arrival,
         ends=ends,
         structure=prepared.structure,
+        keeps_special=prepared.speech is not None and prepared.speech.keeps_special,
     )
     options = answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)
     formatter = LogprobFormatter(service.text.tokenizer, bool(body.return_tokens_as_token_ids))
-    return GenerationResponse(service, generation, ChatWriter(generation, options, formatter), bool(body.stream))
+    writer = ChatWriter(generation, options, formatter, prepared.speech)
+    return GenerationResponse(service, generation, writer, bool(body.stream))

@@ -25,17 +25,20 @@ from slipstream.server.openai.schema import (
     TokenizeTextBody,
 )
 from slipstream.server.openai.structured import StructuredFields
+from slipstream.server.openai.tools import ToolFields, plan_answer, tool_format, tool_use
 from slipstream.server.prepared import Limits, Prepared, RunElsewhereError, Structure, require_model
 from slipstream.server.text import RESERVED_VARIABLES, ChatTemplate, TemplateError, TurnEnds
 from slipstream.server.text_model import TextModel
+from slipstream.server.tools.formats import FORMATS
+from slipstream.server.tools.prompt import told_of_tools, without_calls
 from slipstream.server.vetting import is_known, vet
 
-TEMPLATE_FIELDS = {"role", "content", "name", "tool_call_id", "reasoning_content"}
+TEMPLATE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
 STRUCTURED: dict[str, Any] = dict.fromkeys(StructuredFields.model_fields)
 """What nobody asks for once there is a grammar."""
 RENDERED: dict[str, Any] = {
     "messages": [],
-    "tools": None,
+    **dict.fromkeys(ToolFields.model_fields),
     "chat_template": None,
     "chat_template_kwargs": None,
     **STRUCTURED,
@@ -51,10 +54,15 @@ def chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[ChatBody]:
     """Raises InvalidRequestError, RunElsewhereError."""
     body = parse(ChatBody, raw, limits.unknown_fields)
     template = template_for(text, limits, body)
-    prompt = render_prompt(text, limits, body, template)
+    rendered = render(limits, body, template)
+    [prompt] = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
     require_fits(limits, len(prompt), "messages")
     ends = text.turn_ends if template is text.template else short(text.tokenizer.turn_ends(template))
-    return Prepared(body.model_copy(update=RENDERED), [prompt], [], ends, structure(text, limits, body))
+    parallel = body.parallel_tool_calls is not False
+    asked, use = structure_asked(body), tool_use(body)
+    speech, found = plan_answer(limits, text.tokenizer, template.text, rendered, use, asked, parallel)
+    done = body.model_copy(update=RENDERED)
+    return Prepared(done, [prompt], [], ends, tried(text, limits, found), speech)
 
 
 def complete(text: TextModel, limits: Limits, raw: bytes) -> Prepared[CompletionBody]:
@@ -79,7 +87,8 @@ def tokenize(text: TextModel, limits: Limits, raw: bytes) -> bytes:
     if has_messages(raw):
         conversation = parse(TokenizeMessagesBody, raw, limits.unknown_fields)
         require_model(limits.model_names, conversation.model)
-        tokens = render_prompt(text, limits, conversation, template_for(text, limits, conversation))
+        rendered = render(limits, conversation, template_for(text, limits, conversation))
+        [tokens] = encode(text, limits, [rendered], bool(conversation.add_special_tokens), "messages")
         with_texts = conversation.return_token_strs
     else:
         body = parse(TokenizeTextBody, raw, limits.unknown_fields)
@@ -154,8 +163,8 @@ def template_for(text: TextModel, limits: Limits, body: TemplateBody) -> ChatTem
     return template
 
 
-def render_prompt(text: TextModel, limits: Limits, body: TemplateBody, template: ChatTemplate) -> list[int]:
-    """The token ids of a conversation.
+def render(limits: Limits, body: TemplateBody, template: ChatTemplate) -> str:
+    """The text of a conversation.
 
     Raises:
         InvalidRequestError: the template refuses it, or is broken.
@@ -165,17 +174,23 @@ def render_prompt(text: TextModel, limits: Limits, body: TemplateBody, template:
         name = min(reserved)
         raise InvalidRequestError(f"{name!r} cannot be set here", param=f"chat_template_kwargs.{name}")
     continued = bool(body.continue_final_message)
+    messages, tools = [as_template_sees_it(message) for message in body.messages], body.tools or None
+    form = tool_format(limits, template.text) or FORMATS["json"]
+    if "tool_calls" not in template.text:
+        messages = without_calls(messages, form)
+    if tools and "tools" not in template.text:
+        messages = told_of_tools(messages, tools, form) if body.tool_choice != "none" else messages
+        tools = None
     try:
-        prompt = template.render(
-            [as_template_sees_it(message) for message in body.messages],
+        return template.render(
+            messages,
+            tools=tools,
             add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continued,
-            tools=body.tools or None,
             variables=variables,
         )
     except TemplateError as error:
         raise InvalidRequestError(str(error), param="messages") from None
-    return encode(text, limits, [prompt], bool(body.add_special_tokens), "messages")[0]
 
 
 def structure(text: TextModel, limits: Limits, body: StructuredFields) -> Structure | None:
@@ -185,6 +200,11 @@ def structure(text: TextModel, limits: Limits, body: StructuredFields) -> Struct
         InvalidRequestError: it cannot be combined with the rest of the request, or takes too much.
         RunElsewhereError: that has to be found out elsewhere.
     """
+    return tried(text, limits, structure_asked(body))
+
+
+def structure_asked(body: StructuredFields) -> Structure | None:
+    """Raises InvalidRequestError for what it cannot be combined with."""
     grammar, param = body.structure()
     if not grammar:
         return None
@@ -192,10 +212,19 @@ def structure(text: TextModel, limits: Limits, body: StructuredFields) -> Struct
         if getattr(body, name):
             why = "the answer ends where its structure does" if name == "ignore_eos" else "no token might be left"
             raise InvalidRequestError(f"{name} cannot be combined with {param}: {why}", param=name)
-    found = Structure(grammar, param)
-    if limits.is_apart:
+    return Structure(grammar, param)
+
+
+def tried(text: TextModel, limits: Limits, found: Structure | None) -> Structure | None:
+    """The same.
+
+    Raises:
+        InvalidRequestError: it takes too much.
+        RunElsewhereError: that has to be found out elsewhere.
+    """
+    if found is not None and limits.is_apart:
         vet(text.tokenizer, found)
-    elif not is_known(grammar):
+    elif found is not None and not is_known(found.grammar):
         raise RunElsewhereError
     return found
 
@@ -207,6 +236,9 @@ def short(ends: TurnEnds) -> TurnEnds:
 
 def as_template_sees_it(message: Message) -> dict[str, Any]:
     fields = message.model_dump(include=TEMPLATE_FIELDS, exclude_none=True)
+    for call in fields.get("tool_calls", ()):
+        call.setdefault("type", "function")
+        call.pop("index", None)
     # Templates join contents to other text; an assistant that said nothing said the empty text.
     fields.setdefault("content", "")
     if message.role == "developer":  # newer name of the same thing; templates know the old one

@@ -29,6 +29,7 @@ def make_generation(
     arrival: float,
     ends: TurnEnds | None = None,
     structure: Structure | None = None,
+    keeps_special: bool = False,
 ) -> Generation:
     """``params`` of each prompt, which differ in ``max_tokens`` only; ``ends`` of a conversation.
 
@@ -38,7 +39,7 @@ def make_generation(
         prompts=prompts,
         params=params,
         param=param,
-        output=output_options(body, ends, structure),
+        output=output_options(body, ends, structure, keeps_special),
         choices=body.n or 1,
         seed=body.seed,
         speculation=speculation_params(body.speculation),

@@ -75,14 +75,16 @@ def sampling_params(
     )
 
 
-def output_options(body: SamplingBody, ends: TurnEnds | None, structure: Structure | None = None) -> OutputOptions:
-    """``ends``: of a conversation."""
+def output_options(
+    body: SamplingBody, ends: TurnEnds | None, structure: Structure | None = None, keeps_special: bool = False
+) -> OutputOptions:
+    """``ends``: of a conversation; ``keeps_special``: special tokens mean something to who reads the text."""
     return OutputOptions(
         structure_param=None if structure is None else structure.param,
         end_texts=() if ends is None or body.ignore_eos else ends.stops,
         stop=body.stop_strings,
         include_stop=bool(body.include_stop_str_in_output),
-        skip_special_tokens=body.skip_special_tokens is not False,
+        skip_special_tokens=body.skip_special_tokens is not False and not keeps_special,
         min_tokens=body.min_tokens or 0,
         stop_token_ids=frozenset(body.stop_token_ids or ()),
         offsets=isinstance(body, CompletionBody) and body.logprobs is not None,

@@ -20,6 +20,7 @@ from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.fields import unsupported
 from slipstream.server.openai.structured import StructuredFields
+from slipstream.server.openai.tools import ToolCall, ToolFields
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 512
@@ -30,7 +31,7 @@ MAX_LOGIT_BIAS = 4096
 MAX_ALLOWED_TOKEN_IDS = 2**20
 MAX_MESSAGES = 4096
 MAX_METADATA = 256
-MAX_TOOLS = 256
+MAX_CALLS = 256
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -189,7 +190,7 @@ class Message(Body):
     name: Label | None = None
     tool_call_id: Label | None = None
     reasoning_content: str | None = None
-    tool_calls: unsupported([]) = None  # type: ignore[valid-type]
+    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_CALLS, fail_fast=True)
     function_call: unsupported() = None  # type: ignore[valid-type]
     audio: unsupported() = None  # type: ignore[valid-type]
     refusal: unsupported("") = None  # type: ignore[valid-type]
@@ -202,7 +203,7 @@ class Message(Body):
         return self.content or ""
 
 
-class TemplateBody(Body):
+class TemplateBody(ToolFields):
     """How messages become a prompt; shared by chat and /tokenize."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -211,8 +212,6 @@ class TemplateBody(Body):
     add_special_tokens: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
-    """What the template tells the model of. Calls of them are text of the answer: nobody looks for them here."""
 
     @model_validator(mode="after")
     def _check_template(self) -> TemplateBody:
@@ -235,11 +234,7 @@ class ChatBody(GenerationBody, TemplateBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=-1, lt=2**31)
 
-    # Accepted: without calls it cannot change the answer.
-    parallel_tool_calls: bool | None = None
-
     # Refused unless off.
-    tool_choice: unsupported("none") = None  # type: ignore[valid-type]
     functions: unsupported([]) = None  # type: ignore[valid-type]
     function_call: unsupported("none") = None  # type: ignore[valid-type]
     modalities: unsupported(["text"]) = None  # type: ignore[valid-type]
@@ -251,13 +246,6 @@ class ChatBody(GenerationBody, TemplateBody):
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:
-        if self.tools and self.tool_choice != "none":
-            raise InvalidRequestError(
-                "calls of tools are not taken out of answers by this server: leave tools out, or tell the model of "
-                'them with tool_choice "none" and read the text',
-                param="tools",
-                code="unsupported_parameter",
-            )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         both = {self.max_tokens, self.max_completion_tokens} - {None}

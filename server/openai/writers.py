@@ -9,7 +9,9 @@ import msgspec
 
 from slipstream.server.generation import Generation, Piece, Sequence
 from slipstream.server.openai.logprobs import LogprobFormatter
+from slipstream.server.openai.spoken import SpokenAnswer
 from slipstream.server.responses import DONE
+from slipstream.server.tools.answer import Speech
 
 encode = msgspec.json.Encoder().encode
 
@@ -97,9 +99,18 @@ class ChatWriter(OpenAIWriter):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
+    def __init__(
+        self, generation: Generation, options: AnswerOptions, formatter: LogprobFormatter, speech: Speech | None = None
+    ) -> None:
+        """``speech`` says what is looked for in the text; None: it is content as a whole."""
+        super().__init__(generation, options, formatter)
+        self._spoken = [SpokenAnswer(speech) for _ in generation.sequences] if speech is not None else []
+
     def chunk(self, sequence: Sequence, piece: Piece) -> bytes:
         options = self.options
         told = self._role(sequence) if piece.first else b""
+        if self._spoken:
+            return told + self._spoken_chunk(sequence, piece, self._spoken[sequence.index])
         logprobs = b"null"
         if options.logprobs is not None and piece.logprobs:
             logprobs = encode(self.formatter.chat(piece.logprobs, options.logprobs))
@@ -124,6 +135,28 @@ class ChatWriter(OpenAIWriter):
         return told + self.event(
             b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b,"stop_reason":%b}' % reasons
         )
+
+    def _spoken_chunk(self, sequence: Sequence, piece: Piece, spoken: SpokenAnswer) -> bytes:
+        """A chunk for each part of a piece; what it says of tokens is in the first."""
+        options = self.options
+        deltas = spoken.deltas(piece.text, piece.finish_reason is not None)
+        logprobs = options.logprobs is not None and bool(piece.logprobs)
+        if not deltas and (logprobs or (options.return_token_ids and piece.tokens)):
+            deltas = [{}]
+        told = b""
+        for delta in deltas:
+            choice: dict[str, Any] = {"index": sequence.index, "delta": delta, "logprobs": None, "finish_reason": None}
+            if logprobs:
+                choice["logprobs"] = self.formatter.chat(piece.logprobs, options.logprobs or 0)
+            if options.return_token_ids:
+                choice["token_ids"] = [] if told else piece.tokens
+            logprobs = False
+            told += self.event(encode(choice))
+        if piece.finish_reason is not None:
+            choice = {"index": sequence.index, "delta": {}, "logprobs": None}
+            choice["finish_reason"], choice["stop_reason"] = spoken.finish_reason(piece), piece.stop_reason
+            told += self.event(encode(choice))
+        return told
 
     def body(self, answers: list[Piece]) -> bytes:
         first = self.generation.sequences[0]
@@ -150,11 +183,15 @@ class ChatWriter(OpenAIWriter):
     def _choice(self, sequence: Sequence, answer: Piece) -> dict[str, Any]:
         options = self.options
         logprobs = None if options.logprobs is None else self.formatter.chat(answer.logprobs, options.logprobs)
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        spoken = self._spoken[sequence.index] if self._spoken else None
+        if spoken is not None:
+            message |= spoken.message(answer.text)
         choice = {
             "index": sequence.index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": message,
             "logprobs": logprobs,
-            "finish_reason": answer.finish_reason,
+            "finish_reason": answer.finish_reason if spoken is None else spoken.finish_reason(answer),
             "stop_reason": answer.stop_reason,
         }
         return choice | {"token_ids": answer.tokens} if options.return_token_ids else choice

@@ -60,6 +60,8 @@ class ChatTemplate:
     ) -> None:
         """``origin`` says in messages where the templates come from; a TemplateError stands for one that is broken."""
         sources = {"default": source} if isinstance(source, str) else dict(source)
+        self.text = "\n".join(text for text in sources.values() if isinstance(text, str))
+        """The sources of all of them, to see what they know."""
         self._templates = {name: _compile(text, name, origin) for name, text in sources.items()}
         self._special_tokens = dict(special_tokens or {})
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -127,6 +128,22 @@ class Tokenizer:
             return bytes([self.byte_fallback_ids[token_id]])
         alone = self.decode([token_id], skip_special_tokens=False)
         return self.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :].encode()
+
+    @cached_property
+    def special_texts(self) -> dict[str, int]:
+        """Special tokens by their text."""
+        return {text: token for token, text in self._added.items() if token in self.special_ids and text}
+
+    def symbols(self, text: str) -> str:
+        """A text as symbols of a grammar in Lark's notation; special tokens in it are tokens there, too."""
+        pattern = "|".join(re.escape(each) for each in sorted(self.special_texts, key=len, reverse=True))
+        parts = re.split(f"({pattern})", text) if pattern else [text]
+        written = [
+            f"<[{self.special_texts[part]}]>" if part in self.special_texts else json.dumps(part, ensure_ascii=False)
+            for part in parts
+            if part
+        ]
+        return " ".join(written)
 
     def all_bytes(self) -> list[bytes]:
         """``token_bytes`` of every token."""

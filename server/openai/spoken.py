@@ -1,0 +1,61 @@
+"""Reasoning, content and calls of tools as messages and deltas of the OpenAI dialect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slipstream.server.generation import Piece
+from slipstream.server.tools.answer import AnswerParser, Speech
+from slipstream.server.tools.parts import CallArguments, CallBegin, Content, Part, Reasoning
+
+
+class SpokenAnswer:
+    """One answer, in pieces or as a whole."""
+
+    def __init__(self, speech: Speech) -> None:
+        self._speech = speech
+        self._parser = AnswerParser(speech)
+
+    def deltas(self, text: str, is_last: bool) -> list[dict[str, Any]]:
+        """What a piece of text adds."""
+        parts = self._parser.push(text)
+        return [self._delta(part) for part in (parts + self._parser.finish() if is_last else parts)]
+
+    def message(self, text: str) -> dict[str, Any]:
+        """The fields of a whole answer that depend on its text."""
+        content: list[str] = []
+        reasoning: list[str] = []
+        calls: list[dict[str, Any]] = []
+        for part in self._parser.push(text) + self._parser.finish():
+            match part:
+                case Content():
+                    content.append(part.text)
+                case Reasoning():
+                    reasoning.append(part.text)
+                case CallBegin():
+                    calls.append(self._call(part.name))
+                case CallArguments():
+                    calls[-1]["function"]["arguments"] += part.text
+        found: dict[str, Any] = {"content": "".join(content) if content or not calls else None}
+        if reasoning:
+            found["reasoning_content"] = "".join(reasoning)
+        if calls:
+            found["tool_calls"] = calls
+        return found
+
+    def finish_reason(self, piece: Piece) -> str | None:
+        return "tool_calls" if piece.finish_reason == "stop" and self._parser.has_calls else piece.finish_reason
+
+    def _delta(self, part: Part) -> dict[str, Any]:
+        match part:
+            case Content():
+                return {"content": part.text}
+            case Reasoning():
+                return {"reasoning_content": part.text}
+            case CallBegin():
+                return {"tool_calls": [{"index": part.index, **self._call(part.name)}]}
+            case CallArguments():
+                return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+
+    def _call(self, name: str) -> dict[str, Any]:
+        return {"id": self._speech.new_id(), "type": "function", "function": {"name": name, "arguments": ""}}

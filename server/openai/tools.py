@@ -1,0 +1,167 @@
+"""The fields about tools, and what they mean for an answer: what to look for in it, and a grammar for it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from slipstream.server import reasoning
+from slipstream.server.body import Body
+from slipstream.server.errors import InvalidRequestError
+from slipstream.server.prepared import Limits, Structure
+from slipstream.server.structured import after_reasoning
+from slipstream.server.text import Tokenizer
+from slipstream.server.tools.answer import Speech
+from slipstream.server.tools.formats import FORMATS, ToolFormat, recognized
+from slipstream.server.tools.grammar import Tool, calls_grammar
+
+NAME = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+Mode = Literal["none", "auto", "required"]
+
+
+class CalledFunction(Body):
+    name: str
+    arguments: str | None = None
+
+
+class ToolCall(Body):
+    """A call in the history."""
+
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+    index: int | None = None
+
+
+class ToolFields(Body):
+    tools: list[dict[str, Any]] | None = Field(None, max_length=256, fail_fast=True)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    mode: Mode
+    tools: list[Tool]
+    """Those that may be called."""
+
+
+def tool_use(body: ToolFields) -> ToolUse:
+    """Raises InvalidRequestError."""
+    tools = [read_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ())]
+    choice = body.tool_choice
+    if isinstance(choice, str):
+        if choice not in ("none", "auto", "required"):
+            raise wrong("tool_choice", f"none, auto, required, or a function, not {choice!r}")
+        mode: Mode = choice  # type: ignore[assignment]  # it is one of them
+    elif choice is None:
+        mode = "auto" if tools else "none"
+    else:
+        mode, tools = read_choice(choice, tools)
+    if mode == "required" and not tools:
+        raise wrong("tool_choice", "it needs tools")
+    return ToolUse(mode if tools else "none", tools)
+
+
+def read_tool(tool: dict[str, Any], param: str) -> Tool:
+    if tool.get("type", "function") != "function":
+        raise InvalidRequestError(
+            f"{param}.type: only functions are supported", param=f"{param}.type", code="unsupported_parameter"
+        )
+    function = tool.get("function")
+    if not isinstance(function, dict):
+        raise wrong(f"{param}.function", "an object with a name is needed")
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise wrong(f"{param}.function.name", "1 to 128 letters, digits and ._:-")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise wrong(f"{param}.function.parameters", "a JSON schema is needed")
+    return Tool(name, parameters or NO_PARAMETERS, function.get("strict") is True)
+
+
+def read_choice(choice: dict[str, Any], tools: list[Tool]) -> tuple[Mode, list[Tool]]:
+    """A choice that names tools."""
+    mode: Any = "required"
+    named = [choice]
+    if choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools", choice)
+        mode, named = allowed.get("mode", "auto"), allowed.get("tools") or []
+    names = [_name(each) for each in named]
+    known = {tool.name for tool in tools}
+    if mode not in ("auto", "required") or not names or not all(name in known for name in names):
+        raise wrong("tool_choice", f"it has to name some of the tools: {', '.join(sorted(known)) or 'there are none'}")
+    return mode, [tool for tool in tools if tool.name in names]
+
+
+def _name(choice: Any) -> Any:
+    function = choice.get("function", choice) if isinstance(choice, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def wrong(param: str, message: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{param}: {message}", param=param)
+
+
+def tool_format(limits: Limits, template: str) -> ToolFormat | None:
+    """How the model calls tools; None if nobody is to look for calls."""
+    if limits.tool_call_parser == "none":
+        return None
+    return recognized(template) if limits.tool_call_parser == "auto" else FORMATS[limits.tool_call_parser]
+
+
+def plan_answer(
+    limits: Limits,
+    tokenizer: Tokenizer,
+    template: str,
+    prompt: str,
+    use: ToolUse,
+    structure: Structure | None,
+    parallel: bool,
+) -> tuple[Speech | None, Structure | None]:
+    """What is to be looked for in the answer to a prompt, and what it is to look like.
+
+    ``template`` is the text of the chat template; ``structure`` what the request asks of the answer itself.
+    """
+    form = tool_format(limits, template) if use.mode != "none" else None
+    if form is None and use.mode != "none":
+        raise InvalidRequestError(
+            "tools are not supported by this server (--tool-call-parser none)",
+            param="tools",
+            code="unsupported_parameter",
+        )
+    tags_name = reasoning.recognized(template) if limits.reasoning_parser == "auto" else limits.reasoning_parser
+    tags = reasoning.TAGS.get(tags_name or "")
+    is_open = reasoning.is_open(tags, prompt) if tags else None
+    if form is None and tags is None:
+        return None, structure
+
+    if form is not None and (use.mode == "required" or structure or not parallel or any(t.strict for t in use.tools)):
+        param = "tool_choice" if use.mode == "required" else "tools"
+        grammar = calls_grammar(
+            form,
+            use.tools,
+            tokenizer.symbols,
+            answer=None if use.mode == "required" else structure.grammar if structure else "",
+            parallel=parallel,
+            param=param,
+        )
+        structure = Structure(grammar, param)
+    if tags is not None and structure is not None and is_open is not False:
+        begin, end = tokenizer.symbols(tags.begin), tokenizer.symbols(tags.end)
+        structure = Structure(after_reasoning(structure.grammar, begin, end, bool(is_open)), structure.param)
+    markers = ([tags.begin, tags.end] if tags else []) + ([form.begin, form.after.strip()] if form else [])
+    return (
+        Speech(
+            tool_format=form.name if form else None,
+            tool_names=tuple(tool.name for tool in use.tools) if form else (),
+            most_calls=None if parallel else 1,
+            reasoning=tags_name if tags else None,
+            is_open=is_open,
+            keeps_special=any(marker in tokenizer.special_texts for marker in markers),
+        ),
+        structure,
+    )

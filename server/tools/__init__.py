@@ -1,0 +1,1 @@
+"""Calls of tools in answers: formats in which models write them, grammars for them, and taking them out of a text."""

@@ -1,0 +1,63 @@
+"""Takes the text of an answer apart: reasoning, content, calls of tools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slipstream.server.reasoning import TAGS, ReasoningParser
+from slipstream.server.tools.calls import CallParser
+from slipstream.server.tools.formats import FORMATS
+from slipstream.server.tools.parts import Content, Part
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What is to be looked for in the answers to a conversation."""
+
+    tool_format: str | None = None
+    """Name of the format of calls; None: there are none."""
+    tool_names: tuple[str, ...] = ()
+    most_calls: int | None = None
+    reasoning: str | None = None
+    """Name of the tags around reasoning; None: there is none."""
+    is_open: bool | None = None
+    """See reasoning.is_open."""
+    keeps_special: bool = False
+    """What is looked for is written with special tokens, so they have to be in the text."""
+
+    def new_id(self) -> str:
+        """An id for a call."""
+        assert self.tool_format is not None
+        return FORMATS[self.tool_format].new_id()
+
+
+class AnswerParser:
+    """For one answer; what the parts add up to does not depend on how the text is cut."""
+
+    def __init__(self, speech: Speech) -> None:
+        tags = TAGS[speech.reasoning] if speech.reasoning else None
+        self._reasoning = ReasoningParser(tags, speech.is_open) if tags else None
+        self._calls = (
+            CallParser(FORMATS[speech.tool_format], speech.tool_names, speech.most_calls)
+            if speech.tool_format
+            else None
+        )
+
+    @property
+    def has_calls(self) -> bool:
+        return self._calls is not None and self._calls.num_calls > 0
+
+    def push(self, text: str) -> list[Part]:
+        return self._look_for_calls(self._reasoning.push(text) if self._reasoning else [Content(text)])
+
+    def finish(self) -> list[Part]:
+        found = self._look_for_calls(self._reasoning.finish() if self._reasoning else [])
+        return found + (self._calls.finish() if self._calls else [])
+
+    def _look_for_calls(self, parts: list[Part]) -> list[Part]:
+        if self._calls is None:
+            return [part for part in parts if not isinstance(part, Content) or part.text]
+        found: list[Part] = []
+        for part in parts:
+            found += self._calls.push(part.text) if isinstance(part, Content) else [part]
+        return found

@@ -1,0 +1,118 @@
+"""Grammars that calls of tools follow: of all that may be said, or lazily, from where a call begins.
+
+Schemas stand in them as they are, each with references of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slipstream.server.structured import JSON_OPTIONS, bounded, several
+from slipstream.server.tools.formats import ToolFormat
+
+MOST_CALLS = 32
+"""In one answer; without an end, small models go on and on."""
+ROOT = "#/$defs/arguments"
+ANY_TEXT = r"/(.|\n)*/"
+
+
+@dataclass(frozen=True)
+class Tool:
+    name: str
+    parameters: dict[str, Any]
+    """A JSON schema."""
+    strict: bool = False
+
+
+def calls_grammar(
+    form: ToolFormat,
+    tools: Sequence[Tool],
+    symbols: Callable[[str], str],
+    *,
+    answer: str | None,
+    parallel: bool,
+    param: str,
+) -> str:
+    """Arguments follow the schema of the tool; of one that is not strict, as far as it can be enforced.
+
+    ``answer`` is the grammar of an answer without calls; empty for any text, in which what begins like a call has to be
+    one; None: there have to be calls. ``symbols`` writes a text, with special tokens in it, as symbols of a grammar.
+    """
+    more = f"{{0,{MOST_CALLS - 1}}}"
+    before, after, separator = symbols(form.before), symbols(form.after), symbols(form.separator)
+    begin = symbols(form.begin)
+    if not parallel:
+        rest = f"{before} body {after}"
+    elif form.begins_each:
+        rest = f"{before} body {after} ({separator} {begin} {before} body {after}){more}"
+    else:
+        rest = f"{before} body ({separator} body){more} {after}"
+    lines = [*_bodies(form, tools, symbols), f"rest: {rest}"]
+    starts = [f"({begin})? rest" if form.is_bare and begin else f"{begin} rest"]
+    if answer is None:
+        pass
+    elif answer:
+        starts.append("@answer")
+    elif form.is_bare:
+        starts = ["OTHER", "rest"]
+        lines.append(r"OTHER: /([^{\[ \t\r\n](.|\n)*)?/")
+    else:
+        starts = ["OTHER"]
+        lines.append(f"OTHER: {ANY_TEXT}")
+    if answer == "" and begin.startswith("<"):
+        starts[0] = f"OTHER ({begin} rest)?"
+    elif answer == "" and begin:
+        starts.append("begun rest")
+        lines.append(f"begun[lazy]: OTHER {begin}")
+    lines.append("start: " + " | ".join(starts))
+    text = bounded("\n".join(lines), param)
+    return several(text, answer) if answer else text
+
+
+def _bodies(form: ToolFormat, tools: Sequence[Tool], symbols: Callable[[str], str]) -> list[str]:
+    """A rule ``body`` for a call of any of the tools."""
+    lines = ["body: " + " | ".join(f"call{number}" for number in range(len(tools)))]
+    for number, tool in enumerate(tools):
+        options = JSON_OPTIONS | {"lenient": not tool.strict}
+        if form.is_bare:
+            # As JSON as a whole: beside other JSON, a parser could not tell which of them begins with a bracket.
+            lines.append(f"call{number}: %json {_json(_whole(form, tool) | {'x-guidance': options})}")
+            continue
+        head, middle, tail = form.call
+        name = tool.name if form.names_first else json.dumps(tool.name)[1:-1]
+        lines += [
+            f"call{number}: {symbols(head + name + middle)} arguments{number} {symbols(tail)}",
+            f"arguments{number}: %json {_json({**tool.parameters, 'x-guidance': options})}",
+        ]
+    return lines
+
+
+def _whole(form: ToolFormat, tool: Tool) -> dict[str, Any]:
+    """The schema of a call, with that of its arguments in it."""
+    arguments = "parameters" if "parameters" in form.call[1] else "arguments"
+    return {
+        "type": "object",
+        "properties": {"name": {"const": tool.name}, arguments: {"$ref": ROOT}},
+        "required": ["name", arguments],
+        "additionalProperties": False,
+        "$defs": {"arguments": _moved(tool.parameters)},
+    }
+
+
+def _moved(schema: Any) -> Any:
+    """A schema whose references are to itself at another place."""
+    if isinstance(schema, list):
+        return [_moved(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: ROOT + value[1:] if name == "$ref" and isinstance(value, str) and value.startswith("#") else _moved(value)
+        for name, value in schema.items()
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,188 @@
+"""Tools over HTTP: choices, streams, history; and what different chat templates make of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from slipstream.server.config import ServerConfig
+from slipstream.server.errors import InvalidRequestError
+from slipstream.server.openai.prepare import chat
+from slipstream.server.prepared import Limits, Prepared
+from slipstream.server.text import ChatTemplate
+from slipstream.server.text_model import TextModel, load_text_model
+from slipstream.server.tools.formats import FORMATS
+
+CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}, "required": ["city"],
+        "additionalProperties": False, "$defs": {"City": {"enum": ["Rome", "Bern"]}}}  # fmt: skip
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": CITY}}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+MESSAGES = [{"role": "user", "content": "What is the weather in Rome?"}]
+STRICT = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
+
+
+def check_calls(calls: list[dict[str, Any]], *names: str) -> None:
+    assert calls and len({call["id"] for call in calls}) == len(calls)
+    for call in calls:
+        assert call["type"] == "function" and call["function"]["name"] in names
+        arguments = json.loads(call["function"]["arguments"])
+        assert arguments in ({"city": "Rome"}, {"city": "Bern"}) or call["function"]["name"] == "clock"
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "names"),
+    [
+        ("required", True, ("weather",)),
+        ("required", False, ("weather", "also")),
+        ({"type": "function", "function": {"name": "weather"}}, False, ("weather",)),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"name": "also"}]}},
+            False,
+            ("also",),
+        ),
+    ],
+)
+def test_calls_that_have_to_come_come_streamed_and_whole(
+    server: Any, choice: Any, parallel: bool, names: tuple[str, ...]
+) -> None:
+    also = {"type": "function", "function": {**WEATHER["function"], "name": "also"}}  # type: ignore[dict-item]
+    body = {"messages": MESSAGES, "tools": [WEATHER, also] if len(names) > 1 or "also" in names else [WEATHER]}
+    body |= {"tool_choice": choice, "parallel_tool_calls": parallel, "max_tokens": 300, "temperature": 1.0, "seed": 4}
+    status, whole = server.post("/v1/chat/completions", body)
+    assert status == 200, whole
+    [answer] = whole["choices"]
+    calls = answer["message"].get("tool_calls") or []
+    check_calls(calls, *names)
+    assert answer["message"]["content"] is None
+    assert len(calls) == 1 or parallel
+    assert answer["finish_reason"] == ("tool_calls" if len(calls) < 5 else answer["finish_reason"])
+
+    streamed: list[dict[str, Any]] = []
+    for event in server.events("/v1/chat/completions", body)[:-1]:
+        for piece in event["choices"]:
+            assert not piece["delta"].get("content")
+            for call in piece["delta"].get("tool_calls", ()):
+                if call["index"] == len(streamed):
+                    assert call["function"]["arguments"] == ""
+                    streamed.append(call)
+                else:
+                    streamed[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+            reason = piece["finish_reason"]
+    assert [call["function"] for call in streamed] == [call["function"] for call in calls]
+    assert reason == answer["finish_reason"]
+
+
+def test_answers_without_calls_stay_what_they_are(server: Any) -> None:
+    for tools in ({"tools": [WEATHER], "tool_choice": "none"}, {"tools": []}):
+        [choice] = server.chat("Hello", max_tokens=12, **tools)["choices"]
+        assert "tool_calls" not in choice["message"] and choice["message"]["content"]
+    [choice] = server.chat("Hello", max_tokens=12, tools=[WEATHER], logprobs=True, return_token_ids=True)["choices"]
+    assert len(choice["logprobs"]["content"]) == len(choice["token_ids"])
+    body = {"messages": MESSAGES, "tools": [WEATHER], "max_tokens": 12, "return_token_ids": True, "logprobs": True}
+    events = server.events("/v1/chat/completions", body)[:-1]
+    tokens = [token for event in events for piece in event["choices"] for token in piece.get("token_ids") or ()]
+    whole = server.chat(MESSAGES[0]["content"], **{k: v for k, v in body.items() if k != "messages"})
+    assert tokens == whole["choices"][0]["token_ids"]
+
+
+def test_calls_and_results_in_the_history_reach_the_prompt(server: Any) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "22 degrees"},
+    ]
+    status, found = server.post("/tokenize", {"messages": messages, "tools": [WEATHER]})
+    assert status == 200
+    prompt = server.post("/detokenize", {"tokens": found["tokens"]})[1]["prompt"]
+    assert '{"name": "weather", "arguments": {"city": "Rome"}}' in prompt
+    assert "22 degrees" in prompt and '"description": "Now."' in prompt and "You can call these tools" in prompt
+    assert server.chat(messages[0]["content"], messages=messages, max_tokens=3, tools=[WEATHER])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name"),
+        ({"tools": [{"function": {"name": "f", "parameters": [1]}}]}, "tools.0.function.parameters"),
+        ({"tools": [WEATHER], "tool_choice": "maybe"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{**WEATHER, "function": {"name": "f", "parameters": {"type": "strng"}}}],
+          "tool_choice": "required"}, "tool_choice"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_by_name(server: Any, fields: dict[str, Any], param: str) -> None:
+    status, reply = server.post("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 5, **fields})
+    assert status == 400 and reply["error"]["param"] == param, reply
+
+
+TEMPLATE = """{%- if tools %}TOOLS{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif -%}
+{%- for message in messages %}[{{ message.role }}]{{ message.content }}
+{%- for call in message.tool_calls or [] %}MARK{{ call.function | tojson }}{% endfor %}{% endfor -%}
+{%- if add_generation_prompt %}[assistant]{{ opening or '' }}{% endif -%}"""
+
+
+@pytest.fixture(scope="module")
+def text() -> TextModel:
+    return load_text_model("default", ServerConfig())
+
+
+LIMITS = Limits(
+    model_names=("x",),
+    max_model_len=8192,
+    vocab_size=49152,
+    max_prompts=1,
+    unknown_fields="error",
+    request_templates="here",
+)
+
+
+def prepared(text: TextModel, marker: str, limits: Limits = LIMITS, **body: Any) -> Prepared[Any]:
+    source = TEMPLATE.replace("MARK", marker)
+    asked = {"messages": MESSAGES, "chat_template": source, **body}
+    return chat(text, limits, json.dumps(asked).encode())
+
+
+@pytest.mark.parametrize(
+    ("marker", "name"),
+    [("<tool_call>", "hermes"), ("<|python_tag|>", "llama3_json"), ("[TOOL_CALLS]", "mistral"), ("-", "json")],
+)
+def test_templates_decide_the_format_and_the_grammar(text: TextModel, marker: str, name: str) -> None:
+    auto = prepared(text, marker, tools=[WEATHER, CLOCK])
+    assert auto.speech is not None and auto.speech.tool_format == name and auto.structure is None
+    assert auto.speech.tool_names == ("weather", "clock") and auto.speech.most_calls is None
+    assert 'TOOLS{"type"' in text.tokenizer.decode(auto.prompts[0])
+    for fields in ({"tool_choice": "required"}, {"tools": [STRICT]}, {"parallel_tool_calls": False}):
+        found = prepared(text, marker, **({"tools": [WEATHER]} | fields))
+        assert found.structure is not None and '"Rome"' in found.structure.grammar
+    none = prepared(text, marker, tools=[WEATHER], tool_choice="none")
+    assert none.speech is None and "TOOLS" in text.tokenizer.decode(none.prompts[0])
+    forced = prepared(text, marker, replace(LIMITS, tool_call_parser="hermes"), tools=[WEATHER])
+    assert forced.speech is not None and forced.speech.tool_format == "hermes"
+    with pytest.raises(InvalidRequestError, match="--tool-call-parser none"):
+        prepared(text, marker, replace(LIMITS, tool_call_parser="none"), tools=[WEATHER])
+
+
+def test_reasoning_is_looked_for_where_a_template_knows_it(text: TextModel) -> None:
+    assert prepared(text, "-").speech is None
+    opened = prepared(text, "<think>", chat_template_kwargs={"opening": "<think>\n"})
+    assert opened.speech is not None and opened.speech.reasoning == "think" and opened.speech.is_open is True
+    closed = prepared(text, "<think>", chat_template_kwargs={"opening": "<think>\n\n</think>\n\n"})
+    assert closed.speech is not None and closed.speech.is_open is False
+    asked = {"response_format": {"type": "json_object"}}
+    assert "thought" in prepared(text, "<think>", **asked).structure.grammar  # type: ignore[union-attr]
+    assert prepared(text, "<think>", replace(LIMITS, reasoning_parser="none")).speech is None
+    assert set(FORMATS) | {"auto", "none"} == set(get_args(get_type_hints(ServerConfig)["tool_call_parser"]))
+
+
+def test_special_tokens_that_mean_something_stay_in_the_text(text: TextModel) -> None:
+    special = next(iter(text.tokenizer.special_texts))
+    assert text.tokenizer.symbols(f"a{special}b") == f'"a" <[{text.tokenizer.special_texts[special]}]> "b"'
+    assert ChatTemplate("x").text == "x"
+    assert prepared(text, "<tool_call>", tools=[WEATHER]).speech.keeps_special is False  # type: ignore[union-attr]

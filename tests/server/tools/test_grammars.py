@@ -1,0 +1,142 @@
+"""Grammars for calls of tools: what a format writes they allow, and what they allow is read as calls that fit."""
+
+from __future__ import annotations
+
+import json
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slipstream.engine.compiling import compile_grammar, vocabulary
+from slipstream.server.structured import JSON_OPTIONS, after_reasoning, json_grammar
+from slipstream.server.tools.answer import Speech
+from slipstream.server.tools.formats import FORMATS, ToolFormat
+from slipstream.server.tools.grammar import Tool, calls_grammar
+from tests.server.tools.test_parsers import parse
+
+SPECIAL = {"[TOOL_CALLS]": 256, "[ARGS]": 257, "<|python_tag|>": 258, "</think>": 259}
+TOKENS = vocabulary(
+    [bytes([byte]) for byte in range(256)] + [text.encode() for text in SPECIAL], sorted(SPECIAL.values())
+)
+TOOLS = [
+    Tool("get_weather", {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}, "required": ["city"],
+                         "additionalProperties": False, "$defs": {"City": {"enum": ["Rome", "Bern"]}}}, strict=True),
+    Tool("add", {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}},
+                 "required": ["a"], "additionalProperties": False}),
+]  # fmt: skip
+NAMES = tuple(tool.name for tool in TOOLS)
+GOOD = [("get_weather", '{"city": "Rome"}'), ("add", '{"a": 3}')]
+
+
+def symbols_of(form: ToolFormat, special: bool) -> Any:
+    def symbols(text: str) -> str:
+        for name, token in SPECIAL.items() if special else ():
+            if name in text:
+                before, _, after = text.partition(name)
+                return " ".join(filter(None, [symbols(before), f"<[{token}]>", symbols(after)]))
+        return json.dumps(text) if text else ""
+
+    return symbols
+
+
+def tokens_of(text: str, special: bool) -> list[int]:
+    for name, token in SPECIAL.items() if special else ():
+        if name in text:
+            before, _, after = text.partition(name)
+            return [*tokens_of(before, special), token, *tokens_of(after, special)]
+    return list(text.encode())
+
+
+def accepts(grammar: str, text: str, special: bool) -> bool:
+    matcher = compile_grammar(TOKENS, grammar)
+    tokens = tokens_of(text, special)
+    return matcher.validate_tokens(tokens) == len(tokens) and matcher.consume_tokens(tokens) and matcher.is_accepting()
+
+
+def written(form: ToolFormat, calls: list[tuple[str, str]]) -> str:
+    head, middle, tail = form.call
+    each = [head + name + middle + values + tail for name, values in calls]
+    if form.begins_each:
+        return form.separator.join(form.begin + form.before + call + form.after for call in each)
+    return form.begin + form.before + form.separator.join(each) + form.after
+
+
+def grammar_of(form: ToolFormat, special: bool, answer: str | None, parallel: bool = True) -> str:
+    return calls_grammar(form, TOOLS, symbols_of(form, special), answer=answer, parallel=parallel, param="tools")
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_calls_are_allowed_as_they_are_written_and_no_others(name: str, special: bool) -> None:
+    form = FORMATS[name]
+    one, two, wrong = (written(form, calls) for calls in (GOOD[:1], GOOD, [("add", '{"b": 1}')]))
+    cut = one[: len(one) // 2]
+    required = grammar_of(form, special, None)
+    single = grammar_of(form, special, None, parallel=False)
+    lazy = grammar_of(form, special, "")
+    either = grammar_of(
+        form,
+        special,
+        json_grammar({"type": "object", "properties": {"x": {"type": "null"}}, "additionalProperties": False}, "p"),
+    )
+    for text, allowed in [
+        (one, "rsle"),
+        (two, "rle"),
+        (wrong, ""),
+        (cut, ""),
+        ("Hello. (1 < 2)", "l"),
+        ('{"x":null}', "e"),
+    ]:
+        for key, grammar in zip("rsle", [required, single, lazy, either], strict=True):
+            if text == '{"x":null}' and key == "l" and not form.is_bare:
+                continue  # any text
+            assert accepts(grammar, text, special) == (key in allowed), (key, text)
+    if not form.is_bare:
+        assert accepts(lazy, "Let me see. " + one, special)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_what_is_sampled_is_read_as_calls_that_fit(name: str) -> None:
+    form, random = FORMATS[name], Random(0)
+    compiled = compile_grammar(TOKENS, grammar_of(form, True, None))
+    seen = set()
+    for _ in range(10):
+        matcher, said = compiled.deep_copy(), b""
+        for _ in range(400):
+            bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little").nonzero()[0]
+            token = random.choice([bit for bit in bits.tolist() if bit not in (9, 10, 13, 32)] or bits.tolist())
+            if token >= 256 + len(SPECIAL):
+                break
+            matcher.consume_token(token)
+            said += bytes([token]) if token < 256 else next(t for t, i in SPECIAL.items() if i == token).encode()
+        _, content, calls = parse(Speech(tool_format=name, tool_names=NAMES), said.decode())
+        assert content == "" and calls
+        for tool, values in calls:
+            found = json.loads(values)
+            assert found in ({"city": "Rome"}, {"city": "Bern"}) if tool == "get_weather" else 0 <= found["a"] <= 9
+        seen.add(len(calls))
+    assert len(seen) > 1 or form.separator == "\n"
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("inner", ["json", "hermes", "both"])
+def test_reasoning_comes_before_what_a_grammar_asks_for(inner: str, special: bool) -> None:
+    answer = json_grammar({"enum": [1]}, "p")
+    grammar = {
+        "json": answer,
+        "hermes": grammar_of(FORMATS["hermes"], special, None),
+        "both": grammar_of(FORMATS["hermes"], special, answer),
+    }[inner]
+    text = "1" if inner == "json" else written(FORMATS["hermes"], GOOD)
+    end = symbols_of(FORMATS["hermes"], special)("</think>")
+    for is_open, reasoned, bare in ((True, "hm {</think>\n\n", False), (False, "<think>hm 1</think>", True)):
+        whole = after_reasoning(grammar, '"<think>"', end, is_open)
+        assert accepts(whole, reasoned + text, special)
+        assert accepts(whole, text, special) == bare
+        assert not accepts(whole, reasoned + "x", special)
+
+
+def test_options_stand_in_every_schema() -> None:
+    assert grammar_of(FORMATS["json"], False, None).count(json.dumps(JSON_OPTIONS["whitespace_pattern"])) == len(TOOLS)

@@ -1,0 +1,187 @@
+"""Taking answers apart: each format as models write it, and the same however the text is cut."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slipstream.server.tools.answer import AnswerParser, Speech
+from slipstream.server.tools.formats import FORMATS, recognized
+from slipstream.server.tools.parts import CallArguments, CallBegin, Content, Part, Reasoning
+
+NAMES = ("get_weather", "add")
+Whole = tuple[str, str, list[tuple[str, str]]]
+
+
+def whole(parts: list[Part]) -> Whole:
+    """Reasoning, content and calls; checks that they come in an order that clients understand."""
+    reasoning = content = ""
+    calls: list[tuple[str, str]] = []
+    for part in parts:
+        match part:
+            case Reasoning():
+                assert not content and not calls and part.text
+                reasoning += part.text
+            case Content():
+                assert part.text
+                content += part.text
+            case CallBegin():
+                assert part.index == len(calls)
+                calls.append((part.name, ""))
+            case CallArguments():
+                assert part.index == len(calls) - 1 and part.text
+                calls[-1] = (calls[-1][0], calls[-1][1] + part.text)
+    return reasoning, content, calls
+
+
+def parse(speech: Speech, text: str, cuts: list[int] | None = None) -> Whole:
+    parser = AnswerParser(speech)
+    places = [0, *sorted(cut % (len(text) + 1) for cut in cuts or ()), len(text)]
+    parts: list[Part] = []
+    for begin, end in pairwise(places):
+        parts += parser.push(text[begin:end])
+    return whole(parts + parser.finish())
+
+
+def speech(form: str, **fields: Any) -> Speech:
+    return Speech(tool_format=form, tool_names=NAMES, **fields)
+
+
+WEATHER = '{"city": "Paris \\"x\\" }", "days": [1, {"a": "]"}]}'
+ADD = '{"a": 1, "b": 2}'
+CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
+    ("hermes", "Just text with < and <tool", "Just text with < and <tool", []),
+    (
+        "hermes",
+        f'Let me see.\n<tool_call>\n{{"name": "get_weather", "arguments": {WEATHER}}}\n</tool_call>\n'
+        f'<tool_call>\n{{"arguments": {ADD}, "name": "add"}}\n</tool_call>\n',
+        "Let me see.\n",
+        [("get_weather", WEATHER), ("add", ADD)],
+    ),
+    ("hermes", f'<tool_call>{{"name": "add", "arguments": {ADD}}}</tool_call> Done.', "Done.", [("add", ADD)]),
+    ("hermes", f'<tool_call>\n{{"name": "rm", "arguments": {ADD}}}\n</tool_call>', None, []),  # type: ignore[list-item]
+    ("hermes", "<tool_call>\nnonsense", "<tool_call>\nnonsense", []),
+    ("hermes", '<tool_call>{"name": "add"}</tool_call>', "", [("add", "{}")]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("add", '{"a": 1}')]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": null}', "", [("add", "{}")]),
+    ("llama3_json", f'{{"name": "add", "parameters": {ADD}}}', "", [("add", ADD)]),
+    (
+        "llama3_json",
+        f'<|python_tag|>{{"name": "add", "parameters": {ADD}}}; {{"name": "get_weather", "parameters": {WEATHER}}}',
+        "",
+        [("add", ADD), ("get_weather", WEATHER)],
+    ),
+    ("llama3_json", '{"answer": "add"}', '{"answer": "add"}', []),
+    ("llama3_json", f'Call {{"name": "add", "parameters": {ADD}}}', f'Call {{"name": "add", "parameters": {ADD}}}', []),
+    (
+        "mistral",
+        f'[TOOL_CALLS] [{{"name": "add", "arguments": {ADD}}}, {{"name": "get_weather", "arguments": {WEATHER}}}]',
+        "",
+        [("add", ADD), ("get_weather", WEATHER)],
+    ),
+    (
+        "mistral_args",
+        f"Well[TOOL_CALLS]add[ARGS]{ADD}[TOOL_CALLS]get_weather[CALL_ID]abcdefghi[ARGS]{WEATHER}",
+        "Well",
+        [("add", ADD), ("get_weather", WEATHER)],
+    ),
+    ("mistral_args", f"[TOOL_CALLS]rm[ARGS]{ADD}", f"[TOOL_CALLS]rm[ARGS]{ADD}", []),
+    ("json", f' [{{"name": "add", "arguments": {ADD}}}]', "", [("add", ADD)]),
+    ("json", "[1, 2]", "[1, 2]", []),
+    ("json", "No.", "No.", []),
+]
+
+
+@pytest.mark.parametrize(("form", "text", "content", "calls"), CASES)
+def test_formats_as_models_write_them(form: str, text: str, content: str, calls: list[tuple[str, str]]) -> None:
+    assert parse(speech(form), text) == ("", text if content is None else content, calls)
+
+
+pieces = st.sampled_from(
+    [
+        *(
+            "<tool_call>",
+            "</tool_call>",
+            "[TOOL_CALLS]",
+            "[ARGS]",
+            "<|python_tag|>",
+            "<think>",
+            "</think>",
+            "add",
+            "rm",
+        ),
+        *("\n", " ", "{", "}", "[", "]", '"', "\\", ":", ",", ";", "x", "<", "[TOOL", '{"name": "add", "arguments": '),
+        *(ADD, WEATHER, ADD + "\n}", '{"name": "add", "parameters": {}}', '"name": "rm"', '"arguments"', "null", "é"),
+    ]
+)
+texts = st.one_of(st.lists(pieces, max_size=12).map("".join), st.sampled_from([text for _, text, _, _ in CASES]))
+
+
+@given(
+    texts,
+    st.sampled_from(sorted(FORMATS)),
+    st.lists(st.integers(0, 200), max_size=8),
+    st.sampled_from([None, "think"]),
+    st.sampled_from([None, True, False]),
+    st.sampled_from([None, 1]),
+)
+def test_it_does_not_matter_how_the_text_is_cut(
+    text: str, form: str, cuts: list[int], reasoning: str | None, is_open: bool | None, most: int | None
+) -> None:
+    asked = speech(form, reasoning=reasoning, is_open=is_open, most_calls=most)
+    expected = parse(asked, text)
+    assert parse(asked, text, cuts) == expected
+    assert parse(asked, text, list(range(len(text)))) == expected
+    assert len(expected[2]) <= (most or 99)
+
+
+arguments = st.dictionaries(
+    st.text(max_size=4),
+    st.recursive(st.integers() | st.text(max_size=6), lambda x: st.lists(x, max_size=2)),
+    max_size=3,
+)
+
+
+@given(st.sampled_from(sorted(FORMATS)), st.lists(st.tuples(st.sampled_from(NAMES), arguments), min_size=1, max_size=3))
+def test_what_a_format_writes_it_reads(form: str, calls: list[tuple[str, Any]]) -> None:
+    chosen = FORMATS[form]
+    head, middle, tail = chosen.call
+    written = [head + name + middle + json.dumps(values) + tail for name, values in calls]
+    if chosen.begins_each:
+        text = chosen.separator.join(chosen.begin + chosen.before + each + chosen.after for each in written)
+    else:
+        text = chosen.begin + chosen.before + chosen.separator.join(written) + chosen.after
+    assert parse(speech(form), text) == ("", "", [(name, json.dumps(values)) for name, values in calls])
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open", "expected"),
+    [
+        ("<think>\nhm\n</think>\n\nYes", None, ("hm", "Yes", [])),
+        ("hm</think>Yes", True, ("hm", "Yes", [])),
+        ("Yes <think>", None, ("", "Yes <think>", [])),
+        ("Yes</think>", False, ("", "Yes</think>", [])),
+        ("cut off", True, ("cut off", "", [])),
+        (
+            f'<think>a</think><tool_call>{{"name": "add", "arguments": {ADD}}}</tool_call>',
+            None,
+            ("a", "", [("add", ADD)]),
+        ),
+    ],
+)
+def test_reasoning(text: str, is_open: bool | None, expected: Whole) -> None:
+    assert parse(speech("hermes", reasoning="think", is_open=is_open), text) == expected
+
+
+def test_templates_tell_the_format() -> None:
+    assert recognized("{{ '<tool_call>' }}").name == "hermes"
+    assert recognized("Environment: ipython").name == "llama3_json"
+    assert recognized("{{ '[TOOL_CALLS]' }}").name == "mistral"
+    assert recognized("[TOOL_CALLS]{{ name }}[ARGS]").name == "mistral_args"
+    assert recognized("plain").name == "json"
+    assert len({FORMATS["mistral"].new_id() for _ in range(9)}) == 9 and len(FORMATS["mistral"].new_id()) == 9
