@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 UpdateMode = Literal["keep", "recompute", "abort"]
 Tensors = Mapping[str, "Tensor"]
 BUCKET_BYTES = 8 << 20
-"""Of tensors that are sent over HTTP at once: below the server's --max-body-bytes."""
+"""Most bytes of tensors that are sent over HTTP at once: below the server's --max-body-bytes."""
 SEGMENT_BYTES = 256 << 20
 GROUP_TIMEOUT = timedelta(seconds=120)
 

@@ -230,7 +230,7 @@ class TensorRows(msgspec.Struct, frozen=True, array_like=True, tag="tensor_rows"
     """Rows of a tensor."""
 
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """The whole tensor's."""
     values: bytes
     """The rows' numbers, float32 in the order of this machine."""
 

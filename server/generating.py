@@ -24,6 +24,7 @@ from slipstream.server.generation import Generation, OutputOptions, Sequence
 from slipstream.server.prepared import Prepared
 from slipstream.server.principal import Principal, principal_of
 from slipstream.server.responses import cancelled_on_disconnect
+from slipstream.server.rollout.groups import Rollout
 from slipstream.server.service import Service
 from slipstream.server.text_work import INLINE_BYTES
 
@@ -58,6 +59,8 @@ class GenerationRequest:
     """Id of the request, if it brings one."""
     sequence_ids: SequenceOf[str] = ()
     """An id for each sequence, in the order prompt, choice, by which it can be aborted; or none."""
+    rollout: Rollout | None = None
+    """The batch of rollouts that it belongs to, if it does."""
     arrival: float
     """time.monotonic()"""
 
@@ -105,7 +108,7 @@ def start_generation(
         request.state.request_id = asked.request_id
     request_id = request.state.request_id
     name = asked.answer_prefix + request_id
-    return Generation(service, name, asked.arrival, sequences, asked.choices, request_id)
+    return Generation(service, name, asked.arrival, sequences, asked.choices, request_id, asked.rollout)
 
 
 def make_sequences(service: Service, request: Request, asked: GenerationRequest, first: int) -> list[Sequence]:
@@ -134,6 +137,8 @@ def make_sequences(service: Service, request: Request, asked: GenerationRequest,
                 speculation=asked.speculation,
                 arrival=asked.arrival,
                 remember=said.level != "off",
+                longest_first=asked.rollout is not None,
+                expected_tokens=asked.rollout.expected_tokens if asked.rollout else 0,
             )
             sequences.append(Sequence(first + len(sequences), new, asked.output, service))
     for sequence, sequence_id in zip(sequences, asked.sequence_ids, strict=False):

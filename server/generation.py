@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -13,6 +15,7 @@ import msgspec
 from slipstream.engine.handle import RequestStream
 from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
 from slipstream.server.errors import GenerationFailedError, InvalidRequestError
+from slipstream.server.rollout.groups import Rollout
 from slipstream.server.sequence_metrics import SequenceMetrics, sequences_metrics
 from slipstream.server.service import Service
 from slipstream.server.text import IncrementalDetokenizer, OffsetDetokenizer, StopChecker
@@ -77,6 +80,8 @@ class Sequence:
         self.request = request
         self.id = ""
         """An id of its own, by which it can be aborted, if the request brought one."""
+        self.on_whole: Callable[[], None] = lambda: None
+        """Called when it has come to its end by itself."""
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.num_tokens = 0
         self.num_cached_tokens = 0
@@ -111,7 +116,7 @@ class Sequence:
 
     @property
     def weight_version(self) -> str:
-        """Of the last token so far; of the weights that serve now if there is none."""
+        """That which sampled the last token so far; the one that serves now if there is none."""
         return spans[-1].version if (spans := self.weight_spans) else self._service.control.weight_version
 
     async def next(self) -> Piece:
@@ -178,6 +183,8 @@ class Sequence:
         if piece.finish_reason is not None:
             self.finished = True
             self.metrics.on_end(piece.finish_reason)
+            if piece.finish_reason != "abort":
+                self.on_whole()
         return piece
 
     def _locate(self, piece: Piece, offsets: OffsetDetokenizer) -> None:
@@ -254,12 +261,14 @@ class Generation:
         sequences: list[Sequence],
         choices: int,
         request_id: str = "",
+        rollout: Rollout | None = None,
     ) -> None:
         """``sequences`` are in the order prompt, choice; ``choices`` of them belong to each prompt.
 
         It can be aborted by its ``name``, which is that of the answer, and by the ``request_id``.
         """
         self.name = name
+        self._rollout = rollout
         self._request_id = request_id or name
         self._opened = ExitStack()
         self.arrival = arrival
@@ -299,6 +308,13 @@ class Generation:
         for sequence in self.sequences:
             if sequence.id:
                 self._opened.enter_context(opened([sequence.request.request_id], [sequence.id]))
+        if (rollout := self._rollout) is not None:
+            name = self.sequences[0].request.tenant, rollout.group or self._request_id
+            members = {f"{self._request_id}-{each.index}": each for each in self.sequences}
+            numbers = {member: each.request.request_id for member, each in members.items()}
+            ended = self._opened.enter_context(self._service.control.groups.joined(name, rollout.enough, numbers))
+            for member, sequence in members.items():
+                sequence.on_whole = partial(ended, member)
 
     @property
     def finished(self) -> bool:

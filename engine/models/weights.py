@@ -33,7 +33,7 @@ class Weights(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of all tensors that there are, by their Hugging Face names; a number alone counts as [1]."""
+        """Shapes of all tensors that there are, by their Hugging Face names; a number alone counts as [1]."""
 
     def fill(self, name: str, rows: Tensor, first_row: int | None = None) -> None:
         """Copies a tensor, by its Hugging Face name, to its place: all of it, or the rows first_row, first_row + 1, …

@@ -200,7 +200,12 @@ class Text(Answer):
     prompt: str
 
 
+class PrunedRollouts(Answer):
+    pruned: list[str]
+    """Ids of the samples that were aborted."""
+
+
 ANSWERS: tuple[type[Answer], ...] = (
     *(ChatAnswer, ChatChunk, CompletionAnswer, CompletionChunk),
-    *(Models, Model, Tokens, Text),
+    *(Models, Model, Tokens, Text, PrunedRollouts),
 )

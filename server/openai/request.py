@@ -10,9 +10,10 @@ from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.server.generating import GenerationRequest, start_generation
 from slipstream.server.generation import Generation
 from slipstream.server.openai.sampling import output_options
-from slipstream.server.openai.schema import GenerationBody, Speculation
+from slipstream.server.openai.schema import GenerationBody, RolloutBody, Speculation
 from slipstream.server.openai.writers import AnswerOptions
 from slipstream.server.prepared import Structure
+from slipstream.server.rollout.groups import Rollout
 from slipstream.server.service import Service
 from slipstream.server.text import TurnEnds
 
@@ -49,6 +50,7 @@ def make_generation(
         metadata=body.metadata or {},
         answer_prefix=prefix,
         request_id=body.request_id,
+        rollout=rollout_of(body.rollout),
         arrival=arrival,
     )
     return start_generation(service, request, asked)
@@ -56,6 +58,10 @@ def make_generation(
 
 def speculation_params(wanted: Speculation | None) -> SpeculationParams:
     return SpeculationParams() if wanted is None else SpeculationParams(wanted.mode or "auto", wanted.max_draft_tokens)
+
+
+def rollout_of(said: RolloutBody | None) -> Rollout | None:
+    return None if said is None else Rollout(said.group or "", said.enough or 0, said.expected_tokens or 0)
 
 
 def answer_options(

@@ -6,7 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.body import Body
+from slipstream.server.body import Body, parse, read_body
+from slipstream.server.consent import read_statement
 from slipstream.server.description import describe
 from slipstream.server.json_response import JSONBody
 from slipstream.server.openai import answers
@@ -16,13 +17,22 @@ from slipstream.server.openai.schema import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    PruneRolloutsBody,
     TokenizeMessagesBody,
     TokenizeTextBody,
 )
 from slipstream.server.openai.tokens import detokenize, tokenize
+from slipstream.server.principal import principal_of
 from slipstream.server.service import Service
 
-BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeTextBody, TokenizeMessagesBody, DetokenizeBody)
+BODIES: tuple[type[Body], ...] = (
+    ChatBody,
+    CompletionBody,
+    TokenizeTextBody,
+    TokenizeMessagesBody,
+    DetokenizeBody,
+    PruneRolloutsBody,
+)
 DESCRIBED = (*BODIES, *answers.ANSWERS)
 BUSY = (404, 429, 503, 504)
 """Another model, the queue is full, requests are not taken now, or it took too long."""
@@ -72,6 +82,17 @@ def openai_router(service: Service) -> APIRouter:
     async def text_of(request: Request) -> Response:
         """The text of tokens."""
         return await detokenize(service, request)
+
+    @router.post("/v1/rollouts/prune", openapi_extra=describe(answers.PrunedRollouts, 503, bodies=[PruneRolloutsBody]))
+    async def prune(request: Request) -> Response:
+        """Abort all but the best samples of a group, by the scores that they have got so far."""
+        service.require_ready()
+        with service.bodies.hold() as held:
+            raw = await read_body(request, service.config.max_body_bytes, held)
+        body = parse(PruneRolloutsBody, raw, service.config.unknown_fields)
+        said = read_statement(request, None, body.user, service.traffic.traffic_consent)
+        name = principal_of(request.scope).tenant(said.user), body.group
+        return JSONBody({"pruned": service.control.groups.prune(name, body.scores, body.keep)})
 
     return router
 

@@ -87,6 +87,25 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
+class RolloutBody(Body):
+    """A batch that is over when its longest answer is."""
+
+    group: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    enough: int | None = Field(None, ge=1, lt=2**31)
+    expected_tokens: Count | None = None
+
+
+class PruneRolloutsBody(Body):
+    """Which samples of a group go on."""
+
+    group: Annotated[str, Field(min_length=1, max_length=256)]
+    scores: dict[Annotated[str, Field(max_length=256)], Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        max_length=65536
+    )
+    keep: Count
+    user: Label | None = None
+
+
 class Speculation(Body):
     mode: str | None = None
     max_draft_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -143,6 +162,7 @@ class GenerationBody(SamplingBody, StructuredFields):
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     cache_salt: CacheSalt | None = None
     speculation: Speculation | None = None
+    rollout: RolloutBody | None = None
     return_metrics: bool | None = None
     request_id: RequestId | None = None
     user: Label | None = None

@@ -21,6 +21,7 @@ from slipstream.engine.operations import (
     ResumeMemory,
 )
 from slipstream.server.errors import InvalidRequestError, UnavailableError
+from slipstream.server.rollout.groups import Groups
 from slipstream.server.rollout.weights import Host, WeightControl
 
 LOOK_S = 0.01
@@ -33,6 +34,8 @@ class Control(WeightControl):
         super().__init__(host)
         self._open: dict[str, set[int]] = {}
         """Sequences that run or wait in the engine, by the ids of their HTTP requests."""
+        self.groups = Groups(lambda ids: host.engine.abort(list(ids)))
+        """Samples that end together."""
         self._refusing = False
         """Whether requests are refused, and do not wait, while memory is released."""
 
