@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import Mapping
 from types import TracebackType
@@ -10,7 +11,8 @@ from typing import Any, Self
 import aiohttp
 import msgspec
 
-from slipstream.clients.errors import ClientError, UnreachableError, api_error
+from slipstream.clients.errors import APIError, ClientError, UnreachableError, api_error
+from slipstream.clients.retries import may_try_again, pause_before
 
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
@@ -28,12 +30,15 @@ class HttpClient:
         api_key: str | None = None,
         *,
         timeout: float | None = None,
+        retries: int = 0,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """``timeout`` bounds a whole call in seconds, reading a stream to its end included; None waits for ever.
 
-        ``headers`` go with every request.
+        ``retries``: how often what was not begun is tried again: a connection that could not be made, and answers that
+        ask to come back later. ``headers`` go with every request.
         """
+        self._retries = retries
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
@@ -73,6 +78,22 @@ class HttpClient:
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | bytes | None) -> aiohttp.ClientResponse:
         """Send JSON, or bytes as they are, and wait for the headers of an answer that is no error."""
+        for attempt in range(self._retries):
+            try:
+                return await self._send_once(method, path, body)
+            except APIError as refusal:
+                if not may_try_again(refusal):
+                    raise
+                await asyncio.sleep(pause_before(attempt, refusal))
+            except UnreachableError as error:
+                if not isinstance(error.__context__, aiohttp.ClientConnectorError):
+                    raise
+                await asyncio.sleep(pause_before(attempt))
+        return await self._send_once(method, path, body)
+
+    async def _send_once(
+        self, method: str, path: str, body: Mapping[str, Any] | bytes | None
+    ) -> aiohttp.ClientResponse:
         data: Any = None
         headers = {}
         if isinstance(body, bytes):

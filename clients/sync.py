@@ -16,10 +16,9 @@ import httpx
 import msgspec
 
 from slipstream.clients.errors import APIError, BrokenStreamError, ClientError, UnreachableError, api_error
+from slipstream.clients.retries import may_try_again, pause_before
 from slipstream.clients.sse import SSEDecoder
 
-LATER = (429, 503)
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 _decode = msgspec.json.Decoder().decode
 
 
@@ -119,15 +118,15 @@ class Client:
         """The headers of an answer that is no error, its body still to be read."""
         content = None if body is None else msgspec.json.encode(body)
         headers = {} if body is None else {"Content-Type": "application/json"}
-        for left in range(self._retries, -1, -1):
+        for attempt in range(self._retries + 1):
+            is_last = attempt == self._retries
             request = self._http.build_request(method, self.base_url + path, content=content, headers=headers)
-            pause = min(FIRST_PAUSE * 2 ** (self._retries - left), LONGEST_PAUSE)
             try:
                 response = self._http.send(request, stream=True)
             except httpx.ConnectError as error:
-                if not left:
+                if is_last:
                     raise UnreachableError(f"{method} {self.base_url}{path}: {error}") from None
-                time.sleep(pause)
+                time.sleep(pause_before(attempt))
                 continue
             except httpx.HTTPError as error:
                 raise UnreachableError(f"{method} {self.base_url}{path}: {error or type(error).__name__}") from None
@@ -138,9 +137,9 @@ class Client:
                 refusal = _error(response)
             finally:
                 response.close()
-            if refusal.status not in LATER or not left:
+            if is_last or not may_try_again(refusal):
                 raise refusal
-            time.sleep(min(pause if refusal.retry_after is None else refusal.retry_after, LONGEST_PAUSE))
+            time.sleep(pause_before(attempt, refusal))
 
 
 def _error(response: httpx.Response) -> APIError:

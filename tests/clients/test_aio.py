@@ -203,3 +203,48 @@ async def test_wait_ready_gives_up():
         async with AsyncClient(f"http://127.0.0.1:{unused.getsockname()[1]}") as client:
             with pytest.raises(UnreachableError, match="not ready after"):
                 await client.wait_ready(0.3)
+
+
+def refusal(status: int, retry_after: str = "0") -> bytes:
+    body = b'{"error": {"message": "later"}}'
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nRetry-After: {retry_after}\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def test_what_the_server_did_not_begin_is_tried_again(wire, reply):
+    wire.replies = [[refusal(503)], [refusal(429)], reply.stream(token("a"), b"data: [DONE]\n\n")]
+    async with AsyncClient(wire.url, retries=2) as client:
+        assert [content(chunk) for chunk in await collect(client)] == ["a"]
+    wire.replies = [[refusal(503)], [refusal(503)], []]
+    async with AsyncClient(wire.url, retries=1) as client:
+        with pytest.raises(APIError, match="later"):
+            await collect(client)
+    assert len(wire.replies) == 1
+
+
+async def test_what_may_have_been_begun_is_not_tried_again(wire, reply):
+    done = reply.stream(token("a"), b"data: [DONE]\n\n")
+    wire.replies = [[None], done, [refusal(500)], done]
+    async with AsyncClient(wire.url, retries=3) as client:
+        with pytest.raises(UnreachableError):
+            await collect(client)
+        await collect(client)
+        with pytest.raises(APIError):
+            await collect(client)
+    assert len(wire.replies) == 1
+
+
+async def test_a_server_that_is_not_there_yet_is_tried_again(monkeypatch):
+    waits = []
+
+    async def no_sleep(seconds):
+        waits.append(seconds)
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    monkeypatch.setattr("slipstream.clients.http.asyncio.sleep", no_sleep)
+    async with AsyncClient(url, retries=2) as client:
+        with pytest.raises(UnreachableError):
+            await client.models()
+    assert [wait for wait in waits if wait] == [0.5, 1.0]

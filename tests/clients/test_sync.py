@@ -4,7 +4,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import msgspec
 import pytest
 
-from slipstream.clients import sync
+from slipstream.clients import retries, sync
 from slipstream.clients.errors import APIError, BrokenStreamError, ClientError, UnreachableError
 from slipstream.clients.sync import Client
 
@@ -45,7 +45,7 @@ class Scripted(ThreadingHTTPServer):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    monkeypatch.setattr(sync, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.001)
     server = Scripted()
     yield server
     server.shutdown()
