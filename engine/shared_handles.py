@@ -22,6 +22,8 @@ from slipstream.engine.target_sources import SHARED_MEMORY, read_segment
 
 CUDA_DEVICE = 6
 """Place of the device's index among the arguments of ``rebuild_cuda_tensor``."""
+FILE_HEADER_BYTES = 64
+"""Before the numbers in a file that torch shares: who counts its users."""
 PLAIN = {
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "list"): list,
@@ -66,7 +68,7 @@ def _storage_of_file(_: Any, __: Any, handle: bytes, size: int, *___: Any) -> to
     name = Path(handle.decode()).name
     if not (SHARED_MEMORY / name).is_file():
         raise ModelError(f"shared tensors lie in {name!r}, which is no shared memory of this machine")
-    copied = read_segment(name, size)
+    copied = read_segment(name, size, FILE_HEADER_BYTES)
     return torch.frombuffer(copied, dtype=torch.uint8).untyped_storage()
 
 

@@ -55,8 +55,8 @@ def read(path: Path, model: CausalModel) -> Tensors:
     return model.tensors(open_checkpoint(path))
 
 
-def read_segment(segment: str, num_bytes: int) -> bytearray:
-    """A copy of the beginning of a shared-memory segment.
+def read_segment(segment: str, num_bytes: int, first_byte: int = 0) -> bytearray:
+    """A copy of some bytes of a shared-memory segment.
 
     A copy, and by reading: whoever shares it may cut it short at any moment, which would kill a process that has it
     mapped. Raises ModelError where there is no such segment of this user.
@@ -75,11 +75,11 @@ def read_segment(segment: str, num_bytes: int) -> bytearray:
             raise ModelError(f"{segment!r} is no shared-memory segment")
         if found.st_uid != os.geteuid():
             raise ModelError(f"the shared-memory segment {segment!r} is another user's")
-        if not 0 < num_bytes <= found.st_size:
+        if not 0 < num_bytes <= found.st_size - first_byte:
             raise ModelError(f"the shared-memory segment {segment!r} has {found.st_size} bytes, not {num_bytes}")
         copied = bytearray(num_bytes)
         for begin, piece in _pieces(copied):
-            if os.preadv(descriptor, [piece], begin) != len(piece):
+            if os.preadv(descriptor, [piece], first_byte + begin) != len(piece):
                 raise ModelError(f"the shared-memory segment {segment!r} was cut short while it was read")
         return copied
     finally:
