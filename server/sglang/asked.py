@@ -9,6 +9,7 @@ from slipstream.engine.messages import LogprobsMode, SamplingParams
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generating import fit_context, logprobs_asked, require_choices
 from slipstream.server.generation import OutputOptions
+from slipstream.server.prepared import Prepared, Structure
 from slipstream.server.principal import Principal
 from slipstream.server.service import Service
 from slipstream.server.sglang.schema import (
@@ -47,12 +48,13 @@ class Asked:
 
 
 def read_asked(
-    service: Service, principal: Principal, body: SGLangGenerateBody, prompts: list[list[int]], request_id: str
+    service: Service, principal: Principal, prepared: Prepared[SGLangGenerateBody], request_id: str
 ) -> list[Asked]:
     """``request_id`` is what the answers are called if the body has no ids for them.
 
     Raises InvalidRequestError, ContextTooLongError, OverloadedError.
     """
+    body, prompts, structure = prepared.body, prepared.prompts, prepared.structure
     count = len(prompts)
     sampling: list[SGLangSamplingParams] = per_prompt(body.sampling_params, count, "sampling_params")
     sampling = [each or SGLangSamplingParams.model_validate({}) for each in sampling]
@@ -71,11 +73,11 @@ def read_asked(
         logprobs = None
         if wanted[i]:
             logprobs = read_logprobs(service, principal, len(prompt), starts[i], tops[i] or 0, ids[i] or ())
-        params = read_params(service, sampling[i], len(prompt), logprobs, body)
+        params = read_params(service, sampling[i], len(prompt), logprobs, body, structure)
         found.append(
             Asked(
                 params=params,
-                output=read_output(sampling[i], params),
+                output=read_output(sampling[i], params, structure),
                 seed=sampling[i].sampling_seed,
                 # Requests of other dialects have a salt only: where there is no key, the prefixes are the same.
                 cache_salt=repr((salts[i] or "", keys[i])) if keys[i] else salts[i] or "",
@@ -133,7 +135,12 @@ def read_logprobs(
 
 
 def read_params(
-    service: Service, asked: SGLangSamplingParams, length: int, logprobs: Logprobs | None, body: SGLangGenerateBody
+    service: Service,
+    asked: SGLangSamplingParams,
+    length: int,
+    logprobs: Logprobs | None,
+    body: SGLangGenerateBody,
+    structure: Structure | None,
 ) -> SamplingParams:
     given = "max_new_tokens" in asked.model_fields_set
     room = fit_context(service, length, asked.max_new_tokens if given else None, "sampling_params.max_new_tokens")
@@ -150,6 +157,12 @@ def read_params(
         top_k = 0
     if top_p == 0:  # the smallest set with any probability: the most likely token
         top_p, top_k = 1.0, 1
+    stop = () if asked.ignore_eos else stop_tokens(service, asked)
+    if structure is not None and not stop:
+        raise InvalidRequestError(
+            f"{structure.param}: the model has no token that ends a text; name one in stop_token_ids",
+            param=structure.param,
+        )
     prompt_logprobs = None
     if logprobs is not None and logprobs.start < length:
         prompt_logprobs = logprobs.top
@@ -164,7 +177,8 @@ def read_params(
         presence_penalty=asked.presence_penalty or 0.0,
         repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
         logit_bias=asked.logit_bias or {},
-        stop_token_ids=() if asked.ignore_eos else stop_tokens(service, asked),
+        stop_token_ids=stop,
+        grammar="" if structure is None else structure.grammar,
         logprobs=None if logprobs is None else logprobs.top,
         prompt_logprobs=prompt_logprobs,
         prompt_logprobs_from=0 if prompt_logprobs is None or logprobs is None else logprobs.start,
@@ -180,8 +194,9 @@ def stop_tokens(service: Service, asked: SGLangSamplingParams) -> tuple[int, ...
     return tuple(dict.fromkeys([*(asked.stop_token_ids or ()), *(token for token in found if token in known)]))
 
 
-def read_output(asked: SGLangSamplingParams, params: SamplingParams) -> OutputOptions:
+def read_output(asked: SGLangSamplingParams, params: SamplingParams, structure: Structure | None) -> OutputOptions:
     return OutputOptions(
+        structure_param=None if structure is None else structure.param,
         stop=asked.stop_strings,
         include_stop=bool(asked.no_stop_trim),
         skip_special_tokens=asked.skip_special_tokens is not False,

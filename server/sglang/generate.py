@@ -22,7 +22,7 @@ async def generate(service: Service, request: Request) -> GenerationResponse:
     prepared: Prepared[SGLangGenerateBody] = await prepare_generation(service, request, "sglang_generate")
     body, prompts = prepared.body, prepared.prompts
     principal = principal_of(request.scope)
-    asked = read_asked(service, principal, body, prompts, request.state.request_id)
+    asked = read_asked(service, principal, prepared, request.state.request_id)
     choices = len(asked[0].ids)
     generation = start_generation(
         service,

@@ -7,14 +7,19 @@ from typing import Any
 
 from slipstream.server.body import parse
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.openai.prepare import encode, require_fits
-from slipstream.server.prepared import Limits, Prepared
-from slipstream.server.sglang.schema import SGLangGenerateBody
+from slipstream.server.openai.prepare import encode, require_fits, tried
+from slipstream.server.prepared import Limits, Prepared, Structure
+from slipstream.server.sglang.schema import SGLangGenerateBody, SGLangSamplingParams
 from slipstream.server.text_model import TextModel
 
 
 def sglang_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[SGLangGenerateBody]:
-    """The body keeps an empty ``text``, a list for a list of prompts. Raises InvalidRequestError."""
+    """The body keeps an empty ``text``, a list for a list of prompts.
+
+    Raises:
+        InvalidRequestError
+        RunElsewhereError: it has a grammar that has to be tried.
+    """
     body = parse(SGLangGenerateBody, raw, "warn")
     single = body.is_single
     field = "input_ids" if body.text is None else "text"
@@ -28,7 +33,23 @@ def sglang_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[SGL
         prompts = encode(text, limits, prompts, True, field)
     for prompt in prompts:
         require_fits(limits, len(prompt), field)
-    return Prepared(body.model_copy(update={"text": "" if single else [], "input_ids": None}), prompts, [])
+    done = body.model_copy(update={"text": "" if single else [], "input_ids": None})
+    return Prepared(done, prompts, [], structure=structure(text, limits, body))
+
+
+def structure(text: TextModel, limits: Limits, body: SGLangGenerateBody) -> Structure | None:
+    """What the answers are to look like, which is the same for all of them."""
+    given: Any = body.sampling_params
+    sampling: list[SGLangSamplingParams] = given if isinstance(given, list) else [given] if given else []
+    found = {each.structure() for each in sampling}
+    if len({grammar for grammar, _ in found}) > 1:
+        raise InvalidRequestError(
+            "sampling_params: the structure of answers has to be the same for all prompts; send others apart",
+            param="sampling_params",
+            code="unsupported_parameter",
+        )
+    grammar, param = found.pop() if found else ("", "")
+    return tried(text, limits, Structure(grammar, param) if grammar else None)
 
 
 JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {"sglang_generate": sglang_generate}

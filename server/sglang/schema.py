@@ -26,10 +26,19 @@ from slipstream.server.openai.schema import (
     TokenId,
     in_range,
 )
+from slipstream.server.structured import (
+    ANY_OBJECT,
+    choice_grammar,
+    context_free_grammar,
+    json_grammar,
+    regex_grammar,
+)
 
 DEFAULT_MAX_NEW_TOKENS = 128
 ALL_TOKENS = 2**30
 """Other servers' way to say in ``top_k`` that all tokens stay."""
+ANY_JSON = "$$ANY$$"
+"""Other servers' way to say in ``json_schema`` that any object will do."""
 MAX_LIST = 2**16
 """Most entries of a field that has one for each prompt."""
 
@@ -85,13 +94,14 @@ class SGLangSamplingParams(Body):
     # Accepted: the tokenizers used here insert no such spaces.
     spaces_between_special_tokens: bool | None = None
 
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=MAX_LIST, fail_fast=True)
+
     # Refused unless off.
-    stop_regex: unsupported("", []) = None  # type: ignore[valid-type]
-    json_schema: unsupported("") = None  # type: ignore[valid-type]
-    regex: unsupported("") = None  # type: ignore[valid-type]
-    ebnf: unsupported("") = None  # type: ignore[valid-type]
     structural_tag: unsupported("") = None  # type: ignore[valid-type]
-    choice: unsupported([]) = None  # type: ignore[valid-type]
+    stop_regex: unsupported("", []) = None  # type: ignore[valid-type]
     beam_width: unsupported(1) = None  # type: ignore[valid-type]
     custom_params: unsupported({}) = None  # type: ignore[valid-type]
     watermark: unsupported(False) = None  # type: ignore[valid-type]
@@ -106,6 +116,31 @@ class SGLangSamplingParams(Body):
                     code="unknown_parameter",
                 )
         return self
+
+    def structure(self) -> tuple[str, str]:
+        """The grammar that the answer has to follow, and the field that asks for it; empty if none does.
+
+        Raises InvalidRequestError if several do, or one of them is wrong.
+        """
+        at, found = "sampling_params.", dict[str, str]()
+        if self.json_schema:
+            schema = ANY_OBJECT if self.json_schema == ANY_JSON else self.json_schema
+            found[at + "json_schema"] = json_grammar(schema, at + "json_schema")
+        if self.regex:
+            found[at + "regex"] = regex_grammar(self.regex, at + "regex")
+        if self.ebnf:
+            found[at + "ebnf"] = context_free_grammar(self.ebnf, at + "ebnf")
+        if self.choice:
+            found[at + "choice"] = choice_grammar(self.choice, at + "choice")
+        names = list(found)
+        if len(names) > 1:
+            raise InvalidRequestError(f"an answer follows one of {', '.join(names)}; send only one", param=names[1])
+        if names and self.ignore_eos:
+            raise InvalidRequestError(
+                f"ignore_eos cannot be combined with {names[0]}: the answer ends where its structure does",
+                param=at + "ignore_eos",
+            )
+        return next(iter((text, name) for name, text in found.items()), ("", ""))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

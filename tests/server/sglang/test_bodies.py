@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,11 @@ def test_bodies_as_they_are_sent(server: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"sampling_params": {"json_schema": "{}"}}, "sampling_params.json_schema"),
-        ({"sampling_params": {"regex": "a+"}}, "sampling_params.regex"),
+        ({"sampling_params": {"json_schema": "["}}, "sampling_params.json_schema"),
+        ({"sampling_params": {"regex": "a+", "choice": ["a"]}}, "sampling_params.choice"),
+        ({"sampling_params": {"regex": "(a"}}, "sampling_params.regex"),
+        ({"sampling_params": {"regex": "a+", "ignore_eos": True}}, "sampling_params.ignore_eos"),
+        ({"sampling_params": {"structural_tag": "x"}}, "sampling_params.structural_tag"),
         ({"sampling_params": {"stop_regex": "a+"}}, "sampling_params.stop_regex"),
         ({"sampling_params": {"custom_params": {"return_top_p_token_ids": True}}}, "sampling_params.custom_params"),
         ({"sampling_params": {"beam_width": 2}}, "sampling_params.beam_width"),
@@ -82,6 +86,27 @@ def test_bodies_as_they_are_sent(server: Any, name: str) -> None:
 def test_what_is_refused(server: Any, body: dict[str, Any], param: str) -> None:
     error = refused(server, **body)
     assert error["param"] == param and error["message"]
+
+
+def test_structured_answers(server: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    sampling = {"max_new_tokens": 64, "temperature": 1, "sampling_seed": 2}
+    for given in (schema, json.dumps(schema)):
+        [found] = generate(server, [PROMPT], sampling={**sampling, "json_schema": given})
+        assert set(json.loads(found["text"])) == {"a"}
+        assert found["meta_info"]["finish_reason"]["type"] == "stop"
+    assert generate(server, sampling={**sampling, "choice": ["red", "green"]})["text"] in ("red", "green")
+    assert re.fullmatch("[ab]{3}", generate(server, sampling={**sampling, "regex": "[ab]{3}"})["text"])
+    assert generate(server, sampling={**sampling, "ebnf": 'root ::= "yes" | "no"'})["text"] in ("yes", "no")
+    answers = generate(server, [PROMPT] * 2, sampling_params=[{"regex": "[ab]{3}"}, {"regex": "[ab]{3}", "n": 1}])
+    assert all(re.fullmatch("[ab]{3}", answer["text"]) for answer in answers)
+    error = refused(server, input_ids=[PROMPT] * 2, sampling_params=[{"regex": "a"}, {}])
+    assert error["code"] == "unsupported_parameter"
 
 
 def test_fields_nobody_knows(server: Any) -> None:

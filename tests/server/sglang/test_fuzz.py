@@ -47,6 +47,9 @@ valid_params: dict[str, st.SearchStrategy[Any]] = {
     "ignore_eos": flag,
     "skip_special_tokens": flag,
     "stream_interval": st.integers(1, 3),
+    "regex": st.sampled_from(["a+", "[0-9]{2}", "(", ""]),
+    "json_schema": st.sampled_from(["{}", "$$ANY$$", '{"type": "integer"}', "["]),
+    "choice": st.lists(st.sampled_from(["a", "b"]), max_size=2),
 }
 params = st.fixed_dictionaries(
     {"max_new_tokens": st.integers(0, 4), "n": st.sampled_from([1, 1, 2])}, optional=valid_params
