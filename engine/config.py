@@ -40,6 +40,11 @@ class EngineConfig:
         "Kernels: compiled ones for the CPU, Triton's for a GPU, or the torch reference; auto takes what is made for "
         "the device.",
     )
+    attention_backend: Literal["auto", "triton", "flashinfer", "xformers", "torch"] = option(
+        "auto",
+        "What computes attention on a GPU; auto takes what is best known for the device among what is installed and "
+        "covers the model. 'slipstream doctor' says what that is, and why.",
+    )
     graph_memory: str = option(
         "2GiB", "What graphs of small steps may take of a GPU's memory, for example 512MiB; 0 launches kernels singly."
     )

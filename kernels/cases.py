@@ -290,6 +290,8 @@ class Attended:
     """Tokens of each, and how long its sequence is with them."""
     window: int = 0
     softcap: float = 0.0
+    is_shared: bool = False
+    """Whether the first half of all sequences is the same, and lies in the same blocks."""
 
 
 def _mixed(sizes: Sizes) -> tuple[list[int], list[int]]:
@@ -310,19 +312,35 @@ ATTENDED = (
 )
 
 
+SHARED = Attended("decode, half of it shared", ATTENDED[0].segments, is_shared=True)
+MakeCache = Callable[[CacheShape, int, torch.device], PagedKVCache]
+
+
 def attention(kind: type[PagedKVCache]) -> Iterator[Case]:
     """Storing keys and values, and attention over them, in one layout of the cache."""
     name = kind.__name__.removesuffix("KVCache").lower()
     for attended in ATTENDED:
-        yield Case(f"attention {attended.name}, {name}", partial(_attention, kind, attended))
+        yield attention_case(name, kind, attended)
     yield Case(f"store, {name}", partial(_store, kind))
 
 
-def _attention(kind: type[PagedKVCache], attended: Attended, source: Source, sizes: Sizes) -> Prepared:
+def attention_case(name: str, make: MakeCache, attended: Attended) -> Case:
+    """``name`` of what computes it."""
+    return Case(f"attention {attended.name}, {name}", partial(_attention, make, attended))
+
+
+def _attention(make: MakeCache, attended: Attended, source: Source, sizes: Sizes) -> Prepared:
     counts, lengths = attended.segments(sizes)
     whole, blocks = source.batch(lengths, lengths, sizes.block_size)
-    cache = _cache(kind, source, sizes, blocks)
+    cache = _cache(make, source, sizes, blocks)
     keys, values = (source.normal(sum(lengths), sizes.kv_heads, sizes.head_dim) for _ in range(2))
+    shared = 0
+    if attended.is_shared:
+        shared = -(-sizes.context // 2 // sizes.block_size) * sizes.block_size
+        whole.block_tables[:, : shared // sizes.block_size] = whole.block_tables[0, : shared // sizes.block_size]
+        for begin in whole.q_start[:-1].tolist():
+            for each in (keys, values):
+                each[begin : begin + shared] = each[:shared]
     cache.plan(whole).store(0, keys, values)
     starts = np.array(lengths, np.int32)
     step = make_batch(
@@ -345,7 +363,8 @@ def _attention(kind: type[PagedKVCache], attended: Attended, source: Source, siz
     # With a window, a segment sees the keys of its first token's window and its own.
     seen = [min(length, (attended.window or length) + count - 1) for count, length in zip(counts, lengths, strict=True)]
     pairs = sum(count * length - count * (count - 1) // 2 for count, length in zip(counts, seen, strict=True))
-    moved = 2 * size(q) + 2 * sum(seen) * sizes.kv_heads * sizes.head_dim * source.dtype.itemsize
+    kept = sum(seen) - shared * (len(lengths) - 1)
+    moved = 2 * size(q) + 2 * kept * sizes.kv_heads * sizes.head_dim * source.dtype.itemsize
     flops = 4 * sizes.heads * sizes.head_dim * pairs
 
     def found() -> Outputs:
@@ -354,7 +373,7 @@ def _attention(kind: type[PagedKVCache], attended: Attended, source: Source, siz
     return Prepared(found, found, expected, moved, flops)
 
 
-def _store(kind: type[PagedKVCache], source: Source, sizes: Sizes) -> Prepared:
+def _store(kind: MakeCache, source: Source, sizes: Sizes) -> Prepared:
     """The keys and values that a step stores, read by attention of one token to itself."""
     batch, blocks = source.batch([sizes.tokens], [sizes.tokens], sizes.block_size)
     cache = _cache(kind, source, sizes, blocks)
@@ -372,6 +391,6 @@ def _store(kind: type[PagedKVCache], source: Source, sizes: Sizes) -> Prepared:
     return Prepared(lambda: plan.store(0, k, v), found, expected, 4 * size(k))
 
 
-def _cache(kind: type[PagedKVCache], source: Source, sizes: Sizes, blocks: int) -> PagedKVCache:
+def _cache(make: MakeCache, source: Source, sizes: Sizes, blocks: int) -> PagedKVCache:
     shape = CacheShape(1, sizes.block_size, sizes.kv_heads, sizes.head_dim, source.dtype)
-    return kind(shape, blocks, source.device)
+    return make(shape, blocks, source.device)

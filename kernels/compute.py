@@ -42,8 +42,20 @@ class Formats:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """Gated networks of which each token goes through a few (Shazeer et al. 2017)."""
+
+    experts: int
+    top: int
+    """How many a token goes through."""
+    intermediate: int
+    renormalize: bool
+    """Whether the shares of those are made to add up to 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class LayerShape:
-    """A pre-norm decoder layer: rotary positions, grouped-query attention, gated MLP."""
+    """A pre-norm decoder layer: rotary positions, grouped-query attention, gated MLP or a mixture of them."""
 
     hidden: int
     intermediate: int
@@ -56,6 +68,24 @@ class LayerShape:
     mlp_bias: bool = False
     qk_norm: bool = False
     reads: Reads = "normed"
+    mixture: Mixture | None = None
+    is_gemma: bool = False
+    """Gemma's arithmetic: norms multiply by 1 + weight, what attention and MLP give is normed before it is added, and
+    the gate is a GELU by tanh."""
+    score_scale: float | None = None
+    """What attention multiplies scores by; None for head_dim ** -0.5."""
+    embedding_scale: float = 1.0
+    """What embeddings are multiplied by, in the format of activations."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is as in Llama, Mistral and Qwen."""
+        return self.mixture is None and not self.is_gemma and self.score_scale is None and self.embedding_scale == 1.0
+
+    @property
+    def scale(self) -> float:
+        """What attention multiplies scores by."""
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
     @property
     def input_width(self) -> int:
@@ -121,8 +151,10 @@ class Compute(ABC):
     """What a model asks for its parts; all of one ``Compute`` work together."""
 
     cache_class: ClassVar[type[PagedKVCache]]
-    is_batch_invariant: ClassVar[bool] = False
+    is_batch_invariant: bool = False
     """Whether a row has the same bits in any batch."""
+    can_be_batch_invariant: ClassVar[bool] = False
+    """Whether it is, or would be if it was made to be."""
     is_fast_in_bfloat16: ClassVar[bool] = False
     """Whether bfloat16 is fast on whatever processor it supports."""
 
@@ -158,12 +190,19 @@ class Compute(ABC):
         """Weights of layers that are read one after the other."""
 
     @abstractmethod
-    def stack(self, shape: LayerShape, windows: Sequence[int], rope: tuple[Tensor, Tensor]) -> Stack:
+    def stack(
+        self,
+        shape: LayerShape,
+        windows: Sequence[int],
+        rope: tuple[Tensor, Tensor],
+        window_rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Stack:
         """A stack of layers, to be given weights.
 
         Args:
             windows: for each layer, the last positions it attends to; 0 for all.
             rope: cos and sin, each [positions, head_dim / 2] float32.
+            window_rope: those of layers with a window, where they have others.
         """
 
     def cache(self, shape: CacheShape, num_blocks: int) -> PagedKVCache:

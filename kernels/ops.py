@@ -33,6 +33,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _backend(x, weight).rms_norm(x, weight, eps)
 
 
+def rms_norm_plus_one(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``rms_norm`` as Gemma has it: the factor is 1 + weight, and nothing is rounded before the end."""
+    return _backend(x, weight).rms_norm_plus_one(x, weight, eps)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [tokens, heads, head_dim] by position; cos, sin [tokens, head_dim / 2] (Su et al. 2021).
 
@@ -44,6 +49,23 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise (Shazeer 2020)."""
     return _backend(gate, up).silu_mul(gate, up)
+
+
+def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, elementwise, with the approximation by tanh (Hendrycks & Gimpel 2016)."""
+    return _backend(gate, up).gelu_tanh_mul(gate, up)
+
+
+def experts(x: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor, top: int, renormalize: bool) -> Tensor:
+    """A mixture of gated networks (Shazeer et al. 2017): the weighted sum of what each row's experts make of it.
+
+    Args:
+        x: [rows, hidden].
+        scores: [rows, experts], of whose softmax the ``top`` largest count; made to add up to 1 with ``renormalize``.
+        gate_up: [experts, 2 * inner, hidden]: gate, then up.
+        down: [experts, hidden, inner].
+    """
+    return _backend(x, scores).experts(x, scores, gate_up, down, top, renormalize)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -28,6 +28,11 @@ class ReferenceOps:
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return weight * scaled.to(x.dtype)
 
+    def rms_norm_plus_one(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return (scaled * (1.0 + weight.float())).to(x.dtype)
+
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
         first, second = x.chunk(2, dim=-1)
@@ -35,6 +40,12 @@ class ReferenceOps:
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         return functional.silu(gate) * up
+
+    def gelu_tanh_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        return functional.gelu(gate, approximate="tanh") * up
+
+    def experts(self, x: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor, top: int, renormalize: bool) -> Tensor:
+        return experts_mlp(x, *route(scores, top, renormalize), gate_up, down)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x, weight, bias)
@@ -87,6 +98,37 @@ class ReferenceOps:
             logits[row, seen] = torch.where(values > 0, values / repetition, values * repetition)
         if frequency or presence:
             logits[row, output] -= frequency * counts + presence
+
+
+def route(scores: Tensor, top: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """The ``top`` most likely experts of each row by scores [rows, experts], of equals the first; and their shares.
+
+    Returns [rows, top] int32 and float32. Shares are probabilities, which add up to 1 if they are renormalized.
+    """
+    shares, experts = scores.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    shares, experts = shares[:, :top], experts[:, :top]
+    if renormalize:
+        shares = shares / shares.sum(-1, keepdim=True)
+    return experts.int().contiguous(), shares.contiguous()
+
+
+def experts_mlp(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The shares' weighted sum of what each row's experts make of it: [rows, hidden], in the format of x.
+
+    Products with shares are rounded to that format, and added in float32 in the order of the experts of the row; an
+    expert of -1 is none. Expert by expert, so it waits for the device.
+    """
+    made = x.new_zeros(*experts.shape, x.shape[1])
+    for expert in sorted(set(experts.flatten().tolist())):
+        if expert >= 0:
+            row, place = torch.where(experts == expert)
+            gate, up = functional.linear(x[row], gate_up[expert]).chunk(2, dim=-1)
+            one = functional.linear(functional.silu(gate) * up, down[expert])
+            made[row, place] = one * shares[row, place, None].to(x.dtype)
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for part in made.unbind(1):
+        total += part.float()
+    return total.to(x.dtype)
 
 
 def attention(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Compute, Formats, Forward, LayerShape, LayerWeights, Stack
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
+from slipstream.kernels.mixture import MixtureWeights
 from slipstream.kernels.weight import DenseWeight, Weight
 
 Function = Callable[[Tensor], Tensor]
@@ -57,6 +59,14 @@ class DecoderLayer:
     """Set where attention reads the embedding of the token, too."""
     q_norm: Function | None = None
     k_norm: Function | None = None
+    gated: Callable[[Tensor, Tensor], Tensor] = ops.silu_mul
+    """What the gate does to the other matrix's output."""
+    mixture: Function | None = None
+    """Instead of gate, up and down, where a layer has many of them."""
+    out_norm: Function | None = None
+    """Set where what attention gives is normed before it is added."""
+    down_norm: Function | None = None
+    """Set where what the MLP gives is."""
 
     def inputs(self, hidden: Tensor, embedding: Tensor | None) -> Tensor:
         """What queries, keys and values are made from."""
@@ -76,9 +86,11 @@ class DecoderLayer:
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The layer's output, from its input and what attention made of it [tokens, heads * head_dim]."""
-        hidden = hidden + self.out(attended)
+        given = self.out(attended)
+        hidden = hidden + (given if self.out_norm is None else self.out_norm(given))
         x = self.mlp_norm(hidden)
-        return hidden + self.down(ops.silu_mul(self.gate(x), self.up(x)))
+        given = self.mixture(x) if self.mixture is not None else self.down(self.gated(self.gate(x), self.up(x)))
+        return hidden + (given if self.down_norm is None else self.down_norm(given))
 
     def _heads(self, matrix: Function, norm: Function | None, x: Tensor) -> Tensor:
         heads = matrix(x).view(len(x), -1, self.head_dim)
@@ -96,38 +108,53 @@ class TorchLayer:
             "k": make.weight(kv_width, shape.input_width, shape.qkv_bias),
             "v": make.weight(kv_width, shape.input_width, shape.qkv_bias),
             "out": make.weight(hidden, q_width, shape.out_bias),
-            "gate": make.weight(inner, hidden, shape.mlp_bias),
-            "up": make.weight(inner, hidden, shape.mlp_bias),
-            "down": make.weight(hidden, inner, shape.mlp_bias),
         }
+        self._mixture = None if shape.mixture is None else MixtureWeights(shape, make)
+        if self._mixture is None:
+            matrices |= {
+                "gate": make.weight(inner, hidden, shape.mlp_bias),
+                "up": make.weight(inner, hidden, shape.mlp_bias),
+                "down": make.weight(hidden, inner, shape.mlp_bias),
+            }
         self._matrices = {MATRICES[field]: weight for field, weight in matrices.items()}
         self._norms: dict[str, Tensor] = {}
+        rms_norm = ops.rms_norm_plus_one if shape.is_gemma else ops.rms_norm
 
         def norm(name: str, width: int = hidden) -> Function:
             weight = self._norms[name] = make.norm(width)
-            return lambda x: ops.rms_norm(x, weight, shape.norm_eps)
+            return lambda x: rms_norm(x, weight, shape.norm_eps)
 
         attn_norm = embed_norm = None
         if shape.reads == "both":  # a layer that reads embeddings calls their norm the input's
             attn_norm, embed_norm = norm("hidden_norm"), norm("input_layernorm")
         elif shape.reads == "normed":
             attn_norm = norm("input_layernorm")
+        # Gemma's name for the norm behind attention is that of the others for the one before the MLP.
+        mlp_norm = norm("pre_feedforward_layernorm" if shape.is_gemma else "post_attention_layernorm")
+        functions: dict[str, Any] = {**dict.fromkeys(("gate", "up", "down"), _nothing), **matrices}
         self.arithmetic = DecoderLayer(
             shape.head_dim,
-            **matrices,
-            mlp_norm=norm("post_attention_layernorm"),
+            **functions,
+            mlp_norm=mlp_norm,
             attn_norm=attn_norm,
             embed_norm=embed_norm,
             q_norm=norm("self_attn.q_norm", shape.head_dim) if shape.qk_norm else None,
             k_norm=norm("self_attn.k_norm", shape.head_dim) if shape.qk_norm else None,
+            gated=ops.gelu_tanh_mul if shape.is_gemma else ops.silu_mul,
+            mixture=self._mixture,
+            out_norm=norm("post_attention_layernorm") if shape.is_gemma else None,
+            down_norm=norm("post_feedforward_layernorm") if shape.is_gemma else None,
         )
 
     @property
     def num_bytes(self) -> int:
         matrices = sum(weight.num_bytes for weight in self._matrices.values())
+        matrices += 0 if self._mixture is None else self._mixture.num_bytes
         return matrices + sum(weight.nbytes for weight in self._norms.values())
 
     def fill(self, name: str, rows: Tensor, first_row: int = 0) -> None:
+        if self._mixture is not None and self._mixture.fill(name, rows, first_row):
+            return
         module, _, kind = name.rpartition(".")
         if module in self._norms:
             self._norms[module][first_row : first_row + len(rows)].copy_(rows)
@@ -137,11 +164,17 @@ class TorchLayer:
             self._matrices[module].fill(rows, first_row)
 
     def read(self, name: str, rows: Tensor) -> Tensor:
+        if self._mixture is not None and (found := self._mixture.read(name, rows)) is not None:
+            return found
         module, _, kind = name.rpartition(".")
         if module in self._norms:
             return self._norms[module][rows]
         weight = self._matrices[module]
         return weight.biases(rows) if kind == "bias" else weight.rows(rows)
+
+
+def _nothing(x: Tensor) -> Tensor:
+    raise AssertionError("a layer with a mixture has no MLP of its own")
 
 
 class TorchStack:
@@ -152,9 +185,12 @@ class TorchStack:
         rope: tuple[Tensor, Tensor],
         formats: Formats,
         device: torch.device,
+        window_rope: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self._shape, self._windows = shape, windows
-        self._cos, self._sin = (table.to(device) for table in rope)
+        self._ropes = [tuple(table.to(device) for table in tables) for tables in (rope, window_rope or rope)]
+        """Tables of layers without a window, and with one."""
+        self._scale = embedding_scale(shape, formats.compute)
         self._dtype, self._device = formats.compute, device
         self._layers: list[DecoderLayer] = []
         self._norm: Tensor | None = None
@@ -176,18 +212,21 @@ class TorchStack:
         self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()
     ) -> Forward:
         positions = torch.from_numpy(batch.positions).to(self._device)
-        cos, sin = self._cos[positions], self._sin[positions]
+        tables = [(cos[positions], sin[positions]) for cos, sin in self._ropes]
         embedding = None
         if hidden is None or self._shape.reads == "both":
             embedding = self._embedding.rows(torch.from_numpy(batch.token_ids).to(self._device)).to(self._dtype)
+            if self._scale is not None:
+                embedding = embedding * self._scale
         x = embedding if hidden is None else hidden.to(self._dtype)
         assert x is not None
         attention = cache.plan(batch)
-        scale = self._shape.head_dim**-0.5
+        scale = self._shape.scale
         tapped = []
         for index, (layer, window) in enumerate(zip(self._layers, self._windows, strict=True)):
             if index in taps:
                 tapped.append(x)
+            cos, sin = tables[window > 0]
             read = layer.inputs(x, embedding)
             attention.store(index, *layer.keys_values(read, cos, sin))
             attended = attention.attend(index, layer.queries(read, cos, sin), scale, window)
@@ -203,8 +242,13 @@ class TorchStack:
             rows = rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
             x = x[rows.to(self._device, torch.long)]
         if self._norm is not None:
-            x = ops.rms_norm(x, self._norm, self._shape.norm_eps)
+            x = (ops.rms_norm_plus_one if self._shape.is_gemma else ops.rms_norm)(x, self._norm, self._shape.norm_eps)
         return self._output(x).float()
+
+
+def embedding_scale(shape: LayerShape, dtype: torch.dtype) -> float | None:
+    """What embeddings are multiplied by, in the format of activations; None where they are not."""
+    return None if shape.embedding_scale == 1.0 else float(torch.tensor(shape.embedding_scale, dtype=dtype))
 
 
 class TorchCompute(Compute):
@@ -232,8 +276,14 @@ class TorchCompute(Compute):
     def layers(self, shape: LayerShape, count: int) -> Sequence[LayerWeights]:
         return [TorchLayer(shape, self) for _ in range(count)]
 
-    def stack(self, shape: LayerShape, windows: Sequence[int], rope: tuple[Tensor, Tensor]) -> Stack:
-        return TorchStack(shape, windows, rope, self.formats, self.device)
+    def stack(
+        self,
+        shape: LayerShape,
+        windows: Sequence[int],
+        rope: tuple[Tensor, Tensor],
+        window_rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Stack:
+        return TorchStack(shape, windows, rope, self.formats, self.device, window_rope)
 
     @contextmanager
     def filling(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, EngineLostError, ModelError, SlipstreamError
 from slipstream.server.chat_cli import chat
 from slipstream.server.config import ServerConfig
+from slipstream.server.doctor import doctor
 from slipstream.server.drafter_cli import drafter_app
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.gpu_check.cli import gpu_check
@@ -45,6 +46,7 @@ drafter_app.command()(train)
 drafter_app.command("eval")(evaluate_head)
 app.command()(gpu_check)
 app.command()(chat)
+app.command()(doctor)
 ConfigType = TypeVar("ConfigType")
 
 

@@ -115,6 +115,8 @@ class HeadConfig:
             windows=(0,),
             rope=self.rope,
             parameters={},
+            window_rope=None,
+            more={},
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def from_target(config: HeadConfig, target: Mapping[str, Tensor], draft_tokens: 
     Raises ModelError where the sizes do not match.
     """
     prefix = f"{LAYERS}{_last_index(target)}."
+    target = _as_llama(target, prefix, config)
     tokens = torch.tensor(sorted(set(draft_tokens)))
     if len(tokens) != config.draft_vocab_size or tokens[0] < 0 or tokens[-1] >= config.vocab_size:
         raise ModelError(f"a head needs {config.draft_vocab_size} different tokens as its draft vocabulary")
@@ -76,6 +77,25 @@ def from_target(config: HeadConfig, target: Mapping[str, Tensor], draft_tokens: 
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     check(config, tensors)
     return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _as_llama(target: Mapping[str, Tensor], prefix: str, config: HeadConfig) -> dict[str, Tensor]:
+    """The parameters of a last layer of another kind, as far as a layer of Llama's has a place for them."""
+    found = dict(target)
+    if prefix + "pre_feedforward_layernorm.weight" in found:  # Gemma's norms multiply by 1 + weight
+        found[prefix + "post_attention_layernorm.weight"] = found[prefix + "pre_feedforward_layernorm.weight"]
+        for name in ("post_attention_layernorm", "input_layernorm"):
+            found[f"{prefix}{name}.weight"] = found[f"{prefix}{name}.weight"] + 1
+        found["model.norm.weight"] = found["model.norm.weight"] + 1
+    if (
+        prefix + "mlp.gate.weight" in found
+    ):  # of a mixture nothing is kept: the head's own network begins with giving zero
+        generator = torch.Generator().manual_seed(0)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            shape = config.shapes[f"{LAYER}mlp.{name}.weight"]
+            found[f"{prefix}mlp.{name}.weight"] = torch.randn(shape, generator=generator) * config.hidden**-0.5
+        found[prefix + "mlp.down_proj.weight"].zero_()
+    return found
 
 
 def output_name(names: Container[str]) -> str:

@@ -92,6 +92,9 @@ def _architecture(checkpoint: Checkpoint) -> bytes:
     if need(config, "model_type") not in FAMILIES:
         return msgspec.json.encode(config, order="deterministic")
     decoder = dataclasses.asdict(decoder_config(config))
+    for later in ("window_rope", "more"):  # fields that came later, without which fingerprints are as they were
+        if not decoder[later]:
+            del decoder[later]
     return msgspec.json.encode(decoder | {"parameters": None}, order="deterministic")
 
 

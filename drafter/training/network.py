@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,9 +139,10 @@ class TrainableHead:
         def norm(name: str) -> Function:
             return self._norm(LAYER + name + ".weight")
 
+        matrices: dict[str, Any] = {field: self._linear(name) for field, name in MATRICES.items()}
         return DecoderLayer(
             self.config.head_dim,
-            **{field: self._linear(name) for field, name in MATRICES.items()},
+            **matrices,
             mlp_norm=norm("post_attention_layernorm"),
             attn_norm=norm("hidden_norm"),
             embed_norm=norm("input_layernorm"),

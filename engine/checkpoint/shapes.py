@@ -8,7 +8,9 @@ from typing import Any
 from slipstream.engine.errors import ModelError
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
+TIED = ("gemma3_text",)
+"""Families whose output matrix is the embedding where a configuration says nothing."""
 
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
@@ -49,6 +51,16 @@ def head_dim(config: dict[str, Any]) -> int:
     return positive_int(config, "head_dim", default=positive_int(config, "hidden_size") // heads)
 
 
+def is_tied(config: dict[str, Any]) -> bool:
+    """Whether the output matrix is the embedding."""
+    return bool(config.get("tie_word_embeddings", config.get("model_type") in TIED))
+
+
+def num_experts(config: dict[str, Any]) -> int:
+    """Both spellings; newer versions of transformers write the second."""
+    return positive_int(config, "num_experts", default=config.get("num_local_experts"))
+
+
 def parameter_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every parameter of a model with this Hugging Face configuration; linear weights are [out, in]."""
     family = config.get("model_type")
@@ -64,21 +76,30 @@ def parameter_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, .
     size = head_dim(config)
     queries = heads * size
     keys = positive_int(config, "num_key_value_heads", default=heads) * size
-    biased = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
+    biased = family not in ("mistral", "qwen2") and bool(config.get("attention_bias"))
     linears = {
         "self_attn.q_proj": (queries, hidden, biased or family == "qwen2"),
         "self_attn.k_proj": (keys, hidden, biased or family == "qwen2"),
         "self_attn.v_proj": (keys, hidden, biased or family == "qwen2"),
         "self_attn.o_proj": (hidden, queries, biased),
     }
-    for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
-        linears[f"mlp.{name}_proj"] = (rows, columns, family == "llama" and bool(config.get("mlp_bias")))
+    networks = ["mlp."]
+    if family == "qwen3_moe":
+        inner, experts = positive_int(config, "moe_intermediate_size"), num_experts(config)
+        networks = [f"mlp.experts.{expert}." for expert in range(experts)]
+        linears["mlp.gate"] = (experts, hidden, False)
+    for network in networks:
+        for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+            linears[f"{network}{name}_proj"] = (rows, columns, family == "llama" and bool(config.get("mlp_bias")))
     yield "model.embed_tokens.weight", (vocab, hidden)
     for layer in range(positive_int(config, "num_hidden_layers")):
         prefix = f"model.layers.{layer}."
         yield prefix + "input_layernorm.weight", (hidden,)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
-        if family == "qwen3":
+        if family == "gemma3_text":
+            yield prefix + "pre_feedforward_layernorm.weight", (hidden,)
+            yield prefix + "post_feedforward_layernorm.weight", (hidden,)
+        if family in ("qwen3", "qwen3_moe", "gemma3_text"):
             yield prefix + "self_attn.q_norm.weight", (size,)
             yield prefix + "self_attn.k_norm.weight", (size,)
         for name, (rows, columns, bias) in linears.items():
@@ -86,5 +107,5 @@ def parameter_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, .
             if bias:
                 yield f"{prefix}{name}.bias", (rows,)
     yield "model.norm.weight", (hidden,)
-    if not config.get("tie_word_embeddings", False):
+    if not is_tied(config):
         yield "lm_head.weight", (vocab, hidden)

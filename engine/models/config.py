@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from slipstream.engine.checkpoint.shapes import FAMILIES, parameter_shapes
+from slipstream.engine.checkpoint.shapes import FAMILIES, is_tied, num_experts, parameter_shapes
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.rope import context_length, rope_parameters, switch_length
 
@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
     from slipstream.kernels.compute import LayerShape
     from slipstream.kernels.kv_cache import CacheShape
+
+
+GEMMA_THETA, GEMMA_LOCAL_THETA, GEMMA_PATTERN = 1_000_000.0, 10_000.0, 6
+"""What Gemma 3 has where config.json is silent: bases of rotary positions, and every how many layers one sees all."""
+NOT_OF_GEMMA = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
+"""Settings that published models of Gemma 3 leave empty; with them, transformers runs a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +56,17 @@ class DecoderConfig:
     """Rotary parameters as in config.json: rope_type, rope_theta and what the type needs."""
     parameters: dict[str, tuple[int, ...]]
     """Hugging Face name and shape of every parameter."""
+    window_rope: dict[str, Any] | None = None
+    """Rotary parameters of layers with a window, where they have others."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """What else of ``LayerShape`` is not as in Llama's layers, by the names there; a mixture as its fields."""
 
     def differences(self, other: DecoderConfig) -> list[tuple[str, Any]]:
         """What is not the same in another one, and matters to what weights mean: names of fields, and its values."""
         ours, theirs = (
             {"vocab_size": each.shape.vocab_size, "head_dim": each.shape.head_dim}
             | {"kv_heads": each.shape.kv_heads, "layers": each.shape.num_layers}
-            | {field.name: getattr(each, field.name) for field in fields(each) if field.name != "shape"}
+            | {one.name: getattr(each, one.name) for one in fields(each) if one.name != "shape"}
             for each in (self, other)
         )
         return [(name, theirs[name]) for name in ours if ours[name] != theirs[name]]
@@ -64,8 +74,10 @@ class DecoderConfig:
     @property
     def layer(self) -> LayerShape:
         """What all of its layers look like."""
-        from slipstream.kernels.compute import LayerShape  # not above: it imports torch
+        from slipstream.kernels.compute import LayerShape, Mixture  # not above: it imports torch
 
+        mixture = self.more.get("mixture")
+        more = self.more | {"mixture": None if mixture is None else Mixture(**mixture)}
         return LayerShape(
             hidden=self.hidden,
             intermediate=self.intermediate,
@@ -77,6 +89,7 @@ class DecoderConfig:
             out_bias=self.out_bias,
             mlp_bias=self.mlp_bias,
             qk_norm=self.qk_norm,
+            **more,
         )
 
 
@@ -102,7 +115,12 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
 
 def is_own(config: dict[str, Any]) -> bool:
     """Whether the decoders here run this model, not transformers, which does rotary positions that depend on length."""
-    return need(config, "model_type") in FAMILIES and not switch_length(config, stated_positions(config))
+    family = need(config, "model_type")
+    if family == "qwen3_moe" and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
+        return False  # some of its layers have no mixture
+    if family == "gemma3_text" and any(config.get(name) for name in NOT_OF_GEMMA):
+        return False
+    return family in FAMILIES and not switch_length(config, stated_positions(config))
 
 
 def decoder_config(config: dict[str, Any]) -> DecoderConfig:
@@ -110,9 +128,10 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     family = need(config, "model_type")
     assert family in FAMILIES
     shape = model_shape(config)
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ModelError(f"{family} with hidden_act {activation!r} is not supported; these models use 'silu'")
+    key, usual = ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma3_text" else ("hidden_act", "silu")
+    activation = config.get(key, usual)
+    if activation != usual:
+        raise ModelError(f"{family} with {key} {activation!r} is not supported; these models use {usual!r}")
     parameters = dict(parameter_shapes(config))
     first = "model.layers.0."
     return DecoderConfig(
@@ -121,7 +140,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         intermediate=need(config, "intermediate_size"),
         heads=need(config, "num_attention_heads"),
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=is_tied(config),
         qkv_bias=first + "self_attn.q_proj.bias" in parameters,
         out_bias=first + "self_attn.o_proj.bias" in parameters,
         mlp_bias=first + "mlp.up_proj.bias" in parameters,
@@ -129,7 +148,34 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         windows=_windows(config, shape.num_layers),
         rope=_rope(config),
         parameters=parameters,
+        window_rope=_window_rope(config),
+        more=_more(config),
     )
+
+
+def _more(config: dict[str, Any]) -> dict[str, Any]:
+    if config["model_type"] == "qwen3_moe":
+        mixture = {
+            "experts": num_experts(config),
+            "top": config.get("num_experts_per_tok", 8),
+            "intermediate": need(config, "moe_intermediate_size"),
+            "renormalize": bool(config.get("norm_topk_prob", False)),
+        }
+        return {"mixture": mixture}
+    if config["model_type"] == "gemma3_text":
+        return {
+            "is_gemma": True,
+            "score_scale": float(config.get("query_pre_attn_scalar", 256) ** -0.5),
+            "embedding_scale": float(need(config, "hidden_size") ** 0.5),
+        }
+    return {}
+
+
+def window_rope_tables(config: DecoderConfig, length: int) -> tuple[Tensor, Tensor] | None:
+    """Those of layers with a window, where they have others."""
+    if config.window_rope is None:
+        return None
+    return rope_tables(replace(config, rope=config.window_rope), length)
 
 
 def rope_tables(config: DecoderConfig, length: int) -> tuple[Tensor, Tensor]:
@@ -169,9 +215,26 @@ def _scaled_frequencies(config: DecoderConfig, length: int) -> tuple[Tensor, flo
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """The rotary parameters, with the original length where the kind needs it and the file leaves it out."""
     rope = rope_parameters(config)
+    if config["model_type"] == "gemma3_text":  # by kinds of layers, or in the fields from before there were such
+        rope = _of_kind(config, "full_attention", config.get("rope_theta", GEMMA_THETA))
     if rope["rope_type"] in ("yarn", "llama3"):
         rope.setdefault("original_max_position_embeddings", stated_positions(config))
     return rope
+
+
+def _window_rope(config: dict[str, Any]) -> dict[str, Any] | None:
+    if config["model_type"] != "gemma3_text":
+        return None
+    return _of_kind(config, "sliding_attention", config.get("rope_local_base_freq", GEMMA_LOCAL_THETA))
+
+
+def _of_kind(config: dict[str, Any], kind: str, theta: float) -> dict[str, Any]:
+    given = config.get("rope_parameters") or {}
+    rope = dict(given.get(kind) or {})
+    if kind == "full_attention":
+        rope |= config.get("rope_scaling") or {}
+    named = rope.pop("type", None)
+    return {"rope_type": named or "default", "rope_theta": theta} | rope
 
 
 def stated_positions(config: dict[str, Any]) -> int:
@@ -181,6 +244,13 @@ def stated_positions(config: dict[str, Any]) -> int:
 
 def _windows(config: dict[str, Any], num_layers: int) -> tuple[int, ...]:
     window = config.get("sliding_window") or 0
+    if config["model_type"] == "gemma3_text":
+        pattern = config.get("sliding_window_pattern") or GEMMA_PATTERN
+        sees_all = [(layer + 1) % pattern == 0 for layer in range(num_layers)]
+        kinds = config.get("layer_types")
+        if kinds:
+            sees_all = [kind == "full_attention" for kind in kinds]
+        return tuple(0 if each else window for each in sees_all)
     if config["model_type"] == "llama" or not config.get("use_sliding_window", config["model_type"] == "mistral"):
         return (0,) * num_layers
     if kinds := config.get("layer_types"):

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from slipstream.engine.checkpoint.checkpoint import Checkpoint
 from slipstream.engine.errors import MisfitError
-from slipstream.engine.models.config import DecoderConfig, cache_shape, decoder_config, is_own, rope_tables
+from slipstream.engine.models.config import (
+    DecoderConfig,
+    cache_shape,
+    decoder_config,
+    is_own,
+    rope_tables,
+    window_rope_tables,
+)
 from slipstream.engine.models.protocol import DecoderModel, Forward
 from slipstream.engine.models.weights import ExpectedTensors, Weights, pieces
 from slipstream.kernels import ops
@@ -81,7 +88,8 @@ class Decoder:
         self.formats, self.kernels = compute.formats, compute.name
         self.config, self.compute = config, compute
         self._weights: DecoderWeights
-        self._stack = compute.stack(config.layer, config.windows, rope_tables(config, max_length))
+        ropes = rope_tables(config, max_length), window_rope_tables(config, max_length)
+        self._stack = compute.stack(config.layer, config.windows, *ropes)
 
     @property
     def decoder(self) -> DecoderModel:
@@ -128,4 +136,5 @@ class Decoder:
         return self._stack.logits(hidden, rows)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        return ops.rms_norm(hidden, self._weights.norm, self.config.norm_eps)
+        rms_norm = ops.rms_norm_plus_one if self.config.layer.is_gemma else ops.rms_norm
+        return rms_norm(hidden, self._weights.norm, self.config.norm_eps)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from slipstream.engine.checkpoint.shapes import parameter_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.limits import control_groups, free_memory, usable_cores
+from slipstream.engine.models.attention import attention_choice, cache_maker
 from slipstream.engine.models.config import ModelShape, cache_shape, decoder_config, is_own, model_shape
 from slipstream.engine.models.decoder import Decoder
 from slipstream.engine.models.gpu_memory import budget, has_own_memory, step_bytes
@@ -25,6 +27,7 @@ from slipstream.engine.models.transformers_files import transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
 from slipstream.engine.models.weights import load
 from slipstream.engine.units import parse_size
+from slipstream.kernels.attention.choice import backend
 from slipstream.kernels.compute import Compute, Formats, LayerShape
 from slipstream.kernels.machine import FORMATS, describe_speed, fast_dtype
 from slipstream.kernels.native.stack import NativeCompute
@@ -114,16 +117,18 @@ def build_model(
     config, dummy = checkpoint.config, options.load_format == "dummy"
     if not is_own(config):
         _refuse_deterministic(options, "models that run through transformers")
-        return TransformersModel(config, formats, device, None if dummy else checkpoint.path, options.seed)
+        folder = None if dummy else checkpoint.path
+        cache = cache_maker(config, options, formats, device)
+        return TransformersModel(config, formats, device, folder, options.seed, cache)
     kind = _choose_compute(checkpoint, options, device)
     if options.kernels == "native" and kind is not COMPUTES["native"]:
         raise ConfigError(
             "--kernels native: the compiled kernels are not available here (no compiler at install, an older "
             "processor, a GPU, or sizes that are not multiples of 16); use --kernels auto"
         )
-    if not kind.is_batch_invariant:
+    if not kind.can_be_batch_invariant:
         _refuse_deterministic(options, "torch's kernels, which run here instead of the compiled ones,")
-    model = Decoder(decoder_config(config), _made(kind, formats, device, options), max_length)
+    model = Decoder(decoder_config(config), _made(kind, config, formats, device, options), max_length)
     load(model, dummy_tensors(config, options.seed, device) if dummy else checkpoint.tensors())
     return model
 
@@ -176,13 +181,27 @@ def _without_triton(device: torch.device, layer: LayerShape) -> str:
     return f"heads of size {layer.head_dim} have no kernel"
 
 
-def _made(kind: type[Compute], formats: Formats, device: torch.device, options: EngineConfig) -> Compute:
+def _made(
+    kind: type[Compute], config: dict[str, Any], formats: Formats, device: torch.device, options: EngineConfig
+) -> Compute:
     if kind in COMPUTES.values():
+        _refuse_backend(options, kind)
         return kind(formats, device)
     from slipstream.kernels.triton.graphs import GraphPool
     from slipstream.kernels.triton.stack import TritonCompute
 
-    return TritonCompute(formats, device, GraphPool(device, parse_size(options.graph_memory, "graph-memory")))
+    graphs = GraphPool(device, parse_size(options.graph_memory, "graph-memory"))
+    attention = backend(attention_choice(config, options, formats, device).name)
+    return TritonCompute(formats, device, graphs, attention, options.deterministic)
+
+
+def _refuse_backend(options: EngineConfig, kind: type[Compute]) -> None:
+    own = "compiled" if kind is COMPUTES["native"] else "torch's"
+    if options.attention_backend not in (("auto",) if kind is COMPUTES["native"] else ("auto", "torch")):
+        raise ConfigError(
+            f"--attention-backend {options.attention_backend}: {own} kernels run here, which have an attention of "
+            "their own; others are for Triton's kernels, on a GPU"
+        )
 
 
 def _choose_dtype(

@@ -79,7 +79,7 @@ def paged_attention(
     head_dim = v.shape[-1]
     if head_dim < k.shape[-1]:
         v = torch.nn.functional.pad(v, (0, k.shape[-1] - head_dim))
-    step.attention.store(layer, k, v)
+    step.attention.store(layer, k.contiguous(), v.contiguous())
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     window = step.windows.get(layer, sliding_window or 0)
     out = step.attention.attend(layer, q.contiguous(), scale, window, softcap or 0.0, s_aux)

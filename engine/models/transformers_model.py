@@ -18,6 +18,7 @@ from torch import Tensor
 
 from slipstream.engine.checkpoint.checkpoint import Checkpoint
 from slipstream.engine.errors import MisfitError, ModelError
+from slipstream.engine.models.attention import CacheMaker
 from slipstream.engine.models.config import cache_shape
 from slipstream.engine.models.paged_attention import STEP, Probe, Step
 from slipstream.engine.models.protocol import Forward
@@ -117,9 +118,16 @@ class _ModuleWeights:
 
 class TransformersModel:
     def __init__(
-        self, config: dict[str, Any], formats: Formats, device: torch.device, folder: Path | None, seed: int = 0
+        self,
+        config: dict[str, Any],
+        formats: Formats,
+        device: torch.device,
+        folder: Path | None,
+        seed: int = 0,
+        make_cache: CacheMaker = TorchKVCache,
     ) -> None:
         """Loads the weights of a Hugging Face folder with transformers' own loader; without one they are random."""
+        self._make_cache = make_cache
         self.shape = transformers_shape(config)
         self.switch_length = transformers_switch_length(config)
         module = build_module(config, formats.compute, folder, seed).to(device).eval().requires_grad_(False)
@@ -170,7 +178,7 @@ class TransformersModel:
         return parameters
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        return TorchKVCache(cache_shape(self.shape, block_size, self.formats.kv), num_blocks, self._device)
+        return self._make_cache(cache_shape(self.shape, block_size, self.formats.kv), num_blocks, self._device)
 
     def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
         assert not taps

@@ -121,7 +121,7 @@ class NativeStack:
 
 class NativeCompute(Compute):
     cache_class = NativeKVCache
-    is_batch_invariant = True
+    is_batch_invariant = can_be_batch_invariant = True
     is_fast_in_bfloat16 = True
 
     def __init__(self, formats: Formats, device: torch.device) -> None:
@@ -131,7 +131,7 @@ class NativeCompute(Compute):
     @classmethod
     def supports(cls, shape: LayerShape, device: torch.device) -> bool:
         is_there = device.type == "cpu" and load() is not None
-        return is_there and supports(shape.head_dim, shape.hidden, shape.intermediate)
+        return is_there and shape.is_plain and supports(shape.head_dim, shape.hidden, shape.intermediate)
 
     @classmethod
     def set_threads(cls, count: int) -> None:
@@ -156,5 +156,12 @@ class NativeCompute(Compute):
         memory = torch.empty(count, NativeLayer.num_elems(shape), dtype=self.formats.compute)
         return [NativeLayer(shape, self.formats.compute, part) for part in memory]
 
-    def stack(self, shape: LayerShape, windows: Sequence[int], rope: tuple[Tensor, Tensor]) -> Stack:
+    def stack(
+        self,
+        shape: LayerShape,
+        windows: Sequence[int],
+        rope: tuple[Tensor, Tensor],
+        window_rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Stack:
+        assert window_rope is None, "which no plain layer has"
         return NativeStack(shape, windows, rope, self.formats.compute)

@@ -64,7 +64,7 @@ def place(batch: DeviceBatch) -> None:
 
 
 @triton.jit
-def load_halves(base, weight, eps, h, HALF: tl.constexpr, HAS_NORM: tl.constexpr):
+def load_halves(base, weight, eps, h, HALF: tl.constexpr, HAS_NORM: tl.constexpr, PLUS_ONE: tl.constexpr):
     """The first and the second half of heads base [heads, 1] in float32, normed over both if there is a weight."""
     inside = h < HALF
     a = tl.load(base + h, mask=inside, other=0.0)
@@ -74,8 +74,12 @@ def load_halves(base, weight, eps, h, HALF: tl.constexpr, HAS_NORM: tl.constexpr
     if HAS_NORM:  # rounds where the plain norm does
         square = (tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF)
         by = tl.rsqrt(square + eps)[:, None]
-        a = (a * by).to(kind).to(tl.float32) * tl.load(weight + h, mask=inside, other=0.0).to(tl.float32)
-        b = (b * by).to(kind).to(tl.float32) * tl.load(weight + HALF + h, mask=inside, other=0.0).to(tl.float32)
+        of_a = tl.load(weight + h, mask=inside, other=0.0).to(tl.float32)
+        of_b = tl.load(weight + HALF + h, mask=inside, other=0.0).to(tl.float32)
+        if PLUS_ONE:
+            a, b = a * by * (1.0 + of_a), b * by * (1.0 + of_b)
+        else:
+            a, b = (a * by).to(kind).to(tl.float32) * of_a, (b * by).to(kind).to(tl.float32) * of_b
         a, b = a.to(kind).to(tl.float32), b.to(kind).to(tl.float32)
     return a, b
 
@@ -106,6 +110,7 @@ def store_token(
     BLOCK_SIZE: tl.constexpr,
     HAS_ROPE: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
     """One KV head of one token with its query heads, or the KV head alone for a mirror of a token."""
@@ -127,14 +132,14 @@ def store_token(
     h = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
     inside = h < HALF
     one = tl.zeros([1, 1], tl.int64)
-    a, b = load_halves(k + token * k_stride + kv_head * HEAD_DIM + one, k_norm, eps, h, HALF, HAS_NORM)
+    a, b = load_halves(k + token * k_stride + kv_head * HEAD_DIM + one, k_norm, eps, h, HALF, HAS_NORM, PLUS_ONE)
     if HAS_ROPE:
         at = tl.load(positions + token).to(tl.int64) * HALF + h
         c, s = tl.load(cos + at, mask=inside, other=0.0), tl.load(sin + at, mask=inside, other=0.0)
         if not is_mirror:
             g = tl.arange(0, triton.next_power_of_2(GROUP))[:, None]
             base = q + token * q_stride + (kv_head * GROUP + tl.minimum(g, GROUP - 1)) * HEAD_DIM
-            first, second = load_halves(base, q_norm, eps, h, HALF, HAS_NORM)
+            first, second = load_halves(base, q_norm, eps, h, HALF, HAS_NORM, PLUS_ONE)
             stored = (g < GROUP) & inside
             tl.debug_barrier()  # all threads have read before any of them writes to the same place
             tl.store(base + h, (first * c - second * s).to(q.dtype.element_ty), mask=stored)
@@ -156,7 +161,7 @@ class Rotation:
     """What is done to queries and keys before they are used: rotated by position, each head normed before that.
 
     ``cos`` and ``sin`` are [positions, head_dim / 2] float32 (Su et al. 2021; element i pairs with element
-    i + head_dim / 2). The norms are [head_dim], or None (Henry et al. 2020).
+    i + head_dim / 2). The norms are [head_dim], or None (Henry et al. 2020); with ``plus_one`` as Gemma's are.
     """
 
     cos: Tensor
@@ -164,6 +169,7 @@ class Rotation:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     eps: float = 0.0
+    plus_one: bool = False
 
 
 def store(
@@ -204,6 +210,7 @@ def store(
         BLOCK_SIZE=batch.block_size,
         HAS_ROPE=rotation is not None,
         HAS_NORM=has_norm,
+        PLUS_ONE=rotation is not None and has_norm and rotation.plus_one,
         HAS_SCALES=scales is not None,
         num_warps=1 if group * head_dim <= 512 else 4,
     )

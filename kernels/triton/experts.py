@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 from slipstream.kernels.triton.activation import silu
 
@@ -48,7 +47,7 @@ def route_kernel(
     tl.store(shares + row * TOP + slot, kept / total, mask=slot < TOP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def count_pairs_kernel(experts, counts, pairs, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
     count = tl.zeros([BLOCK], tl.int32)
@@ -58,7 +57,7 @@ def count_pairs_kernel(experts, counts, pairs, BLOCK: tl.constexpr):
     tl.store(counts + expert, tl.sum(count, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "tiles"])
 def place_pairs_kernel(
     experts,
     counts,
@@ -307,24 +306,3 @@ def experts_mlp(x: Tensor, routes: Routes, gate_up: Tensor, down: Tensor, tile_r
         parts, routes.experts, routes.shares, out, out.stride(0), hidden, TOP=top, BLOCK=block, num_warps=4
     )
     return out
-
-
-def route_reference(logits: Tensor, top: int, renormalize: bool) -> Routes:
-    """``route`` in plain torch."""
-    shares, experts = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
-    shares, experts = shares[:, :top], experts[:, :top]
-    if renormalize:
-        shares = shares / shares.sum(-1, keepdim=True)
-    return Routes(experts.int().contiguous(), shares.contiguous())
-
-
-def experts_mlp_reference(x: Tensor, routes: Routes, gate_up: Tensor, down: Tensor) -> Tensor:
-    """``experts_mlp`` in plain torch, on any device, expert by expert; it waits for the device."""
-    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for place in range(routes.experts.shape[1]):
-        for expert in range(len(gate_up)):
-            chosen = routes.experts[:, place] == expert
-            gate, up = functional.linear(x[chosen], gate_up[expert]).chunk(2, dim=-1)
-            made = functional.linear(functional.silu(gate) * up, down[expert])
-            total[chosen] += (made * routes.shares[chosen, place, None].to(x.dtype)).float()
-    return total.to(x.dtype)

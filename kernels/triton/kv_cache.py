@@ -1,4 +1,4 @@
-"""The paged cache with attention in Triton; tokens lie as in ``TorchKVCache``."""
+"""The paged cache of GPUs, with attention in Triton or by another backend; tokens lie as in ``TorchKVCache``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.kernels.attention.backend import AttentionBackend, Step, StepAttention
+from slipstream.kernels.attention.choice import covers
 from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import AttentionPlan, CacheShape, TorchKVCache
 from slipstream.kernels.triton import cache
@@ -20,17 +22,34 @@ from slipstream.kernels.triton.launch import capability
 class TritonKVCache(TorchKVCache):
     """Keys and values in float32, bfloat16, float16 or, with a scale for each of them per layer, float8_e4m3fn."""
 
-    def __init__(self, shape: CacheShape, num_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: CacheShape,
+        num_blocks: int,
+        device: torch.device,
+        attention: AttentionBackend | None = None,
+        prompt: bool = False,
+    ) -> None:
+        """``attention`` computes what it covers, Triton the rest; by default everything.
+
+        ``prompt``: whether ``plan`` may compute long segments as prompts, whose bits are others.
+        """
         if shape.dtype.itemsize == 1 and 0 < capability(device) < 89:
             raise ValueError(
                 f"a cache in {shape.dtype} needs compute capability 8.9 or newer; this device has "
                 f"{capability(device) / 10}"
             )
         super().__init__(shape, num_blocks, device)
+        self._attention, self._prompt = attention, prompt
         self.scales: Tensor | None = None
         """[layers, 2] float32: keys and values are stored divided by these; only where the format is of 8 bits."""
         if shape.dtype.itemsize == 1:  # layers are 16 bytes apart, since kernels are compiled for how pointers align
             self.scales = torch.ones(shape.num_layers, 4, device=device)[:, :2]
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether plans may be captured in graphs; other backends than Triton are planned on the host for each step."""
+        return self._attention is None
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         self.copy_blocks_on_device(self._staged(pairs))
@@ -51,7 +70,7 @@ class TritonKVCache(TorchKVCache):
         cache.copy_rows(self._data.view(len(self._data), 2, -1, width), pairs)
 
     def plan(self, batch: RaggedBatch) -> AttentionPlan:
-        """All segments are computed as rows, so that bits do not depend on how a sequence is cut."""
+        """Without ``prompt``, all segments are computed as rows: bits do not depend on how a sequence is cut."""
         tokens = np.zeros((2, batch.num_tokens), np.int32)
         arrays = (batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors, batch.block_tables)
         ids, starts, lengths, rows, mirrors, tables, positions, cells = (
@@ -59,17 +78,26 @@ class TritonKVCache(TorchKVCache):
         )
         on_device = DeviceBatch(*(ids, starts, lengths, rows, mirrors, tables, positions, cells, batch.block_size))
         cache.place(on_device)
-        return self.plan_on_device(on_device, int(batch.kv_len.max()), prompt=False)
+        return self.plan_on_device(on_device, int(batch.kv_len.max()), self._prompt, host=batch)
 
     def plan_on_device(
-        self, batch: DeviceBatch, max_context: int, prompt: bool, row_tokens: int | None = None
+        self,
+        batch: DeviceBatch,
+        max_context: int,
+        prompt: bool,
+        row_tokens: int | None = None,
+        host: RaggedBatch | None = None,
     ) -> TritonPlan:
         """A plan for a batch that is placed, or will be before the plan is used.
 
         ``max_context``, ``prompt`` and ``row_tokens`` as in ``attention``. The plan may be captured in a graph, and
-        replayed with other contents of the batch's tensors.
+        replayed with other contents of the batch's tensors. Other backends compute only where they are given the batch
+        as the ``host`` made it, and no such plan.
         """
-        return TritonPlan(self._data, self.shape, self.scales, batch, max_context, prompt, row_tokens)
+        other = None
+        if host is not None and self._attention is not None:
+            other = self._attention.name, self._attention.plan(Step(host, batch, self.shape))
+        return TritonPlan(self._data, self.shape, self.scales, batch, max_context, prompt, row_tokens, other)
 
     def _staged(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
         return torch.tensor(pairs, dtype=torch.int32).to(self.device)
@@ -87,8 +115,11 @@ class TritonPlan(AttentionPlan):
         max_context: int,
         prompt: bool,
         row_tokens: int | None,
+        other: tuple[str, StepAttention] | None = None,
     ) -> None:
+        """``other``: what computes attention instead, with its name, where it covers it."""
         self._cells = data.view(len(data), 2, -1, shape.kv_heads, shape.head_dim)
+        self._block_size, self._other = shape.block_size, other
         self._scales = scales
         self._batch = batch
         self._max_context, self._prompt, self._row_tokens = max_context, prompt, row_tokens
@@ -112,6 +143,11 @@ class TritonPlan(AttentionPlan):
         sinks: Tensor | None = None,
     ) -> Tensor:
         keys, values = self._cells[layer]
+        if self._other is not None:
+            name, other = self._other
+            if covers(name, bool(window), bool(softcap), sinks is not None):
+                keys, values = (x.unflatten(0, (-1, self._block_size)) for x in (keys, values))
+                return other.attend(q, keys, values, scale, window, softcap, sinks)
         return attention(
             *(q, keys, values, self._batch, scale),
             max_context=self._max_context,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from slipstream.kernels.compute import Compute, LayerShape
+from slipstream.kernels.mixture import MixtureWeights
 from slipstream.kernels.weight import Weight
 
 
@@ -16,14 +17,19 @@ class FusedLayer:
         self.q_width, self.kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.qkv = make.weight(self.q_width + 2 * self.kv_width, shape.input_width, shape.qkv_bias)
         self.out = make.weight(hidden, self.q_width, shape.out_bias)
-        self.gate_up = make.weight(2 * inner, hidden, shape.mlp_bias)
-        self.down = make.weight(hidden, inner, shape.mlp_bias)
+        self.mixture = None if shape.mixture is None else MixtureWeights(shape, make)
+        self.gate_up = self.down = None
+        if self.mixture is None:
+            self.gate_up = make.weight(2 * inner, hidden, shape.mlp_bias)
+            self.down = make.weight(hidden, inner, shape.mlp_bias)
         self.attn_norm = make.norm(hidden) if shape.reads != "plain" else None
         self.embed_norm = make.norm(hidden) if shape.reads == "both" else None
         self.mlp_norm = make.norm(hidden)
         self.q_norm = make.norm(shape.head_dim) if shape.qk_norm else None
         self.k_norm = make.norm(shape.head_dim) if shape.qk_norm else None
-        self._places: dict[str, tuple[Weight, int]] = {
+        self.out_norm = make.norm(hidden) if shape.is_gemma else None
+        self.down_norm = make.norm(hidden) if shape.is_gemma else None
+        self._places: dict[str, tuple[Weight | None, int]] = {
             "q_proj": (self.qkv, 0),
             "k_proj": (self.qkv, self.q_width),
             "v_proj": (self.qkv, self.q_width + self.kv_width),
@@ -36,7 +42,9 @@ class FusedLayer:
             # A layer that reads embeddings calls their norm the input's.
             "input_layernorm": self.embed_norm if shape.reads == "both" else self.attn_norm,
             "hidden_norm": self.attn_norm,
-            "post_attention_layernorm": self.mlp_norm,
+            "post_attention_layernorm": self.out_norm if shape.is_gemma else self.mlp_norm,
+            "pre_feedforward_layernorm": self.mlp_norm,
+            "post_feedforward_layernorm": self.down_norm,
             "q_norm": self.q_norm,
             "k_norm": self.k_norm,
         }
@@ -44,20 +52,27 @@ class FusedLayer:
 
     @property
     def num_bytes(self) -> int:
-        matrices = sum(weight.num_bytes for weight in (self.qkv, self.out, self.gate_up, self.down))
+        parts = (self.qkv, self.out, self.gate_up, self.down, self.mixture)
+        matrices = sum(part.num_bytes for part in parts if part is not None)
         return matrices + sum(norm.nbytes for norm in {id(norm): norm for norm in self._norms.values()}.values())
 
     def fill(self, name: str, rows: Tensor, first_row: int = 0) -> None:
+        if self.mixture is not None and self.mixture.fill(name, rows, first_row):
+            return
         *_, module, kind = name.split(".")
         if module in self._norms:
             self._norms[module][first_row : first_row + len(rows)].copy_(rows)
             return
         weight, place = self._places[module]
+        assert weight is not None
         (weight.fill_bias if kind == "bias" else weight.fill)(rows, place + first_row)
 
     def read(self, name: str, rows: Tensor) -> Tensor:
+        if self.mixture is not None and (found := self.mixture.read(name, rows)) is not None:
+            return found
         *_, module, kind = name.split(".")
         if module in self._norms:
             return self._norms[module][rows]
         weight, place = self._places[module]
+        assert weight is not None
         return (weight.biases if kind == "bias" else weight.rows)(place + rows)

@@ -29,7 +29,7 @@ def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first + program % in_group % rows, program % in_group // rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def linear_kernel(
     x,
     weight,

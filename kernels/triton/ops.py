@@ -21,20 +21,37 @@ class TritonOps(ReferenceOps):
 
     def __init__(self) -> None:
         # Only where it computes: Triton takes a while to import, and is not there for every platform.
-        from slipstream.kernels.triton import activation, distribution, logits, norm, rows, sampling
+        from slipstream.kernels.triton import activation, distribution, experts, logits, norm, rows, sampling
 
         self._activation, self._distribution, self._logits = activation, distribution, logits
         self._norm, self._rows, self._sampling = norm, rows, sampling
+        self._experts = experts
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not self._fits(x, weight) or x.shape[-1] > self._norm.WIDEST:
             return super().rms_norm(x, weight, eps)
         return self._norm.rms_norm(x, weight, eps)
 
+    def rms_norm_plus_one(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not self._fits(x, weight) or x.shape[-1] > self._norm.WIDEST:
+            return super().rms_norm_plus_one(x, weight, eps)
+        return self._norm.rms_norm(x, weight, eps, plus_one=True)
+
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         if not self._fits(gate, up) or gate.shape != up.shape:
             return super().silu_mul(gate, up)
         return self._activation.silu_mul(gate, up)
+
+    def gelu_tanh_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        if not self._fits(gate, up) or gate.shape != up.shape:
+            return super().gelu_tanh_mul(gate, up)
+        return self._activation.gelu_tanh_mul(gate, up)
+
+    def experts(self, x: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor, top: int, renormalize: bool) -> Tensor:
+        is_one_format = x.dtype is gate_up.dtype is down.dtype
+        if not is_one_format or not self._fits(x, scores) or not (gate_up.is_contiguous() and down.is_contiguous()):
+            return super().experts(x, scores, gate_up, down, top, renormalize)
+        return self._experts.experts_mlp(x, self._experts.route(scores, top, renormalize), gate_up, down)
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         if not self._fits(weight):

@@ -101,7 +101,7 @@ def unpacked(stored, FP8: tl.constexpr):
         return stored.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def quantized_linear_kernel(
     x,
     data,

@@ -79,8 +79,7 @@ def _route(source: Source, sizes: Sizes) -> Prepared:
         return routes.experts, routes.shares
 
     def expected() -> Outputs:
-        routes = experts.route_reference(scores, TOP, True)
-        return routes.experts, routes.shares
+        return reference.route(scores, TOP, True)
 
     return Prepared(found, found, expected, size(scores))
 
@@ -97,7 +96,7 @@ def _experts(source: Source, sizes: Sizes) -> Prepared:
     asked = min(count, tokens * TOP)
     return called(
         lambda: experts.experts_mlp(x, routes, gate_up, down),
-        lambda: experts.experts_mlp_reference(x.float(), routes, gate_up.float(), down.float()),
+        lambda: reference.experts_mlp(x.float(), routes.experts, routes.shares, gate_up.float(), down.float()),
         2 * size(x) + (size(gate_up) + size(down)) * asked // count,
         6 * tokens * TOP * hidden * inner,
     )

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels import ops
+from slipstream.kernels.attention.backend import AttentionBackend
+from slipstream.kernels.attention.choice import against, wanted
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Formats, Forward, LayerShape, LayerWeights, Stack
-from slipstream.kernels.kv_cache import PagedKVCache
-from slipstream.kernels.torch_stack import TorchCompute
-from slipstream.kernels.triton import activation, launch, norm
+from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
+from slipstream.kernels.torch_stack import TorchCompute, embedding_scale
+from slipstream.kernels.triton import activation, experts, launch, norm
 from slipstream.kernels.triton.cache import Rotation, place, update_tables
 from slipstream.kernels.triton.device_batch import DeviceBatch
 from slipstream.kernels.triton.graphs import GraphPool
 from slipstream.kernels.triton.kv_cache import TritonKVCache, TritonPlan
 from slipstream.kernels.triton.layer import FusedLayer
+from slipstream.kernels.triton.linear import linear
 from slipstream.kernels.triton.rows import take_rows
 from slipstream.kernels.triton.staging import Array, Staging, TableMirror, places
-from slipstream.kernels.weight import Weight
+from slipstream.kernels.weight import DenseWeight, Weight
 
 CONTEXTS = (4096, 32768)
 """Longest sequences that graphs are recorded for, besides the longest of all: a graph launches kernels for as many keys
@@ -31,6 +34,8 @@ as any sequence may have, and those that a sequence does not have cost a little.
 BESIDES_BYTES = 1 << 18
 """Room behind the batch for what else a step needs on the device: changes of tables, and columns."""
 MOST_TABLES = 4
+INVARIANT_TILE = 16
+"""Rows of an expert's tile where bits may not depend on how many there are."""
 
 
 class _Room:
@@ -71,9 +76,18 @@ class TritonStack:
         formats: Formats,
         device: torch.device,
         graphs: GraphPool,
+        invariant: bool = False,
+        window_rope: tuple[Tensor, Tensor] | None = None,
     ) -> None:
+        """``invariant``: with the same bits for a row in any batch, however sequences are cut."""
         self._shape, self._windows = shape, windows
-        self._cos, self._sin = (table.to(device, torch.float32).contiguous() for table in rope)
+        self._invariant = invariant
+        self._ropes = [
+            tuple(table.to(device, torch.float32).contiguous() for table in tables)
+            for tables in (rope, window_rope or rope)
+        ]
+        """Tables of layers without a window, and with one."""
+        self._scale = embedding_scale(shape, formats.compute)
         self._dtype, self._device = formats.compute, device
         self._graphs = graphs
         self._staging = Staging(device)
@@ -89,11 +103,12 @@ class TritonStack:
 
     def use(self, embedding: Weight, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
         self._layers, self._rotations = [], []
-        for layer in layers:
+        shape = self._shape
+        for layer, window in zip(layers, self._windows, strict=True):
             assert isinstance(layer, FusedLayer)
             self._layers.append(layer)
-            rotation = Rotation(self._cos, self._sin, layer.q_norm, layer.k_norm, self._shape.norm_eps)
-            self._rotations.append(rotation)
+            cos, sin = self._ropes[window > 0]
+            self._rotations.append(Rotation(cos, sin, layer.q_norm, layer.k_norm, shape.norm_eps, shape.is_gemma))
         self._embedding, self._norm, self._output = embedding, norm, output
         self._graphs.forget(self)
 
@@ -112,7 +127,9 @@ class TritonStack:
         mirror = self._mirror(batch.block_tables)
         changes = mirror.changes(batch)
         longest, tokens = int(batch.kv_len.max(initial=1)), batch.num_tokens
-        bucket = self._graphs.bucket(max(tokens, batch.num_segments, len(batch.mirrors)))
+        bucket = None
+        if cache.is_recordable:
+            bucket = self._graphs.bucket(max(tokens, batch.num_segments, len(batch.mirrors)))
         room = None if bucket is None else self._room(bucket)
         arrays: list[Array] = [] if room is None else [*padded(batch, room.tokens), changes, *batch.columns]
         if room is None or not room.has_room(arrays):
@@ -122,7 +139,7 @@ class TritonStack:
         )
         if hidden is not None:
             room.hidden[:tokens].copy_(hidden)
-        context = next((most for most in CONTEXTS if longest <= most), len(self._cos))
+        context = next((most for most in CONTEXTS if longest <= most), len(self._ropes[0][0]))
         given = None if hidden is None else room.hidden
 
         def work() -> Forward:
@@ -138,7 +155,7 @@ class TritonStack:
         if rows is not None:
             x = take_rows(x, rows if isinstance(rows, Tensor) else self._staging.send([rows])[0])
         if self._norm is not None:
-            x = ops.rms_norm(x, self._norm, self._shape.norm_eps)
+            x = (ops.rms_norm_plus_one if self._shape.is_gemma else ops.rms_norm)(x, self._norm, self._shape.norm_eps)
         return self._output(x).float()
 
     def _piece_by_piece(
@@ -155,7 +172,7 @@ class TritonStack:
         arrays = [batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors, changes, *batch.columns]
         empty = torch.empty(2, batch.num_tokens, dtype=torch.int32, device=self._device)
         on_device, columns = self._send(arrays, mirror, changes, batch.block_size, None, *empty)
-        plan = cache.plan_on_device(on_device, longest, prompt=True)
+        plan = cache.plan_on_device(on_device, longest, prompt=not self._invariant, host=batch)
         done = self._run(on_device, plan, None if hidden is None else hidden.to(self._dtype), taps)
         return Forward(done.hidden, done.features, columns)
 
@@ -184,13 +201,14 @@ class TritonStack:
         embedding = None
         if hidden is None or shape.reads == "both":
             embedding = self._embedding.rows(batch.token_ids).to(self._dtype)
+            if self._scale is not None:
+                embedding = embedding * self._scale
         first = embedding if hidden is None else hidden
         assert first is not None
         stream = first.clone()  # layers add to it in place
         tapped = []
         added: Tensor | None = None
         """What the layer before adds to the stream, which the next norm does."""
-        scale = shape.head_dim**-0.5
         for index, (layer, window) in enumerate(zip(self._layers, self._windows, strict=True)):
             stream, x = self._normed(stream, added, layer.attn_norm)
             if index in taps:
@@ -201,14 +219,29 @@ class TritonStack:
             qkv = layer.qkv(x).view(len(x), -1, shape.head_dim)
             q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
             plan.rotate_and_store(index, q, k, v, self._rotations[index])
-            attended = plan.attend(index, q, scale, window)
-            stream, x = self._normed(stream, layer.out(attended.flatten(1)), layer.mlp_norm)
-            added = layer.down(activation.silu_mul_halves(layer.gate_up(x)))
+            attended = plan.attend(index, q, shape.scale, window)
+            given = layer.out(attended.flatten(1))
+            if layer.out_norm is not None:
+                given = norm.rms_norm(given, layer.out_norm, eps, plus_one=True)
+            stream, x = self._normed(stream, given, layer.mlp_norm)
+            added = self._mlp(layer, x)
+            if layer.down_norm is not None:
+                added = norm.rms_norm(added, layer.down_norm, eps, plus_one=True)
         if added is not None:
             stream = stream.add_(added)
         if len(self._layers) in taps:
             tapped.append(stream.clone())
         return Forward(stream, torch.stack(tapped, dim=1).float() if tapped else None)
+
+    def _mlp(self, layer: FusedLayer, x: Tensor) -> Tensor:
+        if (mixture := layer.mixture) is not None:
+            settings = mixture.settings
+            routes = experts.route(mixture.router(x), settings.top, settings.renormalize)
+            tile = INVARIANT_TILE if self._invariant else 0
+            return experts.experts_mlp(x, routes, mixture.gate_up, mixture.down, tile)
+        assert layer.gate_up is not None and layer.down is not None
+        gated = activation.gelu_tanh_mul_halves if self._shape.is_gemma else activation.silu_mul_halves
+        return layer.down(gated(layer.gate_up(x)))
 
     def _normed(self, stream: Tensor, added: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stream with what is added to it, in place; and that behind a norm, if there is one."""
@@ -217,8 +250,8 @@ class TritonStack:
             stream = stream if added is None else stream.add_(added)
             return stream, stream
         if added is None:
-            return stream, norm.rms_norm(stream, weight, eps)
-        return stream, norm.add_rms_norm(added, stream, weight, eps)
+            return stream, norm.rms_norm(stream, weight, eps, self._shape.is_gemma)
+        return stream, norm.add_rms_norm(added, stream, weight, eps, self._shape.is_gemma)
 
     def _mirror(self, tables: Int32) -> TableMirror:
         found = self._mirrors.get(id(tables))
@@ -236,13 +269,33 @@ class TritonStack:
         return self._rooms[tokens]
 
 
+class InvariantWeight(DenseWeight):
+    """A matrix whose product has the same bits for a row in any batch, which cuBLAS's has not."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x.to(self._matrix.dtype), self._matrix, self._bias)
+
+
 class TritonCompute(TorchCompute):
     cache_class = TritonKVCache
+    can_be_batch_invariant = True
 
-    def __init__(self, formats: Formats, device: torch.device, graphs: GraphPool | None = None) -> None:
-        """``graphs`` of all stacks together; without them, all work is launched piece by piece."""
+    def __init__(
+        self,
+        formats: Formats,
+        device: torch.device,
+        graphs: GraphPool | None = None,
+        attention: AttentionBackend | None = None,
+        invariant: bool = False,
+    ) -> None:
+        """``graphs`` of all stacks together; without them, all work is launched piece by piece.
+
+        ``attention`` computes what it can of attention, Triton the rest; by default everything. ``invariant``: with
+        the same bits for a row in any batch, which ``attention`` has to have, too.
+        """
         super().__init__(formats, device)
         self.graphs = GraphPool(device, 0) if graphs is None else graphs
+        self._attention, self.is_batch_invariant = attention, invariant
 
     @classmethod
     def supports(cls, shape: LayerShape, device: torch.device) -> bool:
@@ -250,10 +303,29 @@ class TritonCompute(TorchCompute):
 
     @property
     def name(self) -> str:
-        return f"triton-{self.device.type}"
+        return f"triton-{self.device.type}" + ("" if self._attention is None else f"-{self._attention.name}")
+
+    def weight(self, n: int, k: int, bias: bool = False) -> Weight:
+        if not self.is_batch_invariant:
+            return super().weight(n, k, bias)
+        return InvariantWeight(n, k, getattr(torch, self.formats.weights), self.device, bias)
+
+    def cache(self, shape: CacheShape, num_blocks: int) -> PagedKVCache:
+        """The backend may cover a model, and not a drafter beside it."""
+        attention = self._attention
+        if attention is not None and against(attention.name, wanted(shape, self.formats.compute, self.device)):
+            attention = None
+        return TritonKVCache(shape, num_blocks, self.device, attention)
 
     def layers(self, shape: LayerShape, count: int) -> Sequence[LayerWeights]:
         return [FusedLayer(shape, self) for _ in range(count)]
 
-    def stack(self, shape: LayerShape, windows: Sequence[int], rope: tuple[Tensor, Tensor]) -> Stack:
-        return TritonStack(shape, windows, rope, self.formats, self.device, self.graphs)
+    def stack(
+        self,
+        shape: LayerShape,
+        windows: Sequence[int],
+        rope: tuple[Tensor, Tensor],
+        window_rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Stack:
+        graphs, invariant = self.graphs, self.is_batch_invariant
+        return TritonStack(shape, windows, rope, self.formats, self.device, graphs, invariant, window_rope)

@@ -7,13 +7,15 @@ may be so close that the order of additions decides; how often they do is said.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any
 
+from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.testing import Completion
 from slipstream.server.gpu_check import models
-from slipstream.server.gpu_check.context import Context, Part
+from slipstream.server.gpu_check.context import Context, NotThere, Part
 from slipstream.server.gpu_check.engines import config, engine, prompts
 
 SMALL = models.SHAPES["1B"] | {"num_hidden_layers": 8, "hidden_size": 1024, "intermediate_size": 2816}
@@ -35,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """What is changed of an engine that computes all requests together, by what that is to prove."""
 ROUNDED = ("in a batch", "in chunks")
-"""Variants that are also tried in bfloat16."""
+"""Variants that are also tried in bfloat16, and in it where results must not depend on the batch."""
 REQUESTS, PROMPT = 8, 45
 
 
@@ -45,6 +47,8 @@ def parts(context: Context) -> Iterator[Part]:
         yield Part(name, partial(compare.judge, name, options, "float32"))
     for name in ROUNDED:
         yield Part(f"{name}, bfloat16", partial(compare.judge, name, VARIANTS[name], "bfloat16"))
+        exact = VARIANTS[name] | {"deterministic": True}
+        yield Part(f"{name}, deterministic", partial(compare.judge, f"{name}, deterministic", exact, "bfloat16"))
 
 
 class Comparison:
@@ -62,7 +66,7 @@ class Comparison:
         self._alone = cache(self._compute_alone)
 
     def judge(self, name: str, options: dict[str, Any], dtype: str) -> None:
-        alone, invariant = self._alone(dtype)
+        alone, invariant = self._alone(dtype, bool(options.get("deterministic")))
         with engine(self._engine_config(options, dtype)) as local:
             together = [local.submit(text, self._params(i)) for i, text in enumerate(self._texts)]
             local.finish()
@@ -88,9 +92,13 @@ class Comparison:
         if "speculation" in options:
             self._context.check(f"draft tokens were accepted {name}", accepted > 0, f"{accepted} of {drafted}", "some")
 
-    def _compute_alone(self, dtype: str) -> tuple[list[list[int]], bool]:
+    def _compute_alone(self, dtype: str, deterministic: bool) -> tuple[list[list[int]], bool]:
         """Answers, and whether this engine promises the same bits in any batch."""
-        with engine(self._engine_config({}, dtype)) as local:
+        with ExitStack() as stack:
+            try:
+                local = stack.enter_context(engine(self._engine_config({"deterministic": deterministic}, dtype)))
+            except ConfigError as error:
+                raise NotThere(str(error)) from None
             found = [local.generate([text], self._params(i))[0] for i, text in enumerate(self._texts)]
             decoder = local.engine.loaded.model.decoder
             return [each.tokens for each in found], decoder is not None and decoder.compute.is_batch_invariant

@@ -26,34 +26,34 @@ def describe(context: Context) -> dict[str, Cell]:
     """Without "device" where there is none."""
     facts: dict[str, Cell] = {}
     if context.dry_run:
-        facts["device"] = f"CPU: {_processor()}"
+        facts["device"] = f"CPU: {processor()}"
     elif torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
         facts["device"] = device.name
         facts["capability"] = f"{device.major}.{device.minor}, {device.multi_processor_count} multiprocessors"
         facts["memory"] = f"{device.total_memory / 2**30:.1f} GiB"
-        facts["driver"] = _driver()
+        facts["driver"] = driver()
         facts["CUDA of torch"] = torch.version.cuda or f"HIP {torch.version.hip}"
-    facts["host"] = f"{_processor()}, {usable_cores()} usable of {os.cpu_count()} cores, {platform.platform()}"
+    facts["host"] = f"{processor()}, {usable_cores()} usable of {os.cpu_count()} cores, {platform.platform()}"
     facts["python"] = platform.python_version()
-    return facts | {name: found for name in PACKAGES if (found := _installed(name))}
+    return facts | {name: found for name in PACKAGES if (found := installed(name))}
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
         return ""
 
 
-def _processor() -> str:
+def processor() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
 
-def _driver() -> str:
+def driver() -> str:
     asked = ["nvidia-smi", "-i", "0", "--format=csv,noheader", "--query-gpu=driver_version,power.limit,clocks.max.sm"]
     try:
         found = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from slipstream.server.gpu_check import drafting, equality, kernels, machine, peers, real, steps, throughput
+from slipstream.server.gpu_check import attention, drafting, equality, kernels, machine, peers, real, steps, throughput
 from slipstream.server.gpu_check.context import Stage
 
 STAGES = (
@@ -10,6 +10,7 @@ STAGES = (
     Stage("kernels", "kernels against the reference", kernels.correctness, 10, 110),
     Stage("equality", "the same tokens however they are computed", equality.parts, 15, 80),
     Stage("speed", "kernels against what the device can do", kernels.speed, 10, 60),
+    Stage("attention", "backends of attention beside each other", attention.parts, 10, 60),
     Stage("8B", "tokens per second, 8B shape", partial(throughput.of_shape, "8B"), 25, 110),
     Stage("steps", "what a step costs besides computing", steps.parts, 20, 60),
     Stage("memory", "memory, graphs included", steps.memory, 15, 40),

@@ -66,7 +66,7 @@ def quick_engines(built: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Non
     build = loader.build_model
 
     def build_once(checkpoint: Any, config: Any, dtype: Any, device: Any, max_model_len: int) -> Any:
-        key = config.model, dtype, config.deterministic, config.kernels, max_model_len
+        key = config.model, dtype, config.deterministic, config.kernels, config.attention_backend, max_model_len
         if key not in built:
             built[key] = build(checkpoint, config, dtype, device, max_model_len)
         return built[key]

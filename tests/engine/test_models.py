@@ -23,6 +23,10 @@ from slipstream.engine.models.protocol import CausalModel
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.compute import Formats
 from slipstream.kernels.native import library
+from slipstream.kernels.triton import launch
+
+if launch.runs_on("cpu"):
+    import bf16_interpreter  # noqa: F401  (mends the interpreter)
 
 LLAMA = {
     "vocab_size": 131,
@@ -60,6 +64,25 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
     },
     "qwen3": {"model_type": "qwen3", **LLAMA},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        **LLAMA,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **LLAMA,
+        "sliding_window": 40,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 24,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 100000.0, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
     # Sizes the compiled kernels do not take: the torch implementation serves them.
     "llama-odd": {"model_type": "llama", **LLAMA, "head_dim": 24, "intermediate_size": 90},
     # Families that run through transformers.
@@ -132,6 +155,8 @@ def test_logits_match_transformers(tmp_path: Path, name: str, kernels: str) -> N
     model = load(tmp_path, kernels)
     if kernels == "auto" and NATIVE and MODELS[name]["model_type"] in ("llama", "mistral", "qwen2", "qwen3"):
         assert model.kernels.startswith("torch" if name == "llama-odd" else "native")
+    if MODELS[name]["model_type"] in ("qwen3_moe", "gemma3_text"):
+        assert model.kernels.startswith("torch"), "layers that are computed here, without compiled kernels for them"
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 131, length).tolist() for length in (200, 3, 77, 130)]
     with torch.inference_mode():
@@ -140,6 +165,26 @@ def test_logits_match_transformers(tmp_path: Path, name: str, kernels: str) -> N
             expected = module(torch.tensor([sequence])).logits[0]
             scale = float(expected.abs().max())
             assert (logits - expected).abs().max() < 2e-5 * scale
+
+
+@pytest.mark.skipif(not launch.runs_on("cpu"), reason="Triton's kernels are not interpreted here")
+@pytest.mark.parametrize("name", ["gemma3", "qwen3-moe", "gemma2"])
+def test_tritons_kernels_match_transformers(tmp_path: Path, name: str) -> None:
+    """Gemma 2 runs through transformers, with windows and soft caps, over the cache of GPUs."""
+    small = {"sliding_window": 9, "num_hidden_layers": 2, "head_dim": 16}
+    if "layer_types" in MODELS[name]:
+        small["layer_types"] = ["sliding_attention", "full_attention"]
+    module = save(tmp_path, MODELS[name] | small)
+    model = load(tmp_path, "triton")
+    assert model.kernels == ("transformers-cpu" if name == "gemma2" else "triton-cpu")
+    assert type(model.new_cache(1, 16)).__name__ == "TritonKVCache"
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 131, length).tolist() for length in (18, 7)]
+    with torch.inference_mode():
+        got = logits_in_steps(model, sequences, cuts=[2, 12])
+        for sequence, logits in zip(sequences, got, strict=True):
+            expected = module(torch.tensor([sequence])).logits[0]
+            assert (logits - expected).abs().max() < 2e-5 * float(expected.abs().max())
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native kernels on this machine")

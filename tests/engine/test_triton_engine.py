@@ -97,3 +97,47 @@ def test_what_keeps_triton_from_running_is_said(tiny: str, monkeypatch: pytest.M
     monkeypatch.setattr(loader.launch, "runs_on", lambda device: False)
     with pytest.raises(ConfigError, match=r"--kernels triton.*there is no GPU"):
         engine(tiny, "triton")
+
+
+def test_another_attention_gives_the_same_tokens(tiny: str) -> None:
+    """It is planned for every step, so nothing is recorded."""
+    expected, found = engine(tiny, "torch"), engine(tiny, "triton", attention_backend="torch")
+    try:
+        one, other = (each.submit(PROMPTS[1], SamplingParams(max_tokens=4, seed=3)) for each in (expected, found))
+        expected.finish()
+        found.finish()
+        assert one.tokens == other.tokens and len(one.tokens) == 4
+        assert found.engine.runner.model.kernels == "triton-cpu-torch"
+        assert not len(found.engine.runner.model.decoder.compute.graphs)  # type: ignore[union-attr, arg-type]
+    finally:
+        found.close()
+        expected.close()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "backend", "said"),
+    [
+        ("triton", "flashinfer", "--attention-backend flashinfer: it needs compute capability 8.0"),
+        ("torch", "xformers", "--attention-backend xformers: torch's kernels run here"),
+        ("torch", "triton", "--attention-backend triton: torch's kernels run here"),
+    ],
+)
+def test_what_keeps_an_attention_from_running_is_said(tiny: str, kernels: str, backend: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        engine(tiny, kernels, attention_backend=backend)
+
+
+def test_deterministic_results_do_not_depend_on_the_batch(tiny: str) -> None:
+    """Which is refused where they would: see test_models."""
+    made = engine(tiny, "triton", deterministic=True)
+    try:
+        params = SamplingParams(max_tokens=3, temperature=1.0, seed=3, logprobs=2)
+        alone = made.submit(PROMPTS[1], params)
+        made.finish()
+        beside = [made.submit(PROMPTS[0], params), made.submit(PROMPTS[1], params)][1]
+        made.finish()
+        told = [[(delta.tokens, delta.logprobs) for delta in each.deltas] for each in (alone, beside)]
+        assert told[0] == told[1] and len(alone.tokens) == 3 and made.engine.runner.model.decoder is not None
+        assert made.engine.runner.model.decoder.compute.is_batch_invariant
+    finally:
+        made.close()

@@ -1,6 +1,7 @@
 """The paged attention against the plain formula, and its independence of how a sequence is cut into steps."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,17 @@ from slipstream.kernels.batch import RaggedBatch, make_batch
 from slipstream.kernels.kv_cache import CacheShape, DenseKVCache, PagedKVCache, TorchKVCache
 from slipstream.kernels.native import library
 from slipstream.kernels.native.kv_cache import NativeKVCache
+from slipstream.kernels.triton import launch
 
-KINDS = [TorchKVCache] + ([NativeKVCache] if library.load() is not None else [])
+KINDS: list[Any] = [TorchKVCache] + ([NativeKVCache] if library.load() is not None else [])
+INTERPRETED: list[Any] = []
+"""Its kernels take seconds for what the others do in milliseconds, so it gets smaller examples, and fewer."""
+if launch.runs_on("cpu"):
+    from slipstream.kernels.triton.kv_cache import TritonKVCache
+
+    INTERPRETED.append(TritonKVCache)
+few = settings(max_examples=2)
+small_shapes = st.sampled_from([(4, 1, 16), (3, 1, 24)])
 CPU = torch.device("cpu")
 
 
@@ -79,6 +89,32 @@ def test_prefill_equals_the_formula(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
+    prefill(kind, lengths, shape, block_size, window, dtype, seed)
+
+
+@pytest.mark.parametrize("kind", INTERPRETED)
+@few
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    shape=small_shapes,
+    window=st.sampled_from([0, 5]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_prefill_on_a_gpu_equals_the_formula(
+    kind: type[DenseKVCache], lengths: list[int], shape: tuple[int, int, int], window: int, dtype: torch.dtype
+) -> None:
+    prefill(kind, lengths, shape, 16, window, dtype, 1)
+
+
+def prefill(
+    kind: type[DenseKVCache],
+    lengths: list[int],
+    shape: tuple[int, int, int],
+    block_size: int,
+    window: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
     s = Sequences(lengths, *shape, block_size, seed)
     out = s.run(new_cache(kind, s, dtype), list(range(len(lengths))), [0] * len(lengths), lengths, window)
     expected = torch.cat([reference.attention(q, k, v, 0.125, window) for q, k, v in zip(s.q, s.k, s.v, strict=True)])
@@ -120,6 +156,21 @@ def test_what_others_left_in_the_cache_does_not_matter(
     dtype: torch.dtype,
     steps: bool,
 ) -> None:
+    left_behind(kind, lengths, shape, dtype, steps)
+
+
+@pytest.mark.parametrize("kind", INTERPRETED)
+@few
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=2), shape=small_shapes, steps=st.booleans())
+def test_what_others_left_in_the_cache_of_a_gpu_does_not_matter(
+    kind: type[DenseKVCache], lengths: list[int], shape: tuple[int, int, int], steps: bool
+) -> None:
+    left_behind(kind, lengths, shape, torch.float32, steps)
+
+
+def left_behind(
+    kind: type[DenseKVCache], lengths: list[int], shape: tuple[int, int, int], dtype: torch.dtype, steps: bool
+) -> None:
     """Not even numbers that are none: blocks are handed on as they are."""
     s = Sequences(lengths, *shape, 16, seed=5)
     rows = list(range(len(lengths)))
@@ -136,7 +187,7 @@ def test_what_others_left_in_the_cache_does_not_matter(
     assert torch.equal(run(used), run(clean))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + INTERPRETED)
 def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[DenseKVCache]) -> None:
     s = Sequences([40], 4, 2, 64, 16, seed=3)
     cache = new_cache(kind, s, torch.bfloat16)
@@ -166,6 +217,26 @@ def test_mirrored_and_copied_tokens_are_those_stored_in_place(
     dtype: torch.dtype,
     mirrored: bool,
 ) -> None:
+    mirror(kind, cut, shape, block_size, dtype, mirrored)
+
+
+@pytest.mark.parametrize("kind", INTERPRETED)
+@few
+@given(cut=st.integers(1, 47), shape=small_shapes, mirrored=st.booleans())
+def test_mirrored_and_copied_tokens_on_a_gpu_are_those_stored_in_place(
+    kind: type[DenseKVCache], cut: int, shape: tuple[int, int, int], mirrored: bool
+) -> None:
+    mirror(kind, cut, shape, 16, torch.bfloat16, mirrored)
+
+
+def mirror(
+    kind: type[DenseKVCache],
+    cut: int,
+    shape: tuple[int, int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    mirrored: bool,
+) -> None:
     """A second sequence gets tokens cut … 47 of the first; what is before them it computes itself."""
     s = Sequences([48, 48], *shape, block_size, seed=5)
     s.q[1], s.k[1], s.v[1] = s.q[0], s.k[0], s.v[0]
@@ -183,7 +254,7 @@ def test_mirrored_and_copied_tokens_are_those_stored_in_place(
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + INTERPRETED)
 def test_a_cache_that_gave_its_memory_back_takes_it_again_with_nothing_in_it(kind: type[DenseKVCache]) -> None:
     s = Sequences([40, 9], 4, 2, 64, 16, seed=3)
     cache = new_cache(kind, s, torch.float32)

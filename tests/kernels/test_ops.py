@@ -66,6 +66,9 @@ def arguments(rows: int, width: int, dtype: torch.dtype, seed: int) -> dict[str,
     tokens = torch.arange(0, width, 3)
     return {
         "rms_norm": (some(rows, width), some(width), 1e-5),
+        "rms_norm_plus_one": (some(rows, width), some(width), 1e-5),
+        "gelu_tanh_mul": (some(rows, width), some(rows, width)),
+        "experts": (some(rows, width), some(rows, 3), some(3, 10, width) * 0.3, some(3, width, 5) * 0.3, 2, True),
         "rope": (some(rows, 3, 16), angles.cos(), angles.sin()),
         "silu_mul": (some(rows, width), some(rows, width)),
         "linear": (some(rows, width), some(5, width), some(5)),

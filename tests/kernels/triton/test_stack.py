@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from recorded_graph import HostTraffic, NotRecordedError, RecordedGraph
 from torch import Tensor
 
 from slipstream.kernels.batch import NO_MIRRORS, Int32, RaggedBatch, make_batch
-from slipstream.kernels.compute import Compute, Formats, LayerShape, Stack
+from slipstream.kernels.compute import Compute, Formats, LayerShape, Mixture, Stack
 from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
 from slipstream.kernels.torch_stack import MATRICES, TorchCompute
 from slipstream.kernels.triton.graphs import GraphPool
@@ -25,6 +26,8 @@ SHAPES = {
     "qwen3": LayerShape(32, 48, 2, 1, 32, 1e-6, qk_norm=True),
     "eagle": LayerShape(32, 48, 4, 2, 16, 1e-5, reads="both"),
     "plain": LayerShape(32, 48, 4, 2, 16, 1e-5, reads="plain"),
+    "gemma": LayerShape(32, 48, 4, 2, 16, 1e-6, qk_norm=True, is_gemma=True, score_scale=0.3, embedding_scale=32**0.5),
+    "mixture": LayerShape(32, 48, 4, 2, 16, 1e-6, qk_norm=True, mixture=Mixture(5, 2, 24, True)),
 }
 TABLES = np.array([[3, 1], [2, 5], [6, 7], [0, 4]], np.int32)
 VOCAB = 50
@@ -35,9 +38,20 @@ def names(shape: LayerShape) -> dict[str, tuple[int, ...]]:
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     rows = {"q": q, "k": kv, "v": kv, "out": shape.hidden, "gate": 48, "up": 48, "down": shape.hidden}
     columns = {"q": shape.input_width, "k": shape.input_width, "v": shape.input_width, "out": q, "down": 48}
+    if shape.mixture is not None:
+        rows = {name: n for name, n in rows.items() if name not in ("gate", "up", "down")}
     found: dict[str, tuple[int, ...]] = {
         f"{MATRICES[name]}.weight": (n, columns.get(name, shape.hidden)) for name, n in rows.items()
     }
+    if shape.mixture is not None:
+        inner, network = shape.mixture.intermediate, {"gate": 0, "up": 0, "down": 1}
+        found["mlp.gate.weight"] = (shape.mixture.experts, shape.hidden)
+        for expert in range(shape.mixture.experts):
+            for name, turned in network.items():
+                size = (shape.hidden, inner) if turned else (inner, shape.hidden)
+                found[f"mlp.experts.{expert}.{name}_proj.weight"] = size
+    if shape.is_gemma:
+        found |= {f"{name}_feedforward_layernorm.weight": (shape.hidden,) for name in ("pre", "post")}
     if shape.qkv_bias:
         found |= {f"{MATRICES[name]}.bias": (rows[name],) for name in "qkv"}
     found["post_attention_layernorm.weight"] = (shape.hidden,)
@@ -54,7 +68,9 @@ def built(make: Compute, shape: LayerShape, windows: tuple[int, ...]) -> tuple[S
     """Always the same weights."""
     generator = torch.Generator().manual_seed(0)
     angle = torch.outer(torch.arange(64.0), 100.0 ** -torch.linspace(0, 1, shape.head_dim // 2))
-    stack = make.stack(shape, windows, (angle.cos(), angle.sin()))
+    local = angle * 3  # what layers with a window rotate by
+    rope = angle.cos(), angle.sin()
+    stack = make.stack(shape, windows, rope, (local.cos(), local.sin()) if shape.is_gemma else None)
     embedding, norm = make.weight(VOCAB, shape.hidden), make.norm(shape.hidden)
     embedding.fill(torch.randn(VOCAB, shape.hidden, generator=generator))
     layers = make.layers(shape, len(windows))
@@ -103,6 +119,22 @@ def test_it_computes_what_torch_does(name: str, dtype: torch.dtype) -> None:
     for one, other in zip(found, expected, strict=True):
         away = (one.float() - other.float()).abs().max() / other.float().abs().max()
         assert one.dtype == other.dtype and away < (2e-5 if dtype is torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kind", [TorchCompute, TritonCompute])
+def test_what_is_filled_is_read_again(name: str, kind: type[Compute]) -> None:
+    """By rows: tensors may be parts of larger ones."""
+    [layer] = kind(Formats.of(torch.float32), CPU).layers(SHAPES[name], 1)
+    sizes = names(SHAPES[name])
+    tensors = {each: torch.randn(size) for each, size in sizes.items()}
+    for each, tensor in tensors.items():
+        layer.fill(each, tensor[:3])
+        layer.fill(each, tensor[3:], 3)
+    for each, tensor in tensors.items():
+        rows = torch.arange(1, len(tensor))
+        assert torch.equal(layer.read(each, rows), tensor[1:]), each
+    assert layer.num_bytes == sum(4 * tensor.numel() for tensor in tensors.values())
 
 
 def recording() -> tuple[TritonCompute, list[RecordedGraph]]:
@@ -208,3 +240,41 @@ def test_what_cuda_would_refuse_is_refused(work: Any) -> None:
     x = torch.ones(2)
     with pytest.raises(NotRecordedError):
         RecordedGraph().record(lambda: work(x))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixture"])
+def test_deterministic_rows_have_the_same_bits_in_any_batch(name: str) -> None:
+    """Alone, beside others, in one piece, in several, and by graphs; so do their logits."""
+    shape = SMALL if name == "llama" else replace(SMALL, mixture=Mixture(3, 2, 16, True))
+    made = TritonCompute(Formats.of(torch.float32), CPU, invariant=True)
+    assert made.is_batch_invariant and TritonCompute.can_be_batch_invariant
+    counted: list[RecordedGraph] = []
+
+    def graph() -> RecordedGraph:
+        counted.append(RecordedGraph())
+        return counted[-1]
+
+    pool = GraphPool(CPU, 1 << 30, graph)
+    found = []
+    for compute, steps in (
+        (made, [batch([0], [7], [7])]),
+        (made, [batch([1, 0], [3, 7], [3, 7])]),
+        (made, [batch([0], [3], [3]), batch([2, 0], [2, 4], [2, 7])]),
+        (TritonCompute(Formats.of(torch.float32), CPU, pool, invariant=True), [batch([0, 2], [7, 1], [7, 1])]),
+    ):
+        stack, cache = built(compute, shape, (0,))
+        rows = []
+        for step in steps:
+            done = stack.forward(tokens_of_sequences(step), cache)
+            logits = stack.logits(done.hidden)
+            own = step.table_row.tolist().index(0)
+            rows.append(torch.cat((done.hidden, logits), 1)[step.q_start[own] : step.q_start[own + 1]].clone())
+        found.append(torch.cat(rows))
+    assert counted and all(torch.equal(found[0], other) for other in found[1:])
+
+
+def tokens_of_sequences(step: RaggedBatch) -> RaggedBatch:
+    """The same, with tokens that go by sequence and position."""
+    row = step.table_row.repeat(np.diff(step.q_start))
+    ids = ((7 * step.positions + 11 * row) % VOCAB).astype(np.int32)
+    return RaggedBatch(**{name: getattr(step, name) for name in step.__slots__} | {"token_ids": ids})

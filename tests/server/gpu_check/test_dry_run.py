@@ -47,6 +47,8 @@ def test_every_stage_runs(tmp_path: Path) -> None:
     assert {"kernels", "ceilings", "decoding", "whole requests", "steps", "memory", "a head learns"} <= tables
     [learned] = stages["drafter"].tables["a head learns"]
     assert learned["accepted after"] and learned["swap pause ms"]
+    compared = stages["attention"].tables["attention backends"]
+    assert {row["backend"] for row in compared} >= {"triton", "torch"} and len(stages["attention"].checks) >= 4
     steps = stages["steps"].tables["steps"]
     assert all(row["operations of torch"] for row in steps)
     programs = {row["program"] for row in stages["peers"].tables["other programs, decoding"]}

@@ -1,0 +1,86 @@
+"""Backends of attention beside each other: are they right, and how fast are they for what steps are made of?
+
+What comes out is what the order in ``kernels/attention/choice.py`` is to be written from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from slipstream.kernels.attention.choice import TABLE, against, backend, missing, wanted
+from slipstream.kernels.cases import (
+    ATTENDED,
+    LLAMA_8B,
+    MIDDLE,
+    SHARED,
+    TINY,
+    TOLERANCE,
+    Attended,
+    Case,
+    Source,
+    attention_case,
+    difference,
+)
+from slipstream.kernels.kv_cache import CacheShape
+from slipstream.kernels.triton import launch
+from slipstream.server.gpu_check.context import Context, NotThere, Part
+from slipstream.server.gpu_check.kernels import COPY, mend_interpreter
+from slipstream.server.gpu_check.timing import seconds
+
+COMPARED = (*(attended for attended in ATTENDED if not attended.window and not attended.softcap), SHARED)
+"""What all of them do."""
+
+
+def parts(context: Context) -> Iterator[Part]:
+    """First all of them against the reference, then against the clock."""
+    if not launch.runs_on(context.device.type):
+        raise NotThere("Triton, whose kernels store keys and values for all backends")
+    mend_interpreter()
+    dtype = torch.bfloat16 if context.on_gpu else torch.float32
+    names = []
+    for entry in TABLE:
+        shape = CacheShape(1, LLAMA_8B.block_size, LLAMA_8B.kv_heads, LLAMA_8B.head_dim, dtype)
+        reasons = against(entry.name, wanted(shape, dtype, context.device))
+        if why := "; ".join(reasons) or missing(entry.name):
+            context.note(f"{entry.name}: {why}")
+        else:
+            names.append(entry.name)
+    # The interpreter takes a second for each, and nothing is compared with it.
+    compared = [each for each in COMPARED if not context.dry_run or each.name == "decode" or each.is_shared]
+    for name in names:
+        for attended in compared:
+            yield Part(f"{name}, {attended.name}", partial(_compare, context, name, attended, dtype))
+    for attended in compared:
+        for name in names:
+            yield Part(f"{name}, {attended.name}, speed", partial(_time, context, name, attended, dtype))
+
+
+def _case(name: str, attended: Attended) -> Case:
+    from slipstream.kernels.triton.kv_cache import TritonKVCache  # where Triton runs
+
+    return attention_case(name, partial(TritonKVCache, attention=backend(name), prompt=True), attended)
+
+
+def _compare(context: Context, name: str, attended: Attended, dtype: torch.dtype) -> None:
+    prepared = _case(name, attended).prepare(Source(context.device, dtype), TINY if context.dry_run else MIDDLE)
+    found, most = difference(prepared.found(), prepared.expected()), TOLERANCE[dtype]
+    context.check(f"{name}, {attended.name}", found <= most, f"differs by {found:.2g}", f"at most {most:.2g}")
+
+
+def _time(context: Context, name: str, attended: Attended, dtype: torch.dtype) -> None:
+    sizes, most_s = (LLAMA_8B, 0.3) if context.on_gpu else (TINY, 0.0)
+    prepared = _case(name, attended).prepare(Source(context.device, dtype), sizes)
+    took = seconds(prepared.run, context.device, most_s)
+    copy = context.kept.get(COPY)
+    context.row(
+        "attention backends",
+        what=attended.name,
+        backend=name,
+        µs=took * 1e6,
+        GB_per_s=prepared.moved / took / 1e9,
+        of_the_copy=prepared.moved / took / copy if copy else None,
+        TFLOP_per_s=prepared.flops / took / 1e12,
+    )

@@ -1,0 +1,38 @@
+"""``slipstream doctor``: what would run here, why, and what is missing; each reason is one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from slipstream.kernels.attention import choice
+from slipstream.server import doctor
+from slipstream.server.cli import app
+from slipstream.server.doctor import Asked, attention
+
+
+def test_it_says_what_is_here() -> None:
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    assert done.exit_code == 0
+    found = json.loads(done.stdout)
+    assert set(found) == set(doctor.SECTIONS)
+    versions = {fact["name"]: fact for fact in found["Versions"]}
+    assert versions["torch"]["value"] == torch.__version__
+    if choice.missing("flashinfer"):
+        assert "flashinfer is not installed: pip install" in versions["attention by flashinfer"]["advice"]
+    text = CliRunner().invoke(app, ["doctor"]).stdout
+    assert f"torch: {torch.__version__}" in text and "compiled kernels" in text
+
+
+def test_on_a_gpu_it_says_what_computes_attention_and_why_the_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice.launch, "capability", lambda device: 90)
+    monkeypatch.setattr(choice.launch, "runs_on", lambda kind: True)
+    for name in ("missing", "absent"):
+        monkeypatch.setattr(choice, name, lambda name: "xformers is not installed" if name == "xformers" else "")
+    facts = {fact.name: fact.value for fact in attention(Asked(None, torch.device("cuda")))}
+    assert facts["chosen"].startswith("triton: ") and facts["not xformers"] == "xformers is not installed"
+    assert facts["not flashinfer"] and facts["with --deterministic"] == "triton"
+    assert set(facts) == {"chosen", "not flashinfer", "not xformers", "not torch", "with --deterministic"}
