@@ -24,6 +24,8 @@ from slipstream.server.openai import routes as openai
 from slipstream.server.page import CHAT, page_response
 from slipstream.server.service import Service
 from slipstream.server.sglang import routes as sglang
+from slipstream.server.vllm import control as vllm_control
+from slipstream.server.vllm import routes as vllm
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +40,15 @@ class Version(Answer):
     version: str
 
 
-DIALECTS = (openai, sglang, admin)
+DIALECTS = (openai, sglang, vllm, vllm_control, admin)
 DESCRIBED = tuple(dict.fromkeys([*(model for dialect in DIALECTS for model in dialect.DESCRIBED), Health, Version]))
 """Bodies and answers, for the OpenAPI document."""
 
 
 def build_app(service: Service) -> ASGIApp:
     app = FastAPI(title="Slipstream", version=version("slipstream"), redoc_url=None, redirect_slashes=False)
-    generating = [openai.openai_router(service), sglang.sglang_router(service)]
-    controls = [sglang.control_router(service)]
+    generating = [openai.openai_router(service), sglang.sglang_router(service), vllm.vllm_router(service)]
+    controls = [sglang.control_router(service), vllm_control.vllm_control_router(service)]
     for router in (*generating, *controls, admin.admin_router(service)):
         app.include_router(router)
     for path in paths(generating):

@@ -12,12 +12,13 @@ from slipstream.server.openai import prepare as openai
 from slipstream.server.prepared import Limits
 from slipstream.server.sglang import prepare as sglang
 from slipstream.server.text_model import TextModel
+from slipstream.server.vllm import prepare as vllm
 
 MAX_OTHER_BYTES = 2**20
 """Most bytes of all fields but the prompt, pickled."""
 
 Job = Callable[[TextModel, Limits, bytes], Any]
-JOBS: dict[str, Job] = {**openai.JOBS, **sglang.JOBS}
+JOBS: dict[str, Job] = {**openai.JOBS, **sglang.JOBS, **vllm.JOBS}
 
 
 def require_small(body: Body) -> None:

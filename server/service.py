@@ -76,6 +76,8 @@ class Service:
         self.engine_config = engine_config
         self.traffic = traffic
         self.model_names = config.served_model_name or (default_model_name(locate(engine_config.model)),)
+        self.adapter_names: list[str] = []
+        """What the model is called besides, by those who have sent a LoRA for it; the last one serves."""
         self.metrics = Metrics(self.model_names[0])
         self._evolution_metrics = EvolutionCollector(PREFIX, self.model_names[0])
         self.metrics.registry.register(self._evolution_metrics)
@@ -227,7 +229,7 @@ class Service:
 
     def require_model(self, name: str | None) -> str:
         """The name to answer with; requests may leave it out, since there is only one model."""
-        return require_model(self.model_names, name)
+        return require_model((*self.model_names, *self.adapter_names), name)
 
     @contextlib.contextmanager
     def responding(self) -> Iterator[None]:

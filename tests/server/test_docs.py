@@ -9,29 +9,33 @@ from typing import Any
 
 from slipstream.server.admin import routes as admin_routes
 from slipstream.server.openai import schema
+from slipstream.server.vllm import control as vllm_control
+from slipstream.server.vllm import routes as vllm_routes
 
 DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ("api.md", "vllm.md", "trainers/trl.md", "trainers/areal.md")
+"""Where routes and their fields are documented."""
 
 
-def words(page: str) -> set[str]:
+def words(*pages: str) -> set[str]:
     """What stands between backquotes, taken apart."""
-    quoted = re.findall(r"`([^`]+)`", (DOCS / page).read_text())
+    quoted = [text for page in pages for text in re.findall(r"`([^`]+)`", (DOCS / page).read_text())]
     return {word for text in quoted for word in re.findall(r"\w+", text)}
 
 
 def test_every_field_is_documented() -> None:
-    found = [*vars(schema).values(), *admin_routes.BODIES]
+    found = [*vars(schema).values(), *admin_routes.BODIES, *vllm_routes.BODIES, *vllm_control.BODIES]
     bodies = [value for value in found if isinstance(value, type) and issubclass(value, schema.Body)]
     fields = {name for body in bodies for name in body.model_fields}
     assert len(fields) > 50
-    assert fields - words("api.md") == set()
+    assert fields - words(*PAGES) == set()
 
 
 def test_every_route_is_documented(server: Any) -> None:
     routes = server.get("/openapi.json")[1]["paths"]
-    page = (DOCS / "api.md").read_text()
+    text = "".join((DOCS / page).read_text() for page in PAGES)
     assert len(routes) > 8
-    assert [route for route in routes if f"{route}`" not in page] == []
+    assert [route for route in routes if not re.search(re.escape(route) + r"[`?]", text)] == []
 
 
 def test_references_of_the_openapi_page_lead_somewhere(server: Any) -> None:

@@ -1,0 +1,110 @@
+"""From the bytes of bodies of this dialect to token ids. It rests on openai/prepare.py; see server/jobs.py."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any, Literal
+
+from slipstream.server.body import parse
+from slipstream.server.errors import InvalidRequestError
+from slipstream.server.openai.prepare import answer, encode, render_prompt, require_fits, template_for
+from slipstream.server.openai.schema import ChatBody, SamplingBody, TemplateBody
+from slipstream.server.prepared import Limits, Prepared, require_model
+from slipstream.server.text_model import TextModel
+from slipstream.server.vllm.schema import TokensInBody, TrlChatBody, TrlGenerateBody, TrlScoreBody
+
+UNKNOWN: Literal["warn"] = "warn"
+"""What becomes of unknown fields, whatever --unknown-fields says: the servers that clients know ignore them."""
+
+
+def tokens_in(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TokensInBody]:
+    """Raises InvalidRequestError."""
+    body = parse(TokensInBody, raw, UNKNOWN)
+    require_fits(limits, len(body.token_ids), "token_ids")
+    return Prepared(body.model_copy(update={"token_ids": []}), [body.token_ids], [])
+
+
+def render(text: TextModel, limits: Limits, raw: bytes) -> bytes:
+    """A body for ``/inference/v1/generate``. Raises InvalidRequestError, ModelNotFoundError, RunElsewhereError."""
+    body = parse(ChatBody, raw, UNKNOWN)
+    model = require_model(limits.model_names, body.model)
+    prompt = render_prompt(text, limits, body, template_for(text, limits, body))
+    require_fits(limits, len(prompt), "messages")
+    return answer(
+        {
+            "request_id": body.request_id or f"chatcmpl-{uuid.uuid4().hex}",
+            "token_ids": prompt,
+            "token_offsets": None,
+            "features": None,
+            "content_parts": None,
+            "sampling_params": sampling_of(body),
+            "model": model,
+            "reasoning_ended": None,
+            "reasoning_parser_kwargs": None,
+            "return_token_ids": body.return_token_ids,
+            "output_mode": "tokens",
+            "stream": bool(body.stream),
+            "stream_options": None if body.stream_options is None else body.stream_options.model_dump(),
+            "cache_salt": body.cache_salt,
+            "priority": body.priority or 0,
+            "kv_transfer_params": None,
+            "ec_transfer_params": None,
+        }
+    )
+
+
+def sampling_of(body: ChatBody) -> dict[str, Any]:
+    """The sampling parameters that a conversation asks for, as ``/inference/v1/generate`` takes them."""
+    found = body.model_dump(include=set(SamplingBody.model_fields), exclude_none=True)
+    if body.max_completion_tokens is not None:
+        found["max_tokens"] = body.max_completion_tokens
+    if body.logprobs:
+        found["logprobs"] = body.top_logprobs or 0
+    return found
+
+
+def trl_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TrlGenerateBody]:
+    """Raises InvalidRequestError."""
+    body = parse(TrlGenerateBody, raw, UNKNOWN)
+    require_few(limits, len(body.prompts), "prompts")
+    texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+    prompts = [prompt for prompt in body.prompts if isinstance(prompt, list)]
+    if texts:
+        prompts = encode(text, limits, texts, True, "prompts")
+    for prompt in prompts:
+        require_fits(limits, len(prompt), "prompts")
+    return Prepared(body.model_copy(update={"prompts": []}), prompts, [])
+
+
+def trl_chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TrlChatBody]:
+    """Raises InvalidRequestError."""
+    body = parse(TrlChatBody, raw, UNKNOWN)
+    require_few(limits, len(body.messages), "messages")
+    prompts = []
+    for messages in body.messages:
+        conversation = TemplateBody(messages=messages, chat_template_kwargs=body.chat_template_kwargs, tools=body.tools)
+        prompts.append(render_prompt(text, limits, conversation, template_for(text, limits, conversation)))
+        require_fits(limits, len(prompts[-1]), "messages")
+    rendered = {"messages": [], "tools": None, "chat_template_kwargs": None}
+    return Prepared(body.model_copy(update=rendered), prompts, [], text.turn_ends)
+
+
+def trl_score(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TrlScoreBody]:
+    """Raises InvalidRequestError."""
+    body = parse(TrlScoreBody, raw, UNKNOWN)
+    require_few(limits, len(body.sequences), "sequences")
+    for sequence in body.sequences:
+        require_fits(limits, len(sequence), "sequences")
+    return Prepared(body.model_copy(update={"sequences": []}), body.sequences, [])
+
+
+def require_few(limits: Limits, count: int, param: str) -> None:
+    """Raises InvalidRequestError."""
+    if count > limits.max_prompts:
+        raise InvalidRequestError(f"{param}: at most {limits.max_prompts} (--max-prompts), not {count}", param=param)
+
+
+JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {
+    job.__name__: job for job in (tokens_in, render, trl_generate, trl_chat, trl_score)
+}

@@ -1,0 +1,70 @@
+"""The generating routes of vLLM's dialect. What controls the server is in control.py, areal.py and trl_control.py."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from slipstream.server.body import Body, read_body
+from slipstream.server.description import describe
+from slipstream.server.generating import prepare
+from slipstream.server.json_response import JSONBody
+from slipstream.server.openai.schema import ChatBody
+from slipstream.server.responses import LargeResponse
+from slipstream.server.service import Service
+from slipstream.server.vllm import answers
+from slipstream.server.vllm.generate import generate_tokens
+from slipstream.server.vllm.schema import NoBody, TokensInBody, TrlChatBody, TrlGenerateBody, TrlScoreBody
+from slipstream.server.vllm.trl import trl_chat, trl_generate, trl_score
+
+BODIES: tuple[type[Body], ...] = (TokensInBody, TrlGenerateBody, TrlChatBody, TrlScoreBody, NoBody)
+DESCRIBED = (*BODIES, *answers.ANSWERS)
+BUSY = (404, 429, 503, 504)
+
+
+def vllm_router(service: Service) -> APIRouter:
+    router = APIRouter(default_response_class=Response)
+
+    @router.post(
+        "/inference/v1/generate",
+        openapi_extra=describe(answers.TokensOutAnswer, *BUSY, bodies=[TokensInBody], stream=answers.TokensOutChunk),
+    )
+    async def generate(request: Request) -> Response:
+        """Continue token ids."""
+        return await generate_tokens(service, request)
+
+    @router.post("/v1/chat/completions/render", openapi_extra=describe(answers.Rendered, *BUSY, bodies=[ChatBody]))
+    async def render(request: Request) -> Response:
+        """The token ids of a conversation, as a body for /inference/v1/generate."""
+        return LargeResponse(service, await prepare(service, request, "render"))
+
+    @router.post("/generate/", openapi_extra=describe(answers.TrlCompletions, *BUSY, bodies=[TrlGenerateBody]))
+    async def generate_for_trl(request: Request) -> Response:
+        """Continue several prompts."""
+        return await trl_generate(service, request)
+
+    @router.post("/chat/", openapi_extra=describe(answers.TrlCompletions, *BUSY, bodies=[TrlChatBody]))
+    async def chat_for_trl(request: Request) -> Response:
+        """Continue several conversations."""
+        return await trl_chat(service, request)
+
+    @router.post("/get_sequence_logprobs/", openapi_extra=describe(answers.TrlScores, *BUSY, bodies=[TrlScoreBody]))
+    async def scores_for_trl(request: Request) -> Response:
+        """How likely tokens are that others have said."""
+        return await trl_score(service, request)
+
+    @router.post(
+        "/finish_session", openapi_extra=describe(answers.SessionFinished, 503, bodies=[NoBody], body_required=False)
+    )
+    async def finish_session(request: Request) -> Response:
+        """A conversation is over; nothing is held for it here."""
+        service.require_ready()
+        await read_body(request, service.config.max_body_bytes)
+        return JSONBody({"status": "ok"})
+
+    @router.get("/health/", openapi_extra=describe(answers.TrlHealth, 503, errors=answers.TrlHealth))
+    async def health_for_trl() -> Response:
+        """200 while the engine makes progress."""
+        status, body = service.health()
+        return JSONBody(body, status)
+
+    return router

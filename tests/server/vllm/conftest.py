@@ -1,0 +1,45 @@
+"""A server of its own for what pauses it, and weights for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slipstream.engine.checkpoint import open_checkpoint
+from slipstream.engine.checkpoint.dummy import dummy_tensors
+
+
+@pytest.fixture(scope="session")
+def policy(tiny_model: Path) -> Callable[[int], dict[str, Tensor]]:
+    """The weights of a version; 0 are those of the files."""
+    config = open_checkpoint(tiny_model).config
+    return lambda seed: dict(dummy_tensors(config, seed))
+
+
+@pytest.fixture(scope="session")
+def other_model(tiny_model: Path, policy: Any, tmp_path_factory: Any) -> Path:
+    """A folder with the weights of version 1."""
+    folder: Path = tmp_path_factory.mktemp("other") / "tiny-model"
+    folder.mkdir()
+    for file in tiny_model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    save_file(policy(1), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="package")
+def trained_server(start_local: Callable[..., Any]) -> Any:
+    """Whose model is trained; tests leave it awake and not paused."""
+    return start_local(max_model_len=8192, max_logprobs=-1)
+
+
+@pytest.fixture
+def trained(trained_server: Any) -> Iterator[Any]:
+    yield trained_server
+    assert trained_server.get("/is_paused") == (200, {"is_paused": False})
+    assert trained_server.get("/is_sleeping") == (200, {"is_sleeping": False})

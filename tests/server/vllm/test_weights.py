@@ -1,0 +1,351 @@
+"""Weights on their ways to a server that generates: files, shared memory, groups; as vLLM, AReaL and TRL name them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import shared_memory
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from slipstream.clients.trainers.group import TrainerGroup, send_packed
+
+PROMPT = [504, 2365, 6354, 16438]
+Weights = dict[str, Tensor]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+    return port
+
+
+def post(server: Any, path: str, body: Any = None, *, status: int = 200) -> Any:
+    found, reply = server.post(path, {} if body is None else body)
+    assert found == status, reply
+    return reply
+
+
+def say(server: Any) -> Any:
+    return server.complete(PROMPT, max_tokens=8, temperature=0)["choices"]
+
+
+def info(weights: Weights) -> dict[str, Any]:
+    return {
+        "names": list(weights),
+        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()],
+        "shapes": [list(tensor.shape) for tensor in weights.values()],
+    }
+
+
+@pytest.fixture(scope="module")
+def said(start_local: Callable[..., Any], other_model: Path, trained_server: Any) -> list[Any]:
+    """What servers say with the weights of version 0 and 1."""
+    found = [say(trained_server), say(start_local(model=str(other_model)))]
+    assert found[0] != found[1]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(trained: Any, tiny_model: Path) -> Iterator[None]:
+    yield
+    post(trained, "/areal_update_weights", {"model_path": str(tiny_model)})
+
+
+def join(server: Any, packed: bool) -> TrainerGroup:
+    port = free_port()
+    told = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2, "packed": packed}
+    with ThreadPoolExecutor(1) as beside:
+        joining = beside.submit(post, server, "/init_weight_transfer_engine", {"init_info": told})
+        group = TrainerGroup("127.0.0.1", port, 2, timeout_s=60)
+        assert joining.result(120) == {"message": "Weight transfer initialized"}
+    return group
+
+
+@contextmanager
+def beside(function: Callable[..., Any], *arguments: Any) -> Iterator[None]:
+    """The other side of a call."""
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(function, *arguments)
+        yield
+        other.result(120)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_group_of_vllm(trained: Any, policy: Any, said: list[Any], packed: bool) -> None:
+    group = join(trained, packed)
+    for version in (1, 0, 1):
+        weights = policy(version)
+        post(trained, "/start_weight_update", {"is_checkpoint_format": True})
+        with beside(post, trained, "/update_weights", {"update_info": info(weights)}):
+            if packed:
+                send_packed(iter(weights.items()), group)
+            else:
+                for tensor in weights.values():
+                    group.broadcast(tensor)
+        post(trained, "/finish_weight_update", {"weight_version": f"v{version}"})
+        assert say(trained) == said[version]
+        assert trained.get("/weight_info")[1] == {"weight_version": f"v{version}"}
+    assert post(trained, "/shutdown_weight_transfer_engine") == {"message": "Weight transfer shut down"}
+    assert post(trained, "/update_weights", {"update_info": info(policy(0))}, status=400)["error"]["message"]
+
+
+def test_nothing_is_seen_before_the_end_and_spans_tell_where_it_was(trained: Any, policy: Any, said: list[Any]) -> None:
+    names = list(policy(1))
+    post(trained, "/update_weight_version", {"new_version": "old"})
+    wanted = {"temperature": 0, "max_tokens": 6000, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as threads:
+        long = threads.submit(trained.post, "/inference/v1/generate", {"token_ids": PROMPT, "sampling_params": wanted})
+        trained.wait_until(lambda: trained.metric("num_requests_running") == 1)
+        post(trained, "/start_weight_update")
+        for part in (names[:3], names[3:]):
+            send_shared(trained, {name: policy(1)[name] for name in part})
+            if part == names[:3]:
+                assert say(trained) == said[0]
+        post(trained, "/finish_weight_update", {"weight_version": "new"})
+        assert say(trained) == said[1]
+        status, reply = long.result(300)
+    assert status == 200
+    first, second = reply["choices"][0]["weight_versions"]
+    assert (first["version"], first["start"], second["version"], second["end"]) == ("old", 0, "new", 6000)
+    assert 0 < first["end"] == second["start"] < 6000
+
+
+def send_shared(server: Any, weights: Weights) -> None:
+    data = save({name: tensor.contiguous() for name, tensor in weights.items()})
+    segment = shared_memory.SharedMemory(create=True, size=len(data))
+    try:
+        segment.buf[: len(data)] = data
+        post(server, "/update_weights", {"update_info": {"shared_memory": segment.name, "num_bytes": len(data)}})
+    finally:
+        segment.close()
+        segment.unlink()
+
+
+def test_what_is_sent_without_a_beginning_serves_when_it_is_whole(trained: Any, policy: Any, said: list[Any]) -> None:
+    weights = policy(1)
+    names = list(weights)
+    send_shared(trained, {name: weights[name] for name in names[1:]})
+    assert say(trained) == said[0]
+    send_shared(trained, {names[0]: weights[names[0]]})
+    assert say(trained) == said[1]
+
+
+def test_an_update_that_nobody_began_cannot_end(trained: Any) -> None:
+    assert post(trained, "/finish_weight_update", status=409)["error"]["code"] == "no_update"
+
+
+def test_what_cannot_be_taken_leaves_the_old_weights(trained: Any, policy: Any, said: list[Any]) -> None:
+    post(trained, "/start_weight_update")
+    wrong = {"model.norm.weight": torch.zeros(7)}
+    data = save(wrong)
+    segment = shared_memory.SharedMemory(create=True, size=len(data))
+    segment.buf[: len(data)] = data
+    asked = {"update_info": {"shared_memory": segment.name, "num_bytes": len(data)}}
+    post(trained, "/update_weights", asked, status=400)
+    segment.close()
+    segment.unlink()
+    post(trained, "/finish_weight_update", status=409)
+    assert say(trained) == said[0]
+
+
+def test_skyrl_calls_by_name(trained: Any, policy: Any, said: list[Any]) -> None:
+    group = join(trained, packed=False)
+    weights = policy(1)
+
+    def call(method: str, **kwargs: Any) -> None:
+        assert post(trained, "/collective_rpc", {"method": method, "kwargs": kwargs}) == {"results": [None]}
+
+    call("skyrl_start_weight_update", is_checkpoint_format=True)
+    with ThreadPoolExecutor(1) as threads:
+        asked = {"update_info": info(weights) | {"packed": True}}
+        receiving = threads.submit(call, "update_weights_nccl", **asked)
+        send_packed(iter(weights.items()), group)
+        receiving.result(120)
+    assert say(trained) == said[0]
+    call("skyrl_finish_weight_update")
+    assert say(trained) == said[1]
+    reply = post(trained, "/collective_rpc", {"method": "execute_model"}, status=400)
+    assert reply["error"]["param"] == "method"
+
+
+# AReaL ---------------------------------------------------------------------------------------------------------------
+
+
+def test_areal_updates_from_a_folder(trained: Any, other_model: Path, said: list[Any]) -> None:
+    assert post(trained, "/areal_pause_generation")["success"] is True
+    answers = ThreadPoolExecutor(1).submit(say, trained)
+    trained.wait_until(lambda: trained.metric("num_requests_waiting") == 1)
+    assert post(trained, "/areal_update_weights", {"model_path": str(other_model), "load_format": "auto"})["success"]
+    assert not answers.done(), "an update ends no pause"
+    assert post(trained, "/areal_continue_generation")["success"] is True
+    assert answers.result(120) == said[1], "what waits is computed with the new weights"
+    post(trained, "/areal_update_weights", {"model_path": "/nowhere"}, status=400)
+
+
+def test_areal_sends_buckets_over_a_named_group(trained: Any, policy: Any, said: list[Any]) -> None:
+    weights = policy(1)
+    names, port = list(weights), free_port()
+    told = {
+        "master_address": "127.0.0.1",
+        "master_port": str(port),
+        "rank_offset": 1,
+        "world_size": 2,
+        "backend": "gloo",
+        "group_name": "update_weight_group",
+    }
+    with beside(post, trained, "/areal_init_weights_update_group", told):
+        store: Any = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True)
+        for prefix in ("update_weight_group", "update_weight_group/", "cpu/"):
+            store = torch.distributed.PrefixStore(prefix, store)
+        group = torch.distributed.ProcessGroupGloo(store, 0, 2)
+    post(trained, "/areal_pause_generation")
+    for part in (names[:2], names[2:]):
+        bucket = info({name: weights[name] for name in part})
+        bucket |= {"dtypes": bucket.pop("dtype_names"), "group_name": "update_weight_group"}
+        post(trained, "/areal_set_update_weight_meta", bucket)
+        with beside(post, trained, "/areal_update_weights_xccl"):
+            for name in part:
+                options = torch.distributed.BroadcastOptions()
+                options.rootRank = 0
+                group.broadcast([weights[name]], options).wait()
+    post(trained, "/areal_continue_generation")
+    assert say(trained) == said[1]
+    assert post(trained, "/areal_update_weights_xccl", status=409)["error"]["code"] == "no_update"
+
+
+# TRL before 1.11 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_trl_sends_parameters_behind_the_answers(trained: Any, policy: Any, said: list[Any], batched: bool) -> None:
+    weights, port = policy(1), free_port()
+    told = {"host": "127.0.0.1", "port": port, "world_size": 2, "client_device_uuid": "cpu"}
+    assert "message" in post(trained, "/init_communicator/", told)
+    group = TrainerGroup("127.0.0.1", port, 2, timeout_s=60)
+    params = [
+        {"name": name, "dtype": str(tensor.dtype), "shape": list(tensor.shape)} for name, tensor in weights.items()
+    ]
+    if batched:
+        post(trained, "/batch_update_named_params/", {"params": params})
+    for param, tensor in zip(params, weights.values(), strict=True):
+        if not batched:
+            post(trained, "/update_named_param/", param)
+        group.broadcast(tensor, src=1)
+        if not batched:
+            group.barrier()
+    if batched:
+        group.barrier()
+    assert post(trained, "/reset_prefix_cache/")["message"].endswith("True")
+    assert say(trained) == said[1]
+    assert "message" in post(trained, "/close_communicator/")
+
+
+def test_trl_is_told_at_the_next_call_what_went_wrong(trained: Any, said: list[Any]) -> None:
+    post(trained, "/update_named_param/", {"name": "model.norm.weight", "dtype": "torch.float32", "shape": [4]})
+    assert post(trained, "/reset_prefix_cache/", status=409)["error"]["code"] == "update_failed"
+    assert post(trained, "/reset_prefix_cache/")["message"].endswith("True")
+    assert say(trained) == said[0]
+    anywhere = {"host": "0.0.0.0", "port": 5000, "world_size": 2}
+    assert post(trained, "/init_communicator/", anywhere, status=400)["error"]["param"] == "host"
+
+
+# LoRA ----------------------------------------------------------------------------------------------------------------
+
+
+def write_lora(folder: Path, policy: Any) -> Weights:
+    """A LoRA of one projection, as PEFT writes it; the tensors."""
+    name = "model.layers.0.self_attn.q_proj"
+    rows, columns = policy(0)[f"{name}.weight"].shape
+    torch.manual_seed(1)
+    tensors = {
+        f"base_model.model.{name}.lora_A.weight": torch.randn(2, columns),
+        f"base_model.model.{name}.lora_B.weight": torch.randn(rows, 2),
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def test_a_lora_serves_under_its_name_too(trained: Any, policy: Any, said: list[Any], tmp_path: Path) -> None:
+    write_lora(tmp_path / "lora", policy)
+    body = json.dumps({"lora_name": "policy-v1", "lora_path": str(tmp_path / "lora"), "load_inplace": False}).encode()
+    for path in ("/v1/load_lora_adapter", "/skyrl/v1/load_lora_adapter"):
+        status, headers, reply = trained.request("POST", path, body, {"content-type": "application/json"})
+        assert status == 200 and headers["content-type"].startswith("text/plain"), reply
+    with_it = trained.complete(PROMPT, max_tokens=8, temperature=0, model="policy-v1")
+    assert with_it["choices"] != said[0] and with_it["model"] == "policy-v1"
+    assert "policy-v1" in [card["id"] for card in trained.get("/v1/models")[1]["data"]]
+    assert trained.get("/weight_info")[1] == {"weight_version": "policy-v1"}
+    name = json.dumps({"lora_name": "policy-v1"}).encode()
+    status, _, _ = trained.request("POST", "/v1/unload_lora_adapter", name, {"content-type": "application/json"})
+    assert status == 200
+    post(trained, "/v1/completions", {"prompt": PROMPT, "model": "policy-v1", "max_tokens": 1}, status=404)
+    post(trained, "/v1/unload_lora_adapter", {"lora_name": "policy-v1"}, status=404)
+
+
+def test_areal_sends_loras(trained: Any, policy: Any, said: list[Any], tmp_path: Path) -> None:
+    tensors = write_lora(tmp_path / "lora", policy)
+    about = {"lora_name": "lora-v1", "lora_int_id": 1, "base_model_name": "tiny"}
+    post(trained, "/areal_update_weights_lora", {"lora_model_path": str(tmp_path / "lora"), **about})
+    with_it = say(trained)
+    assert with_it != said[0]
+    post(trained, "/areal_update_weights", {"model_path": trained.get("/v1/models")[1]["data"][0]["root"]}, status=400)
+    group, port = None, free_port()
+    told = {"master_address": "127.0.0.1", "master_port": str(port), "rank_offset": 1, "world_size": 2}
+    with beside(post, trained, "/areal_init_weights_update_group", told | {"backend": "gloo", "group_name": "loras"}):
+        store: Any = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True)
+        for prefix in ("loras", "loras/", "cpu/"):
+            store = torch.distributed.PrefixStore(prefix, store)
+        group = torch.distributed.ProcessGroupGloo(store, 0, 2)
+    bucket = info(tensors)
+    bucket |= {"dtypes": bucket.pop("dtype_names"), "group_name": "loras", "lora_target_modules": ["q_proj"]}
+    bucket |= about | {"lora_name": "lora-v2", "lora_rank": 2, "lora_alpha": 4, "lora_bias": "none"}
+    post(trained, "/areal_set_update_weight_meta_lora", bucket)
+    with beside(post, trained, "/areal_update_weights_lora_xccl", bucket):
+        for tensor in tensors.values():
+            options = torch.distributed.BroadcastOptions()
+            options.rootRank = 0
+            group.broadcast([tensor], options).wait()
+    assert say(trained) == with_it, "the same LoRA, on the weights that served before the first"
+    for name in ("lora-v1", "lora-v2"):
+        trained.request(
+            "POST",
+            "/v1/unload_lora_adapter",
+            json.dumps({"lora_name": name}).encode(),
+            {"content-type": "application/json"},
+        )
+
+
+def test_updates_under_load_mix_no_weights(trained: Any, policy: Any) -> None:
+    """Answers between updates are those of one version or the other."""
+    answers: list[Any] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            answers.append(trained.complete(PROMPT, max_tokens=1, temperature=0)["choices"][0]["text"])
+
+    expected = set()
+    with ThreadPoolExecutor(2) as threads:
+        asking = [threads.submit(ask) for _ in range(2)]
+        for version in (1, 0, 1, 0, 1):
+            post(trained, "/start_weight_update")
+            send_shared(trained, policy(version))
+            post(trained, "/finish_weight_update", {"weight_version": str(version)})
+            expected.add(trained.complete(PROMPT, max_tokens=1, temperature=0)["choices"][0]["text"])
+        stop.set()
+        for each in asking:
+            each.result(120)
+    assert set(answers) <= expected
