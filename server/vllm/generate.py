@@ -69,6 +69,13 @@ async def generate_tokens(service: Service, request: Request) -> GenerationRespo
     return GenerationResponse(service, generation, writer, bool(body.stream))
 
 
+def weight_versions(sequence: Sequence) -> list[dict[str, Any]]:
+    """Which weights sampled which tokens."""
+    spans = sequence.weight_spans
+    ends = [*(span.first for span in spans[1:]), sequence.num_tokens]
+    return [{"version": span.version, "start": span.first, "end": end} for span, end in zip(spans, ends, strict=True)]
+
+
 class TokensOutWriter:
     def __init__(
         self,
@@ -133,7 +140,7 @@ class TokensOutWriter:
             "logprobs": None,
             "routed_experts": None,
             "sampling_mask": None,
-            "weight_versions": None,
+            "weight_versions": None if piece.finish_reason is None else weight_versions(sequence),
         }
         if self._mode == "text":
             choice["text"] = piece.text

