@@ -167,7 +167,8 @@ class Document:
         if kind == "application/json":
             self._classes[content[kind]["schema"]["$ref"].rpartition("/")[2]].model_validate_json(body)
         elif kind == "text/event-stream":
-            chunk = next(name for name in self._classes if name in content[kind]["schema"]["description"])
+            said = content[kind]["schema"]["description"]
+            chunk = next(name for name in self._classes if re.search(rf"\b{name}\b", said))
             for event in body.decode().removesuffix("data: [DONE]\n\n").split("\n\n")[:-1]:
                 data = event.removeprefix("data: ")
                 (ErrorAnswer if data.startswith('{"error"') else self._classes[chunk]).model_validate_json(data)
