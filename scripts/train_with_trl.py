@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slipstream.clients.trainers.trl import connect
+from slipstream.clients.adapters.trl import connect
 
 START_S = 300.0
 MOST_DIFFERENCE = 1e-3

@@ -63,7 +63,12 @@ def openai_router(service: Service) -> APIRouter:
     async def models() -> Response:
         """The model of this server under its names."""
         service.require_ready()
-        return JSONBody({"object": "list", "data": [model_card(service, name) for name in (*service.model_names, *service.adapter_names)]})
+        return JSONBody(
+            {
+                "object": "list",
+                "data": [model_card(service, name) for name in (*service.model_names, *service.adapter_names)],
+            }
+        )
 
     @router.get("/v1/models/{name:path}", openapi_extra=describe(answers.Model, 404, 503))
     async def model(name: str) -> Response:

@@ -86,7 +86,7 @@ def trl_chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TrlChatBod
         conversation = TemplateBody(messages=messages, chat_template_kwargs=body.chat_template_kwargs, tools=body.tools)
         prompts.append(render_prompt(text, limits, conversation, template_for(text, limits, conversation)))
         require_fits(limits, len(prompts[-1]), "messages")
-    rendered = {"messages": [], "tools": None, "chat_template_kwargs": None}
+    rendered: dict[str, Any] = {"messages": [], "tools": None, "chat_template_kwargs": None}
     return Prepared(body.model_copy(update=rendered), prompts, [], text.turn_ends)
 
 

@@ -170,7 +170,7 @@ class Transfer:
         """
         if host in ("0.0.0.0", "::"):
             raise InvalidRequestError(
-                "host: the group is the trainer's here, so send its address (slipstream.clients.trainers.trl does), or "
+                "host: the group is the trainer's here, so send its address (slipstream.clients.adapters.trl does), or "
                 "use TRL from 1.11 on, which does so by itself",
                 param="host",
                 code="unsupported_parameter",

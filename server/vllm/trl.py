@@ -31,7 +31,7 @@ from slipstream.server.service import Service
 from slipstream.server.vllm.schema import TrlSampling, TrlScoreBody, VllmSampling
 
 DEFAULT_MAX_TOKENS = 16
-PLAIN = VllmSampling().with_defaults()
+PLAIN = VllmSampling.model_validate({}).with_defaults()
 encode = msgspec.json.Encoder().encode
 
 

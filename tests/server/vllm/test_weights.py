@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from slipstream.clients.trainers.group import TrainerGroup, send_packed
+from slipstream.clients.adapters.group import TrainerGroup, send_packed
 
 PROMPT = [504, 2365, 6354, 16438]
 Weights = dict[str, Tensor]

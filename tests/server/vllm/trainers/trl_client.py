@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from slipstream.clients.trainers.trl import connect
+from slipstream.clients.adapters.trl import connect
 
 connect()
 

@@ -10,6 +10,7 @@ import socket
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from typing import Any
@@ -17,7 +18,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from slipstream.clients.trainers.group import TrainerGroup, send_packed
+from slipstream.clients.adapters.group import TrainerGroup, send_packed
 
 STANDS_FOR = "0.31.0"
 """The version of vLLM whose interface the modules have that stand in its place; TRL knows it."""
@@ -31,24 +32,25 @@ def connect() -> None:
     """
     if find_spec("vllm") is None:
         _stand_in_for_vllm()
-    from trl.generation import vllm_client
-
-    if not hasattr(vllm_client, "open_trainer_endpoint"):  # before TRL 1.11
-        vllm_client.VLLMClient.init_communicator = _legacy(vllm_client.VLLMClient.init_communicator)
+    client: Any = import_module("trl.generation.vllm_client")
+    original = client.VLLMClient.init_communicator
+    if not hasattr(client, "open_trainer_endpoint"):  # before TRL 1.11
+        client.VLLMClient.init_communicator = _legacy(original)
         return
-    vllm_client.VLLMClient.init_communicator = _current(vllm_client.VLLMClient.init_communicator)
-    packed = vllm_client.packed_nccl_broadcast_producer
+    client.VLLMClient.init_communicator = _current(original)
+    packed = client.packed_nccl_broadcast_producer
 
-    def send(*arguments: Any, group: Any, **named: Any) -> None:
-        (send_packed if isinstance(group, TrainerGroup) else packed)(*arguments, group=group, **named)
+    def send(**named: Any) -> None:
+        (send_packed if isinstance(named["group"], TrainerGroup) else packed)(**named)
 
-    vllm_client.packed_nccl_broadcast_producer = send
+    client.packed_nccl_broadcast_producer = send
 
 
 def _current(original: Any) -> Any:
     def init_communicator(self: Any, device: Any = 0) -> None:
         if _is_gpu(device):
-            return original(self, device)
+            original(self, device)
+            return
         world_size = self.get_world_size() + 1
         address = own_address(self.base_url)
         info = {"master_address": address, "master_port": self.group_port, "rank_offset": 1, "world_size": world_size}
@@ -64,7 +66,8 @@ def _current(original: Any) -> Any:
 def _legacy(original: Any) -> Any:
     def init_communicator(self: Any, device: Any = 0) -> None:
         if _is_gpu(device):
-            return original(self, device)
+            original(self, device)
+            return
         self.rank, address = 0, own_address(self.base_url)
         told = {"host": address, "port": self.group_port, "world_size": 2, "client_device_uuid": "cpu"}
         response = self.session.post(f"{self.base_url}/init_communicator/", json=told)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore
 
 PACKED_BYTES = 2**30
 """Bytes after which packed tensors are sent; vLLM's default, which the server has, too."""
@@ -25,10 +27,10 @@ class TrainerGroup:
     def __init__(self, address: str, port: int, world_size: int, timeout_s: float = TIMEOUT_S) -> None:
         """``address`` and ``port`` are what the server is told. Raises RuntimeError if it does not come in time."""
         timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(address, port, world_size, is_master=True, timeout=timeout)
+        store = TCPStore(address, port, world_size, is_master=True, timeout=timeout)
         host = f"[{address}]" if ":" in address else address
-        named = dist.PrefixStore(f"tcp://{host}:{port}", store)
-        self._gloo = dist.ProcessGroupGloo(named, 0, world_size, timeout=timeout)
+        named = PrefixStore(f"tcp://{host}:{port}", store)
+        self._gloo: Any = dist.ProcessGroupGloo(named, 0, world_size, timeout=timeout)
         self.group = SimpleNamespace(store=store, socket=None, barrier=self.barrier)
         """Trainers let go of the store by it, and wait for others."""
 
