@@ -60,7 +60,7 @@ class Lora:
         if tensor.dim() != 2:
             raise ModelError(f"{name!r} has shape {list(tensor.shape)}, which is no matrix of a LoRA")
         matrix = tensor.detach().to("cpu", torch.float32, copy=True)
-        self._matrices.setdefault(plain_name(found["module"]) + ".weight", {})[found["which"]] = matrix
+        self._matrices.setdefault(found["module"] + ".weight", {})[found["which"]] = matrix
         return True
 
     def merged(self, base: Weights, scale: float | None) -> Iterator[tuple[str, Tensor, int]]:

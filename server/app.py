@@ -48,7 +48,7 @@ DESCRIBED = tuple(dict.fromkeys([*(model for dialect in DIALECTS for model in di
 def build_app(service: Service) -> ASGIApp:
     app = FastAPI(title="Slipstream", version=version("slipstream"), redoc_url=None, redirect_slashes=False)
     generating = [openai.openai_router(service), sglang.sglang_router(service), vllm.vllm_router(service)]
-    controls = [sglang.control_router(service), vllm_control.vllm_control_router(service)]
+    controls = [sglang.control_router(service), *vllm_control.control_routers(service)]
     for router in (*generating, *controls, admin.admin_router(service)):
         app.include_router(router)
     for path in paths(generating):
@@ -114,7 +114,14 @@ def build_app(service: Service) -> ASGIApp:
 
 
 def paths(routers: Iterable[APIRouter]) -> list[str]:
-    return [route.path for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    """Raises TypeError for a router within one of them, whose paths would be missing: the gate has to know all."""
+    found = []
+    for router in routers:
+        for route in router.routes:
+            if not isinstance(route, APIRoute):
+                raise TypeError(f"{route!r} is no route: register the router that it comes from by itself")
+            found.append(route.path)
+    return found
 
 
 def refuse_method(request: Request, where: str, methods: str) -> Response:

@@ -41,19 +41,17 @@ def told(answer: type[Answer], body: type[Body] = NoBody) -> dict[str, Any]:
     return describe(answer, *REFUSALS, bodies=[body], body_required=body is not NoBody)
 
 
-def vllm_control_router(service: Service) -> APIRouter:
-    router = APIRouter(default_response_class=Response)
+def control_routers(service: Service) -> list[APIRouter]:
+    """Side by side, so that the gate sees every route of theirs."""
     transfer, adapters = Transfer(service), Adapters(service)
-    for part in (
+    return [
         pause_router(service),
         memory_router(service),
         update_router(service, transfer),
         lora_router(service, adapters),
         areal_router(service, transfer, adapters),
         trl_control_router(service, transfer),
-    ):
-        router.include_router(part)
-    return router
+    ]
 
 
 def pause_router(service: Service) -> APIRouter:
@@ -84,17 +82,17 @@ def pause_router(service: Service) -> APIRouter:
         service.require_ready()
         return JSONBody({"is_paused": control.paused})
 
-    @router.post("/abort_requests", openapi_extra=told(answers.Aborted, schema.AbortBody))
+    @router.post("/abort_requests", openapi_extra=told(answers.VllmAborted, schema.VllmAbortBody))
     async def abort_requests(request: Request) -> Response:
         """End requests, or all of them; they answer what they have."""
-        names = (await body_of(service, request, schema.AbortBody)).request_ids
+        names = (await body_of(service, request, schema.VllmAbortBody)).request_ids
         service.require_ready()
         return JSONBody({"status": "aborted", "aborted": await control.abort(names or None)})
 
-    @router.post("/inference/v1/abort_requests", openapi_extra=told(answers.Aborted, schema.AbortBody))
+    @router.post("/inference/v1/abort_requests", openapi_extra=told(answers.VllmAborted, schema.VllmAbortBody))
     async def abort_these(request: Request) -> Response:
         """End requests."""
-        names = (await body_of(service, request, schema.AbortBody)).request_ids
+        names = (await body_of(service, request, schema.VllmAbortBody)).request_ids
         if names is None:
             raise InvalidRequestError("missing field 'request_ids'", param="request_ids")
         service.require_ready()
@@ -217,10 +215,10 @@ def update_router(service: Service, transfer: Transfer) -> APIRouter:
         await transfer.update((await body_of(service, request, schema.UpdateWeightsBody)).infos)
         return JSONBody({"message": "Weights updated"})
 
-    @router.post("/finish_weight_update", openapi_extra=told(answers.Done, schema.FinishBody))
+    @router.post("/finish_weight_update", openapi_extra=told(answers.Done, schema.VllmFinishBody))
     async def finish_weight_update(request: Request) -> Response:
         """Serve with the new weights from now on."""
-        await transfer.finish((await body_of(service, request, schema.FinishBody)).weight_version)
+        await transfer.finish((await body_of(service, request, schema.VllmFinishBody)).weight_version)
         return JSONBody({"message": "Weight update finished"})
 
     @router.post("/update_weight_version", openapi_extra=told(answers.VersionSet, schema.WeightVersionBody))

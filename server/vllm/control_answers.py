@@ -37,7 +37,7 @@ class CacheReset(Answer):
     success: bool
 
 
-class Aborted(Answer):
+class VllmAborted(Answer):
     status: Literal["aborted"]
     aborted: int
 
@@ -78,6 +78,6 @@ class CallResults(Answer):
 
 
 ANSWERS: tuple[type[Answer], ...] = (
-    *(PauseStatus, IsPaused, SleepStatus, WakeStatus, IsSleeping, CacheReleased, CacheReset, Aborted, WorldSize),
+    *(PauseStatus, IsPaused, SleepStatus, WakeStatus, IsSleeping, CacheReleased, CacheReset, VllmAborted, WorldSize),
     *(Done, Succeeded, VersionSet, WeightInfo, WeightCheck, CallResults),
 )

@@ -29,7 +29,7 @@ WorldSize = Annotated[int, Field(ge=2, lt=2**20)]
 Version = Annotated[str, Field(min_length=1, max_length=512)]
 
 
-class AbortBody(Body):
+class VllmAbortBody(Body):
     request_ids: Annotated[list[Annotated[str, Field(max_length=512)]], Field(fail_fast=True)] | None = None
 
 
@@ -100,7 +100,7 @@ class UpdateWeightsBody(Body):
         return self.update_info if isinstance(self.update_info, list) else [self.update_info]
 
 
-class FinishBody(Body):
+class VllmFinishBody(Body):
     weight_version: Version | None = None
 
 
@@ -221,7 +221,7 @@ class TrlTensorsBody(Body):
 
 
 BODIES: tuple[type[Body], ...] = (
-    *(AbortBody, ResetCacheBody, InitBody, UpdateWeightsBody, FinishBody, WeightVersionBody, CheckWeightsBody),
+    *(VllmAbortBody, ResetCacheBody, InitBody, UpdateWeightsBody, VllmFinishBody, WeightVersionBody, CheckWeightsBody),
     *(CallBody, LoraBody, LoraNameBody, ArealUpdateBody, ArealLoraBody, ArealGroupBody, ArealTensorsBody),
     *(ArealLoraTensorsBody, TrlCommunicatorBody, TrlTensorBody, TrlTensorsBody),
 )

@@ -47,6 +47,7 @@ async def generate_tokens(service: Service, request: Request) -> GenerationRespo
         max_tokens=room if wanted.max_tokens is None else min(wanted.max_tokens, room),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        structure=prepared.structure,
     )
     generation = start_generation(
         service,
@@ -55,7 +56,7 @@ async def generate_tokens(service: Service, request: Request) -> GenerationRespo
             prompts=[prompt],
             params=[params],
             param="token_ids",
-            output=output_options(wanted, None),
+            output=output_options(wanted, None, prepared.structure),
             choices=wanted.n or 1,
             seed=wanted.seed,
             priority=body.priority or 0,
@@ -72,7 +73,7 @@ async def generate_tokens(service: Service, request: Request) -> GenerationRespo
 def weight_versions(sequence: Sequence) -> list[dict[str, Any]]:
     """Which weights sampled which tokens."""
     spans = sequence.weight_spans
-    ends = [*(span.first for span in spans[1:]), sequence.num_tokens]
+    ends = [*(span.first for span in spans), sequence.num_tokens][1:]
     return [{"version": span.version, "start": span.first, "end": end} for span, end in zip(spans, ends, strict=True)]
 
 

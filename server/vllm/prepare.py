@@ -8,11 +8,27 @@ from typing import Any, Literal
 
 from slipstream.server.body import parse
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.openai.prepare import answer, encode, render_prompt, require_fits, template_for
+from slipstream.server.openai.prepare import (
+    STRUCTURED,
+    answer,
+    encode,
+    render_prompt,
+    require_fits,
+    structure,
+    template_for,
+)
 from slipstream.server.openai.schema import ChatBody, SamplingBody, TemplateBody
+from slipstream.server.openai.structured import StructuredFields
 from slipstream.server.prepared import Limits, Prepared, require_model
 from slipstream.server.text_model import TextModel
-from slipstream.server.vllm.schema import TokensInBody, TrlChatBody, TrlGenerateBody, TrlScoreBody
+from slipstream.server.vllm.schema import (
+    TokensInBody,
+    TrlChatBody,
+    TrlGenerateBody,
+    TrlSampling,
+    TrlScoreBody,
+    VllmSampling,
+)
 
 UNKNOWN: Literal["warn"] = "warn"
 """What becomes of unknown fields, whatever --unknown-fields says: the servers that clients know ignore them."""
@@ -22,7 +38,9 @@ def tokens_in(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TokensInB
     """Raises InvalidRequestError."""
     body = parse(TokensInBody, raw, UNKNOWN)
     require_fits(limits, len(body.token_ids), "token_ids")
-    return Prepared(body.model_copy(update={"token_ids": []}), [body.token_ids], [])
+    sampling = body.sampling_params
+    done = body.model_copy(update={"token_ids": [], "sampling_params": sampling.model_copy(update=STRUCTURED)})
+    return Prepared(done, [body.token_ids], [], structure=structure(text, limits, sampling))
 
 
 def render(text: TextModel, limits: Limits, raw: bytes) -> bytes:
@@ -56,7 +74,8 @@ def render(text: TextModel, limits: Limits, raw: bytes) -> bytes:
 
 def sampling_of(body: ChatBody) -> dict[str, Any]:
     """The sampling parameters that a conversation asks for, as ``/inference/v1/generate`` takes them."""
-    found = body.model_dump(include=set(SamplingBody.model_fields), exclude_none=True)
+    fields = {*SamplingBody.model_fields, *StructuredFields.model_fields}
+    found = body.model_dump(include=fields, exclude_none=True, by_alias=True)
     if body.max_completion_tokens is not None:
         found["max_tokens"] = body.max_completion_tokens
     if body.logprobs:
@@ -64,7 +83,7 @@ def sampling_of(body: ChatBody) -> dict[str, Any]:
     return found
 
 
-def trl_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TrlGenerateBody]:
+def trl_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[VllmSampling]:
     """Raises InvalidRequestError."""
     body = parse(TrlGenerateBody, raw, UNKNOWN)
     require_few(limits, len(body.prompts), "prompts")
@@ -74,10 +93,10 @@ def trl_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TrlGen
         prompts = encode(text, limits, texts, True, "prompts")
     for prompt in prompts:
         require_fits(limits, len(prompt), "prompts")
-    return Prepared(body.model_copy(update={"prompts": []}), prompts, [])
+    return Prepared(resolved(body), prompts, [], structure=structure(text, limits, body.resolved))
 
 
-def trl_chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TrlChatBody]:
+def trl_chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[VllmSampling]:
     """Raises InvalidRequestError."""
     body = parse(TrlChatBody, raw, UNKNOWN)
     require_few(limits, len(body.messages), "messages")
@@ -86,8 +105,12 @@ def trl_chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TrlChatBod
         conversation = TemplateBody(messages=messages, chat_template_kwargs=body.chat_template_kwargs, tools=body.tools)
         prompts.append(render_prompt(text, limits, conversation, template_for(text, limits, conversation)))
         require_fits(limits, len(prompts[-1]), "messages")
-    rendered: dict[str, Any] = {"messages": [], "tools": None, "chat_template_kwargs": None}
-    return Prepared(body.model_copy(update=rendered), prompts, [], text.turn_ends)
+    return Prepared(resolved(body), prompts, [], text.turn_ends, structure(text, limits, body.resolved))
+
+
+def resolved(body: TrlSampling) -> VllmSampling:
+    """Without what nobody asks for once there are prompts and a grammar."""
+    return body.resolved.model_copy(update=STRUCTURED)
 
 
 def trl_score(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TrlScoreBody]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.body import Body, read_body
+from slipstream.server.body import Body
 from slipstream.server.description import describe
 from slipstream.server.generating import prepare
 from slipstream.server.json_response import JSONBody
@@ -12,6 +12,7 @@ from slipstream.server.openai.schema import ChatBody
 from slipstream.server.responses import LargeResponse
 from slipstream.server.service import Service
 from slipstream.server.vllm import answers
+from slipstream.server.vllm.asked import body_of
 from slipstream.server.vllm.generate import generate_tokens
 from slipstream.server.vllm.schema import NoBody, TokensInBody, TrlChatBody, TrlGenerateBody, TrlScoreBody
 from slipstream.server.vllm.trl import trl_chat, trl_generate, trl_score
@@ -58,7 +59,7 @@ def vllm_router(service: Service) -> APIRouter:
     async def finish_session(request: Request) -> Response:
         """A conversation is over; nothing is held for it here."""
         service.require_ready()
-        await read_body(request, service.config.max_body_bytes)
+        await body_of(service, request, NoBody)
         return JSONBody({"status": "ok"})
 
     @router.get("/health/", openapi_extra=describe(answers.TrlHealth, 503, errors=answers.TrlHealth))

@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from slipstream.server.body import Body
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.openai.fields import unsupported
 from slipstream.server.openai.schema import (
     MAX_MESSAGES,
     CacheSalt,
@@ -21,8 +22,8 @@ from slipstream.server.openai.schema import (
     StreamOptions,
     TokenIds,
     kind_of_prompt,
-    unsupported,
 )
+from slipstream.server.openai.structured import StructuredFields, StructuredOutputs
 
 VLLM_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """What parameters are that a request leaves out: those of its files do not count, since trainers compute with these."""
@@ -32,7 +33,7 @@ class NoBody(Body):
     """Nothing is to be said; what is said is ignored."""
 
 
-class VllmSampling(SamplingBody):
+class VllmSampling(SamplingBody, StructuredFields):
     """vLLM's SamplingParams."""
 
     logprobs: int | None = Field(None, ge=-1, lt=2**31)
@@ -96,12 +97,14 @@ class TrlSampling(VllmSampling):
 
     logprobs: int | None = Field(0, ge=-1, lt=2**31)
     generation_kwargs: VllmSampling | None = None
-    structured_outputs_regex: unsupported() = None  # type: ignore[valid-type]
+    structured_outputs_regex: str | None = None
 
     @property
     def resolved(self) -> VllmSampling:
         kwargs = {} if self.generation_kwargs is None else self.generation_kwargs.given
         fields = {name: getattr(self, name) for name in VllmSampling.model_fields} | kwargs
+        if self.structured_outputs_regex is not None:
+            fields["structured_outputs"] = StructuredOutputs(regex=self.structured_outputs_regex)
         return VllmSampling.model_construct(**fields).with_defaults()
 
 

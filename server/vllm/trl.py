@@ -28,7 +28,7 @@ from slipstream.server.prepared import Prepared
 from slipstream.server.principal import principal_of
 from slipstream.server.responses import GenerationResponse
 from slipstream.server.service import Service
-from slipstream.server.vllm.schema import TrlSampling, TrlScoreBody, VllmSampling
+from slipstream.server.vllm.schema import TrlScoreBody, VllmSampling
 
 DEFAULT_MAX_TOKENS = 16
 PLAIN = VllmSampling.model_validate({}).with_defaults()
@@ -46,8 +46,8 @@ async def trl_chat(service: Service, request: Request) -> GenerationResponse:
 async def answer(service: Service, request: Request, job: str, param: str) -> GenerationResponse:
     """``param`` is the field of the prompts."""
     arrival = time.monotonic()
-    prepared: Prepared[TrlSampling] = await prepare_generation(service, request, job)
-    wanted, prompts = prepared.body.resolved, prepared.prompts
+    prepared: Prepared[VllmSampling] = await prepare_generation(service, request, job)
+    wanted, prompts = prepared.body, prepared.prompts
     principal = principal_of(request.scope)
     choices = wanted.n or 1
     require_choices(service, principal, choices, len(prompts))
@@ -64,12 +64,13 @@ async def answer(service: Service, request: Request, job: str, param: str) -> Ge
         logprobs=logprobs_asked(service, principal, wanted.logprobs, "logprobs"),
         prompt_logprobs=None,
         ends=prepared.ends,
+        structure=prepared.structure,
     )
     asked_for = GenerationRequest(
         prompts=prompts,
         params=[msgspec.structs.replace(params, max_tokens=min(asked, room)) for room in rooms],
         param=param,
-        output=output_options(wanted, prepared.ends),
+        output=output_options(wanted, prepared.ends, prepared.structure),
         choices=choices,
         seed=wanted.seed,
         arrival=arrival,

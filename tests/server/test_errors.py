@@ -262,7 +262,7 @@ def test_api_keys(small_server: Any) -> None:
         assert status_of(path, None) == 200
     for path in ("/tokenize", "/detokenize", CHAT, COMPLETE):
         assert status_of(path, None, "POST") == 401
-    for path in ("/openapi.json", "/docs", "/nothing", "/health/", "//health"):
+    for path in ("/openapi.json", "/docs", "/nothing", "/ready/", "//health"):
         assert status_of(path, None) == 401
 
 

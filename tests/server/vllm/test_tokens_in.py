@@ -40,6 +40,13 @@ def test_without_a_limit_the_answer_may_fill_the_context(small_server: Any) -> N
     assert len(reply["choices"][0]["token_ids"]) == 2048 - 2000
 
 
+def test_an_answer_may_have_no_tokens(server: Any) -> None:
+    wanted = {"max_tokens": 0, "prompt_logprobs": 0}
+    reply = generate(server, sampling_params=wanted)
+    assert reply["choices"][0]["token_ids"] == reply["choices"][0]["weight_versions"] == []
+    assert len(reply["prompt_logprobs"]) == len(PROMPT)
+
+
 def test_a_limit_beyond_the_context_is_cut(small_server: Any) -> None:
     wanted = {"temperature": 0, "ignore_eos": True, "max_tokens": 1000}
     reply = generate(small_server, PROMPT * 500, sampling_params=wanted)
@@ -127,7 +134,7 @@ def test_an_aborted_answer_has_its_tokens(start_local: Any) -> None:
         ({"sampling_params": None}, "sampling_params"),
         ({"sampling_params": {"max_tokens": -1}}, "sampling_params.max_tokens"),
         ({"sampling_params": {"logprobs": 1000}}, "sampling_params.logprobs"),
-        ({"sampling_params": {"structured_outputs": {"regex": "a"}}}, "sampling_params.structured_outputs"),
+        ({"sampling_params": {"logprob_token_ids": [1]}}, "sampling_params.logprob_token_ids"),
         ({"features": {"mm_hashes": {}}}, "features"),
         ({"content_parts": [{"type": "image"}]}, "content_parts"),
         ({"cache_salt": ""}, "cache_salt"),
@@ -149,6 +156,12 @@ def test_unknown_fields_are_ignored_as_vllm_ignores_them(server: Any) -> None:
     sampling = GREEDY | {"output_kind": 2, "detokenize": False, "new_parameter": 1}
     reply = generate(server, sampling_params=sampling, data_parallel_rank=0, token_offsets=None)
     assert reply["choices"] == generate(server)["choices"]
+
+
+def test_answers_follow_a_structure(server: Any) -> None:
+    wanted = {"structured_outputs": {"choice": ["yes", "no"]}, "temperature": 1, "seed": 1, "max_tokens": 5}
+    reply = generate(server, output_mode="text", sampling_params=wanted)
+    assert reply["choices"][0]["text"] in ("yes", "no")
 
 
 def test_a_rendered_conversation_can_be_sent_on(server: Any) -> None:
