@@ -104,7 +104,7 @@ class TrlSampling(VllmSampling):
         kwargs = {} if self.generation_kwargs is None else self.generation_kwargs.given
         fields = {name: getattr(self, name) for name in VllmSampling.model_fields} | kwargs
         if self.structured_outputs_regex is not None:
-            fields["structured_outputs"] = StructuredOutputs(regex=self.structured_outputs_regex)
+            fields["structured_outputs"] = StructuredOutputs(json=None, regex=self.structured_outputs_regex)
         return VllmSampling.model_construct(**fields).with_defaults()
 
 
