@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from slipstream.server.body import parse
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.openai import prepare as openai
 from slipstream.server.openai.prepare import (
     STRUCTURED,
     answer,
     encode,
-    render_prompt,
     require_fits,
     structure,
     template_for,
@@ -47,8 +47,7 @@ def render(text: TextModel, limits: Limits, raw: bytes) -> bytes:
     """A body for ``/inference/v1/generate``. Raises InvalidRequestError, ModelNotFoundError, RunElsewhereError."""
     body = parse(ChatBody, raw, UNKNOWN)
     model = require_model(limits.model_names, body.model)
-    prompt = render_prompt(text, limits, body, template_for(text, limits, body))
-    require_fits(limits, len(prompt), "messages")
+    prompt = prompt_of(text, limits, body)
     return answer(
         {
             "request_id": body.request_id or f"chatcmpl-{uuid.uuid4().hex}",
@@ -70,6 +69,14 @@ def render(text: TextModel, limits: Limits, raw: bytes) -> bytes:
             "ec_transfer_params": None,
         }
     )
+
+
+def prompt_of(text: TextModel, limits: Limits, body: TemplateBody) -> list[int]:
+    """The token ids of a conversation. Raises InvalidRequestError, RunElsewhereError."""
+    rendered = openai.render(limits, body, template_for(text, limits, body))
+    [prompt] = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
+    require_fits(limits, len(prompt), "messages")
+    return prompt
 
 
 def sampling_of(body: ChatBody) -> dict[str, Any]:
@@ -100,11 +107,12 @@ def trl_chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[VllmSampli
     """Raises InvalidRequestError."""
     body = parse(TrlChatBody, raw, UNKNOWN)
     require_few(limits, len(body.messages), "messages")
-    prompts = []
-    for messages in body.messages:
-        conversation = TemplateBody(messages=messages, chat_template_kwargs=body.chat_template_kwargs, tools=body.tools)
-        prompts.append(render_prompt(text, limits, conversation, template_for(text, limits, conversation)))
-        require_fits(limits, len(prompts[-1]), "messages")
+    about: dict[str, Any] = {
+        "chat_template_kwargs": body.chat_template_kwargs,
+        "tools": body.tools,
+        "tool_choice": "none",
+    }
+    prompts = [prompt_of(text, limits, TemplateBody(messages=messages, **about)) for messages in body.messages]
     return Prepared(resolved(body), prompts, [], text.turn_ends, structure(text, limits, body.resolved))
 
 

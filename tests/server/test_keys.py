@@ -11,7 +11,7 @@ import pytest
 OPEN = {"/health", "/health/", "/health_generate", "/ready", "/metrics", "/version", "/", "/dashboard"}
 FOR_USERS = {
     *("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}", "/tokenize", "/detokenize"),
-    *("/inference/v1/generate", "/v1/chat/completions/render", "/finish_session"),
+    *("/v1/rollouts/prune", "/inference/v1/generate", "/v1/chat/completions/render", "/finish_session"),
     *("/generate/", "/chat/", "/get_sequence_logprobs/"),
     *("/generate", "/model_info", "/get_model_info", "/server_info", "/get_server_info"),
     *("/get_weight_version", "/v1/loads", "/get_load"),
