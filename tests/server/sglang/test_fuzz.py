@@ -102,7 +102,7 @@ def post(server: Any, route: str, body: Any) -> tuple[int, dict[str, str], bytes
     return found
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(body=bodies)
 def test_no_body_breaks_generation(server: Any, body: Any) -> None:
     status, headers, reply = post(server, "/generate", body)  # this holds the answer against the OpenAPI document, too
@@ -152,7 +152,7 @@ def controlled(start_local: Callable[..., Any]) -> Any:
     return start_local()
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(route=st.sampled_from(ROUTES), body=control_bodies)
 def test_no_body_breaks_control(controlled: Any, route: str, body: Any) -> None:
     status, _, reply = post(controlled, route, body)

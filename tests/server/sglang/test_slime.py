@@ -6,6 +6,7 @@ group is a process of its own (trainer.py).
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import socket
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
+from tests.server.sglang.calls import flattened, shared
 
 PROMPT = [504, 2632, 6354, 16438, 28]
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -113,10 +115,10 @@ class Slime:
         return str(self.server.get("/get_weight_version")[1]["weight_version"])
 
 
-def said_by(start_local: Callable[..., Any], folder: Path) -> list[int]:
-    """What a server says that begins with these weights."""
-    found = Slime(start_local(model=str(folder))).generate()["output_ids"]
-    return list(found)
+def said_after_reading(slime: Slime, folder: Path) -> list[int]:
+    """What the engine says with the weights of a folder, which the first test holds against a server of its own."""
+    slime.post("/update_weights_from_disk", model_path=str(folder))
+    return list(slime.generate()["output_ids"])
 
 
 def test_weights_from_disk(start_local: Callable[..., Any], engine: Any, policy: Any) -> None:
@@ -131,19 +133,20 @@ def test_weights_from_disk(start_local: Callable[..., Any], engine: Any, policy:
     assert (after["meta_info"]["weight_version"], slime.version()) == ("1", "1")
     assert after["meta_info"]["weight_versions"] == [{"version": "1", "start": 0, "end": 8}]
     assert after["meta_info"]["cached_tokens"] == 0, "nothing of the old weights is found"
-    assert after["output_ids"] == said_by(start_local, folder) != before["output_ids"]
+    fresh = Slime(start_local(model=str(folder)))
+    assert after["output_ids"] == fresh.generate()["output_ids"] != before["output_ids"]
 
 
 def test_an_update_outside_a_pause_waits_for_answers(engine: Any, policy: Any) -> None:
     slime = Slime(engine)
     old, folder = slime.version(), policy(5)
     answers: list[Any] = []
-    request = threading.Thread(target=lambda: answers.append(slime.generate(max_new_tokens=1500)))
+    request = threading.Thread(target=lambda: answers.append(slime.generate(max_new_tokens=500)))
     request.start()
     engine.wait_until(lambda: engine.get("/v1/loads")[1]["loads"][0]["num_running_reqs"] == 1)
     slime.post("/update_weights_from_disk", model_path=str(folder), weight_version="five")
     request.join(300)
-    assert answers[0]["meta_info"]["weight_versions"] == [{"version": old, "start": 0, "end": 1500}]
+    assert answers[0]["meta_info"]["weight_versions"] == [{"version": old, "start": 0, "end": 500}]
     assert slime.generate()["meta_info"]["weight_version"] == "five"
 
 
@@ -200,7 +203,7 @@ def trainer(port: int, folder: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_weights_over_a_group(start_local: Callable[..., Any], engine: Any, policy: Any, tensors: Any) -> None:
+def test_weights_over_a_group(engine: Any, policy: Any, tensors: Any) -> None:
     slime = Slime(engine)
     folder, port = policy(2), free_port()
     before = slime.generate()["output_ids"]
@@ -227,7 +230,7 @@ def test_weights_over_a_group(start_local: Callable[..., Any], engine: Any, poli
                 assert answer["success"] is True and process.stdout.readline() == "sent\n"
         after = slime.generate()
         assert after["meta_info"]["weight_version"] == slime.version() == "2"
-        assert after["output_ids"] == said_by(start_local, folder) != before
+        assert after["output_ids"] != before
         # Some of the tensors only: the others stay, and the new ones serve when generation continues.
         with slime.updating():
             bucket = ["model.norm.weight"]
@@ -240,6 +243,27 @@ def test_weights_over_a_group(start_local: Callable[..., Any], engine: Any, poli
             assert slime.version() == "2"
         assert slime.version() == "3" and slime.generate()["output_ids"] == after["output_ids"]
         slime.post("/destroy_weights_update_group", group_name=GROUP)
+    assert after["output_ids"] == said_after_reading(slime, folder)
+
+
+def test_weights_that_are_shared_on_one_machine(engine: Any, policy: Any, tensors: Any) -> None:
+    slime = Slime(engine)
+    folder, found, version = policy(6), tensors(6), slime.version()
+    names = list(found)
+    pairs = [(name, found[name]) for name in names[:5]]
+    bucket = flattened({name: found[name] for name in names[5:]})
+    with slime.updating():
+        for value, more in ((pairs, {}), (bucket, {"load_format": "flattened_bucket"})):
+            assert slime.version() == version
+            slime.post(
+                "/update_weights_from_tensor", serialized_named_tensors=[shared(value)], weight_version="6", **more
+            )
+    after = slime.generate()
+    assert after["meta_info"]["weight_version"] == slime.version() == "6"
+    for text in ("no base64!", base64.b64encode(b"no pickle").decode(), shared([1, 2])):
+        status, answer = engine.post("/update_weights_from_tensor", {"serialized_named_tensors": [text]})
+        assert (status, answer["success"]) == (400, False)
+    assert slime.generate()["output_ids"] == after["output_ids"] == said_after_reading(slime, folder)
 
 
 def test_what_is_asked_about_weights(engine: Any, tensors: Any, policy: Any) -> None:
