@@ -6,6 +6,7 @@ A grammar (see compiling.py) constrains bytes; which tokens stand for them the e
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import takewhile
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slipstream.engine.compiling import check, compile_grammar, vocabulary
+from slipstream.engine.errors import RequestError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.speculation.tree import Tree
 
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 MOST_KEPT = 256
 """Compiled grammars that are kept though no request has them."""
+MASK_S = 0.005
+"""Processor time that a mask may take, on average: ambiguous grammars take more and more. Others take a tenth of it."""
+FIRST_S = 0.5
+"""What masks may take beyond that, all in all."""
 Mask = NDArray[np.uint8]
 """A bit per token, the lowest of each byte first: whether it may come next."""
 
@@ -116,6 +122,8 @@ class Constraint:
         self._min_tokens = params.min_tokens
         self._num_output = 0
         self._has_ended = False
+        self._left_s = FIRST_S
+        """Processor time that masks may take before what the next ones bring with them."""
         self.advance(output)
 
     def advance(self, tokens: Sequence[int]) -> None:
@@ -172,8 +180,14 @@ class Constraint:
 
     def _mask(self, ahead: int) -> Mask:
         """``ahead`` draft tokens after the last known token."""
+        began = time.thread_time()
         mask = np.frombuffer(bytearray(self._matcher.compute_bitmask()), np.uint8)
         check(self._matcher)
+        self._left_s += MASK_S - (time.thread_time() - began)
+        if self._left_s < 0:
+            raise RequestError(
+                f"the grammar cannot be used: it takes more than {1000 * MASK_S:g} ms per token to follow"
+            )
         may_end = _take_bit(mask, self._end)
         if self._num_output + ahead < self._min_tokens:
             longer = mask.copy()

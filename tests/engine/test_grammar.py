@@ -165,6 +165,19 @@ def test_hostile_grammars_are_refused_or_bounded(grammars: Grammars, name: str) 
     assert time.thread_time() - began < 20, "bounded by fuel, which takes a hundredth of that"
 
 
+def test_who_takes_more_and_more_to_follow_is_refused_in_time(grammars: Grammars) -> None:
+    """Within the library's limits on each step, which such grammars reach late."""
+    grammar = 'start: x\nx: x x x | x x | "a" | "b"'
+    params = SamplingParams(max_tokens=999, stop_token_ids=(END,), grammar=grammar)
+    constraint = Constraint(grammars.compile(grammar), params)
+    began = time.thread_time()
+    with pytest.raises(RequestError, match="the grammar cannot be used"):
+        for _ in range(400):
+            constraint.masks()
+            constraint.advance([0])
+    assert time.thread_time() - began < 20, "a tenth of that is what it may take"
+
+
 def test_grammars_are_kept_while_somebody_has_them_and_the_latest_beyond(grammars: Grammars) -> None:
     held = grammars.compile(choice(["ab"]))
     texts = [choice(["a" * (number + 1)]) for number in range(MOST_KEPT + 1)]
@@ -229,3 +242,25 @@ def test_who_waits_for_a_grammar_can_be_aborted_refused_or_paused_and_holds_nobo
     assert refused.finish_reason == "error" and refused.deltas[-1].is_refused
     assert text_of(late.tokens) == "aaa"
     assert local.engine.scheduler.stats().num_waiting == 0
+
+
+def test_a_grammar_that_fails_midway_ends_its_request_alone(
+    local: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.engine.operate(UseVocabulary(TOKENS, [END]))
+    params = SamplingParams(max_tokens=30, seed=1, stop_token_ids=(END,), grammar=regex("[ab]{40}"))
+    others = [SamplingParams(max_tokens=30, temperature=0.0), params]
+    expected = [local.generate([[3, 4]], other)[0].tokens for other in others]
+    failing = local.submit([1, 2], params)
+    asked = [local.submit([3, 4], other) for other in others]
+    while len(failing.tokens) < 5:
+        local.step()
+    [constraint] = [
+        each for slot, each in local.engine.runner._table.constraints.items()
+        if local.engine.runner._table.drafts(slot).draft.request_id == failing.request_id
+    ]  # fmt: skip
+    monkeypatch.setattr(constraint, "_left_s", -1.0)
+    local.finish()
+    assert failing.finish_reason == "error" and failing.deltas[-1].is_refused
+    assert "per token" in str(failing.deltas[-1].error)
+    assert [each.tokens for each in asked] == expected

@@ -67,6 +67,8 @@ def test_serving_goes_on_after_deaths_of_the_engine(tmp_path: Path, start_server
     server.wait_until(lambda: server.routes() == versions)
     again = [server.chat(f"Tell me {number} facts.", max_tokens=20)["choices"] for number in range(4)]
     assert [[choice["message"] for choice in a] for a in again] == [[c["message"] for c in a] for a in answers]
+    told = server.complete("x", max_tokens=9, structured_outputs={"choice": ["yes"]})["choices"][0]["text"]
+    assert told == "yes", "the new engine has to know what tokens stand for"
     for earlier, later in ((before, dead), (dead, alive), (alive, server.counters())):
         assert {series for series, value in earlier.items() if later.get(series, value) < value} == set()
     assert set(before) - {series for series in before if "drafter_version_num" in series} <= set(alive)
