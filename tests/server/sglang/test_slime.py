@@ -150,6 +150,28 @@ def test_an_update_outside_a_pause_waits_for_answers(engine: Any, policy: Any) -
     assert slime.generate()["meta_info"]["weight_version"] == "five"
 
 
+@pytest.mark.parametrize(("mode", "flush"), [("in_place", False), ("retract", True)])
+def test_an_answer_tells_which_weights_sampled_which_tokens(engine: Any, policy: Any, mode: str, flush: bool) -> None:
+    slime = Slime(engine)
+    old, answers = slime.version(), list[Any]()
+    request = threading.Thread(target=lambda: answers.append(slime.generate(max_new_tokens=1500)))
+    before = engine.metric("generation_tokens_total")
+    request.start()
+    engine.wait_until(lambda: engine.metric("generation_tokens_total") > before + 5)
+    slime.post("/pause_generation", mode=mode)
+    folder = str(policy(7))
+    slime.post("/update_weights_from_disk", model_path=folder, weight_version=f"to {mode}", flush_cache=flush)
+    assert request.is_alive()
+    slime.post("/continue_generation")
+    request.join(300)
+    meta = answers[0]["meta_info"]
+    first, second = meta["weight_versions"]
+    assert (first["version"], first["start"]) == (old, 0) and 5 < first["end"] == second["start"] < second[
+        "end"
+    ] == 1500
+    assert second["version"] == meta["weight_version"] == slime.version() == f"to {mode}"
+
+
 def test_an_update_that_fails_leaves_the_old_weights(engine: Any, tmp_path: Path) -> None:
     slime = Slime(engine)
     before, version = slime.generate()["output_ids"], slime.version()
