@@ -228,14 +228,23 @@ def failure(error: Exception) -> str:
 
 def restrict(logits: Tensor, masks: Mapping[int, Mask]) -> None:
     """Leaves rows of logits, in place, only what their masks allow."""
-    bits = torch.from_numpy(np.stack(list(masks.values()))).to(logits.device)
-    places = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    forbidden = ((bits.unsqueeze(-1) >> places) & 1).view(len(masks), -1)[:, : logits.shape[1]] == 0
-    if len(masks) == len(logits):
+    bits = np.stack(list(masks.values()))
+    if logits.device.type == "cpu":
+        forbidden = torch.from_numpy(np.unpackbits(~bits, axis=1, bitorder="little").view(np.bool_))
+    else:
+        forbidden = cleared(torch.from_numpy(bits).to(logits.device))  # an eighth of the bytes travels
+    forbidden = forbidden[:, : logits.shape[1]]
+    if list(masks) == list(range(len(logits))):
         logits.masked_fill_(forbidden, ops.NEVER)
     else:
         rows = torch.tensor(list(masks), device=logits.device)
         logits[rows] = logits[rows].masked_fill(forbidden, ops.NEVER)
+
+
+def cleared(bits: Tensor) -> Tensor:
+    """Whether each bit of bytes [rows, bytes] is clear, the lowest of each byte first."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(-1) >> places) & 1).view(len(bits), -1) == 0
 
 
 def process(logits: Tensor, i: int, params: SamplingParams, batch: SamplingBatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ pytestmark = pytest.mark.slow
 def url() -> Iterator[str]:
     """A server of the default model in this process."""
     server = ServerThread(ServerConfig(), EngineConfig(kv_cache_memory="256MiB")).start()
+    deadline = time.monotonic() + SECONDS
+    while server.service.ready()[0] != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     yield server.url
     server.stop()
 
@@ -37,7 +42,5 @@ def test_it_gets_what_it_asks_for(url: str, tmp_path: Path, script: str) -> None
     python = str(tmp_path / "bin/python")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path)], check=True, timeout=SECONDS)
     subprocess.run([python, "-m", "pip", "install", "-q", CLIENTS[script]], check=True, timeout=SECONDS)
-    wait = f"import httpx, time\nwhile httpx.get('{url}/ready').status_code != 200: time.sleep(0.2)"
-    subprocess.run([python, "-c", wait], check=True, timeout=SECONDS)
     done: Any = subprocess.run([python, str(HERE / script), url], capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr

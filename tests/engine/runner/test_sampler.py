@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.runner.sampler import LOWEST_LOGPROB, Sampled, SamplingColumns
+from slipstream.engine.runner.sampler import LOWEST_LOGPROB, Sampled, SamplingColumns, cleared, restrict
 from slipstream.engine.runner.sampler import sample as sample_batch
+from slipstream.kernels import ops
 
 VOCAB = 12
 
@@ -202,3 +203,21 @@ def test_seed_and_position_make_the_stream() -> None:
 
     assert stream(1) == stream(1) != stream(2)
     assert len(set(stream(1))) > 15
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.data())
+def test_masks_leave_what_they_allow(vocab: int, rows: int, data: st.DataObject) -> None:
+    logits = torch.arange(rows * vocab, dtype=torch.float32).view(rows, vocab)
+    chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, unique=True))
+    bits = {row: np.frombuffer(data.draw(st.binary(min_size=8, max_size=8)), np.uint8) for row in chosen}
+    expected = logits.clone()
+    for row, mask in bits.items():
+        for token in range(vocab):
+            if not mask[token >> 3] >> (token & 7) & 1:
+                expected[row, token] = ops.NEVER
+    restrict(logits, bits)
+    assert torch.equal(logits, expected)
+    stack = np.stack(list(bits.values()))
+    assert cleared(torch.from_numpy(stack)).numpy().tolist() == (
+        np.unpackbits(~stack, axis=1, bitorder="little").astype(bool).tolist()
+    )
