@@ -99,6 +99,7 @@ class Sleeper:
         if "weights" in tags:
             self._kept = None
         standstill.released = tuple(tag for tag in standstill.released if tag not in tags)
+        give_back()  # what reading the weights took besides
 
 
 def _copies(weights: Weights) -> Iterable[tuple[str, Tensor]]:
