@@ -30,6 +30,8 @@ Batch = list[tuple[str, Tensor]]
 MOST_AHEAD = 2
 """Broadcasts that have come and wait to be laid out."""
 LOOK_S = 0.1
+LEAVE_S = 1.0
+"""Time that a group has to be left in when the engine ends."""
 MOST_TENSOR_BYTES = 1 << 40
 
 
@@ -256,7 +258,8 @@ class Group:
         self.joined: Future[None] = Future()
         """Set by its thread."""
         self._transfers: SimpleQueue[Transfer | None] = SimpleQueue()
-        threading.Thread(target=self._run, name=f"group {asked.name}", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=f"group {asked.name}", daemon=True)
+        self._thread.start()
 
     def receive(self, asked: ReceiveTarget) -> Transfer:
         """Raises ConfigError for formats and shapes that there are not."""
@@ -264,9 +267,10 @@ class Group:
         self._transfers.put(transfer)
         return transfer
 
-    def leave(self) -> None:
-        """After what is being received."""
+    def leave(self, wait_s: float = 0.0) -> None:
+        """After what is being received; waits so long for it: a group that is left at the end of a process is torn."""
         self._transfers.put(None)
+        self._thread.join(wait_s)
 
     def _run(self) -> None:
         asked, began = self._asked, time.monotonic()
@@ -288,4 +292,4 @@ class Group:
         group.close()
 
 
-__all__ = ["Empty", "Group", "Transfer", "unpacked"]
+__all__ = ["LEAVE_S", "Empty", "Group", "Transfer", "unpacked"]

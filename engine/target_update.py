@@ -37,7 +37,7 @@ from slipstream.engine.operations import (
     UpdateMode,
 )
 from slipstream.engine.shared_handles import open_handles
-from slipstream.engine.target_groups import Empty, Group, Transfer
+from slipstream.engine.target_groups import LEAVE_S, Empty, Group, Transfer
 from slipstream.engine.target_sources import Tensors, lora_scale, read, read_segment, unpack
 
 PrepareUse = Callable[[Weights], Callable[[int, UpdateMode], None]]
@@ -167,7 +167,7 @@ class TargetUpdates:
 
     def close(self) -> None:
         for group in self._groups.values():
-            group.leave()
+            group.leave(LEAVE_S)
 
     def _begin(self, version: int, mode: UpdateMode, name: str) -> None:
         if version < 1:
