@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +40,8 @@ def make(
     tokenizer: Tokenizer, output: OutputOptions, prompt: tuple[int, ...] = (1,)
 ) -> tuple[Sequence, RequestStream, Aborts]:
     text = SimpleNamespace(tokenizer=tokenizer)
-    service: Any = SimpleNamespace(metrics=Metrics("m"), text=text, engine_gone=UnavailableError)
+    control = SimpleNamespace(version_name=lambda number: f"v{number}", weight_version="now")
+    service: Any = SimpleNamespace(metrics=Metrics("m"), text=text, engine_gone=UnavailableError, control=control)
     request = NewRequest(request_id=1, prompt=list(prompt), params=SamplingParams(max_tokens=100))
     sequence, aborts = Sequence(0, request, output, service), Aborts()
     client: Any = aborts
@@ -258,3 +260,43 @@ async def test_the_space_after_the_prompt(
     assert pieces[-1].finish_reason == ("length" if text == " Paris. Paris" else "stop")
     if output.offsets:
         assert [offset for piece in pieces for offset in piece.offsets] == [0, 6, 7]
+
+
+@given(
+    versions=st.lists(st.sampled_from([3, 3, 3, 4, 7]), min_size=1, max_size=40),
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    slow=st.booleans(),
+    stop=stops,
+)
+async def test_every_token_says_which_weights_sampled_it(
+    tokenizer: Tokenizer, versions: list[int], cuts: list[int], slow: bool, stop: list[str]
+) -> None:
+    """However deltas are cut, and however slowly they are read: then they are merged."""
+    tokens = tokenizer.encode(TEXT * 2, add_special_tokens=False)[: len(versions)]
+    versions = versions[: len(tokens)]
+    sequence, stream, _ = make(tokenizer, OutputOptions(stop=tuple(stop)))
+    arriving: list[TokenDelta] = []
+    for token, version in zip(tokens, versions, strict=True):
+        size = cuts[len(arriving) % len(cuts)]
+        last = arriving[-1] if arriving else None
+        if last is not None and last.target_version == version and len(last.tokens) < size:
+            arriving[-1] = TokenDelta(request_id=1, tokens=[*last.tokens, token], target_version=version)
+        else:
+            arriving.append(TokenDelta(request_id=1, tokens=[token], target_version=version))
+    # Aborted: the end has no tokens, and the version that serves then.
+    end = TokenDelta(request_id=1, tokens=[], finish_reason="abort", target_version=9)
+    if slow:
+        for _ in range(70):  # more than may wait
+            stream.put(TokenDelta(request_id=1, tokens=[], target_version=arriving[0].target_version))
+        for delta in [*arriving, end]:
+            stream.put(delta)
+        while not sequence.finished:
+            await sequence.next()
+    else:
+        await run(sequence, stream, [*arriving, end])
+    spans = sequence.weight_spans
+    borders = [*(span.first for span in spans[1:]), sequence.num_tokens]
+    told = [span.version for span, border in zip(spans, borders, strict=True) for _ in range(span.first, border)]
+    assert told == [f"v{version}" for version in versions[: sequence.num_tokens]]
+    assert all(before.version != after.version for before, after in pairwise(spans))
+    assert sequence.weight_version == (told[-1] if told else "now")
