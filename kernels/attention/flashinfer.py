@@ -48,6 +48,8 @@ class Part:
     """[segments]: tokens in the last block of each."""
     causal: bool = True
     """Whether the tokens are the last of what they see, or come behind all of it."""
+    is_split: bool = True
+    """Whether keys are cut into splits, whose results go through the workspace."""
 
 
 def tile(tokens: int, group: int, head_dim: int) -> int:
@@ -56,8 +58,12 @@ def tile(tokens: int, group: int, head_dim: int) -> int:
     return 16 if rows <= 16 else 64 if rows <= 64 or head_dim >= 256 else 128
 
 
-def parts(batch: RaggedBatch, group: int, head_dim: int, cascade: bool) -> list[Part]:
-    """The calls that a batch takes; with ``cascade``, what is common to many segments is one of them."""
+def parts(batch: RaggedBatch, heads: int, group: int, head_dim: int, cascade: bool) -> list[Part]:
+    """The calls that a batch takes; with ``cascade``, what is common to many segments is one of them.
+
+    Segments of one tile of rows go in splits, as many in a call as the workspace has room for; longer ones have enough
+    tiles to occupy a GPU, and room for the splits of all of them would take gigabytes.
+    """
     counts = np.diff(batch.q_start)
     sharing = shared_beginnings(batch) if cascade else []
     skipped = np.zeros(batch.num_segments, np.int32)
@@ -65,15 +71,32 @@ def parts(batch: RaggedBatch, group: int, head_dim: int, cascade: bool) -> list[
     for members, blocks in sharing:
         skipped[members] = blocks
     found: list[Part] = []
-    kinds: dict[tuple[bool, int], list[int]] = {}
+    kinds: dict[tuple[bool, int, bool, int], list[int]] = {}
+    taken: dict[tuple[bool, int], int] = {}
     for segment, count in enumerate(counts.tolist()):
         if count:
-            kinds.setdefault((bool(skipped[segment]), tile(count, group, head_dim)), []).append(segment)
-    for (is_rest, rows), segments in kinds.items():
-        found.append(_part(f"{'rest' if is_rest else 'whole'} {rows}", batch, segments, skipped))
+            rows = tile(count, group, head_dim)
+            splits = -(-(int(batch.kv_len[segment]) - int(skipped[segment]) * batch.block_size) // SPLIT_TOKENS)
+            room = WORKSPACE_BYTES // split_bytes(heads, rows, head_dim)
+            is_split, call = count * group <= rows and splits <= room, 0
+            if is_split:  # in another call where the room of this one ends
+                begin = taken.get((bool(skipped[segment]), rows), 0)
+                if begin % room + splits > room:
+                    begin = (begin // room + 1) * room
+                taken[bool(skipped[segment]), rows] = begin + splits
+                call = begin // room
+            kinds.setdefault((bool(skipped[segment]), rows, is_split, call), []).append(segment)
+    for (is_rest, rows, is_split, call), segments in kinds.items():
+        name = f"{'rest' if is_rest else 'whole'} {rows} {call if is_split else 'long'}"
+        found.append(_part(name, batch, segments, skipped, is_split))
     if sharing:
-        found.append(_beginnings(batch, sharing))
+        found.append(_beginnings(batch, sharing, split_bytes(heads, 128, head_dim), group))
     return found
+
+
+def split_bytes(heads: int, rows: int, head_dim: int) -> int:
+    """What FlashInfer takes of the workspace for one split of one tile (0.6; 0.7 takes less)."""
+    return heads * rows * (head_dim + 1) * 4
 
 
 def shared_beginnings(batch: RaggedBatch) -> list[tuple[list[int], int]]:
@@ -96,7 +119,7 @@ def shared_beginnings(batch: RaggedBatch) -> list[tuple[list[int], int]]:
     return found
 
 
-def _part(name: str, batch: RaggedBatch, segments: Sequence[int], skipped: Int32) -> Part:
+def _part(name: str, batch: RaggedBatch, segments: Sequence[int], skipped: Int32, is_split: bool) -> Part:
     size = batch.block_size
     counts, lengths = np.diff(batch.q_start)[segments], batch.kv_len[segments]
     ends = -(-lengths // size)
@@ -107,12 +130,17 @@ def _part(name: str, batch: RaggedBatch, segments: Sequence[int], skipped: Int32
     is_all = len(segments) == batch.num_segments
     tokens = None if is_all else np.concatenate([_tokens(batch, segment) for segment in segments])
     last = lengths - (ends - 1) * size
-    return Part(name, tokens, _starts(counts), _starts(ends - skipped[segments]), _joined(listed), _int32(last))
+    begins = _starts(ends - skipped[segments])
+    return Part(name, tokens, _starts(counts), begins, _joined(listed), _int32(last), is_split=is_split)
 
 
-def _beginnings(batch: RaggedBatch, sharing: list[tuple[list[int], int]]) -> Part:
+def _beginnings(batch: RaggedBatch, sharing: list[tuple[list[int], int]], bytes_of_split: int, group: int) -> Part:
     tokens = [np.concatenate([_tokens(batch, segment) for segment in members]) for members, _ in sharing]
     blocks = [batch.block_tables[batch.table_row[members[0]], :count] for members, count in sharing]
+    splits = sum(
+        -(-len(each) * group // 16) * -(-count * batch.block_size // SPLIT_TOKENS)
+        for each, (_, count) in zip(tokens, sharing, strict=True)
+    )
     return Part(
         "beginnings",
         _joined(tokens),
@@ -121,6 +149,7 @@ def _beginnings(batch: RaggedBatch, sharing: list[tuple[list[int], int]]) -> Par
         _joined(blocks),
         np.full(len(sharing), batch.block_size, np.int32),
         causal=False,
+        is_split=splits * bytes_of_split <= WORKSPACE_BYTES,
     )
 
 
@@ -158,7 +187,10 @@ class Backend:
         return _Step(self, step)
 
     def planned(self, part: Part, q: Tensor, keys: Tensor, scale: float, window: int, softcap: float) -> Any:
-        """A wrapper that computes this part with these settings, until the next one with the same name and settings."""
+        """A wrapper that computes this part with these settings, until the next one with the same name and settings.
+
+        All of them share one workspace, since they run one after the other.
+        """
         device = q.device
         key = (part.name, device, q.shape[1:], keys.shape[1:], q.dtype, keys.dtype, scale, window, softcap)
         wrapper = self._wrappers.get(key)
@@ -183,7 +215,8 @@ class Backend:
             logits_soft_cap=softcap or None,
             q_data_type=q.dtype,
             kv_data_type=keys.dtype,
-            fixed_split_size=SPLIT_TOKENS // size,
+            fixed_split_size=SPLIT_TOKENS // size if part.is_split else None,
+            disable_split_kv=not part.is_split,
         )
         if device.type == "cuda":
             event = self._copied[id(wrapper)] = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -228,7 +261,7 @@ class _Step:
         self, q: Tensor, keys: Tensor, scale: float, window: int, softcap: float
     ) -> list[tuple[Part, Tensor | None, Any]]:
         # A window counts from a token's own position, which a beginning that is read apart does not know.
-        found = parts(self._batch, q.shape[1] // keys.shape[2], q.shape[2], cascade=not window)
+        found = parts(self._batch, q.shape[1], q.shape[1] // keys.shape[2], q.shape[2], cascade=not window)
         calls = []
         for part in found:
             tokens = None if part.tokens is None else torch.from_numpy(part.tokens).to(q.device, torch.long)

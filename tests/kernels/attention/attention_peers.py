@@ -85,7 +85,7 @@ class _Wrapper:
         assert all(x.dtype is torch.int32 for x in (starts, pages, blocks, last))
         assert len(starts) == len(pages) == len(last) + 1 and int(pages[-1]) == len(blocks)
         assert bool(((last > 0) & (last <= given["page_size"])).all()) and bool((pages[1:] > pages[:-1]).all())
-        assert given["fixed_split_size"] > 0
+        assert (given["fixed_split_size"] or 0) > 0 or given["disable_split_kv"]
         self._planned = given
         self._owner.calls.append(given)
 

@@ -110,14 +110,42 @@ def test_flashinfer_is_called_as_it_is_to_be(
         check(*attended(flashinfer.Backend(library), *ragged(asked, shared), heads, dtype, window, softcap))
     is_shared = shared and not window and len(asked) > 1
     assert any(not call["causal"] for call in library.calls) == bool(is_shared)
-    assert {call["fixed_split_size"] * SIZE for call in library.calls} == {flashinfer.SPLIT_TOKENS}
+    for call in library.calls:
+        assert call["fixed_split_size"] == (None if call["disable_split_kv"] else flashinfer.SPLIT_TOKENS // SIZE)
+
+
+@given(
+    asked=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 400)), min_size=1, max_size=9),
+    group=st.sampled_from([1, 4, 8]),
+    head_dim=st.sampled_from([64, 256]),
+)
+def test_calls_fit_into_the_workspace(asked: Segments, group: int, head_dim: int) -> None:
+    """What does not fit is computed without splits only if it would not fit alone, or is long."""
+    batch, _ = ragged(asked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flashinfer, "SPLIT_TOKENS", 2 * SIZE)
+        patch.setattr(flashinfer, "WORKSPACE_BYTES", 6 * flashinfer.split_bytes(8, 64, head_dim))
+        made = flashinfer.parts(batch, 8, group, head_dim, cascade=False)
+    assert len({part.name for part in made}) == len(made)
+    seen: list[int] = []
+    for part in made:
+        counts, blocks = np.diff(part.q_start), np.diff(part.kv_start)
+        rows = flashinfer.tile(int(counts.mean()), group, head_dim)
+        taken = -(-blocks // 2) * flashinfer.split_bytes(8, rows, head_dim)
+        room = 6 * flashinfer.split_bytes(8, 64, head_dim)
+        if part.is_split:
+            assert taken.sum() <= room and (counts * group <= rows).all()
+        else:
+            assert ((taken > room) | (counts * group > rows)).all()
+        seen += (np.arange(batch.num_tokens) if part.tokens is None else part.tokens).tolist()
+    assert sorted(seen) == list(range(batch.num_tokens))
 
 
 @given(asked=segments, group=st.sampled_from([1, 4, 8]), head_dim=st.sampled_from([64, 256]))
 def test_a_segment_goes_through_flashinfer_as_it_would_alone(asked: Segments, group: int, head_dim: int) -> None:
     """It chooses a tile by the mean length of what is in a call, so all of these would choose the same one."""
     batch, _ = ragged(asked)
-    made = flashinfer.parts(batch, group, head_dim, cascade=False)
+    made = flashinfer.parts(batch, 8, group, head_dim, cascade=False)
     seen: list[int] = []
     for part in made:
         tokens = np.arange(batch.num_tokens) if part.tokens is None else part.tokens
@@ -136,7 +164,7 @@ def test_a_segment_goes_through_flashinfer_as_it_would_alone(asked: Segments, gr
                 table_row=batch.table_row[[segment]],
                 known=batch.known[[segment]],
             )
-            [alone] = flashinfer.parts(one, group, head_dim, cascade=False)
+            [alone] = flashinfer.parts(one, 8, group, head_dim, cascade=False)
             begin, end = part.kv_start[index : index + 2]
             assert alone.name == part.name and np.array_equal(alone.blocks, part.blocks[begin:end])
             assert alone.last_length[0] == part.last_length[index]

