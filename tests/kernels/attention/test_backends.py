@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from attention_peers import FLASHINFER, XFORMERS, FlashInfer, xformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -91,6 +91,9 @@ def check(found: Tensor, expected: Tensor) -> None:
     softcap=st.sampled_from([0.0, 0.0, 15.0]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
     shared=st.integers(0, 3),
+)
+@example(asked=[(1, 60), (2, 50)], heads=(4, 2, 64), window=0, softcap=0.0, dtype=torch.float16, shared=2).via(
+    "what is shared ends before what could be"
 )
 def test_flashinfer_is_called_as_it_is_to_be(
     version: str,

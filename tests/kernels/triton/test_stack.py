@@ -15,6 +15,7 @@ from slipstream.kernels.batch import NO_MIRRORS, Int32, RaggedBatch, make_batch
 from slipstream.kernels.compute import Compute, Formats, LayerShape, Mixture, Stack
 from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
 from slipstream.kernels.torch_stack import MATRICES, TorchCompute
+from slipstream.kernels.triton import attention
 from slipstream.kernels.triton.graphs import GraphPool
 from slipstream.kernels.triton.stack import TritonCompute
 
@@ -243,10 +244,12 @@ def test_what_cuda_would_refuse_is_refused(work: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mixture"])
-def test_deterministic_rows_have_the_same_bits_in_any_batch(name: str) -> None:
+def test_deterministic_rows_have_the_same_bits_in_any_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, beside others, in one piece, in several, and by graphs; so do their logits."""
     shape = SMALL if name == "llama" else replace(SMALL, mixture=Mixture(3, 2, 16, True))
     made = TritonCompute(Formats.of(torch.float32), CPU, invariant=True)
+    # Tiles of prompts, which have other bits on a GPU: a segment must not get them for being long.
+    monkeypatch.setattr(attention, "prompt_tiles", None)
     assert made.is_batch_invariant and TritonCompute.can_be_batch_invariant
     counted: list[RecordedGraph] = []
 
