@@ -239,6 +239,7 @@ def as_template_sees_it(message: Message) -> dict[str, Any]:
     for call in fields.get("tool_calls", ()):
         call.setdefault("type", "function")
         call.pop("index", None)
+        call["function"].pop("parsed_arguments", None)
     # Templates join contents to other text; an assistant that said nothing said the empty text.
     fields.setdefault("content", "")
     if message.role == "developer":  # newer name of the same thing; templates know the old one

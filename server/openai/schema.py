@@ -215,6 +215,8 @@ class Message(Body):
     audio: unsupported() = None  # type: ignore[valid-type]
     refusal: unsupported("") = None  # type: ignore[valid-type]
     annotations: list[Any] | None = None
+    parsed: Any = None
+    """What the OpenAI client has made of the content."""
 
     @property
     def text(self) -> str:

@@ -26,6 +26,8 @@ Mode = Literal["none", "auto", "required"]
 class CalledFunction(Body):
     name: str
     arguments: str | None = None
+    parsed_arguments: Any = None
+    """What the OpenAI client has made of them; it sends it back with the message."""
 
 
 class ToolCall(Body):

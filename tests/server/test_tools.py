@@ -89,7 +89,8 @@ def test_answers_without_calls_stay_what_they_are(server: Any) -> None:
 
 
 def test_calls_and_results_in_the_history_reach_the_prompt(server: Any) -> None:
-    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    function = {"name": "weather", "arguments": '{"city": "Rome"}', "parsed_arguments": {"x": "unseen"}}
+    call = {"id": "call_1", "type": "function", "index": 0, "function": function}
     messages = [
         *MESSAGES,
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -100,6 +101,7 @@ def test_calls_and_results_in_the_history_reach_the_prompt(server: Any) -> None:
     prompt = server.post("/detokenize", {"tokens": found["tokens"]})[1]["prompt"]
     assert '{"name": "weather", "arguments": {"city": "Rome"}}' in prompt
     assert "22 degrees" in prompt and '"description": "Now."' in prompt and "You can call these tools" in prompt
+    assert "unseen" not in prompt
     assert server.chat(messages[0]["content"], messages=messages, max_tokens=3, tools=[WEATHER])
 
 
