@@ -136,6 +136,8 @@ def test_trainers_that_are_killed_half_way(real_prompts: Callable[..., list[list
                 await receiving
             trainer.communicate()
             await client.call(CancelTargetUpdate(version))
+            for operation in (ReleaseMemory(("kv_cache",)), ResumeMemory(("kv_cache",))):
+                await client.call(operation)  # gives back what the allocator keeps for later
             assert (await say(client, prompts))[0] == before[0]
             memory.append(process.memory_info().rss)
         assert await client.call(ChecksumTarget()) == checksums and client.stats.target_version == 0
@@ -144,4 +146,4 @@ def test_trainers_that_are_killed_half_way(real_prompts: Callable[..., list[list
 
     memory = asyncio.run(run())
     print("MiB after each killed trainer:", [size >> 20 for size in memory])
-    assert max(memory) < memory[0] + (60 << 20)
+    assert max(memory) < memory[0] + (20 << 20)
