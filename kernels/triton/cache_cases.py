@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,12 +19,15 @@ from slipstream.kernels.triton.kv_cache import TritonKVCache
 
 FLOAT32 = (torch.float32,)
 _PLAIN = reference.ReferenceOps()
+Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def cases() -> Iterator[Case]:
     yield from attention(TritonKVCache)
     yield Case("attention, tiles of prompts", _prompt_attention)
     yield Case("rotate and store", _rotate_and_store)
+    yield Case("rotate and store, normed", partial(_rotate_and_store, norm=_PLAIN.rms_norm))
+    yield Case("rotate and store, Gemma's norms", partial(_rotate_and_store, norm=_PLAIN.rms_norm_plus_one))
     yield Case("copy blocks", _copy_blocks)
     yield Case("place tokens", _place, FLOAT32)
     yield Case("change tables", _update_tables, FLOAT32)
@@ -69,14 +73,16 @@ def _prompt_attention(source: Source, sizes: Sizes) -> Prepared:
     )
 
 
-def _rotate_and_store(source: Source, sizes: Sizes) -> Prepared:
+def _rotate_and_store(source: Source, sizes: Sizes, norm: Norm | None = None) -> Prepared:
     """What is stored is read by attention of one token to itself, whose queries are those that were rotated."""
     batch, blocks = device_batch(source, [sizes.tokens], [sizes.tokens], sizes.block_size)
     shape = CacheShape(1, sizes.block_size, sizes.kv_heads, sizes.head_dim, source.dtype)
     kept = TritonKVCache(shape, blocks, source.device)
     plan = kept.plan_on_device(batch, sizes.tokens, prompt=False)
     angle = source.normal(sizes.tokens, sizes.head_dim // 2, dtype=torch.float32)
-    rotation = cache.Rotation(angle.cos(), angle.sin())
+    norms = [None if norm is None else 0.1 * source.normal(sizes.head_dim) for _ in range(2)]
+    is_gemma = norm == _PLAIN.rms_norm_plus_one
+    rotation = cache.Rotation(angle.cos(), angle.sin(), norms[0], norms[1], 1e-5, is_gemma)
     k, v = (source.normal(sizes.tokens, sizes.kv_heads, sizes.head_dim) for _ in range(2))
     q = source.normal(sizes.tokens, sizes.heads, sizes.head_dim)
     group = sizes.heads // sizes.kv_heads
@@ -88,7 +94,11 @@ def _rotate_and_store(source: Source, sizes: Sizes) -> Prepared:
         return rotated, keys[batch.cells.long()], values[batch.cells.long()], plan.attend(0, rotated, 0.1, window=1)
 
     def expected() -> Outputs:
-        turned = [_PLAIN.rope(x.float(), rotation.cos, rotation.sin) for x in (q, k)]
+        wide = [
+            x.float() if norm is None or weight is None else norm(x.float(), weight.float(), 1e-5)
+            for x, weight in zip((q, k), norms, strict=True)
+        ]
+        turned = [_PLAIN.rope(x, rotation.cos, rotation.sin) for x in wide]
         return (*turned, v.float(), v.float().repeat_interleave(group, 1))
 
     again = q.clone()
