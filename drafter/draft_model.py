@@ -11,7 +11,7 @@ from slipstream.drafter.autoregressive import AutoregressiveDrafter
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.speculation.protocol import DraftHost, DraftRow, Proposal
-from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
 
 MOST_AT_ONCE = 256
@@ -67,8 +67,9 @@ class ModelDrafter(AutoregressiveDrafter):
     def _scores(self, hidden: Tensor) -> Tensor:
         return self._model.logits(hidden, np.arange(len(hidden), dtype=np.int32))
 
-    def _tokens(self, choices: Int32) -> Int32:
-        return choices
+    @property
+    def _vocabulary(self) -> Tensor | None:
+        return None
 
     def _position(self, row: DraftRow) -> int:
         return row.length

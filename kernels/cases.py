@@ -167,6 +167,7 @@ def operations(backend: str) -> Iterator[Case]:
     yield Case(f"argmax_with_probability, {backend}", partial(_argmax_with_probability, backend), float32)
     yield Case(f"distribution, {backend}", partial(_distribution, backend), float32)
     yield Case(f"draw, {backend}", partial(_draw, backend), float32)
+    yield Case(f"race of a draft vocabulary, {backend}", partial(_race, backend), float32)
 
 
 def called(
@@ -277,8 +278,29 @@ def _distribution(backend: str, source: Source, sizes: Sizes) -> Prepared:
 
 
 def _draw(backend: str, source: Source, sizes: Sizes) -> Prepared:
-    weights, shares = source.uniform(sizes.streams, sizes.vocab), source.uniform(sizes.streams)
-    return _prepared(backend, ops.draw, _PLAIN.draw, (weights, shares), size(weights))
+    weights = source.uniform(sizes.streams, sizes.vocab)
+    columns = (source.integers(1 << 60, sizes.streams, dtype=torch.int64) for _ in range(2))
+    return _prepared(
+        backend,
+        ops.draw,
+        lambda *given: _PLAIN.race(*given, 1, None)[0][:, 0],
+        (weights, *columns),
+        size(weights),
+    )
+
+
+def _race(backend: str, source: Source, sizes: Sizes) -> Prepared:
+    """Among every other token, as a drafter with a vocabulary of its own has them."""
+    weights = source.uniform(sizes.streams, sizes.vocab // 2)
+    columns = (source.integers(1 << 60, sizes.streams, dtype=torch.int64) for _ in range(2))
+    ids = torch.arange(weights.shape[1], dtype=torch.int32, device=source.device) * 2
+    return _prepared(
+        backend,
+        lambda *given: ops.race(*given, 4, ids),
+        lambda *given: _PLAIN.race(*given, 4, ids),
+        (weights, *columns),
+        size(weights, ids),
+    )
 
 
 @dataclass(frozen=True, slots=True)

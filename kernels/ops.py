@@ -99,9 +99,30 @@ def distribution(logits: Tensor, temperature: Tensor, top_k: Tensor, min_p: Tens
     return _backend(logits).distribution(logits, temperature.clamp(min=COLDEST), top_k, min_p, top_p)
 
 
-def draw(weights: Tensor, shares: Tensor) -> Tensor:
-    """One token per row of weights [rows, vocab]: where the running sum exceeds the shares [rows], in [0, 1), of it."""
-    return _backend(weights).draw(weights, shares)
+def draw(weights: Tensor, seeds: Tensor, indices: Tensor) -> Tensor:
+    """One token per row of weights [rows, vocab], with a probability in proportion to its weight: the first of a race.
+
+    -1 for a row without weight; see ``race``.
+    """
+    return race(weights, seeds, indices)[0][:, 0]
+
+
+def race(
+    weights: Tensor, seeds: Tensor, indices: Tensor, count: int = 1, ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The first ``count`` of an exponential race (the Gumbel maximum): places [rows, count] int64 and their scores.
+
+    The score of a place of weights [rows, n] float32 is its weight divided by its noise, which belongs to the row's
+    seed, to the row's index, and to the token ``ids`` [n] int32 that stands at the place (without: the place itself);
+    see ``random``. The largest score is a place's with a probability in proportion to its weight, and whoever races
+    similar weights with the same noise mostly comes to the same token. A weight of 0 takes no part; where fewer than
+    ``count`` do, places are -1 and scores 0.
+
+    Weights may have any scale. Seeds and indices [rows] are unsigned 64-bit numbers in int64. Backends find the same
+    places for the same weights, except where scores differ by less than one part in 100,000: noise is made in double
+    precision on a CPU, in single precision on a GPU.
+    """
+    return _backend(weights).race(weights, seeds, indices, count, ids)
 
 
 def penalize(

@@ -5,12 +5,17 @@ What each operation does is said where it is called (``ops``).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.kernels import random
+
 NEVER = float("-inf")
 """The logit of a token that is never sampled."""
+LIKELIEST = 64
+"""Tokens of each row whose noise a race begins with."""
 
 
 class ReferenceOps:
@@ -76,11 +81,30 @@ class ReferenceOps:
         nucleus[top_p >= 1.0] = 0.0
         return weights.masked_fill(weights < nucleus, 0.0)
 
-    def draw(self, weights: Tensor, shares: Tensor) -> Tensor:
-        cumulative = weights.double().cumsum(-1)
-        found = torch.searchsorted(cumulative, shares[:, None].double() * cumulative[:, -1:], right=True)[:, 0]
-        last = weights.shape[1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
-        return torch.minimum(found, last)
+    def race(
+        self, weights: Tensor, seeds: Tensor, indices: Tensor, count: int, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        n = weights.shape[1]
+        amounts = weights.double().cpu().numpy()
+        tokens = np.arange(n) if ids is None else ids.cpu().numpy().astype(np.int64)
+        keys, counters = (column.cpu().numpy().view(np.uint64)[:, None] for column in (seeds, indices))
+        # Noise is made for what may be among the first: what is passed by the likeliest whatever its noise is is not.
+        likeliest = weights.topk(min(n, LIKELIEST)).indices.cpu().numpy()
+        known = np.take_along_axis(amounts, likeliest, 1) / random.exponential(keys, counters, tokens[likeliest])
+        bar = np.sort(known)[:, -count, None] if count <= known.shape[1] else np.zeros((len(amounts), 1))
+        blocks = tokens // random.BLOCK
+        smallest, _ = random.least(keys, counters, np.arange(blocks.max(initial=0) + 1))
+        row, at = ((amounts > 0) & (amounts >= bar * smallest[:, blocks] * (1 - 1e-9))).nonzero()
+        scores = np.zeros_like(amounts)
+        scores[row, at] = amounts[row, at] / random.exponential(keys[row, 0], counters[row, 0], tokens[at])
+        places, found = np.full((2, len(scores), count), -1.0)
+        for rank in range(count):
+            best = scores.argmax(1)[:, None]
+            found[:, rank] = np.take_along_axis(scores, best, 1)[:, 0]
+            places[:, rank] = np.where(found[:, rank] > 0, best[:, 0], -1)
+            np.put_along_axis(scores, best, 0.0, 1)
+        device = weights.device
+        return torch.from_numpy(places).to(device, torch.int64), torch.from_numpy(found).to(device, torch.float32)
 
     def penalize(
         self,

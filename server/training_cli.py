@@ -51,7 +51,7 @@ def train(
     target_lineage: Lineage = "",
     route: TrainedRoute = "",
     loss: Annotated[
-        Literal["auto", "ce", "kl", "rkl", "jsd", "tv", "tvpp", "nla", "lk"],
+        Literal["auto", "ce", "kl", "rkl", "jsd", "tv", "tvpp", "nla", "lk", "race"],
         typer.Option(
             help="What is minimised; auto: cross-entropy for greedy traffic, forward KL for sampled.",
             envvar="SLIPSTREAM_EVOLVE_LOSS",

@@ -23,7 +23,7 @@ from slipstream.engine.models.loader import SPARE_BYTES, available_memory
 from slipstream.engine.models.protocol import CausalModel, DecoderModel
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow, LearnedDrafter, Proposal
-from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
 
 MOST_PENDING = 512
@@ -83,8 +83,8 @@ class _Version:
     version: int
     path: str
     weights: HeadWeights
-    to_target: Int32
-    """[draft vocabulary]: the target's tokens."""
+    to_target: Tensor
+    """[draft vocabulary] int32, where the target computes: the target's tokens."""
 
 
 class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
@@ -190,8 +190,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
             loaded = {id(each): each for each in (*self._held.values(), *self._kept)}
         outputs = []
         for version in loaded.values():
-            rows = torch.from_numpy(version.to_target).to(self._target.compute.device)
-            output = version.weights.output_from(rows, weights.output)
+            output = version.weights.output_from(version.to_target, weights.output)
             outputs.append((version.weights, output))
 
         def land() -> None:
@@ -225,9 +224,9 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         return self._fill(weights, FirstHead(config, tensors, version, path))
 
     def _fill(self, weights: HeadWeights, head: FirstHead) -> _Version:
-        tokens = layout.draft_tokens(head.config, head.tensors)
-        weights.fill(head.tensors, tokens.to(self._target.compute.device))
-        return _Version(head.version, head.path, weights, tokens.numpy().astype(np.int32))
+        tokens = layout.draft_tokens(head.config, head.tensors).to(self._target.compute.device)
+        weights.fill(head.tensors, tokens)
+        return _Version(head.version, head.path, weights, tokens.int())
 
     def _free_weights(self) -> HeadWeights | None:
         """Weights of the version that has not been held for longest, if there is no memory for another one."""
@@ -342,8 +341,9 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
     def _scores(self, hidden: Tensor) -> Tensor:
         return self._network.logits(hidden)
 
-    def _tokens(self, choices: Int32) -> Int32:
-        return self._version.to_target[choices]
+    @property
+    def _vocabulary(self) -> Tensor | None:
+        return self._version.to_target
 
     def _position(self, row: DraftRow) -> int:
         return row.length - 1  # with the token at this place and the output before it

@@ -4,9 +4,10 @@ Every loss is per row. ``logits`` [n, draft vocabulary] are the head's; ``target
 vocabulary of the tokens that came, -1 where the head cannot propose them; ``probs`` [n, draft vocabulary] is what is
 known of the target's distribution. Rows may sum to less than one: the rest lies on tokens that cannot be proposed.
 
-A draft token here is the head's most likely one, and it is right with the probability the target gives it.
-Cross-entropy with the tokens that came fits that for greedy traffic, forward KL for sampled traffic, where one sampled
-token says less than the distribution (DistillSpec, Zhou et al. 2024, compares the divergences).
+For a greedy request a draft token is the head's most likely one, and it is right if that is the target's, too: what
+cross-entropy with the tokens that came learns. For a sampled request both run a race with the same noise, and a draft
+token is right if the same token wins both: ``race`` is that chance. There one sampled token says less than the
+distribution (DistillSpec, Zhou et al. 2024, compares the divergences).
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LossName = Literal["ce", "kl", "rkl", "jsd", "tv", "tvpp", "nla", "lk"]
+LossName = Literal["ce", "kl", "rkl", "jsd", "tv", "tvpp", "nla", "lk", "race"]
 NAMES: tuple[LossName, ...] = get_args(LossName)
 LEAST = 1e-6
 """Stands for the probability of tokens of which nothing is known."""
 LK_STEEPNESS = 3.0
+RACED = 16
+"""The target's most likely tokens, by which the chance that both races end alike is reckoned."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -76,6 +79,19 @@ def lk_hybrid(logits: Tensor, probs: Tensor) -> Tensor:
     return share * forward_kl(logits, probs) + (1 - share) * total_variation(logits, probs)
 
 
+def negative_log_agreement(logits: Tensor, probs: Tensor) -> Tensor:
+    """-log of the chance that races with the same noise end alike: sum_i 1 / sum_j max(p_j / p_i, q_j / q_i).
+
+    Over the target's most likely tokens i; what is left of p is taken to lie on other tokens than what is left of q.
+    """
+    p, at = probs.topk(min(RACED, probs.shape[-1]))
+    q = logits.float().softmax(-1).gather(-1, at)
+    p_left, q_left = (1 - each.sum(-1, keepdim=True).clamp(max=1.0) for each in (p, q))
+    here, there = p[..., None, :] * q[..., :, None], q[..., None, :] * p[..., :, None]
+    against = torch.maximum(here, there).sum(-1) + p_left * q + q_left * p
+    return -(p * q / against.clamp_min(LEAST**3)).sum(-1).clamp_min(LEAST).log()
+
+
 _DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kl": forward_kl,
     "rkl": reverse_kl,
@@ -84,6 +100,7 @@ _DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "tvpp": total_variation_pp,
     "nla": negative_log_acceptance,
     "lk": lk_hybrid,
+    "race": negative_log_agreement,
 }
 
 

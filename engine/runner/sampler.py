@@ -16,7 +16,7 @@ from slipstream.engine.grammar import Mask
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32
-from slipstream.kernels.random import UInt64, uniform
+from slipstream.kernels.random import UInt64
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot carry."""
@@ -83,7 +83,7 @@ class SamplingBatch:
     top_p: NDArray[np.float32]
     seeds: UInt64
     num_output: NDArray[np.int64]
-    """Tokens sampled before, which is the place in the row's random stream."""
+    """Tokens sampled before: the index of the token, to which its noise belongs."""
     special: Mapping[int, SamplingParams]
     """Rows with processors, or with log-probabilities to report."""
     faults: Mapping[int, Exception]
@@ -101,12 +101,13 @@ class SamplingBatch:
 
     @property
     def columns(self) -> tuple[NDArray[Any], ...]:
-        """What drawing takes, with an entry per row that is drawn: rows, the four parameters, shares; see ``ops``."""
+        """What drawing takes, with an entry per row that is drawn: rows, the four parameters, seeds and indices; see
+        ``ops``."""
         at = self.random
         if not len(at):
             return ()
         parameters = self.temperature[at], self.top_k[at], self.min_p[at], self.top_p[at]
-        return at, *parameters, uniform(self.seeds[at], self.num_output[at].astype(np.uint64))
+        return at, *parameters, self.seeds[at].view(np.int64), self.num_output[at].astype(np.int64)
 
     def alone(self, i: int) -> SamplingBatch:
         """Row i by itself."""
@@ -152,8 +153,8 @@ def excludes(params: SamplingParams) -> bool:
 def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | None = None) -> Sampled:
     """Samples one token per row of logits [len(batch), vocab] float32, which is overwritten.
 
-    Randomness comes from each row's seed and the number of tokens sampled before, so the result of a row does not
-    depend on the other rows. Raises where a row cannot be sampled; ``sample_apart`` finds out which.
+    The noise of a row's race belongs to its seed and the number of tokens sampled before, so the result of a row does
+    not depend on the other rows. Raises where a row cannot be sampled; ``sample_apart`` finds out which.
 
     ``columns`` are the batch's, where the logits are, if they are there already. What is drawn comes back in one copy.
     """
@@ -172,10 +173,10 @@ def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | Non
     if columns is None:
         columns = [torch.from_numpy(column).to(logits.device) for column in batch.columns]
     if columns:
-        at, *parameters, shares = columns
+        at, *parameters, seeds, indices = columns
         everywhere = len(at) == len(logits)
         probs = ops.distribution(logits if everywhere else logits[at], *parameters)
-        likeliest, drawn = best if everywhere else best[at], ops.draw(probs, shares)
+        likeliest, drawn = best if everywhere else best[at], ops.draw(probs, seeds, indices)
         drawn = torch.where(likeliest < 0, likeliest, drawn)  # a row without a likeliest token has none at all
         best = drawn if everywhere else best.index_copy(0, at.long(), drawn)
     tokens: list[int] = best.tolist()

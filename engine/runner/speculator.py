@@ -249,6 +249,7 @@ class Speculator:
         names = frozenset(name for name in self._drafters if mode in ("auto", name))
         draft = DraftRow(new.slot, request.scope, num_prompt, tokens, length, names, request.route)
         draft.request_id, draft.traffic, draft.remember = request.request_id, request.traffic, request.remember
+        draft.seed, draft.params = new.seed, request.params
         return RowDrafts(draft)
 
     def finish(self, row: RowDrafts, length: int) -> None:

@@ -1,8 +1,8 @@
 """What the engine asks of a drafter, which proposes the tokens that come next, and what a drafter is told.
 
-Every position is sampled from the target's own distribution with a random number that belongs to the position, whatever
-was proposed; a draft token is accepted if it is what was sampled. So drafters decide how fast an answer comes, never
-which one.
+Every position is sampled from the target's own distribution with noise that belongs to the request's seed and to the
+index of the token, whatever was proposed; a draft token is accepted if it is what was sampled. So drafters decide how
+fast an answer comes, never which one. One that knows a distribution races it with the same noise (``ops.race``).
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slipstream.engine.messages import TrafficLevel
+from slipstream.engine.messages import SamplingParams, TrafficLevel
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.kernels.kv_cache import PagedKVCache
+
+GREEDY = SamplingParams(max_tokens=0, temperature=0.0)
 
 
 @dataclass(slots=True)
@@ -49,6 +51,15 @@ class DraftRow:
     """What listeners may keep of the request."""
     remember: bool = True
     """Whether ``Drafter.finish`` may learn from its text."""
+    seed: int = 0
+    """With the index of a token (``index`` for the next one), what the noise it is sampled with belongs to."""
+    params: SamplingParams = GREEDY
+    """How its tokens are sampled."""
+
+    @property
+    def index(self) -> int:
+        """The index of the next token in the answer."""
+        return self.length - self.num_prompt
 
     @property
     def known(self) -> NDArray[np.int32]:

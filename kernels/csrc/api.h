@@ -115,6 +115,9 @@ SLIP_API void slip_argmax(const float* logits, int32_t rows, int32_t n, int32_t*
 // temperature > 0, top_k (0 keeps all), min_p (0 keeps all), top_p (1 keeps all).
 SLIP_API void slip_distribution(float* logits, int32_t rows, int32_t n, const float* temperature, const int32_t* top_k,
                                 const float* min_p, const float* top_p);
-// out[row] = the token at which the running sum of weights[row, n] exceeds shares[row] (in [0, 1)) of its total.
-SLIP_API void slip_draw(const float* weights, int32_t rows, int32_t n, const double* shares, int32_t* out);
+// The first `count` of an exponential race per row of weights [rows, n]: places[rows, count] and their scores, weight / noise.
+// The noise belongs to seeds[row], indices[row] and the token at the place, ids[place] (null: the place itself). -1 and 0 where
+// fewer have weight. See kernels/random.py for how noise is made.
+SLIP_API void slip_race(const float* weights, int32_t rows, int32_t n, const uint64_t* seeds, const uint64_t* indices,
+                        const int32_t* ids, int32_t count, int32_t* places, float* scores);
 }

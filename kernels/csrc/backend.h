@@ -15,7 +15,7 @@ struct Backend {
   void (*logits)(Team&, const SlipModel&, const float*, const int32_t*, int32_t, float*, int32_t, void*);
   void (*argmax)(Team&, const float*, int, int, int32_t*, float*);
   void (*distribution)(Team&, float*, int, int, const float*, const int32_t*, const float*, const float*);
-  void (*draw)(Team&, const float*, int, int, const double*, int32_t*);
+  void (*race)(Team&, const float*, int, int, const uint64_t*, const uint64_t*, const int32_t*, int, int32_t*, float*);
 };
 
 extern const Backend kAvx512Bf16;

@@ -16,6 +16,7 @@ namespace slip::SLIP_ISA {
 #include "attention.h"
 #include "decoder.h"
 #include "sampling.h"
+#include "race.h"
 
 #define SLIP_BY_DTYPE(dtype, call) ((dtype) == SLIP_BF16 ? call<Bf16> : call<F32>)
 
@@ -47,7 +48,7 @@ namespace slip {
 extern const Backend SLIP_BACKEND;
 const Backend SLIP_BACKEND{
     SLIP_ISA::kName,       SLIP_ISA::run_linear, SLIP_ISA::run_store_kv, SLIP_ISA::run_attention, SLIP_ISA::run_workspace_bytes,
-    SLIP_ISA::run_forward, SLIP_ISA::run_logits, SLIP_ISA::argmax,       SLIP_ISA::distribution,  SLIP_ISA::draw,
+    SLIP_ISA::run_forward, SLIP_ISA::run_logits, SLIP_ISA::argmax,       SLIP_ISA::distribution,  SLIP_ISA::race,
 };
 
 }  // namespace slip

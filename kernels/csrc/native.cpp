@@ -87,7 +87,8 @@ void slip_distribution(float* logits, int32_t rows, int32_t n, const float* temp
   g_backend->distribution(*g_team, logits, rows, n, temperature, top_k, min_p, top_p);
 }
 
-void slip_draw(const float* weights, int32_t rows, int32_t n, const double* shares, int32_t* out) {
-  g_backend->draw(*g_team, weights, rows, n, shares, out);
+void slip_race(const float* weights, int32_t rows, int32_t n, const uint64_t* seeds, const uint64_t* indices, const int32_t* ids,
+               int32_t count, int32_t* places, float* scores) {
+  g_backend->race(*g_team, weights, rows, n, seeds, indices, ids, count, places, scores);
 }
 }

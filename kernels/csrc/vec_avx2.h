@@ -81,6 +81,15 @@ inline __m256 exp8(__m256 x) {
 }
 inline vec vexp(vec x) { return {exp8(x.lo), exp8(x.hi)}; }
 
+// Lanes of 64 bits, for products of their low halves.
+using wide = __m256i;
+inline wide wset1(uint64_t x) { return _mm256_set1_epi64x(static_cast<int64_t>(x)); }
+inline wide wload(const uint64_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void wstore(uint64_t* p, wide a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+inline wide wxor(wide a, wide b) { return _mm256_xor_si256(a, b); }
+inline wide wproduct(wide a, wide b) { return _mm256_mul_epu32(a, b); }
+inline wide whigh(wide a) { return _mm256_srli_epi64(a, 32); }
+
 struct F32 {
   using elem = float;
   static constexpr int kPair = 1;

@@ -57,6 +57,15 @@ inline vec vexp(vec x) {
   return _mm512_maskz_mov_ps(live, _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), power)));
 }
 
+// Lanes of 64 bits, for products of their low halves.
+using wide = __m512i;
+inline wide wset1(uint64_t x) { return _mm512_set1_epi64(static_cast<int64_t>(x)); }
+inline wide wload(const uint64_t* p) { return _mm512_loadu_si512(p); }
+inline void wstore(uint64_t* p, wide a) { _mm512_storeu_si512(p, a); }
+inline wide wxor(wide a, wide b) { return _mm512_xor_si512(a, b); }
+inline wide wproduct(wide a, wide b) { return _mm512_mul_epu32(a, b); }
+inline wide whigh(wide a) { return _mm512_srli_epi64(a, 32); }
+
 struct F32 {
   using elem = float;
   static constexpr int kPair = 1;

@@ -120,12 +120,12 @@ def load() -> ctypes.CDLL | None:
     library.slip_logits.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
     library.slip_argmax.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p]
     library.slip_distribution.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p]
-    library.slip_draw.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p]
+    library.slip_race.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p]
     for name in (
         "set_threads",
         "argmax",
         "distribution",
-        "draw",
+        "race",
         "linear",
         "store_kv",
         "attention",

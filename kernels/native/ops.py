@@ -7,7 +7,7 @@ from ctypes import CDLL
 import torch
 from torch import Tensor
 
-from slipstream.kernels.native.library import load
+from slipstream.kernels.native.library import address, load
 from slipstream.kernels.reference import ReferenceOps
 
 
@@ -45,13 +45,18 @@ class NativeOps(ReferenceOps):
         self._library.slip_distribution(logits.data_ptr(), len(logits), logits.shape[1], *pointers)
         return logits
 
-    def draw(self, weights: Tensor, shares: Tensor) -> Tensor:
+    def race(
+        self, weights: Tensor, seeds: Tensor, indices: Tensor, count: int, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if not _fits(weights):
-            return super().draw(weights, shares)
-        out = torch.empty(len(weights), dtype=torch.int32)
-        shares = shares.double().contiguous()
-        self._library.slip_draw(weights.data_ptr(), len(weights), weights.shape[1], shares.data_ptr(), out.data_ptr())
-        return out.long()
+            return super().race(weights, seeds, indices, count, ids)
+        rows, n = weights.shape
+        places, scores = torch.empty(rows, count, dtype=torch.int32), torch.empty(rows, count)
+        columns = [column.contiguous() for column in (seeds, indices)]
+        tokens = None if ids is None else ids.int().contiguous()
+        given = weights.data_ptr(), rows, n, *(column.data_ptr() for column in columns)
+        self._library.slip_race(*given, address(tokens), count, places.data_ptr(), scores.data_ptr())
+        return places.long(), scores
 
 
 def _fits(rows: Tensor) -> bool:

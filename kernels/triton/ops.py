@@ -71,8 +71,12 @@ class TritonOps(ReferenceOps):
             return super().distribution(logits, temperature, top_k, min_p, top_p)
         return self._distribution.distribution(logits, temperature, top_k, min_p, top_p, out=logits)
 
-    def draw(self, weights: Tensor, shares: Tensor) -> Tensor:
-        return self._sampling.draw(weights, shares) if self._fits(weights) else super().draw(weights, shares)
+    def race(
+        self, weights: Tensor, seeds: Tensor, indices: Tensor, count: int, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if not self._fits(weights) or not weights.shape[1]:
+            return super().race(weights, seeds, indices, count, ids)
+        return self._sampling.race(weights, seeds, indices, count, ids)
 
     def penalize(
         self,

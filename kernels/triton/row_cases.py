@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.kernels import random, reference
+from slipstream.kernels import reference
 from slipstream.kernels.cases import Case, Outputs, Prepared, Sizes, Source, called, size
-from slipstream.kernels.triton import activation, experts, logits, logprobs, norm, rows, sampling
+from slipstream.kernels.triton import activation, experts, logits, logprobs, norm, rows
 
 FLOAT32 = (torch.float32,)
 MOST_EXPERTS, TOP, EXPERT_INNER = 32, 4, 768
@@ -25,7 +24,6 @@ def cases() -> Iterator[Case]:
     yield Case("take rows", _take_rows)
     yield Case("route to experts", _route, FLOAT32)
     yield Case("experts", _experts)
-    yield Case("random numbers", _uniform, FLOAT32)
     yield Case("log-probabilities", _log_probabilities, FLOAT32)
     yield Case("penalties", _penalties, FLOAT32)
     yield Case("biases", _biases, FLOAT32)
@@ -100,17 +98,6 @@ def _experts(source: Source, sizes: Sizes) -> Prepared:
         2 * size(x) + (size(gate_up) + size(down)) * asked // count,
         6 * tokens * TOP * hidden * inner,
     )
-
-
-def _uniform(source: Source, sizes: Sizes) -> Prepared:
-    keys, counters = (source.integers(1 << 31, sizes.tokens, 2) for _ in range(2))
-
-    def expected() -> Tensor:
-        # The two words of a number, lowest first, are the number where it is read as a whole.
-        key, counter = (each.cpu().contiguous().numpy().view(np.uint64)[:, 0] for each in (keys, counters))
-        return torch.from_numpy(random.uniform(key, counter))
-
-    return called(lambda: sampling.uniform(keys, counters), expected, size(keys, counters))
 
 
 def _log_probabilities(source: Source, sizes: Sizes) -> Prepared:

@@ -1,4 +1,4 @@
-"""Choosing tokens: the most likely one, or one by a random number, which is made on the device too.
+"""Choosing tokens: the most likely one, or the first of an exponential race, whose noise is made on the device too.
 
 Rows are cut into chunks of a fixed size, so that a few rows occupy a whole GPU, and what chunks give is combined in
 order: the bits of a row depend on nothing else.
@@ -10,11 +10,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
+
+from slipstream.kernels import random
 
 CHUNK = 4096
 """Logits that one program looks at."""
-DRAW_CHUNK = 2048
-"""Weights whose sum one program makes, in double precision."""
+RACE_CHUNK = 1024
+"""Places whose noise and scores one program makes."""
 
 
 @triton.jit
@@ -123,84 +126,172 @@ def _argmax(logits: Tensor, out: Tensor | None, likely: Tensor | None) -> Tensor
 
 
 @triton.jit
-def weight_sums_kernel(weights, row_stride, vocab, sums, chunks, CHUNK: tl.constexpr):
-    row, part = tl.program_id(0), tl.program_id(1)
-    column = part * CHUNK + tl.arange(0, CHUNK)
-    w = tl.load(weights + row.to(tl.int64) * row_stride + column, mask=column < vocab, other=0.0)
-    tl.store(sums + row.to(tl.int64) * chunks + part, tl.sum(w.to(tl.float64), axis=0))
+def minus_log(share, rest):
+    """-log(rest) of a number in (0, 1), where ``share`` is 1 - rest: to some units in the last place, however small."""
+    z = share / (2.0 - share)
+    square = z * z
+    series = 1 / 9 + square * (1 / 11 + square / 13)
+    series = 1.0 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square * series)))
+    return tl.where(share <= 0.5, 2.0 * z * series, -tl.log(rest))
 
 
 @triton.jit
-def draw_kernel(weights, row_stride, vocab, sums, shares, out, chunks, CHUNK: tl.constexpr, PARTS: tl.constexpr):
+def least_noise(seed, low, high, block, LEAST: tl.constexpr):
+    """The smallest noise of each block of 64 ids, and which of its ids has it; see ``slipstream.kernels.random``."""
+    zero = block * 0
+    first, second, third, _ = tl.philox(
+        seed, (zero + low).to(tl.uint32), (zero + high).to(tl.uint32), (zero + LEAST).to(tl.uint32), block.to(tl.uint32)
+    )
+    bits = (((first.to(tl.uint64) << 32) | second.to(tl.uint64)) >> 12).to(tl.int64)
+    share = (bits.to(tl.float32) + 0.5) * 2.220446049250313e-16
+    rest = ((4503599627370495 - bits).to(tl.float32) + 0.5) * 2.220446049250313e-16
+    return minus_log(share, rest) / 64, (third % 64).to(tl.int32)
+
+
+@triton.jit
+def noise_above(word):
+    """What an id has above the smallest noise of its block."""
+    bits = word.to(tl.int64)
+    share = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    rest = ((4294967295 - bits).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    return minus_log(share, rest)
+
+
+@triton.jit
+def best_of_words(given, made, n, block, smallest, at, word, begin, ALL: tl.constexpr):
+    """The best score of 16 ids of each block, from ``begin`` on, and the first place of it; ``word`` [blocks, 16]."""
+    inside = begin + tl.arange(0, 16)[None, :]
+    place = block[:, None] * 64 + inside
+    noise = smallest[:, None] + tl.where(inside == at[:, None], 0.0, noise_above(word))
+    w = tl.load(given + place, mask=place < n, other=0.0)
+    score = tl.where(w > 0, w / noise, 0.0)
+    if ALL:
+        tl.store(made + place, score, mask=place < n)
+    top = tl.max(tl.max(score, axis=1), axis=0)
+    return top, tl.min(tl.min(tl.where(score == top, place, n), axis=1), axis=0)
+
+
+@triton.jit
+def better(top, where, other, other_where):
+    """The larger of two scores and its place; of equal ones the first."""
+    first = tl.where(other > top, other_where, tl.where(other == top, tl.minimum(where, other_where), where))
+    return tl.maximum(top, other), first
+
+
+@triton.jit
+def race_kernel(
+    weights,
+    row_stride,
+    n,
+    seeds,
+    indices,
+    ids,
+    scores,
+    best,
+    first,
+    chunks,
+    MAPPED: tl.constexpr,
+    ALL: tl.constexpr,
+    LEAST: tl.constexpr,
+    ABOVE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The best score of each chunk and the first place of it; with ``ALL``, the scores of all places."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    given = weights + row.to(tl.int64) * row_stride
+    seed = tl.load(seeds + row).to(tl.uint64, bitcast=True)
+    index = tl.load(indices + row).to(tl.uint64, bitcast=True)
+    low, high = (index & 0xFFFFFFFF).to(tl.uint32), (index >> 32).to(tl.uint32)
+    made = scores + row.to(tl.int64) * n
+    if MAPPED:
+        place = part * CHUNK + tl.arange(0, CHUNK)
+        token = tl.load(ids + place, mask=place < n, other=0)
+        block, inside = token // 64, token % 64
+        smallest, at = least_noise(seed, low, high, block, LEAST)
+        zero = token * 0
+        w0, w1, w2, w3 = tl.philox(
+            seed,
+            (zero + low).to(tl.uint32),
+            (zero + high).to(tl.uint32),
+            (zero + ABOVE).to(tl.uint32),
+            (block * 16 + inside % 16).to(tl.uint32),
+        )
+        word = inside // 16
+        chosen = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+        noise = tl.where(inside == at, smallest, smallest + noise_above(chosen))
+        w = tl.load(given + place, mask=place < n, other=0.0)
+        score = tl.where(w > 0, w / noise, 0.0)
+        if ALL:
+            tl.store(made + place, score, mask=place < n)
+        top = tl.max(score, axis=0)
+        where = tl.min(tl.where(score == top, place, n), axis=0)
+    else:
+        # Each call of the generator gives the words of four ids.
+        block = part * (CHUNK // 64) + tl.arange(0, CHUNK // 64)
+        smallest, at = least_noise(seed, low, high, block, LEAST)
+        call = block[:, None] * 16 + tl.arange(0, 16)[None, :]
+        zero = call * 0
+        w0, w1, w2, w3 = tl.philox(
+            seed,
+            (zero + low).to(tl.uint32),
+            (zero + high).to(tl.uint32),
+            (zero + ABOVE).to(tl.uint32),
+            call.to(tl.uint32),
+        )
+        top, where = best_of_words(given, made, n, block, smallest, at, w0, 0, ALL)
+        other, other_where = best_of_words(given, made, n, block, smallest, at, w1, 16, ALL)
+        top, where = better(top, where, other, other_where)
+        other, other_where = best_of_words(given, made, n, block, smallest, at, w2, 32, ALL)
+        top, where = better(top, where, other, other_where)
+        other, other_where = best_of_words(given, made, n, block, smallest, at, w3, 48, ALL)
+        top, where = better(top, where, other, other_where)
+    tl.store(best + row.to(tl.int64) * chunks + part, top)
+    tl.store(first + row.to(tl.int64) * chunks + part, where)
+
+
+@triton.jit
+def first_of_race_kernel(best, first, out, score, chunks, PARTS: tl.constexpr):
     row = tl.program_id(0)
     part = tl.arange(0, PARTS)
-    amounts = tl.load(sums + row.to(tl.int64) * chunks + part, mask=part < chunks, other=0.0)
-    upto = tl.cumsum(amounts, axis=0)
-    wanted = tl.load(shares + row).to(tl.float64) * tl.max(upto, axis=0)
-    found = tl.min(tl.where((upto > wanted) & (amounts > 0), part, PARTS), axis=0)
-    # Rounding may leave the end open; then it is the last that can be drawn.
-    chosen = tl.where(found < PARTS, found, tl.max(tl.where(amounts > 0, part, 0), axis=0))
-    before = tl.sum(tl.where(part < chosen, amounts, 0.0), axis=0)
-    column = chosen * CHUNK + tl.arange(0, CHUNK)
-    w = tl.load(weights + row.to(tl.int64) * row_stride + column, mask=column < vocab, other=0.0).to(tl.float64)
-    reached = before + tl.cumsum(w, axis=0) > wanted
-    token = tl.min(tl.where(reached & (w > 0), column, vocab), axis=0)
-    tl.store(out + row, tl.where(token < vocab, token, tl.max(tl.where(w > 0, column, 0), axis=0)))
+    at = row.to(tl.int64) * chunks + part
+    tops = tl.load(best + at, mask=part < chunks, other=0.0)
+    top = tl.max(tops, axis=0)
+    places = tl.load(first + at, mask=part < chunks, other=0)
+    found = tl.min(tl.where((tops == top) & (part < chunks), places, 2147483647), axis=0)
+    tl.store(out + row, tl.where(top > 0, found, -1).to(tl.int64))
+    tl.store(score + row, top)
 
 
-def draw(weights: Tensor, shares: Tensor, out: Tensor | None = None) -> Tensor:
-    """One token per row of weights [rows, vocab] float32: where the running sum exceeds the shares [rows] of it.
-
-    Sums are of double precision, as the reference's are, in another order: a token may differ where a share ends within
-    some 1e-15 of the border between two. 0 for a row without weight. ``out`` [rows] int64 (the default) or int32.
-    """
-    rows, vocab = weights.shape
-    if weights.stride(1) != 1 or not vocab or shares.shape != (rows,):
-        raise ValueError(f"shares of shape {tuple(shares.shape)} of weights of shape {tuple(weights.shape)}")
-    if out is None:
-        out = torch.empty(rows, dtype=torch.int64, device=weights.device)
+def race(
+    weights: Tensor, seeds: Tensor, indices: Tensor, count: int = 1, ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What ``ops.race`` says. Noise is made where its weight is, of all tokens, in single precision."""
+    rows, n = weights.shape
+    if weights.stride(1) != 1 or not n or not (seeds.shape == indices.shape == (rows,)):
+        raise ValueError(f"seeds of shape {tuple(seeds.shape)} for weights of shape {tuple(weights.shape)}")
+    device = weights.device
     if not rows:
-        return out
-    chunks = triton.cdiv(vocab, DRAW_CHUNK)
-    sums = torch.empty(rows, chunks, dtype=torch.float64, device=weights.device)
-    weight_sums_kernel[(rows, chunks)](weights, weights.stride(0), vocab, sums, chunks, CHUNK=DRAW_CHUNK, num_warps=4)
-    draw_kernel[(rows,)](
-        *(weights, weights.stride(0), vocab, sums, shares.contiguous(), out, chunks),
-        CHUNK=DRAW_CHUNK,
-        PARTS=triton.next_power_of_2(chunks),
-        num_warps=8,
+        return torch.empty(0, count, dtype=torch.int64, device=device), torch.empty(0, count, device=device)
+    chunks = triton.cdiv(n, RACE_CHUNK)
+    best = torch.empty(rows, chunks, dtype=torch.float32, device=device)
+    first = torch.empty(rows, chunks, dtype=torch.int32, device=device)
+    every = torch.empty(rows, n, dtype=torch.float32, device=device) if count > 1 else best
+    race_kernel[(rows, chunks)](
+        *(weights, weights.stride(0), n, seeds.contiguous(), indices.contiguous()),
+        *(seeds if ids is None else ids.int().contiguous(), every, best, first, chunks),
+        MAPPED=ids is not None,
+        ALL=count > 1,
+        LEAST=random.LEAST,
+        ABOVE=random.ABOVE,
+        CHUNK=RACE_CHUNK,
+        num_warps=4,
     )
-    return out
-
-
-@triton.jit
-def uniform_kernel(keys, counters, out, count, STREAM: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    key_low = tl.load(keys + 2 * at, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    key_high = tl.load(keys + 2 * at + 1, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    low = tl.load(counters + 2 * at, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    high = tl.load(counters + 2 * at + 1, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    zero = tl.zeros_like(low)
-    key = (key_high.to(tl.uint64) << 32) | key_low.to(tl.uint64)
-    first, second, _, _ = tl.philox(key, low, high, zero + STREAM, zero)
-    bits = ((first.to(tl.uint64) << 32) | second.to(tl.uint64)) >> 11
-    tl.store(out + at, bits.to(tl.int64).to(tl.float64) * 1.1102230246251565e-16, mask=inside)
-
-
-def uniform(keys: Tensor, counters: Tensor, stream: int = 0, out: Tensor | None = None) -> Tensor:
-    """One number in [0, 1) per key and counter, bit for bit those of ``slipstream.kernels.random.uniform``.
-
-    Args:
-        keys, counters: [n, 2] int32, contiguous: the low and the high word of n 64-bit numbers.
-        out: [n] float64.
-    """
-    if keys.shape != counters.shape or not (keys.is_contiguous() and counters.is_contiguous()):
-        raise ValueError(f"keys of shape {tuple(keys.shape)} and counters of shape {tuple(counters.shape)}")
-    if out is None:
-        out = torch.empty(len(keys), dtype=torch.float64, device=keys.device)
-    if len(keys):
-        uniform_kernel[(triton.cdiv(len(keys), 128),)](
-            keys, counters, out, len(keys), STREAM=stream, BLOCK=128, num_warps=4
-        )
-    return out
+    if count > 1:
+        scores, places = every.topk(min(count, n))
+        places = places.masked_fill(scores <= 0, -1)
+        missing = count - places.shape[1]
+        return functional.pad(places, (0, missing), value=-1), functional.pad(scores, (0, missing))
+    out = torch.empty(rows, 1, dtype=torch.int64, device=device)
+    score = torch.empty(rows, 1, dtype=torch.float32, device=device)
+    first_of_race_kernel[(rows,)](best, first, out, score, chunks, PARTS=triton.next_power_of_2(chunks), num_warps=1)
+    return out, score

@@ -27,7 +27,7 @@ class EvolutionConfig:
     evolve_route: tuple[str, ...] = option(
         (), "Also train a version of its own for tenant:NAME or domain:NAME; repeat for several."
     )
-    evolve_loss: Literal["auto", "ce", "kl", "rkl", "jsd", "tv", "tvpp", "nla", "lk"] = option(
+    evolve_loss: Literal["auto", "ce", "kl", "rkl", "jsd", "tv", "tvpp", "nla", "lk", "race"] = option(
         "auto", "What the drafter is trained for; auto: cross-entropy for greedy traffic, forward KL for sampled."
     )
     evolve_first_tokens: int = option(20_000, "Tokens of answers with which the first round of training begins.")

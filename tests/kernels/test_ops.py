@@ -76,7 +76,7 @@ def arguments(rows: int, width: int, dtype: torch.dtype, seed: int) -> dict[str,
         "argmax": (logits,),
         "argmax_with_probability": (logits,),
         "distribution": (logits, share() + 0.5, torch.full((rows,), 0, dtype=torch.int32), share() * 0.1, share()),
-        "draw": (logits.exp(), share().double()),
+        "race": (logits.exp(), torch.arange(rows) + seed, torch.arange(rows) * 3, 2, torch.arange(width).int() * 5),
         "penalize": (logits, 0, tokens, 1.3, tokens, torch.ones(len(tokens)), 0.2, 0.1),
     }
 

@@ -56,6 +56,7 @@ def test_known_values() -> None:
         ("kl", torch.tensor(2.0).log()),
         ("tv", torch.tensor(0.5)),
         ("nla", torch.tensor(2.0).log()),
+        ("race", torch.tensor(2.0).log()),  # the third token wins the head's race in half of all cases
     ]:
         torch.testing.assert_close(losses.loss(name, logits, targets, probs)[0], expected)
     lam = torch.tensor(-1.5).exp()
@@ -76,3 +77,15 @@ def test_most_likely_tokens_become_a_distribution() -> None:
     torch.testing.assert_close(
         losses.dense(ids, logprobs, to_draft, 3), torch.tensor([[0.5, 0.0, 0.1], [0.0, 0.2, 0.0]])
     )
+
+
+def test_the_race_loss_is_the_chance_that_both_races_end_alike() -> None:
+    """Drawn with noise for all tokens, of which the loss sees the most likely ones."""
+    generator = torch.Generator().manual_seed(0)
+    target, other = 2.5 * torch.randn(2, 1, 60, generator=generator)
+    logits = target + 0.5 * other
+    probs = target.softmax(-1)
+    noise = -torch.rand(40_000, 60, generator=generator).log()
+    alike = (probs / noise).argmax(-1) == (logits.softmax(-1) / noise).argmax(-1)
+    found = float(losses.loss("race", logits, torch.zeros(1), probs).neg().exp())
+    assert 0.9 * alike.float().mean() < found < 1.01 * alike.float().mean()

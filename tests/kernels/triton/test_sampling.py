@@ -56,51 +56,68 @@ def test_argmax_takes_the_first_largest_and_refuses_broken_rows(vocab: int) -> N
     torch.testing.assert_close(likely, expected_likely, rtol=1e-5, atol=1e-7)
 
 
-words = st.integers(0, 2**64 - 1)
+words = st.integers(-(2**63), 2**63 - 1)
 
 
-@settings(max_examples=10)
-@given(numbers=st.lists(st.tuples(words, words), min_size=1, max_size=300), stream=st.sampled_from([0, 1, 7]))
-def test_random_numbers_have_the_bits_of_those_on_the_cpu(numbers: list[tuple[int, int]], stream: int) -> None:
-    keys, counters = (np.array(column, np.uint64) for column in zip(*numbers, strict=True))
-    given_words = (torch.from_numpy(array.view(np.int32).reshape(-1, 2)).to(DEVICE) for array in (keys, counters))
-    found = sampling.uniform(*given_words, stream)
-    assert np.array_equal(found.cpu().numpy(), random.uniform(keys, counters, stream))
-
-
-@settings(max_examples=12)
+@settings(max_examples=16)
 @given(
-    vocab=st.integers(1, 60) | st.sampled_from([sampling.DRAW_CHUNK, 2 * sampling.DRAW_CHUNK + 77]),
-    rows=st.integers(1, 3),
+    vocab=st.integers(1, 60) | st.sampled_from([64, sampling.RACE_CHUNK, 2 * sampling.RACE_CHUNK + 77]),
+    numbers=st.lists(st.tuples(words, words), min_size=1, max_size=3),
     few=st.booleans(),
-    index=st.sampled_from([torch.int32, torch.int64]),
+    count=st.sampled_from([1, 3]),
+    mapped=st.booleans(),
     seed=st.integers(0, 500),
 )
-def test_the_reference_draws_the_same_tokens(vocab: int, rows: int, few: bool, index: torch.dtype, seed: int) -> None:
+def test_the_first_of_a_race_are_the_references(
+    vocab: int, numbers: list[tuple[int, int]], few: bool, count: int, mapped: bool, seed: int
+) -> None:
+    """Up to scores that are equal to one part in 100,000."""
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.rand(rows, vocab, generator=generator)
+    weights = torch.randn(len(numbers), vocab, generator=generator).mul(3).exp()
     weights[torch.rand(weights.shape, generator=generator) < (0.98 if few else 0.3)] = 0.0
     weights[:, seed % vocab] = 0.5
-    weights, shares = weights.to(DEVICE), torch.rand(rows, generator=generator, dtype=torch.float64).to(DEVICE)
-    shares[0] = [0.0, 1 - 2.0**-53, 0.5][seed % 3]
-    found = sampling.draw(weights, shares, torch.empty(rows, dtype=index, device=DEVICE))
-    assert found.tolist() == REFERENCE.draw(weights, shares).tolist()
-    assert (weights.gather(1, found.long()[:, None]) > 0).all()
-    assert sampling.draw(weights[-1:], shares[-1:])[0] == found[-1]
+    ids = torch.randperm(3 * vocab, generator=generator)[:vocab].int() if mapped else None
+    seeds, indices = (torch.tensor(column) for column in zip(*numbers, strict=True))
+    given_tensors = [weights.to(DEVICE), seeds.to(DEVICE), indices.to(DEVICE)]
+    there = None if ids is None else ids.to(DEVICE)
+    places, scores = sampling.race(*given_tensors, count, there)
+    _, expected = REFERENCE.race(weights, seeds, indices, count, ids)
+    torch.testing.assert_close(scores.cpu(), expected, rtol=1e-5, atol=0.0)
+    # The score of each place is its own: so places are the reference's unless scores are as good as equal.
+    key, counter = (column.numpy().view(np.uint64)[:, None] for column in (seeds, indices))
+    noise = random.exponential(key, counter, np.arange(vocab) if ids is None else ids.numpy().astype(np.int64))
+    at = places.cpu()
+    own = (weights.double() / torch.from_numpy(noise)).gather(1, at.clamp(min=0)).masked_fill(at < 0, 0.0)
+    torch.testing.assert_close(own, expected.double(), rtol=1e-5, atol=0.0)
+    alone = sampling.race(*(each[-1:] for each in given_tensors), count, there)
+    assert torch.equal(alone[0][0], places[-1]) and torch.equal(alone[1][0], scores[-1])
 
 
-def test_a_row_without_weight_gives_some_token() -> None:
+def test_the_smallest_and_the_largest_noise_have_their_digits() -> None:
+    """Scores of weights of one are the inverse of noise: from 2^-12 or so to some 10."""
+    count = 4096
+    one, number = torch.ones(1, count), torch.tensor([9])
+    _, scores = sampling.race(one.to(DEVICE), number.to(DEVICE), number.to(DEVICE), count)
+    _, expected = REFERENCE.race(one, number, number, count, None)
+    torch.testing.assert_close(scores.cpu(), expected, rtol=2e-6, atol=0.0)
+
+
+def test_a_row_without_weight_has_no_first() -> None:
     weights = torch.zeros(2, 50, device=DEVICE)
     weights[1, 20] = 1.0
-    assert sampling.draw(weights, torch.tensor([0.5, 0.5], device=DEVICE)).tolist() == [0, 20]
+    numbers = torch.tensor([1, 2], device=DEVICE)
+    places, scores = sampling.race(weights, numbers, numbers)
+    assert places.tolist() == [[-1], [20]] and scores[0] == 0 and scores[1] > 0
+    places, scores = sampling.race(weights[:, 20:22].contiguous(), numbers, numbers, 3)
+    assert places.tolist() == [[-1, -1, -1], [0, -1, -1]] and (scores > 0).sum() == 1
 
 
 def test_what_does_not_fit_is_said() -> None:
     square = torch.ones(3, 4, device=DEVICE)
     with pytest.raises(ValueError, match="contiguous rows"):
         sampling.argmax(square.t())
-    with pytest.raises(ValueError, match="shares of shape"):
-        sampling.draw(square, torch.ones(2, device=DEVICE))
-    with pytest.raises(ValueError, match="keys of shape"):
-        sampling.uniform(torch.zeros(2, 2, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int32))
-    assert sampling.argmax(square[:0]).shape == sampling.draw(square[:0], square[0, :0]).shape == (0,)
+    numbers = torch.ones(2, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="seeds of shape"):
+        sampling.race(square, numbers, numbers)
+    assert sampling.argmax(square[:0]).shape == (0,)
+    assert sampling.race(square[:0], numbers[:0], numbers[:0], 2)[0].shape == (0, 2)
