@@ -283,7 +283,7 @@ def _draw(backend: str, source: Source, sizes: Sizes) -> Prepared:
     return _prepared(
         backend,
         ops.draw,
-        lambda *given: _PLAIN.race(*given, 1, None)[0][:, 0],
+        lambda weights, seeds, indices: _PLAIN.race(weights, seeds, indices, 1, None)[0][:, 0],
         (weights, *columns),
         size(weights),
     )
@@ -296,8 +296,8 @@ def _race(backend: str, source: Source, sizes: Sizes) -> Prepared:
     ids = torch.arange(weights.shape[1], dtype=torch.int32, device=source.device) * 2
     return _prepared(
         backend,
-        lambda *given: ops.race(*given, 4, ids),
-        lambda *given: _PLAIN.race(*given, 4, ids),
+        lambda weights, seeds, indices: ops.race(weights, seeds, indices, 4, ids),
+        lambda weights, seeds, indices: _PLAIN.race(weights, seeds, indices, 4, ids),
         (weights, *columns),
         size(weights, ids),
     )

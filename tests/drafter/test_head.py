@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from slipstream.drafter.autoregressive import RUNNERS, SHARPNESS
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.config import LAYER, HeadConfig
 from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
@@ -26,6 +27,7 @@ from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.speculation.protocol import DraftRow, Proposal
 from slipstream.engine.testing import TINY_LLAMA, LocalEngine
+from slipstream.kernels import random
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.native.library import isa
 
@@ -73,18 +75,38 @@ def make_first(target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
 MAKERS = {"eagle3": make_head, "eagle": make_first}
 
 
+@dataclass(frozen=True)
+class Known:
+    tokens: list[int]
+    seed: int
+    index: int
+    races: bool
+    """At temperature 1, without filters."""
+
+    def likely(self, scores: Tensor, depth: int) -> Tensor:
+        """By target token, how likely the draft token ``depth`` after the next one is to be it."""
+        if not self.races:
+            return scores.softmax(-1)
+        seed, index = np.array([self.seed], np.uint64), np.array([self.index + depth], np.uint64)
+        wins = scores.double().softmax(-1) / torch.from_numpy(random.exponential(seed, index, np.arange(96)))
+        first = wins.topk(RUNNERS)
+        shares = first.values**SHARPNESS
+        return torch.zeros(96).index_copy(0, first.indices, (shares / shares.sum()).float())
+
+
 class Recorder(HeadDrafter):
     """Keeps what was known at each proposal, and the proposal."""
 
     def __init__(self, load: Any, width: int = 1) -> None:
         super().__init__(lambda target: FirstHead(*load(target)), stop_below=0.0, width=width)
-        self.seen: list[tuple[list[int], Proposal]] = []
+        self.seen: list[tuple[Known, Proposal]] = []
 
     def propose(self, rows: Any) -> list[Proposal | None]:
         proposals = super().propose(rows)
         for row, proposal in zip(rows, proposals, strict=True):
             assert proposal is not None
-            self.seen.append((row.known.tolist(), proposal))
+            known = Known(row.known.tolist(), row.seed, row.index, row.params.temperature > 0)
+            self.seen.append((known, proposal))
         return proposals
 
 
@@ -156,26 +178,26 @@ class Offline:
         scores[torch.arange(48) + self.weights["d2t"]] = normed @ self.weights["lm_head.weight"].T
         return scores, torch.cat((hidden, out[-1:]))
 
-    def drafts(self, tokens: list[int], count: int) -> list[tuple[int, float]]:
+    def drafts(self, known: Known, count: int) -> list[tuple[int, float]]:
         """Draft tokens, with how far the second best is behind."""
-        inputs, hidden = list(tokens[1:]), self.features(tokens)
+        inputs, hidden = list(known.tokens[1:]), self.features(known.tokens)
         found = []
-        for _ in range(count):
+        for depth in range(count):
             scores, hidden = self.scores(inputs, hidden)
-            best = scores.topk(2)
+            best = known.likely(scores, depth).log().topk(2)
             found.append((int(best.indices[0]), float(best.values[0] - best.values[1])))
             inputs.append(found[-1][0])
         return found
 
-    def tree_values(self, tokens: list[int], proposal: Proposal, width: int) -> tuple[float, float]:
-        """Expected number of accepted draft tokens, by the head's probabilities: in the best tree, and in this one."""
+    def tree_values(self, known: Known, proposal: Proposal, width: int) -> tuple[float, float]:
+        """Expected number of accepted draft tokens, as the head sees it: in the best tree, and in this one."""
         seen: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
         def after(path: tuple[int, ...]) -> tuple[Tensor, Tensor]:
             if path not in seen:
-                before = after(path[:-1])[1] if path else self.features(tokens)
-                scores, hidden = self.scores([*tokens[1:], *path], before)
-                seen[path] = scores.softmax(-1), hidden
+                before = after(path[:-1])[1] if path else self.features(known.tokens)
+                scores, hidden = self.scores([*known.tokens[1:], *path], before)
+                seen[path] = known.likely(scores, len(path)), hidden
             return seen[path]
 
         most = len(proposal.tokens)
@@ -216,9 +238,9 @@ def test_drafts_are_those_of_the_definition(folder: Path, kernels: Any, kind: st
     )
     local = LocalEngine(config, [recorder])
     rng = np.random.default_rng(0)
-    for length in (3, 20, 50, 17):
+    for length, temperature in ((3, 1.0), (20, 0.0), (50, 1.0), (17, 1.0)):
         prompt = rng.integers(0, 96, length).tolist()
-        local.submit(prompt, SamplingParams(max_tokens=25, temperature=1.0, seed=length))
+        local.submit(prompt, SamplingParams(max_tokens=25, temperature=temperature, seed=length))
     local.finish()
     assert len(recorder.seen) > 60
     offline = Offline(folder, kind)
@@ -249,9 +271,9 @@ def test_trees_are_those_of_the_definition(folder: Path, kernels: Any) -> None:
     )
     local = LocalEngine(config, [recorder])
     rng = np.random.default_rng(0)
-    for length in (3, 29):  # the second crosses a border of blocks soon
+    for length, temperature in ((3, 0.0), (29, 1.0)):  # the second crosses a border of blocks soon
         prompt = rng.integers(0, 96, length).tolist()
-        local.submit(prompt, SamplingParams(max_tokens=20, temperature=1.0, seed=length))
+        local.submit(prompt, SamplingParams(max_tokens=20, temperature=temperature, seed=length))
     local.finish()
     assert len(recorder.seen) > 20
     offline = Offline(folder)

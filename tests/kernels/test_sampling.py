@@ -184,7 +184,7 @@ def races(draw: st.DrawFn, widest: int = 200) -> Race:
     rows, n = draw(st.integers(1, 4)), draw(st.integers(1, widest))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     spread = draw(st.sampled_from([0.0, 1.0, 5.0, 30.0]))
-    weights = (torch.randn(rows, n, generator=generator) * spread).clamp(max=80.0).exp()
+    weights = (torch.randn(rows, n, generator=generator) * spread).clamp(max=60.0).exp()
     weights *= 2.0 ** draw(st.sampled_from([-30, 0, 8]))
     weights[torch.rand(rows, n, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.97, 1.0]))] = 0.0
     words = st.integers(-(2**63), 2**63 - 1)
