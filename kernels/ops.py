@@ -118,9 +118,9 @@ def race(
     similar weights with the same noise mostly comes to the same token. A weight of 0 takes no part; where fewer than
     ``count`` do, places are -1 and scores 0.
 
-    Weights may have any scale that leaves scores finite. Seeds and indices [rows] are unsigned 64-bit numbers in int64. Backends find the same
-    places for the same weights, except where scores differ by less than one part in 100,000: noise is made in double
-    precision on a CPU, in single precision on a GPU.
+    Weights may have any scale that leaves scores finite. Seeds and indices [rows] are unsigned 64-bit numbers in int64.
+    Backends find the same places for the same weights, except where scores differ by less than one part in 100,000:
+    noise is made in double precision on a CPU, in single precision on a GPU.
     """
     return _backend(weights).race(weights, seeds, indices, count, ids)
 
