@@ -166,8 +166,9 @@ def operations(backend: str) -> Iterator[Case]:
     yield Case(f"argmax, {backend}", partial(_argmax, backend), float32)
     yield Case(f"argmax_with_probability, {backend}", partial(_argmax_with_probability, backend), float32)
     yield Case(f"distribution, {backend}", partial(_distribution, backend), float32)
-    yield Case(f"draw, {backend}", partial(_draw, backend), float32)
-    yield Case(f"race of a draft vocabulary, {backend}", partial(_race, backend), float32)
+    from slipstream.kernels import draw_cases
+
+    yield from draw_cases.cases(backend)
 
 
 def called(
@@ -181,7 +182,7 @@ def called(
     return Prepared(found, found, lambda: _outputs(expected()), moved, flops)
 
 
-def _prepared(
+def prepared(
     backend: str,
     run: Callable[..., object],
     expected: Callable[..., object],
@@ -213,7 +214,7 @@ _PLAIN = reference.ReferenceOps()
 
 def _rms_norm(backend: str, source: Source, sizes: Sizes) -> Prepared:
     x, weight = source.normal(sizes.tokens, sizes.hidden), source.normal(sizes.hidden)
-    return _prepared(
+    return prepared(
         backend,
         lambda x, weight: ops.rms_norm(x, weight, 1e-5),
         lambda x, weight: _PLAIN.rms_norm(x, weight, 1e-5),
@@ -225,18 +226,18 @@ def _rms_norm(backend: str, source: Source, sizes: Sizes) -> Prepared:
 def _rope(backend: str, source: Source, sizes: Sizes) -> Prepared:
     x = source.normal(sizes.tokens, sizes.heads, sizes.head_dim)
     angle = source.normal(sizes.tokens, sizes.head_dim // 2, dtype=torch.float32)
-    return _prepared(backend, ops.rope, _PLAIN.rope, (x, angle.cos(), angle.sin()), 2 * size(x) + 2 * size(angle))
+    return prepared(backend, ops.rope, _PLAIN.rope, (x, angle.cos(), angle.sin()), 2 * size(x) + 2 * size(angle))
 
 
 def _silu_mul(backend: str, source: Source, sizes: Sizes) -> Prepared:
     gate, up = (source.normal(sizes.tokens, sizes.intermediate) for _ in range(2))
-    return _prepared(backend, ops.silu_mul, _PLAIN.silu_mul, (gate, up), 3 * size(gate))
+    return prepared(backend, ops.silu_mul, _PLAIN.silu_mul, (gate, up), 3 * size(gate))
 
 
 def _linear(backend: str, source: Source, sizes: Sizes) -> Prepared:
     x, weight = source.normal(sizes.tokens, sizes.hidden), source.normal(sizes.intermediate, sizes.hidden, scale=0.02)
     moved = size(x, weight) + sizes.tokens * sizes.intermediate * x.element_size()
-    return _prepared(
+    return prepared(
         backend,
         ops.linear,
         lambda x, weight: x @ weight.T,
@@ -249,18 +250,18 @@ def _linear(backend: str, source: Source, sizes: Sizes) -> Prepared:
 def _embedding(backend: str, source: Source, sizes: Sizes) -> Prepared:
     ids, weight = source.integers(sizes.vocab, sizes.tokens), source.normal(sizes.vocab, sizes.hidden)
     moved = 2 * sizes.tokens * sizes.hidden * weight.element_size()
-    return _prepared(backend, ops.embedding, _PLAIN.embedding, (ids, weight), moved)
+    return prepared(backend, ops.embedding, _PLAIN.embedding, (ids, weight), moved)
 
 
 def _argmax(backend: str, source: Source, sizes: Sizes) -> Prepared:
     logits = source.normal(sizes.streams, sizes.vocab)
-    return _prepared(backend, ops.argmax, _PLAIN.argmax, (logits,), size(logits))
+    return prepared(backend, ops.argmax, _PLAIN.argmax, (logits,), size(logits))
 
 
 def _argmax_with_probability(backend: str, source: Source, sizes: Sizes) -> Prepared:
     logits = source.normal(sizes.streams, sizes.vocab, scale=3.0)
     expected = _PLAIN.argmax_with_probability
-    return _prepared(backend, ops.argmax_with_probability, expected, (logits,), size(logits))
+    return prepared(backend, ops.argmax_with_probability, expected, (logits,), size(logits))
 
 
 def _distribution(backend: str, source: Source, sizes: Sizes) -> Prepared:
@@ -268,38 +269,12 @@ def _distribution(backend: str, source: Source, sizes: Sizes) -> Prepared:
     rows = logits.new_ones(sizes.streams)
     top_k = torch.full_like(rows, min(50, sizes.vocab // 2), dtype=torch.int32)
     parameters = (0.8 * rows, top_k, 0.01 * rows, 0.9 * rows)
-    return _prepared(
+    return prepared(
         backend,
         lambda logits, *rest: ops.distribution(logits.clone(), *rest),  # which may be overwritten
         lambda logits, *rest: _PLAIN.distribution(logits.clone(), *rest),
         (logits, *parameters),
         2 * size(logits),
-    )
-
-
-def _draw(backend: str, source: Source, sizes: Sizes) -> Prepared:
-    weights = source.uniform(sizes.streams, sizes.vocab)
-    columns = (source.integers(1 << 60, sizes.streams, dtype=torch.int64) for _ in range(2))
-    return _prepared(
-        backend,
-        ops.draw,
-        lambda weights, seeds, indices: _PLAIN.race(weights, seeds, indices, 1, None)[0][:, 0],
-        (weights, *columns),
-        size(weights),
-    )
-
-
-def _race(backend: str, source: Source, sizes: Sizes) -> Prepared:
-    """Among every other token, as a drafter with a vocabulary of its own has them."""
-    weights = source.uniform(sizes.streams, sizes.vocab // 2)
-    columns = (source.integers(1 << 60, sizes.streams, dtype=torch.int64) for _ in range(2))
-    ids = torch.arange(weights.shape[1], dtype=torch.int32, device=source.device) * 2
-    return _prepared(
-        backend,
-        lambda weights, seeds, indices: ops.race(weights, seeds, indices, 4, ids),
-        lambda weights, seeds, indices: _PLAIN.race(weights, seeds, indices, 4, ids),
-        (weights, *columns),
-        size(weights, ids),
     )
 
 

@@ -244,9 +244,8 @@ class Speculator:
 
     def enter(self, new: NewRow, tokens: NDArray[np.int32]) -> RowDrafts:
         """A request takes a row, with this token table."""
-        request = new.request
-        mode, num_prompt, length = request.speculation.mode, len(request.prompt), len(new.tokens)
-        names = frozenset(name for name in self._drafters if mode in ("auto", name))
+        request, num_prompt, length = new.request, len(new.request.prompt), len(new.tokens)
+        names = frozenset(name for name in self._drafters if request.speculation.mode in ("auto", name))
         draft = DraftRow(new.slot, request.scope, num_prompt, tokens, length, names, request.route)
         draft.request_id, draft.traffic, draft.remember = request.request_id, request.traffic, request.remember
         draft.seed, draft.params = new.seed, request.params
