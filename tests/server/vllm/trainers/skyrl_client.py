@@ -9,9 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import typing
 from typing import Any
 
-from skyrl.backends.skyrl_train.inference_servers.remote_inference_client import RemoteInferenceClient
+import typing_extensions
+
+typing.TypedDict = typing_extensions.TypedDict  # type: ignore[assignment]  # SkyRL is for Python 3.12, where they are one
+
+from skyrl.backends.skyrl_train.inference_servers.remote_inference_client import RemoteInferenceClient  # noqa: E402
 
 PROMPT = [504, 2365, 6354, 16438]
 LONG = {"max_tokens": 12000, "temperature": 1.0, "seed": 4, "ignore_eos": True, "logprobs": 0}
