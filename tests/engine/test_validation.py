@@ -19,6 +19,7 @@ HOLDERS = {
     "logit_bias": lambda token: {"logit_bias": {3: 1.0, token: 1.0}},
     "allowed_token_ids": lambda token: {"allowed_token_ids": (3, token)},
     "stop_token_ids": lambda token: {"stop_token_ids": (3, token)},
+    "logprob_token_ids": lambda token: {"logprob_token_ids": (3, token)},
     "bad_words": lambda token: {"bad_words": ((1,), (3, token, 2))},
 }
 
