@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,27 @@ def chat(content: str, **fields: Any) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": content}], **fields}).encode()
 
 
+@pytest.fixture(autouse=True)
+def _others() -> Iterator[None]:
+    """Servers of other tests run in this process, too, and may have workers."""
+    OTHERS.clear()
+    OTHERS.update(each.pid for each in workers())
+    yield
+    OTHERS.clear()
+
+
+OTHERS: set[int] = set()
+
+
 def workers() -> list[psutil.Process]:
-    """Workers of this process, not of servers that other tests have started."""
+    """Workers of this test, not of servers that other tests have started."""
 
     def is_one(child: psutil.Process) -> bool:
         with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # it ends while it is looked at
             return "slipstream.server.text_worker" in child.cmdline()
         return False
 
-    return [child for child in psutil.Process().children() if is_one(child)]
+    return [child for child in psutil.Process().children() if is_one(child) and child.pid not in OTHERS]
 
 
 async def test_every_place_gives_the_same(work: TextWork, text: TextModel) -> None:
