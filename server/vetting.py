@@ -23,7 +23,7 @@ STACK_BYTES = 4 * 2**20
 """Half of what threads of the engine have."""
 STEPS = 8
 COMPILE_S = 3.0
-"""Processor time: on slow ones schemas of hundreds of properties take half a second. Beside the steps it harms nobody."""
+"""Processor time: on slow ones schemas of hundreds of properties take half a second. Here it harms nobody."""
 MASK_S = 0.05
 REMEMBERED = 4096
 
