@@ -20,6 +20,7 @@ from slipstream.server.openai.schema import (
     CompletionBody,
     DetokenizeBody,
     Message,
+    PruneRolloutsBody,
     TemplateBody,
     TokenizeMessagesBody,
     TokenizeTextBody,
@@ -124,8 +125,13 @@ def detokenize(text: TextModel, limits: Limits, raw: bytes) -> bytes:
     return answer({"prompt": text.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
 
+def prune_rollouts(text: TextModel, limits: Limits, raw: bytes) -> PruneRolloutsBody:
+    """Raises InvalidRequestError."""
+    return parse(PruneRolloutsBody, raw, limits.unknown_fields)
+
+
 JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {
-    job.__name__: job for job in (chat, complete, tokenize, detokenize)
+    job.__name__: job for job in (chat, complete, tokenize, detokenize, prune_rollouts)
 }
 
 

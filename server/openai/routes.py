@@ -6,9 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.body import Body, parse, read_body
-from slipstream.server.consent import read_statement
+from slipstream.server.body import Body
 from slipstream.server.description import describe
+from slipstream.server.generating import prepare
 from slipstream.server.json_response import JSONBody
 from slipstream.server.openai import answers
 from slipstream.server.openai.chat import chat
@@ -91,12 +91,8 @@ def openai_router(service: Service) -> APIRouter:
     @router.post("/v1/rollouts/prune", openapi_extra=describe(answers.PrunedRollouts, 503, bodies=[PruneRolloutsBody]))
     async def prune(request: Request) -> Response:
         """Abort all but the best samples of a group, by the scores that they have got so far."""
-        service.require_ready()
-        with service.bodies.hold() as held:
-            raw = await read_body(request, service.config.max_body_bytes, held)
-        body = parse(PruneRolloutsBody, raw, service.config.unknown_fields)
-        said = read_statement(request, None, body.user, service.traffic.traffic_consent)
-        name = principal_of(request.scope).tenant(said.user), body.group
+        body = await prepare(service, request, "prune_rollouts")
+        name = principal_of(request.scope).tenant(body.user or ""), body.group
         return JSONBody({"pruned": service.control.groups.prune(name, body.scores, body.keep)})
 
     return router

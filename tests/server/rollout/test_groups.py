@@ -105,6 +105,14 @@ def test_requests_of_a_group_are_pruned_by_their_scores(server: Any) -> None:
     server.wait_until_idle()
 
 
+def test_many_scores_are_read_where_they_hold_nobody_up(server: Any) -> None:
+    scores = {f"request-of-some-trainer-{number}-0": number / 7 for number in range(60_000)}
+    status, found = server.post("/v1/rollouts/prune", {"group": "nobody", "scores": scores, "keep": 1})
+    assert (status, found) == (200, {"pruned": []})
+    status, found = server.post("/v1/rollouts/prune", {"group": "nobody", "scores": scores, "keep": -1})
+    assert status == 400 and found["error"]["param"] == "keep"
+
+
 @pytest.mark.parametrize(
     "rollout", [{"enough": 0}, {"group": ""}, {"expected_tokens": -1}, {"unknown": 1}, [], {"enough": 1.5}]
 )
