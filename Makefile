@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
 PATHS := server engine kernels drafter clients loadtest tests scripts docker setup.py
 
-.PHONY: run test test-slow images check format bench install install-dev clean
+.PHONY: run test test-slow test-compat images check format bench install install-dev clean
 
 run: install
 	@exec $(VENV)/bin/slipstream serve --port $(PORT) $(ARGS)
@@ -22,6 +22,10 @@ test: install-dev
 
 test-slow: install-dev
 	$(VENV)/bin/pytest -m "(slow or hypothesis) and not gpu and not images" --hypothesis-profile=anew
+
+# Tries the clients that people use, each in an environment of its own (.compat), and writes the table of docs/clients.md.
+test-compat: install-dev
+	$(VENV)/bin/python tests/compat/compat_clients.py $(ARGS)
 
 # Builds the container images and runs them, with an engine of its own where the machine has none; see ARGS=--help.
 images: $(VENV)/.installed-images
@@ -69,4 +73,4 @@ $(VENV)/.installed-images: $(VENV)/.installed-dev
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info kernels/_native.so
+	rm -rf $(VENV) .compat build *.egg-info kernels/_native.so

@@ -14,6 +14,7 @@ from slipstream.engine.operations import AnyAnswer, AnyOperation, MemoryTag
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 LogprobsMode = Literal["raw", "processed"]
+Pooling = Literal["", "mean", "last"]
 TrafficLevel = Literal["off", "tokens", "features"]
 """What may be kept of a request to learn from: nothing, its tokens, or hidden states of the model too."""
 
@@ -61,6 +62,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     """Tokens whose log-probabilities are wanted at every position that tells any."""
     logprobs_mode: LogprobsMode = "raw"
     """raw: of the model's own distribution; processed: of the distribution the token was sampled from."""
+    pooling: Pooling = ""
+    """Which embedding of the prompt is wanted: the mean over its positions of what the output matrix reads, or that of
+    the last one; empty for none."""
 
 
 class SpeculationParams(msgspec.Struct, frozen=True, array_like=True):
@@ -169,6 +173,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     nothing was proposed, or by another drafter."""
     first_right: bool = False
     """Whether the first draft token of what that drafter had proposed was right."""
+    embedding: bytes = b""
+    """float32 [hidden], in the last delta of a request that asked for it."""
 
 
 class VersionStats(msgspec.Struct, array_like=True):

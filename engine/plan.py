@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from slipstream.engine.messages import DrafterStats, NewRequest, TokenLogprobs
+
+Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,8 @@ class StepResult:
     """CPU time of this thread besides the model and sampling."""
     refused: frozenset[int] = frozenset()
     """Row indices with errors that are what the request asks for."""
+    pooled: dict[int, Float64] = field(default_factory=dict)
+    """By row index, for requests that want an embedding: the sum over positions of this step that count."""
     proposals: dict[int, tuple[int, bool]] = field(default_factory=dict)
     """By row index: the version of a learned drafter that had proposed what came, whether or not that was verified, and
     whether its first draft token was right."""

@@ -14,6 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from slipstream.server.admin import routes as admin
+from slipstream.server.anthropic import routes as anthropic
+from slipstream.server.anthropic.errors import TranslatedErrors
 from slipstream.server.deadline import Deadline
 from slipstream.server.description import Answer, describe, finish
 from slipstream.server.edge import Edge
@@ -22,6 +24,7 @@ from slipstream.server.gate import AdminPaths, guarded
 from slipstream.server.json_response import JSONBody
 from slipstream.server.openai import routes as openai
 from slipstream.server.page import CHAT, page_response
+from slipstream.server.respond import routes as respond
 from slipstream.server.service import Service
 from slipstream.server.sglang import routes as sglang
 from slipstream.server.vllm import control as vllm_control
@@ -40,14 +43,17 @@ class Version(Answer):
     version: str
 
 
-DIALECTS = (openai, sglang, vllm, vllm_control, admin)
+DIALECTS = (openai, respond, anthropic, sglang, vllm, vllm_control, admin)
 DESCRIBED = tuple(dict.fromkeys([*(model for dialect in DIALECTS for model in dialect.DESCRIBED), Health, Version]))
 """Bodies and answers, for the OpenAPI document."""
 
 
 def build_app(service: Service) -> ASGIApp:
     app = FastAPI(title="Slipstream", version=version("slipstream"), redoc_url=None, redirect_slashes=False)
-    generating = [openai.openai_router(service), sglang.sglang_router(service), vllm.vllm_router(service)]
+    generating = [
+        *(openai.openai_router(service), respond.respond_router(service), anthropic.anthropic_router(service)),
+        *(sglang.sglang_router(service), vllm.vllm_router(service)),
+    ]
     controls = [sglang.control_router(service), *vllm_control.control_routers(service)]
     for router in (*generating, *controls, admin.admin_router(service)):
         app.include_router(router)
@@ -110,7 +116,7 @@ def build_app(service: Service) -> ASGIApp:
     administrative = AdminPaths(paths(controls))
     guard = guarded(app, service.config, service.metrics, administrative)
     limit_s = service.config.request_timeout_s
-    return Edge(Deadline(guard, limit_s, administrative) if limit_s else guard)
+    return Edge(TranslatedErrors(Deadline(guard, limit_s, administrative) if limit_s else guard))
 
 
 def paths(routers: Iterable[APIRouter]) -> list[str]:

@@ -42,7 +42,9 @@ def describe(
     body_required: bool = True,
     raw_body: str | None = None,
     stream: type[BaseModel] | None = None,
+    stream_end: str = ", of the last [DONE]",
     errors: type[BaseModel] = ErrorAnswer,
+    every_error: type[BaseModel] = ErrorAnswer,
 ) -> dict[str, Any]:
     """For ``openapi_extra`` of a route; its ``response_class`` must be Response, of which FastAPI says nothing itself.
 
@@ -50,16 +52,18 @@ def describe(
         answer: of status 200; the media type of what is not JSON.
         statuses: with an error, besides those that any route may answer.
         raw_body: the media type of a body that is not JSON.
-        stream: the events of an answer that is streamed.
+        stream: the events of an answer that is streamed; ``stream_end`` says what comes last.
         errors: the body of ``statuses``.
+        every_error: the body of every error, where the route has a shape of its own.
     """
     content: dict[str, Any] = {answer: {"schema": {"type": "string"}}} if isinstance(answer, str) else json_of(answer)
     if stream is not None:
-        events = f'Server-sent events: the data of each is a {stream.__name__} or {{"error"}}, of the last [DONE].'
+        events = f'Server-sent events: the data of each is a {stream.__name__} or {{"error"}}{stream_end}.'
         content["text/event-stream"] = {"schema": {"type": "string", "description": events}}
     responses = {"200": {"description": "OK", "content": content}}
-    known: dict[int, type[BaseModel]] = {**dict.fromkeys(ANYWHERE, ErrorAnswer), **dict.fromkeys(statuses, errors)}
-    known |= dict.fromkeys(WITH_BODY if bodies or raw_body else (), ErrorAnswer)
+    errors = every_error if errors is ErrorAnswer else errors
+    known: dict[int, type[BaseModel]] = {**dict.fromkeys(ANYWHERE, every_error), **dict.fromkeys(statuses, errors)}
+    known |= dict.fromkeys(WITH_BODY if bodies or raw_body else (), every_error)
     for status, model in sorted(known.items()):
         responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": json_of(model)}
     found: dict[str, Any] = {"responses": responses}

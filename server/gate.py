@@ -110,7 +110,7 @@ class KeyCheck:
             keys = self._admins if admin else self._users
             principal: Principal | None = Principal()
             if keys and scope["path"] not in OPEN_PATHS:
-                principal = keys.holder(header(scope, "authorization"))
+                principal = keys.holder(sent_key(scope))
             if principal is None:
                 kind = "admin" if admin else "API"
                 return await send_error(
@@ -119,6 +119,13 @@ class KeyCheck:
             role: Literal["user", "admin"] = "admin" if admin else "user"
             scope[SCOPE_ENTRY] = replace(principal, role=role, limits=self._limits)
         await self._app(scope, receive, send)
+
+
+def sent_key(scope: Scope) -> str | None:
+    """The Authorization header, or what stands for it: clients of Anthropic's API send keys in a header of its own."""
+    if (sent := header(scope, "authorization")) is None and (key := header(scope, "x-api-key")) is not None:
+        return f"Bearer {key}"
+    return sent
 
 
 def is_local(scope: Scope) -> bool:

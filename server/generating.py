@@ -6,7 +6,7 @@ names of its fields, but for those it is told to name in errors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,17 +65,25 @@ class GenerationRequest:
     """time.monotonic()"""
 
 
-async def prepare_generation(service: Service, request: Request, job: str) -> Prepared[Any]:
-    """A generating request, unless the queue is full anyway."""
+async def unchanged(raw: bytes) -> bytes:
+    return raw
+
+
+async def prepare_generation(
+    service: Service, request: Request, job: str, before: Callable[[bytes], Awaitable[bytes]] = unchanged
+) -> Prepared[Any]:
+    """A generating request, unless the queue is full anyway; ``before`` as for prepare."""
     service.require_ready()
     service.control.require_awake()
     service.admit(1)
-    prepared: Prepared[Any] = await prepare(service, request, job)
+    prepared: Prepared[Any] = await prepare(service, request, job, before)
     return prepared
 
 
-async def prepare(service: Service, request: Request, job: str) -> Any:
-    """What a job (server/jobs.py) makes of the body.
+async def prepare(
+    service: Service, request: Request, job: str, before: Callable[[bytes], Awaitable[bytes]] = unchanged
+) -> Any:
+    """What a job (server/jobs.py) makes of the body, which ``before`` may join to what the server knows.
 
     Raises ClientDisconnect when nobody waits for it any more.
     """
@@ -83,9 +91,9 @@ async def prepare(service: Service, request: Request, job: str) -> Any:
     with service.bodies.hold() as held:
         raw = await read_body(request, service.config.max_body_bytes, held)
         if len(raw) <= INLINE_BYTES:
-            return await service.work.run(job, raw)
+            return await service.work.run(job, await before(raw))
         async with cancelled_on_disconnect(request.receive, None):
-            return await service.work.run(job, raw)
+            return await service.work.run(job, await before(raw))
         raise ClientDisconnect
 
 

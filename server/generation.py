@@ -85,6 +85,8 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.embedding = b""
+        """float32, once it has ended, if the request asked for one."""
         self.finished = False
         self._output = output
         self._service = service
@@ -174,6 +176,7 @@ class Sequence:
             self.num_cached_tokens = deltas[0].num_cached_tokens
         last = deltas[-1]
         if last.finish_reason is not None:
+            self.embedding = last.embedding
             self._end_of_engine(piece, last)
         self._add_text(piece, has_text=tokens[:-1] if self._drops_last(last) else tokens)
         self.num_tokens += len(piece.tokens)

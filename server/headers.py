@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 ONCE = frozenset(
     {
         *("authorization", "content-length", "content-type", "host", "origin", "x-request-id", "x-slipstream-domain"),
+        "x-api-key",
         *("access-control-request-headers", "access-control-request-method", "sec-fetch-site"),
         *("content-encoding", "transfer-encoding"),
     }

@@ -6,10 +6,12 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+from slipstream.server.anthropic import prepare as anthropic
 from slipstream.server.body import Body
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai import prepare as openai
 from slipstream.server.prepared import Limits
+from slipstream.server.respond import prepare as respond
 from slipstream.server.sglang import prepare as sglang
 from slipstream.server.text_model import TextModel
 from slipstream.server.vllm import prepare as vllm
@@ -18,7 +20,7 @@ MAX_OTHER_BYTES = 2**20
 """Most bytes of all fields but the prompt, pickled."""
 
 Job = Callable[[TextModel, Limits, bytes], Any]
-JOBS: dict[str, Job] = {**openai.JOBS, **sglang.JOBS, **vllm.JOBS}
+JOBS: dict[str, Job] = {**openai.JOBS, **respond.JOBS, **anthropic.JOBS, **sglang.JOBS, **vllm.JOBS}
 
 
 def require_small(body: Body) -> None:

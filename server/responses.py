@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from starlette.responses import Response
@@ -44,11 +44,25 @@ class Writer(Protocol):
         """The whole answer, one piece per sequence in their order."""
 
 
+def error_event(error: ApiError) -> bytes:
+    """The end of a stream that failed, as most dialects have it."""
+    return b"data: " + error.body() + b"\n\n" + DONE
+
+
 class GenerationResponse(Response):
     """Runs a generation from submission to its last byte."""
 
-    def __init__(self, service: Service, generation: Generation, writer: Writer, stream: bool) -> None:
+    def __init__(
+        self,
+        service: Service,
+        generation: Generation,
+        writer: Writer,
+        stream: bool,
+        error_event: Callable[[ApiError], bytes] = error_event,
+    ) -> None:
+        """``error_event`` writes the end of a stream that failed."""
         super().__init__()
+        self._error_event = error_event
         self._service = service
         self._generation = generation
         self._writer = writer
@@ -100,7 +114,7 @@ class GenerationResponse(Response):
 
     async def _send_error(self, send: Send, error: ApiError) -> None:
         if self._started:
-            await send({"type": "http.response.body", "body": b"data: " + error.body() + b"\n\n" + DONE})
+            await send({"type": "http.response.body", "body": self._error_event(error)})
         else:
             await send_error(send, error)
 

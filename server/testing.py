@@ -170,5 +170,5 @@ class Document:
             said = content[kind]["schema"]["description"]
             chunk = next(name for name in self._classes if re.search(rf"\b{name}\b", said))
             for event in body.decode().removesuffix("data: [DONE]\n\n").split("\n\n")[:-1]:
-                data = event.removeprefix("data: ")
+                data = event.partition("data: ")[2]
                 (ErrorAnswer if data.startswith('{"error"') else self._classes[chunk]).model_validate_json(data)

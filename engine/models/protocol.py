@@ -61,6 +61,9 @@ class CausalModel(Protocol):
     def logits(self, hidden: Tensor, rows: Int32 | Tensor) -> Tensor:
         """Logits [len(rows), vocab_size] float32 of some rows of hidden; valid until the next call. See ``Stack``."""
 
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """[n, hidden]: what the output matrix reads of some rows of hidden."""
+
 
 class DecoderModel(CausalModel, Protocol):
     """A model of decoder layers that can be looked into, which drafters share parts of, and make more of the kind."""
@@ -76,6 +79,3 @@ class DecoderModel(CausalModel, Protocol):
     @property
     def output(self) -> Weight:
         """The output matrix [vocab_size, hidden]; another object with other weights."""
-
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """[n, hidden]: what the output matrix reads of the last layer's output."""

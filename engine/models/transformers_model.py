@@ -192,6 +192,9 @@ class TransformersModel:
         logits: Tensor = self._head(input_ids=torch.zeros(1, len(rows), dtype=torch.long, device=self._device)).logits
         return logits[0].float()
 
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        return hidden  # the body ends with it
+
     def _forward(self, step: Step) -> Tensor:
         token = STEP.set(step)
         try:

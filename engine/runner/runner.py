@@ -15,7 +15,7 @@ from slipstream.engine.grammar import Grammars, Mask
 from slipstream.engine.listening import Listeners
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel, Forward
-from slipstream.engine.plan import StepPlan, StepResult
+from slipstream.engine.plan import Float64, StepPlan, StepResult
 from slipstream.engine.runner.inputs import Accepted, StepInputs, prepare
 from slipstream.engine.runner.rows import RowTable
 from slipstream.engine.runner.sampler import (
@@ -76,6 +76,7 @@ class ModelRunner:
         computed = self.model.forward(inputs.batch, self.cache, self._taps)
         sampled, top = self._sample(inputs, computed)
         prompt_logprobs, errors = self._prompt_logprobs(inputs, computed.hidden)
+        pooled = self._pooled(inputs, computed.hidden)
         model_cpu, model_seconds = time.thread_time() - model_cpu_began, time.perf_counter() - model_began
 
         tokens: list[list[int]] = [[] for _ in plan.slots]
@@ -111,6 +112,7 @@ class ModelRunner:
             offers=offers,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            pooled=pooled,
             errors=errors,
             seconds=seconds,
             draft_seconds=time.perf_counter() - began - seconds,
@@ -284,6 +286,22 @@ class ModelRunner:
                 except Exception as error:
                     errors[row] = failure(error)
         return wanted, errors
+
+    def _pooled(self, inputs: StepInputs, hidden: Tensor) -> dict[int, Float64]:
+        """What the step adds to embeddings, by row that asks for one."""
+        found: dict[int, Float64] = {}
+        plan, table = inputs.plan, self._table
+        for row, slot in enumerate(plan.slots):
+            if not (pooling := table.params(slot).pooling):
+                continue
+            begin, length = int(inputs.starts[row]), table.num_prompt(slot)
+            end = min(begin + plan.counts[row], length)
+            start = begin if pooling == "mean" else max(begin, length - 1)
+            if start < end:
+                offset = int(inputs.batch.q_start[row]) + start - begin
+                states = self.model.final_norm(hidden[offset : offset + end - start])
+                found[row] = states.float().sum(0).numpy(force=True).astype(np.float64)
+        return found
 
     def _following(
         self, tokens: Int32, start: int, end: int, offset: int, hidden: Tensor, params: SamplingParams

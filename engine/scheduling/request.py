@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import SystemRandom
 
+import numpy as np
+
 from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
+from slipstream.engine.plan import Float64
 from slipstream.engine.scheduling.kv import prefix
 from slipstream.engine.scheduling.kv.pool import BlockHash
 
@@ -38,6 +41,7 @@ class Request:
         "num_published",
         "offer",
         "outgrown",
+        "pooled",
         "prompt_logprobs",
         "root",
         "scheduled_at",
@@ -80,8 +84,7 @@ class Request:
         self.seed: int | None = None
         self.outgrown = False
         """Whether it is longer than the model's switch length, and computed as such."""
-        self.prompt_logprobs = self.untold_logprobs()
-        """Collected chunk by chunk until the first delta takes them along."""
+        self.begin_again()
         self.offer: tuple[float, ...] = ()
         """What drafters propose now: the probability that draft token i and all before it are right."""
         self.is_held = is_held
@@ -96,9 +99,24 @@ class Request:
         self.told_first = False
         self.finished = False
 
-    def untold_logprobs(self) -> list[TokenLogprobs | None]:
-        """Places of the prompt's tokens that have no log-probability: the first, and those that are not wanted."""
-        return [None] * max(1, min(self.message.params.prompt_logprobs_from, len(self.message.prompt)))
+    def begin_again(self) -> None:
+        """Forgets what was told of the prompt, which is computed from now on."""
+        # Places of tokens that have no log-probability: the first, and those that are not wanted.
+        untold = max(1, min(self.message.params.prompt_logprobs_from, len(self.message.prompt)))
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None] * untold
+        """Collected chunk by chunk until the first delta takes them along."""
+        self.pooled: Float64 | None = None
+        """Likewise: the sum of which its embedding is made."""
+
+    def pool(self, states: Float64) -> None:
+        """Takes in what a step computed for its embedding."""
+        self.pooled = states if self.pooled is None else self.pooled + states
+
+    def _embedding(self) -> bytes:
+        if self.pooled is None:
+            return b""
+        count = self.num_prompt if self.message.params.pooling == "mean" else 1
+        return (self.pooled / count).astype(np.float32).tobytes()
 
     def awaits_result(self, max_model_len: int, switch_length: int) -> bool:
         """Whether what is under way has to be known before more is planned: it ends the request, or may bring it to the
@@ -194,6 +212,7 @@ class Request:
             target_version=target_version,
             drafter_version=proposal[0],
             first_right=proposal[1],
+            embedding=self._embedding() if finish in ("stop", "length") else b"",
         )
 
 

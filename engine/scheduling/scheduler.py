@@ -183,6 +183,8 @@ class Scheduler:
                 continue
             if row in result.prompt_logprobs:
                 request.prompt_logprobs += result.prompt_logprobs[row]
+            if row in result.pooled:
+                request.pool(result.pooled[row])
             if row in result.errors:
                 self._end(request, "error")
                 error, is_refused = result.errors[row], row in result.refused
@@ -294,7 +296,7 @@ class Scheduler:
         insort(self._running, request, key=_deadline)
         request.slot = self._free_slots.pop()
         request.num_computed = admission.num_cached
-        request.prompt_logprobs = request.untold_logprobs()
+        request.begin_again()
         if not request.scheduled_at:
             request.scheduled_at = self._clock()
             request.num_cached = admission.num_cached

@@ -200,6 +200,34 @@ class Text(Answer):
     prompt: str
 
 
+class Embedding(Answer):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(Answer):
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
+class TokenizerInfo(Answer):
+    tokenizer_class: str
+    model_max_length: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+
+
 class PrunedRollouts(Answer):
     pruned: list[str]
     """Ids of the samples that were aborted."""
@@ -207,5 +235,5 @@ class PrunedRollouts(Answer):
 
 ANSWERS: tuple[type[Answer], ...] = (
     *(ChatAnswer, ChatChunk, CompletionAnswer, CompletionChunk),
-    *(Models, Model, Tokens, Text, PrunedRollouts),
+    *(Models, Model, Tokens, Text, TokenizerInfo, Embeddings, PrunedRollouts),
 )

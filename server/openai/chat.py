@@ -1,17 +1,19 @@
-"""POST /v1/chat/completions"""
+"""POST /v1/chat/completions, and what other dialects make conversations of."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from fastapi import Request
 
 from slipstream.server.generating import fit_context, logprobs_asked, prepare_generation, require_choices
+from slipstream.server.generation import Generation
 from slipstream.server.openai.logprobs import LogprobFormatter
 from slipstream.server.openai.request import answer_options, make_generation
 from slipstream.server.openai.sampling import sampling_params
 from slipstream.server.openai.schema import ChatBody
-from slipstream.server.openai.writers import ChatWriter
+from slipstream.server.openai.writers import AnswerOptions, ChatWriter
 from slipstream.server.prepared import Prepared
 from slipstream.server.principal import principal_of
 from slipstream.server.responses import GenerationResponse
@@ -21,7 +23,21 @@ from slipstream.server.service import Service
 async def chat(service: Service, request: Request) -> GenerationResponse:
     arrival = time.monotonic()
     prepared: Prepared[ChatBody] = await prepare_generation(service, request, "chat")
-    body, [prompt], ends = prepared.body, prepared.prompts, prepared.ends
+    generation, options = begin_chat(service, request, prepared, prepared.body, "chatcmpl-", arrival)
+    formatter = LogprobFormatter(service.text.tokenizer, bool(prepared.body.return_tokens_as_token_ids))
+    writer = ChatWriter(generation, options, formatter, prepared.speech)
+    return GenerationResponse(service, generation, writer, bool(prepared.body.stream))
+
+
+def begin_chat(
+    service: Service, request: Request, prepared: Prepared[Any], body: ChatBody, prefix: str, arrival: float
+) -> tuple[Generation, AnswerOptions]:
+    """The generation of a conversation that was prepared, and what is asked of its answer.
+
+    ``prefix`` stands before the request's id in the id of the answer. Raises what start_generation raises, and
+    InvalidRequestError for what is too much.
+    """
+    [prompt], ends = prepared.prompts, prepared.ends
     principal = principal_of(request.scope)
     model = service.require_model(body.model)
     require_choices(service, principal, body.n or 1)
@@ -43,7 +59,7 @@ async def chat(service: Service, request: Request) -> GenerationResponse:
         service,
         request,
         body,
-        prefix="chatcmpl-",
+        prefix=prefix,
         param="messages",
         prompts=[prompt],
         params=[params],
@@ -52,7 +68,4 @@ async def chat(service: Service, request: Request) -> GenerationResponse:
         structure=prepared.structure,
         keeps_special=prepared.speech is not None and prepared.speech.keeps_special,
     )
-    options = answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)
-    formatter = LogprobFormatter(service.text.tokenizer, bool(body.return_tokens_as_token_ids))
-    writer = ChatWriter(generation, options, formatter, prepared.speech)
-    return GenerationResponse(service, generation, writer, bool(body.stream))
+    return generation, answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)

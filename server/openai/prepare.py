@@ -19,13 +19,16 @@ from slipstream.server.openai.schema import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    EmbeddingsBody,
     Message,
+    Prompt,
     PruneRolloutsBody,
     TemplateBody,
     TokenizeMessagesBody,
     TokenizeTextBody,
 )
 from slipstream.server.openai.structured import StructuredFields
+from slipstream.server.openai.thinking import thinking_variables
 from slipstream.server.openai.tools import ToolFields, plan_answer, tool_format, tool_use
 from slipstream.server.prepared import Limits, Prepared, RunElsewhereError, Structure, require_model
 from slipstream.server.text import RESERVED_VARIABLES, ChatTemplate, TemplateError, TurnEnds
@@ -53,9 +56,13 @@ encode_json = msgspec.json.Encoder().encode
 
 def chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[ChatBody]:
     """Raises InvalidRequestError, RunElsewhereError."""
-    body = parse(ChatBody, raw, limits.unknown_fields)
+    return conversation(text, limits, parse(ChatBody, raw, limits.unknown_fields))
+
+
+def conversation(text: TextModel, limits: Limits, body: ChatBody) -> Prepared[ChatBody]:
+    """Raises InvalidRequestError, RunElsewhereError."""
     template = template_for(text, limits, body)
-    rendered = render(limits, body, template)
+    rendered = render(limits, with_thinking(limits, body, template), template)
     [prompt] = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
     require_fits(limits, len(prompt), "messages")
     ends = text.turn_ends if template is text.template else short(text.tokenizer.turn_ends(template))
@@ -66,10 +73,16 @@ def chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[ChatBody]:
     return Prepared(done, [prompt], [], ends, tried(text, limits, found), speech)
 
 
+def with_thinking(limits: Limits, body: ChatBody, template: ChatTemplate) -> ChatBody:
+    """With what the template is to be told of it; what the body tells the template itself counts more."""
+    variables = thinking_variables(limits, body, template.text)
+    return body.model_copy(update={"chat_template_kwargs": variables | (body.chat_template_kwargs or {})})
+
+
 def complete(text: TextModel, limits: Limits, raw: bytes) -> Prepared[CompletionBody]:
     """Raises InvalidRequestError."""
     body = parse(CompletionBody, raw, limits.unknown_fields)
-    texts, prompts = split_prompt(body)
+    texts, prompts = split_prompt(body.prompt)
     count = len(texts or prompts)
     if count > limits.max_prompts:
         raise InvalidRequestError(
@@ -81,6 +94,19 @@ def complete(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Completion
         require_fits(limits, len(prompt), "prompt")
     done = body.model_copy(update={"prompt": ""} | STRUCTURED)
     return Prepared(done, prompts, texts if body.echo else [], structure=structure(text, limits, body))
+
+
+def embed(text: TextModel, limits: Limits, raw: bytes) -> Prepared[EmbeddingsBody]:
+    """Raises InvalidRequestError."""
+    body = parse(EmbeddingsBody, raw, limits.unknown_fields)
+    texts, prompts = split_prompt(body.input)
+    if (count := len(texts or prompts)) > limits.max_prompts:
+        raise InvalidRequestError(f"input: at most {limits.max_prompts} (--max-prompts), not {count}", param="input")
+    if texts:
+        prompts = encode(text, limits, texts, body.add_special_tokens is not False, "input")
+    for prompt in prompts:
+        require_fits(limits, len(prompt), "input")
+    return Prepared(body.model_copy(update={"input": ""}), prompts, [])
 
 
 def tokenize(text: TextModel, limits: Limits, raw: bytes) -> bytes:
@@ -131,7 +157,7 @@ def prune_rollouts(text: TextModel, limits: Limits, raw: bytes) -> PruneRollouts
 
 
 JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {
-    job.__name__: job for job in (chat, complete, tokenize, detokenize, prune_rollouts)
+    job.__name__: job for job in (chat, complete, embed, tokenize, detokenize, prune_rollouts)
 }
 
 
@@ -253,9 +279,8 @@ def as_template_sees_it(message: Message) -> dict[str, Any]:
     return fields
 
 
-def split_prompt(body: CompletionBody) -> tuple[list[str], list[list[int]]]:
+def split_prompt(prompt: Prompt) -> tuple[list[str], list[list[int]]]:
     """The prompts as texts or as token ids; the other list is empty."""
-    prompt = body.prompt
     if isinstance(prompt, str):
         return [prompt], []
     texts = [item for item in prompt if isinstance(item, str)]

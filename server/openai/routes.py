@@ -13,21 +13,25 @@ from slipstream.server.json_response import JSONBody
 from slipstream.server.openai import answers
 from slipstream.server.openai.chat import chat
 from slipstream.server.openai.completions import complete
+from slipstream.server.openai.embeddings import embed
 from slipstream.server.openai.schema import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    EmbeddingsBody,
     PruneRolloutsBody,
     TokenizeMessagesBody,
     TokenizeTextBody,
 )
-from slipstream.server.openai.tokens import detokenize, tokenize
+from slipstream.server.openai.tokens import detokenize, tokenize, told_of_tokenizer
 from slipstream.server.principal import principal_of
+from slipstream.server.responses import LargeResponse
 from slipstream.server.service import Service
 
 BODIES: tuple[type[Body], ...] = (
     ChatBody,
     CompletionBody,
+    EmbeddingsBody,
     TokenizeTextBody,
     TokenizeMessagesBody,
     DetokenizeBody,
@@ -87,6 +91,17 @@ def openai_router(service: Service) -> APIRouter:
     async def text_of(request: Request) -> Response:
         """The text of tokens."""
         return await detokenize(service, request)
+
+    @router.post("/v1/embeddings", openapi_extra=describe(answers.Embeddings, *BUSY, bodies=[EmbeddingsBody]))
+    async def embeddings(request: Request) -> Response:
+        """What the model makes of texts, as vectors."""
+        return await embed(service, request)
+
+    @router.get("/tokenizer_info", openapi_extra=describe(answers.TokenizerInfo, 503))
+    async def tokenizer_info() -> Response:
+        """The special tokens and the chat template, for who renders conversations by himself."""
+        service.require_ready()
+        return LargeResponse(service, told_of_tokenizer(service))
 
     @router.post("/v1/rollouts/prune", openapi_extra=describe(answers.PrunedRollouts, 503, bodies=[PruneRolloutsBody]))
     async def prune(request: Request) -> Response:

@@ -20,6 +20,7 @@ from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.fields import unsupported
 from slipstream.server.openai.structured import StructuredFields
+from slipstream.server.openai.thinking import ThinkingFields
 from slipstream.server.openai.tools import ToolCall, ToolFields
 
 MAX_STOP_STRINGS = 64
@@ -186,6 +187,19 @@ class GenerationBody(SamplingBody, StructuredFields):
     stream_reasoning: unsupported(True) = None  # type: ignore[valid-type]
     include_reasoning: unsupported(True) = None  # type: ignore[valid-type]
 
+    # What clients of llama.cpp and others send.
+    cache_prompt: bool | None = None
+    id_slot: unsupported(-1) = None  # type: ignore[valid-type]
+    timings_per_token: unsupported(False) = None  # type: ignore[valid-type]
+    return_progress: unsupported(False) = None  # type: ignore[valid-type]
+    repeat_penalty: unsupported(1, 1.0) = None  # type: ignore[valid-type]
+    typical_p: unsupported(1, 1.0) = None  # type: ignore[valid-type]
+    tfs_z: unsupported(1, 1.0) = None  # type: ignore[valid-type]
+    top_a: unsupported(0, 0.0) = None  # type: ignore[valid-type]
+    mirostat: unsupported(0) = None  # type: ignore[valid-type]
+    dry_multiplier: unsupported(0, 0.0) = None  # type: ignore[valid-type]
+    xtc_probability: unsupported(0, 0.0) = None  # type: ignore[valid-type]
+
     @model_validator(mode="after")
     def _check_shared(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
@@ -251,7 +265,7 @@ class TemplateBody(ToolFields):
         return self
 
 
-class ChatBody(GenerationBody, TemplateBody):
+class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=-1, lt=2**31)
@@ -262,8 +276,7 @@ class ChatBody(GenerationBody, TemplateBody):
     modalities: unsupported(["text"]) = None  # type: ignore[valid-type]
     audio: unsupported() = None  # type: ignore[valid-type]
     prediction: unsupported() = None  # type: ignore[valid-type]
-    reasoning_effort: unsupported("none") = None  # type: ignore[valid-type]
-    verbosity: unsupported() = None  # type: ignore[valid-type]
+    verbosity: unsupported("medium") = None  # type: ignore[valid-type]
     web_search_options: unsupported() = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
@@ -309,6 +322,24 @@ class TokenizeTextBody(Body):
 class TokenizeMessagesBody(TemplateBody):
     model: str | None = None
     return_token_strs: bool | None = None
+
+
+class EmbeddingsBody(Body):
+    model: str | None = None
+    input: Prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1, lt=2**31)
+    pooling: Literal["mean", "last"] | None = None
+    normalize: bool | None = None
+    add_special_tokens: bool | None = None
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    cache_salt: CacheSalt | None = None
+    request_id: RequestId | None = None
+    user: Label | None = None
+    metadata: dict[str, Any] | None = Field(None, max_length=MAX_METADATA)
+
+    # Refused unless off.
+    truncate_prompt_tokens: unsupported() = None  # type: ignore[valid-type]
 
 
 class DetokenizeBody(Body):

@@ -62,6 +62,9 @@ class ChatTemplate:
         sources = {"default": source} if isinstance(source, str) else dict(source)
         self.text = "\n".join(text for text in sources.values() if isinstance(text, str))
         """The sources of all of them, to see what they know."""
+        default = sources.get("default")
+        self.default = default if isinstance(default, str) else None
+        """The source of that for conversations without tools."""
         self._templates = {name: _compile(text, name, origin) for name, text in sources.items()}
         self._special_tokens = dict(special_tokens or {})
 

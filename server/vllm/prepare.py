@@ -47,7 +47,7 @@ def render(text: TextModel, limits: Limits, raw: bytes) -> bytes:
     """A body for ``/inference/v1/generate``. Raises InvalidRequestError, ModelNotFoundError, RunElsewhereError."""
     body = parse(ChatBody, raw, UNKNOWN)
     model = require_model(limits.model_names, body.model)
-    prompt = prompt_of(text, limits, body)
+    prompt = prompt_of(text, limits, openai.with_thinking(limits, body, template_for(text, limits, body)))
     return answer(
         {
             "request_id": body.request_id or f"chatcmpl-{uuid.uuid4().hex}",

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from slipstream.server.admin import routes as admin_routes
+from slipstream.server.anthropic import schema as anthropic
 from slipstream.server.openai import schema
+from slipstream.server.respond import schema as respond
 from slipstream.server.vllm import control as vllm_control
 from slipstream.server.vllm import routes as vllm_routes
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("api.md", "sglang.md", "vllm.md", "trainers/trl.md", "trainers/areal.md")
+PAGES = ("api.md", "responses.md", "messages.md", "sglang.md", "vllm.md", "trainers/trl.md", "trainers/areal.md")
 """Where routes and their fields are documented."""
 
 
@@ -24,7 +26,14 @@ def words(*pages: str) -> set[str]:
 
 
 def test_every_field_is_documented() -> None:
-    found = [*vars(schema).values(), *admin_routes.BODIES, *vllm_routes.BODIES, *vllm_control.BODIES]
+    found = [
+        *vars(schema).values(),
+        *vars(respond).values(),
+        *vars(anthropic).values(),
+        *admin_routes.BODIES,
+        *vllm_routes.BODIES,
+        *vllm_control.BODIES,
+    ]
     bodies = [value for value in found if isinstance(value, type) and issubclass(value, schema.Body)]
     fields = {name for body in bodies for name in body.model_fields}
     assert len(fields) > 50

@@ -183,6 +183,33 @@ def test_reasoning_is_looked_for_where_a_template_knows_it(text: TextModel) -> N
     assert set(FORMATS) | {"auto", "none"} == set(get_args(get_type_hints(ServerConfig)["tool_call_parser"]))
 
 
+@pytest.mark.parametrize(
+    ("fields", "opening"),
+    [
+        ({}, "unset"),
+        ({"enable_thinking": False}, "off"),
+        ({"think": True, "thinking": {"type": "enabled"}}, "on"),
+        ({"reasoning_effort": "none"}, "off"),
+        ({"reasoning_effort": "low"}, "on-low"),
+        ({"think": True, "chat_template_kwargs": {"enable_thinking": False}}, "off"),
+    ],
+)
+def test_templates_are_told_of_thinking(text: TextModel, fields: dict[str, Any], opening: str) -> None:
+    template = """{{ messages[0].content }}[{% if enable_thinking is defined %}
+    {%- if enable_thinking %}on{% else %}off{% endif %}{% else %}unset{% endif %}
+    {%- if reasoning_effort is defined %}-{{ reasoning_effort }}{% endif %}]"""
+    [prompt] = prepared(text, "", chat_template=template, **fields).prompts
+    assert text.tokenizer.decode(prompt).endswith(f"[{opening}]")
+
+
+def test_thinking_that_would_not_come_is_refused(text: TextModel) -> None:
+    assert prepared(text, "<think>", think=True).prompts, "it is marked, so the model does it anyway"
+    for fields in ({"think": True}, {"reasoning_effort": "low"}, {"think": False, "enable_thinking": True}):
+        with pytest.raises(InvalidRequestError) as refused:
+            prepared(text, "-", **fields)
+        assert refused.value.param == next(iter(fields))
+
+
 def test_special_tokens_that_mean_something_stay_in_the_text(text: TextModel) -> None:
     special = next(iter(text.tokenizer.special_texts))
     assert text.tokenizer.symbols(f"a{special}b") == f'"a" <[{text.tokenizer.special_texts[special]}]> "b"'

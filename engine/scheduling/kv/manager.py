@@ -113,6 +113,8 @@ class KVManager:
         params, most = request.message.params, len(request.block_hashes)
         if params.prompt_logprobs is not None:  # the positions that tell them have to be computed
             most = max(params.prompt_logprobs_from - 1, 0) // self.block_size
+        if params.pooling == "mean":  # all positions count
+            most = 0
         hits = []
         for content in request.block_hashes[:most]:
             block = self.pool.find(content)

@@ -1,0 +1,204 @@
+"""From the bytes of a body of /v1/messages to a conversation that is rendered and tokenized. See server/jobs.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from slipstream.server.anthropic.schema import ContentBlock, CountTokensBody, MessagesBody, PromptFields, Texts
+from slipstream.server.body import Body, parse
+from slipstream.server.errors import InvalidRequestError
+from slipstream.server.openai import prepare as openai
+from slipstream.server.openai.schema import ChatBody
+from slipstream.server.openai.translated import add_message, chat_body
+from slipstream.server.prepared import Limits, Prepared, require_model
+from slipstream.server.text_model import TextModel
+
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+
+
+class Conversing(Body):
+    """A request that is prepared."""
+
+    asked: MessagesBody
+    """Without what became the prompt."""
+    chat: ChatBody
+
+
+def converse(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
+    """Raises InvalidRequestError, RunElsewhereError."""
+    body = parse(MessagesBody, raw, limits.unknown_fields)
+    metadata = dict(body.metadata or {})
+    user = metadata.pop("user_id", None)
+    if user is not None and not isinstance(user, str):
+        raise InvalidRequestError("metadata.user_id: it has to be a text", param="metadata.user_id")
+    fields = chat_fields(body) | {
+        "max_tokens": body.max_tokens,
+        "stop": body.stop_sequences,
+        "stream": body.stream,
+        "metadata": metadata,
+        "user": user,
+        "request_id": body.request_id,
+    }
+    prepared = conversation(text, limits, fields)
+    asked = body.model_copy(update={"messages": [], "system": None, "tools": None})
+    done = Conversing(asked=asked, chat=prepared.body)
+    return Prepared(done, prepared.prompts, [], prepared.ends, prepared.structure, prepared.speech)
+
+
+def count_message_tokens(text: TextModel, limits: Limits, raw: bytes) -> bytes:
+    """The answer. Raises InvalidRequestError, ModelNotFoundError, RunElsewhereError."""
+    body = parse(CountTokensBody, raw, limits.unknown_fields)
+    require_model(limits.model_names, body.model)
+    [prompt] = conversation(text, limits, chat_fields(body)).prompts
+    return openai.answer({"input_tokens": len(prompt)})
+
+
+def conversation(text: TextModel, limits: Limits, fields: dict[str, Any]) -> Prepared[ChatBody]:
+    """Raises InvalidRequestError with the names of this dialect."""
+    try:
+        prepared = openai.conversation(text, limits, chat_body(fields, "messages"))
+    except InvalidRequestError as error:
+        name = renamed(error.param)
+        message = error.message.replace(error.param, name, 1) if error.param and name else error.message
+        raise type(error)(message, param=name, code=error.code) from None
+    structure = prepared.structure
+    if structure is None:
+        return prepared
+    return replace(prepared, structure=replace(structure, param=renamed(structure.param) or structure.param))
+
+
+def chat_fields(body: PromptFields) -> dict[str, Any]:
+    messages = messages_of(body)
+    fields = body.shared() | {
+        "model": body.model,
+        "messages": messages,
+        # A conversation that ends with the assistant's words is one whose answer they begin.
+        "continue_final_message": True if continues(messages) else None,
+        "tools": [nested(tool, f"tools.{index}") for index, tool in enumerate(body.tools)] if body.tools else None,
+    }
+    if (choice := body.tool_choice) is not None:
+        if choice.type == "tool":
+            fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        else:
+            fields["tool_choice"] = CHOICES[choice.type]
+        fields["parallel_tool_calls"] = False if choice.disable_parallel_tool_use else None
+    form = body.output_format if body.output_config is None else body.output_config.format or body.output_format
+    if form is not None:
+        about = {"name": form.name or "answer", "schema": form.schema_, "strict": True}
+        fields["response_format"] = {"type": "json_schema", "json_schema": about}
+    if body.thinking is not None and body.thinking.type != "adaptive":
+        fields["thinking"] = {"type": body.thinking.type}
+    return fields
+
+
+def continues(messages: list[dict[str, Any]]) -> bool:
+    last = messages[-1] if messages else {}
+    return last.get("role") == "assistant" and "tool_calls" not in last
+
+
+def nested(tool: dict[str, Any], param: str) -> dict[str, Any]:
+    """A tool as chat has it. Raises InvalidRequestError for tools that the service itself would run."""
+    if tool.get("type") not in (None, "custom"):
+        raise InvalidRequestError(
+            f"{param}.type: only tools of the client (custom) are supported",
+            param=f"{param}.type",
+            code="unsupported_parameter",
+        )
+    function = {name: tool[name] for name in ("name", "description", "strict") if tool.get(name) is not None}
+    return {"type": "function", "function": function | {"parameters": tool.get("input_schema")}}
+
+
+def messages_of(body: PromptFields) -> list[dict[str, Any]]:
+    """Raises InvalidRequestError."""
+    found: list[dict[str, Any]] = []
+    if body.system is not None:
+        add_message(found, "system", joined(body.system))
+    for index, turn in enumerate(body.messages):
+        blocks = turn.content
+        if isinstance(blocks, str):
+            add_message(found, turn.role, blocks)
+        elif turn.role == "assistant":
+            found.append(spoken(blocks, f"messages.{index}.content"))
+        else:
+            found += heard(turn.role, blocks, f"messages.{index}.content")
+    return found
+
+
+def spoken(blocks: list[ContentBlock], param: str) -> dict[str, Any]:
+    """The assistant's blocks as one message."""
+    message: dict[str, Any] = {"role": "assistant"}
+    for index, block in enumerate(blocks):
+        at = f"{param}.{index}"
+        match block.type:
+            case "text":
+                message["content"] = message.get("content", "") + required(block, "text", at)
+            case "thinking":
+                thought = required(block, "thinking", at)
+                message["reasoning_content"] = message.get("reasoning_content", "") + thought
+            case "tool_use":
+                arguments = json.dumps(required(block, "input", at), ensure_ascii=False)
+                function = {"name": required(block, "name", at), "arguments": arguments}
+                call = {"id": required(block, "id", at), "type": "function", "function": function}
+                message.setdefault("tool_calls", []).append(call)
+            case _:
+                raise misplaced(block, at, "an assistant")
+    return message
+
+
+def heard(role: str, blocks: list[ContentBlock], param: str) -> list[dict[str, Any]]:
+    """What tools gave back, each as a message, and text between them."""
+    found: list[dict[str, Any]] = []
+    for index, block in enumerate(blocks):
+        at = f"{param}.{index}"
+        if block.type == "text":
+            words = required(block, "text", at)
+            if found and found[-1]["role"] == role:
+                found[-1]["content"] += words
+            else:
+                add_message(found, role, words)
+        elif block.type == "tool_result" and role == "user":
+            result = joined(block.content or "")
+            found.append(
+                {
+                    "role": "tool",
+                    "tool_call_id": required(block, "tool_use_id", at),
+                    "content": f"Error: {result}" if block.is_error else result,
+                }
+            )
+        else:
+            raise misplaced(block, at, f"a {role}")
+    return found or [{"role": role, "content": ""}]
+
+
+def misplaced(block: ContentBlock, param: str, who: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{param}.type: {who} message has no {block.type} blocks", param=f"{param}.type")
+
+
+def required(block: ContentBlock, field: str, param: str) -> Any:
+    if (value := getattr(block, field)) is None:
+        where = f"{param}.{field}"
+        raise InvalidRequestError(f"missing field {where!r}", param=where, code="missing_required_parameter")
+    return value
+
+
+def joined(content: Texts) -> str:
+    return content if isinstance(content, str) else "".join(block.text for block in content)
+
+
+def renamed(param: str | None) -> str | None:
+    """What a field of chat is called here."""
+    if param is None:
+        return None
+    if param.startswith("response_format"):
+        return "output_config.format" + (".schema" if param.endswith("schema") else "")
+    if param.startswith("tools."):
+        return param.replace(".function.parameters", ".input_schema", 1).replace(".function", "", 1)
+    return {"stop": "stop_sequences", "parallel_tool_calls": "tool_choice"}.get(param, param)
+
+
+JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {
+    job.__name__: job for job in (converse, count_message_tokens)
+}

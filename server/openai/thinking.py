@@ -1,0 +1,56 @@
+"""The fields by which clients switch on or off what a model thinks before it answers, and how much of it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from slipstream.server import reasoning
+from slipstream.server.body import Body
+from slipstream.server.errors import InvalidRequestError
+from slipstream.server.prepared import Limits
+
+SWITCH, LEVEL = "enable_thinking", "reasoning_effort"
+"""What chat templates call them."""
+
+
+class ThinkingSwitch(Body):
+    type: Literal["enabled", "disabled"]
+
+
+class ThinkingFields(Body):
+    """Each vendor has its own."""
+
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    enable_thinking: bool | None = None
+    think: bool | None = None
+    thinking: ThinkingSwitch | None = None
+
+
+def thinking_variables(limits: Limits, body: ThinkingFields, template: str) -> dict[str, Any]:
+    """What a chat template is told of it.
+
+    Raises InvalidRequestError where that would not bring what is asked for, or the fields contradict each other.
+    """
+    effort = body.reasoning_effort
+    said = {"enable_thinking": body.enable_thinking, "think": body.think}
+    said["thinking"] = None if body.thinking is None else body.thinking.type == "enabled"
+    said["reasoning_effort"] = False if effort == "none" else None if effort is None else True
+    wanted = {name: value for name, value in said.items() if value is not None}
+    if len(set(wanted.values())) > 1:
+        raise InvalidRequestError(f"{' and '.join(wanted)} contradict each other", param=next(iter(wanted)))
+    if effort not in (None, "none") and LEVEL not in template:
+        raise unsupported(
+            LEVEL, f"the chat template of this model has no levels of it; only 'none' is accepted, not {effort!r}"
+        )
+    is_marked = (
+        reasoning.recognized(template) if limits.reasoning_parser == "auto" else limits.reasoning_parser != "none"
+    )
+    for name, value in wanted.items():
+        if value and name != LEVEL and SWITCH not in template and not is_marked:
+            raise unsupported(name, "the chat template of this model knows of no thinking")
+    found: dict[str, Any] = {} if effort in (None, "none") else {LEVEL: effort}
+    return found | ({SWITCH: next(iter(wanted.values()))} if wanted and SWITCH in template else {})
+
+
+def unsupported(param: str, message: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{param}: {message}", param=param, code="unsupported_parameter")

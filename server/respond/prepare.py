@@ -1,0 +1,184 @@
+"""From the bytes of a body of /v1/responses to a conversation that is rendered and tokenized. See server/jobs.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from slipstream.server.body import Body, parse
+from slipstream.server.errors import InvalidRequestError
+from slipstream.server.openai import prepare as openai
+from slipstream.server.openai.schema import ChatBody
+from slipstream.server.openai.translated import add_message, chat_body, open_assistant
+from slipstream.server.prepared import Limits, Prepared
+from slipstream.server.respond.schema import HistoryBody, Item, ItemPart, RespondBody
+from slipstream.server.text_model import TextModel
+
+LENGTH_BYTES = 8
+MAX_STORED_BYTES = 2**19
+"""Most bytes of the input of a response that is kept."""
+
+encode_json = msgspec.json.Encoder().encode
+
+
+class Responding(Body):
+    """A request that is prepared."""
+
+    asked: RespondBody
+    """Without its input."""
+    chat: ChatBody
+    items: bytes
+    """The input as items, in JSON without the brackets of the list; empty if it is not to be kept."""
+
+
+class _Previous(msgspec.Struct):
+    previous_response_id: Any = None
+
+
+def previous_response(text: TextModel, limits: Limits, raw: bytes) -> str:
+    """The id of the response before, or nothing; what is wrong with the body is told by the next job."""
+    try:
+        found = msgspec.json.decode(raw, type=_Previous).previous_response_id
+    except (ValueError, msgspec.DecodeError):
+        return ""
+    return found if isinstance(found, str) else ""
+
+
+def framed(history: bytes, raw: bytes) -> bytes:
+    """A body with the turns before it, which are items in JSON without the brackets of the list."""
+    return len(history).to_bytes(LENGTH_BYTES, "little") + history + raw
+
+
+def respond(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
+    """``raw`` is framed. Raises InvalidRequestError, RunElsewhereError."""
+    end = LENGTH_BYTES + int.from_bytes(raw[:LENGTH_BYTES], "little")
+    body = parse(RespondBody, raw[end:], limits.unknown_fields)
+    given = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input
+    if not given:
+        raise InvalidRequestError("input: at least one item is needed", param="input")
+    kept = b"" if body.store is False else kept_items(given)
+    before = parse(HistoryBody, b'{"items":[' + raw[LENGTH_BYTES:end] + b"]}", "warn").items
+    messages = messages_of(before, "previous_response_id") + messages_of(given, "input")
+    if body.instructions is not None:
+        messages.insert(0, {"role": "system", "content": body.instructions})
+    try:
+        prepared = openai.conversation(text, limits, chat_body(chat_fields(body, messages), "input"))
+    except InvalidRequestError as error:
+        name = renamed(error.param)
+        message = error.message.replace(error.param, name, 1) if error.param and name else error.message
+        raise type(error)(message, param=name, code=error.code) from None
+    done = Responding(asked=body.model_copy(update={"input": ""}), chat=prepared.body, items=kept)
+    structure = prepared.structure
+    if structure is not None:
+        structure = replace(structure, param=renamed(structure.param) or structure.param)
+    return Prepared(done, prepared.prompts, [], prepared.ends, structure, prepared.speech)
+
+
+def kept_items(items: Sequence[Item]) -> bytes:
+    """Raises InvalidRequestError if they are too large to be kept."""
+    found = b",".join(encode_json(item.model_dump(exclude_none=True)) for item in items)
+    if len(found) > MAX_STORED_BYTES:
+        raise InvalidRequestError(
+            f"store: an input of {len(found)} bytes is not kept, at most {MAX_STORED_BYTES} are; send store: false",
+            param="store",
+        )
+    return found
+
+
+def chat_fields(body: RespondBody, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    fields = body.shared() | {
+        "messages": messages,
+        "model": body.model,
+        "max_completion_tokens": body.max_output_tokens,
+        "tools": [nested(tool) for tool in body.tools] if body.tools else None,
+        "tool_choice": body.tool_choice,
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "metadata": body.metadata,
+        "user": body.user,
+        "request_id": body.request_id,
+        "reasoning_effort": None if body.reasoning is None else body.reasoning.effort,
+    }
+    if body.text is not None and (form := body.text.format) is not None and form.type != "text":
+        fields["response_format"] = {"type": form.type}
+        if form.type == "json_schema":
+            about = form.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
+            fields["response_format"]["json_schema"] = about
+    return fields
+
+
+def nested(tool: dict[str, Any]) -> dict[str, Any]:
+    """A function as chat has it: its name and what belongs to it one level deeper."""
+    function = {name: value for name, value in tool.items() if name != "type" and value is not None}
+    return {"type": tool.get("type"), "function": function}
+
+
+def messages_of(items: Iterable[Item], param: str) -> list[dict[str, Any]]:
+    """Reasoning, text and calls that follow each other are one message of the assistant.
+
+    Raises InvalidRequestError.
+    """
+    found: list[dict[str, Any]] = []
+    speaks = False
+    """Whether the last message is the assistant's, and goes on."""
+    for index, item in enumerate(items):
+        match item.type or "message":
+            case "reasoning":
+                thought = joined(item.content) or joined(item.summary)
+                if thought:
+                    open_assistant(found, speaks)["reasoning_content"] = thought
+                    speaks = True
+            case "function_call":
+                call = {
+                    "id": required(item, "call_id", param, index),
+                    "type": "function",
+                    "function": {
+                        "name": required(item, "name", param, index),
+                        "arguments": required(item, "arguments", param, index),
+                    },
+                }
+                open_assistant(found, speaks).setdefault("tool_calls", []).append(call)
+                speaks = True
+            case "function_call_output":
+                required(item, "output", param, index)
+                call_id = required(item, "call_id", param, index)
+                found.append({"role": "tool", "tool_call_id": call_id, "content": joined(item.output)})
+                speaks = False
+            case _:
+                role = required(item, "role", param, index)
+                required(item, "content", param, index)
+                if role == "assistant" and speaks and "content" not in found[-1] and "tool_calls" not in found[-1]:
+                    found[-1]["content"] = joined(item.content)
+                else:
+                    add_message(found, role, joined(item.content))
+                    speaks = role == "assistant"
+    return found
+
+
+def required(item: Item, field: str, param: str, index: int) -> Any:
+    if (value := getattr(item, field)) is None:
+        where = f"{param}.{index}.{field}"
+        raise InvalidRequestError(f"missing field {where!r}", param=where, code="missing_required_parameter")
+    return value
+
+
+def joined(content: str | list[ItemPart] | None) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
+def renamed(param: str | None) -> str | None:
+    """What a field of chat is called here."""
+    if param is None:
+        return None
+    if param.startswith("messages"):
+        return "input"
+    if param.startswith("response_format"):
+        return "text.format" + (".schema" if param.endswith("schema") else "")
+    if param == "reasoning_effort":
+        return "reasoning.effort"
+    return param.replace(".function.", ".", 1) if param.startswith("tools.") else param
+
+
+JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {job.__name__: job for job in (previous_response, respond)}

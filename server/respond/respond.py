@@ -1,0 +1,166 @@
+"""POST /v1/responses, and what can be done with a response that is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any
+
+import msgspec
+from fastapi import Request
+from starlette.types import Receive, Scope, Send
+
+from slipstream.server.body import parse, read_body
+from slipstream.server.errors import ApiError, InvalidRequestError, NotFoundError, TimedOutError
+from slipstream.server.generating import prepare_generation
+from slipstream.server.generation import Generation
+from slipstream.server.json_response import JSONBody
+from slipstream.server.openai.chat import begin_chat
+from slipstream.server.prepared import Prepared
+from slipstream.server.principal import principal_of
+from slipstream.server.respond.prepare import Responding, framed
+from slipstream.server.respond.schema import CancelResponseBody, RespondBody
+from slipstream.server.respond.store import ResponseStore, Stored
+from slipstream.server.respond.writer import ResponseWriter
+from slipstream.server.responses import GenerationResponse, LargeResponse
+from slipstream.server.service import Service
+
+logger = logging.getLogger(__name__)
+encode = msgspec.json.Encoder().encode
+
+CANCEL_S = 10.0
+"""How long the end of a response that was cancelled is waited for."""
+
+
+class Responder:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._store = ResponseStore()
+        self._tasks: set[asyncio.Task[None]] = set()
+        """Responses in the background."""
+
+    async def create(self, request: Request) -> Any:
+        arrival = time.monotonic()
+        service, owner = self._service, owner_of(request)
+        before: Stored | None = None
+
+        async def with_history(raw: bytes) -> bytes:
+            nonlocal before
+            if b'"previous_response_id"' in raw and (name := await service.work.run("previous_response", raw)):
+                before = self._before(owner, name)
+            return framed(before.history if before is not None else b"", raw)
+
+        prepared: Prepared[Responding] = await prepare_generation(service, request, "respond", with_history)
+        asked = prepared.body.asked
+        if asked.previous_response_id is not None and (before is None or before.id != asked.previous_response_id):
+            raise InvalidRequestError(
+                "previous_response_id: write the name of this field without escapes", param="previous_response_id"
+            )
+        generation, options = begin_chat(service, request, prepared, prepared.body.chat, "resp_", arrival)
+        turns = (*(before.turns if before is not None else ()), prepared.body.items)
+        stored = Stored(owner, generation.name, b"", turns=turns)
+        stored.abort = lambda: service.engine.abort([each.request.request_id for each in generation.sequences])
+
+        def on_end(response: dict[str, Any]) -> None:
+            stored.is_open = False
+            stored.ended.set()
+            if asked.store is not False and stored.is_wanted:
+                stored.body = encode(response)
+                stored.turns += (b",".join(map(encode, response["output"])),)
+                self._store.put(stored)
+
+        writer = ResponseWriter(generation, asked, options.model, prepared.speech, service.text.tokenizer, on_end)
+        stored.body = encode(writer.response)
+        if asked.store is not False:
+            self._store.put(stored)
+        if asked.background:
+            task = asyncio.create_task(self._write(generation, writer, stored))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return JSONBody(writer.response)
+        return KeptResponse(self._store, stored, service, generation, writer, asked)
+
+    def retrieve(self, request: Request, name: str) -> Any:
+        if request.query_params.get("stream", "false").lower() not in ("false", "0"):
+            raise InvalidRequestError("stream: a response that is kept comes as a whole", param="stream")
+        return LargeResponse(self._service, self._store.get(owner_of(request), name).body)
+
+    async def delete(self, request: Request, name: str) -> Any:
+        stored = self._store.get(owner_of(request), name)
+        stored.is_wanted = False
+        self._store.drop(stored)
+        if stored.is_open:
+            stored.abort()
+        return JSONBody({"id": name, "object": "response", "deleted": True})
+
+    async def cancel(self, request: Request, name: str) -> Any:
+        """One that has ended is answered as it is."""
+        parse(CancelResponseBody, await read_body(request, self._service.config.max_body_bytes) or b"{}", "error")
+        stored = self._store.get(owner_of(request), name)
+        if stored.is_open:
+            stored.abort()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stored.ended.wait(), CANCEL_S)
+        return LargeResponse(self._service, stored.body)
+
+    def _before(self, owner: str, name: str) -> Stored:
+        try:
+            found = self._store.get(owner, name)
+        except NotFoundError as error:
+            raise InvalidRequestError(
+                f"previous_response_id: {error.message}",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            ) from None
+        if found.is_open:
+            raise InvalidRequestError(
+                f"previous_response_id: {name} is still being written", param="previous_response_id"
+            )
+        return found
+
+    async def _write(self, generation: Generation, writer: ResponseWriter, stored: Stored) -> None:
+        """A response in the background."""
+        limit = self._service.config.request_timeout_s
+        try:
+            with self._service.responding(), generation:
+                async with asyncio.timeout(limit or None):
+                    writer.body(await generation.collect())
+        except ApiError as error:
+            writer.fail(error)
+        except TimeoutError:
+            writer.fail(TimedOutError("the request took longer than --request-timeout-s allows"))
+        except Exception:
+            logger.exception("response %s failed", generation.name)
+            writer.fail(ApiError("internal error; see the server's log"))
+
+
+class KeptResponse(GenerationResponse):
+    """Forgets a response of which the client did not get the end."""
+
+    def __init__(
+        self,
+        store: ResponseStore,
+        stored: Stored,
+        service: Service,
+        generation: Generation,
+        writer: ResponseWriter,
+        asked: RespondBody,
+    ) -> None:
+        super().__init__(service, generation, writer, bool(asked.stream), writer.failed)
+        self._store, self._stored = store, stored
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self._stored.is_open:
+                self._stored.is_open = False
+                self._stored.ended.set()
+                self._store.drop(self._stored)
+
+
+def owner_of(request: Request) -> str:
+    """Whose responses are seen: all of the holders of a key, since whoever fetches one names no user."""
+    return principal_of(request.scope).tenant("")

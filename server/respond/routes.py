@@ -1,0 +1,49 @@
+"""The routes of /v1/responses."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from slipstream.server.description import describe
+from slipstream.server.respond import answers
+from slipstream.server.respond.respond import Responder
+from slipstream.server.respond.schema import BODIES, CancelResponseBody, RespondBody
+from slipstream.server.service import Service
+
+DESCRIBED = (*BODIES, *answers.ANSWERS)
+BUSY = (404, 429, 503, 504)
+
+
+def respond_router(service: Service) -> APIRouter:
+    router = APIRouter(default_response_class=Response)
+    responder = Responder(service)
+
+    @router.post(
+        "/v1/responses",
+        openapi_extra=describe(
+            answers.ResponseObject, *BUSY, bodies=[RespondBody], stream=answers.ResponseEvent, stream_end=""
+        ),
+    )
+    async def create(request: Request) -> Response:
+        """Continue a conversation of items."""
+        return await responder.create(request)
+
+    @router.get("/v1/responses/{name}", openapi_extra=describe(answers.ResponseObject, 404, 503))
+    async def retrieve(request: Request, name: str) -> Response:
+        """A response that is kept."""
+        return responder.retrieve(request, name)
+
+    @router.delete("/v1/responses/{name}", openapi_extra=describe(answers.ResponseDeleted, 404, 503))
+    async def delete(request: Request, name: str) -> Response:
+        """Forget a response."""
+        return await responder.delete(request, name)
+
+    @router.post(
+        "/v1/responses/{name}/cancel",
+        openapi_extra=describe(answers.ResponseObject, 404, 503, bodies=[CancelResponseBody], body_required=False),
+    )
+    async def cancel(request: Request, name: str) -> Response:
+        """End a response that is being written."""
+        return await responder.cancel(request, name)
+
+    return router

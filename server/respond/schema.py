@@ -1,0 +1,148 @@
+"""The bodies of /v1/responses. What each field does is listed in docs/responses.md."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from slipstream.server.body import Body
+from slipstream.server.errors import InvalidRequestError
+from slipstream.server.openai.fields import unsupported
+from slipstream.server.openai.schema import MAX_MESSAGES, MAX_METADATA, Label, RequestId, StreamOptions, kind_of_stop
+from slipstream.server.openai.structured import Schema
+from slipstream.server.openai.translated import ExtraFields
+
+MAX_TOOLS = 256
+INCLUDED = ("reasoning.encrypted_content",)
+"""What may be asked for besides, and is nothing here: reasoning comes as it is."""
+
+
+class ItemPart(Body):
+    """Part of a message, of what a tool gave back, or of reasoning."""
+
+    type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+    parsed: Any = None
+    """What the OpenAI client has made of the text; it sends it back."""
+
+
+Text = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[
+        Annotated[list[ItemPart], Field(max_length=MAX_MESSAGES, fail_fast=True)],
+        Tag("list"),
+    ],
+    Discriminator(kind_of_stop),
+]
+
+
+class Item(Body):
+    """Of the input: a message, a call of a function, what it gave back, or reasoning."""
+
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] | None = None
+    id: Label | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    phase: str | None = None
+    content: Text | None = None
+    call_id: Label | None = None
+    name: Label | None = None
+    arguments: str | None = None
+    parsed_arguments: Any = None
+    output: Text | None = None
+    summary: list[ItemPart] | None = Field(None, max_length=MAX_MESSAGES, fail_fast=True)
+    encrypted_content: unsupported() = None  # type: ignore[valid-type]
+
+
+Items = Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+class TextFormat(Body):
+    """What the text of an answer is to look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(Body):
+    format: TextFormat | None = None
+    verbosity: unsupported("medium") = None  # type: ignore[valid-type]
+
+
+class ReasoningOptions(Body):
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: unsupported("auto") = None  # type: ignore[valid-type]
+    generate_summary: unsupported("auto") = None  # type: ignore[valid-type]
+
+
+class RespondBody(ExtraFields):
+    model: str | None = None
+    input: Annotated[
+        Annotated[str, Tag("text")] | Annotated[Items, Tag("list")],
+        Discriminator(kind_of_stop),
+    ]
+    instructions: str | None = None
+    previous_response_id: Label | None = None
+    max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    store: bool | None = None
+    background: bool | None = None
+    metadata: dict[str, Any] | None = Field(None, max_length=MAX_METADATA)
+    user: Label | None = None
+    request_id: RequestId | None = None
+
+    # Accepted: they cannot change the answer.
+    include: list[str] | None = Field(None, max_length=MAX_TOOLS)
+    max_tool_calls: int | None = Field(None, ge=1)
+    service_tier: str | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+
+    # Refused unless off.
+    truncation: unsupported("disabled") = None  # type: ignore[valid-type]
+    top_logprobs: unsupported(0) = None  # type: ignore[valid-type]
+    conversation: unsupported() = None  # type: ignore[valid-type]
+    context_management: unsupported([]) = None  # type: ignore[valid-type]
+    moderation: unsupported() = None  # type: ignore[valid-type]
+    prompt: unsupported() = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _check(self) -> RespondBody:
+        if self.background and self.store is False:
+            raise InvalidRequestError("background needs store: true, or nobody could fetch the answer", param="store")
+        if self.background and self.stream:
+            raise InvalidRequestError("background and stream exclude each other on this server", param="background")
+        if unknown := [name for name in self.include or () if name not in INCLUDED]:
+            raise InvalidRequestError(
+                f"include: only {', '.join(INCLUDED)} is accepted, not {unknown[0][:60]!r}",
+                param="include",
+                code="unsupported_parameter",
+            )
+        return self
+
+
+class HistoryBody(Body):
+    """The items of the turns before, as they were kept."""
+
+    items: list[Item]
+
+
+class CancelResponseBody(Body):
+    """No fields."""
+
+
+BODIES: tuple[type[Body], ...] = (RespondBody, CancelResponseBody)

@@ -1,0 +1,214 @@
+"""Answers of /v1/responses: one object of items, or the events in which it comes to be."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from slipstream.engine.messages import FinishReason
+from slipstream.server.errors import ApiError
+from slipstream.server.generation import Generation, Piece, Sequence
+from slipstream.server.respond.schema import RespondBody
+from slipstream.server.text import Tokenizer
+from slipstream.server.tools.answer import Speech
+from slipstream.server.tools.blocks import Block, BlockEvent, Blocks
+
+encode = msgspec.json.Encoder().encode
+PREFIXES = {"reasoning": "rs_", "text": "msg_", "call": "fc_"}
+
+
+class ResponseWriter:
+    """``on_end`` is told the whole response, as the client is, when it is complete or has failed."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        asked: RespondBody,
+        model: str,
+        speech: Speech | None,
+        tokenizer: Tokenizer,
+        on_end: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._generation, self._tokenizer, self._on_end = generation, tokenizer, on_end
+        self._blocks = Blocks(speech)
+        self._ids: list[str] = []
+        """Of the items."""
+        self._number = 0
+        self._is_open = False
+        self._finish: FinishReason | None = None
+        self._response = about(asked, generation.name, model)
+
+    @property
+    def response(self) -> dict[str, Any]:
+        """As far as it is known."""
+        return self._response
+
+    def chunk(self, sequence: Sequence, piece: Piece) -> bytes:
+        told = b"" if self._is_open else self._begin()
+        for event in self._push(piece):
+            told += self._told(event)
+        return told
+
+    def end(self) -> bytes:
+        done = self._done()
+        return self._event(
+            "response.completed" if done["status"] == "completed" else "response.incomplete", response=done
+        )
+
+    def body(self, answers: list[Piece]) -> bytes:
+        self._push(answers[0])
+        return encode(self._done())
+
+    def failed(self, error: ApiError) -> bytes:
+        """The last event of a stream that failed."""
+        return self._event("response.failed", response=self.fail(error))
+
+    def fail(self, error: ApiError) -> dict[str, Any]:
+        """The response that came to nothing."""
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        self._response |= {"status": "failed", "error": {"code": code, "message": error.message}}
+        self._response["output"] = [self._item(block, "incomplete") for block in self._blocks.blocks]
+        self._on_end(self._response)
+        return self._response
+
+    def _push(self, piece: Piece) -> list[BlockEvent]:
+        self._finish = piece.finish_reason
+        found = self._blocks.push(piece.text, piece.finish_reason is not None)
+        self._ids += [PREFIXES[event.block.kind] + secrets.token_hex(16) for event in found if event.kind == "begin"]
+        return found
+
+    def _begin(self) -> bytes:
+        self._is_open = True
+        told = self._event("response.created", response=self._response)
+        return told + self._event("response.in_progress", response=self._response)
+
+    def _done(self) -> dict[str, Any]:
+        blocks = self._blocks.blocks
+        status = "completed" if self._finish == "stop" else "cancelled" if self._finish == "abort" else "incomplete"
+        items = [self._item(block, "completed") for block in blocks]
+        if status != "completed" and items:
+            items[-1] = self._item(blocks[-1], "incomplete")
+        self._response |= {
+            "status": status,
+            "completed_at": time.time() if status == "completed" else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "output": items,
+            "usage": self._usage(),
+        }
+        self._on_end(self._response)
+        return self._response
+
+    def _usage(self) -> dict[str, Any]:
+        prompt, cached, completion = self._generation.count_tokens()
+        thought = "".join(block.text for block in self._blocks.blocks if block.kind == "reasoning")
+        count = len(self._tokenizer.encode(thought, add_special_tokens=False)) if thought else 0
+        return {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": completion,
+            "output_tokens_details": {"reasoning_tokens": min(count, completion)},
+            "total_tokens": prompt + completion,
+        }
+
+    def _item(self, block: Block, status: str) -> dict[str, Any]:
+        found: dict[str, Any] = {"id": self._ids[block.index], "status": status}
+        match block.kind:
+            case "text":
+                return found | {"type": "message", "role": "assistant", "content": [text_part(block.text)]}
+            case "reasoning":
+                content = [{"type": "reasoning_text", "text": block.text}]
+                return found | {"type": "reasoning", "summary": [], "content": content}
+            case "call":
+                arguments = block.text if status != "completed" else block.text or "{}"
+                return found | {
+                    "type": "function_call",
+                    "call_id": block.id,
+                    "name": block.name,
+                    "arguments": arguments,
+                }
+
+    def _told(self, event: BlockEvent) -> bytes:
+        block = event.block
+        where = {"output_index": block.index, "item_id": self._ids[block.index]}
+        part = where | {"content_index": 0}
+        of_text = block.kind == "text"
+        name = "response.output_text" if of_text else "response.reasoning_text"
+        match event.kind:
+            case "begin":
+                empty = self._item(Block(block.index, block.kind, block.name, block.id), "in_progress")
+                if block.kind != "call":
+                    empty["content"] = []
+                told = self._event("response.output_item.added", output_index=block.index, item=empty)
+                if block.kind == "call":
+                    return told
+                begun = text_part("") if of_text else {"type": "reasoning_text", "text": ""}
+                return told + self._event("response.content_part.added", part=begun, **part)
+            case "more":
+                if block.kind == "call":
+                    return self._event("response.function_call_arguments.delta", delta=event.text, **where)
+                extra = {"logprobs": []} if of_text else {}
+                return self._event(f"{name}.delta", delta=event.text, **extra, **part)
+            case "end":
+                is_whole = self._finish in (None, "stop")
+                item = self._item(block, "completed" if is_whole else "incomplete")
+                if block.kind == "call":
+                    about = {"arguments": item["arguments"], "name": block.name}
+                    told = self._event("response.function_call_arguments.done", **about, **where)
+                else:
+                    extra = {"logprobs": []} if of_text else {}
+                    told = self._event(f"{name}.done", text=block.text, **extra, **part)
+                    told += self._event("response.content_part.done", part=item["content"][0], **part)
+                return told + self._event("response.output_item.done", output_index=block.index, item=item)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        event = {"type": kind, "sequence_number": self._number, **fields}
+        self._number += 1
+        return b"event: " + kind.encode() + b"\ndata: " + encode(event) + b"\n\n"
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def about(asked: RespondBody, response_id: str, model: str) -> dict[str, Any]:
+    """A response of which nothing has been said yet."""
+    form = None if asked.text is None or asked.text.format is None else asked.text.format
+    return {
+        "id": response_id,
+        "object": "response",
+        "created_at": int(time.time()),
+        "completed_at": None,
+        "status": "in_progress",
+        "background": bool(asked.background),
+        "error": None,
+        "incomplete_details": None,
+        "instructions": asked.instructions,
+        "max_output_tokens": asked.max_output_tokens,
+        "max_tool_calls": asked.max_tool_calls,
+        "metadata": asked.metadata or {},
+        "model": model,
+        "output": [],
+        "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "previous_response_id": asked.previous_response_id,
+        "prompt_cache_key": asked.prompt_cache_key,
+        "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": asked.safety_identifier,
+        "service_tier": "default",
+        "store": asked.store is not False,
+        "temperature": asked.temperature,
+        "text": {
+            "format": {"type": "text"} if form is None else form.model_dump(exclude_none=True, by_alias=True),
+            "verbosity": "medium",
+        },
+        "tool_choice": asked.tool_choice or "auto",
+        "tools": asked.tools or [],
+        "top_logprobs": 0,
+        "top_p": asked.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": asked.user,
+    }
