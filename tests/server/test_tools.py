@@ -204,7 +204,7 @@ def test_templates_are_told_of_thinking(text: TextModel, fields: dict[str, Any],
 
 def test_thinking_that_would_not_come_is_refused(text: TextModel) -> None:
     assert prepared(text, "<think>", think=True).prompts, "it is marked, so the model does it anyway"
-    for fields in ({"think": True}, {"reasoning_effort": "low"}, {"think": False, "enable_thinking": True}):
+    for fields in ({"think": True}, {"reasoning_effort": "low"}, {"enable_thinking": True, "think": False}):
         with pytest.raises(InvalidRequestError) as refused:
             prepared(text, "-", **fields)
         assert refused.value.param == next(iter(fields))
