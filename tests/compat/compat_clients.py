@@ -53,10 +53,10 @@ CLIENTS = {
         CompatClient("pydantic-ai", ("pydantic-ai-slim[openai]==2.68.0",), "use_pydantic_ai.py"),
         CompatClient("openai-agents", ("openai-agents==0.24.0",), "use_openai_agents.py"),
         CompatClient("litellm", ("litellm==1.110.0",), "use_litellm.py"),
-        CompatClient("langchain-openai", ("langchain-openai==1.7.0",), "use_langchain.py"),
+        CompatClient("langchain-openai", ("langchain-openai==1.7.4",), "use_langchain.py"),
         CompatClient(
             "llama-index",
-            ("llama-index-llms-openai-like==0.8.0", "llama-index-embeddings-openai-like"),
+            ("llama-index-llms-openai-like==0.8.1", "llama-index-embeddings-openai-like==0.4.0"),
             "use_llama_index.py",
         ),
         CompatClient("llm", ("llm==0.36",), "use_llm.py"),
