@@ -40,7 +40,7 @@ Texts = Annotated[
 
 
 class ContentBlock(Body):
-    """Of a message: text, what was thought, the use of a tool, or its result."""
+    """A block of a message: text, what was thought, the use of a tool, or its result."""
 
     type: Literal["text", "thinking", "tool_use", "tool_result"]
     text: str | None = None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import math
 import time
+from array import array
 from typing import Any
 
 import msgspec
-import numpy as np
-from fastapi import Request
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
 
 from slipstream.engine.messages import SamplingParams
 from slipstream.server.errors import InvalidRequestError
@@ -19,17 +22,17 @@ from slipstream.server.generating import (
     require_choices,
     start_generation,
 )
-from slipstream.server.generation import Generation, OutputOptions, Piece, Sequence
+from slipstream.server.generation import OutputOptions, Sequence
 from slipstream.server.openai.schema import EmbeddingsBody
 from slipstream.server.prepared import Prepared
 from slipstream.server.principal import principal_of
-from slipstream.server.responses import GenerationResponse
+from slipstream.server.responses import LargeResponse, cancelled_on_disconnect
 from slipstream.server.service import Service
 
 encode = msgspec.json.Encoder().encode
 
 
-async def embed(service: Service, request: Request) -> GenerationResponse:
+async def embed(service: Service, request: Request) -> Response:
     arrival = time.monotonic()
     prepared: Prepared[EmbeddingsBody] = await prepare_generation(service, request, "embed")
     body, prompts = prepared.body, prepared.prompts
@@ -51,43 +54,36 @@ async def embed(service: Service, request: Request) -> GenerationResponse:
         arrival=arrival,
     )
     generation = start_generation(service, request, asked)
-    return GenerationResponse(service, generation, EmbeddingWriter(generation, body, model), stream=False)
+    limit = service.config.request_timeout_s
+    async with cancelled_on_disconnect(request.receive, arrival + limit if limit else None):
+        with service.responding(), generation:
+            await generation.collect()
+            vectors = []
+            for sequence in generation.sequences:
+                vectors.append(encode(described(sequence, body)))
+                await asyncio.sleep(0)  # others have their turn
+        return LargeResponse(service, answer(model, vectors, sum(map(len, prompts))))
+    raise ClientDisconnect
 
 
-class EmbeddingWriter:
-    def __init__(self, generation: Generation, body: EmbeddingsBody, model: str) -> None:
-        self._generation, self._body, self._model = generation, body, model
+def described(sequence: Sequence, body: EmbeddingsBody) -> dict[str, Any]:
+    """Raises InvalidRequestError if there are not so many dimensions."""
+    found = array("f", sequence.embedding)
+    if body.dimensions is not None:
+        if body.dimensions > len(found):
+            raise InvalidRequestError(
+                f"dimensions: this model has {len(found)}, not {body.dimensions}", param="dimensions"
+            )
+        found = found[: body.dimensions]
+    if body.normalize is not False:
+        length = math.hypot(*found) or 1.0
+        found = array("f", [number / length for number in found])
+    told = base64.b64encode(found).decode() if body.encoding_format == "base64" else found.tolist()
+    return {"object": "embedding", "index": sequence.index, "embedding": told}
 
-    def chunk(self, sequence: Sequence, piece: Piece) -> bytes:
-        raise NotImplementedError("embeddings do not stream")
 
-    def end(self) -> bytes:
-        raise NotImplementedError("embeddings do not stream")
-
-    def body(self, answers: list[Piece]) -> bytes:
-        count = sum(len(sequence.prompt) for sequence in self._generation.sequences)
-        return encode(
-            {
-                "object": "list",
-                "model": self._model,
-                "data": [
-                    {"object": "embedding", "index": sequence.index, "embedding": self._embedding(sequence)}
-                    for sequence in self._generation.sequences
-                ],
-                "usage": {"prompt_tokens": count, "total_tokens": count},
-            }
-        )
-
-    def _embedding(self, sequence: Sequence) -> Any:
-        found = np.frombuffer(sequence.embedding, np.float32)
-        if self._body.dimensions is not None:
-            if self._body.dimensions > len(found):
-                raise InvalidRequestError(
-                    f"dimensions: this model has {len(found)}, not {self._body.dimensions}", param="dimensions"
-                )
-            found = found[: self._body.dimensions]
-        if self._body.normalize is not False:
-            found = found / max(float(np.linalg.norm(found)), 1e-12)
-        if self._body.encoding_format == "base64":
-            return base64.b64encode(found.astype("<f4").tobytes()).decode()
-        return found.tolist()
+def answer(model: str, vectors: list[bytes], num_tokens: int) -> bytes:
+    about = encode(
+        {"object": "list", "model": model, "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens}}
+    )
+    return b"".join((about[:-1], b',"data":[', b",".join(vectors), b"]}"))

@@ -14,7 +14,7 @@ from slipstream.server.openai import prepare as openai
 from slipstream.server.openai.schema import ChatBody
 from slipstream.server.openai.translated import add_message, chat_body, open_assistant
 from slipstream.server.prepared import Limits, Prepared
-from slipstream.server.respond.schema import HistoryBody, Item, ItemPart, RespondBody
+from slipstream.server.respond.schema import Item, ItemPart, RespondBody
 from slipstream.server.text_model import TextModel
 
 LENGTH_BYTES = 8
@@ -32,6 +32,12 @@ class Responding(Body):
     chat: ChatBody
     items: bytes
     """The input as items, in JSON without the brackets of the list; empty if it is not to be kept."""
+
+
+class HistoryBody(Body):
+    """The items of the turns before, as they were kept."""
+
+    items: list[Item]
 
 
 class _Previous(msgspec.Struct):
@@ -56,7 +62,9 @@ def respond(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
     """``raw`` is framed. Raises InvalidRequestError, RunElsewhereError."""
     end = LENGTH_BYTES + int.from_bytes(raw[:LENGTH_BYTES], "little")
     body = parse(RespondBody, raw[end:], limits.unknown_fields)
-    given = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input
+    given = (
+        [Item.model_validate({"role": "user", "content": body.input})] if isinstance(body.input, str) else body.input
+    )
     if not given:
         raise InvalidRequestError("input: at least one item is needed", param="input")
     kept = b"" if body.store is False else kept_items(given)

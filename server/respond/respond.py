@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import msgspec
-from fastapi import Request
+from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from slipstream.server.body import parse, read_body
@@ -41,7 +41,7 @@ class Responder:
         self._tasks: set[asyncio.Task[None]] = set()
         """Responses in the background."""
 
-    async def create(self, request: Request) -> Any:
+    async def create(self, request: Request) -> Response:
         arrival = time.monotonic()
         service, owner = self._service, owner_of(request)
         before: Stored | None = None
@@ -82,12 +82,12 @@ class Responder:
             return JSONBody(writer.response)
         return KeptResponse(self._store, stored, service, generation, writer, asked)
 
-    def retrieve(self, request: Request, name: str) -> Any:
+    def retrieve(self, request: Request, name: str) -> Response:
         if request.query_params.get("stream", "false").lower() not in ("false", "0"):
             raise InvalidRequestError("stream: a response that is kept comes as a whole", param="stream")
         return LargeResponse(self._service, self._store.get(owner_of(request), name).body)
 
-    async def delete(self, request: Request, name: str) -> Any:
+    async def delete(self, request: Request, name: str) -> Response:
         stored = self._store.get(owner_of(request), name)
         stored.is_wanted = False
         self._store.drop(stored)
@@ -95,7 +95,7 @@ class Responder:
             stored.abort()
         return JSONBody({"id": name, "object": "response", "deleted": True})
 
-    async def cancel(self, request: Request, name: str) -> Any:
+    async def cancel(self, request: Request, name: str) -> Response:
         """One that has ended is answered as it is."""
         parse(CancelResponseBody, await read_body(request, self._service.config.max_body_bytes) or b"{}", "error")
         stored = self._store.get(owner_of(request), name)

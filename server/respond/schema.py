@@ -40,7 +40,7 @@ Text = Annotated[
 
 
 class Item(Body):
-    """Of the input: a message, a call of a function, what it gave back, or reasoning."""
+    """What the input consists of: a message, a call of a function, what it gave back, or reasoning."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] | None = None
     id: Label | None = None
@@ -133,12 +133,6 @@ class RespondBody(ExtraFields):
                 code="unsupported_parameter",
             )
         return self
-
-
-class HistoryBody(Body):
-    """The items of the turns before, as they were kept."""
-
-    items: list[Item]
 
 
 class CancelResponseBody(Body):

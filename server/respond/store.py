@@ -12,7 +12,7 @@ from slipstream.server.errors import NotFoundError
 MOST = 1000
 """Responses of one owner."""
 MOST_BYTES = 2**24
-"""Of one owner."""
+"""The same for bytes."""
 MOST_BYTES_IN_ALL = 2**27
 
 

@@ -36,7 +36,7 @@ class ResponseWriter:
         self._generation, self._tokenizer, self._on_end = generation, tokenizer, on_end
         self._blocks = Blocks(speech)
         self._ids: list[str] = []
-        """Of the items."""
+        """The ids of the items."""
         self._number = 0
         self._is_open = False
         self._finish: FinishReason | None = None
@@ -150,7 +150,7 @@ class ResponseWriter:
             case "more":
                 if block.kind == "call":
                     return self._event("response.function_call_arguments.delta", delta=event.text, **where)
-                extra = {"logprobs": []} if of_text else {}
+                extra: dict[str, Any] = {"logprobs": []} if of_text else {}
                 return self._event(f"{name}.delta", delta=event.text, **extra, **part)
             case "end":
                 is_whole = self._finish in (None, "stop")

@@ -16,9 +16,9 @@ class Block:
     index: int
     kind: BlockKind
     name: str = ""
-    """Of the tool that is called."""
+    """The tool that is called."""
     id: str = ""
-    """Of the call."""
+    """The id of the call."""
     pieces: list[str] = field(default_factory=list)
 
     @property

@@ -35,7 +35,7 @@ def test_every_field_is_documented() -> None:
         *vllm_control.BODIES,
     ]
     bodies = [value for value in found if isinstance(value, type) and issubclass(value, schema.Body)]
-    fields = {name for body in bodies for name in body.model_fields}
+    fields = {about.alias or name for body in bodies for name, about in body.model_fields.items()}
     assert len(fields) > 50
     assert fields - words(*PAGES) == set()
 

@@ -190,7 +190,7 @@ def test_prompt_logprobs_from_a_position_on_compute_what_tells_them(position: in
     admit(kv, list(range(12)))
     request, admission = admit(kv, list(range(12)), prompt_logprobs=1, prompt_logprobs_from=position)
     assert admission.num_cached == cached
-    assert len(request.untold_logprobs()) == min(max(1, position), 12)
+    assert len(request.prompt_logprobs) == min(max(1, position), 12)
 
 
 def test_caching_can_be_switched_off() -> None:
