@@ -5,11 +5,15 @@
 child asks the kernel to kill it when its parent ends (Linux; elsewhere it has to notice by itself), and only then gives
 up its priority. The signal comes when the *thread* that started the child ends, so start children in the thread that
 lives longest.
+
+``EarlyChild`` is one that is started before anybody knows its arguments, and imports its module meanwhile.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
+import json
 import os
 import runpy
 import select
@@ -21,6 +25,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
+    from collections.abc import Mapping
 
 Priority = Literal["normal", "lowest"]
 LOWEST_NICE = 19
@@ -28,6 +33,8 @@ LOWEST_NICE = 19
 PR_SET_PDEATHSIG = 1
 SYS_PROCESS_MRELEASE = 448
 HASTEN_MS = 100
+WHEN_TOLD = "when-told"
+"""In place of arguments: they come on the standard input, as a list in JSON, when the module is imported."""
 """The kernel lets unprivileged users change the weight of a session ten times a second, all of them together."""
 
 
@@ -38,6 +45,28 @@ def command(module: str, *arguments: str, priority: Priority = "normal") -> tupl
     always busy. Start it in a session of its own.
     """
     return (sys.executable, "-P", "-m", __name__, str(os.getpid()), priority, module, *arguments)
+
+
+class EarlyChild:
+    """A child in a session of its own that is told its arguments later; till then it imports what its module needs."""
+
+    def __init__(self, module: str, environment: Mapping[str, str], descriptor: int) -> None:
+        """``descriptor``, of a socket or pipe, is handed on under the same number."""
+        import subprocess  # which children themselves need not wait for
+
+        self.process = subprocess.Popen(
+            command(module, WHEN_TOLD),
+            env=environment,
+            stdin=subprocess.PIPE,
+            pass_fds=(descriptor,),
+            start_new_session=True,
+        )
+
+    def tell(self, *arguments: str) -> None:
+        """Has the module run. Nothing happens if the child has ended, as whoever waits for it sees."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError), self.process.stdin as pipe:
+            pipe.write(json.dumps(arguments).encode())
 
 
 def step_back(pid: int) -> None:
@@ -120,6 +149,13 @@ def main(parent: str, priority: Priority, module: str, *arguments: str) -> None:
     if priority != "normal":
         _fork_reaper(int(parent))
         step_back(os.getpid())
+    if arguments == (WHEN_TOLD,):
+        importlib.import_module(module)
+        told = sys.stdin.read()
+        if not told:
+            return  # whoever started it has changed its mind
+        arguments = tuple(json.loads(told))
+        del sys.modules[module]  # it is run now, with all that it has imported
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

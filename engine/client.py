@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
-import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import msgspec
-
 from slipstream.engine import child
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.early import as_json, environment
 from slipstream.engine.errors import EngineDiedError, MisfitError, ModelError, SlipstreamError, SupersededError
 from slipstream.engine.handle import EngineHandle, RequestStream
 from slipstream.engine.messages import (
@@ -83,11 +80,9 @@ class ProcessHost:
 
     @classmethod
     async def start(cls, descriptor: int, config: EngineConfig, entry: str, arguments: tuple[str, ...]) -> ProcessHost:
-        fields = msgspec.json.encode(dataclasses.asdict(config)).decode()
         process = await asyncio.create_subprocess_exec(
-            *child.command(entry, str(descriptor), fields, *arguments),
-            # Huge pages for tensors of 2 MiB and more: fewer TLB misses over weights and cache (5-8 % of a step).
-            env={"THP_MEM_ALLOC_ENABLE": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"},
+            *child.command(entry, str(descriptor), as_json(config), *arguments),
+            env=environment(),
             pass_fds=(descriptor,),
             # Ctrl-C reaches the whole process group; the server decides when the engine ends.
             start_new_session=True,

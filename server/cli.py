@@ -17,9 +17,10 @@ import typer
 from slipstream.drafter.registry.states import RegistryError
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.early import EarlyProcess
 from slipstream.engine.errors import ConfigError, EngineLostError, ModelError, SlipstreamError
 from slipstream.server.chat_cli import chat
-from slipstream.server.config import ServerConfig
+from slipstream.server.config import ENGINE_PROCESS, ServerConfig
 from slipstream.server.doctor import doctor
 from slipstream.server.drafter_cli import drafter_app
 from slipstream.server.evolution.config import EvolutionConfig
@@ -95,10 +96,12 @@ def serve(**values: Any) -> None:
 
     Every option can also be set in the environment: --max-running as SLIPSTREAM_MAX_RUNNING.
     """
+    server, engine = build(ServerConfig, values), build(EngineConfig, values)
+    traffic, evolution = build(TrafficConfig, values), build(EvolutionConfig, values)
+    early = EarlyProcess(ENGINE_PROCESS)  # both processes import at the same time what they need
     from slipstream.server.launch import run  # not needed, and slow, for the other commands
 
-    server, engine = build(ServerConfig, values), build(EngineConfig, values)
-    run(server, engine, build(TrafficConfig, values), build(EvolutionConfig, values), STARTED)
+    run(server, engine, traffic, evolution, early, STARTED)
 
 
 @app.command()

@@ -28,6 +28,7 @@ from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine import child
 from slipstream.engine.checkpoint import hub
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.early import EarlyProcess
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.limits import control_groups
 from slipstream.server.app import build_app
@@ -36,7 +37,7 @@ from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.evolution.evolution import Evolution
 from slipstream.server.log import set_up_logging
 from slipstream.server.protocol import ConnectionLimits, HttpProtocol
-from slipstream.server.service import Service, StartEngine, start_process
+from slipstream.server.service import Service, StartEngine, start_process, starting_with
 
 logger = logging.getLogger("slipstream")
 
@@ -66,9 +67,10 @@ def run(
     engine_config: EngineConfig,
     traffic: TrafficConfig,
     evolution: EvolutionConfig,
+    early: EarlyProcess,
     started: float,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C. ``started`` is the time.monotonic() of the process.
+    """Serves until SIGTERM or Ctrl-C. ``started`` is the time.monotonic() of the process, ``early`` for its engine.
 
     Raises:
         ModelError, ConfigError: the user can mend it.
@@ -79,7 +81,7 @@ def run(
     set_up_logging(config.log_level)
     evolution.check_traffic(traffic)
     config, engine_config = with_local_model(config, engine_config)
-    service = make_service(config, engine_config, traffic, evolution)
+    service = make_service(config, engine_config, traffic, evolution, starting_with(early))
     with listen(config.host, config.port) as listener:
         uvloop.run(serve_until_signals(service, listener, started))
 

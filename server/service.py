@@ -17,11 +17,12 @@ from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.checkpoint import locate
 from slipstream.engine.client import EngineClient
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.early import EarlyProcess
 from slipstream.engine.handle import EngineHandle, RequestStream
 from slipstream.engine.messages import NewRequest
 from slipstream.engine.operations import UseVocabulary
 from slipstream.engine.supervisor import EngineSupervisor, Restarts
-from slipstream.server.config import ServerConfig
+from slipstream.server.config import ENGINE_PROCESS, ServerConfig
 from slipstream.server.disks import Disks
 from slipstream.server.errors import InvalidRequestError, OverloadedError, UnavailableError
 from slipstream.server.evolution.metrics import EvolutionCollector
@@ -55,10 +56,27 @@ async def start_process(
     config: EngineConfig, traffic: TrafficConfig, server: ServerConfig, before: EngineHandle | None
 ) -> EngineHandle:
     """An engine in a process of its own; raises what EngineClient.start raises."""
-    fields = msgspec.json.encode(dataclasses.asdict(traffic)).decode()
-    return await EngineClient.start(
-        config, "slipstream.server.engine_process", (server.log_level, fields), before=before
-    )
+    return await EngineClient.start(config, ENGINE_PROCESS, _arguments(traffic, server), before=before)
+
+
+def starting_with(early: EarlyProcess) -> StartEngine:
+    """As start_process, but the first engine runs in a process that is there already."""
+    waiting = [early]
+
+    async def start(
+        config: EngineConfig, traffic: TrafficConfig, server: ServerConfig, before: EngineHandle | None
+    ) -> EngineHandle:
+        if not waiting:
+            return await start_process(config, traffic, server, before)
+        process = waiting.pop()
+        process.tell(config, _arguments(traffic, server))
+        return await EngineClient.connect(process.channel, process, before)
+
+    return start
+
+
+def _arguments(traffic: TrafficConfig, server: ServerConfig) -> tuple[str, ...]:
+    return server.log_level, msgspec.json.encode(dataclasses.asdict(traffic)).decode()
 
 
 class Service:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slipstream.engine.child import LOWEST_NICE, command, step_back
+from slipstream.engine.child import LOWEST_NICE, EarlyChild, command, step_back
 
 AUTOGROUP = Path("/proc/self/autogroup")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="scheduling classes of Linux")
@@ -117,3 +117,50 @@ def test_the_reaper_ends_with_its_child(tmp_path: Path) -> None:
         os.kill(pids[1], signal.SIGKILL)
         gone([reaper.pid])
         parent.kill()
+
+
+TOLD = """
+import os, sys
+if __name__ == "__main__":
+    os.write(int(sys.argv[1]), " ".join(["runs", *sys.argv[2:]]).encode())
+else:
+    os.write(int(os.environ["TELL"]), b"imported ")
+"""
+
+
+@pytest.mark.parametrize("arguments", [("some", "arguments"), ()])
+def test_an_early_child_imports_before_it_is_told_what_to_do(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    (tmp_path / "told.py").write_text(TOLD)
+    reads, writes = os.pipe()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "TELL": str(writes)}
+    child = EarlyChild("told", environment, writes)
+    assert os.read(reads, 100) == b"imported "
+    assert child.process.poll() is None
+    child.tell(str(writes), *arguments)
+    os.close(writes)
+    assert child.process.wait(300) == 0
+    with os.fdopen(reads, "rb") as pipe:
+        assert pipe.read().decode() == " ".join(["runs", *arguments])
+
+
+def test_an_early_child_that_is_told_nothing_ends(tmp_path: Path) -> None:
+    (tmp_path / "told.py").write_text(TOLD)
+    reads, writes = os.pipe()
+    child = EarlyChild("told", os.environ | {"PYTHONPATH": str(tmp_path), "TELL": str(writes)}, writes)
+    os.close(writes)
+    assert child.process.stdin is not None
+    child.process.stdin.close()
+    assert child.process.wait(300) == 0
+    with os.fdopen(reads, "rb") as pipe:
+        assert pipe.read() == b"imported "
+
+
+def test_to_tell_a_child_that_was_killed_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "told.py").write_text(TOLD)
+    reads, writes = os.pipe()
+    child = EarlyChild("told", os.environ | {"PYTHONPATH": str(tmp_path), "TELL": str(writes)}, writes)
+    child.process.kill()
+    assert child.process.wait(300) == -signal.SIGKILL
+    child.tell("nobody is there")
+    os.close(reads)
+    os.close(writes)
