@@ -5,19 +5,46 @@ shared library that is loaded with ctypes. Without a working compiler the instal
 the torch reference kernels are used.
 """
 
+import os
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOTS = ("server", "engine", "kernels", "drafter", "clients", "loadtest")
 GLOBS = [glob for root in ROOTS for glob in (root, f"{root}.*")]
 CSRC = Path("kernels/csrc")
 COMMON_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2]
 ISA_FLAGS = {
-    "isa_avx512bf16.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"],
-    "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "x86_64": {
+        "isa_avx2.cpp": AVX2,
+        "isa_avx512.cpp": AVX512,
+        "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+    },
+    "aarch64": {"isa_neon.cpp": []},
 }
+"""Instruction sets of each architecture; their sources are not for the others.
+
+They are linked in this order: what the standard library's templates are compiled to is taken from the first object
+that has it, and every processor must run that.
+"""
+
+
+def architecture() -> str:
+    """What is compiled for: of the wheel's platform, if the environment names one as cross-compilers need."""
+    machine = os.environ.get("_PYTHON_HOST_PLATFORM", sysconfig.get_platform()).rsplit("-", 1)[-1].lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def compiled(architecture: str) -> dict[Path, list[str]]:
+    """Sources for an architecture, in the order in which they are linked, and how each is compiled."""
+    sets = ISA_FLAGS.get(architecture, {})
+    common = [path for path in sorted(CSRC.glob("*.cpp")) if not path.name.startswith("isa_")]
+    return {path: COMMON_FLAGS + sets.get(path.name, []) for path in (*common, *(CSRC / name for name in sets))}
 
 
 class BuildNative(build_ext):
@@ -28,26 +55,33 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         objects = []
-        for source in ext.sources:
-            flags = COMMON_FLAGS + ISA_FLAGS.get(Path(source).name, [])
+        for source, flags in compiled(architecture()).items():
             objects += self.compiler.compile(
-                [source], output_dir=self.build_temp, extra_postargs=flags, depends=ext.depends
+                [str(source)], output_dir=self.build_temp, extra_postargs=flags, depends=ext.depends
             )
         output = self.get_ext_fullpath(ext.name)
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(objects, output, extra_postargs=["-pthread"], target_lang="c++")
 
 
-setup(
-    packages=[f"slipstream.{package}" for package in find_packages(include=GLOBS)],
-    package_dir={f"slipstream.{root}": root for root in ROOTS},
-    ext_modules=[
-        Extension(
-            "slipstream.kernels._native",
-            sources=sorted(str(path) for path in CSRC.glob("*.cpp")),
-            depends=sorted(str(path) for path in CSRC.glob("*.h")),
-            optional=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildNative},
-)
+class WheelOfAnyPython(bdist_wheel):
+    """The kernels are loaded with ctypes and know nothing of Python: a wheel is for a platform and every version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+if __name__ == "__main__":  # scripts ask for the flags
+    setup(
+        packages=[f"slipstream.{package}" for package in find_packages(include=GLOBS)],
+        package_dir={f"slipstream.{root}": root for root in ROOTS},
+        ext_modules=[
+            Extension(
+                "slipstream.kernels._native",
+                sources=sorted(str(path) for path in CSRC.glob("*.cpp")),
+                depends=sorted(str(path) for path in CSRC.glob("*.h")),
+                optional=True,
+            )
+        ],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": WheelOfAnyPython},
+    )

@@ -1,9 +1,11 @@
 """What a step costs by the positions in it: of one stream that verifies draft tokens, and of several streams.
 
-    python scripts/bench_steps.py [--context 300] [--rounds 25]
+    python scripts/bench_steps.py [--context 300] [--rounds 25] [--isa avx2]
 
 The default model in this process: forward pass, logits of every position and a greedy token sampled from each, as a
-verification needs them. All sizes take turns in every round, in changing order; prints medians as a table in Markdown.
+verification needs them. All sizes take turns in every round, in changing order; prints medians as a table in Markdown,
+and which share they reach of what the machine can do at most: reading the weights once, or multiplying all of them with
+all positions.
 """
 
 from __future__ import annotations
@@ -20,18 +22,21 @@ import numpy as np
 import torch
 
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.limits import usable_cores
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.runner.sampler import NO_HISTORY, SamplingColumns, sample
 from slipstream.engine.testing import LocalEngine
 from slipstream.kernels.batch import make_batch
+from slipstream.kernels.native import library, limits
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)
 
 
 class Bench:
-    def __init__(self, context: int, dtype: str) -> None:
-        config = EngineConfig(kv_cache_memory="1GiB", dtype=dtype, speculation="off")
-        self.runner = LocalEngine(config).engine.runner
+    def __init__(self, context: int, dtype: str, isa: str) -> None:
+        config = EngineConfig(kv_cache_memory="1GiB", dtype=dtype, speculation="off", isa=isa)
+        engine = LocalEngine(config).engine
+        self.runner, self.weights_bytes = engine.runner, engine.loaded.weights_bytes
         self.context = context
         self.block_size = config.block_size
         self.columns = SamplingColumns(1)
@@ -62,9 +67,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--isa", default="auto")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     options = parser.parse_args()
-    bench = Bench(options.context, options.dtype)
+    bench = Bench(options.context, options.dtype, options.isa)
     sizes = [int(size) for size in options.sizes.split(",")]
     cases = [(1, size) for size in sizes] + [(size, 1) for size in sizes if size > 1]
     found: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
@@ -76,11 +82,20 @@ def main() -> None:
             if turn >= 2:
                 found[case].append(seconds)
     one = median(found[1, 1])
+    dtype = getattr(torch, options.dtype)
+    bandwidth, flops = limits.read_bandwidth(), limits.peak_flops(dtype)
+    most = f"reads {bandwidth / 1e9:.1f} GB/s, computes {flops / 1e9:.0f} GFLOP/s at most"
+    print(f"{library.isa()}, {usable_cores()} cores, {options.dtype}: {most}\n")
     print("| positions | " + " | ".join(map(str, sizes)) + " |\n|---" + "|---" * len(sizes) + "|")
     for what, case in (("of one stream", lambda size: (1, size)), ("of as many streams", lambda size: (size, 1))):
         times = [median(found[case(size)]) for size in sizes]
         print(f"| {what}, ms | " + " | ".join(f"{1e3 * seconds:.2f}" for seconds in times) + " |")
         print("| … relative to one | " + " | ".join(f"{seconds / one:.2f}" for seconds in times) + " |")
+        reading = [bench.weights_bytes / bandwidth / seconds for seconds in times]
+        print("| … share of the bandwidth | " + " | ".join(f"{share:.0%}" for share in reading) + " |")
+        operations = 2 * bench.weights_bytes / dtype.itemsize
+        computing = [operations * size / flops / seconds for size, seconds in zip(sizes, times, strict=True)]
+        print("| … share of the arithmetic | " + " | ".join(f"{share:.0%}" for share in computing) + " |")
 
 
 if __name__ == "__main__":

@@ -69,10 +69,13 @@ def processor(asked: Asked) -> Iterator[Fact]:
         yield Fact(
             "compiled kernels",
             "none: torch computes on the CPU",
-            "install a C++ compiler and install Slipstream again, on a processor with AVX2",
+            "install a C++ compiler and install Slipstream again, on a processor with AVX2 or a 64-bit ARM one",
         )
     else:
-        yield Fact("compiled kernels", native.slip_isa().decode())
+        runs = [name for name, here in library.variants().items() if here]
+        yield Fact("compiled kernels", f"{library.isa()}, chosen of {', '.join(runs)}")
+        if others := [name for name, here in library.variants().items() if not here]:
+            yield Fact("not for this processor", ", ".join(others))
 
 
 def gpu(asked: Asked) -> Iterator[Fact]:

@@ -30,6 +30,7 @@ from slipstream.engine.units import parse_size
 from slipstream.kernels.attention.choice import backend
 from slipstream.kernels.compute import Compute, Formats, LayerShape
 from slipstream.kernels.machine import FORMATS, describe_speed, fast_dtype
+from slipstream.kernels.native import library
 from slipstream.kernels.native.stack import NativeCompute
 from slipstream.kernels.torch_stack import TorchCompute
 from slipstream.kernels.triton import launch
@@ -74,6 +75,7 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     device = find_device(config)
     _check_kind(checkpoint)
     shape = model_shape(checkpoint.config) if is_own(checkpoint.config) else transformers_shape(checkpoint.config)
+    _select_isa(config.isa)
     kind = _choose_compute(checkpoint, config, device)
     kind.set_threads(config.threads or usable_cores())
     dtype = _choose_dtype(checkpoint, config, device, kind)
@@ -94,6 +96,17 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
         num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, besides, available, on_gpu)
     seconds = time.monotonic() - began
     return LoadedModel(model, max_model_len, num_blocks, scratch_blocks, block_bytes, weights_bytes, seconds)
+
+
+def _select_isa(isa: str) -> None:
+    """Before anything asks how the compiled kernels compute; also finds out what the environment asks for."""
+    try:
+        if isa == "auto":
+            library.load()
+        else:
+            library.select(isa)
+    except library.IsaError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:

@@ -90,7 +90,9 @@ struct SlipAttention {
 // Picks the best instruction set this processor has. Returns its name, or null when none of ours runs here.
 SLIP_API const char* slip_init(int32_t threads);
 SLIP_API const char* slip_isa(void);
-// Selects an instruction set by name; 0 on success. For tests.
+// Variant number `index` that was compiled, the best one first, and whether this processor runs it; null behind the last one.
+SLIP_API const char* slip_variant(int32_t index, int32_t* runs_here);
+// Selects an instruction set by name; 0 on success.
 SLIP_API int32_t slip_select(const char* isa);
 SLIP_API void slip_set_threads(int32_t threads);
 
@@ -120,4 +122,8 @@ SLIP_API void slip_distribution(float* logits, int32_t rows, int32_t n, const fl
 // fewer have weight. See kernels/random.py for how noise is made.
 SLIP_API void slip_race(const float* weights, int32_t rows, int32_t n, const uint64_t* seeds, const uint64_t* indices,
                         const int32_t* ids, int32_t count, int32_t* places, float* scores);
+// To measure the machine: reads [count] floats once; multiplies and adds numbers of a dtype in registers, and returns how many
+// operations that was. On all threads.
+SLIP_API void slip_read(const float* memory, int64_t count);
+SLIP_API double slip_multiply(int32_t dtype, int64_t times);
 }

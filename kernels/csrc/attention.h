@@ -63,10 +63,9 @@ inline int position_of(const SlipBatch& b, int segment, int token) {
 // One query tile: rows are (query, head of the group), all against the same KV head.
 template <class D>
 struct QueryTile {
-  using elem = typename D::elem;
-  alignas(64) elem q[kMaxQueryRows * kMaxHeadDim];
+  alignas(64) typename D::row q[kMaxQueryRows * kMaxHeadDim];
   alignas(64) float scores[kMaxQueryRows * kChunk];
-  alignas(64) elem probs[kMaxQueryRows * kChunk];
+  alignas(64) typename D::row probs[kMaxQueryRows * kChunk];
   alignas(64) float acc[kMaxQueryRows * kMaxHeadDim];
   vec sum[kMaxQueryRows];
   float top[kMaxQueryRows];
@@ -75,23 +74,19 @@ struct QueryTile {
 
 template <class D, int R>
 inline void score_rows(QueryTile<D>& t, int row, const typename D::elem* const* k_tiles, int tiles, int head_dim) {
-  const typename D::elem* q = t.q + row * head_dim;
-  const int steps = head_dim / D::kPair;
+  const typename D::row* q = t.q + row * head_dim;
+  const auto score = [&]<int P>(int j) {
+    vec acc[R][P];
+    clear(acc);
+    accumulate<D, R, P, 1>(q, head_dim, k_tiles + j, head_dim / D::kPair, acc);
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p) vstore(t.scores + (row + r) * kChunk + (j + p) * 16, acc[r][p]);
+  };
+  constexpr int P = tile_panels(R);
   int j = 0;
-  for (; j + kPanels <= tiles; j += kPanels) {
-    vec acc[R][kPanels];
-    for (int r = 0; r < R; ++r)
-      for (int p = 0; p < kPanels; ++p) acc[r][p] = vzero();
-    accumulate<D, R, kPanels, 1>(q, head_dim, k_tiles + j, steps, acc);
-    for (int r = 0; r < R; ++r)
-      for (int p = 0; p < kPanels; ++p) vstore(t.scores + (row + r) * kChunk + (j + p) * 16, acc[r][p]);
-  }
-  for (; j < tiles; ++j) {
-    vec acc[R][1];
-    for (int r = 0; r < R; ++r) acc[r][0] = vzero();
-    accumulate<D, R, 1, 1>(q, head_dim, k_tiles + j, steps, acc);
-    for (int r = 0; r < R; ++r) vstore(t.scores + (row + r) * kChunk + j * 16, acc[r][0]);
-  }
+  for (; j + P <= tiles; j += P) score.template operator()<P>(j);
+  if constexpr (P > 1)
+    for (; j < tiles; ++j) score.template operator()<1>(j);
 }
 
 // Copies a tile of values with zeros in place of the tokens from `count` on, which are somebody else's or nobody's: their
@@ -149,7 +144,7 @@ inline void soften_row(QueryTile<D>& t, int row, int base, int tiles, int window
   const float previous = t.top[row];
   const float chunk_top = vmaximum(best) * scale;
   const float top = chunk_top > previous ? chunk_top : previous;
-  typename D::elem* probs = t.probs + row * kChunk;
+  typename D::row* probs = t.probs + row * kChunk;
   if (top == -INFINITY) {  // nothing visible yet: a window that begins in a later chunk
     for (int j = 0; j < tiles; ++j) D::store(probs + j * 16, vzero());
     return;
@@ -239,10 +234,10 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, const Atten
       t.position[rows] = position_of(b, segment, token);
       t.top[rows] = -INFINITY;
       t.sum[rows] = vzero();
-      if constexpr (std::is_same_v<Q, typename D::elem>) {
+      if constexpr (std::is_same_v<Q, typename D::row>) {
         std::memcpy(t.q + rows * head_dim, from + h * head_dim, head_dim * sizeof(Q));
       } else {
-        for (int d = 0; d < head_dim; ++d) t.q[rows * head_dim + d] = D::narrow(from[h * head_dim + d]);
+        for (int d = 0; d < head_dim; d += 16) D::store(t.q + rows * head_dim + d, vload(from + h * head_dim + d));
       }
     }
   }
@@ -278,9 +273,11 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, const Atten
       v_tiles[tiles - 1] = last_values;
     }
     for_row_tiles(rows, [&]<int R>(int row) {
+      constexpr int P = tile_panels(R);
       int d = 0;
-      for (; d + 16 * kPanels <= head_dim; d += 16 * kPanels) weigh_rows<D, R, kPanels>(t, row, v_tiles, tiles, head_dim, d);
-      for (; d < head_dim; d += 16) weigh_rows<D, R, 1>(t, row, v_tiles, tiles, head_dim, d);
+      for (; d + 16 * P <= head_dim; d += 16 * P) weigh_rows<D, R, P>(t, row, v_tiles, tiles, head_dim, d);
+      if constexpr (P > 1)
+        for (; d < head_dim; d += 16) weigh_rows<D, R, 1>(t, row, v_tiles, tiles, head_dim, d);
     });
   }
 
@@ -291,7 +288,7 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, const Atten
       const vec inverse = vset1(1.0f / vsum(t.sum[rows]));
       for (int d = 0; d < head_dim; d += 16) {
         const vec y = vmul(vload(t.acc + rows * head_dim + d), inverse);
-        if constexpr (std::is_same_v<O, typename D::elem>) D::store(to + h * head_dim + d, y);
+        if constexpr (std::is_same_v<O, typename D::row>) D::store(to + h * head_dim + d, y);
         else vstore(to + h * head_dim + d, y);
       }
     }

@@ -16,9 +16,16 @@ struct Backend {
   void (*argmax)(Team&, const float*, int, int, int32_t*, float*);
   void (*distribution)(Team&, float*, int, int, const float*, const int32_t*, const float*, const float*);
   void (*race)(Team&, const float*, int, int, const uint64_t*, const uint64_t*, const int32_t*, int, int32_t*, float*);
+  void (*read_once)(Team&, const float*, int64_t);
+  double (*multiply)(Team&, int32_t, int64_t);
 };
 
+#if defined(__x86_64__)
 extern const Backend kAvx512Bf16;
+extern const Backend kAvx512;
 extern const Backend kAvx2;
+#elif defined(__aarch64__)
+extern const Backend kNeon;
+#endif
 
 }  // namespace slip

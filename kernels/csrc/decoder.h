@@ -11,7 +11,7 @@ inline void for_each(Team& team, int count, int grain, const F& f) {
 
 // Without a weight only rounds to D.
 template <class D>
-inline void norm_row(const float* x, const float* weight, int n, float eps, typename D::elem* out) {
+inline void norm_row(const float* x, const float* weight, int n, float eps, typename D::row* out) {
   if (!weight) {
     for (int i = 0; i < n; i += 16) D::store(out + i, vload(x + i));
     return;
@@ -27,7 +27,7 @@ inline void norm_row(const float* x, const float* weight, int n, float eps, type
 
 template <class D>
 inline void norm_rows(Team& team, const float* x, const int32_t* rows, const float* weight, int count, int n, float eps,
-                      typename D::elem* out) {
+                      typename D::row* out) {
   for_each(team, count, 8, [&](int r) {
     norm_row<D>(x + static_cast<size_t>(rows ? rows[r] : r) * n, weight, n, eps, out + static_cast<size_t>(r) * n);
   });
@@ -56,12 +56,12 @@ inline void embed_row(const SlipLinear& table, int token, float* out) {
 
 template <class D>
 struct Workspace {
-  using elem = typename D::elem;
-  elem* x;       // [tokens, hidden]
-  float* qkv;    // [tokens, (heads + 2 kv_heads) head_dim]
-  elem* q;       // [tokens, heads, head_dim]
-  elem* values;  // [tokens, heads, head_dim]
-  elem* act;     // [tokens, intermediate]
+  using row = typename D::row;
+  row* x;       // [tokens, hidden]
+  float* qkv;   // [tokens, (heads + 2 kv_heads) head_dim]
+  row* q;       // [tokens, heads, head_dim]
+  row* values;  // [tokens, heads, head_dim]
+  row* act;     // [tokens, intermediate]
   int64_t bytes;
 
   Workspace(const SlipModel& m, int64_t tokens, void* memory) {
@@ -71,11 +71,11 @@ struct Workspace {
       at += (tokens * count * size + 63) / 64 * 64;
       return mine;
     };
-    x = reinterpret_cast<elem*>(take(m.layers[0].embed_norm ? 2 * m.hidden : m.hidden, sizeof(elem)));
+    x = reinterpret_cast<row*>(take(m.layers[0].embed_norm ? 2 * m.hidden : m.hidden, sizeof(row)));
     qkv = reinterpret_cast<float*>(take((m.heads + 2 * m.kv_heads) * m.head_dim, sizeof(float)));
-    q = reinterpret_cast<elem*>(take(m.heads * m.head_dim, sizeof(elem)));
-    values = reinterpret_cast<elem*>(take(m.heads * m.head_dim, sizeof(elem)));
-    act = reinterpret_cast<elem*>(take(m.intermediate, sizeof(elem)));
+    q = reinterpret_cast<row*>(take(m.heads * m.head_dim, sizeof(row)));
+    values = reinterpret_cast<row*>(take(m.heads * m.head_dim, sizeof(row)));
+    act = reinterpret_cast<row*>(take(m.intermediate, sizeof(row)));
     bytes = at - static_cast<char*>(memory);
   }
 };
@@ -94,7 +94,7 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
 
   if (layer.embed_norm) {
     for_each(team, tokens, 4, [&](int token) {
-      elem* x = ws.x + static_cast<size_t>(token) * 2 * m.hidden;
+      typename D::row* x = ws.x + static_cast<size_t>(token) * 2 * m.hidden;
       std::vector<float> embedding(m.hidden);
       embed_row<D>(m.embed, b.token_ids[token], embedding.data());
       norm_row<D>(embedding.data(), layer.embed_norm, m.hidden, m.norm_eps, x);
@@ -160,7 +160,7 @@ inline void forward(Team& team, const SlipModel& m, const SlipBatch& b, float* h
 template <class D>
 inline void logits(Team& team, const SlipModel& m, const float* hidden, const int32_t* rows, int num_rows, float* out, int vocab,
                    void* memory) {
-  auto* x = static_cast<typename D::elem*>(memory);
+  auto* x = static_cast<typename D::row*>(memory);
   const Pass pass(team);
   norm_rows<D>(team, hidden, rows, m.final_norm, num_rows, m.hidden, m.norm_eps, x);
   matmul<D>(team, m.lm_head, x, m.hidden, num_rows, StoreRows{out, static_cast<size_t>(vocab), vocab, m.lm_head.bias});
@@ -168,11 +168,14 @@ inline void logits(Team& team, const SlipModel& m, const float* hidden, const in
 
 template <class D>
 inline void linear(Team& team, const SlipLinear& w, const float* x, int rows, float* out, int ld) {
-  using elem = typename D::elem;
-  std::vector<elem> narrow(static_cast<size_t>(rows) * w.k + 32);
-  for (size_t i = 0; i < static_cast<size_t>(rows) * w.k; ++i) narrow[i] = D::narrow(x[i]);
+  const size_t count = static_cast<size_t>(rows) * w.k, whole = count / 16 * 16;
+  std::vector<typename D::row> rounded(count + 16);
+  for (size_t i = 0; i < whole; i += 16) D::store(rounded.data() + i, vload(x + i));
+  float rest[16] = {};
+  std::copy(x + whole, x + count, rest);
+  D::store(rounded.data() + whole, vload(rest));
   const Pass pass(team);
-  matmul<D>(team, w, narrow.data(), w.k, rows, StoreRows{out, static_cast<size_t>(ld), ld, w.bias});
+  matmul<D>(team, w, rounded.data(), w.k, rows, StoreRows{out, static_cast<size_t>(ld), ld, w.bias});
 }
 
 template <class D>

@@ -3,37 +3,71 @@
 constexpr int kGroup = 4;          // panels of a weight matrix that lie interleaved (api.h)
 constexpr int kSoonBytes = 4096;  // how far ahead of its reading a single tile asks for memory
 
-// acc += rows of x times panels, whose vectors are Stride apart. With Ahead > 0, asks for so many lines of memory per step,
-// from `ahead` on: for the first-level cache if it is soon, else for the second.
-template <class D, int R, int P, int Stride, int Ahead = 0, bool Soon = false>
-[[gnu::always_inline]] inline void accumulate(const typename D::elem* x, size_t ldx, const typename D::elem* const* panels,
-                                              int steps, vec (&acc)[R][P], const char* ahead = nullptr) {
-  for (int k = 0; k < steps; ++k) {
-#pragma GCC unroll 4
-    for (int line = 0; line < Ahead; ++line, ahead += 64) __builtin_prefetch(ahead, 0, Soon ? 3 : 2);
-    typename D::wvec w[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) w[p] = D::load(panels[p] + static_cast<size_t>(k) * Stride * 16 * D::kPair);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const typename D::xvec xr = D::broadcast(x + r * ldx + static_cast<size_t>(k) * D::kPair);
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) acc[r][p] = D::dot(acc[r][p], xr, w[p]);
-    }
-  }
-}
-
-template <class D, int R, int P, int Ahead, bool Soon, class Epilogue>
-inline void row_tile(const typename D::elem* x, size_t ldx, const typename D::elem* const* panels, int steps, int row,
-                     int panel, const char* ahead, const Epilogue& epilogue) {
-  vec acc[R][P];
-#pragma GCC unroll 8
+template <int R, int P>
+[[gnu::always_inline]] inline void clear(vec (&acc)[R][P]) {
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) acc[r][p] = vzero();
-  accumulate<D, R, P, kGroup, Ahead, Soon>(x, ldx, panels, steps, acc, ahead);
+}
+
+// acc += rows of x times panels, whose vectors are Stride apart. With Ahead > 0, asks for so many lines of memory per step,
+// from `ahead` on: for the first-level cache if it is soon, else for the second.
+template <class D, int R, int P, int Stride, int Ahead = 0, bool Soon = false>
+[[gnu::always_inline]] inline void accumulate(const typename D::row* x, size_t ldx, const typename D::elem* const* panels,
+                                              int steps, vec (&acc)[R][P], const char* ahead = nullptr) {
+  const auto part = [&]<int Part>(int k) __attribute__((always_inline)) {
+    const auto load = [&](int p) { return D::template load<Part>(panels[p] + static_cast<size_t>(k) * Stride * 16 * D::kPair); };
+    if constexpr (R == 1) {  // each vector is used at once, so few registers are needed
+      const typename D::xvec xr = D::broadcast(x + static_cast<size_t>(k) * D::kPair + Part);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) epilogue.template operator()<P>(row + r, panel, acc[r]);
+      for (int p = 0; p < P; ++p) acc[0][p] = D::dot(acc[0][p], xr, load(p));
+      return;
+    }
+    typename D::wvec w[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) w[p] = load(p);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const typename D::xvec xr = D::broadcast(x + r * ldx + static_cast<size_t>(k) * D::kPair + Part);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) acc[r][p] = D::dot(acc[r][p], xr, w[p]);
+    }
+  };
+  for (int k = 0; k < steps; ++k) {
+#pragma GCC unroll 4
+    for (int line = 0; line < Ahead; ++line, ahead += 64) __builtin_prefetch(ahead, 0, Soon ? 3 : 2);
+    part.template operator()<0>(k);
+    if constexpr (D::kParts == 2) part.template operator()<1>(k);
+  }
+}
+
+// R rows times P panels, as many of them at a time as there are registers for.
+template <class D, int R, int P, int Ahead, bool Soon, class Epilogue>
+inline void row_tile(const typename D::row* x, size_t ldx, const typename D::elem* const* panels, int steps, int row,
+                     int panel, const char* ahead, const Epilogue& epilogue) {
+  constexpr int W = std::min(tile_panels(R), P);
+  if constexpr (W == P) {
+    vec acc[R][P];
+    clear(acc);
+    accumulate<D, R, P, kGroup, Ahead, Soon>(x, ldx, panels, steps, acc, ahead);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) epilogue.template operator()<P>(row + r, panel, acc[r]);
+  } else {
+    vec all[R][P];
+#pragma GCC unroll 1
+    for (int p = 0; p < P; p += W, ahead += static_cast<size_t>(Ahead) * steps * 64) {
+      vec acc[R][W];
+      clear(acc);
+      accumulate<D, R, W, kGroup, Ahead, Soon>(x, ldx, panels + p, steps, acc, ahead);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int i = 0; i < W; ++i) all[r][p + i] = acc[r][i];
+    }
+#pragma GCC unroll 1
+    for (int r = 0; r < R; ++r) epilogue.template operator()<P>(row + r, panel, all[r]);
+  }
 }
 
 // Calls f<height>(row).
@@ -58,11 +92,11 @@ inline void for_row_tiles(int rows, const F& f) {
 
 // P panels from `first` on times all rows, tile after tile.
 //
-// Arithmetic and memory take turns unless memory is asked for early. One tile asks for the lines a little further on in its
-// own group, at the pace at which it reads; the hardware does that for one row. Of several tiles only the first one reads
-// memory, so they share the asking for the group at `next`, where this thread will go on.
+// Arithmetic and memory take turns unless memory is asked for early. One tile as wide as the group asks for the lines a little
+// further on in it, at the pace at which it reads; the hardware does that for one row. Otherwise only the first sweep over the
+// group reads memory, so all of them share the asking for the group at `next`, where this thread will go on.
 template <class D, int P, class Epilogue>
-inline void panel_group(const typename D::elem* x, size_t ldx, int rows, const typename D::elem* first, int k, int panel,
+inline void panel_group(const typename D::row* x, size_t ldx, int rows, const typename D::elem* first, int k, int panel,
                         const typename D::elem* next, const Epilogue& epilogue) {
   const typename D::elem* panels[P];
   for (int p = 0; p < P; ++p) panels[p] = first + p * 16 * D::kPair;
@@ -72,13 +106,15 @@ inline void panel_group(const typename D::elem* x, size_t ldx, int rows, const t
   const char* ahead = reinterpret_cast<const char*>(next);
   const char* end = ahead + static_cast<size_t>(kGroup) * steps * 64;
   for_row_tiles(rows, [&]<int R>(int row) {
+    constexpr int W = std::min(tile_panels(R), P);
     const auto tile = [&]<int Ahead, bool Soon = false>(const char* from) {
       row_tile<D, R, P, Ahead, Soon>(x + row * ldx, ldx, panels, steps, row, panel, from, epilogue);
-      ahead += static_cast<size_t>(Ahead) * steps * 64;
+      ahead += static_cast<size_t>(Ahead) * (P / W) * steps * 64;
     };
     if (!whole || rows == 1) tile.template operator()<0>(nullptr);
-    else if (rows <= kMaxRows) tile.template operator()<kGroup, true>(reinterpret_cast<const char*>(first) + kSoonBytes);
+    else if (W == kGroup && R == rows) tile.template operator()<kGroup, true>(reinterpret_cast<const char*>(first) + kSoonBytes);
     else if (!next || ahead >= end) tile.template operator()<0>(nullptr);
+    else if (W < kGroup) tile.template operator()<W>(ahead);  // for all of it
     else if (few) tile.template operator()<kGroup / 2>(ahead);
     else tile.template operator()<1>(ahead);
   });
@@ -90,24 +126,24 @@ struct Split {
   int threads, panels, grain, large, small;
 
   Split(int threads, int panels) : threads(threads), panels(panels) {
-    const int groups = panels / kPanels;
+    const int groups = panels / kGroup;
     grain = std::max(groups / (threads * 16), 1);
     large = groups / (threads * grain) * threads;
     small = (groups - large * grain) / threads * threads;
   }
-  int first_pair() const { return (large * grain + small) * kPanels; }
+  int first_pair() const { return (large * grain + small) * kGroup; }
   int items() const { return large + small + (panels - first_pair() + 1) / 2; }
   // The panels of an item end where the next one's begin.
   int begin(int item) const {
-    if (item <= large) return item * grain * kPanels;
-    if (item <= large + small) return (large * grain + item - large) * kPanels;
+    if (item <= large) return item * grain * kGroup;
+    if (item <= large + small) return (large * grain + item - large) * kGroup;
     return std::min(first_pair() + 2 * (item - large - small), panels);
   }
 };
 
 // Y = X W^T on the whole team. epilogue.operator()<P>(row, first_panel, acc[P]) consumes the results.
 template <class D, class Epilogue>
-inline void matmul(Team& team, const SlipLinear& w, const typename D::elem* x, size_t ldx, int rows,
+inline void matmul(Team& team, const SlipLinear& w, const typename D::row* x, size_t ldx, int rows,
                    const Epilogue& epilogue) {
   const auto* base = static_cast<const typename D::elem*>(w.panels);
   const Split split(team.size(), w.n / 16);
@@ -119,12 +155,11 @@ inline void matmul(Team& team, const SlipLinear& w, const typename D::elem* x, s
     // Where this thread will probably go on: the next group of its item, or the item after those of the other threads.
     const int later = split.begin(std::min(item + team.size(), split.items()));
     int panel = split.begin(item);
-    for (; panel + kPanels <= end; panel += kPanels) {
-      const int next = panel + 2 * kPanels <= end ? panel + kPanels : later;
-      panel_group<D, kPanels>(x, ldx, rows, at(panel), w.k, panel, next < split.panels ? at(next) : nullptr, epilogue);
+    for (; panel + kGroup <= end; panel += kGroup) {
+      const int next = panel + 2 * kGroup <= end ? panel + kGroup : later;
+      panel_group<D, kGroup>(x, ldx, rows, at(panel), w.k, panel, next < split.panels ? at(next) : nullptr, epilogue);
     }
-    if constexpr (kPanels > 2)
-      for (; panel + 2 <= end; panel += 2) panel_group<D, 2>(x, ldx, rows, at(panel), w.k, panel, nullptr, epilogue);
+    for (; panel + 2 <= end; panel += 2) panel_group<D, 2>(x, ldx, rows, at(panel), w.k, panel, nullptr, epilogue);
     for (; panel < end; ++panel) panel_group<D, 1>(x, ldx, rows, at(panel), w.k, panel, nullptr, epilogue);
   });
 }
@@ -169,7 +204,7 @@ struct AddRows {  // out[row, col] += acc + bias
 
 template <class D>
 struct SiluMulRows {  // panels alternate gate, up: out = silu(gate) * up, rounded to D
-  typename D::elem* out;
+  typename D::row* out;
   size_t ld;
   const float* bias;
   template <int P>

@@ -10,13 +10,18 @@
 
 #include "backend.h"
 
+#define SLIP_TEXT_OF(name) #name
+#define SLIP_TEXT(name) SLIP_TEXT_OF(name)
+
 namespace slip::SLIP_ISA {
 
+#include "dense.h"
 #include "gemm.h"
 #include "attention.h"
 #include "decoder.h"
 #include "sampling.h"
 #include "race.h"
+#include "measure.h"
 
 #define SLIP_BY_DTYPE(dtype, call) ((dtype) == SLIP_BF16 ? call<Bf16> : call<F32>)
 
@@ -40,6 +45,9 @@ static void run_logits(Team& team, const SlipModel& m, const float* hidden, cons
                        int32_t vocab, void* memory) {
   SLIP_BY_DTYPE(m.dtype, logits)(team, m, hidden, rows, num_rows, out, vocab, memory);
 }
+static double run_multiply(Team& team, int32_t dtype, int64_t times) {
+  return SLIP_BY_DTYPE(dtype, multiply_in_registers)(team, times);
+}
 
 }  // namespace slip::SLIP_ISA
 
@@ -47,8 +55,18 @@ namespace slip {
 
 extern const Backend SLIP_BACKEND;
 const Backend SLIP_BACKEND{
-    SLIP_ISA::kName,       SLIP_ISA::run_linear, SLIP_ISA::run_store_kv, SLIP_ISA::run_attention, SLIP_ISA::run_workspace_bytes,
-    SLIP_ISA::run_forward, SLIP_ISA::run_logits, SLIP_ISA::argmax,       SLIP_ISA::distribution,  SLIP_ISA::race,
+    .name = SLIP_TEXT(SLIP_ISA),
+    .linear = SLIP_ISA::run_linear,
+    .store_kv = SLIP_ISA::run_store_kv,
+    .attention = SLIP_ISA::run_attention,
+    .workspace_bytes = SLIP_ISA::run_workspace_bytes,
+    .forward = SLIP_ISA::run_forward,
+    .logits = SLIP_ISA::run_logits,
+    .argmax = SLIP_ISA::argmax,
+    .distribution = SLIP_ISA::distribution,
+    .race = SLIP_ISA::race,
+    .read_once = SLIP_ISA::read_once,
+    .multiply = SLIP_ISA::run_multiply,
 };
 
 }  // namespace slip

@@ -1,5 +1,6 @@
 #define SLIP_ISA avx512bf16
 #define SLIP_BACKEND kAvx512Bf16
+#define SLIP_OWN_BF16
 #include "vec_avx512bf16.h"
 
 #include "isa.h"

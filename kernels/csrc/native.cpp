@@ -1,5 +1,6 @@
 // Chooses the instruction set at run time and owns the team of threads.
 #include <cstring>
+#include <iterator>
 #include <memory>
 
 #include "api.h"
@@ -12,25 +13,41 @@ using slip::Backend;
 const Backend* g_backend = nullptr;
 std::unique_ptr<slip::Team> g_team;
 
-bool runs_here(const Backend& backend) {
+// All that were compiled, the best one first.
+struct Variant {
+  const Backend* backend;
+  bool (*runs_here)();
+};
+
 #if defined(__x86_64__)
+bool has_avx2() {
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (&backend == &slip::kAvx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+constexpr Variant kVariants[] = {
+    {&slip::kAvx512Bf16, has_avx512bf16},
+    {&slip::kAvx512, has_avx512},
+    {&slip::kAvx2, has_avx2},
+};
+#elif defined(__aarch64__)
+constexpr Variant kVariants[] = {{&slip::kNeon, [] { return true; }}};  // which every such processor has
+#else
+#error "there are no kernels for this architecture"
+#endif
 
 }  // namespace
 
 extern "C" {
 
 const char* slip_init(int32_t threads) {
-  for (const Backend* backend : {&slip::kAvx512Bf16, &slip::kAvx2}) {
-    if (!runs_here(*backend)) continue;
+  for (const auto& [backend, runs_here] : kVariants) {
+    if (!runs_here()) continue;
     g_backend = backend;
     slip_set_threads(threads);
     return backend->name;
@@ -40,9 +57,15 @@ const char* slip_init(int32_t threads) {
 
 const char* slip_isa(void) { return g_backend->name; }
 
+const char* slip_variant(int32_t index, int32_t* runs_here) {
+  if (index < 0 || index >= static_cast<int32_t>(std::size(kVariants))) return nullptr;
+  *runs_here = kVariants[index].runs_here();
+  return kVariants[index].backend->name;
+}
+
 int32_t slip_select(const char* isa) {
-  for (const Backend* backend : {&slip::kAvx512Bf16, &slip::kAvx2}) {
-    if (std::strcmp(backend->name, isa) == 0 && runs_here(*backend)) {
+  for (const auto& [backend, runs_here] : kVariants) {
+    if (std::strcmp(backend->name, isa) == 0 && runs_here()) {
       g_backend = backend;
       return 0;
     }
@@ -91,4 +114,8 @@ void slip_race(const float* weights, int32_t rows, int32_t n, const uint64_t* se
                int32_t count, int32_t* places, float* scores) {
   g_backend->race(*g_team, weights, rows, n, seeds, indices, ids, count, places, scores);
 }
+
+void slip_read(const float* memory, int64_t count) { g_backend->read_once(*g_team, memory, count); }
+
+double slip_multiply(int32_t dtype, int64_t times) { return g_backend->multiply(*g_team, dtype, times); }
 }

@@ -12,6 +12,8 @@ namespace {
 inline void relax() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");  // waits for some tens of cycles, where "yield" waits for none
 #endif
 }
 

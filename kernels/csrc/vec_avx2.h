@@ -1,19 +1,24 @@
-// The same 16 lanes as two AVX2 registers; bf16 products are widened to float and fused.
+// 16 float lanes as two AVX2 registers.
 #pragma once
 #include <immintrin.h>
 
 #include <cstdint>
 
+#include "bf16.h"
+
 namespace slip::avx2 {
 
-constexpr const char* kName = "avx2";
-constexpr int kMaxRows = 2;
-constexpr int kPanels = 2;
+// The register tile of the micro-kernel: up to kMaxRows rows times tile_panels(rows) panels. Of the 16 registers two for each
+// row and panel are sums, so that no sum waits for itself from as many as eight on.
+constexpr int kMaxRows = 6;
+constexpr int tile_panels(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 struct vec {
   __m256 lo, hi;
 };
 
+// The compiler knows nothing of a from here on.
+inline void keep(vec& a) { asm volatile("" : "+x"(a.lo), "+x"(a.hi)); }
 inline vec vzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline vec vset1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline vec vload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -90,54 +95,26 @@ inline wide wxor(wide a, wide b) { return _mm256_xor_si256(a, b); }
 inline wide wproduct(wide a, wide b) { return _mm256_mul_epu32(a, b); }
 inline wide whigh(wide a) { return _mm256_srli_epi64(a, 32); }
 
-struct F32 {
-  using elem = float;
-  static constexpr int kPair = 1;
-  using wvec = vec;
-  using xvec = __m256;
-  static wvec load(const elem* p) { return {_mm256_load_ps(p), _mm256_load_ps(p + 8)}; }
-  static xvec broadcast(const elem* p) { return _mm256_set1_ps(*p); }
-  static vec dot(vec acc, xvec x, wvec w) { return {_mm256_fmadd_ps(x, w.lo, acc.lo), _mm256_fmadd_ps(x, w.hi, acc.hi)}; }
-  static void store(elem* p, vec a) { vstore(p, a); }
-  static float widen(elem x) { return x; }
-  static elem narrow(float x) { return x; }
-};
-
-struct Bf16 {
-  using elem = uint16_t;
-  static constexpr int kPair = 2;
-  struct wvec {
-    __m256i lo, hi;
-  };
-  struct xvec {
-    __m256 even, odd;
-  };
-  static wvec load(const elem* p) {
-    const __m256i* q = reinterpret_cast<const __m256i*>(p);
-    return {_mm256_load_si256(q), _mm256_load_si256(q + 1)};
-  }
-  static __m256 even(__m256i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)); }
-  static __m256 odd(__m256i w) {
-    return _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-  }
-  static xvec broadcast(const elem* p) { return {_mm256_set1_ps(widen(p[0])), _mm256_set1_ps(widen(p[1]))}; }
-  static vec dot(vec acc, xvec x, wvec w) {
-    acc.lo = _mm256_fmadd_ps(x.even, even(w.lo), acc.lo);
-    acc.hi = _mm256_fmadd_ps(x.even, even(w.hi), acc.hi);
-    acc.lo = _mm256_fmadd_ps(x.odd, odd(w.lo), acc.lo);
-    acc.hi = _mm256_fmadd_ps(x.odd, odd(w.hi), acc.hi);
-    return acc;
-  }
-  static void store(elem* p, vec a) {
-    alignas(32) float lanes[16];
-    vstore(lanes, a);
-    for (int i = 0; i < 16; ++i) p[i] = narrow(lanes[i]);
-  }
-  static float widen(elem x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }
-  static elem narrow(float x) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-    return static_cast<elem>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
-};
+// 16 pairs of bfloat16: the first of each, the second of each. Read twice, since one register more would not fit beside the sums.
+inline vec vfirst(const uint16_t* p) {
+  const __m256i* q = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_load_si256(q), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_load_si256(q + 1), 16))};
+}
+inline vec vsecond(const uint16_t* p) {
+  const volatile __m256i* q = reinterpret_cast<const volatile __m256i*>(p);
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm256_castsi256_ps(_mm256_and_si256(q[0], high)), _mm256_castsi256_ps(_mm256_and_si256(q[1], high))};
+}
+// To the nearest bfloat16.
+inline __m256 round8(__m256 a) {
+  const __m256i bits = _mm256_castps_si256(a), high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i none = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_blendv_epi8(nearest, quiet, none), high));
+}
+inline vec vround(vec a) { return {round8(a.lo), round8(a.hi)}; }
 
 }  // namespace slip::avx2

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,12 @@ from slipstream.kernels.batch import RaggedBatch
 
 LIBRARY = Path(__file__).parent.parent / "_native.so"
 ISA_VARIABLE = "SLIPSTREAM_ISA"
-"""Environment variable: the variant to use (avx512bf16, avx2) instead of the best, to try what other machines run."""
+"""Environment variable: the variant to use instead of the best, to try what other machines run; --isa comes first."""
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class IsaError(ValueError):
+    """A variant of the compiled kernels is asked for that does not run here; its text tells people so."""
 
 
 class CLinear(Structure):
@@ -100,7 +104,7 @@ class CAttention(Structure):
 def load() -> ctypes.CDLL | None:
     """The library, or None where it was not built or this processor runs none of its variants.
 
-    Raises RuntimeError if the environment asks for a variant that does not run here.
+    Raises IsaError if the environment asks for a variant that does not run here.
     """
     try:
         library = ctypes.CDLL(str(LIBRARY))
@@ -109,6 +113,8 @@ def load() -> ctypes.CDLL | None:
     library.slip_init.restype = c_char_p
     library.slip_init.argtypes = [c_int32]
     library.slip_isa.restype = c_char_p
+    library.slip_variant.restype = c_char_p
+    library.slip_variant.argtypes = [c_int32, c_void_p]
     library.slip_select.argtypes = [c_char_p]
     library.slip_set_threads.argtypes = [c_int32]
     library.slip_linear.argtypes = [c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_int32]
@@ -121,7 +127,11 @@ def load() -> ctypes.CDLL | None:
     library.slip_argmax.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p]
     library.slip_distribution.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p]
     library.slip_race.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p]
+    library.slip_read.argtypes = [c_void_p, c_int64]
+    library.slip_multiply.argtypes = [c_int32, c_int64]
+    library.slip_multiply.restype = c_double
     for name in (
+        "read",
         "set_threads",
         "argmax",
         "distribution",
@@ -135,10 +145,38 @@ def load() -> ctypes.CDLL | None:
         getattr(library, f"slip_{name}").restype = None
     if library.slip_init(torch.get_num_threads()) is None:
         return None
-    wanted = os.environ.get(ISA_VARIABLE)
-    if wanted and library.slip_select(wanted.encode()):
-        raise RuntimeError(f"{ISA_VARIABLE}={wanted}: there are no such kernels, or this processor does not run them")
+    if wanted := os.environ.get(ISA_VARIABLE):
+        _select(library, wanted, f"{ISA_VARIABLE}={wanted}")
     return library
+
+
+def select(isa: str) -> None:
+    """Computes with this variant from now on, in the whole process; raises IsaError if it does not run here."""
+    library = load()
+    if library is None:
+        raise IsaError(f"--isa {isa}: there are no compiled kernels here; install a C++ compiler, and Slipstream again")
+    _select(library, isa, f"--isa {isa}")
+
+
+def variants() -> dict[str, bool]:
+    """The variants that were compiled, the best one first, and whether this processor runs them."""
+    library = load()
+    return {} if library is None else _variants(library)
+
+
+def _variants(library: ctypes.CDLL) -> dict[str, bool]:
+    found: dict[str, bool] = {}
+    runs = c_int32()
+    while name := library.slip_variant(len(found), ctypes.byref(runs)):
+        found[name.decode()] = bool(runs.value)
+    return found
+
+
+def _select(library: ctypes.CDLL, isa: str, asked: str) -> None:
+    if library.slip_select(isa.encode()):
+        found = _variants(library)
+        why = "this processor does not run them" if isa in found else "there are no such kernels"
+        raise IsaError(f"{asked}: {why}; here are {', '.join(name for name, runs in found.items() if runs)}")
 
 
 def isa() -> str | None:

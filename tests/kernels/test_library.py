@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 
+from slipstream.engine.config import EngineConfig
 from slipstream.kernels.native import library
 
 CODE = "from slipstream.kernels.native import library; print(library.isa())"
@@ -18,7 +20,20 @@ def isa(wanted: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_environment_chooses_the_variant() -> None:
-    """avx2 runs wherever any of them does."""
-    assert isa("avx2").stdout == "avx2\n"
+    for name, runs in library.variants().items():
+        done = isa(name)
+        if runs:
+            assert done.stdout == f"{name}\n"
+        else:
+            assert done.returncode and f"SLIPSTREAM_ISA={name}: this processor does not run them" in done.stderr
     done = isa("avx3")
-    assert done.returncode and "SLIPSTREAM_ISA=avx3: there are no such kernels" in done.stderr
+    assert done.returncode and "SLIPSTREAM_ISA=avx3: there are no such kernels; here are " in done.stderr
+
+
+def test_what_was_compiled_can_be_asked_for() -> None:
+    """The option names the variants of all architectures."""
+    names = get_args(get_type_hints(EngineConfig)["isa"])
+    assert set(library.variants()) <= set(names)
+    assert library.isa() in library.variants()
+    with pytest.raises(library.IsaError, match="--isa avx3: there are no such kernels"):
+        library.select("avx3")
