@@ -13,6 +13,8 @@ from typing import Any
 
 FEATURES: list[tuple[str, Callable[..., Any]]] = []
 QUESTION = "Rome has 22 degrees. Answer as JSON."
+ANSWER = 'Repeat: {"city": "Rome", "degrees": 22}'
+"""What a small model answers with JSON of the form that is wanted, where nothing but JSON is enforced."""
 
 
 def feature(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

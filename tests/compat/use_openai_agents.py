@@ -28,6 +28,8 @@ class Weather(BaseModel):
     degrees: int = Field(ge=-20, le=45)
 
 
+SHORT = "What is the capital of France?"
+"""Its answer ends by itself: an answer that is cut off is an error to this client."""
 CALLED: list[str] = []
 
 
@@ -64,21 +66,23 @@ def uses_tool(kind: Any, url: str, model: str) -> None:
 
 
 def hands_off(kind: Any, url: str, model: str) -> None:
-    second = Agent(name="second", model=model_of(kind, url, model), model_settings=ModelSettings(max_tokens=12))
+    settings = ModelSettings(temperature=0, max_tokens=1000)
+    second = Agent(name="second", model=model_of(kind, url, model), model_settings=settings)
     first = Agent(
         name="first",
         model=model_of(kind, url, model),
         handoffs=[second],
         model_settings=ModelSettings(tool_choice="required", max_tokens=100, parallel_tool_calls=False),
     )
-    assert Runner.run_sync(first, QUESTION).last_agent is second
+    assert Runner.run_sync(first, SHORT).last_agent is second
 
 
 def streams(kind: Any, url: str, model: str) -> None:
-    agent = Agent(name="a", model=model_of(kind, url, model), model_settings=ModelSettings(max_tokens=12))
+    settings = ModelSettings(temperature=0, max_tokens=1000)
+    agent = Agent(name="a", model=model_of(kind, url, model), model_settings=settings)
 
     async def events() -> list[str]:
-        found = Runner.run_streamed(agent, QUESTION)
+        found = Runner.run_streamed(agent, SHORT)
         return [event.type async for event in found.stream_events()]
 
     assert "raw_response_event" in asyncio.run(events())
