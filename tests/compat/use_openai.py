@@ -34,8 +34,8 @@ def chat(url: str, model: str) -> None:
     asked: dict[str, Any] = {"model": model, "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
     whole = client(url).chat.completions.create(**asked, logprobs=True, top_logprobs=2)
     with client(url).chat.completions.stream(**asked) as stream:
-        final = stream.get_final_completion()
-    assert final.choices[0].message.content == whole.choices[0].message.content
+        text = "".join(event.delta for event in stream if event.type == "content.delta")
+    assert text == whole.choices[0].message.content
     assert whole.choices[0].logprobs and len(whole.choices[0].logprobs.content or ()) == 12
 
 
