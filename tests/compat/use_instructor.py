@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import instructor
 import openai
-from checks import ANSWER, QUESTION, feature, run
-from pydantic import BaseModel, Field
+from checks import QUESTION, feature, run
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Weather(BaseModel):
@@ -17,18 +17,24 @@ class Weather(BaseModel):
     degrees: int = Field(ge=-20, le=45)
 
 
-def ask(url: str, model: str, mode: Any, question: str = QUESTION) -> None:
+class Anything(BaseModel):
+    """A small model does not follow a schema that is only told: that it writes JSON is enforced."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def ask(url: str, model: str, mode: Any, wanted: Any = Weather) -> None:
     plain = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
     client = instructor.from_openai(plain, mode=mode)
     found = client.chat.completions.create(
         model=model,
-        response_model=Weather,
-        messages=[{"role": "user", "content": question}],
+        response_model=wanted,
+        messages=[{"role": "user", "content": QUESTION}],
         temperature=0,
         max_tokens=200,
         max_retries=0,
     )
-    assert isinstance(found, Weather), found
+    assert isinstance(found, wanted), found
 
 
 @feature("TOOLS")
@@ -41,9 +47,9 @@ def json_schema(url: str, model: str) -> None:
     ask(url, model, instructor.Mode.JSON_SCHEMA)
 
 
-@feature("JSON")
+@feature("JSON (of whatever form)")
 def json_mode(url: str, model: str) -> None:
-    ask(url, model, instructor.Mode.JSON, ANSWER)
+    ask(url, model, instructor.Mode.JSON, Anything)
 
 
 @feature("RESPONSES_TOOLS")
