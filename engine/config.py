@@ -32,7 +32,19 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = option("auto", "'dummy' fills the model with random weights.")
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto",
-        "Weights and KV cache; auto is bfloat16, but float32 where torch's kernels run on a CPU that is slow at it.",
+        "KV cache, and weights that are not packed; auto is bfloat16, but float32 where torch's kernels run on a CPU "
+        "that is slow at it.",
+    )
+    weights: Literal["auto", "packed", "bfloat16", "float32"] = option(
+        "auto",
+        "How weights are kept: 'packed' leaves those that a GGUF file has quantised in their own precision, and reads "
+        "that much less per step (compiled kernels, on the CPU); others are widened at load. auto is the format of "
+        "--dtype.",
+    )
+    packed_arithmetic: Literal["auto", "exact", "int8"] = option(
+        "auto",
+        "How packed weights are computed with: 'exact' widens them to float32 in registers, 'int8' quantises "
+        "activations, too, by blocks of 32, which is faster where a step has several positions.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto takes a GPU if there is one.")
     kernels: Literal["auto", "native", "triton", "torch"] = option(

@@ -283,6 +283,9 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
     vocab_size: int
     max_model_len: int
     dtype: str
+    """Number format of the cache, and of weights that are not packed."""
+    weights: str
+    """How weights are kept, for example ``bfloat16`` or ``packed (Q4_1, Q8_0), exact``."""
     device: str
     kernels: str
     """Which backend runs the hot path, for example ``native-avx512bf16`` or ``torch``."""

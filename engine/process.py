@@ -120,7 +120,7 @@ class Engine:
         self.core = EngineCore(self.scheduler, self.runner, deliver, pipeline, drafter_stats, self.listeners.stats)
         self.background = Background(self.core.drain)
         self._target = TargetUpdates(
-            loaded.model, self.runner.cache.device, loaded.weights_bytes, self.background, self._prepare_target
+            loaded.model, self.runner.cache.device, loaded.update_bytes, self.background, self._prepare_target
         )
         self._sleeper = Sleeper(
             self.runner,
@@ -137,7 +137,8 @@ class Engine:
             model_type=model.shape.model_type,
             vocab_size=model.shape.vocab_size,
             max_model_len=loaded.max_model_len,
-            dtype=model.formats.weights,
+            dtype=model.formats.numbers,
+            weights=loaded.weights,
             device=self.runner.cache.device.type,
             kernels=model.kernels,
             block_size=self.config.block_size,

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from slipstream.engine.background import Background
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.models.weights import Weights, row_pieces
+from slipstream.engine.models.weights import Rows, Weights, row_pieces
 from slipstream.engine.operations import MemoryTag, ReleaseMemory, ResumeMemory
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.scheduling.scheduler import Scheduler
 from slipstream.engine.target_update import PrepareUse, TargetUpdates
 
-Tensors = Iterable[tuple[str, Tensor]]
+Tensors = Iterable[tuple[str, Rows]]
 
 
 class Sleeper:
@@ -42,7 +42,7 @@ class Sleeper:
         self._runner, self._scheduler, self._targets = runner, scheduler, targets
         self._background, self._prepare_use, self._files = background, prepare_use, files
         self._model: CausalModel = runner.model
-        self._kept: list[tuple[str, Tensor]] | None = None
+        self._kept: list[tuple[str, Rows]] | None = None
         """Weights of a GPU, in the memory of the host."""
 
     def release(self, asked: ReleaseMemory) -> Future[Any]:

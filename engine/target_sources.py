@@ -20,8 +20,9 @@ from slipstream.engine.checkpoint.safetensors_files import find_tensors, read_he
 from slipstream.engine.errors import ModelError
 from slipstream.engine.lora import scale_of
 from slipstream.engine.models.protocol import CausalModel
+from slipstream.engine.models.weights import Rows
 
-Tensors = Iterable[tuple[str, Tensor]]
+Tensors = Iterable[tuple[str, Rows]]
 SHARED_MEMORY = Path("/dev/shm")
 SEGMENT = re.compile(r"/?[A-Za-z0-9_.-]{1,200}")
 PIECE_BYTES = 4 << 20

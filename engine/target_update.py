@@ -39,6 +39,7 @@ from slipstream.engine.operations import (
 from slipstream.engine.shared_handles import open_handles
 from slipstream.engine.target_groups import LEAVE_S, Empty, Group, Transfer
 from slipstream.engine.target_sources import Tensors, lora_scale, read, read_segment, unpack
+from slipstream.kernels.stored import Stored
 
 PrepareUse = Callable[[Weights], Callable[[int, UpdateMode], None]]
 """Makes ready for weights, in the background; what it returns is called between two steps, with their version, and has
@@ -132,7 +133,7 @@ class TargetUpdates:
             case CancelTargetUpdate(version):
                 self._give_up(self._find(version), "it was cancelled")
             case ChecksumTarget():
-                weights, dtype = self._serving(), self._model.formats.weights
+                weights, dtype = self._serving(), self._model.formats.numbers
                 return self._background.start(lambda: partial(Checksums, checksums(weights, dtype)))
             case ReadTensor():
                 return done(self._read_tensor(operation))
@@ -209,7 +210,7 @@ class TargetUpdates:
             try:
                 for name, rows in tensors():
                     update.check()
-                    if not lora.take(name, rows):
+                    if isinstance(rows, Stored) or not lora.take(name, rows):
                         weights.fill(plain_name(name), rows, firsts.get(name))
             except Exception as error:
                 update.fail(str(error))
@@ -314,7 +315,7 @@ class TargetUpdates:
     def _compare(self, weights: Weights, expected: dict[str, str]) -> None:
         if not expected:
             return
-        found = checksums(weights, self._model.formats.weights, expected)
+        found = checksums(weights, self._model.formats.numbers, expected)
         if wrong := [name for name, checksum in expected.items() if found.get(name) != checksum]:
             some = ", ".join(sorted(wrong)[:3])
             raise ModelError(f"{len(wrong)} tensors are not those whose checksums were told, for example {some}")

@@ -24,21 +24,34 @@ Reads = Literal["normed", "both", "plain"]
 of its own; or the hidden state as it is."""
 
 
+Arithmetic = Literal["exact", "int8"]
+"""How quantised weights are computed with: widened to float32, or with activations in int8, by blocks of 32."""
+PACKED = "packed"
+"""Format of matrices that are kept as they came, quantised ones in their own precision."""
+
+
 @dataclass(frozen=True, slots=True)
 class Formats:
     """In which numbers a model is kept and computed."""
 
     weights: str
-    """Format of matrices: "float32", "bfloat16", or another format that the ``Compute`` has."""
+    """Format of matrices: "float32", "bfloat16", PACKED, or another format that the ``Compute`` has."""
     compute: torch.dtype
-    """Format of activations between operations."""
+    """Format of activations between operations; of what is not packed among packed matrices, too."""
     kv: torch.dtype
     """Format of keys and values in the cache."""
+    arithmetic: Arithmetic = "exact"
+    """Of quantised matrices."""
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Formats:
         """The same for all three."""
         return cls(str(dtype).removeprefix("torch."), dtype, dtype)
+
+    @property
+    def numbers(self) -> str:
+        """Name of the number format in which weights are told to others, and compared with theirs."""
+        return str(self.compute).removeprefix("torch.") if self.weights == PACKED else self.weights
 
 
 @dataclass(frozen=True, slots=True)

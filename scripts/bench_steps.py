@@ -1,11 +1,11 @@
 """What a step costs by the positions in it: of one stream that verifies draft tokens, and of several streams.
 
-    python scripts/bench_steps.py [--context 300] [--rounds 25] [--isa avx2]
+    python scripts/bench_steps.py [--context 300] [--rounds 25] [--isa avx2] [--forms bfloat16,exact,int8]
 
-The default model in this process: forward pass, logits of every position and a greedy token sampled from each, as a
-verification needs them. All sizes take turns in every round, in changing order; prints medians as a table in Markdown,
-and which share they reach of what the machine can do at most: reading the weights once, or multiplying all of them with
-all positions.
+A model in this process: forward pass, logits of every position and a greedy token sampled from each, as a verification
+needs them. All sizes, and all forms of weights, take turns in every round, in changing order; prints medians as tables
+in Markdown, and which share they reach of what the machine can do at most: reading the weights once, or multiplying all
+of them with all positions.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import os
 import time
 from random import Random
 from statistics import median
+from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in the engine process, and before torch is imported
 
 import numpy as np
 import torch
 
+from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.limits import usable_cores
 from slipstream.engine.messages import SamplingParams
@@ -32,11 +34,20 @@ from slipstream.kernels.native import library, limits
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    "float32": {"weights": "float32"},
+    "bfloat16": {"weights": "bfloat16"},
+    "exact": {"weights": "packed", "packed_arithmetic": "exact"},
+    "int8": {"weights": "packed", "packed_arithmetic": "int8"},
+}
+
+
 class Bench:
-    def __init__(self, context: int, dtype: str, isa: str) -> None:
-        config = EngineConfig(kv_cache_memory="1GiB", dtype=dtype, speculation="off", isa=isa)
+    def __init__(self, context: int, model: str, form: str, isa: str) -> None:
+        config = EngineConfig(model=model, kv_cache_memory="256MiB", speculation="off", isa=isa, **FORMS[form])
         engine = LocalEngine(config).engine
-        self.runner, self.weights_bytes = engine.runner, engine.loaded.weights_bytes
+        self.runner, self.loaded = engine.runner, engine.loaded
+        self.elements = open_checkpoint(model).weights_bytes(torch.int8)
         self.context = context
         self.block_size = config.block_size
         self.columns = SamplingColumns(1)
@@ -66,36 +77,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--forms", default="bfloat16,exact,int8", help=f"of {', '.join(FORMS)}")
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     options = parser.parse_args()
-    bench = Bench(options.context, options.dtype, options.isa)
+    forms = options.forms.split(",")
+    benches = {form: Bench(options.context, options.model, form, options.isa) for form in forms}
     sizes = [int(size) for size in options.sizes.split(",")]
-    cases = [(1, size) for size in sizes] + [(size, 1) for size in sizes if size > 1]
-    found: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+    cases = [(form, *case) for form in forms for case in shapes(sizes)]
+    found: dict[tuple[str, int, int], list[float]] = {case: [] for case in cases}
     random = Random(0)
     for turn in range(options.rounds + 2):  # the first ones are for warming up
         random.shuffle(cases)
-        for case in cases:
-            seconds = bench.seconds(*case)
+        for form, segments, tokens in cases:
+            seconds = benches[form].seconds(segments, tokens)
             if turn >= 2:
-                found[case].append(seconds)
-    one = median(found[1, 1])
-    dtype = getattr(torch, options.dtype)
-    bandwidth, flops = limits.read_bandwidth(), limits.peak_flops(dtype)
-    most = f"reads {bandwidth / 1e9:.1f} GB/s, computes {flops / 1e9:.0f} GFLOP/s at most"
-    print(f"{library.isa()}, {usable_cores()} cores, {options.dtype}: {most}\n")
-    print("| positions | " + " | ".join(map(str, sizes)) + " |\n|---" + "|---" * len(sizes) + "|")
-    for what, case in (("of one stream", lambda size: (1, size)), ("of as many streams", lambda size: (size, 1))):
-        times = [median(found[case(size)]) for size in sizes]
-        print(f"| {what}, ms | " + " | ".join(f"{1e3 * seconds:.2f}" for seconds in times) + " |")
-        print("| … relative to one | " + " | ".join(f"{seconds / one:.2f}" for seconds in times) + " |")
-        reading = [bench.weights_bytes / bandwidth / seconds for seconds in times]
-        print("| … share of the bandwidth | " + " | ".join(f"{share:.0%}" for share in reading) + " |")
-        operations = 2 * bench.weights_bytes / dtype.itemsize
-        computing = [operations * size / flops / seconds for size, seconds in zip(sizes, times, strict=True)]
-        print("| … share of the arithmetic | " + " | ".join(f"{share:.0%}" for share in computing) + " |")
+                found[form, segments, tokens].append(seconds)
+    bandwidth, flops = limits.read_bandwidth(), limits.peak_flops(torch.float32)
+    most = f"reads {bandwidth / 1e9:.1f} GB/s, computes {flops / 1e9:.0f} GFLOP/s in float32 at most"
+    print(f"{library.isa()}, {usable_cores()} cores: {most}")
+    for form in forms:
+        one = median(found[form, 1, 1])
+        loaded, elements = benches[form].loaded, benches[form].elements
+        print(f"\n{form}: {loaded.weights}, {loaded.weights_bytes / 1e6:.0f} MB\n")
+        print("| positions | " + " | ".join(map(str, sizes)) + " |\n|---" + "|---" * len(sizes) + "|")
+        for what, case in (("of one stream", lambda size: (1, size)), ("of as many streams", lambda size: (size, 1))):
+            times = [median(found[form, *case(size)]) for size in sizes]
+            print(f"| {what}, ms | " + " | ".join(f"{1e3 * seconds:.2f}" for seconds in times) + " |")
+            print("| … relative to one | " + " | ".join(f"{seconds / one:.2f}" for seconds in times) + " |")
+            reading = [loaded.weights_bytes / bandwidth / seconds for seconds in times]
+            print("| … share of the bandwidth | " + " | ".join(f"{share:.0%}" for share in reading) + " |")
+            computing = [2 * elements * size / flops / seconds for size, seconds in zip(sizes, times, strict=True)]
+            print("| … share of the arithmetic | " + " | ".join(f"{share:.0%}" for share in computing) + " |")
+
+
+def shapes(sizes: list[int]) -> list[tuple[int, int]]:
+    """Streams, and positions of each."""
+    return [(1, size) for size in sizes] + [(size, 1) for size in sizes if size > 1]
 
 
 if __name__ == "__main__":

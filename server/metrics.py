@@ -158,6 +158,7 @@ class EngineCollector(Collector):
             "num_blocks": str(ready.num_blocks),
             "kv_cache_bytes": str(ready.kv_cache_bytes),
             "dtype": ready.dtype,
+            "weights": ready.weights,
             "device": ready.device,
             "kernels": ready.kernels,
         }

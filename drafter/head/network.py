@@ -52,7 +52,9 @@ class HeadWeights:
                     _fill(self.output, tensors[OUTPUT])
                 else:
                     _copy_rows(self.output, self._target.output, draft_tokens)
-                self._follows = OUTPUT not in tensors or _are_copies(self.output, self._target.output, draft_tokens)
+                self._follows = OUTPUT not in tensors or _are_copies(
+                    tensors[OUTPUT], self._target.output, draft_tokens, self._compute.formats.compute
+                )
                 self.norm.copy_(tensors["norm.weight"])
             for name, tensor in tensors.items():
                 if name.startswith(self._prefix):
@@ -79,12 +81,12 @@ def _copy_rows(output: Weight, source: Weight, rows: Tensor) -> None:
         output.fill(source.rows(rows[first : first + ROWS_AT_ONCE]), first)
 
 
-def _are_copies(weight: Weight, of: Weight, rows: Tensor) -> bool:
-    own = torch.arange(len(rows), device=rows.device)
+def _are_copies(matrix: Tensor, of: Weight, rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether its rows are these, in the format of numbers that are not packed."""
     for first in range(0, len(rows), ROWS_AT_ONCE):
         breathe()
-        some = slice(first, first + ROWS_AT_ONCE)
-        if not torch.equal(weight.rows(own[some]), of.rows(rows[some])):
+        some = of.rows(rows[first : first + ROWS_AT_ONCE]).to(dtype)
+        if not torch.equal(matrix[first : first + ROWS_AT_ONCE].to(some.device, dtype), some):
             return False
     return True
 

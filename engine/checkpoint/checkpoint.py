@@ -26,8 +26,8 @@ from slipstream.engine.checkpoint.gguf_file import GGUFFile, dequantised
 from slipstream.engine.checkpoint.json_file import read_json_object
 from slipstream.engine.checkpoint.safetensors_files import StoredTensor, find_tensors, read_stored, read_tensors
 from slipstream.engine.checkpoint.shapes import FAMILIES, canonical_names
-from slipstream.engine.checkpoint.stored import Stored
 from slipstream.engine.errors import ModelError
+from slipstream.kernels.stored import Stored
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,14 @@ class Checkpoint(ABC):
         Tensors have the type they are stored in, those of GGUF files float32. They may share memory with the file:
         copy or convert them, never write to them.
         """
+
+    def packed_tensors(self) -> Iterator[tuple[str, torch.Tensor | Stored]]:
+        """The same, but matrices of quantised numbers as they lie in the file."""
+        yield from self.tensors()
+
+    def formats(self) -> dict[str, str]:
+        """Number formats of the tensors, as files call them, by Hugging Face parameter names."""
+        return {name: self.stored(name).format for name in self.tensor_names()}
 
     @abstractmethod
     def stored(self, name: str) -> Stored:
@@ -146,6 +154,18 @@ class GGUFCheckpoint(Checkpoint):
 
         for name in self._originals:
             yield name, torch.from_numpy(dequantised(self.stored(name)))
+
+    def packed_tensors(self) -> Iterator[tuple[str, torch.Tensor | Stored]]:
+        import torch
+
+        for name, original in self._originals.items():
+            info = self._file.tensors[original]
+            stored = self.stored(name)
+            is_packed = info.type.block_elements > 1 and len(info.shape) == 2
+            yield name, stored if is_packed else torch.from_numpy(dequantised(stored))
+
+    def formats(self) -> dict[str, str]:
+        return {name: self._file.tensors[original].type.name for name, original in self._originals.items()}
 
     def stored(self, name: str) -> Stored:
         found = self._file.stored(self._originals[name])

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slipstream.engine.checkpoint.stored import Stored, in_rows
+from slipstream.engine.checkpoint.stored import in_rows
 from slipstream.engine.errors import ModelError
+from slipstream.kernels.stored import Stored
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slipstream.engine.checkpoint.json_file import read_json_object
-from slipstream.engine.checkpoint.stored import Stored, in_rows
+from slipstream.engine.checkpoint.stored import in_rows
 from slipstream.engine.errors import ModelError
+from slipstream.kernels.stored import Stored
 
 if TYPE_CHECKING:
     import torch

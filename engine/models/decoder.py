@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ from slipstream.engine.models.config import (
     window_rope_tables,
 )
 from slipstream.engine.models.protocol import DecoderModel, Forward
-from slipstream.engine.models.weights import ExpectedTensors, Weights, pieces
+from slipstream.engine.models.weights import ExpectedTensors, Rows, Weights, pieces
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import Compute
+from slipstream.kernels.compute import PACKED, Compute
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.weight import Weight
 
@@ -40,11 +41,12 @@ class DecoderWeights:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._expected.shapes
 
-    def fill(self, name: str, rows: Tensor, first_row: int | None = None) -> None:
+    def fill(self, name: str, rows: Rows, first_row: int | None = None) -> None:
         if self._expected.take(name, rows, first_row):
             with self._compute.filling():
                 for row, part in pieces(rows, first_row or 0):
-                    self._fill(name, part, row)
+                    # Blocks come only where matrices take them, see ``Decoder.tensors``.
+                    self._fill(name, cast(Tensor, part), row)
 
     def read(self, name: str, first_row: int, count: int) -> Tensor:
         self._expected.check_rows(name, first_row, count)
@@ -119,12 +121,12 @@ class Decoder:
         self._stack.forget()
         del self._weights
 
-    def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Tensor]]:
+    def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Rows]]:
         theirs = decoder_config(checkpoint.config) if is_own(checkpoint.config) else None
         if theirs is None or (wrong := self.config.differences(theirs)):
             what = checkpoint.config.get("model_type") if theirs is None else f"its {wrong[0][0]} is {wrong[0][1]}"
             raise MisfitError(f"{checkpoint.path} is not the model that runs here: {what}")
-        return checkpoint.tensors()
+        return checkpoint.packed_tensors() if self.formats.weights == PACKED else checkpoint.tensors()
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         return self.compute.cache(cache_shape(self.shape, block_size, self.formats.kv), num_blocks)

@@ -14,7 +14,6 @@ import torch
 
 from slipstream.engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
-from slipstream.engine.checkpoint.shapes import parameter_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.limits import control_groups, free_memory, usable_cores
@@ -25,7 +24,8 @@ from slipstream.engine.models.gpu_memory import budget, has_own_memory, step_byt
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.transformers_files import transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
-from slipstream.engine.models.weights import load
+from slipstream.engine.models.weight_formats import DTYPES, choose_formats, describe, weights_bytes
+from slipstream.engine.models.weights import Rows, load
 from slipstream.engine.units import parse_size
 from slipstream.kernels.attention.choice import backend
 from slipstream.kernels.compute import Compute, Formats, LayerShape
@@ -38,7 +38,6 @@ from slipstream.kernels.triton import launch
 log = logging.getLogger(__name__)
 COMPUTES: dict[str, type[Compute]] = {"native": NativeCompute, "torch": TorchCompute}
 """Ways to run layers by the names that --kernels takes, preferred ones first; besides Triton's, which GPUs have."""
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEFAULT_CACHE_SHARE = 4
 DEFAULT_CACHE_BYTES = 2 << 30
 SPARE_BYTES = 200 << 20
@@ -60,6 +59,10 @@ class LoadedModel:
     """Besides, for branches of trees."""
     block_bytes: int
     weights_bytes: int
+    update_bytes: int
+    """What another set of weights takes that comes as numbers, as updates do."""
+    weights: str
+    """In which form the weights are kept, for people."""
     seconds: float
 
 
@@ -79,23 +82,27 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     kind = _choose_compute(checkpoint, config, device)
     kind.set_threads(config.threads or usable_cores())
     dtype = _choose_dtype(checkpoint, config, device, kind)
-    formats = Formats.of(dtype)
-    weights_bytes = _weights_bytes(checkpoint, config, dtype)
+    formats = choose_formats(checkpoint, config, kind, dtype)
+    size = weights_bytes(checkpoint, config, formats)
     block_bytes = kind.cache_class.block_bytes(cache_shape(shape, config.block_size, formats.kv))
     scratch_blocks = SCRATCH_BLOCKS if branches else 0
     besides = HEADROOM_BYTES + scratch_blocks * block_bytes
     on_gpu = has_own_memory(device)
     available = budget(device, config.gpu_memory_utilization) if on_gpu else available_memory(device)
-    num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, besides, available, on_gpu)
+    num_blocks, max_model_len = _fit(config, shape, size, block_bytes, besides, available, on_gpu)
     model = build_model(checkpoint, config, formats, device, max_model_len)
     if on_gpu:
         step = step_bytes(
             *(model, device, config.max_step_tokens, config.max_running, max_model_len, config.block_size)
         )
         besides += step + parse_size(config.graph_memory, "graph-memory")
-        num_blocks, max_model_len = _fit(config, shape, weights_bytes, block_bytes, besides, available, on_gpu)
+        num_blocks, max_model_len = _fit(config, shape, size, block_bytes, besides, available, on_gpu)
     seconds = time.monotonic() - began
-    return LoadedModel(model, max_model_len, num_blocks, scratch_blocks, block_bytes, weights_bytes, seconds)
+    update_bytes = weights_bytes(checkpoint, config, Formats.of(formats.compute))
+    description = describe(checkpoint, config, formats)
+    return LoadedModel(
+        *(model, max_model_len, num_blocks, scratch_blocks, block_bytes, size, update_bytes, description, seconds)
+    )
 
 
 def _select_isa(isa: str) -> None:
@@ -142,11 +149,11 @@ def build_model(
     if not kind.can_be_batch_invariant:
         _refuse_deterministic(options, "torch's kernels, which run here instead of the compiled ones,")
     model = Decoder(decoder_config(config), _made(kind, config, formats, device, options), max_length)
-    load(model, dummy_tensors(config, options.seed, device) if dummy else checkpoint.tensors())
+    load(model, dummy_tensors(config, options.seed, device) if dummy else model.tensors(checkpoint))
     return model
 
 
-def file_tensors(options: EngineConfig, model: CausalModel, device: torch.device) -> Iterable[tuple[str, torch.Tensor]]:
+def file_tensors(options: EngineConfig, model: CausalModel, device: torch.device) -> Iterable[tuple[str, Rows]]:
     """The weights that a model of these options begins with, to be filled in again."""
     checkpoint = open_checkpoint(options.model)
     if options.load_format == "dummy" and is_own(checkpoint.config):
@@ -221,11 +228,12 @@ def _choose_dtype(
     checkpoint: Checkpoint, config: EngineConfig, device: torch.device, kind: type[Compute]
 ) -> torch.dtype:
     """The kernels of this project are as fast with bfloat16 on any CPU; torch's are where it has such instructions."""
-    if config.dtype != "auto":
-        return DTYPES[config.dtype]
+    asked = config.weights if config.dtype == "auto" else config.dtype
+    if asked in DTYPES:
+        return DTYPES[asked]
     if kind.is_fast_in_bfloat16 or device.type != "cpu" or fast_dtype(device) is torch.bfloat16:
         return torch.bfloat16
-    size, free = _weights_bytes(checkpoint, config, torch.float32), available_memory(device)
+    size, free = weights_bytes(checkpoint, config, Formats.of(torch.float32)), available_memory(device)
     if 2 * size > free:
         log.info("bfloat16, which is slow on this CPU: in float32, weights would take %s", human_size(size))
         return torch.bfloat16
@@ -233,14 +241,6 @@ def _choose_dtype(
         "float32, since torch computes slowly in bfloat16 on this CPU: %s", " and ".join(map(describe_speed, FORMATS))
     )
     return torch.float32
-
-
-def _weights_bytes(checkpoint: Checkpoint, config: EngineConfig, dtype: torch.dtype) -> int:
-    if config.load_format == "dummy":
-        if not is_own(checkpoint.config):
-            return 0  # known once it is built
-        return sum(int(torch.Size(size).numel()) for _, size in parameter_shapes(checkpoint.config)) * dtype.itemsize
-    return checkpoint.weights_bytes(dtype)
 
 
 def _fit(

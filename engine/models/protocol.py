@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slipstream.engine.checkpoint.checkpoint import Checkpoint
 from slipstream.engine.models.config import DecoderConfig, ModelShape
-from slipstream.engine.models.weights import Weights
+from slipstream.engine.models.weights import Rows, Weights
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Compute, Formats
 from slipstream.kernels.compute import Forward as Forward
@@ -46,7 +46,7 @@ class CausalModel(Protocol):
     def forget(self) -> None:
         """Holds no weights from now on, until it is told to use some; nothing is computed meanwhile."""
 
-    def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Tensor]]:
+    def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Rows]]:
         """What a checkpoint holds, to be filled in; raises ModelError if it is not of a model like this one."""
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:

@@ -27,7 +27,7 @@ from slipstream.engine.models.transformers_files import (
     transformers_shape,
     transformers_switch_length,
 )
-from slipstream.engine.models.weights import ExpectedTensors, Weights, pieces
+from slipstream.engine.models.weights import ExpectedTensors, Rows, Weights, pieces
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.compute import Formats
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
@@ -89,7 +89,8 @@ class _ModuleWeights:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._expected.shapes
 
-    def fill(self, name: str, rows: Tensor, first_row: int | None = None) -> None:
+    def fill(self, name: str, rows: Rows, first_row: int | None = None) -> None:
+        assert isinstance(rows, Tensor), "nothing is packed here"
         name = self._names.get(name, name)
         if self._expected.take(name, rows, first_row):
             value = self.values[name]

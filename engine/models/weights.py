@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +15,13 @@ from torch import Tensor
 
 from slipstream.engine.background import breathe
 from slipstream.engine.errors import ModelError
+from slipstream.kernels.stored import Stored
 
 if TYPE_CHECKING:
     from slipstream.engine.models.protocol import CausalModel
 
+Rows = Tensor | Stored
+AnyRows = TypeVar("AnyRows", Tensor, Stored, Rows)
 BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.(\w+_)?(inv_freq|cos_cached|sin_cached|cos|sin)|(attn|attention)\.(masked_bias|bias)|position_ids)$"
 )
@@ -35,9 +38,10 @@ class Weights(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of all tensors that there are, by their Hugging Face names; a number alone counts as [1]."""
 
-    def fill(self, name: str, rows: Tensor, first_row: int | None = None) -> None:
+    def fill(self, name: str, rows: Rows, first_row: int | None = None) -> None:
         """Copies a tensor, by its Hugging Face name, to its place: all of it, or the rows first_row, first_row + 1, …
 
+        What lies in a file as quantised blocks may come as such where the model's weights are packed.
         May run in another thread than the model. Raises ModelError for a name or a size that the model does not have.
         """
 
@@ -55,7 +59,7 @@ class Weights(Protocol):
         """Raises ModelError where rows have not come."""
 
 
-def load(model: CausalModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def load(model: CausalModel, tensors: Iterable[tuple[str, Rows]]) -> None:
     """Has a model compute with these, which are all that it has; raises ModelError for a misfit or a gap."""
     weights = model.new_weights()
     for name, tensor in tensors:
@@ -97,14 +101,15 @@ def checksums(weights: Weights, dtype: str, names: Collection[str] | None = None
     return found
 
 
-def pieces(rows: Tensor, first_row: int = 0) -> Iterator[tuple[int, Tensor]]:
+def pieces(rows: AnyRows, first_row: int = 0) -> Iterator[tuple[int, AnyRows]]:
     """Parts of a tensor with the first row of each; in the background, steps go on between them."""
-    if rows.dim() < 2:
+    if len(rows.shape) < 2:
         yield first_row, rows
         return
     for first, count in row_pieces(tuple(rows.shape), first_row):
         breathe()
-        yield first, rows[first - first_row : first - first_row + count]
+        begin = first - first_row
+        yield first, rows.rows(begin, count) if isinstance(rows, Stored) else rows[begin : begin + count]
 
 
 def is_buffer(name: str) -> bool:
@@ -124,7 +129,7 @@ class ExpectedTensors:
         }
         """Rows that have not come, of tensors that are not complete."""
 
-    def take(self, name: str, rows: Tensor, first_row: int | None = None) -> bool:
+    def take(self, name: str, rows: Rows, first_row: int | None = None) -> bool:
         """True when the model has this parameter; raises ModelError on a wrong shape or an unknown name."""
         size = self.shapes.get(name)
         if size is None:

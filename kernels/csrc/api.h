@@ -15,12 +15,28 @@ extern "C" {
 
 enum SlipDtype : int32_t { SLIP_F32 = 0, SLIP_BF16 = 1 };
 
+// Panels of a matrix that are quantised in one form (forms.h).
+struct SlipPart {
+  int32_t form;
+  int32_t first_panel;  // of the matrix
+  int32_t panels;
+  int32_t reserved;
+  const void* data;     // begins at a multiple of 64 bytes
+};
+
+// How a quantised matrix is computed: with its numbers widened to float32, or with the inputs quantised to int8, by blocks of 32.
+enum SlipArithmetic : int32_t { SLIP_EXACT = 0, SLIP_INT8 = 1 };
+
 // y = x W^T + bias with W [n, k]; n and k are the padded sizes (n to 16, k to 2), out_n the real number of columns.
+// It is either in the model's dtype, and has panels, or quantised, and has parts, each of whole panels and ascending.
 struct SlipLinear {
   int32_t n;
   int32_t k;
   const void* panels;  // [n/64][k/2][4][16][2] bf16 or [n/64][k][4][16] f32, the last group filled up
   const float* bias;   // [n] or null
+  const SlipPart* parts;
+  int32_t num_parts;
+  int32_t arithmetic;
 };
 
 struct SlipLayer {
@@ -54,6 +70,7 @@ struct SlipModel {
   SlipLinear embed;       // used as a lookup table
   SlipLinear lm_head;
   const float* final_norm;  // [hidden] or null: lm_head reads the hidden state as it is
+  int32_t quantised;      // some matrix is: what matrices read is float32 then, and rounded to dtype for those that are not
   int32_t given_hidden;  // hidden holds the input of the first layer already; else the tokens' embeddings
   int32_t num_taps;
   const int32_t* taps;   // [num_taps] ascending: the input of these layers (num_layers: the output of the last) …
@@ -98,6 +115,15 @@ SLIP_API void slip_set_threads(int32_t threads);
 
 // out[m, :n] (f32, row stride ld) = x[m, k] (f32, rounded to dtype) W^T + bias
 SLIP_API void slip_linear(int32_t dtype, const SlipLinear* w, const float* x, int32_t rows, float* out, int32_t ld);
+// The form that rows of k inputs of a GGUF type are packed into, 0 if they cannot be; and the memory a part of it takes.
+SLIP_API int32_t slip_form(const char* format, int32_t k);
+SLIP_API int64_t slip_part_bytes(int32_t form, int32_t panels, int32_t k);
+// Packs rows first_row … of a matrix whose panels are first_panel, first_panel + stride, … of the part; rows as in the file.
+SLIP_API void slip_pack(const char* format, const uint8_t* rows, int64_t row_bytes, int32_t count, const SlipPart* part, int32_t k,
+                        int32_t first_row, int32_t first_panel, int32_t stride);
+// out [count, k] = some rows of such a matrix.
+SLIP_API void slip_unpack(const SlipPart* part, int32_t k, const int64_t* rows, int32_t count, int32_t first_panel,
+                          int32_t stride, float* out);
 // Stores k and v [tokens, kv_heads, head_dim] (f32) of a ragged batch into one layer's cache.
 SLIP_API void slip_store_kv(const SlipAttention* a, const SlipBatch* b, const float* k, const float* v, void* k_cache,
                             void* v_cache);

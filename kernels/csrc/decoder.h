@@ -1,13 +1,6 @@
 // The decoder stack of the Llama family (Llama, Mistral, Qwen2, Qwen3) as one call. Included once per instruction
-// set, inside its namespace. The residual stream and all reductions are float32; matrix inputs are rounded to D.
-
-// f(0) … f(count - 1), `grain` of them at a time.
-template <class F>
-inline void for_each(Team& team, int count, int grain, const F& f) {
-  team.parallel((count + grain - 1) / grain, [&](int item) {
-    for (int i = item * grain; i < std::min((item + 1) * grain, count); ++i) f(i);
-  });
-}
+// set, inside its namespace. The residual stream and all reductions are float32; what is cached is rounded to D, and so are
+// matrix inputs, but for those of a model with quantised matrices (X is F32 then).
 
 // Without a weight only rounds to D.
 template <class D>
@@ -47,6 +40,13 @@ inline void rotate_head(float* x, int head_dim, const float* norm, float eps, co
 // Row `token` of the embedding, read from the panels it shares with a tied LM head.
 template <class D>
 inline void embed_row(const SlipLinear& table, int token, float* out) {
+  if (table.num_parts) {
+    const SlipPart* part = table.parts + table.num_parts - 1;
+    while (part->first_panel > token / 16) --part;
+    const int panel = token / 16 - part->first_panel;
+    const auto* group = static_cast<const uint8_t*>(part->data) + panel / 4 * layout(part->form).group(table.k);
+    return unpack_column(part->form, group, panel % 4, token % 16, table.k, out);
+  }
   constexpr int columns = 16 * kGroup;
   const auto* group = static_cast<const typename D::elem*>(table.panels) + static_cast<size_t>(token / columns) * columns * table.k;
   const int lane = token % columns;
@@ -54,14 +54,41 @@ inline void embed_row(const SlipLinear& table, int token, float* out) {
     out[k] = D::widen(group[(k / D::kPair) * columns * D::kPair + lane * D::kPair + k % D::kPair]);
 }
 
-template <class D>
+// rows of x times a matrix. If x is of D's elements the matrix is, too; else x is float32 and the matrix may be quantised. `scratch`
+// holds scratch_bytes(k) per row.
+template <class D, class X, class Epilogue>
+inline void project(Team& team, const SlipLinear& w, const typename X::row* x, int rows, void* scratch, const Epilogue& epilogue) {
+  const size_t k = w.k;
+  if constexpr (std::is_same_v<X, F32>) {
+    if (w.num_parts) {
+      const Prepared in = prepare(team, w, x, rows, scratch);
+      if (w.arithmetic == SLIP_INT8) return packed_matmul<Int8>(team, w, in, rows, epilogue);
+      return packed_matmul<Exact>(team, w, in, rows, epilogue);
+    }
+  }
+  if constexpr (std::is_same_v<X, D>) {
+    matmul<D>(team, w, x, k, rows, epilogue);
+  } else {
+    auto* rounded = static_cast<typename D::row*>(scratch);
+    for_each(team, rows, 4, [&](int row) {
+      for (size_t i = row * k; i < (row + 1) * k; i += 16) D::store(rounded + i, vload(x + i));
+    });
+    matmul<D>(team, w, rounded, k, rows, epilogue);
+  }
+}
+
+inline size_t scratch_bytes(int k) { return prepared_bytes(k) + 64; }
+
+template <class D, class X>
 struct Workspace {
   using row = typename D::row;
-  row* x;       // [tokens, hidden]
-  float* qkv;   // [tokens, (heads + 2 kv_heads) head_dim]
-  row* q;       // [tokens, heads, head_dim]
-  row* values;  // [tokens, heads, head_dim]
-  row* act;     // [tokens, intermediate]
+  using input = typename X::row;
+  input* x;       // [tokens, hidden]
+  float* qkv;     // [tokens, (heads + 2 kv_heads) head_dim]
+  row* q;         // [tokens, heads, head_dim]
+  input* values;  // [tokens, heads, head_dim]
+  input* act;     // [tokens, intermediate]
+  void* scratch;  // what matrices make of the above
   int64_t bytes;
 
   Workspace(const SlipModel& m, int64_t tokens, void* memory) {
@@ -71,18 +98,21 @@ struct Workspace {
       at += (tokens * count * size + 63) / 64 * 64;
       return mine;
     };
-    x = reinterpret_cast<row*>(take(m.layers[0].embed_norm ? 2 * m.hidden : m.hidden, sizeof(row)));
+    const int width = m.layers[0].embed_norm ? 2 * m.hidden : m.hidden;
+    x = reinterpret_cast<input*>(take(width, sizeof(input)));
     qkv = reinterpret_cast<float*>(take((m.heads + 2 * m.kv_heads) * m.head_dim, sizeof(float)));
     q = reinterpret_cast<row*>(take(m.heads * m.head_dim, sizeof(row)));
-    values = reinterpret_cast<row*>(take(m.heads * m.head_dim, sizeof(row)));
-    act = reinterpret_cast<row*>(take(m.intermediate, sizeof(row)));
+    values = reinterpret_cast<input*>(take(m.heads * m.head_dim, sizeof(input)));
+    act = reinterpret_cast<input*>(take(m.intermediate, sizeof(input)));
+    scratch = at;
+    if (m.quantised) take(1, scratch_bytes(std::max({width, m.heads * m.head_dim, m.intermediate})));
     bytes = at - static_cast<char*>(memory);
   }
 };
 
-template <class D>
+template <class D, class X>
 inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer, const SlipBatch& b, const AttentionWork& work,
-                          const Workspace<D>& ws, float* hidden) {
+                          const Workspace<D, X>& ws, float* hidden) {
   using elem = typename D::elem;
   const int tokens = b.num_tokens;
   const int q_width = m.heads * m.head_dim;
@@ -94,16 +124,16 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
 
   if (layer.embed_norm) {
     for_each(team, tokens, 4, [&](int token) {
-      typename D::row* x = ws.x + static_cast<size_t>(token) * 2 * m.hidden;
+      typename X::row* x = ws.x + static_cast<size_t>(token) * 2 * m.hidden;
       std::vector<float> embedding(m.hidden);
       embed_row<D>(m.embed, b.token_ids[token], embedding.data());
-      norm_row<D>(embedding.data(), layer.embed_norm, m.hidden, m.norm_eps, x);
-      norm_row<D>(hidden + static_cast<size_t>(token) * m.hidden, layer.attn_norm, m.hidden, m.norm_eps, x + m.hidden);
+      norm_row<X>(embedding.data(), layer.embed_norm, m.hidden, m.norm_eps, x);
+      norm_row<X>(hidden + static_cast<size_t>(token) * m.hidden, layer.attn_norm, m.hidden, m.norm_eps, x + m.hidden);
     });
   } else {
-    norm_rows<D>(team, hidden, nullptr, layer.attn_norm, tokens, m.hidden, m.norm_eps, ws.x);
+    norm_rows<X>(team, hidden, nullptr, layer.attn_norm, tokens, m.hidden, m.norm_eps, ws.x);
   }
-  matmul<D>(team, layer.qkv, ws.x, layer.qkv.k, tokens, StoreRows{ws.qkv, static_cast<size_t>(qkv_width), qkv_width, layer.qkv.bias});
+  project<D, X>(team, layer.qkv, ws.x, tokens, ws.scratch, StoreRows{ws.qkv, static_cast<size_t>(qkv_width), qkv_width, layer.qkv.bias});
 
   for_each(team, tokens, 2, [&](int token) {
     const int segment = segment_of(b, token);
@@ -129,15 +159,15 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
   });
   attend_all<D>(team, cache, work, ws.q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), ws.values);
 
-  matmul<D>(team, layer.out, ws.values, q_width, tokens, AddRows{hidden, static_cast<size_t>(m.hidden), layer.out.bias});
-  norm_rows<D>(team, hidden, nullptr, layer.mlp_norm, tokens, m.hidden, m.norm_eps, ws.x);
-  matmul<D>(team, layer.gate_up, ws.x, m.hidden, tokens, SiluMulRows<D>{ws.act, static_cast<size_t>(m.intermediate), layer.gate_up.bias});
-  matmul<D>(team, layer.down, ws.act, m.intermediate, tokens, AddRows{hidden, static_cast<size_t>(m.hidden), layer.down.bias});
+  project<D, X>(team, layer.out, ws.values, tokens, ws.scratch, AddRows{hidden, static_cast<size_t>(m.hidden), layer.out.bias});
+  norm_rows<X>(team, hidden, nullptr, layer.mlp_norm, tokens, m.hidden, m.norm_eps, ws.x);
+  project<D, X>(team, layer.gate_up, ws.x, tokens, ws.scratch, SiluMulRows<X>{ws.act, static_cast<size_t>(m.intermediate), layer.gate_up.bias});
+  project<D, X>(team, layer.down, ws.act, tokens, ws.scratch, AddRows{hidden, static_cast<size_t>(m.hidden), layer.down.bias});
 }
 
-template <class D>
-inline void forward(Team& team, const SlipModel& m, const SlipBatch& b, float* hidden, void* memory) {
-  const Workspace<D> ws(m, b.num_tokens, memory);
+template <class D, class X>
+inline void forward_as(Team& team, const SlipModel& m, const SlipBatch& b, float* hidden, void* memory) {
+  const Workspace<D, X> ws(m, b.num_tokens, memory);
   const SlipAttention shape{m.dtype, m.heads, m.kv_heads, m.head_dim, 0, 1.0f};
   const AttentionWork work(shape, b, team.size());
   const Pass pass(team);
@@ -153,21 +183,46 @@ inline void forward(Team& team, const SlipModel& m, const SlipBatch& b, float* h
                     hidden + static_cast<size_t>(token) * m.hidden, m.hidden * sizeof(float));
       });
     if (l == m.num_layers) break;
-    decoder_layer<D>(team, m, m.layers[l], b, work, ws, hidden);
+    decoder_layer<D, X>(team, m, m.layers[l], b, work, ws, hidden);
   }
+}
+
+template <class D>
+inline void forward(Team& team, const SlipModel& m, const SlipBatch& b, float* hidden, void* memory) {
+  if (m.quantised) forward_as<D, F32>(team, m, b, hidden, memory);
+  else forward_as<D, D>(team, m, b, hidden, memory);
+}
+
+template <class D>
+inline int64_t workspace_bytes(const SlipModel& m, int64_t tokens) {
+  return m.quantised ? Workspace<D, F32>(m, tokens, nullptr).bytes : Workspace<D, D>(m, tokens, nullptr).bytes;
+}
+
+template <class D, class X>
+inline void logits_as(Team& team, const SlipModel& m, const float* hidden, const int32_t* rows, int num_rows, float* out,
+                      int vocab, void* memory) {
+  const Workspace<D, X> ws(m, num_rows, memory);
+  const Pass pass(team);
+  norm_rows<X>(team, hidden, rows, m.final_norm, num_rows, m.hidden, m.norm_eps, ws.x);
+  project<D, X>(team, m.lm_head, ws.x, num_rows, ws.scratch,
+                StoreRows{out, static_cast<size_t>(vocab), vocab, m.lm_head.bias});
 }
 
 template <class D>
 inline void logits(Team& team, const SlipModel& m, const float* hidden, const int32_t* rows, int num_rows, float* out, int vocab,
                    void* memory) {
-  auto* x = static_cast<typename D::row*>(memory);
-  const Pass pass(team);
-  norm_rows<D>(team, hidden, rows, m.final_norm, num_rows, m.hidden, m.norm_eps, x);
-  matmul<D>(team, m.lm_head, x, m.hidden, num_rows, StoreRows{out, static_cast<size_t>(vocab), vocab, m.lm_head.bias});
+  if (m.quantised) logits_as<D, F32>(team, m, hidden, rows, num_rows, out, vocab, memory);
+  else logits_as<D, D>(team, m, hidden, rows, num_rows, out, vocab, memory);
 }
 
 template <class D>
 inline void linear(Team& team, const SlipLinear& w, const float* x, int rows, float* out, int ld) {
+  const StoreRows store{out, static_cast<size_t>(ld), ld, w.bias};
+  if (w.num_parts) {
+    std::vector<char> scratch(static_cast<size_t>(rows) * scratch_bytes(w.k));
+    const Pass pass(team);
+    return project<F32, F32>(team, w, x, rows, scratch.data(), store);
+  }
   const size_t count = static_cast<size_t>(rows) * w.k, whole = count / 16 * 16;
   std::vector<typename D::row> rounded(count + 16);
   for (size_t i = 0; i < whole; i += 16) D::store(rounded.data() + i, vload(x + i));
@@ -175,7 +230,7 @@ inline void linear(Team& team, const SlipLinear& w, const float* x, int rows, fl
   std::copy(x + whole, x + count, rest);
   D::store(rounded.data() + whole, vload(rest));
   const Pass pass(team);
-  matmul<D>(team, w, rounded.data(), w.k, rows, StoreRows{out, static_cast<size_t>(ld), ld, w.bias});
+  matmul<D>(team, w, rounded.data(), w.k, rows, store);
 }
 
 template <class D>

@@ -1,5 +1,13 @@
 // Rows times panels: the one matrix micro-kernel. Included once per instruction set, inside its namespace.
 
+// f(0) … f(count - 1), `grain` of them at a time.
+template <class F>
+inline void for_each(Team& team, int count, int grain, const F& f) {
+  team.parallel((count + grain - 1) / grain, [&](int item) {
+    for (int i = item * grain; i < std::min((item + 1) * grain, count); ++i) f(i);
+  });
+}
+
 constexpr int kGroup = 4;          // panels of a weight matrix that lie interleaved (api.h)
 constexpr int kSoonBytes = 4096;  // how far ahead of its reading a single tile asks for memory
 
@@ -120,8 +128,8 @@ inline void panel_group(const typename D::row* x, size_t ldx, int rows, const ty
   });
 }
 
-// How a loop over groups of panels is split into items: large ones while there is much to do, then single groups, and what
-// the threads cannot share evenly in pairs of panels, so that they end together.
+// How a loop over groups of panels is split into items: large ones while there is much to do, then single groups, and
+// what the threads cannot share evenly in pairs of panels, so that they end together.
 struct Split {
   int threads, panels, grain, large, small;
 

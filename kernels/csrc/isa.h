@@ -17,6 +17,11 @@ namespace slip::SLIP_ISA {
 
 #include "dense.h"
 #include "gemm.h"
+#include "forms.h"
+#ifndef SLIP_OWN_WORDS
+#include "words_portable.h"
+#endif
+#include "packed.h"
 #include "attention.h"
 #include "decoder.h"
 #include "sampling.h"
@@ -36,7 +41,7 @@ static void run_attention(Team& team, const SlipAttention& a, const SlipBatch& b
   SLIP_BY_DTYPE(a.dtype, attention)(team, a, b, q, kc, vc, out);
 }
 static int64_t run_workspace_bytes(const SlipModel& m, int32_t tokens) {
-  return m.dtype == SLIP_BF16 ? Workspace<Bf16>(m, tokens, nullptr).bytes : Workspace<F32>(m, tokens, nullptr).bytes;
+  return SLIP_BY_DTYPE(m.dtype, workspace_bytes)(m, tokens);
 }
 static void run_forward(Team& team, const SlipModel& m, const SlipBatch& b, float* hidden, void* memory) {
   SLIP_BY_DTYPE(m.dtype, forward)(team, m, b, hidden, memory);

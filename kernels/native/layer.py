@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from slipstream.kernels.compute import LayerShape
 from slipstream.kernels.native.library import CLayer, address
-from slipstream.kernels.native.weight import PANEL, PackedWeight, panels_elems
+from slipstream.kernels.native.weight import PANEL, PanelWeight
 
 
 class NativeLayer:
     """Projections that run together share their panels: q, k and v; gate and up, in turn."""
 
-    def __init__(self, shape: LayerShape, dtype: torch.dtype, memory: Tensor) -> None:
-        """``memory`` [num_elems(shape)] for the matrices."""
+    def __init__(self, shape: LayerShape, matrices: Sequence[PanelWeight]) -> None:
+        """``matrices`` of the sizes of ``matrix_shapes``."""
         hidden, head_dim = shape.hidden, shape.head_dim
-        sizes = _sizes(shape)
-        parts = torch.split(memory, [panels_elems(n, k) for n, k, _ in sizes])
-        self.qkv, self.out, self.gate_up, self.down = (
-            PackedWeight(n, k, dtype, bias, part) for (n, k, bias), part in zip(sizes, parts, strict=True)
-        )
+        self.qkv, self.out, self.gate_up, self.down = matrices
         self.attn_norm = torch.ones(hidden) if shape.reads != "plain" else None
         self.embed_norm = torch.ones(hidden) if shape.reads == "both" else None
         self.mlp_norm = torch.ones(hidden)
@@ -28,7 +27,7 @@ class NativeLayer:
         self.k_norm = torch.ones(head_dim) if shape.qk_norm else None
         k_panel = shape.heads * head_dim // PANEL
         v_panel = k_panel + shape.kv_heads * head_dim // PANEL
-        self._places: dict[str, tuple[PackedWeight, int, int]] = {
+        self._places: dict[str, tuple[PanelWeight, int, int]] = {
             "q_proj": (self.qkv, 0, 1),
             "k_proj": (self.qkv, k_panel, 1),
             "v_proj": (self.qkv, v_panel, 1),
@@ -47,9 +46,10 @@ class NativeLayer:
         }
         self._norms = {name: norm for name, norm in norms.items() if norm is not None}
 
-    @staticmethod
-    def num_elems(shape: LayerShape) -> int:
-        return sum(panels_elems(n, k) for n, k, _ in _sizes(shape))
+    @property
+    def is_quantised(self) -> bool:
+        """Whether some matrix is."""
+        return any(weight.is_quantised for weight in (self.qkv, self.out, self.gate_up, self.down))
 
     @property
     def num_bytes(self) -> int:
@@ -79,12 +79,22 @@ class NativeLayer:
         c.window = window
 
 
-def _sizes(shape: LayerShape) -> list[tuple[int, int, bool]]:
-    """Outputs, inputs and whether there is a bias, of the matrices in the order in which a step reads them."""
+@dataclass(frozen=True, slots=True)
+class MatrixShape:
+    n: int
+    k: int
+    bias: bool
+    segments: tuple[int, ...] = (0,)
+    """First panels of the matrices that lie behind each other in it."""
+
+
+def matrix_shapes(shape: LayerShape) -> list[MatrixShape]:
+    """In the order in which a step reads them."""
     q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    qkv = (0, q_width // PANEL, (q_width + kv_width) // PANEL)
     return [
-        (q_width + 2 * kv_width, shape.input_width, shape.qkv_bias),
-        (shape.hidden, q_width, shape.out_bias),
-        (2 * shape.intermediate, shape.hidden, shape.mlp_bias),
-        (shape.hidden, shape.intermediate, shape.mlp_bias),
+        MatrixShape(q_width + 2 * kv_width, shape.input_width, shape.qkv_bias, qkv),
+        MatrixShape(shape.hidden, q_width, shape.out_bias),
+        MatrixShape(2 * shape.intermediate, shape.hidden, shape.mlp_bias),
+        MatrixShape(shape.hidden, shape.intermediate, shape.mlp_bias),
     ]

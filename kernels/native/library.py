@@ -28,8 +28,26 @@ class IsaError(ValueError):
     """A variant of the compiled kernels is asked for that does not run here; its text tells people so."""
 
 
+class CPart(Structure):
+    _fields_ = (
+        ("form", c_int32),
+        ("first_panel", c_int32),
+        ("panels", c_int32),
+        ("reserved", c_int32),
+        ("data", c_void_p),
+    )
+
+
 class CLinear(Structure):
-    _fields_ = (("n", c_int32), ("k", c_int32), ("panels", c_void_p), ("bias", c_void_p))
+    _fields_ = (
+        ("n", c_int32),
+        ("k", c_int32),
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+        ("parts", POINTER(CPart)),
+        ("num_parts", c_int32),
+        ("arithmetic", c_int32),
+    )
 
 
 class CLayer(Structure):
@@ -66,6 +84,7 @@ class CModel(Structure):
         ("embed", CLinear),
         ("lm_head", CLinear),
         ("final_norm", c_void_p),
+        ("quantised", c_int32),
         ("given_hidden", c_int32),
         ("num_taps", c_int32),
         ("taps", c_void_p),
@@ -118,6 +137,11 @@ def load() -> ctypes.CDLL | None:
     library.slip_select.argtypes = [c_char_p]
     library.slip_set_threads.argtypes = [c_int32]
     library.slip_linear.argtypes = [c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_int32]
+    library.slip_form.argtypes = [c_char_p, c_int32]
+    library.slip_part_bytes.argtypes = [c_int32] * 3
+    library.slip_part_bytes.restype = c_int64
+    library.slip_pack.argtypes = [c_char_p, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32, c_int32, c_int32]
+    library.slip_unpack.argtypes = [c_void_p, c_int32, c_void_p, c_int32, c_int32, c_int32, c_void_p]
     library.slip_store_kv.argtypes = [c_void_p] * 6
     library.slip_attention.argtypes = [c_void_p] * 6
     library.slip_workspace_bytes.argtypes = [c_void_p, c_int32]
@@ -137,6 +161,8 @@ def load() -> ctypes.CDLL | None:
         "distribution",
         "race",
         "linear",
+        "pack",
+        "unpack",
         "store_kv",
         "attention",
         "forward",

@@ -5,17 +5,20 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import Compute, Formats, Forward, LayerShape, LayerWeights, Stack
+from slipstream.kernels.compute import PACKED, Compute, Formats, Forward, LayerShape, LayerWeights, Stack
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.native.kv_cache import NativeKVCache
-from slipstream.kernels.native.layer import NativeLayer
+from slipstream.kernels.native.layer import NativeLayer, matrix_shapes
 from slipstream.kernels.native.library import DTYPE_CODES, CLayer, CModel, address, c_batch, isa, load, supports
-from slipstream.kernels.native.weight import PackedWeight
+from slipstream.kernels.native.quantised import Arena, StoredWeight
+from slipstream.kernels.native.weight import PackedWeight, PanelWeight, panels_elems
 from slipstream.kernels.weight import Weight
 
 
@@ -52,7 +55,7 @@ class NativeStack:
             layers=self._c_layers,
         )
         # Whoever owns the memory that the struct points to.
-        self._weights: tuple[PackedWeight, Sequence[LayerWeights], Tensor | None, PackedWeight]
+        self._weights: tuple[PanelWeight, Sequence[LayerWeights], Tensor | None, PanelWeight]
         self._cache: weakref.ref[Tensor] | None = None
         """Memory of the cache that the struct points to; not kept from being released."""
         self._taps: tuple[int, ...] = ()
@@ -62,10 +65,13 @@ class NativeStack:
         self._logits = torch.empty(0, 0)
 
     def use(self, embedding: Weight, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
+        assert isinstance(embedding, PanelWeight) and isinstance(output, PanelWeight)
+        is_quantised = output.is_quantised
         for c, layer, window in zip(self._c_layers, layers, self._windows, strict=True):
             assert isinstance(layer, NativeLayer)
             layer.describe(c, window)
-        assert isinstance(embedding, PackedWeight) and isinstance(output, PackedWeight)
+            is_quantised |= layer.is_quantised
+        self._c.quantised = is_quantised
         self._c.embed, self._c.lm_head, self._c.final_norm = embedding.c, output.c, address(norm)
         self._weights = embedding, layers, norm, output
 
@@ -125,7 +131,9 @@ class NativeCompute(Compute):
     is_fast_in_bfloat16 = True
 
     def __init__(self, formats: Formats, device: torch.device) -> None:
-        assert formats == Formats.of(formats.compute), "the compiled kernels have one format for everything"
+        known = PACKED if formats.weights == PACKED else formats.numbers
+        expected = replace(Formats.of(formats.compute), weights=known, arithmetic=formats.arithmetic)
+        assert formats == expected, "the compiled kernels have one format for everything that is not packed"
         super().__init__(formats, device)
 
     @classmethod
@@ -145,16 +153,37 @@ class NativeCompute(Compute):
     def name(self) -> str:
         return f"native-{isa()}"
 
-    def weight(self, n: int, k: int, bias: bool = False) -> PackedWeight:
-        return PackedWeight(n, k, self.formats.compute, bias)
+    def weight(self, n: int, k: int, bias: bool = False) -> PanelWeight:
+        formats = self.formats
+        if formats.weights == PACKED:
+            return StoredWeight(n, k, formats.compute, bias, arithmetic=formats.arithmetic)
+        return PackedWeight(n, k, formats.compute, bias)
 
     def norm(self, width: int) -> Tensor:
         return torch.ones(width)
 
     def layers(self, shape: LayerShape, count: int) -> Sequence[LayerWeights]:
+        formats, sizes = self.formats, matrix_shapes(shape)
+        if formats.weights == PACKED:
+            arena = Arena()
+            make = partial(StoredWeight, arithmetic=formats.arithmetic, arena=arena)
+            return [
+                NativeLayer(shape, [make(each.n, each.k, formats.compute, each.bias, each.segments) for each in sizes])
+                for _ in range(count)
+            ]
         # One piece of memory, in the order of reading: the system gives large pages to pieces of 2 MiB and more only.
-        memory = torch.empty(count, NativeLayer.num_elems(shape), dtype=self.formats.compute)
-        return [NativeLayer(shape, self.formats.compute, part) for part in memory]
+        elems = [panels_elems(each.n, each.k) for each in sizes]
+        memory = torch.empty(count, sum(elems), dtype=formats.compute)
+        return [
+            NativeLayer(
+                shape,
+                [
+                    PackedWeight(each.n, each.k, formats.compute, each.bias, part)
+                    for each, part in zip(sizes, layer.split(elems), strict=True)
+                ],
+            )
+            for layer in memory
+        ]
 
     def stack(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -20,24 +21,76 @@ def panels_elems(n: int, k: int) -> int:
     return -(-n // COLUMNS) * COLUMNS * k
 
 
-class PackedWeight:
-    """A ``Weight`` that is kept as panels only.
+class PanelWeight(ABC):
+    """A matrix of panels that compiled code computes with, and its bias.
 
     It may hold several matrices whose panels take turns: filling and reading one of them takes its first panel, and how
     many panels further the next one is.
     """
 
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool) -> None:
+        """``dtype`` of panels that are not quantised."""
+        self.n, self.k, self.dtype = n, k, dtype
+        self.num_panels = -(-n // PANEL)
+        self.bias = torch.zeros(self.num_panels * PANEL) if bias else None
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def is_quantised(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def c(self) -> CLinear:
+        """What compiled code reads; valid while the weight lives and is not filled."""
+
+    @abstractmethod
+    def fill(self, rows: Tensor, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None: ...
+
+    @abstractmethod
+    def rows(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor:
+        """Rows of the matrix in float32."""
+
+    def fill_bias(self, values: Tensor, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
+        assert self.bias is not None
+        panel, lane = _places(torch.arange(first_row, first_row + len(values)), first_panel, stride)
+        self.bias.view(-1, PANEL)[panel, lane] = values.float()
+
+    def biases(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor:
+        assert self.bias is not None
+        return self.bias.view(-1, PANEL)[_places(indices.long(), first_panel, stride)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [m, k], rounded to the format of the panels -> [m, n] float32."""
+        library = load()
+        assert library is not None and x.shape[1] == self.k
+        x = x.float().contiguous()
+        out = torch.empty(x.shape[0], self.n)
+        c = self.c
+        code = DTYPE_CODES[self.dtype]
+        library.slip_linear(code, ctypes.byref(c), address(x), x.shape[0], address(out), self.n)
+        return out
+
+
+class PackedWeight(PanelWeight):
+    """A ``Weight`` that is kept as panels in one number format."""
+
     def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool = False, memory: Tensor | None = None) -> None:
         """``memory`` [panels_elems(n, k)] for the panels, as a part of something larger."""
-        self.n, self.k = n, k
-        self._num_panels = -(-n // PANEL)
+        super().__init__(n, k, dtype, bias)
         pair = 2 if dtype is torch.bfloat16 else 1
         # Not set to zero: that would touch all of it here, for a second where a model has gigabytes.
         memory = torch.empty(panels_elems(n, k), dtype=dtype) if memory is None else memory
         self.panels = memory.view(-1, k // pair, GROUP, PANEL, pair)
         if n % COLUMNS:
             self.panels[-1].zero_()  # columns that nobody fills
-        self.bias = torch.zeros(self._num_panels * PANEL) if bias else None
+
+    @property
+    def is_quantised(self) -> bool:
+        return False
 
     @property
     def num_bytes(self) -> int:
@@ -71,34 +124,13 @@ class PackedWeight:
             pairs = rows.to(self.panels.dtype).reshape(len(rows), -1, self.panels.shape[-1])
             self.panels[panel // GROUP, :, panel % GROUP, lane] = pairs
 
-    def fill_bias(self, values: Tensor, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
-        assert self.bias is not None
-        panel, lane = _places(torch.arange(first_row, first_row + len(values)), first_panel, stride)
-        self.bias.view(-1, PANEL)[panel, lane] = values.float()
-
     def rows(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor:
-        """Rows of the matrix in float32."""
         panel, lane = _places(indices.long(), first_panel, stride)
         return self.panels[panel // GROUP, :, panel % GROUP, lane].reshape(len(panel), -1).float()
 
-    def biases(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor:
-        assert self.bias is not None
-        return self.bias.view(-1, PANEL)[_places(indices.long(), first_panel, stride)]
-
     @property
     def c(self) -> CLinear:
-        return CLinear(self._num_panels * PANEL, self.k, address(self.panels), address(self.bias))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [m, k], rounded to the format of the panels -> [m, n] float32."""
-        library = load()
-        assert library is not None and x.shape[1] == self.k
-        x = x.float().contiguous()
-        out = torch.empty(x.shape[0], self.n)
-        code = DTYPE_CODES[self.panels.dtype]
-        c = self.c
-        library.slip_linear(code, ctypes.byref(c), address(x), x.shape[0], address(out), self.n)
-        return out
+        return CLinear(self.num_panels * PANEL, self.k, address(self.panels), address(self.bias), None, 0, 0)
 
 
 def _places(row: Tensor, first_panel: int, stride: int) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ async def status(service: Service) -> dict[str, Any]:
     found["server"] |= {
         "device": ready.device,
         "dtype": ready.dtype,
+        "weights": ready.weights,
         "kernels": ready.kernels,
         "target_lineage": service.engine_config.target_lineage,
         "target_version": stats.target_version,

@@ -27,7 +27,14 @@ from slipstream.engine.wire import EngineChannel, frame
 
 SHAPE = {"vocab_size": 9, "max_model_len": 9, "block_size": 16, "num_blocks": 9, "weights_bytes": 0}
 READY = EngineReady(
-    model_type="odd", dtype="float32", device="cpu", kernels="none", kv_cache_bytes=0, load_seconds=0.0, **SHAPE
+    model_type="odd",
+    weights="bfloat16",
+    dtype="float32",
+    device="cpu",
+    kernels="none",
+    kv_cache_bytes=0,
+    load_seconds=0.0,
+    **SHAPE,
 )
 
 

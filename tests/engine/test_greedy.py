@@ -9,6 +9,7 @@ batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,8 +30,10 @@ pytestmark = [
 ]
 
 
-def run(prompts: list[list[int]], length: int, rounds: int = 1, **options: Any) -> list[Completion]:
-    engine = LocalEngine(EngineConfig(**(CONFIG.__dict__ | options)))
+def run_with(
+    form: dict[str, Any], prompts: list[list[int]], length: int, rounds: int = 1, **options: Any
+) -> list[Completion]:
+    engine = LocalEngine(EngineConfig(**(CONFIG.__dict__ | form | options)))
     params = SamplingParams(max_tokens=length, temperature=0.0)
     try:
         for _ in range(rounds):
@@ -44,10 +47,12 @@ def tokens(completions: list[Completion]) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 
 
-def check_every_way(prompts: list[list[int]], length: int, reference: Any) -> None:
+def check_every_way(prompts: list[list[int]], length: int, reference: Any, form: dict[str, Any] | None = None) -> None:
+    run = partial(run_with, form or {})
     alone = tokens(run(prompts, length, max_running=1, prefix_caching=False))
     assert all(len(output) == length for output in alone)
-    assert_greedy(reference, prompts, alone)
+    if reference is not None:
+        assert_greedy(reference, prompts, alone)
 
     assert tokens(run(prompts, length, max_running=16)) == alone
     assert tokens(run(prompts, length, max_running=16, pipeline="on")) == alone
@@ -63,7 +68,8 @@ def check_every_way(prompts: list[list[int]], length: int, reference: Any) -> No
     assert tokens(hits) == alone
 
     longest = max(len(prompt) for prompt in prompts) + length
-    tight = run(prompts, length, max_model_len=longest, kv_cache_memory=f"{(longest + 16) * 46080}")
+    bytes_per_token = 46080 if (form or {}).get("dtype", "float32") == "float32" else 23040
+    tight = run(prompts, length, max_model_len=longest, kv_cache_memory=f"{(longest + 16) * bytes_per_token}")
     assert sum(completion.num_preemptions for completion in tight) > 0
     assert tokens(tight) == alone
 
@@ -77,18 +83,29 @@ def assert_greedy(reference: Any, prompts: list[list[int]], outputs: list[list[i
         assert float(gaps.max()) < GAP, f"a token is {float(gaps.max()):.2e} below the most likely one"
 
 
-def test_greedy_equals_transformers(real_prompts: Prompts, reference_model: Any) -> None:
-    check_every_way(real_prompts(5, longest=100), 20, reference_model)
+FORMS: list[dict[str, Any]] = [{}, {"weights": "packed", "packed_arithmetic": "exact"}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["float32", "exact"])
+def test_greedy_equals_transformers(real_prompts: Prompts, reference_model: Any, form: dict[str, Any]) -> None:
+    check_every_way(real_prompts(5, longest=100), 20, reference_model, form)
+
+
+def test_int8_says_the_same_in_every_way(real_prompts: Prompts) -> None:
+    """Other tokens than transformers now and then, but the same however the work is cut and mixed."""
+    form = {"weights": "packed", "packed_arithmetic": "int8", "dtype": "bfloat16"}
+    check_every_way(real_prompts(5, longest=100), 20, None, form)
 
 
 @pytest.mark.slow
 def test_greedy_equals_transformers_on_fifty_prompts(real_prompts: Prompts, reference_model: Any) -> None:
     check_every_way(real_prompts(50), 128, reference_model)
+    check_every_way(real_prompts(50), 128, reference_model, FORMS[1])
 
 
 def test_the_replay_notices_a_wrong_token(real_prompts: Prompts, reference_model: Any) -> None:
     prompts = real_prompts(1, longest=100)
-    output = tokens(run(prompts, 8))[0]
+    output = tokens(run_with({}, prompts, 8))[0]
     output[4] = (output[4] + 1) % 49152
     with pytest.raises(AssertionError, match="below the most likely"):
         assert_greedy(reference_model, prompts, [output])

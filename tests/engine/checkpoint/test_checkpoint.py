@@ -20,8 +20,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slipstream.engine.checkpoint import Checkpoint, open_checkpoint
 from slipstream.engine.checkpoint.gguf_file import dequantised
-from slipstream.engine.checkpoint.stored import Stored
 from slipstream.engine.errors import ModelError
+from slipstream.kernels.stored import Stored
 
 Config = dict[str, Any]
 

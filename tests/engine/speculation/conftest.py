@@ -15,6 +15,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.operations import UseVocabulary
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing_gguf import write_gguf
 
 CONFIG = {
     "model_type": "llama",
@@ -41,11 +42,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with weights that are quantised, in all kinds of forms."""
+    tensors = {name: tensor * (20 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(CONFIG, 0)}
+    return write_gguf(tmp_path_factory.mktemp("packed") / "tiny.gguf", tensors, CONFIG)
+
+
+@pytest.fixture(scope="session")
 def engine(tiny: Path) -> Callable[..., LocalEngine]:
     def make(drafters: Sequence[Drafter] = (), **fields: Any) -> LocalEngine:
         options = {"max_running": 128, "kv_cache_memory": "16MiB", "speculation_policy": "fixed", "max_draft_tokens": 4}
-        options |= {"max_step_tokens": 16384, "step_latency_ms": 1000.0}
-        local = LocalEngine(EngineConfig(model=str(tiny), dtype="float32", **(options | fields)), drafters)
+        options |= {"max_step_tokens": 16384, "step_latency_ms": 1000.0, "model": str(tiny), "dtype": "float32"}
+        local = LocalEngine(EngineConfig(**(options | fields)), drafters)
         local.engine.operate(UseVocabulary(TOKENS, [7]))
         return local
 

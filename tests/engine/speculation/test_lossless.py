@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.testing import LocalEngine
+from slipstream.kernels.native.library import isa
 
 Engine = Callable[..., LocalEngine]
 PARAMS: dict[str, dict[str, Any]] = {
@@ -41,6 +44,17 @@ PROMPTS = [[1, 2, 3, 1, 2], [5, 6, 7, 0], [4, 4, 4], [0, 1, 0, 1, 0, 1, 0]]
 
 @pytest.mark.parametrize("kind", list(PARAMS))
 def test_tokens_logprobs_and_ends_are_those_without_speculation(engine: Engine, kind: str) -> None:
+    check_without_speculation(engine, kind)
+
+
+@pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
+@pytest.mark.parametrize(("arithmetic", "kind"), [("exact", "temperature"), ("int8", "greedy"), ("int8", "penalties")])
+def test_so_they_are_with_packed_weights(engine: Engine, packed: Path, arithmetic: str, kind: str) -> None:
+    form = {"model": str(packed), "weights": "packed", "packed_arithmetic": arithmetic}
+    check_without_speculation(partial(engine, **form), kind)
+
+
+def check_without_speculation(engine: Engine, kind: str) -> None:
     jobs = [
         (prompt, SamplingParams(**({"max_tokens": 40, "logprobs": 2, "seed": 7} | PARAMS[kind]))) for prompt in PROMPTS
     ]

@@ -1,0 +1,75 @@
+"""In which numbers a model's weights are kept, and what memory that takes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import torch
+
+from slipstream.engine.checkpoint.checkpoint import Checkpoint
+from slipstream.engine.checkpoint.shapes import parameter_shapes
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError
+from slipstream.engine.models.config import is_own
+from slipstream.kernels.compute import PACKED, Arithmetic, Compute, Formats
+from slipstream.kernels.native.quantised import form_of, packed_bytes
+from slipstream.kernels.native.stack import NativeCompute
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+ARITHMETIC: Arithmetic = "exact"
+"""What --packed-arithmetic auto is."""
+
+
+def choose_formats(checkpoint: Checkpoint, config: EngineConfig, kind: type[Compute], dtype: torch.dtype) -> Formats:
+    """``dtype`` of activations and cache; raises ConfigError for what this model or these kernels do not have."""
+    formats = Formats.of(dtype)
+    if config.weights in DTYPES and config.weights != formats.weights:
+        raise ConfigError(f"--weights {config.weights}: does not go with --dtype {config.dtype}; leave one of them out")
+    if config.weights != PACKED:
+        return formats
+    if kind is not NativeCompute:
+        raise ConfigError(f"--weights {PACKED}: only the compiled kernels for the CPU compute with quantised weights")
+    if not packed_formats(checkpoint, config):
+        raise ConfigError(
+            f"--weights {PACKED}: {checkpoint.path} has no quantised weights that can be kept so; GGUF files of the "
+            "types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K have"
+        )
+    arithmetic = ARITHMETIC if config.packed_arithmetic == "auto" else config.packed_arithmetic
+    return replace(formats, weights=PACKED, arithmetic=arithmetic)
+
+
+def packed_formats(checkpoint: Checkpoint, config: EngineConfig) -> list[str]:
+    """The types of matrices that can be kept packed, those of most weights first."""
+    if config.load_format == "dummy" or not is_own(checkpoint.config):
+        return []
+    count: Counter[str] = Counter()
+    for name, kind in checkpoint.formats().items():
+        shape = checkpoint.tensor_shapes()[name]
+        if len(shape) == 2 and form_of(kind, shape[1]):
+            count[kind] += math.prod(shape)
+    return [kind for kind, _ in count.most_common()]
+
+
+def describe(checkpoint: Checkpoint, config: EngineConfig, formats: Formats) -> str:
+    """For people and metrics, for example ``packed (Q4_1, Q8_0), exact`` or ``bfloat16``."""
+    if formats.weights != PACKED:
+        return formats.weights
+    return f"{PACKED} ({', '.join(packed_formats(checkpoint, config))}), {formats.arithmetic}"
+
+
+def weights_bytes(checkpoint: Checkpoint, config: EngineConfig, formats: Formats) -> int:
+    """The memory that all tensors take; 0 for those that are known only once a model is built."""
+    if config.load_format == "dummy":
+        if not is_own(checkpoint.config):
+            return 0
+        shapes = parameter_shapes(checkpoint.config)
+        return sum(math.prod(size) for _, size in shapes) * formats.compute.itemsize
+    if formats.weights != PACKED:
+        return checkpoint.weights_bytes(formats.compute)
+    kinds, total = checkpoint.formats(), 0
+    for name, shape in checkpoint.tensor_shapes().items():
+        packed = packed_bytes(kinds[name], *shape) if len(shape) == 2 else 0
+        total += packed or math.prod(shape) * formats.compute.itemsize
+    return total

@@ -1,0 +1,64 @@
+// How quantised weights lie in memory: what packing writes and every instruction set reads. Included inside a namespace of each, for
+// units that are compiled for different instruction sets must not share code.
+//
+// The types of GGUF files become a few forms, without a bit of the numbers they stand for being lost. A weight is
+// scale * q + minimum; q is 4 bits without or 8 bits with a sign; scale and minimum belong to 32 inputs of one output, the scale
+// of one form to 16. They are float16 as in the file, or, as in the file too, whole numbers times a float16 per 256 inputs.
+//
+//   form                  from            bits  scale per   minimum
+//   kFourCentred          Q4_0            4     32          -8 * scale
+//   kFour                 Q4_1            4     32          of its own
+//   kEight                Q5_0, Q8_0      8     32          none
+//   kEightMinimum         Q5_1            8     32          of its own
+//   kFourSuper            Q4_K            4     32 of 256   of its own
+//   kEightSuper           Q5_K            8     32 of 256   of its own
+//   kEightSixteen         Q6_K            8     16 of 256   none
+//
+// A part is some panels (api.h) of one form: [groups of 4 panels][units][4][unit], the last group filled up with zeros, so that
+// four panels are read as one stream. A unit is a block of 32 inputs, or a header and the 8 blocks of 256 inputs:
+//
+//   header   float16 [16] scales, then float16 [16] minima if there are any (forms with "Super" and "Sixteen" only)
+//   block    float16 [16] scales, then float16 [16] minima if there are any;
+//            with a header int8 [16] of the scales, then int8 [16] of the minima, or of the scales of inputs 16 to 31
+//            4 bits: [4 octets of inputs][16 columns] words of 32 bits: byte b has input b in its low half, 4 + b in the high one
+//            8 bits: [8 quads of inputs][16 columns] words of 32 bits: byte b is input b
+
+enum Form : int32_t { kFourCentred = 1, kFour, kEight, kEightMinimum, kFourSuper, kEightSuper, kEightSixteen, kForms };
+
+enum class Minimum { kNone, kStored, kCentred };
+
+struct Layout {
+  int bits;
+  bool super;
+  Minimum minimum;
+  bool sixteen;
+
+  constexpr int header() const { return !super ? 0 : minimum == Minimum::kStored ? 64 : 32; }
+  constexpr int side() const { return super || minimum != Minimum::kStored ? 32 : 64; }
+  constexpr int block() const { return side() + 64 * bits; }
+  constexpr int blocks() const { return super ? 8 : 1; }
+  constexpr int unit() const { return header() + blocks() * block(); }
+  // Of block b of one panel of a group, from the group's begin.
+  constexpr size_t unit_at(int b, int panel) const { return (static_cast<size_t>(b / blocks()) * 4 + panel) * unit(); }
+  constexpr size_t block_in_unit(int b) const { return header() + static_cast<size_t>(b % blocks()) * block(); }
+  constexpr size_t group(int k) const { return static_cast<size_t>(k / 32 / blocks()) * 4 * unit(); }
+};
+
+constexpr Layout layout(int form) {
+  switch (form) {
+    case kFourCentred: return {4, false, Minimum::kCentred, false};
+    case kFour: return {4, false, Minimum::kStored, false};
+    case kEight: return {8, false, Minimum::kNone, false};
+    case kEightMinimum: return {8, false, Minimum::kStored, false};
+    case kFourSuper: return {4, true, Minimum::kStored, false};
+    case kEightSuper: return {8, true, Minimum::kStored, false};
+    default: return {8, true, Minimum::kNone, true};
+  }
+}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 0x3ff;
+  if (exponent == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(fraction) * 0x1p-24f;
+  const uint32_t bits = sign | (exponent == 31 ? 0xffu << 23 : (exponent + 112) << 23) | fraction << 13;
+  return __builtin_bit_cast(float, bits);
+}

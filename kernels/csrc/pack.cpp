@@ -1,0 +1,206 @@
+// Packs the rows of GGUF tensors, as they lie in the file, into the forms of forms.h; and unpacks them to floats.
+#include <cstring>
+
+#include "api.h"
+#include "backend.h"
+
+namespace {
+
+#include "forms.h"
+
+// 32 inputs of one row: numbers, and whatever scales and minima the form has of them.
+struct Block {
+  int8_t q[32];
+  uint16_t scale, minimum;         // float16
+  int8_t whole_scale[2], whole_minimum;
+};
+
+uint16_t word(const uint8_t* at) { return static_cast<uint16_t>(at[0] | at[1] << 8); }
+uint32_t dword(const uint8_t* at) { return word(at) | static_cast<uint32_t>(word(at + 2)) << 16; }
+
+// Low halves of 16 bytes, then the high ones; with a fifth bit from `fifth`, and less `centre`.
+void nibbles(const uint8_t* bytes, uint32_t fifth, int centre, int8_t* q) {
+  for (int i = 0; i < 32; ++i) {
+    const int four = i < 16 ? bytes[i] & 15 : bytes[i - 16] >> 4;
+    q[i] = static_cast<int8_t>((four | (fifth >> i & 1) << 4) - centre);
+  }
+}
+
+void q4_0(const uint8_t* row, int b, Block& out) {
+  const uint8_t* at = row + static_cast<size_t>(b) * 18;
+  out.scale = word(at);
+  nibbles(at + 2, 0, 0, out.q);
+}
+void q4_1(const uint8_t* row, int b, Block& out) {
+  const uint8_t* at = row + static_cast<size_t>(b) * 20;
+  out.scale = word(at), out.minimum = word(at + 2);
+  nibbles(at + 4, 0, 0, out.q);
+}
+void q5_0(const uint8_t* row, int b, Block& out) {
+  const uint8_t* at = row + static_cast<size_t>(b) * 22;
+  out.scale = word(at);
+  nibbles(at + 6, dword(at + 2), 16, out.q);
+}
+void q5_1(const uint8_t* row, int b, Block& out) {
+  const uint8_t* at = row + static_cast<size_t>(b) * 24;
+  out.scale = word(at), out.minimum = word(at + 2);
+  nibbles(at + 8, dword(at + 4), 0, out.q);
+}
+void q8_0(const uint8_t* row, int b, Block& out) {
+  const uint8_t* at = row + static_cast<size_t>(b) * 34;
+  out.scale = word(at);
+  std::memcpy(out.q, at + 2, 32);
+}
+
+// Scale and minimum of block j of 8, of 6 bits each, from the 12 bytes that Q4_K and Q5_K keep them in.
+void six_bits(const uint8_t* s, int j, Block& out) {
+  const int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | s[j - 4] >> 6 << 4;
+  const int minimum = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | s[j] >> 6 << 4;
+  out.whole_scale[0] = static_cast<int8_t>(scale), out.whole_minimum = static_cast<int8_t>(minimum);
+}
+void q4_k(const uint8_t* row, int b, Block& out) {
+  const uint8_t* at = row + static_cast<size_t>(b / 8) * 144;
+  const int j = b % 8;
+  out.scale = word(at), out.minimum = word(at + 2);
+  six_bits(at + 4, j, out);
+  const uint8_t* bytes = at + 16 + j / 2 * 32;
+  for (int i = 0; i < 32; ++i) out.q[i] = static_cast<int8_t>(bytes[i] >> 4 * (j % 2) & 15);
+}
+void q5_k(const uint8_t* row, int b, Block& out) {
+  const uint8_t* at = row + static_cast<size_t>(b / 8) * 176;
+  const int j = b % 8;
+  out.scale = word(at), out.minimum = word(at + 2);
+  six_bits(at + 4, j, out);
+  const uint8_t *fifth = at + 16, *bytes = at + 48 + j / 2 * 32;
+  for (int i = 0; i < 32; ++i) out.q[i] = static_cast<int8_t>((bytes[i] >> 4 * (j % 2) & 15) | (fifth[i] >> j & 1) << 4);
+}
+void q6_k(const uint8_t* row, int b, Block& out) {
+  const uint8_t* at = row + static_cast<size_t>(b / 8) * 210;
+  const int half = b % 8 / 4, j = b % 4;
+  const uint8_t *low = at + half * 64 + j % 2 * 32, *high = at + 128 + half * 32;
+  for (int i = 0; i < 32; ++i) out.q[i] = static_cast<int8_t>(((low[i] >> j / 2 * 4 & 15) | (high[i] >> 2 * j & 3) << 4) - 32);
+  out.scale = word(at + 208);
+  out.whole_scale[0] = static_cast<int8_t>(at[192 + 2 * (b % 8)]), out.whole_scale[1] = static_cast<int8_t>(at[193 + 2 * (b % 8)]);
+}
+
+struct Source {
+  const char* name;
+  int32_t form;
+  int inputs;  // of which a row has a multiple
+  void (*read)(const uint8_t*, int, Block&);
+};
+
+constexpr Source kSources[] = {
+    {"Q4_0", kFourCentred, 32, q4_0},  {"Q4_1", kFour, 32, q4_1},        {"Q5_0", kEight, 32, q5_0},
+    {"Q5_1", kEightMinimum, 32, q5_1}, {"Q8_0", kEight, 32, q8_0},       {"Q4_K", kFourSuper, 256, q4_k},
+    {"Q5_K", kEightSuper, 256, q5_k},  {"Q6_K", kEightSixteen, 256, q6_k},
+};
+
+const Source* find(const char* name) {
+  for (const Source& source : kSources)
+    if (std::strcmp(source.name, name) == 0) return &source;
+  return nullptr;
+}
+
+void set_half(uint8_t* at, int column, uint16_t bits) {
+  at[2 * column] = static_cast<uint8_t>(bits), at[2 * column + 1] = static_cast<uint8_t>(bits >> 8);
+}
+
+void write(const Layout& l, const Block& from, uint8_t* unit, uint8_t* block, int column) {
+  const bool stored = l.minimum == Minimum::kStored;
+  uint8_t* halves = l.super ? unit : block;
+  set_half(halves, column, from.scale);
+  if (stored) set_half(halves + 32, column, from.minimum);
+  if (l.super) {
+    block[column] = static_cast<uint8_t>(from.whole_scale[0]);
+    block[16 + column] = static_cast<uint8_t>(stored ? from.whole_minimum : from.whole_scale[1]);
+  }
+  uint8_t* words = block + l.side() + column * 4;
+  if (l.bits == 4) {
+    for (int i = 0; i < 16; ++i) {
+      const int input = i / 4 * 8 + i % 4;
+      words[i / 4 * 64 + i % 4] = static_cast<uint8_t>(from.q[input] | from.q[input + 4] << 4);
+    }
+  } else {
+    for (int quad = 0; quad < 8; ++quad) std::memcpy(words + quad * 64, from.q + 4 * quad, 4);
+  }
+}
+
+}  // namespace
+
+namespace slip {
+
+void unpack_column(int form, const uint8_t* group, int panel, int column, int k, float* out) {
+  const Layout l = layout(form);
+  for (int b = 0; b < k / 32; ++b) {
+    const uint8_t* unit = group + l.unit_at(b, panel);
+    const uint8_t* block = unit + l.block_in_unit(b);
+    const uint8_t* words = block + l.side() + column * 4;
+    auto half = [&](const uint8_t* at) {
+      return half_to_float(static_cast<uint16_t>(at[2 * column] | at[2 * column + 1] << 8));
+    };
+    float scale[2], minimum = 0.0f;
+    if (l.super) {
+      const float whole = half(unit);
+      scale[0] = scale[1] = whole * static_cast<int8_t>(block[column]);
+      if (l.sixteen) scale[1] = whole * static_cast<int8_t>(block[16 + column]);
+      if (l.minimum == Minimum::kStored) minimum = -(half(unit + 32) * static_cast<int8_t>(block[16 + column]));
+    } else {
+      scale[0] = scale[1] = half(block);
+      if (l.minimum == Minimum::kStored) minimum = half(block + 32);
+    }
+    for (int i = 0; i < 32; ++i) {
+      int q;
+      if (l.bits == 4) {
+        const uint8_t byte = words[i / 8 * 64 + i % 4];
+        q = i % 8 < 4 ? byte & 15 : byte >> 4;
+        if (l.minimum == Minimum::kCentred) q -= 8;
+      } else {
+        q = static_cast<int8_t>(words[i / 4 * 64 + i % 4]);
+      }
+      const float product = scale[i / 16] * static_cast<float>(q);
+      out[32 * b + i] = product + minimum;
+    }
+  }
+}
+
+}  // namespace slip
+
+extern "C" {
+
+int32_t slip_form(const char* format, int32_t k) {
+  const Source* source = find(format);
+  return source && k % source->inputs == 0 ? source->form : 0;
+}
+
+int64_t slip_part_bytes(int32_t form, int32_t panels, int32_t k) {
+  return static_cast<int64_t>((panels + 3) / 4) * static_cast<int64_t>(layout(form).group(k));
+}
+
+void slip_pack(const char* format, const uint8_t* rows, int64_t row_bytes, int32_t count, const SlipPart* part, int32_t k,
+               int32_t first_row, int32_t first_panel, int32_t stride) {
+  const Source& source = *find(format);
+  const Layout l = layout(source.form);
+  auto* memory = static_cast<uint8_t*>(const_cast<void*>(part->data));
+  Block block{};
+  for (int i = 0; i < count; ++i) {
+    const int row = first_row + i, panel = first_panel + stride * (row / 16);
+    uint8_t* group = memory + panel / 4 * l.group(k);
+    for (int b = 0; b < k / 32; ++b) {
+      source.read(rows + i * row_bytes, b, block);
+      uint8_t* unit = group + l.unit_at(b, panel % 4);
+      write(l, block, unit, unit + l.block_in_unit(b), row % 16);
+    }
+  }
+}
+
+void slip_unpack(const SlipPart* part, int32_t k, const int64_t* rows, int32_t count, int32_t first_panel, int32_t stride,
+                 float* out) {
+  const Layout l = layout(part->form);
+  for (int i = 0; i < count; ++i) {
+    const auto panel = static_cast<int>(first_panel + stride * (rows[i] / 16));
+    const auto* group = static_cast<const uint8_t*>(part->data) + panel / 4 * l.group(k);
+    slip::unpack_column(part->form, group, panel % 4, static_cast<int>(rows[i] % 16), k, out + static_cast<size_t>(i) * k);
+  }
+}
+}

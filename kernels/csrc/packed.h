@@ -1,0 +1,274 @@
+// Rows times quantised panels (forms.h). Included once per instruction set, inside its namespace, which supplies `words` and
+// what is done with them (words_*.h).
+//
+// Blocks of 32 inputs are summed up on their own, then scaled and added, in the order of the inputs; so an element's bits do not
+// depend on how many rows and panels a tile has. Widened weights stay in registers for all rows of a tile.
+
+// What matrices read, made ready for the arithmetic: [rows] of each.
+struct Prepared {
+  const float* x;       // [k]
+  const float* fields;  // [k]: what each half byte of a word is multiplied with, in the order of the fields
+  const int8_t* q;      // [k], of which scales[b] * q are the inputs of block b
+  const float* scales;  // [k/32]
+  const float* sums;    // [k/32]: sums of the inputs of each block, for the minima
+  size_t ldx, ldb;
+};
+
+// Half bytes are masked where they are in the word, so that the first is a number, the second 16 times a number, …, and the last
+// one is shifted; inputs are divided by as much, which is exact.
+inline int field_input(int field) { return field % 2 ? 4 + field / 2 : field / 2; }
+
+inline void prepare_exact(const float* x, int k, float* fields, float* sums) {
+  static constexpr float kShare[8] = {1.0f, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1.0f};
+  for (int i = 0; i < k; i += 8)
+    for (int field = 0; field < 8; ++field) fields[i + field] = x[i + field_input(field)] * kShare[field];
+  for (int b = 0; b < k / 32; ++b) sums[b] = vsum(vadd(vload(x + 32 * b), vload(x + 32 * b + 16)));
+}
+
+inline void prepare_int8(const float* x, int k, int8_t* q, float* scales, float* sums) {
+  const vec magic = vset1(12582912.0f);  // 1.5 * 2^23: added, it rounds to a whole number, which then stands in the low bits
+  for (int b = 0; b < k / 32; ++b) {
+    const vec lo = vload(x + 32 * b), hi = vload(x + 32 * b + 16);
+    const vec largest = vmax(vmax(lo, vsub(vzero(), lo)), vmax(hi, vsub(vzero(), hi)));
+    const float most = vmaximum(largest);
+    const vec inverse = vset1(most > 0.0f ? 127.0f / most : 0.0f);
+    const vec lo_q = vfma(lo, inverse, magic), hi_q = vfma(hi, inverse, magic);
+    alignas(64) float lanes[32];
+    vstore(lanes, lo_q);
+    vstore(lanes + 16, hi_q);
+    for (int i = 0; i < 32; ++i) {
+      int32_t bits;
+      std::memcpy(&bits, lanes + i, 4);
+      q[32 * b + i] = static_cast<int8_t>(bits);
+    }
+    // What is not a finite number makes the scale not a number.
+    scales[b] = most / 127.0f + vsum(vmul(vadd(lo, hi), vzero()));
+    sums[b] = scales[b] * vsum(vadd(vsub(lo_q, magic), vsub(hi_q, magic)));
+  }
+}
+
+inline size_t prepared_bytes(int k) { return static_cast<size_t>(k) * 4 + static_cast<size_t>(k / 32) * 8 + 64; }
+
+inline Prepared prepare(Team& team, const SlipLinear& w, const float* x, int rows, void* memory) {
+  const size_t k = w.k, blocks = k / 32;
+  auto* sums = static_cast<float*>(memory);
+  float* scales = sums + blocks * rows;
+  auto* inputs = reinterpret_cast<char*>(scales + blocks * rows);
+  auto* fields = reinterpret_cast<float*>(inputs);
+  auto* q = reinterpret_cast<int8_t*>(inputs);
+  for_each(team, rows, 4, [&](int row) {
+    if (w.arithmetic == SLIP_INT8) prepare_int8(x + row * k, w.k, q + row * k, scales + row * blocks, sums + row * blocks);
+    else prepare_exact(x + row * k, w.k, fields + row * k, sums + row * blocks);
+  });
+  return {x, fields, q, scales, sums, k, blocks};
+}
+
+// f.operator()<0>() … f.operator()<N - 1>()
+template <int N, int I = 0, class F>
+[[gnu::always_inline]] inline void unrolled(const F& f) {
+  if constexpr (I < N) {
+    f.template operator()<I>();
+    unrolled<N, I + 1>(f);
+  }
+}
+
+// What belongs to a block of one panel.
+template <int Form>
+struct Block {
+  static constexpr Layout kLayout = layout(Form);
+  const uint8_t *unit, *block;
+
+  Block(const uint8_t* group, int b, int panel) : unit(group + kLayout.unit_at(b, panel)), block(unit + kLayout.block_in_unit(b)) {}
+  const uint8_t* words_at() const { return block + kLayout.side(); }
+  vec scale(int part) const {
+    if constexpr (kLayout.super) return vmul(halves16(unit), signed16(block + 16 * (kLayout.sixteen ? part : 0)));
+    else return halves16(block);
+  }
+  vec minimum(vec scale) const {
+    if constexpr (kLayout.minimum == Minimum::kCentred) return vmul(scale, vset1(-8.0f));
+    else if constexpr (kLayout.super) return vsub(vzero(), vmul(halves16(unit + 32), signed16(block + 16)));
+    else return halves16(block + 32);
+  }
+};
+
+struct Exact {
+  static constexpr int kRows = kExactRows;
+  static constexpr int panels(int rows) { return kRows == 1 ? 1 : rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+  // Sums of inputs times numbers over words First … Last - 1 of a block.
+  template <int Bits, int First, int Last, int R, int P>
+  [[gnu::always_inline]] static void sum(const Prepared& in, int row, int b, const uint8_t* const (&at)[P], vec (&s)[R][P]) {
+    const float* x = (Bits == 4 ? in.fields : in.x) + row * in.ldx + 32 * static_cast<size_t>(b);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) s[r][p] = vzero();
+    constexpr int fields = 32 / Bits;
+#pragma GCC unroll 1
+    for (int word = First; word < Last; ++word)
+      unrolled<fields>([&]<int Field>() {
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+          const words w = load_words(at[p] + word * 64);
+          vec v;
+          if constexpr (Bits == 4) v = half_byte<Field>(w);
+          else v = signed_byte<Field>(w);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) s[r][p] = vfma(vset1(x[r * in.ldx + word * fields + Field]), v, s[r][p]);
+        }
+      });
+  }
+  static vec scaled(const Prepared&, int, int, vec scale) { return scale; }
+};
+
+struct Int8 {
+  static constexpr int kRows = kInt8Rows;
+  static constexpr int panels(int rows) { return kRows > 1 && rows == 1 ? 4 : 1; }
+
+  template <int Bits, int First, int Last, int R, int P>
+  [[gnu::always_inline]] static void sum(const Prepared& in, int row, int b, const uint8_t* const (&at)[P], vec (&s)[R][P]) {
+    const int8_t* x = in.q + row * in.ldx + 32 * static_cast<size_t>(b);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      if constexpr (Bits == 4) {
+        small_sums acc[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r] = small_zero();
+        unrolled<Last - First>([&]<int I>() {
+          const words w = load_words(at[p] + (First + I) * 64);
+          const words low = low_halves(w), high = high_halves(w);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) {
+            const int8_t* quads = x + r * in.ldx + 8 * (First + I);
+            acc[r] = dot_small(acc[r], low, quads);
+            acc[r] = dot_small(acc[r], high, quads + 4);
+          }
+        });
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) s[r][p] = small_total(acc[r]);
+      } else {
+        words acc[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r] = zero_words();
+        unrolled<Last - First>([&]<int I>() {
+          const signed_words w = load_signed(at[p] + (First + I) * 64);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) acc[r] = dot_signed(acc[r], w, x + r * in.ldx + 4 * (First + I));
+        });
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) s[r][p] = to_float(acc[r]);
+      }
+    }
+  }
+  static vec scaled(const Prepared& in, int row, int b, vec scale) {
+    return vmul(scale, vset1(in.scales[row * in.ldb + b]));
+  }
+};
+
+// R rows from `row` on times P panels of a group, into out [R][4][16].
+template <int Form, class Math, int R, int P>
+inline void packed_tile(const uint8_t* group, int panel, int blocks, const Prepared& in, int row, float* out) {
+  constexpr Layout l = layout(Form);
+  vec total[R][P];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) total[r][p] = vzero();
+  for (int b = 0; b < blocks; ++b) {
+    const uint8_t* at[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) at[p] = Block<Form>(group, b, panel + p).words_at();
+    constexpr int parts = l.sixteen ? 2 : 1, words_each = l.bits / parts;
+    unrolled<parts>([&]<int Part>() {
+      vec s[R][P];
+      Math::template sum<l.bits, Part * words_each, (Part + 1) * words_each>(in, row, b, at, s);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        const Block<Form> block(group, b, panel + p);
+        const vec scale = block.scale(Part);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) total[r][p] = vfma(s[r][p], Math::scaled(in, row + r, b, scale), total[r][p]);
+        if constexpr (l.minimum != Minimum::kNone) {
+          const vec minimum = block.minimum(scale);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) total[r][p] = vfma(minimum, vset1(in.sums[(row + r) * in.ldb + b]), total[r][p]);
+        }
+      }
+    });
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) vstore(out + (r * 4 + panel + p) * 16, total[r][p]);
+}
+
+// The same for panels first … last - 1 of a group.
+template <int Form, class Math, int R>
+static void packed_rows(const uint8_t* group, int first, int last, int blocks, const Prepared& in, int row, float* out) {
+  constexpr int P = Math::panels(R);
+  int panel = first;
+  for (; panel + P <= last; panel += P) packed_tile<Form, Math, R, P>(group, panel, blocks, in, row, out);
+  if constexpr (P > 1)
+    for (; panel < last; ++panel) packed_tile<Form, Math, R, 1>(group, panel, blocks, in, row, out);
+}
+
+using PackedRows = void (*)(const uint8_t*, int, int, int, const Prepared&, int, float*);
+
+template <class Math, int R = Math::kRows>
+inline PackedRows packed_rows_of(int form, int rows) {
+  if constexpr (R > 1) {
+    if (rows < R) return packed_rows_of<Math, R - 1>(form, rows);
+  }
+  switch (form) {
+    case kFourCentred: return packed_rows<kFourCentred, Math, R>;
+    case kFour: return packed_rows<kFour, Math, R>;
+    case kEight: return packed_rows<kEight, Math, R>;
+    case kEightMinimum: return packed_rows<kEightMinimum, Math, R>;
+    case kFourSuper: return packed_rows<kFourSuper, Math, R>;
+    case kEightSuper: return packed_rows<kEightSuper, Math, R>;
+    default: return packed_rows<kEightSixteen, Math, R>;
+  }
+}
+
+// Y = X W^T, as matmul does for panels in the model's dtype.
+template <class Math, class Epilogue>
+inline void packed_matmul(Team& team, const SlipLinear& w, const Prepared& in, int rows, const Epilogue& epilogue) {
+  const int tiles = (rows + Math::kRows - 1) / Math::kRows;
+  const int low = rows / tiles, taller = rows % tiles;  // heights of tiles: low + 1 of the first ones, low of the others
+  int items = 0;
+  for (int i = 0; i < w.num_parts; ++i) items += Split(team.size(), w.parts[i].panels).items();
+  team.parallel(items, [&](int item) {
+    const SlipPart* part = w.parts;
+    for (;; ++part) {
+      const int own = Split(team.size(), part->panels).items();
+      if (item < own) break;
+      item -= own;
+    }
+    const Split split(team.size(), part->panels);
+    const PackedRows kernels[2] = {packed_rows_of<Math>(part->form, low), packed_rows_of<Math>(part->form, low + (taller > 0))};
+    const size_t group_bytes = layout(part->form).group(w.k);
+    const int end = split.begin(item + 1);
+    for (int panel = split.begin(item); panel < end;) {
+      const int first = panel % 4, last = std::min(first + end - panel, 4);
+      const auto* group = static_cast<const uint8_t*>(part->data) + panel / 4 * group_bytes;
+      for (int tile = 0, row = 0; tile < tiles; ++tile) {
+        const int height = low + (tile < taller);
+        alignas(64) float out[Math::kRows * 64];
+        kernels[tile < taller](group, first, last, w.k / 32, in, row, out);
+        for (int r = 0; r < height; ++r, ++row) {
+          int p = first;
+          const int column = part->first_panel + panel - first;
+          for (; p + 2 <= last; p += 2) {
+            vec acc[2] = {vload(out + (r * 4 + p) * 16), vload(out + (r * 4 + p + 1) * 16)};
+            epilogue.template operator()<2>(row, column + p, acc);
+          }
+          for (; p < last; ++p) {
+            vec acc[1] = {vload(out + (r * 4 + p) * 16)};
+            epilogue.template operator()<1>(row, column + p, acc);
+          }
+        }
+      }
+      panel += last - first;
+    }
+  });
+}

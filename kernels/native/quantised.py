@@ -1,0 +1,186 @@
+"""Weight matrices that are kept as they came: blocks of a file in their own precision (csrc/forms.h)."""
+
+from __future__ import annotations
+
+import ctypes
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.kernels.compute import Arithmetic
+from slipstream.kernels.native.library import CLinear, CPart, address, load
+from slipstream.kernels.native.weight import PANEL, PackedWeight, PanelWeight, panels_elems
+from slipstream.kernels.stored import Stored
+
+ARITHMETIC_CODES: dict[Arithmetic, int] = {"exact": 0, "int8": 1}
+ALIGNMENT = 64
+ARENA_BYTES = 32 << 20
+ROWS_AT_ONCE = 512
+
+
+def form_of(kind: str, k: int) -> int:
+    """Number of the form that rows of k numbers of this type of GGUF files are packed into; 0 if they cannot be."""
+    library = load()
+    return 0 if library is None else int(library.slip_form(kind.encode(), k))
+
+
+def part_bytes(form: int, panels: int, k: int) -> int:
+    library = load()
+    assert library is not None
+    return int(library.slip_part_bytes(form, panels, k))
+
+
+def packed_bytes(kind: str, n: int, k: int) -> int:
+    """What a matrix [n, k] of this type takes; 0 if there is no form for it."""
+    form = form_of(kind, k)
+    return part_bytes(form, -(-n // PANEL), k) if form else 0
+
+
+class Arena:
+    """Memory for many matrices, which lie in it in the order of asking.
+
+    The system gives large pages to pieces of 2 MiB and more only, and layers of small models are smaller.
+    """
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """[size] bytes of zeros."""
+        taken = -(-size // ALIGNMENT) * ALIGNMENT
+        if taken > len(self._free):
+            self._free = torch.empty(max(taken, ARENA_BYTES), dtype=torch.uint8)
+        piece, self._free = self._free[:size], self._free[taken:]
+        return piece.zero_()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Panels of one form."""
+
+    form: int
+    first_panel: int
+    panels: int
+    memory: Tensor
+    c: CPart
+
+    @classmethod
+    def empty(cls, form: int, k: int, first_panel: int, panels: int, arena: Arena) -> _Part:
+        memory = arena.take(part_bytes(form, panels, k))
+        return cls(form, first_panel, panels, memory, CPart(form, first_panel, panels, 0, memory.data_ptr()))
+
+    def pack(self, stored: Stored, first_row: int, first_panel: int, stride: int) -> None:
+        library, data = load(), stored.data
+        assert library is not None and data.strides[1] == 1
+        library.slip_pack(
+            *(stored.format.encode(), data.ctypes.data, data.strides[0], len(data), ctypes.byref(self.c)),
+            *(stored.shape[1], first_row, first_panel - self.first_panel, stride),
+        )
+
+    def unpack(self, k: int, rows: Tensor, first_panel: int, stride: int) -> Tensor:
+        library = load()
+        assert library is not None
+        rows = rows.long().contiguous()
+        out = torch.empty(len(rows), k)
+        library.slip_unpack(
+            *(ctypes.byref(self.c), k, rows.data_ptr(), len(rows)),
+            *(first_panel - self.first_panel, stride, out.data_ptr()),
+        )
+        return out
+
+
+class StoredWeight(PanelWeight):
+    """A ``Weight`` that is kept as it came.
+
+    What comes as blocks that there is a form for stays quantised, and is read at that size. What comes as numbers is
+    kept in ``dtype``, as in a ``PackedWeight``; then the whole matrix is, so that there is no loss besides rounding.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        k: int,
+        dtype: torch.dtype,
+        bias: bool = False,
+        segments: Sequence[int] = (0,),
+        arithmetic: Arithmetic = "exact",
+        arena: Arena | None = None,
+    ) -> None:
+        """``segments``: first panels of matrices that may have formats of their own, ascending."""
+        super().__init__(n, k, dtype, bias)
+        self._borders = [*segments, self.num_panels]
+        self._arithmetic: Arithmetic = arithmetic
+        self._arena = arena or Arena()
+        self._parts: dict[int, _Part] = {}
+        """By first panels."""
+        self._dense: PackedWeight | None = None
+        self._c_parts: ctypes.Array[CPart] | None = None
+
+    @property
+    def is_quantised(self) -> bool:
+        return bool(self._parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """As long as nothing came, of numbers in ``dtype``."""
+        matrix = sum(part.memory.nbytes for part in self._parts.values())
+        dense = panels_elems(self.n, self.k) * self.dtype.itemsize
+        return (matrix or dense) + (0 if self.bias is None else self.bias.nbytes)
+
+    def fill(self, rows: Tensor | Stored, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
+        if isinstance(rows, Stored):
+            if self._dense is None and (part := self._part_for(rows.format, first_panel)) is not None:
+                part.pack(rows, first_row, first_panel, stride)
+                return
+            rows = _numbers(rows)
+        self._made_dense().fill(rows, first_row, first_panel, stride)
+
+    def rows(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor:
+        if self._dense is not None:
+            return self._dense.rows(indices, first_panel, stride)
+        return self._parts[self._segment(first_panel)[0]].unpack(self.k, indices, first_panel, stride)
+
+    @property
+    def c(self) -> CLinear:
+        size, bias = self.num_panels * PANEL, address(self.bias)
+        if self._dense is not None:
+            return CLinear(size, self.k, address(self._dense.panels), bias, None, 0, 0)
+        if self._c_parts is None:  # made once: structs that have been given out point to it
+            self._c_parts = (CPart * len(self._parts))(*(part.c for _, part in sorted(self._parts.items())))
+        return CLinear(size, self.k, None, bias, self._c_parts, len(self._parts), ARITHMETIC_CODES[self._arithmetic])
+
+    def _segment(self, panel: int) -> tuple[int, int]:
+        """First panel and number of panels of the segment that this panel is in."""
+        at = bisect_right(self._borders, panel) - 1
+        return self._borders[at], self._borders[at + 1] - self._borders[at]
+
+    def _part_for(self, kind: str, panel: int) -> _Part | None:
+        """Where matrices of this format go; None if it cannot be quantised there."""
+        first, count = self._segment(panel)
+        form, part = form_of(kind, self.k), self._parts.get(first)
+        if part is None and form:
+            part = self._parts[first] = _Part.empty(form, self.k, first, count, self._arena)
+            self._c_parts = None
+        return part if part is not None and part.form == form else None
+
+    def _made_dense(self) -> PackedWeight:
+        if self._dense is None:
+            self._dense = PackedWeight(self.n, self.k, self.dtype)
+            for part in self._parts.values():
+                for rows in torch.split(torch.arange(part.panels * PANEL), ROWS_AT_ONCE):
+                    numbers = part.unpack(self.k, rows, part.first_panel, 1)
+                    self._dense.fill(numbers, int(rows[0]), part.first_panel)
+            self._parts.clear()
+        return self._dense
+
+
+def _numbers(stored: Stored) -> Tensor:
+    """Blocks of a type that there is a form for, as float32."""
+    count, k = stored.shape
+    part = _Part.empty(form_of(stored.format, k), k, 0, -(-count // PANEL), Arena())
+    part.pack(stored, 0, 0, 1)
+    return part.unpack(k, torch.from_numpy(np.arange(count)), 0, 1)

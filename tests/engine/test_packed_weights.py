@@ -1,0 +1,120 @@
+"""Engines whose weights stay quantised: what they compute, what they say of it, and what updates make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ConfigError
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.models.loader import load_model
+from slipstream.engine.operations import BeginTargetUpdate, FillTarget, FinishTargetUpdate, ReleaseMemory, ResumeMemory
+from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
+from slipstream.engine.testing_gguf import PACKED_TYPES, write_gguf
+from slipstream.kernels.batch import make_batch
+from slipstream.kernels.native.library import isa
+
+pytestmark = pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+PROMPTS = [[1, 2, 3], list(range(20)), [7] * 40]
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("packed") / "policy.gguf", policy(0), POLICY)
+
+
+def options(model: Path, **fields: Any) -> EngineConfig:
+    known = {"kv_cache_memory": "4MiB", "max_running": 8, "dtype": "float32", "threads": 1, "speculation": "off"}
+    return EngineConfig(model=str(model), **(known | fields))  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def logits(model: Path, **fields: Any) -> torch.Tensor:
+    """Of each position of a prompt."""
+    loaded, ids = load_model(options(model, **fields)).model, np.random.default_rng(1).integers(0, 32, 48)
+    counts, table = np.array([48], np.int32), np.arange(3, dtype=np.int32)[None]
+    batch = make_batch(ids.astype(np.int32), counts, counts, table, np.zeros(1, np.int32), 16)
+    hidden = loaded.forward(batch, loaded.new_cache(3, 16)).hidden
+    return loaded.logits(hidden, np.arange(48, dtype=np.int32)).clone()
+
+
+def said(local: LocalEngine) -> list[list[int]]:
+    return [done.tokens for done in local.generate(PROMPTS, GREEDY)]
+
+
+@pytest.mark.parametrize("kind", ["mixed", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_exact_is_what_dequantising_gives(tmp_path: Path, file: Path, kind: str) -> None:
+    if kind != "mixed":
+        file = write_gguf(tmp_path / "one.gguf", policy(0), POLICY, dict.fromkeys(PACKED_TYPES, kind))
+    expected = logits(file, weights="float32")
+    scale = expected.abs().max()
+    assert (logits(file, weights="packed", packed_arithmetic="exact") - expected).abs().max() < 1e-4 * scale
+    int8 = logits(file, weights="packed", packed_arithmetic="int8")
+    assert 0 < (int8 - expected).norm() / expected.norm() < 0.1
+
+
+def test_an_engine_tells_how_weights_are_kept_and_what_they_take(file: Path, tmp_path: Path) -> None:
+    packed = LocalEngine(options(file, weights="packed", packed_arithmetic="int8"))
+    dense = LocalEngine(options(file, weights="float32"))
+    ready = packed.engine.ready()
+    assert ready.weights.startswith("packed (Q4_0, ") and ready.weights.endswith("), int8") and ready.dtype == "float32"
+    assert all(kind in ready.weights for kind in PACKED_TYPES.values())
+    assert dense.engine.ready().weights == "float32"
+    assert ready.weights_bytes < dense.engine.ready().weights_bytes / 3
+    packed.close()
+    dense.close()
+
+
+def test_an_update_leaves_the_numbers_that_were_sent(file: Path, tmp_path: Path) -> None:
+    trained = policy(1)
+    other = LocalEngine(options(write_policy(tmp_path / "1", trained)))
+    expected = said(other)
+    other.close()
+    local = LocalEngine(options(file, weights="packed"))
+    before = said(local)
+    local.operate(BeginTargetUpdate(1, "recompute"), FillTarget(1, save(trained)), FinishTargetUpdate(1))
+    assert said(local) == expected != before
+    local.close()
+
+
+def test_an_engine_that_slept_has_its_packed_weights_again(file: Path) -> None:
+    local = LocalEngine(options(file, weights="packed"))
+    before = said(local)
+    local.operate(ReleaseMemory(("weights", "kv_cache"), keep_weights=False))
+    local.operate(ResumeMemory(("weights", "kv_cache")))
+    assert said(local) == before
+    assert local.engine.ready().weights.startswith("packed")
+    local.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kernels": "torch"}, "compiled kernels"),
+        ({"load_format": "dummy"}, "no quantised weights"),
+        ({"weights": "bfloat16"}, "--dtype float32"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(file: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_model(options(file, **({"weights": "packed"} | fields)))
+
+
+def test_a_model_of_numbers_cannot_be_packed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no quantised weights"):
+        load_model(options(write_policy(tmp_path / "0", policy(0)), weights="packed"))
+
+
+def test_the_format_of_weights_is_that_of_the_model(file: Path) -> None:
+    for weights, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        assert load_model(options(file, weights=weights, dtype="auto")).model.formats.compute is dtype

@@ -1,0 +1,177 @@
+"""Quantised weights keep every bit of what they stand for, and are computed with in the ways that are told."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slipstream.engine.checkpoint.gguf_file import TENSOR_TYPES, dequantised
+from slipstream.kernels.compute import Arithmetic
+from slipstream.kernels.native import library
+from slipstream.kernels.native.quantised import Arena, StoredWeight, form_of, packed_bytes
+from slipstream.kernels.stored import Stored
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="no native kernels on this machine")
+HALVES = {
+    "Q4_0": [0],
+    "Q4_1": [0, 2],
+    "Q5_0": [0],
+    "Q5_1": [0, 2],
+    "Q8_0": [0],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+}
+"""Where blocks have their float16."""
+KINDS = list(HALVES)
+BLOCKS = {kind.name: kind for kind in TENSOR_TYPES.values()}
+ARITHMETIC: list[Arithmetic] = ["exact", "int8"]
+BF16 = torch.bfloat16
+
+
+def random_blocks(kind: str, n: int, least_k: int, seed: int = 0) -> Stored:
+    """A matrix of at least so many inputs: any bytes are weights, as long as scales are no more than usual."""
+    random = np.random.default_rng(seed)
+    size = BLOCKS[kind]
+    count = -(-least_k // size.block_elements)
+    data = random.integers(0, 256, (n, count, size.block_bytes), np.uint8)
+    for at in HALVES[kind]:
+        data[..., at : at + 2] = random.normal(0, 0.02, (n, count)).astype(np.float16)[..., None].view(np.uint8)
+    return Stored(kind, (n, count * size.block_elements), data.reshape(n, -1))
+
+
+def packed(stored: Stored, arithmetic: Arithmetic = "exact", bias: bool = False) -> StoredWeight:
+    weight = StoredWeight(*stored.shape, BF16, bias, arithmetic=arithmetic)
+    weight.fill(stored)
+    return weight
+
+
+def quantised_inputs(x: torch.Tensor) -> torch.Tensor:
+    """Inputs as int8 arithmetic takes them."""
+    blocks = x.numpy().reshape(len(x), -1, 32)
+    most = np.abs(blocks).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    q = np.rint(blocks.astype(np.float64) * inverse)
+    return torch.from_numpy((q * (most / np.float32(127))).reshape(x.shape))
+
+
+@settings(max_examples=60)
+@given(kind=st.sampled_from(KINDS), n=st.integers(1, 150), k=st.integers(1, 600), data=st.data())
+def test_rows_are_to_the_bit_what_the_blocks_stand_for(kind: str, n: int, k: int, data: st.DataObject) -> None:
+    stored = random_blocks(kind, n, k)
+    weight = StoredWeight(*stored.shape, BF16)
+    borders = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=5))})
+    for begin, end in data.draw(st.permutations(list(pairwise(borders)))):
+        weight.fill(stored.rows(begin, end - begin), begin)
+    order = torch.randperm(n)
+    assert torch.equal(weight.rows(order), torch.from_numpy(dequantised(stored))[order])
+    assert weight.num_bytes == packed_bytes(kind, *stored.shape)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@settings(max_examples=80)
+@given(kind=st.sampled_from(KINDS), n=st.integers(1, 200), k=st.integers(1, 600), rows=st.integers(1, 40))
+def test_products_are_those_of_the_numbers(
+    isa: str, arithmetic: Arithmetic, kind: str, n: int, k: int, rows: int
+) -> None:
+    stored = random_blocks(kind, n, k, seed=n)
+    weight = packed(stored, arithmetic, bias=True)
+    offset = torch.randn(n)
+    weight.fill_bias(offset)
+    x = torch.randn(rows, stored.shape[1])
+    taken = x.double() if arithmetic == "exact" else quantised_inputs(x).double()
+    matrix = torch.from_numpy(dequantised(stored)).double()
+    scale = (taken.abs() @ matrix.abs().T).max()
+    assert (weight(x).double() - (taken @ matrix.T + offset)).abs().max() < 2e-6 * scale
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa: str, kind: str, arithmetic: Arithmetic) -> None:
+    weight = packed(random_blocks(kind, 176, 512), arithmetic)
+    x = torch.randn(33, 512)
+    alone = torch.cat([weight(row[None]) for row in x])
+    for rows in (2, 3, 4, 5, 6, 7, 11, 13, 33):
+        assert torch.equal(weight(x[:rows]), alone[:rows])
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_what_is_not_finite_is_not_finite_afterwards(isa: str, arithmetic: Arithmetic) -> None:
+    weight = packed(random_blocks("Q4_1", 48, 64), arithmetic)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(3, 64)
+        x[1, 40] = bad
+        assert not weight(x)[1].isfinite().any()
+        assert weight(x)[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_the_largest_numbers_do_not_overflow(isa: str, arithmetic: Arithmetic) -> None:
+    for kind in KINDS:
+        stored = random_blocks(kind, 16, 256)
+        size, data = BLOCKS[kind], stored.data.reshape(16, -1, BLOCKS[kind].block_bytes)
+        scales = {at: data[..., at : at + 2].copy() for at in HALVES[kind]}
+        for byte in (0x00, 0x7F, 0x80, 0xFF):
+            data[:] = byte
+            for at, scale in scales.items():
+                data[..., at : at + 2] = scale
+            matrix = torch.from_numpy(dequantised(stored)).double()
+            for x in (torch.ones(2, 256), -torch.ones(2, 256)):
+                expected = x.double() @ matrix.T
+                assert torch.allclose(packed(stored, arithmetic)(x).double(), expected, rtol=1e-5, atol=1e-4), size
+
+
+@settings(max_examples=30)
+@given(kinds=st.tuples(*[st.sampled_from([*KINDS, "floats"])] * 3), rows=st.integers(1, 9))
+def test_matrices_behind_each_other_have_formats_of_their_own(kinds: tuple[str, ...], rows: int) -> None:
+    sizes, k = (96, 32, 48), 256
+    weight = StoredWeight(sum(sizes), k, BF16, segments=(0, 6, 8), arena=Arena())
+    expected = []
+    for kind, count, first in zip(kinds, sizes, (0, 6, 8), strict=True):
+        if kind == "floats":
+            matrix = torch.randn(count, k)
+            weight.fill(matrix, 0, first)
+        else:
+            stored = random_blocks(kind, count, k, seed=first)
+            matrix = torch.from_numpy(dequantised(stored))
+            weight.fill(stored, 0, first)
+        expected.append(matrix)
+    assert weight.is_quantised is ("floats" not in kinds)
+    whole = torch.cat(expected) if weight.is_quantised else torch.cat(expected).to(BF16).float()
+    for first, matrix in zip((0, 6, 8), whole.split(sizes), strict=True):
+        assert torch.equal(weight.rows(torch.arange(len(matrix)), first), matrix)
+    x = torch.randn(rows, k).to(BF16).float()
+    assert torch.allclose(weight(x), x @ whole.T, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("second", ["Q4_1", "Q8_0", "Q5_0", "floats"])
+@pytest.mark.parametrize("first", ["Q4_1", "Q8_0"])
+def test_matrices_whose_panels_take_turns_are_quantised_if_both_are_alike(first: str, second: str) -> None:
+    n, k = 96, 64
+    weight, expected = StoredWeight(2 * n, k, torch.float32), []
+    for panel, kind in enumerate((first, second)):
+        stored = random_blocks("Q4_1" if kind == "floats" else kind, n, k, seed=panel)
+        matrix = torch.from_numpy(dequantised(stored))
+        for begin in range(0, n, 40):
+            rows = matrix[begin : begin + 40] if kind == "floats" else stored.rows(begin, min(40, n - begin))
+            weight.fill(rows, begin, panel, 2)
+        expected.append(matrix)
+    assert weight.is_quantised is (second != "floats" and form_of(first, k) == form_of(second, k))
+    for panel, matrix in enumerate(expected):
+        assert torch.equal(weight.rows(torch.arange(n), panel, 2), matrix)
+    x = torch.randn(5, k)
+    out = weight(x).view(5, -1, 2, 16)
+    for panel, matrix in enumerate(expected):
+        assert torch.allclose(out[:, :, panel].reshape(5, n), x @ matrix.T, atol=1e-4, rtol=1e-4)
+
+
+def test_memory_is_told_before_it_is_taken() -> None:
+    weight = StoredWeight(64, 32, BF16, bias=True)
+    assert weight.num_bytes == 64 * 32 * 2 + 64 * 4
+    weight.fill(random_blocks("Q8_0", 64, 32))
+    assert weight.num_bytes == 64 * (32 + 2) + 64 * 4
