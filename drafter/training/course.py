@@ -43,8 +43,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Positions learned between two looks at the gate; fewer in the first rounds."""
     epochs: float = 8.0
     """How often each text is learned at most; then training waits for more traffic."""
-    rows: int = 2048
-    """Positions per step of the optimizer."""
+    rows: int = 1024
+    """Positions per step of the optimizer: fewer would spend more time on orthogonalizing than they gain."""
     part_rows: int = 1024
     """Positions computed at once: training stops for requests after so many."""
     longest: int = 2048

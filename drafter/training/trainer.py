@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,10 @@ class TrainOptions:
     """Weight of each draft token relative to the one before it."""
     learning_rate: float = 2e-3
     """Rate for matrices, which Muon updates (Jordan et al. 2024), scaled to AdamW's size; vectors get a tenth."""
+    first_rate: float = 1e-2
+    """The rate with which a head begins that has learned nothing yet, and has far to go: divided by √(1 + steps /
+    ``fall``) from then on, until ``learning_rate`` is reached."""
+    fall: int = 30
     weight_decay: float = 0.01
     warmup: int = 20
     clip: float = 1.0
@@ -45,11 +50,13 @@ class Progress:
 
 
 class Trainer:
-    def __init__(self, head: TrainableHead, options: TrainOptions) -> None:
+    def __init__(self, head: TrainableHead, options: TrainOptions, is_cold: bool = False) -> None:
+        """``is_cold``: the head has learned nothing yet."""
         self.head = head
         self.options = options
         """The loss may be replaced between steps."""
         self.step = 0
+        self._is_cold = is_cold
         matrices = [name for name in head.trained if head.weights[name].dim() == 2]
         vectors = [name for name in head.trained if head.weights[name].dim() == 1]
         self._optimizers: list[torch.optim.Optimizer] = [
@@ -105,6 +112,7 @@ class Trainer:
         """All that training needs to go on as if it had not stopped; frozen weights are not part of it."""
         return {
             "step": self.step,
+            "is_cold": self._is_cold,
             "weights": {name: self.head.weights[name].detach() for name in self.head.trained},
             "average": self._average,
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
@@ -112,13 +120,20 @@ class Trainer:
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Goes on from what ``state`` returned."""
-        self.step = state["step"]
+        self.step, self._is_cold = state["step"], state.get("is_cold", False)
         with torch.no_grad():
             for name in self.head.trained:
                 self.head.weights[name].copy_(state["weights"][name])
                 self._average[name].copy_(state["average"][name])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+    def _rate(self) -> float:
+        options = self.options
+        rate = options.learning_rate
+        if self._is_cold:
+            rate = max(rate, options.first_rate / math.sqrt(1 + self.step / options.fall))
+        return rate * min((self.step + 1) / options.warmup, 1.0)
 
     def _targets(self, batch: Pack, step: int) -> tuple[Tensor, Tensor]:
         """Tokens to draft as indices of the draft vocabulary (-1: not in it), and which rows have one."""
@@ -139,10 +154,9 @@ class Trainer:
             if weight.grad is not None:
                 weight.grad /= tokens
         torch.nn.utils.clip_grad_norm_(trained, options.clip)
-        warm = min((self.step + 1) / options.warmup, 1.0)
         for optimizer, factor in zip(self._optimizers, (1.0, 0.1), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * factor * warm
+                group["lr"] = factor * self._rate()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1

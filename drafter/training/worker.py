@@ -213,7 +213,7 @@ class Worker:
         else:
             tokens = self._target.draft_tokens(course.curriculum.counts, self._target.head.draft_vocab_size)
             head = self._target.trainable(*self._target.cold_head(tokens))
-        return Trainer(head, course.options())
+        return Trainer(head, course.options(), is_cold=live is None)
 
     def _head(self, version: int) -> TrainableHead:
         return self._target.trainable(

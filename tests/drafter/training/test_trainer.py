@@ -54,11 +54,28 @@ def test_parts_add_up_to_one_step(make_head: MakeHead, make_example: MakeExample
         torch.testing.assert_close(whole.head.weights[name], parts.head.weights[name], rtol=1e-3, atol=1e-5)
 
 
+def test_a_head_that_has_learned_nothing_begins_with_long_steps(make_head: MakeHead, make_example: MakeExample) -> None:
+    text, options = make_example(40), TrainOptions(warmup=1, fall=4)
+    cold, warm = (Trainer(make_head(), options, is_cold=is_cold) for is_cold in (True, False))
+    name = "fc.weight"
+
+    def moves(trainer: Trainer, steps: int) -> float:
+        for _ in range(steps):
+            before = trainer.head.weights[name].detach().clone()
+            trainer.learn([[text]])
+        return float((trainer.head.weights[name].detach() - before).norm())
+
+    ratio = options.first_rate / options.learning_rate
+    assert moves(cold, 1) / moves(warm, 1) == pytest.approx(ratio, rel=0.05)
+    assert moves(cold, 12) / moves(warm, 12) == pytest.approx(ratio / 2, rel=0.3)
+    assert moves(cold, 120) / moves(warm, 120) == pytest.approx(1, rel=0.3)
+
+
 def test_resumed_training_goes_on_as_if_it_had_not_stopped(
     tmp_path: Path, make_head: MakeHead, make_example: MakeExample
 ) -> None:
     texts = [make_example(40, seed=seed) for seed in range(6)]
-    through = Trainer(make_head(), TrainOptions())
+    through = Trainer(make_head(), TrainOptions(), is_cold=True)
     for text in texts[:3]:
         through.learn([[text]])
     checkpoint = Checkpoint(tmp_path / "shared.pt")
