@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=2048, help="positions per step of the optimizer")
+    parser.add_argument("--rows", type=int, default=1024, help="positions per step of the optimizer")
     parser.add_argument("--part-rows", type=int, default=1024, help="positions computed at once")
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
