@@ -44,7 +44,7 @@ class EngineConfig:
     packed_arithmetic: Literal["auto", "exact", "int8"] = option(
         "auto",
         "How packed weights are computed with: 'exact' widens them to float32 in registers, 'int8' quantises "
-        "activations, too, by blocks of 32, which is faster where a step has several positions.",
+        "activations, too, by blocks of 32, which is faster and less exact. auto is exact.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto takes a GPU if there is one.")
     kernels: Literal["auto", "native", "triton", "torch"] = option(
