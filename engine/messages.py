@@ -88,6 +88,10 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     """Prefix-cache blocks are shared only between requests of equal salt."""
     tenant: str = ""
     """Whose request this is: tenants learn nothing of each other, see EngineConfig.prefix_cache_scope."""
+    flow: str = ""
+    """Who shares the machine with whom: flows get their shares of it, whatever each sends."""
+    weight: float = 1.0
+    """The flow's share, in proportion to those of the others."""
     route: str = ""
     """Which of the loaded versions of a learned drafter drafts; one that holds nothing stands for the shared one."""
     domain: str = ""

@@ -114,9 +114,8 @@ def build_app(service: Service) -> ASGIApp:
 
     app.openapi = openapi  # type: ignore[method-assign]
     administrative = AdminPaths(paths(controls))
-    guard = guarded(app, service.config, service.metrics, administrative)
-    limit_s = service.config.request_timeout_s
-    return Edge(TranslatedErrors(Deadline(guard, limit_s, administrative) if limit_s else guard))
+    guard = guarded(app, service.config, service.keys, service.metrics, administrative)
+    return Edge(TranslatedErrors(Deadline(guard, service.config.request_timeout_s, administrative)))
 
 
 def paths(routers: Iterable[APIRouter]) -> list[str]:

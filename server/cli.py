@@ -25,6 +25,7 @@ from slipstream.server.doctor import doctor
 from slipstream.server.drafter_cli import drafter_app
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.gpu_check.cli import gpu_check
+from slipstream.server.keys_cli import app as keys_app
 from slipstream.server.traffic_cli import app as traffic_app
 from slipstream.server.training_cli import evaluate_head, train
 
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 app.add_typer(drafter_app, name="drafter")
 app.add_typer(traffic_app, name="traffic")
+app.add_typer(keys_app, name="keys")
 drafter_app.command()(train)
 drafter_app.command("eval")(evaluate_head)
 app.command()(gpu_check)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from slipstream.engine.config import option
 from slipstream.engine.errors import ConfigError
-from slipstream.server.principal import Keys
+from slipstream.server.keys import Keys
 
 ENGINE_PROCESS = "slipstream.server.engine_process"
 """The module that an engine process runs."""
@@ -28,12 +28,17 @@ class ServerConfig:
     api_key: tuple[str, ...] = option(
         (),
         "Key clients must send as 'Authorization: Bearer KEY'; repeat for several. NAME=KEY gives a key a name; with "
-        "keys of several names, tenants are called NAME/user.",
+        "keys of several names, tenants are called NAME/user. sha256:DIGEST stands for a key.",
     )
     admin_key: tuple[str, ...] = option(
         (),
         "Key for the admin API and the dashboard's data; repeat for several. Without one they answer only to clients "
         "on this machine, and that only with a loopback --host, without --api-key and without --behind-proxy.",
+    )
+    keys_file: str | None = option(
+        None,
+        "TOML file with further keys, as digests, and the limits of each; see 'slipstream keys'. It is read again when "
+        "it changes, and on SIGHUP.",
     )
     behind_proxy: bool = option(
         False,
@@ -80,7 +85,12 @@ class ServerConfig:
     max_prompts: int = option(1024, "Most prompts in one completions request.")
     max_body_bytes: int = option(16 * 2**20, "Largest request body; larger ones get 413.")
     max_queued_requests: int = option(
-        1024, "Sequences that may wait beyond those that run; a request that finds no room gets 429."
+        1024,
+        "Sequences that may wait beyond those that run; a request that finds no room gets 429. Holders of different "
+        "keys share the room fairly.",
+    )
+    max_queued_tokens: int = option(
+        0, "Prompt tokens that may wait; a request that finds no room gets 429. 0 for any number."
     )
     request_timeout_s: float = option(
         0.0, "Time a request may take, from reading it to the end of its answer; then 504. 0 for no limit."
@@ -115,6 +125,7 @@ class ServerConfig:
             "max_prompts": 1,
             "max_body_bytes": 1,
             "max_queued_requests": 0,
+            "max_queued_tokens": 0,
             "request_timeout_s": 0,
             "engine_restarts": 0,
             "engine_hang_s": 0,
@@ -137,5 +148,5 @@ class ServerConfig:
                 raise ConfigError(
                     f"--allowed-origin {origin}: write it like https://chat.example or http://10.0.0.1:80"
                 )
-        if Keys(self.api_key, "--api-key").secrets & Keys(self.admin_key, "--admin-key").secrets:
+        if Keys(self.api_key, "--api-key").digests & Keys(self.admin_key, "--admin-key").digests:
             raise ConfigError("--admin-key must not be one of the keys of --api-key: those are given to users")

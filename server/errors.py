@@ -5,7 +5,7 @@ ApiError
 ├── InvalidRequestError        400  a field is wrong, unknown or unsupported; ``param`` names it
 │   └── ContextTooLongError    400  prompt and answer do not fit the model; code context_length_exceeded
 ├── UnauthorizedError          401  no API key, or a wrong one
-├── ForbiddenError             403  the admin API without a key, from elsewhere
+├── ForbiddenError             403  the admin API without a key, from elsewhere; a key of the other door
 ├── NotFoundError              404  no such route
 │   ├── ModelNotFoundError     404  no such model; code model_not_found
 │   └── VersionNotFoundError   404  no such version of a drafter; code version_not_found
@@ -15,10 +15,11 @@ ApiError
 ├── BodyTooLargeError          413
 ├── UnsupportedMediaTypeError  415  the body is not declared as JSON
 ├── OverloadedError            429  the queue is full; Retry-After says when to come back
+│   └── RateLimitedError       429  the limits of a key are reached
 ├── HeadTooLargeError          431
 ├── GenerationFailedError      500  the engine failed this request
 ├── UnavailableError           503  loading, draining, or the engine is gone; Retry-After
-└── TimedOutError              504  --request-timeout-s is over
+└── TimedOutError              504  --request-timeout-s, or the time that the request gives itself, is over
 """
 
 from __future__ import annotations
@@ -152,6 +153,16 @@ class OverloadedError(ApiError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+
+
+class RateLimitedError(OverloadedError):
+    """``reason`` is the limit that was reached, by its name in UsageLimits."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: int | None = None, reason: str = "") -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.reason = reason
 
 
 class GenerationFailedError(ApiError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,13 +17,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import ApiError, ForbiddenError, UnauthorizedError
 from slipstream.server.headers import check_repeated, header, is_loopback
+from slipstream.server.keys import KeyRing, Keys, Role
 from slipstream.server.metrics import Metrics
-from slipstream.server.principal import SCOPE_ENTRY, Keys, Principal, RequestLimits
+from slipstream.server.principal import SCOPE_ENTRY, Principal, RequestLimits
 from slipstream.server.web_pages import ANY, ELSEWHERE, WebPages
 
 OPEN_PATHS = frozenset({"/health", "/health/", "/health_generate", "/ready", "/metrics", "/version", "/", "/dashboard"})
 """The chat and the dashboard are pages without data; what they show they ask the API for."""
 ADMIN_PATH = "/admin/"
+RATE_HEADERS = [
+    f"x-ratelimit-{kind}-{name}" for name in ("requests", "tokens") for kind in ("limit", "remaining", "reset")
+]
+"""What an Account's answers say of it."""
 PROXY_HEADERS = frozenset({b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"cf-connecting-ip"})
 PROXY_PREFIXES = (b"x-forwarded-", b"x-envoy-")
 
@@ -42,9 +47,18 @@ class AdminPaths:
 ADMIN_API = AdminPaths()
 
 
-def guarded(app: ASGIApp, config: ServerConfig, metrics: Metrics, admin: AdminPaths = ADMIN_API) -> ASGIApp:
+def key_ring(config: ServerConfig) -> KeyRing:
+    """The keys of a server. Raises ConfigError for a file that cannot be used."""
+    limits = RequestLimits(config.max_n, config.max_logprobs, config.most_urgent_priority)
+    users, admins = Keys(config.api_key, "--api-key"), Keys(config.admin_key, "--admin-key", "admin")
+    return KeyRing(users, admins, config.keys_file, limits)
+
+
+def guarded(
+    app: ASGIApp, config: ServerConfig, keys: KeyRing, metrics: Metrics, admin: AdminPaths = ADMIN_API
+) -> ASGIApp:
     """The application behind everything that decides who may use it."""
-    app = KeyCheck(app, config, admin)
+    app = KeyCheck(app, keys, admin)
     if config.allowed_origin:
         origins = [origin.removesuffix("/") for origin in config.allowed_origin]
         app = CORSMiddleware(
@@ -52,23 +66,23 @@ def guarded(app: ASGIApp, config: ServerConfig, metrics: Metrics, admin: AdminPa
             allow_origins=[ANY] if ANY in origins else origins,
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after"),
+            expose_headers=("x-request-id", "retry-after", *RATE_HEADERS),
             allow_private_network=True,
         )
-    return ResponseCounter(Threshold(app, config, admin), metrics)
+    return ResponseCounter(Threshold(app, config, keys, admin), metrics)
 
 
 class Threshold:
     """Refuses requests whose senders nobody can trust whatever key they have, or that nobody sends for himself."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, admin: AdminPaths) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, keys: KeyRing, admin: AdminPaths) -> None:
         self._app = app
         self._admin = admin
         self._pages = WebPages(config)
-        self._admin_has_keys = bool(config.admin_key)
+        self._keys = keys
         # A server that others reach, that a proxy stands before or that asks for keys cannot tell who stands behind a
         # loopback address.
-        self._trusts_loopback = is_loopback(config.host) and not config.behind_proxy and not config.api_key
+        self._trusts_loopback = is_loopback(config.host) and not config.behind_proxy and not keys.asks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -82,50 +96,74 @@ class Threshold:
         check_repeated(scope)
         if (
             scope["path"] in self._admin
-            and not self._admin_has_keys
+            and not self._keys.has_admins
             and not (self._trusts_loopback and is_local(scope))
         ):
             raise ForbiddenError(
                 "without --admin-key what controls the server answers only on one that listens on a loopback address, "
-                "has no --api-key and no --behind-proxy, and to clients on its own machine that are neither proxies "
-                "nor web pages of others; start the server with --admin-key KEY",
+                "asks users for no key and has no --behind-proxy, and to clients on its own machine that are neither "
+                "proxies nor web pages of others; start the server with --admin-key KEY",
                 code="admin_key_required",
             )
         self._pages.check(scope)
 
 
 class KeyCheck:
-    """Lets requests in that carry a key of their door, and says whose it is; what tells how the server is is open."""
+    """Lets requests in that carry a key of their door, and says whose it is; what tells how the server is is open.
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, admin: AdminPaths) -> None:
+    Answers say what is left of the limits of their key.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, admin: AdminPaths) -> None:
         self._app = app
+        self._keys = keys
         self._admin = admin
-        self._users = Keys(config.api_key, "--api-key")
-        self._admins = Keys(config.admin_key, "--admin-key")
-        self._limits = RequestLimits(config.max_n, config.max_logprobs, config.most_urgent_priority)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            admin = scope["path"] in self._admin
-            keys = self._admins if admin else self._users
-            principal: Principal | None = Principal()
-            if keys and scope["path"] not in OPEN_PATHS:
-                principal = keys.holder(sent_key(scope))
-            if principal is None:
-                kind = "admin" if admin else "API"
-                return await send_error(
-                    send, UnauthorizedError(f"send a valid {kind} key as 'Authorization: Bearer KEY'")
-                )
-            role: Literal["user", "admin"] = "admin" if admin else "user"
-            scope[SCOPE_ENTRY] = replace(principal, role=role, limits=self._limits)
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            principal = self._principal(scope)
+        except ApiError as error:
+            return await send_error(send, error)
+        scope[SCOPE_ENTRY] = principal
+        limits = principal.account.limits
+
+        def telling(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *principal.account.headers()]
+            return send(message)
+
+        limited = limits.requests_per_minute or limits.tokens_per_minute
+        await self._app(scope, receive, telling if limited else send)
+
+    def _principal(self, scope: Scope) -> Principal:
+        """Raises UnauthorizedError, ForbiddenError."""
+        role: Role = "admin" if scope["path"] in self._admin else "user"
+        asks = self._keys.has_admins if role == "admin" else self._keys.asks
+        if not asks or scope["path"] in OPEN_PATHS:
+            return replace(self._keys.anonymous, role=role)
+        kind = {"admin": "admin", "user": "API"}[role]
+        sent = sent_key(scope)
+        principal = None if sent is None else self._keys.holder(sent)
+        if principal is None:
+            raise UnauthorizedError(f"send a valid {kind} key as 'Authorization: Bearer KEY'")
+        if principal.role != role:
+            raise ForbiddenError(f"this route is opened by an {kind} key, and by no other", code="wrong_key")
+        return principal
 
 
-def sent_key(scope: Scope) -> str | None:
-    """The Authorization header, or what stands for it: clients of Anthropic's API send keys in a header of its own."""
-    if (sent := header(scope, "authorization")) is None and (key := header(scope, "x-api-key")) is not None:
-        return f"Bearer {key}"
-    return sent
+def sent_key(scope: Scope) -> bytes | None:
+    """The key that a request carries; ``x-api-key`` is where clients of Anthropic's API have it."""
+    sent = header(scope, "authorization")
+    if sent is None:
+        secret = header(scope, "x-api-key")
+    else:
+        scheme, _, secret = sent.partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+    return secret.strip(" \t").encode("latin-1") if secret else None
 
 
 def is_local(scope: Scope) -> bool:

@@ -61,6 +61,8 @@ class GenerationRequest:
     """An id for each sequence, in the order prompt, choice, by which it can be aborted; or none."""
     rollout: Rollout | None = None
     """The batch of rollouts that it belongs to, if it does."""
+    timeout_s: float | None = None
+    """How long its sender would wait for the whole answer."""
     arrival: float
     """time.monotonic()"""
 
@@ -75,7 +77,7 @@ async def prepare_generation(
     """A generating request, unless the queue is full anyway; ``before`` as for prepare."""
     service.require_ready()
     service.control.require_awake()
-    service.admit(1)
+    service.admission.require_room(principal_of(request.scope).account, 1)
     prepared: Prepared[Any] = await prepare(service, request, job, before)
     return prepared
 
@@ -88,6 +90,7 @@ async def prepare(
     Raises ClientDisconnect when nobody waits for it any more.
     """
     service.require_ready()
+    service.admission.begin(principal_of(request.scope).account)
     with service.bodies.hold() as held:
         raw = await read_body(request, service.config.max_body_bytes, held)
         if len(raw) <= INLINE_BYTES:
@@ -116,7 +119,9 @@ def start_generation(
         request.state.request_id = asked.request_id
     request_id = request.state.request_id
     name = asked.answer_prefix + request_id
-    return Generation(service, name, asked.arrival, sequences, asked.choices, request_id, asked.rollout)
+    generation = Generation(service, name, asked.arrival, sequences, asked.choices, request_id, asked.rollout)
+    generation.account, generation.timeout_s = principal_of(request.scope).account, asked.timeout_s
+    return generation
 
 
 def make_sequences(service: Service, request: Request, asked: GenerationRequest, first: int) -> list[Sequence]:
@@ -124,7 +129,7 @@ def make_sequences(service: Service, request: Request, asked: GenerationRequest,
     require_known_tokens(service, asked.prompts, asked.params[0], asked.param)
     require_known_drafter(service, asked.speculation.mode)
     principal = principal_of(request.scope)
-    require_allowed_priority(principal, asked.priority)
+    priority = allowed_priority(principal, asked.priority)
     said = read_statement(request, asked.metadata, asked.user, service.traffic.traffic_consent)
     traffic = said.kept(service.traffic.traffic_log)
     domain, tenant = said.domain, principal.tenant(said.user)
@@ -136,9 +141,11 @@ def make_sequences(service: Service, request: Request, asked: GenerationRequest,
                 request_id=request_id,
                 prompt=prompt,
                 params=for_choice(params, asked.seed, choice),
-                priority=asked.priority,
+                priority=priority,
                 cache_salt=asked.cache_salt,
                 tenant=tenant,
+                flow=principal.key,
+                weight=principal.account.limits.weight,
                 domain=domain,
                 traffic=traffic,
                 route=service.route(request_id, tenant, domain),
@@ -162,7 +169,7 @@ def require_choices(service: Service, principal: Principal, choices: int, prompt
     most = principal.limits.max_n
     if choices > most:
         raise InvalidRequestError(f"n: at most {most} (--max-n), not {choices}", param="n")
-    service.admit(choices * prompts)
+    service.admission.require_room(principal.account, choices * prompts)
 
 
 def fit_context(service: Service, prompt_tokens: int, asked: int | None, param: str) -> int:
@@ -216,14 +223,20 @@ def require_known_tokens(
     raise InvalidRequestError(f"{field}: the model has the tokens 0 to {vocab_size - 1}, not {token}", param=field)
 
 
-def require_allowed_priority(principal: Principal, priority: int) -> None:
-    """Raises InvalidRequestError for one that would put a request further before others than the server lets it."""
+def allowed_priority(principal: Principal, priority: int) -> int:
+    """The priority of a request; 0 is that of one that asks for none.
+
+    Raises InvalidRequestError for one that would put a request further before others than the server lets it.
+    """
     least = principal.limits.most_urgent_priority
+    if priority == 0:
+        return max(least, 0)
     if priority < least:
         raise InvalidRequestError(
             f"priority: {least} to {MAX_PRIORITY} on this server, not {priority} (--most-urgent-priority)",
             param="priority",
         )
+    return priority
 
 
 def require_known_drafter(service: Service, mode: str) -> None:

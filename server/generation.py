@@ -106,6 +106,11 @@ class Sequence:
     def prompt(self) -> list[int]:
         return self.request.prompt
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it waits no more."""
+        return self.metrics.scheduled > 0 or self.finished
+
     def attach(self, stream: RequestStream) -> None:
         self._stream = stream
         stream.on_last = self.metrics.on_last
@@ -270,6 +275,10 @@ class Generation:
 
         It can be aborted by its ``name``, which is that of the answer, and by the ``request_id``.
         """
+        self.account = service.keys.anonymous.account
+        """Whose limits it counts for."""
+        self.timeout_s: float | None = None
+        """How long its sender would wait for it."""
         self.name = name
         self._rollout = rollout
         self._request_id = request_id or name
@@ -284,7 +293,7 @@ class Generation:
         self._failure: BaseException | None = None
 
     def __enter__(self) -> Self:
-        streams = self._service.submit([sequence.request for sequence in self.sequences])
+        streams = self._service.submit([sequence.request for sequence in self.sequences], self.account)
         for sequence, stream in zip(self.sequences, streams, strict=True):
             sequence.attach(stream)
         self._open()
@@ -305,6 +314,8 @@ class Generation:
         self._service.metrics.max_generation_tokens.observe(max(sequence.num_tokens for sequence in self.sequences))
 
     def _open(self) -> None:
+        prompt_tokens, _, _ = self.count_tokens()
+        self._opened.enter_context(self._service.admission.holding(self.account, self.sequences, prompt_tokens))
         opened = self._service.control.opened
         ids = [sequence.request.request_id for sequence in self.sequences]
         self._opened.enter_context(opened(ids, {self.name, self._request_id}))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ONCE = frozenset(
     {
         *("authorization", "content-length", "content-type", "host", "origin", "x-request-id", "x-slipstream-domain"),
-        "x-api-key",
+        *("x-api-key", "x-slipstream-timeout-s"),
         *("access-control-request-headers", "access-control-request-method", "sec-fetch-site"),
         *("content-encoding", "transfer-encoding"),
     }
@@ -38,7 +38,7 @@ def header(scope: Scope, name: str) -> str | None:
 def header_values(scope: Scope, name: str) -> list[str]:
     """What all copies of a header say; ``name`` is in lower case."""
     wanted = name.encode()
-    return [value.decode("latin-1").strip(" \t") for found, value in scope["headers"] if found == wanted]
+    return [value.decode("latin-1").strip(" \t") for found, value in scope.get("headers", ()) if found == wanted]
 
 
 def host_name(host: str) -> str:

@@ -221,8 +221,11 @@ def stop_signals(service: Service) -> tuple[asyncio.Event, asyncio.Event]:
             service.kill_engine()
         first.set()
 
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, on_signal)
+    if service.keys.watches:
+        loop.add_signal_handler(signal.SIGHUP, service.keys.refresh, True)
     return first, second
 
 
@@ -258,7 +261,7 @@ def address(listener: socket.socket) -> str:
 def greeting(service: Service, url: str, seconds: float) -> str:
     ready = service.engine.ready
     limits = str(control_groups())
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if service.config.api_key else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if service.keys.asks else ""
     return (
         f"Slipstream {version('slipstream')} serves {service.model_names[0]} at {url} (ready after {seconds:.1f} s)\n"
         f"  weights {ready.weights}, cache {ready.dtype}, on {ready.device}, {ready.kernels} kernels, "

@@ -39,6 +39,7 @@ STEP_TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 
 CHOICES_BUCKETS = (1, 2, 5, 10, 20, 50, 100)
 PREEMPTIONS_BUCKETS = (0, 1, 2, 5, 10, 20)
 FAILURES = (429, 500, 503, 504)
+REJECTIONS = ("queue_full", "requests_per_minute", "tokens_per_minute", "max_concurrent")
 
 FROM_STATS: tuple[
     tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[[EngineStats], float]], ...
@@ -293,7 +294,8 @@ class Metrics:
         # Series that begin with the first failure would hide it: a rate needs a value before it.
         for finish_reason in get_args(FinishReason):
             self._finished.labels(model_name, finish_reason)
-        self._rejected.labels(model_name, "queue_full")
+        for rejection in REJECTIONS:
+            self._rejected.labels(model_name, rejection)
         self._phase = Gauge(PREFIX + "ready", "1 when the server takes requests.", registry=self.registry)
         self._stalled = Gauge(
             PREFIX + "engine_stalled_seconds",

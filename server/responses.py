@@ -12,7 +12,7 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from slipstream.server.deadline import DEADLINE
+from slipstream.server.deadline import DEADLINE, LIMIT_S, TOO_LONG, shortest
 from slipstream.server.errors import ApiError, TimedOutError
 from slipstream.server.gate import send_error
 from slipstream.server.generation import Generation, Piece, Sequence
@@ -73,7 +73,7 @@ class GenerationResponse(Response):
         if (limit := scope.get(DEADLINE)) is not None:
             limit.reschedule(None)  # from here on the deadline is kept here, where a stream can be told of it
         try:
-            async with cancelled_on_disconnect(receive, self._deadline()):
+            async with cancelled_on_disconnect(receive, self._deadline(scope)):
                 with self._service.responding(), self._generation:
                     if self._stream:
                         await self._send_events(send)
@@ -85,9 +85,9 @@ class GenerationResponse(Response):
             logger.exception("request %s failed", self._generation.name)
             await self._send_error(send, ApiError("internal error; see the server's log"))
 
-    def _deadline(self) -> float | None:
-        limit = self._service.config.request_timeout_s
-        return self._generation.arrival + limit if limit else None
+    def _deadline(self, scope: Scope) -> float | None:
+        limit = shortest(scope.get(LIMIT_S), self._generation.timeout_s)
+        return None if limit is None else self._generation.arrival + limit
 
     async def _send_events(self, send: Send) -> None:
         writer = self._writer
@@ -164,7 +164,7 @@ async def cancelled_on_disconnect(receive: Receive, deadline: float | None) -> A
             yield
     except TimeoutError:
         if not gone:
-            raise TimedOutError("the request took longer than --request-timeout-s allows") from None
+            raise TimedOutError(TOO_LONG) from None
     finally:
         if listener is not None:
             listener.cancel()

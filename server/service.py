@@ -22,11 +22,14 @@ from slipstream.engine.handle import EngineHandle, RequestStream
 from slipstream.engine.messages import NewRequest
 from slipstream.engine.operations import UseVocabulary
 from slipstream.engine.supervisor import EngineSupervisor, Restarts
+from slipstream.server.account import Account
+from slipstream.server.admission import Admission
 from slipstream.server.config import ENGINE_PROCESS, ServerConfig
 from slipstream.server.disks import Disks
-from slipstream.server.errors import InvalidRequestError, OverloadedError, UnavailableError
+from slipstream.server.errors import UnavailableError
 from slipstream.server.evolution.metrics import EvolutionCollector
 from slipstream.server.evolution.observer import Observer
+from slipstream.server.gate import key_ring
 from slipstream.server.held import HeldBytes
 from slipstream.server.metrics import PREFIX, Metrics
 from slipstream.server.prepared import Limits, require_model
@@ -39,9 +42,9 @@ if TYPE_CHECKING:
     from slipstream.server.evolution.evolution import Evolution
 
 RETRY_LOADING_S = 2
-RETRY_OVERLOADED_S = 1
 RETRY_DRAINING_S = 5
 OBSERVE_SECONDS = 1.0
+KEYS_SECONDS = 2.0
 BODIES_HELD = 4
 """How many of the largest bodies may be in memory at the same time."""
 MAX_ANSWERS_HELD = 32 * 2**20
@@ -89,7 +92,7 @@ class Service:
         traffic: TrafficConfig,
         start_engine: StartEngine = start_process,
     ) -> None:
-        """Raises ModelError if there is no such model."""
+        """Raises ModelError if there is no such model, ConfigError for a file of keys that cannot be used."""
         self.config = config
         self.engine_config = engine_config
         self.traffic = traffic
@@ -101,6 +104,13 @@ class Service:
         self.metrics.registry.register(self._evolution_metrics)
         self._disks = Disks(PREFIX, self.model_names[0])
         self.metrics.registry.register(self._disks)
+        self.keys = key_ring(config)
+        self.admission = Admission(
+            engine_config.max_running + config.max_queued_requests,
+            config.max_queued_tokens,
+            lambda: self.engine.num_open,
+            self.metrics,
+        )
         self.created = int(time.time())
         self.phase: Literal["loading", "ready", "draining"] = "loading"
         self.num_responding = 0
@@ -142,6 +152,8 @@ class Service:
         await self._tell_vocabulary(self.engine)
         self._work = self._make_work()
         self._watching = [asyncio.create_task(self._observe()), asyncio.create_task(self._disks.watch(self._folders()))]
+        if self.keys.watches:
+            self._watching.append(asyncio.create_task(self._watch_keys()))
         if self.evolution is not None:
             await self.evolution.start()
             self._evolution_metrics.evolution = self.evolution
@@ -206,6 +218,11 @@ class Service:
             self.observer.look(self.engine.stats, self.drafter_versions().get(SHARED_ROUTE, 0))
             await asyncio.sleep(OBSERVE_SECONDS)
 
+    async def _watch_keys(self) -> None:
+        while True:
+            await asyncio.sleep(KEYS_SECONDS)
+            await asyncio.to_thread(self.keys.refresh)
+
     @property
     def is_loaded(self) -> bool:
         """Whether there is an engine to ask about."""
@@ -258,25 +275,12 @@ class Service:
         finally:
             self.num_responding -= 1
 
-    def admit(self, count: int) -> None:
-        """Raises OverloadedError if the queue has no room for so many sequences now, InvalidRequestError if never."""
-        capacity = self.engine_config.max_running + self.config.max_queued_requests
-        if count > capacity:
-            raise InvalidRequestError(
-                f"the request asks for {count} sequences; this server holds at most {capacity} (--max-queued-requests)",
-                param="n",
-            )
-        if self.engine.num_open + count > capacity:
-            self.metrics.rejected("queue_full")
-            raise OverloadedError(
-                f"{self.engine.num_open} sequences are running or waiting, and {count} more would exceed {capacity}",
-                retry_after_s=RETRY_OVERLOADED_S,
-            )
-
-    def submit(self, requests: list[NewRequest]) -> list[RequestStream]:
+    def submit(self, requests: list[NewRequest], account: Account | None = None) -> list[RequestStream]:
+        """Raises UnavailableError, OverloadedError; ``account`` is whose the requests are."""
         self.require_ready()
         self.control.require_awake()
-        self.admit(len(requests))
+        tokens = sum(len(prompt) for prompt in {id(each.prompt): each.prompt for each in requests}.values())
+        self.admission.require_room(account or self.keys.anonymous.account, len(requests), tokens)
         if self.engine.num_open == 0:
             self._busy_since = time.monotonic()
         return [self.engine.submit(request) for request in requests]

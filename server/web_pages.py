@@ -24,7 +24,7 @@ class WebPages:
     """Refuses what pages of others send."""
 
     def __init__(self, config: ServerConfig) -> None:
-        self._has_keys = bool(config.api_key)
+        self._has_keys = bool(config.api_key or config.keys_file)
         self._local = is_loopback(config.host)
         self._origins = frozenset(origin.lower().removesuffix("/") for origin in config.allowed_origin)
         self._names = frozenset(host_name(name) for name in (config.host, *config.allowed_host))

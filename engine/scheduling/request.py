@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import SystemRandom
 
 import numpy as np
@@ -217,7 +217,7 @@ class Request:
 
 
 def check_rows(
-    running: Sequence[Request], waiting: Sequence[Request], free_slots: Sequence[int], rows: int, block_size: int
+    running: Sequence[Request], waiting: Iterable[Request], free_slots: Sequence[int], rows: int, block_size: int
 ) -> None:
     """Raises AssertionError if requests, rows and blocks do not add up."""
     slots = [request.slot for request in running]

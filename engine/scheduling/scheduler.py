@@ -13,7 +13,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.listening import EndedRequest, Listeners
 from slipstream.engine.messages import EngineStats, FinishReason, NewRequest, TokenDelta
 from slipstream.engine.operations import PauseMode, UpdateMode
-from slipstream.engine.plan import NewRow, StepPlan, StepResult
+from slipstream.engine.plan import NewRow, StepPlan, StepResult, StepWork
 from slipstream.engine.scheduling.controller import Decision
 from slipstream.engine.scheduling.draft_planner import DraftPlanner
 from slipstream.engine.scheduling.kv.manager import Admission, KVManager, Wait
@@ -21,6 +21,7 @@ from slipstream.engine.scheduling.plan_builder import PlanBuilder
 from slipstream.engine.scheduling.prompts import plan_prompts
 from slipstream.engine.scheduling.queue_order import QueueOrder
 from slipstream.engine.scheduling.request import Request, check_rows
+from slipstream.engine.scheduling.shares import WaitingRequests
 from slipstream.engine.scheduling.standstill import Standstill
 from slipstream.engine.scheduling.step_cost import StepCost
 from slipstream.engine.speculation.protocol import DraftNeeds
@@ -57,7 +58,7 @@ class Scheduler:
         self._clock = clock
         self._order = QueueOrder(config, cost, clock)
         self._requests: dict[int, Request] = {}
-        self._waiting: list[Request] = []  # by deadline
+        self._waiting = WaitingRequests(config.priority_step_s)
         self._running: list[Request] = []  # by deadline
         self._free_slots = list(range(config.max_running - 1, -1, -1))
         self._under_way: deque[tuple[StepPlan, list[Request], Decision | None]] = deque()
@@ -78,7 +79,8 @@ class Scheduler:
         if request.length > self._switch_length:
             request.outgrow()
         self._requests[request.request_id] = request
-        insort(self._waiting, request, key=_deadline)
+        self._waiting.opened(request)
+        self._waiting.add(request)
         self._listeners.begin(message, self.target_version)
 
     def abort(self, request_ids: Iterable[int], stopped: bool = False) -> None:
@@ -156,7 +158,7 @@ class Scheduler:
         self._admit(plan)
         self._plan_decodes(plan)
         caught_up = (each for each in self._running if not self._awaits_result(each))
-        plan_prompts(plan, caught_up, self._config, self.cost)
+        plan_prompts(plan, self._waiting.ordered(caught_up), self._config, self.cost)
         if not plan.requests:
             return None
         for request in plan.requests:
@@ -175,7 +177,10 @@ class Scheduler:
         self.cost.observe(plan.work_with(result.drafted), result.seconds)
         self._draft_planner.observe(plan, decision, result)
         deltas = self.take_ended()
+        each = result.seconds / max(1, plan.num_tokens) if self._waiting.is_shared else 0.0
         for row, request in enumerate(requests):
+            if each and plan.samples[row]:  # prompts were charged when they were admitted
+                self._waiting.charge(request, each * (1 + result.drafted[row]))
             if plan.samples[row]:
                 request.in_flight -= 1 + plan.drafts[row]
                 request.unsure -= plan.drafts[row]
@@ -260,8 +265,8 @@ class Scheduler:
             request.outgrow()
 
     def _admit(self, plan: PlanBuilder) -> None:
-        """Moves waiting requests to running ones while there is room, in order of their deadlines."""
-        for request in list(self._waiting):
+        """Moves waiting requests to running ones while there is room, each in its turn."""
+        for request in self._waiting.in_turn():
             if request.in_flight:
                 continue  # preempted with tokens under way, which will come with the next commit
             if request.is_held or (self.standstill.pause and not request.has_begun):
@@ -283,13 +288,7 @@ class Scheduler:
 
     def _wants_prompt_work(self, request: Request) -> bool:
         """Whether prompts more urgent than this one leave room in the next step."""
-        backlog = 0
-        for running in self._running:
-            if running.deadline > request.deadline:
-                break
-            if running.length - running.num_computed > 1:
-                backlog += running.length - running.num_computed
-        return backlog < self._config.max_step_tokens
+        return self._waiting.prompts_before(request, self._running) < self._config.max_step_tokens
 
     def _start(self, request: Request, admission: Admission, plan: PlanBuilder) -> None:
         self._waiting.remove(request)
@@ -297,6 +296,9 @@ class Scheduler:
         request.slot = self._free_slots.pop()
         request.num_computed = admission.num_cached
         request.begin_again()
+        if self._waiting.is_shared:
+            work = StepWork().add(admission.num_cached, len(request.tokens) - admission.num_cached)
+            self._waiting.charge(request, self.cost.predict(work))
         if not request.scheduled_at:
             request.scheduled_at = self._clock()
             request.num_cached = admission.num_cached
@@ -349,7 +351,7 @@ class Scheduler:
     def _requeue(self, request: Request) -> None:
         self._leave_row(request)
         request.num_computed = 0
-        insort(self._waiting, request, key=_deadline)
+        self._waiting.add(request)
 
     # Results --------------------------------------------------------------------------------------------------------
 
@@ -381,6 +383,7 @@ class Scheduler:
     def _end(self, request: Request, reason: FinishReason) -> None:
         del self._requests[request.request_id]
         request.finished = True
+        self._waiting.ended(request)
         if reason in ("stop", "length"):
             self._order.ended(request.message, request.num_output)
         if request.slot >= 0:

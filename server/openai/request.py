@@ -51,6 +51,7 @@ def make_generation(
         answer_prefix=prefix,
         request_id=body.request_id,
         rollout=rollout_of(body.rollout),
+        timeout_s=body.timeout_s,
         arrival=arrival,
     )
     return start_generation(service, request, asked)

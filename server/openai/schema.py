@@ -164,6 +164,7 @@ class GenerationBody(SamplingBody, StructuredFields):
     cache_salt: CacheSalt | None = None
     speculation: Speculation | None = None
     rollout: RolloutBody | None = None
+    timeout_s: float | None = Field(None, gt=0)
     return_metrics: bool | None = None
     request_id: RequestId | None = None
     user: Label | None = None

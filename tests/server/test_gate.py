@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -12,10 +13,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slipstream.engine.errors import ConfigError
 from slipstream.server.config import ServerConfig
-from slipstream.server.gate import guarded
+from slipstream.server.gate import guarded, key_ring
 from slipstream.server.headers import ONCE
 from slipstream.server.metrics import Metrics
-from slipstream.server.principal import Keys, Principal, RequestLimits, principal_of
+from slipstream.server.keys import KeyRing, Keys
+from slipstream.server.principal import Principal, RequestLimits, principal_of
 
 LOCAL = ServerConfig()
 CONTAINER = ServerConfig(host="0.0.0.0")
@@ -59,7 +61,7 @@ async def ask(
 
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers]
     scope = {"type": "http", "method": method, "path": path, "headers": raw, "client": (client, 5)}
-    await guarded(application, config, METRICS)(scope, receive, send)
+    await guarded(application, config, key_ring(config), METRICS)(scope, receive, send)
     return Reply(messages)
 
 
@@ -222,11 +224,11 @@ users = st.text(max_size=8) | st.sampled_from(["", "/", "a/b", "\0"])
     said=st.lists(st.tuples(st.integers(0, 3), users), min_size=2, max_size=6),
 )
 def test_no_key_can_name_the_tenant_of_another(keys: list[Any], said: list[tuple[int, str]]) -> None:
-    found = Keys([secret if name is None else f"{name}={secret}" for name, secret in keys], "--api-key")
+    found = ring(*(secret if name is None else f"{name}={secret}" for name, secret in keys))
     tenants: dict[str, tuple[Any, str]] = {}
     for number, user in said:
         name, secret = keys[number % len(keys)]
-        holder = found.holder(f"Bearer {secret}")
+        holder = found.holder(secret.encode())
         assert holder is not None
         who = (name or secret, user)
         assert tenants.setdefault(holder.tenant(user), who) == who
@@ -243,34 +245,56 @@ async def test_the_gate_says_who_asks_and_what_he_may() -> None:
     config = ServerConfig(api_key=("acme=one", "globex=two"), admin_key=("root=three",), **limits)  # type: ignore[arg-type]
     for path, key in (("/v1/completions", "one"), ("/v1/completions", "two"), (STATUS, "three")):
         assert (await ask(config, ("authorization", f"Bearer {key}"), path=path, application=look)).status == 200
-    assert [(found.key, found.role) for found in seen] == [("acme", "user"), ("globex", "user"), ("", "admin")]
+    assert [(found.key, found.role) for found in seen] == [("acme", "user"), ("globex", "user"), ("root", "admin")]
     assert {found.limits for found in seen} == {RequestLimits(**limits)}
-    assert (await ask(config, ("authorization", "Bearer three"), application=look)).status == 401
-    assert (await ask(config, ("authorization", "Bearer one"), path=STATUS, application=look)).status == 401
+    for path, key in (("/v1/completions", "three"), (STATUS, "one")):
+        refused = await ask(config, ("authorization", f"Bearer {key}"), path=path, application=look)
+        assert (refused.status, refused.code) == (403, "wrong_key")
 
 
-def test_names_of_tenants() -> None:
-    assert Keys([], "--api-key").holder("Bearer x") is None
-    one = Keys(["sk-1"], "--api-key").holder("Bearer sk-1")
-    assert one is not None and one.tenant("bob") == "bob" and one.tenant("") == ""
-    two = Keys(["acme=new", "acme=old", "globex=third=x", "c2VjcmV0=="], "--api-key")
-    assert two.holder("Bearer new") == two.holder("bearer  old") == Principal("acme")
-    third = two.holder("Bearer third=x")
-    assert third is not None and (third.tenant("a/b"), third.tenant("")) == ("globex/a/b", "globex")
-    unnamed = two.holder("Bearer c2VjcmV0==")
-    assert unnamed is not None and unnamed.key.startswith("key-") and "c2VjcmV0" not in unnamed.tenant("bob")
-    for wrong in (None, "", "new", "Bearer", "Bearer acme=new", "Basic new", "Bearer new, Bearer old"):
-        assert two.holder(wrong) is None
-    alone = Keys(["acme=new", "acme=old"], "--api-key").holder("Bearer old")
+def ring(*keys: str) -> KeyRing:
+    return KeyRing(Keys(keys, "--api-key"), Keys([], "--admin-key", "admin"))
+
+
+async def holder_of(config: ServerConfig, *headers: tuple[str, str]) -> str | int:
+    """The tenant of a request with these headers, or the status of its refusal."""
+    reply = await ask(config, *headers)
+    return reply.body.decode() if reply.status == 200 else reply.status
+
+
+async def test_names_of_tenants() -> None:
+    assert await holder_of(ServerConfig(api_key=("sk-1",)), ("authorization", "Bearer sk-1")) == "bob"
+    config = ServerConfig(api_key=("acme=new", "acme=old", "globex=third=x", "c2VjcmV0=="))
+    for header in (("authorization", "Bearer new"), ("authorization", "bearer  old"), ("x-api-key", "new")):
+        assert await holder_of(config, header) == "acme/bob"
+    assert await holder_of(config, ("authorization", "Bearer third=x")) == "globex/bob"
+    unnamed = await holder_of(config, ("authorization", "Bearer c2VjcmV0=="))
+    assert str(unnamed).startswith("key-") and "c2VjcmV0" not in str(unnamed)
+    for wrong in ("", "new", "Bearer", "Bearer ", "Bearer acme=new", "Basic new", "Bearer new, Bearer old"):
+        assert await holder_of(config, ("authorization", wrong), ("x-api-key", "new")) == 401, wrong
+    assert await holder_of(config) == 401
+    alone = ring("acme=new", "acme=old").holder(b"old")
     assert alone == Principal(""), "keys of one name are one principal"
+    third = ring("acme=new", "globex=third").holder(b"third")
+    assert third is not None and (third.tenant("a/b"), third.tenant("")) == ("globex/a/b", "globex")
+    assert ring().holder(b"x") is None
 
 
 @given(secrets)
-def test_a_key_can_be_of_any_characters(secret: str) -> None:
+async def test_a_key_can_be_of_any_characters(secret: str) -> None:
     assume(secret.strip())
-    assert Keys([secret, "näher à"], "--api-key").holder(f"Bearer {secret}") is not None
+    config = ServerConfig(api_key=(secret, "näher à"))
+    assert (await ask(config, ("authorization", f"Bearer {secret}"))).status == 200
     sent = "Bearer " + "näher à".encode().decode("latin-1")
-    assert Keys([secret, "näher à"], "--api-key").holder(sent) is not None
+    assert (await ask(config, ("authorization", sent))).status == 200
+
+
+@given(secrets)
+async def test_a_digest_stands_for_a_key_and_opens_nothing_itself(secret: str) -> None:
+    hashed = f"sha256:{hashlib.sha256(secret.encode()).hexdigest()}"
+    for config in (ServerConfig(api_key=(hashed,)), ServerConfig(api_key=(f"acme={hashed}", "other"))):
+        assert (await ask(config, ("authorization", f"Bearer {secret}"))).status == 200
+        assert (await ask(config, ("authorization", f"Bearer {hashed}"))).status == 401
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,13 @@ def status_of(server: Any, path: str = "/admin/v1/status", **headers: str) -> tu
 
 
 def test_keys_open_only_their_own_door(evolving: Any) -> None:
-    assert status_of(evolving) == (401, "invalid_api_key"), "the key of users is none of the admin API"
+    assert status_of(evolving) == (403, "wrong_key"), "the key of users is none of the admin API"
     assert status_of(evolving, authorization="Bearer wrong") == (401, "invalid_api_key")
     assert status_of(evolving, authorization=f"Basic {KEY}") == (401, "invalid_api_key")
     assert status_of(evolving, "/admin/v1/no/such", authorization="Bearer wrong") == (401, "invalid_api_key")
     assert status_of(evolving, "/admin/v1/no/such", authorization=f"Bearer {KEY}") == (404, "unknown_route")
     assert status_of(evolving, authorization=f"Bearer {KEY}", x_forwarded_for="192.0.2.1")[0] == 200
-    assert status_of(evolving, "/v1/models", authorization=f"Bearer {KEY}")[0] == 401
+    assert status_of(evolving, "/v1/models", authorization=f"Bearer {KEY}")[0] == 403
     assert evolving.request("GET", "/dashboard", headers={"authorization": ""})[0] == 200
 
 

@@ -1,0 +1,114 @@
+"""Flows get their shares of the machine, whatever each of them sends; one flow alone is served by deadline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.plan import StepWork
+from slipstream.engine.scheduling import shares
+from slipstream.engine.testing import SimulatedLoop
+
+VOCAB = 40
+CONFIG = EngineConfig(max_running=2, max_step_tokens=64, block_size=16)
+
+
+def loop_of(config: EngineConfig = CONFIG) -> SimulatedLoop:
+    loop = SimulatedLoop(config, 60, vocab_size=VOCAB)
+    loop.cost.calibrate([(StepWork(1), 0.01), (StepWork(512), 0.5)], [(StepWork(1, 0, 10**6), 0.6)])
+    return loop
+
+
+def begun(loop: SimulatedLoop) -> list[int]:
+    """The requests that have begun, in that order."""
+    found = [(told[0].scheduled_at, number) for number, told in loop.told.items() if told]
+    return [number for _, number in sorted(found)]
+
+
+@settings(max_examples=30)
+@given(
+    flood=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 4)), min_size=8, max_size=30),
+    size=st.integers(1, 30),
+    after=st.integers(0, 6),
+)
+def test_nobody_waits_for_what_another_flow_has_queued(flood: list[tuple[int, int]], size: int, after: int) -> None:
+    loop = loop_of()
+    for number, (length, tokens) in enumerate(flood):
+        loop.add(number, [number % VOCAB] * length, max_tokens=tokens, flow="flood")
+    for _ in range(after):
+        loop.step()
+    before = set(begun(loop))
+    loop.add(1000, [7] * size, max_tokens=2, flow="quiet")
+    loop.finish()
+    order = begun(loop)
+    passed = [number for number in order[: order.index(1000)] if number not in before]
+    # What was in the rows already goes on; of the queue, at most one of each row's worth of work goes first.
+    assert len(passed) <= 1 + CONFIG.max_running
+    assert len(order) == len(flood) + 1
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_two_floods_get_their_shares_by_weight(weight: float) -> None:
+    loop = loop_of(replace(CONFIG, max_running=1))
+    for number in range(80):
+        loop.add(2 * number, [number % VOCAB] * 20, max_tokens=3, flow="a", weight=weight)
+        loop.add(2 * number + 1, [number % VOCAB] * 20, max_tokens=3, flow="b")
+    while len(begun(loop)) < 60:
+        loop.step()
+    of_a = sum(number % 2 == 0 for number in begun(loop)) / 60
+    assert of_a == pytest.approx(weight / (weight + 1), abs=0.05)
+
+
+def test_who_was_away_gets_no_credit_and_who_was_alone_owes_nothing() -> None:
+    loop = loop_of(replace(CONFIG, max_running=1))
+    for number in range(40):
+        loop.add(number, [number % VOCAB] * 20, max_tokens=3, flow="a")
+    for _ in range(60):
+        loop.step()
+    late = len(begun(loop))
+    for number in range(100, 140):
+        loop.add(number, [number % VOCAB] * 20, max_tokens=3, flow="b")
+    while len(begun(loop)) < late + 20:
+        loop.step()
+    of_a = sum(number < 100 for number in begun(loop)[late:])
+    assert 8 <= of_a <= 12
+
+
+def test_urgent_requests_pass_other_flows_by_a_bounded_amount() -> None:
+    loop = loop_of(replace(CONFIG, max_running=1, priority_step_s=0.2))
+    for number in range(60):
+        loop.add(number, [number % VOCAB] * 20, max_tokens=3, flow="a")
+        loop.add(100 + number, [number % VOCAB] * 20, max_tokens=3, flow="b", priority=-1)
+    while len(begun(loop)) < 60:
+        loop.step()
+    order = begun(loop)
+    first = next(place for place, number in enumerate(order[1:]) if number < 100)
+    assert 2 <= first <= 20  # 0.2 s of steps, then both in turn
+    assert sum(number < 100 for number in order) > 20
+
+
+@given(requests=st.lists(st.tuples(st.integers(1, 100), st.integers(-2, 2)), min_size=1, max_size=10))
+@settings(max_examples=20)
+def test_one_flow_is_served_by_deadline_whatever_it_is_called(requests: list[tuple[int, int]]) -> None:
+    orders = []
+    for flow in ("", "a"):
+        loop = loop_of(replace(CONFIG, max_running=1))
+        for number, (length, priority) in enumerate(requests):
+            loop.add(number, [number % VOCAB] * length, max_tokens=1, flow=flow, priority=priority)
+        loop.finish()
+        orders.append(begun(loop))
+    assert orders[0] == orders[1]
+
+
+def test_what_is_remembered_of_flows_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "REMEMBERED_FLOWS", 3)
+    loop = loop_of()
+    for number in range(20):
+        loop.add(number, [5] * 8, max_tokens=1, flow=f"flow {number}")
+        loop.finish()
+    assert len(loop.scheduler._waiting._used) == 3
+    assert not loop.scheduler._waiting._open
