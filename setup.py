@@ -6,6 +6,7 @@ the torch reference kernels are used.
 """
 
 import os
+import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOTS = ("server", "engine", "kernels", "drafter", "clients", "loadtest")
 GLOBS = [glob for root in ROOTS for glob in (root, f"{root}.*")]
@@ -72,6 +74,28 @@ class BuildNative(build_ext):
         self.compiler.link_shared_object(objects, output, extra_postargs=["-pthread"], target_lang="c++")
 
 
+class BuildPython(build_py):
+    """Leaves beside server/version.py which commit was built, if that can be found out."""
+
+    def run(self) -> None:
+        super().run()
+        commit = os.environ.get("SLIPSTREAM_COMMIT") or checked_out()
+        if commit not in ("", "unknown") and not self.editable_mode:
+            file = Path(self.build_lib, "slipstream/server/commit.txt")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"{commit}\n")
+
+
+def checked_out() -> str:
+    if not Path(".git").exists():
+        return ""
+    try:
+        asked = ["git", "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
 class WheelOfAnyPython(bdist_wheel):
     """The kernels are loaded with ctypes and know nothing of Python: a wheel is for a platform and every version."""
 
@@ -91,5 +115,5 @@ if __name__ == "__main__":  # scripts ask for the flags
                 optional=True,
             )
         ],
-        cmdclass={"build_ext": BuildNative, "bdist_wheel": WheelOfAnyPython},
+        cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": WheelOfAnyPython},
     )

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from slipstream.engine.messages import DrafterStats, EngineStats, TokenDelta, TrafficStats
@@ -16,6 +17,15 @@ from slipstream.engine.scheduling.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 Deliver = Callable[[list[TokenDelta], EngineStats], None]
+Annotate = Callable[[str], AbstractContextManager[object]]
+_nothing = nullcontext()
+
+
+def NOTHING(_: str) -> AbstractContextManager[object]:  # noqa: N802 - a constant that is called
+    """Annotates nothing."""
+    return _nothing
+
+
 MOST_FAILURES = 3
 """Steps that may fail one after the other: beyond that it is not the requests, and the engine ends."""
 
@@ -58,6 +68,8 @@ class EngineCore:
         self._model_seconds = self._verify_seconds = self._draft_seconds = self._device_cpu_seconds = 0.0
         self._drafters = list(drafters)
         self._traffic = traffic
+        self.annotate: Annotate = NOTHING
+        """Around the parts of a step, by their names: for profilers."""
         self._began = time.thread_time()
         if pipeline:
             self._device = ThreadPoolExecutor(1, "device")
@@ -68,6 +80,11 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._running is not None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps committed so far."""
+        return self._steps
 
     def stats(self, plan: StepPlan | None = None, seconds: float = 0.0) -> EngineStats:
         """A snapshot, after ``plan`` took so many seconds."""
@@ -94,25 +111,33 @@ class EngineCore:
             self._device.shutdown()
 
     def _step(self) -> None:
-        plan = self.scheduler.schedule()
+        plan = self._plan()
         if plan is None:
             self._tell(self.scheduler.take_ended())
             return
         self._land(plan, lambda: self._run(plan))
 
+    def _plan(self) -> StepPlan | None:
+        with self.annotate("schedule"):
+            return self.scheduler.schedule()
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        with self.annotate("execute"):
+            return self._runner.execute(plan)
+
     def _run(self, plan: StepPlan) -> StepResult:
         cpu_began = time.thread_time()
         try:
-            return self._runner.execute(plan)
+            return self._execute(plan)
         finally:
             # This thread's own time counts from _began on; what the device did is not overhead.
             self._began += time.thread_time() - cpu_began
 
     def _step_ahead(self) -> None:
         assert self._device is not None
-        plan = self.scheduler.schedule()
+        plan = self._plan()
         before = self._running
-        self._running = (plan, self._device.submit(self._runner.execute, plan)) if plan is not None else None
+        self._running = (plan, self._device.submit(self._execute, plan)) if plan is not None else None
         if before is not None:
             self._land(before[0], before[1].result)
         elif plan is None:
@@ -125,7 +150,8 @@ class EngineCore:
             self._fail(plan, error)
         else:
             self._failures = 0
-            self._commit(plan, found)
+            with self.annotate("commit"):
+                self._commit(plan, found)
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         self._failures += 1

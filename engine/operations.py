@@ -274,6 +274,18 @@ class TellStepCosts(Operation[dict[int, float]], frozen=True, array_like=True, t
     """Answers with the seconds of a step by its tokens, with nothing to attend to."""
 
 
+class Profile(Operation[int], frozen=True, array_like=True, tag="profile"):
+    """Writes what the next steps spend their time with to ``path``, as a trace for browsers. Answers how many steps it
+    has, after so many or after ``seconds``.
+    """
+
+    path: str
+    steps: int
+    seconds: float
+    shapes: bool = False
+    """Whether sizes of tensors are in it."""
+
+
 TargetOperation = (
     BeginTargetUpdate
     | FillTarget
@@ -289,6 +301,6 @@ TargetOperation = (
     | ReadTensor
 )
 MemoryOperation = ReleaseMemory | ResumeMemory
-SchedulingOperation = Pause | Resume | ResetPrefixCache | UseVocabulary | CheckIntegrity | TellStepCosts
+SchedulingOperation = Pause | Resume | ResetPrefixCache | UseVocabulary | CheckIntegrity | TellStepCosts | Profile
 AnyOperation = SwapDrafter | DropDrafter | SchedulingOperation | TargetOperation | MemoryOperation
 AnyAnswer = SwapReport | TargetUpdated | TensorRows | Checksums | dict[int, float] | bool | int | None

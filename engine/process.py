@@ -5,7 +5,6 @@ Run as ``python -m slipstream.engine.process DESCRIPTOR CONFIG``: an inherited s
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from slipstream.engine.background import Background, done
+from slipstream.engine.child import keep_for_good
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.constrained import ConstrainedRequests
 from slipstream.engine.core import EngineCore
@@ -44,6 +44,7 @@ from slipstream.engine.operations import (
     DropDrafter,
     Operation,
     Pause,
+    Profile,
     ReleaseMemory,
     ResetPrefixCache,
     Resume,
@@ -55,6 +56,7 @@ from slipstream.engine.operations import (
     UpdateMode,
     UseVocabulary,
 )
+from slipstream.engine.profiling import StepProfiler
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.runner.speculator import Speculator
 from slipstream.engine.scheduling.calibration import calibrate
@@ -119,6 +121,7 @@ class Engine:
         drafter_stats = self.runner.speculator.stats
         self.core = EngineCore(self.scheduler, self.runner, deliver, pipeline, drafter_stats, self.listeners.stats)
         self.background = Background(self.core.drain)
+        self._profiler = StepProfiler(self.core, self.runner.cache.device.type == "cuda")
         self._target = TargetUpdates(
             loaded.model, self.runner.cache.device, loaded.update_bytes, self.background, self._prepare_target
         )
@@ -187,6 +190,8 @@ class Engine:
                 self.scheduler.check_integrity()
             case TellStepCosts():
                 return done(self.scheduler.cost.table())
+            case Profile():
+                return self._profiler.start(operation)
             case _:
                 raise SlipstreamError(f"the engine has no operation {type(operation).__name__}")
         return done(None)
@@ -196,13 +201,16 @@ class Engine:
         self._target.poll()
         self.constrained.poll(self.core.has_work)
         self.background.poll(self.core.has_work)
+        self._profiler.poll()
 
     @property
     def has_background_work(self) -> bool:
         """Whether ``poll`` may find something to carry out at any moment."""
-        return self.background.has_work or self.constrained.has_work or self._target.is_waiting
+        workers = (self.background, self.constrained, self._profiler)
+        return self._target.is_waiting or any(worker.has_work for worker in workers)
 
     def close(self) -> None:
+        self._profiler.close()
         self._target.close()
         self.constrained.close()
         self.background.close()
@@ -383,15 +391,9 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: loop.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return loop.run(msgspec.json.decode(config, type=EngineConfig), _keep_for_good)
+        return loop.run(msgspec.json.decode(config, type=EngineConfig), keep_for_good)
     except ConnectionError:
         return 1  # nobody is left to tell
-
-
-def _keep_for_good() -> None:
-    """What exists when the model is loaded lives as long as the process; collections need not walk it."""
-    gc.collect()
-    gc.freeze()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
+from slipstream.server.admin import profile
 from slipstream.server.admin import routes as admin
 from slipstream.server.anthropic import routes as anthropic
 from slipstream.server.anthropic.errors import TranslatedErrors
@@ -22,11 +23,13 @@ from slipstream.server.edge import Edge
 from slipstream.server.errors import ApiError, MethodNotAllowedError, NotFoundError
 from slipstream.server.gate import AdminPaths, guarded
 from slipstream.server.json_response import JSONBody
+from slipstream.server.metrics import OPENMETRICS
 from slipstream.server.openai import routes as openai
 from slipstream.server.page import CHAT, page_response
 from slipstream.server.respond import routes as respond
 from slipstream.server.service import Service
 from slipstream.server.sglang import routes as sglang
+from slipstream.server.version import commit
 from slipstream.server.vllm import control as vllm_control
 from slipstream.server.vllm import routes as vllm
 
@@ -41,9 +44,11 @@ class Health(Answer):
 
 class Version(Answer):
     version: str
+    commit: str | None = None
+    """What it was built of, if that is known."""
 
 
-DIALECTS = (openai, respond, anthropic, sglang, vllm, vllm_control, admin)
+DIALECTS = (openai, respond, anthropic, sglang, vllm, vllm_control, admin, profile)
 DESCRIBED = tuple(dict.fromkeys([*(model for dialect in DIALECTS for model in dialect.DESCRIBED), Health, Version]))
 """Bodies and answers, for the OpenAPI document."""
 
@@ -54,7 +59,7 @@ def build_app(service: Service) -> ASGIApp:
         *(openai.openai_router(service), respond.respond_router(service), anthropic.anthropic_router(service)),
         *(sglang.sglang_router(service), vllm.vllm_router(service)),
     ]
-    controls = [sglang.control_router(service), *vllm_control.control_routers(service)]
+    controls = [sglang.control_router(service), *vllm_control.control_routers(service), profile.profile_router(service)]
     for router in (*generating, *controls, admin.admin_router(service)):
         app.include_router(router)
     for path in paths(generating):
@@ -72,10 +77,11 @@ def build_app(service: Service) -> ASGIApp:
         status, body = service.ready()
         return JSONBody(body, status)
 
-    @app.get("/metrics", response_class=Response, openapi_extra=describe("text/plain"))
-    async def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    @app.get("/metrics", response_class=Response, openapi_extra=describe("text/plain", as_well=OPENMETRICS))
+    async def metrics(request: Request) -> Response:
+        """Prometheus metrics, as OpenMetrics for who asks for that."""
+        body, content_type = service.metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type, "vary": "accept"})
 
     @app.get("/", response_class=Response, openapi_extra=describe("text/html"))
     async def chat_page() -> Response:
@@ -84,7 +90,7 @@ def build_app(service: Service) -> ASGIApp:
 
     @app.get("/version", response_class=Response, openapi_extra=describe(Version))
     async def server_version() -> Response:
-        return JSONBody({"version": version("slipstream")})
+        return JSONBody({"version": version("slipstream"), "commit": commit()})
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> Response:

@@ -9,7 +9,6 @@ import sys
 import time
 import typing
 from collections.abc import Callable
-from importlib.metadata import version as installed_version
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
@@ -28,6 +27,7 @@ from slipstream.server.gpu_check.cli import gpu_check
 from slipstream.server.keys_cli import app as keys_app
 from slipstream.server.traffic_cli import app as traffic_app
 from slipstream.server.training_cli import evaluate_head, train
+from slipstream.server.version import described
 
 STARTED = time.monotonic()
 USER_ERROR = 2
@@ -108,8 +108,22 @@ def serve(**values: Any) -> None:
 
 @app.command()
 def version() -> None:
-    """Show the version."""
-    print(installed_version("slipstream"))
+    """Show the version, and the commit it was built of."""
+    print(described())
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None: ...
 
 
 OF_ANOTHER_ROOM: dict[str, Any] = {

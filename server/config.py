@@ -115,7 +115,18 @@ class ServerConfig:
     )
     drain_timeout_s: float = option(30.0, "Time running requests get to finish on shutdown.")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "What goes to the log on stderr.")
+    log_format: Literal["text", "json"] = option(
+        "text", "Lines of the log: for people, or as JSON objects with the request they are about."
+    )
     access_log: bool = option(False, "Log a line for every HTTP request.")
+    traces: str | None = option(
+        None,
+        "Where traces of requests go: the address of an OpenTelemetry collector (http://127.0.0.1:4318, OTLP over "
+        "HTTP), or a file. They hold no text. Needs slipstream[otel].",
+    )
+    metrics_alias: Literal["none", "vllm"] = option(
+        "none", "Show metrics under the names of another engine, too, for what reads those: vllm."
+    )
 
     def __post_init__(self) -> None:
         at_least = {

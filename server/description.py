@@ -41,6 +41,7 @@ def describe(
     bodies: Sequence[type[Body]] = (),
     body_required: bool = True,
     raw_body: str | None = None,
+    as_well: str | None = None,
     stream: type[BaseModel] | None = None,
     stream_end: str = ", of the last [DONE]",
     errors: type[BaseModel] = ErrorAnswer,
@@ -52,11 +53,14 @@ def describe(
         answer: of status 200; the media type of what is not JSON.
         statuses: with an error, besides those that any route may answer.
         raw_body: the media type of a body that is not JSON.
+        as_well: another media type of the answer, for who asks for it.
         stream: the events of an answer that is streamed; ``stream_end`` says what comes last.
         errors: the body of ``statuses``.
         every_error: the body of every error, where the route has a shape of its own.
     """
     content: dict[str, Any] = {answer: {"schema": {"type": "string"}}} if isinstance(answer, str) else json_of(answer)
+    if as_well is not None:
+        content[as_well] = {"schema": {"type": "string"}}
     if stream is not None:
         events = f'Server-sent events: the data of each is a {stream.__name__} or {{"error"}}{stream_end}.'
         content["text/event-stream"] = {"schema": {"type": "string", "description": events}}

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from slipstream.server import log
+
 REQUEST_ID = b"x-request-id"
 
 
@@ -26,6 +28,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         state = {**scope.get("state", {}), "request_id": sent_id(scope["headers"]) or fresh_id()}
+        log.request_id.set(state["request_id"])
         # uvicorn keeps the scope as it came and leaves out the body of the answer to a HEAD.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
 

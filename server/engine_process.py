@@ -1,6 +1,6 @@
 """The engine process with everything plugged in.
 
-Arguments: socket, configuration as JSON, log level, what is kept of the traffic as JSON.
+Arguments: socket, configuration as JSON, level and format of the log, what is kept of the traffic as JSON.
 """
 
 import logging
@@ -15,8 +15,8 @@ from slipstream.engine.process import main
 from slipstream.server.log import set_up_logging
 
 if __name__ == "__main__":
-    descriptor, config, log_level, traffic = sys.argv[1:]
-    set_up_logging(log_level)
+    descriptor, config, log_level, log_format, traffic = sys.argv[1:]
+    set_up_logging(log_level, "json" if log_format == "json" else "text")
     logging.captureWarnings(True)
     traffic_config = msgspec.json.decode(traffic, type=TrafficConfig)
     sys.exit(main(descriptor, config, make_drafters, lambda engine: make_listeners(traffic_config, engine)))

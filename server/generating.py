@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams
 from slipstream.engine.validation import foreign_token
+from slipstream.server import log
 from slipstream.server.body import read_body
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.consent import read_statement
@@ -117,6 +118,7 @@ def start_generation(
         sequences += make_sequences(service, request, each, len(sequences))
     if asked.request_id is not None:
         request.state.request_id = asked.request_id
+        log.request_id.set(asked.request_id)
     request_id = request.state.request_id
     name = asked.answer_prefix + request_id
     generation = Generation(service, name, asked.arrival, sequences, asked.choices, request_id, asked.rollout)

@@ -88,6 +88,7 @@ class Sequence:
         self.embedding = b""
         """float32, once it has ended, if the request asked for one."""
         self.finished = False
+        self.finish_reason: FinishReason | None = None
         self._output = output
         self._service = service
         self.metrics = SequenceMetrics(service.metrics, request.arrival, len(request.prompt))
@@ -153,9 +154,12 @@ class Sequence:
     def end(self) -> None:
         """Stops the engine's work on this sequence if it has not ended."""
         if not self.finished:
-            self.finished = True
             self._stream.abort()
-            self.metrics.on_end("abort")
+            self._finish("abort")
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.finished, self.finish_reason = True, reason
+        self.metrics.on_end(reason)
 
     async def _read(self) -> list[TokenDelta]:
         deltas = await self._stream.next()
@@ -189,8 +193,7 @@ class Sequence:
         if self._offsets is not None:
             self._locate(piece, self._offsets)
         if piece.finish_reason is not None:
-            self.finished = True
-            self.metrics.on_end(piece.finish_reason)
+            self._finish(piece.finish_reason)
             if piece.finish_reason != "abort":
                 self.on_whole()
         return piece
@@ -214,12 +217,10 @@ class Sequence:
                 a whole one.
         """
         if self._stream.lost:
-            self.finished = True
-            self.metrics.on_end(last.finish_reason or "error")
+            self._finish(last.finish_reason or "error")
             raise self._service.engine_gone(last.error or "the engine ended")
         if last.finish_reason == "error":
-            self.finished = True
-            self.metrics.on_end("error")
+            self._finish("error")
             if last.is_refused:
                 raise InvalidRequestError(last.error or "it cannot be done", param=self._output.structure_param)
             raise GenerationFailedError(last.error or "the engine failed this request")

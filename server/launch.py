@@ -78,7 +78,7 @@ def run(
         EngineLostError: it died later, and another could not be started.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prompts are encoded in threads of our own
-    set_up_logging(config.log_level)
+    set_up_logging(config.log_level, config.log_format)
     evolution.check_traffic(traffic)
     config, engine_config = with_local_model(config, engine_config)
     service = make_service(config, engine_config, traffic, evolution, starting_with(early))

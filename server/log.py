@@ -1,23 +1,39 @@
 """How both processes log: one line per record, whatever names and texts of clients it contains."""
 
+import json
 import logging
 import traceback
+from contextvars import ContextVar
+from datetime import UTC, datetime
 from types import TracebackType
+from typing import Any, Literal
+
+LogFormat = Literal["text", "json"]
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""The request that is being answered, where one is."""
 
 
-def set_up_logging(level: str) -> None:
-    """Has records written to stderr; ``level`` is that of --log-level."""
+def set_up_logging(level: str, form: LogFormat = "text") -> None:
+    """Has records written to stderr; ``level`` and ``form`` are those of --log-level and --log-format."""
     handler = logging.StreamHandler()
-    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(formatter(form))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in ("uvicorn.error", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # What libraries say at these levels is not ours to vouch for: it may hold whatever they handle.
+    for name in ("opentelemetry", "urllib3", "httpx", "httpcore"):
+        logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))
+
+
+def formatter(form: LogFormat) -> logging.Formatter:
+    return JsonFormatter() if form == "json" else OneLineFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
 
 
 ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 LONGEST = 4000
 """Characters of a message that are shown."""
+LONGEST_TRACEBACK = 20_000
 
 
 class OneLineFormatter(logging.Formatter):
@@ -26,14 +42,36 @@ class OneLineFormatter(logging.Formatter):
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
-        text = super().formatMessage(record)
-        return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]} ({len(text)} characters)")
+        return printable(shortened(super().formatMessage(record)))
 
     def formatException(self, ei: ExceptionInfo) -> str:  # noqa: N802
         return indented("".join(traceback.format_exception(*ei)))
 
     def formatStack(self, stack_info: str) -> str:  # noqa: N802
         return indented(stack_info)
+
+
+class JsonFormatter(logging.Formatter):
+    """A record is a line of JSON with ``time`` (UTC), ``level``, ``logger``, ``message``, and where there are some
+    ``request_id`` and ``exception``.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        found: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": shortened(record.getMessage()),
+        }
+        if request := request_id.get():
+            found["request_id"] = request
+        if record.exc_info:
+            found["exception"] = "".join(traceback.format_exception(*record.exc_info))[-LONGEST_TRACEBACK:]
+        return json.dumps(found)  # ASCII, so nothing in it can end a line or steer a terminal
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ({len(text)} characters)"
 
 
 def printable(text: str) -> str:

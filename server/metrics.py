@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import get_args
+from typing import Any, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -12,15 +12,17 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     disable_created_metrics,
-    generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from slipstream.engine.handle import EngineHandle
 from slipstream.engine.messages import EngineStats, FinishReason, StepOutputs
+from slipstream.server.metric_alias import Alias, Aliased
 
 PREFIX = "slipstream:"
+OPENMETRICS = "application/openmetrics-text"
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter and histogram that only says when it was first used
 FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -228,8 +230,9 @@ class EngineCollector(Collector):
 class Metrics:
     """Everything /metrics shows. Values of one label are resolved once, because these run for every token."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, alias: Alias = "none") -> None:
         self.registry = CollectorRegistry()
+        self._shown: Any = self.registry if alias == "none" else Aliased(self.registry, alias)
         self._model_name = model_name
         self._engine = EngineCollector(model_name)
         self.registry.register(self._engine)
@@ -324,8 +327,10 @@ class Metrics:
         assert self._engine.engine is not None
         return self._engine.engine.pid
 
-    def render(self) -> bytes:
-        return generate_latest(self.registry)
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """For whoever sends this Accept header: all there is, and its media type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._shown), content_type
 
     def finished(self, reason: FinishReason) -> None:
         self._finished.labels(self._model_name, reason).inc()

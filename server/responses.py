@@ -68,6 +68,7 @@ class GenerationResponse(Response):
         self._writer = writer
         self._stream = stream
         self._started = False
+        self._failure: ApiError | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (limit := scope.get(DEADLINE)) is not None:
@@ -80,10 +81,15 @@ class GenerationResponse(Response):
                     else:
                         await self._send_body(send)
         except ApiError as error:
-            await self._send_error(send, error)
+            self._failure = error
         except Exception:
             logger.exception("request %s failed", self._generation.name)
-            await self._send_error(send, ApiError("internal error; see the server's log"))
+            self._failure = ApiError("internal error; see the server's log")
+        finally:
+            if self._service.tracing is not None:
+                self._service.tracing.record(scope, self._generation, self._failure)
+        if self._failure is not None:
+            await self._send_error(send, self._failure)
 
     def _deadline(self, scope: Scope) -> float | None:
         limit = shortest(scope.get(LIMIT_S), self._generation.timeout_s)

@@ -37,6 +37,7 @@ from slipstream.server.rollout.control import Control
 from slipstream.server.sequence_metrics import SequenceMetrics
 from slipstream.server.text_model import TextModel, load_text_model
 from slipstream.server.text_work import TextWork
+from slipstream.server.tracing import Tracing
 
 if TYPE_CHECKING:
     from slipstream.server.evolution.evolution import Evolution
@@ -79,7 +80,7 @@ def starting_with(early: EarlyProcess) -> StartEngine:
 
 
 def _arguments(traffic: TrafficConfig, server: ServerConfig) -> tuple[str, ...]:
-    return server.log_level, msgspec.json.encode(dataclasses.asdict(traffic)).decode()
+    return server.log_level, server.log_format, msgspec.json.encode(dataclasses.asdict(traffic)).decode()
 
 
 class Service:
@@ -92,14 +93,15 @@ class Service:
         traffic: TrafficConfig,
         start_engine: StartEngine = start_process,
     ) -> None:
-        """Raises ModelError if there is no such model, ConfigError for a file of keys that cannot be used."""
+        """Raises ModelError if there is no such model, ConfigError for what options name and cannot be used."""
         self.config = config
         self.engine_config = engine_config
         self.traffic = traffic
         self.model_names = config.served_model_name or (default_model_name(locate(engine_config.model)),)
         self.adapter_names: list[str] = []
         """What the model is called besides, by those who have sent a LoRA for it; the last one serves."""
-        self.metrics = Metrics(self.model_names[0])
+        self.metrics = Metrics(self.model_names[0], config.metrics_alias)
+        self.tracing = Tracing(config.traces, self.model_names[0]) if config.traces else None
         self._evolution_metrics = EvolutionCollector(PREFIX, self.model_names[0])
         self.metrics.registry.register(self._evolution_metrics)
         self._disks = Disks(PREFIX, self.model_names[0])
@@ -371,6 +373,8 @@ class Service:
         if self.evolution is not None:
             await self.evolution.close()
         await self.supervisor.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 async def end(task: asyncio.Task[Any] | None) -> None:

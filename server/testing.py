@@ -31,7 +31,7 @@ from slipstream.server.config import ServerConfig
 from slipstream.server.description import ErrorAnswer
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.launch import address, listen, make_service, serve
-from slipstream.server.log import OneLineFormatter
+from slipstream.server.log import formatter
 from slipstream.server.text import load_tokenizer
 
 PATIENCE_S = 300.0
@@ -78,7 +78,7 @@ class ServerThread(logging.Handler):
         self._listening: Future[None] = Future()
         self._ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="server", daemon=True)
-        self.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        self.setFormatter(formatter(config.log_format))
 
     def start(self) -> ServerThread:
         """Returns when it listens; raises what ``slipstream serve`` would tell the user."""

@@ -199,5 +199,5 @@ def test_what_one_key_may_have_at_a_time() -> None:
         queue.admission.require_room(account, 3)
     with pytest.raises(InvalidRequestError, match="--max-queued-requests"):
         queue.admission.require_room(Account(), 11)
-    said = queue.metrics.render().decode()
+    said = queue.metrics.render()[0].decode()
     assert re.search(r'admission_rejections_total\{model_name="tiny",reason="max_concurrent"\} 1\.0', said)

@@ -15,8 +15,8 @@ from slipstream.engine.errors import ConfigError
 from slipstream.server.config import ServerConfig
 from slipstream.server.gate import guarded, key_ring
 from slipstream.server.headers import ONCE
-from slipstream.server.metrics import Metrics
 from slipstream.server.keys import KeyRing, Keys
+from slipstream.server.metrics import Metrics
 from slipstream.server.principal import Principal, RequestLimits, principal_of
 
 LOCAL = ServerConfig()

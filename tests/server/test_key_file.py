@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def test_changes_count_at_once_and_accounts_live_on(file: Path) -> None:
     assert not ring.refresh()
     fresh = file.with_suffix(".new")
     fresh.write_text(entry("acme", "fresh", "requests_per_minute = 3"))
-    os.replace(fresh, file)
+    fresh.replace(file)
     assert ring.refresh() and not ring.refresh()
     assert ring.holder(b"one") is None and ring.holder(b"two") is None
     assert holder(ring, "fresh").account is account and account.limits.requests_per_minute == 3

@@ -131,7 +131,7 @@ def test_responses_are_counted_by_route_and_status(server: Any) -> None:
 def test_failures_are_counted_from_nought() -> None:
     metrics = Metrics("m")
     metrics.expect_failures("/v1/completions")
-    lines = metrics.render().decode().splitlines()
+    lines = metrics.render()[0].decode().splitlines()
     for series in (
         *(f'request_success_total{{finished_reason="{reason}",model_name="m"}}' for reason in ("stop", "error")),
         'admission_rejections_total{model_name="m",reason="queue_full"}',
