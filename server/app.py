@@ -18,10 +18,10 @@ from slipstream.server.admin import routes as admin
 from slipstream.server.anthropic import routes as anthropic
 from slipstream.server.anthropic.errors import TranslatedErrors
 from slipstream.server.deadline import Deadline
-from slipstream.server.description import Answer, describe, finish
+from slipstream.server.description import Answer, Door, describe, finish
 from slipstream.server.edge import Edge
 from slipstream.server.errors import ApiError, MethodNotAllowedError, NotFoundError
-from slipstream.server.gate import AdminPaths, guarded
+from slipstream.server.gate import OPEN_PATHS, AdminPaths, guarded
 from slipstream.server.json_response import JSONBody
 from slipstream.server.metrics import OPENMETRICS
 from slipstream.server.openai import routes as openai
@@ -115,11 +115,18 @@ def build_app(service: Service) -> ASGIApp:
 
     describe_routes = app.openapi
 
+    administrative = AdminPaths(paths(controls))
+
+    def door_of(path: str) -> Door:
+        return "open" if path in OPEN_PATHS else "admin" if path in administrative else "user"
+
+    def asks(door: Door) -> bool:
+        return door != "open" and (service.keys.has_admins if door == "admin" else service.keys.asks)
+
     def openapi() -> dict[str, Any]:
-        return finish(describe_routes(), DESCRIBED)
+        return finish(describe_routes(), DESCRIBED, door_of, asks)
 
     app.openapi = openapi  # type: ignore[method-assign]
-    administrative = AdminPaths(paths(controls))
     guard = guarded(app, service.config, service.keys, service.metrics, administrative)
     return Edge(TranslatedErrors(Deadline(guard, service.config.request_timeout_s, administrative)))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
@@ -42,6 +42,7 @@ def describe(
     body_required: bool = True,
     raw_body: str | None = None,
     as_well: str | None = None,
+    query: Sequence[dict[str, Any]] = (),
     stream: type[BaseModel] | None = None,
     stream_end: str = ", of the last [DONE]",
     errors: type[BaseModel] = ErrorAnswer,
@@ -54,6 +55,7 @@ def describe(
         statuses: with an error, besides those that any route may answer.
         raw_body: the media type of a body that is not JSON.
         as_well: another media type of the answer, for who asks for it.
+        query: what ``parameter`` gives.
         stream: the events of an answer that is streamed; ``stream_end`` says what comes last.
         errors: the body of ``statuses``.
         every_error: the body of every error, where the route has a shape of its own.
@@ -71,6 +73,8 @@ def describe(
     for status, model in sorted(known.items()):
         responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": json_of(model)}
     found: dict[str, Any] = {"responses": responses}
+    if query:
+        found["parameters"] = list(query)
     if bodies:
         found["requestBody"] = {"required": body_required, "content": json_of(*bodies)}
     elif raw_body is not None:
@@ -81,20 +85,59 @@ def describe(
     return found
 
 
+def parameter(name: str, required: bool = False, **schema: Any) -> dict[str, Any]:
+    """A parameter of the query, and the JSON schema of its values."""
+    return {"name": name, "in": "query", "required": required, "schema": schema}
+
+
 def json_of(*models: type[BaseModel]) -> dict[str, Any]:
     references = [{"$ref": REFERENCE.format(model=model.__name__)} for model in models]
     return {"application/json": {"schema": references[0] if len(references) == 1 else {"oneOf": references}}}
 
 
-def finish(document: dict[str, Any], models: Sequence[type[BaseModel]]) -> dict[str, Any]:
-    """Adds what ``describe`` refers to, and takes out FastAPI's own error, which no route answers with."""
+Door = Literal["open", "user", "admin"]
+BEARER = {"type": "http", "scheme": "bearer"}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "userKey": BEARER | {"description": "A key of --api-key, or of a user in the --keys-file."},
+    "userKeyHeader": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "x-api-key",
+        "description": "The same, in another header.",
+    },
+    "adminKey": BEARER | {"description": "A key of --admin-key, or of an admin in the --keys-file."},
+}
+DOORS: dict[Door, list[dict[str, list[str]]]] = {
+    "open": [],
+    "user": [{"userKey": []}, {"userKeyHeader": []}],
+    "admin": [{"adminKey": []}],
+}
+NO_KEY: dict[str, list[str]] = {}
+
+
+def finish(
+    document: dict[str, Any],
+    models: Sequence[type[BaseModel]],
+    door_of: Callable[[str], Door],
+    asks: Callable[[Door], bool],
+) -> dict[str, Any]:
+    """Adds what ``describe`` refers to and which keys open what, and takes out FastAPI's own error, which no route
+    answers with.
+
+    Args:
+        door_of: a path.
+        asks: whether a door is locked on this server.
+    """
     all_models: list[type[BaseModel]] = [*models, ErrorAnswer]
     _, found = models_json_schema([(model, "validation") for model in all_models], ref_template=REFERENCE)
     known = document.setdefault("components", {}).setdefault("schemas", {})
     known.update(found["$defs"])
     for name in ("HTTPValidationError", "ValidationError"):
         known.pop(name, None)
-    for operations in document["paths"].values():
+    document["components"]["securitySchemes"] = SCHEMES
+    for path, operations in document["paths"].items():
+        door = door_of(path)
         for operation in operations.values():
             operation["responses"].pop("422", None)
+            operation["security"] = DOORS[door] if asks(door) else [*DOORS[door], NO_KEY]
     return document

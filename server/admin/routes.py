@@ -31,7 +31,7 @@ from slipstream.server.admin.schema import (
 from slipstream.server.admin.status import status
 from slipstream.server.admin.target import TARGET_BODIES, target_router
 from slipstream.server.body import Body
-from slipstream.server.description import describe
+from slipstream.server.description import describe, parameter
 from slipstream.server.errors import (
     ApiError,
     ConflictError,
@@ -54,6 +54,7 @@ BY_HAND = "by the admin API"
 RETRY_WORKER_S = 5
 RETRY_FILES_S = 60
 """Damaged files take somebody to mend them."""
+LISTED = (parameter("route", type="string"), parameter("pruned", type="string", enum=["true", "false"]))
 Result = TypeVar("Result")
 
 
@@ -74,7 +75,7 @@ def admin_router(service: Service) -> APIRouter:
         """Everything the dashboard shows."""
         return JSONBody(await status(service))
 
-    @router.get(prefix + "/drafters", openapi_extra=describe(answers.Drafters, 409, 503))
+    @router.get(prefix + "/drafters", openapi_extra=describe(answers.Drafters, 409, 503, query=LISTED))
     async def list_drafters(request: Request) -> Response:
         """The versions, oldest first."""
         registry = evolution_of(service).registry

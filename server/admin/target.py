@@ -26,13 +26,14 @@ from slipstream.server.admin.schema import (
     WakeBody,
 )
 from slipstream.server.body import Body, read_body
-from slipstream.server.description import describe
+from slipstream.server.description import describe, parameter
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.json_response import JSONBody
 from slipstream.server.rollout.control import ALL_MEMORY
 from slipstream.server.service import Service
 
 TENSORS = "application/octet-stream"
+VERSION = [parameter("version", required=True, type="integer", minimum=0, exclusiveMaximum=10**9)]
 """Which a web page cannot send without asking first."""
 TENSORS_BYTES = 4 << 20
 """Largest body that describes tensors."""
@@ -92,7 +93,7 @@ def target_router(service: Service) -> APIRouter:
         await control.begin_update(str(asked.version), asked.mode)
         return JSONBody({"version": asked.version})
 
-    @router.post("/target/fill", openapi_extra=describe(answers.Filled, 409, 503, raw_body=TENSORS))
+    @router.post("/target/fill", openapi_extra=describe(answers.Filled, 409, 503, raw_body=TENSORS, query=VERSION))
     async def fill(request: Request) -> Response:
         """Send tensors of an update, or rows of them, as a safetensors file."""
         version = version_of(request)

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from slipstream.engine.operations import PauseMode
-from slipstream.server.description import describe
+from slipstream.server.description import describe, parameter
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.json_response import JSONBody
 from slipstream.server.service import Service
@@ -28,6 +28,7 @@ from slipstream.server.sglang.updates import Updates
 
 MODES: dict[str, PauseMode] = {"abort": "abort", "retract": "recompute", "in_place": "keep"}
 FLUSH_AGAIN_S = 0.05
+TIMEOUT = parameter("timeout", type="number", minimum=0)
 
 
 def add_control_routes(router: APIRouter, service: Service, updates: Updates) -> None:
@@ -75,13 +76,14 @@ def add_control_routes(router: APIRouter, service: Service, updates: Updates) ->
             await asyncio.sleep(FLUSH_AGAIN_S)
         return PlainTextResponse("Cache flushed.\n")
 
-    @router.get("/flush_cache", openapi_extra=describe("text/plain", 409, 503))
+    @router.get("/flush_cache", openapi_extra=describe("text/plain", 409, 503, query=[TIMEOUT]))
     async def flush_by_get(request: Request) -> Response:
         """Forget what was computed of prompts; 400 while requests hold some of it."""
         return await flush(request)
 
     @router.post(
-        "/flush_cache", openapi_extra=describe("text/plain", 409, 503, bodies=[SGLangEmptyBody], body_required=False)
+        "/flush_cache",
+        openapi_extra=describe("text/plain", 409, 503, bodies=[SGLangEmptyBody], body_required=False, query=[TIMEOUT]),
     )
     async def flush_by_post(request: Request) -> Response:
         """The same."""

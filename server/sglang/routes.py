@@ -7,7 +7,7 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 
 from slipstream.engine.messages import NewRequest, SamplingParams
-from slipstream.server.description import describe
+from slipstream.server.description import describe, parameter
 from slipstream.server.errors import ApiError, InvalidRequestError, OverloadedError
 from slipstream.server.json_response import JSONBody
 from slipstream.server.service import Service
@@ -24,6 +24,11 @@ BUSY = (429, 503, 504)
 HEALTH_PATH = "/health_generate"
 HEALTH_S = 20.0
 """How long a token may take."""
+LOADS = (
+    parameter("include", type="string", pattern=f"^({'|'.join(info.SECTIONS)})(,({'|'.join(info.SECTIONS)}))*$"),
+    parameter("dp_rank", type="integer", enum=[0]),
+    parameter("format", type="string", enum=["json"]),
+)
 
 
 def sglang_router(service: Service) -> APIRouter:
@@ -58,7 +63,7 @@ def sglang_router(service: Service) -> APIRouter:
         service.require_ready()
         return JSONBody({"weight_version": service.control.weight_version})
 
-    @router.get("/v1/loads", openapi_extra=describe(answers.SGLangLoads, 503))
+    @router.get("/v1/loads", openapi_extra=describe(answers.SGLangLoads, 503, query=LOADS))
     async def loads(request: Request) -> Response:
         """What there is to do."""
         service.require_ready()

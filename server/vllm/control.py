@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from slipstream.engine.operations import MemoryTag
 from slipstream.server.body import Body, parse
-from slipstream.server.description import Answer, describe
+from slipstream.server.description import Answer, describe, parameter
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.json_response import JSONBody
 from slipstream.server.rollout.control import ALL_MEMORY
@@ -34,11 +34,18 @@ WORLD_SIZE = 1
 LEVELS = ("0", "1", "2")
 SCHEDULING = "scheduling"
 """What vLLM calls generating when it says what is to wake up."""
+MODE = parameter("mode", type="string", enum=list(PAUSES))
+LEVEL = parameter("level", type="integer", enum=list(map(int, LEVELS)))
+TAGS = parameter("tags", type="array", items={"type": "string", "enum": [*ALL_MEMORY, SCHEDULING]})
 
 
-def told(answer: type[Answer], body: type[Body] = NoBody) -> dict[str, Any]:
+def told(answer: type[Answer], body: type[Body] = NoBody, *query: dict[str, Any]) -> dict[str, Any]:
     """A control route in the OpenAPI document."""
-    return describe(answer, *REFUSALS, bodies=[body], body_required=body is not NoBody)
+    return describe(answer, *REFUSALS, bodies=[body], body_required=body is not NoBody, query=query)
+
+
+def a_flag(name: str) -> dict[str, Any]:
+    return parameter(name, type="boolean")
 
 
 def control_routers(service: Service) -> list[APIRouter]:
@@ -58,7 +65,7 @@ def pause_router(service: Service) -> APIRouter:
     router = APIRouter(default_response_class=Response)
     control = service.control
 
-    @router.post("/pause", openapi_extra=told(answers.PauseStatus))
+    @router.post("/pause", openapi_extra=told(answers.PauseStatus, NoBody, MODE, a_flag("clear_cache")))
     async def pause(request: Request) -> Response:
         """Let no request begin, and none go on but as the mode says, until it is resumed."""
         mode = one_of(request, "mode", PAUSES, "abort")
@@ -111,7 +118,10 @@ def memory_router(service: Service) -> APIRouter:
     router = APIRouter(default_response_class=Response)
     control = service.control
 
-    @router.post("/reset_prefix_cache", openapi_extra=told(answers.CacheReset, schema.ResetCacheBody))
+    @router.post(
+        "/reset_prefix_cache",
+        openapi_extra=told(answers.CacheReset, schema.ResetCacheBody, a_flag("reset_running_requests")),
+    )
     async def reset_prefix_cache(request: Request) -> Response:
         """Forget what has been computed of prompts."""
         running = flag(request, "reset_running_requests", False)
@@ -126,7 +136,7 @@ def memory_router(service: Service) -> APIRouter:
             if not was_paused:
                 await control.resume()
 
-    @router.post("/sleep", openapi_extra=told(answers.SleepStatus))
+    @router.post("/sleep", openapi_extra=told(answers.SleepStatus, NoBody, MODE, LEVEL))
     async def sleep(request: Request) -> Response:
         """Give memory back: at level 1 weights are kept elsewhere, at level 2 they are discarded."""
         level = int(one_of(request, "level", LEVELS, "1"))
@@ -145,7 +155,7 @@ def memory_router(service: Service) -> APIRouter:
         await control.release_memory(["kv_cache"], mode="keep")
         return JSONBody({"status": "kv_cache_released"})
 
-    @router.post("/wake_up", openapi_extra=told(answers.WakeStatus))
+    @router.post("/wake_up", openapi_extra=told(answers.WakeStatus, NoBody, TAGS))
     async def wake_up(request: Request) -> Response:
         """Take memory again; when all is back, generate."""
         tags = words_of(request, "tags")
