@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ ROOT = Path(__file__).parents[2]
 ROOMS = ("server", "engine", "kernels", "drafter", "clients", "loadtest")
 
 
+COMMIT = "0123456789ab"
+
+
 @pytest.fixture(scope="module")
-def contents(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names in a wheel that is built from a copy of the tracked files."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """A wheel that is built from a copy of the tracked files."""
     folder = tmp_path_factory.mktemp("wheel")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")
     for name in filter(None, map(bytes.decode, tracked)):
@@ -32,11 +36,20 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         text=True,
         check=False,
         # Without a compiler, which would take a minute for what no test here looks at; that is no error.
-        env=os.environ | {"CC": "false", "CXX": "false"},
+        env=os.environ | {"CC": "false", "CXX": "false", "SLIPSTREAM_COMMIT": COMMIT},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     with zipfile.ZipFile(folder / done.stdout.split()[-1]) as wheel:
-        return set(wheel.namelist())
+        yield wheel
+
+
+@pytest.fixture(scope="module")
+def contents(wheel: zipfile.ZipFile) -> set[str]:
+    return set(wheel.namelist())
+
+
+def test_it_says_what_it_was_built_of(wheel: zipfile.ZipFile) -> None:
+    assert wheel.read("slipstream/server/commit.txt").decode() == f"{COMMIT}\n"
 
 
 def test_every_module_is_in_it(contents: set[str]) -> None:

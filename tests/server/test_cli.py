@@ -33,8 +33,14 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def test_version() -> None:
-    done = run("version")
-    assert (done.returncode, done.stdout.strip()) == (0, version("slipstream"))
+    root = Path(__file__).parents[2]
+    said = version("slipstream")
+    if (root / ".git").exists():
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
+        said += f" (commit {head.stdout.strip()})"
+    for arguments in (["version"], ["--version"]):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout.strip()) == (0, said)
 
 
 def test_serve_has_an_option_for_every_field() -> None:

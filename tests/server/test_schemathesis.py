@@ -18,64 +18,85 @@ import pytest
 pytest.importorskip("schemathesis")
 
 USER, ADMIN = "user-key", "admin-key"
-SECONDS = 1800
-STANDS_STILL = (
-    *("/pause", "/sleep", "/release_memory_occupation", "/release_kv_cache_memory", "/pause_generation"),
-    *("/admin/v1/pause", "/admin/v1/sleep", "/debug/profile", "/admin/v1/groups/join"),
+SECONDS = 3000
+GENERATING = (
+    r"^/(v1/(chat|completions|models|rollouts|loads)|generate|inference|chat/|tokenize|detokenize|get_sequence|health)"
 )
-"""Control routes after which the engine, or the answer, waits for somebody; tried where nobody generates."""
-GENERATING = "^/(v1|generate|inference|chat|tokenize|detokenize|get_sequence_logprobs|finish_session)"
+"""Routes that need an engine which computes; others may stop it, and are tried on another server."""
+ACCEPTED = ["2xx", "3xx", "400", "401", "403", "404", "405", "409", "413", "415", "429", "503", "504"]
 
 
-def config(folder: Path, examples: int) -> Path:
-    path = folder / "schemathesis.toml"
-    accepted = ["2xx", "3xx", "400", "401", "403", "404", "405", "409", "413", "415", "429"]
-    path.write_text(
+def without_optional_fields(document: dict[str, Any]) -> dict[str, Any]:
+    for schema in document["components"]["schemas"].values():
+        if schema.get("additionalProperties") is False:
+            needed = schema.get("required", ())
+            schema["properties"] = {name: found for name, found in schema["properties"].items() if name in needed}
+    return document
+
+
+def check(server: Any, folder: Path, examples: int, *options: str, seed: int = 1, bare: bool = False) -> None:
+    """Fails with what schemathesis found."""
+    document = server.get("/openapi.json")[1]
+    (folder / "openapi.json").write_text(json.dumps(without_optional_fields(document) if bare else document))
+    (folder / "schemathesis.toml").write_text(
         f"""
 [generation]
 max-examples = {examples}
 database = "none"
-
 [checks]
-positive_data_acceptance.expected-statuses = {json.dumps(accepted)}
-
+positive_data_acceptance.expected-statuses = {json.dumps(ACCEPTED)}
 [auth.openapi]
 userKey = {{ bearer = "{USER}" }}
 userKeyHeader = {{ api_key = "{USER}" }}
 adminKey = {{ bearer = "{ADMIN}" }}
 """
     )
-    return path
-
-
-def check(server: Any, folder: Path, examples: int, *options: str, document: str = "") -> None:
-    """Fails with what schemathesis found."""
-    found = subprocess.run(
-        [
-            *(sys.executable, "-P", "-m", "schemathesis.cli", "--config-file", str(config(folder, examples)), "run"),
-            *(document or f"{server.url}/openapi.json", "--url", server.url, "--checks", "all", "--mode", "all"),
-            *("--header", f"Authorization: Bearer {USER}") if not document else (),
-            *("--no-color", "--seed", "1", "--request-timeout", "60", *options),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        cwd=folder,
-    )
-    assert found.returncode == 0, found.stdout[-12_000:] + found.stderr[-2000:]
+    command = [
+        *(sys.executable, "-P", "-m", "schemathesis.cli", "run", "openapi.json", "--url", server.url),
+        *("--checks", "all", "--mode", "all", "--no-color", "--seed", str(seed), "--request-timeout", "60", *options),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, cwd=folder)
+    assert done.returncode == 0, done.stdout[-15_000:] + done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
-def described(start_local: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("described")
-    server = start_local(
-        **{"api_key": (USER,), "admin_key": (ADMIN,), "max_model_len": 256, "max_n": 4, "request_timeout_s": 30.0},
-        **{"registry": str(folder / "registry"), "evolve": "off", "speculation": "ngram"},
-        **{"traffic_log": "tokens", "traffic_folder": str(folder / "traffic"), "max_queued_requests": 4096},
-    )
+def start(start_local: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
+    def start() -> Any:
+        folder = tmp_path_factory.mktemp("described")
+        server = start_local(
+            **{"api_key": (USER,), "admin_key": (ADMIN,), "max_model_len": 256, "max_n": 4, "request_timeout_s": 20.0},
+            **{"registry": str(folder / "registry"), "speculation": "ngram", "max_queued_requests": 4096},
+            **{"traffic_log": "tokens", "traffic_folder": str(folder / "traffic")},
+        )
+        server.headers = {"authorization": f"Bearer {USER}"}
+        return server
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def described(start: Callable[[], Any]) -> Any:
+    return start()
+
+
+def test_a_little_of_every_route(described: Any, tmp_path: Path) -> None:
+    generating = ("--include-path-regex", GENERATING)
+    check(described, tmp_path, 3, "--phases", "examples,fuzzing", *generating)
+    check(described, tmp_path, 3, "--phases", "examples,fuzzing", "--exclude-path-regex", GENERATING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bare", [False, True])
+def test_all_that_users_may_ask(start: Callable[[], Any], tmp_path: Path, bare: bool) -> None:
+    check(start(), tmp_path, 100, "--include-path-regex", GENERATING, bare=bare)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bare", [False, True])
+def test_all_that_controls(start: Callable[[], Any], tmp_path: Path, bare: bool) -> None:
+    server = start()
+    check(server, tmp_path, 100, "--exclude-path-regex", GENERATING, bare=bare)
+    server.headers = {"authorization": f"Bearer {ADMIN}"}
+    assert server.post("/admin/v1/wake", {})[0] == server.post("/admin/v1/resume", {})[0] == 200
     server.headers = {"authorization": f"Bearer {USER}"}
-    return server
-
-
-def test_routes_for_users(described: Any, tmp_path: Path) -> None:
-    check(described, tmp_path, 4, "--phases", "examples,fuzzing", "--include-path-regex", GENERATING)
+    assert server.complete("x", max_tokens=1)["usage"]["completion_tokens"] == 1
