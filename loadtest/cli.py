@@ -30,6 +30,7 @@ from slipstream.loadtest.options import (
     workload_options,
 )
 from slipstream.loadtest.rollout_cli import rollout
+from slipstream.loadtest.tenants_cli import tenants
 
 app = typer.Typer(
     help="Load tests and side-by-side comparisons against OpenAI-compatible servers.",
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(rollout)
+app.command()(tenants)
 
 
 @app.command()

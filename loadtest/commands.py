@@ -21,6 +21,7 @@ from slipstream.loadtest.report import print_json, print_summary, summarise, sum
 from slipstream.loadtest.rollout import RolloutOptions, as_json, plot_rollout, print_rollout, rollout
 from slipstream.loadtest.scrape import read_speculation, read_steps
 from slipstream.loadtest.soak import SoakOptions, print_soak, soak
+from slipstream.loadtest.tenants import TenantsOptions, print_tenants, tenants
 from slipstream.loadtest.workloads import Workload, WorkloadOptions
 
 
@@ -128,6 +129,15 @@ async def run_soak(server: ServerOptions, options: SoakOptions) -> int:
         result = await soak(target, options)
         print_soak(result, Console())
         print_json({"url": server.url, "model": target.model, **result})
+    return 1 if result["problems"] else 0
+
+
+async def run_tenants(flood: ServerOptions, quiet: Sequence[ServerOptions], options: TenantsOptions) -> int:
+    async with AsyncExitStack() as stack:
+        targets = [await stack.enter_async_context(server.connect()) for server in (flood, *quiet)]
+        result = await tenants(targets[0], targets[1:], options)
+        print_tenants(result, Console())
+        print_json({"url": flood.url, "model": targets[0].model, **result})
     return 1 if result["problems"] else 0
 
 
