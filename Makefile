@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
 PATHS := server engine kernels drafter clients loadtest tests scripts docker setup.py
 
-.PHONY: run test test-slow test-compat images check format bench install install-dev clean
+.PHONY: run test test-slow test-compat images check format docs bench install install-dev clean
 
 run: install
 	@exec $(VENV)/bin/slipstream serve --port $(PORT) $(ARGS)
@@ -40,6 +40,11 @@ check: install-dev
 format: install-dev
 	$(VENV)/bin/ruff format $(PATHS)
 	$(VENV)/bin/ruff check --fix $(PATHS)
+
+# The documentation as a site, in build/site; fails on links that lead nowhere.
+docs: $(VENV)/.installed
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	$(VENV)/bin/mkdocs build --strict --quiet
 
 bench: install-dev
 	scripts/bench.sh $(VENV)/bin/slipstream

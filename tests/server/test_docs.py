@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from slipstream.server.admin import routes as admin_routes
 from slipstream.server.anthropic import schema as anthropic
@@ -38,6 +43,29 @@ def test_every_field_is_documented() -> None:
     fields = {about.alias or name for body in bodies for name, about in body.model_fields.items()}
     assert len(fields) > 50
     assert fields - words(*PAGES) == set()
+
+
+def test_the_page_of_options_is_current() -> None:
+    made = runpy.run_path(str(DOCS.parent / "scripts/make_reference.py"))
+    assert made["PAGE"].read_text() == made["page"](), "run scripts/make_reference.py"
+
+
+def test_every_page_is_in_the_site() -> None:
+    config = (DOCS.parent / "mkdocs.yml").read_text()
+    assert [str(page) for page in DOCS.rglob("*.md") if f": {page.relative_to(DOCS)}\n" not in config] == []
+
+
+@pytest.mark.slow
+def test_the_site_is_built_and_no_link_leads_nowhere(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="`make docs` installs it")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=DOCS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "api.html").exists()
 
 
 def test_every_route_is_documented(server: Any) -> None:
