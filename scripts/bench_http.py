@@ -1,7 +1,7 @@
 """CPU time of the API process per streamed token: ``python -P scripts/bench_http.py [--streams 64] [--tokens 400]``.
 
-The engine serves a model of no size, in a process of its own, so what is left is HTTP and text. The API process counts its
-CPU time itself (``process_cpu_seconds_total`` of /metrics).
+The engine serves a model of no size, in a process of its own, so what is left is HTTP and text. The API process counts
+its CPU time itself (``process_cpu_seconds_total`` of /metrics).
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ PAGE = Path(__file__).parents[1] / "docs/options.md"
 CONFIGS = (ServerConfig, EngineConfig, TrafficConfig, EvolutionConfig)
 HEAD = """# Options
 
-Every option of `slipstream serve`; `slipstream serve --help` says the same. Each can be set in the environment: `--max-running` as
-`SLIPSTREAM_MAX_RUNNING`, a list separated by spaces. Made by scripts/make_reference.py from the code: change it there.
+Every option of `slipstream serve`; `slipstream serve --help` says the same. Each can be set in the environment:
+`--max-running` as `SLIPSTREAM_MAX_RUNNING`, a list separated by spaces.
+Made by scripts/make_reference.py from the code: change it there.
 """
 
 
