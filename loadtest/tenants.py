@@ -33,7 +33,7 @@ BUSY = (429, 503)
 """What a server says that has no room now."""
 SLOW_S = 0.3
 """Seconds between two reads of a slow client."""
-MOST_PEAK = 4000
+PEAK_REQUESTS, MOST_REPEATS = 256, 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,10 +188,11 @@ async def tenants(flood: Target, quiet: Sequence[Target], options: TenantsOption
 
 async def find_peak(target: Target, options: TenantsOptions, workload: Workload) -> tuple[float, float]:
     """Tokens and requests per second of a server that always has enough to do, and no more."""
-    tally, start = Tally(), perf_counter()
-    with progress_bar("peak", MOST_PEAK) as on_end:
-        plain = TenantsOptions(abort_share=0, slow_share=0, max_output_tokens=options.max_output_tokens)
-        trials = await plan(plain, workload, MOST_PEAK, "peak")
+    tally = Tally()
+    plain = TenantsOptions(abort_share=0, slow_share=0, max_output_tokens=options.max_output_tokens)
+    trials = MOST_REPEATS * await plan(plain, workload, PEAK_REQUESTS, "peak")
+    start = perf_counter()
+    with progress_bar("peak", len(trials)) as on_end:
 
         async def one(trial: Trial, due: float) -> None:
             if perf_counter() - start < options.peak_seconds:

@@ -143,7 +143,7 @@ class Admission:
 
 
 def waiting_tokens(sequences: Sequence[Queued]) -> int:
-    """Of the prompts of a request; choices share theirs."""
+    """Tokens of the prompts of a request that wait; choices share theirs."""
     return sum(
         len(prompt) for prompt in {id(each.prompt): each.prompt for each in sequences if not each.has_begun}.values()
     )

@@ -44,7 +44,7 @@ async def test_refusals_have_to_say_when_to_come_back(serve: Any, header: dict[s
         def refuse() -> None:
             nonlocal count
             count += 1
-            if count > 60 and count % 5 == 0:
+            if count > 8 and count % 3 == 0:
                 raise web.HTTPTooManyRequests(headers=header)
 
         server.on_request = refuse

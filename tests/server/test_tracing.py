@@ -171,7 +171,9 @@ def test_no_keys_and_no_texts_are_logged_or_traced(observed: Any, caplog: pytest
 
 
 def test_records_of_a_log_are_json_and_say_which_request_they_are_about(observed: Any) -> None:
-    with observed.send(COMPLETE, {"prompt": "x", "max_tokens": 8000, "ignore_eos": True, "request_id": "fails"}):
+    with observed.send(
+        COMPLETE, {"prompt": "x", "max_tokens": 8000, "ignore_eos": True, "stream": True, "request_id": "fails"}
+    ):
         observed.wait_until(lambda: observed.metric("num_requests_running") == 1)
 
         def fail(*_: Any) -> None:
