@@ -13,7 +13,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.listening import EndedRequest, Listeners
 from slipstream.engine.messages import EngineStats, FinishReason, NewRequest, TokenDelta
 from slipstream.engine.operations import PauseMode, UpdateMode
-from slipstream.engine.plan import NewRow, StepPlan, StepResult, StepWork
+from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.scheduling.controller import Decision
 from slipstream.engine.scheduling.draft_planner import DraftPlanner
 from slipstream.engine.scheduling.kv.manager import Admission, KVManager, Wait
@@ -296,9 +296,7 @@ class Scheduler:
         request.slot = self._free_slots.pop()
         request.num_computed = admission.num_cached
         request.begin_again()
-        if self._waiting.is_shared:
-            work = StepWork().add(admission.num_cached, len(request.tokens) - admission.num_cached)
-            self._waiting.charge(request, self.cost.predict(work))
+        self._waiting.charge_prompt(request, self.cost)
         if not request.scheduled_at:
             request.scheduled_at = self._clock()
             request.num_cached = admission.num_cached

@@ -15,7 +15,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
+from slipstream.engine.plan import StepWork
 from slipstream.engine.scheduling.request import Request
+from slipstream.engine.scheduling.step_cost import StepCost
 
 REMEMBERED_FLOWS = 1024
 _deadline = attrgetter("deadline")
@@ -77,6 +79,12 @@ class WaitingRequests:
         """Its flow has had so much of the machine."""
         if (flow := request.message.flow) in self._used:
             self._used[flow] += seconds / request.message.weight
+
+    def charge_prompt(self, request: Request, cost: StepCost) -> None:
+        """A request begins: its flow is charged what computing it will probably take, up to its last known token."""
+        if self.is_shared:
+            work = StepWork().add(request.num_computed, len(request.tokens) - request.num_computed)
+            self.charge(request, cost.predict(work))
 
     # Turns ----------------------------------------------------------------------------------------------------------
 
