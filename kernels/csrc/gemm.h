@@ -50,32 +50,27 @@ template <class D, int R, int P, int Stride, int Ahead = 0, bool Soon = false>
   }
 }
 
-// R rows times P panels, as many of them at a time as there are registers for.
-template <class D, int R, int P, int Ahead, bool Soon, class Epilogue>
-inline void row_tile(const typename D::row* x, size_t ldx, const typename D::elem* const* panels, int steps, int row,
-                     int panel, const char* ahead, const Epilogue& epilogue) {
+// R rows times P panels, as many of them at a time as there are registers for. Not part of its callers, which differ in what
+// becomes of the results only: it is most of what there is to compile.
+template <class D, int R, int P, int Ahead, bool Soon>
+[[gnu::noinline]] void row_tile(const typename D::row* x, size_t ldx, const typename D::elem* const* panels, int steps,
+                                const char* ahead, vec (*out)[P]) {
   constexpr int W = std::min(tile_panels(R), P);
-  if constexpr (W == P) {
-    vec acc[R][P];
+#pragma GCC unroll 1
+  for (int p = 0; p < P; p += W, ahead += static_cast<size_t>(Ahead) * steps * 64) {
+    vec acc[R][W];
     clear(acc);
-    accumulate<D, R, P, kGroup, Ahead, Soon>(x, ldx, panels, steps, acc, ahead);
+    accumulate<D, R, W, kGroup, Ahead, Soon>(x, ldx, panels + p, steps, acc, ahead);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) epilogue.template operator()<P>(row + r, panel, acc[r]);
-  } else {
-    vec all[R][P];
-#pragma GCC unroll 1
-    for (int p = 0; p < P; p += W, ahead += static_cast<size_t>(Ahead) * steps * 64) {
-      vec acc[R][W];
-      clear(acc);
-      accumulate<D, R, W, kGroup, Ahead, Soon>(x, ldx, panels + p, steps, acc, ahead);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int i = 0; i < W; ++i) all[r][p + i] = acc[r][i];
-    }
-#pragma GCC unroll 1
-    for (int r = 0; r < R; ++r) epilogue.template operator()<P>(row + r, panel, all[r]);
+      for (int i = 0; i < W; ++i) out[r][p + i] = acc[r][i];
   }
+}
+
+template <int P, class Epilogue>
+[[gnu::noinline]] void finish_rows(int begin, int end, int panel, vec (*acc)[P], const Epilogue& epilogue) {
+  for (int row = begin; row < end; ++row) epilogue.template operator()<P>(row, panel, acc[row - begin]);
 }
 
 // Calls f<height>(row).
@@ -113,10 +108,11 @@ inline void panel_group(const typename D::row* x, size_t ldx, int rows, const ty
   const bool few = rows <= kGroup / 2 * kMaxRows;  // then each tile has more to ask for
   const char* ahead = reinterpret_cast<const char*>(next);
   const char* end = ahead + static_cast<size_t>(kGroup) * steps * 64;
+  vec acc[kMaxRows][P];
   for_row_tiles(rows, [&]<int R>(int row) {
     constexpr int W = std::min(tile_panels(R), P);
     const auto tile = [&]<int Ahead, bool Soon = false>(const char* from) {
-      row_tile<D, R, P, Ahead, Soon>(x + row * ldx, ldx, panels, steps, row, panel, from, epilogue);
+      row_tile<D, R, P, Ahead, Soon>(x + row * ldx, ldx, panels, steps, from, acc);
       ahead += static_cast<size_t>(Ahead) * (P / W) * steps * 64;
     };
     if (!whole || rows == 1) tile.template operator()<0>(nullptr);
@@ -125,6 +121,7 @@ inline void panel_group(const typename D::row* x, size_t ldx, int rows, const ty
     else if (W < kGroup) tile.template operator()<W>(ahead);  // for all of it
     else if (few) tile.template operator()<kGroup / 2>(ahead);
     else tile.template operator()<1>(ahead);
+    finish_rows(row, row + R, panel, acc, epilogue);
   });
 }
 

@@ -24,18 +24,21 @@ inline double multiply_in_registers(Team& team, int64_t times) {
   const Pass pass(team);
   team.parallel(items, [&](int) {
     vec acc[R][P];
+    const auto keep_all = [&] {  // each as a sum of its own
+      for (auto& of_row : acc)
+        for (vec& sum : of_row) keep(sum);
+    };
     clear(acc);
+    keep_all();
     const typename D::wvec w = D::template load<0>(panel);
     const typename D::xvec x = D::broadcast(row);
     for (int64_t i = 0; i < times; ++i) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-          acc[r][p] = D::dot(acc[r][p], x, w);
-          keep(acc[r][p]);
-        }
+        for (int p = 0; p < P; ++p) acc[r][p] = D::dot(acc[r][p], x, w);
     }
+    keep_all();
   });
   return 2.0 * 16 * D::kPair / D::kParts * R * P * items * static_cast<double>(times);
 }
