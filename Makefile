@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
 PATHS := server engine kernels drafter clients loadtest tests scripts docker setup.py
 
-.PHONY: run test test-slow test-compat images check format docs bench install install-dev clean
+.PHONY: run test test-slow test-compat images prove-kernels check format docs bench install install-dev clean
 
 run: install
 	@exec $(VENV)/bin/slipstream serve --port $(PORT) $(ARGS)
@@ -30,6 +30,10 @@ test-compat: install-dev
 # Builds the container images and runs them, with an engine of its own where the machine has none; see ARGS=--help.
 images: $(VENV)/.installed-images
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python scripts/prove_images.py $(ARGS)
+
+# Replays what tests have the kernels do on processors that this machine is not; takes minutes, and ARGS=--install root.
+prove-kernels: install-dev
+	$(VENV)/bin/python -P scripts/prove_kernels.py $(ARGS)
 
 check: install-dev
 	$(VENV)/bin/ruff format --check $(PATHS)

@@ -26,7 +26,7 @@ ISA_FLAGS = {
     "x86_64": {
         "isa_avx2.cpp": AVX2,
         "isa_avx512.cpp": AVX512,
-        "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+        "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
     },
     "aarch64": {"isa_neon.cpp": []},
 }

@@ -43,8 +43,11 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 class Bench:
-    def __init__(self, context: int, model: str, form: str, isa: str) -> None:
-        config = EngineConfig(model=model, kv_cache_memory="256MiB", speculation="off", isa=isa, **FORMS[form])
+    def __init__(self, context: int, model: str, form: str, isa: str, clock: limits.Clock) -> None:
+        threads = 0 if clock is time.perf_counter else 1
+        options = {"kv_cache_memory": "256MiB", "speculation": "off", "threads": threads, **FORMS[form]}
+        config = EngineConfig(model=model, isa=isa, **options)
+        self.clock = clock
         engine = LocalEngine(config).engine
         self.runner, self.loaded = engine.runner, engine.loaded
         self.elements = open_checkpoint(model).weights_bytes(torch.int8)
@@ -65,12 +68,12 @@ class Bench:
             np.arange(segments, dtype=np.int32),
             self.block_size,
         )
-        began = time.perf_counter()
+        began = self.clock()
         hidden = self.runner.model.forward(batch, self.runner.cache).hidden
         logits = self.runner.model.logits(hidden, np.arange(segments * tokens, dtype=np.int32))
         rows = np.zeros(len(logits), np.int32)
         sample(logits, self.columns.take(rows, rows + 1, lambda _: NO_HISTORY))
-        return time.perf_counter() - began
+        return self.clock() - began
 
 
 def main() -> None:
@@ -80,10 +83,14 @@ def main() -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--forms", default="bfloat16,exact,int8", help=f"of {', '.join(FORMS)}")
     parser.add_argument("--isa", default="auto")
+    parser.add_argument(
+        "--one-thread", action="store_true", help="by its processor time, in which others on the machine do not count"
+    )
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     options = parser.parse_args()
     forms = options.forms.split(",")
-    benches = {form: Bench(options.context, options.model, form, options.isa) for form in forms}
+    clock = time.thread_time if options.one_thread else time.perf_counter
+    benches = {form: Bench(options.context, options.model, form, options.isa, clock) for form in forms}
     sizes = [int(size) for size in options.sizes.split(",")]
     cases = [(form, *case) for form in forms for case in shapes(sizes)]
     found: dict[tuple[str, int, int], list[float]] = {case: [] for case in cases}
@@ -94,9 +101,9 @@ def main() -> None:
             seconds = benches[form].seconds(segments, tokens)
             if turn >= 2:
                 found[form, segments, tokens].append(seconds)
-    bandwidth, flops = limits.read_bandwidth(), limits.peak_flops(torch.float32)
+    bandwidth, flops = limits.read_bandwidth(clock), limits.peak_flops(torch.float32, clock)
     most = f"reads {bandwidth / 1e9:.1f} GB/s, computes {flops / 1e9:.0f} GFLOP/s in float32 at most"
-    print(f"{library.isa()}, {usable_cores()} cores: {most}")
+    print(f"{library.isa()}, {1 if options.one_thread else usable_cores()} threads: {most}")
     for form in forms:
         one = median(found[form, 1, 1])
         loaded, elements = benches[form].loaded, benches[form].elements

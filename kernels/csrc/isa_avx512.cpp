@@ -1,7 +1,9 @@
 // AVX-512 without instructions for bfloat16: Skylake to Ice Lake servers, and virtual machines that hide them.
 #define SLIP_ISA avx512
 #define SLIP_BACKEND kAvx512
+#define SLIP_OWN_WORDS
 #include "vec_avx512.h"
+#include "words_avx512.h"
 
 namespace slip::avx512 {
 

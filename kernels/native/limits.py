@@ -9,38 +9,37 @@ import torch
 
 from slipstream.kernels.native.library import DTYPE_CODES, address, load
 
+Clock = Callable[[], float]
 LARGEST = 256 << 20
 """Bytes that no cache holds."""
 PIECE_S = 0.02
 """Long enough that starting does not count, short enough that others seldom come between."""
 
 
-def read_bandwidth(size: int = LARGEST, rounds: int = 5) -> float:
-    """Bytes per second that all threads together read of memory of this size; the best of some rounds."""
+def read_bandwidth(clock: Clock = time.perf_counter, rounds: int = 6) -> float:
+    """Bytes per second that all threads together read of memory; the best of some rounds."""
     library = load()
     assert library is not None
-    memory = torch.ones(size // 4)
-    best = min(_seconds(lambda: library.slip_read(address(memory), len(memory))) for _ in range(rounds + 1))
+    memory = torch.ones(LARGEST // 4)
+    best = float("inf")
+    for _ in range(rounds):
+        began = clock()
+        library.slip_read(address(memory), len(memory))
+        best = min(best, clock() - began)
     return memory.nbytes / best
 
 
-def peak_flops(dtype: torch.dtype, rounds: int = 5) -> float:
+def peak_flops(dtype: torch.dtype, clock: Clock = time.perf_counter, rounds: int = 6) -> float:
     """Multiplications and additions per second of all threads, with numbers of this format; the best of some rounds."""
     library = load()
     assert library is not None
     times, best, measured = 1000, 0.0, 0
     while measured < rounds:
-        began = time.perf_counter()
+        began = clock()
         operations = library.slip_multiply(DTYPE_CODES[dtype], times)
-        seconds = time.perf_counter() - began
+        seconds = clock() - began
         if seconds < PIECE_S:
             times *= 2
         else:
             best, measured = max(best, operations / seconds), measured + 1
     return best
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began

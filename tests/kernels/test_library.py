@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 
 from slipstream.engine.config import EngineConfig
-from slipstream.kernels.native import library
+from slipstream.kernels.native import library, limits
 
 CODE = "from slipstream.kernels.native import library; print(library.isa())"
 pytestmark = pytest.mark.skipif(library.load() is None, reason="no compiled kernels here")
@@ -37,3 +39,18 @@ def test_what_was_compiled_can_be_asked_for() -> None:
     assert library.isa() in library.variants()
     with pytest.raises(library.IsaError, match="--isa avx3: there are no such kernels"):
         library.select("avx3")
+
+
+def test_what_the_machine_can_do_is_measured() -> None:
+    assert limits.read_bandwidth(rounds=1) > 1e6
+    for dtype in (torch.float32, torch.bfloat16):
+        assert limits.peak_flops(dtype, rounds=1) > 1e6
+
+
+@pytest.mark.slow
+def test_what_tests_have_the_kernels_do_is_done_again_without_python() -> None:
+    """The program that replays it on other processors, on this one."""
+    script = Path(__file__).parents[2] / "scripts" / "prove_kernels.py"
+    done = subprocess.run([sys.executable, "-P", script, "--on", "native"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "slip_forward" in done.stdout and " 0 failed" in done.stdout

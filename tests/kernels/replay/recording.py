@@ -1,11 +1,11 @@
 """A pytest plugin that writes down what tests have the compiled kernels do, for processors on which tests cannot run.
 
-``pytest -p recording`` with the file's name in SLIPSTREAM_RECORDING: every call through the C interface, with all memory that it
-reads, and what it wrote, is appended to the file as long as tests that have recorded much leave room for others. What is
-recorded is right if the tests passed. ``replay.cpp`` makes the same calls; ``scripts/prove_kernels.py`` runs both.
+``pytest -p recording`` with the name of a file in SLIPSTREAM_RECORDING: calls through the C interface, with all memory
+that they read, and what they wrote, go to the file, but for many of the same test and for large ones. What is recorded
+is right if the tests passed. ``replay.cpp`` makes the same calls; ``scripts/prove_kernels.py`` runs both.
 
-The file: for each call its name, its test and its arguments; memory as blobs with the places in them that point into other
-blobs. All numbers are little-endian. A number of bytes comes before whatever has no fixed size.
+The file: for each call its name, its test and its arguments; memory as blobs with the places in them that point into
+other blobs. All numbers are little-endian. A number of bytes comes before whatever has no fixed size.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import numpy as np
 import pytest
 
 from slipstream.kernels.native import library
-from slipstream.kernels.native.library import CAttention, CBatch, CLayer, CLinear, CModel
+from slipstream.kernels.native.library import CAttention, CBatch, CLayer, CLinear, CModel, CPart
 
 CALLS_EACH = 10
 """Calls of one function by one test; properties draw more examples than say something new."""
-LARGEST = 1 << 18
-"""Bytes of a call; larger ones take long under emulation."""
+LARGEST, LARGEST_FORWARD = 1 << 18, 1 << 21
+"""Bytes of a call, and of one of a whole model; larger ones take long under emulation."""
 F32, BF16 = 0, 1
 EXACT, FLOAT, HALF, WEIGHTS = range(4)
-"""How what was written is compared: by bytes; as float32 or bfloat16, relative to the largest; as float32 of which one per row, on
-a border, may be there or not."""
+"""How what was written is compared: by bytes; as float32 or bfloat16, relative to the largest; as float32 of which one
+per row, on a border, may be there or not."""
 SUMS = {F32: 2e-5, BF16: 2e-5}
 """Largest difference of sums of products, relative to the largest: another order of adding up."""
 ROUNDED = {F32: 2e-5, BF16: 1.6e-2}
@@ -120,10 +120,22 @@ def _ints(address: int, count: int) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 
 def _linear(call: Call, c: CLinear, dtype: int, at: int) -> Iterator[tuple[int, int | None]]:
-    """Blobs of the struct that lies at an offset of another."""
+    """Blobs that the struct at an offset of another points to."""
     panels = -(-c.n // 64) * 64 * c.k * _size(dtype)
     yield at + CLinear.panels.offset, call.reads(c.panels, panels)
     yield at + CLinear.bias.offset, call.reads(c.bias, 4 * c.n)
+    if c.num_parts:
+        native, parts = library.load(), c.parts[: c.num_parts]
+        assert native is not None
+        data = [call.reads(part.data, native.slip_part_bytes(part.form, part.panels, c.k)) for part in parts]
+        places = {i * ctypes.sizeof(CPart) + CPart.data.offset: blob for i, blob in enumerate(data)}
+        yield at + CLinear.parts.offset, call.struct(b"".join(map(bytes, parts)), places)
+    else:
+        yield at + CLinear.parts.offset, None
+
+
+def _no_linear(at: int) -> dict[int, int | None]:
+    return dict.fromkeys(at + getattr(CLinear, name).offset for name in ("panels", "bias", "parts"))
 
 
 class Cache:
@@ -195,8 +207,7 @@ def _model(call: Call, m: CModel, cache: Cache | None, tokens: int) -> int:
         getattr(CModel, name).offset for name, kind in CModel._fields_ if kind in (ctypes.c_void_p,) or name == "layers"
     )
     for name in ("embed", "lm_head"):
-        at = getattr(CModel, name).offset
-        pointers |= {at + CLinear.panels.offset: None, at + CLinear.bias.offset: None}
+        pointers |= _no_linear(getattr(CModel, name).offset)
     if cache is None:
         pointers |= dict(_linear(call, m.lm_head, m.dtype, CModel.lm_head.offset))
         pointers[CModel.final_norm.offset] = call.reads(m.final_norm, 4 * m.hidden)
@@ -227,7 +238,7 @@ def _layers(call: Call, m: CModel, layers: list[CLayer], cache: Cache | None) ->
         for name in ("qkv", "out", "gate_up", "down"):
             offset = at + getattr(CLayer, name).offset
             if cache is None:
-                pointers |= {offset + CLinear.panels.offset: None, offset + CLinear.bias.offset: None}
+                pointers |= _no_linear(offset)
             else:
                 pointers |= dict(_linear(call, getattr(layer, name), m.dtype, offset))
         for name in ("k_cache", "v_cache"):
@@ -317,7 +328,7 @@ class Recorder:
             call = Call()
             describe(call, *arguments)
             result = function(*arguments)
-            if call.num_bytes <= LARGEST:
+            if call.num_bytes <= (LARGEST_FORWARD if describe is forward else LARGEST):
                 self._count[key] += 1
                 self._file.write(call.serialised(name, test))
                 self._file.flush()
