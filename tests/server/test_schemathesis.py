@@ -79,6 +79,7 @@ def described(start: Callable[[], Any]) -> Any:
     return start()
 
 
+@pytest.mark.slow
 def test_a_little_of_every_route(described: Any, tmp_path: Path) -> None:
     generating = ("--include-path-regex", GENERATING)
     check(described, tmp_path, 3, "--phases", "examples,fuzzing", *generating)
