@@ -45,7 +45,7 @@ RECORDED = (
 )
 """Tests of whatever calls the compiled kernels; those of whole models call them as the engine does."""
 CHOSEN = "not (test_families or triton or gpu) or Llama or Qwen or Mistral"
-"""Of families, those whose layers the compiled kernels run."""
+"""Those families whose layers the compiled kernels run, and all other tests."""
 PACKAGES = {
     "aarch64": ("g++-aarch64-linux-gnu", "qemu-user-static"),
     "avx512": ("bochs", "genisoimage", "isolinux", "syslinux-common", "cpio"),
