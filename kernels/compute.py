@@ -41,7 +41,7 @@ class Formats:
     kv: torch.dtype
     """Format of keys and values in the cache."""
     arithmetic: Arithmetic = "exact"
-    """Of quantised matrices."""
+    """How quantised matrices are computed."""
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Formats:

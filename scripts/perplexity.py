@@ -54,7 +54,7 @@ class Form:
 
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> Iterator[torch.Tensor]:
-        """Of all positions of a text, so many at once."""
+        """Those of all positions of a text, so many at once."""
         count = len(ids)
         batch = make_batch(
             np.array(ids, np.int32),

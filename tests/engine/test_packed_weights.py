@@ -39,7 +39,7 @@ def options(model: Path, **fields: Any) -> EngineConfig:
 
 @torch.inference_mode()
 def logits(model: Path, **fields: Any) -> torch.Tensor:
-    """Of each position of a prompt."""
+    """Those of each position of a prompt."""
     loaded, ids = load_model(options(model, **fields)).model, np.random.default_rng(1).integers(0, 32, 48)
     counts, table = np.array([48], np.int32), np.arange(3, dtype=np.int32)[None]
     batch = make_batch(ids.astype(np.int32), counts, counts, table, np.zeros(1, np.int32), 16)
