@@ -16,6 +16,9 @@ from slipstream.server.openai.translated import add_message, chat_body
 from slipstream.server.prepared import Limits, Prepared, require_model
 from slipstream.server.text_model import TextModel
 
+TOOL_FIELDS = {"type", "name", "description", "strict", "input_schema", "cache_control", "eager_input_streaming"}
+OFF = {"defer_loading": False, "allowed_callers": ["direct"], "input_examples": []}
+"""Further fields of tools, with the values that ask for nothing."""
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -100,13 +103,19 @@ def continues(messages: list[dict[str, Any]]) -> bool:
 
 
 def nested(tool: dict[str, Any], param: str) -> dict[str, Any]:
-    """A tool as chat has it. Raises InvalidRequestError for tools that the service itself would run."""
+    """A tool as chat has it. Raises InvalidRequestError for tools that the service itself would run, and for what is not
+    done with those of the client."""
     if tool.get("type") not in (None, "custom"):
         raise InvalidRequestError(
             f"{param}.type: only tools of the client (custom) are supported",
             param=f"{param}.type",
             code="unsupported_parameter",
         )
+    for name, value in tool.items():
+        if value is not None and name not in TOOL_FIELDS and OFF.get(name, not value) != value:
+            raise InvalidRequestError(
+                f"{param}.{name}: not supported by this server", param=f"{param}.{name}", code="unsupported_parameter"
+            )
     function = {name: tool[name] for name in ("name", "description", "strict") if tool.get(name) is not None}
     return {"type": "function", "function": function | {"parameters": tool.get("input_schema")}}
 

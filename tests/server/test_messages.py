@@ -122,6 +122,11 @@ def test_what_tools_gave_back_reaches_the_prompt(server: Any) -> None:
     assert counted["input_tokens"] == wanted["count"]
 
 
+def test_what_asks_for_nothing_of_a_tool_is_taken(server: Any) -> None:
+    tool = WEATHER | {"type": "custom", "cache_control": {"type": "ephemeral"}, "defer_loading": False}
+    assert ask(server, tools=[tool | {"allowed_callers": ["direct"], "input_examples": None}])["content"]
+
+
 def test_an_answer_that_has_begun_goes_on(server: Any) -> None:
     turns = [*MESSAGES, {"role": "assistant", "content": "It is"}]
     chat = server.chat(messages=turns, continue_final_message=True, max_tokens=8)
@@ -138,6 +143,8 @@ def test_an_answer_that_has_begun_goes_on(server: Any) -> None:
         ({"messages": [{"role": "assistant", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type"),
         ({"tools": [{"name": "x", "input_schema": 5}]}, "tools.0.input_schema"),
+        ({"tools": [{**WEATHER, "defer_loading": True}]}, "tools.0.defer_loading"),
+        ({"tools": [{**WEATHER, "surprise": False}]}, "tools.0.surprise"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"output_config": {"effort": "low"}}, "output_config.effort"),
