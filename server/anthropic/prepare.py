@@ -103,8 +103,10 @@ def continues(messages: list[dict[str, Any]]) -> bool:
 
 
 def nested(tool: dict[str, Any], param: str) -> dict[str, Any]:
-    """A tool as chat has it. Raises InvalidRequestError for tools that the service itself would run, and for what is not
-    done with those of the client."""
+    """A tool as chat has it.
+
+    Raises InvalidRequestError for tools that the service itself would run, and for what is not done with others.
+    """
     if tool.get("type") not in (None, "custom"):
         raise InvalidRequestError(
             f"{param}.type: only tools of the client (custom) are supported",
@@ -112,7 +114,7 @@ def nested(tool: dict[str, Any], param: str) -> dict[str, Any]:
             code="unsupported_parameter",
         )
     for name, value in tool.items():
-        if value is not None and name not in TOOL_FIELDS and OFF.get(name, not value) != value:
+        if value is not None and name not in TOOL_FIELDS and (name not in OFF or OFF[name] != value):
             raise InvalidRequestError(
                 f"{param}.{name}: not supported by this server", param=f"{param}.{name}", code="unsupported_parameter"
             )
