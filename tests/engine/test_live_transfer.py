@@ -63,7 +63,7 @@ for at, shape in enumerate(shapes):
 async def start(**fields: Any) -> EngineClient:
     traffic = msgspec.json.encode(dataclasses.asdict(TrafficConfig())).decode()
     config = EngineConfig(dtype="bfloat16", kv_cache_memory="512MiB", max_running=8, **fields)
-    return await EngineClient.start(config, "slipstream.server.engine_process", ("error", traffic))
+    return await EngineClient.start(config, "slipstream.server.engine_process", ("error", "text", traffic))
 
 
 async def say(client: EngineClient, prompts: list[list[int]]) -> tuple[list[list[int]], int, set[int]]:

@@ -58,7 +58,7 @@ async def serve_while_swapping(
     config: EngineConfig, prompts: list[list[int]], max_tokens: int, files: list[Path], swaps: int
 ) -> tuple[list[list[int]], list[list[TokenDelta]]]:
     """32 streams, one after the other each, until so many swaps have landed; and the same prompts without drafts."""
-    engine = await EngineClient.start(config, "slipstream.server.engine_process", ("warning", "{}"))
+    engine = await EngineClient.start(config, "slipstream.server.engine_process", ("warning", "text", "{}"))
     told: list[list[TokenDelta]] = []
     swapping = True
 
@@ -99,7 +99,7 @@ async def serve_while_swapping(
 
 
 async def plain_answers(config: EngineConfig, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    engine = await EngineClient.start(config, "slipstream.server.engine_process", ("warning", "{}"))
+    engine = await EngineClient.start(config, "slipstream.server.engine_process", ("warning", "text", "{}"))
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
 
     async def ask(prompt: list[int]) -> list[int]:
