@@ -33,6 +33,8 @@ ANSWERS: list[tuple[str, str, bytes | None, dict[str, str], int]] = [
     ("OPTIONS", COMPLETE, None, {}, 204),
     ("POST", "/admin/v1/evolve", b'{"action": "train"}', JSON, 409),
     ("POST", COMPLETE, b"x", {"content-type": "text/plain"}, 415),
+    ("POST", COMPLETE, BODY, {"content-type": "application/octet-stream"}, 415),
+    ("POST", "/reset_prefix_cache", b"", {"content-type": "application/octet-stream"}, 200),  # as aiohttp says nothing
     ("POST", COMPLETE, gzip.compress(BODY, mtime=0), JSON | {"content-encoding": "gzip"}, 415),
 ]
 
