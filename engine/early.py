@@ -30,15 +30,28 @@ def as_json(config: EngineConfig) -> str:
 
 
 class EarlyProcess:
-    """A host (``engine.client``) once it is told its configuration."""
+    """A host (``engine.client``) once it is told its configuration.
+
+    As a context it ends the process if it was told nothing by then, because the server could not start.
+    """
 
     def __init__(self, entry: str) -> None:
         """``entry`` is the module it runs, as for ``EngineClient.start``."""
         self.channel, self._theirs = socket.socketpair()
         self._child = EarlyChild(entry, environment(), self._theirs.fileno())
         self._process = self._child.process
+        self._is_told = False
+
+    def __enter__(self) -> EarlyProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._is_told:
+            with self.channel, self._theirs, self._process:
+                self._process.kill()
 
     def tell(self, config: EngineConfig, arguments: tuple[str, ...]) -> None:
+        self._is_told = True
         with self._theirs:
             self._child.tell(str(self._theirs.fileno()), as_json(config), *arguments)
 

@@ -100,10 +100,10 @@ def serve(**values: Any) -> None:
     """
     server, engine = build(ServerConfig, values), build(EngineConfig, values)
     traffic, evolution = build(TrafficConfig, values), build(EvolutionConfig, values)
-    early = EarlyProcess(ENGINE_PROCESS)  # both processes import at the same time what they need
-    from slipstream.server.launch import run  # not needed, and slow, for the other commands
+    with EarlyProcess(ENGINE_PROCESS) as early:  # both processes import at the same time what they need
+        from slipstream.server.launch import run  # not needed, and slow, for the other commands
 
-    run(server, engine, traffic, evolution, early, STARTED)
+        run(server, engine, traffic, evolution, early, STARTED)
 
 
 @app.command()

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from slipstream.engine.child import LOWEST_NICE, EarlyChild, command, step_back
+from slipstream.engine.early import EarlyProcess
 
 AUTOGROUP = Path("/proc/self/autogroup")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="scheduling classes of Linux")
@@ -153,6 +154,12 @@ def test_an_early_child_that_is_told_nothing_ends(tmp_path: Path) -> None:
     assert child.process.wait(300) == 0
     with os.fdopen(reads, "rb") as pipe:
         assert pipe.read() == b"imported "
+
+
+def test_a_server_that_cannot_start_leaves_no_process() -> None:
+    with pytest.raises(ValueError, match="no such model"), EarlyProcess("json") as early:
+        raise ValueError("no such model")
+    assert not psutil.pid_exists(early.pid) and early.channel.fileno() == -1
 
 
 def test_to_tell_a_child_that_was_killed_is_no_error(tmp_path: Path) -> None:
