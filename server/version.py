@@ -11,18 +11,21 @@ from pathlib import Path
 COMMIT_FILE = "commit.txt"
 """Beside this module in what was built: see setup.py."""
 
+DIGITS = 12
+
 
 @cache
 def commit() -> str | None:
     """The commit that it was built of; in a checkout, the one that is checked out. None if nobody knows."""
     built = resources.files("slipstream.server") / COMMIT_FILE
     if built.is_file():
-        return built.read_text().strip() or None
+        found = built.read_text().strip()
+        return found[:DIGITS] if found and found != "unknown" else None  # as builds without a history call it
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     try:
-        asked = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+        asked = ["git", "-C", str(root), "rev-parse", f"--short={DIGITS}", "HEAD"]
         done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None

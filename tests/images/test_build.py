@@ -60,7 +60,9 @@ def test_the_labels_have_version_and_commit(docker: Docker, tree: Path, image: s
     labels = docker.inspect(image)["Config"]["Labels"]
     assert labels["org.opencontainers.image.version"] == version
     assert labels["org.opencontainers.image.revision"] == revision(tree)
-    assert docker("run", "--rm", image, "version") == version
+    commit = revision(tree)
+    known = "" if commit == "unknown" else f" (commit {commit[:12]})"
+    assert docker("run", "--rm", image, "version") == version + known
 
 
 def test_the_native_kernels_and_the_default_model_are_in_it(docker: Docker, image: str) -> None:
