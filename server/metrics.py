@@ -14,7 +14,9 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.registry import Collector
 
 from slipstream.engine.handle import EngineHandle
@@ -329,8 +331,12 @@ class Metrics:
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """For whoever sends this Accept header: all there is, and its media type."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self._shown), content_type
+        _, content_type = choose_encoder(accept)
+        if not content_type.startswith(OPENMETRICS):
+            return generate_latest(self._shown), CONTENT_TYPE_PLAIN_0_0_4
+        # The encoder chosen would put underscores for the colons of names, which need no escaping.
+        body: bytes = openmetrics.generate_latest(self._shown, escaping=ALLOWUTF8)  # type: ignore[no-untyped-call]
+        return body, openmetrics.CONTENT_TYPE_LATEST
 
     def finished(self, reason: FinishReason) -> None:
         self._finished.labels(self._model_name, reason).inc()

@@ -193,13 +193,25 @@ def test_records_of_a_log_are_json_and_say_which_request_they_are_about(observed
 # Metrics --------------------------------------------------------------------------------------------------------------
 
 
-def test_openmetrics_for_who_asks_for_it(observed: Any) -> None:
+ASKED = [
+    "application/openmetrics-text;version=1.0.0;q=0.75,text/plain;version=0.0.4;q=0.5",
+    # Prometheus 2.42, and 3
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,text/plain;"
+    "version=0.0.4;q=0.5,*/*;q=0.1",
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+    "application/openmetrics-text",
+]
+
+
+@pytest.mark.parametrize("accept", ASKED)
+def test_openmetrics_for_who_asks_for_it(observed: Any, accept: str) -> None:
     observed.complete("x", max_tokens=2)
-    accept = "application/openmetrics-text;version=1.0.0;q=0.75,text/plain;version=0.0.4;q=0.5"
     status, headers, body = observed.request("GET", "/metrics", headers={"accept": accept})
     assert status == 200 and headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
     families = {family.name: family for family in text_string_to_metric_families(body.decode())}
     assert families["slipstream:generation_tokens"].type == "counter"
+    for family in families.values():  # one name, as everywhere: dashboards and rules ask for it
+        assert all(sample.name.startswith(family.name) for sample in family.samples)
     assert families["slipstream:time_to_first_token_seconds"].type == "histogram"
     for plain in ("text/plain", "*/*", ""):
         _, headers, body = observed.request("GET", "/metrics", headers={"accept": plain})
