@@ -1,7 +1,8 @@
 """Answers with a structure: are they valid, what does a constrained step cost, how late is a schema never seen before?
 
 The schemas are those of functions of the Berkeley Function-Calling Leaderboard: of the package bfcl-eval (``pip install
---no-deps bfcl-eval``), or of ``--data``, its folder of data. Prints one line of JSON for each of the three questions.
+--no-deps bfcl-eval``), or of ``--data``, its folder of data; jsonschema checks the answers. Prints one line of JSON for
+each of the three questions, and the ends of answers that were cut off.
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ def verdict(schema: Any, text: str, answer: Completion) -> str:
     if answer.finish_reason == "error":
         return "refused"
     if answer.finish_reason != "stop":
+        print("cut off:", len(text), "characters, at the end:", repr(text[-100:]), flush=True)
         return "cut off"
     try:
         jsonschema.validate(json.loads(text), schema)

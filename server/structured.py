@@ -25,6 +25,14 @@ JSON_OPTIONS: dict[str, Any] = {
     "item_separator": ",",
 }
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+# Keywords of a schema that hold one, some in a list, and some by names.
+ONE_SCHEMA = ("items", "additionalProperties", "contains")
+SCHEMA_LISTS = ("items", "prefixItems", "anyOf", "oneOf")
+NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+COMBINING = frozenset(("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas"))
+"""What stands beside ``properties`` and says more of the same object."""
+SAYS_WHAT_ELSE = frozenset(("additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties"))
+"""What says which properties an object may have besides those that are named."""
 
 
 def json_grammar(
@@ -46,10 +54,44 @@ def json_grammar(
             found = {}
         if not isinstance(found, dict):
             raise ValueError("a schema is an object" if found is not False else "nothing matches it")
-        text = json.dumps({**found, "x-guidance": options}, ensure_ascii=False)
+        text = json.dumps({**closed(found), "x-guidance": options}, ensure_ascii=False)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{param}: it is no JSON schema: {error}", param=param) from None
     return bounded(f"start: %json {text}", param)
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema whose objects have only the properties that it names, unless it says what others they may have.
+
+    What is not named nobody asked for, and a small model that has begun to make up properties may write nothing else.
+    A schema that puts objects together of parts (``allOf``, or ``anyOf`` beside ``properties``) stays as it is.
+    """
+    found = dict(schema)
+    inner = [found]
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, dict):
+            inner.append(dict(value))
+            return inner[-1]
+        return value
+
+    for each in inner:  # which grows meanwhile
+        for name, value in each.items():
+            if isinstance(value, dict) and name in NAMED_SCHEMAS:
+                each[name] = {key: copied(item) for key, item in value.items()}
+            elif isinstance(value, list) and name in SCHEMA_LISTS:
+                each[name] = [copied(item) for item in value]
+            elif name in ONE_SCHEMA:
+                each[name] = copied(value)
+    if any("allOf" in each or ("properties" in each and each.keys() & COMBINING) for each in inner):
+        return schema
+    for each in inner:
+        named, required = each.get("properties"), each.get("required", [])
+        if not isinstance(named, dict) or each.keys() & SAYS_WHAT_ELSE:
+            continue
+        if isinstance(required, list) and all(isinstance(name, str) and name in named for name in required):
+            each["additionalProperties"] = False
+    return found
 
 
 def regex_grammar(pattern: str, param: str) -> str:

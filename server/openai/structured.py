@@ -64,7 +64,8 @@ class StructuredOutputs(Body):
     whitespace_pattern: str | None = None
 
     disable_fallback: bool | None = None
-    disable_additional_properties: unsupported(False) = None  # type: ignore[valid-type]
+    disable_additional_properties: bool | None = None
+    """It is what happens anyway."""
     structural_tag: unsupported() = None  # type: ignore[valid-type]
 
     def grammars(self) -> dict[str, str]:

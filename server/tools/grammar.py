@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slipstream.server.structured import JSON_OPTIONS, bounded, several
+from slipstream.server.structured import JSON_OPTIONS, bounded, closed, several
 from slipstream.server.tools.formats import ToolFormat
 
 MOST_CALLS = 32
@@ -85,7 +85,7 @@ def _bodies(form: ToolFormat, tools: Sequence[Tool], symbols: Callable[[str], st
         name = tool.name if form.names_first else json.dumps(tool.name)[1:-1]
         lines += [
             f"call{number}: {symbols(head + name + middle)} arguments{number} {symbols(tail)}",
-            f"arguments{number}: %json {_json({**tool.parameters, 'x-guidance': options})}",
+            f"arguments{number}: %json {_json({**closed(tool.parameters), 'x-guidance': options})}",
         ]
     return lines
 
@@ -98,7 +98,7 @@ def _whole(form: ToolFormat, tool: Tool) -> dict[str, Any]:
         "properties": {"name": {"const": tool.name}, arguments: {"$ref": ROOT}},
         "required": ["name", arguments],
         "additionalProperties": False,
-        "$defs": {"arguments": _moved(tool.parameters)},
+        "$defs": {"arguments": _moved(closed(tool.parameters))},
     }
 
 

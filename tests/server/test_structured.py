@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.structured import choice_grammar, context_free_grammar, json_grammar, regex_grammar
+from slipstream.server.structured import choice_grammar, closed, context_free_grammar, json_grammar, regex_grammar
 
 PERSON = {
     "type": "object",
@@ -51,6 +51,58 @@ def test_json_schema_in_every_spelling(server: Any, fields: dict[str, Any]) -> N
         check_person(choice["text"])
     [choice] = server.chat(max_tokens=200, structured_outputs=spellings[4]["structured_outputs"], **fields)["choices"]
     assert not re.search(r"\s", choice["message"]["content"])
+
+
+FLAG = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+
+
+def test_properties_that_nobody_named_are_not_made_up(server: Any) -> None:
+    asked: dict[str, Any] = {"n": 8, "max_tokens": 400, "temperature": 2.0, "seed": 1}
+    texts = [each["text"] for each in server.complete("x", **asked, structured_outputs={"json": FLAG})["choices"]]
+    assert all(json.loads(text).keys() == {"a"} for text in texts), texts
+    tool = {"type": "function", "function": {"name": "set", "parameters": FLAG}}
+    for choice in server.chat(**asked, tools=[tool], tool_choice="required", parallel_tool_calls=False)["choices"]:
+        [call] = choice["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]).keys() == {"a"}
+    allowed = {**FLAG, "additionalProperties": {"type": "null"}, "minProperties": 1}
+    texts = [each["text"] for each in server.complete("x", **asked, structured_outputs={"json": allowed})["choices"]]
+    assert any(text.count("null") for text in texts), texts
+
+
+NOT_CLOSED: list[dict[str, Any]] = [
+    {"type": "object"},
+    {"properties": {"a": {}}, "additionalProperties": True},
+    {"properties": {"a": {}}, "patternProperties": {"^b": {}}},
+    {"properties": {"a": {}}, "required": ["b"]},
+    {"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}]},
+    {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+    {"$ref": "#/$defs/all", "$defs": {"all": {"allOf": [{"$ref": "#/$defs/a"}]}, "a": {"properties": {"a": {}}}}},
+    {"properties": 5, "items": [1], "$defs": [], "anyOf": {"properties": {}}},
+    {"properties": {"a": {}}, "required": [["a"]]},
+    {"enum": [{"properties": {}}], "default": {"properties": {}}},
+]
+
+
+@pytest.mark.parametrize("schema", NOT_CLOSED)
+def test_a_schema_that_says_what_else_there_may_be_stays_as_it_is(schema: dict[str, Any]) -> None:
+    before = json.dumps(schema)
+    assert closed(schema) == schema
+    assert json.dumps(schema) == before
+
+
+def test_objects_are_closed_wherever_they_stand() -> None:
+    one: dict[str, Any] = {"properties": {"properties": {"type": "null"}}}
+    end = {"additionalProperties": False}
+    for around in (
+        lambda inner: {"items": inner},
+        lambda inner: {"prefixItems": [{}, inner]},
+        lambda inner: {"anyOf": [inner, {"type": "null"}]},
+        lambda inner: {"properties": {"x": inner}} | end,
+        lambda inner: {"additionalProperties": inner},
+        lambda inner: {"$ref": "#/$defs/x", "$defs": {"x": inner}},
+    ):
+        assert closed(around(one)) == around(one | end)
+    assert one.keys() == {"properties"}
 
 
 def test_choices_regular_expressions_and_grammars(server: Any) -> None:
