@@ -26,7 +26,8 @@ ISA_FLAGS = {
     "x86_64": {
         "isa_avx2.cpp": AVX2,
         "isa_avx512.cpp": AVX512,
-        "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+        "isa_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
+        "isa_avx512bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
     },
     "aarch64": {"isa_neon.cpp": []},
 }

@@ -41,10 +41,10 @@ class EngineConfig:
         "that much less per step (compiled kernels, on the CPU); others are widened at load. auto is the format of "
         "--dtype.",
     )
-    packed_arithmetic: Literal["auto", "exact", "int8"] = option(
+    packed_arithmetic: Literal["auto", "exact", "int16", "int8"] = option(
         "auto",
-        "How packed weights are computed with: 'exact' widens them to float32 in registers, 'int8' quantises "
-        "activations, too, by blocks of 32, which is faster and less exact. auto is exact.",
+        "How packed weights are computed with: 'exact' widens them to float32 in registers; 'int16' and 'int8' "
+        "quantise activations, too, by blocks of 32, which is faster, and less exact with 'int8'. auto is exact.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto takes a GPU if there is one.")
     kernels: Literal["auto", "native", "triton", "torch"] = option(
@@ -52,7 +52,7 @@ class EngineConfig:
         "Kernels: compiled ones for the CPU, Triton's for a GPU, or the torch reference; auto takes what is made for "
         "the device.",
     )
-    isa: Literal["auto", "avx512bf16", "avx512", "avx2", "neon"] = option(
+    isa: Literal["auto", "avx512bf16", "avx512vnni", "avx512", "avx2", "neon"] = option(
         "auto",
         "Instructions that the compiled kernels use: of the model, and of sampling; auto takes the best that the "
         "processor has. 'slipstream doctor' says which there are.",

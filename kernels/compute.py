@@ -24,8 +24,8 @@ Reads = Literal["normed", "both", "plain"]
 of its own; or the hidden state as it is."""
 
 
-Arithmetic = Literal["exact", "int8"]
-"""How quantised weights are computed with: widened to float32, or with activations in int8, by blocks of 32."""
+Arithmetic = Literal["exact", "int16", "int8"]
+"""How quantised weights are computed with: widened to float32, or with activations quantised by blocks of 32."""
 PACKED = "packed"
 """Format of matrices that are kept as they came, quantised ones in their own precision."""
 

@@ -1,6 +1,6 @@
 """What a step costs by the positions in it: of one stream that verifies draft tokens, and of several streams.
 
-    python scripts/bench_steps.py [--context 300] [--rounds 25] [--isa avx2] [--forms bfloat16,exact,int8]
+    python scripts/bench_steps.py [--context 300] [--rounds 25] [--isa avx2] [--forms bfloat16,exact,int16,int8]
 
 A model in this process: forward pass, logits of every position and a greedy token sampled from each, as a verification
 needs them. All sizes, and all forms of weights, take turns in every round, in changing order; prints medians as tables
@@ -38,8 +38,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "float32": {"weights": "float32"},
     "bfloat16": {"weights": "bfloat16"},
     "exact": {"weights": "packed", "packed_arithmetic": "exact"},
+    "int16": {"weights": "packed", "packed_arithmetic": "int16"},
     "int8": {"weights": "packed", "packed_arithmetic": "int8"},
 }
+MULTIPLIED = {
+    "float32": (torch.float32, 1),
+    "bfloat16": (torch.bfloat16, 1),
+    "exact": (torch.float32, 1),
+    "int16": (torch.int8, 2),
+    "int8": (torch.int8, 1),
+}
+"""By form: as which numbers its weights are multiplied, and how often."""
 
 
 class Bench:
@@ -81,7 +90,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--model", default="default")
-    parser.add_argument("--forms", default="bfloat16,exact,int8", help=f"of {', '.join(FORMS)}")
+    parser.add_argument("--forms", default="bfloat16,exact,int16,int8", help=f"of {', '.join(FORMS)}")
     parser.add_argument("--isa", default="auto")
     parser.add_argument(
         "--one-thread", action="store_true", help="by its processor time, in which others on the machine do not count"
@@ -101,12 +110,15 @@ def main() -> None:
             seconds = benches[form].seconds(segments, tokens)
             if turn >= 2:
                 found[form, segments, tokens].append(seconds)
-    bandwidth, flops = limits.read_bandwidth(clock), limits.peak_flops(torch.float32, clock)
-    most = f"reads {bandwidth / 1e9:.1f} GB/s, computes {flops / 1e9:.0f} GFLOP/s in float32 at most"
-    print(f"{library.isa()}, {1 if options.one_thread else usable_cores()} threads: {most}")
+    bandwidth = limits.read_bandwidth(clock)
+    peaks = {dtype: limits.peak_flops(dtype, clock) for dtype, _ in map(MULTIPLIED.__getitem__, forms)}
+    computes = ", ".join(f"{peak / 1e9:.0f} of {str(dtype).removeprefix('torch.')}" for dtype, peak in peaks.items())
+    most = f"reads {bandwidth / 1e9:.1f} GB/s, computes 10^9 operations per second: {computes}"
+    print(f"{library.isa()}, {1 if options.one_thread else usable_cores()} threads, at most: {most}")
     for form in forms:
         one = median(found[form, 1, 1])
-        loaded, elements = benches[form].loaded, benches[form].elements
+        loaded, (dtype, often) = benches[form].loaded, MULTIPLIED[form]
+        operations = 2 * often * benches[form].elements
         print(f"\n{form}: {loaded.weights}, {loaded.weights_bytes / 1e6:.0f} MB\n")
         print("| positions | " + " | ".join(map(str, sizes)) + " |\n|---" + "|---" * len(sizes) + "|")
         for what, case in (("of one stream", lambda size: (1, size)), ("of as many streams", lambda size: (size, 1))):
@@ -115,7 +127,7 @@ def main() -> None:
             print("| … relative to one | " + " | ".join(f"{seconds / one:.2f}" for seconds in times) + " |")
             reading = [loaded.weights_bytes / bandwidth / seconds for seconds in times]
             print("| … share of the bandwidth | " + " | ".join(f"{share:.0%}" for share in reading) + " |")
-            computing = [2 * elements * size / flops / seconds for size, seconds in zip(sizes, times, strict=True)]
+            computing = [operations * size / peaks[dtype] / seconds for size, seconds in zip(sizes, times, strict=True)]
             print("| … share of the arithmetic | " + " | ".join(f"{share:.0%}" for share in computing) + " |")
 
 

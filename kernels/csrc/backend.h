@@ -26,6 +26,7 @@ void unpack_column(int form, const uint8_t* group, int panel, int column, int k,
 
 #if defined(__x86_64__)
 extern const Backend kAvx512Bf16;
+extern const Backend kAvx512Vnni;
 extern const Backend kAvx512;
 extern const Backend kAvx2;
 #elif defined(__aarch64__)

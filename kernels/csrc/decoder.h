@@ -62,8 +62,9 @@ inline void project(Team& team, const SlipLinear& w, const typename X::row* x, i
   if constexpr (std::is_same_v<X, F32>) {
     if (w.num_parts) {
       const Prepared in = prepare(team, w, x, rows, scratch);
+      if (w.arithmetic == SLIP_EXACT) return packed_matmul<Exact>(team, w, in, rows, epilogue);
       if (w.arithmetic == SLIP_INT8) return packed_matmul<Int8>(team, w, in, rows, epilogue);
-      return packed_matmul<Exact>(team, w, in, rows, epilogue);
+      return packed_matmul<Int16>(team, w, in, rows, epilogue);
     }
   }
   if constexpr (std::is_same_v<X, D>) {

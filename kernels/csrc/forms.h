@@ -14,14 +14,15 @@
 //   kEightSuper           Q5_K            8     32 of 256   of its own
 //   kEightSixteen         Q6_K            8     16 of 256   none
 //
-// A part is some panels (api.h) of one form: [groups of 4 panels][units][4][unit], the last group filled up with zeros, so that
-// four panels are read as one stream. A unit is a block of 32 inputs, or a header and the 8 blocks of 256 inputs:
+// A part is some panels (api.h) of one form, in groups of four that are read as one stream, the last group filled up with zeros. A
+// group is a row of units: of a block of 32 inputs, or of a header and the 8 blocks of 256 inputs. Whatever a unit has, it has of
+// the four panels behind each other, so that everything but what belongs to one panel begins at a multiple of 64 bytes:
 //
 //   header   float16 [16] scales, then float16 [16] minima if there are any (forms with "Super" and "Sixteen" only)
-//   block    float16 [16] scales, then float16 [16] minima if there are any;
-//            with a header int8 [16] of the scales, then int8 [16] of the minima, or of the scales of inputs 16 to 31
-//            4 bits: [4 octets of inputs][16 columns] words of 32 bits: byte b has input b in its low half, 4 + b in the high one
-//            8 bits: [8 quads of inputs][16 columns] words of 32 bits: byte b is input b
+//   block    side: float16 [16] scales, then float16 [16] minima if there are any;
+//              with a header int8 [16] of the scales, then int8 [16] of the minima, or of the scales of inputs 16 to 31
+//            words, of 4 bits: [4 octets of inputs][16 columns] of 32 bits: byte b has input b in its low half, 4 + b in the high one
+//              of 8 bits: [8 quads of inputs][16 columns] of 32 bits: byte b is input b
 
 enum Form : int32_t { kFourCentred = 1, kFour, kEight, kEightMinimum, kFourSuper, kEightSuper, kEightSixteen, kForms };
 
@@ -33,15 +34,22 @@ struct Layout {
   Minimum minimum;
   bool sixteen;
 
+  // Bytes of one panel.
   constexpr int header() const { return !super ? 0 : minimum == Minimum::kStored ? 64 : 32; }
   constexpr int side() const { return super || minimum != Minimum::kStored ? 32 : 64; }
-  constexpr int block() const { return side() + 64 * bits; }
+  constexpr int words() const { return 64 * bits; }
+  // Of four.
   constexpr int blocks() const { return super ? 8 : 1; }
-  constexpr int unit() const { return header() + blocks() * block(); }
-  // Of block b of one panel of a group, from the group's begin.
-  constexpr size_t unit_at(int b, int panel) const { return (static_cast<size_t>(b / blocks()) * 4 + panel) * unit(); }
-  constexpr size_t block_in_unit(int b) const { return header() + static_cast<size_t>(b % blocks()) * block(); }
-  constexpr size_t group(int k) const { return static_cast<size_t>(k / 32 / blocks()) * 4 * unit(); }
+  constexpr int block() const { return 4 * (side() + words()); }
+  constexpr int unit() const { return 4 * header() + blocks() * block(); }
+  constexpr size_t group(int k) const { return static_cast<size_t>(k / 32 / blocks()) * unit(); }
+  // Where block b of one panel is, from the group's begin.
+  constexpr size_t header_at(int b, int panel) const { return static_cast<size_t>(b / blocks()) * unit() + panel * header(); }
+  constexpr size_t block_at(int b) const {
+    return static_cast<size_t>(b / blocks()) * unit() + 4 * header() + static_cast<size_t>(b % blocks()) * block();
+  }
+  constexpr size_t side_at(int b, int panel) const { return block_at(b) + panel * side(); }
+  constexpr size_t words_at(int b, int panel) const { return block_at(b) + 4 * side() + panel * words(); }
 };
 
 constexpr Layout layout(int form) {

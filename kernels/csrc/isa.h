@@ -51,6 +51,7 @@ static void run_logits(Team& team, const SlipModel& m, const float* hidden, cons
   SLIP_BY_DTYPE(m.dtype, logits)(team, m, hidden, rows, num_rows, out, vocab, memory);
 }
 static double run_multiply(Team& team, int32_t dtype, int64_t times) {
+  if (dtype == SLIP_BYTES) return multiply_bytes(team, times);
   return SLIP_BY_DTYPE(dtype, multiply_in_registers)(team, times);
 }
 

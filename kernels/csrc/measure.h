@@ -42,3 +42,29 @@ inline double multiply_in_registers(Team& team, int64_t times) {
   });
   return 2.0 * 16 * D::kPair / D::kParts * R * P * items * static_cast<double>(times);
 }
+
+// The same with bytes times bytes, as quantised matrices are multiplied.
+inline double multiply_bytes(Team& team, int64_t times) {
+  constexpr int R = 8;
+  alignas(64) uint8_t panel[64] = {};
+  const int8_t row[4] = {};
+  const int items = 4 * team.size();
+  const Pass pass(team);
+  team.parallel(items, [&](int) {
+    small_sums acc[R];
+    words w = load_words(panel);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[r] = small_zero();
+    for (int64_t i = 0; i < times; ++i) {
+      keep(w);  // else products would be moved out of the loop
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r] = dot_small(acc[r], w, row);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      vec total = small_total(acc[r]);
+      keep(total);
+    }
+  });
+  return 2.0 * 64 * R * items * static_cast<double>(times);
+}

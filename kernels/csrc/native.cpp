@@ -28,10 +28,12 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 constexpr Variant kVariants[] = {
     {&slip::kAvx512Bf16, has_avx512bf16},
+    {&slip::kAvx512Vnni, has_avx512vnni},
     {&slip::kAvx512, has_avx512},
     {&slip::kAvx2, has_avx2},
 };

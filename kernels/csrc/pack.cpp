@@ -106,16 +106,17 @@ void set_half(uint8_t* at, int column, uint16_t bits) {
   at[2 * column] = static_cast<uint8_t>(bits), at[2 * column + 1] = static_cast<uint8_t>(bits >> 8);
 }
 
-void write(const Layout& l, const Block& from, uint8_t* unit, uint8_t* block, int column) {
+void write(const Layout& l, const Block& from, uint8_t* group, int b, int panel, int column) {
   const bool stored = l.minimum == Minimum::kStored;
-  uint8_t* halves = l.super ? unit : block;
+  uint8_t* side = group + l.side_at(b, panel);
+  uint8_t* halves = l.super ? group + l.header_at(b, panel) : side;
   set_half(halves, column, from.scale);
   if (stored) set_half(halves + 32, column, from.minimum);
   if (l.super) {
-    block[column] = static_cast<uint8_t>(from.whole_scale[0]);
-    block[16 + column] = static_cast<uint8_t>(stored ? from.whole_minimum : from.whole_scale[1]);
+    side[column] = static_cast<uint8_t>(from.whole_scale[0]);
+    side[16 + column] = static_cast<uint8_t>(stored ? from.whole_minimum : from.whole_scale[1]);
   }
-  uint8_t* words = block + l.side() + column * 4;
+  uint8_t* words = group + l.words_at(b, panel) + column * 4;
   if (l.bits == 4) {
     for (int i = 0; i < 16; ++i) {
       const int input = i / 4 * 8 + i % 4;
@@ -133,21 +134,20 @@ namespace slip {
 void unpack_column(int form, const uint8_t* group, int panel, int column, int k, float* out) {
   const Layout l = layout(form);
   for (int b = 0; b < k / 32; ++b) {
-    const uint8_t* unit = group + l.unit_at(b, panel);
-    const uint8_t* block = unit + l.block_in_unit(b);
-    const uint8_t* words = block + l.side() + column * 4;
+    const uint8_t *header = group + l.header_at(b, panel), *side = group + l.side_at(b, panel);
+    const uint8_t* words = group + l.words_at(b, panel) + column * 4;
     auto half = [&](const uint8_t* at) {
       return half_to_float(static_cast<uint16_t>(at[2 * column] | at[2 * column + 1] << 8));
     };
     float scale[2], minimum = 0.0f;
     if (l.super) {
-      const float whole = half(unit);
-      scale[0] = scale[1] = whole * static_cast<int8_t>(block[column]);
-      if (l.sixteen) scale[1] = whole * static_cast<int8_t>(block[16 + column]);
-      if (l.minimum == Minimum::kStored) minimum = -(half(unit + 32) * static_cast<int8_t>(block[16 + column]));
+      const float whole = half(header);
+      scale[0] = scale[1] = whole * static_cast<int8_t>(side[column]);
+      if (l.sixteen) scale[1] = whole * static_cast<int8_t>(side[16 + column]);
+      if (l.minimum == Minimum::kStored) minimum = -(half(header + 32) * static_cast<int8_t>(side[16 + column]));
     } else {
-      scale[0] = scale[1] = half(block);
-      if (l.minimum == Minimum::kStored) minimum = half(block + 32);
+      scale[0] = scale[1] = half(side);
+      if (l.minimum == Minimum::kStored) minimum = half(side + 32);
     }
     for (int i = 0; i < 32; ++i) {
       int q;
@@ -188,8 +188,7 @@ void slip_pack(const char* format, const uint8_t* rows, int64_t row_bytes, int32
     uint8_t* group = memory + panel / 4 * l.group(k);
     for (int b = 0; b < k / 32; ++b) {
       source.read(rows + i * row_bytes, b, block);
-      uint8_t* unit = group + l.unit_at(b, panel % 4);
-      write(l, block, unit, unit + l.block_in_unit(b), row % 16);
+      write(l, block, group, b, panel % 4, row % 16);
     }
   }
 }

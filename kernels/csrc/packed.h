@@ -4,11 +4,12 @@
 // Blocks of 32 inputs are summed up on their own, then scaled and added, in the order of the inputs; so an element's bits do not
 // depend on how many rows and panels a tile has. Widened weights stay in registers for all rows of a tile.
 
-// What matrices read, made ready for the arithmetic: [rows] of each.
+// What matrices read, made ready for the arithmetic: [rows] of each. Of whole numbers, `bytes` of them for each input.
 struct Prepared {
   const float* x;       // [k]
   const float* fields;  // [k]: what each half byte of a word is multiplied with, in the order of the fields
-  const int8_t* q;      // [k], of which scales[b] * q are the inputs of block b
+  const int8_t* q;      // [k/32][bytes][32]: scales[b] * q[b][0] are the inputs of block b, or scales[b] * (128 q[b][0] + q[b][1])
+  const int32_t* starts;  // [k/32][bytes][3]: -128 times the sums of q: of inputs 0 to 15, of 16 to 31, of all
   const float* scales;  // [k/32]
   const float* sums;    // [k/32]: sums of the inputs of each block, for the minima
   size_t ldx, ldb;
@@ -25,42 +26,60 @@ inline void prepare_exact(const float* x, int k, float* fields, float* sums) {
   for (int b = 0; b < k / 32; ++b) sums[b] = vsum(vadd(vload(x + 32 * b), vload(x + 32 * b + 16)));
 }
 
-inline void prepare_int8(const float* x, int k, int8_t* q, float* scales, float* sums) {
-  const vec magic = vset1(12582912.0f);  // 1.5 * 2^23: added, it rounds to a whole number, which then stands in the low bits
-  for (int b = 0; b < k / 32; ++b) {
-    const vec lo = vload(x + 32 * b), hi = vload(x + 32 * b + 16);
-    const vec largest = vmax(vmax(lo, vsub(vzero(), lo)), vmax(hi, vsub(vzero(), hi)));
+// The largest input of a block becomes 127, or with two bytes 127 * 128.
+template <int Bytes>
+inline void prepare_whole(const float* x, int k, int8_t* q, int32_t* starts, float* scales, float* sums) {
+  constexpr float kMost = Bytes == 1 ? 127.0f : 127.0f * 128.0f;
+  const vec magic = vset1(12582912.0f);  // 1.5 * 2^23: added, it rounds to a whole number
+  for (int b = 0; b < k / 32; ++b, q += 32 * Bytes, starts += 3 * Bytes) {
+    const vec in[2] = {vload(x + 32 * b), vload(x + 32 * b + 16)};
+    vec largest = vzero();
+    for (const vec& v : in) largest = vmax(largest, vmax(v, vsub(vzero(), v)));
     const float most = vmaximum(largest);
-    const vec inverse = vset1(most > 0.0f ? 127.0f / most : 0.0f);
-    const vec lo_q = vfma(lo, inverse, magic), hi_q = vfma(hi, inverse, magic);
-    alignas(64) float lanes[32];
-    vstore(lanes, lo_q);
-    vstore(lanes + 16, hi_q);
-    for (int i = 0; i < 32; ++i) {
-      int32_t bits;
-      std::memcpy(&bits, lanes + i, 4);
-      q[32 * b + i] = static_cast<int8_t>(bits);
+    const vec inverse = vset1(most > 0.0f ? kMost / most : 0.0f);
+    vec whole[2];
+    for (int i = 0; i < 2; ++i) {
+      whole[i] = vsub(vfma(in[i], inverse, magic), magic);
+      vec first = whole[i];
+      if constexpr (Bytes == 2) {
+        first = vsub(vfma(whole[i], vset1(0x1p-7f), magic), magic);
+        narrow(q + 32 + 16 * i, vfma(first, vset1(-128.0f), whole[i]));
+      }
+      narrow(q + 16 * i, first);
+    }
+    for (int h = 0; h < Bytes; ++h) {
+      int32_t* start = starts + 3 * h;
+      for (int i = 0; i < 2; ++i) {
+        int32_t total = 0;
+        for (int j = 0; j < 16; ++j) total += q[32 * h + 16 * i + j];
+        start[i] = -128 * total;
+      }
+      start[2] = start[0] + start[1];
     }
     // What is not a finite number makes the scale not a number.
-    scales[b] = most / 127.0f + vsum(vmul(vadd(lo, hi), vzero()));
-    sums[b] = scales[b] * vsum(vadd(vsub(lo_q, magic), vsub(hi_q, magic)));
+    scales[b] = most / kMost + vsum(vmul(vadd(in[0], in[1]), vzero()));
+    sums[b] = scales[b] * vsum(vadd(whole[0], whole[1]));
   }
 }
 
-inline size_t prepared_bytes(int k) { return static_cast<size_t>(k) * 4 + static_cast<size_t>(k / 32) * 8 + 64; }
+inline size_t prepared_bytes(int k) { return static_cast<size_t>(k) * 4 + static_cast<size_t>(k / 32) * 32 + 64; }
 
 inline Prepared prepare(Team& team, const SlipLinear& w, const float* x, int rows, void* memory) {
   const size_t k = w.k, blocks = k / 32;
   auto* sums = static_cast<float*>(memory);
   float* scales = sums + blocks * rows;
-  auto* inputs = reinterpret_cast<char*>(scales + blocks * rows);
+  auto* starts = reinterpret_cast<int32_t*>(scales + blocks * rows);
+  auto* inputs = reinterpret_cast<char*>(starts + 6 * blocks * rows);
   auto* fields = reinterpret_cast<float*>(inputs);
   auto* q = reinterpret_cast<int8_t*>(inputs);
   for_each(team, rows, 4, [&](int row) {
-    if (w.arithmetic == SLIP_INT8) prepare_int8(x + row * k, w.k, q + row * k, scales + row * blocks, sums + row * blocks);
-    else prepare_exact(x + row * k, w.k, fields + row * k, sums + row * blocks);
+    const float* from = x + row * k;
+    float *scale = scales + row * blocks, *sum = sums + row * blocks;
+    if (w.arithmetic == SLIP_EXACT) prepare_exact(from, w.k, fields + row * k, sum);
+    else if (w.arithmetic == SLIP_INT8) prepare_whole<1>(from, w.k, q + row * k, starts + row * 3 * blocks, scale, sum);
+    else prepare_whole<2>(from, w.k, q + row * 2 * k, starts + row * 6 * blocks, scale, sum);
   });
-  return {x, fields, q, scales, sums, k, blocks};
+  return {x, fields, q, starts, scales, sums, k, blocks};
 }
 
 // f.operator()<0>() … f.operator()<N - 1>()
@@ -76,18 +95,17 @@ template <int N, int I = 0, class F>
 template <int Form>
 struct Block {
   static constexpr Layout kLayout = layout(Form);
-  const uint8_t *unit, *block;
+  const uint8_t *header, *side;
 
-  Block(const uint8_t* group, int b, int panel) : unit(group + kLayout.unit_at(b, panel)), block(unit + kLayout.block_in_unit(b)) {}
-  const uint8_t* words_at() const { return block + kLayout.side(); }
+  Block(const uint8_t* group, int b, int panel) : header(group + kLayout.header_at(b, panel)), side(group + kLayout.side_at(b, panel)) {}
   vec scale(int part) const {
-    if constexpr (kLayout.super) return vmul(halves16(unit), signed16(block + 16 * (kLayout.sixteen ? part : 0)));
-    else return halves16(block);
+    if constexpr (kLayout.super) return vmul(halves16(header), signed16(side + 16 * (kLayout.sixteen ? part : 0)));
+    else return halves16(side);
   }
   vec minimum(vec scale) const {
     if constexpr (kLayout.minimum == Minimum::kCentred) return vmul(scale, vset1(-8.0f));
-    else if constexpr (kLayout.super) return vsub(vzero(), vmul(halves16(unit + 32), signed16(block + 16)));
-    else return halves16(block + 32);
+    else if constexpr (kLayout.super) return vsub(vzero(), vmul(halves16(header + 32), signed16(side + 16)));
+    else return halves16(side + 32);
   }
 };
 
@@ -121,42 +139,63 @@ struct Exact {
   static vec scaled(const Prepared&, int, int, vec scale) { return scale; }
 };
 
-struct Int8 {
-  static constexpr int kRows = kInt8Rows;
+// Inputs as whole numbers of one or two bytes each. Their products with the numbers of a block, added up, are whole, too, so they
+// are the same on every instruction set.
+template <int Bytes, int Rows>
+struct Whole {
+  static constexpr int kRows = Rows;
   static constexpr int panels(int rows) { return kRows > 1 && rows == 1 ? 4 : 1; }
+
+  static vec joined(const vec (&of_bytes)[Bytes]) {
+    if constexpr (Bytes == 1) return of_bytes[0];
+    else return vfma(of_bytes[0], vset1(128.0f), of_bytes[1]);
+  }
 
   template <int Bits, int First, int Last, int R, int P>
   [[gnu::always_inline]] static void sum(const Prepared& in, int row, int b, const uint8_t* const (&at)[P], vec (&s)[R][P]) {
-    const int8_t* x = in.q + row * in.ldx + 32 * static_cast<size_t>(b);
+    constexpr bool four = Bits == 4;
+    const size_t ldx = Bytes * in.ldx;
+    const int8_t* x = in.q + row * ldx + 32 * Bytes * static_cast<size_t>(b);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
-      if constexpr (Bits == 4) {
-        small_sums acc[R];
+      std::conditional_t<four, small_sums, words> acc[R][Bytes];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[r] = small_zero();
-        unrolled<Last - First>([&]<int I>() {
-          const words w = load_words(at[p] + (First + I) * 64);
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int h = 0; h < Bytes; ++h) {
+          if constexpr (four) acc[r][h] = small_zero();
+          else acc[r][h] = signed_zero(in.starts + ((row + r) * in.ldb + b) * 3 * Bytes + 3 * h + (Last - First == 8 ? 2 : First / 4));
+        }
+      unrolled<Last - First>([&]<int I>() {
+        constexpr int word = First + I;
+        if constexpr (four) {
+          const words w = load_words(at[p] + word * 64);
           const words low = low_halves(w), high = high_halves(w);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
-            const int8_t* quads = x + r * in.ldx + 8 * (First + I);
-            acc[r] = dot_small(acc[r], low, quads);
-            acc[r] = dot_small(acc[r], high, quads + 4);
-          }
-        });
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+            for (int h = 0; h < Bytes; ++h) {
+              const int8_t* quads = x + r * ldx + 32 * h + 8 * word;
+              acc[r][h] = dot_small(acc[r][h], low, quads);
+              acc[r][h] = dot_small(acc[r][h], high, quads + 4);
+            }
+        } else {
+          const signed_words w = load_signed(at[p] + word * 64);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) s[r][p] = small_total(acc[r]);
-      } else {
-        words acc[R];
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+            for (int h = 0; h < Bytes; ++h) acc[r][h] = dot_signed(acc[r][h], w, x + r * ldx + 32 * h + 4 * word);
+        }
+      });
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[r] = zero_words();
-        unrolled<Last - First>([&]<int I>() {
-          const signed_words w = load_signed(at[p] + (First + I) * 64);
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) acc[r] = dot_signed(acc[r], w, x + r * in.ldx + 4 * (First + I));
-        });
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) s[r][p] = to_float(acc[r]);
+      for (int r = 0; r < R; ++r) {
+        vec of_bytes[Bytes];
+#pragma GCC unroll 2
+        for (int h = 0; h < Bytes; ++h) {
+          if constexpr (four) of_bytes[h] = small_total(acc[r][h]);
+          else of_bytes[h] = to_float(acc[r][h]);
+        }
+        s[r][p] = joined(of_bytes);
       }
     }
   }
@@ -164,10 +203,12 @@ struct Int8 {
     return vmul(scale, vset1(in.scales[row * in.ldb + b]));
   }
 };
+using Int8 = Whole<1, kInt8Rows>;
+using Int16 = Whole<2, kInt16Rows>;
 
-// R rows from `row` on times P panels of a group, into out [R][4][16].
+// R rows from `row` on times P panels of a group, into out [R][4][16]. Asks for the same panels of the group at `ahead` meanwhile.
 template <int Form, class Math, int R, int P>
-inline void packed_tile(const uint8_t* group, int panel, int blocks, const Prepared& in, int row, float* out) {
+inline void packed_tile(const uint8_t* group, const uint8_t* ahead, int panel, int blocks, const Prepared& in, int row, float* out) {
   constexpr Layout l = layout(Form);
   vec total[R][P];
 #pragma GCC unroll 8
@@ -177,7 +218,12 @@ inline void packed_tile(const uint8_t* group, int panel, int blocks, const Prepa
   for (int b = 0; b < blocks; ++b) {
     const uint8_t* at[P];
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) at[p] = Block<Form>(group, b, panel + p).words_at();
+    for (int p = 0; p < P; ++p) at[p] = group + l.words_at(b, panel + p);
+    if (R > 1 && ahead) {
+#pragma GCC unroll 16
+      for (int line = 0; line < P * (l.words() + l.side()); line += 64)
+        __builtin_prefetch(ahead + l.block_at(b) + panel * (l.words() + l.side()) + line, 0, 2);
+    }
     constexpr int parts = l.sixteen ? 2 : 1, words_each = l.bits / parts;
     unrolled<parts>([&]<int Part>() {
       vec s[R][P];
@@ -204,15 +250,16 @@ inline void packed_tile(const uint8_t* group, int panel, int blocks, const Prepa
 
 // The same for panels first … last - 1 of a group.
 template <int Form, class Math, int R>
-static void packed_rows(const uint8_t* group, int first, int last, int blocks, const Prepared& in, int row, float* out) {
+static void packed_rows(const uint8_t* group, const uint8_t* ahead, int first, int last, int blocks, const Prepared& in, int row,
+                        float* out) {
   constexpr int P = Math::panels(R);
   int panel = first;
-  for (; panel + P <= last; panel += P) packed_tile<Form, Math, R, P>(group, panel, blocks, in, row, out);
+  for (; panel + P <= last; panel += P) packed_tile<Form, Math, R, P>(group, ahead, panel, blocks, in, row, out);
   if constexpr (P > 1)
-    for (; panel < last; ++panel) packed_tile<Form, Math, R, 1>(group, panel, blocks, in, row, out);
+    for (; panel < last; ++panel) packed_tile<Form, Math, R, 1>(group, ahead, panel, blocks, in, row, out);
 }
 
-using PackedRows = void (*)(const uint8_t*, int, int, int, const Prepared&, int, float*);
+using PackedRows = void (*)(const uint8_t*, const uint8_t*, int, int, int, const Prepared&, int, float*);
 
 template <class Math, int R = Math::kRows>
 inline PackedRows packed_rows_of(int form, int rows) {
@@ -248,13 +295,18 @@ inline void packed_matmul(Team& team, const SlipLinear& w, const Prepared& in, i
     const PackedRows kernels[2] = {packed_rows_of<Math>(part->form, low), packed_rows_of<Math>(part->form, low + (taller > 0))};
     const size_t group_bytes = layout(part->form).group(w.k);
     const int end = split.begin(item + 1);
+    // Where this thread will probably go on: the next group of its item, or the item after those of the other threads.
+    const int later = split.begin(std::min(item + team.size(), split.items()));
+    const auto group_of = [&](int panel) { return static_cast<const uint8_t*>(part->data) + panel / 4 * group_bytes; };
     for (int panel = split.begin(item); panel < end;) {
       const int first = panel % 4, last = std::min(first + end - panel, 4);
-      const auto* group = static_cast<const uint8_t*>(part->data) + panel / 4 * group_bytes;
+      const uint8_t* group = group_of(panel);
+      const int next = panel + last - first < end ? panel + last - first : later;
+      const uint8_t* ahead = next < part->panels ? group_of(next) : nullptr;
       for (int tile = 0, row = 0; tile < tiles; ++tile) {
         const int height = low + (tile < taller);
         alignas(64) float out[Math::kRows * 64];
-        kernels[tile < taller](group, first, last, w.k / 32, in, row, out);
+        kernels[tile < taller](group, tile ? nullptr : ahead, first, last, w.k / 32, in, row, out);  // the others find it in the cache
         for (int r = 0; r < height; ++r, ++row) {
           int p = first;
           const int column = part->first_panel + panel - first;

@@ -8,13 +8,14 @@
 
 namespace slip::avx2 {
 
-// Rows of a tile at most: for each row there are two accumulators among the 16 registers.
-constexpr int kExactRows = 6, kInt8Rows = 4;
+// Rows of a tile at most: for each row, and each byte of its inputs, there are two accumulators among the 16 registers.
+constexpr int kExactRows = 6, kInt8Rows = 4, kInt16Rows = 2;
 
 struct words {
   __m256i lo, hi;
 };
 
+inline void keep(words& a) { asm volatile("" : "+x"(a.lo), "+x"(a.hi)); }
 inline words load_words(const uint8_t* p) {
   const auto* q = reinterpret_cast<const __m256i*>(p);
   return {_mm256_load_si256(q), _mm256_load_si256(q + 1)};
@@ -29,6 +30,14 @@ inline vec signed16(const uint8_t* p) {
   const auto* q = reinterpret_cast<const __m128i*>(p);
   return to_float({_mm256_cvtepi8_epi32(_mm_loadl_epi64(q)),
                    _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))});
+}
+
+// 16 whole numbers, -127 … 127, as bytes.
+inline void narrow(int8_t* p, vec whole) {
+  const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(whole.lo), _mm256_cvtps_epi32(whole.hi));  // by halves of registers
+  const __m256i in_order = _mm256_permute4x64_epi64(both, 0xd8);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
 // Half byte I of each word, times 16^I; the last one as it is.
@@ -76,6 +85,7 @@ inline vec small_total(small_sums acc) {
 struct signed_words {
   words w, size;
 };
+inline words signed_zero(const int32_t*) { return zero_words(); }
 inline signed_words load_signed(const uint8_t* p) {
   const words w = load_words(p);
   return {w, {_mm256_abs_epi8(w.lo), _mm256_abs_epi8(w.hi)}};

@@ -5,16 +5,22 @@
 namespace slip::SLIP_ISA {
 
 // Rows of a tile at most; more would take longer to compile than they save.
-constexpr int kExactRows = 6, kInt8Rows = 4;
+constexpr int kExactRows = 6, kInt8Rows = 8, kInt16Rows = 6;
 
 using words = __m512i;
 
+inline void keep(words& a) { asm volatile("" : "+v"(a)); }
 inline words load_words(const uint8_t* p) { return _mm512_load_si512(p); }
 inline words zero_words() { return _mm512_setzero_si512(); }
 inline vec to_float(words w) { return _mm512_cvtepi32_ps(w); }
 inline vec halves16(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p))); }
 inline vec signed16(const uint8_t* p) {
   return to_float(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+// 16 whole numbers, -127 … 127, as bytes.
+inline void narrow(int8_t* p, vec whole) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(whole)));
 }
 
 // Half byte I of each word, times 16^I; the last one as it is.
@@ -48,18 +54,11 @@ inline small_sums dot_small(small_sums acc, words w, const int8_t* x) {
 }
 inline vec small_total(small_sums acc) { return to_float(acc); }
 
-// The instruction takes one factor without signs: inputs with 128 added, of which 128 times the weights is taken away again.
-struct signed_words {
-  words w, too_much;
-};
-inline signed_words load_signed(const uint8_t* p) {
-  const words w = load_words(p);
-  return {w, _mm512_dpbusd_epi32(zero_words(), _mm512_set1_epi8(static_cast<char>(0x80)), w)};
-}
-inline words dot_signed(words acc, const signed_words& w, const int8_t* x) {
-  const words shifted = _mm512_set1_epi32(quad_bits(x) ^ static_cast<int32_t>(0x80808080u));
-  return _mm512_dpbusd_epi32(_mm512_sub_epi32(acc, w.too_much), shifted, w.w);
-}
+// The instruction takes one factor without signs: weights with 128 added. Sums start with what that is too much.
+using signed_words = words;
+inline words signed_zero(const int32_t* start) { return _mm512_set1_epi32(*start); }
+inline signed_words load_signed(const uint8_t* p) { return _mm512_xor_si512(load_words(p), _mm512_set1_epi8(static_cast<char>(0x80))); }
+inline words dot_signed(words acc, signed_words w, const int8_t* x) { return dot_small(acc, w, x); }
 #else
 // Sums of at most eight products of quads, of bytes 0 … 15 with -127 … 127: 16 bits hold 8 * 2 * 15 * 127.
 using small_sums = words;
@@ -74,6 +73,7 @@ struct signed_words {
   words size;
   __mmask64 negative;
 };
+inline words signed_zero(const int32_t*) { return zero_words(); }
 inline signed_words load_signed(const uint8_t* p) {
   const words w = load_words(p);
   return {_mm512_abs_epi8(w), _mm512_movepi8_mask(w)};

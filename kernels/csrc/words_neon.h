@@ -7,7 +7,7 @@
 namespace slip::SLIP_ISA {
 
 // Rows of a tile at most: for each row there are four accumulators among the 32 registers.
-constexpr int kExactRows = 4, kInt8Rows = 4;
+constexpr int kExactRows = 4, kInt8Rows = 4, kInt16Rows = 2;
 
 struct words {
   int32x4_t q[4];
@@ -16,6 +16,7 @@ struct words {
 template <class F>
 [[gnu::always_inline]] inline words each_word(const F& f) { return {{f(0), f(1), f(2), f(3)}}; }
 
+inline void keep(words& a) { asm volatile("" : "+w"(a.q[0]), "+w"(a.q[1]), "+w"(a.q[2]), "+w"(a.q[3])); }
 inline words load_words(const uint8_t* p) { return each_word([&](int i) { return vreinterpretq_s32_u8(vld1q_u8(p + 16 * i)); }); }
 inline words zero_words() { return each_word([](int) { return vdupq_n_s32(0); }); }
 inline vec to_float(words w) { return each([&](int i) { return vcvtq_f32_s32(w.q[i]); }); }
@@ -26,6 +27,13 @@ inline vec signed16(const uint8_t* p) {
   const int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(p));
   const int16x8_t lo = vmovl_s8(vget_low_s8(bytes)), hi = vmovl_high_s8(bytes);
   return to_float({{vmovl_s16(vget_low_s16(lo)), vmovl_high_s16(lo), vmovl_s16(vget_low_s16(hi)), vmovl_high_s16(hi)}});
+}
+
+// 16 whole numbers, -127 … 127, as bytes.
+inline void narrow(int8_t* p, const vec& whole) {
+  alignas(64) float lanes[16];
+  vstore(lanes, vadd(whole, vset1(12582912.0f)));  // 1.5 * 2^23: now they stand in the low bits
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(__builtin_bit_cast(uint32_t, lanes[i]));
 }
 
 // Half byte I of each word, times 16^I; the last one as it is.
@@ -52,6 +60,7 @@ inline words high_halves(words w) {
 
 // acc + the four bytes of each word, with signs, times four inputs.
 using signed_words = words;
+inline words signed_zero(const int32_t*) { return zero_words(); }
 inline signed_words load_signed(const uint8_t* p) { return load_words(p); }
 inline words dot_signed(words acc, const signed_words& w, const int8_t* x) {
   int32_t bits;

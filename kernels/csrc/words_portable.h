@@ -2,12 +2,13 @@
 // defining SLIP_OWN_WORDS, and supplies everything below with the same meaning; see words_avx2.h. Included inside its namespace.
 
 // Rows of a tile at most.
-constexpr int kExactRows = 1, kInt8Rows = 1;
+constexpr int kExactRows = 1, kInt8Rows = 1, kInt16Rows = 1;
 
 struct words {
   int32_t lanes[16];
 };
 
+inline void keep(words& a) { asm volatile("" : "+m"(a)); }
 inline words load_words(const uint8_t* p) {
   words w;
   std::memcpy(w.lanes, p, 64);
@@ -30,6 +31,13 @@ inline words zero_words() { return {}; }
   words w;
   for (int i = 0; i < 16; ++i) w.lanes[i] = static_cast<int8_t>(p[i]);
   return to_float(w);
+}
+
+// 16 whole numbers, -127 … 127, as bytes.
+inline void narrow(int8_t* p, const vec& whole) {
+  alignas(64) float lanes[16];
+  vstore(lanes, vadd(whole, vset1(12582912.0f)));  // 1.5 * 2^23: now they stand in the low bits
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(__builtin_bit_cast(uint32_t, lanes[i]));
 }
 
 // Half byte I of each word, times 16^I; the last one as it is.
@@ -60,6 +68,7 @@ template <int I>
 
 // acc + the four bytes of each word, with signs, times four inputs, which are -127 … 127.
 using signed_words = words;
+inline words signed_zero(const int32_t*) { return zero_words(); }
 inline signed_words load_signed(const uint8_t* p) { return load_words(p); }
 [[gnu::noinline]] static words dot_signed(words acc, const signed_words& w, const int8_t* x) {
   for (int i = 0; i < 16; ++i)

@@ -10,6 +10,8 @@ import torch
 from slipstream.kernels.native.library import DTYPE_CODES, address, load
 
 Clock = Callable[[], float]
+CODES = {**DTYPE_CODES, torch.int8: 2}
+"""Formats of numbers that are multiplied; int8 is what quantised weights are multiplied as, unless exactly."""
 LARGEST = 256 << 20
 """Bytes that no cache holds."""
 PIECE_S = 0.02
@@ -36,7 +38,7 @@ def peak_flops(dtype: torch.dtype, clock: Clock = time.perf_counter, rounds: int
     times, best, measured = 1000, 0.0, 0
     while measured < rounds:
         began = clock()
-        operations = library.slip_multiply(DTYPE_CODES[dtype], times)
+        operations = library.slip_multiply(CODES[dtype], times)
         seconds = clock() - began
         if seconds < PIECE_S:
             times *= 2

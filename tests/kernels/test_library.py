@@ -43,7 +43,7 @@ def test_what_was_compiled_can_be_asked_for() -> None:
 
 def test_what_the_machine_can_do_is_measured() -> None:
     assert limits.read_bandwidth(rounds=1) > 1e6
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
         assert limits.peak_flops(dtype, rounds=1) > 1e6
 
 

@@ -30,7 +30,8 @@ HALVES = {
 """Where blocks have their float16."""
 KINDS = list(HALVES)
 BLOCKS = {kind.name: kind for kind in TENSOR_TYPES.values()}
-ARITHMETIC: list[Arithmetic] = ["exact", "int8"]
+ARITHMETIC: list[Arithmetic] = ["exact", "int16", "int8"]
+MOST = {"int8": 127, "int16": 127 * 128}
 BF16 = torch.bfloat16
 
 
@@ -51,13 +52,13 @@ def packed(stored: Stored, arithmetic: Arithmetic = "exact", bias: bool = False)
     return weight
 
 
-def quantised_inputs(x: torch.Tensor) -> torch.Tensor:
-    """Inputs as int8 arithmetic takes them."""
+def quantised_inputs(x: torch.Tensor, most_whole: int) -> torch.Tensor:
+    """Inputs as whole numbers times the scale of their block, the largest of which is ``most_whole``."""
     blocks = x.numpy().reshape(len(x), -1, 32)
     most = np.abs(blocks).max(-1, keepdims=True)
-    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    inverse = np.divide(np.float32(most_whole), most, out=np.zeros_like(most), where=most > 0)
     q = np.rint(blocks.astype(np.float64) * inverse)
-    return torch.from_numpy((q * (most / np.float32(127))).reshape(x.shape))
+    return torch.from_numpy((q * (most / np.float32(most_whole))).reshape(x.shape))
 
 
 @settings(max_examples=60)
@@ -84,7 +85,7 @@ def test_products_are_those_of_the_numbers(
     offset = torch.randn(n)
     weight.fill_bias(offset)
     x = torch.randn(rows, stored.shape[1])
-    taken = x.double() if arithmetic == "exact" else quantised_inputs(x).double()
+    taken = x.double() if arithmetic == "exact" else quantised_inputs(x, MOST[arithmetic]).double()
     matrix = torch.from_numpy(dequantised(stored)).double()
     scale = (taken.abs() @ matrix.abs().T).max()
     assert (weight(x).double() - (taken @ matrix.T + offset)).abs().max() < 2e-6 * scale
