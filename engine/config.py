@@ -91,6 +91,12 @@ class EngineConfig:
     chunked_prefill: bool = option(True, "Split long prompts so that they do not stall running streams.")
     step_latency_ms: float = option(25.0, "Step time to hold while streams run; long prompts are split to fit.")
     priority_step_s: float = option(30.0, "Head start in seconds that one level of request priority is worth.")
+    offline_share: float = option(
+        0.1, "Share of their time by which requests of batches may prolong steps of others, on average."
+    )
+    offline_step_ms: float = option(
+        100.0, "About how long steps may take while only requests of batches run: who comes then waits for one."
+    )
     pipeline: Literal["auto", "on", "off"] = option(
         "auto",
         "Plan the next step while the device runs this one, or not; auto does on a GPU, whose host is idle then, where "
@@ -127,7 +133,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         positive = ("max_running", "max_step_tokens", "block_size", "max_draft_tokens", "max_drafters", "draft_width")
-        for name in (*positive, "step_latency_ms"):
+        for name in (*positive, "step_latency_ms", "offline_share", "offline_step_ms"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be more than 0")
         if self.threads < 0 or (self.max_model_len is not None and self.max_model_len < 2):

@@ -107,6 +107,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     """Belongs to a batch that is over when its longest answer is: likely-long answers go first, by a little."""
     expected_tokens: int = 0
     """How long its sender expects the answer to be; 0 if nothing is expected. Counts with ``longest_first`` only."""
+    offline: bool = False
+    """Nobody waits for the answer: it gets what others leave of the machine."""
 
     @property
     def scope(self) -> str:

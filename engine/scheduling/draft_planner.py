@@ -93,6 +93,8 @@ class DraftPlanner:
         self._steps = 0
         self.costly_drafts = 0
         """At most so many for each request are wanted of costly drafters, after the step being planned."""
+        self._offline_yields = False
+        """Whether offline requests do without in the step being planned."""
 
     def plan(self, plan: PlanBuilder, prompts_wait: bool, is_asked: bool = False) -> None:
         """Adds positions to verify draft tokens in, where they are worth it and there is room, to a step of decodes.
@@ -102,6 +104,7 @@ class DraftPlanner:
         after the step before it has to do for deciding how many: where much was promised, much will be.
         """
         self._steps += 1
+        self._offline_yields = plan.offline_yields
         self.costly_drafts = self._ask_costly(plan)
         if prompts_wait:
             self.reasons["prompts wait"] += 1
@@ -134,7 +137,7 @@ class DraftPlanner:
     def wanted(self, request: Request) -> int:
         """How many draft tokens could be verified after the step being planned."""
         speculation = request.message.speculation
-        if not self._needs.most or speculation.mode == "off":
+        if not self._needs.most or speculation.mode == "off" or (self._offline_yields and request.message.offline):
             return 0
         if not self.costly_drafts and self._cheap.is_paused and not self._is_due(self._cheap):
             return 0
@@ -211,6 +214,8 @@ class DraftPlanner:
 
     def _room(self, request: Request) -> int:
         """Draft tokens that fit before the request's end, with the token sampled after them."""
+        if self._offline_yields and request.message.offline:
+            return 0
         tokens = request.message.params.max_tokens - request.num_output - request.in_flight + request.unsure
         # Draft tokens beyond the switch length would be computed as in a sequence that stays below it.
         longest = self._max_model_len if request.outgrown else self._switch_length

@@ -17,6 +17,8 @@ class PlanBuilder:
         self.requests: list[Request] = []
         self.work = StepWork()
         self.decision: Decision | None = None
+        self.offline_yields = False
+        """Whether others run, too, for whose sake offline requests get little of the step."""
         self._starts: list[int] = []
         self._counts: list[int] = []
         self._drafts: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.scheduling.offline import OfflineShare
 from slipstream.engine.scheduling.plan_builder import PlanBuilder
 from slipstream.engine.scheduling.request import Request
 from slipstream.engine.scheduling.step_cost import StepCost
@@ -15,7 +16,9 @@ MIN_CHUNK = 16
 """Prompts always advance by this many tokens a step, whatever the latency target."""
 
 
-def plan_prompts(plan: PlanBuilder, requests: Iterable[Request], config: EngineConfig, cost: StepCost) -> None:
+def plan_prompts(
+    plan: PlanBuilder, requests: Iterable[Request], config: EngineConfig, cost: StepCost, offline: OfflineShare
+) -> None:
     """Gives what the step has left to the prompts among the requests, which come most urgent first."""
     decodes = plan.work.tokens
     # Seconds this step may take while streams run.
@@ -26,12 +29,16 @@ def plan_prompts(plan: PlanBuilder, requests: Iterable[Request], config: EngineC
         if remaining <= 1:
             continue
         if not config.chunked_prefill:
+            if request.message.offline and plan.offline_yields and plan.requests:
+                return
             if plan.work.tokens > decodes and plan.work.tokens + remaining > limit:
                 return
             plan.add(request, remaining)
             continue
         most = min(remaining, limit - plan.work.tokens)
-        if decodes:
+        if request.message.offline:
+            most = offline.chunk(plan, request, most) if most > 0 else 0
+        elif decodes:
             fits = cost.chunk_within(seconds, plan.work, request.num_computed, most)
             least = MIN_CHUNK if plan.work.tokens == decodes else 0
             most = max(fits, min(least, most))

@@ -24,6 +24,8 @@ from slipstream.engine.scheduling.step_cost import StepCost
 
 REMEMBERED_PROMPTS = 8192
 """Whose answers' lengths are known; about 150 bytes each."""
+OFFLINE_S = 1e9
+"""How far offline requests stand behind others, in seconds: nobody lives to see them overtake."""
 NEWEST = 0.5
 """Weight of the newest answer in the mean; the others' halve with each."""
 
@@ -40,8 +42,8 @@ class QueueOrder:
     def deadline(self, message: NewRequest) -> float:
         arrival = message.arrival or self._clock()
         service = self._cost.predict(StepWork().add(0, len(message.prompt)))
-        ahead = self._share_of_level(message) if message.longest_first else 0.0
-        return arrival + service + (message.priority - ahead) * self._config.priority_step_s
+        ahead = self._share_of_level(message) * self._config.priority_step_s if message.longest_first else 0.0
+        return arrival + service + seconds_back(message, self._config.priority_step_s) - ahead
 
     def ended(self, message: NewRequest, tokens: int) -> None:
         """An answer came to its end with so many tokens."""
@@ -62,6 +64,11 @@ class QueueOrder:
         """From 0 for no token up to 1; half a level for a thousand, so that any two lengths differ."""
         expected = self.expected_tokens(message)
         return expected / (expected + 1000)
+
+
+def seconds_back(message: NewRequest, priority_step_s: float) -> float:
+    """How far a request stands behind one of priority 0 that is like it in all else."""
+    return message.priority * priority_step_s + (OFFLINE_S if message.offline else 0.0)
 
 
 def _key(message: NewRequest) -> bytes:

@@ -155,6 +155,11 @@ class Request:
         return self.scheduled_at > 0
 
     @property
+    def rank(self) -> tuple[bool, int]:
+        """Lower ones may push it out."""
+        return self.message.offline, self.message.priority
+
+    @property
     def request_id(self) -> int:
         return self.message.request_id
 

@@ -17,6 +17,7 @@ from slipstream.engine.plan import NewRow, StepPlan, StepResult
 from slipstream.engine.scheduling.controller import Decision
 from slipstream.engine.scheduling.draft_planner import DraftPlanner
 from slipstream.engine.scheduling.kv.manager import Admission, KVManager, Wait
+from slipstream.engine.scheduling.offline import OfflineShare, prompts_wait
 from slipstream.engine.scheduling.plan_builder import PlanBuilder
 from slipstream.engine.scheduling.prompts import plan_prompts
 from slipstream.engine.scheduling.queue_order import QueueOrder
@@ -64,6 +65,7 @@ class Scheduler:
         self._under_way: deque[tuple[StepPlan, list[Request], Decision | None]] = deque()
         self._ended_slots: list[tuple[int, int]] = []  # since the last plan
         self._ended: list[TokenDelta] = []  # terminal deltas that no step will bring
+        self._offline = OfflineShare(config, cost, self._awaits_result)
         self._draft_planner = DraftPlanner(config, max_model_len, self._switch_length, self.kv, cost, drafting)
         self._step = 0
         self._prompt_tokens = self._generation_tokens = 0
@@ -158,7 +160,7 @@ class Scheduler:
         self._admit(plan)
         self._plan_decodes(plan)
         caught_up = (each for each in self._running if not self._awaits_result(each))
-        plan_prompts(plan, self._waiting.ordered(caught_up), self._config, self.cost)
+        plan_prompts(plan, self._waiting.ordered(caught_up), self._config, self.cost, self._offline)
         if not plan.requests:
             return None
         for request in plan.requests:
@@ -275,9 +277,8 @@ class Scheduler:
             if not self._wants_prompt_work(request):
                 return
             while True:
-                admission: Admission | Wait = Wait.BLOCKS
-                if self._free_slots:
-                    admission = self.kv.admit(request, spare=len(self._running))
+                spare = len(self._running)
+                admission = self.kv.admit(request, spare) if self._free_slots else Wait.BLOCKS
                 if admission is not Wait.BLOCKS or not self._preempt_for(request):
                     break
             if admission is Wait.PREFIX:
@@ -309,7 +310,7 @@ class Scheduler:
 
     def _plan_decodes(self, plan: PlanBuilder) -> None:
         """One token for every stream; a stream without room for it pushes out the least urgent request."""
-        for request in list(self._running):
+        for request in self._offline.decodes(list(self._running), plan):
             if request.slot < 0 or request.length - request.num_computed != 1 or self._awaits_result(request):
                 continue
             while (grown := self.kv.grow(request, request.length)) is None:
@@ -322,8 +323,8 @@ class Scheduler:
             else:
                 plan.map_grown(request, grown)
                 plan.add(request, 1)
-        prompts_wait = any(request.length - request.num_computed > 1 for request in self._running)
-        self._draft_planner.plan(plan, prompts_wait, any(any(step.wanted) for step, _, _ in self._under_way))
+        is_asked = any(any(step.wanted) for step, _, _ in self._under_way)
+        self._draft_planner.plan(plan, prompts_wait(self._running, plan), is_asked)
 
     def _awaits_result(self, request: Request) -> bool:
         return request.awaits_result(self._max_model_len, self._switch_length)
@@ -333,10 +334,9 @@ class Scheduler:
         if not self._running:
             return False
         victim = self._running[-1]
-        if victim.message.priority <= request.message.priority or victim.deadline <= request.deadline:
-            return False
-        self._preempt(victim, None)
-        return True
+        if is_weaker := victim.rank > request.rank and victim.deadline > request.deadline:
+            self._preempt(victim, None)
+        return is_weaker
 
     def _preempt(self, request: Request, plan: PlanBuilder | None) -> None:
         """Back to the queue; its blocks go, what they held is recomputed or found in the prefix cache."""

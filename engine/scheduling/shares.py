@@ -5,7 +5,8 @@ machine, by its weight, since both want it: seconds of steps, as in start-time f
 counters of Sheng et al. (2024). Who was away gets no credit for that. A level of priority is worth a fixed time here as
 there, so urgent requests of one flow pass those of others by a bounded amount of work.
 
-With one flow all this is the order of deadlines.
+With one flow all this is the order of deadlines. Offline requests of a flow are a flow of their own, which comes after
+all that are not, so that they cost their sender nothing of his share.
 """
 
 from __future__ import annotations
@@ -16,11 +17,18 @@ from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 from slipstream.engine.plan import StepWork
+from slipstream.engine.scheduling.queue_order import seconds_back
 from slipstream.engine.scheduling.request import Request
 from slipstream.engine.scheduling.step_cost import StepCost
 
 REMEMBERED_FLOWS = 1024
 _deadline = attrgetter("deadline")
+Flow = tuple[str, bool]
+"""Its name, and whether it consists of offline requests."""
+
+
+def flow_of(request: Request) -> Flow:
+    return request.message.flow, request.message.offline
 
 
 class WaitingRequests:
@@ -28,10 +36,10 @@ class WaitingRequests:
 
     def __init__(self, priority_step_s: float) -> None:
         self._priority_step_s = priority_step_s
-        self._queues: dict[str, list[Request]] = {}  # by flow; each by deadline, and none empty
-        self._open: Counter[str] = Counter()
+        self._queues: dict[Flow, list[Request]] = {}  # by flow; each by deadline, and none empty
+        self._open: Counter[Flow] = Counter()
         """Requests per flow that have not ended."""
-        self._used: OrderedDict[str, float] = OrderedDict()
+        self._used: OrderedDict[Flow, float] = OrderedDict()
         """Seconds by weight that flows have had, as far as that is remembered; least recently open first."""
 
     def __len__(self) -> int:
@@ -42,10 +50,10 @@ class WaitingRequests:
             yield from queue
 
     def add(self, request: Request) -> None:
-        insort(self._queues.setdefault(request.message.flow, []), request, key=_deadline)
+        insort(self._queues.setdefault(flow_of(request), []), request, key=_deadline)
 
     def remove(self, request: Request) -> None:
-        flow = request.message.flow
+        flow = flow_of(request)
         self._queues[flow].remove(request)
         if not self._queues[flow]:
             del self._queues[flow]
@@ -59,9 +67,9 @@ class WaitingRequests:
 
     def opened(self, request: Request) -> None:
         """A request has come."""
-        flow = request.message.flow
+        flow = flow_of(request)
         if flow not in self._open:
-            level = min((self._used[other] for other in self._open), default=0.0)
+            level = min((self._used[other] for other in self._open if other[1] == flow[1]), default=0.0)
             self._used[flow] = max(self._used.get(flow, 0.0), level)
         self._used.move_to_end(flow)
         self._open[flow] += 1
@@ -70,14 +78,14 @@ class WaitingRequests:
             del self._used[oldest]
 
     def ended(self, request: Request) -> None:
-        flow = request.message.flow
+        flow = flow_of(request)
         self._open[flow] -= 1
         if not self._open[flow]:
             del self._open[flow]
 
     def charge(self, request: Request, seconds: float) -> None:
         """Its flow has had so much of the machine."""
-        if (flow := request.message.flow) in self._used:
+        if (flow := flow_of(request)) in self._used:
             self._used[flow] += seconds / request.message.weight
 
     def charge_prompt(self, request: Request, cost: StepCost) -> None:
@@ -115,10 +123,9 @@ class WaitingRequests:
         return left
 
     def _passes(self, one: Request, other: Request) -> bool:
-        if one.message.flow == other.message.flow:
+        if flow_of(one) == flow_of(other):
             return one.deadline <= other.deadline
         return self._level(one) <= self._level(other)
 
     def _level(self, request: Request) -> float:
-        message = request.message
-        return self._used[message.flow] + message.priority * self._priority_step_s
+        return self._used[flow_of(request)] + seconds_back(request.message, self._priority_step_s)

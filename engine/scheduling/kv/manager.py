@@ -41,10 +41,10 @@ class KVManager:
         Changes nothing when the answer is to wait.
         """
         block_size, pool = self.block_size, self.pool
-        if request.awaited in self._coming:
+        if self._is_coming(request.awaited, request):
             return Wait.PREFIX
         hits = self._hits(request)
-        if len(hits) < len(request.block_hashes) and request.block_hashes[len(hits)] in self._coming:
+        if len(hits) < len(request.block_hashes) and self._is_coming(request.block_hashes[len(hits)], request):
             request.awaited = request.block_hashes[len(hits)]
             return Wait.PREFIX
         total = -(-len(request.tokens) // block_size)
@@ -104,6 +104,11 @@ class KVManager:
     def reset(self) -> None:
         """Forgets the content of every block, so that nothing computed so far can be found again."""
         self.pool.forget_all()
+
+    def _is_coming(self, content: BlockHash | None, request: Request) -> bool:
+        """Whether somebody computes this block for whom the request may wait; for offline ones only their like do."""
+        other = self._coming.get(content) if content is not None else None
+        return other is not None and other.message.offline <= request.message.offline
 
     def _hits(self, request: Request) -> list[int]:
         """Cached blocks of the longest known beginning."""

@@ -33,6 +33,7 @@ arrivals = st.tuples(
     st.sampled_from([-1, 0, 0, 1]),  # priority
     st.sampled_from(["", "", "salt"]),
     st.sampled_from([(), (3,), (1, 2)]),  # stop tokens
+    st.sampled_from([False, False, True]),  # offline
 )
 actions = st.lists(
     st.one_of(arrivals, st.just("step"), st.just("step"), st.integers(0, 30).map(lambda i: ("abort", i))),
@@ -84,10 +85,11 @@ def test_whatever_happens_every_request_gets_its_tokens_and_one_end(
             aborted.add(action[1])
             loop.scheduler.check_integrity()
         else:
-            prompt, max_tokens, priority, salt, stop = action
-            prompt, request_id = prompt[:max_len], len(requests)
+            prompt, max_tokens, priority, salt, stop, offline = action
+            prompt, request_id = prompt[: max_len - 1], len(requests)
             requests[request_id] = prompt, max_tokens, stop
-            loop.add(request_id, prompt, max_tokens, priority=priority, cache_salt=salt, stop_token_ids=stop)
+            fields = {"priority": priority, "cache_salt": salt, "stop_token_ids": stop, "offline": offline}
+            loop.add(request_id, prompt, max_tokens, **fields)
     loop.finish()
     for request_id, (prompt, max_tokens, stop) in requests.items():
         wanted = simulated_answer(prompt, max_tokens, stop, max_len)
