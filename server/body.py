@@ -42,6 +42,12 @@ class Body(BaseModel):
     )
 
 
+class LooseBody(Body):
+    """One whose unknown fields are ignored, with a line in the log."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
+
+
 BodyType = TypeVar("BodyType", bound=Body)
 
 

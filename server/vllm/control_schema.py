@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from slipstream.server.body import Body
+from slipstream.server.body import LooseBody
 from slipstream.server.errors import InvalidRequestError
 
 MAX_TENSORS = 2**16
@@ -29,15 +29,15 @@ WorldSize = Annotated[int, Field(ge=2, lt=2**20)]
 Version = Annotated[str, Field(min_length=1, max_length=512)]
 
 
-class VllmAbortBody(Body):
+class VllmAbortBody(LooseBody):
     request_ids: Annotated[list[Annotated[str, Field(max_length=512)]], Field(fail_fast=True)] | None = None
 
 
-class ResetCacheBody(Body):
+class ResetCacheBody(LooseBody):
     reset_running_requests: bool | None = None
 
 
-class InitInfo(Body):
+class InitInfo(LooseBody):
     """How a trainer's tensors will come."""
 
     master_address: Address | None = None
@@ -52,11 +52,11 @@ class InitInfo(Body):
     nccl_unique_id_b64: str | None = None
 
 
-class InitBody(Body):
+class InitBody(LooseBody):
     init_info: InitInfo
 
 
-class UpdateInfo(Body):
+class UpdateInfo(LooseBody):
     """Tensors that come next: over the group, or as what is told of them here."""
 
     names: Names | None = None
@@ -88,7 +88,7 @@ class UpdateInfo(Body):
         return self
 
 
-class UpdateWeightsBody(Body):
+class UpdateWeightsBody(LooseBody):
     update_info: Annotated[
         Annotated[UpdateInfo, Tag("one")]
         | Annotated[list[UpdateInfo], Field(min_length=1, max_length=MAX_TENSORS, fail_fast=True), Tag("several")],
@@ -100,18 +100,18 @@ class UpdateWeightsBody(Body):
         return self.update_info if isinstance(self.update_info, list) else [self.update_info]
 
 
-class VllmFinishBody(Body):
+class VllmFinishBody(LooseBody):
     weight_version: Version | None = None
 
 
-class WeightVersionBody(Body):
+class WeightVersionBody(LooseBody):
     """vLLM's, and SGLang's, which also knows the second field."""
 
     new_version: Version
     abort_all_requests: bool | None = None
 
 
-class CheckWeightsBody(Body):
+class CheckWeightsBody(LooseBody):
     action: Literal["checksum", "reset", "compare"]
     baseline: dict[str, str] | None = Field(None, max_length=MAX_TENSORS)
 
@@ -131,7 +131,7 @@ class CheckWeightsBody(Body):
         return self
 
 
-class CallBody(Body):
+class CallBody(LooseBody):
     """A method of vLLM's workers."""
 
     method: Name
@@ -140,26 +140,26 @@ class CallBody(Body):
     timeout: float | None = None
 
 
-class LoraBody(Body):
+class LoraBody(LooseBody):
     lora_name: Name
     lora_path: Path
     load_inplace: bool | None = None
 
 
-class LoraNameBody(Body):
+class LoraNameBody(LooseBody):
     lora_name: Name
 
 
 # AReaL ---------------------------------------------------------------------------------------------------------------
 
 
-class ArealUpdateBody(Body):
+class ArealUpdateBody(LooseBody):
     model_path: Path
     load_format: Literal["auto", "safetensors"] | None = None
     abort_all_requests: bool | None = None
 
 
-class ArealLoraBody(Body):
+class ArealLoraBody(LooseBody):
     lora_model_path: Path
     lora_name: Name
     lora_int_id: int
@@ -168,7 +168,7 @@ class ArealLoraBody(Body):
     abort_all_requests: bool | None = None
 
 
-class ArealGroupBody(Body):
+class ArealGroupBody(LooseBody):
     master_address: Address
     master_port: PortText
     rank_offset: Rank
@@ -177,7 +177,7 @@ class ArealGroupBody(Body):
     group_name: Name
 
 
-class ArealTensorsBody(Body):
+class ArealTensorsBody(LooseBody):
     names: Names
     dtypes: Names
     shapes: Shapes
@@ -203,24 +203,24 @@ class ArealLoraTensorsBody(ArealTensorsBody):
 # TRL -----------------------------------------------------------------------------------------------------------------
 
 
-class TrlCommunicatorBody(Body):
+class TrlCommunicatorBody(LooseBody):
     host: Address
     port: Port
     world_size: WorldSize
     client_device_uuid: str | None = None
 
 
-class TrlTensorBody(Body):
+class TrlTensorBody(LooseBody):
     name: Name
     dtype: Name
     shape: Shape
 
 
-class TrlTensorsBody(Body):
+class TrlTensorsBody(LooseBody):
     params: Annotated[list[TrlTensorBody], Field(min_length=1, max_length=MAX_TENSORS, fail_fast=True)]
 
 
-BODIES: tuple[type[Body], ...] = (
+BODIES: tuple[type[LooseBody], ...] = (
     *(VllmAbortBody, ResetCacheBody, InitBody, UpdateWeightsBody, VllmFinishBody, WeightVersionBody, CheckWeightsBody),
     *(CallBody, LoraBody, LoraNameBody, ArealUpdateBody, ArealLoraBody, ArealGroupBody, ArealTensorsBody),
     *(ArealLoraTensorsBody, TrlCommunicatorBody, TrlTensorBody, TrlTensorsBody),

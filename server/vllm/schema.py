@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from slipstream.server.body import Body
+from slipstream.server.body import LooseBody
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.fields import unsupported
@@ -29,12 +29,14 @@ VLLM_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "re
 """What parameters are that a request leaves out: those of its files do not count, since trainers compute with these."""
 
 
-class NoBody(Body):
+class NoBody(LooseBody):
     """Nothing is to be said; what is said is ignored."""
 
 
 class VllmSampling(SamplingBody, StructuredFields):
     """vLLM's SamplingParams."""
+
+    model_config = LooseBody.model_config
 
     logprobs: int | None = Field(None, ge=-1, lt=2**31)
 
@@ -66,7 +68,7 @@ class VllmSampling(SamplingBody, StructuredFields):
         return self.model_copy(update={name: value for name, value in VLLM_DEFAULTS.items() if name not in self.given})
 
 
-class TokensInBody(Body):
+class TokensInBody(LooseBody):
     """``/inference/v1/generate``: token ids in, token ids out."""
 
     token_ids: TokenIds
@@ -129,7 +131,7 @@ class TrlChatBody(TrlSampling):
     tools: list[dict[str, Any]] | None = Field(None, fail_fast=True)
 
 
-class TrlScoreBody(Body):
+class TrlScoreBody(LooseBody):
     """``/get_sequence_logprobs/``: how likely a model finds what others have said."""
 
     sequences: Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
