@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -96,12 +98,27 @@ def try_out(client: CompatClient, url: str, model: str) -> tuple[list[dict[str, 
     if client.is_node:  # modules are looked for beside the script
         script = Path(shutil.copy(script, client.folder / script.name))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OPENAI"))}
-    done = subprocess.run(
-        [str(program), str(script), url, model, *client.arguments],
-        capture_output=True, text=True, timeout=SECONDS, env=environment, cwd=script.parent,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [str(program), str(script), url, model, *client.arguments],
+            capture_output=True, text=True, timeout=SECONDS, env=environment | own_servers(Path(folder) / "tiny"),
+            cwd=script.parent,
+        )  # fmt: skip
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"feature"')]
     return found, done.stdout + done.stderr
+
+
+def own_servers(folder: Path) -> dict[str, str]:
+    """What lets a script start servers of its own, of a model of no size which is written to a folder."""
+    from slipstream.server.testing import write_tiny_model
+
+    folder.mkdir()
+    write_tiny_model(folder)
+    serve = [sys.executable, "-P", "-m", "slipstream.server", "serve", "--model", str(folder)]
+    return {
+        "COMPAT_SERVE": shlex.join([*serve, "--kv-cache-memory", "32MiB", "--served-model-name", "tiny"]),
+        "COMPAT_SERVED": "tiny",
+    }
 
 
 @contextmanager
