@@ -80,8 +80,8 @@ class StepPlan:
     """Whether to sample the next token after the last known one, and after each accepted draft token."""
     wanted: list[int]
     """Draft tokens to propose, at most, after this step."""
-    costly_drafts: int
-    """Draft tokens to propose, at most, by drafters that compute with a network; 0: they are not asked."""
+    costly: list[int]
+    """The same by drafters that compute with a network; 0: they are not asked for the row."""
 
     work: StepWork
     """What the cost model predicts and learns from."""

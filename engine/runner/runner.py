@@ -260,7 +260,8 @@ class ModelRunner:
         asked = [row for row, most in enumerate(plan.wanted) if most and row not in errors]
         if asked:
             rows = [self._table.drafts(plan.slots[row]) for row in asked]
-            proposed = self.speculator.propose(rows, [plan.wanted[row] for row in asked], plan.costly_drafts)
+            wanted, costly = ([most[row] for row in asked] for most in (plan.wanted, plan.costly))
+            proposed = self.speculator.propose(rows, wanted, costly)
             for row, offer in zip(asked, proposed, strict=True):
                 offers[row] = offer
         return offers

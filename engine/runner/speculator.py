@@ -311,10 +311,12 @@ class Speculator:
         self._acceptance_of(self._drafters[proposal.drafter], proposal.version).observe(seen)
         return depth
 
-    def propose(self, rows: Sequence[RowDrafts], wanted: Sequence[int], costly_drafts: int) -> list[tuple[float, ...]]:
+    def propose(
+        self, rows: Sequence[RowDrafts], wanted: Sequence[int], costly: Sequence[int]
+    ) -> list[tuple[float, ...]]:
         """Returns the falling chances of the draft tokens that are now kept for each row; empty where there are none.
 
-        ``wanted`` of each row at most, and ``costly_drafts`` by drafters that are costly to ask; 0: they are not asked.
+        ``wanted`` of each row at most, and ``costly`` by drafters that are costly to ask; 0: they are not asked for it.
         """
         if not self._drafters:
             return [()] * len(rows)
@@ -322,8 +324,8 @@ class Speculator:
             row.best = None
         values = np.zeros(len(rows))
         for drafter in self._drafters.values():
-            for row, most in zip(rows, wanted, strict=True):
-                row.draft.most = min(most, self.most, costly_drafts if drafter.needs.costly else most)
+            for row, most in zip(rows, costly if drafter.needs.costly else wanted, strict=True):
+                row.draft.most = min(most, self.most)
             asked = [
                 i
                 for i, row in enumerate(rows)

@@ -73,6 +73,11 @@ class DraftDepth:
         tokens = 1 + np.cumsum(np.cumprod(rates))
         return int(depths[np.argmax(tokens / (verify + depths * self._each(rows)))])
 
+    def seconds(self, rows: int, depth: int) -> float | None:
+        """How long proposing chains of this depth for all rows takes; None where nobody has seen as many rows."""
+        each = self._seconds.get(rows.bit_length())
+        return None if each is None else depth * each
+
     def _each(self, rows: int) -> float:
         """Seconds; of the number of rows nearest to this one of which it is known."""
         bucket = rows.bit_length()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.plan import StepPlan, StepResult
@@ -26,8 +28,13 @@ PROBE_EVERY = 16
 """… but for a probe after so many steps, to see whether that has changed."""
 LONGEST_PAUSE = 256
 """Each probe of costly drafters that disappoints makes their pause twice as long, up to this."""
-PROBE_DRAFTS = 3
-"""Draft tokens that costly drafters may propose in a probe."""
+PROBE_DRAFTS, PROBE_ROWS, PROBE_ROWS_OF = 3, 8, 4
+"""Draft tokens that costly drafters may propose in a probe; requests of a route they are asked for, or every fourth."""
+CATCH_UP = 1024
+"""Positions that costly drafters look at in one step, at most, because they were not asked in the step before: streams
+feel it. A single request may have more."""
+KNOWN_VERSIONS = 8
+"""Versions of the shared drafter of which it is kept whether they pay."""
 SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
 """Weight of a step in what is known of this, and of a probe, of which there are few."""
 
@@ -55,9 +62,24 @@ class Worth:
         self._pause = min(2 * self._pause, self._longest) if disappoints else PROBE_EVERY
         self.next_probe = step + self._pause
 
+    def wait(self, step: int) -> None:
+        """Is in use again, after others were."""
+        self.next_probe = step + self._pause
+
     def retry(self) -> None:
         """Something has changed: what disappointed before may pay now."""
         self._pause, self.next_probe = PROBE_EVERY, 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Drafters that were asked after a step."""
+
+    worth: Worth
+    share: float
+    """Of the time of the step and of asking for all requests, what the step takes."""
+    few: frozenset[int] | None
+    """Rows of the requests that costly drafters were asked for, if not all were."""
 
 
 class DraftPlanner:
@@ -85,14 +107,18 @@ class DraftPlanner:
         self._depth = DraftDepth(needs.most)
         self._cheap, self._costly = Worth(PROBE_EVERY), Worth(LONGEST_PAUSE)
         """Drafters that look up what was said, and networks: asking these may cost half a step."""
-        self._asked: tuple[Worth, float] | None = None
-        """What was asked after the last step, and which share of the time it left for the step; None: not measured."""
+        self._versions: dict[int, Worth] = {}
+        """The latter by version of the shared network; who was not used for longest comes first."""
+        self._asked: _Asked | None = None
+        """What was asked after the last step, if that is measured."""
         self._was_asked = False
         """Whether costly drafters were asked after the last step."""
+        self._asks = False
+        """Whether they are to be asked after the step planned last."""
         self._routes: Mapping[str, int] = {}
         self._steps = 0
-        self.costly_drafts = 0
-        """At most so many for each request are wanted of costly drafters, after the step being planned."""
+        self._costly_drafts = 0
+        """At most so many for a request are wanted of costly drafters, after the step being planned."""
         self._offline_yields = False
         """Whether offline requests do without in the step being planned."""
 
@@ -105,12 +131,12 @@ class DraftPlanner:
         """
         self._steps += 1
         self._offline_yields = plan.offline_yields
-        self.costly_drafts = self._ask_costly(plan)
+        self._costly_drafts = self._ask_costly(plan)
         if prompts_wait:
             self.reasons["prompts wait"] += 1
         else:
             self._verify(plan, is_asked)
-        if self.costly_drafts and self._needs.own_blocks:
+        if self._costly_drafts and self._needs.own_blocks:
             self._reserve(plan)
 
     def _verify(self, plan: PlanBuilder, is_asked: bool) -> None:
@@ -134,12 +160,24 @@ class DraftPlanner:
                 plan.map_grown(request, grown)
                 plan.add_drafts(row, count)
 
-    def wanted(self, request: Request) -> int:
+    def wants(self, plan: PlanBuilder) -> tuple[list[int], list[int]]:
+        """How many draft tokens are to be proposed for each row after the step, and how many by costly drafters."""
+        most = [
+            self._most(request) if samples else 0 for request, samples in zip(plan.requests, plan.samples, strict=True)
+        ]
+        costly = [0] * len(most)
+        if self._costly_drafts:
+            for row in self._rows_to_ask(plan.requests, most):
+                costly[row] = min(most[row], self._costly_drafts)
+                plan.requests[row].num_shown = plan.requests[row].num_computed
+        self._asks = any(costly)
+        is_cheap_asked = not self._cheap.is_paused or self._is_due(self._cheap)
+        return [each if is_cheap_asked or asked else 0 for each, asked in zip(most, costly, strict=True)], costly
+
+    def _most(self, request: Request) -> int:
         """How many draft tokens could be verified after the step being planned."""
         speculation = request.message.speculation
         if not self._needs.most or speculation.mode == "off" or (self._offline_yields and request.message.offline):
-            return 0
-        if not self.costly_drafts and self._cheap.is_paused and not self._is_due(self._cheap):
             return 0
         most = self._needs.most
         if speculation.max_draft_tokens is not None:
@@ -147,6 +185,31 @@ class DraftPlanner:
         # What is under way brings some tokens for sure, and the next step one after its draft tokens.
         sure = request.num_output + request.in_flight - request.unsure + 1
         return max(min(most, request.message.params.max_tokens - sure), 0)
+
+    def _rows_to_ask(self, requests: Sequence[Request], most: Sequence[int]) -> list[int]:
+        """Rows that costly drafters are asked for: those first of which they have least to catch up with.
+
+        Where drafting does not pay these are a few of each route, and in the second step of a probe only those of the
+        first.
+        """
+
+        def missed(row: int) -> int:
+            return max(requests[row].num_computed - requests[row].num_shown, 0)
+
+        room, asked = CATCH_UP, []
+        few = self._pauses and self._costly.is_paused
+        by_route: Counter[str] = Counter()
+        for row in sorted((row for row, count in enumerate(most) if count), key=missed):
+            late = missed(row) > self._needs.most + 1
+            if late and ((few and self._asks) or (room < CATCH_UP and missed(row) > room)):
+                break
+            route = requests[row].message.route
+            if few and by_route[route] >= max(PROBE_ROWS, len(requests) // PROBE_ROWS_OF):
+                continue
+            by_route[route] += 1
+            room -= missed(row) if late else 0
+            asked.append(row)
+        return asked
 
     def _ask_costly(self, plan: PlanBuilder) -> int:
         """How many draft tokens costly drafters may propose after this step: as many as are worth it.
@@ -172,31 +235,71 @@ class DraftPlanner:
             self._policy.observe(decision, tokens, result.seconds)
         if not self._pauses:
             return
-        if plan.costly_drafts and self._was_asked:
+        costly = sum(map(bool, plan.costly))
+        if costly and self._was_asked:
             # Not after a pause: then drafters also look at what came since.
-            self._depth.observe(plan.costly_drafts, result.offers, result.draft_seconds)
+            offers = [offer for offer, most in zip(result.offers, plan.costly, strict=True) if most]
+            self._depth.observe(max(plan.costly), offers, result.draft_seconds)
         asked, self._asked = self._asked, None
         if asked is not None and (decision is None or decision.reason != NOT_SEEN):
-            # What it brought, not what was promised: the most promising drafts are those that chance makes look so.
-            gain = 1.0
-            if decision is not None and decision.plain_seconds:
-                gain = tokens / len(result.tokens) * decision.plain_seconds / result.seconds
-            worth, share = asked
-            worth.observe(self._steps, gain * share)
+            asked.worth.observe(self._steps, self._gain(asked, plan, decision, result) * asked.share)
         if any(plan.wanted):
-            worth = self._costly if plan.costly_drafts else self._cheap
-            share = result.seconds / (result.seconds + result.draft_seconds)
+            worth = self._costly if costly else self._cheap
             if worth is self._cheap or self._was_asked or not worth.is_paused:
-                self._asked = worth, share
-        self._was_asked = bool(plan.costly_drafts) and any(plan.wanted)
+                self._asked = self._now_asked(worth, plan, result)
+        self._was_asked = costly > 0
         for drafter in result.drafters:
             if drafter.routes and drafter.routes != self._routes:
-                self._routes = dict(drafter.routes)
-                self._costly.retry()
+                self._change_routes(drafter.routes)
+
+    def _now_asked(self, worth: Worth, plan: StepPlan, result: StepResult) -> _Asked:
+        number, seconds, few = sum(plan.samples), result.draft_seconds, None
+        if worth is self._costly and sum(map(bool, plan.costly)) < number:
+            few = frozenset(slot for slot, most in zip(plan.slots, plan.costly, strict=True) if most)
+            known = self._depth.seconds(number, min(max(map(len, result.offers)), max(plan.costly)))
+            seconds = known or seconds * number / len(few)
+        return _Asked(worth, result.seconds / (result.seconds + seconds), few)
+
+    def _gain(self, asked: _Asked, plan: StepPlan, decision: Decision | None, result: StepResult) -> float:
+        """How much faster tokens came than without draft tokens.
+
+        What they brought counts, not what was promised: the most promising drafts are those that chance makes look so.
+        Where few requests had any, how long it takes for all is expected, as nobody measured it.
+        """
+        if decision is None or not decision.plain_seconds:
+            return 1.0
+        counts, drafted = list(map(len, result.tokens)), sum(result.drafted)
+        if asked.few is None:
+            return sum(counts) / len(counts) * decision.plain_seconds / result.seconds
+        some = [count for slot, count in zip(plan.slots, counts, strict=True) if slot in asked.few]
+        if not some:
+            return 1.0
+        more = round(drafted * len(counts) / len(some))
+        plain = plan.work_with([0] * len(counts))
+        seconds = self._cost.predict_more(plain, more, sum(plan.starts) / len(counts))
+        return float(sum(some) / len(some) * seconds[0] / seconds[more])
+
+    def _change_routes(self, routes: Mapping[str, int]) -> None:
+        """A version nobody has seen is tried at once; of one that comes back it is known what it brings."""
+        seen = {*self._versions, *self._routes.values()}
+        before, now = self._routes.get(""), routes.get("")
+        if before is not None:
+            self._versions.pop(before, None)
+            self._versions[before] = self._costly
+            while len(self._versions) > KNOWN_VERSIONS:
+                del self._versions[next(iter(self._versions))]
+        self._routes = dict(routes)
+        if before != now and now in self._versions:
+            self._costly = self._versions[now]
+            self._costly.wait(self._steps)
+        elif before != now:
+            self._costly = copy(self._costly)
+        if not seen.issuperset(routes.values()):
+            self._costly.retry()
 
     def _is_due(self, worth: Worth) -> bool:
         """Whether a paused kind is to be probed; not while the draft tokens of a probe are being verified."""
-        return self._steps >= worth.next_probe and (self._asked is None or self._asked[0] is not worth)
+        return self._steps >= worth.next_probe and (self._asked is None or self._asked.worth is not worth)
 
     def take_back(self, request: Request, row: int, plan: StepPlan, result: StepResult) -> None:
         """What was computed for rejected draft tokens does not count; keeps what is offered now."""
@@ -207,7 +310,7 @@ class DraftPlanner:
     def _reserve(self, plan: PlanBuilder) -> None:
         """Blocks for the positions that drafters propose tokens for after the step, where there are plenty."""
         for request in plan.requests:
-            wanted = min(self.wanted(request), self.costly_drafts)
+            wanted = min(self._most(request), self._costly_drafts)
             if wanted and self._kv.pool.num_available > 2 * len(plan.requests):
                 length = min(request.num_computed + 1 + wanted, self._max_model_len)
                 plan.map_grown(request, self._kv.grow(request, length) or 0)

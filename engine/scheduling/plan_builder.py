@@ -22,7 +22,7 @@ class PlanBuilder:
         self._starts: list[int] = []
         self._counts: list[int] = []
         self._drafts: list[int] = []
-        self._samples: list[bool] = []
+        self.samples: list[bool] = []
 
     def map_grown(self, request: Request, grown: int) -> None:
         """The request got so many blocks more."""
@@ -37,7 +37,7 @@ class PlanBuilder:
         self._starts.append(start)
         self._counts.append(count)
         self._drafts.append(0)
-        self._samples.append(sample)
+        self.samples.append(sample)
         self.work = self.work.add(start, count)
         request.num_computed += count
         request.in_flight += sample
@@ -56,7 +56,7 @@ class PlanBuilder:
         self.new = [row for row in self.new if row.slot != slot]
         self.blocks = [entry for entry in self.blocks if entry[0] != slot]
 
-    def build(self, step: int, ended: list[tuple[int, int]], wanted: list[int], costly_drafts: int = 0) -> StepPlan:
+    def build(self, step: int, ended: list[tuple[int, int]], wanted: list[int], costly: list[int]) -> StepPlan:
         return StepPlan(
             step=step,
             new=self.new,
@@ -67,8 +67,8 @@ class PlanBuilder:
             starts=self._starts,
             counts=self._counts,
             drafts=self._drafts,
-            samples=self._samples,
-            wanted=[most if sample else 0 for most, sample in zip(wanted, self._samples, strict=True)],
-            costly_drafts=costly_drafts,
+            samples=self.samples,
+            wanted=wanted,
+            costly=costly,
             work=self.work,
         )

@@ -39,6 +39,7 @@ class Request:
         "num_preemptions",
         "num_prompt",
         "num_published",
+        "num_shown",
         "offer",
         "outgrown",
         "pooled",
@@ -107,6 +108,8 @@ class Request:
         """Collected chunk by chunk until the first delta takes them along."""
         self.pooled: Float64 | None = None
         """Likewise: the sum of which its embedding is made."""
+        self.num_shown = self.num_computed
+        """Positions that costly drafters have looked at, or never will: the prefix cache had them."""
 
     def pool(self, states: Float64) -> None:
         """Takes in what a step computed for its embedding."""

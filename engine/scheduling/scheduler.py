@@ -167,8 +167,7 @@ class Scheduler:
             self.kv.publish(request)
         self._step += 1
         ended, self._ended_slots = self._ended_slots, []
-        wanted = list(map(self._draft_planner.wanted, plan.requests))
-        step = plan.build(self._step, ended, wanted, self._draft_planner.costly_drafts)
+        step = plan.build(self._step, ended, *self._draft_planner.wants(plan))
         self._under_way.append((step, plan.requests, plan.decision))
         return step
 

@@ -46,7 +46,7 @@ class Alone:
         self.row.draft.mapped = 200
 
     def propose(self, most: int = 8) -> tuple[float, ...]:
-        [offer] = self.speculator.propose([self.row], [most], 8)
+        [offer] = self.speculator.propose([self.row], [most], [most])
         return offer
 
     def draft_tree(self, count: int) -> Tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -9,7 +10,14 @@ import pytest
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import DrafterStats, NewRequest, SamplingParams
 from slipstream.engine.plan import StepResult, StepWork
-from slipstream.engine.scheduling.draft_planner import LONGEST_PAUSE, PROBE_DRAFTS, PROBE_EVERY, DraftPlanner
+from slipstream.engine.scheduling.draft_planner import (
+    CATCH_UP,
+    LONGEST_PAUSE,
+    PROBE_DRAFTS,
+    PROBE_EVERY,
+    PROBE_ROWS,
+    DraftPlanner,
+)
 from slipstream.engine.scheduling.kv.manager import KVManager
 from slipstream.engine.scheduling.plan_builder import PlanBuilder
 from slipstream.engine.scheduling.request import Request
@@ -20,46 +28,55 @@ STEP_SECONDS = 0.01
 
 
 class Loop:
-    """One request whose drafter needs half a step for a proposal; it is the only one, costly or not."""
+    """Requests whose drafter needs half a step for a proposal; it is the only one, costly or not."""
 
-    def __init__(self, is_costly: bool = False) -> None:
+    def __init__(self, is_costly: bool = False, routes: Sequence[str] = ("",), prompt: int = 3) -> None:
         cost = StepCost()
-        cost.calibrate([(StepWork(n), STEP_SECONDS) for n in (1, 2, 4, 8, 16)], [])
-        self.kv = KVManager(1000, 16, prefix_caching=False)
+        cost.calibrate([(StepWork(n), STEP_SECONDS) for n in (1, 2, 4, 8, 16, 64, 256)], [])
+        self.kv = KVManager(4000, 16, prefix_caching=False)
         self.planner = DraftPlanner(EngineConfig(), 10_000, 10_000, self.kv, cost, DraftNeeds(8, costly=is_costly))
         self.is_costly = is_costly
         self.drafters: list[DrafterStats] = []
         self.most = 0
-        """Draft tokens that were wanted of it after the last step."""
-        self.request = Request(
-            NewRequest(request_id=1, prompt=[1, 2, 3], params=SamplingParams(max_tokens=9000)), 0.0, b""
-        )
-        self.kv.admit(self.request, 0)
-        self.request.slot = 0
+        """Draft tokens that were wanted for a request after the last step."""
+        self.asked: dict[int, int] = {}
+        """The requests for which there were any, and how many positions the drafter saw first."""
+        self._shown: dict[int, int] = {}
+        params = SamplingParams(max_tokens=9000)
+        self.requests = [
+            Request(NewRequest(request_id=slot, prompt=[1] * prompt, params=params, route=route), 0.0, b"")
+            for slot, route in enumerate(routes)
+        ]
+        for slot, request in enumerate(self.requests):
+            self.kv.admit(request, 0)
+            request.slot = slot
 
     def step(self, chance: float, right: bool) -> bool:
-        """Whether draft tokens were wanted; the next offer has this chance, and what is verified is right or not."""
-        request = self.request
-        request.num_computed = len(request.tokens) - 1
+        """Whether draft tokens were wanted; the next offers have this chance, and what is verified is right or not."""
         builder = PlanBuilder()
-        self.kv.grow(request, len(request.tokens))
-        builder.add(request, 1)
+        for request in self.requests:
+            request.num_computed = len(request.tokens) - 1
+            self.kv.grow(request, len(request.tokens))
+            builder.add(request, 1)
         self.planner.plan(builder, prompts_wait=False)
-        wanted = self.planner.wanted(request)
-        plan = builder.build(1, [], [wanted], self.planner.costly_drafts)
-        if self.is_costly:
-            wanted = min(wanted, plan.costly_drafts)
-        self.most = wanted
-        request.in_flight = request.unsure = 0
-        verified = builder.decision is not None and builder.decision.counts[0]
-        sampled = [5, 5] if verified and right else [5]
-        request.tokens += sampled
-        request.offer = (chance,) if wanted else ()
-        drafting = STEP_SECONDS / 2 if wanted else 0.0
-        drafted = plan.drafts
-        result = StepResult([sampled], drafted, [request.offer], {}, {}, {}, STEP_SECONDS, drafting, self.drafters)
+        plan = builder.build(1, [], *self.planner.wants(builder))
+        wanted = plan.costly if self.is_costly else plan.wanted
+        self.most, self.asked = max(wanted), {}
+        sampled = []
+        for row, request in enumerate(self.requests):
+            request.in_flight = request.unsure = 0
+            verified = builder.decision is not None and builder.decision.counts[row]
+            sampled.append([5, 5] if verified and right else [5])
+            request.tokens += sampled[-1]
+            request.offer = (chance,) if wanted[row] else ()
+            if wanted[row]:
+                self.asked[row] = len(request.tokens) - self._shown.get(row, 0)
+                self._shown[row] = len(request.tokens)
+        drafting = STEP_SECONDS / 2 * len(self.asked) / len(self.requests)
+        offers = [request.offer for request in self.requests]
+        result = StepResult(sampled, plan.drafts, offers, {}, {}, {}, STEP_SECONDS, drafting, self.drafters)
         self.planner.observe(plan, builder.decision, result)
-        return wanted > 0
+        return bool(self.asked)
 
 
 @pytest.mark.parametrize("promise", [0.1, 0.95])
@@ -107,6 +124,59 @@ def test_a_new_version_is_tried_at_once() -> None:
     assert all(loop.step(0.9, right=True) for _ in range(50))
 
 
+def test_of_a_version_that_comes_back_it_is_known_what_it_brings() -> None:
+    loop = Loop(is_costly=True)
+    for version in (1, 2):
+        loop.drafters = [DrafterStats("head", accepted_per_position=[], routes={"": version})]
+        for _ in range(1000):
+            loop.step(0.9, right=False)
+    for version in (1, 2, 1):
+        loop.drafters = [DrafterStats("head", accepted_per_position=[], routes={"": version})]
+        assert not any(loop.step(0.9, right=False) for _ in range(PROBE_EVERY))
+
+
+def test_a_probe_of_many_requests_asks_a_few_and_finds_out_as_well() -> None:
+    loop = Loop(is_costly=True, routes=[""] * 32)
+    for _ in range(600):
+        loop.step(0.9, right=False)
+    probes = [dict(loop.asked) for _ in range(2 * LONGEST_PAUSE + 4) if loop.step(0.9, right=False)]
+    assert len(probes) == 4
+    for first, second in (probes[:2], probes[2:]):
+        assert set(first) == set(second) and 0 < len(first) <= PROBE_ROWS
+        assert sum(first.values()) <= CATCH_UP + len(first), "and the token that the step samples"
+        assert all(count == 1 for count in second.values()), "it is measured, with nothing to catch up with"
+    for _ in range(4 * LONGEST_PAUSE):
+        loop.step(0.9, right=True)
+    assert len(loop.asked) == 32, "it pays, and for all"
+    for _ in range(100):
+        loop.step(0.9, right=False)
+    assert len(loop.asked) <= PROBE_ROWS
+
+
+def test_a_probe_of_many_requests_does_not_take_a_drafter_for_one_that_pays() -> None:
+    """Half a step of asking all of them is more than a draft token in three brings; asking a few of them is less."""
+    loop, random = Loop(is_costly=True, routes=[""] * 32), Random(0)
+    for _ in range(600):
+        loop.step(0.9, right=False)
+    asked = []
+    for _ in range(8 * LONGEST_PAUSE):
+        loop.step(0.9, right=random.random() < 0.33)
+        asked.append(len(loop.asked))
+    assert sum(asked) <= 32 * 8 * LONGEST_PAUSE // 20
+
+
+def test_what_a_network_has_to_catch_up_with_is_spread_over_steps() -> None:
+    loop = Loop(is_costly=True, routes=[""] * 32, prompt=300)
+    seen: set[int] = set()
+    for _ in range(32):
+        assert loop.step(0.9, right=True)
+        assert sum(count - 1 for count in loop.asked.values() if count > 10) <= CATCH_UP
+        seen |= set(loop.asked)
+    assert len(seen) == 32
+    loop = Loop(is_costly=True, prompt=2 * CATCH_UP)
+    assert loop.step(0.9, right=True), "a longer one is not left out"
+
+
 def test_a_version_on_trial_shows_what_it_knows_also_where_none_pays() -> None:
     loop = Loop(is_costly=True)
     loop.drafters = [DrafterStats("head", accepted_per_position=[], routes={"": 1, "canary": 2})]
@@ -121,3 +191,14 @@ def test_some_rejected_drafts_do_not_stop_a_drafter_that_pays(is_costly: bool) -
     loop, random = Loop(is_costly), Random(0)
     wanted = [loop.step(0.8, right=random.random() < 0.8) for _ in range(2000)]
     assert sum(wanted) > 1900
+
+
+def test_a_trial_beside_many_requests_asks_some_of_both_routes() -> None:
+    loop = Loop(is_costly=True, routes=["", "", "", "canary"] * 16)
+    loop.drafters = [DrafterStats("head", accepted_per_position=[], routes={"": 1, "canary": 2})]
+    for _ in range(1000):
+        loop.step(0.1, right=False)
+    while not loop.step(0.1, right=False):
+        pass
+    routes = [loop.requests[row].message.route for row in loop.asked]
+    assert routes.count("canary") == 16 and routes.count("") == 16
