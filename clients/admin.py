@@ -68,8 +68,8 @@ class AdminClient(HttpClient):
         """Writes a version in the EAGLE-3 layout: ``{"version", "folder", "notes"}``."""
         return await self._object("POST", "/admin/v1/drafters/export", {"version": version, "folder": folder})
 
-    async def evolve(self, action: Literal["pause", "resume", "train"]) -> Answer:
-        """Pauses training, goes on with it, or asks for a round: ``{"paused", "report"}``."""
+    async def evolve(self, action: Literal["pause", "resume", "train", "judge"]) -> Answer:
+        """Pauses training, goes on with it, asks for a round, or ends it: ``{"paused", "report"}``."""
         return await self._object("POST", "/admin/v1/evolve", {"action": action})
 
     async def pause(self, mode: Literal["keep", "recompute", "wait", "abort"] = "keep") -> None:

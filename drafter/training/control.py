@@ -40,6 +40,10 @@ class Train(msgspec.Struct, frozen=True, tag="train"):
     reason: str = ""
 
 
+class Judge(msgspec.Struct, frozen=True, tag="judge"):
+    """The round under way ends here, and what came of it is judged; nothing where none is."""
+
+
 class Pause(msgspec.Struct, frozen=True, tag="pause"):
     """Training pauses or goes on until told otherwise, whatever the load: a trainer wants the machine for itself."""
 
@@ -50,7 +54,7 @@ class Finish(msgspec.Struct, frozen=True, tag="finish"):
     """The round under way ends here, what came of it is judged, and the worker ends."""
 
 
-Message = Load | Machine | Train | Pause | Finish
+Message = Load | Machine | Train | Judge | Pause | Finish
 
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -105,6 +109,8 @@ class Control:
         self._due = ""
         self.finishing = False
         """Told to finish."""
+        self.round_ends = False
+        """Told to end the round under way; whoever begins one takes it back."""
         self.speed: Speed | None = None
         self._changed = threading.Condition()
         self._decoder = msgspec.json.Decoder(Message)
@@ -171,6 +177,8 @@ class Control:
                 self.speed = Speed(step_seconds, draft_seconds, streams) if step_seconds and streams else None
             case Train(reason):
                 self._due = reason or "asked for"
+            case Judge():
+                self.round_ends = True
             case Pause(paused):
                 self._paused = paused
             case Finish():

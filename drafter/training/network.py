@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.config import LAYER, OUTPUT, HeadConfig
+from slipstream.drafter.training.candidates import Candidates
 from slipstream.drafter.training.packing import Pack
 from slipstream.engine.models.config import DecoderConfig, rope_tables
 from slipstream.kernels import ops
@@ -101,9 +102,10 @@ class TrainableHead:
             outputs.append(hidden)
         return outputs
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] -> [n, draft vocabulary]."""
-        return ops.linear(self._norm("norm.weight")(hidden), self._cast[OUTPUT])
+    def logits(self, hidden: Tensor, some: Candidates | None = None) -> Tensor:
+        """[n, hidden] -> [n, draft vocabulary]; or of these candidates, each with what it stands for."""
+        normed, rows = self._norm("norm.weight")(hidden), self._cast[OUTPUT]
+        return ops.linear(normed, rows) if some is None else ops.linear(normed, rows[some.columns]).float() + some.bias
 
     def _attend(self, pack: Pack, q: Tensor, keys: Tensor, values: Tensor, own: list[tuple[Tensor, Tensor]]) -> Tensor:
         """q [n, heads, head_dim] of the learned rows -> [n, heads * head_dim]."""

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slipstream.drafter.training import losses
+from slipstream.drafter.training import candidates, losses
 from slipstream.drafter.training.muon import Muon
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, Pack, pack
+
+MOST_PARTS = 1024
+"""Parts of one step that draw candidates of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +49,8 @@ class Progress:
     tokens: int
     """Positions learned."""
     right: tuple[float, ...]
-    """Share of right draft tokens per step of the chain, given that those before were taken to be right."""
+    """Share of right draft tokens per step of the chain, given that those before were taken to be right; among the
+    candidates of the step, where these stand for the draft vocabulary."""
 
 
 class Trainer:
@@ -81,26 +85,33 @@ class Trainer:
         """
         loss, tokens = 0.0, 0
         right = torch.zeros(self.options.steps)
-        for examples in parts:
-            part_loss, part_right, part_tokens = self._accumulate(examples)
+        for number, examples in enumerate(parts):
+            part_loss, part_right, part_tokens = self._accumulate(examples, number)
             loss, tokens, right = loss + part_loss, tokens + part_tokens, right + part_right
         if tokens:
             self._update(tokens)
         return Progress(self.step, loss / max(tokens, 1), tokens, tuple((right / max(tokens, 1)).tolist()))
 
-    def _accumulate(self, examples: Sequence[Example]) -> tuple[float, Tensor, int]:
+    def _accumulate(self, examples: Sequence[Example], number: int) -> tuple[float, Tensor, int]:
         """Adds gradients; returns the loss, the right draft tokens per step and the rows, each a sum."""
         options = self.options
         batch = pack(examples, options.steps)
         total = torch.zeros(())
         right = torch.zeros(options.steps)
+        targets = [self._targets(batch, step) for step in range(options.steps)]
+        some = None
+        if options.loss == "ce":
+            size, seed = self.head.config.draft_vocab_size, self.step * MOST_PARTS + number
+            some = candidates.choose([columns for columns, _ in targets], size, seed)
         for step, hidden in enumerate(self.head.unroll(batch, options.steps)):
-            targets, exists = self._targets(batch, step)
-            logits = self.head.logits(hidden)
-            per_row = losses.loss(options.loss, logits, targets, self._probs(batch, step))
+            columns, exists = targets[step]
+            logits = self.head.logits(hidden, some)
+            if some is not None:
+                columns = some.place[columns]
+            per_row = losses.loss(options.loss, logits, columns, self._probs(batch, step))
             total = total + options.step_decay**step * per_row[exists].sum()
             with torch.no_grad():
-                right[step] = (logits.max(-1).indices == targets)[exists].sum()
+                right[step] = (logits.max(-1).indices == columns)[exists].sum()
         torch.autograd.backward(total)
         return float(total.detach()), right, len(batch.learned)
 

@@ -39,6 +39,11 @@ LOOK_SECONDS = 5.0
 REPORT_SECONDS = 1.0
 FIRST_ROUND = 0.25
 """Size of the first round in full ones; the next are as large as what was learned so far. The first are worth most."""
+LONGEST_ROUND_SECONDS = 150.0
+"""Training after which a round ends however little was learned: what is not live makes nothing faster."""
+LONGER_STEPS_FROM, LONGER_STEPS = 100, 2
+"""After so many steps of a head's training, steps take so many times as many positions: orthogonalizing costs as much
+for many as for few, and a head that has come far gains less from each step than from each position."""
 
 
 class Worker:
@@ -142,12 +147,15 @@ class Worker:
             trainer = self._begin(course)
         first_step, first_learned = trainer.step, course.learned
         size = min(max(int(FIRST_ROUND * options.round_tokens), trainer.step * options.rows), options.round_tokens)
-        looked = time.monotonic()
+        looked, busy = time.monotonic(), self._busy
         groups = fill(course.curriculum.draw(), options.part_rows, options.longest)
-        while (done := course.learned - first_learned) < size and not self._control.finishing:
+        self._control.round_ends = False
+        while (done := course.learned - first_learned) < size and not self._ends:
+            if (lasted := self._busy - busy) > LONGEST_ROUND_SECONDS:
+                break
             start, stood_by = time.monotonic(), self._stand_by.seconds
             with self._stand_by:
-                progress = trainer.learn(self._parts(groups))
+                progress = trainer.learn(self._parts(groups, trainer.step))
             if not progress.tokens:
                 break
             self._busy += time.monotonic() - start - (self._stand_by.seconds - stood_by)
@@ -159,7 +167,7 @@ class Worker:
                 looked = time.monotonic()
             if message or time.monotonic() - self._last_report > REPORT_SECONDS:
                 self._last_report = time.monotonic()
-                share = min(done / size, 1.0)
+                share = min(max(done / size, lasted / LONGEST_ROUND_SECONDS), 1.0)
                 self._report("training", loss=progress.loss, progress=share, message=message)
         learned = course.learned - first_learned
         if not learned:
@@ -177,9 +185,14 @@ class Worker:
         course.save()
         return True
 
-    def _parts(self, groups: Iterator[list[Example]]) -> Iterable[Sequence[Example]]:
-        """Texts for one step of the optimizer."""
-        for group in islice(groups, max(self._options.rows // self._options.part_rows, 1)):
+    @property
+    def _ends(self) -> bool:
+        return self._control.finishing or self._control.round_ends
+
+    def _parts(self, groups: Iterator[list[Example]], step: int) -> Iterable[Sequence[Example]]:
+        """Texts for this step of the optimizer."""
+        rows = self._options.rows * (LONGER_STEPS if step >= LONGER_STEPS_FROM else 1)
+        for group in islice(groups, max(rows // self._options.part_rows, 1)):
             self._control.check()
             yield group
 

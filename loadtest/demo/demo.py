@@ -198,6 +198,11 @@ class Demo:
         """What is being judged may still go live; then training stops."""
         until = monotonic() + 60 * self._options.minutes * SETTLE
         self._enter("waiting for the last verdict")
+        if watch.worker_state == "training":  # what it has learned until now is not to be lost
+            rounds = watch.rounds
+            await admin.evolve("judge")
+            while watch.rounds == rounds and monotonic() < until:
+                await asyncio.sleep(0.5)
         while watch.worker_state == "gating" and monotonic() < until:
             await asyncio.sleep(0.5)
         await admin.evolve("pause")

@@ -12,7 +12,7 @@ from slipstream.loadtest.plots import require_plot
 DemoWorkload = Literal["sharegpt", "extract"]
 DEPTH = 3
 """Draft tokens in a chain."""
-FIRST_BURST, LATER_BURST = 0.15, 0.12
+FIRST_BURST, LATER_BURST = 0.08, 0.12
 """Share of the learning time that begins with traffic alone; seconds of traffic per second of training later."""
 LEAST_LEARNING = 0.4
 """Share of the whole time, even where measuring takes so long that it will be over."""
@@ -61,7 +61,7 @@ class DemoOptions:
 
     @property
     def first_tokens(self) -> int:
-        return round(min(max(700 * self.minutes, 1000), 20_000))
+        return round(min(max(350 * self.minutes, 1000), 10_000))
 
     @property
     def round_tokens(self) -> int:

@@ -159,17 +159,17 @@ def admin_router(service: Service) -> APIRouter:
 
     @router.post(prefix + "/evolve", openapi_extra=describe(answers.Evolving, 409, 503, bodies=[EvolveBody]))
     async def evolve(request: Request) -> Response:
-        """Pause training, go on with it, or ask for a round now."""
+        """Pause training, go on with it, ask for a round now, or for what the round under way has made."""
         worker = evolution_of(service).worker
         if worker is None:
             raise ConflictError("nothing is trained here: start the server with --evolve idle", code="no_worker")
         action = (await body_of(service, request, EvolveBody)).action
-        if action == "train":
+        if action in ("train", "judge"):
             if worker.pid is None:
                 raise UnavailableError(
                     "the training worker is being started", code="worker_down", retry_after_s=RETRY_WORKER_S
                 )
-            worker.send("train", reason="asked for")
+            worker.send("train", reason="asked for") if action == "train" else worker.send("judge")
         else:
             worker.pause(action == "pause")
         return JSONBody({"paused": worker.paused, "report": worker.report})

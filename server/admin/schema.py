@@ -41,7 +41,7 @@ class ExportBody(Body):
 
 
 class EvolveBody(Body):
-    action: Literal["pause", "resume", "train"]
+    action: Literal["pause", "resume", "train", "judge"]
 
 
 class EmptyBody(Body):

@@ -210,6 +210,20 @@ def test_told_to_finish_it_judges_what_it_has(workshop: Any, traffic: MakeSample
     worker.kill()
 
 
+def test_told_to_judge_it_ends_the_round_and_goes_on_training(workshop: Any, traffic: MakeSamples) -> None:
+    workshop.store.append(traffic(150))
+    worker = workshop.start(round_tokens=10_000_000)
+    worker.say("judge")  # before any: nothing comes of it
+    while worker.wait_for("training")["tokens"] < 4000:
+        pass
+    worker.say("judge")
+    first = worker.wait_for("published", "refused")
+    while (report := worker.wait_for("training", "published", "refused"))["tokens"] < first["tokens"] + 2000:
+        assert report["state"] == "training"
+    worker.kill()
+    assert workshop.registry.list()[0].manifest.training.tokens < 2_000_000
+
+
 def test_beside_a_live_head_that_it_cannot_train_on_it_waits_for_another(
     workshop: Any, traffic: MakeSamples, target_folder: Path
 ) -> None:
