@@ -51,8 +51,8 @@ async def test_what_a_learning_server_shows(
         await page.wait("document.querySelector('#versions').innerText.includes('pinned')")
         await page.wait("document.querySelector('#history').innerText.includes('pinned')")
         share = await page.ask(
-            "(() => { const line = document.querySelector('#chart-speed line.swap:last-of-type') "
-            "|| document.querySelector('#chart-speed line.swap'); const svg = line.ownerSVGElement; "
+            "(() => { const line = [...document.querySelectorAll('#chart-speed line.swap')].at(-1); "
+            "const svg = line.ownerSVGElement; "
             "return line.x1.baseVal.value / svg.viewBox.baseVal.width; })()"
         )
         await page.hover("#chart-speed svg", share)
