@@ -1,8 +1,8 @@
 """Batches of rollouts as reinforcement learning asks for them: all at once, over when the longest answer is.
 
 The time of such a batch is the time of its longest answers, which are alone at its end. So a batch here has real
-prompts, several sampled answers of each, and lengths with a heavy tail; the same prompts come again in every epoch,
-with other samples. Servers have turns, in alternating order.
+prompts, several sampled answers of each, and lengths with a heavy tail, given or the model's own; the same prompts come
+again in every epoch, with other samples. Servers have turns, in alternating order.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class RolloutOptions:
     """The longest twentieth of the answers is at least so many times as long as the median."""
     longest: int = 1000
     """Most tokens of an answer."""
+    natural: bool = False
+    """Answers may end earlier, where the model ends them: servers that sample alike still write the same ones."""
     pause: float = 0.0
     """Seconds between two epochs, in which a trainer would compute; a server that learns while idle learns then."""
     freeze: bool = False
@@ -73,7 +75,7 @@ class RolloutOptions:
             require_plot(self.plot)
 
     def lengths(self) -> list[int]:
-        """Tokens of each answer: the quantiles of a log-normal distribution, in random order."""
+        """Most tokens of each answer: the quantiles of a log-normal distribution, in random order."""
         normal = NormalDist()
         sigma = math.log(self.tail) / normal.inv_cdf(TAIL_QUANTILE)
         count = self.prompts * self.samples
@@ -84,15 +86,17 @@ class RolloutOptions:
 
 
 def batches(asked: Sequence[Request], options: RolloutOptions) -> list[list[Request]]:
-    """One list per epoch: every prompt ``samples`` times, with lengths that stay and seeds that do not."""
+    """One list per epoch: every prompt ``samples`` times, with bounds that stay and seeds that do not."""
     lengths = options.lengths()
     epochs = []
     for epoch in range(options.epochs):
         requests = []
         for index, length in enumerate(lengths):
             request = asked[index // options.samples]
-            # Stop tokens are masked up to min_tokens, so that every server writes the same number of tokens.
-            fields = {"max_tokens": length, "min_tokens": length, "temperature": options.temperature}
+            fields = {"max_tokens": length, "temperature": options.temperature}
+            if not options.natural:
+                # Stop tokens are masked until then, so that every server writes the same number of tokens.
+                fields["min_tokens"] = length
             seed = (options.seed * options.epochs + epoch) * len(lengths) + index
             requests.append(Request(request.path, {**request.body, **fields, "seed": seed}))
         epochs.append(requests)
@@ -104,7 +108,8 @@ class Epoch:
     """One batch on one server; times in seconds from its start."""
 
     seconds: float
-    output_tokens: int
+    lengths: list[int]
+    """Tokens of the answers that did not fail."""
     failed: int
     errors: list[str]
     running: list[tuple[float, int]]
@@ -113,6 +118,10 @@ class Epoch:
     """Tokens per request and step; None where the server does not say."""
     switch: tuple[float, int] | None
     """When speculation came in for good, and the number of open requests at that time; None if it never did."""
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(self.lengths)
 
     @property
     def throughput(self) -> float:
@@ -198,7 +207,7 @@ def summarise_epoch(run: Run, seen: Sequence[tuple[float, Tokens]]) -> Epoch:
     switched = switch([(time - began, counts) for time, counts in seen])
     return Epoch(
         seconds=run.duration,
-        output_tokens=sum(record.output_tokens for record in run.records if record.ok),
+        lengths=[record.output_tokens for record in run.records if record.ok],
         failed=len(failed),
         errors=sorted({record.error or "" for record in failed})[:10],
         running=running,
@@ -266,10 +275,10 @@ def faster(epoch: Epoch, other: Epoch) -> float:
 
 
 def print_rollout(sides: Sequence[Side], options: RolloutOptions, console: Console) -> None:
-    lengths = sorted(options.lengths())
+    lengths = sides[0].epochs[0].lengths if options.natural else options.lengths()
     console.print(
         f"{options.prompts} prompts, {options.samples} answers each, temperature {options.temperature:g}, "
-        f"{sum(lengths)} tokens: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}",
+        f"{describe(lengths)}",
         highlight=False,
     )
     columns = ["epoch", "server", "seconds", "tokens/s", *(f"against {side.name}" for side in sides[1:])]
@@ -292,13 +301,21 @@ def print_rollout(sides: Sequence[Side], options: RolloutOptions, console: Conso
     console.print(table)
     for side in sides:
         wrong = {epoch.output_tokens for epoch in side.epochs} - {sum(lengths)}
-        if wrong:
+        if wrong and not options.natural:
             console.print(
                 f"{side.name} wrote {', '.join(map(str, sorted(wrong)))} tokens in an epoch, not {sum(lengths)}"
             )
         errors = [error for epoch in side.epochs for error in epoch.errors]
         if errors:
             console.print(f"{side.name}: failed requests, e.g. {errors[0]}", markup=False)
+
+
+def describe(lengths: Sequence[int]) -> str:
+    """The tokens of answers: how many, the median, the least of the longest twentieth, and the most."""
+    ordered = sorted(lengths) or [0]
+    tail = ordered[math.ceil(TAIL_QUANTILE * len(ordered)) - 1]
+    middle = ordered[len(ordered) // 2]
+    return f"{sum(ordered)} tokens: median {middle}, the longest 5 % from {tail}, longest {ordered[-1]}"
 
 
 def plot_rollout(sides: Sequence[Side], path: Path) -> None:

@@ -24,6 +24,9 @@ def rollout(
     median_tokens: Annotated[int, typer.Option(min=1, help="Median length of the answers.")] = 48,
     tail: Annotated[float, typer.Option(min=1, help="The longest 5 % have at least this many times the median.")] = 8.0,
     longest: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1000,
+    natural: Annotated[
+        bool, typer.Option("--natural", help="Answers may end before their lengths, where the model ends them.")
+    ] = False,
     pause: Annotated[float, typer.Option(min=0, help="Seconds between epochs, for servers that learn while idle.")] = 0,
     freeze: Annotated[
         bool, typer.Option("--freeze", help="Stop (SIGSTOP) each server in the turns of others: it may train then.")
@@ -54,6 +57,7 @@ def rollout(
                 median_tokens=median_tokens,
                 tail=tail,
                 longest=longest,
+                natural=natural,
                 pause=pause,
                 freeze=freeze,
                 seed=seed,

@@ -16,6 +16,7 @@ from slipstream.loadtest.rollout import (
     as_json,
     at,
     batches,
+    describe,
     open_requests,
     print_rollout,
     rollout,
@@ -50,6 +51,18 @@ def test_epochs_have_the_same_prompts_and_lengths_and_other_samples():
     seeds = [request.body["seed"] for request in first + second]
     assert len(set(seeds)) == len(seeds)
     assert all(request.body["min_tokens"] == request.body["max_tokens"] for request in first)
+
+
+def test_answers_may_end_where_the_model_ends_them():
+    asked = [Request("/v1/chat/completions", {"messages": [name]}) for name in ("a", "b")]
+    options = RolloutOptions(**SMALL, natural=True)
+    first, _ = batches(asked, options)
+    assert [request.body["max_tokens"] for request in first] == options.lengths()
+    assert not any("min_tokens" in request.body for request in first)
+
+
+def test_lengths_are_told_by_their_median_and_their_longest_twentieth():
+    assert describe([*range(1, 21)]) == "210 tokens: median 11, the longest 5 % from 19, longest 20"
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)).map(sorted), min_size=1, max_size=20))
