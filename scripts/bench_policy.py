@@ -2,7 +2,8 @@
 
     python scripts/bench_policy.py --model FOLDER --folder OUT [--updates 30] [--rate 5e-5] [--learn 30]
 
-FOLDER is the default model as a Hugging Face folder (scripts/gguf_to_hf.py). Two servers begin with its warm head.
+FOLDER is the default model as a Hugging Face folder (scripts/gguf_to_hf.py), which learns. Two servers begin with the
+default model and its warm head.
 Between two batches of sampled answers the policy learns to write the standard library's code, a few steps of Adam,
 and both servers take the new weights; one trains its head on the answers it gave, in the seconds in which nobody asks
 (``--evolve idle``), the other keeps its head. Both verify chains of three in every step, so the answers' accept
@@ -76,9 +77,9 @@ class Policy:
         return (start + answer)[:LEARNED_TOKENS], len(start)
 
 
-def command(model: Path, port: int, *options: object) -> list[str]:
+def command(port: int, *options: object) -> list[str]:
     fixed = ("--speculation", "head", "--speculation-policy", "fixed", "--max-draft-tokens", DEPTH)
-    given = ("--model", model, "--port", port, "--target-lineage", "policy", "--drafter", "warm", *fixed, *options)
+    given = ("--model", "default", "--port", port, "--target-lineage", "policy", "--drafter", "warm", *fixed, *options)
     return [sys.executable, "-P", "-m", "slipstream.server", "serve", *map(str, given)]
 
 
@@ -111,7 +112,7 @@ async def run(options: argparse.Namespace) -> None:
         for name, more in (("following", evolution), ("frozen", ())):
             port = free_port()
             log = out / f"{name}.log"
-            process = await stack.enter_async_context(running(name, command(options.model, port, *more), port, log=log))
+            process = await stack.enter_async_context(running(name, command(port, *more), port, log=log))
             url = f"http://127.0.0.1:{port}"
             target = await stack.enter_async_context(connect(url, timeout=1200))
             admin = await stack.enter_async_context(AdminClient(url))
