@@ -67,8 +67,12 @@ class Allowance:
 class Account:
     """The books of one principal. They outlive its keys, and changes of its limits."""
 
-    def __init__(self, limits: UsageLimits = NO_LIMITS, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, limits: UsageLimits = NO_LIMITS, clock: Clock = time.monotonic, is_offline: bool = False
+    ) -> None:
+        """``is_offline``: nobody waits for the answers, which get what others leave of the machine."""
         self.limits = limits
+        self.is_offline = is_offline
         self.num_open = 0
         """Sequences whose answers are under way."""
         self._requests = Allowance(limits.requests_per_minute, clock)

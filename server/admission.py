@@ -50,7 +50,8 @@ class Admission:
         Args:
             most_sequences: that may run or wait.
             most_queued_tokens: of prompts that wait; 0: any number.
-            num_open: sequences that run or wait in the engine.
+            num_open: sequences that run or wait in the engine. Offline ones do not count, and are let in: whoever
+                sends them sends as many as there are rows.
         """
         self._most = most_sequences
         self._most_tokens = most_queued_tokens
@@ -59,6 +60,7 @@ class Admission:
         self._clock = clock
         self._held: dict[Account, list[Sequence[Queued]]] = {}
         """Answers under way, by whose they are."""
+        self._num_offline = 0
         self._ends: deque[float] = deque(maxlen=REMEMBERED_ENDS)
         """When the latest sequences ended."""
 
@@ -79,6 +81,8 @@ class Admission:
                 f"the request asks for {count} sequences; at most {min(most, self._most)} are taken ({option})",
                 param="n",
             )
+        if account.is_offline:
+            return
         with self._counting():
             account.require_room(count)
             self._require_sequences(account, count)
@@ -86,7 +90,7 @@ class Admission:
                 self._require_tokens(account, prompt_tokens)
 
     def _require_sequences(self, account: Account, count: int) -> None:
-        found = self._num_open()
+        found = self._num_open() - self._num_offline
         if found + count > self._most and account.num_open + count > self._most / self._shares(account):
             raise OverloadedError(
                 f"{found} sequences are running or waiting, and {count} more would exceed {self._most}",
@@ -117,6 +121,13 @@ class Admission:
     @contextmanager
     def holding(self, account: Account, sequences: Sequence[Queued], prompt_tokens: int) -> Iterator[None]:
         """Around the answer to a request that was let in."""
+        if account.is_offline:
+            self._num_offline += len(sequences)
+            try:
+                yield
+            finally:
+                self._num_offline -= len(sequences)
+            return
         held = self._held.setdefault(account, [])
         held.append(sequences)
         try:

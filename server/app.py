@@ -17,6 +17,7 @@ from slipstream.server.admin import profile
 from slipstream.server.admin import routes as admin
 from slipstream.server.anthropic import routes as anthropic
 from slipstream.server.anthropic.errors import TranslatedErrors
+from slipstream.server.batch import routes as batch
 from slipstream.server.deadline import Deadline
 from slipstream.server.description import Answer, Door, describe, finish
 from slipstream.server.edge import Edge
@@ -48,7 +49,7 @@ class Version(Answer):
     """What it was built of, if that is known."""
 
 
-DIALECTS = (openai, respond, anthropic, sglang, vllm, vllm_control, admin, profile)
+DIALECTS = (openai, respond, batch, anthropic, sglang, vllm, vllm_control, admin, profile)
 DESCRIBED = tuple(dict.fromkeys([*(model for dialect in DIALECTS for model in dialect.DESCRIBED), Health, Version]))
 """Bodies and answers, for the OpenAPI document."""
 
@@ -60,7 +61,7 @@ def build_app(service: Service) -> ASGIApp:
         *(sglang.sglang_router(service), vllm.vllm_router(service)),
     ]
     controls = [sglang.control_router(service), *vllm_control.control_routers(service), profile.profile_router(service)]
-    for router in (*generating, *controls, admin.admin_router(service)):
+    for router in (*generating, batch.batch_router(service, app), *controls, admin.admin_router(service)):
         app.include_router(router)
     for path in paths(generating):
         service.metrics.expect_failures(path)

@@ -95,6 +95,13 @@ class ServerConfig:
     request_timeout_s: float = option(
         0.0, "Time a request may take, from reading it to the end of its answer; then 504. 0 for no limit."
     )
+    batch_folder: str | None = option(
+        None,
+        "Folder for files and batches of /v1/files and /v1/batches, which go on where they were when the server is "
+        "started again; without it there are none. Servers may share it: one of them runs the batches.",
+    )
+    max_file_bytes: int = option(200 * 2**20, "Largest file of /v1/files.")
+    max_stored_bytes: int = option(2 * 2**30, "Bytes of all files of one key, with which it may upload no more.")
     write_timeout_s: float = option(
         30.0, "How long a client may leave waiting what the server has for it before it is disconnected."
     )
@@ -135,6 +142,8 @@ class ServerConfig:
             "max_n": 1,
             "max_prompts": 1,
             "max_body_bytes": 1,
+            "max_file_bytes": 1,
+            "max_stored_bytes": 1,
             "max_queued_requests": 0,
             "max_queued_tokens": 0,
             "request_timeout_s": 0,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
-from slipstream.server.body import Body
+from slipstream.server.body import JSON, Body
 
 REFERENCE = "#/components/schemas/{model}"
 ANYWHERE = (400, 401, 403, 408, 431, 500)
@@ -40,6 +40,7 @@ def describe(
     *statuses: int,
     bodies: Sequence[type[Body]] = (),
     body_required: bool = True,
+    media_type: str = JSON,
     raw_body: str | None = None,
     as_well: str | None = None,
     query: Sequence[dict[str, Any]] = (),
@@ -53,6 +54,7 @@ def describe(
     Args:
         answer: of status 200; the media type of what is not JSON.
         statuses: with an error, besides those that any route may answer.
+        media_type: of ``bodies``.
         raw_body: the media type of a body that is not JSON.
         as_well: another media type of the answer, for who asks for it.
         query: what ``parameter`` gives.
@@ -76,7 +78,7 @@ def describe(
     if query:
         found["parameters"] = list(query)
     if bodies:
-        found["requestBody"] = {"required": body_required, "content": json_of(*bodies)}
+        found["requestBody"] = {"required": body_required, "content": {media_type: json_of(*bodies)[JSON]}}
     elif raw_body is not None:
         found["requestBody"] = {
             "required": True,

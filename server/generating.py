@@ -91,7 +91,10 @@ async def prepare(
     Raises ClientDisconnect when nobody waits for it any more.
     """
     service.require_ready()
-    service.admission.begin(principal_of(request.scope).account)
+    account = principal_of(request.scope).account
+    service.admission.begin(account)
+    if account.is_offline:  # whoever sends it holds its bytes
+        return await service.work.run_behind(job, await before(await read_body(request, service.config.max_body_bytes)))
     with service.bodies.hold() as held:
         raw = await read_body(request, service.config.max_body_bytes, held)
         if len(raw) <= INLINE_BYTES:
@@ -156,6 +159,7 @@ def make_sequences(service: Service, request: Request, asked: GenerationRequest,
                 remember=said.level != "off",
                 longest_first=asked.rollout is not None,
                 expected_tokens=asked.rollout.expected_tokens if asked.rollout else 0,
+                offline=principal.account.is_offline,
             )
             sequences.append(Sequence(first + len(sequences), new, asked.output, service))
     for sequence, sequence_id in zip(sequences, asked.sequence_ids, strict=False):

@@ -91,7 +91,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self._output = output
         self._service = service
-        self.metrics = SequenceMetrics(service.metrics, request.arrival, len(request.prompt))
+        self.metrics = SequenceMetrics(service.metrics, request.arrival, len(request.prompt), request.offline)
         detokenizer = IncrementalDetokenizer(service.text.tokenizer, output.skip_special_tokens, request.prompt)
         self._offsets = OffsetDetokenizer(detokenizer) if output.offsets else None
         self._detokenizer = detokenizer if self._offsets is None else self._offsets

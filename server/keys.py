@@ -186,6 +186,16 @@ class KeyRing:
         limits = key.limits or self.anonymous.limits
         return Principal(name, key.role, limits, self._accounts[key.name, key.role])
 
+    def named(self, name: str) -> Principal | None:
+        """The user of this name, as principals have it, if there is such a key still."""
+        if not name:
+            return self.anonymous if self._alone else None
+        found = next((key for key in self._keys.values() if (key.name, key.role) == (name, "user")), None)
+        if found is None or self._alone:
+            return None
+        limits = found.limits or self.anonymous.limits
+        return Principal(name, "user", limits, self._accounts[found.name, found.role])
+
     def refresh(self, anyway: bool = False) -> bool:
         """Reads the file if it has changed, or ``anyway``; whether it did. One that cannot be used changes nothing, and
         is logged.

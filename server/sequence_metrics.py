@@ -6,6 +6,8 @@ import time
 from collections import Counter
 from typing import Any
 
+from prometheus_client import Histogram
+
 from slipstream.engine.messages import FinishReason, TokenDelta
 from slipstream.server.metrics import Metrics
 
@@ -14,12 +16,25 @@ class SequenceMetrics:
     """The clock of one sequence."""
 
     __slots__ = (
-        *("_cached", "_metrics", "_prompt_tokens", "accepted", "arrival", "first", "last", "scheduled", "tokens"),
+        *(
+            "_cached",
+            "_is_timed",
+            "_metrics",
+            "_prompt_tokens",
+            "accepted",
+            "arrival",
+            "first",
+            "last",
+            "scheduled",
+            "tokens",
+        ),
         *("first_right", "learned_accepted", "learned_steps", "preemptions", "proposals", "steps", "versions"),
     )
 
-    def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int) -> None:
+    def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int, is_offline: bool = False) -> None:
+        """Of offline sequences times say nothing, and are not counted."""
         self._metrics = metrics
+        self._is_timed = not is_offline
         self.arrival = arrival
         self._prompt_tokens = prompt_tokens
         self.scheduled = 0.0
@@ -46,7 +61,7 @@ class SequenceMetrics:
             now = time.monotonic()
             if not self.first:
                 self.first = now
-                self._metrics.first_token.observe(now - self.arrival)
+                self._time(self._metrics.first_token, now - self.arrival)
             else:
                 self.steps += 1
                 self.learned_steps += bool(delta.drafter_version) or not delta.num_drafted
@@ -54,7 +69,7 @@ class SequenceMetrics:
                 self.first_right += delta.first_right
                 gap = (now - self.last) / count
                 for _ in range(count):
-                    self._metrics.between_tokens.observe(gap)
+                    self._time(self._metrics.between_tokens, gap)
             self.last = now
             self.tokens += count
         if delta.num_drafted:
@@ -77,7 +92,11 @@ class SequenceMetrics:
         if delta.scheduled_at and not self.scheduled:
             self.scheduled = delta.scheduled_at
             self._cached = delta.num_cached_tokens
-            self._metrics.queue_time.observe(delta.scheduled_at - self.arrival)
+            self._time(self._metrics.queue_time, delta.scheduled_at - self.arrival)
+
+    def _time(self, histogram: Histogram, seconds: float) -> None:
+        if self._is_timed:
+            histogram.observe(seconds)
 
     @property
     def num_accepted(self) -> int:
@@ -87,15 +106,15 @@ class SequenceMetrics:
     def on_end(self, reason: FinishReason) -> None:
         metrics = self._metrics
         metrics.finished(reason)
-        metrics.end_to_end.observe(time.monotonic() - self.arrival)
+        self._time(metrics.end_to_end, time.monotonic() - self.arrival)
         metrics.prompt_tokens.observe(self._prompt_tokens)
         metrics.generation_tokens.observe(self.tokens)
         if self.first and self.scheduled:
-            metrics.prefill_time.observe(self.first - self.scheduled)
-            metrics.decode_time.observe(self.last - self.first)
-            metrics.inference_time.observe(self.last - self.scheduled)
+            self._time(metrics.prefill_time, self.first - self.scheduled)
+            self._time(metrics.decode_time, self.last - self.first)
+            self._time(metrics.inference_time, self.last - self.scheduled)
         if self.tokens > 1:
-            metrics.per_token.observe((self.last - self.first) / (self.tokens - 1))
+            self._time(metrics.per_token, (self.last - self.first) / (self.tokens - 1))
 
 
 def sequences_metrics(sequences: list[SequenceMetrics]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from slipstream.engine.operations import UseVocabulary
 from slipstream.engine.supervisor import EngineSupervisor, Restarts
 from slipstream.server.account import Account
 from slipstream.server.admission import Admission
+from slipstream.server.companions import Companions
 from slipstream.server.config import ENGINE_PROCESS, ServerConfig
 from slipstream.server.disks import Disks
 from slipstream.server.errors import UnavailableError
@@ -119,6 +120,7 @@ class Service:
         """Responses under way that a shutdown waits for: those of the generating routes, and large ones."""
         self.evolution: Evolution | None = None
         """Drafter evolution, where there is a registry."""
+        self.companions = Companions()
         self.observer = Observer()
         self.supervisor = EngineSupervisor(
             self._start_engine,
@@ -161,6 +163,7 @@ class Service:
             self._evolution_metrics.evolution = self.evolution
         if self.phase == "loading":
             self.phase = "ready"
+            self.companions.start()
 
     async def _load_text(self) -> None:
         self._text = await asyncio.to_thread(load_text_model, self.engine_config.model, self.config)
@@ -349,6 +352,7 @@ class Service:
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new requests and waits for those under way; False if some are left after the timeout."""
         self.phase = "draining"
+        await self.companions.stop()
         await end(self._supervising)  # what is in flight needs the engine there is, and no other
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -365,6 +369,7 @@ class Service:
     async def close(self) -> None:
         """Ends the engine process; requests that are still open get their terminal message."""
         self.phase = "draining"
+        await self.companions.stop()
         await end(self._supervising)
         for task in self._watching:
             await end(task)

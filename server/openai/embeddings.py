@@ -14,6 +14,7 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from slipstream.engine.messages import SamplingParams
+from slipstream.server.deadline import LIMIT_S
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generating import (
     GenerationRequest,
@@ -54,7 +55,7 @@ async def embed(service: Service, request: Request) -> Response:
         arrival=arrival,
     )
     generation = start_generation(service, request, asked)
-    limit = service.config.request_timeout_s
+    limit = request.scope.get(LIMIT_S)
     async with cancelled_on_disconnect(request.receive, arrival + limit if limit else None):
         with service.responding(), generation:
             await generation.collect()

@@ -14,13 +14,23 @@ import pytest
 
 from slipstream.server.admin import routes as admin_routes
 from slipstream.server.anthropic import schema as anthropic
+from slipstream.server.batch import schema as batch
 from slipstream.server.openai import schema
 from slipstream.server.respond import schema as respond
 from slipstream.server.vllm import control as vllm_control
 from slipstream.server.vllm import routes as vllm_routes
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("api.md", "responses.md", "messages.md", "sglang.md", "vllm.md", "trainers/trl.md", "trainers/areal.md")
+PAGES = (
+    "api.md",
+    "responses.md",
+    "batches.md",
+    "messages.md",
+    "sglang.md",
+    "vllm.md",
+    "trainers/trl.md",
+    "trainers/areal.md",
+)
 """Where routes and their fields are documented."""
 
 
@@ -34,6 +44,7 @@ def test_every_field_is_documented() -> None:
     found = [
         *vars(schema).values(),
         *vars(respond).values(),
+        *vars(batch).values(),
         *vars(anthropic).values(),
         *admin_routes.BODIES,
         *vllm_routes.BODIES,
@@ -92,7 +103,7 @@ def test_the_openapi_page_says_what_routes_take_and_answer(server: Any) -> None:
             assert "422" not in answers
             for answer in answers.values():
                 schema = next(iter(answer["content"].values()))["schema"]
-                plain = {"text/plain", "text/html", "application/openmetrics-text"}
+                plain = {"text/plain", "text/html", "application/openmetrics-text", "application/octet-stream"}
                 assert "$ref" in schema or set(answer["content"]) <= plain, (method, path)
             assert ("requestBody" in operation) == (method == "post")
             assert ("413" in answers) == ("415" in answers) == (method == "post")

@@ -1,0 +1,299 @@
+"""Runs the batches of a store, one server of all that share it at a time, as offline requests of their owners.
+
+What is done is what stands in the files of answers. So a server may be killed at any moment: the next one reads them,
+and asks for what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from starlette.types import ASGIApp
+
+from slipstream.server.account import Account, UsageLimits
+from slipstream.server.batch.call import CallAnswer, call
+from slipstream.server.batch.lines import (
+    AnswerLine,
+    Progress,
+    RequestLine,
+    ResponseOfLine,
+    check,
+    decode_request,
+    one_line,
+    pieces,
+    refusal,
+)
+from slipstream.server.batch.records import OPEN, Batch, BatchStatus, RequestCounts, StoredFile, fresh
+from slipstream.server.batch.store import BatchStore
+from slipstream.server.errors import InvalidRequestError
+from slipstream.server.principal import Principal
+from slipstream.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0
+"""How soon batches of other servers, and what they cancelled, are seen."""
+EXPIRE_S = 60.0
+SAVE_S = 1.0
+RETRY_S, LATEST_RETRY_S = 5.0, 30.0
+LEFT: dict[BatchStatus, tuple[str, str]] = {
+    "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
+    "cancelled": ("batch_cancelled", "This request was not executed before the batch was cancelled."),
+}
+
+
+class Turns:
+    """How many requests are under way: rows of the engine, shared evenly between owners and then between batches."""
+
+    def __init__(self, rows: int, most_bytes: int) -> None:
+        self._rows, self._most_bytes = rows, most_bytes
+        self._batches: dict[str, str] = {}
+        """Owners, by batch."""
+        self._under_way: Counter[str] = Counter()
+        self._num_bytes = 0
+        self._changed = asyncio.Condition()
+
+    def join(self, batch: Batch) -> None:
+        self._batches[batch.id] = batch.owner
+
+    def leave(self, batch: Batch) -> None:
+        del self._batches[batch.id]
+
+    def _share(self, batch_id: str) -> int:
+        owners = Counter(self._batches.values())
+        return max(1, self._rows // len(owners) // owners[self._batches[batch_id]])
+
+    async def take(self, batch_id: str, num_bytes: int) -> None:
+        def has_room() -> bool:
+            if self._num_bytes and self._num_bytes + num_bytes > self._most_bytes:
+                return False
+            return self._under_way[batch_id] < self._share(batch_id)
+
+        async with self._changed:
+            await self._changed.wait_for(has_room)
+            self._under_way[batch_id] += 1
+            self._num_bytes += num_bytes
+
+    async def give_back(self, batch_id: str, num_bytes: int) -> None:
+        async with self._changed:
+            self._under_way[batch_id] -= 1
+            self._num_bytes -= num_bytes
+            self._changed.notify_all()
+
+
+class BatchRunner:
+    """Between ``start`` and ``stop``, which leaves what is under way for the next start."""
+
+    def __init__(self, service: Service, store: BatchStore, app: ASGIApp) -> None:
+        """``app`` is behind the gate: what it is asked comes with its principal."""
+        self._service, self._store, self._app = service, store, app
+        self._turns = Turns(service.engine_config.max_running, service.config.max_body_bytes)
+        self._accounts: dict[str, Account] = {}
+        self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._cancelled: set[str] = set()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    def wake(self) -> None:
+        """Something has changed in the store."""
+        self._wake.set()
+
+    async def _run(self) -> None:
+        while True:
+            with self._store.running() as is_mine:
+                if is_mine:
+                    await self._supervise()
+            await asyncio.sleep(POLL_S)
+
+    async def _supervise(self) -> None:
+        """Every open batch has a task."""
+        expired = 0.0
+        try:
+            while True:
+                self._wake.clear()
+                try:
+                    if time.monotonic() - expired > EXPIRE_S:
+                        await asyncio.to_thread(self._store.expire)
+                        expired = time.monotonic()
+                    for batch in await asyncio.to_thread(self._store.open_batches):
+                        await self._look_after(batch)
+                except (OSError, sqlite3.Error) as error:
+                    logger.error("batches stand still: %s", error)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), POLL_S)
+        finally:
+            for job in self._jobs.values():
+                job.cancel()
+            if self._jobs:
+                await asyncio.wait(self._jobs.values())
+            self._jobs.clear()
+
+    async def _look_after(self, batch: Batch) -> None:
+        job = self._jobs.get(batch.id)
+        if job is not None and batch.status == "cancelling" and batch.id not in self._cancelled:
+            self._cancelled.add(batch.id)
+            job.cancel()
+            await asyncio.wait({job})
+            job = None
+        if job is None or job.done():
+            self._jobs[batch.id] = job = asyncio.create_task(self._until_it_ends(batch))
+            job.add_done_callback(lambda done: self._forget(batch.id, done))
+
+    def _forget(self, batch_id: str, job: asyncio.Task[None]) -> None:
+        if self._jobs.get(batch_id) is job:
+            del self._jobs[batch_id]
+            self._cancelled.discard(batch_id)
+
+    async def _until_it_ends(self, batch: Batch) -> None:
+        while True:
+            try:
+                return await self._advance(batch)
+            except* (OSError, sqlite3.Error) as errors:
+                logger.error("%s stands still: %s", batch.id, errors.exceptions[0])
+            except* Exception:
+                logger.exception("%s failed, and is tried again", batch.id)
+            await asyncio.sleep(LATEST_RETRY_S)
+
+    async def _advance(self, batch: Batch) -> None:
+        batch = await asyncio.to_thread(self._store.batch, batch.owner, batch.id)
+        if batch.status not in OPEN:
+            return
+        path = self._store.path(batch.input_file_id)
+        if batch.status == "validating":
+            most = self._service.config.max_body_bytes
+            total, problems, model = await asyncio.to_thread(check, path, batch.endpoint, most)
+
+            def begin(found: Batch) -> None:
+                if found.status == "validating":
+                    found.become("failed" if problems else "in_progress", time.time())
+                    found.errors, found.model, found.counts = problems, model, RequestCounts(total)
+
+            batch = await self._change(batch, begin)
+            if batch.status == "failed":
+                return
+        progress = await asyncio.to_thread(
+            Progress, self._store.path(batch.output_id), self._store.path(batch.error_id)
+        )
+        progress.counts.total = batch.counts.total
+        try:
+            end: BatchStatus = "completed" if batch.status == "finalizing" else "cancelled"
+            if batch.status == "in_progress":
+                end = await self._answer_all(batch, progress)
+            await self._finish(batch, progress, end)
+        finally:
+            progress.close()
+
+    async def _answer_all(self, batch: Batch, progress: Progress) -> BatchStatus:
+        self._turns.join(batch)
+        saver = asyncio.create_task(self._save(batch, progress))
+        try:
+            async with asyncio.timeout(batch.expires_at - time.time()), asyncio.TaskGroup() as group:
+                remaining = pieces(self._store.path(batch.input_file_id))
+                while piece := await asyncio.to_thread(next, remaining, None):
+                    for _, line in piece:
+                        request = decode_request(line)
+                        if request.custom_id not in progress.done:
+                            await self._turns.take(batch.id, len(line))
+                            group.create_task(self._answer(batch, request, len(line), progress))
+        except TimeoutError:
+            return "expired"
+        finally:
+            saver.cancel()
+            self._turns.leave(batch)
+        return "completed"
+
+    async def _save(self, batch: Batch, progress: Progress) -> None:
+        while True:
+            await asyncio.sleep(SAVE_S)
+            with contextlib.suppress(OSError, sqlite3.Error):
+                await self._change(batch, lambda found: self._count(found, progress))
+
+    async def _answer(self, batch: Batch, request: RequestLine, size: int, progress: Progress) -> None:
+        name = fresh("batch_req_")
+        try:
+            answer = None
+            if (reason := refusal(request.body)) is not None:
+                answer = CallAnswer(400, {}, InvalidRequestError(reason, param=reason.partition(":")[0]).body())
+            while answer is None:
+                answer = await self._ask(batch, bytes(request.body), name)
+            line = AnswerLine(name, request.custom_id, ResponseOfLine(answer.status, name, one_line(answer.body)))
+            await asyncio.to_thread(progress.write, line)
+        finally:
+            await self._turns.give_back(batch.id, size)
+
+    async def _ask(self, batch: Batch, body: bytes, name: str) -> CallAnswer | None:
+        """None, after a while: the answer says nothing about the request."""
+        principal = self._principal(batch)
+        if principal is None:
+            logger.warning("%s waits: there is no key %r any more", batch.id, batch.key)
+            await asyncio.sleep(LATEST_RETRY_S)
+            return None
+        try:
+            answer = await call(self._app, batch.endpoint, body, batch.headers, principal, name)
+        except Exception:
+            logger.exception("%s of %s failed", name, batch.id)
+            return CallAnswer(500, {}, b'{"error": {"message": "internal error; see the server\'s log"}}')
+        if answer.status in (429, 503):
+            await asyncio.sleep(min(max(answer.retry_after_s, RETRY_S), LATEST_RETRY_S))
+            return None
+        return answer
+
+    def _principal(self, batch: Batch) -> Principal | None:
+        found = self._service.keys.named(batch.key)
+        if found is None:
+            return None
+        account = self._accounts.setdefault(batch.key, Account(is_offline=True))
+        account.limits = UsageLimits(weight=found.account.limits.weight)
+        return Principal(found.key, found.role, found.limits, account)
+
+    async def _finish(self, batch: Batch, progress: Progress, end: BatchStatus) -> None:
+        batch = await self._change(batch, lambda found: None)
+        if batch.status == "cancelling":
+            end = "cancelled"
+        elif end == "completed" and batch.status == "in_progress":
+            await self._change(batch, lambda found: found.become("finalizing", time.time()))
+        if end in LEFT:
+            await asyncio.to_thread(progress.leave, self._store.path(batch.input_file_id), *LEFT[end])
+        output, errors = await asyncio.to_thread(progress.sync)
+        now = int(time.time())
+        files = [
+            StoredFile(
+                id=name,
+                owner=batch.owner,
+                bytes=size,
+                created_at=now,
+                expires_at=now + batch.output_seconds,
+                filename=f"{batch.id}_{kind}.jsonl",
+                purpose="batch_output",
+            )
+            for name, size, kind in ((batch.output_id, output, "output"), (batch.error_id, errors, "error"))
+            if size
+        ]
+
+        def close(found: Batch) -> None:
+            self._count(found, progress)
+            found.has_output, found.has_errors = output > 0, errors > 0
+            found.become(end, now)
+
+        await self._change(batch, close, files)
+
+    @staticmethod
+    def _count(batch: Batch, progress: Progress) -> None:
+        batch.counts, batch.usage = progress.counts, progress.usage
+
+    async def _change(self, batch: Batch, change: Callable[[Batch], None], files: Sequence[StoredFile] = ()) -> Batch:
+        return await asyncio.to_thread(self._store.change, batch.owner, batch.id, change, files)
