@@ -212,6 +212,7 @@ async def test_training_is_paused_and_asked_for(admin: AdminClient, evolving: An
     assert "arithmetic" in worker["report"], "it has begun: its traffic is that of the server's model and lineage"
     assert (await admin.evolve("resume"))["paused"] is False
     assert (await admin.evolve("train"))["report"]["state"] in ("waiting", "gating", "paused")
+    assert (await admin.evolve("judge"))["report"]["state"] in ("waiting", "gating", "paused")
     assert evolving.metric("evolution_worker_restarts_total") == 0
 
 
