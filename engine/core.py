@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from slipstream.engine.messages import DrafterStats, EngineStats, TokenDelta, TrafficStats
 from slipstream.engine.plan import StepPlan, StepResult
@@ -30,12 +30,78 @@ MOST_FAILURES = 3
 """Steps that may fail one after the other: beyond that it is not the requests, and the engine ends."""
 
 
-class Runner(Protocol):
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Runs a step."""
+class Launched(Protocol):
+    """A step under way."""
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether another step may be launched before this one is collected."""
+
+
+Step = TypeVar("Step", bound=Launched)
+
+
+class Runner(Protocol[Step]):
+    def launch(self, plan: StepPlan) -> Step:
+        """Begins a step."""
+
+    def fits_behind(self, plan: StepPlan, before: Step) -> bool:
+        """Whether a step may be launched before that one is collected."""
+
+    def collect(self, launched: Step) -> StepResult:
+        """Waits for a step; they are collected in the order in which they were launched."""
 
     def reset(self) -> None:
         """Forgets all rows after a step has failed; raises if nothing can run any more."""
+
+
+class Steps(Generic[Step]):
+    """Runs steps in a thread of its own, one after the other; each is launched before the last one is read, if it may.
+
+    Then the device goes from one step to the next while the host reads, tells and plans.
+    """
+
+    def __init__(self, runner: Runner[Step]) -> None:
+        self._runner = runner
+        self._thread = ThreadPoolExecutor(1, "device")
+        self._open: tuple[Step, Future[StepResult]] | None = None
+        """The step that is launched and not collected; for the thread only."""
+
+    def submit(self, plan: StepPlan, annotate: Annotate) -> Future[StepResult]:
+        """The result may come only with the next step, or ``flush``."""
+        done: Future[StepResult] = Future()
+        self._thread.submit(self._run, plan, done, annotate)
+        return done
+
+    def flush(self) -> None:
+        """Nothing follows for now: what is launched is collected."""
+        self._thread.submit(self._collect)
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def _run(self, plan: StepPlan, done: Future[StepResult], annotate: Annotate) -> None:
+        with annotate("execute"):
+            try:
+                if self._open is not None and not self._runner.fits_behind(plan, self._open[0]):
+                    self._collect()
+                launched = self._runner.launch(plan)
+            except Exception as error:
+                self._collect()
+                done.set_exception(error)
+                return
+            self._collect()
+            self._open = launched, done
+            if not launched.may_wait:
+                self._collect()
+
+    def _collect(self) -> None:
+        if self._open is not None:
+            (launched, done), self._open = self._open, None
+            try:
+                done.set_result(self._runner.collect(launched))
+            except Exception as error:
+                done.set_exception(error)
 
 
 class EngineCore:
@@ -52,7 +118,7 @@ class EngineCore:
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: Runner,
+        runner: Runner[Any],
         deliver: Deliver,
         pipeline: bool,
         drafters: Sequence[DrafterStats] = (),
@@ -62,7 +128,7 @@ class EngineCore:
         self.scheduler = scheduler
         self._runner = runner
         self._deliver = deliver
-        self._device: ThreadPoolExecutor | None = None
+        self._device: Steps[Any] | None = None
         self._running: tuple[StepPlan, Future[StepResult]] | None = None
         self._steps = self._failures = 0
         self._model_seconds = self._verify_seconds = self._draft_seconds = self._device_cpu_seconds = 0.0
@@ -72,7 +138,7 @@ class EngineCore:
         """Around the parts of a step, by their names: for profilers."""
         self._began = time.thread_time()
         if pipeline:
-            self._device = ThreadPoolExecutor(1, "device")
+            self._device = Steps(runner)
             # The device thread needs the interpreter only between steps, and then at once.
             sys.setswitchinterval(0.0005)
         self.step = self._step_ahead if pipeline else self._step
@@ -104,11 +170,12 @@ class EngineCore:
         """Waits for the step under way and commits it, so that nothing is in flight."""
         if self._running is not None:
             (current, future), self._running = self._running, None
+            self._flush()
             self._land(current, future.result)
 
     def close(self) -> None:
         if self._device is not None:
-            self._device.shutdown()
+            self._device.close()
 
     def _step(self) -> None:
         plan = self._plan()
@@ -121,14 +188,11 @@ class EngineCore:
         with self.annotate("schedule"):
             return self.scheduler.schedule()
 
-    def _execute(self, plan: StepPlan) -> StepResult:
-        with self.annotate("execute"):
-            return self._runner.execute(plan)
-
     def _run(self, plan: StepPlan) -> StepResult:
         cpu_began = time.thread_time()
         try:
-            return self._execute(plan)
+            with self.annotate("execute"):
+                return self._runner.collect(self._runner.launch(plan))
         finally:
             # This thread's own time counts from _began on; what the device did is not overhead.
             self._began += time.thread_time() - cpu_began
@@ -137,11 +201,17 @@ class EngineCore:
         assert self._device is not None
         plan = self._plan()
         before = self._running
-        self._running = (plan, self._device.submit(self._execute, plan)) if plan is not None else None
+        self._running = (plan, self._device.submit(plan, self.annotate)) if plan is not None else None
+        if plan is None:
+            self._device.flush()
         if before is not None:
             self._land(before[0], before[1].result)
         elif plan is None:
             self._tell(self.scheduler.take_ended())
+
+    def _flush(self) -> None:
+        if self._device is not None:
+            self._device.flush()
 
     def _land(self, plan: StepPlan, result: Callable[[], StepResult]) -> None:
         try:
@@ -159,6 +229,7 @@ class EngineCore:
             raise error
         log.error("a step over %d requests failed: they end with an error", len(plan.slots), exc_info=error)
         if self._running is not None:  # it was planned on what this step should have left
+            self._flush()
             wait([self._running[1]])
             self._running = None
         self._runner.reset()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 Int32 = NDArray[np.int32]
 NO_MIRRORS: Int32 = np.empty((0, 3), np.int32)
@@ -23,8 +24,9 @@ class RaggedBatch:
     too, before attention: so a segment can read what another one of the same batch computes.
     ``known`` is how long the sequence is as far as its tokens are known, later chunks of its prompt included: what
     models go by that compute long sequences in another way than short ones. All arrays are C-contiguous int32.
-    Columns are further arrays, of any numbers, that the step needs where the model runs: they travel with the batch.
-    Columns are further arrays that the step needs where the model runs; they travel with the batch (``Forward``).
+    Columns are further arrays, of any numbers, that the step needs where the model runs; they travel with the batch
+    (``Forward``).
+    A token id below 0 is one that the host does not know yet: -1 - i stands for ``latest[i]``, where the model runs.
     """
 
     token_ids: Int32  # [num_tokens]
@@ -37,6 +39,7 @@ class RaggedBatch:
     known: Int32  # [num_segments]
     mirrors: Int32 = field(default_factory=lambda: NO_MIRRORS)  # [num_mirrors, 3]
     columns: tuple[NDArray[Any], ...] = ()
+    latest: Tensor | None = None  # [slots] int32; always the same memory
 
     @property
     def num_tokens(self) -> int:

@@ -168,6 +168,8 @@ class Compute(ABC):
     """Whether a row has the same bits in any batch."""
     can_be_batch_invariant: ClassVar[bool] = False
     """Whether it is, or would be if it was made to be."""
+    takes_latest: ClassVar[bool] = False
+    """Whether its stacks read ``RaggedBatch.latest``, so that a step can be launched before the last one is read."""
     is_fast_in_bfloat16: ClassVar[bool] = False
     """Whether bfloat16 is fast on whatever processor it supports."""
 

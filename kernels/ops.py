@@ -125,25 +125,49 @@ def race(
     return _backend(weights).race(weights, seeds, indices, count, ids)
 
 
-def penalize(
+def change_logits(
     logits: Tensor,
-    row: int,
-    seen: Tensor,
-    repetition: float,
-    output: Tensor,
+    rows: Tensor,
+    place: Tensor,
+    tokens: Tensor,
+    added: Tensor,
     counts: Tensor,
-    frequency: float,
-    presence: float,
+    repetition: Tensor,
+    frequency: Tensor,
+    presence: Tensor,
 ) -> None:
-    """Applies penalties to one row of logits [rows, vocab] in place.
+    """Applies biases, bans and penalties to some rows of logits [all rows, vocab] float32 in place.
 
     Args:
-        seen: distinct tokens of prompt and output, which repetition divides (if positive) or multiplies (if negative)
-            (Keskar et al. 2019).
-        output, counts: distinct tokens of the output and how often each occurs: frequency * count + presence is
-            subtracted.
+        rows: [n] int32, the rows that are changed.
+        place: [entries] int32, which of these n an entry is about.
+        tokens: [entries] int32, distinct tokens of each row.
+        added: [entries] float32, what is added first; minus infinity bans a token.
+        counts: [entries] int32, how often the output has it; 0 for a token of the prompt only, -1 for one of neither.
+        repetition: [n] float32, which divides (if positive) or multiplies (if negative) logits of tokens that were
+            there before (Keskar et al. 2019); 1 for none.
+        frequency, presence: [n] float32; frequency * count + presence is subtracted from those of the output.
     """
-    _backend(logits).penalize(logits, row, seen, repetition, output, counts, frequency, presence)
+    _backend(logits).change_logits(logits, rows, place, tokens, added, counts, repetition, frequency, presence)
+
+
+def allow_only(logits: Tensor, start: Tensor, tokens: Tensor) -> None:
+    """Bans all tokens but those of a row's list in logits [rows, vocab] float32, in place; an empty list bans none.
+
+    The list of row r is ``start[r] : start[r + 1]`` of ``tokens``, ascending; both int32.
+    """
+    _backend(logits).allow_only(logits, start, tokens)
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the token of each row [rows], by logits [rows, vocab] at temperature 1; and of the ``count`` most likely ones.
+
+    Returns the log-probabilities of the tokens [rows] float32; their ranks [rows] int32, one more than the number of
+    larger logits; the most likely tokens, best first [rows, count] int32, -1 where there are no more; and their
+    log-probabilities [rows, count] float32. A token of -1 is none, with minus infinity and rank 0. All of a row are NaN
+    where one of its logits is, or the largest is not finite.
+    """
+    return _backend(logits).log_probabilities(logits, tokens, count)
 
 
 @contextmanager

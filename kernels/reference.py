@@ -5,6 +5,8 @@ What each operation does is said where it is called (``ops``).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -106,22 +108,46 @@ class ReferenceOps:
         device = weights.device
         return torch.from_numpy(places).to(device, torch.int64), torch.from_numpy(found).to(device, torch.float32)
 
-    def penalize(
+    def change_logits(
         self,
         logits: Tensor,
-        row: int,
-        seen: Tensor,
-        repetition: float,
-        output: Tensor,
+        rows: Tensor,
+        place: Tensor,
+        tokens: Tensor,
+        added: Tensor,
         counts: Tensor,
-        frequency: float,
-        presence: float,
+        repetition: Tensor,
+        frequency: Tensor,
+        presence: Tensor,
     ) -> None:
-        if repetition != 1.0:
-            values = logits[row, seen]
-            logits[row, seen] = torch.where(values > 0, values / repetition, values * repetition)
-        if frequency or presence:
-            logits[row, output] -= frequency * counts + presence
+        place, tokens = place.long(), tokens.long()
+        row = rows.long()[place]
+        x = logits[row, tokens]
+        x = torch.where(added == NEVER, added, torch.where(added == 0, x, x + added))
+        by = repetition[place]
+        x = torch.where(counts >= 0, torch.where(x > 0, x / by, x * by), x)
+        x = torch.where(counts > 0, x - (frequency[place] * counts + presence[place]), x)
+        logits[row, tokens] = x
+
+    def allow_only(self, logits: Tensor, start: Tensor, tokens: Tensor) -> None:
+        bounds = start.tolist()
+        for row, (first, end) in enumerate(pairwise(bounds)):
+            if first < end:
+                allowed = tokens[first:end].long()
+                kept = logits[row, allowed]
+                logits[row] = NEVER
+                logits[row, allowed] = kept
+
+    def log_probabilities(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logprobs = logits.float().log_softmax(-1)
+        own = logprobs.gather(1, tokens.long().clamp(min=0)[:, None])[:, 0]
+        ranks = ((logprobs > own[:, None]).sum(-1) + 1).int()
+        there = tokens >= 0
+        own = torch.where(there | own.isnan(), own, NEVER)
+        best = logprobs.topk(min(count, logits.shape[1]))
+        room = (0, count - best.values.shape[1])
+        top_tokens = functional.pad(best.indices.int(), room, value=-1)
+        return own, torch.where(there, ranks, 0), top_tokens, functional.pad(best.values, room, value=NEVER)
 
 
 def route(scores: Tensor, top: int, renormalize: bool) -> tuple[Tensor, Tensor]:

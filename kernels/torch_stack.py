@@ -215,7 +215,10 @@ class TorchStack:
         tables = [(cos[positions], sin[positions]) for cos, sin in self._ropes]
         embedding = None
         if hidden is None or self._shape.reads == "both":
-            embedding = self._embedding.rows(torch.from_numpy(batch.token_ids).to(self._device)).to(self._dtype)
+            ids = torch.from_numpy(batch.token_ids).to(self._device)
+            if batch.latest is not None:
+                ids = torch.where(ids < 0, batch.latest[-1 - ids.clamp(max=-1)], ids)
+            embedding = self._embedding.rows(ids).to(self._dtype)
             if self._scale is not None:
                 embedding = embedding * self._scale
         x = embedding if hidden is None else hidden.to(self._dtype)
@@ -253,6 +256,7 @@ def embedding_scale(shape: LayerShape, dtype: torch.dtype) -> float | None:
 
 class TorchCompute(Compute):
     cache_class = TorchKVCache
+    takes_latest = True
 
     def __init__(self, formats: Formats, device: torch.device) -> None:
         super().__init__(formats, device)

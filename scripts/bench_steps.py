@@ -81,7 +81,7 @@ class Bench:
         hidden = self.runner.model.forward(batch, self.runner.cache).hidden
         logits = self.runner.model.logits(hidden, np.arange(segments * tokens, dtype=np.int32))
         rows = np.zeros(len(logits), np.int32)
-        sample(logits, self.columns.take(rows, rows + 1, lambda _: NO_HISTORY))
+        sample(logits, self.columns.take(rows, rows + 1, lambda _: NO_HISTORY)).wait()
         return self.clock() - began
 
 

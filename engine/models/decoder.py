@@ -87,7 +87,7 @@ class Decoder:
         """``max_length`` of sequences, in tokens. It computes once it was told which weights to use."""
         self.shape = config.shape
         self.switch_length = 0
-        self.formats, self.kernels = compute.formats, compute.name
+        self.formats, self.kernels, self.takes_latest = compute.formats, compute.name, compute.takes_latest
         self.config, self.compute = config, compute
         self._weights: DecoderWeights
         ropes = rope_tables(config, max_length), window_rope_tables(config, max_length)

@@ -24,6 +24,8 @@ class CausalModel(Protocol):
     formats: Formats
     kernels: str
     """Name of what runs the hot path, for logs and metrics."""
+    takes_latest: bool
+    """Whether it reads ``RaggedBatch.latest``."""
 
     switch_length: int
     """Sequences longer than this are computed in another way from their first position on, so that what the cache holds

@@ -133,7 +133,7 @@ class TransformersModel:
         self.switch_length = transformers_switch_length(config)
         module = build_module(config, formats.compute, folder, seed).to(device).eval().requires_grad_(False)
         self.formats = formats
-        self.kernels = f"transformers-{device.type}"
+        self.kernels, self.takes_latest = f"transformers-{device.type}", False
         self._device = device
         self._name = type(module).__name__
         self._parameters = _Parameters(dict(module.named_parameters(remove_duplicate=False)))

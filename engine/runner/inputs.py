@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 
 import numpy as np
+from torch import Tensor
 
 from slipstream.engine.plan import StepPlan
+from slipstream.engine.runner.changes import History
 from slipstream.engine.runner.rows import RowTable
-from slipstream.engine.runner.sampler import History, SamplingBatch
+from slipstream.engine.runner.sampler import SamplingBatch
 from slipstream.engine.runner.trees import BranchSegments, PlacedTree
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.engine.speculation.tree import Tree, branches
@@ -53,6 +55,8 @@ class StepInputs:
     """Rows of the plan that sample, with the place of the first of their samples."""
     sampling: SamplingBatch
     """What the tokens are sampled with."""
+    expecting: Int32 | None = None
+    """[samples] the slots that get a token each, if the next step may be launched before these are known."""
 
     @property
     def drafted(self) -> list[int]:
@@ -80,8 +84,13 @@ class StepInputs:
         return [*known, *(self.trees[row].batch_rows[node] for node in nodes)]
 
 
-def prepare(plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch: Scratch) -> StepInputs:
-    """``trees`` are the draft tokens to verify by row of the plan; their first paths are written to the table."""
+def prepare(
+    plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch: Scratch, latest: Tensor | None = None
+) -> StepInputs:
+    """``trees`` are the draft tokens to verify by row of the plan; their first paths are written to the table.
+
+    With ``latest``, see ``RaggedBatch``, the batch may have tokens that only the device knows.
+    """
     slots = np.array(plan.slots, np.int32)
     known, samples = np.array(plan.counts, np.int32), np.array(plan.samples, np.bool_)
     lengths = table.lengths[slots]
@@ -100,13 +109,16 @@ def prepare(plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch:
         token_ids = np.concatenate([table.tokens[slot, start:end] for slot, start, end in rows])
     size = scratch.block_size
     if not trees:
-        batch = make_batch(token_ids, counts, ends, table.blocks, slots, size, known=lengths)
+        batch = replace(make_batch(token_ids, counts, ends, table.blocks, slots, size, known=lengths), latest=latest)
         sampling_rows = samples.nonzero()[0]
         last = batch.q_start[1:][sampling_rows] - 1
         mine = slots[sampling_rows]
         sampling = table.sampling.take(mine, lengths[sampling_rows], lambda i: table.known(int(mine[i])))
         first_samples = list(zip(sampling_rows.tolist(), range(len(sampling_rows)), strict=True))
-        return StepInputs(plan, starts, _with_columns(batch, last, sampling), {}, [], last, first_samples, sampling)
+        waits = latest is not None and not sampling.reads_history and table.constraints.keys().isdisjoint(plan.slots)
+        expecting = mine if waits else None
+        batch = _with_columns(batch, last, sampling, expecting)
+        return StepInputs(plan, starts, batch, {}, [], last, first_samples, sampling, expecting)
     roots = (np.cumsum(counts) - counts + known - 1).tolist()
     scratch.reset()
     added = BranchSegments(scratch, len(token_ids))
@@ -129,9 +141,14 @@ def prepare(plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch:
     return StepInputs(plan, starts, batch, placed, added.copies, logits_rows, first_samples, sampling)
 
 
-def _with_columns(batch: RaggedBatch, logits_rows: Int32, sampling: SamplingBatch) -> RaggedBatch:
+def _with_columns(
+    batch: RaggedBatch, logits_rows: Int32, sampling: SamplingBatch, expecting: Int32 | None = None
+) -> RaggedBatch:
     """So that everything a step needs goes to the device at once."""
-    return replace(batch, columns=(logits_rows, *sampling.columns)) if len(logits_rows) else batch
+    if not len(logits_rows):
+        return batch
+    slots = () if expecting is None else (expecting,)
+    return replace(batch, columns=(logits_rows, *slots, *sampling.columns))
 
 
 def _samples(

@@ -51,6 +51,16 @@ class RowTable:
         if self.constraints and (constraint := self.constraints.get(slot)) is not None:
             constraint.advance(tokens)
 
+    def expect(self, slots: Int32) -> None:
+        """Each of these rows gets a token that only the device knows yet: see ``RaggedBatch.latest``."""
+        self.tokens[slots, self.lengths[slots]] = -1 - slots
+        self.lengths[slots] += 1
+
+    def arrive(self, slot: int, at: int, token: int) -> None:
+        """A token that was expected is known."""
+        self.tokens[slot, at] = token
+        self.drafts(slot).draft.length = at + 1
+
     def drafts(self, slot: int) -> RowDrafts:
         found = self._drafts[slot]
         assert found is not None, "a row that no request has"

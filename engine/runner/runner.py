@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,17 +17,19 @@ from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel, Forward
 from slipstream.engine.plan import Float64, StepPlan, StepResult
 from slipstream.engine.runner.inputs import Accepted, StepInputs, prepare
+from slipstream.engine.runner.reported import report
 from slipstream.engine.runner.rows import RowTable
 from slipstream.engine.runner.sampler import (
+    NOT_FINITE,
     Sampled,
+    Sampling,
     SamplingBatch,
     failure,
     most_likely,
     sample,
     sample_apart,
-    token_logprobs,
 )
-from slipstream.engine.runner.speculator import Speculator
+from slipstream.engine.runner.speculator import RowDrafts, Speculator
 from slipstream.engine.speculation.protocol import Computed, DraftHost
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.kernels.batch import Int32, make_batch
@@ -35,6 +37,32 @@ from slipstream.kernels.kv_cache import PagedKVCache
 
 PROMPT_LOGPROB_ROWS = 64
 """Prompt positions whose logits are held at once; a row is the size of the vocabulary."""
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step that the device computes, or has computed."""
+
+    plan: StepPlan
+    inputs: StepInputs
+    rows: list[RowDrafts]
+    """Who had each row of the plan when it was launched."""
+    computed: Forward
+    sampling: Sampling | None
+    """None where no token is sampled."""
+    top: tuple[Tensor, Tensor] | None
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+    errors: dict[int, str]
+    pooled: dict[int, Float64]
+    began: float
+    model_began: float
+    cpu_seconds: float
+    """CPU time of this thread besides the model and sampling."""
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether the next step may be launched before this one is collected."""
+        return self.inputs.expecting is not None and not any(self.plan.wanted)
 
 
 class ModelRunner:
@@ -64,20 +92,54 @@ class ModelRunner:
         self._grammars = grammars or Grammars()
         self._listeners = listeners
         self._taps = listeners.taps(model, speculator.taps)
+        device = self.cache.device
+        self.runs_ahead = model.takes_latest and device.type != "cpu"
+        """Whether steps may be launched before the last one is collected, which pays where a device computes."""
+        self._latest = torch.zeros(max_running, dtype=torch.int32, device=device)
+        """By slot: the token that was sampled last, as long as nobody has read it."""
+        self._ready = 0.0
+        """When the last step was over."""
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Runs one step; plans must come in the order they were made."""
+        return self.collect(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        """Gives a step to the device; plans must come in the order they were made, and be collected in it."""
         began, cpu_began = time.perf_counter(), time.thread_time()
         self._enter(plan)
         inputs = self._prepare(plan)
 
         model_began, model_cpu_began = time.perf_counter(), time.thread_time()
         computed = self.model.forward(inputs.batch, self.cache, self._taps)
-        sampled, top = self._sample(inputs, computed)
+        sampling, top = self._sample(inputs, computed)
         prompt_logprobs, errors = self._prompt_logprobs(inputs, computed.hidden)
         pooled = self._pooled(inputs, computed.hidden)
-        model_cpu, model_seconds = time.thread_time() - model_cpu_began, time.perf_counter() - model_began
+        if inputs.expecting is not None and sampling is not None:
+            slots = computed.columns[1].long()
+            self._latest.index_copy_(0, slots, sampling.tokens.clamp(min=0).int())
+            self._table.expect(inputs.expecting)
+        cpu_seconds = time.thread_time() - cpu_began - (time.thread_time() - model_cpu_began)
+        rows = [self._table.drafts(slot) for slot in plan.slots]
+        return Launched(
+            *(plan, inputs, rows, computed, sampling, top, prompt_logprobs, errors, pooled),
+            *(began, model_began, cpu_seconds),
+        )
+
+    def fits_behind(self, plan: StepPlan, before: Launched) -> bool:
+        """Whether a step may be launched before that one is collected: it verifies nothing that is yet to be told."""
+        return before.may_wait and not any(plan.drafts)
+
+    @torch.inference_mode()
+    def collect(self, launched: Launched) -> StepResult:
+        """What a step brought, once the device has computed it."""
+        plan, inputs, computed, top = launched.plan, launched.inputs, launched.computed, launched.top
+        errors = launched.errors
+        sampled = Sampled([]) if launched.sampling is None else launched.sampling.wait()
+        ready, cpu_began = time.perf_counter(), time.thread_time()
+        model_seconds = ready - max(launched.model_began, self._ready)
+        began, self._ready = max(launched.began, self._ready), ready
 
         tokens: list[list[int]] = [[] for _ in plan.slots]
         logprobs: dict[int, list[TokenLogprobs]] = {}
@@ -86,14 +148,17 @@ class ModelRunner:
         refused: set[int] = set()
         for each in accepted:
             row = each.row
+            slot, drafts = plan.slots[row], launched.rows[row]
             if sampled.errors and (wrong := [sampled.errors[at] for at in each.samples if at in sampled.errors]):
                 errors.setdefault(row, wrong[0])
                 refused |= {row} if sampled.refused.intersection(each.samples) else set()
             if row in errors:
                 continue
             tokens[row] = [sampled.tokens[at] for at in each.samples]
-            self._table.append(plan.slots[row], tokens[row])
-            drafts = self._table.drafts(plan.slots[row])
+            if inputs.expecting is None:
+                self._table.append(slot, tokens[row])
+            elif self._table.drafts(slot) is drafts:  # else another request has the row by now
+                self._table.arrive(slot, int(inputs.batch.kv_len[row]), tokens[row][0])
             if proposal := self.speculator.verified(drafts, drafted[row], tokens[row]):
                 proposals[row] = proposal
             if each.samples[0] in sampled.logprobs:
@@ -101,24 +166,24 @@ class ModelRunner:
         if inputs.trees:
             self._leave_branches(inputs, accepted)
         if computed.features is not None:
-            observed = self._observed(inputs, accepted, computed.features, top)
+            observed = self._observed(launched, accepted, computed.features, top)
             self.speculator.observe(observed)
             self._listeners.observe(observed)
         seconds = time.perf_counter() - began
-        offers = self._propose(plan, errors)
+        offers = self._propose(launched)
         return StepResult(
             tokens=tokens,
             drafted=drafted,
             offers=offers,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            pooled=pooled,
+            prompt_logprobs=launched.prompt_logprobs,
+            pooled=launched.pooled,
             errors=errors,
             seconds=seconds,
             draft_seconds=time.perf_counter() - began - seconds,
             drafters=self.speculator.stats,
             model_seconds=model_seconds,
-            overhead_cpu_seconds=time.thread_time() - cpu_began - model_cpu,
+            overhead_cpu_seconds=launched.cpu_seconds + time.thread_time() - cpu_began,
             refused=frozenset(refused),
             proposals=proposals,
         )
@@ -179,16 +244,19 @@ class ModelRunner:
         for row, most in enumerate(plan.drafts):
             if most and (tree := self.speculator.draft_tree(self._table.drafts(plan.slots[row]), most)):
                 trees[row] = tree
-        inputs = prepare(plan, trees, self._table, self._scratch)
+        latest = self._latest if self.runs_ahead else None
+        inputs = prepare(plan, trees, self._table, self._scratch, latest)
         if inputs.copies:
             self.cache.copy_blocks(inputs.copies)
         return inputs
 
-    def _sample(self, inputs: StepInputs, computed: Forward) -> tuple[Sampled, tuple[Tensor, Tensor] | None]:
+    def _sample(self, inputs: StepInputs, computed: Forward) -> tuple[Sampling | None, tuple[Tensor, Tensor] | None]:
         """What is sampled, and the most likely tokens at these places if somebody wants to see them."""
         if not len(inputs.logits_rows):
-            return Sampled([]), None
+            return None, None
         rows, *columns = computed.columns
+        if inputs.expecting is not None:
+            columns = columns[1:]
         logits, top = self.model.logits(computed.hidden, rows), None
         sampling = (self._table.drafts(inputs.plan.slots[row]).draft for row, _ in inputs.first_samples)
         if count := self._listeners.top_k(sampling):
@@ -199,7 +267,8 @@ class ModelRunner:
         except Exception:
             # One row that cannot be sampled costs the others nothing but the time for a second try. Sampling overwrites
             # logits. All rows at once, so that they have the same bits as before.
-            return sample_apart(self.model.logits(computed.hidden, rows), batch), top
+            logits = self.model.logits(computed.hidden, rows)
+            return Sampling.known(sample_apart(logits, batch), logits.device), top
 
     def _constrained(self, inputs: StepInputs) -> SamplingBatch:
         """What the step samples with, and what grammars allow at each place.
@@ -235,31 +304,30 @@ class ModelRunner:
 
     def _observed(
         self,
-        inputs: StepInputs,
+        launched: Launched,
         accepted: Sequence[Accepted],
         features: Tensor,
         top: tuple[Tensor, Tensor] | None,
     ) -> list[Computed]:
         """What the step computed of each row, without what follows a rejected draft token."""
-        plan = inputs.plan
+        inputs = launched.inputs
         by_row = {each.row: each for each in accepted}
         found: list[Computed] = []
-        for row, slot in enumerate(plan.slots):
+        for row, drafts in enumerate(launched.rows):
             each = by_row.get(row)
             rows = inputs.computed(row, each.nodes if each else [])
             row_top = (
                 None if each is None or top is None else (_take(top[0], each.samples), _take(top[1], each.samples))
             )
-            found.append(
-                Computed(self._table.drafts(slot).draft, int(inputs.starts[row]), _take(features, rows), row_top)
-            )
+            found.append(Computed(drafts.draft, int(inputs.starts[row]), _take(features, rows), row_top))
         return found
 
-    def _propose(self, plan: StepPlan, errors: Container[int]) -> list[tuple[float, ...]]:
+    def _propose(self, launched: Launched) -> list[tuple[float, ...]]:
+        plan = launched.plan
         offers: list[tuple[float, ...]] = [()] * len(plan.slots)
-        asked = [row for row, most in enumerate(plan.wanted) if most and row not in errors]
+        asked = [row for row, most in enumerate(plan.wanted) if most and row not in launched.errors]
         if asked:
-            rows = [self._table.drafts(plan.slots[row]) for row in asked]
+            rows = [launched.rows[row] for row in asked]
             wanted, costly = ([most[row] for row in asked] for most in (plan.wanted, plan.costly))
             proposed = self.speculator.propose(rows, wanted, costly)
             for row, offer in zip(asked, proposed, strict=True):
@@ -313,9 +381,12 @@ class ModelRunner:
         for begin in range(start, end, PROMPT_LOGPROB_ROWS):
             stop = min(begin + PROMPT_LOGPROB_ROWS, end)
             rows: Int32 = np.arange(offset + begin - start, offset + stop - start, dtype=np.int32)
-            logprobs = self.model.logits(hidden, rows).log_softmax(-1)
-            for position, row_logprobs in zip(range(begin, stop), logprobs, strict=True):
-                entries.append(token_logprobs(row_logprobs, int(tokens[position + 1]), count, asked))
+            following = torch.from_numpy(tokens[begin + 1 : stop + 1]).to(hidden.device)
+            told, read = report(self.model.logits(hidden, rows), following, [(count, asked)] * len(rows))
+            for entry in read(told.numpy(force=True)):
+                if entry is None:
+                    raise ValueError(NOT_FINITE)
+                entries.append(entry)
         return entries
 
 

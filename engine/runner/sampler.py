@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,17 @@ from torch import Tensor
 from slipstream.engine.errors import RequestError
 from slipstream.engine.grammar import Mask
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
+from slipstream.engine.runner.changes import Changes, History, excludes, is_plain, reads_history
+from slipstream.engine.runner.reported import report
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32
 from slipstream.kernels.random import UInt64
+from slipstream.kernels.readback import Readback
 
-LOWEST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot carry."""
-History = Callable[[int], NDArray[np.int32]]
-"""Prompt and output before the token that row i of a batch samples; valid during the call."""
 NO_HISTORY = np.empty(0, np.int32)
+NO_CHANGES = Changes.of({}, np.empty(0, np.int64), lambda _: NO_HISTORY, {})
+MODES = ("raw", "processed")
+"""Kinds of log-probabilities, in the order in which they travel."""
 NOT_FINITE = "the model returned logits that are not finite"
 NOTHING_ALLOWED = "the request's constraints leave no token to generate"
 
@@ -70,7 +73,8 @@ class SamplingColumns:
         if self.faults:
             faults = {i: self.faults[slot] for i, slot in enumerate(slots.tolist()) if slot in self.faults}
         numbers = self._temperature[slots], self._top_k[slots], self._min_p[slots], self._top_p[slots]
-        return SamplingBatch(*numbers, self.seeds[slots], num_output, special, faults, history)
+        changes = Changes.of(special, num_output, history, faults) if special else NO_CHANGES
+        return SamplingBatch(*numbers, self.seeds[slots], num_output, special, faults, history, changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ class SamplingBatch:
     """Rows with processors, or with log-probabilities to report."""
     faults: Mapping[int, Exception]
     history: History
+    changes: Changes
     masks: Mapping[int, Mask] = field(default_factory=dict)
     """Rows that a grammar constrains, with what it allows."""
 
@@ -101,13 +106,27 @@ class SamplingBatch:
 
     @property
     def columns(self) -> tuple[NDArray[Any], ...]:
-        """What drawing takes, with an entry per row that is drawn: rows, the four parameters, seeds and indices; see
-        ``ops``."""
-        at = self.random
-        if not len(at):
-            return ()
+        """What sampling takes besides logits, as far as there is any: seven for drawing, with an entry per row that is
+        drawn (rows, the four parameters, seeds and indices, see ``ops``); the changes'; the rows of either kind of
+        log-probabilities."""
+        found: tuple[NDArray[Any], ...] = ()
+        if self.special:
+            found = self.changes.columns(len(self))
+            found += tuple(np.array(rows, np.int32) for mode in MODES if (rows := self.reported(mode)))
+        if not len(at := self.random):
+            return found
         parameters = self.temperature[at], self.top_k[at], self.min_p[at], self.top_p[at]
-        return at, *parameters, self.seeds[at].view(np.int64), self.num_output[at].astype(np.int64)
+        return at, *parameters, self.seeds[at].view(np.int64), self.num_output[at].astype(np.int64), *found
+
+    def reported(self, mode: str) -> list[int]:
+        """Rows that want log-probabilities of this kind."""
+        wanted = self.special.items()
+        return [i for i, params in wanted if params.logprobs is not None and params.logprobs_mode == mode]
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether a row depends on what was sampled before in other ways than through the model."""
+        return any(map(reads_history, self.special.values()))
 
     def alone(self, i: int) -> SamplingBatch:
         """Row i by itself."""
@@ -118,6 +137,7 @@ class SamplingBatch:
             {0: self.special[i]} if i in self.special else {},
             {0: self.faults[i]} if i in self.faults else {},
             lambda _: self.history(i),
+            self.changes.alone(i),
             {0: self.masks[i]} if i in self.masks else {},
         )
 
@@ -131,76 +151,96 @@ class Sampled:
     """Those with errors that are what the request asks for."""
 
 
-def is_plain(params: SamplingParams) -> bool:
-    """Whether a token is just sampled from the logits as they come: no processor changes or reports anything."""
-    return (
-        params.logprobs is None
-        and params.frequency_penalty == 0.0
-        and params.presence_penalty == 0.0
-        and params.repetition_penalty == 1.0
-        and not params.logit_bias
-        and not params.allowed_token_ids
-        and not params.bad_words
-        and params.min_tokens == 0
-    )
+@dataclass(slots=True)
+class Sampling:
+    """Tokens that the device samples, or has sampled."""
+
+    tokens: Tensor
+    """[rows] int64, on the device; -1 where there is none."""
+    wait: Callable[[], Sampled]
+    """What was sampled, once it is on the host."""
+
+    @classmethod
+    def known(cls, sampled: Sampled, device: torch.device) -> Sampling:
+        return cls(torch.tensor(sampled.tokens, device=device), lambda: sampled)
 
 
-def excludes(params: SamplingParams) -> bool:
-    """Whether a request rules tokens out, so that none may be left."""
-    return bool(params.allowed_token_ids or params.bad_words or params.logit_bias or params.min_tokens)
-
-
-def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | None = None) -> Sampled:
+def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | None = None) -> Sampling:
     """Samples one token per row of logits [len(batch), vocab] float32, which is overwritten.
 
     The noise of a row's race belongs to its seed and the number of tokens sampled before, so the result of a row does
     not depend on the other rows. Raises where a row cannot be sampled; ``sample_apart`` finds out which.
 
-    ``columns`` are the batch's, where the logits are, if they are there already. What is drawn comes back in one copy.
+    ``columns`` are the batch's, where the logits are, if they are there already. Tokens come back in one copy.
     """
     if batch.faults:
         raise next(iter(batch.faults.values()))
-    reported = {i: params for i, params in batch.special.items() if params.logprobs is not None}
-    raw = [i for i, params in reported.items() if params.logprobs_mode == "raw"]
-    raw_logits = logits[raw] if raw else None
+    if columns is None:
+        columns = [torch.from_numpy(column).to(logits.device) for column in batch.columns]
+    left = iter(columns)
+
+    def take(count: int) -> list[Tensor]:
+        return list(islice(left, count))
+
+    drawing = take(7) if len(batch.random) else []
+    changes = take(8) if len(batch.changes.rows) else []
+    allowed = take(2) if batch.changes.allowed else []
+    raw, processed = (batch.reported(mode) for mode in MODES)
+    at_raw, at_processed = take(1) if raw else [], take(1) if processed else []
+    raw_logits = [logits[at.long()] for at in at_raw]
     if batch.masks:
         restrict(logits, batch.masks)
-    for i, params in batch.special.items():
-        process(logits, i, params, batch)
+    if allowed:
+        ops.allow_only(logits, *allowed)
+    if changes:
+        ops.change_logits(logits, *changes)
     emptied = {i: (logits[i] == ops.NEVER).all() for i, params in batch.special.items() if excludes(params)}
 
     best, probs = ops.argmax(logits), None
-    if columns is None:
-        columns = [torch.from_numpy(column).to(logits.device) for column in batch.columns]
-    if columns:
-        at, *parameters, seeds, indices = columns
+    if drawing:
+        at, *parameters, seeds, indices = drawing
         everywhere = len(at) == len(logits)
         probs = ops.distribution(logits if everywhere else logits[at], *parameters)
         likeliest, drawn = best if everywhere else best[at], ops.draw(probs, seeds, indices)
         drawn = torch.where(likeliest < 0, likeliest, drawn)  # a row without a likeliest token has none at all
         best = drawn if everywhere else best.index_copy(0, at.long(), drawn)
-    tokens: list[int] = best.tolist()
-    errors: dict[int, str] = {}
-    if min(tokens) < 0:
-        errors = {
-            i: NOTHING_ALLOWED if i in emptied and bool(emptied[i]) else NOT_FINITE
-            for i, token in enumerate(tokens)
-            if token < 0
-        }
-    result = Sampled(tokens, errors=errors)
-    if raw_logits is not None:
-        for i, logprobs in zip(raw, raw_logits.log_softmax(-1), strict=True):
-            _report(result, i, logprobs, reported[i])
-    place = {i: at for at, i in enumerate(batch.random.tolist())} if len(raw) < len(reported) else {}
-    for i, params in reported.items():
-        if params.logprobs_mode == "processed":
-            if probs is not None and i in place:
-                row_probs = probs[place[i]]
-                logprobs = (row_probs / row_probs.sum()).log()
-            else:
-                logprobs = logits[i].log_softmax(-1)
-            _report(result, i, logprobs, params)
-    return result
+
+    scores = raw_logits + [_processed(logits, probs, batch, processed) for _ in at_processed]
+    parts, reads = [best.int()], []
+    for rows, places, some in zip(filter(None, (raw, processed)), at_raw + at_processed, scores, strict=True):
+        asked = [(batch.special[i].logprobs or 0, batch.special[i].logprob_token_ids) for i in rows]
+        part, read = report(some, best[places.long()], asked)
+        reads.append((rows, sum(map(len, parts)), read))
+        parts.append(part)
+    readback = Readback(torch.cat(parts) if reads else best)
+
+    def wait() -> Sampled:
+        told = readback.wait().numpy()
+        tokens: list[int] = told[: len(batch)].tolist()
+        result = Sampled(tokens)
+        if min(tokens) < 0:
+            result.errors = {
+                i: NOTHING_ALLOWED if i in emptied and bool(emptied[i]) else NOT_FINITE
+                for i, token in enumerate(tokens)
+                if token < 0
+            }
+        for rows, begin, read in reads:
+            for i, entry in zip(rows, read(told[begin:]), strict=True):
+                if i not in result.errors:
+                    if entry is None:
+                        result.errors[i] = NOT_FINITE
+                    else:
+                        result.logprobs[i] = entry
+        return result
+
+    return Sampling(best, wait)
+
+
+def _processed(logits: Tensor, probs: Tensor | None, batch: SamplingBatch, rows: list[int]) -> Tensor:
+    """Logits of the distributions that these rows are sampled from, up to a constant [rows, vocab]."""
+    place = {i: at for at, i in enumerate(batch.random.tolist())}
+    drawn = [None if probs is None or i not in place else probs[place[i]].log() for i in rows]
+    return torch.stack([logits[i] if one is None else one for i, one in zip(rows, drawn, strict=True)])
 
 
 def sample_apart(logits: Tensor, batch: SamplingBatch) -> Sampled:
@@ -208,7 +248,7 @@ def sample_apart(logits: Tensor, batch: SamplingBatch) -> Sampled:
     result = Sampled([])
     for i in range(len(batch)):
         try:
-            alone = sample(logits[i : i + 1], batch.alone(i))
+            alone = sample(logits[i : i + 1], batch.alone(i)).wait()
         except RequestError as error:
             alone = Sampled([-1], errors={0: str(error)}, refused={0})
         except Exception as error:
@@ -248,57 +288,6 @@ def cleared(bits: Tensor) -> Tensor:
     return ((bits.unsqueeze(-1) >> places) & 1).view(len(bits), -1) == 0
 
 
-def process(logits: Tensor, i: int, params: SamplingParams, batch: SamplingBatch) -> None:
-    """Applies to row i of the batch, in place, everything that comes before temperature."""
-    num_output = int(batch.num_output[i])
-    penalizes = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
-    history = batch.history(i) if penalizes or params.bad_words else NO_HISTORY
-    if params.allowed_token_ids:
-        allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
-        kept = logits[i, allowed]
-        logits[i] = ops.NEVER
-        logits[i, allowed] = kept
-    for word in params.bad_words:
-        head = len(word) - 1
-        if num_output >= head and history[len(history) - head :].tolist() == list(word[:-1]):
-            logits[i, word[-1]] = ops.NEVER
-    if num_output < params.min_tokens and params.stop_token_ids and not params.grammar:
-        logits[i, list(params.stop_token_ids)] = ops.NEVER
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[i, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    if penalizes:
-        output, counts = np.unique(history[len(history) - num_output :], return_counts=True)
-        ops.penalize(
-            logits,
-            i,
-            torch.from_numpy(np.unique(history)).to(logits.device, torch.long),
-            params.repetition_penalty,
-            torch.from_numpy(output).to(logits.device, torch.long),
-            torch.from_numpy(counts).to(logits.device, torch.float32),
-            params.frequency_penalty,
-            params.presence_penalty,
-        )
-
-
-def token_logprobs(logprobs: Tensor, token: int, count: int, asked: Sequence[int] = ()) -> TokenLogprobs:
-    """Log-probabilities of a token, of the ``count`` most likely and of those ``asked`` for; from logprobs [vocab].
-
-    Raises ValueError if they are not numbers.
-    """
-    value = logprobs[token]
-    if value.isnan():
-        raise ValueError(NOT_FINITE)
-    rank = int((logprobs > value).sum()) + 1
-    top: list[tuple[int, float]] = []
-    if count:
-        best = logprobs.topk(min(count, len(logprobs)))
-        values = best.values.clamp(min=LOWEST_LOGPROB).tolist()
-        top = list(zip(best.indices.tolist(), values, strict=True))
-    others = logprobs[list(asked)].clamp(min=LOWEST_LOGPROB).tolist() if asked else []
-    return TokenLogprobs(token, max(float(value), LOWEST_LOGPROB), rank, top, others)
-
-
 def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The most likely tokens of each row of logits, best first.
 
@@ -306,8 +295,3 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     best = logits.topk(min(count, logits.shape[1]))
     return best.indices.int(), (best.values - logits.logsumexp(-1, keepdim=True)).half()
-
-
-def _report(result: Sampled, i: int, logprobs: Tensor, params: SamplingParams) -> None:
-    if i not in result.errors:
-        result.logprobs[i] = token_logprobs(logprobs, result.tokens[i], params.logprobs or 0, params.logprob_token_ids)

@@ -23,12 +23,15 @@ def find_places(
     block_tables,
     positions,
     cells,
+    token_ids,
+    latest,
     num_tokens,
     num_segments,
     table_stride,
     BLOCK_SIZE: tl.constexpr,
     SEARCH: tl.constexpr,
     TOKENS: tl.constexpr,
+    HAS_LATEST: tl.constexpr,
 ):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     # The segments that end at or before a token are those before its own: low … high are how many they may be.
@@ -48,17 +51,22 @@ def find_places(
     tl.store(positions + token, tl.where(there, position, 0), mask=token < num_tokens)
     cell = block * BLOCK_SIZE + position % BLOCK_SIZE
     tl.store(cells + token, tl.where(there, cell, -1), mask=token < num_tokens)
+    if HAS_LATEST:
+        known = tl.load(token_ids + token, mask=token < num_tokens, other=0)
+        is_late = (known < 0) & (token < num_tokens)
+        tl.store(token_ids + token, tl.load(latest - 1 - known, mask=is_late, other=0), mask=is_late)
 
 
 def place(batch: DeviceBatch) -> None:
-    """Fills ``positions`` and ``cells`` from the other arrays of the batch."""
+    """Fills ``positions`` and ``cells`` from the other arrays of the batch, and in token ids that were not known."""
     tokens = 128
     find_places[(triton.cdiv(batch.num_tokens, tokens),)](
         *(batch.q_start, batch.kv_len, batch.table_row, batch.block_tables, batch.positions, batch.cells),
-        *(batch.num_tokens, batch.num_segments, batch.block_tables.stride(0)),
+        *(batch.token_ids, batch.latest, batch.num_tokens, batch.num_segments, batch.block_tables.stride(0)),
         BLOCK_SIZE=batch.block_size,
         SEARCH=batch.num_segments.bit_length(),
         TOKENS=tokens,
+        HAS_LATEST=batch.latest is not None,
         num_warps=4,
     )
 

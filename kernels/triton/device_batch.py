@@ -25,6 +25,7 @@ class DeviceBatch:
     positions: Tensor  # [tokens]; 0 where there is no token
     cells: Tensor  # [tokens]: where keys and values of each token are stored; -1 where there is no token
     block_size: int
+    latest: Tensor | None = None  # [slots]: what ids below 0 stand for, see ``RaggedBatch``
 
     @property
     def num_tokens(self) -> int:

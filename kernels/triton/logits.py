@@ -1,7 +1,4 @@
-"""Changes to logits before sampling: penalties, biases, bans and lists of what is allowed; many rows in one launch.
-
-What is to be changed comes as lists that lie one behind the other: those of row r are ``start[r] : start[r + 1]``.
-"""
+"""Changes to logits before sampling: penalties, biases, bans and lists of what is allowed; many rows in one launch."""
 
 from __future__ import annotations
 
@@ -9,92 +6,65 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 8
-"""Programs that share the list of a row."""
+BLOCK = 256
+"""Entries that one program changes."""
 
 
-@triton.jit
-def penalize_kernel(
+@triton.jit(do_not_specialize=["entries"])
+def change_kernel(
     logits,
     row_stride,
-    start,
+    vocab,
+    rows,
+    place,
     tokens,
+    added,
     counts,
     repetition,
     frequency,
     presence,
-    HAS_COUNTS: tl.constexpr,
+    entries,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    end = tl.load(start + row + 1)
-    first = tl.load(start + row) + tl.program_id(1) * BLOCK
-    divisor, per_token, once = tl.load(repetition + row), tl.load(frequency + row), tl.load(presence + row)
-    for at in range(first, end, tl.num_programs(1) * BLOCK):
-        place = at + tl.arange(0, BLOCK)
-        token = tl.load(tokens + place, mask=place < end, other=0).to(tl.int64)
-        where = logits + row.to(tl.int64) * row_stride + token
-        x = tl.load(where, mask=place < end, other=0.0)
-        x = tl.where(x > 0, tl.div_rn(x, divisor), x * divisor)
-        if HAS_COUNTS:
-            count = tl.load(counts + place, mask=place < end, other=0).to(tl.float32)
-            x = tl.where(count > 0, x - (per_token * count + once), x)
-        tl.store(where, x, mask=place < end)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(tokens + at, mask=at < entries, other=-1)
+    there = (token >= 0) & (token < vocab)
+    mine = tl.load(place + at, mask=there, other=0)
+    row = tl.load(rows + mine, mask=there, other=0).to(tl.int64)
+    where = logits + row * row_stride + token
+    x = tl.load(where, mask=there, other=0.0)
+    more = tl.load(added + at, mask=there, other=0.0)
+    x = tl.where(more == float("-inf"), more, tl.where(more == 0, x, x + more))
+    count = tl.load(counts + at, mask=there, other=-1)
+    by = tl.load(repetition + mine, mask=there, other=1.0)
+    x = tl.where(count >= 0, tl.where(x > 0, tl.div_rn(x, by), x * by), x)
+    each, once = tl.load(frequency + mine, mask=there, other=0.0), tl.load(presence + mine, mask=there, other=0.0)
+    x = tl.where(count > 0, x - (each * count.to(tl.float32) + once), x)
+    tl.store(where, x, mask=there)
 
 
-def penalize_rows(
+def change_logits(
     logits: Tensor,
-    start: Tensor,
+    rows: Tensor,
+    place: Tensor,
     tokens: Tensor,
-    counts: Tensor | None,
+    added: Tensor,
+    counts: Tensor,
     repetition: Tensor,
     frequency: Tensor,
     presence: Tensor,
 ) -> None:
-    """Applies penalties to rows of logits [rows, vocab] float32 in place, as ``ops.penalize`` does to one.
-
-    Args:
-        start: [rows + 1] int32: where the list of each row begins, and where the last one ends.
-        tokens: distinct tokens of prompt and output, int32 or int64, of all rows, in any order.
-        counts: how often each occurs in the output, int32 or float32; 0 for those of the prompt only. None for 0.
-        repetition, frequency, presence: [rows] float32; 1, 0 and 0 for none.
-    """
-    rows = _check(logits, start)
-    if rows:
-        penalize_kernel[(rows, PROGRAMS)](
-            *(logits, logits.stride(0), start, tokens, counts, repetition, frequency, presence),
-            HAS_COUNTS=counts is not None,
-            BLOCK=256,
+    """As ``ops.change_logits``, in one launch; tokens that there are none of are left out."""
+    if logits.stride(1) != 1 or not len(tokens) == len(place) == len(added) == len(counts):
+        raise ValueError(f"{len(tokens)} tokens, {len(place)} places, logits of shape {tuple(logits.shape)}")
+    if len(tokens):
+        change_kernel[(triton.cdiv(len(tokens), BLOCK),)](
+            *(logits, logits.stride(0), logits.shape[1], rows, place, tokens, added, counts),
+            *(repetition, frequency, presence, len(tokens)),
+            BLOCK=BLOCK,
             num_warps=4,
             enable_fp_fusion=False,  # so that it rounds as the reference does
         )
-
-
-@triton.jit
-def add_to_logits_kernel(logits, row_stride, start, tokens, values, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    end = tl.load(start + row + 1)
-    first = tl.load(start + row) + tl.program_id(1) * BLOCK
-    for at in range(first, end, tl.num_programs(1) * BLOCK):
-        place = at + tl.arange(0, BLOCK)
-        token = tl.load(tokens + place, mask=place < end, other=0).to(tl.int64)
-        where = logits + row.to(tl.int64) * row_stride + token
-        added = tl.load(values + place, mask=place < end, other=0.0)
-        x = tl.load(where, mask=place < end, other=0.0) + added
-        tl.store(where, tl.where(added == float("-inf"), float("-inf"), x), mask=place < end)
-
-
-def add_to_logits(logits: Tensor, start: Tensor, tokens: Tensor, values: Tensor) -> None:
-    """Adds biases to logits [rows, vocab] float32 in place; minus infinity bans a token.
-
-    Args:
-        start: [rows + 1] int32: where the list of each row begins, and where the last one ends.
-        tokens: distinct tokens of each list, int32 or int64.
-        values: what is added to each, float32.
-    """
-    rows = _check(logits, start)
-    if rows:
-        add_to_logits_kernel[(rows, PROGRAMS)](logits, logits.stride(0), start, tokens, values, BLOCK=256, num_warps=4)
 
 
 @triton.jit

@@ -21,11 +21,11 @@ class TritonOps(ReferenceOps):
 
     def __init__(self) -> None:
         # Only where it computes: Triton takes a while to import, and is not there for every platform.
-        from slipstream.kernels.triton import activation, distribution, experts, logits, norm, rows, sampling
+        from slipstream.kernels.triton import activation, distribution, experts, logits, logprobs, norm, rows, sampling
 
         self._activation, self._distribution, self._logits = activation, distribution, logits
         self._norm, self._rows, self._sampling = norm, rows, sampling
-        self._experts = experts
+        self._experts, self._logprobs = experts, logprobs
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not self._fits(x, weight) or x.shape[-1] > self._norm.WIDEST:
@@ -78,32 +78,32 @@ class TritonOps(ReferenceOps):
             return super().race(weights, seeds, indices, count, ids)
         return self._sampling.race(weights, seeds, indices, count, ids)
 
-    def penalize(
+    def change_logits(
         self,
         logits: Tensor,
-        row: int,
-        seen: Tensor,
-        repetition: float,
-        output: Tensor,
+        rows: Tensor,
+        place: Tensor,
+        tokens: Tensor,
+        added: Tensor,
         counts: Tensor,
-        frequency: float,
-        presence: float,
+        repetition: Tensor,
+        frequency: Tensor,
+        presence: Tensor,
     ) -> None:
+        given = (rows, place, tokens, added, counts, repetition, frequency, presence)
         if not self._fits(logits) or logits.dtype is not torch.float32:
-            return super().penalize(logits, row, seen, repetition, output, counts, frequency, presence)
-        device, rows = logits.device, logits[row : row + 1]
+            return super().change_logits(logits, *given)
+        self._logits.change_logits(logits, *given)
 
-        def number(value: float) -> Tensor:
-            return torch.full((1,), value, dtype=torch.float32, device=device)
+    def allow_only(self, logits: Tensor, start: Tensor, tokens: Tensor) -> None:
+        if not self._fits(logits) or logits.dtype is not torch.float32:
+            return super().allow_only(logits, start, tokens)
+        self._logits.allow_only(logits, start, tokens)
 
-        def whole(tokens: Tensor) -> Tensor:
-            return torch.arange(2, dtype=torch.int32, device=device) * len(tokens)
-
-        if repetition != 1.0:
-            self._logits.penalize_rows(rows, whole(seen), seen, None, number(repetition), number(0.0), number(0.0))
-        if frequency or presence:
-            parameters = number(1.0), number(frequency), number(presence)
-            self._logits.penalize_rows(rows, whole(output), output, counts, *parameters)
+    def log_probabilities(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not self._fits(logits) or count > self._logprobs.MOST:
+            return super().log_probabilities(logits, tokens, count)
+        return self._logprobs.log_probabilities(logits, tokens, count)
 
     def _fits(self, *tensors: Tensor) -> bool:
         return all(tensor.dtype in FORMATS and self._rows.fits(tensor) for tensor in tensors)

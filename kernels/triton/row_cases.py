@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ def cases() -> Iterator[Case]:
     yield Case("route to experts", _route, FLOAT32)
     yield Case("experts", _experts)
     yield Case("log-probabilities", _log_probabilities, FLOAT32)
-    yield Case("penalties", _penalties, FLOAT32)
-    yield Case("biases", _biases, FLOAT32)
+    yield Case("penalties, biases and bans", _changes, FLOAT32)
     yield Case("allowed tokens", _allowed, FLOAT32)
 
 
@@ -121,44 +120,21 @@ def _lists(source: Source, sizes: Sizes) -> tuple[Tensor, Tensor]:
     return start, tokens.int().flatten().to(source.device)
 
 
-def _penalties(source: Source, sizes: Sizes) -> Prepared:
+def _changes(source: Source, sizes: Sizes) -> Prepared:
     given = source.normal(sizes.streams, sizes.vocab)
-    start, tokens = _lists(source, sizes)
-    counts = source.integers(3, len(tokens))
+    _, tokens = _lists(source, sizes)
+    rows = torch.arange(sizes.streams, device=source.device).int()
+    place = rows.repeat_interleave(len(tokens) // sizes.streams)
+    added, counts = source.normal(len(tokens)), source.integers(4, len(tokens)) - 1
     one = torch.ones(sizes.streams, device=source.device)
-    values = (1.3 * one, 0.2 * one, 0.1 * one)
+    lists = (rows, place, tokens, added, counts, 1.3 * one, 0.2 * one, 0.1 * one)
 
-    def expected() -> Tensor:
-        made = given.clone()
-        for row, (begin, end) in enumerate(zip(start[:-1].tolist(), start[1:].tolist(), strict=True)):
-            seen, count = tokens[begin:end].long(), counts[begin:end]
-            said = count > 0
-            _PLAIN.penalize(made, row, seen, 1.3, seen[said], count[said], 0.2, 0.1)
-        return made
+    def made(change: Callable[..., None]) -> Tensor:
+        changed = given.clone()
+        change(changed, *lists)
+        return changed
 
-    def found() -> Tensor:
-        made = given.clone()
-        logits.penalize_rows(made, start, tokens, counts, *values)
-        return made
-
-    return called(found, expected, 8 * size(tokens))
-
-
-def _biases(source: Source, sizes: Sizes) -> Prepared:
-    given = source.normal(sizes.streams, sizes.vocab)
-    start, tokens = _lists(source, sizes)
-    added = source.normal(len(tokens))
-
-    def expected() -> Tensor:
-        row = torch.arange(sizes.streams, device=source.device).repeat_interleave(len(tokens) // sizes.streams)
-        return given.clone().index_put((row, tokens.long()), added, accumulate=True)
-
-    def found() -> Tensor:
-        made = given.clone()
-        logits.add_to_logits(made, start, tokens, added)
-        return made
-
-    return called(found, expected, 4 * size(tokens))
+    return called(lambda: made(logits.change_logits), lambda: made(_PLAIN.change_logits), 8 * size(tokens))
 
 
 def _allowed(source: Source, sizes: Sizes) -> Prepared:

@@ -134,9 +134,7 @@ class TritonStack:
         arrays: list[Array] = [] if room is None else [*padded(batch, room.tokens), changes, *batch.columns]
         if room is None or not room.has_room(arrays):
             return self._piece_by_piece(batch, cache, hidden, taps, mirror, changes, longest)
-        on_device, columns = self._send(
-            arrays, mirror, changes, batch.block_size, room.slab, room.positions, room.cells
-        )
+        on_device, columns = self._send(arrays, mirror, changes, batch, room.slab, room.positions, room.cells)
         if hidden is not None:
             room.hidden[:tokens].copy_(hidden)
         context = next((most for most in CONTEXTS if longest <= most), len(self._ropes[0][0]))
@@ -145,7 +143,7 @@ class TritonStack:
         def work() -> Forward:
             return self._run(on_device, cache.plan_on_device(on_device, context, prompt=False), given, taps)
 
-        done = self._graphs.run(self, (room.tokens, context, given is None, taps, id(mirror)), work)
+        done = self._graphs.run(self, (room.tokens, context, given is None, taps, id(mirror), id(batch.latest)), work)
         # The next step overwrites what a graph returns.
         features = None if done.features is None else done.features[:tokens].clone()
         return Forward(done.hidden[:tokens].clone(), features, columns)
@@ -171,7 +169,7 @@ class TritonStack:
         """Without a graph: with as much room as there are tokens, and tiles for long segments."""
         arrays = [batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors, changes, *batch.columns]
         empty = torch.empty(2, batch.num_tokens, dtype=torch.int32, device=self._device)
-        on_device, columns = self._send(arrays, mirror, changes, batch.block_size, None, *empty)
+        on_device, columns = self._send(arrays, mirror, changes, batch, None, *empty)
         plan = cache.plan_on_device(on_device, longest, prompt=not self._invariant, host=batch)
         done = self._run(on_device, plan, None if hidden is None else hidden.to(self._dtype), taps)
         return Forward(done.hidden, done.features, columns)
@@ -181,7 +179,7 @@ class TritonStack:
         arrays: list[Array],
         mirror: TableMirror,
         changes: Int32,
-        block_size: int,
+        host: RaggedBatch,
         slab: Tensor | None,
         positions: Tensor,
         cells: Tensor,
@@ -191,8 +189,8 @@ class TritonStack:
         if len(changes):
             update_tables(mirror.tables, changed)
             mirror.told(changes)
-        batch = DeviceBatch(ids, starts, lengths, rows, mirrors, mirror.tables, positions, cells, block_size)
-        return batch, tuple(columns)
+        given = (ids, starts, lengths, rows, mirrors, mirror.tables, positions, cells)
+        return DeviceBatch(*given, host.block_size, host.latest), tuple(columns)
 
     def _run(self, batch: DeviceBatch, plan: TritonPlan, hidden: Tensor | None, taps: tuple[int, ...]) -> Forward:
         """Everything of a step that only reads and writes memory of the device."""

@@ -17,6 +17,7 @@ from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models import loader
 from slipstream.engine.testing import LocalEngine
+from slipstream.kernels import ops
 from slipstream.kernels.triton import graphs, launch
 
 pytestmark = [
@@ -72,22 +73,72 @@ def test_tokens_are_those_of_torch(tiny: str, options: dict[str, Any], monkeypat
     expected, found = engine(tiny, "torch", **options, **policy), engine(tiny, "triton", **options, **policy)
     counted: list[tuple[int, int]] = []
     drafted: list[int] = []
-    execute = found.engine.runner.execute
+    runner, traffic = found.engine.runner, [HostTraffic()]
+    launch, collect = runner.launch, runner.collect
 
-    def counting(plan: Any) -> Any:
-        with HostTraffic() as traffic:
-            result = execute(plan)
-        counted.append((traffic.to_device, traffic.to_host))
+    def launched(plan: Any) -> Any:
+        traffic[0] = HostTraffic()
+        with traffic[0]:
+            return launch(plan)
+
+    def collected(step: Any) -> Any:
+        with traffic[0]:
+            result = collect(step)
+        counted.append((traffic[0].to_device, traffic[0].to_host))
         drafted.extend(result.drafted)
         return result
 
-    monkeypatch.setattr(found.engine.runner, "execute", counting)
+    monkeypatch.setattr(runner, "launch", launched)
+    monkeypatch.setattr(runner, "collect", collected)
     try:
         assert answers(found) == answers(expected)
         assert found.engine.runner.model.kernels == "triton-cpu" and len(MADE) >= 2
         assert bool(sum(drafted)) == bool(options)
         if not options:
             assert len(counted) > 3 and set(counted) == {(1, 1)}
+    finally:
+        found.close()
+        expected.close()
+
+
+def test_a_step_is_launched_before_the_last_one_is_read(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one copy there and one back, which nobody waits for in vain, whatever its rows change and want to be told."""
+    monkeypatch.setattr(graphs, "GraphPool", RecordingPool)
+    expected, found = engine(tiny, "torch"), engine(tiny, "triton", pipeline="on")
+    runner, traffic, order = found.engine.runner, HostTraffic(), []
+    runner.runs_ahead = True
+
+    def watched(name: str) -> Any:
+        call = getattr(runner, name)
+
+        def run(given: Any) -> Any:
+            order.append(name)
+            with traffic:
+                return call(given)
+
+        return run
+
+    for name in ("launch", "collect"):
+        monkeypatch.setattr(runner, name, watched(name))
+    params = [
+        SamplingParams(max_tokens=6, temperature=0.0, logprobs=2, logit_bias={5: 0.5}),
+        SamplingParams(max_tokens=5, seed=3, top_k=8, allowed_token_ids=tuple(range(40))),
+        SamplingParams(max_tokens=5, seed=4, logprobs=1, logprobs_mode="processed", min_tokens=2, stop_token_ids=(7,)),
+    ]
+    try:
+        asked = [[local.submit(PROMPTS[0], each) for each in params] for local in (expected, found)]
+        expected.finish()
+        with ops.use_backend("triton"):
+            found.finish()
+        for one, other in zip(*asked, strict=True):
+            assert one.tokens == other.tokens and len(one.tokens) >= 5
+            told = [[entry for delta in each.deltas for entry in delta.logprobs or ()] for each in (one, other)]
+            for mine, theirs in zip(*told, strict=True):
+                assert mine.rank == theirs.rank and [top for top, _ in mine.top] == [top for top, _ in theirs.top]
+                assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        steps = order.count("launch")
+        assert (traffic.to_device, traffic.to_host, traffic.waits) == (steps, steps, 0)
+        assert "launch launch collect launch collect launch" in " ".join(order)
     finally:
         found.close()
         expected.close()

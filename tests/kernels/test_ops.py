@@ -77,7 +77,13 @@ def arguments(rows: int, width: int, dtype: torch.dtype, seed: int) -> dict[str,
         "argmax_with_probability": (logits,),
         "distribution": (logits, share() + 0.5, torch.full((rows,), 0, dtype=torch.int32), share() * 0.1, share()),
         "race": (logits.exp(), torch.arange(rows) + seed, torch.arange(rows) * 3, 2, torch.arange(width).int() * 5),
-        "penalize": (logits, 0, tokens, 1.3, tokens, torch.ones(len(tokens)), 0.2, 0.1),
+        "change_logits": (
+            *(logits, torch.tensor([rows - 1]).int(), torch.zeros(len(tokens)).int(), tokens.int()),
+            *(torch.randn(len(tokens), generator=generator), (torch.arange(len(tokens)) % 4 - 1).int()),
+            *(torch.tensor([1.3]), torch.tensor([0.2]), torch.tensor([0.1])),
+        ),
+        "allow_only": (logits, torch.tensor([*[0] * rows, len(tokens)]).int(), tokens.int()),
+        "log_probabilities": (logits, torch.arange(rows).int() % width, 3),
     }
 
 
@@ -103,7 +109,7 @@ def test_every_backend_computes_what_the_reference_does(
         with ops.use_backend(backend):
             found = operation(*given)
         wanted = getattr(PLAIN, name)(*expected)
-        if name == "penalize":
+        if name in ("change_logits", "allow_only"):
             found, wanted = given[0], expected[0]
         if name == "distribution":  # up to a factor; a token on the border may go either way, see test_sampling
             found, wanted = found / found.sum(-1, keepdim=True), wanted / wanted.sum(-1, keepdim=True)

@@ -304,10 +304,17 @@ def test_argmax_takes_the_first_largest_and_refuses_broken_rows(isa: str) -> Non
             assert likely[row] == pytest.approx(float(logits[row].double().softmax(-1).max()), rel=1e-5)
 
 
-def test_penalties_follow_their_definition() -> None:
+def test_changes_follow_their_definition() -> None:
+    def whole(*numbers: int) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32)
+
     for backend in BACKENDS:
-        logits = torch.tensor([[2.0, -2.0, 1.0, 1.0]])
-        output, counts = torch.tensor([1, 3]), torch.tensor([1.0, 3.0])
+        logits = torch.tensor([[9.0] * 6, [2.0, -2.0, 1.0, 1.0, 3.0, 3.0]])
+        added = torch.tensor([0.0, 0.0, 0.0, 0.5, -float("inf")])
+        numbers = torch.tensor([2.0]), torch.tensor([0.5]), torch.tensor([0.25])
         with ops.use_backend(backend):
-            ops.penalize(logits, 0, torch.tensor([0, 1]), 2.0, output, counts, 0.5, 0.25)
-        assert logits[0].tolist() == [1.0, -4.0 - 0.75, 1.0, 1.0 - 1.75]
+            ops.change_logits(
+                *(logits, whole(1), whole(0, 0, 0, 0, 0), whole(0, 1, 3, 4, 5), added, whole(0, 1, 3, -1, 2)), *numbers
+            )
+        assert logits[0].tolist() == [9.0] * 6
+        assert logits[1].tolist() == [1.0, -4.0 - 0.75, 1.0, 0.5 - 1.75, 3.5, -float("inf")]

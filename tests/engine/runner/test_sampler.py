@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.runner.sampler import LOWEST_LOGPROB, Sampled, SamplingColumns, cleared, restrict
+from slipstream.engine.runner.reported import LOWEST_LOGPROB
+from slipstream.engine.runner.sampler import Sampled, SamplingColumns, cleared, restrict
 from slipstream.engine.runner.sampler import sample as sample_batch
 from slipstream.kernels import ops
 
@@ -41,7 +42,8 @@ def sample(logits: torch.Tensor, rows: list[Row]) -> Sampled:
         columns.enter(slot, entry.params, entry.seed, entry.num_prompt)
     slots = np.arange(len(rows), dtype=np.int32)[::-1]
     lengths = np.array([len(entry.history) for entry in rows], np.int32)
-    return sample_batch(logits, columns.take(slots, lengths, lambda i: np.array(rows[i].history, np.int32)))
+    batch = columns.take(slots, lengths, lambda i: np.array(rows[i].history, np.int32))
+    return sample_batch(logits, batch).wait()
 
 
 def possible(logits: list[float] | torch.Tensor, samples: int = 400, **params: Any) -> set[int]:

@@ -30,7 +30,7 @@ from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.loader import build_model
 from slipstream.engine.runner import runner
-from slipstream.engine.runner.sampler import Sampled, SamplingBatch, sample
+from slipstream.engine.runner.sampler import Sampling, SamplingBatch, sample
 from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.speculation.tree import Tree, branches
@@ -134,7 +134,7 @@ class ManySeeds:
         self._seeds[int(seeds[0])] = seeds
         self._local.submit(PAIRS, SamplingParams(**({"max_tokens": LENGTH + 5, "seed": int(seeds[0])} | self._params)))
 
-    def _sample(self, logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor]) -> Sampled:
+    def _sample(self, logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor]) -> Sampling:
         self._batch = batch
         return sample(logits, batch, columns)
 

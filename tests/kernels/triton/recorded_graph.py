@@ -40,22 +40,32 @@ class NotRecordedError(RuntimeError):
 class HostTraffic(TorchFunctionMode):
     """Counts what would be copies between host and device, one for each call, if the device were another one.
 
-    Whoever copies memory without waiting for it sends it: within a device there is nothing to wait for.
+    Whoever copies memory without waiting for it sends it, and whoever moves a tensor so fetches it: within a
+    device there is nothing to wait for.
     """
 
     def __init__(self, allowed: bool = True) -> None:
         super().__init__()
         self.to_device = self.to_host = 0
+        self.waits = 0
+        """Copies to the host that hold it up until the device is idle."""
+        self._on_host: list[Tensor] = []
         self._allowed = allowed
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in READS or function in MAKES:
             if not self._allowed:
                 raise NotRecordedError(f"{getattr(function, '__name__', function)} inside of recorded work")
-            self.to_host += function in READS
+            is_there = function in READS and any(args[0] is each for each in self._on_host)
+            self.to_host += function in READS and not is_there
+            self.waits += function in READS and not is_there
             self.to_device += function in MAKES
         elif function is Tensor.copy_ and (kwargs or {}).get("non_blocking"):
             self.to_device += 1
+        elif function is Tensor.to and (kwargs or {}).get("non_blocking"):
+            self.to_host += 1
+            self._on_host.append(args[0].clone())
+            return self._on_host[-1]
         return function(*args, **(kwargs or {}))
 
 
