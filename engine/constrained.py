@@ -31,12 +31,12 @@ class ConstrainedRequests:
             self._scheduler.add(request, drafter)
         elif not self.grammars.has_vocabulary:
             self._scheduler.refuse(request, "grammar: the engine was not told what its tokens stand for")
-        elif (grammar := self.grammars.find(text)) is not None:
+        elif (grammar := self.grammars.find(text, request.scope)) is not None:
             self._scheduler.add(request, drafter)
             self._scheduler.release(request.request_id, grammar)
         else:
             self._scheduler.add(request, drafter, is_held=True)
-            self._background.start(lambda: self._compile(request.request_id, text))
+            self._background.start(lambda: self._compile(request, text))
 
     def poll(self, is_busy: bool) -> None:
         """Lets requests begin whose grammar is ready; called between two steps, see Background.poll."""
@@ -45,11 +45,11 @@ class ConstrainedRequests:
     def close(self) -> None:
         self._background.close()
 
-    def _compile(self, request_id: int, text: str) -> Callable[[], None]:
+    def _compile(self, request: NewRequest, text: str) -> Callable[[], None]:
         """Runs beside the steps; what it returns is carried out between two of them."""
         try:
-            grammar = self.grammars.compile(text)
+            grammar = self.grammars.compile(text, request.scope)
         except RequestError as error:
             reason = str(error)
-            return lambda: self._scheduler.reject(request_id, reason)
-        return lambda: self._scheduler.release(request_id, grammar)
+            return lambda: self._scheduler.reject(request.request_id, reason)
+        return lambda: self._scheduler.release(request.request_id, grammar)

@@ -1,4 +1,4 @@
-"""Grammars that answers follow: compiled once for all requests, and where each running request stands in its own.
+"""Grammars that answers follow: compiled once for each scope, and where each running request stands in its own.
 
 A grammar (see compiling.py) constrains bytes; which tokens stand for them the engine is told once (``UseVocabulary``).
 """
@@ -45,15 +45,19 @@ class Compiled:
         """The token after the last of the vocabulary, which stands for the end of a text."""
 
 
+Key = tuple[str, str]
+"""Whose it is (NewRequest.scope), and its text: the time to a first token is not to tell what others have asked for."""
+
+
 class Grammars:
-    """Compiled grammars by their text. ``compile`` may run beside everything else."""
+    """Compiled grammars by scope and text. ``compile`` may run beside everything else."""
 
     def __init__(self) -> None:
         self._tokenizer: LLTokenizer | None = None
         self._end = 0
-        self._known: WeakValueDictionary[str, Compiled] = WeakValueDictionary()
+        self._known: WeakValueDictionary[Key, Compiled] = WeakValueDictionary()
         """Every one that anybody holds."""
-        self._kept: OrderedDict[str, Compiled] = OrderedDict()
+        self._kept: OrderedDict[Key, Compiled] = OrderedDict()
         """The latest ones."""
         self._lock = threading.Lock()
 
@@ -73,37 +77,37 @@ class Grammars:
             self._known.clear()
             self._kept.clear()
 
-    def find(self, text: str) -> Compiled | None:
+    def find(self, text: str, scope: str = "") -> Compiled | None:
         """A grammar that is compiled already."""
         with self._lock:
-            if (found := self._known.get(text)) is not None:
-                self._keep(text, found)
+            if (found := self._known.get((scope, text))) is not None:
+                self._keep((scope, text), found)
             return found
 
-    def compile(self, text: str) -> Compiled:
+    def compile(self, text: str, scope: str = "") -> Compiled:
         """Takes milliseconds, for the worst grammars some hundreds, and leaves the interpreter to others meanwhile.
 
         Raises:
             RequestError: it is no grammar, or one that would take too much.
         """
-        if (found := self.find(text)) is not None:
+        if (found := self.find(text, scope)) is not None:
             return found
         assert self._tokenizer is not None, "the engine was not told the vocabulary"
         compiled = Compiled(compile_grammar(self._tokenizer, text), self._end)
         with self._lock:
-            compiled = self._known.setdefault(text, compiled)
-            self._keep(text, compiled)
+            compiled = self._known.setdefault((scope, text), compiled)
+            self._keep((scope, text), compiled)
         return compiled
 
-    def constrain(self, params: SamplingParams, output: Sequence[int]) -> Constraint | None:
+    def constrain(self, params: SamplingParams, output: Sequence[int], scope: str = "") -> Constraint | None:
         """The constraint of a request that has said ``output`` so far; None if it has no grammar."""
         if not params.grammar:
             return None
-        return Constraint(self.compile(params.grammar), params, output)
+        return Constraint(self.compile(params.grammar, scope), params, output)
 
-    def _keep(self, text: str, compiled: Compiled) -> None:
-        self._kept[text] = compiled
-        self._kept.move_to_end(text)
+    def _keep(self, key: Key, compiled: Compiled) -> None:
+        self._kept[key] = compiled
+        self._kept.move_to_end(key)
         if len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
 

@@ -232,7 +232,8 @@ class ModelRunner:
             tokens = table.tokens[new.slot]
             tokens[: len(new.tokens)] = new.tokens
             drafts = self.speculator.enter(new, tokens)
-            drafts.constraint = self._grammars.constrain(new.request.params, new.tokens[len(new.request.prompt) :])
+            said, scope = new.tokens[len(new.request.prompt) :], new.request.scope
+            drafts.constraint = self._grammars.constrain(new.request.params, said, scope)
             table.enter(new, drafts)
         for slot, first, blocks in plan.blocks:
             table.map(slot, first, blocks, self._block_size)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from slipstream.engine import grammar
+from slipstream.engine.compiling import compile_grammar
 from slipstream.server.keys import digest
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -82,6 +84,23 @@ def test_earlier_answers_are_proposed_to_their_tenant_alone(shared: Any) -> None
     first = proposed(shared, ACME)
     assert proposed(shared, ACME) > first
     assert proposed(shared, GLOBEX) == first
+
+
+def test_a_compiled_schema_is_found_by_its_tenant_alone(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the time to the first token would tell whether another one has sent the same schema of late."""
+    compiled: list[str] = []
+
+    def counting(tokenizer: Any, text: str) -> Any:
+        compiled.append(text)
+        return compile_grammar(tokenizer, text)
+
+    monkeypatch.setattr(grammar, "compile_grammar", counting)
+    body = {"structured_outputs": {"choice": ["a secret", "another secret"]}, "max_tokens": 9}
+    counts = []
+    for key in (ACME, ACME, GLOBEX, GLOBEX):
+        assert ask(shared, key, **body)[0] == 200
+        counts.append(len(compiled))
+    assert counts == [1, 1, 2, 2]
 
 
 def test_traffic_is_kept_by_tenant_and_shown_to_none_of_them(shared: Any) -> None:
