@@ -24,6 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from slipstream.engine.memory import trim
+
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
     from collections.abc import Mapping
@@ -87,7 +89,7 @@ def step_back(pid: int) -> None:
 
 def keep_for_good() -> None:
     """What exists by now lives as long as the process; collections of garbage need not walk it."""
-    gc.collect()
+    trim()
     gc.freeze()
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from slipstream.engine.background import Background
+from slipstream.engine.memory import trim
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import Rows, Weights, row_pieces
 from slipstream.engine.operations import MemoryTag, ReleaseMemory, ResumeMemory
@@ -110,8 +109,7 @@ def _copies(weights: Weights) -> Iterable[tuple[str, Tensor]]:
 
 def give_back() -> None:
     """Has the allocators give memory that is free to the system."""
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()  # what is still referred to is not free
         torch.cuda.empty_cache()
-    with suppress(OSError, AttributeError):  # what is not glibc keeps less of what is free, or has no such call
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slipstream.kernels import reference
 from slipstream.kernels.batch import RaggedBatch
+from slipstream.kernels.memory import reserved_zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,11 @@ class DenseKVCache(PagedKVCache):
         shape = self.shape
         width = shape.block_size * shape.kv_heads * shape.head_dim
         # Zeros, not garbage: a masked position contributes 0 * value, which must not be NaN.
-        self._data = torch.zeros(shape.num_layers, 2, self.num_blocks, width, dtype=shape.dtype, device=self.device)
+        sizes = (shape.num_layers, 2, self.num_blocks, width)
+        if self.device.type == "cpu":  # blocks that no sequence has had yet take no memory
+            self._data = reserved_zeros(sizes, shape.dtype, self.num_blocks * width * shape.dtype.itemsize)
+        else:
+            self._data = torch.zeros(*sizes, dtype=shape.dtype, device=self.device)
 
 
 class TorchKVCache(DenseKVCache):

@@ -19,6 +19,7 @@ from slipstream.engine.client import EngineClient
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.early import EarlyProcess
 from slipstream.engine.handle import EngineHandle, RequestStream
+from slipstream.engine.memory import trim
 from slipstream.engine.messages import NewRequest
 from slipstream.engine.operations import UseVocabulary
 from slipstream.engine.supervisor import EngineSupervisor, Restarts
@@ -161,6 +162,7 @@ class Service:
         if self.evolution is not None:
             await self.evolution.start()
             self._evolution_metrics.evolution = self.evolution
+        trim()  # a tokenizer is read at several times its size
         if self.phase == "loading":
             self.phase = "ready"
             self.companions.start()
