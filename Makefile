@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
 PATHS := server engine kernels drafter clients loadtest tests scripts docker setup.py
 
-.PHONY: run test test-slow test-compat images prove-kernels check format docs bench install install-dev clean
+.PHONY: run test test-slow test-compat images prove-kernels wheels check format docs bench install install-dev clean
 
 run: install
 	@exec $(VENV)/bin/slipstream serve --port $(PORT) $(ARGS)
@@ -34,6 +34,10 @@ images: $(VENV)/.installed-images
 # Replays what tests have the kernels do on processors that this machine is not; takes minutes, and ARGS=--install root.
 prove-kernels: install-dev
 	$(VENV)/bin/python -P scripts/prove_kernels.py $(ARGS)
+
+# Wheels with compiled kernels, for this machine and cross-compiled for 64-bit ARM (g++-aarch64-linux-gnu), in build/wheels.
+wheels: install-dev
+	$(VENV)/bin/python scripts/build_wheels.py --for x86_64,aarch64 $(ARGS)
 
 check: install-dev
 	$(VENV)/bin/ruff format --check $(PATHS)

