@@ -3,10 +3,9 @@
     python scripts/build_wheels.py [--for x86_64,aarch64] [--out build/wheels] [--try]
 
 What this machine is not is cross-compiled with Debian's compiler for it (aarch64: g++-aarch64-linux-gnu). The C++
-library is linked in, and the platform in the name of a wheel is the oldest glibc that has what its kernels need. A wheel is
-for every Python. `--try` installs this machine's into a new environment, with everything that it needs but without a
-compiler, and runs `slipstream doctor` and a completion there. cibuildwheel builds the same in its images, see
-pyproject.toml.
+library is linked in, and the platform in a wheel's name is the oldest glibc that has what its kernels need. A wheel is
+for every Python. `--try` installs this machine's into a new environment, with all that it needs but without a compiler,
+and runs `slipstream doctor` and a completion there. cibuildwheel builds the same in its images, see pyproject.toml.
 """
 
 from __future__ import annotations
