@@ -140,7 +140,7 @@ async def _page(client: AsyncClient) -> str:
     try:
         return await client.metrics()
     except APIError as error:
-        if error.status in (401, 403, 404, 405):
+        if error.status in (401, 403, 404, 405, 501):
             return ""
         raise
 
