@@ -90,6 +90,12 @@ async def test_a_peer_runs_while_needed_and_leaves_no_process(options, monkeypat
     assert "PYTHONPATH" not in given["env"]
 
 
+def test_llama_has_a_whole_context_for_each_slot(options):
+    command = PeerOptions(**options | {"name": "llama"}, slots=4, max_model_len=1024).command()
+    assert command[command.index("--parallel") + 1] == "4"
+    assert command[command.index("--ctx-size") + 1] == "4096"
+
+
 async def test_a_peer_that_dies_is_told(options):
     with pytest.raises(ClientError, match="status 3 before it was ready"):
         async with peer(PeerOptions(**options, arguments=("--die",))):
