@@ -291,7 +291,9 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
     dtype: str
     """Number format of the cache, and of weights that are not packed."""
     weights: str
-    """How weights are kept, for example ``bfloat16`` or ``packed (Q4_1, Q8_0), exact``."""
+    """How weights are kept, for example ``bfloat16`` or ``packed (Q4_1, Q8_0), int8``."""
+    weights_because: str
+    """Why so, for people."""
     device: str
     kernels: str
     """Which backend runs the hot path, for example ``native-avx512bf16`` or ``torch``."""

@@ -142,6 +142,7 @@ class Engine:
             max_model_len=loaded.max_model_len,
             dtype=model.formats.numbers,
             weights=loaded.weights,
+            weights_because=loaded.weights_because,
             device=self.runner.cache.device.type,
             kernels=model.kernels,
             block_size=self.config.block_size,

@@ -78,6 +78,21 @@ def processor(asked: Asked) -> Iterator[Fact]:
             yield Fact("not for this processor", ", ".join(others))
 
 
+def weights(asked: Asked) -> Iterator[Fact]:
+    """How the weights of the model would be kept."""
+    from slipstream.engine.config import EngineConfig
+    from slipstream.engine.errors import SlipstreamError
+    from slipstream.engine.models.loader import weights_here
+
+    config = EngineConfig(model=asked.model) if asked.model else EngineConfig()
+    try:
+        form, because = weights_here(config)
+    except SlipstreamError as error:
+        yield Fact(config.model, "not known", str(error))
+    else:
+        yield Fact(config.model, f"{form}: {because}")
+
+
 def gpu(asked: Asked) -> Iterator[Fact]:
     """The GPU, and whether Triton's kernels run on it."""
     import torch
@@ -141,6 +156,7 @@ def attention(asked: Asked) -> Iterator[Fact]:
 
 SECTIONS: dict[str, Callable[[Asked], Iterator[Fact]]] = {
     "Processor": processor,
+    "Weights": weights,
     "GPU": gpu,
     "Versions": versions,
     "Attention": attention,

@@ -264,8 +264,8 @@ def greeting(service: Service, url: str, seconds: float) -> str:
     key = " -H 'Authorization: Bearer YOUR_KEY'" if service.keys.asks else ""
     return (
         f"Slipstream {version('slipstream')} serves {service.model_names[0]} at {url} (ready after {seconds:.1f} s)\n"
-        f"  weights {ready.weights}, cache {ready.dtype}, on {ready.device}, {ready.kernels} kernels, "
-        f"context {ready.max_model_len} tokens, "
+        f"  weights {ready.weights} ({ready.weights_because}), cache {ready.dtype}, "
+        f"on {ready.device}, {ready.kernels} kernels, context {ready.max_model_len} tokens, "
         f"KV cache for {ready.num_blocks * ready.block_size} tokens\n"
         + (f"  limited by its control group to {limits}\n" if limits else "")
         + f"  try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} "

@@ -164,6 +164,7 @@ class EngineCollector(Collector):
             "kv_cache_bytes": str(ready.kv_cache_bytes),
             "dtype": ready.dtype,
             "weights": ready.weights,
+            "weights_because": ready.weights_because,
             "device": ready.device,
             "kernels": ready.kernels,
         }

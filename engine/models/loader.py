@@ -63,6 +63,7 @@ class LoadedModel:
     """What another set of weights takes that comes as numbers, as updates do."""
     weights: str
     """In which form the weights are kept, for people."""
+    weights_because: str
     seconds: float
 
 
@@ -82,7 +83,7 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     kind = _choose_compute(checkpoint, config, device)
     kind.set_threads(config.threads or usable_cores())
     dtype = _choose_dtype(checkpoint, config, device, kind)
-    formats = choose_formats(checkpoint, config, kind, dtype)
+    formats, because = choose_formats(checkpoint, config, kind, dtype)
     size = weights_bytes(checkpoint, config, formats)
     block_bytes = kind.cache_class.block_bytes(cache_shape(shape, config.block_size, formats.kv))
     scratch_blocks = SCRATCH_BLOCKS if branches else 0
@@ -101,8 +102,19 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     update_bytes = weights_bytes(checkpoint, config, Formats.of(formats.compute))
     description = describe(checkpoint, config, formats)
     return LoadedModel(
-        *(model, max_model_len, num_blocks, scratch_blocks, block_bytes, size, update_bytes, description, seconds)
+        *(model, max_model_len, num_blocks, scratch_blocks, block_bytes, size, update_bytes),
+        *(description, because, seconds),
     )
+
+
+def weights_here(config: EngineConfig) -> tuple[str, str]:
+    """How the weights of a model would be kept on this machine, and why, for people; raises as ``load_model`` does."""
+    checkpoint, device = open_checkpoint(config.model), find_device(config)
+    _check_kind(checkpoint)
+    _select_isa(config.isa)
+    kind = _choose_compute(checkpoint, config, device)
+    formats, because = choose_formats(checkpoint, config, kind, _choose_dtype(checkpoint, config, device, kind))
+    return describe(checkpoint, config, formats), because
 
 
 def _select_isa(isa: str) -> None:

@@ -52,19 +52,20 @@ inline double multiply_bytes(Team& team, int64_t times) {
   const Pass pass(team);
   team.parallel(items, [&](int) {
     small_sums acc[R];
-    words w = load_words(panel);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[r] = small_zero();
+    for (small_sums& sum : acc) {
+      sum = small_zero();
+      keep(sum);  // each as a sum of its own
+    }
+    const words read = load_words(panel);
     for (int64_t i = 0; i < times; ++i) {
-      keep(w);  // else products would be moved out of the loop
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r] = dot_small(acc[r], w, row);
+      for (int r = 0; r < R; ++r) {
+        words w = read;
+        keep(w);  // else a product would be made once for all
+        acc[r] = dot_small(acc[r], w, row);
+      }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      vec total = small_total(acc[r]);
-      keep(total);
-    }
+    for (small_sums& sum : acc) keep(sum);
   });
   return 2.0 * 64 * R * items * static_cast<double>(times);
 }

@@ -68,9 +68,7 @@ inline __m256i quad(const int8_t* x) {
 }
 
 // Sums of at most eight products of quads, of bytes 0 … 15 with -127 … 127: 16 bits hold 8 * 2 * 15 * 127.
-struct small_sums {
-  __m256i lo, hi;
-};
+using small_sums = words;
 inline small_sums small_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline small_sums dot_small(small_sums acc, words w, const int8_t* x) {
   const __m256i q = quad(x);

@@ -37,6 +37,7 @@ async def status(service: Service) -> dict[str, Any]:
         "device": ready.device,
         "dtype": ready.dtype,
         "weights": ready.weights,
+        "weights_because": ready.weights_because,
         "kernels": ready.kernels,
         "target_lineage": service.engine_config.target_lineage,
         "target_version": stats.target_version,

@@ -29,6 +29,7 @@ SHAPE = {"vocab_size": 9, "max_model_len": 9, "block_size": 16, "num_blocks": 9,
 READY = EngineReady(
     model_type="odd",
     weights="bfloat16",
+    weights_because="it is odd",
     dtype="float32",
     device="cpu",
     kernels="none",

@@ -14,7 +14,8 @@ from safetensors.torch import save
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.models.loader import load_model
+from slipstream.engine.models import weight_formats
+from slipstream.engine.models.loader import load_model, weights_here
 from slipstream.engine.operations import BeginTargetUpdate, FillTarget, FinishTargetUpdate, ReleaseMemory, ResumeMemory
 from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
 from slipstream.engine.testing_gguf import PACKED_TYPES, write_gguf
@@ -72,6 +73,44 @@ def test_an_engine_tells_how_weights_are_kept_and_what_they_take(file: Path, tmp
     assert ready.weights_bytes < dense.engine.ready().weights_bytes / 3
     packed.close()
     dense.close()
+
+
+def test_weights_are_packed_where_there_are_such(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(model: Path, **fields: Any) -> tuple[str, str]:
+        config = options(model, **({"dtype": "auto"} | fields))
+        loaded = load_model(config)
+        assert weights_here(config) == (loaded.weights, loaded.weights_because)
+        return loaded.weights, loaded.weights_because
+
+    monkeypatch.setattr(weight_formats, "FASTER_PACKED", (isa(),))
+    form, because = chosen(file)
+    assert (
+        form.startswith("packed (") and form.endswith(f"), {weight_formats.ARITHMETIC}") and "less to read" in because
+    )
+    assert chosen(file, weights="bfloat16") == ("bfloat16", "--weights bfloat16")
+    assert chosen(file, weights="packed")[1] == "--weights packed"
+    assert chosen(file, dtype="float32") == ("float32", "--dtype float32")
+    assert "compiled kernels" in chosen(file, kernels="torch")[1]
+    numbers = write_policy(tmp_path / "0", policy(0))
+    assert chosen(numbers) == ("bfloat16", "the file has no quantised weights that can be kept so")
+    monkeypatch.setattr(weight_formats, "FASTER_PACKED", ())
+    assert chosen(file) == ("bfloat16", f"whether packed ones are faster with {isa()} is not known")
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "int16", "int8"])
+def test_a_lora_is_added_to_packed_weights(file: Path, arithmetic: str) -> None:
+    module, generator = "base_model.model.model.layers.0.mlp.down_proj", torch.Generator().manual_seed(0)
+    down, up = torch.randn(4, 96, generator=generator), torch.randn(64, 4, generator=generator)
+    matrices = save({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up})
+    found = []
+    for fields in ({"weights": "float32"}, {"weights": "packed", "packed_arithmetic": arithmetic}):
+        local = LocalEngine(options(file, **fields))
+        before = said(local)
+        local.operate(BeginTargetUpdate(1, "recompute"), FillTarget(1, matrices), FinishTargetUpdate(1, lora_scale=0.5))
+        found.append(said(local))
+        assert found[-1] != before
+        local.close()
+    assert found[0] == found[1], "what was merged is computed with in numbers"
 
 
 def test_an_update_leaves_the_numbers_that_were_sent(file: Path, tmp_path: Path) -> None:

@@ -21,6 +21,11 @@ def test_it_says_what_is_here() -> None:
     assert set(found) == set(doctor.SECTIONS)
     versions = {fact["name"]: fact for fact in found["Versions"]}
     assert versions["torch"]["value"] == torch.__version__
+    [weights] = found["Weights"]
+    form, because = weights["value"].split(": ")
+    assert (
+        weights["name"] == "default" and because and form.startswith(("packed (Q4_1, Q8_0), ", "bfloat16", "float32"))
+    )
     if choice.missing("flashinfer"):
         assert "flashinfer is not installed: pip install" in versions["attention by flashinfer"]["advice"]
     text = CliRunner().invoke(app, ["doctor"]).stdout
