@@ -126,11 +126,7 @@ class Engine:
             loaded.model, self.runner.cache.device, loaded.update_bytes, self.background, self._prepare_target
         )
         self._sleeper = Sleeper(
-            self.runner,
-            self.scheduler,
-            self._target,
-            self.background,
-            self._prepare_target,
+            *(self.runner, self.scheduler, self._target, self.background, self._prepare_target),
             lambda: file_tensors(config, loaded.model, self.runner.cache.device),
         )
 

@@ -32,7 +32,7 @@ class SequenceMetrics:
     )
 
     def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int, is_offline: bool = False) -> None:
-        """Of offline sequences times say nothing, and are not counted."""
+        """Times of offline sequences say nothing, and are not counted."""
         self._metrics = metrics
         self._is_timed = not is_offline
         self.arrival = arrival

@@ -14,15 +14,12 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.models.config import is_own
 from slipstream.kernels.compute import PACKED, Arithmetic, Compute, Formats
-from slipstream.kernels.native import library
 from slipstream.kernels.native.quantised import form_of, packed_bytes
 from slipstream.kernels.native.stack import NativeCompute
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-ARITHMETIC: Arithmetic = "int8"
-"""What --packed-arithmetic auto is."""
-FASTER_PACKED = ("avx512bf16", "avx512vnni", "avx512", "avx2")
-"""Variants of the compiled kernels that were measured to be faster with packed weights at 1 to 32 rows."""
+ARITHMETIC: Arithmetic = "int16"
+"""What --packed-arithmetic auto is: tokens are those of exact arithmetic more often than with weights in bfloat16."""
 
 
 def choose_formats(
@@ -37,11 +34,11 @@ def choose_formats(
         raise ConfigError(f"--weights {config.weights}: does not go with --dtype {config.dtype}; leave one of them out")
     if config.weights in DTYPES:
         return formats, f"--weights {config.weights}"
+    if config.weights == "auto":
+        can = kind is NativeCompute and packed_formats(checkpoint, config)
+        return formats, "the number format of --dtype" + ("; --weights packed reads less per step" if can else "")
     arithmetic = ARITHMETIC if config.packed_arithmetic == "auto" else config.packed_arithmetic
     packed = replace(formats, weights=PACKED, arithmetic=arithmetic)
-    if config.weights == "auto":
-        why_not = _why_not_packed(checkpoint, config, kind)
-        return (formats, why_not) if why_not else (packed, "as the file has them, which is less to read in each step")
     if kind is not NativeCompute:
         raise ConfigError(f"--weights {PACKED}: only the compiled kernels for the CPU compute with quantised weights")
     if not packed_formats(checkpoint, config):
@@ -50,19 +47,6 @@ def choose_formats(
             "types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K have"
         )
     return packed, f"--weights {PACKED}"
-
-
-def _why_not_packed(checkpoint: Checkpoint, config: EngineConfig, kind: type[Compute]) -> str:
-    """Why weights are not packed unless that is asked for; nothing if they are."""
-    if config.dtype != "auto":
-        return f"--dtype {config.dtype}"
-    if not packed_formats(checkpoint, config):
-        return "the file has no quantised weights that can be kept so"
-    if kind is not NativeCompute:
-        return "only the compiled kernels for the CPU compute with quantised weights"
-    if library.isa() not in FASTER_PACKED:
-        return f"whether packed ones are faster with {library.isa()} is not known"
-    return ""
 
 
 def packed_formats(checkpoint: Checkpoint, config: EngineConfig) -> list[str]:

@@ -17,17 +17,11 @@ from slipstream.engine.messages import DrafterStats, VersionStats
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.plan import NewRow
 from slipstream.engine.runner.acceptance import Acceptance, OwnAcceptance, chances
-from slipstream.engine.speculation.protocol import (
-    Computed,
-    Drafter,
-    DraftHost,
-    DraftRow,
-    LearnedDrafter,
-    Proposal,
-)
+from slipstream.engine.speculation.protocol import Computed, Drafter, DraftHost, DraftRow, LearnedDrafter, Proposal
 from slipstream.engine.speculation.tree import Tree, affordable, depths, is_chain
 
 Answer = TypeVar("Answer")
+Chances = tuple[float, ...]
 REMEMBERED = 8
 """Versions of a learned drafter that no route holds any more, of which it is still known how good they are."""
 ENOUGH = 2.5
@@ -311,18 +305,16 @@ class Speculator:
         self._acceptance_of(self._drafters[proposal.drafter], proposal.version).observe(seen)
         return depth
 
-    def propose(
-        self, rows: Sequence[RowDrafts], wanted: Sequence[int], costly: Sequence[int]
-    ) -> list[tuple[float, ...]]:
+    def propose(self, rows: Sequence[RowDrafts], wanted: Sequence[int], costly: Sequence[int]) -> list[Chances]:
         """Returns the falling chances of the draft tokens that are now kept for each row; empty where there are none.
 
         ``wanted`` of each row at most, and ``costly`` by drafters that are costly to ask; 0: they are not asked for it.
         """
         if not self._drafters:
             return [()] * len(rows)
+        values = np.zeros(len(rows))
         for row in rows:
             row.best = None
-        values = np.zeros(len(rows))
         for drafter in self._drafters.values():
             for row, most in zip(rows, costly if drafter.needs.costly else wanted, strict=True):
                 row.draft.most = min(most, self.most)

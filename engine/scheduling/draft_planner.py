@@ -77,7 +77,7 @@ class _Asked:
 
     worth: Worth
     share: float
-    """Of the time of the step and of asking for all requests, what the step takes."""
+    """What the step takes of the time of the step and of asking for all requests."""
     few: frozenset[int] | None
     """Rows of the requests that costly drafters were asked for, if not all were."""
 

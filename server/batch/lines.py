@@ -62,7 +62,7 @@ class Reasoning(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """Of chat and completions, or of responses."""
+    """As chat and completions have it, or responses."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -46,7 +46,7 @@ penalty = st.sampled_from([0.0, 0.3, -1.5])
 def test_changes_have_the_references_bits(
     lists: list[list[int]], parameters: list[tuple[float, float, float]], least: int, seed: int
 ) -> None:
-    """Of the last rows of some, in another order; a ban is final, whatever the logit was."""
+    """The last rows of some, in another order; a ban is final, whatever the logit was."""
     logits = some_logits(len(lists) + 1, seed)
     logits[1, lists[-1][:1]] = float("nan")
     expected = logits.clone()

@@ -37,7 +37,7 @@ def test_more_time_means_more_of_everything_up_to_the_server_s_defaults(given):
         values = [getattr(plan, name) for plan in plans]
         assert values == sorted(values)
         assert values[0] > 0
-    assert plans[-1].first_tokens == 20_000
+    assert plans[-1].first_tokens == 10_000
     assert plans[-1].round_tokens == 100_000
     assert all(plan.glance <= plan.heldout for plan in plans)
 
