@@ -160,7 +160,7 @@ def allow_only(logits: Tensor, start: Tensor, tokens: Tensor) -> None:
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities by logits [rows, vocab] at temperature 1: of a token of each row, and of the ``count`` most likely.
+    """Log-probabilities by logits [rows, vocab] at temperature 1: of one token a row, and of the ``count`` most likely.
 
     Returns the log-probabilities of the tokens [rows] float32; their ranks [rows] int32, one more than the number of
     larger logits; the most likely tokens, best first [rows, count] int32, -1 where there are no more; and their
