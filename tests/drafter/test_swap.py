@@ -281,8 +281,7 @@ def test_a_later_decision_counts_and_an_earlier_one_says_so(echo: Path, heads: d
 def test_a_route_can_come_and_go_in_mid_answer(lively: Path, heads: dict[str, Path]) -> None:
     local = local_engine(lively)
     stream = local.submit([1, 2, 3], SamplingParams(max_tokens=300, temperature=0.0), route="canary")
-    for _ in range(5):
-        local.step()
+    _ = [local.step() for _ in range(5)]
     for version in (5, 6):
         swap(local, version, heads["lively"], route="canary")
         for _ in range(5):
