@@ -1,6 +1,7 @@
-"""AReaL's own client of SGLang servers: a rollout that is interrupted while other weights come. Run by test_areal.py.
+"""AReaL's own clients of SGLang's and vLLM's servers: a rollout that is interrupted while other weights come.
 
-Arguments: host and port of a server, a folder with other weights, how many tokens to generate, and a folder for notes.
+Run by test_areal.py. Arguments: ``sglang`` or ``vllm``, host and port of a server, a folder with other weights, how
+many tokens to generate, and a folder for notes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from areal.api import ModelRequest, WeightUpdateMeta
 from areal.api.cli_args import GenerationHyperparameters, InferenceEngineConfig, NameResolveConfig
 from areal.engine.sglang_remote import RemoteSGLangEngine
+from areal.engine.vllm_remote import RemotevLLMEngine
 from areal.utils import name_resolve, names
 
 PROMPT = [504, 2365, 6354, 16438]
@@ -21,12 +23,12 @@ SCORED = 20
 
 
 async def main() -> None:
-    address, folder, count, notes = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+    dialect, address, folder, count, notes = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
     name_resolve.reconfigure(NameResolveConfig(nfs_record_root=notes))
     config = InferenceEngineConfig(
-        experiment_name="slipstream", trial_name=str(time.time()), backend="sglang:d1", pause_grace_period=0.0
+        experiment_name="slipstream", trial_name=str(time.time()), backend=f"{dialect}:d1", pause_grace_period=0.0
     )
-    engine = RemoteSGLangEngine(config)
+    engine = RemoteSGLangEngine(config) if dialect == "sglang" else RemotevLLMEngine(config)
     engine.initialize(addr=[address])
     engine.set_version(0)
     asked = GenerationHyperparameters(max_new_tokens=count, max_tokens=2 * count, temperature=1.0, ignore_eos=True)

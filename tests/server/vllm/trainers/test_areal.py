@@ -1,4 +1,4 @@
-"""AReaL's own client of SGLang servers, unpatched: a rollout that is interrupted while other weights come."""
+"""AReaL's own clients of SGLang's and vLLM's servers, unpatched: a rollout that is interrupted by other weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,22 @@ COUNT = 3000
 SCRIPT = Path(__file__).with_name("areal_client.py")
 PACKAGES = ["areal==1.0.4", "omegaconf==2.4.0.dev2", "hydra-core==1.4.0.dev1"]
 PACKAGES += ["pybase64", "torchdata", "setproctitle", "colorlog", "tenacity", "lark", "ray", "protobuf", "msgpack"]
-PACKAGES += ["jsonschema", "numba==0.68.1", "llvmlite==0.50.0", "orjson", "einops", "aiofiles"]
+PACKAGES += [
+    "jsonschema",
+    "jsonschema-specifications",
+    "referencing",
+    "rpds-py",
+    "numba==0.68.1",
+    "llvmlite==0.50.0",
+    "orjson",
+    "einops",
+    "aiofiles",
+]
 
 
+@pytest.mark.parametrize("dialect", ["sglang", "vllm"])
 def test_its_client(
+    dialect: str,
     run: Any,
     environment: Callable[..., str],
     start_local: Callable[..., Any],
@@ -31,7 +43,8 @@ def test_its_client(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file(policy(1), tmp_path / "model.safetensors")
     server = start_local(dtype="float32")
-    said = run(python, str(SCRIPT), f"127.0.0.1:{server.port}", str(tmp_path), str(COUNT), str(tmp_path / "notes"))
+    arguments = [f"127.0.0.1:{server.port}", str(tmp_path), str(COUNT), str(tmp_path / "notes")]
+    said = run(python, str(SCRIPT), dialect, *arguments)
     found = json.loads(said.strip().splitlines()[-1])
     tokens, logprobs, versions = found["tokens"], found["logprobs"], found["versions"]
     assert len(tokens) == len(logprobs) == len(versions) == COUNT and found["reason"] == "length"
