@@ -43,9 +43,13 @@ async def main() -> None:
     config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout, "model": {}}})
     manager = await LLMServerManager.create(config)
     [replica] = manager.get_replicas()
+    # verl's client takes a version that is not told for one that is not known yet.
+    await replica.servers[0].set_global_steps.remote(0)
     client = manager.get_client(FullyAsyncLLMServerClient)
     params = {"temperature": 1.0, "top_p": 1.0, "logprobs": True, "ignore_eos": True}
     asked: Any = {"prompt_ids": PROMPT, "sampling_params": params}
+    # The first call starts Ray's actors, which may take longer than the rollout.
+    await client.generate("zero", **asked | {"sampling_params": params | {"max_tokens": 1}})
     rolling = asyncio.create_task(client.generate("one", **asked))
     await asyncio.sleep(1.0)
     await replica.abort_all_requests()
