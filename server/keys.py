@@ -182,19 +182,17 @@ class KeyRing:
         key = self._keys.get(digest(secret))
         if key is None:
             return None
-        name = "" if self._alone and key.role == "user" else key.name
-        limits = key.limits or self.anonymous.limits
-        return Principal(name, key.role, limits, self._accounts[key.name, key.role])
+        return self._principal("" if self._alone and key.role == "user" else key.name, key)
 
     def named(self, name: str) -> Principal | None:
         """The user of this name, as principals have it, if there is such a key still."""
         if not name:
             return self.anonymous if self._alone else None
         found = next((key for key in self._keys.values() if (key.name, key.role) == (name, "user")), None)
-        if found is None or self._alone:
-            return None
-        limits = found.limits or self.anonymous.limits
-        return Principal(name, "user", limits, self._accounts[found.name, found.role])
+        return None if found is None or self._alone else self._principal(name, found)
+
+    def _principal(self, name: str, key: Key) -> Principal:
+        return Principal(name, key.role, key.limits or self.anonymous.limits, self._accounts[key.name, key.role])
 
     def refresh(self, anyway: bool = False) -> bool:
         """Reads the file if it has changed, or ``anyway``; whether it did. One that cannot be used changes nothing, and

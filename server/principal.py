@@ -47,3 +47,8 @@ def principal_of(scope: Scope) -> Principal:
     """Whom the gate let in."""
     found: Principal = scope[SCOPE_ENTRY]
     return found
+
+
+def owner_of(scope: Scope) -> str:
+    """Whose is what is kept: all of the holders of a key see it, since whoever fetches something names no user."""
+    return principal_of(scope).tenant("")

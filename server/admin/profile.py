@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.operations import Profile
-from slipstream.server.admin.asked import body_of
+from slipstream.server.asked import body_of
 from slipstream.server.body import Body
 from slipstream.server.description import Answer, describe
 from slipstream.server.errors import ConflictError, UnavailableError

@@ -18,7 +18,6 @@ from slipstream.drafter.traffic.index import TrafficIndex, TrafficUnusableError
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.errors import ModelError, SlipstreamError
 from slipstream.server.admin import answers
-from slipstream.server.admin.asked import body_of, only
 from slipstream.server.admin.commands import DrafterCommands
 from slipstream.server.admin.schema import (
     EvolveBody,
@@ -30,6 +29,7 @@ from slipstream.server.admin.schema import (
 )
 from slipstream.server.admin.status import status
 from slipstream.server.admin.target import TARGET_BODIES, target_router
+from slipstream.server.asked import body_of, only
 from slipstream.server.body import Body
 from slipstream.server.description import describe, parameter
 from slipstream.server.errors import (

@@ -8,7 +8,6 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from slipstream.server.admin import answers
-from slipstream.server.admin.asked import body_of, only
 from slipstream.server.admin.schema import (
     AbortBody,
     BeginBody,
@@ -25,6 +24,7 @@ from slipstream.server.admin.schema import (
     UpdateBody,
     WakeBody,
 )
+from slipstream.server.asked import body_of, only
 from slipstream.server.body import Body, read_body
 from slipstream.server.description import describe, parameter
 from slipstream.server.errors import InvalidRequestError

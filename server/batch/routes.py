@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 from fastapi import APIRouter, Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from slipstream.server.asked import MAX_BODY_BYTES, body_of, only
 from slipstream.server.batch import answers
 from slipstream.server.batch.records import Batch, StoredFile, fresh
 from slipstream.server.batch.runner import BatchRunner
@@ -24,7 +25,7 @@ from slipstream.server.description import describe, parameter
 from slipstream.server.errors import ConflictError, InvalidRequestError, UnavailableError
 from slipstream.server.headers import header_values
 from slipstream.server.json_response import JSONBody
-from slipstream.server.principal import principal_of
+from slipstream.server.principal import owner_of, principal_of
 from slipstream.server.service import Service
 
 DESCRIBED = (*BODIES, *answers.ANSWERS)
@@ -32,7 +33,6 @@ MOST_FILES, MOST_BATCHES = 10_000, 100
 MOST_NAME_CHARS = 255
 PIECE_BYTES = 2**18
 RETRY_DISK_S = 5
-MAX_BODY_BYTES = 32 * 2**10
 PAGE = [parameter("limit", type="integer"), parameter("after", type="string")]
 FILES_PAGE = [
     *PAGE,
@@ -51,11 +51,6 @@ async def ask(method: Callable[Parameters, Result], *arguments: Parameters.args,
         raise UnavailableError(
             f"--batch-folder cannot be used: {error}", code="storage_unusable", retry_after_s=RETRY_DISK_S
         ) from error
-
-
-def owner_of(request: Request) -> str:
-    """Whose files are seen: all of the holders of a key."""
-    return principal_of(request.scope).tenant("")
 
 
 def batch_router(service: Service, app: ASGIApp) -> APIRouter:
@@ -87,7 +82,7 @@ def batch_router(service: Service, app: ASGIApp) -> APIRouter:
             now = int(time.time())
             stored = StoredFile(
                 id=fresh("file-"),
-                owner=owner_of(request),
+                owner=owner_of(request.scope),
                 bytes=found.size or 0,
                 created_at=now,
                 expires_at=now + seconds_kept(body.expires_after),
@@ -107,7 +102,7 @@ def batch_router(service: Service, app: ASGIApp) -> APIRouter:
             raise InvalidRequestError(f"order: asc or desc, not {order[:60]!r}", param="order")
         limit = page_size(query, MOST_FILES, MOST_FILES)
         found = await ask(
-            store.files, owner_of(request), query.get("purpose"), query.get("after"), limit, order == "desc"
+            store.files, owner_of(request.scope), query.get("purpose"), query.get("after"), limit, order == "desc"
         )
         return JSONBody(page(*found))
 
@@ -115,32 +110,34 @@ def batch_router(service: Service, app: ASGIApp) -> APIRouter:
     async def content(request: Request, name: str) -> Response:
         """What is in a file."""
         store = store_of()
-        found = await ask(store.file, owner_of(request), name)
+        found = await ask(store.file, owner_of(request.scope), name)
         return FileBody(store.path(found.id), found.bytes)
 
     @router.get("/v1/files/{name}", openapi_extra=describe(answers.FileObject, 404, 409, 503))
     async def file(request: Request, name: str) -> Response:
         """What is known of a file."""
-        found = await ask(store_of().file, owner_of(request), name)
+        found = await ask(store_of().file, owner_of(request.scope), name)
         return JSONBody(found.shown())
 
     @router.delete("/v1/files/{name}", openapi_extra=describe(answers.FileDeleted, 404, 409, 503))
     async def delete(request: Request, name: str) -> Response:
         """Delete a file."""
-        await ask(store_of().delete_file, owner_of(request), name)
+        await ask(store_of().delete_file, owner_of(request.scope), name)
         return JSONBody({"id": name, "object": "file", "deleted": True})
 
     @router.post("/v1/batches", openapi_extra=describe(answers.BatchObject, 409, 429, 503, bodies=[CreateBatchBody]))
     async def create(request: Request) -> Response:
         """Have the requests of a file answered when there is time."""
         store = store_of()
-        body = parse(CreateBatchBody, await read_body(request, body_limit(service)), "error")
+        body = parse(
+            CreateBatchBody, await read_body(request, min(service.config.max_body_bytes, MAX_BODY_BYTES)), "error"
+        )
         read_statement(request, None, None, service.traffic.traffic_consent)  # it has to mean something
         principal = principal_of(request.scope)
         now = int(time.time())
         batch = Batch(
             id=fresh("batch_"),
-            owner=owner_of(request),
+            owner=owner_of(request.scope),
             key=principal.key,
             headers=said_of_all(request),
             endpoint=body.endpoint,
@@ -163,12 +160,12 @@ def batch_router(service: Service, app: ASGIApp) -> APIRouter:
         store = store_of()
         query = only(request, "limit", "after")
         limit = page_size(query, 20, MOST_BATCHES)
-        return JSONBody(page(*await ask(store.batches, owner_of(request), query.get("after"), limit)))
+        return JSONBody(page(*await ask(store.batches, owner_of(request.scope), query.get("after"), limit)))
 
     @router.get("/v1/batches/{name}", openapi_extra=describe(answers.BatchObject, 404, 409, 503))
     async def one_batch(request: Request, name: str) -> Response:
         """How far a batch is."""
-        return JSONBody((await ask(store_of().batch, owner_of(request), name)).shown())
+        return JSONBody((await ask(store_of().batch, owner_of(request.scope), name)).shown())
 
     @router.post(
         "/v1/batches/{name}/cancel",
@@ -177,7 +174,7 @@ def batch_router(service: Service, app: ASGIApp) -> APIRouter:
     async def cancel(request: Request, name: str) -> Response:
         """End a batch; what is answered by then is kept."""
         store = store_of()
-        parse(CancelBatchBody, await read_body(request, body_limit(service)) or b"{}", "error")
+        await body_of(service, request, CancelBatchBody)
 
         def become_cancelling(batch: Batch) -> None:
             if batch.status in ("validating", "in_progress"):
@@ -185,7 +182,7 @@ def batch_router(service: Service, app: ASGIApp) -> APIRouter:
             elif batch.status not in ("cancelling", "cancelled"):
                 raise ConflictError(f"{name} is {batch.status}, and cannot be cancelled", code="batch_not_cancellable")
 
-        batch = await ask(store.change, owner_of(request), name, become_cancelling)
+        batch = await ask(store.change, owner_of(request.scope), name, become_cancelling)
         wake()
         return JSONBody(batch.shown())
 
@@ -207,10 +204,6 @@ class FileBody(Response):
                 left -= len(piece)
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
-
-
-def body_limit(service: Service) -> int:
-    return min(service.config.max_body_bytes, MAX_BODY_BYTES)
 
 
 def seconds_kept(asked: KeptAfter | None) -> int:
@@ -236,11 +229,3 @@ def page_size(query: dict[str, str], default: int, most: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 6 and 1 <= int(text) <= most):
         raise InvalidRequestError(f"limit: 1 to {most}, not {text[:60]!r}", param="limit")
     return int(text)
-
-
-def only(request: Request, *names: str) -> dict[str, str]:
-    """The query's parameters; raises InvalidRequestError for one that is none of these."""
-    for name in request.query_params:
-        if name not in names:
-            raise InvalidRequestError(f"unknown parameter {name[:60]!r}", param=name, code="unknown_parameter")
-    return dict(request.query_params)

@@ -19,7 +19,7 @@ from slipstream.server.generation import Generation
 from slipstream.server.json_response import JSONBody
 from slipstream.server.openai.chat import begin_chat
 from slipstream.server.prepared import Prepared
-from slipstream.server.principal import principal_of
+from slipstream.server.principal import owner_of
 from slipstream.server.respond.prepare import Responding, framed
 from slipstream.server.respond.schema import CancelResponseBody, RespondBody
 from slipstream.server.respond.store import ResponseStore, Stored
@@ -43,7 +43,7 @@ class Responder:
 
     async def create(self, request: Request) -> Response:
         arrival = time.monotonic()
-        service, owner = self._service, owner_of(request)
+        service, owner = self._service, owner_of(request.scope)
         before: Stored | None = None
 
         async def with_history(raw: bytes) -> bytes:
@@ -85,10 +85,10 @@ class Responder:
     def retrieve(self, request: Request, name: str) -> Response:
         if request.query_params.get("stream", "false").lower() not in ("false", "0"):
             raise InvalidRequestError("stream: a response that is kept comes as a whole", param="stream")
-        return LargeResponse(self._service, self._store.get(owner_of(request), name).body)
+        return LargeResponse(self._service, self._store.get(owner_of(request.scope), name).body)
 
     async def delete(self, request: Request, name: str) -> Response:
-        stored = self._store.get(owner_of(request), name)
+        stored = self._store.get(owner_of(request.scope), name)
         stored.is_wanted = False
         self._store.drop(stored)
         if stored.is_open:
@@ -98,7 +98,7 @@ class Responder:
     async def cancel(self, request: Request, name: str) -> Response:
         """One that has ended is answered as it is."""
         parse(CancelResponseBody, await read_body(request, self._service.config.max_body_bytes) or b"{}", "error")
-        stored = self._store.get(owner_of(request), name)
+        stored = self._store.get(owner_of(request.scope), name)
         if stored.is_open:
             stored.abort()
             with contextlib.suppress(TimeoutError):
@@ -159,8 +159,3 @@ class KeptResponse(GenerationResponse):
                 self._stored.is_open = False
                 self._stored.ended.set()
                 self._store.drop(self._stored)
-
-
-def owner_of(request: Request) -> str:
-    """Whose responses are seen: all of the holders of a key, since whoever fetches one names no user."""
-    return principal_of(request.scope).tenant("")

@@ -1,4 +1,4 @@
-"""What a request to the admin API says: its body and its query."""
+"""What a small request says, to the admin API for example: its body and its query."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def only(request: Request, *names: str) -> dict[str, str]:
     """The query's parameters; raises InvalidRequestError for one that is none of these."""
     for name in request.query_params:
         if name not in names:
-            raise InvalidRequestError(f"unknown parameter {name!r}", param=name, code="unknown_parameter")
+            raise InvalidRequestError(f"unknown parameter {name[:60]!r}", param=name, code="unknown_parameter")
     return dict(request.query_params)
