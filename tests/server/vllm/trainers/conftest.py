@@ -8,11 +8,25 @@ import sys
 import venv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[4]
 INSTALL_S = 1200
+
+
+@pytest.fixture(scope="session")
+def scores() -> Callable[..., list[float]]:
+    """Log-probabilities of an answer's tokens by the weights that a server has now."""
+
+    def ask(server: Any, prompt: list[int], tokens: list[int]) -> list[float]:
+        body = {"input_ids": prompt + tokens, "sampling_params": {"max_new_tokens": 0}}
+        status, answer = server.post("/generate", body | {"return_logprob": True, "logprob_start_len": len(prompt)})
+        assert status == 200, answer
+        return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]]
+
+    return ask
 
 
 @pytest.fixture(scope="session")

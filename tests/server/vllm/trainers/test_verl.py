@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 
 pytestmark = pytest.mark.slow
 COUNT = 3000
@@ -31,32 +30,23 @@ def test_its_rollout(
     environment: Callable[..., str],
     start_local: Callable[..., Any],
     tiny_model: Path,
-    policy: Any,
-    tmp_path: Path,
+    other_model: Path,
+    scores: Callable[..., list[float]],
 ) -> None:
     python = environment("verl", *PACKAGES, dependencies=False)
-    for file in tiny_model.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    save_file(policy(1), tmp_path / "model.safetensors")
     server = start_local(dtype="float32")
     script = str(Path(__file__).with_name("verl_client.py"))
-    found = json.loads(run(python, script, server.url, str(tmp_path), str(COUNT)).strip().splitlines()[-1])
+    found = json.loads(run(python, script, server.url, str(other_model), str(COUNT)).strip().splitlines()[-1])
     tokens, logprobs = found["tokens"], found["logprobs"]
     assert len(tokens) == len(logprobs) == COUNT and found["reason"] == "length"
     assert found["steps"] == [0, 7]
     assert found["waits"] and found["after"] == [4, 7]
     assert found["refused"] == [[], "aborted"] and found["again"] == [4, 8]
 
-    def scored() -> list[float]:
-        body = {"input_ids": PROMPT + tokens, "sampling_params": {"max_new_tokens": 0}}
-        status, answer = server.post("/generate", body | {"return_logprob": True, "logprob_start_len": len(PROMPT)})
-        assert status == 200, answer
-        return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]]
-
     # Every token, in its place, is as likely as one of the two policies says: none is lost and none repeated.
-    new = scored()
+    new = scores(server, PROMPT, tokens)
     server.post("/update_weights_from_disk", {"model_path": str(tiny_model)})
-    old = scored()
+    old = scores(server, PROMPT, tokens)
     close = [abs(said - one) < 1e-3 for said, one in zip(logprobs, old, strict=True)]
     begun = close.index(False)
     assert 0 < begun < COUNT
