@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftNeeds, DraftRow, Proposal
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
+from slipstream.kernels.compute import Choose
 from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.readback import Readback
 
 EVIDENCE_BORDERS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
 """Least probability of a draft token for each level but the lowest.
 
 A level has two numbers of evidence, for most likely tokens and, one higher, for those of a race: what is learned of the
 ones says little of the others."""
+DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Draft tokens that the device makes at once: as many as the next of these says, for each of which it has a graph."""
 RUNNERS = 8
 """Those of a race whose scores tell how likely each of them is to win the target's, too."""
 SHARPNESS = 0.3
@@ -122,6 +128,10 @@ class AutoregressiveDrafter(Drafter):
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         """The network's output after one draft token more per segment; ``hidden`` is the output before."""
 
+    def _draft(self, batch: RaggedBatch, hidden: Tensor, steps: Int32, depth: int, choose: Choose) -> Tensor | None:
+        """See ``Stack.draft``."""
+        return None
+
     @abstractmethod
     def _scores(self, hidden: Tensor) -> Tensor:
         """Logits of the draft vocabulary [rows, n] float32."""
@@ -142,6 +152,47 @@ class AutoregressiveDrafter(Drafter):
         hidden = self._catch_up(live)
         self._host.scratch.reset()
         drafts = [_Draft(row, self._host.scratch.count // len(live)) for row in live]
+        if self._width > 1 or not self._draft_at_once(drafts, hidden):
+            self._draft_by_depth(drafts, hidden)
+        proposals = {id(draft.row): draft.proposal() for draft in drafts}
+        return [proposals.get(id(row)) for row in rows]
+
+    def _draft_at_once(self, drafts: list[_Draft], hidden: Tensor) -> bool:
+        """Chains that the device makes by itself, read once; False where it cannot.
+
+        It goes on where a chain should stop, and what follows is left out.
+        """
+        rows = [draft.row for draft in drafts]
+        starts = [self._position(row) for row in rows]
+        steps = [min(row.most - 1, row.mapped - start) for row, start in zip(rows, starts, strict=True)]
+        depth = next((depth for depth in DEPTHS if max(steps) < depth), None)
+        if depth is None:
+            return False
+        races = [row.params.temperature > 0 for row in rows]
+        choose = _Choice(self._vocabulary, any(races), not all(races))
+        batch = self._batch(
+            rows, *np.array(([0] * len(rows), [1] * len(rows), [start + 1 for start in starts]), np.int32)
+        )
+        if any(races):
+            batch = replace(batch, columns=_parameters(rows, 0))
+        told = self._draft(batch, hidden, np.array(steps, np.int32), depth, choose)
+        if told is None:
+            return False
+        found = Readback(told).wait().numpy()
+        tokens, likely = (
+            found[:, :, 0].tolist(),
+            np.ascontiguousarray(found[:, :, 1:]).view(np.float64)[:, :, 0].tolist(),
+        )
+        for at, draft in enumerate(drafts):
+            for node in range(steps[at] + 1):
+                if likely[node][at] > 0:
+                    draft.add(node - 1, [tokens[node][at]], [likely[node][at]])
+                if likely[node][at] <= 0 or draft.chance[node] < self._stop_below:
+                    break
+        return True
+
+    def _draft_by_depth(self, drafts: list[_Draft], hidden: Tensor) -> None:
+        live = [draft.row for draft in drafts]
         beams = [_Beam(draft, -1, draft.row.slot, draft.row.mapped) for draft in drafts]
         for depth in range(max(row.most for row in live)):
             for beam, (likely, tokens) in zip(beams, self._choose(beams, depth, hidden), strict=True):
@@ -153,8 +204,6 @@ class AutoregressiveDrafter(Drafter):
                 self._kv.copy_blocks(copies)
             beams = [beam for beam, _ in goes_on]
             hidden = self._advance(self._next(beams, depth), hidden[[before for _, before in goes_on]])
-        proposals = {id(draft.row): draft.proposal() for draft in drafts}
-        return [proposals.get(id(row)) for row in rows]
 
     def _go_on(self, beams: list[_Beam], depth: int) -> tuple[list[tuple[_Beam, int]], list[tuple[int, int]]]:
         """The paths to follow, each with the index of the one it goes on from; and the blocks to copy for that.
@@ -242,18 +291,53 @@ class AutoregressiveDrafter(Drafter):
 
     def _race(self, scores: Tensor, rows: Sequence[DraftRow], depth: int) -> tuple[Tensor, Tensor]:
         """The same of the first of each row's race for the token ``depth`` after its next one; 0 where nobody runs."""
-        numbers = np.empty((6, len(rows)))
-        for at, row in enumerate(rows):
-            params = row.params
-            numbers[:4, at] = params.temperature, params.top_k, params.min_p, params.top_p
-        whole = numbers[4:].view(np.int64)
-        whole[0] = np.array([row.seed for row in rows], np.uint64).view(np.int64)
-        whole[1] = [row.index + depth for row in rows]
-        there = torch.from_numpy(numbers).to(scores.device)  # in one copy
-        temperature, top_k, min_p, top_p = there[:4].float()
-        seeds, indices = there[4:].view(torch.int64)
-        weights = ops.distribution(scores, temperature, top_k.int(), min_p, top_p)
-        columns, wins = ops.race(weights, seeds, indices, max(self._width, RUNNERS), self._vocabulary)
-        likely = wins.double() ** SHARPNESS
-        likely /= likely.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        return likely[:, : self._width], columns[:, : self._width].clamp(min=0)
+        parameters = [torch.from_numpy(column).to(scores.device) for column in _parameters(rows, depth)]
+        return _raced(scores, parameters, self._width, self._vocabulary)
+
+
+def _parameters(rows: Sequence[DraftRow], depth: int) -> tuple[NDArray[Any], ...]:
+    """What rows draw the token ``depth`` after their next one with: the four parameters, seeds, and indices."""
+    params = [row.params for row in rows]
+    numbers = [(each.temperature, each.min_p, each.top_p) for each in params]
+    temperature, min_p, top_p = np.ascontiguousarray(np.array(numbers, np.float32).T)
+    seeds = np.array([row.seed for row in rows], np.uint64).view(np.int64)
+    indices = np.array([row.index + depth for row in rows], np.int64)
+    return temperature, np.array([each.top_k for each in params], np.int32), min_p, top_p, seeds, indices
+
+
+def _raced(
+    scores: Tensor, parameters: Sequence[Tensor], width: int, vocabulary: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See ``AutoregressiveDrafter._race``."""
+    *filters, seeds, indices = parameters
+    weights = ops.distribution(scores, *filters)
+    columns, wins = ops.race(weights, seeds, indices, max(width, RUNNERS), vocabulary)
+    likely = wins.double() ** SHARPNESS
+    likely /= likely.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return likely[:, :width], columns[:, :width].clamp(min=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The next draft token of each row, on the device."""
+
+    vocabulary: Tensor | None
+    races: bool
+    """Whether a row draws; the columns are then its parameters."""
+    is_greedy: bool
+    """Whether a row does not."""
+
+    @property
+    def kind(self) -> Hashable:
+        return self.races, self.is_greedy, id(self.vocabulary)
+
+    def __call__(self, logits: Tensor, step: int, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        best, likely = ops.argmax_with_probability(logits)
+        best, likely = best.clamp(min=0).long(), likely.double()
+        if self.races:
+            *filters, seeds, indices = columns
+            wins, drawn = _raced(logits, (*filters, seeds, indices + step), 1, self.vocabulary)
+            draws = filters[0] > 0
+            best, likely = torch.where(draws, drawn[:, 0], best), torch.where(draws, wins[:, 0], likely)
+        tokens = (best if self.vocabulary is None else self.vocabulary.index_select(0, best)).int()
+        return tokens, torch.cat((tokens[:, None], likely[:, None].view(torch.int32)), 1)

@@ -7,7 +7,7 @@ Models and drafters name neither: they ask their ``Compute`` for what they need.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -118,6 +118,17 @@ class Forward:
     """The batch's columns on the device; valid until the next forward pass."""
 
 
+class Choose(Protocol):
+    """Chooses draft tokens on the device, by operations that can be recorded."""
+
+    @property
+    def kind(self) -> Hashable:
+        """Those of the same kind do the same with the same memory."""
+
+    def __call__(self, logits: Tensor, step: int, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Tokens [rows] int32, and what is to be told of them [rows, …] int32; may overwrite logits [rows, n]."""
+
+
 class LayerWeights(Protocol):
     """The weights of one layer."""
 
@@ -151,6 +162,20 @@ class Stack(Protocol):
         ``hidden`` [num_tokens, hidden], which may be overwritten, is the input of the first layer; without it that is
         the embeddings of the tokens. ``taps``, ascending: layers whose inputs are wanted; their number for the last
         one's output.
+        """
+
+    def draft(
+        self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor, steps: Int32, depth: int, choose: Choose
+    ) -> Tensor | None:
+        """``depth`` tokens per sequence, each fed back, as one piece of work; None where it cannot do that.
+
+        Args:
+            batch: a token per sequence, at the place of the first draft token; which ones does not matter. Its columns
+                have an entry per sequence, and go to ``choose``.
+            hidden: [sequences, width], the output before.
+            steps: [sequences] draft tokens whose keys and values there are blocks for; what follows them says nothing.
+        Returns:
+            What ``choose`` tells, [depth, sequences, …] int32; valid until the next call.
         """
 
     def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import Compute, Formats, Forward, LayerShape, LayerWeights, Stack
+from slipstream.kernels.compute import Choose, Compute, Formats, Forward, LayerShape, LayerWeights, Stack
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
 from slipstream.kernels.mixture import MixtureWeights
 from slipstream.kernels.weight import DenseWeight, Weight
@@ -238,6 +238,11 @@ class TorchStack:
             tapped.append(x)
         columns = tuple(torch.from_numpy(column).to(self._device) for column in batch.columns)
         return Forward(x, torch.stack(tapped, dim=1).float() if tapped else None, columns)
+
+    def draft(
+        self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor, steps: Int32, depth: int, choose: Choose
+    ) -> Tensor | None:
+        return None
 
     def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:
         x = hidden.to(self._dtype)

@@ -23,7 +23,8 @@ from slipstream.engine.models.loader import SPARE_BYTES, available_memory
 from slipstream.engine.models.protocol import CausalModel, DecoderModel
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow, LearnedDrafter, Proposal
-from slipstream.kernels.batch import RaggedBatch
+from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.compute import Choose
 from slipstream.kernels.kv_cache import PagedKVCache
 
 MOST_PENDING = 512
@@ -337,6 +338,9 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         return self._network.forward(batch, hidden)
+
+    def _draft(self, batch: RaggedBatch, hidden: Tensor, steps: Int32, depth: int, choose: Choose) -> Tensor | None:
+        return self._network.draft(batch, hidden, steps, depth, choose)
 
     def _scores(self, hidden: Tensor) -> Tensor:
         return self._network.logits(hidden)

@@ -12,7 +12,8 @@ from slipstream.engine.background import breathe
 from slipstream.engine.models.config import cache_shape, rope_tables
 from slipstream.engine.models.protocol import DecoderModel
 from slipstream.engine.models.weights import pieces
-from slipstream.kernels.batch import RaggedBatch
+from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.compute import Choose
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.weight import Weight
 
@@ -135,6 +136,10 @@ class HeadNetwork:
             embedding = self._target.embedding.rows(torch.from_numpy(batch.token_ids).to(hidden.device))
             hidden = self._weights.fc(torch.cat((embedding, hidden.to(embedding.dtype)), dim=-1))
         return self._stack.forward(batch, self.cache, hidden).hidden.float()
+
+    def draft(self, batch: RaggedBatch, hidden: Tensor, steps: Int32, depth: int, choose: Choose) -> Tensor | None:
+        """See ``Stack.draft``; ``forward`` and ``logits`` for several draft tokens at once."""
+        return self._stack.draft(batch, self.cache, hidden, steps, depth, choose) if self._is_third else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, draft vocabulary] float32; valid until the next call."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import PACKED, Compute, Formats, Forward, LayerShape, LayerWeights, Stack
+from slipstream.kernels.compute import PACKED, Choose, Compute, Formats, Forward, LayerShape, LayerWeights, Stack
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.native.kv_cache import NativeKVCache
 from slipstream.kernels.native.layer import NativeLayer, matrix_shapes
@@ -93,6 +93,11 @@ class NativeStack:
         c = c_batch(batch)
         self._library.slip_forward(ctypes.byref(self._c), ctypes.byref(c), address(hidden), self._memory(tokens))
         return Forward(hidden, features, tuple(map(torch.from_numpy, batch.columns)))
+
+    def draft(
+        self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor, steps: Int32, depth: int, choose: Choose
+    ) -> Tensor | None:
+        return None
 
     def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:
         count, vocab = len(hidden) if rows is None else len(rows), self._weights[3].n

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from slipstream.kernels import ops
 from slipstream.kernels.attention.backend import AttentionBackend
 from slipstream.kernels.attention.choice import against, wanted
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import Formats, Forward, LayerShape, LayerWeights, Stack
+from slipstream.kernels.compute import Choose, Formats, Forward, LayerShape, LayerWeights, Stack
 from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
 from slipstream.kernels.torch_stack import TorchCompute, embedding_scale
 from slipstream.kernels.triton import activation, experts, launch, norm
@@ -121,9 +122,7 @@ class TritonStack:
         self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()
     ) -> Forward:
         assert isinstance(cache, TritonKVCache)
-        if self._recorded_for is None or cache.memory is not self._recorded_for():
-            self._graphs.forget(self)
-            self._recorded_for = weakref.ref(cache.memory)
+        self._follow(cache)
         mirror = self._mirror(batch.block_tables)
         changes = mirror.changes(batch)
         longest, tokens = int(batch.kv_len.max(initial=1)), batch.num_tokens
@@ -137,7 +136,7 @@ class TritonStack:
         on_device, columns = self._send(arrays, mirror, changes, batch, room.slab, room.positions, room.cells)
         if hidden is not None:
             room.hidden[:tokens].copy_(hidden)
-        context = next((most for most in CONTEXTS if longest <= most), len(self._ropes[0][0]))
+        context = self._context(longest)
         given = None if hidden is None else room.hidden
 
         def work() -> Forward:
@@ -147,6 +146,57 @@ class TritonStack:
         # The next step overwrites what a graph returns.
         features = None if done.features is None else done.features[:tokens].clone()
         return Forward(done.hidden[:tokens].clone(), features, columns)
+
+    def draft(
+        self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor, steps: Int32, depth: int, choose: Choose
+    ) -> Tensor | None:
+        assert isinstance(cache, TritonKVCache)
+        count = batch.num_segments
+        bucket = self._graphs.bucket(count) if cache.is_recordable else None
+        if bucket is None:
+            return None
+        self._follow(cache)
+        room, mirror = self._room(bucket), self._mirror(batch.block_tables)
+        ends = batch.kv_len + np.int32(depth - 1)
+        changes = mirror.changes(replace(batch, kv_len=ends))
+        columns = [np.pad(column, (0, bucket - count)) for column in (steps, *batch.columns)]
+        # What is not always of one size comes last, so that the graph finds everything where it was.
+        arrays = [*padded(batch, bucket), *columns, changes]
+        if not room.has_room(arrays):
+            return None
+        ids, starts, lengths, rows, mirrors, left, *others, changed = self._staging.send(arrays, room.slab)
+        _update(mirror, changed, changes)
+        given = (ids, starts, lengths, rows, mirrors, mirror.tables, room.positions, room.cells)
+        on_device = DeviceBatch(*given, batch.block_size)
+        room.hidden[:count].copy_(hidden)
+        context = self._context(int(ends.max(initial=1)))
+
+        def work() -> Tensor:
+            found, x = [], room.hidden
+            for step in range(depth):
+                tokens, told = choose(self.logits(x), step, others)
+                found.append(told)
+                if step + 1 < depth:
+                    ids.copy_(tokens)
+                    if step:  # rows without a sequence stay so
+                        lengths.add_(lengths.clamp(max=1))
+                    plan = cache.plan_on_device(on_device, context, prompt=False)
+                    x = self._run(on_device, plan, x, (), left > step).hidden
+            return torch.stack(found)
+
+        key = ("draft", room.tokens, context, depth, choose.kind, id(mirror))
+        told: Tensor = self._graphs.run(self, key, work)
+        return told[:, :count]
+
+    def _follow(self, cache: TritonKVCache) -> None:
+        """Graphs read and write one cache."""
+        if self._recorded_for is None or cache.memory is not self._recorded_for():
+            self._graphs.forget(self)
+            self._recorded_for = weakref.ref(cache.memory)
+
+    def _context(self, longest: int) -> int:
+        """The reach of the graph that such sequences take."""
+        return next((most for most in CONTEXTS if longest <= most), len(self._ropes[0][0]))
 
     def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:
         x = hidden.to(self._dtype)
@@ -186,16 +236,26 @@ class TritonStack:
     ) -> tuple[DeviceBatch, tuple[Tensor, ...]]:
         """The batch on the device, and its columns: the arrays are five of the batch, the changes, and the columns."""
         ids, starts, lengths, rows, mirrors, changed, *columns = self._staging.send(arrays, slab)
-        if len(changes):
-            update_tables(mirror.tables, changed)
-            mirror.told(changes)
+        _update(mirror, changed, changes)
         given = (ids, starts, lengths, rows, mirrors, mirror.tables, positions, cells)
         return DeviceBatch(*given, host.block_size, host.latest), tuple(columns)
 
-    def _run(self, batch: DeviceBatch, plan: TritonPlan, hidden: Tensor | None, taps: tuple[int, ...]) -> Forward:
-        """Everything of a step that only reads and writes memory of the device."""
+    def _run(
+        self,
+        batch: DeviceBatch,
+        plan: TritonPlan,
+        hidden: Tensor | None,
+        taps: tuple[int, ...],
+        stored: Tensor | None = None,
+    ) -> Forward:
+        """Everything of a step that only reads and writes memory of the device.
+
+        Only ``stored`` tokens [tokens] have a place for keys and values; by default all.
+        """
         shape, eps = self._shape, self._shape.norm_eps
         place(batch)
+        if stored is not None:
+            batch.cells.masked_fill_(~stored, -1)
         embedding = None
         if hidden is None or shape.reads == "both":
             embedding = self._embedding.rows(batch.token_ids).to(self._dtype)
@@ -265,6 +325,12 @@ class TritonStack:
         if tokens not in self._rooms:
             self._rooms[tokens] = _Room(tokens, self._shape.hidden, self._dtype, self._device)
         return self._rooms[tokens]
+
+
+def _update(mirror: TableMirror, changed: Tensor, changes: Int32) -> None:
+    if len(changes):
+        update_tables(mirror.tables, changed)
+        mirror.told(changes)
 
 
 class InvariantWeight(DenseWeight):

@@ -144,6 +144,35 @@ def test_a_step_is_launched_before_the_last_one_is_read(tiny: str, monkeypatch: 
         expected.close()
 
 
+def test_a_heads_chain_is_one_graph_and_one_copy_back(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are those that are made token by token, of greedy requests, drawn ones, and both side by side."""
+    policy = HEAD | {"speculation_policy": "fixed", "max_draft_tokens": 3}
+    told = []
+    with ops.use_backend("triton"):
+        for pool, length in ((graphs.GraphPool, 62), (RecordingPool, 63)):  # models of one length are one
+            monkeypatch.setattr(graphs, "GraphPool", pool)
+            made = engine(tiny, "triton", max_model_len=length, **policy)
+            head = next(iter(made.engine.runner.speculator.drafters))
+            propose, found, traffic = head.propose, [], HostTraffic()
+
+            def watched(rows: Any, propose: Any = propose, found: Any = found, traffic: Any = traffic) -> Any:
+                before = traffic.to_host
+                with traffic:
+                    proposals = propose(rows)
+                drafts = sorted((each.tokens, each.parents, each.evidence) for each in proposals if each)
+                found.append((drafts, traffic.to_host - before))
+                return proposals
+
+            monkeypatch.setattr(head, "propose", watched)
+            tokens = answers(made)
+            made.close()
+            told.append((tokens, *zip(*found, strict=True)))
+    (one, drafts, by_depth), (other, of_graph, at_once) = told
+    assert one == other and drafts == of_graph
+    assert min(by_depth) > 1 and set(at_once) == {1}
+    assert any(len(tokens) > 1 for rows in drafts for tokens, _, _ in rows), "no chain was long enough"
+
+
 def test_what_keeps_triton_from_running_is_said(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader.launch, "runs_on", lambda device: False)
     with pytest.raises(ConfigError, match=r"--kernels triton.*there is no GPU"):
