@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -91,7 +92,9 @@ def test_tokens_are_those_of_torch(tiny: str, options: dict[str, Any], monkeypat
     monkeypatch.setattr(runner, "launch", launched)
     monkeypatch.setattr(runner, "collect", collected)
     try:
-        assert answers(found) == answers(expected)
+        with ops.use_backend("triton") if options == HEAD else nullcontext():  # recorded graphs know no others
+            told = answers(found)
+        assert told == answers(expected)
         assert found.engine.runner.model.kernels == "triton-cpu" and len(MADE) >= 2
         assert bool(sum(drafted)) == bool(options)
         if not options:
