@@ -164,25 +164,22 @@ class AutoregressiveDrafter(Drafter):
         """
         rows = [draft.row for draft in drafts]
         starts = [self._position(row) for row in rows]
-        steps = [min(row.most - 1, row.mapped - start) for row, start in zip(rows, starts, strict=True)]
+        steps = [max(0, min(row.most - 1, row.mapped - start)) for row, start in zip(rows, starts, strict=True)]
         depth = next((depth for depth in DEPTHS if max(steps) < depth), None)
         if depth is None:
             return False
         races = [row.params.temperature > 0 for row in rows]
-        choose = _Choice(self._vocabulary, any(races), not all(races))
-        batch = self._batch(
-            rows, *np.array(([0] * len(rows), [1] * len(rows), [start + 1 for start in starts]), np.int32)
-        )
+        choose = _Choice(self._vocabulary, any(races))
+        ends = np.array(starts, np.int32) + 1
+        batch = self._batch(rows, np.zeros_like(ends), np.ones_like(ends), ends)
         if any(races):
             batch = replace(batch, columns=_parameters(rows, 0))
         told = self._draft(batch, hidden, np.array(steps, np.int32), depth, choose)
         if told is None:
             return False
         found = Readback(told).wait().numpy()
-        tokens, likely = (
-            found[:, :, 0].tolist(),
-            np.ascontiguousarray(found[:, :, 1:]).view(np.float64)[:, :, 0].tolist(),
-        )
+        tokens = found[:, :, 0].tolist()
+        likely = np.ascontiguousarray(found[:, :, 1:]).view(np.float64)[:, :, 0].tolist()
         for at, draft in enumerate(drafts):
             for node in range(steps[at] + 1):
                 if likely[node][at] > 0:
@@ -323,13 +320,11 @@ class _Choice:
 
     vocabulary: Tensor | None
     races: bool
-    """Whether a row draws; the columns are then its parameters."""
-    is_greedy: bool
-    """Whether a row does not."""
+    """Whether a row draws; the columns are then the parameters of all."""
 
     @property
     def kind(self) -> Hashable:
-        return self.races, self.is_greedy, id(self.vocabulary)
+        return self.races, id(self.vocabulary)
 
     def __call__(self, logits: Tensor, step: int, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         best, likely = ops.argmax_with_probability(logits)

@@ -173,7 +173,8 @@ class Stack(Protocol):
             batch: a token per sequence, at the place of the first draft token; which ones does not matter. Its columns
                 have an entry per sequence, and go to ``choose``.
             hidden: [sequences, width], the output before.
-            steps: [sequences] draft tokens whose keys and values there are blocks for; what follows them says nothing.
+            steps: [sequences] draft tokens whose keys and values there are blocks for, at most ``depth`` - 1; tokens
+                after those and one more say nothing.
         Returns:
             What ``choose`` tells, [depth, sequences, …] int32; valid until the next call.
         """

@@ -157,7 +157,7 @@ class TritonStack:
             return None
         self._follow(cache)
         room, mirror = self._room(bucket), self._mirror(batch.block_tables)
-        ends = batch.kv_len + np.int32(depth - 1)
+        ends = batch.kv_len + steps - 1
         changes = mirror.changes(replace(batch, kv_len=ends))
         columns = [np.pad(column, (0, bucket - count)) for column in (steps, *batch.columns)]
         # What is not always of one size comes last, so that the graph finds everything where it was.
@@ -171,17 +171,17 @@ class TritonStack:
         room.hidden[:count].copy_(hidden)
         context = self._context(int(ends.max(initial=1)))
 
-        def work() -> Tensor:
+        def work() -> Tensor:  # what was sent is as it was afterwards, since recording runs it several times
             found, x = [], room.hidden
             for step in range(depth):
                 tokens, told = choose(self.logits(x), step, others)
                 found.append(told)
                 if step + 1 < depth:
                     ids.copy_(tokens)
-                    if step:  # rows without a sequence stay so
-                        lengths.add_(lengths.clamp(max=1))
-                    plan = cache.plan_on_device(on_device, context, prompt=False)
-                    x = self._run(on_device, plan, x, (), left > step).hidden
+                    # A sequence without a block for the next place stays where it is; rows without one stay so.
+                    now = replace(on_device, kv_len=(lengths + (left - 1).clamp(max=step)).clamp(min=0))
+                    plan = cache.plan_on_device(now, context, prompt=False)
+                    x = self._run(now, plan, x, (), left > step).hidden
             return torch.stack(found)
 
         key = ("draft", room.tokens, context, depth, choose.kind, id(mirror))

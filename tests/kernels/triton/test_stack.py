@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -177,6 +178,42 @@ def test_nothing_of_a_batch_is_baked_into_a_graph() -> None:
         compute.graphs.forget(stack)
     one, other = (graph.trace for graph in graphs)
     assert one == other and len(one) > 10
+
+
+class Likeliest:
+    kind = "likeliest"
+
+    def __call__(self, logits: Tensor, step: int, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        tokens = logits.argmax(-1).int()
+        return tokens, torch.stack((tokens, columns[0] + step), 1)
+
+
+def test_a_chain_is_that_of_one_token_after_another() -> None:
+    """Also after runs before recording, of sequences that have no place for so many tokens, and stores nothing more."""
+    shape = replace(SMALL, reads="both")
+    eager, cache = built(TritonCompute(Formats.of(torch.float32), CPU), shape, (5,))
+    compute, graphs = recording()
+    record = compute.graphs._record
+    compute.graphs._record = lambda graph, work: (work(), record(graph, work))[1]  # type: ignore[method-assign]
+    replayed, other_cache = built(compute, shape, (5,))
+    given = torch.randn(3, shape.hidden, generator=torch.Generator().manual_seed(2))
+    depth = 4
+    for rows, ends, steps in (([0, 1, 2], [5, 9, 17], [3, 1, 2]), ([2, 3, 1], [12, 33, 32], [2, 0, 1])):
+        told = replayed.draft(
+            batch(rows, [1, 1, 1], ends, columns=(np.array(rows, np.int32),)),
+            *(other_cache, given, np.array(steps, np.int32), depth, Likeliest()),
+        )
+        assert told is not None and told.shape == (depth, 3, 2)
+        for at, (row, end, most) in enumerate(zip(rows, ends, steps, strict=True)):
+            hidden = given[at : at + 1]
+            for step in range(most + 1):
+                [token] = eager.logits(hidden).argmax(-1).tolist()
+                assert told[step, at].tolist() == [token, row + step]
+                if step < most:
+                    one = replace(batch([row], [1], [end + step]), token_ids=np.array([token], np.int32))
+                    hidden = eager.forward(one, cache, hidden).hidden
+    torch.testing.assert_close(cache.memory, other_cache.memory)  # type: ignore[attr-defined]
+    assert len(graphs) == 1
 
 
 def test_another_cache_or_other_weights_need_other_graphs() -> None:
