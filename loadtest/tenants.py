@@ -7,9 +7,10 @@ at once, together with more than the server can do; some clients read slowly, an
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from time import perf_counter
@@ -27,13 +28,19 @@ from slipstream.loadtest.progress import progress_bar
 from slipstream.loadtest.record import RequestRecord
 from slipstream.loadtest.scrape import read_load, wait_idle
 from slipstream.loadtest.soak import memory_samples, memory_trend
-from slipstream.loadtest.workloads import CHAT, Request, Workload, WorkloadOptions
+from slipstream.loadtest.workloads import CHAT, Request, Workload, WorkloadError, WorkloadOptions
 
 BUSY = (429, 503)
 """What a server says that has no room now."""
 SLOW_S = 0.3
 """Seconds between two reads of a slow client."""
-PEAK_REQUESTS, MOST_REPEATS = 256, 64
+PEAK_REQUESTS, MOST_REPEATS = 2048, 8
+WARM_SHARE = 0.4
+"""Share of the search for the peak in which the streams come to their pace; it does not count."""
+AT_ONCE = 128
+"""Prompts that are drawn at once."""
+TICKS = 20
+"""Per second: how exactly it is kept when tokens came."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +78,12 @@ class Trial:
     """After how many chunks the client goes away."""
     slow: bool = False
 
+    @property
+    def tokens(self) -> int:
+        """About how many the server has to make for it."""
+        most: int = self.request.body["max_tokens"]
+        return most if self.chunks is None else min(self.chunks, most)
+
 
 @dataclass(slots=True)
 class Tally:
@@ -82,25 +95,58 @@ class Tally:
     refused: int = 0
     refused_without_retry: int = 0
     failed: int = 0
-    tokens: int = 0
+    ticks: Counter[int] = field(default_factory=Counter)
+    """Tokens by when they came."""
     first_tokens: list[float] = field(default_factory=list)
     """Seconds from when a request was due to its first token."""
     errors: list[str] = field(default_factory=list)
 
-    def summary(self, seconds: float) -> dict[str, Any]:
+    def add(self, tokens: int) -> None:
+        self.ticks[int(perf_counter() * TICKS)] += tokens
+
+    def pace(self, start: float, end: float) -> float:
+        """Tokens per second between the two times."""
+        ticks = range(int(start * TICKS), int(end * TICKS))
+        return sum(count for tick, count in self.ticks.items() if tick in ticks) * TICKS / len(ticks)
+
+    def summary(self, span: tuple[float, float]) -> dict[str, Any]:
         p50, p99 = np.percentile(self.first_tokens, (50, 99)) if self.first_tokens else (None, None)
         counts = {name: getattr(self, name) for name in ("sent", "whole", "cut", "refused", "failed")}
         return counts | {
-            "tokens_per_second": round(self.tokens / seconds, 2),
+            "tokens_per_second": round(self.pace(*span), 2),
             "first_token_p50": None if p50 is None else round(float(p50), 4),
             "first_token_p99": None if p99 is None else round(float(p99), 4),
         }
 
 
-async def plan(options: TenantsOptions, workload: Workload, count: int, name: str) -> list[Trial]:
+class Prompts:
+    """Questions without end: those of the data come again, in another order; no cache holds so many."""
+
+    def __init__(self, options: TenantsOptions) -> None:
+        self._options = options
+        self._seed = options.seed
+        self._workload = self._fresh()
+
+    async def draw(self, count: int) -> list[Request]:
+        """Raises WorkloadError for data with hardly any questions."""
+        found: list[Request] = []
+        while len(found) < count:
+            try:
+                found += await self._workload.round(AT_ONCE)
+            except WorkloadError:
+                self._seed += 1
+                self._workload = self._fresh()
+                found += await self._workload.round(AT_ONCE)
+        return found[:count]
+
+    def _fresh(self) -> Workload:
+        return Workload(WorkloadOptions(seed=self._seed, dataset=self._options.dataset))
+
+
+async def plan(options: TenantsOptions, prompts: Prompts, count: int, name: str) -> list[Trial]:
     random = Random(f"tenants {name} {options.seed}")
     trials = []
-    for request in await workload.round(count):
+    for request in await prompts.draw(count):
         tokens = random.randint(options.max_output_tokens // 4 or 1, options.max_output_tokens)
         body = {"messages": request.body["messages"], "max_tokens": tokens, "temperature": 0.8, "ignore_eos": True}
         kind = random.random()
@@ -118,7 +164,9 @@ async def send(target: Target, trial: Trial, due: float, tally: Tally) -> None:
     try:
         async with target.client.stream(trial.request.path, target.body(trial.request)) as stream:
             async for chunk in stream:
+                before = record.output_tokens
                 record.add(chunk)
+                tally.add(record.output_tokens - before)
                 if trial.chunks is not None and len(record.chunk_times) >= trial.chunks:
                     cut = True
                     break
@@ -136,8 +184,6 @@ async def send(target: Target, trial: Trial, due: float, tally: Tally) -> None:
         tally.failed += 1
         tally.errors.append(str(error))
         return
-    finally:
-        tally.tokens += record.output_tokens
     if record.chunk_times:
         tally.first_tokens.append(record.chunk_times[0] - due)
     if not cut and len(record.finish_reasons) != 1:
@@ -154,29 +200,31 @@ async def tenants(flood: Target, quiet: Sequence[Target], options: TenantsOption
     before = await read_load(flood.client)
     if before is None or not before.idle:
         raise ClientError(f"{flood.client.base_url} is busy, or has no gauges of its load: {before}")
-    workload = Workload(WorkloadOptions(seed=options.seed, dataset=options.dataset))
-    peak, rate = await find_peak(flood, options, workload)
+    prompts = Prompts(options)
+    peak, rate = await find_peak(flood, options, prompts)
     quiet_rate = options.quiet_share * rate
     async with AsyncExitStack() as stack:
         samples = await stack.enter_async_context(memory_samples(options.pid))
         calm = [(target, quiet_rate) for target in quiet]
-        alone = await phase("alone", options.alone_seconds, calm, options, workload)
+        alone, alone_span = await phase("alone", options.alone_seconds, calm, options, prompts)
         began = len(samples)
         flood_rate = options.overload * rate - len(quiet) * quiet_rate
-        together = await phase("together", options.seconds, [(flood, flood_rate), *calm], options, workload)
+        together, span = await phase("together", options.seconds, [(flood, flood_rate), *calm], options, prompts)
         after = await wait_idle(flood.client, options.settle)
     assert after is not None
     memory = memory_trend(samples[began:])
-    goodput = sum(tally.tokens for tally in together) / options.seconds
+    goodput = sum(tally.pace(*span) for tally in together)
     found: dict[str, Any] = {
         "peak_tokens_per_second": round(peak, 2),
         "peak_requests_per_second": round(rate, 3),
         "goodput": round(goodput / peak, 4),
-        "flood": together[0].summary(options.seconds),
-        "quiet": [tally.summary(options.seconds) for tally in together[1:]],
-        "quiet_alone": [tally.summary(options.alone_seconds) for tally in alone],
+        "flood": together[0].summary(span),
+        "quiet": [tally.summary(span) for tally in together[1:]],
+        "quiet_alone": [tally.summary(alone_span) for tally in alone],
         "running_after": after.running,
         "waiting_after": after.waiting,
+        "kv_cache_usage_after": after.kv_cache_usage,
+        "refused_without_retry_after": sum(tally.refused_without_retry for tally in [*alone, *together]),
         "memory": memory,
         "options": asdict(options) | {"dataset": options.dataset and options.dataset.name},
     }
@@ -186,24 +234,26 @@ async def tenants(flood: Target, quiet: Sequence[Target], options: TenantsOption
     return found
 
 
-async def find_peak(target: Target, options: TenantsOptions, workload: Workload) -> tuple[float, float]:
-    """Tokens and requests per second of a server that always has enough to do, and no more."""
+async def find_peak(target: Target, options: TenantsOptions, prompts: Prompts) -> tuple[float, float]:
+    """Tokens per second of a server that always has enough to do, and as many requests of the flood as make so many."""
     tally = Tally()
-    plain = TenantsOptions(abort_share=0, slow_share=0, max_output_tokens=options.max_output_tokens)
-    trials = MOST_REPEATS * await plan(plain, workload, PEAK_REQUESTS, "peak")
+    trials = await plan(replace(options, slow_share=0.0), prompts, PEAK_REQUESTS, "peak")
     start = perf_counter()
-    with progress_bar("peak", len(trials)) as on_end:
+    end = start + options.peak_seconds
+    with progress_bar("peak", MOST_REPEATS * len(trials)) as on_end:
 
         async def one(trial: Trial, due: float) -> None:
-            if perf_counter() - start < options.peak_seconds:
+            if perf_counter() < end:
                 await send(target, trial, due, tally)
                 on_end(True)
 
-        await drive(trials, ClosedLoop(options.concurrency), one)
-    seconds = perf_counter() - start
+        await drive(MOST_REPEATS * trials, ClosedLoop(options.concurrency), one)
     if not tally.whole:
         raise ClientError(f"no request was answered: {tally.errors[:1]}")
-    return tally.tokens / seconds, tally.whole / seconds
+    peak = tally.pace(start + WARM_SHARE * options.peak_seconds, end)
+    if not peak:
+        raise ClientError(f"no token came in the last {1 - WARM_SHARE:.0%} of {options.peak_seconds:g} s: take longer")
+    return peak, peak * len(trials) / sum(trial.tokens for trial in trials)
 
 
 async def phase(
@@ -211,14 +261,15 @@ async def phase(
     seconds: float,
     loads: Sequence[tuple[Target, float]],
     options: TenantsOptions,
-    workload: Workload,
-) -> list[Tally]:
-    """Requests of several tenants, each at its rate, for so long; what became of those of each."""
+    prompts: Prompts,
+) -> tuple[list[Tally], tuple[float, float]]:
+    """Requests of several tenants, each at its rate, for so long; what became of those of each, from when to when."""
     tallies = [Tally() for _ in loads]
     plans = [
-        await plan(options, workload, max(2, round(rate * seconds)), f"{name} {number}")
+        await plan(options, prompts, max(2, round(rate * seconds)), f"{name} {number}")
         for number, (_, rate) in enumerate(loads)
     ]
+    start = perf_counter()
     with progress_bar(name, sum(map(len, plans))) as on_end:
 
         async def run(number: int, target: Target, rate: float) -> None:
@@ -233,7 +284,7 @@ async def phase(
         async with asyncio.TaskGroup() as group:
             for number, (target, rate) in enumerate(loads):
                 group.create_task(run(number, target, rate))
-    return tallies
+    return tallies, (start, start + seconds)
 
 
 def problems_of(found: dict[str, Any], tallies: Sequence[Tally], options: TenantsOptions) -> list[str]:

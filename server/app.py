@@ -11,6 +11,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp
 
 from slipstream.server.admin import profile
@@ -35,6 +36,8 @@ from slipstream.server.vllm import control as vllm_control
 from slipstream.server.vllm import routes as vllm
 
 logger = logging.getLogger(__name__)
+METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
+"""Those that routes may have; HEAD and OPTIONS are answered for all of them."""
 
 
 class Health(Answer):
@@ -103,7 +106,7 @@ def build_app(service: Service) -> ASGIApp:
         if error.status_code == 404:
             return error_response(NotFoundError(f"there is no route {where}"))
         if error.status_code == 405:
-            return refuse_method(request, where, (error.headers or {}).get("Allow", ""))
+            return refuse_method(request, where)
         return error_response(ApiError(str(error.detail)), status=error.status_code)
 
     @app.exception_handler(ClientDisconnect)
@@ -143,9 +146,15 @@ def paths(routers: Iterable[APIRouter]) -> list[str]:
     return found
 
 
-def refuse_method(request: Request, where: str, methods: str) -> Response:
-    """``methods`` are those of the route. To OPTIONS they are the answer."""
-    allowed = f"{methods}, HEAD, OPTIONS" if methods == "GET" else f"{methods}, OPTIONS"
+def refuse_method(request: Request, where: str) -> Response:
+    """Says the methods of all routes with this path. To OPTIONS they are the answer."""
+
+    def is_possible(method: str) -> bool:
+        asked = {**request.scope, "method": method}
+        return any(route.matches(asked)[0] is Match.FULL for route in request.app.routes)
+
+    methods = [method for method in METHODS if is_possible(method)]
+    allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
     if request.method == "OPTIONS":
         return Response(status_code=204, headers={"allow": allowed})
     response = error_response(MethodNotAllowedError(f"{where} is not possible; allowed: {allowed}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/proc/driver/nvidia").exists():  # kernels for GPUs run on the CPU then, in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Tests start hundreds of processes, and every one would compile the same modules again, for a third of a second each.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # No property judges the machine: an example may take as long as it takes, also to draw. Always the same examples, so
 # that what was green is green again; `make test-slow` draws new ones, as does --hypothesis-profile=anew.

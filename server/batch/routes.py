@@ -36,7 +36,7 @@ RETRY_DISK_S = 5
 PAGE = [parameter("limit", type="integer"), parameter("after", type="string")]
 FILES_PAGE = [
     *PAGE,
-    parameter("purpose", type="string", enum=["batch", "batch_output"]),
+    parameter("purpose", type="string"),
     parameter("order", type="string", enum=["asc", "desc"]),
 ]
 Parameters = ParamSpec("Parameters")

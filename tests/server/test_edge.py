@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import re
 import socket
 from typing import Any
 
@@ -80,6 +81,15 @@ def test_allow_names_the_methods_of_a_route(server: Any, path: str) -> None:
     status, headers, body = server.request("OPTIONS", path)
     assert (status, body) == (204, b"")
     assert set(headers["allow"].split(", ")) == methods
+
+
+def test_allow_names_the_methods_of_all_routes_with_a_path(server: Any) -> None:
+    paths = server.get("/openapi.json")[1]["paths"]
+    assert any(len(methods) > 1 for methods in paths.values())
+    for path, methods in paths.items():
+        documented = {method.upper() for method in methods} | ({"HEAD"} if "get" in methods else set())
+        status, headers, _ = server.request("OPTIONS", re.sub(r"{\w+}", "1", path))
+        assert (status, set(headers["allow"].split(", "))) == (204, documented | {"OPTIONS"}), path
 
 
 @pytest.mark.parametrize("coding", ["gzip", "GZIP", "deflate", "br", "zstd", "gzip, identity", "nonsense"])

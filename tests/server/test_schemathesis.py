@@ -75,6 +75,7 @@ def start(start_local: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
             **{"api_key": (USER,), "admin_key": (ADMIN,), "max_model_len": 256, "max_n": 4, "request_timeout_s": 600.0},
             **{"registry": str(folder / "registry"), "speculation": "ngram", "max_queued_requests": 4096},
             **{"traffic_log": "tokens", "traffic_folder": str(folder / "traffic")},
+            batch_folder=str(folder / "batches"),
         )
         server.headers = {"authorization": f"Bearer {USER}"}
         return server

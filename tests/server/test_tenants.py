@@ -201,3 +201,26 @@ def test_groups_of_rollouts_are_those_of_the_tenant(shared: Any) -> None:
         assert ask(shared, GLOBEX, "/v1/rollouts/prune", **prune)[2] == {"pruned": []}
         assert ask(shared, ACME, "/v1/rollouts/prune", **prune)[2] == {"pruned": ["mine-1"]}
     shared.wait_until_idle()
+
+
+BY_NAME: dict[str, dict[str, Any]] = {
+    "/abort_request": {"rid": "same"},
+    "/abort_requests": {"request_ids": ["same"]},
+    "/inference/v1/abort_requests": {"request_ids": ["same"]},
+    "/admin/v1/abort": {"ids": ["same"]},
+}
+
+
+def test_requests_of_one_name_end_each_by_itself(shared: Any) -> None:
+    shared.wait_until_idle()
+    named = {"request_id": "same", "n": 1}
+    with holding(shared, GLOBEX), shared.open_stream(max_tokens=2000, **named) as theirs:
+        with holding(shared, ACME), shared.open_stream(**named):
+            shared.wait_until(lambda: shared.metric("num_requests_running") == 2)
+            for path, body in BY_NAME.items():
+                assert ask(shared, ACME, path, **body)[0] == 403, "names of others are nobody's business"
+        shared.wait_until(lambda: shared.metric("num_requests_running") <= 1)  # that client has gone away
+        received = b""
+        while not received.endswith(b"0\r\n\r\n"):
+            received += theirs.recv(65536)
+    assert b'"finish_reason":"length"' in received and received.count(b"[DONE]") == 1
