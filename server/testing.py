@@ -6,7 +6,10 @@ import asyncio
 import contextvars
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -131,6 +134,48 @@ class ServerThread(logging.Handler):
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self._listening.set_result(None)
         await serve(self.service, listener, time.monotonic(), self._stop, asyncio.Event())
+
+
+FORKING = """
+import json, os, sys, tempfile
+from slipstream.server import cli, launch
+for line in sys.stdin:
+    arguments, environment = json.loads(line)
+    files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    child = os.fork()
+    if not child:
+        for number, file in enumerate((open(os.devnull), *files)):
+            os.dup2(file.fileno(), number)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv[1:] = arguments
+        sys.exit(cli.main())
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for file in files:
+        file.seek(0)
+    print(json.dumps([status, *(file.read().decode() for file in files)]), flush=True)
+"""
+
+
+class Commands:
+    """``slipstream`` as a process for each command: forked from one that has imported what it needs, which takes longer
+    than most commands do. Close it in the end."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-P", "-c", FORKING]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLIPSTREAM_")}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """With ``PATH`` and these variables only."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps([arguments, {"PATH": "/usr/bin:/bin", **environment}]), file=self._process.stdin, flush=True)
+        return subprocess.CompletedProcess(arguments, *json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 PARAMETERS = {"name": ".+", "action": "[^/]+", "version": r"\d+", "other": r"\d+"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -49,3 +50,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, in that order; it counts with ``--dist loadfile --no-loadscope-reorder``."""
     places = {Path(__file__).parent / file: place for place, file in enumerate(LONG_FILES)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays to the end, so no collection of garbage has to look through it."""
+    gc.collect()
+    gc.freeze()

@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -52,6 +52,23 @@ def wait_for(url: str, process: subprocess.Popen[bytes], seconds: float = 300) -
             time.sleep(0.1)
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.05)
+
+
+def known(router: str) -> dict[str, str]:
+    """The workers that a router sends requests to, by URL; what it calls each."""
+    path = {"sglang": "/workers", "vllm": "/list_workers"}[KIND]
+    with urllib.request.urlopen(router + path, timeout=30) as answer:
+        found = json.load(answer)
+    if KIND == "vllm":
+        return {url: url for url in found["urls"]}
+    return {each["url"]: each["id"] for each in found["workers"] if each["is_healthy"]}
+
+
 @contextmanager
 def worker() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A server of its own: its URL and process."""
@@ -76,8 +93,11 @@ def routed(*urls: str) -> Iterator[str]:
         stderr=subprocess.STDOUT,
     )
     try:
-        wait_for(f"http://127.0.0.1:{port}/readiness", process)
-        yield f"http://127.0.0.1:{port}"
+        router = f"http://127.0.0.1:{port}"
+        wait_for(f"{router}/readiness", process)
+        # It is ready with one of its workers, and looks for the others meanwhile.
+        wait_until(lambda: all(worker in known(router) for worker in urls))
+        yield router
     except BaseException:
         log.seek(0)
         print(log.read().decode(errors="replace")[-4000:], file=sys.stderr)
@@ -182,14 +202,13 @@ class Load:
 
 
 def forget(router: str, worker: str) -> None:
-    """Tells a router to send nothing more to a worker, as who drains one does."""
+    """Has a router send nothing more to a worker, as who drains one does; it has done so when this returns."""
     if KIND == "vllm":
         request = urllib.request.Request(f"{router}/remove_worker?url={worker}", b"", method="POST")
     else:
-        with urllib.request.urlopen(f"{router}/workers", timeout=30) as answer:
-            [known] = [each for each in json.load(answer)["workers"] if each["url"] == worker]
-        request = urllib.request.Request(f"{router}/workers/{known['id']}", method="DELETE")
+        request = urllib.request.Request(f"{router}/workers/{known(router)[worker]}", method="DELETE")
     urllib.request.urlopen(request, timeout=30).read()
+    wait_until(lambda: worker not in known(router))  # the answer may only say that it will be done
 
 
 @feature("a worker killed: the other answers")
@@ -216,6 +235,7 @@ def drained(url: str, model: str) -> None:
         load = stack.enter_context(Load(router, TINY))
         load.wait(20)
         forget(router, first)
+        load.wait(2 * THREADS, time.monotonic())  # so nothing that was meant for it is still on its way
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
         load.wait(40, time.monotonic())

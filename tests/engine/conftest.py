@@ -73,3 +73,4 @@ def quick_engines(built: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(loader, "build_model", build_once)
     monkeypatch.setattr(calibration, "PROFILE_TOKENS", (1, 16))
+    monkeypatch.setattr(calibration, "PROBE_CONTEXT", 64)

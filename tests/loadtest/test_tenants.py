@@ -19,6 +19,11 @@ FAST = TenantsOptions(
 )
 
 
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slipstream.loadtest.tenants.PEAK_REQUESTS", 128)
+
+
 async def run(server: Any, options: TenantsOptions = FAST) -> dict[str, Any]:
     async with AsyncExitStack() as stack:
         targets = [await stack.enter_async_context(connect(server.url)) for _ in range(3)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from slipstream.engine.errors import ConfigError
 from slipstream.server.cli import build
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
+from slipstream.server.testing import Commands
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,6 +33,12 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         timeout=300,
         env={"PATH": "/usr/bin:/bin", "COLUMNS": "200", **environment},
     )
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with contextlib.closing(Commands()) as commands:
+        yield commands
 
 
 def test_version() -> None:
@@ -74,8 +83,8 @@ def test_serve_has_an_option_for_every_field() -> None:
         (["dance"], "dance"),
     ],
 )
-def test_errors_of_the_user_are_one_line_and_exit_code_2(arguments: list[str], said: str) -> None:
-    done = run(*arguments, SLIPSTREAM_PORT="0")
+def test_errors_of_the_user_are_one_line_and_exit_code_2(commands: Commands, arguments: list[str], said: str) -> None:
+    done = commands.run(*arguments, SLIPSTREAM_PORT="0")
     errors = [line for line in done.stderr.splitlines() if line.startswith("slipstream: ")]
     assert done.returncode == 2, done.stderr
     assert len(errors) == 1
@@ -113,14 +122,14 @@ def test_a_model_without_tokenizer_and_one_that_does_not_fit(tmp_path: Path) -> 
     assert "Traceback" not in done.stderr
 
 
-def test_environment_sets_options() -> None:
-    done = run("serve", SLIPSTREAM_MODEL="/from/the/environment")
+def test_environment_sets_options(commands: Commands) -> None:
+    done = commands.run("serve", SLIPSTREAM_MODEL="/from/the/environment")
     assert done.returncode == 2
     assert "/from/the/environment" in done.stderr
 
 
-def test_what_kubernetes_says_of_a_service_is_no_option() -> None:
-    done = run("serve", SLIPSTREAM_PORT="tcp://10.96.0.12:8000", SLIPSTREAM_MODEL="/from/the/environment")
+def test_what_kubernetes_says_of_a_service_is_no_option(commands: Commands) -> None:
+    done = commands.run("serve", SLIPSTREAM_PORT="tcp://10.96.0.12:8000", SLIPSTREAM_MODEL="/from/the/environment")
     assert "/from/the/environment" in done.stderr and "tcp:" not in done.stderr
 
 

@@ -172,7 +172,7 @@ def test_drain(start_tiny: Callable[..., Any]) -> None:
     server = start_tiny("--drain-timeout-s", "300").wait_until_ready()
     engine = server.engine
     server.wait_until_logged("curl")
-    with server.send(COMPLETE, LONG | {"max_tokens": 4000}) as running:
+    with server.send(COMPLETE, LONG | {"max_tokens": 1000}) as running:
         server.wait_until(lambda: server.metric("num_requests_running") == 1)
         with server.suspended():  # so that it is not done before all is looked at
             server.process.send_signal(signal.SIGTERM)
@@ -186,7 +186,7 @@ def test_drain(start_tiny: Callable[..., Any]) -> None:
             assert int(headers["retry-after"]) > 0
         head, _, answer = read_whole(running).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 ")
-        assert json.loads(answer)["usage"]["completion_tokens"] == 4000
+        assert json.loads(answer)["usage"]["completion_tokens"] == 1000
     assert server.process.wait(300) == 0
     assert not engine.is_running()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from slipstream.drafter.traffic.store import TrafficStore
+from slipstream.server.testing import Commands
 
 HOOK = """
 import dataclasses
@@ -56,13 +58,15 @@ def contents(folder: Path) -> bytes:
     return subprocess.run(["cat", *files], capture_output=True, check=True).stdout
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "slipstream.server", "traffic", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PATH": "/usr/bin:/bin"})
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with contextlib.closing(Commands()) as commands:
+        yield commands
 
 
-def test_the_life_of_traffic(keeping: Any, folder: Path, start_tiny: Callable[..., Any]) -> None:
+def test_the_life_of_traffic(keeping: Any, folder: Path, start_tiny: Callable[..., Any], commands: Commands) -> None:
     """One story, because every part stands on the one before: levels, stop strings, redaction, purge, restart."""
+    run = partial(commands.run, "traffic")
     server = keeping
     markers = {level: np.array([40, 41, 42, 43, number, number], np.int32) for number, level in enumerate(LEVELS, 100)}
     for level, marker in markers.items():
@@ -149,28 +153,25 @@ def test_by_default_nothing_is_kept(server: Any) -> None:
         assert server.metric("traffic_samples_total", outcome=outcome) == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--traffic-log", "tokens"], "--traffic-folder"),
-        (["--traffic-log", "tokens", "--traffic-folder", "HERE", "--traffic-topk", "2"], "--traffic-topk"),
-        (["--traffic-log", "tokens", "--traffic-folder", "HERE", "--traffic-max-age", "long"], "--traffic-max-age"),
-        (["--traffic-log", "tokens", "--traffic-folder", "HERE", "--traffic-max-bytes", "few"], "--traffic-max-bytes"),
-        (["--traffic-log", "tokens", "--traffic-folder", "HERE", "--traffic-redact", "no.such:hook"], "no.such"),
-        (["--traffic-log", "tokens", "--traffic-folder", "/usr/bin"], "/usr/bin"),
-    ],
-)
-def test_wrong_options_are_one_line(tmp_path: Path, options: list[str], said: str) -> None:
-    options = [str(tmp_path / "t") if option == "HERE" else option for option in options]
-    command = [sys.executable, "-P", "-m", "slipstream.server", "serve", "--port", "0", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PATH": "/usr/bin:/bin"})
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("slipstream: ") and said in last
-    assert "Traceback" not in done.stderr
+def test_wrong_options_are_one_line(commands: Commands, tmp_path: Path) -> None:
+    tokens = ["--traffic-log", "tokens"]
+    for options, said in (
+        (tokens, "--traffic-folder"),
+        ([*tokens, "--traffic-folder", f"{tmp_path}/t", "--traffic-topk", "2"], "--traffic-topk"),
+        ([*tokens, "--traffic-folder", f"{tmp_path}/t", "--traffic-max-age", "long"], "--traffic-max-age"),
+        ([*tokens, "--traffic-folder", f"{tmp_path}/t", "--traffic-max-bytes", "few"], "--traffic-max-bytes"),
+        ([*tokens, "--traffic-folder", f"{tmp_path}/t", "--traffic-redact", "no.such:hook"], "no.such"),
+        ([*tokens, "--traffic-folder", "/usr/bin"], "/usr/bin"),
+    ):
+        done = commands.run("serve", "--port", "0", *options)
+        assert done.returncode == 2
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("slipstream: ") and said in last
+        assert "Traceback" not in done.stderr
 
 
-def test_commands_say_what_is_wrong(tmp_path: Path) -> None:
+def test_commands_say_what_is_wrong(commands: Commands, tmp_path: Path) -> None:
+    run = partial(commands.run, "traffic")
     for arguments in (["stats", "--folder", str(tmp_path)], ["purge", "--folder", str(tmp_path), "--all"]):
         done = run(*arguments)
         assert done.returncode == 2 and "no traffic store" in done.stderr

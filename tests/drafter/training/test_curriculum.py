@@ -17,7 +17,7 @@ from slipstream.drafter.training.packing import Example
 
 PROMPT = 4
 KB = 1024
-EVEN = 500
+EVEN = 300
 
 
 def sample(number: int, length: int = 10, **fields: Any) -> Sample:

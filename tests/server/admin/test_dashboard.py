@@ -103,8 +103,8 @@ async def test_it_fits_a_phone_and_the_night(server: Any, open_page: Callable[[]
     assert len(colours) == 2
 
 
-async def test_it_says_when_the_server_is_gone(start_server: Callable[..., Any], open_page: Callable[[], Any]) -> None:
-    server = start_server()
+async def test_it_says_when_the_server_is_gone(start_tiny: Callable[..., Any], open_page: Callable[[], Any]) -> None:
+    server = start_tiny()
     page = await open_page()
     server.wait_until(lambda: "loading" in "".join(server.log))
     await page.open(f"{server.url}/dashboard")

@@ -152,7 +152,7 @@ def controlled(start_local: Callable[..., Any]) -> Any:
     return start_local()
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(route=st.sampled_from(ROUTES), body=control_bodies)
 def test_no_body_breaks_control(controlled: Any, route: str, body: Any) -> None:
     status, _, reply = post(controlled, route, body)
