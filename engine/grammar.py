@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slipstream.engine.compiling import check, compile_grammar, vocabulary
+from slipstream.engine.endings import Alphabet, Ending, Endings, Mask
 from slipstream.engine.errors import RequestError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.speculation.tree import Tree
@@ -30,19 +30,16 @@ MASK_S = 0.005
 """Processor time that a mask may take, on average: ambiguous grammars take more and more. Others take a tenth of it."""
 FIRST_S = 0.5
 """What masks may take beyond that, all in all."""
-Mask = NDArray[np.uint8]
-"""A bit per token, the lowest of each byte first: whether it may come next."""
 
 
 class Compiled:
     """A grammar for one vocabulary. Nothing that requests do with it changes it."""
 
-    __slots__ = ("__weakref__", "end", "matcher")
+    __slots__ = ("__weakref__", "alphabet", "matcher")
 
-    def __init__(self, matcher: LLMatcher, end: int) -> None:
+    def __init__(self, matcher: LLMatcher, alphabet: Alphabet) -> None:
         self.matcher = matcher
-        self.end = end
-        """The token after the last of the vocabulary, which stands for the end of a text."""
+        self.alphabet = alphabet
 
 
 Key = tuple[str, str]
@@ -54,7 +51,7 @@ class Grammars:
 
     def __init__(self) -> None:
         self._tokenizer: LLTokenizer | None = None
-        self._end = 0
+        self._alphabet = Alphabet([], [])
         self._known: WeakValueDictionary[Key, Compiled] = WeakValueDictionary()
         """Every one that anybody holds."""
         self._kept: OrderedDict[Key, Compiled] = OrderedDict()
@@ -71,8 +68,9 @@ class Grammars:
         Raises ConfigError where the library that compiles grammars is not installed.
         """
         padded = [*tokens[:vocab_size], *[b""] * (vocab_size - len(tokens))]
-        self._tokenizer = vocabulary(padded, [token for token in special if token < vocab_size])
-        self._end = vocab_size
+        special = [token for token in special if token < vocab_size]
+        self._tokenizer = vocabulary(padded, special)
+        self._alphabet = Alphabet(padded, special)
         with self._lock:
             self._known.clear()
             self._kept.clear()
@@ -93,7 +91,7 @@ class Grammars:
         if (found := self.find(text, scope)) is not None:
             return found
         assert self._tokenizer is not None, "the engine was not told the vocabulary"
-        compiled = Compiled(compile_grammar(self._tokenizer, text), self._end)
+        compiled = Compiled(compile_grammar(self._tokenizer, text), self._alphabet)
         with self._lock:
             compiled = self._known.setdefault((scope, text), compiled)
             self._keep((scope, text), compiled)
@@ -112,6 +110,15 @@ class Grammars:
             self._kept.popitem(last=False)
 
 
+class _Place:
+    __slots__ = ("ending", "is_narrow")
+
+    def __init__(self, ending: Ending | None) -> None:
+        self.ending = ending
+        self.is_narrow: bool | None = None
+        """None: its mask was not asked for."""
+
+
 class Constraint:
     """Where one running request stands in its grammar: after its last known token.
 
@@ -121,21 +128,34 @@ class Constraint:
 
     def __init__(self, compiled: Compiled, params: SamplingParams, output: Sequence[int] = ()) -> None:
         self._matcher = compiled.matcher.deep_copy()
-        self._end = compiled.end
+        self._end = compiled.alphabet.end
         self._stops = frozenset(params.stop_token_ids)
-        self._min_tokens = params.min_tokens
+        self._min_tokens, self._max_tokens = params.min_tokens, params.max_tokens
         self._num_output = 0
         self._has_ended = False
         self._left_s = FIRST_S
         """Processor time that masks may take before what the next ones bring with them."""
+        self._endings = Endings(self._matcher, compiled.alphabet) if params.ends_in_time else None
+        self._places: dict[tuple[int, ...], _Place] = {}
+        """What was found at places, by the tokens between the last known one and them."""
+        self.is_shortened = False
+        """Whether something was forbidden, at the place of a known token, because there was no time left for it."""
         self.advance(output)
 
     def advance(self, tokens: Sequence[int]) -> None:
         """These tokens were sampled. What follows a stop token does not count."""
+        path: tuple[int, ...] = ()
         for token in tokens:
-            self._has_ended = self._has_ended or token in self._stops
+            if self._has_ended:
+                break
+            if self._endings is not None:
+                self.is_shortened = self.is_shortened or self._is_narrow(path)
+            self._has_ended = token in self._stops
             if not self._has_ended:
                 self._matcher.consume_token(token)  # if that fails, the next mask says so
+                path = (*path, token)
+        if self._endings is not None and not self._has_ended:
+            self._places = {(): self._place(path)}
         self._num_output += len(tokens)
 
     def masks(self, tree: Tree | None = None) -> list[Mask | None]:
@@ -145,7 +165,7 @@ class Constraint:
         """
         if self._has_ended:
             return [None] * (1 + (len(tree.tokens) if tree is not None else 0))
-        found: list[Mask | None] = [self._mask(0)]
+        found: list[Mask | None] = [self._mask(())]
         if tree is None:
             return found
         paths: dict[int, list[int]] = {-1: []}
@@ -160,7 +180,7 @@ class Constraint:
             self._matcher.rollback(len(consumed) - same)
             self._matcher.consume_tokens([tree.tokens[each] for each in path[same:]])
             consumed = path
-            found.append(self._mask(len(path)))
+            found.append(self._mask(tuple(tree.tokens[each] for each in path)))
         self._matcher.rollback(len(consumed))
         return found
 
@@ -182,18 +202,23 @@ class Constraint:
                 kept.append(node)
         return kept
 
-    def _mask(self, ahead: int) -> Mask:
-        """``ahead`` draft tokens after the last known token."""
+    def _mask(self, path: tuple[int, ...]) -> Mask:
+        """After these draft tokens behind the last known token, where the matcher is."""
         began = time.thread_time()
         mask = np.frombuffer(bytearray(self._matcher.compute_bitmask()), np.uint8)
         check(self._matcher)
+        if self._endings is not None:
+            place, left = self._place(path), self._max_tokens - self._num_output - len(path)
+            whole, mask = mask, self._endings.fitting(mask, place.ending, left)
+            place.is_narrow = mask is not whole
+            check(self._matcher)
         self._left_s += MASK_S - (time.thread_time() - began)
         if self._left_s < 0:
             raise RequestError(
                 f"the grammar cannot be used: it takes more than {1000 * MASK_S:g} ms per token to follow"
             )
         may_end = _take_bit(mask, self._end)
-        if self._num_output + ahead < self._min_tokens:
+        if self._num_output + len(path) < self._min_tokens:
             longer = mask.copy()
             for stop in self._stops:
                 _take_bit(longer, stop)
@@ -203,6 +228,25 @@ class Constraint:
             for stop in self._stops:
                 mask[stop >> 3] |= 1 << (stop & 7)
         return mask
+
+    def _place(self, path: tuple[int, ...]) -> _Place:
+        """What is known of the place after these draft tokens, where the matcher is."""
+        assert self._endings is not None
+        if (found := self._places.get(path)) is None:
+            before = self._places[path[:-1]].ending if path else None
+            left = self._max_tokens - self._num_output - len(path)
+            found = self._places[path] = _Place(self._endings.after(before, path[-1] if path else None, left))
+        return found
+
+    def _is_narrow(self, path: tuple[int, ...]) -> bool:
+        """Whether not all that the grammar allows had time to be ended there."""
+        place = self._place(path)
+        if place.is_narrow is None:  # said before a preemption
+            try:
+                self._mask(path)
+            except RequestError:  # the next mask says so
+                return False
+        return bool(place.is_narrow)
 
 
 def _take_bit(mask: Mask, bit: int) -> bool:

@@ -48,6 +48,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     grammar: str = ""
     """What the output has to match, in the notation of llguidance; empty for anything. Stop tokens are allowed where
     the output may end, from min_tokens on or where nothing else is left, and end it."""
+    ends_in_time: bool = False
+    """Near max_tokens only tokens are allowed after which there is time to end the output as the grammar wants."""
     seed: int | None = None
     """Selects the request's random stream; None lets the engine choose one."""
     stop_token_ids: tuple[int, ...] = ()
@@ -159,6 +161,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The member of stop_token_ids that ended the request; it is the last of ``tokens``."""
+    is_shortened: bool = False
+    """The request ended by itself, but near max_tokens something was forbidden for which there was no time."""
     error: str | None = None
     is_refused: bool = False
     """The error is what the request asks for, and it would get it again."""

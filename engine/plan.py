@@ -127,6 +127,8 @@ class StepResult:
     """CPU time of this thread besides the model and sampling."""
     refused: frozenset[int] = frozenset()
     """Row indices with errors that are what the request asks for."""
+    shortened: frozenset[int] = frozenset()
+    """Row indices whose output could not go on as its grammar wants because of max_tokens; see Constraint."""
     pooled: dict[int, Float64] = field(default_factory=dict)
     """By row index, for requests that want an embedding: the sum over positions of this step that count."""
     proposals: dict[int, tuple[int, bool]] = field(default_factory=dict)

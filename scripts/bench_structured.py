@@ -79,7 +79,9 @@ class Bench:
 
     def params(self, schema: Any, **fields: Any) -> SamplingParams:
         grammar = json_grammar(schema, "schema", best_effort=True) if schema is not None else ""
-        return SamplingParams(stop_token_ids=self.stop if grammar else (), grammar=grammar, **fields)
+        return SamplingParams(
+            stop_token_ids=self.stop if grammar else (), grammar=grammar, ends_in_time=bool(grammar), **fields
+        )
 
     def text(self, done: Completion) -> str:
         return self.tokenizer.decode(done.tokens)
@@ -91,9 +93,10 @@ class Bench:
         prompts = [self.prompt(text) for text, _ in asked]
         done = [self.engine.submit(*each) for each in zip(prompts, params, strict=True)]
         self.engine.finish()
-        counts = {"valid": 0, "wrong": 0, "cut off": 0, "refused": 0}
+        counts = {"valid": 0, "brought to their end": 0, "wrong": 0, "cut off": 0, "refused": 0}
         for (_, schema), answer in zip(asked, done, strict=True):
             counts[verdict(schema, self.text(answer), answer)] += 1
+            counts["brought to their end"] += answer.deltas[-1].is_shortened
         steps = sum(len(answer.deltas) for answer in done)
         tokens = sum(len(answer.tokens) for answer in done)
         drafted = sum(delta.num_drafted for answer in done for delta in answer.deltas)
@@ -103,18 +106,19 @@ class Bench:
             **{"drafted": drafted, "accepted": accepted, "seconds": round(time.perf_counter() - began, 1)},
         }
 
-    def step_ms(self, schema: Any, streams: int, tokens: int) -> float:
-        """Milliseconds of a step of so many streams."""
+    def step_ms(self, schema: Any, streams: int, tokens: int, spare: int = 1000) -> float:
+        """Milliseconds of a step of so many streams, until one has so many tokens, with ``spare`` more allowed."""
         prompts = [self.prompt(f"Write a long list. {number}") for number in range(streams)]
-        params = self.params(schema, max_tokens=tokens, temperature=0.0)
+        params = self.params(schema, max_tokens=tokens + spare, temperature=0.0)
         done = [self.engine.submit(prompt, params, speculation=OFF) for prompt in prompts]
         while not all(answer.tokens for answer in done):
             self.engine.step()
         times = []
-        while all(answer.finish_reason is None for answer in done):
+        while all(answer.finish_reason is None and len(answer.tokens) < tokens for answer in done):
             began = time.perf_counter()
             self.engine.step()
             times.append((time.perf_counter() - began) * 1000)
+        self.engine.engine.scheduler.abort([answer.request_id for answer in done])
         self.engine.finish()
         return statistics.median(times)
 
@@ -171,13 +175,15 @@ def main() -> None:
 
     items = {"type": "array", "items": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}}
     bench.step_ms(items, 8, 20)
-    ratios, plain, constrained = [], [], []
+    ratios, near, plain, constrained = [], [], [], []
     for _ in range(options.rounds):
         plain.append(bench.step_ms(None, 8, 60))
         constrained.append(bench.step_ms(items, 8, 60))
         ratios.append(constrained[-1] / plain[-1])
+        near.append(bench.step_ms(items, 8, 60, 0) / plain[-1])
     costs = {"streams": 8, "plain ms": round(statistics.median(plain), 2), "rounds": options.rounds}
     costs |= {"constrained ms": round(statistics.median(constrained), 2), "ratio": round(statistics.median(ratios), 3)}
+    costs |= {"near max_tokens, ratio": round(statistics.median(near), 3)}
     print(json.dumps({"step": costs}), flush=True)
 
     late = sorted(pairs(bench, asked[:40]))

@@ -20,6 +20,9 @@ from slipstream.server.sequence_metrics import SequenceMetrics, sequences_metric
 from slipstream.server.service import Service
 from slipstream.server.text import IncrementalDetokenizer, OffsetDetokenizer, StopChecker
 
+SHORTENED = "max_tokens"
+"""The stop_reason of an answer that its structure has ended because of this field."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
@@ -55,6 +58,8 @@ class Piece(msgspec.Struct):
     first: bool
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    is_shortened: bool = False
+    """It ended as its structure wants, near max_tokens, where something was forbidden for which there was no time."""
     offsets: list[int] = []
     """Where the tokens begin in the text of the whole answer, in characters; if the options ask for it.
 
@@ -147,7 +152,7 @@ class Sequence:
             whole.logprobs += piece.logprobs
             whole.offsets += piece.offsets
             whole.finish_reason = piece.finish_reason
-            whole.stop_reason = piece.stop_reason
+            whole.stop_reason, whole.is_shortened = piece.stop_reason, piece.is_shortened
         whole.offsets = [min(offset, self._num_characters) for offset in whole.offsets]
         return whole
 
@@ -227,6 +232,8 @@ class Sequence:
         piece.finish_reason = last.finish_reason
         if last.stop_token in self._output.stop_token_ids:
             piece.stop_reason = last.stop_token
+        elif last.is_shortened:
+            piece.stop_reason, piece.is_shortened = SHORTENED, True
 
     def _add_text(self, piece: Piece, has_text: list[int]) -> None:
         ended = piece.finish_reason is not None
@@ -254,7 +261,7 @@ class Sequence:
 
     def _end_by_stop_string(self, piece: Piece) -> None:
         assert self._stop is not None
-        piece.finish_reason = "stop"
+        piece.finish_reason, piece.is_shortened = "stop", False
         piece.stop_reason = self._stop.matched if self._stop.matched in self._output.stop else None
         self._stream.abort(stopped=True)
 

@@ -45,6 +45,8 @@ class Structure:
     """For the engine; see SamplingParams."""
     param: str
     """The field that asks for it, for errors."""
+    ends_in_time: bool = True
+    """Whether an answer that max_tokens would cut off comes to an end that matches; see SamplingParams."""
 
 
 @dataclass(frozen=True)

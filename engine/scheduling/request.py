@@ -198,6 +198,7 @@ class Request:
         num_drafted: int = 0,
         num_accepted: int = 0,
         proposal: tuple[int, bool] = (0, False),
+        is_shortened: bool = False,
     ) -> TokenDelta:
         """What there is to tell; the first one tells how the request began, and so does the last."""
         first = not self.told_first
@@ -210,6 +211,7 @@ class Request:
             prompt_logprobs=self.prompt_logprobs if wants_prompt else None,
             finish_reason=finish,
             stop_token=stop_token,
+            is_shortened=is_shortened,
             error=error,
             is_refused=is_refused,
             num_cached_tokens=self.num_cached if first or finish else 0,

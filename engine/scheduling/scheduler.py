@@ -375,6 +375,7 @@ class Scheduler:
             num_drafted=result.drafted[row],
             num_accepted=min(taken, len(sampled) - 1),
             proposal=proposal,
+            is_shortened=finish == "stop" and row in result.shortened,
         )
 
     def _end(self, request: Request, reason: FinishReason) -> None:

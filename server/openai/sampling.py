@@ -68,6 +68,7 @@ def sampling_params(
         allowed_token_ids=tuple(body.allowed_token_ids or ()),
         bad_words=words,
         grammar="" if structure is None else structure.grammar,
+        ends_in_time=structure is not None and structure.ends_in_time,
         stop_token_ids=tuple(stop),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -151,10 +151,11 @@ def plan_answer(
             parallel=parallel,
             param=param,
         )
-        structure = Structure(grammar, param)
+        # A call whose arguments were shortened would be carried out: it is cut off, so that none is found.
+        structure = Structure(grammar, param, ends_in_time=False)
     if tags is not None and structure is not None and is_open is not False:
         begin, end = tokenizer.symbols(tags.begin), tokenizer.symbols(tags.end)
-        structure = Structure(after_reasoning(structure.grammar, begin, end, bool(is_open)), structure.param)
+        structure = replace(structure, grammar=after_reasoning(structure.grammar, begin, end, bool(is_open)))
     markers = ([tags.begin, tags.end] if tags else []) + ([form.begin, form.after.strip()] if form else [])
     return (
         Speech(

@@ -40,6 +40,7 @@ class ResponseWriter:
         self._number = 0
         self._is_open = False
         self._finish: FinishReason | None = None
+        self._is_shortened = False
         self._response = about(asked, generation.name, model)
 
     @property
@@ -76,7 +77,7 @@ class ResponseWriter:
         return self._response
 
     def _push(self, piece: Piece) -> list[BlockEvent]:
-        self._finish = piece.finish_reason
+        self._finish, self._is_shortened = piece.finish_reason, piece.is_shortened
         found = self._blocks.push(piece.text, piece.finish_reason is not None)
         self._ids += [PREFIXES[event.block.kind] + secrets.token_hex(16) for event in found if event.kind == "begin"]
         return found
@@ -89,13 +90,14 @@ class ResponseWriter:
     def _done(self) -> dict[str, Any]:
         blocks = self._blocks.blocks
         status = "completed" if self._finish == "stop" else "cancelled" if self._finish == "abort" else "incomplete"
+        is_cut = status == "incomplete"
         items = [self._item(block, "completed") for block in blocks]
         if status != "completed" and items:
             items[-1] = self._item(blocks[-1], "incomplete")
         self._response |= {
             "status": status,
             "completed_at": time.time() if status == "completed" else None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut or self._is_shortened else None,
             "output": items,
             "usage": self._usage(),
         }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -114,6 +116,74 @@ def test_stop_tokens_wait_for_min_tokens_unless_nothing_else_is_left(grammars: G
     assert set_bits(last) == {END, 1, 9}, "the language has no more"
     constraint.advance([2, 2, END, 0, 0])
     assert constraint.masks() == [None] and constraint.permitted(Tree([0], [-1])) == []
+
+
+@given(
+    st.lists(WORDS, min_size=1, max_size=6), st.integers(0, 6), st.lists(st.integers(0, 99), min_size=12, max_size=12)
+)
+def test_who_ends_in_time_says_a_word_whenever_there_is_time_for_one(
+    grammars: Grammars, words: list[str], more: int, picks: list[int]
+) -> None:
+    params = SamplingParams(max_tokens=99, stop_token_ids=(END,), grammar=choice(words), ends_in_time=True)
+    needed = len(min(words)) + 1  # the end that is found is that of the first word by its letters, or shorter
+    params = msgspec.structs.replace(params, max_tokens=needed + more)
+    constraint, output = Constraint(grammars.compile(params.grammar), params), list[int]()
+    was_narrow = False
+    while len(output) < params.max_tokens and END not in output:
+        said = b"".join(TOKENS[token] for token in output)
+        allowed = set_bits(constraint.masks()[0])
+        assert allowed and allowed <= allowed_by(words, said)
+        was_narrow = was_narrow or allowed != allowed_by(words, said)
+        output.append(sorted(allowed)[picks[len(output)] % len(allowed)])
+        constraint.advance(output[-1:])
+        again = Constraint(grammars.compile(params.grammar), params, output)  # as after a preemption
+        assert END in output or set_bits(again.masks()[0]) == set_bits(constraint.masks()[0])
+        assert constraint.is_shortened == again.is_shortened == was_narrow
+    assert b"".join(TOKENS[token] for token in output if token != END).decode() in words
+
+
+OPEN = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "items": {"type": "array", "items": {"type": "object", "properties": {"label": {"enum": ["one", "two"]}}}},
+        "when": {
+            "anyOf": [{"type": "number"}, {"type": "null"}, {"type": "string", "pattern": "^[0-9]{4}-[01][0-9]$"}]
+        },
+    },
+    "required": ["name", "items", "when"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("spare", [0, 1, 7, 40])
+def test_objects_are_closed_in_time_though_every_token_is_drawn_by_lot(seed: int, spare: int) -> None:
+    tokens = [bytes([byte]) for byte in range(256)] + [
+        b'":',
+        b'","',
+        b"[]",
+        b"[{",
+        b"}]",
+        b'"}',
+        b'."',
+        b" the",
+        b"\xc3\xa4",
+    ]
+    stop = len(tokens)
+    found = Grammars()
+    found.use([*tokens, b"<end>"], [stop], stop + 1)
+    shortest = len('{"name":"","items":[],"when":"0000-00"}')
+    params = SamplingParams(
+        max_tokens=shortest + spare, stop_token_ids=(stop,), grammar=schema(OPEN), ends_in_time=True
+    )
+    constraint, output = Constraint(found.compile(params.grammar), params), list[int]()
+    draw = random.Random(seed)
+    while stop not in output and len(output) < params.max_tokens:
+        output.append(draw.choice(sorted(set_bits(constraint.masks()[0]))))
+        constraint.advance(output[-1:])
+    said = json.loads(b"".join(tokens[token] for token in output[:-1]))
+    assert output[-1] == stop and constraint.is_shortened and list(said) == ["name", "items", "when"]
 
 
 @pytest.mark.parametrize(

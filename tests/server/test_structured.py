@@ -147,6 +147,21 @@ def test_streams_choices_and_log_probabilities_say_what_the_whole_answer_says(se
         assert "".join(token["token"] for token in tokens[:-1]) == choice["message"]["content"]
 
 
+def test_near_max_tokens_an_answer_is_brought_to_its_end_and_says_so(server: Any) -> None:
+    listed = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+    schema = {"type": "object", "properties": {"said": listed}, "required": ["said"], "additionalProperties": False}
+    asked: dict[str, Any] = {"structured_outputs": {"json": schema}, "max_tokens": 30, "temperature": 2.0, "n": 4}
+    choices = server.chat(seed=1, **asked)["choices"]
+    for choice in choices:
+        assert json.loads(choice["message"]["content"])["said"]
+        assert choice["finish_reason"] == "stop"
+    assert "max_tokens" in {choice["stop_reason"] for choice in choices}
+    [choice] = server.chat(**asked | {"max_tokens": 2, "n": 1})["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None), "there is no time for any end"
+    [choice] = server.chat(structured_outputs={"choice": ["yes"]}, max_tokens=9)["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", None), "nothing was left out"
+
+
 def test_stop_strings_and_min_tokens_count_as_ever(server: Any) -> None:
     choice = server.complete("x", max_tokens=99, structured_outputs={"regex": "(ab|c){40}"}, stop="c")["choices"][0]
     assert set(choice["text"]) <= {"a", "b"} and choice["stop_reason"] == "c"

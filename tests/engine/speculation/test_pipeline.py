@@ -105,6 +105,7 @@ PARAMS = [
         stop_token_ids=(7, 3),
         grammar=NESTED,
     ),
+    SamplingParams(max_tokens=9, seed=4, temperature=1.5, stop_token_ids=(7,), grammar=NESTED, ends_in_time=True),
 ]
 
 
