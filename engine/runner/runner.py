@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slipstream.engine.endings import Mask
 from slipstream.engine.errors import RequestError
-from slipstream.engine.grammar import Grammars, Mask
+from slipstream.engine.grammar import Grammars
 from slipstream.engine.listening import Listeners
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel, Forward

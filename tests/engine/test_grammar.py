@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.endings import Mask
 from slipstream.engine.errors import RequestError
-from slipstream.engine.grammar import MOST_KEPT, Constraint, Grammars, Mask
+from slipstream.engine.grammar import MOST_KEPT, Constraint, Grammars
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.operations import Pause, Resume, UseVocabulary
 from slipstream.engine.speculation.tree import Tree
