@@ -93,7 +93,10 @@ async def start(stack: AsyncExitStack, asked: argparse.Namespace) -> list[Server
             )
             process = await stack.enter_async_context(peer(chosen, log=asked.log))
         ready = time.perf_counter() - began
-        target = await stack.enter_async_context(connect(f"http://127.0.0.1:{port}", timeout=600))
+        # A connection for each request: a server that stood still finds the old ones idle for too long and closes them.
+        target = await stack.enter_async_context(
+            connect(f"http://127.0.0.1:{port}", timeout=600, headers={"Connection": "close"})
+        )
         server = Server(name, is_ours, target, ProcessTree(process.pid), ready)
         note(f"{name} is ready after {ready:.1f} s")
         servers.append(server)
