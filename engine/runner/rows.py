@@ -51,6 +51,11 @@ class RowTable:
         if self.constraints and (constraint := self.constraints.get(slot)) is not None:
             constraint.advance(tokens)
 
+    def shortened(self, slots: list[int]) -> frozenset[int]:
+        """Which of these rows' answers could not go on as their grammars want; see Constraint.is_shortened."""
+        found = [self.constraints.get(slot) for slot in slots] if self.constraints else []
+        return frozenset(row for row, each in enumerate(found) if each is not None and each.is_shortened)
+
     def expect(self, slots: Int32) -> None:
         """Each of these rows gets a token that only the device knows yet: see ``RaggedBatch.latest``."""
         self.tokens[slots, self.lengths[slots]] = -1 - slots

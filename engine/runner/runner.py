@@ -147,7 +147,6 @@ class ModelRunner:
         proposals: dict[int, tuple[int, bool]] = {}
         accepted, drafted = inputs.accept(sampled.tokens), inputs.drafted
         refused: set[int] = set()
-        shortened: set[int] = set()
         for each in accepted:
             row = each.row
             slot, drafts = plan.slots[row], launched.rows[row]
@@ -159,8 +158,6 @@ class ModelRunner:
             tokens[row] = [sampled.tokens[at] for at in each.samples]
             if inputs.expecting is None:
                 self._table.append(slot, tokens[row])
-                if (constraint := self._table.constraints.get(slot)) is not None and constraint.is_shortened:
-                    shortened.add(row)
             elif self._table.drafts(slot) is drafts:  # else another request has the row by now
                 self._table.arrive(slot, int(inputs.batch.kv_len[row]), tokens[row][0])
             if proposal := self.speculator.verified(drafts, drafted[row], tokens[row]):
@@ -189,7 +186,7 @@ class ModelRunner:
             model_seconds=model_seconds,
             overhead_cpu_seconds=launched.cpu_seconds + time.thread_time() - cpu_began,
             refused=frozenset(refused),
-            shortened=frozenset(shortened),
+            shortened=self._table.shortened(plan.slots),
             proposals=proposals,
         )
 
