@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -21,6 +22,8 @@ from slipstream.kernels import ops
 from slipstream.server.gpu_check import run as running
 from slipstream.server.gpu_check.context import Context, NotThere, Options, Part, Stage
 from slipstream.server.gpu_check.stages import STAGES
+
+AMPLE_S = 9000.0
 
 
 def stage(name: str, parts: Callable[[Context], Iterable[Part]], least_s: float = 0, most_s: float = 60) -> Stage:
@@ -108,13 +111,14 @@ def spawned() -> tuple[Stage, ...]:
 
 
 def only(name: str) -> tuple[Stage, ...]:
-    return (STAGES[0], *(each for each in STAGES if each.name == name))
+    """With all the time that a busy machine may take."""
+    return (STAGES[0], *(replace(each, most_s=AMPLE_S) for each in STAGES if each.name == name))
 
 
 SCENARIOS = {each.__name__: each for each in (many_ends, wrong_kernel, wrong_acceptance, spawned)}
 
 if __name__ == "__main__":
     running.GRACE_S = 1.0
-    check = running.Check(Options(Path(sys.argv[2]), 300.0, True, (), None, ()))
+    check = running.Check(Options(Path(sys.argv[2]), AMPLE_S, True, (), None, ()))
     check.start = "spawn" if sys.argv[1] == "spawned" else "fork"
     check.run(SCENARIOS[sys.argv[1]]())

@@ -13,7 +13,7 @@ import torch
 from slipstream.server.gpu_check.report import Report, StageReport
 
 HERE = Path(__file__).parent
-SECONDS = 300
+SECONDS = 1800
 
 
 def scenario(name: str, folder: Path) -> Report:
