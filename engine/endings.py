@@ -26,7 +26,7 @@ CLOSE = 32
 RETRY = 8
 """Where nothing was found, it is tried again after so many tokens."""
 MOST_BYTES = 2000
-"""Of an end."""
+"""An end that takes more is not looked for."""
 MOST_TRIED = 96
 """Tokens that are tried one by one at a place: the first ones, in vocabularies of merges the most frequent."""
 MOST_SEARCHES = 8
