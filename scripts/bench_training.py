@@ -4,7 +4,8 @@
 
 The same texts are learned packed (as the worker does), padded (every text of a part filled up to the longest), and one
 at a time (every text a part of its own), with the same optimizer steps after the same texts; only positions of real
-answers count. With ``--evolve idle`` every operation asks first whether requests run. A checkpoint's
+answers count. Threads compute parts beside each other, as in the worker; "operations shared" has torch share each
+operation among them instead. With ``--evolve idle`` every operation asks first whether requests run. A checkpoint's
 stall is how long training waits for it: for everything with the frozen weights, for the trained part, and for the copy
 that a thread then writes. Ways take turns within a round; figures are medians.
 """
@@ -19,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from slipstream.drafter.training.checkpoint import Checkpoint
 from slipstream.drafter.training.control import Control, StandBy
 from slipstream.drafter.training.packing import Example, fill
 from slipstream.drafter.training.target import Target
+from slipstream.drafter.training.threads import Threads
 from slipstream.drafter.training.trainer import Trainer, TrainOptions
 from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.loadtest.dataset import ShareGPT, is_mostly_ascii
@@ -39,29 +41,53 @@ DRAFT_VOCAB_SIZE = 8192
 Parts = list[list[Example]]
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How the same texts are learned."""
+
+    trainer: Trainer
+    steps: list[Parts]
+    stand_by: StandBy | None = None
+    cores: int = 1
+    """That torch shares each operation among."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=1024, help="positions per step of the optimizer")
-    parser.add_argument("--part-rows", type=int, default=1024, help="positions computed at once")
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--part-rows", type=int, default=512, help="positions one thread computes at once")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
 
     target = Target("default", DRAFT_VOCAB_SIZE, LONGEST + 1)
     texts = read_texts(target, options.texts)
     counts = Counter(token for text in texts for token in text.tokens[text.num_prompt :].tolist())
     head = target.trainable(*target.cold_head(target.draft_tokens(counts, DRAFT_VOCAB_SIZE)))
-    trainer = Trainer(head, TrainOptions())
+    reads, _ = os.pipe()  # nothing is ever said
+    stand_by = StandBy(Control("idle", os.fdopen(reads)), waiting=lambda: None)
+    threads, waiting = (Threads(options.threads, around) for around in (nullcontext, stand_by.beside))
+    trainer, idle, alone = (Trainer(head, TrainOptions(), threads=each) for each in (threads, waiting, Threads()))
     lengths = sorted(text.length for text in texts)
     learned = sum(text.length - text.num_context for text in texts)
     print(
         f"{len(texts)} texts of {lengths[0]} to {lengths[-1]} positions, {learned} of them learned per pass; ", end=""
     )
-    print(f"{torch.get_num_threads()} threads; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
-    report_speed(trainer, texts, options.rows, options.part_rows, options.rounds)
+    print(f"{options.threads} threads; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
+    packed = steps(list(fill(texts, options.part_rows, LONGEST)), options.rows)
+    # One text at a time makes optimizer steps after the same texts as packing does.
+    singly = [[[example] for part in step for example in part] for step in packed]
+    filled = [padded([example for part in step for example in part], options.part_rows) for step in packed]
+    ways = {
+        "packed": Way(trainer, packed),
+        "packed, as with --evolve idle": Way(idle, packed, stand_by),
+        "packed, operations shared": Way(alone, packed, cores=options.threads),
+        "padded": Way(trainer, filled),
+        "one text at a time": Way(trainer, singly),
+    }
+    report_speed(ways, learned, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
         report_stalls(trainer, target, texts[:4], Path(folder), options.rounds)
 
@@ -120,28 +146,22 @@ def steps(parts: Parts, rows: int) -> list[Parts]:
     return found
 
 
-def report_speed(trainer: Trainer, texts: Sequence[Example], rows: int, part_rows: int, rounds: int) -> None:
-    # One text at a time makes optimizer steps after the same texts as packing does.
-    packed = steps(list(fill(texts, part_rows, LONGEST)), rows)
-    alone = [[[example] for part in step for example in part] for step in packed]
-    filled = [padded([example for part in step for example in part], part_rows) for step in packed]
-    standing_by = "packed, as with --evolve idle"
-    ways = {"packed": packed, standing_by: packed, "padded": filled, "one text at a time": alone}
-    reads, _ = os.pipe()  # nothing is ever said
-    stand_by = StandBy(Control("idle", os.fdopen(reads)), waiting=lambda: None)
-    learned = sum(example.length - example.num_context for example in texts)
+def report_speed(ways: dict[str, Way], learned: int, rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for name in [*ways, *list(ways) * rounds]:
+        way = ways[name]
+        torch.set_num_threads(way.cores)
         began = time.perf_counter()
-        for step in ways[name]:
-            with stand_by if name == standing_by else nullcontext():
-                trainer.learn(step)
+        for step in way.steps:
+            with way.stand_by or nullcontext():
+                way.trainer.learn(step)
         seconds[name].append(time.perf_counter() - began)
+    torch.set_num_threads(1)
     best = statistics.median(seconds["packed"][1:])
     print("| texts | positions computed | parts | tokens/s | packed is faster by |\n|---|---|---|---|---|")
-    for name, parts in ways.items():
-        size = sum(example.length for step in parts for part in step for example in part)
-        count = sum(len(step) for step in parts)
+    for name, way in ways.items():
+        size = sum(example.length for step in way.steps for part in step for example in part)
+        count = sum(len(step) for step in way.steps)
         middle = statistics.median(seconds[name][1:])  # the first pass warms up
         print(f"| {name} | {size} | {count} | {learned / middle:.0f} | {middle / best:.2f}× |")
 

@@ -45,8 +45,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How often each text is learned at most; then training waits for more traffic."""
     rows: int = 1024
     """Positions per step of the optimizer: fewer would spend more time on orthogonalizing than they gain."""
-    part_rows: int = 1024
-    """Positions computed at once: training stops for requests after so many."""
+    part_rows: int = 512
+    """Positions that one thread computes at once."""
     longest: int = 2048
     """Positions of a text, its last ones."""
     gate_texts: int = 200

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, fill, pack
+from slipstream.drafter.training.threads import Threads
 
 ROWS = 1024
 """Positions scored at once."""
@@ -107,21 +108,15 @@ class Verdict:
         }
 
 
-def score(
-    head: TrainableHead, examples: Sequence[Example], depth: int, check: Callable[[], object] = lambda: None
-) -> Score:
+def score(head: TrainableHead, examples: Sequence[Example], depth: int, threads: Threads | None = None) -> Score:
     """Drafts along texts that are known, for chains of up to ``depth`` draft tokens.
-
-    ``check`` is called between parts of about ``ROWS`` positions; what it raises ends the scoring.
 
     As long as all draft tokens before were right, draft token i is made after exactly the tokens that came: so one
     unrolled pass knows at every position how many draft tokens are right there. The walk from the first position to the
     end of the answer, by one token more than are right at a time, visits the positions that live drafting starts from.
     """
-    tokens: list[int] = []
-    steps: list[list[int]] = []
-    for group in fill(examples, ROWS, LONGEST):
-        check()
+
+    def walk(group: list[Example]) -> list[tuple[int, list[int]]]:
         batch = pack(group, depth)
         with torch.inference_mode():
             outputs = head.unroll(batch, depth)
@@ -129,13 +124,17 @@ def score(
             best = [head.logits(hidden).max(-1).indices for hidden in outputs]
             drafts = torch.stack([head.to_target[indices] for indices in best], dim=1)
         right = (drafts == batch.targets).long().cumprod(1).sum(1).numpy()
-        at = 0
+        found, at = [], 0
         for segment in batch.segments:
             count = segment.end - segment.learned
-            tokens.append(count)
-            steps.append([_walk(right[at : at + count], most) for most in range(depth + 1)])
+            found.append((count, [_walk(right[at : at + count], most) for most in range(depth + 1)]))
             at += count
-    return Score(np.array(tokens, np.int64), np.array(steps, np.int64).reshape(-1, depth + 1))
+        return found
+
+    groups = (threads or Threads()).map(walk, fill(examples, ROWS, LONGEST))
+    texts = [text for group in groups for text in group]
+    tokens = np.array([count for count, _ in texts], np.int64)
+    return Score(tokens, np.array([steps for _, steps in texts], np.int64).reshape(-1, depth + 1))
 
 
 def judge(

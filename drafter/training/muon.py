@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slipstream.drafter.training.threads import Threads
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that raises small singular values fastest (Jordan et al. 2024)."""
 ITERATIONS = 5
@@ -33,26 +35,33 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float = 0.95,
         dtype: torch.dtype = torch.float32,
+        threads: Threads | None = None,
     ) -> None:
         """``dtype`` is what matrices are orthogonalized in; the result is rough in any case."""
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self._dtype = dtype
+        self._threads = threads or Threads()
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         assert closure is None
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                momentum = state["momentum_buffer"]
-                momentum.lerp_(weight.grad, 1 - group["momentum"])
-                update = orthogonalize(weight.grad.lerp(momentum, group["momentum"]), self._dtype)
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-0.2 * math.sqrt(max(weight.shape)) * group["lr"])
+        every = [
+            (group, weight) for group in self.param_groups for weight in group["params"] if weight.grad is not None
+        ]
+        # The largest first, so that no thread is left with it at the end.
+        every.sort(key=lambda each: each[1].numel(), reverse=True)
+        self._threads.map(lambda each: self._update(*each), every)
+
+    @torch.no_grad()
+    def _update(self, group: dict[str, Any], weight: Tensor) -> None:
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        momentum = state["momentum_buffer"]
+        assert weight.grad is not None
+        momentum.lerp_(weight.grad, 1 - group["momentum"])
+        update = orthogonalize(weight.grad.lerp(momentum, group["momentum"]), self._dtype)
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(update, alpha=-0.2 * math.sqrt(max(weight.shape)) * group["lr"])
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -41,11 +41,10 @@ class TrainableHead:
         self.maps = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
         # In one order wherever the tensors come from: the state of optimizers goes by it.
         self.trained = sorted(name for name in self.weights if name != OUTPUT)
-        for name in self.trained:
-            self.weights[name].requires_grad_(True)
         # As long as the target's: some published heads state only the length they were trained with.
         self._cos, self._sin = rope_tables(config.as_decoder(target), target.shape.max_positions)
         self._cast: dict[str, Tensor] = {}
+        self.refresh()
         self._map(layout.draft_tokens(config, tensors))
 
     def _map(self, draft_tokens: Tensor) -> None:
@@ -64,6 +63,7 @@ class TrainableHead:
         """
         assert len(draft_tokens) == self.config.draft_vocab_size
         self.weights[OUTPUT] = output[draft_tokens].float()
+        self._cast[OUTPUT] = self.weights[OUTPUT].to(self.dtype)
         self.maps = layout.draft_maps(draft_tokens, self.config.vocab_size)
         self._map(draft_tokens)
 
@@ -71,6 +71,20 @@ class TrainableHead:
         """Whether the head's rows are those of this output matrix; ``set_draft_vocabulary`` would lose other ones."""
         rows = output[self.to_target].to(torch.bfloat16)
         return torch.equal(self.weights[OUTPUT].bfloat16(), rows)
+
+    def refresh(self) -> None:
+        """Has it compute with the weights as they are now, by copies in ``dtype``; called after each change."""
+        self._cast = {
+            name: weight.detach().to(self.dtype) if weight.dim() > 1 else weight.detach()
+            for name, weight in self.weights.items()
+        }
+        for name in self.trained:
+            self._cast[name].requires_grad_(True)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What it computes with in place of each of ``trained``: gradients are taken by these."""
+        return [self._cast[name] for name in self.trained]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the head in the published layout, detached."""
@@ -81,9 +95,8 @@ class TrainableHead:
 
         This is the training-time test of EAGLE-3: after i draft tokens, a row attends to the true features up to its
         own position and to what the head made of the i draft tokens after it. The output after i draft tokens at row r
-        belongs to position r + i of the text.
+        belongs to position r + i of the text. Several threads may do this at once.
         """
-        self._cast = {name: weight.to(self.dtype) for name, weight in self.weights.items() if weight.dim() > 1}
         layer = self._layer()
         learned = pack.learned
         context = ops.linear(pack.features.to(self.dtype).flatten(1), self._cast["fc.weight"])
@@ -155,7 +168,7 @@ class TrainableHead:
         return lambda x: ops.linear(x, weight)
 
     def _norm(self, name: str) -> Function:
-        weight, eps = self.weights[name], self.config.norm_eps
+        weight, eps = self._cast[name], self.config.norm_eps
         return lambda x: functional.rms_norm(x.float(), x.shape[-1:], weight, eps).to(self.dtype)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:

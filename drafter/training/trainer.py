@@ -14,6 +14,7 @@ from slipstream.drafter.training import candidates, losses
 from slipstream.drafter.training.muon import Muon
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, Pack, pack
+from slipstream.drafter.training.threads import Threads
 
 MOST_PARTS = 1024
 """Parts of one step that draw candidates of their own."""
@@ -53,14 +54,27 @@ class Progress:
     candidates of the step, where these stand for the draft vocabulary."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one part of a step adds: each a sum over its positions."""
+
+    loss: float
+    right: Tensor
+    tokens: int
+    gradients: Sequence[Tensor]
+
+
 class Trainer:
-    def __init__(self, head: TrainableHead, options: TrainOptions, is_cold: bool = False) -> None:
+    def __init__(
+        self, head: TrainableHead, options: TrainOptions, is_cold: bool = False, threads: Threads | None = None
+    ) -> None:
         """``is_cold``: the head has learned nothing yet."""
         self.head = head
         self.options = options
         """The loss may be replaced between steps."""
         self.step = 0
         self._is_cold = is_cold
+        self._threads = threads or Threads()
         matrices = [name for name in head.trained if head.weights[name].dim() == 2]
         vectors = [name for name in head.trained if head.weights[name].dim() == 1]
         self._optimizers: list[torch.optim.Optimizer] = [
@@ -69,6 +83,7 @@ class Trainer:
                 lr=options.learning_rate,
                 weight_decay=options.weight_decay,
                 dtype=head.dtype,
+                threads=self._threads,
             ),
             torch.optim.AdamW(
                 [head.weights[name] for name in vectors],
@@ -80,20 +95,19 @@ class Trainer:
         self._average = {name: head.weights[name].detach().clone() for name in head.trained}
 
     def learn(self, parts: Iterable[Sequence[Example]]) -> Progress:
-        """One step on all these texts; ``parts`` are computed one after the other, as small as the caller wants to be
-        able to stop in between.
-        """
-        loss, tokens = 0.0, 0
-        right = torch.zeros(self.options.steps)
-        for number, examples in enumerate(parts):
-            part_loss, part_right, part_tokens = self._accumulate(examples, number)
-            loss, tokens, right = loss + part_loss, tokens + part_tokens, right + part_right
+        """One step on all these texts; each of ``parts`` is computed by one thread."""
+        learned = self._threads.map(lambda part: self._part(part[1], part[0]), enumerate(parts))
+        tokens = sum(each.tokens for each in learned)
+        loss = sum(each.loss for each in learned)
+        right = sum((each.right for each in learned), torch.zeros(self.options.steps))
         if tokens:
-            self._update(tokens)
+            for name, *gradients in zip(self.head.trained, *(each.gradients for each in learned), strict=True):
+                # In one order, however the threads went: a resumed training does the same as one without a break.
+                self.head.weights[name].grad = torch.stack([gradient.float() for gradient in gradients]).sum(0) / tokens
+            self._update()
         return Progress(self.step, loss / max(tokens, 1), tokens, tuple((right / max(tokens, 1)).tolist()))
 
-    def _accumulate(self, examples: Sequence[Example], number: int) -> tuple[float, Tensor, int]:
-        """Adds gradients; returns the loss, the right draft tokens per step and the rows, each a sum."""
+    def _part(self, examples: Sequence[Example], number: int) -> _Part:
         options = self.options
         batch = pack(examples, options.steps)
         total = torch.zeros(())
@@ -112,8 +126,8 @@ class Trainer:
             total = total + options.step_decay**step * per_row[exists].sum()
             with torch.no_grad():
                 right[step] = (logits.max(-1).indices == columns)[exists].sum()
-        torch.autograd.backward(total)
-        return float(total.detach()), right, len(batch.learned)
+        gradients = torch.autograd.grad(total, self.head.inputs)
+        return _Part(float(total.detach()), right, len(batch.learned), gradients)
 
     def published(self) -> dict[str, Tensor]:
         """The averaged weights, in the published layout."""
@@ -136,6 +150,7 @@ class Trainer:
             for name in self.head.trained:
                 self.head.weights[name].copy_(state["weights"][name])
                 self._average[name].copy_(state["average"][name])
+        self.head.refresh()
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
@@ -158,12 +173,9 @@ class Trainer:
         ids, logprobs = (part[:, step] for part in batch.likely)
         return losses.dense(ids, logprobs, self.head.to_draft, self.head.config.draft_vocab_size)
 
-    def _update(self, tokens: int) -> None:
+    def _update(self) -> None:
         options = self.options
         trained = [self.head.weights[name] for name in self.head.trained]
-        for weight in trained:
-            if weight.grad is not None:
-                weight.grad /= tokens
         torch.nn.utils.clip_grad_norm_(trained, options.clip)
         for optimizer, factor in zip(self._optimizers, (1.0, 0.1), strict=True):
             for group in optimizer.param_groups:
@@ -171,6 +183,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.head.refresh()
         # At the start the average is short: a beginner's weights should not linger in it.
         keep = min(options.averaging, self.step / (self.step + 10))
         with torch.no_grad():

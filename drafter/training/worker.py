@@ -28,6 +28,7 @@ from slipstream.drafter.training.held_out import HeldOut
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, fill
 from slipstream.drafter.training.target import Target
+from slipstream.drafter.training.threads import Threads
 from slipstream.drafter.training.trainer import Trainer
 from slipstream.engine.errors import ModelError, SlipstreamError
 from slipstream.engine.limits import usable_cores
@@ -52,7 +53,8 @@ class Worker:
         self._control = control
         self._stand_by = StandBy(control, lambda: self._report("paused"))
         """Around all that computes, but not where the registry is locked: the server reads it, too."""
-        torch.set_num_threads(options.threads or min(torch.get_num_threads(), usable_cores()))
+        self._threads = Threads(options.threads or min(torch.get_num_threads(), usable_cores()), self._stand_by.beside)
+        torch.set_num_threads(1)
         self._store = TrafficStore(options.traffic)
         self._registry = Registry(options.registry)
         self._target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage)
@@ -226,7 +228,7 @@ class Worker:
         else:
             tokens = self._target.draft_tokens(course.curriculum.counts, self._target.head.draft_vocab_size)
             head = self._target.trainable(*self._target.cold_head(tokens))
-        return Trainer(head, course.options(), is_cold=live is None)
+        return Trainer(head, course.options(), is_cold=live is None, threads=self._threads)
 
     def _head(self, version: int) -> TrainableHead:
         return self._target.trainable(
@@ -295,7 +297,7 @@ class Worker:
 
     def _score(self, head: TrainableHead, texts: HeldOut) -> Score:
         with self._stand_by:
-            found = score(head, texts.examples, self._options.depth, self._control.check)
+            found = score(head, texts.examples, self._options.depth, self._threads)
         return found.weighted(texts.weights)
 
     def _held_out(self, course: Course) -> HeldOut:

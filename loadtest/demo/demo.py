@@ -18,7 +18,7 @@ from slipstream.clients.errors import ClientError
 from slipstream.loadtest.children import running
 from slipstream.loadtest.demo.heldout import Answers, HeldOut
 from slipstream.loadtest.demo.machine import hope
-from slipstream.loadtest.demo.plan import FIRST_BURST, GRACE, LATER_BURST, SETTLE, DemoOptions
+from slipstream.loadtest.demo.plan import GRACE, LONGEST_BURST, SETTLE, DemoOptions
 from slipstream.loadtest.demo.replay import Replay
 from slipstream.loadtest.demo.result import Glance, Measured, Result
 from slipstream.loadtest.demo.watch import Watch
@@ -28,6 +28,7 @@ from slipstream.loadtest.workloads import Workload, WorkloadOptions
 READY_SECONDS = 300.0
 STARVED_SECONDS = 6.0
 """Time the worker has to wait for traffic before it gets some."""
+LEAST_BURST_SECONDS = 3.0
 TRIAL_STREAMS = 4
 """Few enough that draft tokens are verified; a version is not judged where none are."""
 NOT_KEPT = {"X-Slipstream-Traffic": "off"}
@@ -151,12 +152,9 @@ class Demo:
     async def _learn(self, watch: Watch, replay: Replay, unseen: Target, until: float) -> None:
         """Traffic, then time to train, in turn: in idle mode the worker stands still while requests run."""
         options = self._options
-        first_until = monotonic() + FIRST_BURST * (until - monotonic())
         self._enter("replaying traffic")
-        # A slow machine needs longer for the least that a round begins with.
         await replay.run(
-            options.streams,
-            lambda: monotonic() > until or (monotonic() > first_until and replay.tokens > 1.5 * options.first_tokens),
+            options.streams, lambda: monotonic() > until or replay.tokens > options.wanted_tokens(watch.learned)
         )
         latest = until + GRACE * 60 * options.minutes
 
@@ -175,9 +173,18 @@ class Demo:
                 self._say(f"version {watch.swaps[-1].version} is live")
                 self._enter("looking at held-out prompts")
                 self._glances.append(self._glance_of(await self._heldout.measure(unseen, "head", options.glance)))
-            burst_until = min(monotonic() + max(LATER_BURST * (monotonic() - began), 3), until)
             self._enter("replaying traffic")
-            await replay.run(options.streams, lambda end=burst_until: monotonic() > end)  # type: ignore[misc]
+            await self._burst(watch, replay, until)
+
+    async def _burst(self, watch: Watch, replay: Replay, until: float) -> None:
+        """Traffic for the next round, as far as there is time; some in any case, or a worker without any would wait."""
+        now = monotonic()
+        least, latest = now + LEAST_BURST_SECONDS, min(now + LONGEST_BURST * (until - now), until)
+        wanted = self._options.wanted_tokens(watch.learned)
+        await replay.run(
+            self._options.streams,
+            lambda: monotonic() > (least if replay.tokens > wanted else max(latest, least)),
+        )
 
     def _starved(self, watch: Watch, since: float) -> bool:
         """Whether the worker has found nothing to do for a while; it looks for new traffic every two seconds."""

@@ -12,8 +12,11 @@ from slipstream.loadtest.plots import require_plot
 DemoWorkload = Literal["sharegpt", "extract"]
 DEPTH = 3
 """Draft tokens in a chain."""
-FIRST_BURST, LATER_BURST = 0.08, 0.12
-"""Share of the learning time that begins with traffic alone; seconds of traffic per second of training later."""
+EPOCHS = 1.7
+"""How often each token of an answer is learned. An answer that nobody has learned from teaches more than one learned
+from twice, and costs about as much time; more rounds over the same answers fit a head to these only."""
+LONGEST_BURST = 0.5
+"""Share of the time left that traffic between two rounds may take."""
 LEAST_LEARNING = 0.4
 """Share of the whole time, even where measuring takes so long that it will be over."""
 GRACE = 1.0
@@ -66,6 +69,11 @@ class DemoOptions:
     @property
     def round_tokens(self) -> int:
         return round(min(max(3300 * self.minutes, 4000), 100_000))
+
+    def wanted_tokens(self, learned: int) -> float:
+        """Tokens of answers for the next round to learn from, once so many positions were learned."""
+        next_round = min(max(learned, self.round_tokens // 4), self.round_tokens)
+        return max((learned + next_round) / EPOCHS, 1.5 * self.first_tokens)
 
     @property
     def registry(self) -> Path:

@@ -1,6 +1,6 @@
 import pytest
 
-from slipstream.loadtest.demo.plan import DemoOptions
+from slipstream.loadtest.demo.plan import EPOCHS, DemoOptions
 
 
 @pytest.fixture
@@ -40,6 +40,13 @@ def test_more_time_means_more_of_everything_up_to_the_server_s_defaults(given):
     assert plans[-1].first_tokens == 10_000
     assert plans[-1].round_tokens == 100_000
     assert all(plan.glance <= plan.heldout for plan in plans)
+
+
+def test_answers_grow_with_what_is_learned_of_them(given):
+    options = DemoOptions(**given, minutes=30)
+    assert options.wanted_tokens(0) >= options.first_tokens / 0.9  # one question in ten is held out
+    for learned in (200_000, 800_000):
+        assert (learned + options.round_tokens) / options.wanted_tokens(learned) == pytest.approx(EPOCHS)
 
 
 def test_the_server_takes_the_options(given):
