@@ -16,6 +16,7 @@ import asyncio
 import json
 import platform
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -158,6 +159,10 @@ def show(title: str, servers: Sequence[Server], found: dict[str, Any], figure: s
 async def main() -> None:
     asked = options()
     results: dict[str, Any] = {}
+    this = asyncio.current_task()
+    assert this is not None
+    # As Ctrl-C does: or the servers would be left behind, standing still.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     async with AsyncExitStack() as stack:
         servers = await start(stack, asked)
         print(
