@@ -38,13 +38,14 @@ class EngineConfig:
     weights: Literal["auto", "packed", "bfloat16", "float32"] = option(
         "auto",
         "How weights are kept: 'packed' leaves those that a GGUF file has quantised in their own precision, and reads "
-        "that much less per step (compiled kernels, on the CPU); others are widened at load. auto is the format of "
-        "--dtype.",
+        "that much less per step (compiled kernels on a CPU, Triton's on a GPU); others are widened at load. auto is "
+        "the format of --dtype.",
     )
     packed_arithmetic: Literal["auto", "exact", "int16", "int8"] = option(
         "auto",
-        "How packed weights are computed with: 'exact' widens them to float32 in registers; 'int16' and 'int8' "
-        "quantise activations, too, by blocks of 32, which is faster, and less exact with 'int8'. auto is int16.",
+        "How packed weights are computed with: 'exact' widens them in registers; 'int16' and 'int8' quantise "
+        "activations, too, by blocks of 32, which is faster on a CPU, and less exact with 'int8'. auto is int16 there, "
+        "and exact on a GPU.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto takes a GPU if there is one.")
     kernels: Literal["auto", "native", "triton", "torch"] = option(

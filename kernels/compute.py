@@ -209,6 +209,11 @@ class Compute(ABC):
         """Whether it is there, and computes such layers on this device."""
 
     @classmethod
+    def packed_bytes(cls, shape: LayerShape, kind: str, n: int, k: int) -> int:
+        """What a matrix [n, k] of a type of GGUF files takes as it came, in a model of such layers; 0 if it cannot."""
+        return 0
+
+    @classmethod
     def set_threads(cls, count: int) -> None:
         """What it computes on a CPU, this many threads of the process do."""
         torch.set_num_threads(count)

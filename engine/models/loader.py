@@ -84,7 +84,7 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     kind.set_threads(config.threads or usable_cores())
     dtype = _choose_dtype(checkpoint, config, device, kind)
     formats, because = choose_formats(checkpoint, config, kind, dtype)
-    size = weights_bytes(checkpoint, config, formats)
+    size = weights_bytes(checkpoint, config, formats, kind)
     block_bytes = kind.cache_class.block_bytes(cache_shape(shape, config.block_size, formats.kv))
     scratch_blocks = SCRATCH_BLOCKS if branches else 0
     besides = HEADROOM_BYTES + scratch_blocks * block_bytes
@@ -99,8 +99,8 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
         besides += step + parse_size(config.graph_memory, "graph-memory")
         num_blocks, max_model_len = _fit(config, shape, size, block_bytes, besides, available, on_gpu)
     seconds = time.monotonic() - began
-    update_bytes = weights_bytes(checkpoint, config, Formats.of(formats.compute))
-    description = describe(checkpoint, config, formats)
+    update_bytes = weights_bytes(checkpoint, config, Formats.of(formats.compute), kind)
+    description = describe(checkpoint, config, formats, kind)
     return LoadedModel(
         *(model, max_model_len, num_blocks, scratch_blocks, block_bytes, size, update_bytes),
         *(description, because, seconds),
@@ -114,7 +114,7 @@ def weights_here(config: EngineConfig) -> tuple[str, str]:
     _select_isa(config.isa)
     kind = _choose_compute(checkpoint, config, device)
     formats, because = choose_formats(checkpoint, config, kind, _choose_dtype(checkpoint, config, device, kind))
-    return describe(checkpoint, config, formats), because
+    return describe(checkpoint, config, formats, kind), because
 
 
 def _select_isa(isa: str) -> None:
@@ -245,7 +245,7 @@ def _choose_dtype(
         return DTYPES[asked]
     if kind.is_fast_in_bfloat16 or device.type != "cpu" or fast_dtype(device) is torch.bfloat16:
         return torch.bfloat16
-    size, free = weights_bytes(checkpoint, config, Formats.of(torch.float32)), available_memory(device)
+    size, free = weights_bytes(checkpoint, config, Formats.of(torch.float32), kind), available_memory(device)
     if 2 * size > free:
         log.info("bfloat16, which is slow on this CPU: in float32, weights would take %s", human_size(size))
         return torch.bfloat16

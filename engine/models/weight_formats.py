@@ -12,10 +12,10 @@ from slipstream.engine.checkpoint.checkpoint import Checkpoint
 from slipstream.engine.checkpoint.shapes import parameter_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
-from slipstream.engine.models.config import is_own
+from slipstream.engine.models.config import decoder_config, is_own
 from slipstream.kernels.compute import PACKED, Arithmetic, Compute, Formats
-from slipstream.kernels.native.quantised import form_of, packed_bytes
 from slipstream.kernels.native.stack import NativeCompute
+from slipstream.kernels.torch_stack import TorchCompute
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ARITHMETIC: Arithmetic = "int16"
@@ -35,40 +35,46 @@ def choose_formats(
     if config.weights in DTYPES:
         return formats, f"--weights {config.weights}"
     if config.weights == "auto":
-        can = kind is NativeCompute and packed_formats(checkpoint, config)
+        can = packed_formats(checkpoint, config, kind)
         return formats, "the number format of --dtype" + ("; --weights packed reads less per step" if can else "")
-    arithmetic = ARITHMETIC if config.packed_arithmetic == "auto" else config.packed_arithmetic
-    packed = replace(formats, weights=PACKED, arithmetic=arithmetic)
-    if kind is not NativeCompute:
-        raise ConfigError(f"--weights {PACKED}: only the compiled kernels for the CPU compute with quantised weights")
-    if not packed_formats(checkpoint, config):
+    if kind is TorchCompute:
+        raise ConfigError(f"--weights {PACKED}: torch does not compute with quantised weights; use --kernels auto")
+    default: Arithmetic = ARITHMETIC if kind is NativeCompute else "exact"
+    arithmetic = default if config.packed_arithmetic == "auto" else config.packed_arithmetic
+    if arithmetic != "exact" and kind is not NativeCompute:
+        raise ConfigError(f"--packed-arithmetic {arithmetic}: a GPU computes exactly with quantised weights")
+    if not packed_formats(checkpoint, config, kind):
         raise ConfigError(
             f"--weights {PACKED}: {checkpoint.path} has no quantised weights that can be kept so; GGUF files of the "
-            "types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K have"
+            "types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K have, but for mixtures of experts"
         )
-    return packed, f"--weights {PACKED}"
+    return replace(formats, weights=PACKED, arithmetic=arithmetic), f"--weights {PACKED}"
 
 
-def packed_formats(checkpoint: Checkpoint, config: EngineConfig) -> list[str]:
+def packed_formats(checkpoint: Checkpoint, config: EngineConfig, kind: type[Compute]) -> list[str]:
     """The types of matrices that can be kept packed, those of most weights first."""
     if config.load_format == "dummy" or not is_own(checkpoint.config):
         return []
     count: Counter[str] = Counter()
-    for name, kind in checkpoint.formats().items():
+    for name, stored in checkpoint.formats().items():
         shape = checkpoint.tensor_shapes()[name]
-        if len(shape) == 2 and form_of(kind, shape[1]):
-            count[kind] += math.prod(shape)
-    return [kind for kind, _ in count.most_common()]
+        if len(shape) == 2 and _packed_bytes(checkpoint, kind, stored, shape):
+            count[stored] += math.prod(shape)
+    return [stored for stored, _ in count.most_common()]
 
 
-def describe(checkpoint: Checkpoint, config: EngineConfig, formats: Formats) -> str:
+def _packed_bytes(checkpoint: Checkpoint, kind: type[Compute], stored: str, shape: tuple[int, ...]) -> int:
+    return kind.packed_bytes(decoder_config(checkpoint.config).layer, stored, shape[0], shape[1])
+
+
+def describe(checkpoint: Checkpoint, config: EngineConfig, formats: Formats, kind: type[Compute]) -> str:
     """For people and metrics, for example ``packed (Q4_1, Q8_0), exact`` or ``bfloat16``."""
     if formats.weights != PACKED:
         return formats.weights
-    return f"{PACKED} ({', '.join(packed_formats(checkpoint, config))}), {formats.arithmetic}"
+    return f"{PACKED} ({', '.join(packed_formats(checkpoint, config, kind))}), {formats.arithmetic}"
 
 
-def weights_bytes(checkpoint: Checkpoint, config: EngineConfig, formats: Formats) -> int:
+def weights_bytes(checkpoint: Checkpoint, config: EngineConfig, formats: Formats, kind: type[Compute]) -> int:
     """The memory that all tensors take; 0 for those that are known only once a model is built."""
     if config.load_format == "dummy":
         if not is_own(checkpoint.config):
@@ -79,6 +85,6 @@ def weights_bytes(checkpoint: Checkpoint, config: EngineConfig, formats: Formats
         return checkpoint.weights_bytes(formats.compute)
     kinds, total = checkpoint.formats(), 0
     for name, shape in checkpoint.tensor_shapes().items():
-        packed = packed_bytes(kinds[name], *shape) if len(shape) == 2 else 0
+        packed = _packed_bytes(checkpoint, kind, kinds[name], shape) if len(shape) == 2 else 0
         total += packed or math.prod(shape) * formats.compute.itemsize
     return total

@@ -17,7 +17,7 @@ from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.native.kv_cache import NativeKVCache
 from slipstream.kernels.native.layer import NativeLayer, matrix_shapes
 from slipstream.kernels.native.library import DTYPE_CODES, CLayer, CModel, address, c_batch, isa, load, supports
-from slipstream.kernels.native.quantised import Arena, StoredWeight
+from slipstream.kernels.native.quantised import Arena, StoredWeight, packed_bytes
 from slipstream.kernels.native.weight import PackedWeight, PanelWeight, panels_elems
 from slipstream.kernels.weight import Weight
 
@@ -145,6 +145,10 @@ class NativeCompute(Compute):
     def supports(cls, shape: LayerShape, device: torch.device) -> bool:
         is_there = device.type == "cpu" and load() is not None
         return is_there and shape.is_plain and supports(shape.head_dim, shape.hidden, shape.intermediate)
+
+    @classmethod
+    def packed_bytes(cls, shape: LayerShape, kind: str, n: int, k: int) -> int:
+        return packed_bytes(kind, n, k)
 
     @classmethod
     def set_threads(cls, count: int) -> None:

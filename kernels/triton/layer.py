@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from torch import Tensor
 
-from slipstream.kernels.compute import Compute, LayerShape
+from slipstream.kernels.compute import PACKED, Compute, LayerShape
 from slipstream.kernels.mixture import MixtureWeights
+from slipstream.kernels.triton.grouped import JoinedWeight
 from slipstream.kernels.weight import Weight
+
+
+class Matrix(Protocol):
+    """What a layer computes with."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+def _joined(make: Compute, widths: Sequence[int], k: int, bias: bool) -> tuple[Matrix, list[tuple[Weight, int]]]:
+    """Matrices that share their input as one; and where each of them is filled, a weight and its first row there.
+
+    They are one in memory, too, unless they are packed, where each has a form of its own.
+    """
+    if make.formats.weights == PACKED:
+        parts = [make.weight(n, k, bias) for n in widths]
+        return JoinedWeight(parts), [(part, 0) for part in parts]
+    whole = make.weight(sum(widths), k, bias)
+    return whole, [(whole, sum(widths[:at])) for at in range(len(widths))]
 
 
 class FusedLayer:
@@ -15,13 +40,17 @@ class FusedLayer:
     def __init__(self, shape: LayerShape, make: Compute) -> None:
         hidden, inner = shape.hidden, shape.intermediate
         self.q_width, self.kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.qkv = make.weight(self.q_width + 2 * self.kv_width, shape.input_width, shape.qkv_bias)
+        widths = self.q_width, self.kv_width, self.kv_width
+        self.qkv, (q, k, v) = _joined(make, widths, shape.input_width, shape.qkv_bias)
         self.out = make.weight(hidden, self.q_width, shape.out_bias)
         self.mixture = None if shape.mixture is None else MixtureWeights(shape, make)
-        self.gate_up = self.down = None
+        self.gate_up: Matrix | None = None
+        self.down: Weight | None = None
+        gate = up = down = None
         if self.mixture is None:
-            self.gate_up = make.weight(2 * inner, hidden, shape.mlp_bias)
+            self.gate_up, (gate, up) = _joined(make, (inner, inner), hidden, shape.mlp_bias)
             self.down = make.weight(hidden, inner, shape.mlp_bias)
+            down = self.down, 0
         self.attn_norm = make.norm(hidden) if shape.reads != "plain" else None
         self.embed_norm = make.norm(hidden) if shape.reads == "both" else None
         self.mlp_norm = make.norm(hidden)
@@ -29,15 +58,9 @@ class FusedLayer:
         self.k_norm = make.norm(shape.head_dim) if shape.qk_norm else None
         self.out_norm = make.norm(hidden) if shape.is_gemma else None
         self.down_norm = make.norm(hidden) if shape.is_gemma else None
-        self._places: dict[str, tuple[Weight | None, int]] = {
-            "q_proj": (self.qkv, 0),
-            "k_proj": (self.qkv, self.q_width),
-            "v_proj": (self.qkv, self.q_width + self.kv_width),
-            "o_proj": (self.out, 0),
-            "gate_proj": (self.gate_up, 0),
-            "up_proj": (self.gate_up, inner),
-            "down_proj": (self.down, 0),
-        }
+        places: dict[str, tuple[Weight, int] | None] = {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": (self.out, 0)}
+        places |= {"gate_proj": gate, "up_proj": up, "down_proj": down}
+        self._places = {name: place for name, place in places.items() if place is not None}
         norms = {
             # A layer that reads embeddings calls their norm the input's.
             "input_layernorm": self.embed_norm if shape.reads == "both" else self.attn_norm,
@@ -64,7 +87,6 @@ class FusedLayer:
             self._norms[module][first_row : first_row + len(rows)].copy_(rows)
             return
         weight, place = self._places[module]
-        assert weight is not None
         (weight.fill_bias if kind == "bias" else weight.fill)(rows, place + first_row)
 
     def read(self, name: str, rows: Tensor) -> Tensor:
@@ -74,5 +96,4 @@ class FusedLayer:
         if module in self._norms:
             return self._norms[module][rows]
         weight, place = self._places[module]
-        assert weight is not None
         return (weight.biases if kind == "bias" else weight.rows)(place + rows)

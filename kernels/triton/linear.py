@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slipstream.kernels.triton import launch
+from slipstream.kernels.weight import DenseWeight
 
 PROGRAMS = 264
 """Programs that occupy a GPU: two for each multiprocessor of the largest there are."""
@@ -183,3 +184,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     if parts is not None:
         add_parts(parts, None, bias, out)
     return out
+
+
+class InvariantWeight(DenseWeight):
+    """A matrix whose product has the same bits for a row in any batch, which cuBLAS's has not."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x.to(self._matrix.dtype), self._matrix, self._bias)

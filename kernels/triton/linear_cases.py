@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.cases import Case, Prepared, Sizes, Source, called, size
-from slipstream.kernels.triton import linear, quantized
+from slipstream.kernels.triton import grouped, linear, quantized
+from slipstream.kernels.triton.blocks import FORMS
 
 
 def cases() -> Iterator[Case]:
@@ -18,6 +19,8 @@ def cases() -> Iterator[Case]:
     yield Case("linear, int8", partial(_quantized, "int8"), (torch.bfloat16, torch.float16))
     yield Case("linear, fp8", partial(_quantized, "fp8"), (torch.bfloat16, torch.float16))
     yield Case("linear, int4", partial(_quantized, "int4"), (torch.bfloat16, torch.float16))
+    yield Case("linear, packed in 4 bits", partial(_packed, "Q4_K"), (torch.bfloat16, torch.float16))
+    yield Case("linear, packed in 8 bits", partial(_packed, "Q6_K"), (torch.bfloat16, torch.float16))
 
 
 def _linear(source: Source, sizes: Sizes) -> Prepared:
@@ -49,3 +52,20 @@ def _quantized(format_: Literal["int8", "fp8", "int4"], source: Source, sizes: S
         return x.float() @ quantized.unpack(matrix).T
 
     return called(lambda: quantized.quantized_linear(x, matrix), expected, moved, 2 * sizes.tokens * n * k)
+
+
+def _packed(kind: str, source: Source, sizes: Sizes) -> Prepared:
+    n, k = sizes.intermediate, sizes.hidden
+    x = source.normal(sizes.tokens, k)
+    matrix = grouped.GroupedMatrix.empty(FORMS[kind], n, k, x.device)
+    if not source.empty:
+        matrix.data.copy_(source.normal(*matrix.data.shape, scale=8).abs())
+        matrix.scale.copy_(source.normal(*matrix.scale.shape, scale=0.01))
+        if matrix.lowest is not None:
+            matrix.lowest.copy_(source.normal(*matrix.lowest.shape, scale=0.01))
+    moved = size(x) + matrix.num_bytes + sizes.tokens * n * x.element_size()
+
+    def expected() -> Tensor:
+        return x.float() @ matrix.rows(torch.arange(n, device=x.device)).T
+
+    return called(lambda: grouped.grouped_linear(x, matrix), expected, moved, 2 * sizes.tokens * n * k)

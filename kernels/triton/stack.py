@@ -6,6 +6,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,16 +16,17 @@ from slipstream.kernels import ops
 from slipstream.kernels.attention.backend import AttentionBackend
 from slipstream.kernels.attention.choice import against, wanted
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import Choose, Formats, Forward, LayerShape, LayerWeights, Stack
+from slipstream.kernels.compute import PACKED, Choose, Formats, Forward, LayerShape, LayerWeights, Stack
 from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
 from slipstream.kernels.torch_stack import TorchCompute, embedding_scale
 from slipstream.kernels.triton import activation, experts, launch, norm
 from slipstream.kernels.triton.cache import Rotation, place, update_tables
 from slipstream.kernels.triton.device_batch import DeviceBatch
 from slipstream.kernels.triton.graphs import GraphPool
+from slipstream.kernels.triton.grouped import GroupedWeight, grouped_bytes
 from slipstream.kernels.triton.kv_cache import TritonKVCache, TritonPlan
 from slipstream.kernels.triton.layer import FusedLayer
-from slipstream.kernels.triton.linear import linear
+from slipstream.kernels.triton.linear import InvariantWeight
 from slipstream.kernels.triton.rows import take_rows
 from slipstream.kernels.triton.staging import Array, Staging, TableMirror, places
 from slipstream.kernels.weight import DenseWeight, Weight
@@ -333,13 +335,6 @@ def _update(mirror: TableMirror, changed: Tensor, changes: Int32) -> None:
         mirror.told(changes)
 
 
-class InvariantWeight(DenseWeight):
-    """A matrix whose product has the same bits for a row in any batch, which cuBLAS's has not."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x.to(self._matrix.dtype), self._matrix, self._bias)
-
-
 class TritonCompute(TorchCompute):
     cache_class = TritonKVCache
     can_be_batch_invariant = True
@@ -369,10 +364,17 @@ class TritonCompute(TorchCompute):
     def name(self) -> str:
         return f"triton-{self.device.type}" + ("" if self._attention is None else f"-{self._attention.name}")
 
+    @classmethod
+    def packed_bytes(cls, shape: LayerShape, kind: str, n: int, k: int) -> int:
+        return 0 if shape.mixture is not None else grouped_bytes(kind, n, k)
+
     def weight(self, n: int, k: int, bias: bool = False) -> Weight:
-        if not self.is_batch_invariant:
-            return super().weight(n, k, bias)
-        return InvariantWeight(n, k, getattr(torch, self.formats.weights), self.device, bias)
+        packed = self.formats.weights == PACKED
+        dtype = self.formats.compute if packed else getattr(torch, self.formats.weights)
+        dense = InvariantWeight if self.is_batch_invariant else DenseWeight
+        make = partial(dense, n, k, dtype, self.device, bias)
+        tile_rows = INVARIANT_TILE if self.is_batch_invariant else 0
+        return GroupedWeight(n, k, self.device, make, dtype, bias, tile_rows) if packed else make()
 
     def cache(self, shape: CacheShape, num_blocks: int) -> PagedKVCache:
         """The backend may cover a model, and not a drafter beside it."""

@@ -12,7 +12,7 @@ from slipstream.engine.errors import ConfigError
 
 
 def gpu_check(
-    out: Annotated[Path, typer.Option(help="Folder for gpu-check.json and gpu-check.md.")],
+    out: Annotated[Path, typer.Option(help="Folder for gpu-check.json and gpu-check.md.")] = Path("gpu-check"),
     budget_minutes: Annotated[
         float, typer.Option(min=0.1, help="No stage begins for which too little of these is left.")
     ] = 9.0,
@@ -37,6 +37,7 @@ def gpu_check(
     """
     # Before torch is imported: whether there is a GPU can be asked without using it, which forks would not survive.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler tells of every start and stop otherwise
     # Before kernels are imported: they are for the one or the other then.
     if dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -50,7 +51,13 @@ def gpu_check(
     check_names("--only", only, [stage.name for stage in STAGES])
     check_names("--compare", compare, list(PROGRAMS))
     options = Options(out, budget_minutes * 60, dry_run, tuple(compare or ()), model, tuple(only or ()))
-    if run(options, STAGES).failed:
+    what = "tiny shapes on the CPU" if dry_run else f"at most {budget_minutes:g} minutes"
+    typer.echo(f"{len(only or STAGES)} stages, {what}; results so far are always in {out}")
+    report = run(options, STAGES)
+    passed = [bool(check.passed) for stage in report.stages for check in stage.checks]
+    failed = f"; failed: {', '.join(report.failed)}" if report.failed else ""
+    typer.echo(f"{sum(passed)} of {len(passed)} checks passed{failed}; see {out}/gpu-check.md")
+    if report.failed:
         raise typer.Exit(1)
 
 

@@ -21,6 +21,7 @@ from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
 from slipstream.engine.testing_gguf import PACKED_TYPES, write_gguf
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.native.library import isa
+from slipstream.kernels.triton import launch
 
 pytestmark = pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
@@ -61,6 +62,19 @@ def test_exact_is_what_dequantising_gives(tmp_path: Path, file: Path, kind: str)
     assert (logits(file, weights="packed", packed_arithmetic="exact") - expected).abs().max() < 1e-4 * scale
     int8 = logits(file, weights="packed", packed_arithmetic="int8")
     assert 0 < (int8 - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.skipif(not launch.is_interpreted(), reason="there is a GPU, or no Triton")
+def test_a_gpu_computes_exactly(file: Path) -> None:
+    pytest.importorskip("bf16_interpreter", reason="mends Triton's interpreter", exc_type=ImportError)
+    expected, found = logits(file, weights="float32"), logits(file, weights="packed", kernels="triton")
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    config = options(file, weights="packed", kernels="triton")
+    form, because = weights_here(config)
+    assert form.endswith("), exact") and because == "--weights packed"
+    assert load_model(config).weights_bytes < load_model(options(file, weights="float32")).weights_bytes / 3
+    with pytest.raises(ConfigError, match="--packed-arithmetic int8: a GPU computes exactly"):
+        weights_here(options(file, weights="packed", kernels="triton", packed_arithmetic="int8"))
 
 
 def test_an_engine_tells_how_weights_are_kept_and_what_they_take(file: Path, tmp_path: Path) -> None:
@@ -133,7 +147,7 @@ def test_an_engine_that_slept_has_its_packed_weights_again(file: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kernels": "torch"}, "compiled kernels"),
+        ({"kernels": "torch"}, "torch does not compute with quantised weights"),
         ({"load_format": "dummy"}, "no quantised weights"),
         ({"weights": "bfloat16"}, "--dtype float32"),
     ],

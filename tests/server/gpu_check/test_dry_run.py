@@ -41,6 +41,10 @@ def test_every_stage_runs(tmp_path: Path) -> None:
     stages = {stage.name: stage for stage in report.stages}
     assert {name: stage.outcome for name, stage in stages.items()} == dict.fromkeys(stages, "ok")
     assert not any(stage.left_out for stage in stages.values())
+    first, *_, last = done.stdout.splitlines()
+    assert str(tmp_path) in first and not done.stderr  # and nothing but lines of its own
+    count = sum(len(stage.checks) for stage in stages.values())
+    assert last == f"{count} of {count} checks passed; see {tmp_path}/gpu-check.md"
     assert set(stages) == {stage.name for stage in STAGES}
     assert len(stages["kernels"].checks) > 10 and len(stages["equality"].checks) > 10
     tables = {name for stage in stages.values() for name in stage.tables}

@@ -1,0 +1,231 @@
+"""Runs the whole engine with ``device=cuda`` where there is no GPU: the CPU's tokens, and no access that a GPU forbids.
+
+    pip install --no-deps --target peers triton==3.8.0
+    pip install --no-deps --target peers --ignore-requires-python ttsem==0.1.0
+    PYTHONPATH=peers python -P scripts/emulate_gpu.py [--only NAME …] [--markdown FILE]
+
+ttsem compiles every launch for sm_90 and executes what the compiler made of it on the CPU. An access outside of the
+tensors that a kernel was given, or two programs of a launch at the same number, one of which writes something else, is
+an error with the line of the kernel; memory that nobody wrote is no number. Streams and events are nothing here, and a
+graph runs its work again, into the memory of the first results, after the runs that CUDA has before recording.
+
+What this cannot show: the order of streams, what a GPU's own instructions round to, and any speed. First, planted
+faults have to be found. The exit status is 1 if one is not, or if a token differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from slipstream.drafter.choice import make_drafters
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.testing import POLICY, LocalEngine, policy
+from slipstream.engine.testing_gguf import write_gguf
+
+CAPABILITY = 90
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 64}
+LLAMA |= {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+LLAMA |= {"num_hidden_layers": 1, "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "head_dim": 16}
+MIXTURE = LLAMA | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4}
+MIXTURE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True, "decoder_sparse_step": 1}
+MIXTURE |= {"mlp_only_layers": []}
+HEAD = {"speculation": "head", "drafter": "cold", "speculation_policy": "fixed", "max_draft_tokens": 3}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a head, chains": (LLAMA, HEAD),
+    "no drafter, in chunks": (LLAMA, {"max_step_tokens": 4}),
+    "n-grams": (LLAMA, HEAD | {"speculation": "ngram"}),
+    "a head, trees": (LLAMA, HEAD | {"draft_width": 2}),
+    "a mixture of experts": (MIXTURE, {}),
+    "without graphs": (LLAMA, HEAD | {"graph_memory": "0"}),
+    "deterministic": (LLAMA, {"deterministic": True}),
+    "a GGUF file's packed weights": (POLICY, {"weights": "packed", "load_format": "auto"}),
+}
+PROMPTS = ([5, 9, 5, 9, 5, 9, 5], [30, 31, 3], [7, 7, 8, 7, 7])
+PARAMS = (
+    SamplingParams(max_tokens=6, temperature=0.0),
+    SamplingParams(max_tokens=5, seed=3, top_k=8, logprobs=2),
+    SamplingParams(max_tokens=4, seed=4, top_p=0.9, presence_penalty=0.5, logit_bias={5: 0.5}),
+)
+
+
+class Stream:
+    """A stream or an event: everything is over at once."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record(self) -> None: ...
+
+
+class Graph:
+    """Work that is done again, with its results where they were."""
+
+    def __init__(self, pool: Any) -> None: ...
+
+    def record(self, work: Callable[[], Any]) -> Any:
+        self._work, self._result = work, work()
+        return self._result
+
+    def replay(self) -> None:
+        for old, new in zip(tensors(self._result), tensors(self._work()), strict=True):
+            old.copy_(new)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts: Any = value if isinstance(value, (list, tuple)) else ()
+    if is_dataclass(value):
+        parts = [getattr(value, field.name) for field in fields(value)]
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+class NotPinned(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **{name: value for name, value in (kwargs or {}).items() if name != "pin_memory"})
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[Any]:
+    """Inside, the GPU is ttsem; gives its session, which counts launches."""
+    sanitize = importlib.import_module("ttsem.sanitize")
+    with sanitize.session(CAPABILITY, "the engine") as session, NotPinned():
+        generator = torch.Generator
+        torch.Generator = lambda device=None: generator()  # type: ignore[misc, assignment]
+        answers: dict[str, Any] = {"Stream": Stream, "Event": Stream, "current_stream": Stream}
+        answers |= {"mem_get_info": lambda device=None: (80 << 30, 80 << 30)}
+        answers |= {"stream": lambda stream: contextlib.nullcontext(), "graph_pool_handle": lambda: None}
+        nothing = ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated", "memory_reserved")
+        answers |= dict.fromkeys((*nothing, "empty_cache", "synchronize"), lambda device=None: 0)
+        for name, answer in answers.items():
+            setattr(torch.cuda, name, answer)
+        graphs = importlib.import_module("slipstream.kernels.triton.graphs")
+        graphs.CudaGraph = Graph
+        yield session
+
+
+def planted() -> list[tuple[str, str]]:
+    """What is said of faults: a block beyond the cache, a token that is none, and two tokens at one place."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kernels/triton"))
+    ragged = importlib.import_module("ragged")
+    cache = importlib.import_module("slipstream.kernels.triton.cache")
+    attention = importlib.import_module("slipstream.kernels.triton.attention")
+    heads = torch.zeros(2, 1, 16, device="cuda")
+    apart = heads + torch.arange(2, device="cuda")[:, None, None]
+    keys = torch.zeros(2, 7 * 16, 1, 16, device="cuda")
+    tables, _ = ragged.scattered_tables([20, 20], 16)
+
+    def beyond() -> None:
+        wrong = ragged.device_batch(tables.clone().fill_(10_000), 16, [1, 1], [20, 20])
+        cache.place(wrong)
+        attention.attention(heads, keys[0], keys[1], wrong, 1.0, max_context=20)
+
+    def longer() -> None:
+        cache.place(ragged.device_batch(tables, 16, [1, 1], [20, 60]))
+
+    def twice() -> None:
+        batch = ragged.device_batch(tables, 16, [1, 1], [20, 20], rows=[0, 0])
+        cache.place(batch)
+        cache.store(batch, heads, apart, keys[0], keys[1])
+
+    told = []
+    faults = {"a block beyond the cache": beyond, "a sequence longer than its table": longer}
+    for name, fault in (faults | {"two tokens at one place": twice}).items():
+        try:
+            fault()
+        except importlib.import_module("ttsem.sanitize").KernelFault as error:
+            found = error.fault
+            where = f", line {found.source_line}: `{found.source_text}`" if found.source_line else ""
+            told.append((name, f"{found.kind} in `{found.kernel}`{where}"))
+        else:
+            told.append((name, ""))
+    return told
+
+
+def answers(model: Path, device: str, kernels: Any, **options: Any) -> tuple[list[list[int]], str]:
+    fields = {"load_format": "dummy", "device": device, "dtype": "float32", "kv_cache_memory": "256KiB", "threads": 1}
+    # The modes that send everything to the CPU are those of one thread, so steps are not launched by another one.
+    config = EngineConfig(model=str(model), kernels=kernels, pipeline="off", **(fields | options))
+    made = LocalEngine(config, make_drafters(config) if options.get("speculation") else ())
+    try:
+        asked = [made.submit(list(ids), params) for ids, params in zip(PROMPTS, PARAMS, strict=True)]
+        made.finish()
+        return [each.tokens for each in asked], made.engine.runner.model.kernels
+    finally:
+        made.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(CASES), help="default all")
+    parser.add_argument("--markdown", type=Path, help="write the log to this file")
+    asked = parser.parse_args()
+    cases = {name: CASES[name] for name in asked.only or CASES}
+    with tempfile.TemporaryDirectory() as folder:
+        models = {}
+        for name, (config, _) in cases.items():
+            models[name] = Path(folder) / str(list(CASES).index(name))
+            models[name].mkdir()
+            if config is POLICY:
+                models[name] = write_gguf(models[name] / "policy.gguf", policy(0), POLICY)
+            else:
+                (models[name] / "config.json").write_text(json.dumps(config))
+        expected = {}
+        for name, (_, options) in cases.items():  # before the session: inside it every tensor says it is CUDA's
+            there = {
+                key: value for key, value in options.items() if key not in ("deterministic", "graph_memory", "weights")
+            }
+            expected[name] = answers(models[name], "cpu", "torch", **there)[0]
+        lines, fine = [], True
+        with emulated() as session:
+            for name, told in planted():
+                fine &= bool(told)
+                lines.append(f"| planted: {name} | {told or '**not found**'} |")
+                print(lines[-1], flush=True)
+            for name, (_, options) in cases.items():
+                began, launches = time.monotonic(), session.launches
+                found, kernels = answers(models[name], "cuda", "triton", **options)
+                same = found == expected[name]
+                fine &= same and kernels == "triton-cuda"
+                count = sum(map(len, found))
+                said = f"{count} of {count} tokens are the CPU's" if same else f"**{found}, and not {expected[name]}**"
+                said += f"; {session.launches - launches} launches, none out of bounds, no race"
+                lines.append(f"| {name} | {said} |")
+                print(lines[-1], f"{time.monotonic() - began:.0f} s", flush=True)
+        if session.races_unchecked:
+            lines.append(f"| | {session.races_unchecked} launches were too large to look for races in |")
+    if asked.markdown:
+        head = (
+            f"Written by `python -P scripts/emulate_gpu.py` with ttsem {version('ttsem')}, Triton {version('triton')} "
+        )
+        head += f"and torch {torch.__version__}, on a CPU, for compute capability {CAPABILITY / 10}."
+        asked.markdown.write_text(
+            "\n".join(["# The engine on an emulated GPU", "", head, "", "| run | |", "|---|---|", *lines, ""])
+        )
+    sys.exit(not fine)
+
+
+if __name__ == "__main__":
+    main()
