@@ -1,7 +1,7 @@
 """Threads that compute parts of the same thing side by side.
 
-Torch can share each operation among threads instead, but a head's operations are small: on two cores a step of training
-was hardly faster for that than on one, while two steps beside each other were twice as fast.
+Torch can share each operation among threads instead. Then every operation waits for the last of them, and where other
+programs run, as beside a server that is busy, that is most of the time.
 """
 
 from __future__ import annotations
