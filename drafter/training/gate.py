@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,8 +108,16 @@ class Verdict:
         }
 
 
-def score(head: TrainableHead, examples: Sequence[Example], depth: int, threads: Threads | None = None) -> Score:
+def score(
+    head: TrainableHead,
+    examples: Sequence[Example],
+    depth: int,
+    threads: Threads | None = None,
+    check: Callable[[], object] = lambda: None,
+) -> Score:
     """Drafts along texts that are known, for chains of up to ``depth`` draft tokens.
+
+    ``check`` is called before each part of about ``ROWS`` positions; what it raises ends the scoring.
 
     As long as all draft tokens before were right, draft token i is made after exactly the tokens that came: so one
     unrolled pass knows at every position how many draft tokens are right there. The walk from the first position to the
@@ -117,6 +125,7 @@ def score(head: TrainableHead, examples: Sequence[Example], depth: int, threads:
     """
 
     def walk(group: list[Example]) -> list[tuple[int, list[int]]]:
+        check()
         batch = pack(group, depth)
         with torch.inference_mode():
             outputs = head.unroll(batch, depth)

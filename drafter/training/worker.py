@@ -297,7 +297,7 @@ class Worker:
 
     def _score(self, head: TrainableHead, texts: HeldOut) -> Score:
         with self._stand_by:
-            found = score(head, texts.examples, self._options.depth, self._threads)
+            found = score(head, texts.examples, self._options.depth, self._threads, self._control.check)
         return found.weighted(texts.weights)
 
     def _held_out(self, course: Course) -> HeldOut:

@@ -105,9 +105,8 @@ def _q5_k(blocks: Tensor) -> Read:
 
 
 def _q6_k(blocks: Tensor) -> Read:
-    low = _nibbles(
-        blocks[..., :128].unflatten(-1, (2, 64))
-    )  # of 128 numbers: those of 64 bytes' low bits, then high ones
+    # Of 128 numbers: those of 64 bytes' low bits, then of their high ones.
+    low = _nibbles(blocks[..., :128].unflatten(-1, (2, 64)))
     shifts = 2 * torch.arange(4, dtype=torch.uint8, device=blocks.device)[:, None]
     high = (blocks[..., 128:192].unflatten(-1, (2, 1, 32)) >> shifts & 3) << 4
     numbers = (low | high.flatten(-2)).flatten(-2).to(torch.int8) - 32

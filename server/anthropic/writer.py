@@ -45,10 +45,8 @@ class MessageWriter:
 
     def _reason(self) -> tuple[str, str | None]:
         assert self._last is not None
-        # Also one that its structure ended near max_tokens.
-        if (
-            self._last.finish_reason != "stop" or self._last.is_shortened
-        ):  # an answer that was aborted is no whole one either
+        # Nor is an answer whole that was aborted, or that its structure ended near max_tokens.
+        if self._last.finish_reason != "stop" or self._last.is_shortened:
             return "max_tokens", None
         if isinstance(self._last.stop_reason, str):
             return "stop_sequence", self._last.stop_reason

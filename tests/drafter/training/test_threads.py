@@ -14,15 +14,6 @@ from slipstream.drafter.training.threads import Threads
 from slipstream.drafter.training.trainer import Trainer, TrainOptions
 
 
-@pytest.fixture(autouse=True)
-def one_core_each() -> Iterator[None]:
-    """As in the worker: threads that each share operations among all cores mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_results_are_in_the_order_of_the_items_and_all_threads_take_part() -> None:
     together = threading.Barrier(3, timeout=60)
 

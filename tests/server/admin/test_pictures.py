@@ -59,7 +59,7 @@ async def test_of_the_chat_page(shown: Any, open_page: Callable[[], Any], folder
             "document.querySelector('#send').innerText === 'Send'"
         )
     speeds = await page.ask("[...document.querySelectorAll('.speed')].map(note => note.innerText)")
-    assert len(speeds) == 2 and all("tokens" in speed for speed in speeds), speeds
+    assert len(speeds) == 2 and all("per step" in speed for speed in speeds), speeds
     assert "Paris" in await page.text("body")
     assert page.errors == []
     await page.picture(folder / "chat.png")
