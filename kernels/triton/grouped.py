@@ -179,15 +179,13 @@ def grouped_linear(x: Tensor, matrix: GroupedMatrix, bias: Tensor | None = None,
         block_m, block_n = 16, 32
     per_byte = 8 // form.bits
     split = Split.of(n, k, block_n, per_byte * form.group)
-    apart = split.apart(m, n, block_m, block_n)
-    parts = torch.empty(split.count, m, n, dtype=torch.float32, device=x.device) if apart else None
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
-    grouped_linear_kernel[(tiles, split.count if apart else 1)](
+    grid, parts = split.programs(m, n, block_m, block_n, x.device)
+    grouped_linear_kernel[grid](
         *(x, matrix.data, matrix.scale, matrix.lowest, bias, out, parts, m, n, k),
         *(x.stride(0), matrix.data.stride(0), matrix.scale.stride(0), out.stride(0)),
         SPLIT=split.size,
         SPLITS=split.count,
-        APART=apart,
+        APART=parts is not None,
         HAS_BIAS=bias is not None,
         HAS_LOWEST=form.has_lowest,
         PER_BYTE=per_byte,

@@ -125,6 +125,14 @@ class Split:
         """Whether each part gets a program of its own: where tiles alone do not occupy a GPU."""
         return self.count > 1 and triton.cdiv(m, block_m) * triton.cdiv(n, block_n) < PROGRAMS
 
+    def programs(
+        self, m: int, n: int, block_m: int, block_n: int, device: torch.device
+    ) -> tuple[tuple[int, int], Tensor | None]:
+        """The grid of a launch, and memory for its parts [count, m, n] float32 if they are computed apart."""
+        apart = self.apart(m, n, block_m, block_n)
+        parts = torch.empty(self.count, m, n, dtype=torch.float32, device=device) if apart else None
+        return (triton.cdiv(m, block_m) * triton.cdiv(n, block_n), self.count if apart else 1), parts
+
 
 def add_parts(parts: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
     """Sets out [m, n] to the sum of parts [splits, m, n] float32, in order, times scale [n], plus bias [n]."""
@@ -164,14 +172,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     block_m, block_k = (32, 32) if exact else (64, 64)
     block_n = 32 if exact else 128 if n >= 8192 else 64
     split = Split.of(n, k, block_n, block_k)
-    apart = split.apart(m, n, block_m, block_n)
-    parts = torch.empty(split.count, m, n, dtype=torch.float32, device=x.device) if apart else None
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
-    linear_kernel[(tiles, split.count if apart else 1)](
+    grid, parts = split.programs(m, n, block_m, block_n, x.device)
+    linear_kernel[grid](
         *(x, weight, bias, out, parts, m, n, k, x.stride(0), weight.stride(0), out.stride(0)),
         SPLIT=split.size,
         SPLITS=split.count,
-        APART=apart,
+        APART=parts is not None,
         HAS_BIAS=bias is not None,
         PRECISION="ieee",
         BLOCK_M=block_m,

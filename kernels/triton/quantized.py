@@ -203,15 +203,13 @@ def quantized_linear(
     if is_int4:
         block_k = min(block_k, matrix.group)
     split = Split.of(n, k, block_n, 2 * matrix.group if is_int4 else block_k)
-    apart = split.apart(m, n, block_m, block_n)
-    parts = torch.empty(split.count, m, n, dtype=torch.float32, device=x.device) if apart else None
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
-    quantized_linear_kernel[(tiles, split.count if apart else 1)](
+    grid, parts = split.programs(m, n, block_m, block_n, x.device)
+    quantized_linear_kernel[grid](
         *(x, matrix.data, matrix.scale, matrix.zero, bias, out, parts, m, n, k),
         *(x.stride(0), matrix.data.stride(0), matrix.scale.stride(0), out.stride(0)),
         SPLIT=split.size,
         SPLITS=split.count,
-        APART=apart,
+        APART=parts is not None,
         HAS_BIAS=bias is not None,
         GROUP=matrix.group,
         FP8=matrix.format == "fp8",
