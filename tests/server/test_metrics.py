@@ -116,7 +116,8 @@ def test_time_of_steps(server: Any) -> None:
     took = time.monotonic() - started
     steps, model, overhead = (server.metric(name) - before[name] for name in names)
     assert steps >= 30
-    assert 0 < overhead < model < took
+    assert overhead > 0  # processor time: on a busy machine a tiny model takes no longer
+    assert 0 < model < took
 
 
 def test_responses_are_counted_by_route_and_status(server: Any) -> None:
