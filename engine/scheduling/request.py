@@ -51,6 +51,7 @@ class Request:
         "slot",
         "tokens",
         "told_first",
+        "turn",
         "unsure",
         "weights",
     )
@@ -99,6 +100,8 @@ class Request:
         self.scheduled_at = 0.0
         self.told_first = False
         self.finished = False
+        self.turn = 0.0
+        """What its flow had had of the machine when it began."""
 
     def begin_again(self) -> None:
         """Forgets what was told of the prompt, which is computed from now on."""
@@ -156,6 +159,11 @@ class Request:
     def has_begun(self) -> bool:
         """Whether it was ever part of a step."""
         return self.scheduled_at > 0
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it has more to catch up with than the token that was sampled last."""
+        return self.length - self.num_computed > 1
 
     @property
     def rank(self) -> tuple[bool, int]:

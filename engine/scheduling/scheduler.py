@@ -81,7 +81,7 @@ class Scheduler:
         if request.length > self._switch_length:
             request.outgrow()
         self._requests[request.request_id] = request
-        self._waiting.opened(request)
+        self._waiting.opened(request, self._running)
         self._waiting.add(request)
         self._listeners.begin(message, self.target_version)
 
@@ -160,7 +160,7 @@ class Scheduler:
         self._admit(plan)
         self._plan_decodes(plan)
         caught_up = (each for each in self._running if not self._awaits_result(each))
-        plan_prompts(plan, self._waiting.ordered(caught_up), self._config, self.cost, self._offline)
+        plan_prompts(plan, caught_up, self._waiting, self._config, self.cost, self._offline)
         if not plan.requests:
             return None
         for request in plan.requests:

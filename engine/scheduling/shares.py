@@ -2,8 +2,9 @@
 
 Within a flow the earliest deadline goes first (``queue_order``). Between flows it is the one that has had least of the
 machine, by its weight, since both want it: seconds of steps, as in start-time fair queueing and in the virtual token
-counters of Sheng et al. (2024). Who was away gets no credit for that. A level of priority is worth a fixed time here as
-there, so urgent requests of one flow pass those of others by a bounded amount of work.
+counters of Sheng et al. (2024). Who was away gets no credit for that. A prompt that has begun keeps its turn: it is not
+passed by others because its flow was charged for it. A level of priority is worth a fixed time here as there, so urgent
+requests of one flow pass those of others by a bounded amount of work.
 
 With one flow all this is the order of deadlines. Offline requests of a flow are a flow of their own, which comes after
 all that are not, so that they cost their sender nothing of his share.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
 from slipstream.engine.plan import StepWork
@@ -65,12 +66,16 @@ class WaitingRequests:
         """Whether there is more than one flow; else nobody has to be charged."""
         return len(self._open) > 1
 
-    def opened(self, request: Request) -> None:
-        """A request has come."""
+    def opened(self, request: Request, running: Iterable[Request]) -> None:
+        """A request has come. Who was away joins at the level of who was served least, not counting prompts under way.
+
+        ``running``: all requests that have begun.
+        """
         flow = flow_of(request)
         if flow not in self._open:
-            level = min((self._used[other] for other in self._open if other[1] == flow[1]), default=0.0)
-            self._used[flow] = max(self._used.get(flow, 0.0), level)
+            under_way = self._under_way(running)
+            levels = [under_way.get(other, self._used[other]) for other in self._open if other[1] == flow[1]]
+            self._used[flow] = max(self._used.get(flow, 0.0), min(levels, default=0.0))
         self._used.move_to_end(flow)
         self._open[flow] += 1
         while len(self._used) > max(REMEMBERED_FLOWS, len(self._open)):
@@ -90,6 +95,7 @@ class WaitingRequests:
 
     def charge_prompt(self, request: Request, cost: StepCost) -> None:
         """A request begins: its flow is charged what computing it will probably take, up to its last known token."""
+        request.turn = self._used[flow_of(request)]
         if self.is_shared:
             work = StepWork().add(request.num_computed, len(request.tokens) - request.num_computed)
             self.charge(request, cost.predict(work))
@@ -104,28 +110,51 @@ class WaitingRequests:
         rest = {flow: iter(list(queue)) for flow, queue in self._queues.items()}
         heads = {flow: next(queue) for flow, queue in rest.items()}
         while heads:
-            flow = min(heads, key=lambda flow: (self._level(heads[flow]), heads[flow].deadline))
+            flow = min(heads, key=lambda flow: (self._place(heads[flow], self._used), heads[flow].deadline))
             yield heads.pop(flow)
             if (following := next(rest[flow], None)) is not None:
                 heads[flow] = following
 
     def ordered(self, requests: Iterable[Request]) -> Iterable[Request]:
-        """Requests that come by deadline, in the order in which their prompts are computed."""
-        return sorted(requests, key=self._level) if self.is_shared else requests
+        """Those of the requests, which come by deadline, whose prompts are to be computed, in that order."""
+        if not self.is_shared:
+            return requests
+        prompts = [each for each in requests if each.is_prompt]
+        levels = self._under_way(prompts)
+        return sorted(prompts, key=lambda each: self._place(each, levels))
+
+    def keeping(self, prompt: Request, streams: Sequence[Request]) -> float:
+        """The share of streams that keep their pace while this prompt is computed: those of flows that have no more
+        requests waiting, or have had less than the prompt's flow. Where that has more waiting itself, all do."""
+        if not streams or not self.is_shared or flow_of(prompt) in self._queues:
+            return 1.0
+        ahead = {flow for flow in self._queues if self._used[flow] >= prompt.turn}
+        return sum(flow_of(stream) not in ahead for stream in streams) / len(streams)
 
     def prompts_before(self, request: Request, running: Iterable[Request]) -> int:
         """Positions that running requests have to compute of their prompts before it is this one's turn."""
+        prompts = [each for each in running if each.is_prompt]
+        levels = self._under_way(prompts)
+        own = self._place(request, self._used)
         left = 0
-        for other in running:
-            missing = other.length - other.num_computed
-            if missing > 1 and self._passes(other, request):
-                left += missing
+        for other in prompts:
+            if flow_of(other) == flow_of(request):
+                passes = other.deadline <= request.deadline
+            else:
+                passes = self._place(other, levels) <= own
+            left += passes * (other.length - other.num_computed)
         return left
 
-    def _passes(self, one: Request, other: Request) -> bool:
-        if flow_of(one) == flow_of(other):
-            return one.deadline <= other.deadline
-        return self._level(one) <= self._level(other)
+    @staticmethod
+    def _under_way(running: Iterable[Request]) -> dict[Flow, float]:
+        """Where flows stand whose prompts are being computed: where the oldest of these began."""
+        levels: dict[Flow, float] = {}
+        for each in running:
+            if each.is_prompt:
+                levels[flow_of(each)] = min(levels.get(flow_of(each), each.turn), each.turn)
+        return levels
 
-    def _level(self, request: Request) -> float:
-        return self._used[flow_of(request)] + seconds_back(request.message, self._priority_step_s)
+    def _place(self, request: Request, levels: Mapping[Flow, float]) -> tuple[float, int]:
+        """Between flows the lowest goes first; at the same level, who asks for less."""
+        flow = flow_of(request)
+        return levels[flow] + seconds_back(request.message, self._priority_step_s), self._open[flow]

@@ -112,3 +112,62 @@ def test_what_is_remembered_of_flows_is_bounded(monkeypatch: pytest.MonkeyPatch)
         loop.finish()
     assert len(loop.scheduler._waiting._used) == 3
     assert not loop.scheduler._waiting._open
+
+
+BASE_S, TOKEN_S = 0.01, 0.0005
+
+
+def flooded(arrivals: list[tuple[str, int]]) -> SimulatedLoop:
+    """Streams of one flow, and prompts of it that wait, when requests come of flows, with prompts of these lengths."""
+    loop = SimulatedLoop(replace(CONFIG, max_running=16, max_step_tokens=512), 1000, 1200, vocab_size=VOCAB)
+    profile = [(StepWork(tokens), BASE_S + tokens * TOKEN_S) for tokens in (1, 16, 64, 512)]
+    loop.cost.calibrate(profile, [(StepWork(16, 0, 10**6), 0.0181)])
+    loop.cost.observe = lambda *_: None  # type: ignore[method-assign]  # the simulated steps take no time
+    for number in range(6):
+        loop.add(number, [number] * 10, max_tokens=300, flow="flood")
+    loop.step()
+    for number in range(6, 40):
+        loop.add(number, [number, *[5] * 599], max_tokens=20, flow="flood")
+    for _ in range(3):
+        loop.step()
+    for number, (flow, length) in enumerate(arrivals, 1000):
+        loop.add(number, [number - 1000, *[7] * (length - 1)], max_tokens=4, flow=flow)
+    return loop
+
+
+def until_first_token(loop: SimulatedLoop, request_id: int) -> list[tuple[int, int, float]]:
+    """Of each step: positions of the request's prompt, and of others', and the share of its time that streams had."""
+    found = []
+    owner: dict[int, int] = {}
+    while not loop.told[request_id]:
+        plan = loop.step()
+        assert plan is not None
+        owner |= {row.slot: row.request.request_id for row in plan.new}
+        own = sum(count for slot, count in zip(plan.slots, plan.counts, strict=True) if owner.get(slot) == request_id)
+        streams = plan.counts.count(1)
+        share = (BASE_S + streams * TOKEN_S) / (BASE_S + plan.num_tokens * TOKEN_S)
+        found.append((own, plan.num_tokens - streams - own, share))
+    return found
+
+
+@pytest.mark.parametrize("length", [30, 200, 1000])
+def test_a_quiet_flows_prompt_is_computed_at_once_and_hardly_slower_than_alone(length: int) -> None:
+    steps = until_first_token(flooded([("quiet", length)]), 1000)
+    assert sum(own for own, _, _ in steps) == length
+    assert all(own for own, _, _ in steps), "others' prompts are computed while this one waits"
+    assert not any(others for _, others, _ in steps[:-1]), "others' prompts take their share of it"
+    assert all(share < 0.16 for _, _, share in steps[:-1])
+    assert all(share > 0.14 for _, _, share in steps)
+
+
+def test_streams_keep_their_pace_while_prompts_of_their_own_flow_are_computed() -> None:
+    loop = flooded([])
+    steps = [until_first_token(loop, number) for number in (6, 7)]
+    assert all(share > 0.38 for step in steps for _, _, share in step)
+
+
+def test_streams_keep_their_pace_while_two_floods_have_prompts() -> None:
+    loop = flooded([("another", 600)] * 20)
+    steps = until_first_token(loop, 1002)
+    assert all(share > 0.38 for _, _, share in steps)
+    assert sum(bool(own) for own, _, _ in steps) < len(steps)
