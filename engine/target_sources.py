@@ -27,6 +27,8 @@ SHARED_MEMORY = Path("/dev/shm")
 SEGMENT = re.compile(r"/?[A-Za-z0-9_.-]{1,200}")
 PIECE_BYTES = 4 << 20
 """Bytes of a segment that are copied between two moments at which steps may go first."""
+MOST_SHOWN = 300
+"""Characters of a path that errors repeat."""
 LORA_CONFIG, LORA_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -42,18 +44,28 @@ def unpack(tensors: bytes) -> Tensors:
 def lora_scale(path: Path) -> float | None:
     """What the LoRA in a folder is scaled with; None where there is none. ModelError for one that cannot be merged."""
     config = path / LORA_CONFIG
-    return scale_of(read_json_object(config), config) if config.is_file() else None
+    return scale_of(read_json_object(config), config) if _is_file(config) else None
 
 
 def read(path: Path, model: CausalModel) -> Tensors:
     """The tensors of a safetensors file, of a LoRA's folder, of a folder of tensors, or of a whole model."""
     if path.suffix.lower() == ".safetensors":
         return read_tensors(read_header(path))
-    if (path / LORA_CONFIG).is_file():
+    if _is_file(path / LORA_CONFIG):
         return read_tensors(read_header(path / LORA_TENSORS))
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not _is_file(path / "config.json"):
         return read_tensors(find_tensors(path))
     return model.tensors(open_checkpoint(path))
+
+
+def _is_file(path: Path) -> bool:
+    """Raises ModelError where the system cannot even look: a name that is too long, a folder that may not be read, …"""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise ModelError(
+            f"cannot look for {path.name} in {str(path.parent)[:MOST_SHOWN]!r}: {error.strerror}"
+        ) from None
 
 
 def read_segment(segment: str, num_bytes: int, first_byte: int = 0) -> bytearray:

@@ -39,7 +39,7 @@ def describe(
     answer: type[BaseModel] | str,
     *statuses: int,
     bodies: Sequence[type[Body]] = (),
-    body_required: bool = True,
+    body_required: bool | None = None,
     media_type: str = JSON,
     raw_body: str | None = None,
     as_well: str | None = None,
@@ -54,6 +54,7 @@ def describe(
     Args:
         answer: of status 200; the media type of what is not JSON.
         statuses: with an error, besides those that any route may answer.
+        body_required: by default, if each of ``bodies`` has a field that has to be there; else no body is an empty one.
         media_type: of ``bodies``.
         raw_body: the media type of a body that is not JSON.
         as_well: another media type of the answer, for who asks for it.
@@ -78,6 +79,8 @@ def describe(
     if query:
         found["parameters"] = list(query)
     if bodies:
+        if body_required is None:
+            body_required = all(any(each.is_required() for each in body.model_fields.values()) for body in bodies)
         found["requestBody"] = {"required": body_required, "content": {media_type: json_of(*bodies)[JSON]}}
     elif raw_body is not None:
         found["requestBody"] = {

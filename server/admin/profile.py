@@ -46,7 +46,7 @@ def profile_router(service: Service) -> APIRouter:
 
     @router.post(
         "/debug/profile",
-        openapi_extra=describe(ChromeTrace, 409, 429, 503, bodies=[ProfileBody], body_required=False),
+        openapi_extra=describe(ChromeTrace, 409, 429, 503, bodies=[ProfileBody]),
     )
     async def profile(request: Request) -> Response:
         """Profile the next steps of the engine, and answer with a trace of them."""

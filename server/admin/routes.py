@@ -103,7 +103,7 @@ def admin_router(service: Service) -> APIRouter:
 
     @router.post(
         one + "/{action}",
-        openapi_extra=describe(answers.DrafterAndLive, 404, 409, 503, bodies=[ReasonBody], body_required=False),
+        openapi_extra=describe(answers.DrafterAndLive, 404, 409, 503, bodies=[ReasonBody]),
     )
     async def change_drafter(request: Request, version: int, action: str) -> Response:
         """Promote, roll back, retire, pin or unpin a version."""
@@ -179,7 +179,10 @@ def admin_router(service: Service) -> APIRouter:
         """What is kept of whom."""
         return JSONBody({"tenants": await ask(with_traffic, service, statistics)})
 
-    @router.post(prefix + "/traffic/purge", openapi_extra=describe(answers.Purged, 409, 503, bodies=[PurgeBody]))
+    @router.post(
+        prefix + "/traffic/purge",
+        openapi_extra=describe(answers.Purged, 409, 503, bodies=[PurgeBody], body_required=True),
+    )
     async def purge_traffic(request: Request) -> Response:
         """Delete everything that is kept of a tenant, or of all."""
         body = await body_of(service, request, PurgeBody)

@@ -52,34 +52,34 @@ def target_router(service: Service) -> APIRouter:
     def filled(version: int, missing: int) -> Response:
         return JSONBody({"version": version, "missing": missing})
 
-    @router.post("/pause", openapi_extra=describe(answers.Paused, 503, bodies=[PauseBody], body_required=False))
+    @router.post("/pause", openapi_extra=describe(answers.Paused, 503, bodies=[PauseBody]))
     async def pause(request: Request) -> Response:
         """Let no request begin, and none go on but as the mode says, until it is resumed."""
         await control.pause((await body_of(service, request, PauseBody)).mode)
         return JSONBody({"paused": True})
 
-    @router.post("/resume", openapi_extra=describe(answers.Paused, 503, bodies=[EmptyBody], body_required=False))
+    @router.post("/resume", openapi_extra=describe(answers.Paused, 503, bodies=[EmptyBody]))
     async def resume(request: Request) -> Response:
         """End a pause."""
         await body_of(service, request, EmptyBody)
         await control.resume()
         return JSONBody({"paused": False})
 
-    @router.post("/abort", openapi_extra=describe(answers.Aborted, 503, bodies=[AbortBody], body_required=False))
+    @router.post("/abort", openapi_extra=describe(answers.Aborted, 503, bodies=[AbortBody]))
     async def abort(request: Request) -> Response:
         """End requests by their ids, or all of them; each is answered with what it has said so far."""
         asked = await body_of(service, request, AbortBody, TENSORS_BYTES)
         service.require_ready()
         return JSONBody({"aborted": await control.abort(asked.ids)})
 
-    @router.post("/sleep", openapi_extra=describe(answers.ReleasedMemory, 503, bodies=[SleepBody], body_required=False))
+    @router.post("/sleep", openapi_extra=describe(answers.ReleasedMemory, 503, bodies=[SleepBody]))
     async def sleep(request: Request) -> Response:
         """Give memory of the cache and of the weights back to the system."""
         asked = await body_of(service, request, SleepBody)
         await control.release_memory(asked.tags or ALL_MEMORY, asked.keep_weights, asked.mode)
         return JSONBody({"released": sorted(control.released)})
 
-    @router.post("/wake", openapi_extra=describe(answers.ReleasedMemory, 503, bodies=[WakeBody], body_required=False))
+    @router.post("/wake", openapi_extra=describe(answers.ReleasedMemory, 503, bodies=[WakeBody]))
     async def wake(request: Request) -> Response:
         """Take memory again, and serve on when all of it is back."""
         asked = await body_of(service, request, WakeBody)

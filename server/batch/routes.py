@@ -169,7 +169,7 @@ def batch_router(service: Service, app: ASGIApp) -> APIRouter:
 
     @router.post(
         "/v1/batches/{name}/cancel",
-        openapi_extra=describe(answers.BatchObject, 404, 409, 503, bodies=[CancelBatchBody], body_required=False),
+        openapi_extra=describe(answers.BatchObject, 404, 409, 503, bodies=[CancelBatchBody]),
     )
     async def cancel(request: Request, name: str) -> Response:
         """End a batch; what is answered by then is kept."""

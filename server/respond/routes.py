@@ -40,7 +40,7 @@ def respond_router(service: Service) -> APIRouter:
 
     @router.post(
         "/v1/responses/{name}/cancel",
-        openapi_extra=describe(answers.ResponseObject, 404, 503, bodies=[CancelResponseBody], body_required=False),
+        openapi_extra=describe(answers.ResponseObject, 404, 503, bodies=[CancelResponseBody]),
     )
     async def cancel(request: Request, name: str) -> Response:
         """End a response that is being written."""

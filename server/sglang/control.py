@@ -36,7 +36,7 @@ def add_control_routes(router: APIRouter, service: Service, updates: Updates) ->
 
     @router.post(
         "/pause_generation",
-        openapi_extra=describe(answers.SGLangStatus, 503, bodies=[SGLangPauseBody], body_required=False),
+        openapi_extra=describe(answers.SGLangStatus, 503, bodies=[SGLangPauseBody]),
     )
     async def pause(request: Request) -> Response:
         """Let no request begin, and none go on but as the mode says; answered when nothing runs any more."""
@@ -46,7 +46,7 @@ def add_control_routes(router: APIRouter, service: Service, updates: Updates) ->
 
     @router.post(
         "/continue_generation",
-        openapi_extra=describe(answers.SGLangStatus, 409, 503, bodies=[SGLangContinueBody], body_required=False),
+        openapi_extra=describe(answers.SGLangStatus, 409, 503, bodies=[SGLangContinueBody]),
     )
     async def go_on(request: Request) -> Response:
         """End a pause, with the weights that have come meanwhile."""
@@ -83,7 +83,7 @@ def add_control_routes(router: APIRouter, service: Service, updates: Updates) ->
 
     @router.post(
         "/flush_cache",
-        openapi_extra=describe("text/plain", 409, 503, bodies=[SGLangEmptyBody], body_required=False, query=[TIMEOUT]),
+        openapi_extra=describe("text/plain", 409, 503, bodies=[SGLangEmptyBody], query=[TIMEOUT]),
     )
     async def flush_by_post(request: Request) -> Response:
         """The same."""
@@ -92,7 +92,7 @@ def add_control_routes(router: APIRouter, service: Service, updates: Updates) ->
 
     @router.post(
         "/release_memory_occupation",
-        openapi_extra=describe(answers.SGLangStatus, 503, bodies=[SGLangMemoryBody], body_required=False),
+        openapi_extra=describe(answers.SGLangStatus, 503, bodies=[SGLangMemoryBody]),
     )
     async def release(request: Request) -> Response:
         """Give memory back to the system; requests wait until it is taken again."""
@@ -102,7 +102,7 @@ def add_control_routes(router: APIRouter, service: Service, updates: Updates) ->
 
     @router.post(
         "/resume_memory_occupation",
-        openapi_extra=describe(answers.SGLangStatus, 503, bodies=[SGLangMemoryBody], body_required=False),
+        openapi_extra=describe(answers.SGLangStatus, 503, bodies=[SGLangMemoryBody]),
     )
     async def take_back(request: Request) -> Response:
         """Take memory again that was released."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from slipstream.server.body import Body
+from slipstream.server.body import Body, LooseBody
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.fields import unsupported
 from slipstream.server.openai.schema import Count
@@ -20,20 +20,20 @@ Selector = Literal["target", "draft", "all"]
 Memory = Literal["weights", "kv_cache", "cuda_graph"]
 
 
-class SGLangEmptyBody(Body):
+class SGLangEmptyBody(LooseBody):
     """Nothing is to be said."""
 
 
-class SGLangPauseBody(Body):
+class SGLangPauseBody(LooseBody):
     mode: Literal["abort", "retract", "in_place"] | None = None
 
 
-class SGLangContinueBody(Body):
+class SGLangContinueBody(LooseBody):
     # Accepted: what is kept for later steps is kept.
     torch_empty_cache: bool | None = None
 
 
-class SGLangAbortBody(Body):
+class SGLangAbortBody(LooseBody):
     rid: str | None = None
     abort_all: bool | None = None
 
@@ -41,11 +41,11 @@ class SGLangAbortBody(Body):
     abort_message: str | None = None
 
 
-class SGLangMemoryBody(Body):
+class SGLangMemoryBody(LooseBody):
     tags: list[Memory] | None = Field(None, max_length=16)
 
 
-class UpdateFields(Body):
+class UpdateFields(LooseBody):
     """What all updates share."""
 
     weight_version: Version | None = None
@@ -98,7 +98,7 @@ class SGLangDistributedBody(UpdateFields):
         return self
 
 
-class SGLangGroupBody(Body):
+class SGLangGroupBody(LooseBody):
     master_address: Annotated[str, Field(min_length=1, max_length=256)]
     master_port: Annotated[int, Field(ge=1, le=65535)] | Annotated[str, Field(pattern=r"^\d{1,5}$")]
     """Some trainers send a text."""
@@ -108,20 +108,20 @@ class SGLangGroupBody(Body):
     backend: Literal["nccl", "gloo"] | None = None
 
 
-class SGLangLeaveBody(Body):
+class SGLangLeaveBody(LooseBody):
     group_name: Name | None = None
 
 
-class SGLangSessionBody(Body):
+class SGLangSessionBody(LooseBody):
     selector: Selector | None = None
 
 
-class SGLangTensorNameBody(Body):
+class SGLangTensorNameBody(LooseBody):
     name: Name
     truncate_size: Annotated[int, Field(ge=1, le=MAX_LIST)] | None = None
 
 
-class SGLangCheckBody(Body):
+class SGLangCheckBody(LooseBody):
     action: Literal["snapshot", "compare", "checksum"] | None = None
     skip_tensor_list: list[Name] | None = Field(None, max_length=MAX_LIST, fail_fast=True)
     """Parts of names of tensors that are not looked at."""

@@ -36,7 +36,9 @@ def sglang_router(service: Service) -> APIRouter:
 
     @router.post(
         "/generate",
-        openapi_extra=describe(answers.SGLangAnswers, *BUSY, bodies=[SGLangGenerateBody], stream=answers.SGLangAnswer),
+        openapi_extra=describe(
+            answers.SGLangAnswers, *BUSY, bodies=[SGLangGenerateBody], body_required=True, stream=answers.SGLangAnswer
+        ),
     )
     async def generate_for_sglang(request: Request) -> Response:
         """Continue texts or token ids."""

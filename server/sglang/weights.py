@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import math
 from array import array
@@ -37,14 +36,11 @@ from slipstream.server.sglang.updates import Updates
 DEFAULT_ROWS = 100
 
 
-def described(
-    body: type[Body], required: bool = True, answer: type[BaseModel] = answers.SGLangOutcome
-) -> dict[str, Any]:
+def described(body: type[Body], answer: type[BaseModel] = answers.SGLangOutcome) -> dict[str, Any]:
     """For a route that tells of failures in two ways."""
     return describe(
         *(answer, 400, 409, 413, 415, 429, 500, 503),
         bodies=[body],
-        body_required=required,
         errors=answers.SGLangFailure,
     )
 
@@ -75,7 +71,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
         asked = await body_of(service, request, SGLangTensorBody)
         try:
             pickled = base64.b64decode(asked.serialized_named_tensors[0], validate=True)
-        except binascii.Error:
+        except ValueError:  # which binascii.Error is, too; the base class is for text beyond ASCII
             raise InvalidRequestError(
                 "serialized_named_tensors: is no base64", param="serialized_named_tensors.0"
             ) from None
@@ -98,7 +94,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
         )
         return outcome("Joined the group.")
 
-    @router.post("/destroy_weights_update_group", openapi_extra=described(SGLangLeaveBody, required=False))
+    @router.post("/destroy_weights_update_group", openapi_extra=described(SGLangLeaveBody))
     @telling_failures
     async def leave(request: Request) -> Response:
         """Leave a group."""
@@ -116,7 +112,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
         await control.receive(asked.group_name or DEFAULT_GROUP, tensors, asked.weight_version, mode)
         return outcome(updates.took_bucket())
 
-    @router.post("/begin_weight_update", openapi_extra=described(SGLangSessionBody, required=False))
+    @router.post("/begin_weight_update", openapi_extra=described(SGLangSessionBody))
     @telling_failures
     async def begin(request: Request) -> Response:
         """Weights are to come; there is nothing to be prepared for them."""
@@ -124,7 +120,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
         service.require_ready()
         return outcome("The weights may come.")
 
-    @router.post("/end_weight_update", openapi_extra=described(SGLangSessionBody, required=False))
+    @router.post("/end_weight_update", openapi_extra=described(SGLangSessionBody))
     @telling_failures
     async def end(request: Request) -> Response:
         """All weights have come that will; the others stay as they are."""
@@ -144,7 +140,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
 
     @router.post(
         "/weights_checker",
-        openapi_extra=described(SGLangCheckBody, required=False, answer=answers.SGLangChecked),
+        openapi_extra=described(SGLangCheckBody, answer=answers.SGLangChecked),
     )
     @telling_failures
     async def check(request: Request) -> Response:

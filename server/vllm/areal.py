@@ -19,7 +19,7 @@ from slipstream.server.vllm.transfer import Announced, Transfer
 
 
 def told(body: type[Body] = NoBody) -> dict[str, Any]:
-    return describe(Succeeded, 409, 503, bodies=[body], body_required=body is not NoBody)
+    return describe(Succeeded, 409, 503, bodies=[body])
 
 
 def success(message: str) -> Response:

@@ -41,7 +41,7 @@ TAGS = parameter("tags", type="array", items={"type": "string", "enum": [*ALL_ME
 
 def told(answer: type[Answer], body: type[Body] = NoBody, *query: dict[str, Any]) -> dict[str, Any]:
     """A control route in the OpenAPI document."""
-    return describe(answer, *REFUSALS, bodies=[body], body_required=body is not NoBody, query=query)
+    return describe(answer, *REFUSALS, bodies=[body], query=query)
 
 
 def a_flag(name: str) -> dict[str, Any]:

@@ -53,9 +53,7 @@ def vllm_router(service: Service) -> APIRouter:
         """How likely tokens are that others have said."""
         return await trl_score(service, request)
 
-    @router.post(
-        "/finish_session", openapi_extra=describe(answers.SessionFinished, 503, bodies=[NoBody], body_required=False)
-    )
+    @router.post("/finish_session", openapi_extra=describe(answers.SessionFinished, 503, bodies=[NoBody]))
     async def finish_session(request: Request) -> Response:
         """A conversation is over; nothing is held for it here."""
         service.require_ready()

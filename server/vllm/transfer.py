@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -226,7 +225,7 @@ def decoded(text: str) -> bytes:
     """Raises InvalidRequestError for what is not base64."""
     try:
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise InvalidRequestError(
             "update_info.ipc_handles_pickled is not base64", param="update_info.ipc_handles_pickled"
         ) from None

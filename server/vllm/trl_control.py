@@ -18,7 +18,7 @@ from slipstream.server.vllm.transfer import TRL_GROUP, Transfer
 
 
 def told(body: type[Body] = NoBody) -> dict[str, Any]:
-    return describe(Done, 409, 503, bodies=[body], body_required=body is not NoBody)
+    return describe(Done, 409, 503, bodies=[body])
 
 
 def done(message: str) -> Response:

@@ -330,6 +330,16 @@ def test_a_lora_of_another_kind_is_refused(local: LocalEngine, tmp_path: Path, c
         update(local, ReadTarget(1, str(tmp_path)))
 
 
+def test_paths_where_the_system_cannot_look_are_refused(local: LocalEngine, tmp_path: Path) -> None:
+    before = serving(local)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in ("a" * 256, "a/" * 3000, str(tmp_path / "loop" / "x"), "a\0b"):
+        with pytest.raises(ModelError, match=r"cannot look for adapter_config\.json|there is no model") as told:
+            update(local, ReadTarget(1, path))
+        assert len(str(told.value)) < 600
+    assert serving(local) == before
+
+
 def test_weights_of_another_format_have_its_checksums(folder: Path) -> None:
     local = engine(folder, dtype="bfloat16")
     expected = {

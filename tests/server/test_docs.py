@@ -115,6 +115,24 @@ def test_the_openapi_page_says_what_routes_take_and_answer(server: Any) -> None:
         assert {"404", "429", "503", "504"} <= set(answers)
 
 
+def test_routes_refuse_what_the_openapi_page_says_they_refuse(server: Any) -> None:
+    """A body that has to be there and is not; a field that nobody knows, where there are none but those listed."""
+    page = server.get("/openapi.json")[1]
+    tried = 0
+    for path, operations in page["paths"].items():
+        body = operations.get("post", {}).get("requestBody", {"content": {}})
+        if not (forms := body["content"].get("application/json")):
+            continue
+        names = re.findall(r"#/components/schemas/(\w+)", json.dumps(forms))
+        closed = not any(page["components"]["schemas"][name]["additionalProperties"] for name in names)
+        for told, sent in ((body["required"], b""), (closed, b'{"nobody_knows": 1}')):
+            if told:
+                status, _, answer = server.request("POST", re.sub(r"{\w+}", "1", path), sent)
+                assert status in (400, 404, 409), (path, sent, answer)
+                tried += 1
+    assert tried > 60
+
+
 def test_every_metric_is_documented(server: Any) -> None:
     kinds = re.findall(r"^# TYPE slipstream:(\w+) (\w+)$", server.get("/metrics")[1], re.M)
     rows = re.findall(r"^\| ([^|]+) \| (gauge|counter|histogram) \|", (DOCS / "metrics.md").read_text(), re.M)

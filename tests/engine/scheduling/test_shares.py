@@ -136,7 +136,7 @@ def flooded(arrivals: list[tuple[str, int]]) -> SimulatedLoop:
 
 
 def until_first_token(loop: SimulatedLoop, request_id: int) -> list[tuple[int, int, float]]:
-    """Of each step: positions of the request's prompt, and of others', and the share of its time that streams had."""
+    """For each step: positions of the request's prompt, of others', and the share of its time that streams had."""
     found = []
     owner: dict[int, int] = {}
     while not loop.told[request_id]:

@@ -282,7 +282,7 @@ def test_weights_that_are_shared_on_one_machine(engine: Any, policy: Any, tensor
             )
     after = slime.generate()
     assert after["meta_info"]["weight_version"] == slime.version() == "6"
-    for text in ("no base64!", base64.b64encode(b"no pickle").decode(), shared([1, 2])):
+    for text in ("no base64!", "\u1234", base64.b64encode(b"no pickle").decode(), shared([1, 2])):
         status, answer = engine.post("/update_weights_from_tensor", {"serialized_named_tensors": [text]})
         assert (status, answer["success"]) == (400, False)
     assert slime.generate()["output_ids"] == after["output_ids"] == said_after_reading(slime, folder)
