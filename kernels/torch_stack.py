@@ -93,7 +93,7 @@ class DecoderLayer:
         return hidden + (given if self.down_norm is None else self.down_norm(given))
 
     def _heads(self, matrix: Function, norm: Function | None, x: Tensor) -> Tensor:
-        heads = matrix(x).view(len(x), -1, self.head_dim)
+        heads = matrix(x).unflatten(-1, (-1, self.head_dim))
         return heads if norm is None else norm(heads)
 
 

@@ -120,7 +120,7 @@ def score(
     ``check`` is called before each part of about ``ROWS`` positions; what it raises ends the scoring.
 
     As long as all draft tokens before were right, draft token i is made after exactly the tokens that came: so one
-    unrolled pass knows at every position how many draft tokens are right there. The walk from the first position to the
+    pass that goes on where they were knows at every position how many draft tokens are right there. The walk from the first position to the
     end of the answer, by one token more than are right at a time, visits the positions that live drafting starts from.
     """
 
@@ -128,15 +128,19 @@ def score(
         check()
         batch = pack(group, depth)
         with torch.inference_mode():
-            outputs = head.unroll(batch, depth)
-            # argmax of bfloat16 takes six times as long on a CPU; ties go to the first in both.
-            best = [head.logits(hidden).max(-1).indices for hidden in outputs]
-            drafts = torch.stack([head.to_target[indices] for indices in best], dim=1)
-        right = (drafts == batch.targets).long().cumprod(1).sum(1).numpy()
+            drafting = head.draft(batch)
+            right = torch.zeros(len(batch.learned), dtype=torch.long)
+            for step in range(depth):
+                if step:
+                    drafting.extend(is_right)
+                # argmax of bfloat16 takes six times as long on a CPU; ties go to the first in both.
+                best = head.to_target[head.logits(drafting.hidden).max(-1).indices]
+                is_right = best == batch.targets[drafting.rows, step]
+                right[drafting.rows] += is_right
         found, at = [], 0
         for segment in batch.segments:
             count = segment.end - segment.learned
-            found.append((count, [_walk(right[at : at + count], most) for most in range(depth + 1)]))
+            found.append((count, [_walk(right[at : at + count].numpy(), most) for most in range(depth + 1)]))
             at += count
         return found
 

@@ -111,6 +111,12 @@ def loss(name: LossName, logits: Tensor, targets: Tensor, probs: Tensor | None) 
     return _DIVERGENCES[name](logits, probs)
 
 
+def drafted(logits: Tensor, targets: Tensor, chance: torch.Generator) -> Tensor:
+    """[n] bool: whether the head, which samples, would draft the token that came; a draw for each row."""
+    share = logits.float().softmax(-1).gather(-1, targets.clamp_min(0)[:, None])[:, 0]
+    return (targets >= 0) & (torch.rand(len(targets), generator=chance) < share)
+
+
 def default_loss(greedy: bool) -> LossName:
     """What suits the traffic."""
     return "ce" if greedy else "kl"

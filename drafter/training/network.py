@@ -90,67 +90,16 @@ class TrainableHead:
         """The tensors of the head in the published layout, detached."""
         return {**{name: weight.detach() for name, weight in self.weights.items()}, **self.maps}
 
-    def unroll(self, pack: Pack, steps: int) -> list[Tensor]:
-        """Outputs after 0, 1, … draft tokens at the learned rows, each [n, hidden]; draft token i is the one that came.
-
-        This is the training-time test of EAGLE-3: after i draft tokens, a row attends to the true features up to its
-        own position and to what the head made of the i draft tokens after it. The output after i draft tokens at row r
-        belongs to position r + i of the text. Several threads may do this at once.
-        """
-        layer = self._layer()
-        learned = pack.learned
-        context = ops.linear(pack.features.to(self.dtype).flatten(1), self._cast["fc.weight"])
-        x = layer.inputs(context, ops.embedding(pack.tokens[:, 0], self._embedding))
-        keys, values = layer.keys_values(x, *self._rope(pack.positions))
-        outputs: list[Tensor] = []
-        own: list[tuple[Tensor, Tensor]] = []
-        hidden, x = context[learned], x[learned]
-        for step in range(steps):
-            rope = self._rope(pack.positions[learned] + step)
-            if step:
-                x = layer.inputs(hidden, ops.embedding(pack.tokens[learned, step], self._embedding))
-                own.append(layer.keys_values(x, *rope))
-            attended = self._attend(pack, layer.queries(x, *rope), keys, values, own)
-            hidden = layer.finish(hidden, attended)
-            outputs.append(hidden)
-        return outputs
+    def draft(self, pack: Pack) -> Drafting:
+        """Drafting at all learned rows, with no draft token before it yet. Several threads may do this at once."""
+        return Drafting(self, pack)
 
     def logits(self, hidden: Tensor, some: Candidates | None = None) -> Tensor:
         """[n, hidden] -> [n, draft vocabulary]; or of these candidates, each with what it stands for."""
         normed, rows = self._norm("norm.weight")(hidden), self._cast[OUTPUT]
         return ops.linear(normed, rows) if some is None else ops.linear(normed, rows[some.columns]).float() + some.bias
 
-    def _attend(self, pack: Pack, q: Tensor, keys: Tensor, values: Tensor, own: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """q [n, heads, head_dim] of the learned rows -> [n, heads * head_dim]."""
-        group = self.config.heads // self.config.kv_heads
-        outputs = []
-        at = 0
-        for segment in pack.segments:
-            count, length = segment.end - segment.learned, segment.end - segment.begin
-            rows = slice(at, at + count)
-            at += count
-            # [KV heads, group * n, head_dim] against [KV heads, length, head_dim]
-            query = (
-                q[rows].view(count, -1, group, self.config.head_dim).permute(1, 2, 0, 3) * self.config.head_dim**-0.5
-            )
-            key = keys[segment.begin : segment.end].transpose(0, 1)
-            value = values[segment.begin : segment.end].transpose(0, 1)
-            scores = query.flatten(1, 2) @ key.transpose(1, 2)
-            scores = scores.view(-1, group, count, length)
-            future = torch.ones(count, length, dtype=torch.bool).triu(length - count + 1)
-            scores = scores.masked_fill(future, float("-inf"))
-            if own:
-                k = torch.stack([k[rows] for k, _ in own], dim=1)  # [n, draft tokens, KV heads, head_dim]
-                scores = torch.cat((scores, torch.einsum("hgnd,nshd->hgns", query, k)), dim=-1)
-            shares = scores.float().softmax(-1).to(self.dtype)
-            mixed = (shares[..., :length].flatten(1, 2) @ value).view(-1, group, count, self.config.head_dim)
-            if own:
-                v = torch.stack([v[rows] for _, v in own], dim=1)
-                mixed = mixed + torch.einsum("hgns,nshd->hgnd", shares[..., length:], v)
-            outputs.append(mixed.permute(2, 0, 1, 3).flatten(1))
-        return torch.cat(outputs)
-
-    def _layer(self) -> DecoderLayer:
+    def layer(self) -> DecoderLayer:
         def norm(name: str) -> Function:
             return self._norm(LAYER + name + ".weight")
 
@@ -171,5 +120,74 @@ class TrainableHead:
         weight, eps = self._cast[name], self.config.norm_eps
         return lambda x: functional.rms_norm(x.float(), x.shape[-1:], weight, eps).to(self.dtype)
 
-    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self._cos[positions], self._sin[positions]
+
+    def context(self, features: Tensor) -> Tensor:
+        """[n, taps, hidden] -> [n, hidden]: what the layer reads of the target's features."""
+        return ops.linear(features.to(self.dtype).flatten(1), self._cast["fc.weight"])
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        return ops.embedding(tokens, self._embedding)
+
+
+class Drafting:
+    """Chains of draft tokens at the learned rows of a pack, all by one token longer at a time; each is the one that came.
+
+    This is the training-time test of EAGLE-3: after i draft tokens, a row attends to the true features up to its own
+    position and to what the head made of the i draft tokens after it.
+    """
+
+    def __init__(self, head: TrainableHead, pack: Pack) -> None:
+        self._head, self._pack = head, pack
+        self._layer = head.layer()
+        self.rows = torch.arange(len(pack.learned))
+        """[n], ascending: the learned rows that still draft, as places in ``pack.learned``."""
+        context = head.context(pack.features)
+        x = self._layer.inputs(context, head.embedded(pack.tokens[:, 0]))
+        self._keys, self._values = self._layer.keys_values(x, *head.rope(pack.positions))
+        self._own: list[tuple[Tensor, Tensor]] = []
+        self.hidden = self._compute(context[pack.learned], x[pack.learned])
+        """[n, hidden]: outputs at these rows. After i draft tokens that of row r belongs to position r + i of the text."""
+
+    def extend(self, keep: Tensor) -> None:
+        """Takes the token that came as the next draft token at the rows of ``keep`` [n] bool, and leaves the others."""
+        self.rows, hidden = self.rows[keep], self.hidden[keep]
+        self._own = [(key[keep], value[keep]) for key, value in self._own]
+        at, length = self._pack.learned[self.rows], len(self._own) + 1
+        x = self._layer.inputs(hidden, self._head.embedded(self._pack.tokens[at, length]))
+        self._own.append(self._layer.keys_values(x, *self._head.rope(self._pack.positions[at] + length)))
+        self.hidden = self._compute(hidden, x)
+
+    def _compute(self, hidden: Tensor, x: Tensor) -> Tensor:
+        positions = self._pack.positions[self._pack.learned[self.rows]] + len(self._own)
+        return self._layer.finish(hidden, self._attend(self._layer.queries(x, *self._head.rope(positions))))
+
+    def _attend(self, q: Tensor) -> Tensor:
+        """q [n, heads, head_dim] of these rows -> [n, heads * head_dim]."""
+        config = self._head.config
+        group = config.heads // config.kv_heads
+        at = self._pack.learned[self.rows]
+        ends = torch.searchsorted(at, torch.tensor([segment.end for segment in self._pack.segments])).tolist()
+        outputs = []
+        for segment, first, last in zip(self._pack.segments, [0, *ends], ends, strict=False):
+            rows, length = slice(first, last), segment.end - segment.begin
+            count = last - first
+            # [KV heads, group * n, head_dim] against [KV heads, length, head_dim]
+            query = q[rows].view(count, config.kv_heads, group, config.head_dim).permute(1, 2, 0, 3) * config.head_dim**-0.5
+            key = self._keys[segment.begin : segment.end].transpose(0, 1)
+            value = self._values[segment.begin : segment.end].transpose(0, 1)
+            scores = query.flatten(1, 2) @ key.transpose(1, 2)
+            scores = scores.view(config.kv_heads, group, count, length)
+            future = torch.arange(length) > (at[rows] - segment.begin)[:, None]
+            scores = scores.masked_fill(future, float("-inf"))
+            if self._own:
+                k = torch.stack([k[rows] for k, _ in self._own], dim=1)  # [n, draft tokens, KV heads, head_dim]
+                scores = torch.cat((scores, torch.einsum("hgnd,nshd->hgns", query, k)), dim=-1)
+            shares = scores.float().softmax(-1).to(self._head.dtype)
+            mixed = (shares[..., :length].flatten(1, 2) @ value).view(config.kv_heads, group, count, config.head_dim)
+            if self._own:
+                v = torch.stack([v[rows] for _, v in self._own], dim=1)
+                mixed = mixed + torch.einsum("hgns,nshd->hgnd", shares[..., length:], v)
+            outputs.append(mixed.permute(2, 0, 1, 3).flatten(1))
+        return torch.cat(outputs)

@@ -24,7 +24,8 @@ MOST_PARTS = 1024
 class TrainOptions:
     loss: losses.LossName = "ce"
     steps: int = 3
-    """Draft tokens in a row that are learned."""
+    """Draft tokens in a row that are learned, each where those before it are right: what follows a wrong one is never
+    looked at. So most of the time goes to first draft tokens as long as few are right."""
     step_decay: float = 0.8
     """Weight of each draft token relative to the one before it."""
     learning_rate: float = 2e-3
@@ -50,8 +51,8 @@ class Progress:
     tokens: int
     """Positions learned."""
     right: tuple[float, ...]
-    """Share of right draft tokens per step of the chain, given that those before were taken to be right; among the
-    candidates of the step, where these stand for the draft vocabulary."""
+    """Share of the positions where the first 1, 2, … draft tokens are right; among the candidates of the step, where
+    these stand for the draft vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +114,26 @@ class Trainer:
         total = torch.zeros(())
         right = torch.zeros(options.steps)
         targets = [self._targets(batch, step) for step in range(options.steps)]
-        some = None
+        some, seed = None, self.step * MOST_PARTS + number
         if options.loss == "ce":
-            size, seed = self.head.config.draft_vocab_size, self.step * MOST_PARTS + number
-            some = candidates.choose([columns for columns, _ in targets], size, seed)
-        for step, hidden in enumerate(self.head.unroll(batch, options.steps)):
-            columns, exists = targets[step]
-            logits = self.head.logits(hidden, some)
+            some = candidates.choose([columns for columns, _ in targets], self.head.config.draft_vocab_size, seed)
+        chance = torch.Generator().manual_seed(seed)
+        drafting = self.head.draft(batch)
+        for step in range(options.steps):
+            if step:
+                drafting.extend(goes_on)
+            columns, exists = (each[drafting.rows] for each in targets[step])
+            logits = self.head.logits(drafting.hidden, some)
             if some is not None:
                 columns = some.place[columns]
-            per_row = losses.loss(options.loss, logits, columns, self._probs(batch, step))
+            per_row = losses.loss(options.loss, logits, columns, self._probs(batch, step, drafting.rows))
             total = total + options.step_decay**step * per_row[exists].sum()
             with torch.no_grad():
-                right[step] = (logits.max(-1).indices == columns)[exists].sum()
+                is_right = logits.max(-1).indices == columns
+                right[step] = is_right[exists].sum()
+                goes_on = exists & is_right
+                if options.loss != "ce":
+                    goes_on = exists & losses.drafted(logits, columns, chance)
         gradients = torch.autograd.grad(total, self.head.inputs)
         return _Part(float(total.detach()), right, len(batch.learned), gradients)
 
@@ -167,10 +175,10 @@ class Trainer:
         exists = tokens >= 0
         return torch.where(exists, self.head.to_draft[tokens.clamp_min(0)], -1), exists
 
-    def _probs(self, batch: Pack, step: int) -> Tensor | None:
+    def _probs(self, batch: Pack, step: int, rows: Tensor) -> Tensor | None:
         if batch.likely is None or self.options.loss == "ce":
             return None
-        ids, logprobs = (part[:, step] for part in batch.likely)
+        ids, logprobs = (part[rows, step] for part in batch.likely)
         return losses.dense(ids, logprobs, self.head.to_draft, self.head.config.draft_vocab_size)
 
     def _update(self) -> None:

@@ -12,9 +12,9 @@ from slipstream.loadtest.plots import require_plot
 DemoWorkload = Literal["sharegpt", "extract"]
 DEPTH = 3
 """Draft tokens in a chain."""
-EPOCHS = 1.7
+EPOCHS = 2.5
 """How often each token of an answer is learned. An answer that nobody has learned from teaches more than one learned
-from twice, and costs about as much time; more rounds over the same answers fit a head to these only."""
+from twice, and takes four times as long; more rounds over the same answers fit a head to these only."""
 LONGEST_BURST = 0.5
 """Share of the time left that traffic between two rounds may take."""
 LEAST_LEARNING = 0.4
@@ -68,7 +68,7 @@ class DemoOptions:
 
     @property
     def round_tokens(self) -> int:
-        return round(min(max(3300 * self.minutes, 4000), 100_000))
+        return round(min(max(6600 * self.minutes, 4000), 200_000))
 
     def wanted_tokens(self, learned: int) -> float:
         """Tokens of answers for the next round to learn from, once so many positions were learned."""

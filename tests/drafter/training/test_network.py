@@ -8,12 +8,14 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from slipstream.drafter.head.network import HeadNetwork, HeadWeights
 from slipstream.drafter.training.gate import score
 from slipstream.drafter.training.network import TrainableHead
-from slipstream.drafter.training.packing import Example, pack
+from slipstream.drafter.training.packing import Example, Pack, pack
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.decoder import Decoder
 from slipstream.kernels.batch import make_batch
@@ -63,6 +65,16 @@ def live(make_head: MakeHead, target: DecoderConfig, embedding: Tensor) -> _Live
     return _Live(make_head(), target, embedding)
 
 
+def outputs(head: TrainableHead, batch: Pack, steps: int) -> list[Tensor]:
+    """After 0, 1, … draft tokens, at all learned rows."""
+    drafting = head.draft(batch)
+    found = [drafting.hidden]
+    for _ in range(steps - 1):
+        drafting.extend(torch.ones(len(drafting.rows), dtype=torch.bool))
+        found.append(drafting.hidden)
+    return found
+
+
 def test_unrolled_outputs_are_those_of_live_drafting(
     make_head: MakeHead, make_example: MakeExample, live: _Live
 ) -> None:
@@ -70,7 +82,7 @@ def test_unrolled_outputs_are_those_of_live_drafting(
     examples = [make_example(24, seed=1), make_example(37, num_prompt=11, seed=2)]
     batch = pack(examples, 3)
     with torch.inference_mode():
-        unrolled = head.unroll(batch, 3)
+        unrolled = outputs(head, batch, 3)
         at = 0
         for example in examples:
             for position in range(example.num_context, example.length):
@@ -112,10 +124,24 @@ def test_offline_accept_length_is_that_of_a_live_walk(
 def test_texts_side_by_side_do_not_see_each_other(make_head: MakeHead, make_example: MakeExample) -> None:
     head = make_head()
     one, other = make_example(25, seed=3), make_example(31, seed=4)
-    alone = head.unroll(pack([other], 3), 3)
-    together = head.unroll(pack([one, other], 3), 3)
+    alone = outputs(head, pack([other], 3), 3)
+    together = outputs(head, pack([one, other], 3), 3)
     for a, b in zip(alone, together, strict=True):
         torch.testing.assert_close(a, b[-len(a) :], rtol=1e-5, atol=1e-5)
+
+
+@given(seed=st.integers(0, 999), share=st.floats(0, 1))
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_that_go_on_do_not_need_the_others(
+    make_head: MakeHead, make_example: MakeExample, seed: int, share: float
+) -> None:
+    head = make_head()
+    batch = pack([make_example(25, seed=3), make_example(31, seed=4), make_example(9, seed=5)], 3)
+    generator = torch.Generator().manual_seed(seed)
+    drafting = head.draft(batch)
+    for expected in outputs(head, batch, 3):
+        torch.testing.assert_close(drafting.hidden, expected[drafting.rows], rtol=1e-5, atol=1e-5)
+        drafting.extend(torch.rand(len(drafting.rows), generator=generator) < share)
 
 
 def test_drafting_from_other_tokens_keeps_what_was_learned(make_head: MakeHead, make_example: MakeExample) -> None:
@@ -123,11 +149,11 @@ def test_drafting_from_other_tokens_keeps_what_was_learned(make_head: MakeHead, 
     batch = pack([make_example()], 1)
     output = torch.randn(96, 64)
     head.set_draft_vocabulary(torch.arange(48), output)
-    [hidden] = head.unroll(batch, 1)
+    hidden = head.draft(batch).hidden
     first = head.logits(hidden)
     head.set_draft_vocabulary(torch.arange(24, 72), output)
     assert head.to_draft[30] == 6 and head.to_draft[10] == -1 and head.to_target[0] == 24
-    [hidden] = head.unroll(batch, 1)
+    hidden = head.draft(batch).hidden
     torch.testing.assert_close(head.logits(hidden)[:, :24], first[:, 24:])
     maps = cast(dict[str, Tensor], head.tensors())
     assert (maps["d2t"] + torch.arange(48)).tolist() == list(range(24, 72))
