@@ -93,7 +93,8 @@ class DecoderLayer:
         return hidden + (given if self.down_norm is None else self.down_norm(given))
 
     def _heads(self, matrix: Function, norm: Function | None, x: Tensor) -> Tensor:
-        heads = matrix(x).unflatten(-1, (-1, self.head_dim))
+        heads = matrix(x)
+        heads = heads.view(len(x), heads.shape[-1] // self.head_dim, self.head_dim)  # of no tokens, too
         return heads if norm is None else norm(heads)
 
 

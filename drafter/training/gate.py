@@ -120,8 +120,9 @@ def score(
     ``check`` is called before each part of about ``ROWS`` positions; what it raises ends the scoring.
 
     As long as all draft tokens before were right, draft token i is made after exactly the tokens that came: so one
-    pass that goes on where they were knows at every position how many draft tokens are right there. The walk from the first position to the
-    end of the answer, by one token more than are right at a time, visits the positions that live drafting starts from.
+    pass, which goes on where draft tokens were right, knows at every position how many of them are right there. The
+    walk from the first position to the end of the answer, by one token more than are right at a time, visits the
+    positions that live drafting starts from.
     """
 
     def walk(group: list[Example]) -> list[tuple[int, list[int]]]:
@@ -131,12 +132,12 @@ def score(
             drafting = head.draft(batch)
             right = torch.zeros(len(batch.learned), dtype=torch.long)
             for step in range(depth):
-                if step:
-                    drafting.extend(is_right)
                 # argmax of bfloat16 takes six times as long on a CPU; ties go to the first in both.
                 best = head.to_target[head.logits(drafting.hidden).max(-1).indices]
                 is_right = best == batch.targets[drafting.rows, step]
                 right[drafting.rows] += is_right
+                if step + 1 < depth:
+                    drafting.extend(is_right)
         found, at = [], 0
         for segment in batch.segments:
             count = segment.end - segment.learned

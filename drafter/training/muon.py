@@ -1,4 +1,4 @@
-"""The Muon optimizer, in the number format that the processor multiplies matrices fastest in, and with little arithmetic.
+"""The Muon optimizer, with little arithmetic, in the number format that the processor multiplies matrices fastest in.
 
 ``torch.optim.Muon`` orthogonalizes whole matrices in bfloat16 and five iterations wherever it runs. On a CPU without
 BF16 instructions that alone was more than four fifths of a training step; with them it was more than half.
@@ -19,13 +19,13 @@ COEFFICIENTS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613,
 """Of x, x³ and x⁵ in each iteration: what brings singular values between 0.01 and 1 nearest to one by three odd
 polynomials of the fifth degree, each chosen after the one before (Amsel et al. 2025, Polar Express)."""
 BLOCK = 192
-"""Rows that are made orthogonal to each other; other rows need not be (Khaled et al. 2025, MuonBP). The arithmetic grows
-with their number: for a matrix of 576 rows this is a third of it."""
+"""Rows that are made orthogonal to each other; other rows need not be (Khaled et al. 2025, MuonBP). The arithmetic
+grows with their number: for a matrix of 576 rows this is a third of it."""
 LEAST_NORM = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonalized momentum of blocks of each matrix (Jordan et al. 2024), with Nesterov's look ahead.
+    """Steps along the orthogonalized momentum of each matrix (Jordan et al. 2024), with Nesterov's look ahead.
 
     Updates have the size of AdamW's (Liu et al. 2025), so that one learning rate fits both. The state is that of
     ``torch.optim.Muon``.
@@ -75,7 +75,7 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """
     wide = matrix.shape[0] <= matrix.shape[1]
     x = (matrix if wide else matrix.T).to(dtype)
-    x = torch.cat([_orthogonalize(block) for block in x.split(BLOCK)])
+    x = torch.cat([_orthogonalize(block) for block in torch.split(x, BLOCK)])
     return x if wide else x.T
 
 

@@ -132,7 +132,7 @@ class TrainableHead:
 
 
 class Drafting:
-    """Chains of draft tokens at the learned rows of a pack, all by one token longer at a time; each is the one that came.
+    """Chains of draft tokens at the learned rows of a pack, all one token longer at a time; each is the one that came.
 
     This is the training-time test of EAGLE-3: after i draft tokens, a row attends to the true features up to its own
     position and to what the head made of the i draft tokens after it.
@@ -148,7 +148,7 @@ class Drafting:
         self._keys, self._values = self._layer.keys_values(x, *head.rope(pack.positions))
         self._own: list[tuple[Tensor, Tensor]] = []
         self.hidden = self._compute(context[pack.learned], x[pack.learned])
-        """[n, hidden]: outputs at these rows. After i draft tokens that of row r belongs to position r + i of the text."""
+        """[n, hidden]: outputs at these rows. After i draft tokens row r belongs to position r + i of the text."""
 
     def extend(self, keep: Tensor) -> None:
         """Takes the token that came as the next draft token at the rows of ``keep`` [n] bool, and leaves the others."""
@@ -167,6 +167,7 @@ class Drafting:
         """q [n, heads, head_dim] of these rows -> [n, heads * head_dim]."""
         config = self._head.config
         group = config.heads // config.kv_heads
+        scale = config.head_dim**-0.5
         at = self._pack.learned[self.rows]
         ends = torch.searchsorted(at, torch.tensor([segment.end for segment in self._pack.segments])).tolist()
         outputs = []
@@ -174,7 +175,7 @@ class Drafting:
             rows, length = slice(first, last), segment.end - segment.begin
             count = last - first
             # [KV heads, group * n, head_dim] against [KV heads, length, head_dim]
-            query = q[rows].view(count, config.kv_heads, group, config.head_dim).permute(1, 2, 0, 3) * config.head_dim**-0.5
+            query = q[rows].view(count, config.kv_heads, group, config.head_dim).permute(1, 2, 0, 3) * scale
             key = self._keys[segment.begin : segment.end].transpose(0, 1)
             value = self._values[segment.begin : segment.end].transpose(0, 1)
             scores = query.flatten(1, 2) @ key.transpose(1, 2)

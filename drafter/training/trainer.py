@@ -120,8 +120,6 @@ class Trainer:
         chance = torch.Generator().manual_seed(seed)
         drafting = self.head.draft(batch)
         for step in range(options.steps):
-            if step:
-                drafting.extend(goes_on)
             columns, exists = (each[drafting.rows] for each in targets[step])
             logits = self.head.logits(drafting.hidden, some)
             if some is not None:
@@ -131,9 +129,9 @@ class Trainer:
             with torch.no_grad():
                 is_right = logits.max(-1).indices == columns
                 right[step] = is_right[exists].sum()
-                goes_on = exists & is_right
-                if options.loss != "ce":
-                    goes_on = exists & losses.drafted(logits, columns, chance)
+                goes_on = is_right if options.loss == "ce" else losses.drafted(logits, columns, chance)
+            if step + 1 < options.steps:
+                drafting.extend(exists & goes_on)
         gradients = torch.autograd.grad(total, self.head.inputs)
         return _Part(float(total.detach()), right, len(batch.learned), gradients)
 

@@ -10,7 +10,7 @@ from slipstream.drafter.training.checkpoint import Checkpoint
 from slipstream.drafter.training.gate import score
 from slipstream.drafter.training.losses import NAMES, LossName
 from slipstream.drafter.training.network import TrainableHead
-from slipstream.drafter.training.packing import Example
+from slipstream.drafter.training.packing import Example, pack
 from slipstream.drafter.training.trainer import Trainer, TrainOptions
 from slipstream.engine.models.config import DecoderConfig
 
@@ -32,6 +32,26 @@ def test_training_makes_a_head_better(make_head: MakeHead, make_example: MakeExa
         last = trainer.learn([[example]])
     assert last.loss < first.loss / 2 and last.step == 61 and last.tokens == first.tokens
     assert score(trainer.head, [example], 2).accept_length(2) > before + 0.5
+
+
+def test_what_follows_a_wrong_draft_token_is_not_learned(make_head: MakeHead, make_example: MakeExample) -> None:
+    """Where no first draft token is right, learning chains of three does what learning one draft token does."""
+    text = draftable(make_example(40))
+    drafted = make_head()
+    with torch.no_grad():
+        guesses = drafted.to_target[drafted.logits(drafted.draft(pack([text], 1)).hidden).argmax(-1)].tolist()
+    at = text.start + text.num_context + 2
+    wrong = [place for place, guess in enumerate(guesses) if text.tokens[at + place] != guess]
+    assert 0 < len(wrong) < len(guesses)
+    for place in range(len(guesses)):
+        if place not in wrong:  # another token of the draft vocabulary
+            text.tokens[at + place] = (guesses[place] + 2) % 96
+    chains, single = (Trainer(make_head(), TrainOptions(steps=steps)) for steps in (3, 1))
+    right = chains.learn([[text]]).right
+    single.learn([[text]])
+    assert right == (0, 0, 0)
+    for name in chains.head.trained:
+        torch.testing.assert_close(chains.head.weights[name], single.head.weights[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)
