@@ -5,7 +5,7 @@
 The same texts are learned packed (as the worker does), padded (every text of a part filled up to the longest), and one
 at a time (every text a part of its own), with the same optimizer steps after the same texts; only positions of real
 answers count. Threads compute parts beside each other, as in the worker; "operations shared" has torch share each
-operation among them instead. With ``--evolve idle`` every operation asks first whether requests run. A checkpoint's
+operation among them instead. With ``--evolve idle`` each matrix asks first whether requests run. A checkpoint's
 stall is how long training waits for it: for everything with the frozen weights, for the trained part, and for the copy
 that a thread then writes. Ways take turns within a round; figures are medians.
 """
@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,7 +46,6 @@ class Way:
 
     trainer: Trainer
     steps: list[Parts]
-    stand_by: StandBy | None = None
     cores: int = 1
     """That torch shares each operation among."""
 
@@ -68,8 +66,10 @@ def main() -> None:
     head = target.trainable(*target.cold_head(target.draft_tokens(counts, DRAFT_VOCAB_SIZE)))
     reads, _ = os.pipe()  # nothing is ever said
     stand_by = StandBy(Control("idle", os.fdopen(reads)), waiting=lambda: None)
-    threads, waiting = (Threads(options.threads, around) for around in (nullcontext, stand_by.beside))
-    trainer, idle, alone = (Trainer(head, TrainOptions(), threads=each) for each in (threads, waiting, Threads()))
+    trainer, alone = (Trainer(head, TrainOptions(), threads=Threads(count)) for count in (options.threads, 1))
+    asking = target.trainable(head.config, head.tensors())
+    asking.between = stand_by.wait
+    idle = Trainer(asking, TrainOptions(), threads=Threads(options.threads))
     lengths = sorted(text.length for text in texts)
     learned = sum(text.length - text.num_context for text in texts)
     print(
@@ -82,7 +82,7 @@ def main() -> None:
     filled = [padded([example for part in step for example in part], options.part_rows) for step in packed]
     ways = {
         "packed": Way(trainer, packed),
-        "packed, as with --evolve idle": Way(idle, packed, stand_by),
+        "packed, as with --evolve idle": Way(idle, packed),
         "packed, operations shared": Way(alone, packed, cores=options.threads),
         "padded": Way(trainer, filled),
         "one text at a time": Way(trainer, singly),
@@ -153,8 +153,7 @@ def report_speed(ways: dict[str, Way], learned: int, rounds: int) -> None:
         torch.set_num_threads(way.cores)
         began = time.perf_counter()
         for step in way.steps:
-            with way.stand_by or nullcontext():
-                way.trainer.learn(step)
+            way.trainer.learn(step)
         seconds[name].append(time.perf_counter() - began)
     torch.set_num_threads(1)
     best = statistics.median(seconds["packed"][1:])

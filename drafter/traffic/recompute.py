@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,14 +20,25 @@ BLOCK_SIZE = 16
 class Recompute:
     """Owns a cache for one sequence; the model may be shared."""
 
-    def __init__(self, model: CausalModel, taps: tuple[int, ...], max_length: int, chunk: int = 512) -> None:
-        """``max_length`` in tokens. Raises ConfigError if the model does not show hidden states."""
+    def __init__(
+        self,
+        model: CausalModel,
+        taps: tuple[int, ...],
+        max_length: int,
+        chunk: int = 512,
+        between: Callable[[], object] = lambda: None,
+    ) -> None:
+        """``max_length`` in tokens; ``between`` is called before each chunk.
+
+        Raises ConfigError if the model does not show hidden states.
+        """
         if model.decoder is None:
             raise ConfigError(f"{model.shape.model_type} models, run through transformers, do not show hidden states")
         self.taps = taps
         self._model = model
         self._max_length = max_length
         self._chunk = chunk
+        self._between = between
         blocks = -(-max_length // BLOCK_SIZE)
         self._cache = model.new_cache(blocks, BLOCK_SIZE)
         self._table = np.arange(blocks, dtype=np.int32)[None]
@@ -41,6 +53,7 @@ class Recompute:
             raise ValueError(f"{len(tokens)} tokens are more than {self._max_length}")
         parts = []
         for start in range(0, len(tokens) - 1, self._chunk):
+            self._between()
             part = np.ascontiguousarray(tokens[start : min(start + self._chunk, len(tokens) - 1)], np.int32)
             counts, ends = np.array([len(part)], np.int32), np.array([start + len(part)], np.int32)
             batch = make_batch(part, counts, ends, self._table, np.zeros(1, np.int32), BLOCK_SIZE)

@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any, Literal
 
 import msgspec
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipstream.drafter.training.gate import Speed
 
@@ -121,9 +120,9 @@ class Control:
 
         Calls ``waiting`` if it may not go on now.
         """
+        if self._stopped or self._allowed():  # without the lock: threads ask often
+            return 0.0
         with self._changed:
-            if self._stopped or self._allowed():
-                return 0.0
             began = time.monotonic()
             with suppress(ServerGoneError):
                 waiting()
@@ -185,43 +184,33 @@ class Control:
                 self.finishing = True
 
 
-class StandBy(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Entering it waits until training may go on; in idle mode every operation of torch inside waits, too.
+class StandBy:
+    """Entering it waits until training may go on; what computes for long inside calls ``wait`` in between.
 
     Entering raises ServerGoneError if the server has gone; inside, what was begun is finished then.
 
-    A part of a training step takes a second where nobody else computes, and ten in the gaps that a busy server leaves:
-    too long to be stopped only between parts. An operation, also one of the backward pass, takes some milliseconds.
+    A part of a training step takes half a second where nobody else computes, and ten times as long in the gaps that a
+    busy server leaves: too long to be stopped only between parts.
     """
 
     def __init__(self, control: Control, waiting: Callable[[], None]) -> None:
         """``waiting`` is called whenever it begins to wait."""
-        super().__init__()  # type: ignore[no-untyped-call]
         self._control = control
         self._waiting = waiting
+        self._thread = threading.get_ident()
         self.seconds = 0.0
-        """Waited so far."""
-
-    def beside(self) -> StandBy:
-        """For another thread that computes parts of the same: one that says and counts nothing itself."""
-        return StandBy(self._control, lambda: None)
+        """Waited so far by the thread that made this."""
 
     def __enter__(self) -> StandBy:
-        self._wait()
+        self.wait()
         self._control.check()
-        if self._control.mode == "idle":  # that every operation asks costs some 4 % of training
-            super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._control.mode == "idle":
-            super().__exit__(*error)  # type: ignore[no-untyped-call]
+        pass
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self._wait()
-        return func(*args, **(kwargs or {}))
-
-    def _wait(self) -> None:
-        self.seconds += self._control.wait(self._waiting)
+    def wait(self) -> None:
+        """Until training may go on, or the server has gone; threads may do so at once."""
+        waited = self._control.wait(self._waiting)
+        if threading.get_ident() == self._thread:
+            self.seconds += waited

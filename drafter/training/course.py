@@ -46,7 +46,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     rows: int = 1024
     """Positions per step of the optimizer: fewer would spend more time on orthogonalizing than they gain."""
     part_rows: int = 512
-    """Positions that one thread computes at once."""
+    """Positions that one thread computes at least at once: fewer take longer each."""
     longest: int = 2048
     """Positions of a text, its last ones."""
     gate_texts: int = 200

@@ -39,11 +39,14 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         dtype: torch.dtype = torch.float32,
         threads: Threads | None = None,
+        between: Callable[[], object] = lambda: None,
     ) -> None:
-        """``dtype`` is what matrices are orthogonalized in; the result is rough in any case."""
+        """``dtype`` is what matrices are orthogonalized in; the result is rough in any case. ``between`` is called
+        before each matrix."""
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self._dtype = dtype
         self._threads = threads or Threads()
+        self._between = between
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         assert closure is None
@@ -56,6 +59,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _update(self, group: dict[str, Any], weight: Tensor) -> None:
+        self._between()
         state = self.state[weight]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class TrainableHead:
         self.dtype = dtype
         self.shares_output = False
         """Whether its output rows are the target's own, to be replaced by what these are now."""
+        self.between: Callable[[], object] = lambda: None
+        """Called between two matrices on the way forward and on the way back, some hundredths of a second apart."""
         self.read_from(embedding)
         self.weights = {
             name: tensor.detach().clone().float() for name, tensor in tensors.items() if tensor.is_floating_point()
@@ -114,7 +116,7 @@ class TrainableHead:
 
     def _linear(self, name: str) -> Function:
         weight = self._cast[f"{LAYER}{name}.weight"]
-        return lambda x: ops.linear(x, weight)
+        return lambda x: ops.linear(_Between.apply(x, self.between), weight)  # type: ignore[no-untyped-call]
 
     def _norm(self, name: str) -> Function:
         weight, eps = self._cast[name], self.config.norm_eps
@@ -129,6 +131,21 @@ class TrainableHead:
 
     def embedded(self, tokens: Tensor) -> Tensor:
         return ops.embedding(tokens, self._embedding)
+
+
+class _Between(torch.autograd.Function):
+    """Returns its input; calls a function now, and once more in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[], object]) -> Tensor:
+        ctx.function = function
+        function()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.function()
+        return gradient, None
 
 
 class Drafting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,8 +56,19 @@ class Serving:
 class Target:
     """Reads the embeddings and the last layer; loads the whole model only when features are to be recomputed."""
 
-    def __init__(self, model: str, draft_vocab_size: int, max_length: int, lineage: str = "") -> None:
-        """``max_length`` in tokens, of texts whose features are recomputed. Raises ModelError."""
+    def __init__(
+        self,
+        model: str,
+        draft_vocab_size: int,
+        max_length: int,
+        lineage: str = "",
+        between: Callable[[], object] = lambda: None,
+    ) -> None:
+        """``max_length`` in tokens, of texts whose features are recomputed. Raises ModelError.
+
+        ``between`` is called now and then while heads and the model compute.
+        """
+        self._between = between
         self._checkpoint = open_checkpoint(model)
         self._model = EngineConfig(model=model, target_lineage=lineage)
         self._traffic_target = traffic_target(self._model)
@@ -145,6 +156,7 @@ class Target:
                 f"layers {list(self.taps)}"
             )
         head = TrainableHead(config, self.config, self.embedding, tensors, self.dtype)
+        head.between = self._between
         is_current = head.has_rows_of(self.output)
         head.shares_output = shares_output or is_current or head.has_rows_of(self._output_of_files)
         if head.shares_output and not is_current:
@@ -164,5 +176,5 @@ class Target:
         if self._recompute is None:
             device = find_device(self._model)
             model = build_model(self._checkpoint, self._model, Formats.of(torch.bfloat16), device, self._max_length)
-            self._recompute = Recompute(model, self.taps, self._max_length)
+            self._recompute = Recompute(model, self.taps, self._max_length, between=self._between)
         return self._recompute

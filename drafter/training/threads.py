@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import TypeVar
 
@@ -19,10 +18,8 @@ Result = TypeVar("Result")
 class Threads:
     """The caller's thread and some others; operations of torch are meant to use one core each."""
 
-    def __init__(self, count: int = 1, around: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
-        """``around``: what the other threads compute in, as the caller may have done for its own."""
+    def __init__(self, count: int = 1) -> None:
         self.count = count
-        self._around = around
         self._others = ThreadPoolExecutor(count - 1, "training") if count > 1 else None
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -43,11 +40,7 @@ class Threads:
                 number, item = taken
                 found[number] = function(item)
 
-        def work_beside() -> None:
-            with self._around():
-                work()
-
-        beside = [self._others.submit(work_beside) for _ in range(self.count - 1)] if self._others else []
+        beside = [self._others.submit(work) for _ in range(self.count - 1)] if self._others else []
         try:
             work()
         finally:

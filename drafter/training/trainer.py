@@ -85,6 +85,7 @@ class Trainer:
                 weight_decay=options.weight_decay,
                 dtype=head.dtype,
                 threads=self._threads,
+                between=head.between,
             ),
             torch.optim.AdamW(
                 [head.weights[name] for name in vectors],

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from itertools import islice
 
 import msgspec
 import torch
@@ -43,8 +42,9 @@ FIRST_ROUND = 0.25
 LONGEST_ROUND_SECONDS = 150.0
 """Training after which a round ends however little was learned: what is not live makes nothing faster."""
 LONGER_STEPS_FROM, LONGER_STEPS = 100, 2
-"""After so many steps of a head's training, steps take so many times as many positions: orthogonalizing costs as much
-for many as for few, and a head that has come far gains less from each step than from each position."""
+"""Rounds that begin after so many steps of a head's training take so many times as many positions per step:
+orthogonalizing costs as much for many as for few, and a head that has come far gains less from each step than from each
+position."""
 
 
 class Worker:
@@ -53,11 +53,13 @@ class Worker:
         self._control = control
         self._stand_by = StandBy(control, lambda: self._report("paused"))
         """Around all that computes, but not where the registry is locked: the server reads it, too."""
-        self._threads = Threads(options.threads or min(torch.get_num_threads(), usable_cores()), self._stand_by.beside)
+        self._threads = Threads(options.threads or min(torch.get_num_threads(), usable_cores()))
         torch.set_num_threads(1)
         self._store = TrafficStore(options.traffic)
         self._registry = Registry(options.registry)
-        self._target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage)
+        self._target = Target(
+            options.model, options.draft_vocab_size, options.longest + 1, options.lineage, self._stand_by.wait
+        )
         self._unreadable = ""
         """Why the weights that serve now cannot be read, if so."""
         self._courses: list[Course] = []
@@ -150,14 +152,15 @@ class Worker:
         first_step, first_learned = trainer.step, course.learned
         size = min(max(int(FIRST_ROUND * options.round_tokens), trainer.step * options.rows), options.round_tokens)
         looked, busy = time.monotonic(), self._busy
-        groups = fill(course.curriculum.draw(), options.part_rows, options.longest)
+        rows = self._rows(trainer.step)
+        groups = fill(course.curriculum.draw(), self._part_rows(rows), options.longest)
         self._control.round_ends = False
         while (done := course.learned - first_learned) < size and not self._ends:
             if (lasted := self._busy - busy) > LONGEST_ROUND_SECONDS:
                 break
             start, stood_by = time.monotonic(), self._stand_by.seconds
             with self._stand_by:
-                progress = trainer.learn(self._parts(groups, trainer.step))
+                progress = trainer.learn(self._parts(groups, rows))
             if not progress.tokens:
                 break
             self._busy += time.monotonic() - start - (self._stand_by.seconds - stood_by)
@@ -191,12 +194,21 @@ class Worker:
     def _ends(self) -> bool:
         return self._control.finishing or self._control.round_ends
 
-    def _parts(self, groups: Iterator[list[Example]], step: int) -> Iterable[Sequence[Example]]:
-        """Texts for this step of the optimizer."""
-        rows = self._options.rows * (LONGER_STEPS if step >= LONGER_STEPS_FROM else 1)
-        for group in islice(groups, max(rows // self._options.part_rows, 1)):
+    def _parts(self, groups: Iterator[list[Example]], rows: int) -> Iterable[Sequence[Example]]:
+        """Texts for one step of the optimizer over so many positions, each group for one thread."""
+        size = 0
+        while size < rows and (group := next(groups, None)):
             self._control.check()
+            size += self._part_rows(rows)
             yield group
+
+    def _rows(self, step: int) -> int:
+        """Positions for this step of the optimizer."""
+        return self._options.rows * (LONGER_STEPS if step >= LONGER_STEPS_FROM else 1)
+
+    def _part_rows(self, rows: int) -> int:
+        """Positions for one thread at once."""
+        return max(rows // self._threads.count, self._options.part_rows)
 
     def _begin(self, course: Course) -> Trainer:
         """Goes on with what was trained last, unless the server went back to another version meanwhile."""

@@ -1,8 +1,7 @@
 """Parts computed side by side: in order, in what the caller computes in, and nothing left running after a failure."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,24 +24,6 @@ def test_results_are_in_the_order_of_the_items_and_all_threads_take_part() -> No
     found = Threads(3).map(meet, range(20))
     assert [item for item, _ in found] == list(range(20))
     assert len({name for _, name in found[:3]}) == 3
-
-
-def test_other_threads_compute_inside_of_what_they_are_given() -> None:
-    inside: set[str] = set()
-
-    @contextmanager
-    def around() -> Iterator[None]:
-        inside.add(threading.current_thread().name)
-        yield
-
-    together = threading.Barrier(2, timeout=60)
-
-    def meet(_: int) -> str:
-        together.wait()
-        return threading.current_thread().name
-
-    names = set(Threads(2, around).map(meet, range(2)))
-    assert inside == names - {threading.current_thread().name} and len(inside) == 1
 
 
 @pytest.mark.parametrize("count", [1, 2])
