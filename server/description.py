@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any, Literal
@@ -9,9 +11,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
-from slipstream.server.body import JSON, Body
+from slipstream.server.body import JSON, Body, LooseBody
 
 REFERENCE = "#/components/schemas/{model}"
+PARTS = re.compile(r'"#/components/schemas/(\w+)"')
+LOOSE = "Loosely"
+"""Ends the names of schemas of what is like another, but ignores unknown fields."""
 ANYWHERE = (400, 401, 403, 408, 431, 500)
 """Status codes of HTTP itself, of the gate, and of what nobody foresaw: any route answers so."""
 WITH_BODY = (413, 415)
@@ -45,7 +50,7 @@ def describe(
     as_well: str | None = None,
     query: Sequence[dict[str, Any]] = (),
     stream: type[BaseModel] | None = None,
-    stream_end: str = ", of the last [DONE]",
+    stream_end: str = "[DONE]",
     errors: type[BaseModel] = ErrorAnswer,
     every_error: type[BaseModel] = ErrorAnswer,
 ) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def describe(
         raw_body: the media type of a body that is not JSON.
         as_well: another media type of the answer, for who asks for it.
         query: what ``parameter`` gives.
-        stream: the events of an answer that is streamed; ``stream_end`` says what comes last.
+        stream: the events of an answer that is streamed; ``stream_end`` is what the data of the last one says, if any.
         errors: the body of ``statuses``.
         every_error: the body of every error, where the route has a shape of its own.
     """
@@ -67,8 +72,7 @@ def describe(
     if as_well is not None:
         content[as_well] = {"schema": {"type": "string"}}
     if stream is not None:
-        events = f'Server-sent events: the data of each is a {stream.__name__} or {{"error"}}{stream_end}.'
-        content["text/event-stream"] = {"schema": {"type": "string", "description": events}}
+        content["text/event-stream"] = {"schema": _event_of(stream, every_error, stream_end)}
     responses = {"200": {"description": "OK", "content": content}}
     errors = every_error if errors is ErrorAnswer else errors
     known: dict[int, type[BaseModel]] = {**dict.fromkeys(ANYWHERE, every_error), **dict.fromkeys(statuses, errors)}
@@ -88,6 +92,19 @@ def describe(
             "content": {raw_body: {"schema": {"type": "string", "format": "binary"}}},
         }
     return found
+
+
+def _event_of(model: type[BaseModel], error: type[BaseModel], end: str) -> dict[str, Any]:
+    """The schema of each event of a stream, which is what OpenAPI 3.1 takes the schema of a stream for."""
+    parts = [{"$ref": REFERENCE.format(model=each.__name__)} for each in (model, error)]
+    data = {"type": "string", "contentMediaType": JSON, "contentSchema": {"anyOf": parts}}
+    last = f'; the data of the last one is "{end}"' if end else ""
+    return {
+        "type": "object",
+        "description": f"A server-sent event: its data is a {model.__name__}, or an {error.__name__}{last}.",
+        "properties": {"event": {"type": "string"}, "data": {"anyOf": [data, {"const": end}]} if end else data},
+        "required": ["data"],
+    }
 
 
 def parameter(name: str, required: bool = False, **schema: Any) -> dict[str, Any]:
@@ -137,6 +154,7 @@ def finish(
     _, found = models_json_schema([(model, "validation") for model in all_models], ref_template=REFERENCE)
     known = document.setdefault("components", {}).setdefault("schemas", {})
     known.update(found["$defs"])
+    _loosen(known, [model.__name__ for model in models if model.model_config == LooseBody.model_config])
     for name in ("HTTPValidationError", "ValidationError"):
         known.pop(name, None)
     document["components"]["securitySchemes"] = SCHEMES
@@ -146,3 +164,21 @@ def finish(
             operation["responses"].pop("422", None)
             operation["security"] = DOORS[door] if asks(door) else [*DOORS[door], NO_KEY]
     return document
+
+
+def _loosen(schemas: dict[str, Any], names: list[str]) -> None:
+    """Where a body ignores unknown fields its parts do, too: they get schemas of their own, since other bodies, which
+    refuse such fields, may have the same parts."""
+    seen = set(names)
+    while names:
+        name = names.pop()
+        text = json.dumps(schemas[name])
+        for part in set(PARTS.findall(text)):
+            if schemas[part].get("additionalProperties") is False:
+                text = text.replace(f'"{REFERENCE.format(model=part)}"', f'"{REFERENCE.format(model=part + LOOSE)}"')
+                schemas.setdefault(part + LOOSE, schemas[part] | {"additionalProperties": True})
+                part += LOOSE
+            if part not in seen:
+                seen.add(part)
+                names.append(part)
+        schemas[name] = json.loads(text)

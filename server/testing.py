@@ -212,8 +212,7 @@ class Document:
         if kind == "application/json":
             self._classes[content[kind]["schema"]["$ref"].rpartition("/")[2]].model_validate_json(body)
         elif kind == "text/event-stream":
-            said = content[kind]["schema"]["description"]
-            chunk = next(name for name in self._classes if re.search(rf"\b{name}\b", said))
+            chunk = re.findall(r"#/components/schemas/(\w+)", json.dumps(content[kind]["schema"]))[0]
             for event in body.decode().removesuffix("data: [DONE]\n\n").split("\n\n")[:-1]:
                 data = event.partition("data: ")[2]
                 (ErrorAnswer if data.startswith('{"error"') else self._classes[chunk]).model_validate_json(data)

@@ -25,7 +25,7 @@ HEALTH_PATH = "/health_generate"
 HEALTH_S = 20.0
 """How long a token may take."""
 LOADS = (
-    parameter("include", type="string", pattern=f"^({'|'.join(info.SECTIONS)})(,({'|'.join(info.SECTIONS)}))*$"),
+    parameter("include", type="string", pattern=f"^(({'|'.join(info.SECTIONS)})(,({'|'.join(info.SECTIONS)}))*)?$"),
     parameter("dp_rank", type="integer", enum=[0]),
     parameter("format", type="string", enum=["json"]),
 )

@@ -27,6 +27,7 @@ from slipstream.server.vllm.schema import (
     TrlGenerateBody,
     TrlSampling,
     TrlScoreBody,
+    VllmRenderBody,
     VllmSampling,
 )
 
@@ -45,7 +46,7 @@ def tokens_in(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TokensInB
 
 def render(text: TextModel, limits: Limits, raw: bytes) -> bytes:
     """A body for ``/inference/v1/generate``. Raises InvalidRequestError, ModelNotFoundError, RunElsewhereError."""
-    body = parse(ChatBody, raw, UNKNOWN)
+    body = parse(VllmRenderBody, raw, UNKNOWN)
     model = require_model(limits.model_names, body.model)
     prompt = prompt_of(text, limits, openai.with_thinking(limits, body, template_for(text, limits, body)))
     return answer(

@@ -8,16 +8,22 @@ from slipstream.server.body import Body
 from slipstream.server.description import describe
 from slipstream.server.generating import prepare
 from slipstream.server.json_response import JSONBody
-from slipstream.server.openai.schema import ChatBody
 from slipstream.server.responses import LargeResponse
 from slipstream.server.service import Service
 from slipstream.server.vllm import answers
 from slipstream.server.vllm.asked import body_of
 from slipstream.server.vllm.generate import generate_tokens
-from slipstream.server.vllm.schema import NoBody, TokensInBody, TrlChatBody, TrlGenerateBody, TrlScoreBody
+from slipstream.server.vllm.schema import (
+    NoBody,
+    TokensInBody,
+    TrlChatBody,
+    TrlGenerateBody,
+    TrlScoreBody,
+    VllmRenderBody,
+)
 from slipstream.server.vllm.trl import trl_chat, trl_generate, trl_score
 
-BODIES: tuple[type[Body], ...] = (TokensInBody, TrlGenerateBody, TrlChatBody, TrlScoreBody, NoBody)
+BODIES: tuple[type[Body], ...] = (TokensInBody, TrlGenerateBody, TrlChatBody, TrlScoreBody, VllmRenderBody, NoBody)
 DESCRIBED = (*BODIES, *answers.ANSWERS)
 BUSY = (404, 429, 503, 504)
 
@@ -33,7 +39,9 @@ def vllm_router(service: Service) -> APIRouter:
         """Continue token ids."""
         return await generate_tokens(service, request)
 
-    @router.post("/v1/chat/completions/render", openapi_extra=describe(answers.Rendered, *BUSY, bodies=[ChatBody]))
+    @router.post(
+        "/v1/chat/completions/render", openapi_extra=describe(answers.Rendered, *BUSY, bodies=[VllmRenderBody])
+    )
     async def render(request: Request) -> Response:
         """The token ids of a conversation, as a body for /inference/v1/generate."""
         return LargeResponse(service, await prepare(service, request, "render"))

@@ -16,6 +16,7 @@ from slipstream.server.openai.fields import unsupported
 from slipstream.server.openai.schema import (
     MAX_MESSAGES,
     CacheSalt,
+    ChatBody,
     Message,
     RequestId,
     SamplingBody,
@@ -92,6 +93,12 @@ class TokensInBody(LooseBody):
     content_parts: unsupported([]) = None  # type: ignore[valid-type]
     kv_transfer_params: unsupported({}) = None  # type: ignore[valid-type]
     ec_transfer_params: unsupported({}) = None  # type: ignore[valid-type]
+
+
+class VllmRenderBody(ChatBody):
+    """As for a chat, but fields that nobody knows are ignored."""
+
+    model_config = LooseBody.model_config
 
 
 class TrlSampling(VllmSampling):

@@ -133,6 +133,27 @@ def test_routes_refuse_what_the_openapi_page_says_they_refuse(server: Any) -> No
     assert tried > 60
 
 
+def test_bodies_that_ignore_unknown_fields_do_so_in_all_their_parts(server: Any) -> None:
+    page = server.get("/openapi.json")[1]
+    schemas = page["components"]["schemas"]
+
+    def kinds(part: Any) -> set[bool]:
+        names, seen = re.findall(r"#/components/schemas/(\w+)", json.dumps(part)), set[str]()
+        while names:
+            if (name := names.pop()) not in seen:
+                seen.add(name)
+                names += re.findall(r"#/components/schemas/(\w+)", json.dumps(schemas[name]))
+        return {schemas[name]["additionalProperties"] for name in seen if "additionalProperties" in schemas[name]}
+
+    bodies = {path: found["post"].get("requestBody", {}) for path, found in page["paths"].items() if "post" in found}
+    assert kinds(bodies["/v1/chat/completions"]) == {False}
+    for path in ("/inference/v1/generate", "/v1/chat/completions/render", "/chat/", "/update_weights_from_disk"):
+        assert kinds(bodies[path]) == {True}, path
+    rendered = {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "nobody_knows": 1}]}]}
+    assert server.post("/v1/chat/completions/render", rendered | {"nor_this": 1})[0] == 200
+    assert server.post("/v1/chat/completions", rendered)[0] == 400
+
+
 def test_every_metric_is_documented(server: Any) -> None:
     kinds = re.findall(r"^# TYPE slipstream:(\w+) (\w+)$", server.get("/metrics")[1], re.M)
     rows = re.findall(r"^\| ([^|]+) \| (gauge|counter|histogram) \|", (DOCS / "metrics.md").read_text(), re.M)
