@@ -113,12 +113,24 @@ def make_service(
     start_engine: StartEngine = start_process,
 ) -> Service:
     """Raises ModelError, ConfigError: the user can mend it."""
+    check_training_device(evolution)
     engine_config = with_live_drafter(engine_config, evolution)
     check_drafters(engine_config)  # the engine would say the same, but only after seconds of imports
     service = Service(config, engine_config, traffic, start_engine)
     if evolution.registry is not None:
         service.evolution = Evolution(service, evolution, traffic)
     return service
+
+
+def check_training_device(evolution: EvolutionConfig) -> None:
+    """Raises ConfigError if --evolve-device names a GPU that is not there."""
+    if evolution.evolve == "off" or not evolution.evolve_device.startswith("cuda"):
+        return
+    # In a process of its own, because it needs torch.
+    command = child.command("slipstream.drafter.training.device", evolution.evolve_device)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"--evolve-device: {done.stderr.strip()}")
 
 
 def with_live_drafter(engine: EngineConfig, evolution: EvolutionConfig) -> EngineConfig:

@@ -29,10 +29,18 @@ from slipstream.server.drafter_cli import (
     print_json,
     show_table,
 )
-from slipstream.server.evolution.config import check_route
+from slipstream.server.evolution.config import check_device_name, check_route
 
 Traffic = Annotated[Path, typer.Option(help="The --traffic-folder of a server.", envvar="SLIPSTREAM_TRAFFIC_FOLDER")]
 TrainedRoute = Annotated[str, typer.Option(help="tenant:NAME or domain:NAME; empty for the route all share.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where it computes: cpu, cuda (a GPU with room for it), cuda:1 (that one), or auto: a GPU with room, or "
+        "else the CPU.",
+        envvar="SLIPSTREAM_EVOLVE_DEVICE",
+    ),
+]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 takes every core.")]
 
 
@@ -70,6 +78,7 @@ def train(
         typer.Option(min=1, help="Positions learned between two versions.", envvar="SLIPSTREAM_EVOLVE_ROUND_TOKENS"),
     ] = 100_000,
     threads: Threads = 0,
+    device: Device = "auto",
     promote: Annotated[bool, typer.Option(help="Make versions live that pass the gate; a pinned one stays.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -78,8 +87,10 @@ def train(
 
     from slipstream.drafter.training.control import Control, Report  # imports torch
     from slipstream.drafter.training.course import WorkerOptions
+    from slipstream.drafter.training.device import memory_errors
     from slipstream.drafter.training.worker import Worker
 
+    check_device_name(device, "device")
     if route:
         check_route(route, "route")
     TrafficIndex(traffic_folder).close()  # says so where there is none
@@ -93,6 +104,7 @@ def train(
         loss=None if loss == "auto" else loss,
         round_tokens=round_tokens,
         threads=threads or None,
+        device=device,
     )
     if minutes is not None:
         options = msgspec.structs.replace(options, first_tokens=1, epochs=1e9)  # on what there is, as long as asked for
@@ -125,10 +137,11 @@ def train(
         before = [signal.signal(number, lambda *_: over.set()) for number in stopping]
         try:
             seconds = None if minutes is None else minutes * 60
-            worker = Worker(options, Control("always", until(ready, over, seconds), show))
-            began = time.monotonic()
-            ready.set()
-            worker.run()
+            with memory_errors():
+                worker = Worker(options, Control("always", until(ready, over, seconds), show))
+                began = time.monotonic()
+                ready.set()
+                worker.run()
         finally:
             for number, handler in zip(stopping, before, strict=True):
                 signal.signal(number, handler)
@@ -159,14 +172,17 @@ def evaluate_head(
     depth: Annotated[int, typer.Option(min=1, max=15, help="Draft tokens in a row.")] = 3,
     everything: Annotated[bool, typer.Option("--all", help="Also texts that training may have seen.")] = False,
     threads: Threads = 0,
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Score a head as the gate does, on kept traffic that training does not see, against the live version."""
     import torch
 
     from slipstream.drafter.training.course import WorkerOptions
+    from slipstream.drafter.training.device import memory_errors
     from slipstream.drafter.training.evaluate import evaluate
 
+    check_device_name(device, "device")
     if route:
         check_route(route, "route")
     if threads:
@@ -179,14 +195,13 @@ def evaluate_head(
         routes=(route,),
         gate_texts=texts,
         depth=depth,
+        device=device,
     )
-    if head.isdecimal():
-        found = evaluate(int(head), options, open_registry(registry), everything)
-    else:
-        opened = None
-        with suppress(ModelError):  # a folder can be scored without a registry
-            opened = open_registry(registry)
-        found = evaluate(Path(head), options, opened, everything)
+    opened = None
+    with suppress(*() if head.isdecimal() else (ModelError,)):  # a folder can be scored without a registry
+        opened = open_registry(registry)
+    with memory_errors():
+        found = evaluate(int(head) if head.isdecimal() else Path(head), options, opened, everything)
     if as_json:
         return print_json(found)
     verdict = found.verdict

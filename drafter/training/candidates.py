@@ -35,17 +35,20 @@ def choose(targets: Sequence[Tensor], size: int, seed: int, most: int = MOST) ->
 
     ``size`` is the number of columns.
     """
-    is_seen = torch.zeros(size, dtype=torch.bool)
+    device = targets[0].device
+    is_seen = torch.zeros(size, dtype=torch.bool, device=device)
     for each in targets:
         is_seen[each[each >= 0]] = True
     seen, others = is_seen.nonzero().flatten(), (~is_seen).nonzero().flatten()
     count = max(most - len(seen), LEAST_OTHERS)
     if len(seen) + count >= size // 2:
         return None
-    chosen = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:count]]
+    # The same ones on any device.
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+    chosen = others[order[:count].to(device)]
     columns = torch.cat((seen, chosen))
-    bias = torch.zeros(len(columns))
+    bias = torch.zeros(len(columns), device=device)
     bias[len(seen) :] = math.log(len(others) / count)
-    place = torch.full((size + 1,), -1)
-    place[columns] = torch.arange(len(columns))
+    place = torch.full((size + 1,), -1, device=device)
+    place[columns] = torch.arange(len(columns), device=device)
     return Candidates(columns, bias, place)

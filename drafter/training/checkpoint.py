@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """One file, replaced at once when a new one is complete. Frozen weights are not part of it.
+    """One file, replaced at once when a new one is complete. Frozen weights are not part of it, nor is the device.
 
     (Selective asynchronous checkpoints: TLT, arXiv:2511.16665.)
     """
@@ -39,7 +39,7 @@ class Checkpoint:
     def load(self) -> dict[str, Any] | None:
         """The last complete one; None if there is none or it cannot be read."""
         try:
-            state = torch.load(self._path, weights_only=True)
+            state = torch.load(self._path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
         except Exception as error:  # what torch raises of a damaged file can be anything
@@ -72,7 +72,7 @@ class Checkpoint:
 
 def _copy(state: Any) -> Any:
     if isinstance(state, Tensor):
-        return state.detach().clone()
+        return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
         return {key: _copy(value) for key, value in state.items()}
     if isinstance(state, list | tuple):

@@ -190,13 +190,15 @@ class StandBy:
     Entering raises ServerGoneError if the server has gone; inside, what was begun is finished then.
 
     A part of a training step takes half a second where nobody else computes, and ten times as long in the gaps that a
-    busy server leaves: too long to be stopped only between parts.
+    busy server leaves: too long to be stopped only between parts. A GPU is given work faster than it does it, and what
+    was given cannot be taken back: so in idle mode it gets no more before it has done it.
     """
 
-    def __init__(self, control: Control, waiting: Callable[[], None]) -> None:
-        """``waiting`` is called whenever it begins to wait."""
+    def __init__(self, control: Control, waiting: Callable[[], None], settle: Callable[[], None] | None = None) -> None:
+        """``waiting`` is called whenever it begins to wait; ``settle`` returns when the GPU has nothing to do."""
         self._control = control
         self._waiting = waiting
+        self._settle = settle
         self._thread = threading.get_ident()
         self.seconds = 0.0
         """Waited so far by the thread that made this."""
@@ -211,6 +213,9 @@ class StandBy:
 
     def wait(self) -> None:
         """Until training may go on, or the server has gone; threads may do so at once."""
+        if self._settle is not None and self._control.mode == "idle":
+            self._settle()
         waited = self._control.wait(self._waiting)
-        if threading.get_ident() == self._thread:
+        # For a GPU the backward pass runs in a thread of torch's, while the one that made this waits for it.
+        if self._settle is not None or threading.get_ident() == self._thread:
             self.seconds += waited

@@ -16,10 +16,16 @@ from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.training.checkpoint import Checkpoint
 from slipstream.drafter.training.control import Mode
 from slipstream.drafter.training.curriculum import LEAST_ANSWER, Curriculum
+from slipstream.drafter.training.device import Place, find_place, training_bytes
 from slipstream.drafter.training.losses import LossName, default_loss
 from slipstream.drafter.training.packing import Example
 from slipstream.drafter.training.target import Target, Unusable
 from slipstream.drafter.training.trainer import Trainer, TrainOptions
+
+LONGER_STEPS_FROM, LONGER_STEPS = 100, 2
+"""Rounds that begin after so many steps of a head's training take so many times as many positions per step:
+orthogonalizing costs as much for many as for few, and a head that has come far gains less from each step than from each
+position."""
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,10 +57,27 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Positions of a text, its last ones."""
     gate_texts: int = 200
     threads: int | None = None
+    device: str = "cpu"
+    """Where it computes: auto, cpu, cuda, or cuda:1, say; see ``find_place``."""
+    engine_device: str | None = None
+    """What the engine's option says that serves on this machine; None: none does."""
+    gpu_memory_utilization: float = 0.9
+    """The engine's option."""
     learning_rate: float = 2e-3
     cache_bytes: int = 1 << 30
     checkpoint_steps: int = 50
     """Steps of the optimizer between two checkpoints."""
+
+    def place(self) -> Place:
+        """Where to compute; raises ConfigError if what was asked for is not there, ModelError without the model."""
+        if self.device == "cpu":
+            return Place()
+        return find_place(self.device, self.needed(), self.engine_device, self.gpu_memory_utilization, self.mode)
+
+    def needed(self) -> int:
+        """See ``training_bytes``; a GPU computes the whole step at once."""
+        rows = LONGER_STEPS * self.rows
+        return training_bytes(self.model, self.draft_vocab_size, self.depth, rows, rows, self.longest)
 
 
 def belongs(sample: Sample, route: str) -> bool:

@@ -40,7 +40,9 @@ def evaluate(
     """
     [route, *_] = options.routes
     store = TrafficStore(options.traffic, create=False)
-    target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage)
+    place = options.place()
+    place.enter()
+    target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage, place=place)
     target.follow(store)
     trainable = _open(head, target, registry)
     course = Course(options, route, target, store)

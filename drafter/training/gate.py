@@ -127,10 +127,10 @@ def score(
 
     def walk(group: list[Example]) -> list[tuple[int, list[int]]]:
         check()
-        batch = pack(group, depth)
+        batch = pack(group, depth, head.device)
         with torch.inference_mode():
             drafting = head.draft(batch)
-            right = torch.zeros(len(batch.learned), dtype=torch.long)
+            right = torch.zeros(len(batch.learned), dtype=torch.long, device=head.device)
             for step in range(depth):
                 # argmax of bfloat16 takes six times as long on a CPU; ties go to the first in both.
                 best = head.to_target[head.logits(drafting.hidden).max(-1).indices]
@@ -138,10 +138,11 @@ def score(
                 right[drafting.rows] += is_right
                 if step + 1 < depth:
                     drafting.extend(is_right)
+        known = right.cpu().numpy()
         found, at = [], 0
         for segment in batch.segments:
             count = segment.end - segment.learned
-            found.append((count, [_walk(right[at : at + count].numpy(), most) for most in range(depth + 1)]))
+            found.append((count, [_walk(known[at : at + count], most) for most in range(depth + 1)]))
             at += count
         return found
 

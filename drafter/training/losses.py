@@ -114,7 +114,8 @@ def loss(name: LossName, logits: Tensor, targets: Tensor, probs: Tensor | None) 
 def drafted(logits: Tensor, targets: Tensor, chance: torch.Generator) -> Tensor:
     """[n] bool: whether the head, which samples, would draft the token that came; a draw for each row."""
     share = logits.float().softmax(-1).gather(-1, targets.clamp_min(0)[:, None])[:, 0]
-    return (targets >= 0) & (torch.rand(len(targets), generator=chance) < share)
+    drawn = torch.rand(len(targets), generator=chance).to(share.device)  # the same on any device
+    return (targets >= 0) & (drawn < share)
 
 
 def default_loss(greedy: bool) -> LossName:
@@ -126,7 +127,7 @@ def dense(ids: Tensor, logprobs: Tensor, to_draft: Tensor, size: int) -> Tensor:
     """Most likely tokens [n, k] of the target (-1: none) with log-probabilities -> probs [n, size]."""
     index = torch.where(ids >= 0, to_draft[ids.clamp_min(0)], -1)
     probs = torch.where(index >= 0, logprobs.exp(), 0.0)
-    return torch.zeros(len(ids), size).scatter_add_(1, index.clamp_min(0), probs)
+    return torch.zeros(len(ids), size, device=ids.device).scatter_add_(1, index.clamp_min(0), probs)
 
 
 def _overlap(logits: Tensor, probs: Tensor) -> Tensor:

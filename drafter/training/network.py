@@ -29,7 +29,11 @@ class TrainableHead:
         tensors: Mapping[str, Tensor],
         dtype: torch.dtype,
     ) -> None:
-        """``embedding`` [vocabulary, hidden] is the target's, frozen; ``tensors`` in the published layout."""
+        """
+        Args:
+            embedding: [vocabulary, hidden], the target's, frozen; the head computes on its device.
+            tensors: in the published layout, on the CPU.
+        """
         self.config = config
         self.dtype = dtype
         self.shares_output = False
@@ -38,21 +42,29 @@ class TrainableHead:
         """Called between two matrices on the way forward and on the way back, some hundredths of a second apart."""
         self.read_from(embedding)
         self.weights = {
-            name: tensor.detach().clone().float() for name, tensor in tensors.items() if tensor.is_floating_point()
+            name: tensor.detach().to(self.device, torch.float32, copy=True)
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point()
         }
         self.maps = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
         # In one order wherever the tensors come from: the state of optimizers goes by it.
         self.trained = sorted(name for name in self.weights if name != OUTPUT)
         # As long as the target's: some published heads state only the length they were trained with.
-        self._cos, self._sin = rope_tables(config.as_decoder(target), target.shape.max_positions)
+        tables = rope_tables(config.as_decoder(target), target.shape.max_positions)
+        self._cos, self._sin = (table.to(self.device) for table in tables)
         self._cast: dict[str, Tensor] = {}
         self.refresh()
         self._map(layout.draft_tokens(config, tensors))
 
     def _map(self, draft_tokens: Tensor) -> None:
-        self.to_target = draft_tokens
-        self.to_draft = torch.full((self.config.vocab_size,), -1)
-        self.to_draft[draft_tokens] = torch.arange(len(draft_tokens))
+        self.to_target = draft_tokens.to(self.device)
+        self.to_draft = torch.full((self.config.vocab_size,), -1, device=self.device)
+        self.to_draft[self.to_target] = torch.arange(len(draft_tokens), device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._embedding.device
 
     def read_from(self, embedding: Tensor) -> None:
         """Has the head read this embedding: the target's weights have changed."""
@@ -61,18 +73,18 @@ class TrainableHead:
     def set_draft_vocabulary(self, draft_tokens: Tensor, output: Tensor) -> None:
         """Changes the draft vocabulary (ascending tokens); ``output`` [vocabulary, hidden] is the target's head.
 
-        Nothing learned is lost as long as the rows are the target's own.
+        Both are on the CPU.         Nothing learned is lost as long as the rows are the target's own.
         """
         assert len(draft_tokens) == self.config.draft_vocab_size
-        self.weights[OUTPUT] = output[draft_tokens].float()
+        self.weights[OUTPUT] = output[draft_tokens].float().to(self.device)
         self._cast[OUTPUT] = self.weights[OUTPUT].to(self.dtype)
         self.maps = layout.draft_maps(draft_tokens, self.config.vocab_size)
         self._map(draft_tokens)
 
     def has_rows_of(self, output: Tensor) -> bool:
         """Whether the head's rows are those of this output matrix; ``set_draft_vocabulary`` would lose other ones."""
-        rows = output[self.to_target].to(torch.bfloat16)
-        return torch.equal(self.weights[OUTPUT].bfloat16(), rows)
+        rows = output[self.to_target.cpu()].to(torch.bfloat16)
+        return torch.equal(self.weights[OUTPUT].bfloat16().cpu(), rows)
 
     def refresh(self) -> None:
         """Has it compute with the weights as they are now, by copies in ``dtype``; called after each change."""
@@ -89,8 +101,8 @@ class TrainableHead:
         return [self._cast[name] for name in self.trained]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the head in the published layout, detached."""
-        return {**{name: weight.detach() for name, weight in self.weights.items()}, **self.maps}
+        """The tensors of the head in the published layout, detached, on the CPU."""
+        return {**{name: weight.detach().cpu() for name, weight in self.weights.items()}, **self.maps}
 
     def draft(self, pack: Pack) -> Drafting:
         """Drafting at all learned rows, with no draft token before it yet. Several threads may do this at once."""
@@ -158,7 +170,7 @@ class Drafting:
     def __init__(self, head: TrainableHead, pack: Pack) -> None:
         self._head, self._pack = head, pack
         self._layer = head.layer()
-        self.rows = torch.arange(len(pack.learned))
+        self.rows = torch.arange(len(pack.learned), device=head.device)
         """[n], ascending: the learned rows that still draft, as places in ``pack.learned``."""
         context = head.context(pack.features)
         x = self._layer.inputs(context, head.embedded(pack.tokens[:, 0]))
@@ -186,7 +198,8 @@ class Drafting:
         group = config.heads // config.kv_heads
         scale = config.head_dim**-0.5
         at = self._pack.learned[self.rows]
-        ends = torch.searchsorted(at, torch.tensor([segment.end for segment in self._pack.segments])).tolist()
+        limits = torch.tensor([segment.end for segment in self._pack.segments]).to(at.device)
+        ends = torch.searchsorted(at, limits).cpu().tolist()
         outputs = []
         for segment, first, last in zip(self._pack.segments, [0, *ends], ends, strict=False):
             rows, length = slice(first, last), segment.end - segment.begin
@@ -197,7 +210,7 @@ class Drafting:
             value = self._values[segment.begin : segment.end].transpose(0, 1)
             scores = query.flatten(1, 2) @ key.transpose(1, 2)
             scores = scores.view(config.kv_heads, group, count, length)
-            future = torch.arange(length) > (at[rows] - segment.begin)[:, None]
+            future = torch.arange(length, device=at.device) > (at[rows] - segment.begin)[:, None]
             scores = scores.masked_fill(future, float("-inf"))
             if self._own:
                 k = torch.stack([k[rows] for k, _ in self._own], dim=1)  # [n, draft tokens, KV heads, head_dim]

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream.drafter.training.device import CPU
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -66,8 +68,8 @@ class Pack:
     """Per target [n, steps, k]: the target's most likely tokens and their log-probabilities; -1 beyond the end."""
 
 
-def pack(examples: Sequence[Example], steps: int) -> Pack:
-    """Lays texts side by side; ``steps`` is how many draft tokens in a row will be learned."""
+def pack(examples: Sequence[Example], steps: int, device: torch.device = CPU) -> Pack:
+    """Lays texts side by side, on a device; ``steps`` is how many draft tokens in a row will be learned."""
     segments: list[Segment] = []
     rows = 0
     positions, tokens, targets, learned = [], [], [], []
@@ -94,16 +96,16 @@ def pack(examples: Sequence[Example], steps: int) -> Pack:
     likely = None
     if likely_ids and len(likely_ids) == len(examples):
         likely = (
-            torch.from_numpy(np.concatenate(likely_ids)).long(),
-            torch.from_numpy(np.concatenate(likely_logprobs)).float(),
+            torch.from_numpy(np.concatenate(likely_ids)).long().to(device),
+            torch.from_numpy(np.concatenate(likely_logprobs)).float().to(device),
         )
     return Pack(
         tuple(segments),
-        torch.cat([example.features[: example.length] for example in examples]),
-        torch.from_numpy(np.concatenate(positions)).long(),
-        torch.from_numpy(np.concatenate(tokens)).long(),
-        torch.from_numpy(np.concatenate(learned)).long(),
-        torch.from_numpy(np.concatenate(targets)).long(),
+        torch.cat([example.features[: example.length] for example in examples]).to(device),
+        torch.from_numpy(np.concatenate(positions)).long().to(device),
+        torch.from_numpy(np.concatenate(tokens)).long().to(device),
+        torch.from_numpy(np.concatenate(learned)).long().to(device),
+        torch.from_numpy(np.concatenate(targets)).long().to(device),
         likely,
     )
 

@@ -18,16 +18,19 @@ from slipstream.drafter.traffic import target_file
 from slipstream.drafter.traffic.recompute import Recompute
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.traffic.target_file import EMBEDDING, OUTPUT, UpdatedWeights
+from slipstream.drafter.training.device import CPU, Place
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
-from slipstream.engine.models.loader import build_model, find_device
+from slipstream.engine.models.loader import build_model
 from slipstream.kernels.compute import Formats
 from slipstream.kernels.machine import fast_dtype
 
 Unusable = Literal["other weights", "no features"]
+RECOMPUTING_BYTES = 1 << 30
+"""What recomputing features takes of a GPU's memory besides the model's weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +66,37 @@ class Target:
         max_length: int,
         lineage: str = "",
         between: Callable[[], object] = lambda: None,
+        place: Place | None = None,
     ) -> None:
-        """``max_length`` in tokens, of texts whose features are recomputed. Raises ModelError.
+        """
+        Args:
+            max_length: in tokens, of texts whose features are recomputed.
+            between: called now and then while heads and the model compute.
+            place: where heads are trained and scored, which read the embeddings there; the CPU if not told.
 
-        ``between`` is called now and then while heads and the model compute.
+        Raises ModelError.
         """
         self._between = between
+        self._place = place or Place()
+        self.device = self._place.device
         self._checkpoint = open_checkpoint(model)
-        self._model = EngineConfig(model=model, target_lineage=lineage)
+        self._model = EngineConfig(model=model, target_lineage=lineage, graph_memory="0")
         self._traffic_target = traffic_target(self._model)
         self.config = decoder_config(self._checkpoint.config)
         self.fingerprint = target_fingerprint(self._checkpoint, lineage)
         self.name = target_name(Path(self._checkpoint.path).name, lineage)
         self.lineage = lineage
         self.serving = Serving()
-        self.dtype = fast_dtype(torch.device("cpu"))
-        """What heads are computed with, in training and in the gate: what this processor multiplies fastest."""
+        self.dtype = fast_dtype(self.device)
+        """What heads are computed with, in training and in the gate: what the device multiplies fastest."""
         self.head = layout.config_for(self.config, draft_vocab_size)
         self.taps = self.head.taps
         self._max_length = min(max_length, self.config.shape.max_positions)
         self._of_files = layout.last_layer(self._checkpoint.tensors(), self.config.shape.num_layers)
         if self.config.tied:
             self._of_files.pop(OUTPUT, None)  # some checkpoints hold it all the same
+        self.output: Tensor
+        """[vocabulary, hidden], on the CPU: heads have only some of its rows."""
         self._use({})
         self._output_of_files = self.output
         self._recompute: Recompute | None = None
@@ -93,8 +105,9 @@ class Target:
         """Instead of what the files have, as far as there are any."""
         self._last_layer = self._of_files | matrices
         # As the model that serves has it, and in the format of training, so that heads share it.
-        self.embedding = self._last_layer[EMBEDDING].to(torch.bfloat16).to(self.dtype)
-        self.output = self._last_layer.get(OUTPUT, self.embedding)
+        embedding = self._last_layer[EMBEDDING].to(torch.bfloat16).to(self.dtype)
+        self.embedding = embedding.to(self.device)
+        self.output = self._last_layer.get(OUTPUT, embedding)
 
     def follow(self, store: TrafficStore) -> bool:
         """Takes over the weights that serve now, of which the server tells beside the traffic; whether they are others.
@@ -172,9 +185,13 @@ class Target:
         return torch.tensor(sorted(chosen))
 
     def recompute(self) -> Recompute:
-        """With the weights of the files; raises ConfigError for models that do not show hidden states."""
+        """With the weights of the files, on the CPU where a GPU has no room for them besides training.
+
+        Raises ConfigError for models that do not show hidden states.
+        """
         if self._recompute is None:
-            device = find_device(self._model)
+            size = self._checkpoint.weights_bytes(torch.bfloat16) + RECOMPUTING_BYTES
+            device = self.device if self._place.has_room_for(size) else CPU
             model = build_model(self._checkpoint, self._model, Formats.of(torch.bfloat16), device, self._max_length)
             self._recompute = Recompute(model, self.taps, self._max_length, between=self._between)
         return self._recompute

@@ -111,9 +111,10 @@ class Trainer:
 
     def _part(self, examples: Sequence[Example], number: int) -> _Part:
         options = self.options
-        batch = pack(examples, options.steps)
-        total = torch.zeros(())
-        right = torch.zeros(options.steps)
+        device = self.head.device
+        batch = pack(examples, options.steps, device)
+        total = torch.zeros((), device=device)
+        right = torch.zeros(options.steps, device=device)
         targets = [self._targets(batch, step) for step in range(options.steps)]
         some, seed = None, self.step * MOST_PARTS + number
         if options.loss == "ce":
@@ -134,11 +135,11 @@ class Trainer:
             if step + 1 < options.steps:
                 drafting.extend(exists & goes_on)
         gradients = torch.autograd.grad(total, self.head.inputs)
-        return _Part(float(total.detach()), right, len(batch.learned), gradients)
+        return _Part(float(total.detach()), right.cpu(), len(batch.learned), gradients)
 
     def published(self) -> dict[str, Tensor]:
-        """The averaged weights, in the published layout."""
-        return {**self.head.tensors(), **{name: tensor.clone() for name, tensor in self._average.items()}}
+        """The averaged weights, in the published layout, on the CPU."""
+        return {**self.head.tensors(), **{name: tensor.to("cpu", copy=True) for name, tensor in self._average.items()}}
 
     def state(self) -> dict[str, Any]:
         """All that training needs to go on as if it had not stopped; frozen weights are not part of it."""

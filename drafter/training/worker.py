@@ -21,7 +21,8 @@ from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import UnknownVersionError
 from slipstream.drafter.traffic.store import TrafficStore
 from slipstream.drafter.training.control import Control, Report, ServerGoneError, StandBy
-from slipstream.drafter.training.course import Course, WorkerOptions
+from slipstream.drafter.training.course import LONGER_STEPS, LONGER_STEPS_FROM, Course, WorkerOptions
+from slipstream.drafter.training.device import memory_errors
 from slipstream.drafter.training.gate import LEAST_TEXTS, Score, Verdict, judge, score
 from slipstream.drafter.training.held_out import HeldOut
 from slipstream.drafter.training.network import TrainableHead
@@ -31,7 +32,6 @@ from slipstream.drafter.training.threads import Threads
 from slipstream.drafter.training.trainer import Trainer
 from slipstream.engine.errors import ModelError, SlipstreamError
 from slipstream.engine.limits import usable_cores
-from slipstream.kernels.machine import describe_speed
 
 POLL_SECONDS = 2.0
 LOOK_SECONDS = 5.0
@@ -41,25 +41,32 @@ FIRST_ROUND = 0.25
 """Size of the first round in full ones; the next are as large as what was learned so far. The first are worth most."""
 LONGEST_ROUND_SECONDS = 150.0
 """Training after which a round ends however little was learned: what is not live makes nothing faster."""
-LONGER_STEPS_FROM, LONGER_STEPS = 100, 2
-"""Rounds that begin after so many steps of a head's training take so many times as many positions per step:
-orthogonalizing costs as much for many as for few, and a head that has come far gains less from each step than from each
-position."""
 
 
 class Worker:
     def __init__(self, options: WorkerOptions, control: Control) -> None:
         self._options = options
         self._control = control
-        self._stand_by = StandBy(control, lambda: self._report("paused"))
+        self._place = options.place()
+        self._place.enter()
+        settle = self._place.settle if self._place.on_gpu else None
+        self._stand_by = StandBy(control, lambda: self._report("paused"), settle)
         """Around all that computes, but not where the registry is locked: the server reads it, too."""
-        self._threads = Threads(options.threads or min(torch.get_num_threads(), usable_cores()))
+        # A GPU has one queue: more threads would only take turns with it.
+        cores = 1 if self._place.on_gpu else options.threads or min(torch.get_num_threads(), usable_cores())
+        self._threads = Threads(cores)
         torch.set_num_threads(1)
         self._store = TrafficStore(options.traffic)
         self._registry = Registry(options.registry)
         self._target = Target(
-            options.model, options.draft_vocab_size, options.longest + 1, options.lineage, self._stand_by.wait
+            options.model,
+            options.draft_vocab_size,
+            options.longest + 1,
+            options.lineage,
+            self._stand_by.wait,
+            self._place,
         )
+        self._arithmetic = self._place.describe(self._target.dtype)
         self._unreadable = ""
         """Why the weights that serve now cannot be read, if so."""
         self._courses: list[Course] = []
@@ -104,7 +111,7 @@ class Worker:
         return Report(
             "waiting",
             tokens=self._learned(),
-            arithmetic=describe_speed(self._target.dtype),
+            arithmetic=self._arithmetic,
             passed_over=first.passed_over.total(),
             message=self._unreadable or first.described_passed_over(),
         )
@@ -324,7 +331,7 @@ class Worker:
             "step": course.trainer.step if course.trainer else 0,
             "tokens": self._learned(),
             "tokens_per_second": self._learned() / self._busy if self._busy else 0.0,
-            "arithmetic": describe_speed(self._target.dtype),
+            "arithmetic": self._arithmetic,
         }
         self._control.report(msgspec.convert(known | fields, Report))
 
@@ -337,7 +344,8 @@ def main(arguments: Sequence[str]) -> int:
     options = msgspec.json.decode(arguments[0], type=WorkerOptions)
     control = Control(options.mode)
     try:
-        Worker(options, control).run()
+        with memory_errors():
+            Worker(options, control).run()
     except ServerGoneError:
         return 0
     except SlipstreamError as error:

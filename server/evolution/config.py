@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,11 @@ class EvolutionConfig:
     evolve_first_tokens: int = option(20_000, "Tokens of answers with which the first round of training begins.")
     evolve_round_tokens: int = option(100_000, "Positions learned between two candidates.")
     evolve_threads: int = option(0, "Threads of the training worker; 0 takes every core.")
+    evolve_device: str = option(
+        "auto",
+        "Where training computes: cpu, cuda (a GPU with room for it), cuda:1 (that one), or auto. auto is the CPU, but "
+        "where the model runs on a GPU another one, or with --evolve idle the same one, if it has room.",
+    )
     canary_share: float = option(0.2, "Share of the requests on which a new version has to prove itself.")
     canary_requests: int = option(200, "Requests after which a trial ends at the latest.")
 
@@ -48,6 +54,7 @@ class EvolutionConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.evolve_threads < 0:
             raise ConfigError(f"--evolve-threads must not be negative, not {self.evolve_threads}")
+        check_device_name(self.evolve_device, "evolve-device")
         for route in self.evolve_route:
             check_route(route, "evolve-route")
 
@@ -57,6 +64,12 @@ class EvolutionConfig:
             raise ConfigError(
                 f"--evolve {self.evolve} needs --traffic-log tokens or features: there is nothing to learn from"
             )
+
+
+def check_device_name(device: str, option: str) -> None:
+    """Raises ConfigError naming the option if this is no name of a device to train on."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device):
+        raise ConfigError(f"--{option} {device}: write auto, cpu, cuda, or cuda:NUMBER")
 
 
 def check_route(route: str, name: str) -> None:

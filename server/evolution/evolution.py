@@ -235,6 +235,9 @@ class Evolution:
             "first_tokens": config.evolve_first_tokens,
             "round_tokens": config.evolve_round_tokens,
             "threads": config.evolve_threads or None,
+            "device": config.evolve_device,
+            "engine_device": engine.device,
+            "gpu_memory_utilization": engine.gpu_memory_utilization,
         }
 
 

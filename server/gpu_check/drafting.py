@@ -7,7 +7,8 @@ import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from slipstream.drafter.head import layout
+from slipstream.drafter.training.device import Place, training_bytes
 from slipstream.drafter.training.packing import Example
 from slipstream.drafter.training.target import Target
 from slipstream.drafter.training.trainer import Trainer, TrainOptions
@@ -34,7 +36,13 @@ NEW_VERSION = 2
 
 
 def parts(context: Context) -> Iterator[Part]:
-    yield Part("trained and swapped under load", lambda: _train_and_swap(context))
+    # Forked before anything has computed here, since neither threads of OpenMP nor a GPU's context outlive that.
+    most_steps = 5 if context.dry_run else 60
+    trainers = [TrainingProcess(context.scratch / name, most_steps, name) for name in ("cpu", context.device.type)]
+    first_losses: dict[str, float] = {}
+    for trainer in trainers:
+        name = f"trained on {trainer.device} and swapped under load"
+        yield Part(name, partial(_train_and_swap, context, trainer, first_losses))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +52,14 @@ class Trained:
     steps: int
     losses: tuple[float, ...]
     seconds: float
+    most_bytes: int = 0
+    """Of tensors on a GPU, at once."""
+    said_bytes: int = 0
+    """How many there are to be at most."""
     error: str = ""
 
 
-def _train_and_swap(context: Context) -> None:
-    # Forked before anything has computed here, since threads of OpenMP do not outlive that.
-    trainer = TrainingProcess(context.scratch / "head", most_steps=5 if context.dry_run else 60)
+def _train_and_swap(context: Context, trainer: TrainingProcess, first_losses: dict[str, float]) -> None:
     model = RealModel(context, or_another=True)
     answer = 60 if context.dry_run else 200
     options: dict[str, Any] = {"speculation": "head", "drafter": "random", "speculation_policy": "fixed"}
@@ -57,7 +67,7 @@ def _train_and_swap(context: Context) -> None:
     with engine(config(context, model.path, **options)) as local:
         first = [local.submit(text, model.params(answer)) for text in model.texts]
         before = _steps(local, lambda: not local.engine.core.has_work)
-        trainer.begin(model.path, _examples(model, first))
+        trainer.begin(model.path, _examples(model, first, context))
         load = Load(local, model, answer)
         during = _steps(local, lambda: trainer.is_done or context.left() < 10, load.fill)
         trained = trainer.result()
@@ -72,6 +82,7 @@ def _train_and_swap(context: Context) -> None:
     context.row(
         "a head learns",
         model=model.name,
+        trained_on=trainer.device,
         training_steps=trained.steps,
         seconds=trained.seconds,
         first_loss=trained.losses[0],
@@ -85,13 +96,25 @@ def _train_and_swap(context: Context) -> None:
         while_preparing=coming,
         after=rest,
     )
-    context.check("losses are numbers", all(map(math.isfinite, trained.losses)), str(trained.losses[-1]), "finite")
+    on = f"on {trainer.device}, "
+    context.check(on + "losses are numbers", all(map(math.isfinite, trained.losses)), str(trained.losses[-1]), "finite")
+    if trainer.device == "cuda":
+        said, most = (f"{size / 2**30:.2f} GiB" for size in (trained.said_bytes, trained.most_bytes))
+        fits = trained.most_bytes <= trained.said_bytes
+        context.check("training stays within the memory it is said to take", fits, most, f"at most {said}")
+        here = first_losses.get("cpu")
+        if here is not None:
+            near = math.isclose(trained.losses[0], here, rel_tol=0.02)
+            context.check("the first loss is the CPU's", near, f"{trained.losses[0]:.4f}", f"about {here:.4f}")
+    first_losses[trainer.device] = trained.losses[0]
     learned = rates.get(NEW_VERSION, 0.0) > rates.get(1, 1.0)
     found = ", ".join(f"version {version}: {rate:.2f}" for version, rate in rates.items())
-    context.check("more draft tokens of the trained head are accepted", learned, found, "more of version 2 than of 1")
+    context.check(
+        on + "more draft tokens of the trained head are accepted", learned, found, "more of version 2 than of 1"
+    )
     same = [one.tokens == other.tokens for one, other in zip(first, after, strict=True)]
     if context.dry_run:
-        context.check("answers are the same with another head", all(same), f"{sum(same)} of {len(same)}", "all")
+        context.check(on + "answers are the same with another head", all(same), f"{sum(same)} of {len(same)}", "all")
     context.note(f"{sum(same)} of {len(same)} answers are the same before and after the swap.")
 
 
@@ -123,9 +146,9 @@ def _steps(local: LocalEngine, is_over: Any, fill: Any = lambda: None) -> float 
 
 
 def _examples(
-    model: RealModel, completions: Sequence[Completion]
+    model: RealModel, completions: Sequence[Completion], context: Context
 ) -> list[tuple[np.ndarray[Any, Any], int, torch.Tensor]]:
-    target = Target(model.path, DRAFT_VOCAB_SIZE, LONGEST)
+    target = Target(model.path, DRAFT_VOCAB_SIZE, LONGEST, place=Place(context.device))
     features = target.recompute().features
     texts = zip(model.texts, completions, strict=True)
     tokens = [(np.array([*text, *completion.tokens], np.int32), len(text)) for text, completion in texts]
@@ -146,14 +169,14 @@ def _accepted(completions: Sequence[Completion]) -> dict[int, float]:
 class TrainingProcess:
     """Trains a head that begins as the model's last layer, and writes it to a folder.
 
-    On the CPU, as a server's worker does; not at its lowest priority, so that it is over in time on any machine.
+    As a server's worker does, but not at its lowest priority, so that it is over in time on any machine.
     """
 
-    def __init__(self, folder: Path, most_steps: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, most_steps: int, device: str) -> None:
+        self.folder, self.device = folder, device
         fork = multiprocessing.get_context("fork")
         self._connection, theirs = fork.Pipe()
-        self._process = fork.Process(target=_train, args=(theirs, folder, most_steps))
+        self._process = fork.Process(target=_train, args=(theirs, folder, most_steps, device), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -177,13 +200,16 @@ class TrainingProcess:
         return told
 
 
-def _train(connection: Connection, folder: Path, most_steps: int) -> None:
+def _train(connection: Connection, folder: Path, most_steps: int, device: str) -> None:
     """In a process of its own."""
     try:
-        model, told = connection.recv()
+        try:
+            model, told = connection.recv()
+        except EOFError:  # nobody wants anything trained
+            return
         examples = [Example(tokens, prompt, 0, torch.from_numpy(each).bfloat16()) for tokens, prompt, each in told]
         began = time.perf_counter()
-        target = Target(model, DRAFT_VOCAB_SIZE, LONGEST)
+        target = Target(model, DRAFT_VOCAB_SIZE, LONGEST, place=Place(torch.device(device)))
         counts = Counter(token for each in examples for token in each.tokens[each.num_prompt :].tolist())
         size = target.head.draft_vocab_size
         trainer = Trainer(target.trainable(*target.cold_head(target.draft_tokens(counts, size))), TrainOptions())
@@ -191,6 +217,11 @@ def _train(connection: Connection, folder: Path, most_steps: int) -> None:
         while len(losses) < most_steps and time.perf_counter() - began < TRAINING_S:
             losses.append(trainer.learn([[each] for each in examples]).loss)
         layout.write(folder, trainer.head.config, trainer.published())
-        connection.send(Trained(len(losses), tuple(losses), time.perf_counter() - began))
+        trained = Trained(len(losses), tuple(losses), time.perf_counter() - began)
+        if device == "cuda":
+            most = torch.cuda.max_memory_allocated()
+            said = training_bytes(model, DRAFT_VOCAB_SIZE, trainer.options.steps, len(examples), 1, LONGEST)
+            trained = replace(trained, most_bytes=most, said_bytes=said)
+        connection.send(trained)
     except Exception as error:
-        connection.send(Trained(0, (math.nan,), 0.0, f"{type(error).__name__}: {error}"))
+        connection.send(Trained(0, (math.nan,), 0.0, error=f"{type(error).__name__}: {error}"))

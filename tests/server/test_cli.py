@@ -24,6 +24,18 @@ from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.testing import Commands
 
+EVOLVE = (
+    "serve",
+    "--evolve",
+    "idle",
+    "--registry",
+    "/dev/null/x",
+    "--traffic-log",
+    "tokens",
+    "--traffic-folder",
+    "/dev/null/x",
+)
+
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -80,6 +92,8 @@ def test_serve_has_an_option_for_every_field() -> None:
         (["serve", "--drafter", "/no/such/head"], "/no/such/head"),
         (["serve", "--draft-model", "/no/such/draft"], "/no/such/draft"),
         (["serve", "--speculation", "ngram,telepathy"], "telepathy"),
+        (["serve", "--evolve-device", "gpu"], "--evolve-device gpu: write auto, cpu, cuda, or cuda:NUMBER"),
+        ([*EVOLVE, "--evolve-device", "cuda:99"], "--evolve-device: training on cuda:99: t"),
         (["dance"], "dance"),
     ],
 )

@@ -129,6 +129,11 @@ def test_what_cannot_work_is_said(cli: Cli, tmp_path: Path) -> None:
         cli("train", "--minutes", 0.02, "--route", "tenant:nobody")
     with pytest.raises(ConfigError, match="write tenant:NAME"):
         cli("train", "--minutes", 1, "--route", "nobody")
+    for command in (("train", "--minutes", 1), ("eval", 1)):
+        with pytest.raises(ConfigError, match="--device gpu: write auto, cpu, cuda, or cuda:NUMBER"):
+            cli(*command, "--device", "gpu")
+        with pytest.raises(ConfigError, match="training on cuda:99: t"):
+            cli(*command, "--device", "cuda:99")
     with pytest.raises(ConfigError, match="held-out"):
         cli("eval", 1, "--route", "tenant:nobody")
     with pytest.raises(ConfigError, match="no traffic store"):
