@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from slipstream.engine.errors import ConfigError, RequestError
@@ -29,15 +30,16 @@ LONGEST_ERROR = 500
 EXPLAINED = {"NoExtensionBias": "no token of the model can go on with it"}
 
 
-def vocabulary(tokens: Sequence[bytes], special: Sequence[int]) -> LLTokenizer:
-    """What grammars are compiled for, with one token more, behind the last, which stands for the end of a text.
+def require_library() -> None:
+    """Raises ConfigError where the library that compiles is not installed; does not import it."""
+    if find_spec("llguidance") is None:
+        raise ConfigError("answers with a structure need the package llguidance, which is not installed")
 
-    Raises ConfigError where the library is not installed.
-    """
-    try:
-        from llguidance import LLTokenizer
-    except ImportError as error:
-        raise ConfigError(f"answers with a structure need the package llguidance: {error}") from error
+
+def vocabulary(tokens: Sequence[bytes], special: Sequence[int]) -> LLTokenizer:
+    """What grammars are compiled for, with one token more, behind the last, which stands for the end of a text."""
+    from llguidance import LLTokenizer
+
     return LLTokenizer(_Vocabulary(tokens, special))  # type: ignore[arg-type]  # it has what that asks for
 
 

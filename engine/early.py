@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from typing import TYPE_CHECKING
 
 from slipstream.engine.child import EarlyChild
@@ -37,6 +38,7 @@ class EarlyProcess:
 
     def __init__(self, entry: str) -> None:
         """``entry`` is the module it runs, as for ``EngineClient.start``."""
+        self.began = time.monotonic()
         self.channel, self._theirs = socket.socketpair()
         self._child = EarlyChild(entry, environment(), self._theirs.fileno())
         self._process = self._child.process

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from slipstream.engine.compiling import check, compile_grammar, vocabulary
+from slipstream.engine.compiling import check, compile_grammar, require_library, vocabulary
 from slipstream.engine.endings import Alphabet, Ending, Endings, Mask
 from slipstream.engine.errors import RequestError
 from slipstream.engine.messages import SamplingParams
@@ -50,8 +50,10 @@ class Grammars:
     """Compiled grammars by scope and text. ``compile`` may run beside everything else."""
 
     def __init__(self) -> None:
-        self._tokenizer: LLTokenizer | None = None
-        self._alphabet = Alphabet([], [])
+        self._told: tuple[Sequence[bytes], Sequence[int]] | None = None
+        """The bytes of every token, and which are special."""
+        self._vocabulary: tuple[LLTokenizer, Alphabet] | None = None
+        """Made of that for the first grammar: it takes 17 MB and, for 49,000 tokens, 0.15 s."""
         self._known: WeakValueDictionary[Key, Compiled] = WeakValueDictionary()
         """Every one that anybody holds."""
         self._kept: OrderedDict[Key, Compiled] = OrderedDict()
@@ -60,7 +62,7 @@ class Grammars:
 
     @property
     def has_vocabulary(self) -> bool:
-        return self._tokenizer is not None
+        return self._told is not None
 
     def use(self, tokens: Sequence[bytes], special: Sequence[int], vocab_size: int) -> None:
         """Takes the bytes of every token; of those that a model with so many tokens does not have, none is taken.
@@ -69,9 +71,9 @@ class Grammars:
         """
         padded = [*tokens[:vocab_size], *[b""] * (vocab_size - len(tokens))]
         special = [token for token in special if token < vocab_size]
-        self._tokenizer = vocabulary(padded, special)
-        self._alphabet = Alphabet(padded, special)
+        require_library()
         with self._lock:
+            self._told, self._vocabulary = (padded, special), None
             self._known.clear()
             self._kept.clear()
 
@@ -90,8 +92,8 @@ class Grammars:
         """
         if (found := self.find(text, scope)) is not None:
             return found
-        assert self._tokenizer is not None, "the engine was not told the vocabulary"
-        compiled = Compiled(compile_grammar(self._tokenizer, text), self._alphabet)
+        tokenizer, alphabet = self._made_vocabulary()
+        compiled = Compiled(compile_grammar(tokenizer, text), alphabet)
         with self._lock:
             compiled = self._known.setdefault((scope, text), compiled)
             self._keep((scope, text), compiled)
@@ -102,6 +104,13 @@ class Grammars:
         if not params.grammar:
             return None
         return Constraint(self.compile(params.grammar, scope), params, output)
+
+    def _made_vocabulary(self) -> tuple[LLTokenizer, Alphabet]:
+        with self._lock:
+            assert self._told is not None, "the engine was not told the vocabulary"
+            if self._vocabulary is None:
+                self._vocabulary = vocabulary(*self._told), Alphabet(*self._told)
+            return self._vocabulary
 
     def _keep(self, key: Key, compiled: Compiled) -> None:
         self._kept[key] = compiled

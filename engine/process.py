@@ -104,6 +104,9 @@ class Engine:
         )
         cost = StepCost()
         calibrate(cost, self.runner.profile, loaded.max_model_len, config.max_step_tokens)
+        if self.runner.cache.device.type == "cpu":  # there, blocks that were written take memory
+            self.runner.cache.release()
+            self.runner.cache.restore()
         switch_length = loaded.model.switch_length
         self.scheduler = Scheduler(
             config,

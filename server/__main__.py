@@ -1,3 +1,19 @@
-from slipstream.server.cli import main
+"""The command ``slipstream``: the engine process begins to import before this one imports the command line."""
 
-main()
+import sys
+from contextlib import nullcontext
+
+from slipstream.engine.early import EarlyProcess
+from slipstream.server import ENGINE_PROCESS
+
+
+def main() -> None:
+    serves = sys.argv[1:2] == ["serve"] and "--help" not in sys.argv
+    with EarlyProcess(ENGINE_PROCESS) if serves else nullcontext() as early:
+        from slipstream.server.cli import main as run
+
+        run(early)
+
+
+if __name__ == "__main__":
+    main()

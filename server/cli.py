@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import os
 import sys
-import time
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -18,8 +17,9 @@ from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.early import EarlyProcess
 from slipstream.engine.errors import ConfigError, EngineLostError, ModelError, SlipstreamError
+from slipstream.server import ENGINE_PROCESS
 from slipstream.server.chat_cli import chat
-from slipstream.server.config import ENGINE_PROCESS, ServerConfig
+from slipstream.server.config import ServerConfig
 from slipstream.server.doctor import doctor
 from slipstream.server.drafter_cli import drafter_app
 from slipstream.server.evolution.config import EvolutionConfig
@@ -29,7 +29,6 @@ from slipstream.server.traffic_cli import app as traffic_app
 from slipstream.server.training_cli import evaluate_head, train
 from slipstream.server.version import described
 
-STARTED = time.monotonic()
 USER_ERROR = 2
 ENGINE_LOST = 3
 """Status of a server whose engine died and could not be replaced."""
@@ -57,7 +56,9 @@ def with_options(*configs: type[Any]) -> Callable[[Callable[..., None]], Callabl
     """Gives a command an option for every field of the configuration classes, and an environment variable."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        parameters = [parameter(config, field) for config in configs for field in dataclasses.fields(config)]
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [each for each in own if each.kind is not each.VAR_KEYWORD]
+        parameters += [parameter(config, field) for config in configs for field in dataclasses.fields(config)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
@@ -93,17 +94,17 @@ def build(config: type[ConfigType], values: dict[str, Any]) -> ConfigType:
 
 @app.command()
 @with_options(ServerConfig, EngineConfig, TrafficConfig, EvolutionConfig)
-def serve(**values: Any) -> None:
+def serve(context: typer.Context, **values: Any) -> None:
     """Serve a model over HTTP, with the OpenAI API.
 
     Every option can also be set in the environment: --max-running as SLIPSTREAM_MAX_RUNNING.
     """
     server, engine = build(ServerConfig, values), build(EngineConfig, values)
     traffic, evolution = build(TrafficConfig, values), build(EvolutionConfig, values)
-    with EarlyProcess(ENGINE_PROCESS) as early:  # both processes import at the same time what they need
+    with context.obj or EarlyProcess(ENGINE_PROCESS) as early:  # both processes import at the same time what they need
         from slipstream.server.launch import run  # not needed, and slow, for the other commands
 
-        run(server, engine, traffic, evolution, early, STARTED)
+        run(server, engine, traffic, evolution, early)
 
 
 @app.command()
@@ -153,12 +154,15 @@ def bench(context: typer.Context) -> None:
     loadtest_app(args=context.args, prog_name="slipstream bench")
 
 
-def main() -> None:
-    """Errors of the user are one line and exit code 2; others are a traceback, or one line if their cause is known."""
+def main(early: EarlyProcess | None = None) -> None:
+    """Errors of the user are one line and exit code 2; others are a traceback, or one line if their cause is known.
+
+    ``early`` is for the engine of a server, if it was started already.
+    """
     try:
         check_texts()
         forget_service_links()
-        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="slipstream", standalone_mode=False))
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="slipstream", standalone_mode=False, obj=early))
     except UsageError as error:
         said = error.format_message()
         # As other servers have it: serve MODEL.

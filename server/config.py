@@ -10,8 +10,6 @@ from slipstream.engine.config import option
 from slipstream.engine.errors import ConfigError
 from slipstream.server.keys import Keys
 
-ENGINE_PROCESS = "slipstream.server.engine_process"
-"""The module that an engine process runs."""
 MAX_PRIORITY = 1000
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/]+/?", re.IGNORECASE)
 

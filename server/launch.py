@@ -68,9 +68,8 @@ def run(
     traffic: TrafficConfig,
     evolution: EvolutionConfig,
     early: EarlyProcess,
-    started: float,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C. ``started`` is the time.monotonic() of the process, ``early`` for its engine.
+    """Serves until SIGTERM or Ctrl-C. ``early`` is for the engine.
 
     Raises:
         ModelError, ConfigError: the user can mend it.
@@ -83,7 +82,7 @@ def run(
     config, engine_config = with_local_model(config, engine_config)
     service = make_service(config, engine_config, traffic, evolution, starting_with(early))
     with listen(config.host, config.port) as listener:
-        uvloop.run(serve_until_signals(service, listener, started))
+        uvloop.run(serve_until_signals(service, listener, early.began))
 
 
 def with_local_model(config: ServerConfig, engine: EngineConfig) -> tuple[ServerConfig, EngineConfig]:

@@ -23,10 +23,11 @@ from slipstream.engine.memory import trim
 from slipstream.engine.messages import NewRequest
 from slipstream.engine.operations import UseVocabulary
 from slipstream.engine.supervisor import EngineSupervisor, Restarts
+from slipstream.server import ENGINE_PROCESS
 from slipstream.server.account import Account
 from slipstream.server.admission import Admission
 from slipstream.server.companions import Companions
-from slipstream.server.config import ENGINE_PROCESS, ServerConfig
+from slipstream.server.config import ServerConfig
 from slipstream.server.disks import Disks
 from slipstream.server.errors import UnavailableError
 from slipstream.server.evolution.metrics import EvolutionCollector

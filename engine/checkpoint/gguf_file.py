@@ -32,6 +32,8 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING = 8
 ARRAY = 9
 
+FLOATS = {"F32": "<f4", "F16": "<f2"}
+"""As numpy calls them."""
 CHUNK_ELEMENTS = 1 << 17
 """Weights dequantised at once: large enough to hide the interpreter, small enough that buffers are reused."""
 
@@ -104,8 +106,11 @@ class GGUFFile:
 
 def dequantised(stored: Stored) -> npt.NDArray[np.float32]:
     """A tensor of one of TENSOR_TYPES in float32, as a fresh array."""
-    import gguf
     import numpy as np
+
+    if stored.format in FLOATS:
+        return stored.data.view(FLOATS[stored.format]).astype(np.float32).reshape(stored.shape)
+    import gguf  # not needed for norms, which is all that packed weights have besides blocks
 
     [kind] = (each for each in TENSOR_TYPES.values() if each.name == stored.format)
     packed = stored.data.reshape(-1, kind.block_bytes)  # [num_blocks, block_bytes]

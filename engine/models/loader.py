@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.transformers_files import transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
 from slipstream.engine.models.weight_formats import DTYPES, choose_formats, describe, weights_bytes
-from slipstream.engine.models.weights import Rows, load
+from slipstream.engine.models.weights import Rows, ahead, load
 from slipstream.engine.units import parse_size
 from slipstream.kernels.attention.choice import backend
 from slipstream.kernels.compute import Compute, Formats, LayerShape
@@ -161,8 +162,14 @@ def build_model(
     if not kind.can_be_batch_invariant:
         _refuse_deterministic(options, "torch's kernels, which run here instead of the compiled ones,")
     model = Decoder(decoder_config(config), _made(kind, config, formats, device, options), max_length)
-    load(model, dummy_tensors(config, options.seed, device) if dummy else model.tensors(checkpoint))
+    load(model, dummy_tensors(config, options.seed, device) if dummy else _tensors(model, checkpoint))
     return model
+
+
+def _tensors(model: CausalModel, checkpoint: Checkpoint) -> Iterable[tuple[str, Rows]]:
+    """Each is read while the one before is laid out, if none is so large that two of them may not fit into memory."""
+    largest = max(map(math.prod, checkpoint.tensor_shapes().values()), default=0) * torch.float32.itemsize
+    return ahead(model.tensors(checkpoint)) if largest <= SPARE_BYTES else model.tensors(checkpoint)
 
 
 def file_tensors(options: EngineConfig, model: CausalModel, device: torch.device) -> Iterable[tuple[str, Rows]]:

@@ -56,15 +56,12 @@ def packed_formats(checkpoint: Checkpoint, config: EngineConfig, kind: type[Comp
     if config.load_format == "dummy" or not is_own(checkpoint.config):
         return []
     count: Counter[str] = Counter()
+    layer, shapes = decoder_config(checkpoint.config).layer, checkpoint.tensor_shapes()
     for name, stored in checkpoint.formats().items():
-        shape = checkpoint.tensor_shapes()[name]
-        if len(shape) == 2 and _packed_bytes(checkpoint, kind, stored, shape):
+        shape = shapes[name]
+        if len(shape) == 2 and kind.packed_bytes(layer, stored, *shape):
             count[stored] += math.prod(shape)
     return [stored for stored, _ in count.most_common()]
-
-
-def _packed_bytes(checkpoint: Checkpoint, kind: type[Compute], stored: str, shape: tuple[int, ...]) -> int:
-    return kind.packed_bytes(decoder_config(checkpoint.config).layer, stored, shape[0], shape[1])
 
 
 def describe(checkpoint: Checkpoint, config: EngineConfig, formats: Formats, kind: type[Compute]) -> str:
@@ -84,7 +81,8 @@ def weights_bytes(checkpoint: Checkpoint, config: EngineConfig, formats: Formats
     if formats.weights != PACKED:
         return checkpoint.weights_bytes(formats.compute)
     kinds, total = checkpoint.formats(), 0
+    layer = decoder_config(checkpoint.config).layer
     for name, shape in checkpoint.tensor_shapes().items():
-        packed = _packed_bytes(checkpoint, kind, kinds[name], shape) if len(shape) == 2 else 0
+        packed = kind.packed_bytes(layer, kinds[name], *shape) if len(shape) == 2 else 0
         total += packed or math.prod(shape) * formats.compute.itemsize
     return total

@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
@@ -66,6 +67,16 @@ def load(model: CausalModel, tensors: Iterable[tuple[str, Rows]]) -> None:
         weights.fill(name, tensor)
     weights.check_complete()
     model.use(weights)
+
+
+def ahead(tensors: Iterable[tuple[str, Rows]]) -> Iterator[tuple[str, Rows]]:
+    """The same; while one is used, a thread makes the next."""
+    left = iter(tensors)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, left, None)
+        while (found := coming.result()) is not None:
+            coming = thread.submit(next, left, None)
+            yield found
 
 
 def row_pieces(shape: tuple[int, ...], first_row: int = 0) -> Iterator[tuple[int, int]]:

@@ -13,16 +13,16 @@ PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROBE_TOKENS = 16
 PROBE_CONTEXT = 1024
 PROFILE_RUNS = 3
-PROFILE_SECONDS = 0.1
+PROFILE_SECONDS = 0.05
 """A size that has taken so long is known well enough: the longer a step, the less its time varies."""
-LONG_STEP_S = 0.25
+LONG_STEP_S = 0.08
 """Sizes beyond a step that takes so long are not measured: arithmetic bounds them, so they go on in proportion."""
 
 
 def calibrate(cost: StepCost, profile_step: Profile, longest: int, max_step_tokens: int) -> None:
     """Measures steps of several sizes, best of a few runs each, so that the first requests are planned well.
 
-    The server is not ready before, so this takes about a second also where a step takes long.
+    The server is not ready before, so this takes about half a second also where a step takes long.
     """
     most = min(longest, max_step_tokens)
     sizes = [count for count in PROFILE_TOKENS if count <= most] or [most]

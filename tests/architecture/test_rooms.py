@@ -53,6 +53,8 @@ def test_words_are_those_of_the_map(instead: str, word: re.Pattern[str]) -> None
         ("slipstream.drafter.registry.manifest", {"torch", "numpy", "transformers"}),
         ("slipstream.drafter.names", {"torch", "numpy", "transformers"}),
         ("slipstream.server.cli", {"torch", "numpy", "transformers", "slipstream.loadtest"}),
+        ("slipstream.server.__main__", {"typer", "msgspec", "asyncio", "psutil", "slipstream.server.cli"}),
+        ("slipstream.server.engine_process", {"llguidance", "gguf", "transformers"}),
         ("slipstream.server.training_cli", {"torch", "numpy", "transformers"}),
         ("slipstream.server.app", {"torch", "numpy", "transformers"}),
         ("slipstream.clients.aio", {"torch", "numpy", "transformers", "slipstream.engine"}),

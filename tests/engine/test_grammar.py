@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -41,6 +43,15 @@ def regex(pattern: str) -> str:
 
 def schema(found: object) -> str:
     return f"start: %json {json.dumps(found)}"
+
+
+def test_the_compiler_is_imported_for_the_first_grammar() -> None:
+    told = "import sys; from slipstream.engine.grammar import Grammars; found = Grammars(); found.use([b'a'], [], 1)"
+    code = (
+        f"{told}; print('llguidance' in sys.modules); found.compile('start: /a/'); print('llguidance' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,11 @@ def test_requests_go_on_afterwards_or_end(folder: Path, tags: tuple[MemoryTag, .
     local.close()
 
 
+def test_measuring_steps_leaves_no_memory_in_the_cache(local: LocalEngine) -> None:
+    memory = local.engine.runner.cache.memory  # type: ignore[attr-defined]  # of the CPU's caches
+    assert memory.numel() and not memory.any()
+
+
 def test_a_pause_outlasts_a_sleep(local: LocalEngine) -> None:
     running = local.submit(PROMPTS[0], LONG)
     local.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.models import loader
 from slipstream.engine.models.loader import load_model
+from slipstream.engine.models.weights import ahead
 from slipstream.engine.testing import TINY_LLAMA
 from slipstream.kernels.native.library import isa
 
@@ -115,3 +117,20 @@ def test_what_a_gpu_has_no_room_for_is_said_with_numbers(folder: Path, as_a_gpu:
         config(folder, gpu_memory_utilization=1.5)
     with pytest.raises(ConfigError, match=r"--graph-memory 'much' is not a size"):
         config(folder, graph_memory="much")
+
+
+def test_the_next_tensor_is_made_while_one_is_used_and_errors_reach_whoever_loads() -> None:
+    second = threading.Event()
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "0", torch.zeros(1)
+        second.set()
+        yield "1", torch.ones(1)
+        raise ModelError("the file ends")
+
+    taken = []
+    with pytest.raises(ModelError, match="the file ends"):
+        for name, tensor in ahead(tensors()):
+            assert second.wait(60)
+            taken.append((name, int(tensor)))
+    assert taken == [("0", 0), ("1", 1)]
