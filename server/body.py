@@ -23,6 +23,9 @@ MAX_DETAILS = 20
 MAX_NAME_CHARS = 200
 MAX_VALUE_CHARS = 60
 
+ONLY_NULL: dict[str, Any] = {"type": "null"}
+"""The JSON schema of fields that nobody knows, where they are refused: a null field is an absent one."""
+
 Path = tuple[str | int, ...]
 """Where in a body something is."""
 
@@ -38,7 +41,7 @@ class Body(BaseModel):
         extra="allow",
         allow_inf_nan=False,
         protected_namespaces=(),
-        json_schema_extra={"additionalProperties": False},
+        json_schema_extra={"additionalProperties": ONLY_NULL},
     )
 
 

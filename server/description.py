@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
-from slipstream.server.body import JSON, Body, LooseBody
+from slipstream.server.body import JSON, ONLY_NULL, Body, LooseBody
 
 REFERENCE = "#/components/schemas/{model}"
 PARTS = re.compile(r'"#/components/schemas/(\w+)"')
@@ -174,7 +174,7 @@ def _loosen(schemas: dict[str, Any], names: list[str]) -> None:
         name = names.pop()
         text = json.dumps(schemas[name])
         for part in set(PARTS.findall(text)):
-            if schemas[part].get("additionalProperties") is False:
+            if schemas[part].get("additionalProperties") == ONLY_NULL:
                 text = text.replace(f'"{REFERENCE.format(model=part)}"', f'"{REFERENCE.format(model=part + LOOSE)}"')
                 schemas.setdefault(part + LOOSE, schemas[part] | {"additionalProperties": True})
                 part += LOOSE

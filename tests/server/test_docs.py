@@ -124,7 +124,7 @@ def test_routes_refuse_what_the_openapi_page_says_they_refuse(server: Any) -> No
         if not (forms := body["content"].get("application/json")):
             continue
         names = re.findall(r"#/components/schemas/(\w+)", json.dumps(forms))
-        closed = not any(page["components"]["schemas"][name]["additionalProperties"] for name in names)
+        closed = all(page["components"]["schemas"][name]["additionalProperties"] == {"type": "null"} for name in names)
         for told, sent in ((body["required"], b""), (closed, b'{"nobody_knows": 1}')):
             if told:
                 status, _, answer = server.request("POST", re.sub(r"{\w+}", "1", path), sent)
@@ -143,7 +143,9 @@ def test_bodies_that_ignore_unknown_fields_do_so_in_all_their_parts(server: Any)
             if (name := names.pop()) not in seen:
                 seen.add(name)
                 names += re.findall(r"#/components/schemas/(\w+)", json.dumps(schemas[name]))
-        return {schemas[name]["additionalProperties"] for name in seen if "additionalProperties" in schemas[name]}
+        return {
+            schemas[name]["additionalProperties"] is True for name in seen if "additionalProperties" in schemas[name]
+        }
 
     bodies = {path: found["post"].get("requestBody", {}) for path, found in page["paths"].items() if "post" in found}
     assert kinds(bodies["/v1/chat/completions"]) == {False}
@@ -152,6 +154,9 @@ def test_bodies_that_ignore_unknown_fields_do_so_in_all_their_parts(server: Any)
     rendered = {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "nobody_knows": 1}]}]}
     assert server.post("/v1/chat/completions/render", rendered | {"nor_this": 1})[0] == 200
     assert server.post("/v1/chat/completions", rendered)[0] == 400
+    assert (
+        server.post("/v1/chat/completions", {"messages": [], "nobody_knows": None})[1]["error"]["param"] == "messages"
+    )
 
 
 def test_every_metric_is_documented(server: Any) -> None:

@@ -33,7 +33,7 @@ REFUSED = ["400", "401", "403", "404", "405", "409", "413", "415", "429", "503",
 
 def without_optional_fields(document: dict[str, Any]) -> dict[str, Any]:
     for schema in document["components"]["schemas"].values():
-        if schema.get("additionalProperties") is False:
+        if schema.get("additionalProperties") in (False, {"type": "null"}):
             needed = schema.get("required", ())
             schema["properties"] = {name: found for name, found in schema["properties"].items() if name in needed}
     return document
