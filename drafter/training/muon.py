@@ -16,7 +16,7 @@ from torch import Tensor
 from slipstream.drafter.training.threads import Threads
 
 COEFFICIENTS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
-"""Of x, x³ and x⁵ in each iteration: what brings singular values between 0.01 and 1 nearest to one by three odd
+"""For x, x³ and x⁵ in each iteration: what brings singular values between 0.01 and 1 nearest to one by three odd
 polynomials of the fifth degree, each chosen after the one before (Amsel et al. 2025, Polar Express)."""
 BLOCK = 192
 """Rows that are made orthogonal to each other; other rows need not be (Khaled et al. 2025, MuonBP). The arithmetic

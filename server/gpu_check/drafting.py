@@ -53,7 +53,7 @@ class Trained:
     losses: tuple[float, ...]
     seconds: float
     most_bytes: int = 0
-    """Of tensors on a GPU, at once."""
+    """Bytes that tensors had on a GPU, at most at once."""
     said_bytes: int = 0
     """How many there are to be at most."""
     error: str = ""

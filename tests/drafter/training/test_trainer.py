@@ -39,13 +39,13 @@ def test_what_follows_a_wrong_draft_token_is_not_learned(make_head: MakeHead, ma
     text = draftable(make_example(40))
     drafted = make_head()
     with torch.no_grad():
-        guesses = drafted.to_target[drafted.logits(drafted.draft(pack([text], 1)).hidden).argmax(-1)].tolist()
+        drafts = drafted.to_target[drafted.logits(drafted.draft(pack([text], 1)).hidden).argmax(-1)].tolist()
     at = text.start + text.num_context + 2
-    wrong = [place for place, guess in enumerate(guesses) if text.tokens[at + place] != guess]
-    assert 0 < len(wrong) < len(guesses)
-    for place in range(len(guesses)):
+    wrong = [place for place, draft in enumerate(drafts) if text.tokens[at + place] != draft]
+    assert 0 < len(wrong) < len(drafts)
+    for place in range(len(drafts)):
         if place not in wrong:  # another token of the draft vocabulary
-            text.tokens[at + place] = (guesses[place] + 2) % 96
+            text.tokens[at + place] = (drafts[place] + 2) % 96
     chains, single = (Trainer(make_head(), TrainOptions(steps=steps)) for steps in (3, 1))
     right = chains.learn([[text]]).right
     single.learn([[text]])
