@@ -134,7 +134,7 @@ def score(
             for step in range(depth):
                 # argmax of bfloat16 takes six times as long on a CPU; ties go to the first in both.
                 best = head.to_target[head.logits(drafting.hidden).max(-1).indices]
-                is_right = best == batch.targets[drafting.rows, step]
+                is_right = drafting.counts & (best == batch.targets[drafting.rows, step])
                 right[drafting.rows] += is_right
                 if step + 1 < depth:
                     drafting.extend(is_right)

@@ -17,6 +17,9 @@ from slipstream.engine.models.config import DecoderConfig, rope_tables
 from slipstream.kernels import ops
 from slipstream.kernels.torch_stack import MATRICES, DecoderLayer, Function
 
+MULTIPLE = 64
+"""Rows that go on come in multiples of this, as far as there are so many."""
+
 
 class TrainableHead:
     """Weights in float32, computed with in ``dtype``, by the arithmetic of the layer that serves."""
@@ -73,7 +76,7 @@ class TrainableHead:
     def set_draft_vocabulary(self, draft_tokens: Tensor, output: Tensor) -> None:
         """Changes the draft vocabulary (ascending tokens); ``output`` [vocabulary, hidden] is the target's head.
 
-        Both are on the CPU.         Nothing learned is lost as long as the rows are the target's own.
+        Both are on the CPU. Nothing learned is lost as long as the rows are the target's own.
         """
         assert len(draft_tokens) == self.config.draft_vocab_size
         self.weights[OUTPUT] = output[draft_tokens].float().to(self.device)
@@ -172,21 +175,35 @@ class Drafting:
         self._layer = head.layer()
         self.rows = torch.arange(len(pack.learned), device=head.device)
         """[n], ascending: the learned rows that still draft, as places in ``pack.learned``."""
+        self.counts = torch.ones(len(pack.learned), dtype=torch.bool, device=head.device)
+        """[n]: those that were kept, in contrast to some that fill up their number."""
         context = head.context(pack.features)
         x = self._layer.inputs(context, head.embedded(pack.tokens[:, 0]))
-        self._keys, self._values = self._layer.keys_values(x, *head.rope(pack.positions))
+        self._keys, self._values = self._keys_values(x, pack.positions)
         self._own: list[tuple[Tensor, Tensor]] = []
         self.hidden = self._compute(context[pack.learned], x[pack.learned])
         """[n, hidden]: outputs at these rows. After i draft tokens row r belongs to position r + i of the text."""
 
     def extend(self, keep: Tensor) -> None:
-        """Takes the token that came as the next draft token at the rows of ``keep`` [n] bool, and leaves the others."""
+        """Takes the token that came as the next draft token at the rows of ``keep`` [n] bool, and leaves the others.
+
+        Some of these go on as well, and do not count: for each new number of rows a CPU's matrix library compiles
+        products anew.
+        """
+        others = (~keep).nonzero().flatten()[: -int(keep.sum()) % MULTIPLE]
+        going = keep.index_fill(0, others, True)
+        self.counts, keep = keep[going], going
         self.rows, hidden = self.rows[keep], self.hidden[keep]
         self._own = [(key[keep], value[keep]) for key, value in self._own]
         at, length = self._pack.learned[self.rows], len(self._own) + 1
         x = self._layer.inputs(hidden, self._head.embedded(self._pack.tokens[at, length]))
-        self._own.append(self._layer.keys_values(x, *self._head.rope(self._pack.positions[at] + length)))
+        self._own.append(self._keys_values(x, self._pack.positions[at] + length))
         self.hidden = self._compute(hidden, x)
+
+    def _keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """In float32, as attention: in bfloat16 a CPU's matrix library compiles products for each text's length."""
+        keys, values = self._layer.keys_values(x, *self._head.rope(positions))
+        return keys.float(), values.float()
 
     def _compute(self, hidden: Tensor, x: Tensor) -> Tensor:
         positions = self._pack.positions[self._pack.learned[self.rows]] + len(self._own)
@@ -200,7 +217,7 @@ class Drafting:
         at = self._pack.learned[self.rows]
         limits = torch.tensor([segment.end for segment in self._pack.segments]).to(at.device)
         ends = torch.searchsorted(at, limits).cpu().tolist()
-        outputs = []
+        q, outputs = q.float(), []
         for segment, first, last in zip(self._pack.segments, [0, *ends], ends, strict=False):
             rows, length = slice(first, last), segment.end - segment.begin
             count = last - first
@@ -215,10 +232,10 @@ class Drafting:
             if self._own:
                 k = torch.stack([k[rows] for k, _ in self._own], dim=1)  # [n, draft tokens, KV heads, head_dim]
                 scores = torch.cat((scores, torch.einsum("hgnd,nshd->hgns", query, k)), dim=-1)
-            shares = scores.float().softmax(-1).to(self._head.dtype)
+            shares = scores.softmax(-1)
             mixed = (shares[..., :length].flatten(1, 2) @ value).view(config.kv_heads, group, count, config.head_dim)
             if self._own:
                 v = torch.stack([v[rows] for _, v in self._own], dim=1)
                 mixed = mixed + torch.einsum("hgns,nshd->hgnd", shares[..., length:], v)
             outputs.append(mixed.permute(2, 0, 1, 3).flatten(1))
-        return torch.cat(outputs)
+        return torch.cat(outputs).to(self._head.dtype)

@@ -123,6 +123,7 @@ class Trainer:
         drafting = self.head.draft(batch)
         for step in range(options.steps):
             columns, exists = (each[drafting.rows] for each in targets[step])
+            exists = exists & drafting.counts
             logits = self.head.logits(drafting.hidden, some)
             if some is not None:
                 columns = some.place[columns]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import cast
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from slipstream.drafter.head.network import HeadNetwork, HeadWeights
+from slipstream.drafter.training import network
 from slipstream.drafter.training.gate import score
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example, Pack, pack
@@ -130,18 +132,23 @@ def test_texts_side_by_side_do_not_see_each_other(make_head: MakeHead, make_exam
         torch.testing.assert_close(a, b[-len(a) :], rtol=1e-5, atol=1e-5)
 
 
-@given(seed=st.integers(0, 999), share=st.floats(0, 1))
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 999), share=st.floats(0, 1), multiple=st.integers(1, 8))
+@settings(max_examples=20)
 def test_rows_that_go_on_do_not_need_the_others(
-    make_head: MakeHead, make_example: MakeExample, seed: int, share: float
+    make_head: MakeHead, make_example: MakeExample, seed: int, share: float, multiple: int
 ) -> None:
     head = make_head()
     batch = pack([make_example(25, seed=3), make_example(31, seed=4), make_example(9, seed=5)], 3)
     generator = torch.Generator().manual_seed(seed)
     drafting = head.draft(batch)
-    for expected in outputs(head, batch, 3):
-        torch.testing.assert_close(drafting.hidden, expected[drafting.rows], rtol=1e-5, atol=1e-5)
-        drafting.extend(torch.rand(len(drafting.rows), generator=generator) < share)
+    with mock.patch.object(network, "MULTIPLE", multiple):
+        for expected in outputs(head, batch, 3):
+            torch.testing.assert_close(drafting.hidden, expected[drafting.rows], rtol=1e-5, atol=1e-5)
+            keep = torch.rand(len(drafting.rows), generator=generator) < share
+            before, kept = len(drafting.rows), drafting.rows[keep]
+            drafting.extend(keep)
+            assert torch.equal(drafting.rows[drafting.counts], kept)
+            assert len(drafting.rows) in (before, -(-len(kept) // multiple) * multiple)
 
 
 def test_drafting_from_other_tokens_keeps_what_was_learned(make_head: MakeHead, make_example: MakeExample) -> None:
