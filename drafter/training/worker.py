@@ -157,7 +157,7 @@ class Worker:
         with self._stand_by:
             trainer = self._begin(course)
         first_step, first_learned = trainer.step, course.learned
-        size = min(max(int(FIRST_ROUND * options.round_tokens), trainer.step * options.rows), options.round_tokens)
+        size = min(max(int(FIRST_ROUND * options.round_tokens), course.learned), options.round_tokens)
         looked, busy = time.monotonic(), self._busy
         rows = self._rows(trainer.step)
         groups = fill(course.curriculum.draw(), self._part_rows(rows), options.longest)
