@@ -63,13 +63,16 @@ def main() -> None:
     target = Target("default", DRAFT_VOCAB_SIZE, LONGEST + 1)
     texts = read_texts(target, options.texts)
     counts = Counter(token for text in texts for token in text.tokens[text.num_prompt :].tolist())
-    head = target.trainable(*target.cold_head(target.draft_tokens(counts, DRAFT_VOCAB_SIZE)))
+    cold = target.cold_head(target.draft_tokens(counts, DRAFT_VOCAB_SIZE))
     reads, _ = os.pipe()  # nothing is ever said
     stand_by = StandBy(Control("idle", os.fdopen(reads)), waiting=lambda: None)
-    trainer, alone = (Trainer(head, TrainOptions(), threads=Threads(count)) for count in (options.threads, 1))
-    asking = target.trainable(head.config, head.tensors())
-    asking.between = stand_by.wait
-    idle = Trainer(asking, TrainOptions(), threads=Threads(options.threads))
+
+    def trainer(threads: int = options.threads, between: Callable[[], object] = lambda: None) -> Trainer:
+        """Of a head of its own: what knows more of the texts drafts on at more positions, which takes longer."""
+        head = target.trainable(*cold)
+        head.between = between
+        return Trainer(head, TrainOptions(), threads=Threads(threads))
+
     lengths = sorted(text.length for text in texts)
     learned = sum(text.length - text.num_context for text in texts)
     print(
@@ -81,15 +84,15 @@ def main() -> None:
     singly = [[[example] for part in step for example in part] for step in packed]
     filled = [padded([example for part in step for example in part], options.part_rows) for step in packed]
     ways = {
-        "packed": Way(trainer, packed),
-        "packed, as with --evolve idle": Way(idle, packed),
-        "packed, operations shared": Way(alone, packed, cores=options.threads),
-        "padded": Way(trainer, filled),
-        "one text at a time": Way(trainer, singly),
+        "packed": Way(trainer(), packed),
+        "packed, as with --evolve idle": Way(trainer(between=stand_by.wait), packed),
+        "packed, operations shared": Way(trainer(1), packed, cores=options.threads),
+        "padded": Way(trainer(), filled),
+        "one text at a time": Way(trainer(), singly),
     }
     report_speed(ways, learned, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        report_stalls(trainer, target, texts[:4], Path(folder), options.rounds)
+        report_stalls(ways["packed"].trainer, target, texts[:4], Path(folder), options.rounds)
 
 
 def read_texts(target: Target, count: int) -> list[Example]:
