@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slipstream.kernels.stored import Stored
 from slipstream.kernels.triton.blocks import READERS, Form, form_of
-from slipstream.kernels.triton.linear import Split, add_parts, tile_of
+from slipstream.kernels.triton.linear import Split, add_parts, store_tile, tile_of
 from slipstream.kernels.weight import Weight
 
 ROWS_AT_ONCE = 512
@@ -150,14 +150,7 @@ def grouped_linear_kernel(
                     least = tl.load(lowest + scale_rows + group, mask=column < n, other=0.0).to(tl.float32)
                     sums += tl.sum(a.to(tl.float32), 1)[:, None] * least[None, :]
         total += sums
-    if APART:
-        at = (tl.program_id(1).to(tl.int64) * m + row.to(tl.int64)[:, None]) * n + column[None, :]
-        tl.store(parts + at, total, mask=is_row & is_column)
-    else:
-        if HAS_BIAS:
-            total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
-        at = row.to(tl.int64)[:, None] * out_stride + column[None, :]
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=is_row & is_column)
+    store_tile(total, row, column, bias, out, parts, m, n, out_stride, APART, HAS_BIAS)
 
 
 def grouped_linear(x: Tensor, matrix: GroupedMatrix, bias: Tensor | None = None, tile_rows: int = 0) -> Tensor:

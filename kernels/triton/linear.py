@@ -30,6 +30,20 @@ def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first + program % in_group % rows, program % in_group // rows
 
 
+@triton.jit
+def store_tile(total, row, column, bias, out, parts, m, n, out_stride, APART: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Sums of a tile, with the bias, to ``out`` [m, n]; those of one part only to ``parts`` [parts, m, n]."""
+    inside = (row < m)[:, None] & (column < n)[None, :]
+    if APART:
+        at = (tl.program_id(1).to(tl.int64) * m + row.to(tl.int64)[:, None]) * n + column[None, :]
+        tl.store(parts + at, total, mask=inside)
+    else:
+        if HAS_BIAS:
+            total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
+        at = row.to(tl.int64)[:, None] * out_stride + column[None, :]
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["m"])
 def linear_kernel(
     x,
@@ -69,15 +83,7 @@ def linear_kernel(
             b = tl.load(weight_rows + at[:, None], mask=(column < n)[None, :] & (at < k)[:, None], other=0.0)
             sums = tl.dot(a, b, sums, input_precision=PRECISION)
         total += sums
-    inside = (row < m)[:, None] & (column < n)[None, :]
-    if APART:
-        at = (tl.program_id(1).to(tl.int64) * m + row.to(tl.int64)[:, None]) * n + column[None, :]
-        tl.store(parts + at, total, mask=inside)
-    else:
-        if HAS_BIAS:
-            total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
-        at = row.to(tl.int64)[:, None] * out_stride + column[None, :]
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+    store_tile(total, row, column, bias, out, parts, m, n, out_stride, APART, HAS_BIAS)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slipstream.kernels.triton.linear import Split, add_parts, tile_of
+from slipstream.kernels.triton.linear import Split, add_parts, store_tile, tile_of
 
 Format = Literal["int8", "fp8", "int4"]
 LARGEST_FP8 = 448.0
@@ -163,16 +163,9 @@ def quantized_linear_kernel(
                 stored = tl.load(data_rows + at[:, None], mask=is_column & (at < k)[:, None], other=0)
                 sums = tl.dot(a, unpacked(stored, FP8).to(dtype), sums, input_precision="ieee")
         total += sums
-    if APART:
-        at = (tl.program_id(1).to(tl.int64) * m + row.to(tl.int64)[:, None]) * n + column[None, :]
-        tl.store(parts + at, total, mask=is_row & is_column)
-    else:
-        if not GROUP:
-            total *= tl.load(scale + column, mask=column < n, other=0.0)[None, :]
-        if HAS_BIAS:
-            total += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
-        at = row.to(tl.int64)[:, None] * out_stride + column[None, :]
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=is_row & is_column)
+    if not APART and not GROUP:
+        total *= tl.load(scale + column, mask=column < n, other=0.0)[None, :]
+    store_tile(total, row, column, bias, out, parts, m, n, out_stride, APART, HAS_BIAS)
 
 
 def quantized_linear(
