@@ -192,9 +192,8 @@ class Drafting:
         """
         others = (~keep).nonzero().flatten()[: -int(keep.sum()) % MULTIPLE]
         going = keep.index_fill(0, others, True)
-        self.counts, keep = keep[going], going
-        self.rows, hidden = self.rows[keep], self.hidden[keep]
-        self._own = [(key[keep], value[keep]) for key, value in self._own]
+        self.counts, self.rows, hidden = keep[going], self.rows[going], self.hidden[going]
+        self._own = [(key[going], value[going]) for key, value in self._own]
         at, length = self._pack.learned[self.rows], len(self._own) + 1
         x = self._layer.inputs(hidden, self._head.embedded(self._pack.tokens[at, length]))
         self._own.append(self._keys_values(x, self._pack.positions[at] + length))

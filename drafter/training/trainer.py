@@ -132,8 +132,8 @@ class Trainer:
             with torch.no_grad():
                 is_right = logits.max(-1).indices == columns
                 right[step] = is_right[exists].sum()
-                goes_on = is_right if options.loss == "ce" else losses.drafted(logits, columns, chance)
             if step + 1 < options.steps:
+                goes_on = is_right if options.loss == "ce" else losses.drafted(logits.detach(), columns, chance)
                 drafting.extend(exists & goes_on)
         gradients = torch.autograd.grad(total, self.head.inputs)
         return _Part(float(total.detach()), right.cpu(), len(batch.learned), gradients)

@@ -89,7 +89,7 @@ def test_steps_on_another_device_are_those_on_the_cpu(
     for name, tensor in here.published().items():
         assert type(published[name]) is Tensor and torch.equal(tensor, published[name]), name
     # For each part: its texts, and where they end after each draft token; where drafts are drawn, the draws, too.
-    assert sent == len(parts) * (5 + 3 if loss == "ce" else 7 + 3 + 3)
+    assert sent == len(parts) * (5 + 3 if loss == "ce" else 7 + 3 + 2)
     # Where texts end among the rows that draft on, how many these are, the loss, and how many draft tokens were right.
     assert read == len(parts) * (3 + 2 + 1 + 1)
 
