@@ -53,13 +53,21 @@ class ProcessTree:
                 total += times.user + times.system
         return total
 
-    def resident_bytes(self) -> int:
-        """Resident memory; pages shared between the processes count once per process."""
-        total = 0
+    def resident_bytes(self) -> dict[str, int]:
+        """Resident memory by process; pages shared between them count once per process."""
+        found: dict[str, int] = {}
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
-        return total
+                found[_called(process)] = process.memory_info().rss
+        return found
+
+
+def _called(process: psutil.Process) -> str:
+    """The module that a Python process runs, or else its program, and its number."""
+    with suppress(psutil.Error):
+        named = [word for word in process.cmdline() if word.startswith("slipstream.")]
+        return f"{named[-1] if named else process.name()} {process.pid}"
+    return str(process.pid)
 
 
 def _wait_until_stopped(process: psutil.Process) -> None:

@@ -20,6 +20,9 @@ class Load:
     kv_cache_usage: float
     """Share of the KV blocks in use by requests, 0 to 1; cached blocks that nobody uses do not count."""
     preemptions: float
+    kv_cache_filled: float | None = None
+    """Share of the KV blocks that hold something, be they in use or kept for reuse; None where nobody says so. A server
+    on a CPU takes memory for a block when it is written first, so until this is 1 it grows."""
 
     @property
     def idle(self) -> bool:
@@ -81,7 +84,10 @@ def parse_load(text: str) -> Load | None:
     values = _read(text, ("slipstream", "vllm"), names)
     if any(name not in values for name in names[:3]):
         return None
-    return Load(*(values.get(name, 0.0) for name in names))
+    blocks = _read(text, ("slipstream",), ("kv_blocks_total", "kv_blocks_used", "kv_blocks_cached"))
+    total = blocks.get("kv_blocks_total")
+    filled = (blocks["kv_blocks_used"] + blocks["kv_blocks_cached"]) / total if total else None
+    return Load(*(values.get(name, 0.0) for name in names), kv_cache_filled=filled)
 
 
 def parse_steps(text: str) -> Steps | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +28,13 @@ from slipstream.loadtest.workloads import CHAT, Request, Workload, WorkloadOptio
 
 SAMPLE_SECONDS = 0.5
 MIN_SAMPLES = 8
+FULL = 0.98
+"""Share of the KV cache that holds something once it is full: blocks that no hash names are free again at once."""
 FLAT_GROWTH = 0.02
 """Memory is flat when the line fitted to the second half rises by less than this share of its mean."""
 MIB = 1024 * 1024
+MemorySample = tuple[float, dict[str, int]]
+"""Seconds, and bytes by process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,8 +155,9 @@ async def soak(target: Target, options: SoakOptions) -> dict[str, Any]:
         problems.append(f"not idle after {options.settle:g} s: {after}")
     if check.error:
         problems.append(f"a request after the soak failed: {check.error}")
-    if memory is not None and not memory["flat"]:
-        problems.append(f"memory grew by {memory['growth_mib']} MiB in the second half")
+    filled = before.kv_cache_filled, after.kv_cache_filled
+    if memory is not None and (problem := memory_problem(memory, filled)) is not None:
+        problems.append(problem)
     return {
         "requests": len(trials),
         "concurrency": options.concurrency,
@@ -168,15 +173,16 @@ async def soak(target: Target, options: SoakOptions) -> dict[str, Any]:
         "running_after": after.running,
         "waiting_after": after.waiting,
         "kv_cache_usage_after": after.kv_cache_usage,
+        "kv_cache_filled": filled,
         "memory": memory,
         "problems": problems,
     }
 
 
 @asynccontextmanager
-async def memory_samples(pid: int | None) -> AsyncIterator[list[tuple[float, int]]]:
-    """Fills the list with (seconds, bytes) while the block runs; leaves it empty without a process."""
-    samples: list[tuple[float, int]] = []
+async def memory_samples(pid: int | None) -> AsyncIterator[list[MemorySample]]:
+    """Fills the list while the block runs; leaves it empty without a process."""
+    samples: list[MemorySample] = []
 
     async def sample(tree: ProcessTree) -> None:
         while True:
@@ -193,23 +199,39 @@ async def memory_samples(pid: int | None) -> AsyncIterator[list[tuple[float, int
         sampler.cancel()
 
 
-def memory_trend(samples: list[tuple[float, int]]) -> dict[str, Any] | None:
+def memory_trend(samples: list[MemorySample]) -> dict[str, Any] | None:
     """A line through the second half of the samples; None if there are too few to say anything."""
     if len(samples) < MIN_SAMPLES:
         return None
-    half = np.asarray(samples[len(samples) // 2 :], dtype=float)
-    times, sizes = half[:, 0] - half[0, 0], half[:, 1] / MIB
-    slope = float(np.polyfit(times, sizes, 1)[0])
-    growth = slope * float(times[-1])
+    totals = np.asarray([sum(sizes.values()) for _, sizes in samples]) / MIB
+    half = samples[len(samples) // 2 :]
+    times, sizes = np.asarray([at for at, _ in half]), totals[len(samples) // 2 :]
+    slope = float(np.polyfit(times - times[0], sizes, 1)[0])
+    growth = slope * float(times[-1] - times[0])
+    first, last = half[0][1], half[-1][1]
     return {
         "samples": len(samples),
-        "first_mib": round(samples[0][1] / MIB, 1),
-        "last_mib": round(samples[-1][1] / MIB, 1),
-        "max_mib": round(max(size for _, size in samples) / MIB, 1),
+        "first_mib": round(float(totals[0]), 1),
+        "last_mib": round(float(totals[-1]), 1),
+        "max_mib": round(float(totals.max()), 1),
         "growth_mib": round(growth, 2),
         "growth_mib_per_minute": round(slope * 60, 2),
+        "by_process": {
+            name: [round(each.get(name, 0) / MIB, 1) for each in (first, last)] for name in sorted({*first, *last})
+        },
         "flat": bool(growth < FLAT_GROWTH * sizes.mean()),
     }
+
+
+def memory_problem(memory: dict[str, Any], filled: Sequence[float | None]) -> str | None:
+    """What is wrong with a trend, in words; ``filled`` is how full the KV cache was before and after."""
+    if memory["flat"]:
+        return None
+    problem = f"memory grew by {memory['growth_mib']} MiB in the second half"
+    before, after = filled
+    if before is None or after is None or before > FULL:
+        return problem
+    return f"{problem}; part of it is the KV cache, {before:.0%} of which was in use or kept before, {after:.0%} after"
 
 
 def print_soak(result: dict[str, Any], console: Console) -> None:
@@ -228,6 +250,8 @@ def print_soak(result: dict[str, Any], console: Console) -> None:
         sizes = f"{memory['first_mib']:.0f} → {memory['last_mib']:.0f} MiB, at most {memory['max_mib']:.0f}"
         trend = f"second half {memory['growth_mib']:+.1f} MiB, {'flat' if memory['flat'] else 'NOT flat'}"
         table.add_row("memory", f"{sizes}; {trend}")
+        for name, (first, last) in memory["by_process"].items():
+            table.add_row("", f"{name}: {first:.0f} → {last:.0f} MiB in the second half")
     console.print(table)
     for problem in result["problems"]:
         console.print(f"problem: {problem}", style="red", markup=False, highlight=False)

@@ -27,7 +27,7 @@ from slipstream.loadtest.harness import Target
 from slipstream.loadtest.progress import progress_bar
 from slipstream.loadtest.record import RequestRecord
 from slipstream.loadtest.scrape import read_load, wait_idle
-from slipstream.loadtest.soak import memory_samples, memory_trend
+from slipstream.loadtest.soak import memory_problem, memory_samples, memory_trend
 from slipstream.loadtest.workloads import CHAT, Request, Workload, WorkloadError, WorkloadOptions
 
 BUSY = (429, 503)
@@ -208,10 +208,11 @@ async def tenants(flood: Target, quiet: Sequence[Target], options: TenantsOption
         calm = [(target, quiet_rate) for target in quiet]
         alone, alone_span = await phase("alone", options.alone_seconds, calm, options, prompts)
         began = len(samples)
+        loaded = await read_load(flood.client)
         flood_rate = options.overload * rate - len(quiet) * quiet_rate
         together, span = await phase("together", options.seconds, [(flood, flood_rate), *calm], options, prompts)
         after = await wait_idle(flood.client, options.settle)
-    assert after is not None
+    assert after is not None and loaded is not None
     memory = memory_trend(samples[began:])
     goodput = sum(tally.pace(*span) for tally in together)
     found: dict[str, Any] = {
@@ -224,6 +225,7 @@ async def tenants(flood: Target, quiet: Sequence[Target], options: TenantsOption
         "running_after": after.running,
         "waiting_after": after.waiting,
         "kv_cache_usage_after": after.kv_cache_usage,
+        "kv_cache_filled": (loaded.kv_cache_filled, after.kv_cache_filled),
         "refused_without_retry_after": sum(tally.refused_without_retry for tally in [*alone, *together]),
         "memory": memory,
         "options": asdict(options) | {"dataset": options.dataset and options.dataset.name},
@@ -301,8 +303,8 @@ def problems_of(found: dict[str, Any], tallies: Sequence[Tally], options: Tenant
         first, before = together["first_token_p99"], alone["first_token_p99"]
         if first is None or before is None or first > options.most_delay * before:
             problems.append(f"quiet tenant {number}: p99 of the first token is {first} s, alone {before} s")
-    if (memory := found["memory"]) is not None and not memory["flat"]:
-        problems.append(f"memory grew by {memory['growth_mib']} MiB in the second half")
+    if found["memory"] is not None and (problem := memory_problem(found["memory"], found["kv_cache_filled"])):
+        problems.append(problem)
     return problems
 
 
@@ -320,5 +322,8 @@ def print_tenants(found: dict[str, Any], console: Console) -> None:
         times = ["–" if row[each] is None else f"{row[each]:.3f} s" for each in ("first_token_p50", "first_token_p99")]
         table.add_row(name, *counts, *times)
     console.print(table)
+    if memory := found["memory"]:
+        for name, (first, last) in memory["by_process"].items():
+            console.print(f"memory of {name}: {first:.0f} → {last:.0f} MiB in the second half", markup=False)
     for problem in found["problems"]:
         console.print(f"problem: {problem}", style="red", markup=False, highlight=False)

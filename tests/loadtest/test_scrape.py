@@ -33,6 +33,14 @@ def test_gauges_are_read_and_summed_over_engines(prefix):
     assert not load.idle
 
 
+def test_how_full_the_cache_is_is_read_where_it_is_told():
+    blocks = "".join(
+        f"slipstream:kv_blocks_{name} {count}\n" for name, count in (("total", 8), ("used", 1), ("cached", 5))
+    )
+    load = parse_load(PAGE.format(p="slipstream") + blocks)
+    assert load is not None and load.kv_cache_filled == 0.75
+
+
 @pytest.mark.parametrize("left_over", [(1, 0, 0), (0, 1, 0), (0, 0, 0.01)])
 def test_anything_left_over_is_not_idle(left_over):
     assert not Load(*left_over, preemptions=0).idle

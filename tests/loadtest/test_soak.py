@@ -10,7 +10,16 @@ from rich.console import Console
 
 from slipstream.clients.errors import ClientError
 from slipstream.loadtest.harness import connect
-from slipstream.loadtest.soak import MIB, SoakOptions, memory_samples, memory_trend, plan_trials, print_soak, soak
+from slipstream.loadtest.soak import (
+    MIB,
+    SoakOptions,
+    memory_problem,
+    memory_samples,
+    memory_trend,
+    plan_trials,
+    print_soak,
+    soak,
+)
 from slipstream.loadtest.workloads import Workload, WorkloadOptions
 
 FAST = {"requests": 60, "concurrency": 16, "max_output_tokens": 20, "settle": 0.3}
@@ -75,7 +84,8 @@ async def test_trials_repeat_with_the_seed_and_are_broken_off_in_three_ways():
 
 @given(st.floats(-0.5, 0.5), st.integers(100, 5000), st.integers(10, 100))
 def test_memory_trend_finds_the_slope(slope, start, count):
-    samples = [(second / 2, int((start + slope * second / 2) * MIB)) for second in range(count)]
+    sizes = [int((start + slope * second / 2) * MIB) for second in range(count)]
+    samples = [(second / 2, {"one": size - MIB, "other": MIB}) for second, size in enumerate(sizes)]
     trend = memory_trend(samples)
     half = count - count // 2
     assert trend["growth_mib_per_minute"] == pytest.approx(slope * 60, abs=0.1)
@@ -86,10 +96,21 @@ def test_memory_trend_finds_the_slope(slope, start, count):
 
 
 def test_growth_in_the_first_half_only_is_flat():
-    samples = [(float(second), min(second, 50) * 10 * MIB) for second in range(100)]
+    samples = [(float(second), {"one": min(second, 50) * 10 * MIB}) for second in range(100)]
     assert memory_trend(samples)["flat"]
-    assert not memory_trend([(time, int(time * MIB)) for time, _ in samples])["flat"]
+    assert not memory_trend([(time, {"one": int(time * MIB)}) for time, _ in samples])["flat"]
     assert memory_trend(samples[:5]) is None
+
+
+def test_who_grew_is_told_and_whether_the_cache_was_still_filling():
+    samples = [(float(second), {"one": second * MIB, "other": 9 * MIB}) for second in range(100)]
+    samples[-1][1]["late"] = 5 * MIB
+    trend = memory_trend(samples)
+    assert trend["by_process"] == {"late": [0, 5], "one": [50, 99], "other": [9, 9]}
+    assert memory_problem(trend, (0.4, 1.0)).endswith("40% of which was in use or kept before, 100% after")
+    assert memory_problem(trend, (0.99, 1.0)) == memory_problem(trend, (None, None))
+    assert "KV" not in memory_problem(trend, (None, None))
+    assert memory_problem(trend | {"flat": True}, (0.4, 1.0)) is None
 
 
 async def test_memory_of_a_process_is_sampled(monkeypatch):
@@ -106,7 +127,8 @@ async def test_memory_of_a_process_is_sampled(monkeypatch):
         ballast = mmap(-1, 64 * MIB)  # pages of its own, whatever memory the process has left over
         ballast.write(b"x" * (64 * MIB))
         await more()
-    assert samples[-1][1] - samples[0][1] > 50 * MIB
+    (first,), (last,) = samples[0][1].values(), samples[-1][1].values()
+    assert last - first > 50 * MIB
     del ballast
 
 
