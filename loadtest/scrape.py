@@ -87,7 +87,8 @@ def parse_load(text: str) -> Load | None:
     blocks = _read(text, ("slipstream",), ("kv_blocks_total", "kv_blocks_used", "kv_blocks_cached"))
     total = blocks.get("kv_blocks_total")
     filled = (blocks["kv_blocks_used"] + blocks["kv_blocks_cached"]) / total if total else None
-    return Load(*(values.get(name, 0.0) for name in names), kv_cache_filled=filled)
+    running, waiting, usage, preemptions = (values.get(name, 0.0) for name in names)
+    return Load(running, waiting, usage, preemptions, filled)
 
 
 def parse_steps(text: str) -> Steps | None:
