@@ -21,6 +21,12 @@ from slipstream.server.openai.structured import Schema
 from slipstream.server.openai.translated import ExtraFields
 
 MAX_TOOLS = 256
+NOTHING_FORGOTTEN: tuple[Any, ...] = (
+    {},
+    {"edits": []},
+    {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+)
+"""Ways to say that the whole conversation is to be read."""
 
 
 class TextBlock(Body):
@@ -109,7 +115,7 @@ class PromptFields(ExtraFields):
 
     # Refused unless off.
     mcp_servers: unsupported([]) = None  # type: ignore[valid-type]
-    context_management: unsupported() = None  # type: ignore[valid-type]
+    context_management: unsupported(*NOTHING_FORGOTTEN) = None  # type: ignore[valid-type]
 
 
 class MessagesBody(PromptFields):
@@ -124,6 +130,7 @@ class MessagesBody(PromptFields):
 
     # Refused unless off.
     container: unsupported() = None  # type: ignore[valid-type]
+    speed: unsupported("standard") = None  # type: ignore[valid-type]
 
 
 class CountTokensBody(PromptFields):

@@ -37,7 +37,7 @@ from slipstream.server.tools.formats import FORMATS
 from slipstream.server.tools.prompt import told_of_tools, without_calls
 from slipstream.server.vetting import is_known, vet
 
-TEMPLATE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
+TEMPLATE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}
 STRUCTURED: dict[str, Any] = dict.fromkeys(StructuredFields.model_fields)
 """What nobody asks for once there is a grammar."""
 RENDERED: dict[str, Any] = {

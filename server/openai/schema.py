@@ -179,6 +179,8 @@ class GenerationBody(SamplingBody, StructuredFields):
 
     # Refused unless off.
     use_beam_search: unsupported(False) = None  # type: ignore[valid-type]
+    kv_transfer_params: unsupported({}) = None  # type: ignore[valid-type]
+    vllm_xargs: unsupported({}) = None  # type: ignore[valid-type]
     length_penalty: unsupported(1, 1.0) = None  # type: ignore[valid-type]
 
     # What routers add to bodies that they pass on.
@@ -211,6 +213,7 @@ class GenerationBody(SamplingBody, StructuredFields):
 class TextPart(Body):
     type: Literal["text"]
     text: str
+    cache_control: dict[str, Any] | None = None
 
 
 class Message(Body):
@@ -225,6 +228,8 @@ class Message(Body):
     name: Label | None = None
     tool_call_id: Label | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """Another name of the same."""
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_CALLS, fail_fast=True)
     function_call: unsupported() = None  # type: ignore[valid-type]
     audio: unsupported() = None  # type: ignore[valid-type]
@@ -232,6 +237,7 @@ class Message(Body):
     annotations: list[Any] | None = None
     parsed: Any = None
     """What the OpenAI client has made of the content."""
+    cache_control: dict[str, Any] | None = None
 
     @property
     def text(self) -> str:
@@ -280,9 +286,15 @@ class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
     verbosity: unsupported("medium") = None  # type: ignore[valid-type]
     web_search_options: unsupported() = None  # type: ignore[valid-type]
 
+    # What clients of vLLM send.
+    echo: unsupported(False) = None  # type: ignore[valid-type]
+    best_of: unsupported(1) = None  # type: ignore[valid-type]
+    documents: unsupported([]) = None  # type: ignore[valid-type]
+    mm_processor_kwargs: unsupported({}) = None  # type: ignore[valid-type]
+
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:

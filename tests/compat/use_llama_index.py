@@ -1,6 +1,7 @@
-"""llama-index: its client for servers that are like OpenAI's."""
+"""llama-index: its client for servers that are like OpenAI's.
 
-from __future__ import annotations
+Without ``annotations`` from ``__future__``: it makes a tool's schema of the types themselves.
+"""
 
 from typing import Any, Literal
 
@@ -42,13 +43,18 @@ def plain(url: str, model: str) -> None:
     assert [piece.message.content for piece in found.stream_chat(message)][-1] == whole
 
 
-@feature("tools")
+@feature("tools: required, streamed, history")
 def tools(url: str, model: str) -> None:
     tool = FunctionTool.from_defaults(weather)
     found = llm(url, model)
-    answer = found.chat_with_tools([tool], user_msg=QUESTION, tool_required=True)
-    calls = found.get_tool_calls_from_response(answer)
-    assert calls and calls[0].tool_kwargs["city"] in ("Rome", "Bern")
+    history = [ChatMessage(role="user", content=QUESTION)]
+    answer = found.chat_with_tools([tool], chat_history=list(history), tool_required=True)
+    [call] = found.get_tool_calls_from_response(answer)
+    assert call.tool_kwargs["city"] in ("Rome", "Bern")
+    result = ChatMessage(role="tool", content=str(tool(**call.tool_kwargs)), tool_call_id=call.tool_id)
+    assert found.chat([*history, answer.message, result]).message.content
+    *_, last = found.stream_chat_with_tools([tool], chat_history=history, tool_required=True)
+    assert found.get_tool_calls_from_response(last)[0].tool_kwargs["city"] in ("Rome", "Bern")
 
 
 @feature("structured_predict")

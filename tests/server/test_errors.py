@@ -144,12 +144,20 @@ def test_completions_name_the_field(server: Any, field: str, value: Any, param: 
         {"response_format": {"type": "text"}, "modalities": ["text"], "reasoning_effort": "none"},
         {"enable_thinking": False, "think": False, "thinking": {"type": "disabled"}, "verbosity": "medium"},
         {"cache_prompt": True, "id_slot": -1, "repeat_penalty": 1.0, "typical_p": 1, "mirostat": 0, "top_a": 0},
+        {"echo": False, "best_of": 1, "documents": [], "mm_processor_kwargs": {}, "vllm_xargs": {}, "top_logprobs": 0},
         {"no_such_field": None, "functions": None, "temperature": None, "n": None, "stop": None, "seed": None},
         {"max_tokens": 1, "max_completion_tokens": 1, "stop": [], "stop_token_ids": [], "logit_bias": {}},
     ],
 )
 def test_fields_that_cannot_change_the_answer_are_accepted(server: Any, fields: dict[str, Any]) -> None:
     status, reply = server.post(CHAT, {"messages": MESSAGES, "max_tokens": 1, **fields})
+    assert status == 200, reply
+
+
+def test_messages_come_back_as_clients_have_them(server: Any) -> None:
+    part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
+    said = {"role": "assistant", "content": "Yes.", "reasoning": "It is.", "cache_control": {"type": "ephemeral"}}
+    status, reply = server.post(CHAT, {"messages": [{"role": "user", "content": [part]}, said], "max_tokens": 1})
     assert status == 200, reply
 
 

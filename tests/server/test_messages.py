@@ -127,6 +127,12 @@ def test_what_asks_for_nothing_of_a_tool_is_taken(server: Any) -> None:
     assert ask(server, tools=[tool | {"allowed_callers": ["direct"], "input_examples": None}])["content"]
 
 
+def test_what_forgets_nothing_of_the_conversation_is_taken(server: Any) -> None:
+    keep_all = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    for context_management in ({"edits": []}, keep_all):
+        assert ask(server, context_management=context_management, speed="standard")["content"]
+
+
 def test_an_answer_that_has_begun_goes_on(server: Any) -> None:
     turns = [*MESSAGES, {"role": "assistant", "content": "It is"}]
     chat = server.chat(messages=turns, continue_final_message=True, max_tokens=8)
@@ -150,6 +156,7 @@ def test_an_answer_that_has_begun_goes_on(server: Any) -> None:
         ({"output_config": {"effort": "low"}}, "output_config.effort"),
         ({"metadata": {"user_id": 5}}, "metadata.user_id"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
+        ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
         ({"surprise": 1}, "surprise"),
     ],
 )

@@ -222,6 +222,13 @@ def test_reasoning_comes_as_an_item_and_goes_back_as_one(start_local: Callable[.
     again = ask(server, input=[{"role": "user", "content": QUESTION}, item, {"role": "user", "content": "So?"}])
     assert again["usage"]["input_tokens"] > whole["usage"]["input_tokens"] + 8
 
+    thought = [{"role": "assistant", "content": "Yes.", name: "It is."} for name in ("reasoning_content", "reasoning")]
+    first, second, neither = (
+        server.post("/tokenize", {"messages": [message]})[1]["tokens"]
+        for message in (*thought, {"role": "assistant", "content": "Yes."})
+    )
+    assert first == second != neither
+
     messages = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8, "temperature": 0}
     status, found = server.post("/v1/messages", messages | {"thinking": {"type": "enabled", "budget_tokens": 1024}})
     assert status == 200
