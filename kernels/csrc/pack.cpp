@@ -1,8 +1,11 @@
-// Packs the rows of GGUF tensors, as they lie in the file, into the forms of forms.h; and unpacks them to floats.
+// Packs the rows of GGUF tensors, as they lie in the file, into the forms of forms.h, or into panels of numbers; and unpacks forms to
+// floats.
+#include <algorithm>
 #include <cstring>
 
 #include "api.h"
 #include "backend.h"
+#include "bf16.h"
 
 namespace {
 
@@ -127,41 +130,76 @@ void write(const Layout& l, const Block& from, uint8_t* group, int b, int panel,
   }
 }
 
+// What was written.
+Block read_back(const Layout& l, const uint8_t* group, int b, int panel, int column) {
+  Block to{};
+  const bool stored = l.minimum == Minimum::kStored;
+  const uint8_t* side = group + l.side_at(b, panel);
+  const uint8_t* halves = l.super ? group + l.header_at(b, panel) : side;
+  to.scale = word(halves + 2 * column);
+  if (stored) to.minimum = word(halves + 32 + 2 * column);
+  if (l.super) {
+    to.whole_scale[0] = static_cast<int8_t>(side[column]);
+    (stored ? to.whole_minimum : to.whole_scale[1]) = static_cast<int8_t>(side[16 + column]);
+  }
+  const uint8_t* words = group + l.words_at(b, panel) + column * 4;
+  if (l.bits == 4) {
+    for (int i = 0; i < 32; ++i) to.q[i] = static_cast<int8_t>(words[i / 8 * 64 + i % 4] >> i / 4 % 2 * 4 & 15);
+  } else {
+    for (int quad = 0; quad < 8; ++quad) std::memcpy(to.q + 4 * quad, words + quad * 64, 4);
+  }
+  return to;
+}
+
+// The numbers that a block stands for.
+void numbers(const Layout& l, const Block& from, float* out) {
+  const bool stored = l.minimum == Minimum::kStored;
+  const int centre = l.minimum == Minimum::kCentred ? 8 : 0;
+  float scale[2], minimum = stored ? half_to_float(from.minimum) : 0.0f;
+  scale[0] = scale[1] = half_to_float(from.scale);
+  if (l.super) {
+    scale[1] *= static_cast<float>(from.whole_scale[l.sixteen]);
+    scale[0] *= static_cast<float>(from.whole_scale[0]);
+    minimum = -(minimum * static_cast<float>(from.whole_minimum));
+  }
+  for (int i = 0; i < 32; ++i) out[i] = scale[i / 16] * static_cast<float>(from.q[i] - centre);
+  if (stored)
+    for (int i = 0; i < 32; ++i) out[i] += minimum;
+}
+
+float same(float x) { return x; }
+
+// Rows into panels of numbers (api.h). Those of a panel together, block by block, so that whole lines of memory are written.
+template <class Elem, int Pair, Elem (*Narrow)(float)>
+void fill_panels(const Source& source, const uint8_t* rows, int64_t row_bytes, int count, Elem* panels, int k, int first_row,
+                 int first_panel, int stride) {
+  const Layout l = layout(source.form);
+  Block block{};
+  float out[32];
+  Elem narrowed[32];
+  for (int i = 0, some; i < count; i += some) {
+    const int row = first_row + i, lane = row % 16, panel = first_panel + stride * (row / 16);
+    some = std::min(16 - lane, count - i);
+    Elem* first = panels + static_cast<size_t>(panel / 4) * 64 * k + (panel % 4 * 16 + lane) * Pair;
+    for (int b = 0; b < k / 32; ++b) {
+      for (int r = 0; r < some; ++r) {
+        source.read(rows + (i + r) * row_bytes, b, block);
+        numbers(l, block, out);
+        Elem* at = first + static_cast<size_t>(b) * 32 * 64 + r * Pair;
+        for (int j = 0; j < 32; ++j) narrowed[j] = Narrow(out[j]);
+        for (int j = 0; j < 32; j += Pair) std::memcpy(at + j * 64, narrowed + j, Pair * sizeof(Elem));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 namespace slip {
 
 void unpack_column(int form, const uint8_t* group, int panel, int column, int k, float* out) {
   const Layout l = layout(form);
-  for (int b = 0; b < k / 32; ++b) {
-    const uint8_t *header = group + l.header_at(b, panel), *side = group + l.side_at(b, panel);
-    const uint8_t* words = group + l.words_at(b, panel) + column * 4;
-    auto half = [&](const uint8_t* at) {
-      return half_to_float(static_cast<uint16_t>(at[2 * column] | at[2 * column + 1] << 8));
-    };
-    float scale[2], minimum = 0.0f;
-    if (l.super) {
-      const float whole = half(header);
-      scale[0] = scale[1] = whole * static_cast<int8_t>(side[column]);
-      if (l.sixteen) scale[1] = whole * static_cast<int8_t>(side[16 + column]);
-      if (l.minimum == Minimum::kStored) minimum = -(half(header + 32) * static_cast<int8_t>(side[16 + column]));
-    } else {
-      scale[0] = scale[1] = half(side);
-      if (l.minimum == Minimum::kStored) minimum = half(side + 32);
-    }
-    for (int i = 0; i < 32; ++i) {
-      int q;
-      if (l.bits == 4) {
-        const uint8_t byte = words[i / 8 * 64 + i % 4];
-        q = i % 8 < 4 ? byte & 15 : byte >> 4;
-        if (l.minimum == Minimum::kCentred) q -= 8;
-      } else {
-        q = static_cast<int8_t>(words[i / 4 * 64 + i % 4]);
-      }
-      const float product = scale[i / 16] * static_cast<float>(q);
-      out[32 * b + i] = product + minimum;
-    }
-  }
+  for (int b = 0; b < k / 32; ++b) numbers(l, read_back(l, group, b, panel, column), out + 32 * b);
 }
 
 }  // namespace slip
@@ -191,6 +229,16 @@ void slip_pack(const char* format, const uint8_t* rows, int64_t row_bytes, int32
       write(l, block, group, b, panel % 4, row % 16);
     }
   }
+}
+
+void slip_dequantise(const char* format, const uint8_t* rows, int64_t row_bytes, int32_t count, int32_t dtype, void* panels,
+                     int32_t k, int32_t first_row, int32_t first_panel, int32_t stride) {
+  const Source& source = *find(format);
+  if (dtype == SLIP_BF16)
+    fill_panels<uint16_t, 2, slip::bf16_of>(source, rows, row_bytes, count, static_cast<uint16_t*>(panels), k, first_row,
+                                            first_panel, stride);
+  else
+    fill_panels<float, 1, same>(source, rows, row_bytes, count, static_cast<float*>(panels), k, first_row, first_panel, stride);
 }
 
 void slip_unpack(const SlipPart* part, int32_t k, const int64_t* rows, int32_t count, int32_t first_panel, int32_t stride,

@@ -141,6 +141,7 @@ def load() -> ctypes.CDLL | None:
     library.slip_part_bytes.argtypes = [c_int32] * 3
     library.slip_part_bytes.restype = c_int64
     library.slip_pack.argtypes = [c_char_p, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32, c_int32, c_int32]
+    library.slip_dequantise.argtypes = [c_char_p, c_void_p, c_int64, c_int32, c_int32, c_void_p, *[c_int32] * 4]
     library.slip_unpack.argtypes = [c_void_p, c_int32, c_void_p, c_int32, c_int32, c_int32, c_void_p]
     library.slip_store_kv.argtypes = [c_void_p] * 6
     library.slip_attention.argtypes = [c_void_p] * 6
@@ -162,6 +163,7 @@ def load() -> ctypes.CDLL | None:
         "race",
         "linear",
         "pack",
+        "dequantise",
         "unpack",
         "store_kv",
         "attention",

@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,11 +131,9 @@ class StoredWeight(PanelWeight):
         return (matrix or dense) + (0 if self.bias is None else self.bias.nbytes)
 
     def fill(self, rows: Tensor | Stored, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
-        if isinstance(rows, Stored):
-            if self._dense is None and (part := self._part_for(rows.format, first_panel)) is not None:
-                part.pack(rows, first_row, first_panel, stride)
-                return
-            rows = _numbers(rows)
+        if isinstance(rows, Stored) and self._dense is None and (part := self._part_for(rows.format, first_panel)):
+            part.pack(rows, first_row, first_panel, stride)
+            return
         self._made_dense().fill(rows, first_row, first_panel, stride)
 
     def rows(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor:
@@ -176,11 +173,3 @@ class StoredWeight(PanelWeight):
                     self._dense.fill(numbers, int(rows[0]), part.first_panel)
             self._parts.clear()
         return self._dense
-
-
-def _numbers(stored: Stored) -> Tensor:
-    """Blocks of a type that there is a form for, as float32."""
-    count, k = stored.shape
-    part = _Part.empty(form_of(stored.format, k), k, 0, -(-count // PANEL), Arena())
-    part.pack(stored, 0, 0, 1)
-    return part.unpack(k, torch.from_numpy(np.arange(count)), 0, 1)

@@ -17,7 +17,7 @@ from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.native.kv_cache import NativeKVCache
 from slipstream.kernels.native.layer import NativeLayer, matrix_shapes
 from slipstream.kernels.native.library import DTYPE_CODES, CLayer, CModel, address, c_batch, isa, load, supports
-from slipstream.kernels.native.quantised import Arena, StoredWeight, packed_bytes
+from slipstream.kernels.native.quantised import Arena, StoredWeight, form_of, packed_bytes
 from slipstream.kernels.native.weight import PackedWeight, PanelWeight, panels_elems
 from slipstream.kernels.weight import Weight
 
@@ -149,6 +149,9 @@ class NativeCompute(Compute):
     @classmethod
     def packed_bytes(cls, shape: LayerShape, kind: str, n: int, k: int) -> int:
         return packed_bytes(kind, n, k)
+
+    def takes_blocks(self, shape: LayerShape, kind: str, n: int, k: int) -> bool:
+        return form_of(kind, k) > 0  # panels of numbers are filled with them, too
 
     @classmethod
     def set_threads(cls, count: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.native.library import DTYPE_CODES, CLinear, address, load
+from slipstream.kernels.stored import Stored
 
 PANEL, GROUP = 16, 4
 COLUMNS = GROUP * PANEL
@@ -48,7 +49,8 @@ class PanelWeight(ABC):
         """What compiled code reads; valid while the weight lives and is not filled."""
 
     @abstractmethod
-    def fill(self, rows: Tensor, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None: ...
+    def fill(self, rows: Tensor | Stored, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
+        """``rows`` may be blocks that there is a form for (``form_of``)."""
 
     @abstractmethod
     def rows(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor:
@@ -96,7 +98,10 @@ class PackedWeight(PanelWeight):
     def num_bytes(self) -> int:
         return self.panels.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def fill(self, rows: Tensor, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
+    def fill(self, rows: Tensor | Stored, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
+        if isinstance(rows, Stored):
+            self._dequantise(rows, first_row, first_panel, stride)
+            return
         apart = min(-first_row % PANEL, len(rows))
         whole = apart + (len(rows) - apart) // PANEL * PANEL
         self._fill_apart(rows[:apart], first_row, first_panel, stride)
@@ -105,6 +110,14 @@ class PackedWeight(PanelWeight):
             self._fill_panels(part, panel, stride)
             panel += stride * PANELS_AT_ONCE
         self._fill_apart(rows[whole:], first_row + whole, first_panel, stride)
+
+    def _dequantise(self, blocks: Stored, first_row: int, first_panel: int, stride: int) -> None:
+        library, data = load(), blocks.data
+        assert library is not None and data.strides[1] == 1
+        library.slip_dequantise(
+            *(blocks.format.encode(), data.ctypes.data, data.strides[0], len(data), DTYPE_CODES[self.dtype]),
+            *(self.panels.data_ptr(), self.k, first_row, first_panel, stride),
+        )
 
     def _fill_panels(self, rows: Tensor, first: int, stride: int) -> None:
         """Whole panels: first, first + stride, …"""

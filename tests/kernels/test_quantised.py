@@ -14,6 +14,7 @@ from slipstream.engine.checkpoint.gguf_file import TENSOR_TYPES, dequantised
 from slipstream.kernels.compute import Arithmetic
 from slipstream.kernels.native import library
 from slipstream.kernels.native.quantised import Arena, StoredWeight, form_of, packed_bytes
+from slipstream.kernels.native.weight import PANEL, PackedWeight
 from slipstream.kernels.stored import Stored
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="no native kernels on this machine")
@@ -52,6 +53,11 @@ def packed(stored: Stored, arithmetic: Arithmetic = "exact", bias: bool = False)
     return weight
 
 
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    bits = torch.int16 if one.dtype is BF16 else torch.int32
+    return torch.equal(one.view(bits), other.view(bits))
+
+
 def quantised_inputs(x: torch.Tensor, most_whole: int) -> torch.Tensor:
     """Inputs as whole numbers times the scale of their block, the largest of which is ``most_whole``."""
     blocks = x.numpy().reshape(len(x), -1, 32)
@@ -70,8 +76,32 @@ def test_rows_are_to_the_bit_what_the_blocks_stand_for(kind: str, n: int, k: int
     for begin, end in data.draw(st.permutations(list(pairwise(borders)))):
         weight.fill(stored.rows(begin, end - begin), begin)
     order = torch.randperm(n)
-    assert torch.equal(weight.rows(order), torch.from_numpy(dequantised(stored))[order])
+    assert same_bits(weight.rows(order), torch.from_numpy(dequantised(stored))[order])
     assert weight.num_bytes == packed_bytes(kind, *stored.shape)
+
+
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from([BF16, torch.float32]),
+    n=st.integers(1, 150),
+    k=st.integers(1, 600),
+    stride=st.sampled_from([1, 2]),
+    data=st.data(),
+)
+def test_panels_of_numbers_are_filled_with_blocks_as_with_numbers(
+    kind: str, dtype: torch.dtype, n: int, k: int, stride: int, data: st.DataObject
+) -> None:
+    stored = random_blocks(kind, n, k)
+    panels = 1 + -(-n // PANEL) * stride
+    of_blocks, of_numbers = (PackedWeight(panels * PANEL, stored.shape[1], dtype) for _ in range(2))
+    for weight in (of_blocks, of_numbers):
+        weight.panels.zero_()
+    of_numbers.fill(torch.from_numpy(dequantised(stored)), 0, 1, stride)
+    borders = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=5))})
+    for begin, end in data.draw(st.permutations(list(pairwise(borders)))):
+        of_blocks.fill(stored.rows(begin, end - begin), begin, 1, stride)
+    assert same_bits(of_blocks.panels, of_numbers.panels)
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)

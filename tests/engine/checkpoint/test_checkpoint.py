@@ -71,6 +71,11 @@ def test_packed_tensors_are_handed_over_as_stored_with_rows_in_our_order() -> No
         if stored.format == "Q4_1":  # a row alone is the row
             row = Stored(stored.format, (1, stored.shape[1]), stored.data[5:6])
             assert np.array_equal(dequantised(row)[0], tensors[name][5].numpy())
+    found = dict(checkpoint.packed_tensors(lambda kind, n, k: kind == "Q8_0"))
+    taken = {name for name, rows in found.items() if isinstance(rows, Stored)}
+    assert taken == {name for name, kind in checkpoint.formats().items() if kind == "Q8_0"}
+    for name in found.keys() - taken:
+        assert torch.equal(found[name], tensors[name])
 
 
 def test_opening_imports_no_torch() -> None:
