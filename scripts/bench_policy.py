@@ -1,14 +1,14 @@
 """Whether a drafter follows a policy that training moves: accept length over updates, following against frozen.
 
-    python scripts/bench_policy.py --model FOLDER --folder OUT [--updates 30] [--rate 5e-5] [--learn 30]
+    python scripts/bench_policy.py --model FOLDER --folder OUT [--updates 30] [--rate 5e-5] [--learn 15]
 
 FOLDER is the default model as a Hugging Face folder (scripts/gguf_to_hf.py), which learns. Two servers begin with the
 default model and its warm head.
 Between two batches of sampled answers the policy learns to write the standard library's code, a few steps of Adam,
 and both servers take the new weights; one trains its head on the answers it gave, in the seconds in which nobody asks
 (``--evolve idle``), the other keeps its head. Both verify chains of three in every step, so the answers' accept
-length is that of the head alone. Every turn of one is the other's standstill. Writes a table in Markdown and a plot
-to OUT.
+length is that of the head alone. Every turn of one is the other's standstill. Questions and answers are short, so
+that 31 batches take about twenty minutes on two cores. Writes a table in Markdown and a plot to OUT.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ from slipstream.loadtest.processes import ProcessTree
 from slipstream.loadtest.scrape import read_speculation
 from slipstream.loadtest.workloads import CONTINUE_CODE, Workload, WorkloadOptions
 
-DEPTH, STREAMS = 3, 16
+DEPTH, STREAMS = 3, 32
+QUESTION_TOKENS, ANSWER_TOKENS = 60, 64
 TEXT_CHARS, LEARNED_TOKENS = 900, 320
 BATCH, STEPS = 2, 2
 """Texts per step of Adam, and steps per update."""
+CLOSE = {"Connection": "close"}
+LIKELY = 8
+"""Of the policy's tokens wherever one is sampled: of a sampled text the head learns distributions."""
 
 
 class Policy:
@@ -60,7 +64,8 @@ class Policy:
             for row, (tokens, prompt) in enumerate(asked):
                 ids[row, : len(tokens)] = torch.tensor(tokens)
                 labels[row, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
-            loss = self.model(input_ids=ids, labels=labels).loss
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = self.model(input_ids=ids, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -105,7 +110,7 @@ async def run(options: argparse.Namespace) -> None:
     policy, weights = Policy(options.model, options.rate), out / "policy"
     evolution = ("--registry", out / "registry", "--traffic-log", "features", "--traffic-folder", out / "traffic")
     evolution += ("--evolve", "idle", "--evolve-first-tokens", "2000", "--evolve-round-tokens", options.round_tokens)
-    evolution += ("--canary-share", "0.5", "--canary-requests", "20")
+    evolution += ("--traffic-topk", LIKELY, "--canary-share", "0.5", "--canary-requests", "20")
     found: list[tuple[float, float, float, int]] = []
     async with AsyncExitStack() as stack:
         sides = []
@@ -114,13 +119,19 @@ async def run(options: argparse.Namespace) -> None:
             log = out / f"{name}.log"
             process = await stack.enter_async_context(running(name, command(port, *more), port, log=log))
             url = f"http://127.0.0.1:{port}"
-            target = await stack.enter_async_context(connect(url, timeout=1200))
-            admin = await stack.enter_async_context(AdminClient(url))
+            # A connection for each request: a server that stood still closes those that were idle meanwhile.
+            target = await stack.enter_async_context(connect(url, timeout=1200, headers=CLOSE))
+            admin = await stack.enter_async_context(AdminClient(url, headers=CLOSE))
             sides.append((ProcessTree(process.pid), target, admin))
         (following, target, admin), (frozen, other_target, other_admin) = sides
-        workload = Workload(
-            WorkloadOptions(name="code", output_tokens=96, temperature=1.0, seed=options.seed), target.tokenizer
+        asked = WorkloadOptions(
+            name="code",
+            input_tokens=QUESTION_TOKENS,
+            output_tokens=ANSWER_TOKENS,
+            temperature=1.0,
+            seed=options.seed,
         )
+        workload = Workload(asked, target.tokenizer)
         for update in range(options.updates + 1):
             requests = await workload.round(options.requests)
             loss = 0.0
@@ -166,10 +177,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of the default model")
     parser.add_argument("--folder", type=Path, required=True, help="gets everything")
     parser.add_argument("--updates", type=int, default=30)
-    parser.add_argument("--requests", type=int, default=32, help="answers per update")
+    parser.add_argument("--requests", type=int, default=48, help="answers per update")
     parser.add_argument("--rate", type=float, default=5e-5, help="of Adam")
-    parser.add_argument("--learn", type=float, default=30, help="seconds after each batch in which nobody asks")
-    parser.add_argument("--round-tokens", type=int, default=8000)
+    parser.add_argument("--learn", type=float, default=15, help="seconds after each batch in which nobody asks")
+    parser.add_argument("--round-tokens", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=0)
     asyncio.run(run(parser.parse_args()))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -176,13 +177,12 @@ class Target:
             head.set_draft_vocabulary(head.to_target, self.output)
         return head
 
-    def draft_tokens(self, counts: Mapping[int, float], size: int) -> Tensor:
-        """The ``size`` most frequent tokens, and the first of the vocabulary where there are not enough; ascending."""
+    def draft_tokens(self, counts: Mapping[int, float], size: int, others: Iterable[int] = ()) -> Tensor:
+        """The ``size`` most frequent tokens, ascending; where there are not enough, ``others``, and then the first ones
+        of the vocabulary."""
         chosen = heapq.nlargest(size, counts, key=counts.__getitem__)
-        known = set(chosen)
-        rest = (token for token in range(self.config.shape.vocab_size) if token not in known)
-        chosen += [token for token, _ in zip(rest, range(size - len(chosen)), strict=False)]
-        return torch.tensor(sorted(chosen))
+        tokens = dict.fromkeys(chain(chosen, others, range(self.config.shape.vocab_size)))
+        return torch.tensor(sorted(islice(tokens, size)))
 
     def recompute(self) -> Recompute:
         """With the weights of the files, on the CPU where a GPU has no room for them besides training.

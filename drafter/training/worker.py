@@ -228,7 +228,9 @@ class Worker:
         trainer.options = course.options()
         trainer.head.read_from(self._target.embedding)
         if trainer.head.shares_output:
-            tokens = self._target.draft_tokens(counts, trainer.head.config.draft_vocab_size)
+            # As long as few tokens have come, what the head proposed before is a better guess than any others.
+            size, before = trainer.head.config.draft_vocab_size, trainer.head.to_target.tolist()
+            tokens = self._target.draft_tokens(counts, size, before)
             trainer.head.set_draft_vocabulary(tokens, self._target.output)
         course.curriculum.forget(0.9)
         return trainer

@@ -215,3 +215,10 @@ def test_features_that_redaction_took_are_not_computed_with_other_weights(
     course = Course(options, "", target, store)
     assert course.prepare(sample) is not None
     assert course.prepare(dataclasses.replace(sample, features=None)) is None
+
+
+def test_what_a_head_proposes_are_the_most_frequent_tokens(targets: dict[str, Target]) -> None:
+    counts = {70: 3.0, 5: 1.0, 90: 2.0}
+    assert targets[""].draft_tokens(counts, 2).tolist() == [70, 90]
+    assert targets[""].draft_tokens(counts, 5).tolist() == [0, 1, 5, 70, 90]
+    assert targets[""].draft_tokens(counts, 6, [9, 70, 80]).tolist() == [0, 5, 9, 70, 80, 90]

@@ -15,14 +15,16 @@ import pytest
 import torch
 
 from slipstream.drafter.head import layout
+from slipstream.drafter.registry.manifest import Training
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.traffic import target_file
 from slipstream.drafter.traffic.store import Sample
 from slipstream.drafter.traffic.target_file import EMBEDDING, OUTPUT, UpdatedWeights
 from slipstream.drafter.training.control import Control
 from slipstream.drafter.training.control import Report as Told
-from slipstream.drafter.training.course import WorkerOptions
+from slipstream.drafter.training.course import Course, WorkerOptions
 from slipstream.drafter.training.target import Target
+from slipstream.drafter.training.trainer import Trainer
 from slipstream.drafter.training.worker import Worker
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.models.config import decoder_config
@@ -245,6 +247,33 @@ def test_beside_a_live_head_that_it_cannot_train_on_it_waits_for_another(
     make_live(good)
     worker.wait_for("training")
     assert worker.end() == 0
+
+
+def test_while_few_tokens_have_come_a_head_proposes_what_it_did_before(
+    workshop: Any, traffic: MakeSamples, target_folder: Path
+) -> None:
+    target = Target(str(target_folder), 64, 256)
+    own, samples = range(32, 96), traffic(3)
+    config, tensors = target.cold_head(torch.tensor(own))
+    version = workshop.registry.add(config, tensors, target=workshop.fingerprint, origin="imported", gate={"texts": 1})
+    workshop.registry.promote(version.version)
+    workshop.store.append(samples)
+    proposed: set[int] = set()
+    over = threading.Event()
+
+    class Watched(Worker):
+        def _publish(self, course: Course, trainer: Trainer, training: Training) -> None:
+            proposed.update(trainer.head.to_target.tolist())
+            over.set()
+
+    def lines() -> Iterator[str]:
+        assert over.wait(SECONDS)
+        yield '{"type": "finish"}'
+
+    options = msgspec.convert(workshop.options | {"first_tokens": 1, "round_tokens": 256}, WorkerOptions)
+    Watched(options, Control("always", lines(), lambda _: None)).run()
+    came = {int(token) for sample in samples for token in sample.tokens[sample.num_prompt :]}
+    assert proposed <= came | set(own) and came != proposed
 
 
 def test_weights_that_cannot_be_read_are_told_once_and_waited_for(
