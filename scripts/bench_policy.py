@@ -1,14 +1,15 @@
 """Whether a drafter follows a policy that training moves: accept length over updates, following against frozen.
 
-    python scripts/bench_policy.py --model FOLDER --folder OUT [--updates 30] [--rate 5e-5] [--learn 15]
+    python scripts/bench_policy.py --model FOLDER --folder OUT [--task sums] [--updates 30] [--rate 2e-5] [--learn 12]
 
 FOLDER is the default model as a Hugging Face folder (scripts/gguf_to_hf.py), which learns. Two servers begin with the
 default model and its warm head.
-Between two batches of sampled answers the policy learns to write the standard library's code, a few steps of Adam,
-and both servers take the new weights; one trains its head on the answers it gave, in the seconds in which nobody asks
-(``--evolve idle``), the other keeps its head. Both verify chains of three in every step, so the answers' accept
-length is that of the head alone. Every turn of one is the other's standstill. Questions and answers are short, so
-that 31 batches take about twenty minutes on two cores. Writes a table in Markdown and a plot to OUT.
+Between two batches of sampled answers the policy takes a few steps of Adam towards the right answers of a task, where a
+trainer by reinforcement would follow rewards, and both servers take the new weights; one trains its head on the answers
+it gave, in the seconds in which nobody asks (``--evolve idle``), the other keeps its head. *sums* is a narrow task, of
+which a policy becomes sure: two numbers are added digit by digit. *code* is a wide one: to go on with functions of
+Python's standard library. Both verify chains of three in every step, so the answers' accept length is that of the head
+alone. Every turn of one is the other's standstill. Writes a table in Markdown and a plot to OUT.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,32 +35,59 @@ from slipstream.loadtest.harness import Target, connect, measure
 from slipstream.loadtest.plots import Line, Panel, write_plot
 from slipstream.loadtest.processes import ProcessTree
 from slipstream.loadtest.scrape import read_speculation
-from slipstream.loadtest.workloads import CONTINUE_CODE, Workload, WorkloadOptions
+from slipstream.loadtest.workloads import CHAT, CONTINUE_CODE, Request
 
 DEPTH, STREAMS = 3, 32
-QUESTION_TOKENS, ANSWER_TOKENS = 60, 64
-TEXT_CHARS, LEARNED_TOKENS = 900, 320
-BATCH, STEPS = 2, 2
+ANSWER_TOKENS, LEARNED_TOKENS = 96, 192
+BATCH, STEPS = 4, 2
 """Texts per step of Adam, and steps per update."""
+CODE_CHARS = 600
 CLOSE = {"Connection": "close"}
 LIKELY = 8
 """Of the policy's tokens wherever one is sampled: of a sampled text the head learns distributions."""
 
 
-class Policy:
-    """The model that moves: supervised on code, since that is far from what the warm head has seen."""
+Task = Callable[[str], Iterator[tuple[str, str]]]
+"""Questions without end, each with its right answer; others for another seed."""
 
-    def __init__(self, folder: Path, rate: float) -> None:
+
+def sums(seed: str) -> Iterator[tuple[str, str]]:
+    random = Random(seed)
+    while True:
+        one, other = random.randint(100, 999), random.randint(100, 999)
+        lines, carry = [], 0
+        for place, (a, b) in zip(
+            ("Ones", "Tens", "Hundreds"), zip(str(one)[::-1], str(other)[::-1], strict=True), strict=True
+        ):
+            total = int(a) + int(b) + carry
+            lines.append(f"{place}: {a} + {b} + {carry} = {total}, write {total % 10}, carry {total // 10}.")
+            carry = total // 10
+        yield f"Add {one} and {other}, digit by digit.", "\n".join([*lines, f"The sum is {one + other}."])
+
+
+def code(seed: str) -> Iterator[tuple[str, str]]:
+    for text in code_passages(Random(seed), CODE_CHARS):
+        cut = text.find("\n", len(text) // 3) + 1
+        yield CONTINUE_CODE + text[:cut], text[cut:]
+
+
+TASKS: dict[str, Task] = {"sums": sums, "code": code}
+
+
+class Policy:
+    """The model that moves."""
+
+    def __init__(self, folder: Path, rate: float, task: Task) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.99))
-        self.texts = code_passages(Random("policy"), TEXT_CHARS)
+        self.texts = task("policy")
 
     def learn(self) -> float:
         """The last step's loss, in nats per token."""
         loss = torch.zeros(())
         for _ in range(STEPS):
-            asked = [self._example(next(self.texts)) for _ in range(BATCH)]
+            asked = [self._example(*next(self.texts)) for _ in range(BATCH)]
             longest = max(len(tokens) for tokens, _ in asked)
             ids = torch.zeros(BATCH, longest, dtype=torch.long)
             labels = torch.full((BATCH, longest), -100)
@@ -70,22 +100,26 @@ class Policy:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
-    def _example(self, text: str) -> tuple[list[int], int]:
+    def _example(self, question: str, answer: str) -> tuple[list[int], int]:
         """Tokens of a question and its answer, and how many are the question's."""
-        cut = text.find("\n", len(text) // 3) + 1
-        turns = [{"role": "user", "content": CONTINUE_CODE + text[:cut]}]
+        turns = [{"role": "user", "content": question}]
         prompt = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         start = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        answer = self.tokenizer(text[cut:], add_special_tokens=False)["input_ids"]
-        return (start + answer)[:LEARNED_TOKENS], len(start)
+        end = self.tokenizer(answer + self.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        return (start + end)[:LEARNED_TOKENS], len(start)
 
 
 def command(port: int, *options: object) -> list[str]:
     fixed = ("--speculation", "head", "--speculation-policy", "fixed", "--max-draft-tokens", DEPTH)
     given = ("--model", "default", "--port", port, "--target-lineage", "policy", "--drafter", "warm", *fixed, *options)
     return [sys.executable, "-P", "-m", "slipstream.server", "serve", *map(str, given)]
+
+
+def asked(question: str) -> Request:
+    fields = {"max_tokens": ANSWER_TOKENS, "temperature": 1.0}
+    return Request(CHAT, {"messages": [{"role": "user", "content": question}], **fields})
 
 
 async def accept_length(target: Target, requests: list[Any]) -> float:
@@ -107,14 +141,14 @@ async def take_weights(admin: AdminClient, weights: Path, version: int) -> None:
 async def run(options: argparse.Namespace) -> None:
     out: Path = options.folder
     out.mkdir(parents=True, exist_ok=True)
-    policy, weights = Policy(options.model, options.rate), out / "policy"
-    evolution = ("--registry", out / "registry", "--traffic-log", "features", "--traffic-folder", out / "traffic")
-    evolution += ("--evolve", "idle", "--evolve-first-tokens", "2000", "--evolve-round-tokens", options.round_tokens)
-    evolution += ("--traffic-topk", LIKELY, "--canary-share", "0.5", "--canary-requests", "20")
+    policy, weights = Policy(options.model, options.rate, TASKS[options.task]), out / "policy"
+    learns = ("--registry", out / "registry", "--traffic-log", "features", "--traffic-folder", out / "traffic")
+    learns += ("--evolve", "idle", "--evolve-first-tokens", "2000", "--evolve-round-tokens", options.round_tokens)
+    learns += ("--traffic-topk", LIKELY, "--canary-share", "0.65", "--canary-requests", "20")
     found: list[tuple[float, float, float, int]] = []
     async with AsyncExitStack() as stack:
         sides = []
-        for name, more in (("following", evolution), ("frozen", ())):
+        for name, more in (("following", learns), ("frozen", ())):
             port = free_port()
             log = out / f"{name}.log"
             process = await stack.enter_async_context(running(name, command(port, *more), port, log=log))
@@ -124,16 +158,9 @@ async def run(options: argparse.Namespace) -> None:
             admin = await stack.enter_async_context(AdminClient(url, headers=CLOSE))
             sides.append((ProcessTree(process.pid), target, admin))
         (following, target, admin), (frozen, other_target, other_admin) = sides
-        asked = WorkloadOptions(
-            name="code",
-            input_tokens=QUESTION_TOKENS,
-            output_tokens=ANSWER_TOKENS,
-            temperature=1.0,
-            seed=options.seed,
-        )
-        workload = Workload(asked, target.tokenizer)
+        questions = TASKS[options.task](f"asked {options.seed}")
         for update in range(options.updates + 1):
-            requests = await workload.round(options.requests)
+            requests = [asked(question) for question, _ in islice(questions, options.requests)]
             loss = 0.0
             if update:
                 with following.frozen(), frozen.frozen():
@@ -142,15 +169,19 @@ async def run(options: argparse.Namespace) -> None:
                 for each in (admin, other_admin):
                     await take_weights(each, weights, update)
             with following.frozen():
-                without = await accept_length(other_target, requests)
+                without = await accept_length(other_target, requests[::2])
             with frozen.frozen():
                 length = await accept_length(target, requests)
                 await asyncio.sleep(options.learn)
                 versions = [each for each in await admin.drafters() if each["state"] == "live"]
+                worker = (await admin.status())["evolution"]["worker"]
             live = versions[-1]["version"] if versions else 0
             found.append((length, without, loss, live))
+            learned, said = worker["tokens"], worker["verdict"].get("message", worker["report"])
             print(
-                f"{update:3d}: following {length:.3f}, frozen {without:.3f}, loss {loss:.3f}, live {live}", flush=True
+                f"{update:3d}: following {length:.3f}, frozen {without:.3f}, loss {loss:.3f}, live {live}, "
+                f"{learned} positions learned; {said}",
+                flush=True,
             )
     report(out, found)
 
@@ -176,11 +207,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of the default model")
     parser.add_argument("--folder", type=Path, required=True, help="gets everything")
+    parser.add_argument("--task", choices=TASKS, default="sums")
     parser.add_argument("--updates", type=int, default=30)
-    parser.add_argument("--requests", type=int, default=48, help="answers per update")
-    parser.add_argument("--rate", type=float, default=5e-5, help="of Adam")
-    parser.add_argument("--learn", type=float, default=15, help="seconds after each batch in which nobody asks")
-    parser.add_argument("--round-tokens", type=int, default=12000)
+    parser.add_argument("--requests", type=int, default=32, help="answers per update; of the frozen head half of them")
+    parser.add_argument("--rate", type=float, default=2e-5, help="of Adam")
+    parser.add_argument("--learn", type=float, default=12, help="seconds after each batch in which nobody asks")
+    parser.add_argument("--round-tokens", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
     asyncio.run(run(parser.parse_args()))
 
