@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from copy import copy
+from copy import deepcopy
 from dataclasses import dataclass
 
 from slipstream.engine.config import EngineConfig
@@ -37,6 +37,10 @@ KNOWN_VERSIONS = 8
 """Versions of the shared drafter of which it is kept whether they pay."""
 SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
 """Weight of a step in what is known of this, and of a probe, of which there are few."""
+SMOOTHING_ROWS = 2
+"""Steps of fewer requests weigh so much less: one draft token that is right or wrong says little."""
+MOST_KNOWN = 1.2
+"""What drafting brings counts up to this, so that it is soon known when it no longer pays."""
 
 
 class Worth:
@@ -54,10 +58,11 @@ class Worth:
     def is_paused(self) -> bool:
         return self.ratio < PAUSE_BELOW
 
-    def observe(self, step: int, ratio: float) -> None:
-        """What a step with it brought."""
+    def observe(self, step: int, ratio: float, rows: int) -> None:
+        """What a step of so many requests with it brought."""
         was_paused = self.is_paused
-        self.ratio += (PROBE_SMOOTHING if was_paused else SMOOTHING) * (ratio - self.ratio)
+        weight = PROBE_SMOOTHING if was_paused else SMOOTHING * min(rows / SMOOTHING_ROWS, 1.0)
+        self.ratio = min(self.ratio + weight * (ratio - self.ratio), MOST_KNOWN)
         disappoints = was_paused and ratio < PAUSE_BELOW
         self._pause = min(2 * self._pause, self._longest) if disappoints else PROBE_EVERY
         self.next_probe = step + self._pause
@@ -69,6 +74,27 @@ class Worth:
     def retry(self) -> None:
         """Something has changed: what disappointed before may pay now."""
         self._pause, self.next_probe = PROBE_EVERY, 0
+
+
+class WorthByLoad:
+    """Whether networks pay, by the binary order of the number of requests: beside two they may, beside forty not."""
+
+    def __init__(self) -> None:
+        self._worths: defaultdict[int, Worth] = defaultdict(lambda: Worth(LONGEST_PAUSE))
+
+    def of(self, requests: int) -> Worth:
+        """With so many in a step."""
+        return self._worths[requests.bit_length()]
+
+    def wait(self, step: int) -> None:
+        """See ``Worth.wait``."""
+        for worth in self._worths.values():
+            worth.wait(step)
+
+    def retry(self) -> None:
+        """See ``Worth.retry``."""
+        for worth in self._worths.values():
+            worth.retry()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +131,9 @@ class DraftPlanner:
         self._policy = make_policy(config.speculation_policy, config.max_draft_tokens)
         self._pauses = config.speculation_policy == "throughput"
         self._depth = DraftDepth(needs.most)
-        self._cheap, self._costly = Worth(PROBE_EVERY), Worth(LONGEST_PAUSE)
+        self._cheap, self._costly = Worth(PROBE_EVERY), WorthByLoad()
         """Drafters that look up what was said, and networks: asking these may cost half a step."""
-        self._versions: dict[int, Worth] = {}
+        self._versions: dict[int, WorthByLoad] = {}
         """The latter by version of the shared network; who was not used for longest comes first."""
         self._asked: _Asked | None = None
         """What was asked after the last step, if that is measured."""
@@ -144,7 +170,7 @@ class DraftPlanner:
             if is_asked:
                 plan.decision = Decision([0] * len(plan.requests), NOT_SEEN)
                 self.reasons[NOT_SEEN] += 1
-            elif self._pauses and self._needs.most and (self._costly if self._needs.costly else self._cheap).is_paused:
+            elif self._pauses and self._needs.most and self._worth(plan.requests).is_paused:
                 self.reasons["does not pay"] += 1
             return
         offers = [Offer(request.offer[: self._room(request)], request.num_computed) for request in plan.requests]
@@ -159,6 +185,10 @@ class DraftPlanner:
             if grown is not None:
                 plan.map_grown(request, grown)
                 plan.add_drafts(row, count)
+
+    def _worth(self, requests: Sequence[Request]) -> Worth:
+        """Of drafting as a whole for these."""
+        return self._costly.of(len(requests)) if self._needs.costly else self._cheap
 
     def wants(self, plan: PlanBuilder) -> tuple[list[int], list[int]]:
         """How many draft tokens are to be proposed for each row after the step, and how many by costly drafters."""
@@ -197,7 +227,7 @@ class DraftPlanner:
             return max(requests[row].num_computed - requests[row].num_shown, 0)
 
         room, asked = CATCH_UP, []
-        few = self._pauses and self._costly.is_paused
+        few = self._pauses and self._costly.of(len(requests)).is_paused
         by_route: Counter[str] = Counter()
         for row in sorted((row for row, count in enumerate(most) if count), key=missed):
             late = missed(row) > self._needs.most + 1
@@ -222,10 +252,11 @@ class DraftPlanner:
             return 0
         if not self._pauses:
             return self._needs.most
-        if not self._costly.is_paused or self._is_due(self._costly):
+        worth = self._costly.of(len(plan.requests))
+        if not worth.is_paused or self._is_due(worth):
             start = sum(request.num_computed for request in plan.requests) / max(len(plan.requests), 1)
             best = self._depth.best(len(plan.requests), plan.work, start, self._cost)
-            return min(best, PROBE_DRAFTS) if self._costly.is_paused else best
+            return min(best, PROBE_DRAFTS) if worth.is_paused else best
         return 1 if len(set(self._routes.values())) > 1 and self._steps % PROBE_EVERY == 0 else 0
 
     def observe(self, plan: StepPlan, decision: Decision | None, result: StepResult) -> None:
@@ -242,9 +273,10 @@ class DraftPlanner:
             self._depth.observe(max(plan.costly), offers, result.draft_seconds)
         asked, self._asked = self._asked, None
         if asked is not None and (decision is None or decision.reason != NOT_SEEN):
-            asked.worth.observe(self._steps, self._gain(asked, plan, decision, result) * asked.share)
+            gain = self._gain(asked, plan, decision, result) * asked.share
+            asked.worth.observe(self._steps, gain, len(plan.slots))
         if any(plan.wanted):
-            worth = self._costly if costly else self._cheap
+            worth = self._costly.of(len(plan.slots)) if costly else self._cheap
             if worth is self._cheap or self._was_asked or not worth.is_paused:
                 self._asked = self._now_asked(worth, plan, result)
         self._was_asked = costly > 0
@@ -254,7 +286,7 @@ class DraftPlanner:
 
     def _now_asked(self, worth: Worth, plan: StepPlan, result: StepResult) -> _Asked:
         number, seconds, few = sum(plan.samples), result.draft_seconds, None
-        if worth is self._costly and sum(map(bool, plan.costly)) < number:
+        if worth is not self._cheap and sum(map(bool, plan.costly)) < number:
             few = frozenset(slot for slot, most in zip(plan.slots, plan.costly, strict=True) if most)
             known = self._depth.seconds(number, min(max(map(len, result.offers)), max(plan.costly)))
             seconds = known or seconds * number / len(few)
@@ -293,7 +325,7 @@ class DraftPlanner:
             self._costly = self._versions[now]
             self._costly.wait(self._steps)
         elif before != now:
-            self._costly = copy(self._costly)
+            self._costly = deepcopy(self._costly)
         if not seen.issuperset(routes.values()):
             self._costly.retry()
 

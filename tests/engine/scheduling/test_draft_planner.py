@@ -202,3 +202,21 @@ def test_a_trial_beside_many_requests_asks_some_of_both_routes() -> None:
         pass
     routes = [loop.requests[row].message.route for row in loop.asked]
     assert routes.count("canary") == 16 and routes.count("") == 16
+
+
+def test_what_does_not_pay_beside_many_is_tried_beside_few_and_known_beside_many() -> None:
+    loop = Loop(is_costly=True, routes=[""] * 32)
+    everybody = loop.requests
+    for _ in range(600):
+        loop.step(0.9, right=False)
+    loop.requests = everybody[:2]
+    assert all(loop.step(0.9, right=True) for _ in range(100))
+    loop.requests = everybody
+    assert sum(loop.step(0.9, right=False) for _ in range(100)) <= 4, "a probe or two"
+
+
+def test_bad_luck_of_one_request_does_not_stop_a_drafter_that_pays_a_little() -> None:
+    """Half a step for a draft token that is right in 62 of 100 cases."""
+    loop, random = Loop(is_costly=True), Random(0)
+    wanted = [loop.step(0.62, right=random.random() < 0.62) for _ in range(4000)]
+    assert sum(wanted) > 3400
