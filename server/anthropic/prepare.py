@@ -147,8 +147,8 @@ def spoken(blocks: list[ContentBlock], param: str) -> dict[str, Any]:
             case "text":
                 message["content"] = message.get("content", "") + required(block, "text", at)
             case "thinking":
-                thought = required(block, "thinking", at)
-                message["reasoning_content"] = message.get("reasoning_content", "") + thought
+                if thought := required(block, "thinking", at):  # nothing, where it was omitted
+                    message["reasoning_content"] = message.get("reasoning_content", "") + thought
             case "tool_use":
                 arguments = json.dumps(required(block, "input", at), ensure_ascii=False)
                 function = {"name": required(block, "name", at), "arguments": arguments}

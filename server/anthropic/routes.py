@@ -41,8 +41,10 @@ def anthropic_router(service: Service) -> APIRouter:
         arrival = time.monotonic()
         prepared: Prepared[Conversing] = await prepare_generation(service, request, "converse")
         generation, options = begin_chat(service, request, prepared, prepared.body.chat, "msg_", arrival)
-        writer = MessageWriter(generation, options.model, prepared.speech)
-        return GenerationResponse(service, generation, writer, bool(prepared.body.asked.stream), error_event)
+        asked = prepared.body.asked
+        shows_thinking = asked.thinking is None or asked.thinking.display != "omitted"
+        writer = MessageWriter(generation, options.model, prepared.speech, shows_thinking)
+        return GenerationResponse(service, generation, writer, bool(asked.stream), error_event)
 
     @router.post(
         "/v1/messages/count_tokens",

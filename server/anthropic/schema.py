@@ -84,7 +84,7 @@ class ToolChoice(Body):
 class Thinking(Body):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(None, ge=1)
-    display: unsupported("summarized") = None  # type: ignore[valid-type]
+    display: Literal["summarized", "omitted"] | None = None
 
 
 class OutputFormat(Body):

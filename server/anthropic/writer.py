@@ -15,8 +15,10 @@ encode = msgspec.json.Encoder().encode
 
 
 class MessageWriter:
-    def __init__(self, generation: Generation, model: str, speech: Speech | None) -> None:
+    def __init__(self, generation: Generation, model: str, speech: Speech | None, shows_thinking: bool = True) -> None:
+        """Without ``shows_thinking`` it is told that the model thinks, but not what."""
         self._generation, self._model = generation, model
+        self._shows_thinking = shows_thinking
         self._blocks = Blocks(speech)
         self._last: Piece | None = None
         self._is_open = False
@@ -79,7 +81,7 @@ class MessageWriter:
             case "text":
                 return {"type": "text", "text": block.text}
             case "reasoning":
-                return {"type": "thinking", "thinking": block.text, "signature": ""}
+                return {"type": "thinking", "thinking": block.text if self._shows_thinking else "", "signature": ""}
             case "call":
                 return {"type": "tool_use", "id": block.id, "name": block.name, "input": arguments(block.text)}
 
@@ -92,6 +94,8 @@ class MessageWriter:
             case "more":
                 delta: dict[str, Any] = {"type": "text_delta", "text": found.text}
                 if block.kind == "reasoning":
+                    if not self._shows_thinking:
+                        return b""
                     delta = {"type": "thinking_delta", "thinking": found.text}
                 elif block.kind == "call":
                     delta = {"type": "input_json_delta", "partial_json": found.text}

@@ -111,6 +111,7 @@ class RespondBody(ExtraFields):
     prompt_cache_key: Label | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
+    client_metadata: dict[str, Any] | None = Field(None, max_length=MAX_METADATA)
 
     # Refused unless off.
     truncation: unsupported("disabled") = None  # type: ignore[valid-type]

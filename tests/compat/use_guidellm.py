@@ -20,7 +20,8 @@ def streams(url: str, model: str) -> None:
     done: Any = subprocess.run(
         [str(Path(sys.executable).with_name("guidellm")), "run",
          "--backend", f"kind=openai_http,target={url},model={model}",
-         "--data", str(data), "--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=6",
+         "--data", f"kind=json_file,path={data}",
+         "--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=6",
          "--output", f"kind=json,path={folder / 'out.json'}"],
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip

@@ -202,6 +202,15 @@ def test_what_is_not_done_is_refused(server: Any, fields: Any, param: str) -> No
     assert param.split(".")[0] in found["error"]["message"] or "context" in found["error"]["message"]
 
 
+def test_what_asks_for_nothing_is_taken(server: Any) -> None:
+    fields = {
+        "client_metadata": {"session_id": "1"},
+        "prompt_cache_key": "k",
+        "include": ["reasoning.encrypted_content"],
+    }
+    assert ask(server, **fields, store=False, text={"verbosity": "medium"})["output"]
+
+
 def test_reasoning_comes_as_an_item_and_goes_back_as_one(start_local: Callable[..., Any], tmp_path: Path) -> None:
     template = tmp_path / "thinks.jinja"
     template.write_text(
@@ -235,6 +244,18 @@ def test_reasoning_comes_as_an_item_and_goes_back_as_one(start_local: Callable[.
     assert found["content"] == [{"type": "thinking", "thinking": item["content"][0]["text"], "signature": ""}]
     names = [event["type"] for event in message_events(server, messages)]
     assert names[:2] == ["message_start", "content_block_start"]
+
+    omitted = messages | {"thinking": {"type": "adaptive", "display": "omitted"}}
+    empty = {"type": "thinking", "thinking": "", "signature": ""}
+    assert server.post("/v1/messages", omitted)[1]["content"] == [empty]
+    told = message_events(server, omitted)
+    assert [event["content_block"] for event in told if event["type"] == "content_block_start"] == [empty]
+    assert not any(event["type"] == "content_block_delta" for event in told)
+    counted = [
+        server.post("/v1/messages/count_tokens", {"messages": [{"role": "assistant", "content": content}]})[1]
+        for content in ([empty, {"type": "text", "text": "Yes."}], "Yes.")
+    ]
+    assert counted[0] == counted[1]
 
 
 def message_events(server: Any, body: Any) -> list[Any]:
