@@ -1,8 +1,8 @@
 """How long a step takes, learned from steps: the base of chunk sizes and of draft lengths.
 
 seconds = curve(tokens) + a * reads + b * pairs. The curve is piecewise linear between knots: on every machine it is
-flat while weights are what takes time and grows once arithmetic does. ``reads`` is what attention moves, ``pairs`` what
-it computes: eight streams read eight caches, eight positions of one stream read one.
+flat while weights are what takes time, grows once arithmetic does, and falls nowhere. ``reads`` is what attention
+moves, ``pairs`` what it computes: eight streams read eight caches, eight positions of one stream read one.
 """
 
 from __future__ import annotations
@@ -70,9 +70,10 @@ class StepCost:
         )[0]
         reads, pairs = np.maximum(slopes, 0.0)
         points = [(w.tokens, max(s - reads * w.reads - pairs * w.pairs, LEAST * s)) for w, s in profile]
-        self._curve = np.array(
-            [*(_through(points, knot) for knot in KNOTS), reads * CONTEXT_UNIT, pairs * CONTEXT_UNIT]
-        )
+        knots = np.array([_through(points, knot) for knot in KNOTS])
+        # Fewer tokens never take longer. Where that was measured, something came between: times err upwards only.
+        knots = np.minimum.accumulate(knots[::-1])[::-1]
+        self._curve = np.array([*knots, reads * CONTEXT_UNIT, pairs * CONTEXT_UNIT])
         self._trust_nothing()
 
     def observe(self, work: StepWork, seconds: float) -> None:
@@ -89,6 +90,9 @@ class StepCost:
         seen = variance @ features
         gain = seen / (features @ seen + (NOISE * predicted) ** 2 + 1e-18)
         self._curve = np.maximum(self._curve + gain * error, self._least)
+        knots = self._curve[:READS]
+        # Fewer tokens never take longer: a slow step raises what more tokens take, a fast one lowers what fewer do.
+        knots[:] = np.maximum.accumulate(knots) if error > 0 else np.minimum.accumulate(knots[::-1])[::-1]
         variance -= np.outer(gain, seen)
 
     def table(self) -> dict[int, float]:

@@ -31,10 +31,11 @@ class Loop:
     """Requests whose drafter needs half a step for a proposal; it is the only one, costly or not."""
 
     def __init__(self, is_costly: bool = False, routes: Sequence[str] = ("",), prompt: int = 3) -> None:
-        cost = StepCost()
-        cost.calibrate([(StepWork(n), STEP_SECONDS) for n in (1, 2, 4, 8, 16, 64, 256)], [])
+        self.cost = StepCost()
+        self.expect(STEP_SECONDS)
         self.kv = KVManager(4000, 16, prefix_caching=False)
-        self.planner = DraftPlanner(EngineConfig(), 10_000, 10_000, self.kv, cost, DraftNeeds(8, costly=is_costly))
+        needs = DraftNeeds(8, costly=is_costly)
+        self.planner = DraftPlanner(EngineConfig(), 10_000, 10_000, self.kv, self.cost, needs)
         self.is_costly = is_costly
         self.drafters: list[DrafterStats] = []
         self.most = 0
@@ -50,6 +51,10 @@ class Loop:
         for slot, request in enumerate(self.requests):
             self.kv.admit(request, 0)
             request.slot = slot
+
+    def expect(self, seconds: float) -> None:
+        """Steps of any size are taken to be so long."""
+        self.cost.calibrate([(StepWork(n), seconds) for n in (1, 2, 4, 8, 16, 64, 256)], [])
 
     def step(self, chance: float, right: bool) -> bool:
         """Whether draft tokens were wanted; the next offers have this chance, and what is verified is right or not."""
@@ -91,6 +96,17 @@ def test_lookups_pause_where_they_do_not_pay_and_come_back(promise: float) -> No
     for _ in range(6 * (PROBE_EVERY + 1)):
         loop.step(promise, right=True)
     assert all(loop.step(promise, right=True) for _ in range(50))
+
+
+def test_steps_expected_to_be_far_longer_do_not_pass_for_a_gain() -> None:
+    """As after a start on a busy machine."""
+    loop = Loop()
+    loop.expect(20 * STEP_SECONDS)
+    for _ in range(6):
+        loop.step(0.95, right=False)
+    loop.expect(STEP_SECONDS)
+    asked = [loop.step(0.95, right=False) for _ in range(60)]
+    assert sum(asked[-20:]) <= 2
 
 
 @pytest.mark.parametrize("promise", [0.1, 0.95])

@@ -65,6 +65,40 @@ def test_sizes_not_seen_follow_the_machine() -> None:
     assert cost.predict(StepWork(1)) == pytest.approx(0.6 * before, rel=0.15)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 4, 16])
+def test_an_interrupted_measurement_at_the_start_does_not_last(tokens: int) -> None:
+    """Else a policy that always verifies because of it would never find out what steps without draft tokens take."""
+    cost = StepCost()
+    profile = [(work, machine(work)) for work in (steps(1, n, n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256))]
+    profile = [(work, seconds * 20 if work.tokens == tokens else seconds) for work, seconds in profile]
+    probes = [steps(1, 16, 1024), steps(16, 1, 1024)]
+    cost.calibrate(profile, [(work, machine(work)) for work in probes])
+    for work in (steps(1, n, n) for n in (1, 2, 4, 8)):
+        assert cost.predict(work) == pytest.approx(machine(work), rel=0.05)
+
+
+@given(
+    observed=st.lists(
+        st.tuples(st.integers(1, 8), st.sampled_from((1, 2, 4, 30)), st.floats(0.2, 5.0)), min_size=1, max_size=60
+    )
+)
+def test_fewer_tokens_never_take_longer(observed: list[tuple[int, int, float]]) -> None:
+    cost = calibrated()
+    for segments, count, factor in observed:
+        work = steps(segments, count, 200)
+        cost.observe(work, factor * machine(work))
+        times = list(cost.table().values())
+        assert times == sorted(times)
+
+
+def test_where_all_steps_verify_it_is_learned_that_plain_ones_are_faster_too() -> None:
+    cost = calibrated()
+    for _ in range(100):
+        work = steps(1, 4, 300)
+        cost.observe(work, machine(work) / 3)
+    assert cost.predict(steps(1, 1, 300)) <= cost.predict(steps(1, 4, 300))
+
+
 def test_one_slow_step_changes_little() -> None:
     cost = calibrated()
     for tokens in (8, 9, 7, 8) * 20:
