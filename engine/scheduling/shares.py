@@ -1,10 +1,11 @@
 """Requests that wait, and whose turn it is: flows get their shares of the machine, whatever each of them sends.
 
 Within a flow the earliest deadline goes first (``queue_order``). Between flows it is the one that has had least of the
-machine, by its weight, since both want it: seconds of steps, as in start-time fair queueing and in the virtual token
-counters of Sheng et al. (2024). Who was away gets no credit for that. A prompt that has begun keeps its turn: it is not
-passed by others because its flow was charged for it. A level of priority is worth a fixed time here as there, so urgent
-requests of one flow pass those of others by a bounded amount of work.
+machine, by its weight: seconds of steps, as in start-time fair queueing and in the virtual token counters of Sheng et
+al. (2024). Who asks for little, or was away, keeps a credit of ``CREDIT_S``, so that what he asks for at once need not
+wait for the others to have had as much. A prompt that has begun keeps its turn: it is not passed by others because its
+flow was charged for it. A level of priority is worth a fixed time here as there, so urgent requests of one flow pass
+those of others by a bounded amount of work.
 
 With one flow all this is the order of deadlines. Offline requests of a flow are a flow of their own, which comes after
 all that are not, so that they cost their sender nothing of his share.
@@ -23,6 +24,8 @@ from slipstream.engine.scheduling.request import Request
 from slipstream.engine.scheduling.step_cost import StepCost
 
 REMEMBERED_FLOWS = 1024
+CREDIT_S = 2.0
+"""By so much less of the machine than who has had most a flow goes first; what it had less than that is forgotten."""
 _deadline = attrgetter("deadline")
 Flow = tuple[str, bool]
 """Its name, and whether it consists of offline requests."""
@@ -42,6 +45,8 @@ class WaitingRequests:
         """Requests per flow that have not ended."""
         self._used: OrderedDict[Flow, float] = OrderedDict()
         """Seconds by weight that flows have had, as far as that is remembered; least recently open first."""
+        self._most = {False: 0.0, True: 0.0}
+        """The most that a flow has had, of those that are not offline and of those that are."""
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -67,15 +72,17 @@ class WaitingRequests:
         return len(self._open) > 1
 
     def opened(self, request: Request, running: Iterable[Request]) -> None:
-        """A request has come. Who was away joins at the level of who was served least, not counting prompts under way.
+        """A request has come, of a flow that has now had at most ``CREDIT_S`` less than who has had most, not counting
+        prompts under way.
 
         ``running``: all requests that have begun.
         """
         flow = flow_of(request)
-        if flow not in self._open:
-            under_way = self._under_way(running)
-            levels = [under_way.get(other, self._used[other]) for other in self._open if other[1] == flow[1]]
-            self._used[flow] = max(self._used.get(flow, 0.0), min(levels, default=0.0))
+        under_way = self._under_way(running)
+        for other in self._open:
+            self._reach(other, under_way.get(other, self._used[other]))
+        least = self._most[request.message.offline] - CREDIT_S
+        self._used[flow] = max(self._used.get(flow, least), least)
         self._used.move_to_end(flow)
         self._open[flow] += 1
         while len(self._used) > max(REMEMBERED_FLOWS, len(self._open)):
@@ -87,6 +94,7 @@ class WaitingRequests:
         self._open[flow] -= 1
         if not self._open[flow]:
             del self._open[flow]
+            self._reach(flow, self._used[flow])
 
     def charge(self, request: Request, seconds: float) -> None:
         """Its flow has had so much of the machine."""
@@ -153,6 +161,9 @@ class WaitingRequests:
             if each.is_prompt:
                 levels[flow_of(each)] = min(levels.get(flow_of(each), each.turn), each.turn)
         return levels
+
+    def _reach(self, flow: Flow, level: float) -> None:
+        self._most[flow[1]] = max(self._most[flow[1]], level)
 
     def _place(self, request: Request, levels: Mapping[Flow, float]) -> tuple[float, int]:
         """Between flows the lowest goes first; at the same level, who asks for less."""

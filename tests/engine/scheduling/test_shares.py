@@ -78,6 +78,26 @@ def test_who_was_away_gets_no_credit_and_who_was_alone_owes_nothing() -> None:
     assert 8 <= of_a <= 12
 
 
+def test_the_credit_of_who_was_away_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "CREDIT_S", 0.5)
+    loop = loop_of(replace(CONFIG, max_running=1))
+    loop.cost.observe = lambda *_: None  # type: ignore[method-assign]  # the simulated steps take no time
+    for number in range(40):
+        loop.add(number, [number % VOCAB] * 15, max_tokens=3, flow="a")
+        loop.add(100 + number, [number % VOCAB] * 15, max_tokens=3, flow="c")
+    while len(begun(loop)) < 50:
+        loop.step()
+    for number in range(200, 250):
+        loop.add(number, [number % VOCAB] * 15, max_tokens=3, flow="b")
+    cost = loop.cost.predict(StepWork().add(0, 15))
+    while len(begun(loop)) < 90:
+        loop.step()
+    order = begun(loop)[50:]
+    alone = next(place for place, number in enumerate(order[2:]) if number < 200)
+    assert 0.3 * 0.5 / cost < alone < 2 + 0.5 / cost
+    assert sum(number >= 200 for number in order[2 + alone :]) <= 2 + len(order[2 + alone :]) / 3
+
+
 def test_urgent_requests_pass_other_flows_by_a_bounded_amount() -> None:
     loop = loop_of(replace(CONFIG, max_running=1, priority_step_s=0.08))
     for number in range(60):
@@ -158,6 +178,19 @@ def test_a_quiet_flows_prompt_is_computed_at_once_and_hardly_slower_than_alone(l
     assert not any(others for _, others, _ in steps[:-1]), "others' prompts take their share of it"
     assert all(share < 0.16 for _, _, share in steps[:-1])
     assert all(share > 0.14 for _, _, share in steps)
+
+
+@pytest.mark.parametrize("lengths", [[300, 250, 200], [600, 60, 60]])
+def test_a_quiet_flow_may_ask_for_more_at_once(lengths: list[int]) -> None:
+    """Its requests do not wait until others have had as much."""
+    loop = flooded([("quiet", 10)])
+    while len([number for number in begun(loop) if number < 40]) < 12:
+        loop.step()
+    for number, length in enumerate(lengths, 2000):
+        loop.add(number, [number - 2000, *[9] * (length - 1)], max_tokens=4, flow="quiet")
+    steps = until_first_token(loop, 2002)
+    prompts = [own + others for own, others, _ in steps]
+    assert sum(prompts[:-1]) <= sum(lengths), "others' prompts take their share of the time"
 
 
 def test_streams_keep_their_pace_while_prompts_of_their_own_flow_are_computed() -> None:
