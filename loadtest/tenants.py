@@ -58,6 +58,8 @@ class TenantsOptions:
     slow_share: float = 0.1
     max_output_tokens: int = 64
     least_goodput: float = 0.95
+    most_goodput: float = 1.2
+    """A server that does more than that under the flood could do more than was found, so there was no flood."""
     most_delay: float = 1.5
     settle: float = 60.0
     pid: int | None = None
@@ -297,6 +299,10 @@ def problems_of(found: dict[str, Any], tallies: Sequence[Tally], options: Tenant
             problems.append("a request has no outcome")
     if found["goodput"] < options.least_goodput:
         problems.append(f"goodput is {found['goodput']:.1%} of the peak, not {options.least_goodput:.0%}")
+    elif found["goodput"] > options.most_goodput:
+        problems.append(
+            f"goodput is {found['goodput']:.1%} of the peak, which was found too low: there was no overload"
+        )
     for number, (together, alone) in enumerate(zip(found["quiet"], found["quiet_alone"], strict=True), 1):
         if together["refused"]:
             problems.append(f"quiet tenant {number} was refused {together['refused']} times")

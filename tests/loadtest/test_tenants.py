@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from slipstream.loadtest.tenants import TenantsOptions, print_tenants, tenants
 FAST = TenantsOptions(
     **{"seconds": 1.0, "alone_seconds": 0.5, "peak_seconds": 0.5, "concurrency": 4, "quiet_share": 0.2},
     **{"max_output_tokens": 8, "settle": 0.5, "slow_share": 0.05, "least_goodput": 0.0, "most_delay": 1e6},
+    most_goodput=1e6,
 )
 
 
@@ -66,6 +68,8 @@ async def test_what_did_not_hold_is_told(serve: Any) -> None:
         found = await run(server, options)
         assert any("goodput" in problem for problem in found["problems"])
         assert any("first token" in problem for problem in found["problems"])
+        found = await run(server, replace(options, least_goodput=0.0, most_goodput=0.01))
+        assert any("no overload" in problem for problem in found["problems"])
         server.leak = 1
         with pytest.raises(ClientError, match="busy"):
             await run(server, options)
