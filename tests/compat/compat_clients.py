@@ -174,10 +174,10 @@ def main(names: Sequence[str]) -> int:
             except (subprocess.SubprocessError, OSError) as error:
                 found, printed = [], str(error)
             outcomes[name] = found
+            write_table({name: found})  # at once: a run of all takes long, and may be ended
             if not found or not all(each["ok"] for each in found):
                 print(printed[-6000:])
             print(name, *(f"\n  {'ok ' if each['ok'] else 'NOT'} {each['feature']}" for each in found), flush=True)
-    write_table(outcomes)
     return 0 if all(found and all(each["ok"] for each in found) for found in outcomes.values()) else 1
 
 
