@@ -1,15 +1,16 @@
 """Whether a drafter follows a policy that training moves: accept length over updates, following against frozen.
 
-    python scripts/bench_policy.py --model FOLDER --folder OUT [--task sums] [--updates 30] [--rate 2e-5] [--learn 12]
+    python scripts/bench_policy.py --model FOLDER --folder OUT [--task sums] [--updates 30] [--rate 2e-5] [--learn 6000]
 
 FOLDER is the default model as a Hugging Face folder (scripts/gguf_to_hf.py), which learns. Two servers begin with the
 default model and its warm head.
 Between two batches of sampled answers the policy takes a few steps of Adam towards the right answers of a task, where a
 trainer by reinforcement would follow rewards, and both servers take the new weights; one trains its head on the answers
-it gave, in the seconds in which nobody asks (``--evolve idle``), the other keeps its head. *sums* is a narrow task, of
+it gave (``--evolve idle``), so many positions after each batch, the other keeps its head. *sums* is a narrow task, of
 which a policy becomes sure: two numbers are added digit by digit. *code* is a wide one: to go on with functions of
 Python's standard library. Both verify chains of three in every step, so the answers' accept length is that of the head
-alone. Every turn of one is the other's standstill. Writes a table in Markdown and a plot to OUT.
+alone, and what else the machine does changes nothing but how long it takes. Every turn of one is the other's
+standstill. Writes a table in Markdown and a plot to OUT.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from itertools import islice
@@ -42,6 +44,8 @@ ANSWER_TOKENS, LEARNED_TOKENS = 96, 192
 BATCH, STEPS = 4, 2
 """Texts per step of Adam, and steps per update."""
 CODE_CHARS = 600
+IDLE_SECONDS = 5.0
+"""A worker that has not begun a round by then has nothing to learn."""
 CLOSE = {"Connection": "close"}
 LIKELY = 8
 """Of the policy's tokens wherever one is sampled: of a sampled text the head learns distributions."""
@@ -138,14 +142,31 @@ async def take_weights(admin: AdminClient, weights: Path, version: int) -> None:
     await admin.finish_update(version)
 
 
+async def learn(admin: AdminClient, before: int, positions: int) -> int:
+    """Waits until so many more are learned, and judged if a round is over; how many are learned now.
+
+    Nothing is learned while a version is on trial, nor where too little has come; then it waits for nothing.
+    """
+    began = time.monotonic()
+    while True:
+        evolution = (await admin.status())["evolution"]
+        worker = evolution["worker"]
+        state, learned = worker["report"].get("state"), int(worker["tokens"])
+        is_idle = time.monotonic() - began > IDLE_SECONDS and state not in ("starting", "training", "paused", "gating")
+        if evolution["trial"] is not None or is_idle or (learned >= before + positions and state != "gating"):
+            return learned
+        await asyncio.sleep(0.5)
+
+
 async def run(options: argparse.Namespace) -> None:
     out: Path = options.folder
     out.mkdir(parents=True, exist_ok=True)
     policy, weights = Policy(options.model, options.rate, TASKS[options.task]), out / "policy"
     learns = ("--registry", out / "registry", "--traffic-log", "features", "--traffic-folder", out / "traffic")
-    learns += ("--evolve", "idle", "--evolve-first-tokens", "2000", "--evolve-round-tokens", options.round_tokens)
+    learns += ("--evolve", "idle", "--evolve-first-tokens", "1000", "--evolve-round-tokens", options.round_tokens)
     learns += ("--traffic-topk", LIKELY, "--canary-share", "0.65", "--canary-requests", "20")
     found: list[tuple[float, float, float, int]] = []
+    learned = 0
     async with AsyncExitStack() as stack:
         sides = []
         for name, more in (("following", learns), ("frozen", ())):
@@ -172,18 +193,19 @@ async def run(options: argparse.Namespace) -> None:
                 without = await accept_length(other_target, requests[::2])
             with frozen.frozen():
                 length = await accept_length(target, requests)
-                await asyncio.sleep(options.learn)
+                learned = await learn(admin, learned, options.learn)
                 versions = [each for each in await admin.drafters() if each["state"] == "live"]
                 worker = (await admin.status())["evolution"]["worker"]
             live = versions[-1]["version"] if versions else 0
             found.append((length, without, loss, live))
-            learned, said = worker["tokens"], worker["verdict"].get("message", worker["report"])
+            report(out, found)
+            said = worker["verdict"].get("message", "")
             print(
                 f"{update:3d}: following {length:.3f}, frozen {without:.3f}, loss {loss:.3f}, live {live}, "
                 f"{learned} positions learned; {said}",
                 flush=True,
             )
-    report(out, found)
+    print(summary(found))
 
 
 def report(out: Path, found: list[tuple[float, float, float, int]]) -> None:
@@ -198,9 +220,12 @@ def report(out: Path, found: list[tuple[float, float, float, int]]) -> None:
     marks = [(float(i), str(found[i][3])) for i in range(1, len(found)) if found[i][3] != found[i - 1][3]]
     panel = Panel("dashed: a version goes live", "accept length, chains of 3", curves, 1.0, marks)
     write_plot(out / "policy.svg", "A policy moves and its drafter follows", "updates of the policy", [panel])
+
+
+def summary(found: list[tuple[float, float, float, int]]) -> str:
     last = found[-max(len(found) // 5, 1) :]
     ratio = sum(length for length, *_ in last) / sum(without for _, without, *_ in last)
-    print(f"the last {len(last)} updates: {ratio:.3f} times the accept length of the frozen head")
+    return f"the last {len(last)} updates: {ratio:.3f} times the accept length of the frozen head"
 
 
 def main() -> None:
@@ -211,7 +236,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("--requests", type=int, default=32, help="answers per update; of the frozen head half of them")
     parser.add_argument("--rate", type=float, default=2e-5, help="of Adam")
-    parser.add_argument("--learn", type=float, default=12, help="seconds after each batch in which nobody asks")
+    parser.add_argument("--learn", type=int, default=6000, help="positions the head learns after each batch")
     parser.add_argument("--round-tokens", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
     asyncio.run(run(parser.parse_args()))
