@@ -108,7 +108,7 @@ class PruneRolloutsBody(Body):
 
 
 class Speculation(Body):
-    mode: str | None = None
+    mode: str | None = Field(None, min_length=1)
     max_draft_tokens: int | None = Field(None, ge=1, lt=2**31)
 
 

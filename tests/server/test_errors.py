@@ -120,6 +120,7 @@ def test_chat_names_the_field(server: Any, field: str, value: Any, param: str) -
         ("prompt", None, "prompt"),
         ("prompt", ["x"] * 1025, "prompt"),
         ("suffix", "end", "suffix"),
+        ("speculation", {"mode": ""}, "speculation.mode"),
         ("best_of", 2, "best_of"),
         ("logprobs", 21, "logprobs"),
         ("logprobs", True, "logprobs"),
