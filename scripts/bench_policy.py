@@ -152,7 +152,7 @@ async def learn(admin: AdminClient, before: int, positions: int) -> int:
         evolution = (await admin.status())["evolution"]
         worker = evolution["worker"]
         state, learned = worker["report"].get("state"), int(worker["tokens"])
-        is_idle = time.monotonic() - began > IDLE_SECONDS and state not in ("starting", "training", "paused", "gating")
+        is_idle = time.monotonic() - began > IDLE_SECONDS and state in ("waiting", "failed")
         if evolution["trial"] is not None or is_idle or (learned >= before + positions and state != "gating"):
             return learned
         await asyncio.sleep(0.5)
