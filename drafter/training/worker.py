@@ -228,8 +228,8 @@ class Worker:
         trainer.options = course.options()
         trainer.head.read_from(self._target.embedding)
         if trainer.head.shares_output:
-            # As long as few tokens have come, what the head proposed before is a better guess than any others.
-            size, before = trainer.head.config.draft_vocab_size, trainer.head.to_target.tolist()
+            # As long as few tokens have come, those that the head proposed before are more likely than any others.
+            size, before = trainer.head.config.draft_vocab_size, trainer.head.to_target.cpu().tolist()
             tokens = self._target.draft_tokens(counts, size, before)
             trainer.head.set_draft_vocabulary(tokens, self._target.output)
         course.curriculum.forget(0.9)

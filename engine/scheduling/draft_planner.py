@@ -187,7 +187,7 @@ class DraftPlanner:
                 plan.add_drafts(row, count)
 
     def _worth(self, requests: Sequence[Request]) -> Worth:
-        """Of drafting as a whole for these."""
+        """What drafting as a whole is worth for these."""
         return self._costly.of(len(requests)) if self._needs.costly else self._cheap
 
     def wants(self, plan: PlanBuilder) -> tuple[list[int], list[int]]:

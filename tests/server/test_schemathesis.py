@@ -34,7 +34,7 @@ REFUSED = ["400", "401", "403", "404", "405", "409", "413", "415", "429", "503",
 
 
 def without_optional_fields(document: dict[str, Any]) -> dict[str, Any]:
-    """Of bodies; answers have theirs all the same."""
+    """Those of bodies; answers have theirs all the same."""
     schemas = document["components"]["schemas"]
     operations = [operation for path in document["paths"].values() for operation in path.values()]
     names = PARTS.findall(json.dumps([operation.get("requestBody") for operation in operations]))
