@@ -234,6 +234,12 @@ def memory_problem(memory: dict[str, Any], filled: Sequence[float | None]) -> st
     return f"{problem}; part of it is the KV cache, {before:.0%} of which was in use or kept before, {after:.0%} after"
 
 
+def by_process(memory: dict[str, Any]) -> list[str]:
+    """A line about each process of a trend."""
+    sizes = memory["by_process"].items()
+    return [f"{name}: {first:.0f} → {last:.0f} MiB in the second half" for name, (first, last) in sizes]
+
+
 def print_soak(result: dict[str, Any], console: Console) -> None:
     table = Table(title="soak", show_header=False, title_justify="left")
     table.add_row("requests", f"{result['requests']} at {result['concurrency']} concurrent")
@@ -250,8 +256,8 @@ def print_soak(result: dict[str, Any], console: Console) -> None:
         sizes = f"{memory['first_mib']:.0f} → {memory['last_mib']:.0f} MiB, at most {memory['max_mib']:.0f}"
         trend = f"second half {memory['growth_mib']:+.1f} MiB, {'flat' if memory['flat'] else 'NOT flat'}"
         table.add_row("memory", f"{sizes}; {trend}")
-        for name, (first, last) in memory["by_process"].items():
-            table.add_row("", f"{name}: {first:.0f} → {last:.0f} MiB in the second half")
+        for said in by_process(memory):
+            table.add_row("", said)
     console.print(table)
     for problem in result["problems"]:
         console.print(f"problem: {problem}", style="red", markup=False, highlight=False)

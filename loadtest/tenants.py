@@ -27,7 +27,7 @@ from slipstream.loadtest.harness import Target
 from slipstream.loadtest.progress import progress_bar
 from slipstream.loadtest.record import RequestRecord
 from slipstream.loadtest.scrape import read_load, wait_idle
-from slipstream.loadtest.soak import memory_problem, memory_samples, memory_trend
+from slipstream.loadtest.soak import by_process, memory_problem, memory_samples, memory_trend
 from slipstream.loadtest.workloads import CHAT, Request, Workload, WorkloadError, WorkloadOptions
 
 BUSY = (429, 503)
@@ -329,7 +329,7 @@ def print_tenants(found: dict[str, Any], console: Console) -> None:
         table.add_row(name, *counts, *times)
     console.print(table)
     if memory := found["memory"]:
-        for name, (first, last) in memory["by_process"].items():
-            console.print(f"memory of {name}: {first:.0f} → {last:.0f} MiB in the second half", markup=False)
+        for said in by_process(memory):
+            console.print(f"memory of {said}", markup=False)
     for problem in found["problems"]:
         console.print(f"problem: {problem}", style="red", markup=False, highlight=False)

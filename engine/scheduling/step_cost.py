@@ -71,9 +71,8 @@ class StepCost:
         reads, pairs = np.maximum(slopes, 0.0)
         points = [(w.tokens, max(s - reads * w.reads - pairs * w.pairs, LEAST * s)) for w, s in profile]
         knots = np.array([_through(points, knot) for knot in KNOTS])
-        # Fewer tokens never take longer. Where that was measured, something came between: times err upwards only.
-        knots = np.minimum.accumulate(knots[::-1])[::-1]
-        self._curve = np.array([*knots, reads * CONTEXT_UNIT, pairs * CONTEXT_UNIT])
+        # Something came between where fewer tokens took longer: times err upwards only.
+        self._curve = np.array([*_never_falling(knots), reads * CONTEXT_UNIT, pairs * CONTEXT_UNIT])
         self._trust_nothing()
 
     def observe(self, work: StepWork, seconds: float) -> None:
@@ -90,9 +89,7 @@ class StepCost:
         seen = variance @ features
         gain = seen / (features @ seen + (NOISE * predicted) ** 2 + 1e-18)
         self._curve = np.maximum(self._curve + gain * error, self._least)
-        knots = self._curve[:READS]
-        # Fewer tokens never take longer: a slow step raises what more tokens take, a fast one lowers what fewer do.
-        knots[:] = np.maximum.accumulate(knots) if error > 0 else np.minimum.accumulate(knots[::-1])[::-1]
+        self._curve[:READS] = _never_falling(self._curve[:READS], slow=error > 0)
         variance -= np.outer(gain, seen)
 
     def table(self) -> dict[int, float]:
@@ -131,6 +128,11 @@ class StepCost:
         self._drift = (DRIFT * scale) ** 2
         self._variance = np.diag((DOUBT * scale) ** 2) + np.outer(self._curve, self._curve) * COMMON_DOUBT**2
         self._most = self._variance.diagonal().copy()
+
+
+def _never_falling(knots: NDArray[np.float64], slow: bool = False) -> NDArray[np.float64]:
+    """Fewer tokens never take longer: a slow step raises what more tokens take, any other lowers what fewer do."""
+    return np.maximum.accumulate(knots) if slow else np.minimum.accumulate(knots[::-1])[::-1]
 
 
 def _through(points: list[tuple[int, float]], knot: int) -> float:
