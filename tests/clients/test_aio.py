@@ -243,11 +243,10 @@ async def test_a_server_that_is_not_there_yet_is_tried_again(monkeypatch):
             return await sleep(seconds)
         waits.append(seconds)
 
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     monkeypatch.setattr("slipstream.clients.http.asyncio.sleep", no_sleep)
-    async with AsyncClient(url, retries=2) as client:
-        with pytest.raises(UnreachableError):
-            await client.models()
+    with socket.socket() as taken:  # which does not listen, and keeps others from doing so
+        taken.bind(("127.0.0.1", 0))
+        async with AsyncClient(f"http://127.0.0.1:{taken.getsockname()[1]}", retries=2) as client:
+            with pytest.raises(UnreachableError):
+                await client.models()
     assert [wait for wait in waits if wait] == [0.5, 1.0]

@@ -82,10 +82,9 @@ def test_whatever_fails_is_told_and_the_next_job_runs(background: Background) ->
 
 
 def test_without_a_job_there_is_no_thread(background: Background) -> None:
-    before = threading.active_count()
-    assert not background.has_work
+    assert not background.has_work and background._thread is None
     poll_until(background, background.start(lambda: lambda: None).done)
-    assert threading.active_count() == before + 1
+    assert background._thread is not None and background._thread.is_alive()
 
 
 def test_work_that_waits_for_a_step_keeps_no_process_from_ending() -> None:

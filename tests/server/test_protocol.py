@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,10 +96,10 @@ async def test_a_head_in_pieces_within_the_limit(port: int) -> None:
     assert answer(await say(port, *pieces, pause=0.04)) == {"size": 3}
 
 
-@pytest.fixture
-async def big_port() -> AsyncIterator[tuple[int, list[int]]]:
-    """Where a server listens that answers 10 MB, takes three connections, and gives up clients after 0.3 s; and what it
-    says of those it has given up.
+@contextlib.asynccontextmanager
+async def large_answers(write_timeout_s: float = 300.0) -> AsyncIterator[SimpleNamespace]:
+    """A server that answers 10 MB and takes three connections: its port, bytes it holds, its connections, and one entry
+    for every client it has given up.
     """
     service = SimpleNamespace(answers=HeldBytes(15_000_000, "answers"), responding=contextlib.nullcontext)
     app = FastAPI()
@@ -113,45 +113,66 @@ async def big_port() -> AsyncIterator[tuple[int, list[int]]]:
         return error_response(error)
 
     cut: list[int] = []
-    limits = protocol.ConnectionLimits(max_connections=3, write_timeout_s=0.3, on_cut=lambda: cut.append(1))
+    limits = protocol.ConnectionLimits(3, write_timeout_s, on_cut=lambda: cut.append(1))
     config = uvicorn.Config(app, lifespan="off", log_config=None)
     config.load()
     state = uvicorn.server.ServerState()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: protocol.HttpProtocol(config, state, {}, limits=limits), "127.0.0.1", 0)
     async with server:
-        yield server.sockets[0].getsockname()[1], cut
+        port = server.sockets[0].getsockname()[1]
+        yield SimpleNamespace(port=port, held=service.answers, connections=state.connections, cut=cut)
     assert service.answers.total == 0
 
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
-async def test_who_does_not_read_is_given_up(big_port: tuple[int, list[int]]) -> None:
-    port, cut = big_port
-    sleeper = socket.socket()
-    sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    with sleeper:
-        sleeper.connect(("127.0.0.1", port))
-        sleeper.sendall(GET)
-        await asyncio.sleep(0.05)
-        refused = await say(port, GET)  # there is no room for a second large answer
-        assert refused.startswith(b"HTTP/1.1 429 ")
-        while not cut:
-            await asyncio.sleep(0.02)
-        assert len((await say(port, GET)).partition(b"\r\n\r\n")[2]) == 10_000_000
-    assert cut == [1]
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(300):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
-async def test_connections_have_a_limit(big_port: tuple[int, list[int]]) -> None:
-    port, _ = big_port
-    others = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
-    assert answer(await say(port))["error"]["code"] == "too_many_connections"
-    for _, writer in others:
-        writer.close()
-        await writer.wait_closed()
-    await asyncio.sleep(0.05)
-    assert (await say(port, GET)).startswith(b"HTTP/1.1 200 ")
+@contextlib.asynccontextmanager
+async def sleeper(server: SimpleNamespace) -> AsyncIterator[None]:
+    """A client that asks and does not read."""
+    with socket.socket() as asking:
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        asking.connect(("127.0.0.1", server.port))
+        asking.sendall(GET)
+        yield
+
+
+async def test_what_is_not_read_leaves_no_room_for_others() -> None:
+    async with large_answers() as server:
+        async with sleeper(server):
+            await until(lambda: server.held.total)
+            assert (await say(server.port, GET)).startswith(b"HTTP/1.1 429 ")
+        await until(lambda: not server.held.total)
+    assert server.cut == []
+
+
+async def test_who_does_not_read_is_given_up() -> None:
+    async with large_answers(write_timeout_s=0.1) as server, sleeper(server):
+        await until(lambda: server.cut and not server.held.total)
+        assert server.cut == [1]
+
+
+async def test_who_reads_gets_it_all() -> None:
+    async with large_answers() as server:
+        assert len((await say(server.port, GET)).partition(b"\r\n\r\n")[2]) == 10_000_000
+
+
+async def test_connections_have_a_limit() -> None:
+    async with large_answers() as server:
+        others = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(3)]
+        assert answer(await say(server.port))["error"]["code"] == "too_many_connections"
+        for _, writer in others:
+            writer.close()
+            await writer.wait_closed()
+        await until(lambda: not server.connections)
+        assert (await say(server.port, GET)).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_connections_end_with_the_server_and_no_request_is_lost() -> None:

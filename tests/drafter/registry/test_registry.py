@@ -211,8 +211,12 @@ def test_a_version_whose_folder_cannot_be_put_in_place_does_not_exist(
 ) -> None:
     kept = add()
 
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.is_relative_to(registry.folder):
+            raise OSError(28, "No space left on device")
+        return rename(path, target)  # of others in this process
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(ModelError, match="No space left"):
