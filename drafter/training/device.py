@@ -144,9 +144,9 @@ def training_bytes(model: str, draft_vocab_size: int, depth: int, rows: int, par
     embedding = head.vocab_size * head.hidden * 2
     tables = (HEADS + 1) * (16 * head.vocab_size + 4 * config.shape.max_positions * head.head_dim)
     # Weights, their average, momentum and gradient in float32; two copies to compute with, while one takes the other's
-    # place; gradients of every part. Rows of the output matrix in float32, and a copy.
-    state = trained * (16 + 4 + 2 * parts) + 6 * output + largest * max(4 * (parts + 1), 16)
-    compared = HEADS * 6 * (trained + output)
+    # place; gradients of every part. Rows of the output matrix are only computed with.
+    state = trained * (16 + 4 + 2 * parts) + 2 * output + largest * max(4 * (parts + 1), 16)
+    compared = HEADS * (6 * trained + 2 * output)
     # Kept for the backward pass by each draft token's step: scores of attention, states, the layer's inside, logits.
     per_row = head.heads * longest * 16 + head.hidden * 60 + head.intermediate * 16 + head.draft_vocab_size * 24
     at_once = max(part_rows, longest)

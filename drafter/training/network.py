@@ -22,7 +22,7 @@ MULTIPLE = 64
 
 
 class TrainableHead:
-    """Weights in float32, computed with in ``dtype``, by the arithmetic of the layer that serves."""
+    """What is trained in float32, computed with in ``dtype``, by the arithmetic of the layer that serves."""
 
     def __init__(
         self,
@@ -44,8 +44,9 @@ class TrainableHead:
         self.between: Callable[[], object] = lambda: None
         """Called between two matrices on the way forward and on the way back, some hundredths of a second apart."""
         self.read_from(embedding)
+        # The output rows are not trained, so they need no more digits than are computed with.
         self.weights = {
-            name: tensor.detach().to(self.device, torch.float32, copy=True)
+            name: tensor.detach().to(self.device, dtype if name == OUTPUT else torch.float32, copy=True)
             for name, tensor in tensors.items()
             if tensor.is_floating_point()
         }
@@ -79,8 +80,7 @@ class TrainableHead:
         Both are on the CPU. Nothing learned is lost as long as the rows are the target's own.
         """
         assert len(draft_tokens) == self.config.draft_vocab_size
-        self.weights[OUTPUT] = output[draft_tokens].float().to(self.device)
-        self._cast[OUTPUT] = self.weights[OUTPUT].to(self.dtype)
+        self.weights[OUTPUT] = self._cast[OUTPUT] = output[draft_tokens].to(self.device, self.dtype)
         self.maps = layout.draft_maps(draft_tokens, self.config.vocab_size)
         self._map(draft_tokens)
 

@@ -93,20 +93,27 @@ class Target:
         self.head = layout.config_for(self.config, draft_vocab_size)
         self.taps = self.head.taps
         self._max_length = min(max_length, self.config.shape.max_positions)
-        self._of_files = layout.last_layer(self._checkpoint.tensors(), self.config.shape.num_layers)
+        of_files = layout.last_layer(self._checkpoint.tensors(), self.config.shape.num_layers)
         if self.config.tied:
-            self._of_files.pop(OUTPUT, None)  # some checkpoints hold it all the same
+            of_files.pop(OUTPUT, None)  # some checkpoints hold it all the same
+        self._of_files = of_files | self._as_served(of_files)
         self.output: Tensor
         """[vocabulary, hidden], on the CPU: heads have only some of its rows."""
         self._use({})
         self._output_of_files = self.output
         self._recompute: Recompute | None = None
 
-    def _use(self, matrices: dict[str, Tensor]) -> None:
+    def _as_served(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Embedding and output matrix as the model that serves has them, and in the format of training, so that heads
+        share them."""
+        return {
+            name: tensors[name].to(torch.bfloat16).to(self.dtype) for name in (EMBEDDING, OUTPUT) if name in tensors
+        }
+
+    def _use(self, matrices: Mapping[str, Tensor]) -> None:
         """Instead of what the files have, as far as there are any."""
-        self._last_layer = self._of_files | matrices
-        # As the model that serves has it, and in the format of training, so that heads share it.
-        embedding = self._last_layer[EMBEDDING].to(torch.bfloat16).to(self.dtype)
+        self._last_layer = self._of_files | self._as_served(matrices)
+        embedding = self._last_layer[EMBEDDING]
         self.embedding = embedding.to(self.device)
         self.output = self._last_layer.get(OUTPUT, embedding)
 

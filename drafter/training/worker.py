@@ -6,6 +6,7 @@ since its last checkpoint. The server decides what becomes of a published versio
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,8 +31,10 @@ from slipstream.drafter.training.packing import Example, fill
 from slipstream.drafter.training.target import Target
 from slipstream.drafter.training.threads import Threads
 from slipstream.drafter.training.trainer import Trainer
+from slipstream.engine.child import keep_for_good
 from slipstream.engine.errors import ModelError, SlipstreamError
 from slipstream.engine.limits import usable_cores
+from slipstream.engine.memory import trim
 
 POLL_SECONDS = 2.0
 LOOK_SECONDS = 5.0
@@ -39,12 +42,17 @@ LOOK_SECONDS = 5.0
 REPORT_SECONDS = 1.0
 FIRST_ROUND = 0.25
 """Size of the first round in full ones; the next are as large as what was learned so far. The first are worth most."""
+KEPT_PRODUCTS = 128
+"""Torch's matrix library compiles a product for each new number of rows, and keeps a thousand of them in each of two
+caches, 0.6 MB apiece. What comes again, as weights and numbers of rows that are rounded do, fits into these."""
 LONGEST_ROUND_SECONDS = 150.0
 """Training after which a round ends however little was learned: what is not live makes nothing faster."""
 
 
 class Worker:
     def __init__(self, options: WorkerOptions, control: Control) -> None:
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
+            os.environ.setdefault(cache, str(KEPT_PRODUCTS))
         self._options = options
         self._control = control
         self._place = options.place()
@@ -195,6 +203,7 @@ class Worker:
         )
         self._publish(course, trainer, training)
         course.save()
+        trim()
         return True
 
     @property
@@ -347,7 +356,9 @@ def main(arguments: Sequence[str]) -> int:
     control = Control(options.mode)
     try:
         with memory_errors():
-            Worker(options, control).run()
+            worker = Worker(options, control)
+            keep_for_good()
+            worker.run()
     except ServerGoneError:
         return 0
     except SlipstreamError as error:

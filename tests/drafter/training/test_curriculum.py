@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ def sample(number: int, length: int = 10, **fields: Any) -> Sample:
 def prepare(found: Sample) -> Example | None:
     assert found.features is not None
     return Example(found.tokens, found.num_prompt, found.start, found.features)
+
+
+def computed(found: Sample) -> Example | None:
+    """With features of its own, which are not those in the store."""
+    example = prepare(found)
+    return example and replace(example, features=example.features.clone())
 
 
 def numbers(examples: Sequence[Example]) -> list[int]:
@@ -129,7 +136,7 @@ def test_held_out_texts_are_never_drawn(even: TrafficStore) -> None:
 
 def test_purged_texts_are_not_drawn_again(store: TrafficStore) -> None:
     store.append([sample(number, tenant="stays" if number % 2 else "goes") for number in range(1, 101)])
-    curriculum = Curriculum(store, prepare)
+    curriculum = Curriculum(store, computed)
     curriculum.refresh()
     texts = curriculum.draw()
     assert {number % 2 for number in numbers(list(islice(texts, 100)))} == {0, 1}
@@ -151,7 +158,7 @@ def test_purged_texts_that_nobody_dropped_end_nothing(store: TrafficStore) -> No
 
 
 def test_memory_is_bounded(even: TrafficStore) -> None:
-    curriculum = Curriculum(even, prepare, cache_bytes=20 * KB)
+    curriculum = Curriculum(even, computed, cache_bytes=20 * KB)
     curriculum.refresh()
     for _ in islice(curriculum.draw(), 300):
         held = sum(example.features.nbytes for example in curriculum._cache.values())
@@ -159,6 +166,13 @@ def test_memory_is_bounded(even: TrafficStore) -> None:
     assert len(curriculum._cache) == 20
     curriculum.held_out(100)
     assert curriculum._cached <= 20 * KB
+
+
+def test_what_lies_in_the_store_is_not_held_besides(even: TrafficStore) -> None:
+    curriculum = Curriculum(even, prepare)
+    curriculum.refresh()
+    assert len(list(islice(curriculum.draw(), 30))) == 30
+    assert not curriculum._cache
 
 
 def test_only_what_belongs_to_the_route_is_counted_and_drawn(store: TrafficStore) -> None:

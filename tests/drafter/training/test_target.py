@@ -154,7 +154,7 @@ def test_output_rows_that_a_head_shares_follow(store: TrafficStore, target_folde
     assert again.shares_output and again.has_rows_of(first[OUTPUT]), "rows of the files are known"
     trained = layout.stored(again.tensors())
     kept = target.trainable(config, own)
-    assert not kept.shares_output and torch.equal(kept.weights[OUTPUT], own[OUTPUT])
+    assert not kept.shares_output and torch.equal(kept.weights[OUTPUT], own[OUTPUT].to(kept.dtype))
 
     second = update(store, target, 2)
     target.follow(store)
