@@ -30,6 +30,9 @@ settings.load_profile("fixed")
 
 LONG_FILES = (
     "drafter/training/test_worker.py",
+    "engine/models/test_families.py",
+    "engine/test_triton_engine.py",
+    "engine/models/test_long_rope.py",
     "server/evolution/test_trials.py",
     "server/gpu_check/test_dry_run.py",
     "kernels/triton/test_attention.py",

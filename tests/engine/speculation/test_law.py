@@ -188,7 +188,7 @@ def p_value(a: Joint, b: Joint) -> float:
 def law(engine: Engine, tiny: Path, kind: str, name: str, samples: int) -> float:
     """With a request per sample."""
     drafters, width = make_drafters(kind, tiny)
-    plain = joint(engine(), samples, 1, LAWS[name])
+    plain = plain_of_each(engine, name, samples)
     speculating = engine(drafters, draft_width=width)
     speculated = joint(speculating, samples, 10_000_000, LAWS[name])
     drafted = sum(stats.draft_tokens for stats in speculating.stats.drafters)
@@ -211,9 +211,23 @@ def law_of_many(
     return p_value(plain, speculated)
 
 
+PLAIN: dict[tuple[str, str, int], Joint] = {}
+"""What came without speculation, which has nothing to do with how the others draft."""
+
+
+def plain_of_each(engine: Engine, name: str, samples: int) -> Joint:
+    key = "each", name, samples
+    if key not in PLAIN:
+        PLAIN[key] = joint(engine(), samples, 1, LAWS[name])
+    return PLAIN[key]
+
+
 def plain_of_many(engine: Engine, name: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> Joint:
-    with monkeypatch.context() as patch:
-        return ManySeeds(engine(), LAWS[name], patch).run(samples, 1)
+    key = "many", name, samples
+    if key not in PLAIN:
+        with monkeypatch.context() as patch:
+            PLAIN[key] = ManySeeds(engine(), LAWS[name], patch).run(samples, 1)
+    return PLAIN[key]
 
 
 def law_of_network(
