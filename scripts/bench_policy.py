@@ -8,9 +8,13 @@ Between two batches of sampled answers the policy takes a few steps of Adam towa
 trainer by reinforcement would follow rewards, and both servers take the new weights; one trains its head on the answers
 it gave (``--evolve idle``), so many positions after each batch, the other keeps its head. *sums* is a narrow task, of
 which a policy becomes sure: two numbers are added digit by digit. *code* is a wide one: to go on with functions of
-Python's standard library. Both verify chains of three in every step, so the answers' accept length is that of the head
-alone, and what else the machine does changes nothing but how long it takes. Every turn of one is the other's
-standstill. Writes a table in Markdown and a plot to OUT.
+Python's standard library.
+
+Both answer the same questions with the same seeds. What draws tokens does not depend on the drafter, so they write the
+same texts, and what is compared is the heads alone; "same" in the table says how many of the texts are. Both verify
+chains of three in every step, so what else the machine does changes nothing but how long it takes. Accept length is
+tokens per step that verifies draft tokens; ranges are 90 % of a bootstrap over questions. Writes a table in Markdown
+and a plot to OUT after every update, and goes on for at most ``--minutes``.
 """
 
 from __future__ import annotations
@@ -19,36 +23,41 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from itertools import islice
+from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slipstream.clients.admin import AdminClient
-from slipstream.loadtest.arrivals import ClosedLoop
+from slipstream.loadtest.arrivals import ClosedLoop, drive
 from slipstream.loadtest.children import free_port, running
 from slipstream.loadtest.dataset import code_passages
-from slipstream.loadtest.harness import Target, connect, measure
+from slipstream.loadtest.harness import Target, connect
 from slipstream.loadtest.plots import Line, Panel, write_plot
-from slipstream.loadtest.processes import ProcessTree
-from slipstream.loadtest.scrape import read_speculation
-from slipstream.loadtest.workloads import CHAT, CONTINUE_CODE, Request
+from slipstream.loadtest.workloads import CONTINUE_CODE
 
 DEPTH, STREAMS = 3, 32
 ANSWER_TOKENS, LEARNED_TOKENS = 96, 192
 BATCH, STEPS = 4, 2
 """Texts per step of Adam, and steps per update."""
 CODE_CHARS = 600
-IDLE_SECONDS = 5.0
+FIRST_BATCHES = 3
+"""The first batch is so many times as large: the gate needs eight texts of those one in ten that are held out."""
+TRIAL_QUESTIONS = 8
+"""More questions at a time until the trial of a version is over, which is no part of what is compared."""
+IDLE_SECONDS = 20.0
 """A worker that has not begun a round by then has nothing to learn."""
 CLOSE = {"Connection": "close"}
 LIKELY = 8
 """Of the policy's tokens wherever one is sampled: of a sampled text the head learns distributions."""
+RESAMPLES, RANGE = 1000, (0.05, 0.95)
 
 
 Task = Callable[[str], Iterator[tuple[str, str]]]
@@ -91,11 +100,11 @@ class Policy:
         """The last step's loss, in nats per token."""
         loss = torch.zeros(())
         for _ in range(STEPS):
-            asked = [self._example(*next(self.texts)) for _ in range(BATCH)]
-            longest = max(len(tokens) for tokens, _ in asked)
+            examples = [self._example(*next(self.texts)) for _ in range(BATCH)]
+            longest = max(len(tokens) for tokens, _ in examples)
             ids = torch.zeros(BATCH, longest, dtype=torch.long)
             labels = torch.full((BATCH, longest), -100)
-            for row, (tokens, prompt) in enumerate(asked):
+            for row, (tokens, prompt) in enumerate(examples):
                 ids[row, : len(tokens)] = torch.tensor(tokens)
                 labels[row, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
             with torch.autocast("cpu", torch.bfloat16):
@@ -121,111 +130,198 @@ def command(port: int, *options: object) -> list[str]:
     return [sys.executable, "-P", "-m", "slipstream.server", "serve", *map(str, given)]
 
 
-def asked(question: str) -> Request:
-    fields = {"max_tokens": ANSWER_TOKENS, "temperature": 1.0}
-    return Request(CHAT, {"messages": [{"role": "user", "content": question}], **fields})
+@dataclass(frozen=True, slots=True)
+class Text:
+    """An answer, and what became of the draft tokens on the way."""
+
+    said: str
+    steps: int
+    accepted: int
 
 
-async def accept_length(target: Target, requests: list[Any]) -> float:
-    before = await read_speculation(target.client)
-    run = await measure(target, requests, ClosedLoop(STREAMS))
-    after = await read_speculation(target.client)
-    assert before is not None and after is not None
-    assert all(record.ok for record in run.records), run.records
-    counts = after - before
-    return 1 + counts.accepted_tokens / counts.drafts
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What was found after an update of the policy."""
+
+    following: list[Text]
+    frozen: list[Text]
+    loss: float
+    version: int
+    """Live in the end."""
+    learned: int
+    """Positions, by the end."""
+    verdict: str
 
 
-async def take_weights(admin: AdminClient, weights: Path, version: int) -> None:
-    await admin.begin_update(version)
-    await admin.read(version, str(weights))
-    await admin.finish_update(version)
+class Side:
+    """A server, and what to ask it."""
 
+    def __init__(self, target: Target, admin: AdminClient) -> None:
+        self.target, self.admin = target, admin
 
-async def learn(admin: AdminClient, before: int, positions: int) -> int:
-    """Waits until so many more are learned, and judged if a round is over; how many are learned now.
+    async def answers(self, questions: Sequence[str], first_seed: int) -> list[Text]:
+        """In the order of the questions, which have seeds from the first one on."""
+        found: dict[int, Text] = {}
 
-    Nothing is learned while a version is on trial, nor where too little has come; then it waits for nothing.
-    """
-    began = time.monotonic()
-    while True:
-        evolution = (await admin.status())["evolution"]
-        worker = evolution["worker"]
-        state, learned = worker["report"].get("state"), int(worker["tokens"])
-        is_idle = time.monotonic() - began > IDLE_SECONDS and state in ("waiting", "failed")
-        if evolution["trial"] is not None or is_idle or (learned >= before + positions and state != "gating"):
-            return learned
-        await asyncio.sleep(0.5)
+        async def ask(number: int, due: float) -> None:
+            body = {
+                "model": self.target.model,
+                "messages": [{"role": "user", "content": questions[number]}],
+                "max_tokens": ANSWER_TOKENS,
+                "temperature": 1.0,
+                "seed": first_seed + number,
+                "return_metrics": True,
+            }
+            answer = await self.target.client.chat(body)
+            counts = answer["metrics"]["speculative_decoding"]
+            said = answer["choices"][0]["message"]["content"]
+            found[number] = Text(said, counts["num_spec_steps"], counts["num_accepted_draft_tokens"])
+
+        await drive(range(len(questions)), ClosedLoop(STREAMS), ask)
+        return [found[number] for number in range(len(questions))]
+
+    async def take_weights(self, weights: Path, version: int) -> None:
+        await self.admin.begin_update(version)
+        await self.admin.read(version, str(weights))
+        await self.admin.finish_update(version)
+
+    async def evolution(self) -> dict[str, Any]:
+        found: dict[str, Any] = (await self.admin.status())["evolution"]
+        return found
+
+    async def live_version(self) -> int:
+        live = [each["version"] for each in await self.admin.drafters() if each["state"] == "live"]
+        return max(live, default=0)
+
+    async def end_trial(self, questions: Iterator[tuple[str, str]], first_seed: int) -> None:
+        """Asks more until no version is on trial, as rollouts of a larger batch would; nothing is learned meanwhile."""
+        while (await self.evolution())["trial"] is not None:
+            await self.answers([question for question, _ in islice(questions, TRIAL_QUESTIONS)], first_seed)
+
+    async def learn(self, before: int, positions: int) -> tuple[int, str]:
+        """Learns so many positions more and has the gate judge them; how many are learned by then, and the verdict.
+
+        Where too little has come to begin a round it waits for nothing.
+        """
+        began = time.monotonic()
+        rounds, told = sum((await self.evolution())["worker"]["rounds"].values()), False
+        await self.admin.evolve("resume")
+        while True:
+            worker = (await self.evolution())["worker"]
+            state, learned = worker["report"].get("state"), int(worker["tokens"])
+            is_idle = time.monotonic() - began > IDLE_SECONDS and state in ("waiting", "failed")
+            if is_idle or sum(worker["rounds"].values()) > rounds:
+                await self.admin.evolve("pause")
+                return learned, worker["verdict"].get("message", "")
+            if learned >= before + positions and not told:
+                told = True
+                await self.admin.evolve("judge")
+            await asyncio.sleep(0.2)
 
 
 async def run(options: argparse.Namespace) -> None:
+    began = time.monotonic()
     out: Path = options.folder
     out.mkdir(parents=True, exist_ok=True)
     policy, weights = Policy(options.model, options.rate, TASKS[options.task]), out / "policy"
-    learns = ("--registry", out / "registry", "--traffic-log", "features", "--traffic-folder", out / "traffic")
-    learns += ("--evolve", "idle", "--evolve-first-tokens", "1000", "--evolve-round-tokens", options.round_tokens)
-    learns += ("--traffic-topk", LIKELY, "--canary-share", "0.65", "--canary-requests", "20")
-    found: list[tuple[float, float, float, int]] = []
+    learns: tuple[object, ...] = (
+        "--registry",
+        out / "registry",
+        "--traffic-log",
+        "features",
+        "--traffic-folder",
+        out / "traffic",
+    )
+    # A round ends when the gate is asked to judge it.
+    learns += ("--evolve", "idle", "--evolve-first-tokens", "1000", "--evolve-round-tokens", 1_000_000)
+    learns += ("--traffic-topk", LIKELY, "--canary-share", "0.6", "--canary-requests", "20")
+    found: list[Update] = []
     learned = 0
     async with AsyncExitStack() as stack:
         sides = []
         for name, more in (("following", learns), ("frozen", ())):
             port = free_port()
-            log = out / f"{name}.log"
-            process = await stack.enter_async_context(running(name, command(port, *more), port, log=log))
+            await stack.enter_async_context(running(name, command(port, *more), port, log=out / f"{name}.log"))
             url = f"http://127.0.0.1:{port}"
-            # A connection for each request: a server that stood still closes those that were idle meanwhile.
+            # A connection for each request: while the policy learns, idle ones are closed.
             target = await stack.enter_async_context(connect(url, timeout=1200, headers=CLOSE))
-            admin = await stack.enter_async_context(AdminClient(url, headers=CLOSE))
-            sides.append((ProcessTree(process.pid), target, admin))
-        (following, target, admin), (frozen, other_target, other_admin) = sides
-        questions = TASKS[options.task](f"asked {options.seed}")
+            sides.append(Side(target, await stack.enter_async_context(AdminClient(url, headers=CLOSE))))
+        following, frozen = sides
+        await following.admin.evolve("pause")
+        questions, others = (TASKS[options.task](f"{name} {options.seed}") for name in ("asked", "trial"))
+        first_seed = options.seed << 20
         for update in range(options.updates + 1):
-            requests = [asked(question) for question, _ in islice(questions, options.requests)]
+            count = options.requests * (1 if update else FIRST_BATCHES)
+            batch = [question for question, _ in islice(questions, count)]
             loss = 0.0
             if update:
-                with following.frozen(), frozen.frozen():
-                    loss = policy.learn()
-                    policy.model.save_pretrained(weights)
-                for each in (admin, other_admin):
-                    await take_weights(each, weights, update)
-            with following.frozen():
-                without = await accept_length(other_target, requests[::2])
-            with frozen.frozen():
-                length = await accept_length(target, requests)
-                learned = await learn(admin, learned, options.learn)
-                versions = [each for each in await admin.drafters() if each["state"] == "live"]
-                worker = (await admin.status())["evolution"]["worker"]
-            live = versions[-1]["version"] if versions else 0
-            found.append((length, without, loss, live))
-            report(out, found)
-            said = worker["verdict"].get("message", "")
-            print(
-                f"{update:3d}: following {length:.3f}, frozen {without:.3f}, loss {loss:.3f}, live {live}, "
-                f"{learned} positions learned; {said}",
-                flush=True,
+                loss = policy.learn()
+                policy.model.save_pretrained(weights)
+                await asyncio.gather(*(side.take_weights(weights, update) for side in sides))
+            texts = await following.answers(batch, first_seed)
+            await following.end_trial(others, first_seed)
+            # The worker has the lowest priority; beside the other server's answers it begins, and reads what came.
+            (learned, verdict), same_texts = await asyncio.gather(
+                following.learn(learned, options.learn), frozen.answers(batch, first_seed)
             )
+            first_seed += count
+            found.append(Update(texts, same_texts, loss, await following.live_version(), learned, verdict))
+            report(out, found)
+            print(f"{time.monotonic() - began:.0f} s: {row(update, found[-1])} {verdict}", flush=True)
+            if time.monotonic() - began > 60 * options.minutes:
+                break
     print(summary(found))
 
 
-def report(out: Path, found: list[tuple[float, float, float, int]]) -> None:
-    lines = ["| update | following | frozen | ratio | policy's loss | live version |", "|---|---|---|---|---|---|"]
-    for update, (length, without, loss, live) in enumerate(found):
-        lines.append(f"| {update} | {length:.2f} | {without:.2f} | {length / without:.2f} | {loss:.2f} | {live} |")
-    (out / "policy.md").write_text("\n".join(lines) + "\n")
-    curves = [
-        Line("head follows", [(float(i), length) for i, (length, *_) in enumerate(found)]),
-        Line("head frozen", [(float(i), without) for i, (_, without, *_) in enumerate(found)]),
+def accept_length(texts: Sequence[Text]) -> float:
+    return 1 + sum(text.accepted for text in texts) / sum(text.steps for text in texts)
+
+
+def ratios(pairs: Sequence[tuple[Text, Text]]) -> tuple[float, float, float]:
+    """The accept length of the first of each pair over that of the second: as it is, and the ends of its range."""
+    counts = np.array([[a.accepted, a.steps, b.accepted, b.steps] for a, b in pairs])
+    draws = np.random.default_rng(0).integers(0, len(pairs), (RESAMPLES, len(pairs)))
+    sums = np.concatenate((counts.sum(0)[None], counts[draws].sum(1)))
+    ratio = (1 + sums[:, 0] / sums[:, 1]) / (1 + sums[:, 2] / sums[:, 3])
+    least, most = np.quantile(ratio[1:], RANGE)
+    return float(ratio[0]), float(least), float(most)
+
+
+def row(number: int, update: Update) -> str:
+    """A line of the table."""
+    pairs = list(zip(update.following, update.frozen, strict=True))
+    ratio, least, most = ratios(pairs)
+    same = sum(a.said == b.said for a, b in pairs)
+    return (
+        f"| {number} | {accept_length(update.following):.3f} | {accept_length(update.frozen):.3f} "
+        f"| {ratio:.3f} ({least:.3f} – {most:.3f}) | {update.loss:.2f} | {update.version} "
+        f"| {update.learned / 1000:.0f} | {same} of {len(pairs)} |"
+    )
+
+
+def report(out: Path, found: Sequence[Update]) -> None:
+    lines = [
+        "| update | following | frozen | ratio | policy's loss | live version | thousand positions learned | same |",
+        "|---|---|---|---|---|---|---|---|",
+        *(row(number, update) for number, update in enumerate(found)),
     ]
-    marks = [(float(i), str(found[i][3])) for i in range(1, len(found)) if found[i][3] != found[i - 1][3]]
-    panel = Panel("dashed: a version goes live", "accept length, chains of 3", curves, 1.0, marks)
+    (out / "policy.md").write_text("\n".join(lines) + "\n\n" + summary(found) + "\n")
+    curves = [
+        Line("head follows", [(float(i), accept_length(each.following)) for i, each in enumerate(found)]),
+        Line("head frozen", [(float(i), accept_length(each.frozen)) for i, each in enumerate(found)]),
+    ]
+    marks = [(float(i), str(b.version)) for i, (a, b) in enumerate(pairwise(found), 1) if b.version != a.version]
+    panel = Panel("dashed: a version is live from here on", "accept length, chains of 3", curves, 1.0, marks)
     write_plot(out / "policy.svg", "A policy moves and its drafter follows", "updates of the policy", [panel])
 
 
-def summary(found: list[tuple[float, float, float, int]]) -> str:
+def summary(found: Sequence[Update]) -> str:
     last = found[-max(len(found) // 5, 1) :]
-    ratio = sum(length for length, *_ in last) / sum(without for _, without, *_ in last)
-    return f"the last {len(last)} updates: {ratio:.3f} times the accept length of the frozen head"
+    ratio, least, most = ratios([pair for each in last for pair in zip(each.following, each.frozen, strict=True)])
+    return (
+        f"The last {len(last)} of {len(found) - 1} updates: {ratio:.3f} times the accept length of the frozen head "
+        f"({least:.3f} – {most:.3f})."
+    )
 
 
 def main() -> None:
@@ -234,10 +330,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="gets everything")
     parser.add_argument("--task", choices=TASKS, default="sums")
     parser.add_argument("--updates", type=int, default=30)
-    parser.add_argument("--requests", type=int, default=32, help="answers per update; of the frozen head half of them")
+    parser.add_argument("--requests", type=int, default=24, help="questions per update, of each server")
     parser.add_argument("--rate", type=float, default=2e-5, help="of Adam")
     parser.add_argument("--learn", type=int, default=6000, help="positions the head learns after each batch")
-    parser.add_argument("--round-tokens", type=int, default=10000)
+    parser.add_argument("--minutes", type=float, default=60, help="no update begins after that")
     parser.add_argument("--seed", type=int, default=0)
     asyncio.run(run(parser.parse_args()))
 

@@ -142,6 +142,7 @@ class Course:
     def target_changed(self) -> None:
         """Other weights serve; unless a lineage says that drafters fit them all, what they answer is to be learned."""
         if self._target.lineage:
+            self.curriculum.target_changed()
             return
         self.curriculum = self._new_curriculum()
         self.passed_over.clear()

@@ -32,6 +32,8 @@ class Mix:
 
     recent: int = 2000
     """Texts that count as recent."""
+    carried: int = 100
+    """The latest texts, which go on to count as recent once other weights of the target answer."""
     replay: float = 0.3
     """Drawn evenly from all traffic so far, so that what was learned once is not forgotten."""
     long: float = 0.1
@@ -132,6 +134,12 @@ class Curriculum:
         del self._recent[: -self._mix.recent], self._stream[: -self._mix.recent]
         self._find_longest()
         return new
+
+    def target_changed(self) -> None:
+        """Other weights answer from now on: of what came before only the latest texts still count as recent."""
+        del self._recent[: -self._mix.carried]
+        self._turn.clear()
+        self._find_longest()
 
     def forget(self, share: float) -> None:
         """Lets earlier tokens count ``share`` as much as before, so that the counts follow the traffic."""

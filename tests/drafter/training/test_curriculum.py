@@ -94,6 +94,23 @@ def test_recent_texts_come_in_turn(even: TrafficStore) -> None:
     assert drawn[:80] != drawn[80:]
 
 
+def test_only_the_latest_texts_stay_recent_once_other_weights_answer(store: TrafficStore) -> None:
+    curriculum = Curriculum(store, prepare, mix=Mix(carried=20, replay=0.25, long=0.25))
+    store.append([sample(number) for number in range(1, EVEN + 1)])
+    curriculum.refresh()
+    next(curriculum.draw())  # a turn of the old ones has begun
+    old = set(trainable(store)[-20:])
+    curriculum.target_changed()
+    store.append([sample(number, target_version=1) for number in range(EVEN + 1, EVEN + 51)])
+    curriculum.refresh()
+    fresh = {number for number in trainable(store) if number > EVEN} | old
+    drawn = numbers(list(islice(curriculum.draw(), 3000)))
+    # All the same a quarter is replay of everything.
+    share = 0.75 + 0.25 * len(fresh) / len(trainable(store))
+    assert sum(number in fresh for number in drawn) / len(drawn) == pytest.approx(share, abs=0.03)
+    assert min(drawn) < EVEN - 100
+
+
 def test_long_texts_are_drawn_more_often(store: TrafficStore) -> None:
     store.append([sample(number, length=3 + number % 40) for number in range(1, 200)])
     curriculum = Curriculum(store, prepare, mix=Mix(replay=0.0, long=0.5))

@@ -19,6 +19,7 @@ from slipstream.drafter.traffic import target_file
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.traffic.target_file import EMBEDDING, OUTPUT, UpdatedWeights
 from slipstream.drafter.training.course import Course, WorkerOptions
+from slipstream.drafter.training.curriculum import Mix
 from slipstream.drafter.training.target import Serving, Target
 from slipstream.engine.errors import ModelError
 from slipstream.kernels.weight import DenseWeight
@@ -177,6 +178,7 @@ def test_a_course_learns_from_what_counts(
     course.spend(8 * 34 * trained(store))
     assert not course.is_due(False)
 
+    course.curriculum._mix = Mix(carried=5)
     update(store, target, 1)
     store.append(traffic(15, seed=1, target_version=1))
     store.append(traffic(10, seed=2, target_version=1, features=False))
@@ -195,6 +197,8 @@ def test_a_course_learns_from_what_counts(
         usable = found.target_version in counted and (found.target_version == 0 or found.features is not None)
         assert (course.prepare(found) is not None) == usable
     assert len(course.curriculum._stream) == (35 if lineage else 15)
+    fresh = [each for each in store.samples(holdout=False) if each.target_version == 1 and each.features is not None]
+    assert len(course.curriculum._recent) == len(fresh) + (5 if lineage else 0)
 
     target_file.remove(store.index.folder)
     assert target.follow(store)
