@@ -34,6 +34,8 @@ class Mix:
     """Texts that count as recent."""
     carried: int = 100
     """The latest texts, which go on to count as recent once other weights of the target answer."""
+    judged: int = 240
+    """The latest texts, from which the gate goes on to take those held out, once other weights answer."""
     replay: float = 0.3
     """Drawn evenly from all traffic so far, so that what was learned once is not forgotten."""
     long: float = 0.1
@@ -136,7 +138,8 @@ class Curriculum:
         return new
 
     def target_changed(self) -> None:
-        """Other weights answer from now on: of what came before only the latest texts still count as recent."""
+        """Other weights answer from now on: of what came before only the latest texts still say how they do."""
+        del self._stream[: -self._mix.judged]
         del self._recent[: -self._mix.carried]
         self._turn.clear()
         self._find_longest()

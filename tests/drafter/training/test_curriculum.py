@@ -95,7 +95,7 @@ def test_recent_texts_come_in_turn(even: TrafficStore) -> None:
 
 
 def test_only_the_latest_texts_stay_recent_once_other_weights_answer(store: TrafficStore) -> None:
-    curriculum = Curriculum(store, prepare, mix=Mix(carried=20, replay=0.25, long=0.25))
+    curriculum = Curriculum(store, prepare, mix=Mix(carried=20, judged=100, replay=0.25, long=0.25))
     store.append([sample(number) for number in range(1, EVEN + 1)])
     curriculum.refresh()
     next(curriculum.draw())  # a turn of the old ones has begun
@@ -109,6 +109,9 @@ def test_only_the_latest_texts_stay_recent_once_other_weights_answer(store: Traf
     share = 0.75 + 0.25 * len(fresh) / len(trainable(store))
     assert sum(number in fresh for number in drawn) / len(drawn) == pytest.approx(share, abs=0.03)
     assert min(drawn) < EVEN - 100
+    judged = numbers(curriculum.held_out(EVEN).examples)
+    kept = [int(found.tokens[-1]) for found in store.samples(holdout=True) if found.tokens[-1] > EVEN - 100]
+    assert sorted(judged) == kept and kept[0] <= EVEN < kept[-1]
 
 
 def test_long_texts_are_drawn_more_often(store: TrafficStore) -> None:
