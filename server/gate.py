@@ -1,7 +1,7 @@
 """The layers around every route, as plain ASGI: who may come in, and what is counted on the way out.
 
 From the outside in: ``ResponseCounter``; ``Threshold``, which refuses what is said twice, what web pages of others send
-and strangers at the admin API of a server without an admin key; ``CORSMiddleware``, which answers browsers that ask for
+and strangers at the admin API of a server without an admin key; ``CrossOrigin``, which answers browsers that ask for
 a page that may; ``KeyCheck``, which puts a ``Principal`` into the scope.
 """
 
@@ -11,11 +11,20 @@ from collections.abc import Awaitable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from slipstream.server.body import JSON
 from slipstream.server.config import ServerConfig
-from slipstream.server.errors import ApiError, ForbiddenError, UnauthorizedError
+from slipstream.server.errors import (
+    ApiError,
+    ForbiddenError,
+    InvalidRequestError,
+    NotFoundError,
+    UnauthorizedError,
+)
 from slipstream.server.headers import check_repeated, header, is_loopback
 from slipstream.server.keys import KeyRing, Keys, Role
 from slipstream.server.metrics import Metrics
@@ -29,6 +38,7 @@ RATE_HEADERS = [
     f"x-ratelimit-{kind}-{name}" for name in ("requests", "tokens") for kind in ("limit", "remaining", "reset")
 ]
 """What an Account's answers say of it."""
+CROSS_ORIGIN_METHODS = ("DELETE", "GET", "HEAD", "POST")
 PROXY_HEADERS = frozenset({b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"cf-connecting-ip"})
 PROXY_PREFIXES = (b"x-forwarded-", b"x-envoy-")
 
@@ -40,8 +50,7 @@ class AdminPaths:
         self._controls = frozenset(controls)
 
     def __contains__(self, path: str) -> bool:
-        # What matches routes takes a line break at the end of a path for nothing.
-        return path.startswith(ADMIN_PATH) or path.removesuffix("\n") in self._controls
+        return path.startswith(ADMIN_PATH) or path in self._controls
 
 
 ADMIN_API = AdminPaths()
@@ -61,15 +70,29 @@ def guarded(
     app = KeyCheck(app, keys, admin)
     if config.allowed_origin:
         origins = [origin.removesuffix("/") for origin in config.allowed_origin]
-        app = CORSMiddleware(
+        app = CrossOrigin(
             app,
             allow_origins=[ANY] if ANY in origins else origins,
-            allow_methods=("GET", "HEAD", "POST"),
+            allow_methods=CROSS_ORIGIN_METHODS,
             allow_headers=("*",),
             expose_headers=("x-request-id", "retry-after", *RATE_HEADERS),
             allow_private_network=True,
         )
     return ResponseCounter(Threshold(app, config, keys, admin), metrics)
+
+
+class CrossOrigin(CORSMiddleware):
+    """One whose refusals look like all others."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        found = super().preflight_response(request_headers)
+        if found.status_code < 400:
+            return found
+        error = InvalidRequestError(
+            f"web pages may use {', '.join(CROSS_ORIGIN_METHODS)}, and of other origins only those of --allowed-origin",
+            param="access-control-request-method",
+        )
+        return Response(error.body(), error.status, media_type=JSON)
 
 
 class Threshold:
@@ -93,6 +116,8 @@ class Threshold:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
+        if scope["path"].endswith("\n"):  # which what matches routes takes for nothing
+            raise NotFoundError(f"there is no route {scope['method']} {scope['path']!r}")
         check_repeated(scope)
         if (
             scope["path"] in self._admin

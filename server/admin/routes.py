@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
+from starlette.convertors import IntegerConvertor, register_url_convertor
 
 from slipstream.drafter.registry import exchange
 from slipstream.drafter.registry.database import RegistryUnusableError
@@ -58,12 +59,19 @@ LISTED = (parameter("route", type="string"), parameter("pruned", type="string", 
 Result = TypeVar("Result")
 
 
+class VersionConvertor(IntegerConvertor):
+    """Python refuses to read numbers of thousands of digits."""
+
+    regex = "[0-9]{1,100}"
+
+
 def admin_router(service: Service) -> APIRouter:
     router = APIRouter(default_response_class=Response)
     prefix = "/admin/v1"
     commands = DrafterCommands()
     router.include_router(target_router(service))
-    one = prefix + "/drafters/{version:int}"
+    register_url_convertor("version", VersionConvertor())
+    one = prefix + "/drafters/{version:version}"
 
     @router.get("/dashboard", openapi_extra=describe("text/html"))
     async def dashboard() -> Response:
@@ -93,7 +101,7 @@ def admin_router(service: Service) -> APIRouter:
         found = await ask(registry.get, version)
         return JSONBody({"drafter": found, "history": await ask(registry.history, version)})
 
-    @router.get(one + "/diff/{other:int}", openapi_extra=describe(answers.Difference, 404, 409, 503, 504))
+    @router.get(one + "/diff/{other:version}", openapi_extra=describe(answers.Difference, 404, 409, 503, 504))
     async def diff_drafters(version: int, other: int) -> Response:
         """How two versions differ."""
         registry = evolution_of(service).registry

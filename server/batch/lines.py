@@ -79,8 +79,14 @@ class HasUsage(msgspec.Struct):
     model: str | None = None
 
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are not what they should be; also for what is nested too deeply."""
+SPARE_LEVELS = 500
+"""How deeply a line may be nested depends on how deep calls are where it is decoded. So it is tried once with as many
+levels more; routes take 200 at most."""
 encode = msgspec.json.Encoder().encode
 decode_request = msgspec.json.Decoder(RequestLine).decode
+skim = msgspec.json.Decoder(msgspec.Raw).decode
 decode_answer = msgspec.json.Decoder(AnswerLine).decode
 decode_usage = msgspec.json.Decoder(HasUsage).decode
 decode_mode = msgspec.json.Decoder(Mode).decode
@@ -124,8 +130,7 @@ def check(path: Path, endpoint: str, most_bytes: int) -> tuple[int, list[LinePro
                 if len(problems) == MOST_PROBLEMS:
                     return count, problems, None
             elif count == 1:
-                found = decode_mode(decode_request(line).body).model
-                model = found if isinstance(found, str) else None
+                model = model_of(decode_request(line).body)
     if not count:
         problems.append(LineProblem(code="empty_file", message="the input file has no requests"))
     return count, problems, model
@@ -137,10 +142,11 @@ def problem_of(line: bytes, endpoint: str, most_bytes: int, known: set[str]) -> 
         said = f"the line is larger than {most_bytes} bytes (--max-body-bytes)"
         return LineProblem(code="request_too_large", message=said)
     try:
+        skim(b"[" * SPARE_LEVELS + line + b"]" * SPARE_LEVELS)
         request = decode_request(line)
     except msgspec.ValidationError as error:
         return LineProblem(code="invalid_request", message=f"custom_id, method, url and body are needed: {error}")
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return LineProblem(code="invalid_json_line", message="this line is not parseable as valid JSON")
     if not request.custom_id or len(request.custom_id) > MOST_ID_CHARS:
         said = f"1 to {MOST_ID_CHARS} characters"
@@ -157,9 +163,21 @@ def problem_of(line: bytes, endpoint: str, most_bytes: int, known: set[str]) -> 
     return None
 
 
+def model_of(body: msgspec.Raw) -> str | None:
+    """The model that is asked, if that can be read."""
+    try:
+        found = decode_mode(body).model
+    except UNREADABLE:
+        return None
+    return found if isinstance(found, str) else None
+
+
 def refusal(body: msgspec.Raw) -> str | None:
     """Why a batch cannot answer this, if it cannot; all else the route itself refuses."""
-    mode = decode_mode(body)
+    try:
+        mode = decode_mode(body)
+    except UNREADABLE as error:
+        return f"body: {error}"
     if mode.stream:
         return "stream: a batch is answered as a whole"
     if mode.background:

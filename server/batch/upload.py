@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from starlette.requests import Request
 from slipstream.server.batch.schema import UploadBody
 from slipstream.server.body import parse
 from slipstream.server.errors import BodyTooLargeError, InvalidRequestError, TooSlowError, UnsupportedMediaTypeError
+from slipstream.server.headers import header
 
 MULTIPART = "multipart/form-data"
 UPLOAD_TIMEOUT_S = 600.0
@@ -37,9 +39,11 @@ async def read_upload(request: Request, most_bytes: int) -> AsyncIterator[tuple[
         raise UnsupportedMediaTypeError(f"send the file as {MULTIPART}, not as {kind[:60]!r}")
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         raise UnsupportedMediaTypeError("send the file as it is, not compressed")
+    charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8")
+    if charset.lower() not in (b"utf-8", b"utf8"):
+        raise UnsupportedMediaTypeError(f"send the form in UTF-8, not in {charset[:60].decode('latin-1')!r}")
     too_large = BodyTooLargeError(f"the file is larger than {most_bytes} bytes; see --max-file-bytes")
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > most_bytes + ROOM_BYTES:
+    if int(header(request.scope, "content-length") or 0) > most_bytes + ROOM_BYTES:
         raise too_large
 
     async def bounded() -> AsyncIterator[bytes]:

@@ -142,3 +142,20 @@ def test_how_a_body_may_come(server: Any, head: bytes, body: bytes, status: int)
     assert json.loads(reply).keys() == (
         {"error"} if status != 200 else {"count", "max_model_len", "tokens", "token_strs"}
     )
+
+
+def test_white_space_after_a_length_is_none_of_it(server: Any) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=300) as connection:
+        head = f"POST {COMPLETE} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += f"Content-Length: {len(BODY)} \t\r\n\r\n"
+        connection.sendall(head.encode() + BODY)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/health", COMPLETE, "/v1/messages", "/v1/models/tiny-model", "/admin/v1/status"]
+)
+def test_a_line_break_at_the_end_of_a_path_names_no_route(server: Any, path: str) -> None:
+    for method in ("GET", "POST"):
+        status, _, reply = server.request(method, path + "%0A")
+        assert (status, json.loads(reply)["error"]["code"]) == (404, "unknown_route")

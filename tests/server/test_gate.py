@@ -151,6 +151,16 @@ async def test_allowed_pages_get_what_browsers_ask_for(scheme: str, name: str, p
     assert (await ask(config, page[0], ("origin", f"{scheme}://not-{name}{port}"))).status == 403
 
 
+async def test_pages_may_use_the_methods_of_routes_and_are_told_so() -> None:
+    page = (("host", "localhost:8000"), ("origin", "https://chat.example"))
+    config = ServerConfig(allowed_origin=("https://chat.example",))
+    for method in ("DELETE", "GET", "POST"):
+        reply = await ask(config, *page, ("access-control-request-method", method), method="OPTIONS")
+        assert reply.status == 200 and method in reply.headers["access-control-allow-methods"].split(", ")
+    reply = await ask(config, *page, ("access-control-request-method", "PUT"), method="OPTIONS")
+    assert (reply.status, reply.code, reply.headers["content-type"]) == (400, "invalid_value", "application/json")
+
+
 @given(name=names, port=ports, scheme=schemes)
 async def test_pages_of_a_server_for_others(name: str, port: str, scheme: str) -> None:
     """Its own pages under an address, or a name it was told; under any other name they may be of a rebound one."""

@@ -163,6 +163,8 @@ async def test_versions_that_are_not_there(admin: AdminClient) -> None:
         ("POST", "drafters/1/promote", {"reason": 5}, 400, "invalid_type", "reason"),
         ("POST", "drafters/1/applaud", {}, 404, "unknown_route", None),
         ("POST", "drafters/one/promote", {}, 404, "unknown_route", None),
+        ("GET", "drafters/" + 5000 * "9", None, 404, "unknown_route", None),
+        ("GET", "drafters/" + 100 * "9", None, 404, "version_not_found", None),
         ("GET", "drafters/1/promote", None, 405, "method_not_allowed", None),
         ("POST", "drafters/prune", {}, 400, "missing_required_parameter", "keep"),
         ("POST", "drafters/prune", {"keep": -1}, 400, "invalid_value", "keep"),
