@@ -35,12 +35,11 @@ def client(server: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
 
 
-def ended(client: openai.OpenAI, content: bytes) -> Any:
+def ended(server: Any, client: openai.OpenAI, content: bytes) -> Any:
     file = client.files.create(file=("in.jsonl", io.BytesIO(content)), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
-    while batch.status in ("validating", "in_progress", "finalizing"):
-        batch = client.batches.retrieve(batch.id)
-    return batch
+    server.wait_until(lambda: client.batches.retrieve(batch.id).status in ("completed", "failed"))
+    return client.batches.retrieve(batch.id)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +53,8 @@ def ended(client: openai.OpenAI, content: bytes) -> Any:
         nested(300),
     ],
 )
-def test_a_line_that_cannot_be_read_fails_alone(client: openai.OpenAI, body: bytes) -> None:
-    batch = ended(client, line("odd", body) + line("good", GOOD))
+def test_a_line_that_cannot_be_read_fails_alone(server: Any, client: openai.OpenAI, body: bytes) -> None:
+    batch = ended(server, client, line("odd", body) + line("good", GOOD))
     assert batch.status == "completed"
     assert (batch.request_counts.completed, batch.request_counts.failed) == (1, 1)
     [failed] = [json.loads(each) for each in client.files.content(batch.error_file_id).text.splitlines()]
@@ -63,8 +62,8 @@ def test_a_line_that_cannot_be_read_fails_alone(client: openai.OpenAI, body: byt
     assert failed["response"]["body"]["error"]["type"] == "invalid_request_error"
 
 
-def test_a_line_that_is_nested_without_end_fails_its_batch(client: openai.OpenAI) -> None:
-    batch = ended(client, line("good", GOOD) + line("odd", nested(50_000)))
+def test_a_line_that_is_nested_without_end_fails_its_batch(server: Any, client: openai.OpenAI) -> None:
+    batch = ended(server, client, line("good", GOOD) + line("odd", nested(50_000)))
     assert batch.status == "failed"
     assert [(each.code, each.line) for each in batch.errors.data] == [("invalid_json_line", 2)]
 
