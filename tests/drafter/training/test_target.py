@@ -226,3 +226,21 @@ def test_what_a_head_proposes_are_the_most_frequent_tokens(targets: dict[str, Ta
     assert targets[""].draft_tokens(counts, 2).tolist() == [70, 90]
     assert targets[""].draft_tokens(counts, 5).tolist() == [0, 1, 5, 70, 90]
     assert targets[""].draft_tokens(counts, 6, [9, 70, 80]).tolist() == [0, 5, 9, 70, 80, 90]
+
+
+def test_frozen_matrices_are_held_once(targets: dict[str, Target]) -> None:
+    """In the numbers that are computed with, not also in those of the files."""
+    target = targets[""]
+    assert {target._of_files[EMBEDDING].data_ptr()} == {target._last_layer[EMBEDDING].data_ptr(), *embeddings(target)}
+    head = target.trainable(*target.cold_head(torch.arange(64)))
+    assert (
+        head.weights[OUTPUT].dtype == target.dtype and head.weights[OUTPUT].data_ptr() == head._cast[OUTPUT].data_ptr()
+    )
+    head.refresh()
+    assert head.weights[OUTPUT].data_ptr() == head._cast[OUTPUT].data_ptr()
+
+
+def embeddings(target: Target) -> set[int]:
+    """Where the embedding of the target lies, and of two heads."""
+    heads = [target.trainable(*target.cold_head(torch.arange(64))) for _ in range(2)]
+    return {target.embedding.data_ptr(), *(head._embedding.data_ptr() for head in heads)}
