@@ -258,7 +258,7 @@ class Scheduler:
 
     def _restart_outgrown(self) -> None:
         """Requests that have become longer than the switch length are computed again, from their first position on."""
-        for request in [*self._running, *self._waiting]:
+        for request in [*self._running, *self._waiting] if self._switch_length < self._max_model_len else ():
             if request.length <= self._switch_length or request.outgrown or self._awaits_result(request):
                 continue
             if request.slot >= 0:
