@@ -199,9 +199,10 @@ class StandBy:
         self._control = control
         self._waiting = waiting
         self._settle = settle
-        self._thread = threading.get_ident()
+        self._lock = threading.Lock()
+        self._until = 0.0
         self.seconds = 0.0
-        """Waited so far by the thread that made this."""
+        """In which some thread has waited so far: then those that have not yet come to wait do so for this one."""
 
     def __enter__(self) -> StandBy:
         self.wait()
@@ -215,7 +216,8 @@ class StandBy:
         """Until training may go on, or the server has gone; threads may do so at once."""
         if self._settle is not None and self._control.mode == "idle":
             self._settle()
-        waited = self._control.wait(self._waiting)
-        # For a GPU the backward pass runs in a thread of torch's, while the one that made this waits for it.
-        if self._settle is not None or threading.get_ident() == self._thread:
-            self.seconds += waited
+        if waited := self._control.wait(self._waiting):
+            with self._lock:
+                now = time.monotonic()
+                self.seconds += now - max(now - waited, self._until)
+                self._until = now

@@ -172,7 +172,26 @@ def test_training_stands_by_in_the_middle_of_a_step(
     thread.join(SOON)
     assert not thread.is_alive()
     assert not torch.equal(head.weights["fc.weight"], before)
-    assert stand_by.seconds == 0, "another thread waited"
+    assert stand_by.seconds >= 0.1, "a thread waited for which all others do"
+
+
+def test_what_threads_wait_at_the_same_time_counts_once_and_whichever_waits(connect: Connect) -> None:
+    server = connect("idle")
+    asked = [threading.Event(), threading.Event()]
+    waiting = iter(asked)
+    stand_by = StandBy(server.control, lambda: next(waiting).set())
+    server.load(1)
+    threads = [threading.Thread(target=stand_by.wait, daemon=True) for _ in asked]
+    began = time.monotonic()
+    for thread, event in zip(threads, asked, strict=True):
+        thread.start()
+        assert event.wait(SOON)
+    threads[0].join(0.2)
+    server.load(0)
+    for thread in threads:
+        thread.join(SOON)
+        assert not thread.is_alive()
+    assert 0.2 <= stand_by.seconds <= time.monotonic() - began
 
 
 def test_a_step_is_finished_when_the_server_goes(connect: Connect) -> None:
