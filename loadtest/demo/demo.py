@@ -173,6 +173,8 @@ class Demo:
                 self._say(f"version {watch.swaps[-1].version} is live")
                 self._enter("looking at held-out prompts")
                 self._glances.append(self._glance_of(await self._heldout.measure(unseen, "head", options.glance)))
+            if over():  # what the round under way has learned is still to be judged: no traffic that it would wait for
+                break
             self._enter("replaying traffic")
             await self._burst(watch, replay, until)
 

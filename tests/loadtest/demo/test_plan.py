@@ -42,11 +42,19 @@ def test_more_time_means_more_of_everything_up_to_a_limit(given):
     assert all(plan.glance <= plan.heldout for plan in plans)
 
 
-def test_answers_grow_with_what_is_learned_of_them(given):
+def test_answers_come_early_and_are_learned_more_often_in_the_end(given):
     options = DemoOptions(**given, minutes=30)
     assert options.wanted_tokens(0) >= options.first_tokens / 0.9  # one question in ten is held out
-    for learned in (300_000, 800_000):
-        assert (learned + options.round_tokens) / options.wanted_tokens(learned) == pytest.approx(EPOCHS)
+
+    def epochs(learned: int) -> float:
+        whole = options.round_tokens
+        return (learned + min(max(learned, whole // 4), whole)) / options.wanted_tokens(learned)
+
+    assert epochs(0) == pytest.approx(1)
+    assert 1 < epochs(100_000) < epochs(300_000) < EPOCHS
+    assert epochs(800_000) == epochs(2_000_000) == pytest.approx(EPOCHS)
+    wanted = [options.wanted_tokens(learned) for learned in range(0, 2_000_000, 10_000)]
+    assert wanted == sorted(wanted)  # what was sent is never more than what is wanted later
 
 
 def test_the_server_takes_the_options(given):
