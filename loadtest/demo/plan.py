@@ -13,8 +13,8 @@ DemoWorkload = Literal["sharegpt", "extract"]
 DEPTH = 3
 """Draft tokens in a chain."""
 EPOCHS = 3.0
-"""How often each token of an answer is learned in the end. In the beginning once: of few texts a head learns more than it
-should, and early answers are worth as much as late ones, only sooner."""
+"""How often each token of an answer is learned in the end. In the beginning once: of few texts a head learns more than
+it should, and early answers are worth as much as late ones, only sooner."""
 LONGEST_BURST = 0.5
 """Share of the time left that traffic between two rounds may take."""
 LEAST_LEARNING = 0.4
