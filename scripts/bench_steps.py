@@ -54,7 +54,7 @@ MULTIPLIED = {
 class Bench:
     def __init__(self, context: int, model: str, form: str, isa: str, clock: limits.Clock) -> None:
         threads = 0 if clock is time.perf_counter else 1
-        options = {"kv_cache_memory": "256MiB", "speculation": "off", "threads": threads, **FORMS[form]}
+        options = {"kv_cache_memory": "1GiB", "speculation": "off", "threads": threads, **FORMS[form]}
         config = EngineConfig(model=model, isa=isa, **options)
         self.clock = clock
         engine = LocalEngine(config).engine
@@ -69,6 +69,8 @@ class Bench:
     def seconds(self, segments: int, tokens: int) -> float:
         """A step over so many segments of so many positions that end at the context."""
         blocks = -(-self.context // self.block_size)
+        if segments * blocks > self.runner.cache.num_blocks:
+            raise SystemExit(f"the cache has no room for {segments} streams of {self.context} tokens: fewer --sizes")
         batch = make_batch(
             np.zeros(segments * tokens, np.int32),
             np.full(segments, tokens, np.int32),
