@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails, from_json
 from starlette.requests import Request
 
 from slipstream.server.errors import BodyTooLargeError, InvalidRequestError, TooSlowError, UnsupportedMediaTypeError
-from slipstream.server.headers import header
+from slipstream.server.headers import content_length, header
 from slipstream.server.held import Hold
 
 logger = logging.getLogger(__name__)
@@ -79,13 +79,12 @@ async def read_body(request: Request, max_bytes: int, held: Hold | None = None, 
     found = (
         request.headers.get("content-type", media_type if media_type == JSON else "").partition(";")[0].strip().lower()
     )
-    length = header(request.scope, "content-length")
     # aiohttp, the client of most trainers, declares even the absence of a body as bytes. No browser does so unasked.
-    is_nothing = found == BYTES and length == "0"
+    is_nothing = found == BYTES and header(request.scope, "content-length") == "0"
     if found != media_type and not (media_type == JSON and (found.endswith("+json") or is_nothing)):
         raise UnsupportedMediaTypeError(f"send the body as {media_type}, not as {found!r}")
     too_large = BodyTooLargeError(f"the body is larger than {max_bytes} bytes; see --max-body-bytes")
-    if int(length or 0) > max_bytes:
+    if content_length(request.scope) > max_bytes:
         raise too_large
     chunks = []
     received = 0

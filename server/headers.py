@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,12 @@ def check_repeated(scope: Scope) -> None:
 def header(scope: Scope, name: str) -> str | None:
     """The value of a header that ``check_repeated`` lets through once only; ``name`` is in lower case."""
     return next(iter(header_values(scope, name)), None)
+
+
+def content_length(scope: Scope) -> int:
+    """Bytes of the body that are announced, 0 if none are; more than any limit where that is no number."""
+    said = header(scope, "content-length") or "0"
+    return int(said) if said.isdecimal() and len(said) < len(str(sys.maxsize)) else sys.maxsize
 
 
 def header_values(scope: Scope, name: str) -> list[str]:

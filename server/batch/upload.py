@@ -16,7 +16,7 @@ from starlette.requests import Request
 from slipstream.server.batch.schema import UploadBody
 from slipstream.server.body import parse
 from slipstream.server.errors import BodyTooLargeError, InvalidRequestError, TooSlowError, UnsupportedMediaTypeError
-from slipstream.server.headers import header
+from slipstream.server.headers import content_length
 
 MULTIPART = "multipart/form-data"
 UPLOAD_TIMEOUT_S = 600.0
@@ -43,7 +43,7 @@ async def read_upload(request: Request, most_bytes: int) -> AsyncIterator[tuple[
     if charset.lower() not in (b"utf-8", b"utf8"):
         raise UnsupportedMediaTypeError(f"send the form in UTF-8, not in {charset[:60].decode('latin-1')!r}")
     too_large = BodyTooLargeError(f"the file is larger than {most_bytes} bytes; see --max-file-bytes")
-    if int(header(request.scope, "content-length") or 0) > most_bytes + ROOM_BYTES:
+    if content_length(request.scope) > most_bytes + ROOM_BYTES:
         raise too_large
 
     async def bounded() -> AsyncIterator[bytes]:
