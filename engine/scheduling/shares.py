@@ -71,6 +71,15 @@ class WaitingRequests:
         """Whether there is more than one flow; else nobody has to be charged."""
         return len(self._open) > 1
 
+    @property
+    def has_seen_others(self) -> bool:
+        """Whether requests of more than one flow have come, now or before."""
+        return len(self._used) > 1
+
+    def has_backlog(self, request: Request) -> bool:
+        """Whether its flow has more requests waiting."""
+        return flow_of(request) in self._queues
+
     def opened(self, request: Request, running: Iterable[Request]) -> None:
         """A request has come, of a flow that has now had at most ``CREDIT_S`` less than who has had most, not counting
         prompts under way.
@@ -134,7 +143,7 @@ class WaitingRequests:
     def keeping(self, prompt: Request, streams: Sequence[Request]) -> float:
         """The share of streams that keep their pace while this prompt is computed: those of flows that have no more
         requests waiting, or have had less than the prompt's flow. Where that has more waiting itself, all do."""
-        if not streams or not self.is_shared or flow_of(prompt) in self._queues:
+        if not streams or not self.is_shared or self.has_backlog(prompt):
             return 1.0
         ahead = {flow for flow in self._queues if self._used[flow] >= prompt.turn}
         return sum(flow_of(stream) not in ahead for stream in streams) / len(streams)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.plan import StepWork
 from slipstream.engine.scheduling import shares
+from slipstream.engine.scheduling.prompts import SHARED_STEP_S
 from slipstream.engine.testing import SimulatedLoop
 
 VOCAB = 40
@@ -175,7 +176,7 @@ def test_a_quiet_flows_prompt_is_computed_at_once_and_hardly_slower_than_alone(l
     steps = until_first_token(flooded([("quiet", length)]), 1000)
     assert sum(own for own, _, _ in steps) == length
     assert all(own for own, _, _ in steps), "others' prompts are computed while this one waits"
-    assert not any(others for _, others, _ in steps[:-1]), "others' prompts take their share of it"
+    assert not any(others for _, others, _ in steps), "a step is filled up with others' prompts"
     assert all(share < 0.16 for _, _, share in steps[:-1])
     assert all(share > 0.14 for _, _, share in steps)
 
@@ -204,3 +205,21 @@ def test_streams_keep_their_pace_while_two_floods_have_prompts() -> None:
     steps = until_first_token(loop, 1002)
     assert all(share > 0.38 for _, _, share in steps)
     assert sum(bool(own) for own, _, _ in steps) < len(steps)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_steps_full_of_a_floods_prompts_are_short_once_another_flow_was_seen(others: int) -> None:
+    """Who comes next waits for one of them; without others nobody does."""
+    loop = SimulatedLoop(replace(CONFIG, max_running=16, max_step_tokens=512), 1000, 1200, vocab_size=VOCAB)
+    loop.cost.calibrate([(StepWork(tokens), BASE_S + tokens * TOKEN_S) for tokens in (1, 16, 64, 512)], [])
+    loop.cost.observe = lambda *_: None  # type: ignore[method-assign]
+    for number in range(1000, 1000 + others):
+        loop.add(number, [1] * 10, flow="quiet")
+        loop.finish()
+    for number in range(40):
+        loop.add(number, [number, *[5] * 599], max_tokens=1, flow="flood")
+    plan = loop.step()
+    assert plan is not None
+    most = int((SHARED_STEP_S - BASE_S) / TOKEN_S)
+    assert plan.num_tokens in ((most - 1, most) if others else (512,))
+    loop.finish()
