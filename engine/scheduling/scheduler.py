@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +19,7 @@ from slipstream.engine.scheduling.draft_planner import DraftPlanner
 from slipstream.engine.scheduling.kv.manager import Admission, KVManager, Wait
 from slipstream.engine.scheduling.offline import OfflineShare, prompts_wait
 from slipstream.engine.scheduling.plan_builder import PlanBuilder
-from slipstream.engine.scheduling.prompts import plan_prompts
+from slipstream.engine.scheduling.prompts import PromptPlanner
 from slipstream.engine.scheduling.queue_order import QueueOrder
 from slipstream.engine.scheduling.request import Request, check_rows
 from slipstream.engine.scheduling.shares import WaitingRequests
@@ -66,6 +66,7 @@ class Scheduler:
         self._ended_slots: list[tuple[int, int]] = []  # since the last plan
         self._ended: list[TokenDelta] = []  # terminal deltas that no step will bring
         self._offline = OfflineShare(config, cost, self._awaits_result)
+        self._prompt_planner = PromptPlanner(config, cost, self._waiting, self._offline)
         self._draft_planner = DraftPlanner(config, max_model_len, self._switch_length, self.kv, cost, drafting)
         self._step = 0
         self._prompt_tokens = self._generation_tokens = 0
@@ -158,9 +159,9 @@ class Scheduler:
         plan = PlanBuilder()
         self._restart_outgrown()
         self._admit(plan)
-        self._plan_decodes(plan)
-        caught_up = (each for each in self._running if not self._awaits_result(each))
-        plan_prompts(plan, caught_up, self._waiting, self._config, self.cost, self._offline)
+        prompts = [each for each in self._running if each.is_prompt and not self._awaits_result(each)]
+        self._plan_decodes(plan, self._prompt_planner.stand_back(self._running, prompts))
+        self._prompt_planner.plan(plan, prompts)
         if not plan.requests:
             return None
         for request in plan.requests:
@@ -273,8 +274,8 @@ class Scheduler:
             if request.is_held or (self.standstill.pause and not request.has_begun):
                 continue
             request.take_root(self._weights)
-            if not self._wants_prompt_work(request):
-                return
+            if self._waiting.prompts_before(request, self._running) >= self._config.max_step_tokens:
+                return  # more urgent ones leave no room in the next step
             while True:
                 spare = len(self._running)
                 admission = self.kv.admit(request, spare) if self._free_slots else Wait.BLOCKS
@@ -285,10 +286,6 @@ class Scheduler:
             if isinstance(admission, Wait):
                 return  # nobody overtakes the first in line
             self._start(request, admission, plan)
-
-    def _wants_prompt_work(self, request: Request) -> bool:
-        """Whether prompts more urgent than this one leave room in the next step."""
-        return self._waiting.prompts_before(request, self._running) < self._config.max_step_tokens
 
     def _start(self, request: Request, admission: Admission, plan: PlanBuilder) -> None:
         self._waiting.remove(request)
@@ -307,9 +304,9 @@ class Scheduler:
         plan.blocks.append((request.slot, 0, list(request.blocks)))
         plan.copies.extend(admission.copies)
 
-    def _plan_decodes(self, plan: PlanBuilder) -> None:
-        """One token for every stream; a stream without room for it pushes out the least urgent request."""
-        for request in self._offline.decodes(list(self._running), plan):
+    def _plan_decodes(self, plan: PlanBuilder, standing_back: Set[Request]) -> None:
+        """One token for every other stream; a stream without room for it pushes out the least urgent request."""
+        for request in self._offline.decodes([each for each in self._running if each not in standing_back], plan):
             if request.slot < 0 or request.length - request.num_computed != 1 or self._awaits_result(request):
                 continue
             while (grown := self.kv.grow(request, request.length)) is None:

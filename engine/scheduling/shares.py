@@ -145,8 +145,12 @@ class WaitingRequests:
         requests waiting, or have had less than the prompt's flow. Where that has more waiting itself, all do."""
         if not streams or not self.is_shared or self.has_backlog(prompt):
             return 1.0
-        ahead = {flow for flow in self._queues if self._used[flow] >= prompt.turn}
+        ahead = self.ahead_of(prompt)
         return sum(flow_of(stream) not in ahead for stream in streams) / len(streams)
+
+    def ahead_of(self, prompt: Request) -> set[Flow]:
+        """Flows with a backlog that have had as much of the machine as the prompt's, or more."""
+        return {flow for flow in self._queues if self._used[flow] >= prompt.turn}
 
     def prompts_before(self, request: Request, running: Iterable[Request]) -> int:
         """Positions that running requests have to compute of their prompts before it is this one's turn."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.plan import StepWork
 from slipstream.engine.scheduling import shares
-from slipstream.engine.scheduling.prompts import SHARED_STEP_S
+from slipstream.engine.scheduling.prompts import SHARED_STEP_S, STANDING_BACK
 from slipstream.engine.testing import SimulatedLoop
 
 VOCAB = 40
@@ -166,7 +166,7 @@ def until_first_token(loop: SimulatedLoop, request_id: int) -> list[tuple[int, i
         owner |= {row.slot: row.request.request_id for row in plan.new}
         own = sum(count for slot, count in zip(plan.slots, plan.counts, strict=True) if owner.get(slot) == request_id)
         streams = plan.counts.count(1)
-        share = (BASE_S + streams * TOKEN_S) / (BASE_S + plan.num_tokens * TOKEN_S)
+        share = (BASE_S + streams * TOKEN_S) / (BASE_S + plan.num_tokens * TOKEN_S) if streams else 0.0
         found.append((own, plan.num_tokens - streams - own, share))
     return found
 
@@ -177,8 +177,24 @@ def test_a_quiet_flows_prompt_is_computed_at_once_and_hardly_slower_than_alone(l
     assert sum(own for own, _, _ in steps) == length
     assert all(own for own, _, _ in steps), "others' prompts are computed while this one waits"
     assert not any(others for _, others, _ in steps), "a step is filled up with others' prompts"
-    assert all(share < 0.16 for _, _, share in steps[:-1])
-    assert all(share > 0.14 for _, _, share in steps)
+    # Streams of the flood stand back, or have at most 15 % of a step.
+    assert steps[0][2] == 0 and all(share < 0.16 for _, _, share in steps[:-1])
+
+
+def test_streams_do_not_stand_back_for_long() -> None:
+    """However much comes of flows that each ask for little."""
+    loop = flooded([("quiet", 200)])
+    taken: list[float] = [0.0]
+    for number in range(60):
+        loop.add(2000 + number, [number, *[3] * 199], max_tokens=1, flow=f"quiet {number % 7}")
+        plan = loop.step()
+        assert plan is not None
+        taken[-1] += BASE_S + plan.num_tokens * TOKEN_S
+        if plan.counts.count(1) >= 6:
+            taken.append(0.0)
+    one = BASE_S + 6 * TOKEN_S
+    # Then they have a step of which they take 15 %.
+    assert len(taken) > 10 and max(taken) < (2 * STANDING_BACK + 2 / 0.15) * one
 
 
 @pytest.mark.parametrize("lengths", [[300, 250, 200], [600, 60, 60]])
