@@ -2,9 +2,11 @@
 
     python scripts/bench_off.py [--drafters cold,warm,random,FOLDER] [--streams 1,8] [--temperatures 0,0.8]
 
-One engine per drafter and one without, with the settings of the server, all in this process; only one works at a time.
+One engine per drafter and one without, with the settings of the server, each in a process of its own, since engines of
+one process differ by where their weights lie in memory; only one works at a time.
 Every round has new real prompts, the same for all engines, which take turns in an order that changes. ``random`` is a
-head of random numbers, so a deliberately bad one. Answers must be the same token for token, which is checked. Prints
+head of random numbers, so a deliberately bad one; ``none`` is a second engine without speculation, which says what to
+make of differences. Answers must be the same token for token, which is checked. Prints
 the speed of each as a share of the speed without speculation: the median of the pairs, their quartiles and their
 range; and one JSON line last.
 """
@@ -13,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from statistics import median, quantiles
@@ -32,18 +36,44 @@ TOKENS = {1: 96, 8: 64}
 """Per answer, by the number of streams; 48 with any other."""
 
 
-def engine(drafter: str) -> LocalEngine:
-    if drafter == OFF:
-        return LocalEngine(EngineConfig(kv_cache_memory="256MiB", speculation="off"))
-    config = EngineConfig(kv_cache_memory="256MiB", speculation="head", drafter=drafter)
-    return LocalEngine(config, make_drafters(config))
+class Engine:
+    """An engine in another process."""
+
+    def __init__(self, drafter: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        context.Process(target=serve, args=(drafter, there), daemon=True).start()
+        there.close()
+        self._here.recv()
+
+    def timed(self, prompts: list[list[int]], params: SamplingParams) -> tuple[float, list[list[int]]]:
+        """Seconds, and the answers."""
+        self._here.send((prompts, params))
+        seconds, answers, self.counts = self._here.recv()
+        return seconds, answers
+
+    counts = (0, 0)
+    """Rows that verified proposals, and draft tokens accepted."""
 
 
-def timed(local: LocalEngine, prompts: list[list[int]], params: SamplingParams) -> tuple[float, list[list[int]]]:
-    """Seconds, and the answers."""
-    began = time.perf_counter()
-    done = local.generate(prompts, params)
-    return time.perf_counter() - began, [completion.tokens for completion in done]
+def serve(drafter: str, other: Connection) -> None:
+    off = drafter in (OFF, "none")
+    config = EngineConfig(
+        kv_cache_memory="256MiB", speculation="off" if off else "head", drafter=None if off else drafter
+    )
+    local = LocalEngine(config, [] if off else make_drafters(config))
+    other.send("ready")
+    while True:
+        try:
+            prompts, params = other.recv()
+        except EOFError:
+            return
+        began = time.perf_counter()
+        done = local.generate(prompts, params)
+        seconds = time.perf_counter() - began
+        drafters = local.stats.drafters
+        counts = sum(each.drafts for each in drafters), sum(each.accepted_tokens for each in drafters)
+        other.send((seconds, [completion.tokens for completion in done], counts))
 
 
 def main() -> None:
@@ -58,7 +88,7 @@ def main() -> None:
     options = parser.parse_args()
 
     names = [OFF, *options.drafters.split(",")]
-    engines = {name: engine(name) for name in names}
+    engines = {name: Engine(name) for name in names}
     cells = [(int(s), float(t)) for s in options.streams.split(",") for t in options.temperatures.split(",")]
     rounds = options.rounds + options.warm_up
     prompts = real_prompts("default", sum(streams for streams, _ in cells) * rounds, 500)
@@ -68,7 +98,7 @@ def main() -> None:
     print("streams  temperature  drafter          median   quartiles        range           tokens/step")
     for streams, temperature in cells:
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        before = {name: counts(engines[name]) for name in names}
+        before = {name: engines[name].counts for name in names}
         for number in range(rounds):
             asked, prompts = prompts[:streams], prompts[streams:]
             params = SamplingParams(
@@ -76,7 +106,7 @@ def main() -> None:
             )
             answers: list[list[list[int]]] = []
             for name in random.sample(names, len(names)):
-                taken, tokens = timed(engines[name], asked, params)
+                taken, tokens = engines[name].timed(asked, params)
                 answers.append(tokens)
                 if number >= options.warm_up:
                     seconds[name].append(taken)
@@ -84,13 +114,13 @@ def main() -> None:
         for name in names[1:]:
             ratios = [off / own for off, own in zip(seconds[OFF], seconds[name], strict=True)]
             low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-            drafts, accepted = (now - then for now, then in zip(counts(engines[name]), before[name], strict=True))
+            drafts, accepted = (now - then for now, then in zip(engines[name].counts, before[name], strict=True))
             length = 1 + accepted / drafts if drafts else 1.0
             results.append(
                 {
                     "streams": streams,
                     "temperature": temperature,
-                    "drafter": name if name in ("cold", "warm", "random") else Path(name).name,
+                    "drafter": name if name in ("cold", "warm", "random", "none") else Path(name).name,
                     "ratio": round(median(ratios), 4),
                     "quartiles": [round(low, 4), round(high, 4)],
                     "range": [round(min(ratios), 4), round(max(ratios), 4)],
@@ -104,12 +134,6 @@ def main() -> None:
                 flush=True,
             )
     print(json.dumps({"processor": platform.processor(), "rounds": options.rounds, "results": results}))
-
-
-def counts(local: LocalEngine) -> tuple[int, int]:
-    """Rows that verified proposals, and draft tokens accepted."""
-    drafters = local.stats.drafters
-    return sum(each.drafts for each in drafters), sum(each.accepted_tokens for each in drafters)
 
 
 if __name__ == "__main__":
