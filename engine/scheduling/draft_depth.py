@@ -7,9 +7,10 @@ ever right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slipstream.engine.plan import StepWork
 from slipstream.engine.scheduling.step_cost import StepCost
@@ -18,6 +19,7 @@ WEIGHT = 0.05
 """Weight of a step in what is known of draft tokens."""
 FORGETTING = 0.01
 """The same, where nobody asked for them in the step."""
+LEAST_S = 1e-9
 TIME_WEIGHT = 0.1
 """Weight of a step in the mean time; one that takes more than twice as long as expected counts as twice."""
 
@@ -30,8 +32,9 @@ class DraftDepth:
         self._most = most
         self._rates: list[float] = []
         """Mean probability that draft token i of a row is right if those before it are; as deep as was seen."""
-        self._seconds: dict[int, float] = {}
-        """Time of proposing one draft token for all rows, by the binary order of their number."""
+        self._seconds: dict[int, dict[int, float]] = {}
+        """Time of proposing chains of so many draft tokens for all rows, by the binary order of their number. The first
+        token takes longer than the others: with it networks look at what the step computed."""
 
     def observe(self, asked: int, offers: Sequence[Sequence[float]], seconds: float) -> None:
         """Networks were asked for ``asked`` draft tokens, and took so long.
@@ -55,9 +58,11 @@ class DraftDepth:
         # Deeper ones may have become as good as the deepest that was seen: so they are tried again some time.
         for place in range(deepest, len(self._rates)):
             self._rates[place] += FORGETTING * (self._rates[deepest - 1] - self._rates[place])
-        bucket, each = len(offers).bit_length(), seconds / deepest
-        before = self._seconds.get(bucket, each)
-        self._seconds[bucket] = before + TIME_WEIGHT * (min(each, 2 * before) - before)
+        known = self._seconds.setdefault(len(offers).bit_length(), {})
+        before = known.setdefault(deepest, seconds)
+        share = 1 + TIME_WEIGHT * (min(seconds / max(before, LEAST_S), 2.0) - 1)
+        for depth in known:  # a machine that is slower now is so for all of them
+            known[depth] *= share
 
     def best(self, rows: int, work: StepWork, start: float, cost: StepCost) -> int:
         """Draft tokens per row that promise most tokens per second, at least one; all where nothing is known.
@@ -66,19 +71,37 @@ class DraftDepth:
         """
         if not self._rates or not rows:
             return self._most
+        known = self._known(rows)
+        if len(known) == 1 and self._most > 1:
+            return next(iter(known)) // 2 or 2  # what one token more takes shows with another depth
         depths = np.arange(1, self._most + 1)
         verify = cost.predict_more(work, rows * self._most, start)[rows * depths]
         # Beyond what was seen, draft tokens are taken to be as often right as the last ones that were.
         rates = np.array(self._rates + self._rates[-1:] * self._most)[: self._most]
         tokens = 1 + np.cumsum(np.cumprod(rates))
-        return int(depths[np.argmax(tokens / (verify + depths * self._each(rows)))])
+        return int(depths[np.argmax(tokens / (verify + _through(known, depths)))])
 
     def seconds(self, rows: int, depth: int) -> float | None:
         """How long proposing chains of this depth for all rows takes; None where nobody has seen as many rows."""
-        each = self._seconds.get(rows.bit_length())
-        return None if each is None else depth * each
+        known = self._seconds.get(rows.bit_length())
+        return None if known is None else float(_through(known, np.array([depth]))[0])
 
-    def _each(self, rows: int) -> float:
-        """Seconds; of the number of rows nearest to this one of which it is known."""
+    def _known(self, rows: int) -> dict[int, float]:
+        """Seconds by depth; of the number of rows nearest to this one of which it is known."""
         bucket = rows.bit_length()
         return self._seconds[min(self._seconds, key=lambda known: abs(known - bucket))]
+
+
+def _through(known: Mapping[int, float], depths: NDArray[np.int_]) -> NDArray[np.float64]:
+    """Seconds for each depth: straight lines through those that are known, and on as they begin and end."""
+    at = np.array(sorted(known))
+    seconds: NDArray[np.float64] = np.maximum.accumulate([known[depth] for depth in at])
+    found: NDArray[np.float64]
+    if len(at) == 1:
+        found = seconds[0] * depths / at[0]
+        return found
+    slopes = np.diff(seconds) / np.diff(at)
+    found = np.interp(depths, at, seconds)
+    found += slopes[-1] * np.maximum(depths - at[-1], 0)
+    found -= slopes[0] * np.maximum(at[0] - depths, 0)
+    return found.clip(seconds[0] * np.minimum(depths / at[0], 1.0))  # one token takes something

@@ -17,26 +17,33 @@ def cost_of(slope: float) -> StepCost:
     return cost
 
 
-def settled(rate: float, each: float, slope: float, rows: int = 1, steps: int = 100) -> tuple[DraftDepth, int]:
-    """What is asked for after so many steps; draft tokens are right at this rate, and ``each`` takes so long."""
+def settled(
+    rate: float, each: float, slope: float, rows: int = 1, steps: int = 100, first: float = 0.0
+) -> tuple[DraftDepth, int]:
+    """What is asked for after so many steps; draft tokens are right at this rate, ``each`` takes so long, and the first
+    so much longer."""
     depth, cost, asked = DraftDepth(MOST), cost_of(slope), MOST
     for _ in range(steps):
         offers = [tuple(rate ** (i + 1) for i in range(asked))] * rows
-        depth.observe(asked, offers, each * asked)
+        depth.observe(asked, offers, first + each * asked)
         asked = depth.best(rows, StepWork(rows), 0.0, cost)
     return depth, asked
 
 
-def rate_per_second(depth: int, rate: float, each: float, slope: float, rows: int) -> float:
+def rate_per_second(depth: int, rate: float, each: float, slope: float, rows: int, first: float) -> float:
     tokens = rows * (1 + sum(rate ** (i + 1) for i in range(depth)))
-    return tokens / (1 + slope * (rows * (1 + depth) - 1) + each * depth)
+    return tokens / (1 + slope * (rows * (1 + depth) - 1) + first + each * depth)
 
 
-@given(st.floats(0.1, 0.95), st.floats(0.0, 0.5), st.floats(0.0, 0.5), st.integers(1, 8))
-def test_what_is_asked_for_brings_most_tokens_per_second(rate, each, slope, rows):
-    _, asked = settled(rate, each, slope, rows, steps=5)
-    best = max(rate_per_second(depth, rate, each, slope, rows) for depth in range(1, MOST + 1))
-    assert rate_per_second(asked, rate, each, slope, rows) == pytest.approx(best, rel=1e-6)
+@given(st.floats(0.1, 0.95), st.floats(0.0, 0.5), st.floats(0.0, 0.5), st.integers(1, 8), st.floats(0.0, 0.5))
+def test_what_is_asked_for_brings_most_tokens_per_second(rate, each, slope, rows, first):
+    _, asked = settled(rate, each, slope, rows, steps=5, first=first)
+    best = max(rate_per_second(depth, rate, each, slope, rows, first) for depth in range(1, MOST + 1))
+    assert rate_per_second(asked, rate, each, slope, rows, first) == pytest.approx(best, rel=1e-6)
+
+
+def test_a_dear_first_draft_token_makes_the_others_no_dearer():
+    assert settled(0.9, each=0.01, slope=0.01, first=0.5)[1] == MOST
 
 
 def test_dear_drafting_is_short_and_cheap_drafting_long():
