@@ -80,6 +80,20 @@ inline void project(Team& team, const SlipLinear& w, const typename X::row* x, i
 
 inline size_t scratch_bytes(int k) { return prepared_bytes(k) + 64; }
 
+constexpr size_t kAheadBytes = 256 << 10;  // less than a core's own cache
+
+// Has threads without work read the beginning of a matrix.
+template <class D>
+inline void read_ahead(Team& team, const SlipLinear& w) {
+  const void* memory = w.panels;
+  size_t bytes = static_cast<size_t>(w.n) * w.k * sizeof(typename D::elem);
+  if (w.num_parts) {
+    memory = w.parts->data;
+    bytes = w.parts->panels / 4 * layout(w.parts->form).group(w.k);
+  }
+  team.read_ahead(memory, std::min(bytes, kAheadBytes));
+}
+
 template <class D, class X>
 struct Workspace {
   using row = typename D::row;
@@ -113,7 +127,7 @@ struct Workspace {
 
 template <class D, class X>
 inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer, const SlipBatch& b, const AttentionWork& work,
-                          const Workspace<D, X>& ws, float* hidden) {
+                          const Workspace<D, X>& ws, const SlipLinear& next, float* hidden) {
   using elem = typename D::elem;
   const int tokens = b.num_tokens;
   const int q_width = m.heads * m.head_dim;
@@ -134,6 +148,7 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
   } else {
     norm_rows<X>(team, hidden, nullptr, layer.attn_norm, tokens, m.hidden, m.norm_eps, ws.x);
   }
+  read_ahead<D>(team, layer.out);
   project<D, X>(team, layer.qkv, ws.x, tokens, ws.scratch, StoreRows{ws.qkv, static_cast<size_t>(qkv_width), qkv_width, layer.qkv.bias});
 
   for_each(team, tokens, 2, [&](int token) {
@@ -160,9 +175,12 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
   });
   attend_all<D>(team, cache, work, ws.q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), ws.values);
 
+  read_ahead<D>(team, layer.gate_up);
   project<D, X>(team, layer.out, ws.values, tokens, ws.scratch, AddRows{hidden, static_cast<size_t>(m.hidden), layer.out.bias});
   norm_rows<X>(team, hidden, nullptr, layer.mlp_norm, tokens, m.hidden, m.norm_eps, ws.x);
+  read_ahead<D>(team, layer.down);
   project<D, X>(team, layer.gate_up, ws.x, tokens, ws.scratch, SiluMulRows<X>{ws.act, static_cast<size_t>(m.intermediate), layer.gate_up.bias});
+  read_ahead<D>(team, next);
   project<D, X>(team, layer.down, ws.act, tokens, ws.scratch, AddRows{hidden, static_cast<size_t>(m.hidden), layer.down.bias});
 }
 
@@ -184,7 +202,7 @@ inline void forward_as(Team& team, const SlipModel& m, const SlipBatch& b, float
                     hidden + static_cast<size_t>(token) * m.hidden, m.hidden * sizeof(float));
       });
     if (l == m.num_layers) break;
-    decoder_layer<D, X>(team, m, m.layers[l], b, work, ws, hidden);
+    decoder_layer<D, X>(team, m, m.layers[l], b, work, ws, l + 1 < m.num_layers ? m.layers[l + 1].qkv : m.lm_head, hidden);
   }
 }
 

@@ -18,6 +18,7 @@ inline void relax() {
 }
 
 constexpr int kSpins = 2000;  // some tens of microseconds
+constexpr int kLines = 4;     // of 64 bytes, asked for between two looks for work
 
 }  // namespace
 
@@ -54,7 +55,7 @@ void Team::share(int count, Call call, void* context) {
   while (work_once()) {
   }
   for (int spins = 0; done_.load(std::memory_order_acquire) != count; ++spins) {
-    if (spins < kSpins) relax();
+    if (spins < kSpins) idle();
     else sched_yield();  // the worker that holds the last item may be waiting for this core
   }
 }
@@ -70,6 +71,13 @@ bool Team::work_once() {
   return true;
 }
 
+// A moment in which there is nothing to do.
+void Team::idle() {
+  if (ahead_.load(std::memory_order_relaxed) >= ahead_end_.load(std::memory_order_relaxed)) return relax();
+  const uintptr_t from = ahead_.fetch_add(64 * kLines, std::memory_order_relaxed);
+  for (int line = 0; line < kLines; ++line) __builtin_prefetch(reinterpret_cast<const char*>(from) + 64 * line, 0, 2);
+}
+
 void Team::worker() {
   uint32_t seen = 0;
   while (!stop_.load()) {
@@ -78,7 +86,7 @@ void Team::worker() {
       if (work_once()) {
         spins = 0;
       } else if (spins < kSpins) {
-        relax();
+        idle();
         ++spins;
       } else {
         sched_yield();

@@ -33,6 +33,14 @@ class Team {
     share(count, [](void* context, int item) { (*static_cast<std::remove_reference_t<F>*>(context))(item); }, &f);
   }
 
+  // Threads without an item ask for this memory meanwhile, from its beginning on: some loops are short or of one item, and
+  // then nobody reads weights. Replaces what was named before.
+  void read_ahead(const void* memory, size_t bytes) {
+    ahead_end_.store(0, std::memory_order_relaxed);
+    ahead_.store(reinterpret_cast<uintptr_t>(memory), std::memory_order_relaxed);
+    ahead_end_.store(reinterpret_cast<uintptr_t>(memory) + bytes, std::memory_order_relaxed);
+  }
+
  private:
   using Call = void (*)(void*, int);
   struct Loop {
@@ -55,6 +63,7 @@ class Team {
 
   void share(int count, Call call, void* context);
   bool work_once();
+  void idle();
   void worker();
 
   const int size_;
@@ -62,6 +71,9 @@ class Team {
   alignas(64) std::atomic<int> done_{0};
   alignas(64) std::atomic<bool> active_{false};
   alignas(64) std::atomic<uint32_t> passes_{0};
+  // Asking for memory that is not there, in the moment in which these change, does no harm.
+  alignas(64) std::atomic<uintptr_t> ahead_{0};
+  std::atomic<uintptr_t> ahead_end_{0};
   Loop loops_[kLoops] = {};
   uint64_t loop_ = 0;
   std::atomic<bool> stop_{false};
