@@ -29,6 +29,8 @@ from slipstream.kernels.kv_cache import PagedKVCache
 
 MOST_PENDING = 512
 """Positions per request that wait for the head while nobody asks it; older ones are left out."""
+FEW = 16
+"""Positions of a request in a step that are kept together with those of other requests."""
 
 SHARED = ""
 """The route for every request whose own holds nothing."""
@@ -54,11 +56,11 @@ Read = Callable[[Path, DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
 
 @dataclass(slots=True)
 class _Pending:
-    """Features that the head has not seen: positions start, start + 1, …, as the head reads them."""
+    """Features that the head has not seen: positions start, start + 1, …, as the target made them."""
 
     start: int
     parts: deque[Tensor]
-    """[positions, hidden] of one step each: put together only when the head is asked, which may be never."""
+    """[positions, taps, hidden] of one step each: put together and fused when the head is asked, which may be never."""
     count: int
     """Positions in all parts."""
 
@@ -305,13 +307,17 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
             self._remember([computed[place] for place in places])
 
     def _remember(self, computed: Sequence[Computed]) -> None:
-        fused = self._network.fuse(torch.cat([entry.features for entry in computed]))
-        parts = torch.split(fused, [len(entry.features) for entry in computed])
-        for entry, rows in zip(computed, parts, strict=True):
-            pending = entry.row.memory.get(self.name)
-            if not (isinstance(pending, _Pending) and pending.start + pending.count == entry.start):
-                pending = entry.row.memory[self.name] = _Pending(entry.start, deque(), 0)
-            pending.add(rows)
+        # A part keeps all memory of what it is cut from: some tokens' must not keep a whole prompt's.
+        some = [entry for entry in computed if len(entry.features) <= FEW]
+        for entries in (some, *([entry] for entry in computed if len(entry.features) > FEW)):
+            if not entries:
+                continue
+            kept = torch.cat([entry.features for entry in entries]).to(self._target.formats.compute)
+            for entry, rows in zip(entries, torch.split(kept, [len(each.features) for each in entries]), strict=True):
+                pending = entry.row.memory.get(self.name)
+                if not (isinstance(pending, _Pending) and pending.start + pending.count == entry.start):
+                    pending = entry.row.memory[self.name] = _Pending(entry.start, deque(), 0)
+                pending.add(rows)
 
     def _is_ready(self, row: DraftRow) -> bool:
         """Whether the features up to the last but one token, after which the next draft token comes, are at hand."""
@@ -329,7 +335,8 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         counts = np.array([pending.count for pending in pendings], np.int32)
         ends = np.array([row.length - 1 for row in rows], np.int32)
         batch = self._batch(rows, ids, counts, ends)
-        hidden = self._network.forward(batch, torch.cat([part for pending in pendings for part in pending.parts]))
+        features = torch.cat([part for pending in pendings for part in pending.parts])
+        hidden = self._network.forward(batch, self._network.fuse(features))
         return hidden[np.cumsum(counts) - 1]
 
     @property

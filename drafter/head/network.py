@@ -122,7 +122,7 @@ class HeadNetwork:
         self._stack.forget()
 
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's features [n, taps, hidden] as they wait for their tokens, [n, hidden] float32."""
+        """The target's features [n, taps, hidden] as the layer reads them, [n, hidden] float32."""
         fused = self._weights.fc if self._is_third else self._target.final_norm
         return fused(features.flatten(1)).float()
 
