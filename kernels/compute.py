@@ -227,6 +227,11 @@ class Compute(ABC):
     def name(self) -> str:
         """Name for logs and metrics."""
 
+    @property
+    def for_drafts(self) -> Compute:
+        """What drafters compute with, of which no answer depends: fewer bits, where that is faster."""
+        return self
+
     @abstractmethod
     def weight(self, n: int, k: int, bias: bool = False) -> Weight:
         """A matrix to be filled."""

@@ -25,7 +25,7 @@ class HeadWeights:
     """One version's weights as they are computed with; networks of several routes may share them."""
 
     def __init__(self, config: HeadConfig, target: DecoderModel) -> None:
-        self._target, self._compute, self._prefix = target, target.compute, config.layer
+        self._target, self._compute, self._prefix = target, target.compute.for_drafts, config.layer
         width, read = config.shapes["fc.weight"]
         self.fc = self._compute.weight(width, read, config.fc_bias)
         self.layers = self._compute.layers(config.layer_shape(target.config), 1)
@@ -104,7 +104,7 @@ class HeadNetwork:
         self, config: HeadConfig, target: DecoderModel, num_blocks: int, block_size: int, max_length: int
     ) -> None:
         """The drafter has refused heads for other models before. ``max_length`` of sequences, in tokens."""
-        decoder, compute = config.as_decoder(target.config), target.compute
+        decoder, compute = config.as_decoder(target.config), target.compute.for_drafts
         self._target, self._is_third = target, config.kind == "eagle3"
         self._stack = compute.stack(config.layer_shape(target.config), (0,), rope_tables(decoder, max_length))
         self._weights: HeadWeights

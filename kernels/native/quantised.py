@@ -19,6 +19,7 @@ ARITHMETIC_CODES: dict[Arithmetic, int] = {"exact": 0, "int8": 1, "int16": 2}
 ALIGNMENT = 64
 ARENA_BYTES = 32 << 20
 ROWS_AT_ONCE = 512
+EIGHT_BITS, BLOCK = "Q8_0", 32
 
 
 def form_of(kind: str, k: int) -> int:
@@ -173,3 +174,27 @@ class StoredWeight(PanelWeight):
                     self._dense.fill(numbers, int(rows[0]), part.first_panel)
             self._parts.clear()
         return self._dense
+
+
+class QuantisingWeight(StoredWeight):
+    """A ``StoredWeight`` that keeps numbers as blocks of 8 bits, too: off by 1/254 of a block's largest at most."""
+
+    def fill(self, rows: Tensor | Stored, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
+        if isinstance(rows, Tensor) and self.k % BLOCK == 0:
+            rows = quantise(rows)
+        super().fill(rows, first_row, first_panel, stride)
+
+    @property
+    def num_bytes(self) -> int:
+        form = form_of(EIGHT_BITS, self.k)
+        return super().num_bytes if self._parts or not form else part_bytes(form, self.num_panels, self.k)
+
+
+def quantise(rows: Tensor) -> Stored:
+    """[n, k] as blocks of Q8_0: 32 whole numbers each, times a float16."""
+    blocks = rows.float().reshape(-1, BLOCK)
+    scales = (blocks.abs().amax(1, keepdim=True) / 127).half()
+    inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
+    whole = (blocks * inverse).round().clamp(-127, 127).to(torch.int8)
+    data = torch.cat((scales.view(torch.uint8), whole.view(torch.uint8)), 1).reshape(len(rows), -1)
+    return Stored(EIGHT_BITS, tuple(rows.shape), data.numpy())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from slipstream.engine.checkpoint.gguf_file import TENSOR_TYPES, dequantised
 from slipstream.kernels.compute import Arithmetic
 from slipstream.kernels.native import library
-from slipstream.kernels.native.quantised import Arena, StoredWeight, form_of, packed_bytes
+from slipstream.kernels.native.quantised import Arena, QuantisingWeight, StoredWeight, form_of, packed_bytes
 from slipstream.kernels.native.weight import PANEL, PackedWeight
 from slipstream.kernels.stored import Stored
 
@@ -206,3 +206,31 @@ def test_memory_is_told_before_it_is_taken() -> None:
     assert weight.num_bytes == 64 * 32 * 2 + 64 * 4
     weight.fill(random_blocks("Q8_0", 64, 32))
     assert weight.num_bytes == 64 * (32 + 2) + 64 * 4
+
+
+@given(st.integers(1, 70), st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**16))
+def test_numbers_become_blocks_of_eight_bits(n: int, blocks: int, at_once: int, seed: int) -> None:
+    """Whatever pieces they come in; and others in their place, as for the next version of a head."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = QuantisingWeight(n, 32 * blocks, BF16, arithmetic="int8")
+    said = weight.num_bytes
+    for scale in (1.0, 1e-3):
+        numbers = torch.randn(n, 32 * blocks, generator=generator) * scale
+        numbers[0, :32] = 0
+        for first in range(0, n, at_once):
+            weight.fill(numbers[first : first + at_once], first)
+        kept = weight.rows(torch.arange(n))
+        largest = numbers.view(n, blocks, 32).abs().amax(-1, keepdim=True)
+        # Half a step, and what the scale is off by as a float16.
+        off = (kept - numbers).view(n, blocks, 32).abs()
+        assert bool((off <= largest * (0.5 / 127 + 2**-10) + 1e-7).all())
+        x = torch.randn(3, 32 * blocks, generator=generator)
+        assert (weight(x) - x @ kept.T).abs().max() <= 0.05 * scale * (32 * blocks) ** 0.5
+    assert weight.is_quantised and weight.num_bytes == said < PackedWeight(n, 32 * blocks, BF16).num_bytes
+
+
+def test_inputs_that_are_no_whole_blocks_stay_numbers() -> None:
+    weight = QuantisingWeight(16, 48, BF16, arithmetic="int8")
+    numbers = torch.randn(16, 48)
+    weight.fill(numbers)
+    assert not weight.is_quantised and torch.equal(weight.rows(torch.arange(16)), numbers.bfloat16().float())
