@@ -18,9 +18,9 @@ DECODE_SHARE = 0.39
 YIELDED_SHARE = 0.15
 """The same where streams belong to flows that want more than they get, and the prompt to one that does not: what little
 it asks for should take it hardly longer than if it were alone."""
-STANDING_BACK = 5.0
+STANDING_BACK = 8.0
 """In that case such streams stand back altogether, until this many steps of theirs would have been done."""
-SHARED_STEP_S = 0.12
+SHARED_STEP_S = 0.11
 """About how long a step may take in which prompts of a flow with a backlog are computed: whoever comes next, of a flow
 that asks for little, waits for half of it. Where only one flow was ever seen, ``DECODE_SHARE`` alone says how long."""
 MIN_CHUNK = 16

@@ -82,16 +82,11 @@ inline size_t scratch_bytes(int k) { return prepared_bytes(k) + 64; }
 
 constexpr size_t kAheadBytes = 256 << 10;  // less than a core's own cache
 
-// Has threads without work read the beginning of a matrix.
-template <class D>
+// Has threads without work read the beginning of a quantised matrix. Others take so long to read that nothing is left to gain.
 inline void read_ahead(Team& team, const SlipLinear& w) {
-  const void* memory = w.panels;
-  size_t bytes = static_cast<size_t>(w.n) * w.k * sizeof(typename D::elem);
-  if (w.num_parts) {
-    memory = w.parts->data;
-    bytes = w.parts->panels / 4 * layout(w.parts->form).group(w.k);
-  }
-  team.read_ahead(memory, std::min(bytes, kAheadBytes));
+  if (!w.num_parts) return team.read_ahead(nullptr, 0);
+  const size_t bytes = w.parts->panels / 4 * layout(w.parts->form).group(w.k);
+  team.read_ahead(w.parts->data, std::min(bytes, kAheadBytes));
 }
 
 template <class D, class X>
@@ -148,7 +143,7 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
   } else {
     norm_rows<X>(team, hidden, nullptr, layer.attn_norm, tokens, m.hidden, m.norm_eps, ws.x);
   }
-  read_ahead<D>(team, layer.out);
+  read_ahead(team, layer.out);
   project<D, X>(team, layer.qkv, ws.x, tokens, ws.scratch, StoreRows{ws.qkv, static_cast<size_t>(qkv_width), qkv_width, layer.qkv.bias});
 
   for_each(team, tokens, 2, [&](int token) {
@@ -175,12 +170,12 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
   });
   attend_all<D>(team, cache, work, ws.q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), ws.values);
 
-  read_ahead<D>(team, layer.gate_up);
+  read_ahead(team, layer.gate_up);
   project<D, X>(team, layer.out, ws.values, tokens, ws.scratch, AddRows{hidden, static_cast<size_t>(m.hidden), layer.out.bias});
   norm_rows<X>(team, hidden, nullptr, layer.mlp_norm, tokens, m.hidden, m.norm_eps, ws.x);
-  read_ahead<D>(team, layer.down);
+  read_ahead(team, layer.down);
   project<D, X>(team, layer.gate_up, ws.x, tokens, ws.scratch, SiluMulRows<X>{ws.act, static_cast<size_t>(m.intermediate), layer.gate_up.bias});
-  read_ahead<D>(team, next);
+  read_ahead(team, next);
   project<D, X>(team, layer.down, ws.act, tokens, ws.scratch, AddRows{hidden, static_cast<size_t>(m.hidden), layer.down.bias});
 }
 
