@@ -29,8 +29,8 @@ from slipstream.kernels.kv_cache import PagedKVCache
 
 MOST_PENDING = 512
 """Positions per request that wait for the head while nobody asks it; older ones are left out."""
-FEW = 16
-"""Positions of a request in a step that are kept together with those of other requests."""
+LOOSE = 32
+"""Steps of which what waits is kept as it came; and positions of a request in a step that are no whole prompt."""
 
 SHARED = ""
 """The route for every request whose own holds nothing."""
@@ -54,29 +54,51 @@ Read = Callable[[Path, DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
 """Reads the head in a folder, as FirstHead has it; raises ModelError if it is damaged or for another target."""
 
 
-@dataclass(slots=True)
 class _Pending:
-    """Features that the head has not seen: positions start, start + 1, …, as the target made them."""
+    """Features that the head has not seen: positions start, start + 1, …, as the target made them.
 
-    start: int
-    parts: deque[Tensor]
-    """[positions, taps, hidden] of one step each: put together and fused when the head is asked, which may be never."""
-    count: int
-    """Positions in all parts."""
+    They are put together and fused when the head is asked, which may be never: until then a step costs next to nothing.
+    """
+
+    __slots__ = ("_dtype", "_loose", "_packed", "count", "start")
+
+    def __init__(self, start: int, dtype: torch.dtype) -> None:
+        """``dtype``: as what they are kept, in the long run."""
+        self.start = start
+        self.count = 0
+        """Positions in all parts."""
+        self._dtype = dtype
+        self._packed: deque[Tensor] = deque()
+        self._loose: list[Tensor] = []
+        """What came since; pieces of what the target computed for several requests."""
 
     def add(self, rows: Tensor) -> None:
-        """Adds features of the next positions; of more than can wait, the last are kept."""
-        self.parts.append(rows)
+        """Adds features [positions, taps, hidden] of the next positions."""
+        self._loose.append(rows)
         self.count += len(rows)
+        if len(self._loose) == LOOSE:
+            self.pack()
+
+    def pack(self) -> None:
+        """Keeps no memory of others any more, and of more than can wait, the last."""
+        if self._loose:
+            self._packed.append(torch.cat(self._loose).to(self._dtype))
+            self._loose.clear()
         while self.count > MOST_PENDING:
-            first = self.parts[0]
+            first = self._packed[0]
             left_out = min(self.count - MOST_PENDING, len(first))
             if left_out == len(first):
-                self.parts.popleft()
+                self._packed.popleft()
             else:
-                self.parts[0] = first[left_out:]
+                self._packed[0] = first[left_out:]
             self.start += left_out
             self.count -= left_out
+
+    def parts(self) -> list[Tensor]:
+        """In the order of positions; now ``start`` and ``count`` are theirs."""
+        if self.count > MOST_PENDING:
+            self.pack()
+        return [*self._packed, *self._loose]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -307,17 +329,15 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
             self._remember([computed[place] for place in places])
 
     def _remember(self, computed: Sequence[Computed]) -> None:
-        # A part keeps all memory of what it is cut from: some tokens' must not keep a whole prompt's.
-        some = [entry for entry in computed if len(entry.features) <= FEW]
-        for entries in (some, *([entry] for entry in computed if len(entry.features) > FEW)):
-            if not entries:
-                continue
-            kept = torch.cat([entry.features for entry in entries]).to(self._target.formats.compute)
-            for entry, rows in zip(entries, torch.split(kept, [len(each.features) for each in entries]), strict=True):
-                pending = entry.row.memory.get(self.name)
-                if not (isinstance(pending, _Pending) and pending.start + pending.count == entry.start):
-                    pending = entry.row.memory[self.name] = _Pending(entry.start, deque(), 0)
-                pending.add(rows)
+        # A piece keeps all memory of what it is cut from: some tokens' must not keep a whole prompt's.
+        is_large = any(len(entry.features) > LOOSE for entry in computed)
+        for entry in computed:
+            pending = entry.row.memory.get(self.name)
+            if not (isinstance(pending, _Pending) and pending.start + pending.count == entry.start):
+                pending = entry.row.memory[self.name] = _Pending(entry.start, self._target.formats.compute)
+            pending.add(entry.features)
+            if is_large:
+                pending.pack()
 
     def _is_ready(self, row: DraftRow) -> bool:
         """Whether the features up to the last but one token, after which the next draft token comes, are at hand."""
@@ -331,11 +351,11 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
             pending = row.memory.pop(self.name)
             assert isinstance(pending, _Pending)
             pendings.append(pending)
+        features = torch.cat([part for pending in pendings for part in pending.parts()])
         ids = np.concatenate([row.known[pending.start + 1 :] for row, pending in zip(rows, pendings, strict=True)])
         counts = np.array([pending.count for pending in pendings], np.int32)
         ends = np.array([row.length - 1 for row in rows], np.int32)
         batch = self._batch(rows, ids, counts, ends)
-        features = torch.cat([part for pending in pendings for part in pending.parts])
         hidden = self._network.forward(batch, self._network.fuse(features))
         return hidden[np.cumsum(counts) - 1]
 

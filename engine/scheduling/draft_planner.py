@@ -26,7 +26,7 @@ PAUSE_BELOW = 0.985
 """Where verification and drafting together bring less than this, drafting pauses …"""
 PROBE_EVERY = 16
 """… but for a probe after so many steps, to see whether that has changed."""
-LONGEST_PAUSE = 256
+LONGEST_PAUSE = 512
 """Each probe of costly drafters that disappoints makes their pause twice as long, up to this."""
 PROBE_DRAFTS, PROBE_ROWS, PROBE_ROWS_OF = 3, 8, 4
 """Draft tokens that costly drafters may propose in a probe; requests of a route they are asked for, or every fourth."""

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slipstream.drafter.head import layout
-from slipstream.drafter.head.drafter import FEW, MOST_PENDING, FirstHead, HeadDrafter, _Pending
+from slipstream.drafter.head.drafter import LOOSE, MOST_PENDING, FirstHead, HeadDrafter, _Pending
 from slipstream.drafter.head.network import HeadNetwork
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams, SpeculationParams
@@ -50,24 +52,34 @@ def test_nothing_is_computed_for_a_head_that_is_not_asked(local: LocalEngine, mo
 
 
 def test_what_waits_of_one_request_keeps_no_memory_of_others(local: LocalEngine) -> None:
-    """A part is a piece of what one step computed: of single tokens, or of one request's prompt."""
+    """Or no more than of some steps, in which no prompt was computed."""
     params = SamplingParams(max_tokens=8, temperature=0.0)
     silent = SpeculationParams(max_draft_tokens=0)
-    long = local.submit([1] * 5, SamplingParams(max_tokens=60, temperature=0.0), speculation=silent)
+    long = local.submit([1] * 5, SamplingParams(max_tokens=100, temperature=0.0), speculation=silent)
     local.step()
-    for number in range(6):
+    for number in range(20):
         local.submit([number] * 60, params, speculation=silent)
         for _ in range(4):
             local.step()
-    runner = local.engine.runner
-    row = next(
-        drafts.draft
-        for slot in range(8)
-        if (drafts := runner._table.drafts(slot)) is not None and drafts.draft.request_id == long.request_id
-    )
-    pending = row.memory["head"]
-    assert isinstance(pending, _Pending) and 5 < pending.count <= MOST_PENDING
-    bytes_each = pending.parts[0][0].nbytes
-    for part in pending.parts:
-        assert part.untyped_storage().nbytes() <= FEW * 8 * bytes_each
+            drafts = (local.engine.runner._table.drafts(slot) for slot in range(8))
+            row = next(each.draft for each in drafts if each is not None and each.draft.request_id == long.request_id)
+            pending = row.memory["head"]
+            assert isinstance(pending, _Pending) and len(pending._loose) < LOOSE
+            assert all(len(part.untyped_storage()) < 20 * part[0].nbytes for part in pending._loose)
+    assert pending.count > LOOSE
+    pending.pack()
+    for part in pending.parts():
+        assert part.untyped_storage().nbytes() == part.nbytes
     local.finish()
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=60), st.integers(0, 50))
+def test_the_last_positions_wait_in_their_order(counts: list[int], start: int) -> None:
+    pending = _Pending(start, torch.float32)
+    features = torch.arange(sum(counts), dtype=torch.float32)[:, None, None]
+    for rows in torch.split(features, counts):
+        pending.add(rows)
+        assert pending.start + pending.count == start + int(rows[-1]) + 1
+    kept = torch.cat(pending.parts()).flatten()
+    assert len(kept) == pending.count == min(sum(counts), MOST_PENDING)
+    assert torch.equal(kept, features.flatten()[-pending.count :]) and pending.start == start + int(kept[0])
