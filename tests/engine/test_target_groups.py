@@ -194,7 +194,7 @@ def test_weights_come_beside_the_steps(
             local.operate(FinishTargetUpdate(version))
             local.finish()
             assert running.finish_reason == "length" and len(running.tokens) == 200
-            assert local.stats.target_version == version
+            assert local.engine.scheduler.target_version == version
         if dtype == torch.float32:
             assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh[1]
 

@@ -104,13 +104,13 @@ def test_nothing_is_seen_before_the_end_and_spans_tell_where_it_was(trained: Any
     post(trained, "/update_weight_version", {"new_version": "old"})
     wanted = {"temperature": 0, "max_tokens": 6000, "ignore_eos": True}
     with ThreadPoolExecutor(1) as threads:
-        long = threads.submit(trained.post, "/inference/v1/generate", {"token_ids": PROMPT, "sampling_params": wanted})
-        trained.wait_until(lambda: trained.metric("num_requests_running") == 1)
         post(trained, "/start_weight_update")
         for part in (names[:3], names[3:]):
             send_shared(trained, {name: policy(1)[name] for name in part})
             if part == names[:3]:
                 assert say(trained) == said[0]
+        long = threads.submit(trained.post, "/inference/v1/generate", {"token_ids": PROMPT, "sampling_params": wanted})
+        trained.wait_until(lambda: trained.metric("num_requests_running") == 1)
         post(trained, "/finish_weight_update", {"weight_version": "new"})
         assert say(trained) == said[1]
         status, reply = long.result(300)
