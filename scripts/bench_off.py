@@ -2,13 +2,13 @@
 
     python scripts/bench_off.py [--drafters cold,warm,random,FOLDER] [--streams 1,8] [--temperatures 0,0.8]
 
-One engine per drafter and one without, with the settings of the server, each in a process of its own; only one works at
-a time. Processes differ by 5 %, by where their weights lie in memory, so they are started anew some times, in an order
-that changes. Every round has new real prompts, the same for all engines, which take turns in an order that changes, too.
-``random`` is a head of random numbers, so a deliberately bad one; ``none`` is a second engine without speculation, which
-says what to make of differences. Answers must be the same token for token, which is checked. Prints
-the speed of each as a share of the speed without speculation: the median of the pairs, their quartiles and their
-range; and one JSON line last.
+One engine per drafter and one without, with the settings of the server, each in a process of its own; only one works
+at a time. Processes differ by 5 %, by where their weights lie in memory, so they are started anew some times, in an
+order that changes. Every round has new real prompts, the same for all engines, which take turns in an order that
+changes, too. ``random`` is a head of random numbers, so a deliberately bad one; ``none`` is a second engine without
+speculation, which says what to make of differences. Answers must be the same token for token, which is checked.
+Prints the speed of each as a share of the speed without speculation: the median of the pairs, their quartiles and
+their range; and one JSON line last.
 """
 
 from __future__ import annotations
