@@ -35,7 +35,7 @@ class Loop:
         self.expect(STEP_SECONDS)
         self.kv = KVManager(4000, 16, prefix_caching=False)
         needs = DraftNeeds(8, costly=is_costly)
-        self.planner = DraftPlanner(EngineConfig(), 10_000, 10_000, self.kv, self.cost, needs)
+        self.planner = DraftPlanner(EngineConfig(), 40_000, 40_000, self.kv, self.cost, needs)
         self.is_costly = is_costly
         self.drafters: list[DrafterStats] = []
         self.most = 0
@@ -43,7 +43,7 @@ class Loop:
         self.asked: dict[int, int] = {}
         """The requests for which there were any, and how many positions the drafter saw first."""
         self._shown: dict[int, int] = {}
-        params = SamplingParams(max_tokens=9000)
+        params = SamplingParams(max_tokens=35_000)
         self.requests = [
             Request(NewRequest(request_id=slot, prompt=[1] * prompt, params=params, route=route), 0.0, b"")
             for slot, route in enumerate(routes)
