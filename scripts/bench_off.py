@@ -45,6 +45,8 @@ class Engine:
     """An engine in another process."""
 
     def __init__(self, drafter: str) -> None:
+        self.counts: Counts = (0, 0)
+        """Rows that verified proposals, and draft tokens accepted."""
         context = multiprocessing.get_context("spawn")
         self._here, there = context.Pipe()
         self._process = context.Process(target=serve, args=(drafter, there), daemon=True)
@@ -61,9 +63,6 @@ class Engine:
     def close(self) -> None:
         self._here.close()
         self._process.join()
-
-    counts: Counts = (0, 0)
-    """Rows that verified proposals, and draft tokens accepted."""
 
 
 def serve(drafter: str, other: Connection) -> None:
