@@ -146,15 +146,16 @@ def buckets(tensors: Tensors, most: int) -> Iterator[tuple[dict[str, Tensor], di
     size = 0
     for name, tensor in tensors.items():
         whole = tensor.detach()
-        rows = len(whole) if whole.dim() < 2 else max(most // max(whole[0].nbytes, 1), 1)
-        for first in range(0, max(len(whole) if whole.dim() else 1, 1), max(rows, 1)):
+        count = len(whole) if whole.dim() else 1
+        rows = count if whole.dim() < 2 else max(most // max(whole[0].nbytes, 1), 1)
+        for first in range(0, max(count, 1), max(rows, 1)):
             part = whole[first : first + rows] if whole.dim() else whole
             if bucket and (size + part.nbytes > most or name in bucket):
                 yield bucket, firsts
                 bucket, firsts, size = {}, {}, 0
             bucket[name] = part
             size += part.nbytes
-            if whole.dim() >= 2 and rows < len(whole):
+            if whole.dim() >= 2 and rows < count:
                 firsts[name] = first
     if bucket:
         yield bucket, firsts

@@ -111,3 +111,10 @@ def test_buckets_hold_everything_once_and_are_small(shapes: list[tuple[int, int]
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     whole = list(whole_buckets(tensors, most))
     assert [name for bucket in whole for name in bucket] == list(tensors)
+
+
+def test_a_number_alone_is_sent_too() -> None:
+    """Some models have parameters without any dimension."""
+    tensors = {"a": torch.ones(3), "scale": torch.tensor(2.0), "b": torch.ones(2, 2)}
+    found = {name: part for bucket, _ in buckets(tensors, 100) for name, part in bucket.items()}
+    assert found.keys() == tensors.keys() and torch.equal(found["scale"], tensors["scale"])
