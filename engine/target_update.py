@@ -44,6 +44,7 @@ from slipstream.kernels.stored import Stored
 PrepareUse = Callable[[Weights], Callable[[int, UpdateMode], None]]
 """Makes ready for weights, in the background; what it returns is called between two steps, with their version, and has
 all that follows computed with them."""
+DISCARDED = "the model's weights were discarded: wake the engine up, or finish an update first"
 STALE_S = 1800.0
 """An update that nothing was heard of for so long is given up: whoever sent it has gone, and its memory is needed."""
 MOST_READ_BYTES = 64 << 20
@@ -195,7 +196,7 @@ class TargetUpdates:
 
     def _serving(self) -> Weights:
         if not self.has_weights:
-            raise ModelError("the model's weights were discarded: wake the engine up, or finish an update first")
+            raise ModelError(DISCARDED)
         return self._model.weights
 
     # What comes ------------------------------------------------------------------------------------------------------
@@ -295,11 +296,13 @@ class TargetUpdates:
         base: Weights | None = None
         if lora:
             base = self._base or self._serving()
-        elif asked.keep_rest:
-            base = self._serving()
+        elif asked.keep_rest and self.has_weights:
+            base = self._model.weights
 
         def prepare() -> Callable[[], TargetUpdated]:
             update.check()
+            if base is None and asked.keep_rest and weights.num_missing:
+                raise ModelError(DISCARDED)
             if base is not None:
                 if lora:
                     for name, rows, first in lora.merged(base, asked.lora_scale):
