@@ -314,6 +314,16 @@ def test_cancelling_while_it_is_finished_leaves_the_old_weights(local: LocalEngi
     assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(0)
 
 
+def test_what_comes_after_the_end_is_not_laid_into_weights_that_serve(local: LocalEngine, fresh: Any) -> None:
+    tell(local, BeginTargetUpdate(1), FillTarget(1, save(policy(1))))
+    finishing = local.engine.operate(FinishTargetUpdate(1))
+    late = local.engine.operate(FillTarget(1, save(policy(2))))
+    local.wait(finishing)
+    with pytest.raises(ModelError, match="serves already"):
+        local.wait(late)
+    assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(1)
+
+
 def test_no_memory_for_a_second_set_of_weights_is_said(local: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slipstream.engine.target_update.available_memory", lambda _: 1 << 20)
     with pytest.raises(ModelError, match=r"other weights take .* and only 1.0 MiB of memory are free"):
