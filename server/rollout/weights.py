@@ -83,6 +83,8 @@ class WeightControl:
         self._update: _Update | None = None
         self._snapshot: dict[str, str] | None = None
         self._giving_up: set[asyncio.Task[None]] = set()
+        self._coming: set[asyncio.Task[int]] = set()
+        """Tensors on their way into an update."""
 
     @property
     def weight_version(self) -> str:
@@ -115,15 +117,15 @@ class WeightControl:
 
     async def fill(self, version: str, tensors: bytes, first_rows: dict[str, int] | None = None) -> int:
         """Sends tensors of the update under way, as a safetensors file; how many have not come completely."""
-        return await self.operate(FillTarget(self._number(version), tensors, first_rows or {}))
+        return await self._fill(FillTarget(self._number(version), tensors, first_rows or {}))
 
     async def read(self, version: str, path: str) -> int:
         """Has the engine read tensors of the update under way from a path; see ``fill``."""
-        return await self.operate(ReadTarget(self._number(version), path))
+        return await self._fill(ReadTarget(self._number(version), path))
 
     async def fill_shared(self, version: str, segment: str, num_bytes: int) -> int:
         """Has the engine read tensors of the update under way from shared memory; see ``fill``."""
-        return await self.operate(FillTargetShared(self._number(version), segment, num_bytes))
+        return await self._fill(FillTargetShared(self._number(version), segment, num_bytes))
 
     async def fill_from_group(
         self,
@@ -135,7 +137,7 @@ class WeightControl:
     ) -> int:
         """Has the engine take tensors of the update under way that a trainer broadcasts; see ``receive``, ``fill``."""
         specs = _specs(tensors)
-        return await self.operate(ReceiveTarget(self._number(version), group, specs, buffer_bytes, barrier))
+        return await self._fill(ReceiveTarget(self._number(version), group, specs, buffer_bytes, barrier))
 
     async def finish_update(
         self,
@@ -145,7 +147,13 @@ class WeightControl:
         lora_scale: float | None = None,
         name: str | None = None,
     ) -> TargetUpdated:
-        """Serves with the new weights from now on; see FinishTargetUpdate. ``name``: what they are called after all."""
+        """Serves with the new weights from now on; see FinishTargetUpdate. ``name``: what they are called after all.
+
+        What is on its way belongs to them: it is waited for.
+        """
+        self._number(version)
+        while self._coming:
+            await asyncio.wait(set(self._coming))
         number = self._number(version)
         self._names[number] = version if name is None else name
         while len(self._names) > MOST_NAMES:
@@ -299,7 +307,7 @@ class WeightControl:
         update = self._update
         assert update is not None
         try:
-            missing = await self.operate(fill(update.number))
+            missing = await self._fill(fill(update.number))
             done = None
             if finish == "yes" or (finish == "complete" and not missing):
                 done = await self.finish_update(update.name, keep_rest, lora_scale=lora_scale)
@@ -311,6 +319,13 @@ class WeightControl:
                 task.add_done_callback(self._giving_up.discard)
             raise
         return Sent(missing, done)
+
+    async def _fill(self, operation: Operation[int]) -> int:
+        """How many tensors have not come completely then."""
+        coming = asyncio.create_task(self.operate(operation))
+        self._coming.add(coming)
+        coming.add_done_callback(self._coming.discard)
+        return await coming
 
     async def _give_up(self, number: int) -> None:
         try:

@@ -158,6 +158,23 @@ def test_what_cannot_be_taken_leaves_the_old_weights(trained: Any, policy: Any, 
     assert say(trained) == said[0]
 
 
+def test_an_end_waits_for_what_is_on_its_way(trained: Any, policy: Any, said: list[Any]) -> None:
+    group = join(trained, packed=False)
+    post(trained, "/start_weight_update")
+    with ThreadPoolExecutor(2) as threads:
+        receiving = threads.submit(post, trained, "/update_weights", {"update_info": info(policy(1))})
+        trained.wait_until(lambda: trained.service.control._coming)
+        ending = threads.submit(post, trained, "/finish_weight_update", {"weight_version": "whole"})
+        with pytest.raises(TimeoutError):
+            ending.result(0.5)
+        assert say(trained) == said[0]
+        for tensor in policy(1).values():
+            group.broadcast(tensor)
+        receiving.result(120)
+        ending.result(120)
+    assert say(trained) == said[1] and trained.get("/weight_info")[1] == {"weight_version": "whole"}
+
+
 def test_skyrl_calls_by_name(trained: Any, policy: Any, said: list[Any]) -> None:
     group = join(trained, packed=False)
     weights = policy(1)
