@@ -81,6 +81,7 @@ class WeightControl:
         """Versions of the weights by number, as trainers call them."""
         self._next_number = 1
         self._update: _Update | None = None
+        self._beginning = asyncio.Lock()
         self._snapshot: dict[str, str] | None = None
         self._giving_up: set[asyncio.Task[None]] = set()
         self._coming: set[asyncio.Task[int]] = set()
@@ -302,10 +303,11 @@ class WeightControl:
         keep_rest: bool = False,
         lora_scale: float | None = None,
     ) -> Sent:
-        if self._update is None or version not in (None, self._update.name):
-            await self.begin_update(version, mode)
-        update = self._update
-        assert update is not None
+        async with self._beginning:  # tensors that come at the same time are of one update
+            if self._update is None or version not in (None, self._update.name):
+                await self.begin_update(version, mode)
+            update = self._update
+            assert update is not None
         try:
             missing = await self._fill(fill(update.number))
             done = None

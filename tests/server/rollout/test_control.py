@@ -231,6 +231,19 @@ def test_an_update_is_finished_when_it_is_complete_or_when_somebody_says_so(
     assert control.weight_version == "d" and server.run(control.differing_weights()) == [name]
 
 
+def test_tensors_that_come_at_the_same_time_are_of_one_update(server: Any, control: Control, policy: Any) -> None:
+    parts = [save({name: tensor}) for name, tensor in policy(1).items()]
+
+    async def send() -> list[Any]:
+        return await asyncio.gather(*(control.update_from_tensors(part, "together") for part in parts))
+
+    sent = server.run(send())
+    assert [each.finished is not None for each in sent].count(True) == 1 and control.weight_version == "together"
+    server.run(control.snapshot_weights())
+    server.run(control.update_from_tensors(save(policy(1)), "whole"))
+    assert server.run(control.differing_weights()) == []
+
+
 def test_an_update_that_fails_is_given_up(server: Any, control: Control, policy: Any) -> None:
     before = control.weight_version
     for send in (
