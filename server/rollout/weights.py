@@ -70,6 +70,13 @@ class _Update:
     number: int
     """What the engine calls its version; versions of this server never have the same."""
     name: str
+    is_named: bool
+    """Whether the trainer has said what it is called."""
+
+    def call(self, name: str) -> None:
+        """A name that comes late counts where there was none."""
+        if not self.is_named:
+            self.name, self.is_named = name, True
 
 
 class WeightControl:
@@ -97,13 +104,23 @@ class WeightControl:
         return self._names.get(number, str(number))
 
     def set_weight_version(self, name: str) -> None:
-        """The weights that serve are called so from now on, also in the answers of requests that they have begun."""
+        """The weights that serve are called so from now on, also in the answers of requests that they have begun.
+
+        So are those of an update under way that has no name: whoever sends it has it called so before it ends.
+        """
         self._names[self._stats.target_version] = name
+        if self._update is not None:
+            self._update.call(name)
 
     @property
     def updating(self) -> str | None:
         """The name of the update under way."""
         return None if self._update is None else self._update.name
+
+    @property
+    def updating_number(self) -> int | None:
+        """The number of the update under way, which it keeps when it is named."""
+        return None if self._update is None else self._update.number
 
     async def begin_update(self, version: str | None = None, mode: UpdateMode = "keep") -> str:
         """Begins an update; one that is under way is given up. Returns its name, a number if ``version`` is None."""
@@ -113,7 +130,7 @@ class WeightControl:
         self._next_number = number + 1
         self._update = None
         await self.operate(BeginTargetUpdate(number, mode, name))
-        self._update = _Update(number, name)
+        self._update = _Update(number, name, version is not None)
         return name
 
     async def fill(self, version: str, tensors: bytes, first_rows: dict[str, int] | None = None) -> int:
@@ -172,8 +189,11 @@ class WeightControl:
         await self.operate(CancelTargetUpdate(number))
 
     async def update_from_disk(self, path: str, version: str | None = None, mode: UpdateMode = "keep") -> TargetUpdated:
-        """Serves with the weights in a folder or file of the engine's machine: a whole model, or a LoRA."""
-        sent = await self._send(lambda number: ReadTarget(number, path), version, mode, "yes")
+        """Serves with the weights in a folder or file of the engine's machine: a whole model, or a LoRA.
+
+        An update that is under way is given up.
+        """
+        sent = await self._send(lambda number: ReadTarget(number, path), version, mode, "yes", is_whole=True)
         assert sent.finished is not None
         return sent.finished
 
@@ -188,7 +208,7 @@ class WeightControl:
     ) -> Sent:
         """Takes tensors as a safetensors file, for the update under way or a new one.
 
-        An update of another version than that under way is a new one. Here as in all ``update_from`` and ``receive``, a
+        An update of another version than that under way is a new one, unless that has no name yet. Here as in all ``update_from`` and ``receive``, a
         failure gives the update up.
         """
         return await self._send(
@@ -302,9 +322,14 @@ class WeightControl:
         finish: Finish,
         keep_rest: bool = False,
         lora_scale: float | None = None,
+        is_whole: bool = False,
     ) -> Sent:
+        """``is_whole``: it is an update by itself."""
         async with self._beginning:  # tensors that come at the same time are of one update
-            if self._update is None or version not in (None, self._update.name):
+            under_way = None if is_whole else self._update
+            if under_way is not None and version is not None:
+                under_way.call(version)
+            if under_way is None or version not in (None, under_way.name):
                 await self.begin_update(version, mode)
             update = self._update
             assert update is not None

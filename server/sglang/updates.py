@@ -15,8 +15,8 @@ class Updates:
 
     def __init__(self, control: Control) -> None:
         self._control = control
-        self._ours: str | None = None
-        """The update that buckets have come for."""
+        self._ours: int | None = None
+        """The number of the update that buckets have come for."""
 
     async def prepare(self, asked: UpdateFields) -> UpdateMode:
         """What becomes of open requests when the new weights serve."""
@@ -27,7 +27,7 @@ class Updates:
 
     def took_bucket(self) -> str:
         """What has happened, in words."""
-        self._ours = self._control.updating
+        self._ours = self._control.updating_number
         if self._ours is None:
             return f"Weight version {self._control.weight_version} serves."
         return "The weights have come; they serve when all have, or when generation continues."
@@ -35,5 +35,5 @@ class Updates:
     async def finish(self) -> None:
         """Ends the update for which buckets have come, if there is one: what has not come stays as it is."""
         ours, self._ours = self._ours, None  # one that cannot be finished is not tried again
-        if ours is not None and self._control.updating == ours:
-            await self._control.finish_update(ours, keep_rest=True)
+        if self._control.updating is not None and self._control.updating_number == ours:
+            await self._control.finish_update(self._control.updating, keep_rest=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from slipstream.engine.checkpoint import open_checkpoint
@@ -229,6 +229,35 @@ def test_an_update_is_finished_when_it_is_complete_or_when_somebody_says_so(
     assert control.weight_version == "b"
     server.run(control.finish_update("c", keep_rest=True, name="d"))
     assert control.weight_version == "d" and server.run(control.differing_weights()) == [name]
+
+
+@pytest.mark.parametrize("way", ["with a later bucket", "apart"])
+def test_an_update_may_be_named_late(server: Any, control: Control, policy: Any, way: str) -> None:
+    tensors = list(policy(1).items())
+    server.run(control.update_from_tensors(save(policy(1)), "first"))
+    server.run(control.snapshot_weights())
+    server.run(control.update_from_tensors(save(policy(2)), "second"))
+    sent = server.run(control.update_from_tensors(save(dict(tensors[:3]))))
+    assert sent.finished is None
+    if way == "apart":
+        control.set_weight_version("late")
+    name = None if way == "apart" else "late"
+    sent = server.run(control.update_from_tensors(save(dict(tensors[3:])), name))
+    assert sent.finished is not None and control.weight_version == "late" and control.updating is None
+    assert server.run(control.differing_weights()) == [], "nothing that had come before is lost"
+    server.run(control.update_from_tensors(save(dict(tensors[:3])), "one"))
+    server.run(control.update_from_tensors(save(dict(tensors[3:])), "another"))
+    assert control.updating == "another" and control.weight_version == "late"
+    server.run(control.cancel_update())
+
+
+def test_files_are_an_update_by_themselves(server: Any, control: Control, policy: Any, tmp_path: Path) -> None:
+    names = list(policy(1))
+    save_file({name: policy(1)[name] for name in names[3:]}, tmp_path / "some.safetensors")
+    server.run(control.update_from_tensors(save({name: policy(1)[name] for name in names[:3]})))
+    with pytest.raises(InvalidRequestError, match="lacks"):
+        server.run(control.update_from_disk(str(tmp_path / "some.safetensors"), "files alone"))
+    assert control.updating is None and control.weight_version != "files alone"
 
 
 def test_tensors_that_come_at_the_same_time_are_of_one_update(server: Any, control: Control, policy: Any) -> None:

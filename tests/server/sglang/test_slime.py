@@ -288,6 +288,25 @@ def test_weights_that_are_shared_on_one_machine(engine: Any, policy: Any, tensor
     assert slime.generate()["output_ids"] == after["output_ids"] == said_after_reading(slime, folder)
 
 
+def shared_bucket(names: list[str], found: dict[str, Tensor]) -> dict[str, Any]:
+    return {"serialized_named_tensors": [shared([(name, found[name]) for name in names])]}
+
+
+def test_weights_that_are_named_after_they_have_come(engine: Any, policy: Any, tensors: Any) -> None:
+    slime = Slime(engine)
+    slime.post("/update_weights_from_disk", model_path=str(policy(4)), weight_version="4")
+    names = list(tensors(8))
+    with slime.updating():
+        slime.post("/update_weights_from_tensor", **shared_bucket(names[:2], tensors(8)))
+        slime.post("/update_weight_version", new_version="8", abort_all_requests=False)
+    assert slime.version() == slime.generate()["meta_info"]["weight_version"] == "8"
+    with slime.updating():
+        slime.post("/update_weights_from_tensor", **shared_bucket(names[2:4], tensors(8)))
+        slime.post("/update_weights_from_tensor", **shared_bucket(names[4:], tensors(8)), weight_version="whole")
+    assert slime.version() == "whole"
+    assert slime.generate()["output_ids"] == said_after_reading(slime, policy(8))
+
+
 def test_what_is_asked_about_weights(engine: Any, tensors: Any, policy: Any) -> None:
     slime = Slime(engine)
     slime.post("/update_weights_from_disk", model_path=str(policy(4)), weight_version="4")
