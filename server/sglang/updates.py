@@ -32,6 +32,12 @@ class Updates:
             return f"Weight version {self._control.weight_version} serves."
         return "The weights have come; they serve when all have, or when generation continues."
 
+    async def begin(self) -> None:
+        """Gives up what buckets have brought before: whoever begins has nothing to do with what another has left."""
+        ours, self._ours = self._ours, None
+        if self._control.updating is not None and self._control.updating_number == ours:
+            await self._control.cancel_update()
+
     async def finish(self) -> None:
         """Ends the update for which buckets have come, if there is one: what has not come stays as it is."""
         ours, self._ours = self._ours, None  # one that cannot be finished is not tried again

@@ -115,9 +115,10 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
     @router.post("/begin_weight_update", openapi_extra=described(SGLangSessionBody))
     @telling_failures
     async def begin(request: Request) -> Response:
-        """Weights are to come; there is nothing to be prepared for them."""
+        """Weights are to come; those that have come of an update without an end are given up."""
         await body_of(service, request, SGLangSessionBody)
         service.require_ready()
+        await updates.begin()
         return outcome("The weights may come.")
 
     @router.post("/end_weight_update", openapi_extra=described(SGLangSessionBody))

@@ -307,6 +307,18 @@ def test_weights_that_are_named_after_they_have_come(engine: Any, policy: Any, t
     assert slime.generate()["output_ids"] == said_after_reading(slime, policy(8))
 
 
+def test_who_begins_has_nothing_to_do_with_what_another_has_left(engine: Any, policy: Any, tensors: Any) -> None:
+    slime, base = Slime(engine), policy(4)
+    slime.post("/update_weights_from_disk", model_path=str(base))
+    before = slime.generate()["output_ids"]
+    names = list(tensors(9))
+    slime.post("/update_weights_from_tensor", **shared_bucket(names[3:], tensors(9)))  # and then the trainer is gone
+    slime.post("/begin_weight_update", selector="all")
+    slime.post("/update_weights_from_tensor", **shared_bucket(names[:3], tensors(4)), selector="target")
+    slime.post("/end_weight_update")
+    assert slime.generate()["output_ids"] == before
+
+
 def test_what_is_asked_about_weights(engine: Any, tensors: Any, policy: Any) -> None:
     slime = Slime(engine)
     slime.post("/update_weights_from_disk", model_path=str(policy(4)), weight_version="4")
