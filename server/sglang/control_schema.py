@@ -16,7 +16,8 @@ DEFAULT_GROUP = "weight_update_group"
 Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 Version = Annotated[str, Field(min_length=1, max_length=512)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
-Selector = Literal["target", "draft", "all"]
+Selector = unsupported("target", "all")
+"""Of which models weights are meant: a drafter's are not sent, and must not be taken for the target's."""
 Memory = Literal["weights", "kv_cache", "cuda_graph"]
 
 
@@ -73,7 +74,7 @@ class SGLangDiskBody(UpdateFields):
 class SGLangTensorBody(UpdateFields):
     serialized_named_tensors: Annotated[list[str], Field(min_length=1, max_length=1)]
     """One, since there is one device."""
-    selector: Selector | None = None
+    selector: Selector = None  # type: ignore[valid-type]
     load_format: unsupported("flattened_bucket", "direct", "auto") = None  # type: ignore[valid-type]
 
 
@@ -84,7 +85,7 @@ class SGLangDistributedBody(UpdateFields):
         list[Annotated[list[Count], Field(max_length=16, fail_fast=True)]], Field(max_length=MAX_LIST, fail_fast=True)
     ]
     group_name: Name | None = None
-    selector: Selector | None = None
+    selector: Selector = None  # type: ignore[valid-type]
     load_format: unsupported("auto") = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
@@ -113,7 +114,7 @@ class SGLangLeaveBody(LooseBody):
 
 
 class SGLangSessionBody(LooseBody):
-    selector: Selector | None = None
+    selector: Selector = None  # type: ignore[valid-type]
 
 
 class SGLangTensorNameBody(LooseBody):
@@ -125,7 +126,7 @@ class SGLangCheckBody(LooseBody):
     action: Literal["snapshot", "compare", "checksum"] | None = None
     skip_tensor_list: list[Name] | None = Field(None, max_length=MAX_LIST, fail_fast=True)
     """Parts of names of tensors that are not looked at."""
-    selector: Selector | None = None
+    selector: Selector = None  # type: ignore[valid-type]
 
     # Refused unless off: what is served is what is compared.
     allow_quant_error: unsupported(False) = None  # type: ignore[valid-type]

@@ -319,6 +319,16 @@ def test_who_begins_has_nothing_to_do_with_what_another_has_left(engine: Any, po
     assert slime.generate()["output_ids"] == before
 
 
+def test_weights_of_a_drafter_are_not_taken_for_the_targets(engine: Any, tensors: Any) -> None:
+    slime = Slime(engine)
+    before = slime.generate()["output_ids"]
+    bucket = shared_bucket(list(tensors(9)), tensors(9)) | {"selector": "draft"}
+    for path, body in (("/update_weights_from_tensor", bucket), ("/begin_weight_update", {"selector": "draft"})):
+        status, answer = engine.post(path, body)
+        assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "selector", "unsupported_parameter")
+    assert slime.generate()["output_ids"] == before
+
+
 def test_what_is_asked_about_weights(engine: Any, tensors: Any, policy: Any) -> None:
     slime = Slime(engine)
     slime.post("/update_weights_from_disk", model_path=str(policy(4)), weight_version="4")
