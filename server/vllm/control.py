@@ -65,10 +65,14 @@ def pause_router(service: Service) -> APIRouter:
     router = APIRouter(default_response_class=Response)
     control = service.control
 
-    @router.post("/pause", openapi_extra=told(answers.PauseStatus, NoBody, MODE, a_flag("clear_cache")))
+    query = MODE, a_flag("clear_cache"), a_flag("wait_for_inflight_requests")
+
+    @router.post("/pause", openapi_extra=told(answers.PauseStatus, NoBody, *query))
     async def pause(request: Request) -> Response:
         """Let no request begin, and none go on but as the mode says, until it is resumed."""
         mode = one_of(request, "mode", PAUSES, "abort")
+        if flag(request, "wait_for_inflight_requests", False):  # how the mode was said before there were modes
+            mode = "wait"
         clear = flag(request, "clear_cache", True)
         await body_of(service, request, NoBody)
         await control.pause(mode, settle=True)

@@ -83,9 +83,10 @@ def test_a_pause_that_keeps_changes_no_token(trained: Any) -> None:
         assert again.choice == whole.choice
 
 
-def test_a_pause_that_waits_is_answered_when_all_have_ended(trained: Any) -> None:
+@pytest.mark.parametrize("query", ["mode=wait", "wait_for_inflight_requests=true&clear_cache=false"])
+def test_a_pause_that_waits_is_answered_when_all_have_ended(trained: Any, query: str) -> None:
     with Asking(trained, 600) as long:
-        post(trained, "/pause?mode=wait")
+        post(trained, f"/pause?{query}")
         assert long.choice["finish_reason"] == "length" and len(long.choice["token_ids"]) == 600
     post(trained, "/resume")
 
