@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Coroutine, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,12 @@ class Transfer:
 
     async def shutdown(self) -> None:
         await self._forget()
-        await self._control.leave_group(GROUP)
+        await self.leave(GROUP)
+
+    async def leave(self, group: str) -> None:
+        """There is none where weights came through memory, and none any more where it was left before."""
+        with suppress(InvalidRequestError):
+            await self._control.leave_group(group)
 
     async def start(self) -> None:
         await self._control.begin_update(mode="keep")

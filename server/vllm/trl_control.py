@@ -71,7 +71,7 @@ def trl_control_router(service: Service, transfer: Transfer) -> APIRouter:
     async def close_communicator(request: Request) -> Response:
         """Leave the group of a trainer."""
         await body_of(service, request, NoBody)
-        await control.leave_group(TRL_GROUP)
+        await transfer.leave(TRL_GROUP)
         return done("Request received, closing communicator")
 
     return router

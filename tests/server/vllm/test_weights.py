@@ -175,6 +175,13 @@ def test_an_end_waits_for_what_is_on_its_way(trained: Any, policy: Any, said: li
     assert say(trained) == said[1] and trained.get("/weight_info")[1] == {"weight_version": "whole"}
 
 
+def test_whoever_has_joined_no_group_leaves_it_all_the_same(trained: Any) -> None:
+    post(trained, "/init_weight_transfer_engine", {"init_info": {}})
+    for _ in range(2):
+        assert "message" in post(trained, "/shutdown_weight_transfer_engine")
+        assert "message" in post(trained, "/close_communicator/")
+
+
 def test_skyrl_calls_by_name(trained: Any, policy: Any, said: list[Any]) -> None:
     group = join(trained, packed=False)
     weights = policy(1)
