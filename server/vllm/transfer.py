@@ -102,8 +102,15 @@ class Transfer:
         self._began = True
 
     async def update(self, infos: Iterable[UpdateInfo]) -> None:
-        """Takes tensors. They serve at the end of the update, or, if nobody has begun one, as soon as all have come."""
-        finish: Finish = "no" if self._began and self._control.updating is not None else "complete"
+        """Takes tensors. They serve at the end of the update, or, if nobody has begun one, as soon as all have come.
+
+        Raises ConflictError where that which was begun has been given up: what is left of it must not serve alone.
+        """
+        finish: Finish = "no" if self._began else "complete"
+        if self._began and self._control.updating is None:
+            raise ConflictError(
+                "the update of the weights that was begun has been given up: start another one", code="no_update"
+            )
         for info in infos:
             if info.shared_memory is not None and info.num_bytes is not None:
                 await self._control.update_from_shared_memory(info.shared_memory, info.num_bytes, finish=finish)

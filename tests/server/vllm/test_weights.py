@@ -146,12 +146,15 @@ def test_an_update_that_nobody_began_cannot_end(trained: Any) -> None:
 
 def test_what_cannot_be_taken_leaves_the_old_weights(trained: Any, policy: Any, said: list[Any]) -> None:
     post(trained, "/start_weight_update")
-    wrong = {"model.norm.weight": torch.zeros(7)}
-    data = save(wrong)
-    segment = shared_memory.SharedMemory(create=True, size=len(data))
+    data, part = save({"model.norm.weight": torch.zeros(7)}), save({"model.norm.weight": policy(1)["model.norm.weight"]})
+    segment = shared_memory.SharedMemory(create=True, size=max(len(data), len(part)))
     segment.buf[: len(data)] = data
     asked = {"update_info": {"shared_memory": segment.name, "num_bytes": len(data)}}
     post(trained, "/update_weights", asked, status=400)
+    # What comes after that is a part, however much of it there is.
+    segment.buf[: len(part)] = part
+    asked = {"update_info": {"shared_memory": segment.name, "num_bytes": len(part)}}
+    assert post(trained, "/update_weights", asked, status=409)["error"]["code"] == "no_update"
     segment.close()
     segment.unlink()
     post(trained, "/finish_weight_update", status=409)
