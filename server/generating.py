@@ -22,9 +22,9 @@ from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.consent import read_statement
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.generation import Generation, OutputOptions, Sequence
-from slipstream.server.prepared import Prepared
+from slipstream.server.prepared import Answered, Prepared
 from slipstream.server.principal import Principal, principal_of
-from slipstream.server.responses import cancelled_on_disconnect
+from slipstream.server.responses import LargeResponse, cancelled_on_disconnect
 from slipstream.server.rollout.groups import Rollout
 from slipstream.server.service import Service
 from slipstream.server.text_work import INLINE_BYTES
@@ -102,6 +102,13 @@ async def prepare(
         async with cancelled_on_disconnect(request.receive, None):
             return await service.work.run(job, await before(raw))
         raise ClientDisconnect
+
+
+async def answer_without_engine(service: Service, request: Request, job: str) -> LargeResponse:
+    """Raises ModelNotFoundError, and what the job raises."""
+    found: Answered = await prepare(service, request, job)
+    service.require_model(found.model)
+    return LargeResponse(service, found.data)
 
 
 def start_generation(

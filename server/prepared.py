@@ -89,6 +89,15 @@ class Packed:
         return Prepared(self.body, prompts, self.texts, self.ends, self.structure, self.speech)
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A request that needs no engine, and what is answered."""
+
+    model: str | None
+    """What it calls the model: those who answer do not know all of its names."""
+    data: bytes
+
+
 class RunElsewhereError(Exception):
     """The request brings a template of its own, or a grammar that has to be tried."""
 

@@ -13,7 +13,7 @@ from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai import prepare as openai
 from slipstream.server.openai.schema import ChatBody
 from slipstream.server.openai.translated import add_message, chat_body
-from slipstream.server.prepared import Limits, Prepared, require_model
+from slipstream.server.prepared import Answered, Limits, Prepared
 from slipstream.server.text_model import TextModel
 
 TOOL_FIELDS = {"type", "name", "description", "strict", "input_schema", "cache_control", "eager_input_streaming"}
@@ -51,12 +51,11 @@ def converse(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
     return Prepared(done, prepared.prompts, [], prepared.ends, prepared.structure, prepared.speech)
 
 
-def count_message_tokens(text: TextModel, limits: Limits, raw: bytes) -> bytes:
-    """The answer. Raises InvalidRequestError, ModelNotFoundError, RunElsewhereError."""
+def count_message_tokens(text: TextModel, limits: Limits, raw: bytes) -> Answered:
+    """Raises InvalidRequestError, RunElsewhereError."""
     body = parse(CountTokensBody, raw, limits.unknown_fields)
-    require_model(limits.model_names, body.model)
     [prompt] = conversation(text, limits, chat_fields(body)).prompts
-    return openai.answer({"input_tokens": len(prompt)})
+    return openai.answer(body.model, {"input_tokens": len(prompt)})
 
 
 def conversation(text: TextModel, limits: Limits, fields: dict[str, Any]) -> Prepared[ChatBody]:

@@ -12,10 +12,10 @@ from slipstream.server.anthropic.prepare import Conversing
 from slipstream.server.anthropic.schema import BODIES, CountTokensBody, MessagesBody
 from slipstream.server.anthropic.writer import MessageWriter
 from slipstream.server.description import describe
-from slipstream.server.generating import prepare, prepare_generation
+from slipstream.server.generating import answer_without_engine, prepare_generation
 from slipstream.server.openai.chat import begin_chat
 from slipstream.server.prepared import Prepared
-from slipstream.server.responses import GenerationResponse, LargeResponse
+from slipstream.server.responses import GenerationResponse
 from slipstream.server.service import Service
 
 DESCRIBED = (*BODIES, *answers.ANSWERS)
@@ -54,6 +54,6 @@ def anthropic_router(service: Service) -> APIRouter:
     )
     async def count_tokens(request: Request) -> Response:
         """How many tokens a conversation has."""
-        return LargeResponse(service, await prepare(service, request, "count_message_tokens"))
+        return await answer_without_engine(service, request, "count_message_tokens")
 
     return router

@@ -30,7 +30,7 @@ from slipstream.server.openai.schema import (
 from slipstream.server.openai.structured import StructuredFields
 from slipstream.server.openai.thinking import thinking_variables
 from slipstream.server.openai.tools import ToolFields, plan_answer, tool_format, tool_use
-from slipstream.server.prepared import Limits, Prepared, RunElsewhereError, Structure, require_model
+from slipstream.server.prepared import Answered, Limits, Prepared, RunElsewhereError, Structure
 from slipstream.server.text import RESERVED_VARIABLES, ChatTemplate, TemplateError, TurnEnds
 from slipstream.server.text_model import TextModel
 from slipstream.server.tools.formats import FORMATS
@@ -109,26 +109,24 @@ def embed(text: TextModel, limits: Limits, raw: bytes) -> Prepared[EmbeddingsBod
     return Prepared(body.model_copy(update={"input": ""}), prompts, [])
 
 
-def tokenize(text: TextModel, limits: Limits, raw: bytes) -> bytes:
-    """The answer. Raises InvalidRequestError, RunElsewhereError."""
+def tokenize(text: TextModel, limits: Limits, raw: bytes) -> Answered:
+    """Raises InvalidRequestError, RunElsewhereError."""
+    body: TokenizeMessagesBody | TokenizeTextBody
     if has_messages(raw):
-        conversation = parse(TokenizeMessagesBody, raw, limits.unknown_fields)
-        require_model(limits.model_names, conversation.model)
-        rendered = render(limits, conversation, template_for(text, limits, conversation))
-        [tokens] = encode(text, limits, [rendered], bool(conversation.add_special_tokens), "messages")
-        with_texts = conversation.return_token_strs
+        body = parse(TokenizeMessagesBody, raw, limits.unknown_fields)
+        rendered = render(limits, body, template_for(text, limits, body))
+        [tokens] = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
     else:
         body = parse(TokenizeTextBody, raw, limits.unknown_fields)
-        require_model(limits.model_names, body.model)
         [tokens] = encode(text, limits, [body.prompt], body.add_special_tokens is not False, "prompt")
-        with_texts = body.return_token_strs
     return answer(
+        body.model,
         {
             "count": len(tokens),
             "max_model_len": limits.max_model_len,
             "tokens": tokens,
-            "token_strs": [text.tokenizer.token_text(token) for token in tokens] if with_texts else None,
-        }
+            "token_strs": [text.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None,
+        },
     )
 
 
@@ -140,15 +138,14 @@ def has_messages(raw: bytes) -> bool:
     return isinstance(data, dict) and "messages" in data
 
 
-def detokenize(text: TextModel, limits: Limits, raw: bytes) -> bytes:
-    """The answer. Raises InvalidRequestError."""
+def detokenize(text: TextModel, limits: Limits, raw: bytes) -> Answered:
+    """Raises InvalidRequestError."""
     body = parse(DetokenizeBody, raw, limits.unknown_fields)
-    require_model(limits.model_names, body.model)
     # What /tokenize gives can be more than the model has, and ids that the model has can be without text.
     known = max(limits.vocab_size, text.tokenizer.vocab_size)
     if (largest := max(body.tokens, default=0)) >= known:
         raise InvalidRequestError(f"tokens: there are the tokens 0 to {known - 1}, not {largest}", param="tokens")
-    return answer({"prompt": text.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+    return answer(body.model, {"prompt": text.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
 
 def prune_rollouts(text: TextModel, limits: Limits, raw: bytes) -> PruneRolloutsBody:
@@ -161,11 +158,12 @@ JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {
 }
 
 
-def answer(content: Any) -> bytes:
+def answer(model: str | None, content: Any) -> Answered:
+    """``model`` as the request calls it."""
     data = encode_json(content)
     if len(data) > MAX_ANSWER_BYTES:
         raise InvalidRequestError(f"the answer would have {len(data)} bytes; at most {MAX_ANSWER_BYTES} are sent")
-    return data
+    return Answered(model, data)
 
 
 def template_for(text: TextModel, limits: Limits, body: TemplateBody) -> ChatTemplate:

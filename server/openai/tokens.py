@@ -5,8 +5,7 @@ from __future__ import annotations
 import msgspec
 from fastapi import Request, Response
 
-from slipstream.server.generating import prepare
-from slipstream.server.responses import LargeResponse
+from slipstream.server.generating import answer_without_engine
 from slipstream.server.service import Service
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -14,7 +13,7 @@ encode = msgspec.json.Encoder().encode
 
 
 async def tokenize(service: Service, request: Request) -> Response:
-    return LargeResponse(service, await prepare(service, request, "tokenize"))
+    return await answer_without_engine(service, request, "tokenize")
 
 
 def told_of_tokenizer(service: Service) -> bytes:
@@ -27,4 +26,4 @@ def told_of_tokenizer(service: Service) -> bytes:
 
 
 async def detokenize(service: Service, request: Request) -> Response:
-    return LargeResponse(service, await prepare(service, request, "detokenize"))
+    return await answer_without_engine(service, request, "detokenize")

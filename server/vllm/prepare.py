@@ -19,7 +19,7 @@ from slipstream.server.openai.prepare import (
 )
 from slipstream.server.openai.schema import ChatBody, SamplingBody, TemplateBody
 from slipstream.server.openai.structured import StructuredFields
-from slipstream.server.prepared import Limits, Prepared, require_model
+from slipstream.server.prepared import Answered, Limits, Prepared
 from slipstream.server.text_model import TextModel
 from slipstream.server.vllm.schema import (
     TokensInBody,
@@ -44,12 +44,12 @@ def tokens_in(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TokensInB
     return Prepared(done, [body.token_ids], [], structure=structure(text, limits, sampling))
 
 
-def render(text: TextModel, limits: Limits, raw: bytes) -> bytes:
-    """A body for ``/inference/v1/generate``. Raises InvalidRequestError, ModelNotFoundError, RunElsewhereError."""
+def render(text: TextModel, limits: Limits, raw: bytes) -> Answered:
+    """A body for ``/inference/v1/generate``. Raises InvalidRequestError, RunElsewhereError."""
     body = parse(VllmRenderBody, raw, UNKNOWN)
-    model = require_model(limits.model_names, body.model)
     prompt = prompt_of(text, limits, openai.with_thinking(limits, body, template_for(text, limits, body)))
     return answer(
+        body.model,
         {
             "request_id": body.request_id or f"chatcmpl-{uuid.uuid4().hex}",
             "token_ids": prompt,
@@ -57,7 +57,7 @@ def render(text: TextModel, limits: Limits, raw: bytes) -> bytes:
             "features": None,
             "content_parts": None,
             "sampling_params": sampling_of(body),
-            "model": model,
+            "model": limits.model_names[0] if body.model is None else body.model,
             "reasoning_ended": None,
             "reasoning_parser_kwargs": None,
             "return_token_ids": body.return_token_ids,
@@ -68,7 +68,7 @@ def render(text: TextModel, limits: Limits, raw: bytes) -> bytes:
             "priority": body.priority or 0,
             "kv_transfer_params": None,
             "ec_transfer_params": None,
-        }
+        },
     )
 
 

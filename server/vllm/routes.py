@@ -6,9 +6,8 @@ from fastapi import APIRouter, Request, Response
 
 from slipstream.server.body import Body
 from slipstream.server.description import describe
-from slipstream.server.generating import prepare
+from slipstream.server.generating import answer_without_engine
 from slipstream.server.json_response import JSONBody
-from slipstream.server.responses import LargeResponse
 from slipstream.server.service import Service
 from slipstream.server.vllm import answers
 from slipstream.server.vllm.asked import body_of
@@ -44,7 +43,7 @@ def vllm_router(service: Service) -> APIRouter:
     )
     async def render(request: Request) -> Response:
         """The token ids of a conversation, as a body for /inference/v1/generate."""
-        return LargeResponse(service, await prepare(service, request, "render"))
+        return await answer_without_engine(service, request, "render")
 
     @router.post("/generate/", openapi_extra=describe(answers.TrlCompletions, *BUSY, bodies=[TrlGenerateBody]))
     async def generate_for_trl(request: Request) -> Response:

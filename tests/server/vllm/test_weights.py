@@ -315,10 +315,21 @@ def test_a_lora_serves_under_its_name_too(trained: Any, policy: Any, said: list[
     assert with_it["choices"] != said[0] and with_it["model"] == "policy-v1"
     assert "policy-v1" in [card["id"] for card in trained.get("/v1/models")[1]["data"]]
     assert trained.get("/weight_info")[1] == {"weight_version": "policy-v1"}
+    chat = [{"role": "user", "content": "Hi"}]
+    without_engine = {
+        "/tokenize": {"prompt": "Hi"},
+        "/detokenize": {"tokens": [1]},
+        "/v1/chat/completions/render": {"messages": chat},
+        "/v1/messages/count_tokens": {"messages": chat},
+    }
+    for path, asked in without_engine.items():
+        post(trained, path, asked | {"model": "policy-v1"})
+    assert post(trained, "/v1/chat/completions/render", {"messages": chat, "model": "policy-v1"})["model"] == "policy-v1"
     name = json.dumps({"lora_name": "policy-v1"}).encode()
     status, _, _ = trained.request("POST", "/v1/unload_lora_adapter", name, {"content-type": "application/json"})
     assert status == 200
-    post(trained, "/v1/completions", {"prompt": PROMPT, "model": "policy-v1", "max_tokens": 1}, status=404)
+    for path, asked in {**without_engine, "/v1/completions": {"prompt": PROMPT, "max_tokens": 1}}.items():
+        post(trained, path, asked | {"model": "policy-v1"}, status=404)
     post(trained, "/v1/unload_lora_adapter", {"lora_name": "policy-v1"}, status=404)
 
 
