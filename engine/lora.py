@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slipstream.engine.background import breathe
 from slipstream.engine.errors import ModelError
-from slipstream.engine.models.weights import Weights, row_pieces
+from slipstream.engine.models.weights import ReadableWeights, row_pieces
 
 PREFIX = "base_model.model."
 """Before the model's own names in what PEFT writes."""
@@ -63,7 +63,7 @@ class Lora:
         self._matrices.setdefault(found["module"] + ".weight", {})[found["which"]] = matrix
         return True
 
-    def merged(self, base: Weights, scale: float | None) -> Iterator[tuple[str, Tensor, int]]:
+    def merged(self, base: ReadableWeights, scale: float | None) -> Iterator[tuple[str, Tensor, int]]:
         """Rows of the weights that it changes, with the name of each and its first row.
 
         Raises ModelError for a matrix that fits no weight, or has no other half.

@@ -8,12 +8,11 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from slipstream.engine.background import Background
 from slipstream.engine.memory import trim
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.models.weights import Rows, Weights, row_pieces
+from slipstream.engine.models.weights import HostCopy, Rows
 from slipstream.engine.operations import MemoryTag, ReleaseMemory, ResumeMemory
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.scheduling.scheduler import Scheduler
@@ -41,7 +40,7 @@ class Sleeper:
         self._runner, self._scheduler, self._targets = runner, scheduler, targets
         self._background, self._prepare_use, self._files = background, prepare_use, files
         self._model: CausalModel = runner.model
-        self._kept: list[tuple[str, Rows]] | None = None
+        self._kept: HostCopy | None = None
         """Weights of a GPU, in the memory of the host."""
 
     def release(self, asked: ReleaseMemory) -> Future[Any]:
@@ -68,8 +67,8 @@ class Sleeper:
         on_host = self._runner.cache.device.type == "cpu"
         if keep and on_host:
             return  # they lie where they would be kept
-        self._kept = list(_copies(self._model.weights)) if keep else None
-        self._targets.discard()
+        self._kept = HostCopy(self._model.weights) if keep else None
+        self._targets.discard(keep)
         for drafter in self._runner.speculator.drafters:
             drafter.forget_target()
 
@@ -77,7 +76,7 @@ class Sleeper:
         if "weights" not in asked.tags or self._targets.has_weights:
             return lambda: self._resume(asked.tags)
         weights, kept = self._model.new_weights(), self._kept
-        for name, tensor in self._files() if kept is None else kept:
+        for name, tensor in self._files() if kept is None else kept.tensors.items():
             weights.fill(name, tensor)
         weights.check_complete()
         follow = self._prepare_use(weights)
@@ -99,12 +98,6 @@ class Sleeper:
             self._kept = None
         standstill.released = tuple(tag for tag in standstill.released if tag not in tags)
         give_back()  # what reading the weights took besides
-
-
-def _copies(weights: Weights) -> Iterable[tuple[str, Tensor]]:
-    for name, shape in weights.shapes.items():
-        parts = [weights.read(name, first, count).cpu() for first, count in row_pieces(shape)]
-        yield name, torch.cat(parts)
 
 
 def give_back() -> None:

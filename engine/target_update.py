@@ -16,7 +16,7 @@ from slipstream.engine.errors import ConfigError, ModelError, SupersededError
 from slipstream.engine.lora import Lora, plain_name
 from slipstream.engine.models.loader import SPARE_BYTES, available_memory, human_size
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.models.weights import Weights, checksums, copy_missing
+from slipstream.engine.models.weights import HostCopy, ReadableWeights, Weights, checksums, copy_missing
 from slipstream.engine.operations import (
     BeginTargetUpdate,
     CancelTargetUpdate,
@@ -101,7 +101,7 @@ class TargetUpdates:
         self._model, self._device, self._weights_bytes = model, device, weights_bytes
         self._background, self._prepare_use = background, prepare_use
         self._update: _Update | None = None
-        self._base: Weights | None = None
+        self._base: ReadableWeights | None = None
         """What served before the LoRA that serves now."""
         self._groups: dict[str, Group] = {}
         self._joining: list[tuple[Group, Future[None]]] = []
@@ -157,9 +157,10 @@ class TargetUpdates:
         if update is not None and time.perf_counter() - update.touched > STALE_S and not self._background.has_work:
             self._give_up(update, f"nothing was heard of it for {STALE_S:.0f} s")
 
-    def discard(self) -> None:
-        """The model has no weights from now on, until ``use`` gives it some."""
-        self._base, self.has_weights = None, False
+    def discard(self, keep: bool) -> None:
+        """The model has no weights from now on, until ``use`` gives it some; ``keep``: those that it has now."""
+        self._base = HostCopy(self._base) if keep and self._base is not None else None
+        self.has_weights = False
         self._model.forget()
 
     def use(self, weights: Weights, version: int, mode: UpdateMode, follow: Callable[[int, UpdateMode], None]) -> None:
@@ -293,7 +294,7 @@ class TargetUpdates:
 
     def _finish(self, update: _Update, asked: FinishTargetUpdate) -> Future[TargetUpdated]:
         weights, lora = update.weights, update.lora
-        base: Weights | None = None
+        base: ReadableWeights | None = None
         if lora:
             base = self._base or self._serving()
         elif asked.keep_rest and self.has_weights:
@@ -324,7 +325,7 @@ class TargetUpdates:
             raise ModelError(f"{len(wrong)} tensors are not those whose checksums were told, for example {some}")
 
     def _land(
-        self, update: _Update, weights: Weights, base: Weights | None, follow: Callable[[int, UpdateMode], None]
+        self, update: _Update, weights: Weights, base: ReadableWeights | None, follow: Callable[[int, UpdateMode], None]
     ) -> TargetUpdated:
         if self._update is not update:
             raise SupersededError(f"the update to version {update.name} was given up: {update.failure}")

@@ -60,6 +60,29 @@ class Weights(Protocol):
         """Raises ModelError where rows have not come."""
 
 
+class ReadableWeights(Protocol):
+    """Weights of which rows can be read."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str, first_row: int, count: int) -> Tensor: ...
+
+
+class HostCopy:
+    """A copy of weights in the memory of the host."""
+
+    def __init__(self, weights: ReadableWeights) -> None:
+        self.shapes = dict(weights.shapes)
+        self.tensors = {
+            name: torch.cat([weights.read(name, first, count).cpu() for first, count in row_pieces(shape)])
+            for name, shape in weights.shapes.items()
+        }
+
+    def read(self, name: str, first_row: int, count: int) -> Tensor:
+        return self.tensors[name][first_row : first_row + count]
+
+
 def load(model: CausalModel, tensors: Iterable[tuple[str, Rows]]) -> None:
     """Has a model compute with these, which are all that it has; raises ModelError for a misfit or a gap."""
     weights = model.new_weights()
@@ -86,7 +109,7 @@ def row_pieces(shape: tuple[int, ...], first_row: int = 0) -> Iterator[tuple[int
         yield first_row + first, min(size, shape[0] - first)
 
 
-def copy_missing(weights: Weights, source: Weights) -> None:
+def copy_missing(weights: Weights, source: ReadableWeights) -> None:
     """Gives weights what has not come, as another set of weights of the same model has it."""
     for name, first, count in weights.missing():
         for row, some in row_pieces((count, *weights.shapes[name][1:]), first):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save
 
 from slipstream.drafter.head import layout
@@ -178,6 +179,29 @@ def test_an_update_is_lost_with_the_weights_unless_they_are_kept(local: LocalEng
         assert said(local)[0] == expected and local.stats.target_version == version
 
 
+def test_a_lora_that_comes_after_a_sleep_is_added_to_what_served_before_any(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def checksums(sleeps: bool, *seeds: int) -> Any:
+        local = engine(folder)
+        for seed in seeds:
+            torch.manual_seed(seed)
+            name = "model.layers.0.self_attn.o_proj"
+            pair = {f"{name}.lora_A.weight": torch.randn(2, 64), f"{name}.lora_B.weight": torch.randn(64, 2)}
+            local.operate(BeginTargetUpdate(seed), FillTarget(seed, save(pair)))
+            local.operate(FinishTargetUpdate(seed, lora_scale=1.0))
+            if sleeps:
+                with monkeypatch.context() as on_a_gpu:  # where weights move to the memory of the host
+                    on_a_gpu.setattr(local.engine.runner.cache, "device", torch.device("cuda"))
+                    local.operate(ReleaseMemory(("weights",)))
+                local.operate(ResumeMemory(("weights",)))
+        found = local.operate(ChecksumTarget()).by_name
+        local.close()
+        return found
+
+    assert checksums(True, 1, 2) == checksums(False, 1, 2) == checksums(False, 2) != checksums(False, 1)
+
+
 def test_files_that_are_gone_leave_it_asleep(tmp_path: Path) -> None:
     local = engine(write_policy(tmp_path / "model", policy(0)))
     expected = said(local)
@@ -195,7 +219,6 @@ def test_files_that_are_gone_leave_it_asleep(tmp_path: Path) -> None:
 
 
 def test_a_model_that_runs_through_transformers_sleeps_too(tmp_path: Path) -> None:
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
