@@ -99,6 +99,8 @@ class ReadTarget(Operation[int], frozen=True, array_like=True, tag="read_target"
 
     version: int
     path: str
+    is_lora: bool = False
+    """Whether nothing else is meant: the folder of a model is refused then."""
 
 
 class FillTargetShared(Operation[int], frozen=True, array_like=True, tag="fill_target_shared"):

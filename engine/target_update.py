@@ -38,7 +38,15 @@ from slipstream.engine.operations import (
 )
 from slipstream.engine.shared_handles import open_handles
 from slipstream.engine.target_groups import LEAVE_S, Empty, Group, Transfer
-from slipstream.engine.target_sources import Tensors, lora_scale, read, read_segment, unpack
+from slipstream.engine.target_sources import (
+    LORA_CONFIG,
+    MOST_SHOWN,
+    Tensors,
+    lora_scale,
+    read,
+    read_segment,
+    unpack,
+)
 from slipstream.kernels.stored import Stored
 
 PrepareUse = Callable[[Weights], Callable[[int, UpdateMode], None]]
@@ -120,8 +128,8 @@ class TargetUpdates:
                 return self._fill(self._find(version), lambda: unpack(bytes(read_segment(segment, num_bytes))))
             case FillTargetHandles(version, pickled, names):
                 return self._fill(self._find(version), lambda: open_handles(pickled, names))
-            case ReadTarget(version, path):
-                return self._read(self._find(version), Path(path))
+            case ReadTarget(version, path, is_lora):
+                return self._read(self._find(version), Path(path), is_lora)
             case ReceiveTarget():
                 return self._receive(operation)
             case JoinGroup():
@@ -222,11 +230,13 @@ class TargetUpdates:
 
         return self._background.start(prepare)
 
-    def _read(self, update: _Update, path: Path) -> Future[int]:
+    def _read(self, update: _Update, path: Path, is_lora: bool) -> Future[int]:
         lora = update.lora
 
         def tensors() -> Tensors:
             scale = lora_scale(path)
+            if is_lora and scale is None:
+                raise ModelError(f"there is no LoRA in {str(path)[:MOST_SHOWN]!r}: it has no {LORA_CONFIG}")
             lora.scale = lora.scale if scale is None else scale
             return read(path, self._model)
 

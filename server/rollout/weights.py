@@ -188,12 +188,14 @@ class WeightControl:
         self._update = None
         await self.operate(CancelTargetUpdate(number))
 
-    async def update_from_disk(self, path: str, version: str | None = None, mode: UpdateMode = "keep") -> TargetUpdated:
+    async def update_from_disk(
+        self, path: str, version: str | None = None, mode: UpdateMode = "keep", is_lora: bool = False
+    ) -> TargetUpdated:
         """Serves with the weights in a folder or file of the engine's machine: a whole model, or a LoRA.
 
-        An update that is under way is given up.
+        An update that is under way is given up. ``is_lora``: nothing but a LoRA is meant.
         """
-        sent = await self._send(lambda number: ReadTarget(number, path), version, mode, "yes", is_whole=True)
+        sent = await self._send(lambda number: ReadTarget(number, path, is_lora), version, mode, "yes", is_whole=True)
         assert sent.finished is not None
         return sent.finished
 
@@ -208,8 +210,8 @@ class WeightControl:
     ) -> Sent:
         """Takes tensors as a safetensors file, for the update under way or a new one.
 
-        An update of another version than that under way is a new one, unless that has no name yet. Here as in all ``update_from`` and ``receive``, a
-        failure gives the update up.
+        An update of another version than that under way is a new one, unless that has no name yet. Here as in all
+        ``update_from`` and ``receive``, a failure gives the update up.
         """
         return await self._send(
             lambda number: FillTarget(number, tensors), version, mode, finish, keep_rest, lora_scale

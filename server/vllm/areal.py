@@ -57,7 +57,7 @@ def areal_router(service: Service, transfer: Transfer, adapters: Adapters) -> AP
     async def update_lora(request: Request) -> Response:
         """Serve with a LoRA in a folder of this machine, under its name too; requests that have begun end."""
         asked = await body_of(service, request, schema.ArealLoraBody)
-        await control.update_from_disk(asked.lora_model_path, asked.lora_name, transfer.mode)
+        await control.update_from_disk(asked.lora_model_path, asked.lora_name, transfer.mode, is_lora=True)
         adapters.serve(asked.lora_name)
         return success("LoRA updated")
 

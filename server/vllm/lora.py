@@ -35,7 +35,7 @@ def lora_router(service: Service, adapters: Adapters) -> APIRouter:
     async def load(request: Request) -> Response:
         """Serve with a LoRA in a folder of this machine, under its name too."""
         asked = await body_of(service, request, LoraBody)
-        await service.control.update_from_disk(asked.lora_path, asked.lora_name)
+        await service.control.update_from_disk(asked.lora_path, asked.lora_name, is_lora=True)
         adapters.serve(asked.lora_name)
         return Response(f"Success: LoRA adapter '{asked.lora_name}' added successfully.", media_type="text/plain")
 

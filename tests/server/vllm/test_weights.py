@@ -146,7 +146,8 @@ def test_an_update_that_nobody_began_cannot_end(trained: Any) -> None:
 
 def test_what_cannot_be_taken_leaves_the_old_weights(trained: Any, policy: Any, said: list[Any]) -> None:
     post(trained, "/start_weight_update")
-    data, part = save({"model.norm.weight": torch.zeros(7)}), save({"model.norm.weight": policy(1)["model.norm.weight"]})
+    norm = "model.norm.weight"
+    data, part = save({norm: torch.zeros(7)}), save({norm: policy(1)[norm]})
     segment = shared_memory.SharedMemory(create=True, size=max(len(data), len(part)))
     segment.buf[: len(data)] = data
     asked = {"update_info": {"shared_memory": segment.name, "num_bytes": len(data)}}
@@ -324,13 +325,22 @@ def test_a_lora_serves_under_its_name_too(trained: Any, policy: Any, said: list[
     }
     for path, asked in without_engine.items():
         post(trained, path, asked | {"model": "policy-v1"})
-    assert post(trained, "/v1/chat/completions/render", {"messages": chat, "model": "policy-v1"})["model"] == "policy-v1"
+    rendered = post(trained, "/v1/chat/completions/render", {"messages": chat, "model": "policy-v1"})
+    assert rendered["model"] == "policy-v1"
     name = json.dumps({"lora_name": "policy-v1"}).encode()
     status, _, _ = trained.request("POST", "/v1/unload_lora_adapter", name, {"content-type": "application/json"})
     assert status == 200
     for path, asked in {**without_engine, "/v1/completions": {"prompt": PROMPT, "max_tokens": 1}}.items():
         post(trained, path, asked | {"model": "policy-v1"}, status=404)
     post(trained, "/v1/unload_lora_adapter", {"lora_name": "policy-v1"}, status=404)
+
+
+def test_the_folder_of_a_model_is_no_lora(trained: Any, other_model: Path, said: list[Any]) -> None:
+    asked = {"lora_name": "x", "lora_path": str(other_model)}
+    assert "no LoRA" in post(trained, "/v1/load_lora_adapter", asked, status=400)["error"]["message"]
+    asked = {"lora_name": "x", "lora_model_path": str(other_model), "lora_int_id": 1, "base_model_name": "tiny"}
+    assert "no LoRA" in post(trained, "/areal_update_weights_lora", asked, status=400)["error"]["message"]
+    assert say(trained) == said[0] and trained.get("/v1/models/x")[0] == 404
 
 
 def test_areal_sends_loras(trained: Any, policy: Any, said: list[Any], tmp_path: Path) -> None:
