@@ -35,7 +35,8 @@ from slipstream.server.errors import ApiError, ConflictError, InvalidRequestErro
 FILES = "default"
 """What the weights of the model's files are called."""
 MOST_NAMES = 1000
-"""Versions whose names are known: of more, the oldest are forgotten. Nothing that runs is that old."""
+"""Versions whose names are known: of more, the oldest are forgotten. Nothing that runs is that old, but weights of the
+model's files come back."""
 MOST_NUMBER = 2**31 - 1
 Finish = Literal["yes", "no", "complete"]
 """Whether an update is finished with what has come: always, never, or if every tensor has."""
@@ -175,7 +176,7 @@ class WeightControl:
         number = self._number(version)
         self._names[number] = version if name is None else name
         while len(self._names) > MOST_NAMES:
-            del self._names[next(iter(self._names))]
+            del self._names[min(self._names.keys() - {0})]
         done = await self.operate(FinishTargetUpdate(number, keep_rest, checksums or {}, lora_scale))
         self._update = None
         return done

@@ -206,6 +206,18 @@ def test_versions_are_what_trainers_call_them_and_may_come_again(server: Any, co
     assert numbers == sorted(set(numbers)), "no number stands for two sets of weights"
 
 
+def test_the_files_keep_their_name_after_many_updates(
+    server: Any, control: Control, policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slipstream.server.rollout.weights.MOST_NAMES", 2)
+    files = control.version_name(0)
+    for name in "abc":
+        server.run(control.update_from_tensors(save(policy(1)), name))
+    server.run(control.release_memory(keep_weights=False))
+    server.run(control.resume_memory())
+    assert control.weight_version == files != "0"
+
+
 # Updates -------------------------------------------------------------------------------------------------------------
 
 
