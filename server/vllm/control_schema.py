@@ -63,6 +63,7 @@ class UpdateInfo(LooseBody):
     dtype_names: Names | None = None
     shapes: Shapes | None = None
     packed: bool | None = None
+    packed_buffer_size_bytes: int | None = Field(None, ge=1, lt=2**48)
     ipc_handles_pickled: str | None = None
     shared_memory: Name | None = None
     """Not of vLLM: the name of a segment of shared memory that holds a safetensors file of ``num_bytes``."""

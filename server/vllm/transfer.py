@@ -120,7 +120,8 @@ class Transfer:
             else:
                 packed = self._packed
                 if info.packed is not None:  # as before vLLM 0.28
-                    packed = (self._packed or PACKED_BYTES) if info.packed else None
+                    size = info.packed_buffer_size_bytes or self._packed or PACKED_BYTES
+                    packed = size if info.packed else None
                 tensors = list(zip(info.names or (), info.dtype_names or (), info.shapes or (), strict=True))
                 await self._control.receive(GROUP, tensors, finish=finish, buffer_bytes=packed)
 

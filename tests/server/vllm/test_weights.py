@@ -186,7 +186,8 @@ def test_whoever_has_joined_no_group_leaves_it_all_the_same(trained: Any) -> Non
         assert "message" in post(trained, "/close_communicator/")
 
 
-def test_skyrl_calls_by_name(trained: Any, policy: Any, said: list[Any]) -> None:
+@pytest.mark.parametrize("size", [{}, {"packed_buffer_size_bytes": 4096}])
+def test_skyrl_calls_by_name(trained: Any, policy: Any, said: list[Any], size: dict[str, int]) -> None:
     group = join(trained, packed=False)
     weights = policy(1)
 
@@ -195,9 +196,9 @@ def test_skyrl_calls_by_name(trained: Any, policy: Any, said: list[Any]) -> None
 
     call("skyrl_start_weight_update", is_checkpoint_format=True)
     with ThreadPoolExecutor(1) as threads:
-        asked = {"update_info": info(weights) | {"packed": True}}
+        asked = {"update_info": info(weights) | {"packed": True} | size}
         receiving = threads.submit(call, "update_weights_nccl", **asked)
-        send_packed(iter(weights.items()), group)
+        send_packed(iter(weights.items()), group, buffer_size_bytes=size.get("packed_buffer_size_bytes", 2**30))
         receiving.result(120)
     assert say(trained) == said[0]
     call("skyrl_finish_weight_update")
