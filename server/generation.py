@@ -16,6 +16,7 @@ from slipstream.engine.handle import RequestStream
 from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
 from slipstream.server.errors import GenerationFailedError, InvalidRequestError
 from slipstream.server.rollout.groups import Rollout
+from slipstream.server.rollout.weights import Called
 from slipstream.server.sequence_metrics import SequenceMetrics, sequences_metrics
 from slipstream.server.service import Service
 from slipstream.server.text import IncrementalDetokenizer, OffsetDetokenizer, StopChecker
@@ -104,8 +105,9 @@ class Sequence:
         stops = output.stop + output.end_texts
         self._stop = StopChecker(stops, output.include_stop) if stops else None
         self._first = True
-        self._spans: list[tuple[int, int]] = []
-        """First token, and number of the version of the weights that sampled it and those after it."""
+        self._spans: list[tuple[int, Called]] = []
+        """First token, and what the weights were called that sampled it and those after it."""
+        self._num_read = 0
         self._stream: RequestStream
 
     @property
@@ -124,8 +126,7 @@ class Sequence:
     @property
     def weight_spans(self) -> list[WeightSpan]:
         """Which weights sampled the tokens so far, in order; one span unless they were updated meanwhile."""
-        name = self._service.control.version_name
-        return [WeightSpan(first, name(number)) for first, number in self._spans if first < self.num_tokens]
+        return [WeightSpan(first, called.name) for first, called in self._spans if first < self.num_tokens]
 
     @property
     def weight_version(self) -> str:
@@ -170,14 +171,13 @@ class Sequence:
         deltas = await self._stream.next()
         for delta in deltas:
             self.metrics.on_delta(delta)
+            called = self._service.control.called(delta.target_version)
+            if delta.tokens and (not self._spans or self._spans[-1][1] is not called):
+                self._spans.append((self._num_read, called))
+            self._num_read += len(delta.tokens)
         return deltas
 
     def _push(self, deltas: list[TokenDelta]) -> Piece:
-        at = self.num_tokens
-        for delta in deltas:
-            if delta.tokens and (not self._spans or self._spans[-1][1] != delta.target_version):
-                self._spans.append((at, delta.target_version))
-            at += len(delta.tokens)
         if len(deltas) == 1 and deltas[0].logprobs is None:
             tokens, logprobs = deltas[0].tokens, []
         else:

@@ -64,6 +64,15 @@ class Sent:
     """Set if the update was finished with them."""
 
 
+@dataclass(slots=True, eq=False)
+class Called:
+    """What weights are called for a while."""
+
+    name: str
+    is_given: bool = True
+    """Whether somebody has said so; else it is only a number, in whose place a name may come."""
+
+
 @dataclass(slots=True)
 class _Update:
     """One under way."""
@@ -85,7 +94,7 @@ class WeightControl:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._names: dict[int, str] = {0: FILES}
+        self._called: dict[int, Called] = {0: Called(FILES)}
         """Versions of the weights by number, as trainers call them."""
         self._next_number = 1
         self._update: _Update | None = None
@@ -98,18 +107,25 @@ class WeightControl:
     @property
     def weight_version(self) -> str:
         """What trainers call the weights that serve."""
-        return self.version_name(self._stats.target_version)
+        return self.called(self._stats.target_version).name
 
-    def version_name(self, number: int) -> str:
-        """What trainers call the weights that a delta's ``target_version`` means."""
-        return self._names.get(number, str(number))
+    def called(self, number: int) -> Called:
+        """What trainers call the weights that a delta's ``target_version`` means; another object once they call them
+        otherwise."""
+        if number not in self._called:
+            self._called[number] = Called(str(number), is_given=False)
+        return self._called[number]
 
     def set_weight_version(self, name: str) -> None:
-        """The weights that serve are called so from now on, also in the answers of requests that they have begun.
+        """The weights that serve are called so from now on: tokens that they have sampled under another name keep it.
 
         So are those of an update under way that has no name: whoever sends it has it called so before it ends.
         """
-        self._names[self._stats.target_version] = name
+        serving = self.called(self._stats.target_version)
+        if serving.is_given and serving.name != name:
+            self._called[self._stats.target_version] = Called(name)
+        else:
+            serving.name, serving.is_given = name, True
         if self._update is not None:
             self._update.call(name)
 
@@ -174,9 +190,10 @@ class WeightControl:
         while self._coming:
             await asyncio.wait(set(self._coming))
         number = self._number(version)
-        self._names[number] = version if name is None else name
-        while len(self._names) > MOST_NAMES:
-            del self._names[min(self._names.keys() - {0})]
+        is_given = name is not None or (self._update is not None and self._update.is_named)
+        self._called[number] = Called(version if name is None else name, is_given)
+        while len(self._called) > MOST_NAMES:
+            del self._called[min(self._called.keys() - {0})]
         done = await self.operate(FinishTargetUpdate(number, keep_rest, checksums or {}, lora_scale))
         self._update = None
         return done

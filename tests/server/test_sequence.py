@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from slipstream.engine.messages import NewRequest, SamplingParams, TokenDelta, T
 from slipstream.server.errors import GenerationFailedError, UnavailableError
 from slipstream.server.generation import OutputOptions, Piece, Sequence
 from slipstream.server.metrics import Metrics
+from slipstream.server.rollout.weights import Called
 from slipstream.server.text import Tokenizer, load_tokenizer
 from slipstream.server.text.tokenizer_files import TokenizerParts
 
@@ -40,7 +42,7 @@ def make(
     tokenizer: Tokenizer, output: OutputOptions, prompt: tuple[int, ...] = (1,)
 ) -> tuple[Sequence, RequestStream, Aborts]:
     text = SimpleNamespace(tokenizer=tokenizer)
-    control = SimpleNamespace(version_name=lambda number: f"v{number}", weight_version="now")
+    control = SimpleNamespace(called=cache(lambda number: Called(f"v{number}")), weight_version="now")
     service: Any = SimpleNamespace(metrics=Metrics("m"), text=text, engine_gone=UnavailableError, control=control)
     request = NewRequest(request_id=1, prompt=list(prompt), params=SamplingParams(max_tokens=100))
     sequence, aborts = Sequence(0, request, output, service), Aborts()

@@ -154,17 +154,20 @@ def test_nothing_that_nobody_asked_for_is_aborted(server: Any, control: Control)
 # Versions ------------------------------------------------------------------------------------------------------------
 
 
-async def generate(server: Any, prompt: list[int], tokens: int, at: int, interrupt: Callable[[], Any]) -> Sequence:
-    """A sequence, whose answer is interrupted once it has so many tokens."""
+async def generate(
+    server: Any, prompt: list[int], tokens: int, at: int, interrupt: Callable[[], Any], whole: bool = False
+) -> Sequence:
+    """A sequence, whose answer is interrupted once it has so many tokens; ``whole``: it is read as one piece."""
     service = server.service
     params = SamplingParams(max_tokens=tokens, temperature=0.0)
     request = NewRequest(request_id=service.engine.next_request_id(), prompt=prompt, params=params)
     sequence = Sequence(0, request, OutputOptions(), service)
     interrupted = False
     with Generation(service, "test", time.monotonic(), [sequence], 1) as generation:
+        reading = asyncio.create_task(generation.collect()) if whole else None
         while not generation.finished:
-            await generation.next()
-            if sequence.num_tokens >= at and not interrupted:
+            await (generation.next() if reading is None else asyncio.sleep(0.001))
+            if sequence._num_read >= at and not interrupted:
                 interrupted = True
                 await interrupt()
     return sequence
@@ -186,14 +189,30 @@ def test_an_update_in_a_pause_makes_two_spans(server: Any, control: Control, pol
     assert sequence.weight_version == "v9" and sequence.num_tokens == 400
 
 
-def test_other_names_for_the_same_weights_make_no_span(server: Any, control: Control) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_token_has_the_version_that_it_was_sampled_under(server: Any, control: Control, whole: bool) -> None:
+    """Also in answers that are put together at their end."""
+    before = control.weight_version
+
     async def rename() -> None:
+        control.set_weight_version(before)  # as they are called
         control.set_weight_version("renamed")
 
-    before = control.weight_version
-    sequence = server.run(generate(server, [1, 2, 3], 100, 10, rename))
-    assert sequence.weight_spans == [WeightSpan(0, "renamed")]
+    sequence = server.run(generate(server, [1, 2, 3], 400, 10, rename, whole))
     control.set_weight_version(before)
+    first, second = sequence.weight_spans
+    assert (first, second.version) == (WeightSpan(0, before), "renamed") and 10 <= second.first < 400
+
+
+def test_a_name_for_weights_that_had_only_a_number_is_that_of_all_their_tokens(
+    server: Any, control: Control, policy: Any
+) -> None:
+    async def name() -> None:
+        control.set_weight_version("named")
+
+    server.run(control.update_from_tensors(save(policy(1))))
+    assert control.weight_version == str(server.service.engine.stats.target_version)
+    assert server.run(generate(server, [1, 2, 3], 100, 10, name)).weight_spans == [WeightSpan(0, "named")]
 
 
 def test_versions_are_what_trainers_call_them_and_may_come_again(server: Any, control: Control, policy: Any) -> None:
@@ -210,7 +229,7 @@ def test_the_files_keep_their_name_after_many_updates(
     server: Any, control: Control, policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("slipstream.server.rollout.weights.MOST_NAMES", 2)
-    files = control.version_name(0)
+    files = control.called(0).name
     for name in "abc":
         server.run(control.update_from_tensors(save(policy(1)), name))
     server.run(control.release_memory(keep_weights=False))
