@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from slipstream.engine.messages import TokenLogprobs
-from slipstream.server.generation import Generation, Piece, Sequence
+from slipstream.server.generation import Generation, Piece, Sequence, WeightSpan
 from slipstream.server.responses import DONE
 from slipstream.server.service import Service
 from slipstream.server.sglang.asked import Asked, Logprobs
@@ -185,15 +185,14 @@ def finish_reason(piece: Piece, tokens: int) -> dict[str, Any] | None:
 
 
 def weight_versions(sequence: Sequence, tokens: int) -> tuple[str, list[dict[str, Any]]]:
-    """What the weights of the last of so many tokens are called, and those of all of them, by positions."""
-    spans = [span for span in sequence.weight_spans if span.first < tokens]
+    """What the weights of the last of so many tokens are called, and those of all of them, by positions.
+
+    Where there is no token, an empty span tells those that serve.
+    """
+    spans = [span for span in sequence.weight_spans if span.first < tokens] or [WeightSpan(0, sequence.weight_version)]
     ends = [*(span.first for span in spans[1:]), tokens]
-    told = (
-        [{"version": span.version, "start": span.first, "end": end} for span, end in zip(spans, ends, strict=True)]
-        if spans
-        else []
-    )
-    return spans[-1].version if spans else sequence.weight_version, told
+    told = [{"version": span.version, "start": span.first, "end": end} for span, end in zip(spans, ends, strict=True)]
+    return spans[-1].version, told
 
 
 def speculation(sequence: Sequence) -> dict[str, Any]:

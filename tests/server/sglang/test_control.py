@@ -157,6 +157,8 @@ def test_waiting_requests_are_aborted_too(idle: Any) -> None:
     counts = [answer["meta_info"]["completion_tokens"] for answer in answers]
     for answer, count in zip(answers, counts, strict=True):
         assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+        version = answer["meta_info"]["weight_version"]
+        assert answer["meta_info"]["weight_versions"] == [{"version": version, "start": 0, "end": count}]
         assert len(answer["output_ids"]) == len(answer["meta_info"]["output_token_logprobs"]) == count
     assert counts.count(0) >= 2
 
