@@ -186,12 +186,14 @@ class WeightControl:
 
         What is on its way belongs to them: it is waited for.
         """
-        self._number(version)
+        number, update = self._number(version), self._update
         while self._coming:
             await asyncio.wait(set(self._coming))
-        number = self._number(version)
-        is_given = name is not None or (self._update is not None and self._update.is_named)
-        self._called[number] = Called(version if name is None else name, is_given)
+        if update is None or self._update is not update:
+            raise ConflictError(f"the update to version {version} was given up", code="superseded")
+        if name is not None:
+            update.name, update.is_named = name, True
+        self._called[number] = Called(update.name, update.is_named)
         while len(self._called) > MOST_NAMES:
             del self._called[min(self._called.keys() - {0})]
         done = await self.operate(FinishTargetUpdate(number, keep_rest, checksums or {}, lora_scale))
