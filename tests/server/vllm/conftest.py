@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
+from tests.server.vllm.sending import post, say
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +44,18 @@ def trained(trained_server: Any) -> Iterator[Any]:
     yield trained_server
     assert trained_server.get("/is_paused") == (200, {"is_paused": False})
     assert trained_server.get("/is_sleeping") == (200, {"is_sleeping": False})
+
+
+@pytest.fixture(scope="package")
+def said(start_local: Callable[..., Any], other_model: Path, trained_server: Any) -> list[Any]:
+    """What servers say with the weights of version 0 and 1."""
+    found = [say(trained_server), say(start_local(model=str(other_model)))]
+    assert found[0] != found[1]
+    return found
+
+
+@pytest.fixture
+def as_it_was(trained: Any, tiny_model: Path) -> Iterator[None]:
+    """Afterwards the weights of the files serve again."""
+    yield
+    post(trained, "/areal_update_weights", {"model_path": str(tiny_model)})

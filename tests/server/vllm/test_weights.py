@@ -2,82 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save, save_file
-from torch import Tensor
+from safetensors.torch import save
 
 from slipstream.clients.adapters.group import TrainerGroup, send_packed
+from tests.server.vllm.sending import (
+    PROMPT,
+    beside,
+    broadcast,
+    free_port,
+    info,
+    join,
+    named_group,
+    post,
+    say,
+    send_shared,
+)
 
-PROMPT = [504, 2365, 6354, 16438]
-Weights = dict[str, Tensor]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-    return port
-
-
-def post(server: Any, path: str, body: Any = None, *, status: int = 200) -> Any:
-    found, reply = server.post(path, {} if body is None else body)
-    assert found == status, reply
-    return reply
-
-
-def say(server: Any) -> Any:
-    return server.complete(PROMPT, max_tokens=8, temperature=0)["choices"]
-
-
-def info(weights: Weights) -> dict[str, Any]:
-    return {
-        "names": list(weights),
-        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()],
-        "shapes": [list(tensor.shape) for tensor in weights.values()],
-    }
-
-
-@pytest.fixture(scope="module")
-def said(start_local: Callable[..., Any], other_model: Path, trained_server: Any) -> list[Any]:
-    """What servers say with the weights of version 0 and 1."""
-    found = [say(trained_server), say(start_local(model=str(other_model)))]
-    assert found[0] != found[1]
-    return found
-
-
-@pytest.fixture(autouse=True)
-def as_it_was(trained: Any, tiny_model: Path) -> Iterator[None]:
-    yield
-    post(trained, "/areal_update_weights", {"model_path": str(tiny_model)})
-
-
-def join(server: Any, packed: bool) -> TrainerGroup:
-    port = free_port()
-    told = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2, "packed": packed}
-    with ThreadPoolExecutor(1) as beside:
-        joining = beside.submit(post, server, "/init_weight_transfer_engine", {"init_info": told})
-        group = TrainerGroup("127.0.0.1", port, 2, timeout_s=60)
-        assert joining.result(120) == {"message": "Weight transfer initialized"}
-    return group
-
-
-@contextmanager
-def beside(function: Callable[..., Any], *arguments: Any) -> Iterator[None]:
-    """The other side of a call."""
-    with ThreadPoolExecutor(1) as threads:
-        other = threads.submit(function, *arguments)
-        yield
-        other.result(120)
+pytestmark = pytest.mark.usefixtures("as_it_was")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -118,17 +67,6 @@ def test_nothing_is_seen_before_the_end_and_spans_tell_where_it_was(trained: Any
     first, second = reply["choices"][0]["weight_versions"]
     assert (first["version"], first["start"], second["version"], second["end"]) == ("old", 0, "new", 6000)
     assert 0 < first["end"] == second["start"] < 6000
-
-
-def send_shared(server: Any, weights: Weights) -> None:
-    data = save({name: tensor.contiguous() for name, tensor in weights.items()})
-    segment = shared_memory.SharedMemory(create=True, size=len(data))
-    try:
-        segment.buf[: len(data)] = data
-        post(server, "/update_weights", {"update_info": {"shared_memory": segment.name, "num_bytes": len(data)}})
-    finally:
-        segment.close()
-        segment.unlink()
 
 
 def test_what_is_sent_without_a_beginning_serves_when_it_is_whole(trained: Any, policy: Any, said: list[Any]) -> None:
@@ -233,10 +171,7 @@ def test_areal_sends_buckets_over_a_named_group(trained: Any, policy: Any, said:
         "group_name": "update_weight_group",
     }
     with beside(post, trained, "/areal_init_weights_update_group", told):
-        store: Any = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True)
-        for prefix in ("update_weight_group", "update_weight_group/", "cpu/"):
-            store = torch.distributed.PrefixStore(prefix, store)
-        group = torch.distributed.ProcessGroupGloo(store, 0, 2)
+        group = named_group(port, "update_weight_group")
     post(trained, "/areal_pause_generation")
     for part in (names[:2], names[2:]):
         bucket = info({name: weights[name] for name in part})
@@ -244,9 +179,7 @@ def test_areal_sends_buckets_over_a_named_group(trained: Any, policy: Any, said:
         post(trained, "/areal_set_update_weight_meta", bucket)
         with beside(post, trained, "/areal_update_weights_xccl"):
             for name in part:
-                options = torch.distributed.BroadcastOptions()
-                options.rootRank = 0
-                group.broadcast([weights[name]], options).wait()
+                broadcast(group, weights[name])
     post(trained, "/areal_continue_generation")
     assert say(trained) == said[1]
     assert post(trained, "/areal_update_weights_xccl", status=409)["error"]["code"] == "no_update"
@@ -286,94 +219,6 @@ def test_trl_is_told_at_the_next_call_what_went_wrong(trained: Any, said: list[A
     assert say(trained) == said[0]
     anywhere = {"host": "0.0.0.0", "port": 5000, "world_size": 2}
     assert post(trained, "/init_communicator/", anywhere, status=400)["error"]["param"] == "host"
-
-
-# LoRA ----------------------------------------------------------------------------------------------------------------
-
-
-def write_lora(folder: Path, policy: Any) -> Weights:
-    """A LoRA of one projection, as PEFT writes it; the tensors."""
-    name = "model.layers.0.self_attn.q_proj"
-    rows, columns = policy(0)[f"{name}.weight"].shape
-    torch.manual_seed(1)
-    tensors = {
-        f"base_model.model.{name}.lora_A.weight": torch.randn(2, columns),
-        f"base_model.model.{name}.lora_B.weight": torch.randn(rows, 2),
-    }
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return tensors
-
-
-def test_a_lora_serves_under_its_name_too(trained: Any, policy: Any, said: list[Any], tmp_path: Path) -> None:
-    write_lora(tmp_path / "lora", policy)
-    body = json.dumps({"lora_name": "policy-v1", "lora_path": str(tmp_path / "lora"), "load_inplace": False}).encode()
-    for path in ("/v1/load_lora_adapter", "/skyrl/v1/load_lora_adapter"):
-        status, headers, reply = trained.request("POST", path, body, {"content-type": "application/json"})
-        assert status == 200 and headers["content-type"].startswith("text/plain"), reply
-    with_it = trained.complete(PROMPT, max_tokens=8, temperature=0, model="policy-v1")
-    assert with_it["choices"] != said[0] and with_it["model"] == "policy-v1"
-    assert "policy-v1" in [card["id"] for card in trained.get("/v1/models")[1]["data"]]
-    assert trained.get("/weight_info")[1] == {"weight_version": "policy-v1"}
-    chat = [{"role": "user", "content": "Hi"}]
-    without_engine = {
-        "/tokenize": {"prompt": "Hi"},
-        "/detokenize": {"tokens": [1]},
-        "/v1/chat/completions/render": {"messages": chat},
-        "/v1/messages/count_tokens": {"messages": chat},
-    }
-    for path, asked in without_engine.items():
-        post(trained, path, asked | {"model": "policy-v1"})
-    rendered = post(trained, "/v1/chat/completions/render", {"messages": chat, "model": "policy-v1"})
-    assert rendered["model"] == "policy-v1"
-    name = json.dumps({"lora_name": "policy-v1"}).encode()
-    status, _, _ = trained.request("POST", "/v1/unload_lora_adapter", name, {"content-type": "application/json"})
-    assert status == 200
-    for path, asked in {**without_engine, "/v1/completions": {"prompt": PROMPT, "max_tokens": 1}}.items():
-        post(trained, path, asked | {"model": "policy-v1"}, status=404)
-    post(trained, "/v1/unload_lora_adapter", {"lora_name": "policy-v1"}, status=404)
-
-
-def test_the_folder_of_a_model_is_no_lora(trained: Any, other_model: Path, said: list[Any]) -> None:
-    asked = {"lora_name": "x", "lora_path": str(other_model)}
-    assert "no LoRA" in post(trained, "/v1/load_lora_adapter", asked, status=400)["error"]["message"]
-    asked = {"lora_name": "x", "lora_model_path": str(other_model), "lora_int_id": 1, "base_model_name": "tiny"}
-    assert "no LoRA" in post(trained, "/areal_update_weights_lora", asked, status=400)["error"]["message"]
-    assert say(trained) == said[0] and trained.get("/v1/models/x")[0] == 404
-
-
-def test_areal_sends_loras(trained: Any, policy: Any, said: list[Any], tmp_path: Path) -> None:
-    tensors = write_lora(tmp_path / "lora", policy)
-    about = {"lora_name": "lora-v1", "lora_int_id": 1, "base_model_name": "tiny"}
-    post(trained, "/areal_update_weights_lora", {"lora_model_path": str(tmp_path / "lora"), **about})
-    with_it = say(trained)
-    assert with_it != said[0]
-    port = free_port()
-    told = {"master_address": "127.0.0.1", "master_port": str(port), "rank_offset": 1, "world_size": 2}
-    with beside(post, trained, "/areal_init_weights_update_group", told | {"backend": "gloo", "group_name": "loras"}):
-        store: Any = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True)
-        for prefix in ("loras", "loras/", "cpu/"):
-            store = torch.distributed.PrefixStore(prefix, store)
-        group = torch.distributed.ProcessGroupGloo(store, 0, 2)
-    bucket = info(tensors)
-    bucket |= {"dtypes": bucket.pop("dtype_names"), "group_name": "loras", "lora_target_modules": ["q_proj"]}
-    bucket |= about | {"lora_name": "lora-v2", "lora_rank": 2, "lora_alpha": 4, "lora_bias": "none"}
-    post(trained, "/areal_set_update_weight_meta_lora", bucket)
-    with beside(post, trained, "/areal_update_weights_lora_xccl", bucket):
-        for tensor in tensors.values():
-            options = torch.distributed.BroadcastOptions()
-            options.rootRank = 0
-            group.broadcast([tensor], options).wait()
-    assert say(trained) == with_it, "the same LoRA, on the weights that served before the first"
-    for name in ("lora-v1", "lora-v2"):
-        trained.request(
-            "POST",
-            "/v1/unload_lora_adapter",
-            json.dumps({"lora_name": name}).encode(),
-            {"content-type": "application/json"},
-        )
 
 
 def test_updates_under_load_mix_no_weights(trained: Any, policy: Any) -> None:

@@ -1,0 +1,96 @@
+"""LoRAs on their ways to a server: folders and groups; as vLLM, SkyRL and AReaL send them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.server.vllm.sending import PROMPT, beside, broadcast, free_port, info, named_group, post, say
+
+pytestmark = pytest.mark.usefixtures("as_it_was")
+
+
+def write_lora(folder: Path, policy: Any) -> dict[str, Tensor]:
+    """A LoRA of one projection, as PEFT writes it; the tensors."""
+    name = "model.layers.0.self_attn.q_proj"
+    rows, columns = policy(0)[f"{name}.weight"].shape
+    torch.manual_seed(1)
+    tensors = {
+        f"base_model.model.{name}.lora_A.weight": torch.randn(2, columns),
+        f"base_model.model.{name}.lora_B.weight": torch.randn(rows, 2),
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def test_a_lora_serves_under_its_name_too(trained: Any, policy: Any, said: list[Any], tmp_path: Path) -> None:
+    write_lora(tmp_path / "lora", policy)
+    body = json.dumps({"lora_name": "policy-v1", "lora_path": str(tmp_path / "lora"), "load_inplace": False}).encode()
+    for path in ("/v1/load_lora_adapter", "/skyrl/v1/load_lora_adapter"):
+        status, headers, reply = trained.request("POST", path, body, {"content-type": "application/json"})
+        assert status == 200 and headers["content-type"].startswith("text/plain"), reply
+    with_it = trained.complete(PROMPT, max_tokens=8, temperature=0, model="policy-v1")
+    assert with_it["choices"] != said[0] and with_it["model"] == "policy-v1"
+    assert "policy-v1" in [card["id"] for card in trained.get("/v1/models")[1]["data"]]
+    assert trained.get("/weight_info")[1] == {"weight_version": "policy-v1"}
+    chat = [{"role": "user", "content": "Hi"}]
+    without_engine = {
+        "/tokenize": {"prompt": "Hi"},
+        "/detokenize": {"tokens": [1]},
+        "/v1/chat/completions/render": {"messages": chat},
+        "/v1/messages/count_tokens": {"messages": chat},
+    }
+    for path, asked in without_engine.items():
+        post(trained, path, asked | {"model": "policy-v1"})
+    rendered = post(trained, "/v1/chat/completions/render", {"messages": chat, "model": "policy-v1"})
+    assert rendered["model"] == "policy-v1"
+    name = json.dumps({"lora_name": "policy-v1"}).encode()
+    status, _, _ = trained.request("POST", "/v1/unload_lora_adapter", name, {"content-type": "application/json"})
+    assert status == 200
+    for path, asked in {**without_engine, "/v1/completions": {"prompt": PROMPT, "max_tokens": 1}}.items():
+        post(trained, path, asked | {"model": "policy-v1"}, status=404)
+    post(trained, "/v1/unload_lora_adapter", {"lora_name": "policy-v1"}, status=404)
+
+
+def test_the_folder_of_a_model_is_no_lora(trained: Any, other_model: Path, said: list[Any]) -> None:
+    asked = {"lora_name": "x", "lora_path": str(other_model)}
+    assert "no LoRA" in post(trained, "/v1/load_lora_adapter", asked, status=400)["error"]["message"]
+    asked = {"lora_name": "x", "lora_model_path": str(other_model), "lora_int_id": 1, "base_model_name": "tiny"}
+    assert "no LoRA" in post(trained, "/areal_update_weights_lora", asked, status=400)["error"]["message"]
+    assert say(trained) == said[0] and trained.get("/v1/models/x")[0] == 404
+
+
+def test_areal_sends_loras(trained: Any, policy: Any, said: list[Any], tmp_path: Path) -> None:
+    tensors = write_lora(tmp_path / "lora", policy)
+    about = {"lora_name": "lora-v1", "lora_int_id": 1, "base_model_name": "tiny"}
+    post(trained, "/areal_update_weights_lora", {"lora_model_path": str(tmp_path / "lora"), **about})
+    with_it = say(trained)
+    assert with_it != said[0]
+    port = free_port()
+    told = {"master_address": "127.0.0.1", "master_port": str(port), "rank_offset": 1, "world_size": 2}
+    with beside(post, trained, "/areal_init_weights_update_group", told | {"backend": "gloo", "group_name": "loras"}):
+        group = named_group(port, "loras")
+    bucket = info(tensors)
+    bucket |= {"dtypes": bucket.pop("dtype_names"), "group_name": "loras", "lora_target_modules": ["q_proj"]}
+    bucket |= about | {"lora_name": "lora-v2", "lora_rank": 2, "lora_alpha": 4, "lora_bias": "none"}
+    post(trained, "/areal_set_update_weight_meta_lora", bucket)
+    with beside(post, trained, "/areal_update_weights_lora_xccl", bucket):
+        for tensor in tensors.values():
+            broadcast(group, tensor)
+    assert say(trained) == with_it, "the same LoRA, on the weights that served before the first"
+    for name in ("lora-v1", "lora-v2"):
+        trained.request(
+            "POST",
+            "/v1/unload_lora_adapter",
+            json.dumps({"lora_name": name}).encode(),
+            {"content-type": "application/json"},
+        )
