@@ -70,7 +70,7 @@ class Called:
 
     name: str
     is_given: bool = True
-    """Whether somebody has said so; else it is only a number, in whose place a name may come."""
+    """Whether somebody has said so; else it is a number, in whose place a name may come."""
 
 
 @dataclass(slots=True)
@@ -110,8 +110,7 @@ class WeightControl:
         return self.called(self._stats.target_version).name
 
     def called(self, number: int) -> Called:
-        """What trainers call the weights that a delta's ``target_version`` means; another object once they call them
-        otherwise."""
+        """What the weights of a delta's ``target_version`` are called; another object once it is another name."""
         if number not in self._called:
             self._called[number] = Called(str(number), is_given=False)
         return self._called[number]
@@ -292,15 +291,18 @@ class WeightControl:
         keep_rest: bool = False,
         buffer_bytes: int | None = None,
         barrier: bool = False,
+        lora_scale: float | None = None,
     ) -> Sent:
         """As ``update_from_tensors``, from what the trainer broadcasts: name, number format and shape of each tensor.
 
         See ReceiveTarget.
         """
         specs = _specs(tensors)
-        return await self._send(
-            lambda number: ReceiveTarget(number, group, specs, buffer_bytes, barrier), version, mode, finish, keep_rest
-        )
+
+        def receive(number: int) -> ReceiveTarget:
+            return ReceiveTarget(number, group, specs, buffer_bytes, barrier)
+
+        return await self._send(receive, version, mode, finish, keep_rest, lora_scale)
 
     async def read_tensor(self, name: str, first_row: int = 0, rows: int = 1) -> TensorRows:
         """Rows of a tensor that serves."""

@@ -165,9 +165,8 @@ class Transfer:
         if (announced := self.announced) is None:
             raise ConflictError("no tensors are announced: send their names first", code="no_update")
         self.announced = None
-        version = await self._control.begin_update(name, self.mode)
-        await self._control.receive(announced.group, announced.tensors, version=version, finish="no")
-        await self._control.finish_update(version, lora_scale=scale)
+        await self._control.cancel_update()
+        await self._control.receive(announced.group, announced.tensors, name, self.mode, "yes", lora_scale=scale)
 
     @property
     def mode(self) -> UpdateMode:

@@ -16,6 +16,10 @@ from tests.server.vllm.sending import PROMPT, beside, broadcast, free_port, info
 pytestmark = pytest.mark.usefixtures("as_it_was")
 
 
+def post_refused(server: Any, path: str, body: Any) -> Any:
+    return post(server, path, body, status=400)
+
+
 def write_lora(folder: Path, policy: Any) -> dict[str, Tensor]:
     """A LoRA of one projection, as PEFT writes it; the tensors."""
     name = "model.layers.0.self_attn.q_proj"
@@ -87,6 +91,16 @@ def test_areal_sends_loras(trained: Any, policy: Any, said: list[Any], tmp_path:
         for tensor in tensors.values():
             broadcast(group, tensor)
     assert say(trained) == with_it, "the same LoRA, on the weights that served before the first"
+
+    # One that fits no weight is given up at once, and generation continues.
+    wrong = bucket | {"lora_name": "lora-v3", "names": [name.replace("q_proj", "nose") for name in tensors]}
+    post(trained, "/areal_pause_generation")
+    post(trained, "/areal_set_update_weight_meta_lora", wrong)
+    with beside(post_refused, trained, "/areal_update_weights_lora_xccl", wrong):
+        for tensor in tensors.values():
+            broadcast(group, tensor)
+    post(trained, "/areal_continue_generation")
+    assert say(trained) == with_it
     for name in ("lora-v1", "lora-v2"):
         trained.request(
             "POST",
