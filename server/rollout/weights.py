@@ -70,7 +70,12 @@ class Called:
 
     name: str
     is_given: bool = True
-    """Whether somebody has said so; else it is a number, in whose place a name may come."""
+    """Whether somebody has said so; else it is a number."""
+
+    def give(self, name: str) -> None:
+        """A name that comes late counts where there was none."""
+        if not self.is_given:
+            self.name, self.is_given = name, True
 
 
 @dataclass(slots=True)
@@ -79,14 +84,7 @@ class _Update:
 
     number: int
     """What the engine calls its version; versions of this server never have the same."""
-    name: str
-    is_named: bool
-    """Whether the trainer has said what it is called."""
-
-    def call(self, name: str) -> None:
-        """A name that comes late counts where there was none."""
-        if not self.is_named:
-            self.name, self.is_named = name, True
+    called: Called
 
 
 class WeightControl:
@@ -121,17 +119,16 @@ class WeightControl:
         So are those of an update under way that has no name: whoever sends it has it called so before it ends.
         """
         serving = self.called(self._stats.target_version)
-        if serving.is_given and serving.name != name:
+        serving.give(name)
+        if serving.name != name:
             self._called[self._stats.target_version] = Called(name)
-        else:
-            serving.name, serving.is_given = name, True
         if self._update is not None:
-            self._update.call(name)
+            self._update.called.give(name)
 
     @property
     def updating(self) -> str | None:
         """The name of the update under way."""
-        return None if self._update is None else self._update.name
+        return None if self._update is None else self._update.called.name
 
     @property
     def updating_number(self) -> int | None:
@@ -146,7 +143,7 @@ class WeightControl:
         self._next_number = number + 1
         self._update = None
         await self.operate(BeginTargetUpdate(number, mode, name))
-        self._update = _Update(number, name, version is not None)
+        self._update = _Update(number, Called(name, version is not None))
         return name
 
     async def fill(self, version: str, tensors: bytes, first_rows: dict[str, int] | None = None) -> int:
@@ -191,8 +188,8 @@ class WeightControl:
         if update is None or self._update is not update:
             raise ConflictError(f"the update to version {version} was given up", code="superseded")
         if name is not None:
-            update.name, update.is_named = name, True
-        self._called[number] = Called(update.name, update.is_named)
+            update.called = Called(name)
+        self._called[number] = update.called
         while len(self._called) > MOST_NAMES:
             del self._called[min(self._called.keys() - {0})]
         done = await self.operate(FinishTargetUpdate(number, keep_rest, checksums or {}, lora_scale))
@@ -201,9 +198,10 @@ class WeightControl:
 
     async def cancel_update(self, version: str | None = None) -> None:
         """Gives the update under way up; without ``version``, whichever it is, if there is one."""
-        if version is None and self._update is None:
+        name = self.updating if version is None else version
+        if name is None:
             return
-        number = self._number(self._update.name if version is None and self._update is not None else version or "")
+        number = self._number(name)
         self._update = None
         await self.operate(CancelTargetUpdate(number))
 
@@ -352,8 +350,8 @@ class WeightControl:
         async with self._beginning:  # tensors that come at the same time are of one update
             under_way = None if is_whole else self._update
             if under_way is not None and version is not None:
-                under_way.call(version)
-            if under_way is None or version not in (None, under_way.name):
+                under_way.called.give(version)
+            if under_way is None or version not in (None, under_way.called.name):
                 await self.begin_update(version, mode)
             update = self._update
             assert update is not None
@@ -361,7 +359,7 @@ class WeightControl:
             missing = await self._fill(fill(update.number))
             done = None
             if finish == "yes" or (finish == "complete" and not missing):
-                done = await self.finish_update(update.name, keep_rest, lora_scale=lora_scale)
+                done = await self.finish_update(update.called.name, keep_rest, lora_scale=lora_scale)
         except (ApiError, asyncio.CancelledError):
             if self._update is update:
                 self._update = None
@@ -386,8 +384,8 @@ class WeightControl:
 
     def _number(self, version: str) -> int:
         """The number of the update under way; raises InvalidRequestError unless it has this name."""
-        if self._update is None or self._update.name != version:
-            what = "none" if self._update is None else f"one to version {self._update.name}"
+        if self._update is None or self._update.called.name != version:
+            what = "none" if self._update is None else f"one to version {self._update.called.name}"
             raise InvalidRequestError(f"no update to version {version} is under way, but {what}: begin it first")
         return self._update.number
 
