@@ -17,7 +17,7 @@ Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$"
 Version = Annotated[str, Field(min_length=1, max_length=512)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Selector = unsupported("target", "all")
-"""Of which models weights are meant: a drafter's are not sent, and must not be taken for the target's."""
+"""Whose weights are meant: a drafter's are not sent, and must not be taken for the target's."""
 Memory = Literal["weights", "kv_cache", "cuda_graph"]
 
 
