@@ -189,7 +189,7 @@ def _check_supported(file: GGUFFile, arch: str) -> None:
             f"{', '.join(ARCHITECTURES)} (llama covers Llama, Mistral and SmolLM); serve any other model from its "
             "Hugging Face folder, which works through the transformers fallback."
         )
-    if file.metadata.get("split.count", 1) != 1:
+    if file.metadata.get("split.count") not in (None, 0, 1):  # 0 where parts were joined
         raise ModelError(
             f"{file.path} is one of several parts; join them with `llama-gguf-split --merge FIRST_PART WHOLE.gguf`"
         )

@@ -20,6 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slipstream.engine.checkpoint import Checkpoint, open_checkpoint
 from slipstream.engine.checkpoint.gguf_file import dequantised
+from slipstream.engine.checkpoint.shapes import parameter_shapes
 from slipstream.engine.errors import ModelError
 from slipstream.kernels.stored import Stored
 
@@ -226,6 +227,12 @@ def test_generation_config_of_gguf(tiny: Callable[..., Config], write_gguf: Call
 
     config = open_checkpoint(write_gguf(tiny(), configure=configure)).generation_config
     assert config == {"bos_token_id": 1, "eos_token_id": [2, 5], "temperature": 0.5, "top_k": 20}
+
+
+def test_parts_of_a_gguf_file_that_were_joined(tiny: Callable[..., Config], write_gguf: Callable[..., Path]) -> None:
+    """What joins them leaves the number of parts in the file, as 0."""
+    joined = write_gguf(tiny(), configure=lambda writer: writer.add_uint16("split.count", 0))
+    assert open_checkpoint(joined).tensor_shapes().keys() == dict(parameter_shapes(tiny())).keys()
 
 
 def test_gguf_errors(tiny: Callable[..., Config], write_gguf: Callable[..., Path], parameters: Any) -> None:
