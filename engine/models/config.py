@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 GEMMA_THETA, GEMMA_LOCAL_THETA, GEMMA_PATTERN = 1_000_000.0, 10_000.0, 6
 """What Gemma 3 has where config.json is silent: bases of rotary positions, and every how many layers one sees all."""
+USUAL_WINDOW, FULL_LAYERS = 4096, 28
+"""What models with sliding windows have where config.json is silent: their size, and how many layers of Qwen's dense
+models see all before those that do not."""
 NOT_OF_GEMMA = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 """Settings that published models of Gemma 3 leave empty; with them, transformers runs a model."""
 
@@ -103,14 +106,23 @@ def cache_shape(shape: ModelShape, block_size: int, dtype: torch.dtype) -> Cache
 def model_shape(config: dict[str, Any]) -> ModelShape:
     """Raises ModelError naming the missing key."""
     hidden, heads = need(config, "hidden_size"), need(config, "num_attention_heads")
+    kv_heads = config.get("num_key_value_heads") or heads
+    check_heads(heads, kv_heads)
     return ModelShape(
         model_type=need(config, "model_type"),
         vocab_size=need(config, "vocab_size"),
         num_layers=need(config, "num_hidden_layers"),
-        kv_heads=config.get("num_key_value_heads") or heads,
+        kv_heads=kv_heads,
         head_dim=config.get("head_dim") or hidden // heads,
         max_positions=context_length(config, stated_positions(config)),
     )
+
+
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Raises ModelError where heads have no keys and values of their own, or share none evenly: kernels read memory by
+    these numbers."""
+    if heads % kv_heads:
+        raise ModelError(f"{heads} attention heads cannot share {kv_heads} heads of keys and values evenly")
 
 
 def is_own(config: dict[str, Any]) -> bool:
@@ -139,7 +151,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         hidden=need(config, "hidden_size"),
         intermediate=need(config, "intermediate_size"),
         heads=need(config, "num_attention_heads"),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        norm_eps=_norm_eps(config),
         tied=is_tied(config),
         qkv_bias=first + "self_attn.q_proj.bias" in parameters,
         out_bias=first + "self_attn.o_proj.bias" in parameters,
@@ -151,6 +163,13 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         window_rope=_window_rope(config),
         more=_more(config),
     )
+
+
+def _norm_eps(config: dict[str, Any]) -> float:
+    found = config.get("rms_norm_eps", 1e-6)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise ModelError(f"config.json has rms_norm_eps = {found!r}, a number is needed")
+    return found
 
 
 def _more(config: dict[str, Any]) -> dict[str, Any]:
@@ -183,12 +202,17 @@ def rope_tables(config: DecoderConfig, length: int) -> tuple[Tensor, Tensor]:
     import torch  # not above: configurations are also read where there is no need of it
 
     head_dim, rope = config.shape.head_dim, config.rope
-    if rope["rope_type"] == "default":
-        theta = torch.tensor(float(rope["rope_theta"]))
-        inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-        factor = 1.0
-    else:
-        inverse, factor = _scaled_frequencies(config, length)
+    try:
+        if rope["rope_type"] == "default":
+            theta = torch.tensor(float(rope["rope_theta"]))
+            inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+            factor = 1.0
+        else:
+            inverse, factor = _scaled_frequencies(config, length)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise ModelError(f"the rotary parameters {rope} mean nothing: {error}") from error
+    if 2 * len(inverse) != head_dim or not inverse.isfinite().all():  # kernels read as many as a head is wide
+        raise ModelError(f"the rotary parameters {rope} are none for all of a head of size {head_dim}")
     angles = torch.outer(torch.arange(length).float(), inverse)
     return angles.cos() * factor, angles.sin() * factor
 
@@ -243,19 +267,21 @@ def stated_positions(config: dict[str, Any]) -> int:
 
 
 def _windows(config: dict[str, Any], num_layers: int) -> tuple[int, ...]:
-    window = config.get("sliding_window") or 0
-    if config["model_type"] == "gemma3_text":
+    kind, window = config["model_type"], config.get("sliding_window", USUAL_WINDOW) or 0
+    if kind == "gemma3_text":
         pattern = config.get("sliding_window_pattern") or GEMMA_PATTERN
         sees_all = [(layer + 1) % pattern == 0 for layer in range(num_layers)]
         kinds = config.get("layer_types")
         if kinds:
             sees_all = [kind == "full_attention" for kind in kinds]
         return tuple(0 if each else window for each in sees_all)
-    if config["model_type"] == "llama" or not config.get("use_sliding_window", config["model_type"] == "mistral"):
+    if kind == "llama" or not config.get("use_sliding_window", kind == "mistral"):
         return (0,) * num_layers
+    if kind in ("mistral", "qwen3_moe"):  # in all layers, whatever else is said of them
+        return (window,) * num_layers
     if kinds := config.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    first = config.get("max_window_layers", 0) if config["model_type"] != "mistral" else 0
+        return tuple(window if each == "sliding_attention" else 0 for each in kinds)
+    first = config.get("max_window_layers", FULL_LAYERS)
     return tuple(window if layer >= first else 0 for layer in range(num_layers))
 
 
