@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slipstream.engine.errors import ModelError
-from slipstream.engine.models.config import DecoderConfig
+from slipstream.engine.models.config import DecoderConfig, check_heads
+from slipstream.engine.models.rope import rope_parameters
 
 if TYPE_CHECKING:
     from slipstream.kernels.compute import LayerShape
@@ -206,10 +207,6 @@ def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
     try:
         taps = _parse_taps(config) or (default_taps(num_layers) if kind == "eagle3" else (num_layers,))
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        rope = config.get("rope_parameters") or {
-            "rope_type": "default",
-            "rope_theta": config.get("rope_theta", 10000.0),
-        }
         head = HeadConfig(
             hidden=hidden,
             intermediate=config["intermediate_size"],
@@ -220,21 +217,22 @@ def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
             draft_vocab_size=(kind == "eagle3" and config.get("draft_vocab_size")) or config["vocab_size"],
             taps=taps,
             norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope=rope,
+            rope=rope_parameters(config),
             max_positions=config.get("max_position_embeddings", 2048),
             kind=kind,
             fc_bias=kind == "eagle" and bool(config.get("bias", True)),
         )
     except KeyError as error:
         raise ModelError(f"config.json of the drafter has no {error}") from None
-    except (AttributeError, TypeError, ArithmeticError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise ModelError(f"config.json of the drafter is malformed: {error}") from None
     sizes = [head.hidden, head.intermediate, head.heads, head.kv_heads, head.head_dim, head.vocab_size]
     sizes += [head.draft_vocab_size, head.max_positions]
     if not all(type(size) is int and 0 < size < MOST for size in sizes):
         raise ModelError("config.json of the drafter is malformed: its sizes are not all whole numbers from 1 on")
-    if not (all(type(tap) is int and 0 <= tap < MOST for tap in head.taps) and isinstance(head.rope, dict)):
-        raise ModelError("config.json of the drafter is malformed: the layers it reads, or its rope_parameters")
+    check_heads(head.heads, head.kv_heads)
+    if not all(type(tap) is int and 0 <= tap < MOST for tap in head.taps):
+        raise ModelError("config.json of the drafter is malformed: the layers it reads")
     if type(head.norm_eps) not in (int, float):
         raise ModelError(f"config.json of the drafter is malformed: rms_norm_eps is {head.norm_eps!r}")
     return head

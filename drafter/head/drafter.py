@@ -164,6 +164,12 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         self._first = self._load(target.config)
         self._config = self._first.config
         layout.check_target(self._config, target.config)
+        compute = target.compute.for_drafts
+        if not compute.supports(self._config.layer_shape(target.config), compute.device):
+            raise ModelError(
+                f"the drafter's sizes (heads of {self._config.head_dim}, an MLP of {self._config.intermediate}) are none "
+                f"that the {compute.name} kernels of the model compute; use --kernels torch"
+            )
         return self._config.taps
 
     def attach(self, host: DraftHost) -> None:

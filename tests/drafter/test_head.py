@@ -323,6 +323,17 @@ def test_a_head_for_another_model_is_refused(folder: Path) -> None:
         LocalEngine(config, [HeadDrafter(lambda _: FirstHead(*make_head(other)))])
 
 
+@pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
+def test_a_head_that_the_kernels_of_its_model_do_not_compute_is_refused(folder: Path) -> None:
+    def make(target: DecoderConfig) -> FirstHead:
+        config = replace(layout.config_for(target, 48), intermediate=100)
+        return FirstHead(config, layout.random_tensors(config, 1))
+
+    with pytest.raises(ModelError, match=r"an MLP of 100\) .* --kernels torch"):
+        LocalEngine(EngineConfig(model=str(folder), kv_cache_memory="4MiB"), [HeadDrafter(make)])
+    LocalEngine(EngineConfig(model=str(folder), kv_cache_memory="4MiB", kernels="torch"), [HeadDrafter(make)])
+
+
 def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path) -> None:
     neox = {
         "model_type": "gpt_neox",

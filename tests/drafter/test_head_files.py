@@ -63,6 +63,17 @@ def test_a_head_of_the_first_form_is_read(tmp_path: Path) -> None:
             layout.read(tmp_path, target)
 
 
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_scaled_positions_of_published_heads(kind: str) -> None:
+    """As configurations state them from before there were rope_parameters."""
+    said = layout.config_for(decoder_config(TARGET), 48).to_json() | {"rope_theta": 500000.0}
+    del said["rope_parameters"]
+    assert layout.parse_config(said, 4).rope == {"rope_type": "default", "rope_theta": 500000.0}
+    scaled = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    rope = layout.parse_config(said | {"rope_scaling": scaled | {kind: "llama3"}}, 4).rope
+    assert rope == scaled | {"rope_type": "llama3", "rope_theta": 500000.0}
+
+
 def spoil_config(**changes: Any) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
