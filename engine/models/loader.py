@@ -29,7 +29,7 @@ from slipstream.engine.models.weight_formats import DTYPES, choose_formats, desc
 from slipstream.engine.models.weights import Rows, ahead, load
 from slipstream.engine.units import parse_size
 from slipstream.kernels.attention.choice import backend
-from slipstream.kernels.compute import Compute, Formats, LayerShape
+from slipstream.kernels.compute import PACKED, Compute, Formats, LayerShape
 from slipstream.kernels.machine import FORMATS, describe_speed, fast_dtype
 from slipstream.kernels.native import library
 from slipstream.kernels.native.stack import NativeCompute
@@ -159,6 +159,8 @@ def build_model(
             "--kernels native: the compiled kernels are not available here (no compiler at install, an older "
             "processor, a GPU, or sizes that are not multiples of 16); use --kernels auto"
         )
+    if kind is TorchCompute and formats.weights == PACKED:  # of a drafter; the model has others
+        formats = Formats.of(formats.compute)
     if not kind.can_be_batch_invariant:
         _refuse_deterministic(options, "torch's kernels, which run here instead of the compiled ones,")
     model = Decoder(decoder_config(config), _made(kind, config, formats, device, options), max_length)

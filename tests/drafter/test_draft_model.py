@@ -19,6 +19,7 @@ from slipstream.engine.errors import ModelError
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.speculation.protocol import DraftRow, Proposal
 from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing_gguf import write_gguf
 from slipstream.kernels.native.library import isa
 
 TARGET = {
@@ -48,6 +49,15 @@ def engine(target: Path, draft: Path, **fields: Any) -> LocalEngine:
         model=str(target), draft_model=str(draft), speculation="draft", max_running=4, **(options | fields)
     )
     return LocalEngine(config, make_drafters(config))
+
+
+@pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
+def test_a_drafter_that_torch_computes_beside_a_model_with_packed_weights(tmp_path: Path) -> None:
+    target = write_gguf(tmp_path / "target.gguf", dict(dummy_tensors(TARGET, 0)), TARGET)
+    draft = write(tmp_path / "draft", TARGET | {"hidden_size": 72})
+    local = engine(target, draft, dtype="auto", weights="packed")
+    [done] = local.generate([list(range(20))], SamplingParams(max_tokens=12, temperature=0.0))
+    assert len(done.tokens) == 12 and sum(delta.num_drafted for delta in done.deltas)
 
 
 def test_the_target_as_its_own_drafter_is_always_right(tmp_path: Path) -> None:
