@@ -185,7 +185,11 @@ class Trainer:
     def _update(self) -> None:
         options = self.options
         trained = [self.head.weights[name] for name in self.head.trained]
-        torch.nn.utils.clip_grad_norm_(trained, options.clip)
+        if not torch.nn.utils.clip_grad_norm_(trained, options.clip).isfinite():
+            # Of damaged features, say: one such step, and nothing could be learned any more.
+            for weight in trained:
+                weight.grad = None
+            return
         for optimizer, factor in zip(self._optimizers, (1.0, 0.1), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = factor * self._rate()

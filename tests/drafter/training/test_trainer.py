@@ -173,3 +173,18 @@ def test_training_resumes_whatever_order_the_tensors_come_in(
         trainer.learn([[text]])
     for name, tensor in through.published().items():
         assert torch.equal(tensor, resumed.published()[name]), name
+
+
+def test_a_text_with_damaged_features_spoils_nothing(make_head: MakeHead, make_example: MakeExample) -> None:
+    trainer = Trainer(make_head(), TrainOptions(averaging=0.5))
+    trainer.learn([[make_example(30, seed=1)]])
+    before, state = trainer.published(), copy.deepcopy(trainer.state()["optimizers"])
+    damaged = make_example(40, seed=2)
+    damaged.features[3, 1, 5] = float("inf")
+    assert trainer.learn([[make_example(30, seed=3)], [damaged]]).tokens > 40
+    for name, tensor in trainer.published().items():
+        assert torch.equal(tensor, before[name])
+    assert str(trainer.state()["optimizers"]) == str(state)
+    trainer.learn([[make_example(30, seed=1)]])
+    assert all(tensor.isfinite().all() for tensor in trainer.published().values())
+    assert not torch.equal(trainer.published()["fc.weight"], before["fc.weight"])
