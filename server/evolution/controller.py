@@ -103,13 +103,17 @@ class Controller:
         forced = predecessor = None
         if shared is not None and canary is None and TRIED not in shared.metrics:
             predecessor = self._registry.predecessor(SHARED_ROUTE)
-            if predecessor is not None and _was_forced(self._registry.history(shared.version)):
+            # There is no trial beside a version that no engine loads.
+            can_compare = predecessor is not None and predecessor.version != self._refused.get(CANARY_ROUTE)
+            if can_compare and _was_forced(self._registry.history(shared.version)):
                 forced = shared
         pinned = {route for route, version in live.items() if version.pinned}
         waiting = (v for v in versions if v.state == "candidate" and v.route not in pinned)
         candidates = [version for version in waiting if passed_gate(version) and TRIED not in version.metrics]
         newest = {version.route: version for version in sorted(candidates, key=lambda version: version.version)}
-        if canary is not None or forced is not None:
+        if canary is not None and shared is None:
+            newest[SHARED_ROUTE] = canary  # what it was on trial against is gone, and nothing drafts
+        elif canary is not None or forced is not None:
             newest.pop(SHARED_ROUTE, None)  # one trial at a time
         return _Found(live, canary, forced, predecessor if forced else None, list(newest.values()))
 

@@ -178,10 +178,11 @@ class Evolution:
                     self.error = None
             except EngineDiedError:
                 pass  # the next one is asked when it is there
-            except (SlipstreamError, OSError) as error:
-                if str(error) != self.error:
-                    logger.error("drafter registry: %s", error)
-                self.error = str(error)
+            except Exception as error:
+                told, self.error = self.error, str(error) or type(error).__name__
+                if self.error != told:
+                    is_known = isinstance(error, SlipstreamError | OSError)
+                    logger.error("drafter registry: %s", self.error, exc_info=None if is_known else error)
             await self._train(self.controller.in_control)
             if self.worker is not None and self.error is None and not self.controller.in_control:
                 self.worker.stand_by("Another server is in control of the registry, and trains.")

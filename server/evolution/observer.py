@@ -54,7 +54,7 @@ class Observer:
             for streams in self._use:
                 self._use[streams] *= USE_MEMORY
             self._use[stats.num_running] = self._use.get(stats.num_running, 0.0) + 1
-        now = time.time()
+        now = time.monotonic()  # a clock that is put back would hold up the next point until it has caught up
         if self._last is None:
             self._last = now, stats.generation_tokens
             return
@@ -63,7 +63,7 @@ class Observer:
             return
         length = 1 + self._tokens / self._steps if self._steps else 0.0
         rate = (stats.generation_tokens - tokens) / (now - began)
-        self.points.append(Point(now, rate, length, stats.num_running, version))
+        self.points.append(Point(time.time(), rate, length, stats.num_running, version))
         self._last = now, stats.generation_tokens
         self._steps = self._tokens = 0
         if len(self.points) > POINTS:
