@@ -253,6 +253,7 @@ class Speculator:
                 drafter.finish(row.draft)
             except Exception:
                 self._faults.tell(f"the end of a request in drafter {drafter.name}", "it learned nothing from it")
+        row.draft.memory.clear()  # the row stays as it is until somebody else takes it, perhaps for days
 
     def draft_tree(self, row: RowDrafts, most: int) -> Tree | None:
         """The first draft tokens of what is proposed for this row, at most so many; None if there are none."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from slipstream.drafter.lookup import NGramDrafter
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams
 from slipstream.engine.plan import NewRow
 from slipstream.engine.runner.speculator import ENOUGH, RowDrafts, Speculator
@@ -211,6 +212,15 @@ def test_acceptance_and_counts_are_apart_for_each_version() -> None:
     assert stats.versions[0].drafts == 3, "counts are of the time since it went live"
     made.speculator.drop("canary")
     assert stats.routes == {"": 2} and [entry.version for entry in stats.versions] == [2]
+
+
+def test_what_drafters_keep_of_a_request_goes_when_it_ends() -> None:
+    """Its row may stay as it is for long."""
+    alone = Alone(NGramDrafter())
+    alone.propose()
+    assert alone.row.draft.memory
+    alone.speculator.finish(alone.row, 3)
+    assert not alone.row.draft.memory
 
 
 def test_without_drafters_nothing_is_proposed() -> None:
