@@ -131,7 +131,8 @@ def _list(params: SamplingParams, num_output: int, history: Int32) -> tuple[Int3
     if penalizes(params):
         seen, at = np.unique(history, return_inverse=True)
         counts = np.bincount(at[len(history) - num_output :], minlength=len(seen)).astype(np.int32)
-    others = np.array([token for token in added if token not in set(seen.tolist())] if added else [], np.int32)
+    known = set(seen.tolist())
+    others = np.array([token for token in added if token not in known], np.int32)
     with np.errstate(over="ignore"):
         values = np.array([added.get(token, 0.0) for token in seen.tolist()] if added else np.zeros(len(seen)))
         of_others = np.array([added[token] for token in others.tolist()])

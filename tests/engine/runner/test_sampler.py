@@ -90,6 +90,15 @@ def test_logit_bias_adds_to_the_logits() -> None:
     assert possible(RISING, logit_bias={11: -1000.0}) == set(range(11))
 
 
+def test_a_bias_for_each_of_many_tokens_and_a_penalty() -> None:
+    """Took as long as there are biases times tokens before: minutes here, and in every step."""
+    said = list(range(1, 120_001))
+    bias = dict.fromkeys(range(50_000, 200_000), 5.0)
+    logits = torch.full((1, 200_000), 1.0)
+    sample(logits, [row(prompt=said, logit_bias=bias, repetition_penalty=2.0, temperature=0.0)])
+    assert logits[0, [0, 1, 50_000, 120_000, 120_001, 199_999]].tolist() == [1.0, 0.5, 3.0, 3.0, 6.0, 6.0]
+
+
 def test_bad_words_complete_only_after_their_beginning() -> None:
     words = ((11,), (4, 5, 10))
     assert possible(RISING, temperature=0.0, bad_words=words) == {10}
