@@ -49,11 +49,14 @@ class TrafficUnusableError(ConfigError):
 def guarded(
     method: Callable[Concatenate[TrafficIndex, Parameters], Result],
 ) -> Callable[Concatenate[TrafficIndex, Parameters], Result]:
-    """What the database or the operating system refuses becomes TrafficUnusableError."""
+    """What the database or the operating system refuses becomes TrafficUnusableError, and so does a file that has gone:
+    what is written to it, nobody would find."""
 
     @wraps(method)
     def call(self: TrafficIndex, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
+            if self._opened is not None and _identity(self._path) != self._opened:
+                raise FileNotFoundError(f"{self._path.name} was removed or replaced while it was open")
             return method(self, *args, **kwargs)
         except (sqlite3.Error, OSError) as error:
             raise TrafficUnusableError(
@@ -105,11 +108,14 @@ class TrafficIndex:
         """
         self.folder = Path(folder).expanduser()
         self.shards = self.folder / "shards"
+        self._path = self.folder / "index.sqlite"
+        self._opened: tuple[int, int] | None = None
+        """Which file the database is; None before it is open."""
         self._open(create)
 
     @guarded
     def _open(self, create: bool) -> None:
-        path = self.folder / "index.sqlite"
+        path = self._path
         if not path.exists():
             if not create:
                 raise ConfigError(f"{self.folder} is no traffic store: it has no {path.name}")
@@ -129,6 +135,7 @@ class TrafficIndex:
             raise ConfigError(f"cannot open the traffic store {path}: {error}") from None
         try:
             self._prepare()
+            self._opened = _identity(path)
         except BaseException:
             self._db.close()
             raise
@@ -335,6 +342,15 @@ class TrafficIndex:
         for path in self.shards.glob(pattern):
             if path.name not in known:
                 path.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of the file at this path; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _parse(fields: str) -> dict[str, Any]:

@@ -230,6 +230,7 @@ class TrafficStore:
         """A file to be renamed into place; nothing of it stays if that does not come about."""
         draft = self.index.shards / f"{file}.tmp"
         try:
+            self.index.shards.mkdir(mode=0o700, exist_ok=True)  # somebody may have deleted what was in the folder
             os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             save_file(tensors, draft)
             draft.chmod(0o600)

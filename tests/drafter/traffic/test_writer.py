@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sqlite3
 import threading
 import time
@@ -206,3 +207,27 @@ def test_an_engine_starts_beside_a_damaged_store(tmp_path: Path, config_for: Any
     (tmp_path / "t" / "a file of somebody").touch()
     with pytest.raises(ConfigError, match="not empty"):  # nothing is damaged: the option is wrong
         make_listeners(options, config_for())
+
+
+def test_a_folder_that_is_deleted_while_it_is_written_to_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config_for: Any, tapped_engine: Any, prompts: Any
+) -> None:
+    monkeypatch.setattr("slipstream.drafter.traffic.writer.REOPEN_S", 0.0)
+    folder = tmp_path / "t"
+    tapped = tapped_engine(folder, config_for())
+    tapped.submit(prompts(20)[0])
+    tapped.local.finish()
+    wait_for(lambda: tapped.writer.stats.kept == 1)
+    reader = TrafficStore(folder, create=False)
+    shutil.rmtree(folder)
+    wait_for(lambda: (folder / "index.sqlite").exists() and not tapped.writer.stats.failure)
+    with pytest.raises(ConfigError, match="removed or replaced"):  # who reads it is not to wait for ever
+        reader.questions()
+    reader.close()
+    tapped.submit(prompts(21)[0])
+    tapped.local.finish()
+    wait_for(lambda: tapped.writer.stats.kept == 2)
+    shutil.rmtree(folder / "shards")
+    tapped.submit(prompts(22)[0])
+    [sample] = tapped.samples()
+    assert sample.num_prompt == 22 and tapped.writer.stats.kept == 3
