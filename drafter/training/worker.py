@@ -227,8 +227,9 @@ class Worker:
         return max(rows // self._threads.count, self._options.part_rows)
 
     def _begin(self, course: Course) -> Trainer:
-        """Goes on with what was trained last, unless the server went back to another version meanwhile."""
-        if self._was_rolled_back(course.published):
+        """Goes on with what was trained last, unless the server went back to another version meanwhile, or the registry
+        is another one, to which a child of those versions cannot be added."""
+        if self._is_lost(course):
             course.restart()
         if course.trainer is None:
             trainer = self._new_trainer(course)
@@ -244,10 +245,13 @@ class Worker:
         course.curriculum.forget(0.9)
         return trainer
 
-    def _was_rolled_back(self, version: int | None) -> bool:
-        with suppress(UnknownVersionError):
-            return version is not None and self._registry.get(version).state == "rolled-back"
-        return False
+    def _is_lost(self, course: Course) -> bool:
+        try:
+            if course.parent is not None:
+                self._registry.get(course.parent)
+            return course.published is not None and self._registry.get(course.published).state == "rolled-back"
+        except UnknownVersionError:
+            return True
 
     def _new_trainer(self, course: Course) -> Trainer:
         """A trainer of the live version's head, or, where nothing is live, of the target's own last layer."""

@@ -16,7 +16,7 @@ import torch
 
 from slipstream.drafter.head import layout
 from slipstream.drafter.registry.manifest import Training
-from slipstream.drafter.registry.registry import Registry
+from slipstream.drafter.registry.registry import DATABASE_FILE, Registry
 from slipstream.drafter.traffic import target_file
 from slipstream.drafter.traffic.store import Sample
 from slipstream.drafter.traffic.target_file import EMBEDDING, OUTPUT, UpdatedWeights
@@ -181,6 +181,20 @@ def test_nothing_is_trained_while_a_version_is_on_trial(experienced: Any) -> Non
     # What was learned after it is left, too: training begins with what is live.
     assert waiting.wait_for("training")["step"] < learned
     assert waiting.end() == 0
+
+
+def test_a_registry_that_does_not_know_what_was_trained_gets_versions_all_the_same(experienced: Any) -> None:
+    """A new one, or one from a backup: no version can be a child of one that it does not have."""
+    workshop = experienced
+    learned = workshop.checkpoint()
+    assert learned["published"] and learned["parent"] is None
+    (workshop.registry.folder / DATABASE_FILE).unlink()
+    Registry(workshop.registry.folder)
+    worker = workshop.start()
+    worker.say("train")
+    first = workshop.registry.get(worker.wait_for("published")["version"])
+    assert first.version == 1 and first.manifest.parent is None
+    assert worker.end() == 0
 
 
 def test_training_ends_where_the_traffic_is_learned(workshop: Any, traffic: MakeSamples) -> None:
