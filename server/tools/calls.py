@@ -44,12 +44,16 @@ class CallParser:
         return found
 
     def finish(self) -> list[Part]:
-        rest = self._raw + self._text
-        if self._told < 0:
-            self._tell_content(rest.lstrip(BETWEEN) if self._trims and self._step == self._between else rest)
+        if self._told < 0 and not self._follows_a_call:  # else it is the beginning of a marker
+            self._tell_content(self._raw + self._text)
         self._raw = self._text = ""
         found, self._found = self._found, []
         return found
+
+    @property
+    def _follows_a_call(self) -> bool:
+        """Whether nothing but what means nothing has come since the last call."""
+        return self._step == self._between and self._trims and not self._raw
 
     # Each of these digests some of the text; False when more has to come first.
 
@@ -81,16 +85,19 @@ class CallParser:
         rest = self._text
         for marker in self._markers:
             if rest.startswith(marker):
-                self._raw, self._text = self._raw + marker, rest[len(marker) :]
-                if marker != self._form.begin:
+                ends = marker != self._form.begin
+                self._raw = "" if ends and self._follows_a_call else self._raw + marker
+                self._text = rest[len(marker) :]
+                if ends:
                     self._leave()
                 return True
         if any(marker.startswith(rest) for marker in self._markers):
             return False
         if rest[0] in BETWEEN:
-            self._raw, self._text = self._raw + rest[0], rest[1:]
+            self._raw += "" if self._follows_a_call else rest[0]
+            self._text = rest[1:]
             return True
-        if self._form.names_first and rest[0] != "{":
+        if self._form.names_first and rest[0] != "{" and self._raw:
             self._step = self._name
         elif rest[0] == "{" and not self._form.names_first:
             self._scanner, self._told, self._step = CallScanner(self._names), -1, self._call
@@ -127,9 +134,7 @@ class CallParser:
     def _leave(self) -> None:
         """What was taken for more calls is content; so is what follows, up to the next of them."""
         raw, self._raw, self._step = self._raw, "", self._find
-        for marker in self._markers if self.num_calls else ():
-            raw = raw.replace(marker, "")
-        self._tell_content(raw.lstrip(BETWEEN) if self._trims else raw)
+        self._tell_content(raw)
 
     def _tell_content(self, text: str) -> None:
         if self._trims:

@@ -85,11 +85,14 @@ class CallScanner:
     def _end_member(self, at: int) -> None:
         value = self.text[self._value_at : at].strip() if self._value_at >= 0 else ""
         if self._key == "name":
-            self.name = _text(value)
-            self.is_wrong = self.name not in self._names
+            if (name := _text(value)) in self._names:
+                self.name = name
+            else:
+                self.is_wrong = True
         elif self._key in ARGUMENTS:
-            # Some models write JSON in a text, others null where there are none.
-            self.arguments = _text(value) or (value if value != "null" else "{}")
+            # Some models write JSON in a text, others null or an empty text where there are none.
+            said = value if (text := _text(value)) is None else text
+            self.arguments = "{}" if said in ("", "null") else said
         self._key, self._value_at = None, -1
 
 

@@ -69,6 +69,21 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"name": "add"}</tool_call>', "", [("add", "{}")]),
     ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("add", '{"a": 1}')]),
     ("hermes", '<tool_call>{"name": "add", "arguments": null}', "", [("add", "{}")]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": ""}', "", [("add", "{}")]),
+    ("hermes", f'<tool_call>{{"arguments": {ADD}, "name": "rm"}}</tool_call>', None, []),  # type: ignore[list-item]
+    (
+        "hermes",
+        f'<tool_call>{{"name": "add", "arguments": {ADD}}}</tool_call>\nUse <tool_call> no more.',
+        "Use <tool_call> no more.",
+        [("add", ADD)],
+    ),
+    (
+        "hermes",
+        f'<tool_call>{{"name": "add", "arguments": {ADD}}}</tool_call>\n<tool_call>{{"name": "rm"}}</tool_call>',
+        '<tool_call>{"name": "rm"}</tool_call>',
+        [("add", ADD)],
+    ),
+    ("hermes", f'<tool_call>\n{{"name": "add", "arguments": {ADD}}}\n</tool_c', "", [("add", ADD)]),
     ("llama3_json", f'{{"name": "add", "parameters": {ADD}}}', "", [("add", ADD)]),
     (
         "llama3_json",
@@ -88,6 +103,12 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         "mistral_args",
         f"Well[TOOL_CALLS]add[ARGS]{ADD}[TOOL_CALLS]get_weather[CALL_ID]abcdefghi[ARGS]{WEATHER}",
         "Well",
+        [("add", ADD), ("get_weather", WEATHER)],
+    ),
+    (
+        "mistral_args",
+        f"[TOOL_CALLS]add[ARGS]{ADD} And then: [TOOL_CALLS]get_weather[ARGS]{WEATHER}",
+        "And then: ",
         [("add", ADD), ("get_weather", WEATHER)],
     ),
     ("mistral_args", f"[TOOL_CALLS]rm[ARGS]{ADD}", f"[TOOL_CALLS]rm[ARGS]{ADD}", []),
