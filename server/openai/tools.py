@@ -88,12 +88,12 @@ def read_tool(tool: dict[str, Any], param: str) -> Tool:
 def read_choice(choice: dict[str, Any], tools: list[Tool]) -> tuple[Mode, list[Tool]]:
     """A choice that names tools."""
     mode: Any = "required"
-    named = [choice]
+    named: Any = [choice]
     if choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)
-        mode, named = allowed.get("mode", "auto"), allowed.get("tools") or []
-    names = [_name(each) for each in named]
-    known = {tool.name for tool in tools}
+        mode, named = (allowed.get("mode", "auto"), allowed.get("tools")) if isinstance(allowed, dict) else (None, None)
+    names = [_name(each) for each in named] if isinstance(named, list) else []
+    known = [tool.name for tool in tools]
     if mode not in ("auto", "required") or not names or not all(name in known for name in names):
         raise wrong("tool_choice", f"it has to name some of the tools: {', '.join(sorted(known)) or 'there are none'}")
     return mode, [tool for tool in tools if tool.name in names]
