@@ -46,7 +46,7 @@ class Allowance:
         """What was taken stays taken."""
         taken = self.per_minute - self.left
         self.per_minute = per_minute
-        self._left = per_minute - taken
+        self._left = per_minute - taken if per_minute else 0.0
 
     @property
     def left(self) -> float:
@@ -56,7 +56,8 @@ class Allowance:
         return self._left
 
     def take(self, amount: float) -> None:
-        self._left = self.left - amount
+        if self.per_minute:  # what there is no end of comes back at no pace
+            self._left = self.left - amount
 
     def seconds_until(self, amount: float) -> float:
         """Until so much is left, if nothing is taken meanwhile."""
@@ -87,14 +88,13 @@ class Account:
 
     def begin_request(self) -> None:
         """Counts a request. Raises RateLimitedError, and counts none, if there were too many, or too many tokens."""
-        if self.limits.requests_per_minute:
-            if self._requests.left < 1:
-                most = f"{self.limits.requests_per_minute} requests"
-                raise _too_many(f"{most} per minute", self._requests.seconds_until(1), "requests_per_minute")
-            self._requests.take(1)
+        if self.limits.requests_per_minute and self._requests.left < 1:
+            most = f"{self.limits.requests_per_minute} requests"
+            raise _too_many(f"{most} per minute", self._requests.seconds_until(1), "requests_per_minute")
         if self.limits.tokens_per_minute and (left := self._tokens_left) <= 0:
             wait = self._tokens.seconds_until(self._tokens.left - left + 1)
             raise _too_many(f"{self.limits.tokens_per_minute} tokens per minute", wait, "tokens_per_minute")
+        self._requests.take(1)
 
     def require_room(self, sequences: int) -> None:
         """Raises RateLimitedError if so many more would be too many at a time."""

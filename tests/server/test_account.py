@@ -90,6 +90,32 @@ def test_changed_limits_forget_nothing() -> None:
     assert headers(account) == {}
 
 
+def test_what_was_taken_without_a_limit_counts_for_none() -> None:
+    """The limits of a key can change while it is used, in its file."""
+    clock = Clock()
+    account = Account(UsageLimits(), clock)
+    with account.holding(1, 10_000, lambda: 5_000):
+        account.begin_request()
+    for _ in range(2):
+        account.change(UsageLimits(requests_per_minute=2, tokens_per_minute=100))
+        found = headers(account)
+        assert (found["x-ratelimit-remaining-requests"], found["x-ratelimit-remaining-tokens"]) == ("2", "100")
+        account.begin_request()
+        with account.holding(1, 100, lambda: 500):
+            pass
+        account.change(UsageLimits())
+
+
+def test_a_request_that_is_refused_for_its_tokens_counts_as_none() -> None:
+    clock = Clock()
+    account = Account(UsageLimits(requests_per_minute=3, tokens_per_minute=60), clock)
+    account.begin_request()
+    with account.holding(1, 60, lambda: 0):
+        for _ in range(3):
+            assert refusal(account.begin_request).reason == "tokens_per_minute"
+    assert headers(account)["x-ratelimit-remaining-requests"] == "2"
+
+
 @given(seconds=st.floats(0, 100_000))
 def test_times_are_written_as_openai_does(seconds: float) -> None:
     clock = Clock()
