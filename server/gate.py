@@ -69,7 +69,7 @@ def guarded(
     """The application behind everything that decides who may use it."""
     app = KeyCheck(app, keys, admin)
     if config.allowed_origin:
-        origins = [origin.removesuffix("/") for origin in config.allowed_origin]
+        origins = [origin.lower().removesuffix("/") for origin in config.allowed_origin]
         app = CrossOrigin(
             app,
             allow_origins=[ANY] if ANY in origins else origins,
@@ -82,7 +82,10 @@ def guarded(
 
 
 class CrossOrigin(CORSMiddleware):
-    """One whose refusals look like all others."""
+    """One whose refusals look like all others, and to which origins are the same in capitals, as to browsers."""
+
+    def is_allowed_origin(self, origin: str) -> bool:
+        return super().is_allowed_origin(origin.lower())
 
     def preflight_response(self, request_headers: Headers) -> Response:
         found = super().preflight_response(request_headers)

@@ -151,6 +151,12 @@ async def test_allowed_pages_get_what_browsers_ask_for(scheme: str, name: str, p
     assert (await ask(config, page[0], ("origin", f"{scheme}://not-{name}{port}"))).status == 403
 
 
+async def test_an_allowed_origin_may_be_written_in_capitals() -> None:
+    config = ServerConfig(allowed_origin=("https://Chat.Example/",))
+    reply = await ask(config, ("host", "localhost:8000"), ("origin", "https://chat.example"), JSON)
+    assert (reply.status, reply.headers["access-control-allow-origin"]) == (200, "https://chat.example")
+
+
 async def test_pages_may_use_the_methods_of_routes_and_are_told_so() -> None:
     page = (("host", "localhost:8000"), ("origin", "https://chat.example"))
     config = ServerConfig(allowed_origin=("https://chat.example",))
