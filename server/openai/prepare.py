@@ -34,7 +34,7 @@ from slipstream.server.prepared import Answered, Limits, Prepared, RunElsewhereE
 from slipstream.server.text import RESERVED_VARIABLES, ChatTemplate, TemplateError, TurnEnds
 from slipstream.server.text_model import TextModel
 from slipstream.server.tools.formats import FORMATS
-from slipstream.server.tools.prompt import told_of_tools, without_calls
+from slipstream.server.tools.prompt import told_of_tools, with_results_told, without_calls
 from slipstream.server.vetting import is_known, vet
 
 TEMPLATE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}
@@ -207,9 +207,11 @@ def render(limits: Limits, body: TemplateBody, template: ChatTemplate) -> str:
     messages, tools = [as_template_sees_it(message) for message in body.messages], body.tools or None
     form = tool_format(limits, template.text) or FORMATS["json"]
     if "tool_calls" not in template.text:
+        messages = messages if template.shows_results else with_results_told(messages)
         messages = without_calls(messages, form)
-    if tools and "tools" not in template.text:
-        messages = told_of_tools(messages, tools, form) if body.tool_choice != "none" else messages
+    if tools and not template.shows_tools:
+        if body.tool_choice != "none":
+            messages = told_of_tools(messages, tools, form, "system" if template.shows_system else "user")
         tools = None
     try:
         return template.render(
@@ -266,10 +268,13 @@ def short(ends: TurnEnds) -> TurnEnds:
 
 def as_template_sees_it(message: Message) -> dict[str, Any]:
     fields = message.model_dump(include=TEMPLATE_FIELDS, exclude_none=True)
+    if not fields.get("tool_calls"):  # templates test for the key alone
+        fields.pop("tool_calls", None)
     for call in fields.get("tool_calls", ()):
         call.setdefault("type", "function")
         call.pop("index", None)
         call["function"].pop("parsed_arguments", None)
+        call["function"]["arguments"] = call["function"].get("arguments") or "{}"
     # Templates join contents to other text; an assistant that said nothing said the empty text.
     fields.setdefault("content", "")
     if message.role == "developer":  # newer name of the same thing; templates know the old one

@@ -29,6 +29,14 @@ from slipstream.engine.errors import SlipstreamError
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names under which clients pass the reasoning of a message; templates read the first or the second."""
 PROBE = "slipstream-probe"
+PROBE_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": PROBE,
+        "description": "None.",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "None."}}},
+    },
+}
 CONTINUE_TAG = "slipstream-continue-here "
 """Marks where a message is to be continued. Ends in a space to tell whether the template strips contents."""
 
@@ -175,6 +183,34 @@ class ChatTemplate:
         )  # the list as Python or JSON
         return PROBE in rendered and not printed
 
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether tools come out readable; also where that cannot be seen, because they need more than these have."""
+        name = "tool_use" if "tool_use" in self._templates else "default"
+        variables = {"tools": [PROBE_TOOL], "documents": None, "add_generation_prompt": True}
+        try:
+            return PROBE in self._render(name, [self._message({"role": "user", "content": "a"}, 0)], variables)
+        except TemplateError:
+            return "tools" in self.text
+
+    @cached_property
+    def shows_system(self) -> bool:
+        """Whether the system's message comes out readable: some templates refuse it."""
+        return self._shows_role("system", before=(), after=("user",))
+
+    @cached_property
+    def shows_results(self) -> bool:
+        """Whether messages of the role ``tool`` come out readable: templates may refuse them, or leave them out."""
+        return self._shows_role("tool", before=("user", "assistant"), after=())
+
+    def _shows_role(self, role: str, before: Sequence[str], after: Sequence[str]) -> bool:
+        chat = [{"role": each, "content": PROBE if each == role else "a"} for each in (*before, role, *after)]
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            return PROBE in self._render("default", [self._message(message, 0) for message in chat], variables)
+        except TemplateError:
+            return False
+
     def _mark_end(self, message: dict[str, Any]) -> str:
         """Appends the tag to the text of the message and returns the text as it was."""
         content = message.get("content")
@@ -203,7 +239,7 @@ def _parse_arguments(call: Any) -> Any:
         return call
     try:
         arguments = json.loads(function["arguments"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return call  # what a model once wrote may not be JSON; the template gets it as it is
     return {**call, "function": {**function, "arguments": arguments}}
 

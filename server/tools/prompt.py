@@ -4,23 +4,48 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from slipstream.server.tools.formats import ToolFormat
 
 
 def told_of_tools(
-    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], form: ToolFormat
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]],
+    form: ToolFormat,
+    role: Literal["system", "user"] = "system",
 ) -> list[dict[str, Any]]:
-    """The messages with what the tools are and how they are called at the end of the system's."""
+    """The messages with what the tools are and how they are called at the end of the system's; or, for templates that
+    know no system, before what the user says first."""
     head, middle, tail = form.call
     example = form.begin + form.before + head + "NAME" + middle + "{…}" + tail + form.after
     listed = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
     words = f"You can call these tools:\n{listed}\nTo call one, write {example} and nothing after it."
     first = messages[0] if messages else {}
-    if first.get("role") == "system" and isinstance(first.get("content"), str):
-        return [{**first, "content": f"{first['content']}\n\n{words}"}, *messages[1:]]
-    return [{"role": "system", "content": words}, *messages]
+    if first.get("role") != role:
+        return [{"role": role, "content": words}, *messages]
+    said = (text_of(first), words) if role == "system" else (words, text_of(first))
+    return [{**first, "content": "\n\n".join(said)}, *messages[1:]]
+
+
+def with_results_told(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with what tools gave back as words of the user, for templates that do not know such messages.
+
+    Those of several calls, and what the user says next, are one message: some templates want turns to alternate.
+    """
+    names = {call.get("id"): call["function"]["name"] for each in messages for call in each.get("tool_calls", ())}
+    found: list[dict[str, Any]] = []
+    before = ""
+    for message in messages:
+        said = message
+        if message["role"] == "tool":
+            name = names.get(message.get("tool_call_id")) or message.get("name") or "the tool"
+            said = {"role": "user", "content": f"Result of {name}:\n{text_of(message)}"}
+        if before == "tool" and said["role"] == "user":
+            said = {**said, "content": f"{found.pop()['content']}\n\n{text_of(said)}"}
+        found.append(said)
+        before = message["role"]
+    return found
 
 
 def without_calls(messages: Sequence[dict[str, Any]], form: ToolFormat) -> list[dict[str, Any]]:
@@ -36,8 +61,11 @@ def _as_text(message: dict[str, Any], form: ToolFormat) -> dict[str, Any]:
         text = form.separator.join(form.begin + form.before + each + form.after for each in written)
     else:
         text = form.begin + form.before + form.separator.join(written) + form.after
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "\n".join(str(part.get("text", "")) for part in content)
+    content = text_of(message)
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
     return {**rest, "content": f"{content}\n{text}" if content else text}
+
+
+def text_of(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(str(part.get("text", "")) for part in content)

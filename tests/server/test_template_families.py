@@ -1,0 +1,92 @@
+"""What conversations with tools become in templates of families that know less of tools than others."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from slipstream.server.config import ServerConfig
+from slipstream.server.openai.prepare import chat
+from slipstream.server.prepared import Limits
+from slipstream.server.text_model import TextModel, load_text_model
+
+STRICT_TURNS = """{% for m in messages -%}
+{% if m.role == 'system' %}{{ raise_exception('there is no system') }}{% endif -%}
+{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns have to alternate') }}{% endif -%}
+<{{ m.role }}>{{ m.content | trim }}
+{% endfor %}"""
+"""As Gemma's."""
+LEAVES_OUT = """{% for m in messages -%}
+{% if m.role in ('system', 'user', 'assistant') %}<{{ m.role }}>{{ m.content }}
+{% endif %}{% endfor %}"""
+"""As Phi-3's."""
+OF_ITS_OWN = """{% for m in messages -%}
+<{{ m.role }}>{{ m.content }}{% if 'tools' in m and m.tools is not none %}TOOLS{{ m.tools }}{% endif %}
+{% endfor %}"""
+"""As Phi-4-mini's, which looks for tools in the message of the system."""
+EAGER = """{% for m in messages %}<{{ m.role }}>{% if 'tool_calls' in m -%}
+{% if m.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{% endif -%}
+{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson -}}
+{% else %}{{ m.content }}{% endif %}
+{% endfor %}{{ tools }}"""
+"""As Llama's, which takes what has the key for a call."""
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+ASKED = {"role": "user", "content": "Rome and Bern?"}
+LIMITS = Limits(("x",), 8192, 49152, 1, "error", "here")
+
+
+@pytest.fixture(scope="module")
+def text() -> TextModel:
+    return load_text_model("default", ServerConfig())
+
+
+def rendered(text: TextModel, template: str, messages: list[dict[str, Any]], **body: Any) -> str:
+    asked = {"messages": messages, "chat_template": template, **body}
+    return text.tokenizer.decode(chat(text, LIMITS, json.dumps(asked).encode()).prompts[0])
+
+
+def call(number: int, **function: Any) -> dict[str, Any]:
+    return {"id": f"call_{number}", "type": "function", "function": {"name": "weather", **function}}
+
+
+CALLED = {"role": "assistant", "tool_calls": [call(1, arguments='{"city": "Rome"}'), call(2, arguments="{}")]}
+RESULTS = [
+    {"role": "tool", "tool_call_id": "call_1", "content": "22 degrees"},
+    {"role": "tool", "tool_call_id": "call_2", "content": [{"type": "text", "text": "12 degrees"}]},
+]
+
+
+@pytest.mark.parametrize("template", [STRICT_TURNS, LEAVES_OUT])
+def test_results_reach_models_whose_templates_have_no_role_for_them(text: TextModel, template: str) -> None:
+    found = rendered(text, template, [ASKED, CALLED, *RESULTS, {"role": "user", "content": "So?"}])
+    _, _, results = found.partition('"arguments": {}')
+    assert results.count("<user>") == 1 and "<tool>" not in found
+    assert results.index("22 degrees") < results.index("12 degrees") < results.index("So?")
+    assert results.count("Result of weather:") == 2
+
+
+def test_a_role_that_a_template_shows_stays(text: TextModel) -> None:
+    assert "<tool>22 degrees" in rendered(text, OF_ITS_OWN, [ASKED, CALLED, *RESULTS])
+
+
+@pytest.mark.parametrize("template", [STRICT_TURNS, LEAVES_OUT, OF_ITS_OWN])
+def test_tools_reach_models_whose_templates_do_not_tell_of_them(text: TextModel, template: str) -> None:
+    found = rendered(text, template, [ASKED], tools=TOOLS)
+    assert '"name": "weather"' in found and "Rome and Bern?" in found
+    assert found.startswith("<user>You can call" if template is STRICT_TURNS else "<system>You can call")
+
+
+def test_calls_without_arguments_and_lists_without_calls(text: TextModel) -> None:
+    for arguments in ({}, {"arguments": None}, {"arguments": ""}):
+        calls = {"role": "assistant", "content": None, "tool_calls": [call(1, **arguments)]}
+        assert "weather{}" in rendered(text, EAGER, [ASKED, calls, RESULTS[0]])
+    said = {"role": "assistant", "content": "Yes.", "tool_calls": []}
+    assert "<assistant>Yes." in rendered(text, EAGER, [ASKED, said, ASKED])
+
+
+def test_arguments_that_are_nested_too_deeply_are_text(text: TextModel) -> None:
+    calls = {"role": "assistant", "tool_calls": [call(1, arguments="[" * 1200)]}
+    assert '"[[[' in rendered(text, EAGER, [ASKED, calls, RESULTS[0]])
