@@ -9,9 +9,10 @@ import json
 import re
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 from llguidance import regex_to_lark
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from slipstream.server.errors import InvalidRequestError
 
@@ -33,6 +34,20 @@ COMBINING = frozenset(("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchema
 """What stands beside ``properties`` and says more of the same object."""
 SAYS_WHAT_ELSE = frozenset(("additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties"))
 """What says which properties an object may have besides those that are named."""
+VALUES = frozenset(("enum", "const", "default", "examples"))
+"""Keywords of a schema that hold no schemas, whatever those look like."""
+IN_REFERENCES = "#/%~:?&=+$,;@!'()*"
+"""What stands in references as it is, besides letters, digits and ``_.-``."""
+LOOKS_AROUND = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bBZ1-9]")
+"""What no pattern can have that is to be followed."""
+EBNF = re.compile(r"^[ \t]*([\w-]+)[ \t]*::=", re.MULTILINE)
+LARK = re.compile(r"^[ \t]*(?:%llguidance\b|[?!]*start\b.*:)", re.MULTILINE)
+"""How a line begins that tells the notation."""
+QUOTED = r'"(?:\\.|[^"\\])*+"?|\[(?:\\.|[^\]\\])*+\]?'
+"""Texts and classes of characters in EBNF; also without their end, so that it is looked for but once."""
+ESCAPE = re.compile(r"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)", re.DOTALL)
+CONTROLS = {"0": 0, "a": 7, "b": 8, "e": 27, "f": 12, "v": 11}
+KNOWN_ESCAPES = frozenset('"\\[]nrtxuU')
 
 
 def json_grammar(
@@ -54,7 +69,7 @@ def json_grammar(
             found = {}
         if not isinstance(found, dict):
             raise ValueError("a schema is an object" if found is not False else "nothing matches it")
-        text = json.dumps({**closed(found), "x-guidance": options}, ensure_ascii=False)
+        text = json.dumps({**readable(closed(found), best_effort), "x-guidance": options}, ensure_ascii=False)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{param}: it is no JSON schema: {error}", param=param) from None
     return bounded(f"start: %json {text}", param)
@@ -87,10 +102,31 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
         return schema
     for each in inner:
         named, required = each.get("properties"), each.get("required", [])
+        if "unevaluatedProperties" in each and not each.keys() & COMBINING:  # the same, where nothing is put together
+            each.setdefault("additionalProperties", each.pop("unevaluatedProperties"))
         if not isinstance(named, dict) or each.keys() & SAYS_WHAT_ELSE:
             continue
         if isinstance(required, list) and all(isinstance(name, str) and name in named for name in required):
             each["additionalProperties"] = False
+    return found
+
+
+def readable(schema: Any, best_effort: bool) -> Any:
+    """A schema such as the library reads it: references have only what those may have that are addresses, and where
+    ``best_effort`` is enough there are no patterns that it cannot follow."""
+    if isinstance(schema, list):
+        return [readable(each, best_effort) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name == "$ref" and isinstance(value, str):
+            found[name] = quote(value, safe=IN_REFERENCES)
+        elif name == "patternProperties" and isinstance(value, dict) and best_effort:
+            kept = {pattern: each for pattern, each in value.items() if not LOOKS_AROUND.search(pattern)}
+            found[name] = readable(kept, best_effort)
+        elif name != "pattern" or not best_effort or not isinstance(value, str) or not LOOKS_AROUND.search(value):
+            found[name] = value if name in VALUES else readable(value, best_effort)
     return found
 
 
@@ -103,16 +139,19 @@ def regex_grammar(pattern: str, param: str) -> str:
 
 
 def choice_grammar(texts: Sequence[str], param: str) -> str:
-    """One of these texts."""
-    choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
-    return bounded(f"start: {choices}", param)
+    """One of these texts, which are one terminal: as alternatives of a rule they may be 2000 at most."""
+    choices = " | ".join(json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") for text in texts)
+    return bounded(f"start: CHOICE\nCHOICE: {choices}", param)
 
 
 def context_free_grammar(text: str, param: str) -> str:
     """A grammar in Lark's notation, or in the EBNF (GBNF) of llama.cpp and xgrammar."""
     bounded(text, param)
     try:
-        return bounded(any_to_lark(text), param)
+        if text.startswith("{"):  # which would pass for several grammars, see ``several``
+            raise ValueError("it begins with a brace")
+        is_lark = LARK.search(text) and not EBNF.search(text)
+        return bounded(text if is_lark else gbnf_to_lark(plain_ebnf(text)), param)
     except (InvalidRequestError, MemoryError):
         raise
     except Exception as error:  # the library raises plain Exception, and whatever else it meets
@@ -120,6 +159,37 @@ def context_free_grammar(text: str, param: str) -> str:
             f"{param}: neither a Lark grammar (with a rule called start) nor EBNF (with one called root): {error}",
             param=param,
         ) from None
+
+
+def plain_ebnf(text: str) -> str:
+    """EBNF such as the library reads it.
+
+    That takes no rule called start, nor names that differ in capitals and dashes alone, no alternatives on a line of
+    their own, and gets escapes wrong that begin with zeros.
+    """
+    text = re.sub(rf"({QUOTED})|#[^\r\n]*", lambda found: ESCAPE.sub(_unescaped, found[1] or ""), text)
+    text = re.sub(
+        rf"({QUOTED})|\s+",
+        lambda found: " " if found[1] is None and text.startswith("|", found.end()) else found[0],
+        text,
+    )
+    names = {
+        name: f"r{number}_" + re.sub(r"\W", "_", name, flags=re.ASCII).lower()
+        for number, name in enumerate(EBNF.findall(text))
+        if name != "root"
+    }
+    return re.sub(rf"({QUOTED})|[\w-]+", lambda found: found[0] if found[1] else names.get(found[0], found[0]), text)
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    """A character as itself, or, where it may mean something, as the escape that all understand."""
+    said = found[1]
+    if said in KNOWN_ESCAPES:
+        return found[0]
+    code = int(said[1:], 16) if len(said) > 1 else CONTROLS.get(said, ord(said))
+    if 0xD800 <= code < 0xE000 or code > 0x10FFFF:
+        return found[0]
+    return f"\\x{code:02x}" if code < 0x80 else chr(code)
 
 
 def after_reasoning(grammar: str, begin: str, end: str, is_open: bool) -> str:

@@ -71,7 +71,8 @@ class StructuredOutputs(Body):
     def grammars(self) -> dict[str, str]:
         """By the field that asks for it."""
         at = "structured_outputs."
-        whitespace = None if self.disable_any_whitespace else self.whitespace_pattern or WHITESPACE
+        pattern = WHITESPACE if self.whitespace_pattern is None else self.whitespace_pattern
+        whitespace = None if self.disable_any_whitespace else pattern or None
         found: dict[str, str] = {}
         if self.json_ is not None:
             found[at + "json"] = json_grammar(self.json_, at + "json", whitespace=whitespace)

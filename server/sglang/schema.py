@@ -123,7 +123,7 @@ class SGLangSamplingParams(Body):
         Raises InvalidRequestError if several do, or one of them is wrong.
         """
         at, found = "sampling_params.", dict[str, str]()
-        if self.json_schema:
+        if self.json_schema not in (None, ""):  # an empty object is the schema of any JSON
             schema = ANY_OBJECT if self.json_schema == ANY_JSON else self.json_schema
             found[at + "json_schema"] = json_grammar(schema, at + "json_schema")
         if self.regex:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slipstream.server.structured import JSON_OPTIONS, bounded, closed, several
+from slipstream.server.structured import JSON_OPTIONS, bounded, closed, readable, several
 from slipstream.server.tools.formats import ToolFormat
 
 MOST_CALLS = 32
@@ -85,7 +85,7 @@ def _bodies(form: ToolFormat, tools: Sequence[Tool], symbols: Callable[[str], st
         name = tool.name if form.names_first else json.dumps(tool.name)[1:-1]
         lines += [
             f"call{number}: {symbols(head + name + middle)} arguments{number} {symbols(tail)}",
-            f"arguments{number}: %json {_json({**closed(tool.parameters), 'x-guidance': options})}",
+            f"arguments{number}: %json {_json({**arguments_of(tool), 'x-guidance': options})}",
         ]
     return lines
 
@@ -98,8 +98,14 @@ def _whole(form: ToolFormat, tool: Tool) -> dict[str, Any]:
         "properties": {"name": {"const": tool.name}, arguments: {"$ref": ROOT}},
         "required": ["name", arguments],
         "additionalProperties": False,
-        "$defs": {"arguments": _moved(closed(tool.parameters))},
+        "$defs": {"arguments": _moved(arguments_of(tool))},
     }
+
+
+def arguments_of(tool: Tool) -> dict[str, Any]:
+    """The schema of a tool's arguments."""
+    found: dict[str, Any] = readable(closed(tool.parameters), best_effort=not tool.strict)
+    return found
 
 
 def _moved(schema: Any) -> Any:
@@ -108,10 +114,13 @@ def _moved(schema: Any) -> Any:
         return [_moved(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        name: ROOT + value[1:] if name == "$ref" and isinstance(value, str) and value.startswith("#") else _moved(value)
-        for name, value in schema.items()
-    }
+    found: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name == "$ref" and isinstance(value, str) and (value + "/").startswith("#/"):
+            found[name] = ROOT + value[1:]
+        elif name != "$id" or not isinstance(value, str):  # from which references would be counted
+            found[name] = _moved(value)
+    return found
 
 
 def _json(value: Any) -> str:

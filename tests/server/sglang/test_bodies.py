@@ -100,6 +100,8 @@ def test_structured_answers(server: Any) -> None:
         [found] = generate(server, [PROMPT], sampling={**sampling, "json_schema": given})
         assert set(json.loads(found["text"])) == {"a"}
         assert found["meta_info"]["finish_reason"]["type"] == "stop"
+    said = generate(server, sampling={**sampling, "json_schema": {}})["text"]
+    assert said[0] in '{["-0123456789tfn', "any JSON"
     assert generate(server, sampling={**sampling, "choice": ["red", "green"]})["text"] in ("red", "green")
     assert re.fullmatch("[ab]{3}", generate(server, sampling={**sampling, "regex": "[ab]{3}"})["text"])
     assert generate(server, sampling={**sampling, "ebnf": 'root ::= "yes" | "no"'})["text"] in ("yes", "no")

@@ -140,3 +140,19 @@ def test_reasoning_comes_before_what_a_grammar_asks_for(inner: str, special: boo
 
 def test_options_stand_in_every_schema() -> None:
     assert grammar_of(FORMATS["json"], False, None).count(json.dumps(JSON_OPTIONS["whitespace_pattern"])) == len(TOOLS)
+
+
+NAMED = {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}, "b": {"$ref": "#number"}}, "required": ["a", "b"]}
+DEFINED = {"a": {"type": "integer"}, "b": {"$anchor": "number", "type": "number"}}
+ADDRESSED = {"$id": "https://example.com/tool.json", **NAMED, "$defs": DEFINED}
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("schema", [ADDRESSED, {**NAMED, "$defs": DEFINED}])
+def test_references_hold_wherever_a_schema_stands(name: str, schema: dict[str, Any]) -> None:
+    form = FORMATS[name]
+    grammar = calls_grammar(
+        form, [Tool("f", schema)], symbols_of(form, True), answer=None, parallel=True, param="tools"
+    )
+    assert accepts(grammar, written(form, [("f", '{"a": 1, "b": 0.5}')]), True)
+    assert not accepts(grammar, written(form, [("f", '{"a": "x", "b": 0.5}')]), True)
