@@ -1,12 +1,14 @@
 """Large grammars are tried in a process that may end before the engine compiles them.
 
 The library that compiles them bounds what a grammar may take, but for deep ones, which overflow the stack and end the
-process, and for long ones, which take seconds. So up to SMALL_CHARS a grammar goes to the engine as it is: that is too
-little for either. Others come here first, in a text worker (server/text_work.py).
+process, for long ones, which take seconds, and for large numbers that others are to be multiples of, which take
+gigabytes. So up to SMALL_CHARS a grammar without such numbers goes to the engine as it is: that is too little for
+either. Others come here first, in a text worker (server/text_work.py).
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -19,6 +21,8 @@ from slipstream.server.prepared import Structure
 from slipstream.server.text import Tokenizer
 
 SMALL_CHARS = 4096
+COSTLY = re.compile(r"multipleOf|\\u")
+"""What costs much however short a grammar is; escapes could write the word otherwise."""
 STACK_BYTES = 4 * 2**20
 """Half of what threads of the engine have."""
 STEPS = 8
@@ -31,9 +35,14 @@ _known: OrderedDict[bytes, None] = OrderedDict()
 """Digests of large grammars that the engine can take."""
 
 
+def is_small(grammar: str) -> bool:
+    """Whether it takes little for sure."""
+    return len(grammar) <= SMALL_CHARS and not COSTLY.search(grammar)
+
+
 def is_known(grammar: str) -> bool:
     """Whether the engine can take it, for all that is known here."""
-    if len(grammar) <= SMALL_CHARS:
+    if is_small(grammar):
         return True
     digest = sha256(grammar.encode("utf-8", "surrogatepass")).digest()
     if digest in _known:
@@ -43,7 +52,7 @@ def is_known(grammar: str) -> bool:
 
 def remember(grammar: str) -> None:
     """It was tried."""
-    if len(grammar) > SMALL_CHARS:
+    if not is_small(grammar):
         _known[sha256(grammar.encode("utf-8", "surrogatepass")).digest()] = None
         if len(_known) > REMEMBERED:
             _known.popitem(last=False)

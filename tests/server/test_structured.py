@@ -105,6 +105,18 @@ def test_objects_are_closed_wherever_they_stand() -> None:
     assert one.keys() == {"properties"}
 
 
+def test_a_pattern_that_cannot_be_enforced_is_refused_where_it_has_to_be(server: Any) -> None:
+    body = {"prompt": "x", "max_tokens": 5, "structured_outputs": {"json": {"type": "string", "pattern": "(?=a)b"}}}
+    status, reply = server.post("/v1/completions", body)
+    assert status == 400 and "look-around" in reply["error"]["message"]
+
+
+def test_an_empty_pattern_for_blanks_allows_none(server: Any) -> None:
+    asked = {"guided_json": PERSON, "guided_whitespace_pattern": ""}
+    [choice] = server.complete("A person:", max_tokens=200, seed=1, temperature=1.5, **asked)["choices"]
+    assert not re.search(r"\s", choice["text"])
+
+
 def test_choices_regular_expressions_and_grammars(server: Any) -> None:
     asked: list[tuple[dict[str, Any], str]] = [
         ({"choice": ["positive", "negative", 'with "quotes" and \\ é']}, r'positive|negative|with "quotes" and \\ é'),
@@ -297,6 +309,22 @@ def test_whatever_is_asked_for_there_is_an_answer_or_a_reason(server: Any, value
     assert status in (200, 400), reply
     if status == 400:
         assert reply["error"]["message"]
+
+
+HUGE = '{"type": "integer", "%s": 10000019}'
+
+
+@pytest.mark.parametrize(
+    "asked", [{"json": HUGE % "multipleOf"}, {"grammar": f"start: %json {HUGE % r'u006dultipleOf'}"}]
+)
+def test_large_numbers_to_divide_by_are_tried_where_they_harm_nobody(server: Any, asked: dict[str, str]) -> None:
+    """One of ten million takes the engine's process gigabytes."""
+    asked = {name: text.replace("u006d", r"\u006d") for name, text in asked.items()}
+    status, reply = server.post("/v1/completions", {"prompt": "x", "max_tokens": 5, "structured_outputs": asked})
+    assert (status, reply["error"]["type"]) == (400, "invalid_request_error"), reply
+    schema = {"type": "integer", "multipleOf": 7, "minimum": 10, "maximum": 99}
+    text = server.complete("x", max_tokens=9, temperature=1, structured_outputs={"json": schema})["choices"][0]["text"]
+    assert int(text) % 7 == 0 and 10 <= int(text) <= 99
 
 
 def test_large_grammars_are_tried_where_they_harm_nobody(server: Any) -> None:
