@@ -167,8 +167,8 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         compute = target.compute.for_drafts
         if not compute.supports(self._config.layer_shape(target.config), compute.device):
             raise ModelError(
-                f"the drafter's sizes (heads of {self._config.head_dim}, an MLP of {self._config.intermediate}) are none that "
-                f"the {compute.name} kernels of the model compute; use --kernels torch"
+                f"its sizes (heads of {self._config.head_dim}, an MLP of {self._config.intermediate}) are none "
+                f"that the {compute.name} kernels of the model compute; use --kernels torch"
             )
         return self._config.taps
 
