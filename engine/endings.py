@@ -60,6 +60,9 @@ class Ending:
         return len(self.tokens) + 1
 
 
+NOTHING_MISSING = Ending((), ())
+
+
 class Alphabet:
     """The tokens of a vocabulary by what they stand for."""
 
@@ -143,6 +146,8 @@ class Endings:
         """
         if left > NEAR:
             return None
+        if self._matcher.is_accepting():
+            return NOTHING_MISSING
         if before is not None and token is not None:
             if before.tokens and before.tokens[0] == token:
                 return Ending(before.steps[self._alphabet.length(token) :], before.tokens[1:])
@@ -171,10 +176,11 @@ class Endings:
             tried = mask & ~blank
             found |= blank if spare >= 1 else 0
         known = [ending]
-        first = ending.tokens[0] if ending.tokens else alphabet.end
-        found[first >> 3] |= mask[first >> 3] & 1 << (first & 7)
+        sure = (*ending.tokens[:1], alphabet.end)
+        for token in sure:
+            found[token >> 3] |= mask[token >> 3] & 1 << (token & 7)
         for token in np.unpackbits(tried, bitorder="little").nonzero()[0][:MOST_TRIED].tolist():
-            if token != first and self._fits(known, token, left - 1):
+            if token not in sure and self._fits(known, token, left - 1):
                 found[token >> 3] |= 1 << (token & 7)
         return mask if np.array_equal(found, mask) or not found.any() else found
 
@@ -189,7 +195,9 @@ class Endings:
         return found is not None and (found.cost <= left or not found.tokens)
 
     def _kept(self, before: Ending, token: int) -> Ending | None:
-        """What is left of an end after a token: all, or what follows the bytes that it ended with."""
+        """What is left of an end after a token: nothing, all, or what follows the bytes that it ended with."""
+        if self._matcher.is_accepting():
+            return NOTHING_MISSING
         for taken in range(min(4, len(before.steps) + 1)):
             if taken and not self._alphabet.ends_with(token, before.steps[:taken]):
                 continue

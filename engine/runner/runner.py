@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from slipstream.engine.endings import Mask
-from slipstream.engine.errors import RequestError
 from slipstream.engine.grammar import Grammars
 from slipstream.engine.listening import Listeners
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
@@ -289,7 +288,7 @@ class ModelRunner:
             placed = inputs.trees.get(row)
             try:
                 found = constraint.masks(placed.tree if placed is not None else None)
-            except RequestError as error:
+            except Exception as error:  # whatever a grammar does wrong is its own request's fault
                 faults[first] = error
             else:
                 masks |= {at: mask for at, mask in enumerate(found, first) if mask is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -152,6 +153,24 @@ def test_who_ends_in_time_says_a_word_whenever_there_is_time_for_one(
         assert END in output or set_bits(again.masks()[0]) == set_bits(constraint.masks()[0])
         assert constraint.is_shortened == again.is_shortened == was_narrow
     assert b"".join(TOKENS[token] for token in output if token != END).decode() in words
+
+
+@given(
+    st.sampled_from(["a+", "a+b?", "(ab)+", "(a|ab)(ba)*", "(a{1,3}b)*a"]),
+    st.integers(0, 9),
+    st.lists(st.integers(0, 99), min_size=14, max_size=14),
+)
+def test_texts_that_may_end_and_go_on_match_wherever_they_are_cut(
+    grammars: Grammars, pattern: str, more: int, picks: list[int]
+) -> None:
+    params = SamplingParams(max_tokens=3 + more, stop_token_ids=(END,), grammar=regex(pattern), ends_in_time=True)
+    constraint, output = Constraint(grammars.compile(params.grammar), params), list[int]()
+    while len(output) < params.max_tokens and END not in output:
+        allowed = sorted(set_bits(constraint.masks()[0]))
+        output.append(allowed[picks[len(output)] % len(allowed)])
+        constraint.advance(output[-1:])
+    said = text_of(output)
+    assert re.fullmatch(pattern, said), said
 
 
 OPEN = {

@@ -174,6 +174,23 @@ def test_near_max_tokens_an_answer_is_brought_to_its_end_and_says_so(server: Any
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", None), "nothing was left out"
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"regex": "[0-9]+"}, "[0-9]+"),
+        ({"json": {"type": "integer"}}, "-?[0-9]+"),
+        ({"grammar": 'start: /[a-z]+/ ("," /[a-z]+/)*'}, "[a-z]+(,[a-z]+)*,?"),
+    ],
+)
+@pytest.mark.parametrize("max_tokens", [2, 8, 40])
+def test_what_may_end_at_any_place_goes_on_near_max_tokens(
+    server: Any, asked: dict[str, Any], expected: str, max_tokens: int
+) -> None:
+    body: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 2.0, "seed": 3, "n": 4}
+    for choice in server.complete("x", structured_outputs=asked, **body)["choices"]:
+        assert re.fullmatch(expected, choice["text"]), choice
+
+
 def test_stop_strings_and_min_tokens_count_as_ever(server: Any) -> None:
     choice = server.complete("x", max_tokens=99, structured_outputs={"regex": "(ab|c){40}"}, stop="c")["choices"][0]
     assert set(choice["text"]) <= {"a", "b"} and choice["stop_reason"] == "c"
