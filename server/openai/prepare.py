@@ -69,6 +69,7 @@ def conversation(text: TextModel, limits: Limits, body: ChatBody) -> Prepared[Ch
     parallel = body.parallel_tool_calls is not False
     asked, use = structure_asked(body), tool_use(body)
     speech, found = plan_answer(limits, text.tokenizer, template.text, rendered, use, asked, parallel)
+    require_alone(body, found)
     done = body.model_copy(update=RENDERED)
     return Prepared(done, [prompt], [], ends, tried(text, limits, found), speech)
 
@@ -232,19 +233,25 @@ def structure(text: TextModel, limits: Limits, body: StructuredFields) -> Struct
         InvalidRequestError: it cannot be combined with the rest of the request, or takes too much.
         RunElsewhereError: that has to be found out elsewhere.
     """
-    return tried(text, limits, structure_asked(body))
+    asked = structure_asked(body)
+    require_alone(body, asked)
+    return tried(text, limits, asked)
 
 
 def structure_asked(body: StructuredFields) -> Structure | None:
-    """Raises InvalidRequestError for what it cannot be combined with."""
+    """Raises InvalidRequestError."""
     grammar, param = body.structure()
-    if not grammar:
-        return None
+    return Structure(grammar, param) if grammar else None
+
+
+def require_alone(body: StructuredFields, found: Structure | None) -> None:
+    """Raises InvalidRequestError for what a structure cannot be combined with, be it of the answer or of calls."""
+    if found is None:
+        return
     for name in ("allowed_token_ids", "bad_words", "ignore_eos"):
         if getattr(body, name):
             why = "the answer ends where its structure does" if name == "ignore_eos" else "no token might be left"
-            raise InvalidRequestError(f"{name} cannot be combined with {param}: {why}", param=name)
-    return Structure(grammar, param)
+            raise InvalidRequestError(f"{name} cannot be combined with {found.param}: {why}", param=name)
 
 
 def tried(text: TextModel, limits: Limits, found: Structure | None) -> Structure | None:

@@ -117,6 +117,8 @@ def test_calls_and_results_in_the_history_reach_the_prompt(server: Any) -> None:
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": ["weather"]}}}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "allowed_tools": ["weather"]}}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": 5}}}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": "required", "bad_words": ["{"]}, "bad_words"),
+        ({"tools": [STRICT], "ignore_eos": True}, "ignore_eos"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{**WEATHER, "function": {"name": "f", "parameters": {"type": "strng"}}}],
           "tool_choice": "required"}, "tool_choice"),
