@@ -44,10 +44,14 @@ class StoredTensor:
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's weights, in the order of the files."""
-    if (folder / INDEX_FILE).is_file():
+    """Every tensor of the folder's weights, in the order of the files.
+
+    Who saves a model as one file where it lay in shards deletes these, and leaves their index.
+    """
+    is_whole = (folder / SINGLE_FILE).is_file()
+    if (folder / INDEX_FILE).is_file() and not (is_whole and _is_left_over(folder)):
         return _sharded(folder)
-    if not (folder / SINGLE_FILE).is_file():
+    if not is_whole:
         others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         hint = f" It has {', '.join(others[:3])}, which is another format." if others else ""
         raise ModelError(
@@ -122,11 +126,21 @@ def _read_file(path: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor
         raise _damaged(path, str(error)) from error
 
 
-def _sharded(folder: Path) -> dict[str, StoredTensor]:
+def _weight_map(folder: Path) -> dict[str, Any]:
     index = folder / INDEX_FILE
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has no weight_map, which lists the file of every tensor. Download the file again.")
+    return weight_map
+
+
+def _is_left_over(folder: Path) -> bool:
+    """Whether none of the shards is there that the index lists."""
+    return not any((folder / str(shard)).is_file() for shard in _weight_map(folder).values())
+
+
+def _sharded(folder: Path) -> dict[str, StoredTensor]:
+    index, weight_map = folder / INDEX_FILE, _weight_map(folder)
     found: dict[str, StoredTensor] = {}
     for shard in dict.fromkeys(map(str, weight_map.values())):
         path = folder / shard

@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -288,6 +289,17 @@ def test_folder_errors(tiny: Callable[..., Config], write_folder: Callable[..., 
     expect_error(folder, "config.json is not valid JSON", "line 1")
     (folder / "config.json").write_text("[1]")
     expect_error(folder, "config.json holds a JSON list")
+
+
+def test_one_file_where_shards_lay_before(tiny: Callable[..., Config], write_folder: Callable[..., Path]) -> None:
+    """transformers' save_pretrained deletes the shards, and leaves their index."""
+    folder = write_folder(tiny(), shards=2)
+    tensors = {}
+    for shard in folder.glob("model-*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    save_file(tensors, folder / "model.safetensors")
+    assert open_checkpoint(folder).tensor_shapes().keys() == tensors.keys()
 
 
 def test_shard_errors(tiny: Callable[..., Config], write_folder: Callable[..., Path]) -> None:
