@@ -132,7 +132,10 @@ def is_own(config: dict[str, Any]) -> bool:
         return False  # some of its layers have no mixture
     if family == "gemma3_text" and any(config.get(name) for name in NOT_OF_GEMMA):
         return False
-    return family in FAMILIES and not switch_length(config, stated_positions(config))
+    if family not in FAMILIES or switch_length(config, stated_positions(config)):
+        return False
+    key, usual = _activation(family)
+    return bool(config.get(key, usual) == usual)
 
 
 def decoder_config(config: dict[str, Any]) -> DecoderConfig:
@@ -140,9 +143,8 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     family = need(config, "model_type")
     assert family in FAMILIES
     shape = model_shape(config)
-    key, usual = ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma3_text" else ("hidden_act", "silu")
-    activation = config.get(key, usual)
-    if activation != usual:
+    key, usual = _activation(family)
+    if (activation := config.get(key, usual)) != usual:
         raise ModelError(f"{family} with {key} {activation!r} is not supported; these models use {usual!r}")
     parameters = dict(parameter_shapes(config))
     first = "model.layers.0."
@@ -163,6 +165,11 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         window_rope=_window_rope(config),
         more=_more(config),
     )
+
+
+def _activation(family: str) -> tuple[str, str]:
+    """Where configurations name the activation, and the one that is computed here."""
+    return ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma3_text" else ("hidden_act", "silu")
 
 
 def _norm_eps(config: dict[str, Any]) -> float:

@@ -80,6 +80,11 @@ def test_native_families_take(tiny_model: Any, change: Callable[[Tensors], Tenso
     assert text(model.folder) == model.generate(PROMPT, 12)
 
 
+def test_another_activation_is_transformers_business(tiny_model: Any) -> None:
+    model = tiny_model(TINY_LLAMA | {"hidden_act": "relu"})
+    assert text(model.folder) == model.generate(PROMPT, 12)
+
+
 @pytest.mark.parametrize("config", [TINY_LLAMA, NEOX], ids=["native", "transformers"])
 def test_what_is_no_known_buffer_is_refused_by_name(tiny_model: Any, config: dict[str, Any]) -> None:
     model = tiny_model(config)
