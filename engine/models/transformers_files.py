@@ -44,7 +44,11 @@ def transformers_shape(config: dict[str, Any]) -> ModelShape:
     kind = config["model_type"]
     if getattr(settings, "is_encoder_decoder", False):
         raise ModelError(f"{kind!r} models have an encoder and a decoder; models of a decoder alone are served")
-    sizes = {name: getattr(settings, name, None) for name in (*SIZES, *ROPE, "max_position_embeddings")}
+    try:
+        sizes = {name: getattr(settings, name, None) for name in (*SIZES, *ROPE, "max_position_embeddings")}
+    except RuntimeError as error:  # transformers says so of what is stated layer by layer
+        why = "their layers differ in size, and a cache's do not"
+        raise ModelError(f"{kind!r} models are not supported: {why}") from error
     if not sizes["num_attention_heads"]:
         raise ModelError(
             f"{kind!r} models have no attention heads: recurrent models keep a state instead of keys and values, which "
