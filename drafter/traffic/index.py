@@ -345,7 +345,7 @@ class TrafficIndex:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Of the file at this path; None where there is none."""
+    """What is known of the file at this path; None where there is none."""
     try:
         found = path.stat()
     except FileNotFoundError:
