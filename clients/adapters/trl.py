@@ -34,16 +34,33 @@ def connect() -> None:
         _stand_in_for_vllm()
     client: Any = import_module("trl.generation.vllm_client")
     original = client.VLLMClient.init_communicator
-    if not hasattr(client, "open_trainer_endpoint"):  # before TRL 1.11
+    if hasattr(client, "PyNcclCommunicator"):  # before TRL 1.11
         client.VLLMClient.init_communicator = _legacy(original)
         return
     client.VLLMClient.init_communicator = _current(original)
-    packed = client.packed_nccl_broadcast_producer
+    if hasattr(client, "packed_nccl_broadcast_producer"):
+        packed = client.packed_nccl_broadcast_producer
 
-    def send(**named: Any) -> None:
-        (send_packed if isinstance(named["group"], TrainerGroup) else packed)(**named)
+        def send(**named: Any) -> None:
+            (send_packed if isinstance(named["group"], TrainerGroup) else packed)(**named)
 
-    client.packed_nccl_broadcast_producer = send
+        client.packed_nccl_broadcast_producer = send
+    else:  # before TRL 1.13, or with vLLM before 0.28
+        client.NCCLWeightTransferEngine = _EarlierEngine(client.NCCLWeightTransferEngine)
+
+
+class _EarlierEngine:
+    """What sends weights for vLLM before 0.28: with Gloo if the group is one of Gloo, else as it was."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+        self.trainer_init = original.trainer_init
+
+    def trainer_send_weights(self, iterator: Any, trainer_args: Any) -> None:
+        if isinstance(trainer_args.group, TrainerGroup):
+            send_packed(iterator, trainer_args.group)
+        else:
+            self._original.trainer_send_weights(iterator, trainer_args)
 
 
 def _current(original: Any) -> Any:
@@ -108,6 +125,10 @@ def _stand_in_for_vllm() -> None:
         "vllm.distributed.device_communicators.pynccl": {"PyNcclCommunicator": not_here},
         "vllm.distributed.weight_transfer": {},
         "vllm.distributed.weight_transfer.nccl_common": {"trainer_init": not_here},
+        "vllm.distributed.weight_transfer.nccl_engine": {
+            "NCCLTrainerSendWeightsArgs": types.SimpleNamespace,
+            "NCCLWeightTransferEngine": types.SimpleNamespace(trainer_init=not_here, trainer_send_weights=not_here),
+        },
         "vllm.distributed.weight_transfer.packed_tensor": {"packed_nccl_broadcast_producer": send_packed},
     }
     for name, content in names.items():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import save
 
 from slipstream.clients.adapters.group import TrainerGroup, send_packed
+from slipstream.clients.adapters.trl import connect
 from tests.server.vllm.sending import (
     PROMPT,
     beside,
@@ -27,6 +30,17 @@ from tests.server.vllm.sending import (
 )
 
 pytestmark = pytest.mark.usefixtures("as_it_was")
+TRL_1_11 = """
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerSendWeightsArgs, NCCLWeightTransferEngine
+
+class VLLMClient:
+    def init_communicator(self, device=0):
+        raise NotImplementedError("it takes a GPU")
+
+    def send(self, tensors):
+        arguments = NCCLTrainerSendWeightsArgs(group=self.communicator, packed=True)
+        NCCLWeightTransferEngine.trainer_send_weights(iterator=tensors, trainer_args=arguments)
+"""
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -210,6 +224,29 @@ def test_trl_sends_parameters_behind_the_answers(trained: Any, policy: Any, said
     assert post(trained, "/reset_prefix_cache/")["message"].endswith("True")
     assert say(trained) == said[1]
     assert "message" in post(trained, "/close_communicator/")
+
+
+def test_trl_between_two_ways_of_sending(
+    trained: Any, policy: Any, said: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL 1.11 and 1.12 join as later ones do, and send by what vLLM had before 0.28."""
+    (tmp_path / "trl" / "generation").mkdir(parents=True)
+    (tmp_path / "trl" / "generation" / "vllm_client.py").write_text(TRL_1_11)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("slipstream.clients.adapters.trl.find_spec", lambda name: None)
+    weights = policy(1)
+    with patch.dict(sys.modules):
+        connect()
+        client: Any = sys.modules["trl.generation.vllm_client"].VLLMClient()
+    client.base_url, client.group_port, client.get_world_size = trained.url, free_port(), lambda: 1
+    client._post = lambda url, json: post(trained, url.removeprefix(trained.url), json)
+    client.init_communicator("cpu")
+    post(trained, "/start_weight_update")
+    with beside(post, trained, "/update_weights", {"update_info": info(weights) | {"packed": True}}):
+        client.send(iter(weights.items()))
+    post(trained, "/finish_weight_update")
+    assert say(trained) == said[1]
+    post(trained, "/shutdown_weight_transfer_engine")
 
 
 def test_trl_is_told_at_the_next_call_what_went_wrong(trained: Any, said: list[Any]) -> None:
