@@ -266,7 +266,7 @@ class BatchRunner:
             end = "cancelled"
         elif end == "completed" and batch.status == "in_progress":
             await self._change(batch, lambda found: found.become("finalizing", time.time()))
-        if end in LEFT:
+        if end in LEFT and batch.in_progress_at is not None:  # else nobody knows whether its lines can be read
             await asyncio.to_thread(progress.leave, self._store.path(batch.input_file_id), *LEFT[end])
         output, errors = await asyncio.to_thread(progress.sync)
         now = int(time.time())

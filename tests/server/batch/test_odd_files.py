@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import openai
 import pytest
 
-from slipstream.server.batch.lines import decode_request, problem_of, refusal
+from slipstream.server.batch import runner
+from slipstream.server.batch.lines import check, decode_request, problem_of, refusal
 
 URL = "/v1/completions"
 GOOD = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
@@ -66,6 +68,30 @@ def test_a_line_that_is_nested_without_end_fails_its_batch(server: Any, client: 
     batch = ended(server, client, line("good", GOOD) + line("odd", nested(50_000)))
     assert batch.status == "failed"
     assert [(each.code, each.line) for each in batch.errors.data] == [("invalid_json_line", 2)]
+
+
+def test_a_batch_that_is_cancelled_before_its_file_is_read_ends(
+    server: Any, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No line of it is answered, whether it can be read or not."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        assert goes_on.wait(300)
+        return check(*arguments)
+
+    monkeypatch.setattr(runner, "check", slow)
+    file = client.files.create(file=("in.jsonl", io.BytesIO(line("good", GOOD) + b"{")), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
+    assert begun.wait(300)
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    goes_on.set()
+    server.wait_until(lambda: client.batches.retrieve(batch.id).status == "cancelled", 60)
+    batch = client.batches.retrieve(batch.id)
+    assert (batch.request_counts.total, batch.request_counts.failed) == (0, 0)
+    assert batch.errors is batch.output_file_id is batch.error_file_id is None
+    assert client.files.delete(file.id).deleted
 
 
 def called_deep(levels: int, what: Callable[[], Any]) -> Any:
