@@ -218,9 +218,12 @@ class Progress:
         return file
 
     def write(self, answer: AnswerLine) -> None:
+        """Unless its request is done: a thread may come late whose caller was cancelled meanwhile."""
         is_error = answer.response is None or answer.response.status_code != 200
         line = encode(answer) + b"\n"
         with self._lock:
+            if answer.custom_id in self.done:
+                return
             written = os.write(self._files[is_error], line)
             if written != len(line):
                 raise OSError(f"a line of {len(line)} bytes was written to {written}: the disk is full")
@@ -231,8 +234,7 @@ class Progress:
         for piece in pieces(path):
             for _, line in piece:
                 custom_id = decode_request(line).custom_id
-                if custom_id not in self.done:
-                    self.write(AnswerLine(fresh("batch_req_"), custom_id, None, ErrorOfLine(code, message)))
+                self.write(AnswerLine(fresh("batch_req_"), custom_id, None, ErrorOfLine(code, message)))
 
     def sync(self) -> tuple[int, int]:
         """Brings all to the disk; the bytes of answers and of errors."""
@@ -242,9 +244,11 @@ class Progress:
         return output, errors
 
     def close(self) -> None:
-        for file in self._files:
-            os.close(file)
-        self._files = []
+        """Waits for a line that is being written; none is afterwards."""
+        with self._lock:
+            for file in self._files:
+                os.close(file)
+            self._files = []
 
     def _count(self, answer: AnswerLine, is_error: bool) -> None:
         self.done.add(answer.custom_id)

@@ -195,7 +195,7 @@ class BatchRunner:
                 end = await self._answer_all(batch, progress)
             await self._finish(batch, progress, end)
         finally:
-            progress.close()
+            await asyncio.to_thread(progress.close)
 
     async def _answer_all(self, batch: Batch, progress: Progress) -> BatchStatus:
         self._turns.join(batch)
