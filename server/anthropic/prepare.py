@@ -46,13 +46,17 @@ def converse(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
         "request_id": body.request_id,
     }
     prepared = conversation(text, limits, fields)
+    openai.require_fits(limits, len(prepared.prompts[0]), "messages")
     asked = body.model_copy(update={"messages": [], "system": None, "tools": None})
     done = Conversing(asked=asked, chat=prepared.body)
     return Prepared(done, prepared.prompts, [], prepared.ends, prepared.structure, prepared.speech)
 
 
 def count_message_tokens(text: TextModel, limits: Limits, raw: bytes) -> Answered:
-    """Raises InvalidRequestError, RunElsewhereError."""
+    """Also of what does not fit: who asks may want to know how much to leave out.
+
+    Raises InvalidRequestError, RunElsewhereError.
+    """
     body = parse(CountTokensBody, raw, limits.unknown_fields)
     [prompt] = conversation(text, limits, chat_fields(body)).prompts
     return openai.answer(body.model, {"input_tokens": len(prompt)})

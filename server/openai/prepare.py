@@ -56,15 +56,16 @@ encode_json = msgspec.json.Encoder().encode
 
 def chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[ChatBody]:
     """Raises InvalidRequestError, RunElsewhereError."""
-    return conversation(text, limits, parse(ChatBody, raw, limits.unknown_fields))
+    prepared = conversation(text, limits, parse(ChatBody, raw, limits.unknown_fields))
+    require_fits(limits, len(prepared.prompts[0]), "messages")
+    return prepared
 
 
 def conversation(text: TextModel, limits: Limits, body: ChatBody) -> Prepared[ChatBody]:
-    """Raises InvalidRequestError, RunElsewhereError."""
+    """Its prompt may be longer than the context. Raises InvalidRequestError, RunElsewhereError."""
     template = template_for(text, limits, body)
     rendered = render(limits, with_thinking(limits, body, template), template)
     [prompt] = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
-    require_fits(limits, len(prompt), "messages")
     ends = text.turn_ends if template is text.template else short(text.tokenizer.turn_ends(template))
     parallel = body.parallel_tool_calls is not False
     asked, use = structure_asked(body), tool_use(body)

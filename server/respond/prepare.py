@@ -78,6 +78,7 @@ def respond(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
         name = renamed(error.param)
         message = error.message.replace(error.param, name, 1) if error.param and name else error.message
         raise type(error)(message, param=name, code=error.code) from None
+    openai.require_fits(limits, len(prepared.prompts[0]), "input")
     done = Responding(asked=body.model_copy(update={"input": ""}), chat=prepared.body, items=kept)
     structure = prepared.structure
     if structure is not None:

@@ -94,6 +94,14 @@ def test_a_stream_adds_up_to_the_answer(server: Any, fields: Any) -> None:
         assert json.loads(whole["content"][0]["text"])["city"] in ("Rome", "Bern")
 
 
+def test_what_does_not_fit_is_counted_all_the_same(server: Any) -> None:
+    turns = [{"role": "user", "content": "word " * 9000}]
+    status, counted = server.post("/v1/messages/count_tokens", {"messages": turns})
+    assert status == 200 and counted["input_tokens"] > 9000
+    status, refused = server.post("/v1/messages", {"messages": turns, "max_tokens": 1})
+    assert status == 400 and "context" in refused["error"]["message"]
+
+
 def test_a_stop_sequence_is_told(server: Any) -> None:
     text = ask(server)["content"][0]["text"]
     found = ask(server, stop_sequences=[text[4:7], "unseen"])
