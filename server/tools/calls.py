@@ -46,6 +46,8 @@ class CallParser:
     def finish(self) -> list[Part]:
         if self._told < 0 and not self._follows_a_call:  # else it is the beginning of a marker
             self._tell_content(self._raw + self._text)
+        elif self._told >= 0 and self._scanner.is_whole:
+            self.num_calls += 1
         self._raw = self._text = ""
         found, self._found = self._found, []
         return found

@@ -29,6 +29,8 @@ class CallScanner:
         self._key: str | None = None
         self._value_at = -1
         """Where the value of the member begins; -1 before its colon."""
+        self._has_arguments = False
+        """The member is the arguments, and their last bracket was there."""
 
     def begin(self, name: str) -> None:
         """The name is known, and nothing but the arguments come."""
@@ -40,11 +42,19 @@ class CallScanner:
         """Whether it is known which tool is called, and that its arguments come."""
         return self.name is not None and self.arguments.startswith("{")
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the call is there, but for the bracket after its arguments, which some models forget."""
+        return self.name is not None and self._has_arguments
+
     def push(self, text: str) -> int:
         """Takes characters up to the end of the object, or to where it turns out to be wrong; how many."""
         before, at = len(self.text), len(self.text)
         self.text += text
         while at < len(self.text):
+            if self.is_whole and self.text[at] not in " \t\r\n,}":
+                self.is_done = True
+                break
             self._take(self.text[at], at)
             at += 1
             if self.is_done or self.is_wrong:
@@ -69,6 +79,7 @@ class CallScanner:
             self._depth += 1
         elif character in "}]":
             self._depth -= 1
+            self._has_arguments = self._depth == 1 and self._key in ARGUMENTS
             if self._depth == 1 and self._ends_with_arguments:
                 self.is_done = True
             elif self._depth == 0:
@@ -93,7 +104,7 @@ class CallScanner:
             # Some models write JSON in a text, others null or an empty text where there are none.
             said = value if (text := _text(value)) is None else text
             self.arguments = "{}" if said in ("", "null") else said
-        self._key, self._value_at = None, -1
+        self._key, self._value_at, self._has_arguments = None, -1, False
 
 
 def _text(value: str) -> str | None:

@@ -84,6 +84,14 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         [("add", ADD)],
     ),
     ("hermes", f'<tool_call>\n{{"name": "add", "arguments": {ADD}}}\n</tool_c', "", [("add", ADD)]),
+    ("hermes", f'<tool_call>\n{{"name": "add", "arguments": {ADD}\n</tool_call>\nDone.', "Done.", [("add", ADD)]),
+    (
+        "hermes",
+        f'<tool_call>{{"name": "add", "arguments": {ADD} </tool_call>'
+        f'<tool_call>{{"name": "get_weather", "arguments": {WEATHER}}}</tool_call>',
+        "",
+        [("add", ADD), ("get_weather", WEATHER)],
+    ),
     ("llama3_json", f'{{"name": "add", "parameters": {ADD}}}', "", [("add", ADD)]),
     (
         "llama3_json",
@@ -121,6 +129,19 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
 @pytest.mark.parametrize(("form", "text", "content", "calls"), CASES)
 def test_formats_as_models_write_them(form: str, text: str, content: str, calls: list[tuple[str, str]]) -> None:
     assert parse(speech(form), text) == ("", text if content is None else content, calls)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has_calls"),
+    [(ADD + "}", True), (ADD, True), (ADD + "\n", True), (ADD + "\n</tool_call>", True), (ADD[:-3], False)],
+)
+def test_an_answer_whose_call_is_all_there_has_called(arguments: str, has_calls: bool) -> None:
+    """A model may forget the last bracket; one that was stopped within the arguments has not called."""
+    parser = AnswerParser(speech("hermes"))
+    for character in f'<tool_call>\n{{"name": "add", "arguments": {arguments}':
+        parser.push(character)
+    parser.finish()
+    assert parser.has_calls is has_calls
 
 
 pieces = st.sampled_from(
