@@ -5,7 +5,8 @@ Differences from it, all for requests in OpenAI's form:
 - ``content`` may be a text or a list of text parts, whatever the template was written for. A template is tried with
   both once: parts are joined with newlines for one that takes texts only, a text becomes a list of one part for one
   that takes lists only, and everything else is passed through.
-- ``tool_calls[].function.arguments`` is a JSON text in that API where templates expect an object, so it is parsed.
+- ``tool_calls[].function.arguments`` is a JSON text in that API where templates expect an object, so it is parsed. Some
+  clients leave it empty, or out, where a call has none; that is an empty object.
 """
 
 from __future__ import annotations
@@ -235,10 +236,10 @@ def _cut_at_tag(rendered: str, final_text: str) -> str:
 
 def _parse_arguments(call: Any) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, Mapping) or not isinstance(written := function.get("arguments") or "{}", str):
         return call
     try:
-        arguments = json.loads(function["arguments"])
+        arguments = json.loads(written)
     except (ValueError, RecursionError):
         return call  # what a model once wrote may not be JSON; the template gets it as it is
     return {**call, "function": {**function, "arguments": arguments}}

@@ -283,6 +283,9 @@ def test_tool_call_arguments_may_be_json_text() -> None:
     parsed = [{"role": "assistant", "tool_calls": [CALL]}]
     for template in (QWEN_LIKE, LLAMA3_LIKE):
         assert ChatTemplate(template, SPECIAL).render(openai) == ChatTemplate(template, SPECIAL).render(parsed)
+    for nothing in ({"arguments": ""}, {"arguments": "{}"}, {"arguments": None}, {}):
+        without = [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", **nothing}}]}]
+        assert '"arguments": {}' in ChatTemplate(QWEN_LIKE).render(without)
     broken = [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "{half"}}]}]
     assert '"arguments": {half}' in ChatTemplate(QWEN_LIKE).render(broken)
 
