@@ -176,6 +176,7 @@ class GenerationBody(SamplingBody, StructuredFields):
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
 
     # Refused unless off.
     use_beam_search: unsupported(False) = None  # type: ignore[valid-type]
@@ -214,6 +215,7 @@ class TextPart(Body):
     type: Literal["text"]
     text: str
     cache_control: dict[str, Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
 class Message(Body):

@@ -27,6 +27,7 @@ class ItemPart(Body):
     logprobs: list[Any] | None = None
     parsed: Any = None
     """What the OpenAI client has made of the text; it sends it back."""
+    prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
 Text = Annotated[

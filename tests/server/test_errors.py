@@ -137,6 +137,7 @@ def test_completions_name_the_field(server: Any, field: str, value: Any, param: 
     "fields",
     [
         {"user": "u", "store": True, "service_tier": "auto", "metadata": {"a": "b"}, "prompt_cache_key": "k"},
+        {"prompt_cache_retention": "24h", "prompt_cache_options": {"mode": "explicit", "ttl": "30m"}},
         {
             "tools": [{"type": "function", "function": {"name": "f"}}],
             "tool_choice": "none",
@@ -157,6 +158,7 @@ def test_fields_that_cannot_change_the_answer_are_accepted(server: Any, fields: 
 
 def test_messages_come_back_as_clients_have_them(server: Any) -> None:
     part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
+    part["prompt_cache_breakpoint"] = {"mode": "explicit"}
     said = {"role": "assistant", "content": "Yes.", "reasoning": "It is.", "cache_control": {"type": "ephemeral"}}
     status, reply = server.post(CHAT, {"messages": [{"role": "user", "content": [part]}, said], "max_tokens": 1})
     assert status == 200, reply

@@ -207,6 +207,7 @@ def test_what_asks_for_nothing_is_taken(server: Any) -> None:
         "client_metadata": {"session_id": "1"},
         "prompt_cache_key": "k",
         "include": ["reasoning.encrypted_content"],
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "prompt_cache_breakpoint": {}}]}],
     }
     assert ask(server, **fields, store=False, text={"verbosity": "medium"})["output"]
 
