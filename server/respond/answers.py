@@ -54,7 +54,7 @@ class ResponseObject(Answer):
     id: str
     object: Literal["response"]
     created_at: int
-    completed_at: float | None
+    completed_at: int | None
     status: Status
     background: bool
     error: ResponseFailure | None

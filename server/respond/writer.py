@@ -70,9 +70,10 @@ class ResponseWriter:
 
     def fail(self, error: ApiError) -> dict[str, Any]:
         """The response that came to nothing."""
+        self._finish = "error"
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         self._response |= {"status": "failed", "error": {"code": code, "message": error.message}}
-        self._response["output"] = [self._item(block, "incomplete") for block in self._blocks.blocks]
+        self._response["output"] = self._items()
         self._on_end(self._response)
         return self._response
 
@@ -88,17 +89,13 @@ class ResponseWriter:
         return told + self._event("response.in_progress", response=self._response)
 
     def _done(self) -> dict[str, Any]:
-        blocks = self._blocks.blocks
         status = "completed" if self._finish == "stop" else "cancelled" if self._finish == "abort" else "incomplete"
         is_cut = status == "incomplete"
-        items = [self._item(block, "completed") for block in blocks]
-        if status != "completed" and items:
-            items[-1] = self._item(blocks[-1], "incomplete")
         self._response |= {
             "status": status,
-            "completed_at": time.time() if status == "completed" else None,
+            "completed_at": int(time.time()) if status == "completed" else None,
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut or self._is_shortened else None,
-            "output": items,
+            "output": self._items(),
             "usage": self._usage(),
         }
         self._on_end(self._response)
@@ -115,6 +112,14 @@ class ResponseWriter:
             "output_tokens_details": {"reasoning_tokens": min(count, completion)},
             "total_tokens": prompt + completion,
         }
+
+    def _items(self) -> list[dict[str, Any]]:
+        return [self._item(block, self._item_status(block)) for block in self._blocks.blocks]
+
+    def _item_status(self, block: Block) -> str:
+        """An answer that was cut off was so in its last item."""
+        is_cut = self._finish not in (None, "stop") and block is self._blocks.blocks[-1]
+        return "incomplete" if is_cut else "completed"
 
     def _item(self, block: Block, status: str) -> dict[str, Any]:
         found: dict[str, Any] = {"id": self._ids[block.index], "status": status}
@@ -155,8 +160,7 @@ class ResponseWriter:
                 extra: dict[str, Any] = {"logprobs": []} if of_text else {}
                 return self._event(f"{name}.delta", delta=event.text, **extra, **part)
             case "end":
-                is_whole = self._finish in (None, "stop")
-                item = self._item(block, "completed" if is_whole else "incomplete")
+                item = self._item(block, self._item_status(block))
                 if block.kind == "call":
                     about = {"arguments": item["arguments"], "name": block.name}
                     told = self._event("response.function_call_arguments.done", **about, **where)
@@ -197,7 +201,7 @@ def about(asked: RespondBody, response_id: str, model: str) -> dict[str, Any]:
         "parallel_tool_calls": asked.parallel_tool_calls is not False,
         "previous_response_id": asked.previous_response_id,
         "prompt_cache_key": asked.prompt_cache_key,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": None if asked.reasoning is None else asked.reasoning.effort, "summary": None},
         "safety_identifier": asked.safety_identifier,
         "service_tier": "default",
         "store": asked.store is not False,

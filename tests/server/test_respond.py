@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import openai
@@ -14,7 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from slipstream.server.generation import Piece
+from slipstream.server.respond.schema import ReasoningOptions, RespondBody
 from slipstream.server.respond.store import ResponseStore, Stored
+from slipstream.server.respond.writer import ResponseWriter
+from slipstream.server.text import load_tokenizer
+from slipstream.server.tools.answer import Speech
 
 
 class City(BaseModel):
@@ -264,6 +270,28 @@ def message_events(server: Any, body: Any) -> list[Any]:
     status, _, reply = server.request("POST", "/v1/messages", data, {"content-type": "application/json"})
     assert status == 200, reply
     return [json.loads(event.partition("data: ")[2]) for event in reply.decode().split("\n\n")[:-1]]
+
+
+@pytest.mark.parametrize("finish", ["stop", "length", "abort"])
+@pytest.mark.parametrize("pieces", [["Hm.</think>Yes"], ["Hm.", "</think>", "Yes"]])
+def test_items_end_as_the_whole_response_says(pieces: list[str], finish: Any) -> None:
+    """However much of the answer comes at once: what was cut off is its last item."""
+    generation: Any = SimpleNamespace(name="resp_1", count_tokens=lambda: (1, 0, 2))
+    asked = RespondBody(input="x", reasoning=ReasoningOptions(effort="low"))
+    speech = Speech(reasoning="think", is_open=True)
+    writer = ResponseWriter(generation, asked, "model", speech, load_tokenizer("default"), lambda response: None)
+    told = b""
+    for number, text in enumerate(pieces):
+        end = finish if number == len(pieces) - 1 else None
+        told += writer.chunk(generation, Piece(text, [1], [], number == 0, end))
+    events = [json.loads(each.partition(b"data: ")[2]) for each in (told + writer.end()).split(b"\n\n")[:-1]]
+    response = events[-1]["response"]
+    ended = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert ended == response["output"]
+    last = "completed" if finish == "stop" else "incomplete"
+    assert [item["status"] for item in ended] == ["completed", last]
+    assert response["completed_at"] is None if finish != "stop" else isinstance(response["completed_at"], int)
+    assert response["reasoning"] == {"effort": "low", "summary": None}
 
 
 SIZES = st.integers(0, 60)
