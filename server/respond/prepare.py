@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from slipstream.server.respond.schema import Item, ItemPart, RespondBody
 from slipstream.server.text_model import TextModel
 
 LENGTH_BYTES = 8
+REFERENCE = "item_reference"
 MAX_STORED_BYTES = 2**19
 """Most bytes of the input of a response that is kept."""
 
@@ -34,41 +35,63 @@ class Responding(Body):
     """The input as items, in JSON without the brackets of the list; empty if it is not to be kept."""
 
 
-class HistoryBody(Body):
-    """The items of the turns before, as they were kept."""
+class KeptBody(Body):
+    """Items as they were kept."""
 
     items: list[Item]
 
 
-class _Previous(msgspec.Struct):
+class Kept(msgspec.Struct):
+    """What a body asks for of what is kept, by ids."""
+
+    response: str = ""
+    """The response before."""
+    items: list[str] = []
+
+
+class _Referring(msgspec.Struct):
     previous_response_id: Any = None
+    input: Any = None
 
 
-def previous_response(text: TextModel, limits: Limits, raw: bytes) -> str:
-    """The id of the response before, or nothing; what is wrong with the body is told by the next job."""
+def referred_to(text: TextModel, limits: Limits, raw: bytes) -> Kept:
+    """What is wrong with the body is told by the next job."""
     try:
-        found = msgspec.json.decode(raw, type=_Previous).previous_response_id
+        found = msgspec.json.decode(raw, type=_Referring)
     except (ValueError, msgspec.DecodeError):
-        return ""
-    return found if isinstance(found, str) else ""
+        return Kept()
+    name, items = found.previous_response_id, found.input if isinstance(found.input, list) else ()
+    references = [item for item in items if isinstance(item, dict) and item.get("type") == REFERENCE]
+    return Kept(name if isinstance(name, str) else "", [str(item.get("id")) for item in references])
 
 
-def framed(history: bytes, raw: bytes) -> bytes:
-    """A body with the turns before it, which are items in JSON without the brackets of the list."""
-    return len(history).to_bytes(LENGTH_BYTES, "little") + history + raw
+def framed(history: bytes, referred: bytes, raw: bytes) -> bytes:
+    """A body with the turns before it, and with what it refers to: items in JSON without the brackets of the list."""
+    sizes = [len(each).to_bytes(LENGTH_BYTES, "little") for each in (history, referred)]
+    return b"".join((*sizes, history, referred, raw))
+
+
+def unframed(data: bytes) -> tuple[list[Item], list[Item], bytes]:
+    sizes = [int.from_bytes(data[at : at + LENGTH_BYTES], "little") for at in (0, LENGTH_BYTES)]
+    begin = 2 * LENGTH_BYTES
+    middle, end = begin + sizes[0], begin + sum(sizes)
+    kept = data[begin:middle], data[middle:end]
+    history, referred = (parse(KeptBody, b'{"items":[' + each + b"]}", "warn").items for each in kept)
+    return history, referred, data[end:]
 
 
 def respond(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
     """``raw`` is framed. Raises InvalidRequestError, RunElsewhereError."""
-    end = LENGTH_BYTES + int.from_bytes(raw[:LENGTH_BYTES], "little")
-    body = parse(RespondBody, raw[end:], limits.unknown_fields)
+    before, referred, raw = unframed(raw)
+    body = parse(RespondBody, raw, limits.unknown_fields)
     given = (
-        [Item.model_validate({"role": "user", "content": body.input})] if isinstance(body.input, str) else body.input
+        [Item.model_validate({"role": "user", "content": body.input})]
+        if isinstance(body.input, str)
+        else with_referred(body.input, {item.id: item for item in referred})
     )
     if not given:
         raise InvalidRequestError("input: at least one item is needed", param="input")
     kept = b"" if body.store is False else kept_items(given)
-    before = parse(HistoryBody, b'{"items":[' + raw[LENGTH_BYTES:end] + b"]}", "warn").items
     messages = messages_of(before, "previous_response_id") + messages_of(given, "input")
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
@@ -84,6 +107,23 @@ def respond(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
     if structure is not None:
         structure = replace(structure, param=renamed(structure.param) or structure.param)
     return Prepared(done, prepared.prompts, [], prepared.ends, structure, prepared.speech)
+
+
+def with_referred(items: Sequence[Item], known: Mapping[str | None, Item]) -> list[Item]:
+    """Items in place of their ids. Raises InvalidRequestError for one that is not known."""
+    found: list[Item] = []
+    for index, item in enumerate(items):
+        if item.type != REFERENCE:
+            found.append(item)
+        elif (name := required(item, "id", "input", index)) in known:
+            found.append(known[name])
+        else:
+            raise InvalidRequestError(
+                f"input.{index}.id: there is no item {name[:100]!r}; items are kept with their responses, in memory",
+                param=f"input.{index}.id",
+                code="item_not_found",
+            )
+    return found
 
 
 def kept_items(items: Sequence[Item]) -> bytes:
@@ -190,4 +230,4 @@ def renamed(param: str | None) -> str | None:
     return param.replace(".function.", ".", 1) if param.startswith("tools.") else param
 
 
-JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {job.__name__: job for job in (previous_response, respond)}
+JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {job.__name__: job for job in (referred_to, respond)}

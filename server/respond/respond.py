@@ -20,7 +20,7 @@ from slipstream.server.json_response import JSONBody
 from slipstream.server.openai.chat import begin_chat
 from slipstream.server.prepared import Prepared
 from slipstream.server.principal import owner_of
-from slipstream.server.respond.prepare import Responding, framed
+from slipstream.server.respond.prepare import Kept, Responding, framed
 from slipstream.server.respond.schema import CancelResponseBody, RespondBody
 from slipstream.server.respond.store import ResponseStore, Stored
 from slipstream.server.respond.writer import ResponseWriter
@@ -48,9 +48,12 @@ class Responder:
 
         async def with_history(raw: bytes) -> bytes:
             nonlocal before
-            if b'"previous_response_id"' in raw and (name := await service.work.run("previous_response", raw)):
-                before = self._before(owner, name)
-            return framed(before.history if before is not None else b"", raw)
+            kept = Kept()
+            if b'"previous_response_id"' in raw or b'"item_reference"' in raw:
+                kept = await service.work.run("referred_to", raw)
+            if kept.response:
+                before = self._before(owner, kept.response)
+            return framed(before.history if before is not None else b"", self._store.items(owner, kept.items), raw)
 
         prepared: Prepared[Responding] = await prepare_generation(service, request, "respond", with_history)
         asked = prepared.body.asked
@@ -68,7 +71,8 @@ class Responder:
             stored.ended.set()
             if asked.store is not False and stored.is_wanted:
                 stored.body = encode(response)
-                stored.turns += (b",".join(map(encode, response["output"])),)
+                stored.items = {item["id"]: encode(item) for item in response["output"]}
+                stored.turns += tuple(stored.items.values())
                 self._store.put(stored)
 
         writer = ResponseWriter(generation, asked, options.model, prepared.speech, service.text.tokenizer, on_end)

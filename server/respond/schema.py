@@ -41,9 +41,10 @@ Text = Annotated[
 
 
 class Item(Body):
-    """What the input consists of: a message, a call of a function, what it gave back, or reasoning."""
+    """What the input consists of: a message, a call of a function, what it gave back, reasoning, or one of these that
+    is kept, by its id."""
 
-    type: Literal["message", "function_call", "function_call_output", "reasoning"] | None = None
+    type: Literal["message", "function_call", "function_call_output", "reasoning", "item_reference"] | None = None
     id: Label | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from slipstream.server.errors import NotFoundError
@@ -28,6 +28,8 @@ class Stored:
     """Whether nobody has deleted it meanwhile."""
     turns: tuple[bytes, ...] = ()
     """The conversation up to this response and with it: items in JSON, without the brackets of a list."""
+    items: dict[str, bytes] = field(default_factory=dict)
+    """Those of them that this response has said, by their ids."""
     abort: Callable[[], None] = lambda: None
     """Ends what is being written."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -47,6 +49,8 @@ class ResponseStore:
         self._stored: OrderedDict[tuple[str, str], Stored] = OrderedDict()
         self._counts: dict[str, tuple[int, int]] = {}
         """Number and bytes, by owner."""
+        self._items: dict[tuple[str, str], bytes] = {}
+        """What was said, by owner and id of the item."""
 
     @property
     def num_bytes(self) -> int:
@@ -61,6 +65,7 @@ class ResponseStore:
         # Turns are shared with the responses before; each counts them as its own, since it may outlive those.
         stored.size = 0 if stored.is_open else len(stored.body) + sum(map(len, stored.turns))
         self._stored[stored.owner, stored.id] = stored
+        self._items.update({(stored.owner, name): item for name, item in stored.items.items()})
         self._count(stored.owner, 1, stored.size)
         while self._is_full(stored.owner):
             self._forget(stored.owner)
@@ -78,10 +83,17 @@ class ResponseStore:
         self._stored.move_to_end((owner, response_id))
         return found
 
+    def items(self, owner: str, names: Iterable[str]) -> bytes:
+        """Those that are known of these, as turns have them."""
+        known = (self._items.get((owner, name)) for name in dict.fromkeys(names))
+        return b",".join(item for item in known if item is not None)
+
     def drop(self, stored: Stored) -> None:
         """Forgets it, if it is known."""
         if (found := self._stored.pop((stored.owner, stored.id), None)) is not None:
             self._count(found.owner, -1, -found.size)
+            for name in found.items:
+                self._items.pop((found.owner, name), None)
 
     def _is_full(self, owner: str) -> bool:
         count, size = self._counts.get(owner, (0, 0))

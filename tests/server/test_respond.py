@@ -123,6 +123,22 @@ def test_a_conversation_goes_on_from_what_is_kept(server: Any, client: openai.Op
     assert status == 400 and b"previous_response_id" in found
 
 
+def test_items_that_are_kept_can_be_referred_to(server: Any) -> None:
+    """As a client does that knows their ids and thinks that the server keeps them."""
+    first = ask(server)
+    [item] = first["output"]
+    reference, more = {"type": "item_reference", "id": item["id"]}, {"role": "user", "content": "And in Bern?"}
+    found = ask(server, input=[{"role": "user", "content": QUESTION}, reference, more])
+    alike = ask(server, input=[{"role": "user", "content": QUESTION}, item, more], store=False)
+    assert found["usage"]["input_tokens"] == alike["usage"]["input_tokens"]
+    assert found["output"][0]["content"] == alike["output"][0]["content"]
+    assert server.request("DELETE", f"/v1/responses/{first['id']}")[0] == 200
+    status, refused = server.post("/v1/responses", {"input": [reference, more]})
+    assert (status, refused["error"]["code"]) == (400, "item_not_found")
+    third = ask(server, input="And in Oslo?", previous_response_id=found["id"])
+    assert third["usage"]["input_tokens"] > found["usage"]["input_tokens"], "what was referred to is kept with it"
+
+
 def test_a_long_history_is_read_where_it_holds_up_nobody(server: Any) -> None:
     """In a process of its own, as every long body."""
     first = ask(server, input="word " * 4000)
@@ -177,6 +193,8 @@ def test_nobody_sees_those_of_another_key(small_server: Any) -> None:
     assert small_server.request("POST", path + "/cancel", b"{}", other)[0] == 404
     body = json.dumps({"input": "x", "previous_response_id": found["id"]}).encode()
     assert small_server.request("POST", "/v1/responses", body, other)[0] == 400
+    body = json.dumps({"input": [{"type": "item_reference", "id": found["output"][0]["id"]}]}).encode()
+    assert [small_server.request("POST", "/v1/responses", body, who)[0] for who in ({}, other)] == [200, 400]
     assert small_server.get(path)[0] == 200
 
 
@@ -185,7 +203,8 @@ def test_nobody_sees_those_of_another_key(small_server: Any) -> None:
     [
         ({"input": []}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.type"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.id"),
+        ({"input": [{"type": "item_reference"}]}, "input.0.id"),
         ({"input": [{"type": "function_call", "name": "x", "arguments": "{}"}]}, "input.0.call_id"),
         ({"input": [{"role": "user"}]}, "input.0.content"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
