@@ -210,7 +210,8 @@ def renamed(param: str | None) -> str | None:
         return "output_config.format" + (".schema" if param.endswith("schema") else "")
     if param.startswith("tools."):
         return param.replace(".function.parameters", ".input_schema", 1).replace(".function", "", 1)
-    return {"stop": "stop_sequences", "parallel_tool_calls": "tool_choice"}.get(param, param)
+    names = {"stop": "stop_sequences", "parallel_tool_calls": "tool_choice", "user": "metadata.user_id"}
+    return names.get(param, param)
 
 
 JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {

@@ -55,6 +55,7 @@ class ContentBlock(Body):
     id: Label | None = None
     name: Label | None = None
     input: dict[str, Any] | None = None
+    caller: unsupported({"type": "direct"}) = None  # type: ignore[valid-type]
     tool_use_id: Label | None = None
     content: Texts | None = None
     is_error: bool | None = None

@@ -110,7 +110,8 @@ def test_a_stop_sequence_is_told(server: Any) -> None:
 
 
 def test_what_tools_gave_back_reaches_the_prompt(server: Any) -> None:
-    use = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Rome"}}
+    use: Any = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Rome"}}
+    use["caller"] = {"type": "direct"}
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "22 degrees"}]}
     turns = [
         *MESSAGES,
@@ -163,6 +164,7 @@ def test_an_answer_that_has_begun_goes_on(server: Any) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"output_config": {"effort": "low"}}, "output_config.effort"),
         ({"metadata": {"user_id": 5}}, "metadata.user_id"),
+        ({"metadata": {"user_id": "u" * 513}}, "metadata.user_id"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
         ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
         ({"surprise": 1}, "surprise"),
