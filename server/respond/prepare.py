@@ -44,7 +44,7 @@ class KeptBody(Body):
 class Kept(msgspec.Struct):
     """What a body asks for of what is kept, by ids."""
 
-    response: str = ""
+    response: str | None = None
     """The response before."""
     items: list[str] = []
 
@@ -62,7 +62,7 @@ def referred_to(text: TextModel, limits: Limits, raw: bytes) -> Kept:
         return Kept()
     name, items = found.previous_response_id, found.input if isinstance(found.input, list) else ()
     references = [item for item in items if isinstance(item, dict) and item.get("type") == REFERENCE]
-    return Kept(name if isinstance(name, str) else "", [str(item.get("id")) for item in references])
+    return Kept(name if isinstance(name, str) else None, [str(item.get("id")) for item in references])
 
 
 def framed(history: bytes, referred: bytes, raw: bytes) -> bytes:

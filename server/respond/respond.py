@@ -51,7 +51,7 @@ class Responder:
             kept = Kept()
             if b'"previous_response_id"' in raw or b'"item_reference"' in raw:
                 kept = await service.work.run("referred_to", raw)
-            if kept.response:
+            if kept.response is not None:
                 before = self._before(owner, kept.response)
             return framed(before.history if before is not None else b"", self._store.items(owner, kept.items), raw)
 

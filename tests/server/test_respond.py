@@ -117,6 +117,8 @@ def test_a_conversation_goes_on_from_what_is_kept(server: Any, client: openai.Op
     assert third["usage"]["input_tokens"] > second["usage"]["input_tokens"], "it holds the turns before it"
     status, found = server.post("/v1/responses", {"input": "x", "previous_response_id": first["id"]})
     assert (status, found["error"]["code"]) == (400, "previous_response_not_found")
+    status, found = server.post("/v1/responses", {"input": "x", "previous_response_id": ""})
+    assert (status, found["error"]["code"]) == (400, "previous_response_not_found")
     status, found = server.request("POST", "/v1/responses", b'{"input": "x", "previous\\u005fresponse_id": "resp_1"}')[
         ::2
     ]
