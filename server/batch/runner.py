@@ -144,11 +144,12 @@ class BatchRunner:
 
     async def _look_after(self, batch: Batch) -> None:
         job = self._jobs.get(batch.id)
-        if job is not None and batch.status == "cancelling" and batch.id not in self._cancelled:
+        if batch.status == "cancelling" and batch.id not in self._cancelled:
+            if job is not None:
+                job.cancel()
+                await asyncio.wait({job})  # which forgets it
+                job = None
             self._cancelled.add(batch.id)
-            job.cancel()
-            await asyncio.wait({job})
-            job = None
         if job is None or job.done():
             self._jobs[batch.id] = job = asyncio.create_task(self._until_it_ends(batch))
             job.add_done_callback(lambda done: self._forget(batch.id, done))

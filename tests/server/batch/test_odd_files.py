@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import openai
 import pytest
 
 from slipstream.server.batch import runner
-from slipstream.server.batch.lines import check, decode_request, problem_of, refusal
+from slipstream.server.batch.lines import Progress, check, decode_request, problem_of, refusal
 
 URL = "/v1/completions"
 GOOD = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
@@ -92,6 +93,27 @@ def test_a_batch_that_is_cancelled_before_its_file_is_read_ends(
     assert (batch.request_counts.total, batch.request_counts.failed) == (0, 0)
     assert batch.errors is batch.output_file_id is batch.error_file_id is None
     assert client.files.delete(file.id).deleted
+
+
+def test_the_end_of_a_cancelled_batch_is_not_cancelled_itself(
+    server: Any, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it takes longer than it takes to look at all batches once more."""
+    sync, ends = Progress.sync, list[Progress]()
+
+    def slow(progress: Progress) -> tuple[int, int]:
+        ends.append(progress)
+        time.sleep(3 * runner.POLL_S)
+        return sync(progress)
+
+    monkeypatch.setattr(Progress, "sync", slow)
+    body = json.dumps({"prompt": "x", "max_tokens": 7000, "ignore_eos": True}).encode()
+    file = client.files.create(file=("in.jsonl", io.BytesIO(line("long", body))), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
+    server.wait_until(lambda: client.batches.retrieve(batch.id).status == "in_progress")
+    client.batches.cancel(batch.id)
+    server.wait_until(lambda: client.batches.retrieve(batch.id).status == "cancelled", 60)
+    assert len(ends) == 1
 
 
 def called_deep(levels: int, what: Callable[[], Any]) -> Any:
