@@ -304,7 +304,8 @@ class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
                 "max_tokens and max_completion_tokens differ; send only max_completion_tokens", param="max_tokens"
             )
         if 0 in both:
-            raise InvalidRequestError("at least one token must be asked for", param="max_tokens")
+            param = "max_tokens" if self.max_tokens == 0 else "max_completion_tokens"
+            raise InvalidRequestError(f"{param}: at least one token must be asked for", param=param)
         return self
 
 

@@ -97,6 +97,7 @@ def test_both_endpoints_name_the_field(server: Any, field: str, value: Any, para
         ("web_search_options", {}, "web_search_options"),
         ("top_logprobs", 2, "top_logprobs"),
         ("max_tokens", 0, "max_tokens"),
+        ("max_completion_tokens", 0, "max_completion_tokens"),
         ("chat_template", "{{ messages }}", "chat_template"),
         ("chat_template_kwargs", {"messages": []}, "chat_template_kwargs.messages"),
     ],
