@@ -291,6 +291,8 @@ class BatchRunner:
             found.become(end, now)
 
         await self._change(batch, close, files)
+        for name in {batch.output_id, batch.error_id} - {stored.id for stored in files}:
+            await asyncio.to_thread(self._store.path(name).unlink, missing_ok=True)
 
     @staticmethod
     def _count(batch: Batch, progress: Progress) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -69,6 +70,13 @@ def test_a_line_that_is_nested_without_end_fails_its_batch(server: Any, client: 
     batch = ended(server, client, line("good", GOOD) + line("odd", nested(50_000)))
     assert batch.status == "failed"
     assert [(each.code, each.line) for each in batch.errors.data] == [("invalid_json_line", 2)]
+
+
+def test_a_batch_without_errors_leaves_no_empty_file(server: Any, client: openai.OpenAI) -> None:
+    batch = ended(server, client, line("good", GOOD))
+    files = Path(server.service.config.batch_folder) / "files"
+    assert batch.error_file_id is None and (files / batch.output_file_id).stat().st_size
+    server.wait_until(lambda: all(path.stat().st_size for path in files.iterdir()), 60)
 
 
 def test_a_batch_that_is_cancelled_before_its_file_is_read_ends(
