@@ -111,6 +111,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
     """How long its sender expects the answer to be; 0 if nothing is expected. Counts with ``longest_first`` only."""
     offline: bool = False
     """Nobody waits for the answer: it gets what others leave of the machine."""
+    adapter: str = ""
+    """The LoRA it is computed with, see LoadAdapter; empty for the model as it is. One that is not there is refused."""
 
     @property
     def scope(self) -> str:
@@ -308,6 +310,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
     load_seconds: float
     drafters: tuple[str, ...] = ()
     """Names of the drafters that requests may choose."""
+    takes_adapters: bool = False
+    """Whether the model can be computed with LoRAs beside its weights, see LoadAdapter."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

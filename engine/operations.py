@@ -207,6 +207,23 @@ class CancelTargetUpdate(Operation[None], frozen=True, array_like=True, tag="can
     version: int
 
 
+class LoadAdapter(Operation[None], frozen=True, array_like=True, tag="load_adapter"):
+    """Has the LoRA in a folder, as PEFT writes it, at hand for requests that name it; the model's weights stay.
+
+    One of the same name is replaced: requests that have come are computed with the one that was there then. Fails where
+    it does not fit the model, or the model cannot be computed with any.
+    """
+
+    name: str
+    path: str
+
+
+class UnloadAdapter(Operation[None], frozen=True, array_like=True, tag="unload_adapter"):
+    """No request may name it from now on; those that have come are computed with it. Fails if there is none."""
+
+    name: str
+
+
 class UseVocabulary(Operation[None], frozen=True, array_like=True, tag="use_vocabulary"):
     """Tells what tokens stand for, which requests with grammars need."""
 
@@ -303,6 +320,7 @@ TargetOperation = (
     | ReadTensor
 )
 MemoryOperation = ReleaseMemory | ResumeMemory
+AdapterOperation = LoadAdapter | UnloadAdapter
 SchedulingOperation = Pause | Resume | ResetPrefixCache | UseVocabulary | CheckIntegrity | TellStepCosts | Profile
-AnyOperation = SwapDrafter | DropDrafter | SchedulingOperation | TargetOperation | MemoryOperation
+AnyOperation = SwapDrafter | DropDrafter | SchedulingOperation | TargetOperation | MemoryOperation | AdapterOperation
 AnyAnswer = SwapReport | TargetUpdated | TensorRows | Checksums | dict[int, float] | bool | int | None
