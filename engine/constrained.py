@@ -8,6 +8,7 @@ from slipstream.engine.background import Background
 from slipstream.engine.errors import RequestError
 from slipstream.engine.grammar import Grammars
 from slipstream.engine.messages import NewRequest
+from slipstream.engine.plan import PLAIN, LoadedAdapter
 from slipstream.engine.scheduling.scheduler import Scheduler
 
 
@@ -24,18 +25,18 @@ class ConstrainedRequests:
     def has_work(self) -> bool:
         return self._background.has_work
 
-    def add(self, request: NewRequest, drafter: str) -> None:
+    def add(self, request: NewRequest, drafter: str, lora: LoadedAdapter = PLAIN) -> None:
         """Adds a request, with a grammar or without; see Scheduler.add."""
         text = request.params.grammar
         if not text:
-            self._scheduler.add(request, drafter)
+            self._scheduler.add(request, drafter, lora=lora)
         elif not self.grammars.has_vocabulary:
             self._scheduler.refuse(request, "grammar: the engine was not told what its tokens stand for")
         elif (grammar := self.grammars.find(text, request.scope)) is not None:
-            self._scheduler.add(request, drafter)
+            self._scheduler.add(request, drafter, lora=lora)
             self._scheduler.release(request.request_id, grammar)
         else:
-            self._scheduler.add(request, drafter, is_held=True)
+            self._scheduler.add(request, drafter, is_held=True, lora=lora)
             self._background.start(lambda: self._compile(request, text))
 
     def poll(self, is_busy: bool) -> None:

@@ -63,25 +63,33 @@ class Lora:
         self._matrices.setdefault(found["module"] + ".weight", {})[found["which"]] = matrix
         return True
 
-    def merged(self, base: ReadableWeights, scale: float | None) -> Iterator[tuple[str, Tensor, int]]:
-        """Rows of the weights that it changes, with the name of each and its first row.
+    def pairs(self, shapes: Mapping[str, tuple[int, ...]], scale: float) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """A [rank, k] and B [n, rank], times the scale, by the names of the weights that they change.
 
-        Raises ModelError for a matrix that fits no weight, or has no other half.
+        Raises ModelError for a matrix that fits none of these shapes, or has no other half.
         """
-        scale = self.scale if scale is None else scale
-        if scale is None:
-            raise ModelError("nobody has told what the LoRA is to be multiplied with (lora_scale: lora_alpha / r)")
         for name, pair in self._matrices.items():
             if len(pair) != 2:
                 raise ModelError(f"of the LoRA for {name!r} only the matrix {'or'.join(pair)} has come")
             down, up = pair["A"], pair["B"]
-            shape = base.shapes.get(name)
+            shape = shapes.get(name)
             if shape != (len(up), down.shape[1]) or up.shape[1] != len(down):
                 raise ModelError(
                     f"the LoRA for {name!r} has the shapes {list(up.shape)} times {list(down.shape)}, and that is "
                     f"{'no weight of this model' if shape is None else list(shape)}"
                 )
-            for first, count in row_pieces(shape):
+            yield name, (down, scale * up)
+
+    def merged(self, base: ReadableWeights, scale: float | None) -> Iterator[tuple[str, Tensor, int]]:
+        """Rows of the weights that it changes, with the name of each and its first row.
+
+        Raises ModelError as ``pairs`` does.
+        """
+        scale = self.scale if scale is None else scale
+        if scale is None:
+            raise ModelError("nobody has told what the LoRA is to be multiplied with (lora_scale: lora_alpha / r)")
+        for name, (down, up) in self.pairs(base.shapes, scale):
+            for first, count in row_pieces(base.shapes[name]):
                 breathe()
                 rows = base.read(name, first, count).to("cpu", torch.float32)
-                yield name, rows + scale * (up[first : first + count] @ down), first
+                yield name, rows + up[first : first + count] @ down, first

@@ -50,6 +50,22 @@ class NewRow:
     """Known tokens: the prompt, and the output so far after a preemption."""
     seed: int
     """Seed of the request's random stream."""
+    adapter: int = 0
+    """Number of the adapter it is computed with; 0 for none."""
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class LoadedAdapter:
+    """A LoRA that requests are computed with; it is there as long as one of them has it."""
+
+    number: int
+    """In batches, from 1 on; another one's, too, once no request has this one any more."""
+    key: str
+    """Names what it computes: no other one ever has it."""
+
+
+PLAIN = LoadedAdapter(0, "")
+"""The model as it is."""
 
 
 @dataclass(frozen=True, slots=True)

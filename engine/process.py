@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from slipstream.engine.adapters import Adapters
 from slipstream.engine.background import Background, done
 from slipstream.engine.child import keep_for_good
 from slipstream.engine.config import EngineConfig
@@ -40,15 +41,15 @@ from slipstream.engine.messages import (
 from slipstream.engine.models.loader import LoadedModel, file_tensors, load_model
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.operations import (
+    AdapterOperation,
     CheckIntegrity,
     DropDrafter,
+    MemoryOperation,
     Operation,
     Pause,
     Profile,
-    ReleaseMemory,
     ResetPrefixCache,
     Resume,
-    ResumeMemory,
     SwapDrafter,
     SwapReport,
     TargetOperation,
@@ -107,13 +108,12 @@ class Engine:
         if self.runner.cache.device.type == "cpu":  # there, blocks that were written take memory
             self.runner.cache.release()
             self.runner.cache.restore()
-        switch_length = loaded.model.switch_length
         self.scheduler = Scheduler(
             config,
             loaded.num_blocks,
             loaded.max_model_len,
             cost,
-            switch_length=switch_length,
+            switch_length=loaded.model.switch_length,
             drafting=drafting,
             listeners=self.listeners,
         )
@@ -125,6 +125,7 @@ class Engine:
         self.core = EngineCore(self.scheduler, self.runner, deliver, pipeline, drafter_stats, self.listeners.stats)
         self.background = Background(self.core.drain)
         self._profiler = StepProfiler(self.core, self.runner.cache.device.type == "cuda")
+        self.adapters = Adapters(loaded.model, self.background)
         self._target = TargetUpdates(
             loaded.model, self.runner.cache.device, loaded.update_bytes, self.background, self._prepare_target
         )
@@ -150,15 +151,16 @@ class Engine:
             kv_cache_bytes=(loaded.num_blocks + loaded.scratch_blocks) * loaded.block_bytes,
             load_seconds=loaded.seconds,
             drafters=tuple(self.runner.speculator.names),
+            takes_adapters=self.adapters.are_taken,
         )
 
     def submit(self, request: NewRequest) -> None:
         """Takes a request, or ends it with an error if it asks for what the model cannot do."""
         wrong = problem(request, self.loaded.model.shape.vocab_size, self.loaded.max_model_len)
-        if wrong is None:
-            self.constrained.add(request, self.runner.speculator.own_drafter(request.route))
+        if wrong is None and (lora := self.adapters.find(request.adapter)) is not None:
+            self.constrained.add(request, self.runner.speculator.own_drafter(request.route), lora)
         else:
-            self.scheduler.refuse(request, wrong)
+            self.scheduler.refuse(request, wrong or f"there is no LoRA {request.adapter!r} here any more")
 
     def operate(self, operation: Operation[Any]) -> Future[Any]:
         """Carries out a control operation, between two steps; raises SlipstreamError for what cannot be done.
@@ -168,6 +170,10 @@ class Engine:
         self.core.drain()
         if isinstance(operation, TargetOperation):
             return self._target.operate(operation)
+        if isinstance(operation, AdapterOperation):
+            return self.adapters.operate(operation)
+        if isinstance(operation, MemoryOperation):
+            return self._sleeper.operate(operation)
         match operation:
             case SwapDrafter():
                 return self._swap_drafter(operation)
@@ -179,10 +185,6 @@ class Engine:
                 self.scheduler.resume()
             case UseVocabulary():
                 self.constrained.grammars.use(operation.tokens, operation.special, self.loaded.model.shape.vocab_size)
-            case ReleaseMemory():
-                return self._sleeper.release(operation)
-            case ResumeMemory():
-                return self._sleeper.resume(operation)
             case ResetPrefixCache():
                 self.scheduler.kv.reset()
                 return done(self.scheduler.kv.pool.num_used == 0)
@@ -282,11 +284,9 @@ class EngineLoop:
         try:
             drafters, listeners = self._make_drafters(config), self._make_listeners(config)
             engine = Engine(config, lambda deltas, stats: self._send(StepOutputs(deltas, stats)), drafters, listeners)
-        except (ModelError, ConfigError) as error:
-            self._send(EngineFailed(str(error), user_error=True))
-            return 2
-        except MemoryError as error:
-            self._send(EngineFailed(f"the model does not fit into memory: {error}", user_error=True))
+        except (ModelError, ConfigError, MemoryError) as error:
+            what = "the model does not fit into memory: " if isinstance(error, MemoryError) else ""
+            self._send(EngineFailed(f"{what}{error}", user_error=True))
             return 2
         except Exception as error:
             if isinstance(error, OSError) and error.filename is not None:  # of a path among the options

@@ -13,7 +13,7 @@ from slipstream.engine.background import Background
 from slipstream.engine.memory import trim
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import HostCopy, Rows
-from slipstream.engine.operations import MemoryTag, ReleaseMemory, ResumeMemory
+from slipstream.engine.operations import MemoryOperation, MemoryTag, ReleaseMemory, ResumeMemory
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.scheduling.scheduler import Scheduler
 from slipstream.engine.target_update import PrepareUse, TargetUpdates
@@ -43,12 +43,11 @@ class Sleeper:
         self._kept: HostCopy | None = None
         """Weights of a GPU, in the memory of the host."""
 
-    def release(self, asked: ReleaseMemory) -> Future[Any]:
+    def operate(self, asked: MemoryOperation) -> Future[Any]:
+        if isinstance(asked, ResumeMemory):
+            return self._background.start(lambda: self._prepare(asked))
         # After what is being prepared for the weights that there are now.
         return self._background.start(lambda: lambda: self._release(asked))
-
-    def resume(self, asked: ResumeMemory) -> Future[Any]:
-        return self._background.start(lambda: self._prepare(asked))
 
     def _release(self, asked: ReleaseMemory) -> None:
         standstill = self._scheduler.standstill

@@ -52,10 +52,15 @@ def read(path: Path, model: CausalModel) -> Tensors:
     if path.suffix.lower() == ".safetensors":
         return read_tensors(read_header(path))
     if _is_file(path / LORA_CONFIG):
-        return read_tensors(read_header(path / LORA_TENSORS))
+        return read_lora(path)
     if path.is_dir() and not _is_file(path / "config.json"):
         return read_tensors(find_tensors(path))
     return model.tensors(open_checkpoint(path))
+
+
+def read_lora(path: Path) -> Tensors:
+    """The tensors of a LoRA's folder."""
+    return read_tensors(read_header(path / LORA_TENSORS))
 
 
 def _is_file(path: Path) -> bool:

@@ -26,6 +26,7 @@ class RaggedBatch:
     models go by that compute long sequences in another way than short ones. All arrays are C-contiguous int32.
     Columns are further arrays, of any numbers, that the step needs where the model runs; they travel with the batch
     (``Forward``).
+    ``adapters`` name the one that each token is computed with: numbers of ``Stack.use_adapters`` from 1 on, 0 for none.
     A token id below 0 is one that the host does not know yet: -1 - i stands for ``latest[i]``, where the model runs.
     """
 
@@ -40,6 +41,7 @@ class RaggedBatch:
     mirrors: Int32 = field(default_factory=lambda: NO_MIRRORS)  # [num_mirrors, 3]
     columns: tuple[NDArray[Any], ...] = ()
     latest: Tensor | None = None  # [slots] int32; always the same memory
+    adapters: Int32 | None = None  # [num_tokens]; None where no token has any
 
     @property
     def num_tokens(self) -> int:

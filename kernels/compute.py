@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
 from slipstream.kernels.weight import Weight
@@ -151,6 +152,12 @@ class Stack(Protocol):
     def use(self, embedding: Weight, layers: Sequence[LayerWeights], norm: Tensor | None, output: Weight) -> None:
         """Computes with these from now on; ``norm`` is before the output matrix, if there is one."""
 
+    def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
+        """The first of these is number 1 of ``RaggedBatch.adapters`` from now on, and so on.
+
+        Only of a ``Compute`` that takes adapters.
+        """
+
     def forget(self) -> None:
         """Holds no weights from now on, until it is told to use some; nothing is computed meanwhile."""
 
@@ -196,6 +203,8 @@ class Compute(ABC):
     """Whether it is, or would be if it was made to be."""
     takes_latest: ClassVar[bool] = False
     """Whether its stacks read ``RaggedBatch.latest``, so that a step can be launched before the last one is read."""
+    takes_adapters: ClassVar[bool] = False
+    """Whether its stacks compute rows with adapters, and it makes these."""
     is_fast_in_bfloat16: ClassVar[bool] = False
     """Whether bfloat16 is fast on whatever processor it supports."""
 
@@ -259,6 +268,10 @@ class Compute(ABC):
             rope: cos and sin, each [positions, head_dim / 2] float32.
             window_rope: those of layers with a window, where they have others.
         """
+
+    def adapter(self, shape: LayerShape, layers: Sequence[LayerMatrices]) -> Adapter:
+        """What an adapter adds to each of some layers."""
+        raise NotImplementedError(f"{self.name} takes no adapters")
 
     def cache(self, shape: CacheShape, num_blocks: int) -> PagedKVCache:
         return self.cache_class(shape, num_blocks, self.device)

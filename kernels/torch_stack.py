@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.kernels import ops
+from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Choose, Compute, Formats, Forward, LayerShape, LayerWeights, Stack
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
@@ -194,6 +197,7 @@ class TorchStack:
         self._scale = embedding_scale(shape, formats.compute)
         self._dtype, self._device = formats.compute, device
         self._layers: list[DecoderLayer] = []
+        self._adapters: Sequence[Adapter | None] = ()
         self._norm: Tensor | None = None
         self._embedding: Weight
         self._output: Weight
@@ -204,6 +208,9 @@ class TorchStack:
             assert isinstance(layer, TorchLayer)
             self._layers.append(layer.arithmetic)
         self._embedding, self._norm, self._output = embedding, norm, output
+
+    def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
+        self._adapters = adapters
 
     def forget(self) -> None:
         self._layers, self._norm = [], None
@@ -227,7 +234,9 @@ class TorchStack:
         attention = cache.plan(batch)
         scale = self._shape.scale
         tapped = []
+        runs = self._runs(batch)
         for index, (layer, window) in enumerate(zip(self._layers, self._windows, strict=True)):
+            layer = adapted(layer, [(rows, adapter.layers[index]) for rows, adapter in runs]) if runs else layer
             if index in taps:
                 tapped.append(x)
             cos, sin = tables[window > 0]
@@ -239,6 +248,19 @@ class TorchStack:
             tapped.append(x)
         columns = tuple(torch.from_numpy(column).to(self._device) for column in batch.columns)
         return Forward(x, torch.stack(tapped, dim=1).float() if tapped else None, columns)
+
+    def _runs(self, batch: RaggedBatch) -> list[tuple[slice, TorchAdapter]]:
+        """Tokens behind each other that have the same adapter."""
+        if batch.adapters is None:
+            return []
+        edges = np.flatnonzero(np.diff(batch.adapters, prepend=-1, append=-1)).tolist()
+        runs = []
+        for begin, end in pairwise(edges):
+            if number := int(batch.adapters[begin]):
+                adapter = self._adapters[number - 1]
+                assert isinstance(adapter, TorchAdapter)
+                runs.append((slice(begin, end), adapter))
+        return runs
 
     def draft(
         self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor, steps: Int32, depth: int, choose: Choose
@@ -255,6 +277,39 @@ class TorchStack:
         return self._output(x).float()
 
 
+class TorchAdapter:
+    def __init__(self, layers: Sequence[LayerMatrices], dtype: torch.dtype, device: torch.device) -> None:
+        fields = {name: field for field, name in MATRICES.items()}
+        self.layers = [
+            {fields[name]: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in layer.items()}
+            for layer in layers
+        ]
+        """A and B of each layer, by the field of its arithmetic."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.nbytes for layer in self.layers for pair in layer.values() for each in pair)
+
+
+def adapted(layer: DecoderLayer, runs: Sequence[tuple[slice, Mapping[str, tuple[Tensor, Tensor]]]]) -> DecoderLayer:
+    """The layer with what adapters add to its matrices, each for some rows of a batch."""
+
+    def plus(matrix: Function, added: Sequence[tuple[slice, tuple[Tensor, Tensor]]]) -> Function:
+        def apply(x: Tensor) -> Tensor:
+            y = matrix(x)
+            for rows, (a, b) in added:
+                y[rows] += ops.linear(ops.linear(x[rows].to(a.dtype), a), b).to(y.dtype)
+            return y
+
+        return apply
+
+    changed: dict[str, Any] = {}
+    for field in {field for _, pairs in runs for field in pairs}:
+        added = [(rows, pairs[field]) for rows, pairs in runs if field in pairs]
+        changed[field] = plus(getattr(layer, field), added)
+    return replace(layer, **changed)
+
+
 def embedding_scale(shape: LayerShape, dtype: torch.dtype) -> float | None:
     """What embeddings are multiplied by, in the format of activations; None where they are not."""
     return None if shape.embedding_scale == 1.0 else float(torch.tensor(shape.embedding_scale, dtype=dtype))
@@ -262,7 +317,7 @@ def embedding_scale(shape: LayerShape, dtype: torch.dtype) -> float | None:
 
 class TorchCompute(Compute):
     cache_class = TorchKVCache
-    takes_latest = True
+    takes_latest = takes_adapters = True
 
     def __init__(self, formats: Formats, device: torch.device) -> None:
         super().__init__(formats, device)
@@ -294,6 +349,9 @@ class TorchCompute(Compute):
         window_rope: tuple[Tensor, Tensor] | None = None,
     ) -> Stack:
         return TorchStack(shape, windows, rope, self.formats, self.device, window_rope)
+
+    def adapter(self, shape: LayerShape, layers: Sequence[LayerMatrices]) -> Adapter:
+        return TorchAdapter(layers, self.formats.compute, self.device)
 
     @contextmanager
     def filling(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slipstream.engine.checkpoint.checkpoint import Checkpoint
-from slipstream.engine.errors import MisfitError
+from slipstream.engine.errors import MisfitError, ModelError
 from slipstream.engine.models.config import (
     DecoderConfig,
     cache_shape,
@@ -22,6 +22,7 @@ from slipstream.engine.models.config import (
 from slipstream.engine.models.protocol import DecoderModel, Forward
 from slipstream.engine.models.weights import ExpectedTensors, Rows, Weights, pieces
 from slipstream.kernels import ops
+from slipstream.kernels.adapter import ADAPTED, ADAPTED_MLP, Adapter
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Compute
 from slipstream.kernels.kv_cache import PagedKVCache
@@ -121,6 +122,27 @@ class Decoder:
     def forget(self) -> None:
         self._stack.forget()
         del self._weights
+
+    @property
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.config.parameters
+
+    def adapter(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Adapter:
+        shape = self.config.layer
+        known = ADAPTED if shape.mixture is not None else (*ADAPTED, *ADAPTED_MLP)
+        layers: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(self.shape.num_layers)]
+        for name, pair in pairs.items():
+            match name.split(".", 3):
+                case ["model", "layers", index, rest] if (module := rest.removesuffix(".weight")) in known:
+                    layers[int(index)][module] = pair
+                case _:
+                    raise ModelError(
+                        f"a LoRA beside the weights cannot change {name!r}, only {', '.join(known)} of layers"
+                    )
+        return self.compute.adapter(shape, layers)
+
+    def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
+        self._stack.use_adapters(adapters)
 
     def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Rows]]:
         theirs = decoder_config(checkpoint.config) if is_own(checkpoint.config) else None

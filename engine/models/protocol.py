@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from slipstream.engine.checkpoint.checkpoint import Checkpoint
 from slipstream.engine.models.config import DecoderConfig, ModelShape
 from slipstream.engine.models.weights import Rows, Weights
+from slipstream.kernels.adapter import Adapter
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Compute, Formats
 from slipstream.kernels.compute import Forward as Forward
@@ -73,6 +74,19 @@ class DecoderModel(CausalModel, Protocol):
     config: DecoderConfig
     compute: Compute
     """What its parts were made by; those of a drafter that works with them are made by the same."""
+
+    @property
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """By the names of its weights, also while it has none."""
+
+    def adapter(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Adapter:
+        """What an adapter adds: A [rank, k] and B [n, rank] by the names of weights.
+
+        Raises ModelError for weights that can have none. Only where ``compute`` takes adapters.
+        """
+
+    def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
+        """See ``Stack.use_adapters``; called between two forward passes."""
 
     @property
     def embedding(self) -> Weight:

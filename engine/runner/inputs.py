@@ -109,7 +109,8 @@ def prepare(
         token_ids = np.concatenate([table.tokens[slot, start:end] for slot, start, end in rows])
     size = scratch.block_size
     if not trees:
-        batch = replace(make_batch(token_ids, counts, ends, table.blocks, slots, size, known=lengths), latest=latest)
+        batch = make_batch(token_ids, counts, ends, table.blocks, slots, size, known=lengths)
+        batch = replace(batch, latest=latest, adapters=_adapters(table, slots, counts))
         sampling_rows = samples.nonzero()[0]
         last = batch.q_start[1:][sampling_rows] - 1
         mine = slots[sampling_rows]
@@ -126,9 +127,10 @@ def prepare(
         row: added.place(tree, paths[row], plan.slots[row], int(starts[row]), int(lengths[row]), roots[row])
         for row, tree in trees.items()
     }
+    all_counts = np.append(counts, np.array(added.counts, np.int32))
     batch = make_batch(
         np.append(token_ids, np.array(added.token_ids, np.int32)),
-        np.append(counts, np.array(added.counts, np.int32)),
+        all_counts,
         np.append(ends, np.array(added.ends, np.int32)),
         table.blocks,
         np.append(slots, np.array(added.table_rows, np.int32)),
@@ -136,9 +138,17 @@ def prepare(
         np.array(added.mirrors, np.int32).reshape(-1, 3) if added.mirrors else NO_MIRRORS,
         np.append(lengths, np.array(added.ends, np.int32)),
     )
+    whose = np.append(slots, np.array(added.slots, np.int32))
+    batch = replace(batch, adapters=_adapters(table, whose, all_counts))
     logits_rows, first_samples, sampling = _samples(plan, placed, roots, table)
     batch = _with_columns(batch, logits_rows, sampling)
     return StepInputs(plan, starts, batch, placed, added.copies, logits_rows, first_samples, sampling)
+
+
+def _adapters(table: RowTable, slots: Int32, counts: Int32) -> Int32 | None:
+    """The adapter of each token of segments that belong to these rows; None where no row has any."""
+    numbers = table.adapters[slots]
+    return np.repeat(numbers, counts) if numbers.any() else None
 
 
 def _with_columns(

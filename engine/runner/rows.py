@@ -24,6 +24,8 @@ class RowTable:
         self.lengths = np.zeros(slots, np.int32)
         """Known tokens of each row, sampled ones included."""
         self.blocks = np.zeros((slots + branch_rows, blocks), np.int32)
+        self.adapters = np.zeros(slots, np.int32)
+        """Numbers of those that rows are computed with, 0 for none."""
         self.sampling = SamplingColumns(slots)
         self.constraints: dict[int, Constraint] = {}
         """Rows whose request has a grammar."""
@@ -32,6 +34,7 @@ class RowTable:
     def enter(self, new: NewRow, drafts: RowDrafts) -> None:
         """A request takes a row, whose tokens are written already."""
         self.lengths[new.slot] = len(new.tokens)
+        self.adapters[new.slot] = new.adapter
         self.sampling.enter(new.slot, new.request.params, new.seed, len(new.request.prompt))
         self._drafts[new.slot] = drafts
         self.constraints.pop(new.slot, None)

@@ -54,6 +54,8 @@ class BranchSegments:
     counts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     table_rows: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    """Whose branch each is."""
     copies: list[tuple[int, int]] = field(default_factory=list)
     """Blocks, (source, destination), to copy before the forward pass."""
     mirrors: list[tuple[int, int, int]] = field(default_factory=list)
@@ -84,6 +86,7 @@ class BranchSegments:
             self.counts.append(len(path))
             self.ends.append(positions[path[-1]] + 1)
             self.table_rows.append(table_row)
+            self.slots.append(slot)
         return placed
 
     def _begin(self, placed: PlacedTree, node: int, table_row: int, start: int, length: int, root: int) -> None:

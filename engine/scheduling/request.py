@@ -8,7 +8,7 @@ from random import SystemRandom
 import numpy as np
 
 from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
-from slipstream.engine.plan import Float64
+from slipstream.engine.plan import PLAIN, Float64, LoadedAdapter, NewRow
 from slipstream.engine.scheduling.kv import prefix
 from slipstream.engine.scheduling.kv.pool import BlockHash
 
@@ -24,6 +24,7 @@ class Request:
     """
 
     __slots__ = (
+        "adapter",
         "awaited",
         "block_hashes",
         "blocks",
@@ -57,10 +58,16 @@ class Request:
     )
 
     def __init__(
-        self, message: NewRequest, deadline: float, sharing: tuple[str, ...] = (), is_held: bool = False
+        self,
+        message: NewRequest,
+        deadline: float,
+        sharing: tuple[str, ...] = (),
+        is_held: bool = False,
+        adapter: LoadedAdapter = PLAIN,
     ) -> None:
         """A request may find cache blocks only of requests with the same ``sharing``."""
         self.message = message
+        self.adapter = adapter
         self.deadline = deadline
         """Orders the queue: see QueueOrder."""
         self.sharing = sharing
@@ -140,6 +147,10 @@ class Request:
             asked = self.message.params.seed
             self.seed = asked if asked is not None else RANDOM.getrandbits(63)
         return self.seed
+
+    def new_row(self) -> NewRow:
+        """What the runner is told when it has been given a slot."""
+        return NewRow(self.slot, self.message, list(self.tokens), self.stream_seed(), self.adapter.number)
 
     def outgrow(self) -> None:
         """Has the request use no blocks computed for shorter sequences from now on; it must hold none."""

@@ -13,7 +13,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.listening import EndedRequest, Listeners
 from slipstream.engine.messages import EngineStats, FinishReason, NewRequest, TokenDelta
 from slipstream.engine.operations import PauseMode, UpdateMode
-from slipstream.engine.plan import NewRow, StepPlan, StepResult
+from slipstream.engine.plan import PLAIN, LoadedAdapter, StepPlan, StepResult
 from slipstream.engine.scheduling.controller import Decision
 from slipstream.engine.scheduling.draft_planner import DraftPlanner
 from slipstream.engine.scheduling.kv.manager import Admission, KVManager, Wait
@@ -74,11 +74,12 @@ class Scheduler:
 
     # Requests in and out --------------------------------------------------------------------------------------------
 
-    def add(self, message: NewRequest, drafter: str = "", is_held: bool = False) -> None:
+    def add(self, message: NewRequest, drafter: str = "", is_held: bool = False, lora: LoadedAdapter = PLAIN) -> None:
         """``drafter`` names the learned drafter of this route alone: it knows nothing of blocks that others filled.
         One that ``is_held`` waits until it is released, while others pass it."""
         sharing = message.tenant if self._config.prefix_cache_scope == "tenant" else ""
-        request = Request(message, self._order.deadline(message), (message.cache_salt, sharing, drafter), is_held)
+        scope = (message.cache_salt, sharing, drafter, lora.key)
+        request = Request(message, self._order.deadline(message), scope, is_held, lora)
         if request.length > self._switch_length:
             request.outgrow()
         self._requests[request.request_id] = request
@@ -300,7 +301,7 @@ class Scheduler:
             self._prompt_tokens += request.num_prompt
         self._queries += len(request.tokens)
         self._hits += admission.num_cached
-        plan.new.append(NewRow(request.slot, request.message, list(request.tokens), request.stream_seed()))
+        plan.new.append(request.new_row())
         plan.blocks.append((request.slot, 0, list(request.blocks)))
         plan.copies.extend(admission.copies)
 

@@ -40,6 +40,14 @@ struct SlipLinear {
   int32_t arithmetic;
 };
 
+enum SlipMatrix : int32_t { SLIP_QKV = 0, SLIP_OUT = 1, SLIP_GATE_UP = 2, SLIP_DOWN = 3 };
+
+// What an adapter adds to the matrices of a layer: x A^T B^T.
+struct SlipAdapter {
+  SlipLinear down[4];  // A of each matrix, in the model's dtype; n = 0: it adds nothing there
+  const float* up[4];  // B, by the panels of the matrix: [its n/16][down.n][16]
+};
+
 struct SlipLayer {
   SlipLinear qkv;      // q heads, then k heads, then v heads
   SlipLinear out;
@@ -54,6 +62,7 @@ struct SlipLayer {
   void* v_cache;
   int32_t window;          // attend to the last `window` tokens; 0 = all
   int32_t reserved;
+  const SlipAdapter* adapters;
 };
 
 struct SlipModel {
@@ -74,6 +83,7 @@ struct SlipModel {
   int32_t quantised;      // some matrix is: what matrices read is float32 then, and rounded to dtype for those that are not
   int32_t given_hidden;  // hidden holds the input of the first layer already; else the tokens' embeddings
   int32_t num_taps;
+  int32_t adapter_rank;   // the largest down.n of all adapters; 0 where there are none
   const int32_t* taps;   // [num_taps] ascending: the input of these layers (num_layers: the output of the last) …
   float* features;       // … goes here, [tokens][num_taps][hidden]
 };
@@ -92,6 +102,7 @@ struct SlipBatch {
   int32_t tiles_per_block;
   int32_t num_mirrors;
   const int32_t* mirrors;       // [num_mirrors][3]: what this token stores is stored in this block at this offset too
+  const int32_t* adapters;      // [num_tokens] of each layer's, from 1 on, 0 for none; null where no token has any
 };
 
 struct SlipAttention {

@@ -54,32 +54,6 @@ inline void embed_row(const SlipLinear& table, int token, float* out) {
     out[k] = D::widen(group[(k / D::kPair) * columns * D::kPair + lane * D::kPair + k % D::kPair]);
 }
 
-// rows of x times a matrix. If x is of D's elements the matrix is, too; else x is float32 and the matrix may be quantised. `scratch`
-// holds scratch_bytes(k) per row.
-template <class D, class X, class Epilogue>
-inline void project(Team& team, const SlipLinear& w, const typename X::row* x, int rows, void* scratch, const Epilogue& epilogue) {
-  const size_t k = w.k;
-  if constexpr (std::is_same_v<X, F32>) {
-    if (w.num_parts) {
-      const Prepared in = prepare(team, w, x, rows, scratch);
-      if (w.arithmetic == SLIP_EXACT) return packed_matmul<Exact>(team, w, in, rows, epilogue);
-      if (w.arithmetic == SLIP_INT8) return packed_matmul<Int8>(team, w, in, rows, epilogue);
-      return packed_matmul<Int16>(team, w, in, rows, epilogue);
-    }
-  }
-  if constexpr (std::is_same_v<X, D>) {
-    matmul<D>(team, w, x, k, rows, epilogue);
-  } else {
-    auto* rounded = static_cast<typename D::row*>(scratch);
-    for_each(team, rows, 4, [&](int row) {
-      for (size_t i = row * k; i < (row + 1) * k; i += 16) D::store(rounded + i, vload(x + i));
-    });
-    matmul<D>(team, w, rounded, k, rows, epilogue);
-  }
-}
-
-inline size_t scratch_bytes(int k) { return prepared_bytes(k) + 64; }
-
 constexpr size_t kAheadBytes = 256 << 10;  // less than a core's own cache
 
 // Has threads without work read the beginning of a quantised matrix. Others take so long to read that nothing is left to gain.
@@ -98,6 +72,7 @@ struct Workspace {
   row* q;         // [tokens, heads, head_dim]
   input* values;  // [tokens, heads, head_dim]
   input* act;     // [tokens, intermediate]
+  float* inner;   // [tokens, adapter_rank]
   void* scratch;  // what matrices make of the above
   int64_t bytes;
 
@@ -114,6 +89,7 @@ struct Workspace {
     q = reinterpret_cast<row*>(take(m.heads * m.head_dim, sizeof(row)));
     values = reinterpret_cast<input*>(take(m.heads * m.head_dim, sizeof(input)));
     act = reinterpret_cast<input*>(take(m.intermediate, sizeof(input)));
+    inner = reinterpret_cast<float*>(take(m.adapter_rank, sizeof(float)));
     scratch = at;
     if (m.quantised) take(1, scratch_bytes(std::max({width, m.heads * m.head_dim, m.intermediate})));
     bytes = at - static_cast<char*>(memory);
@@ -131,6 +107,9 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
   const Cache<D> cache{a, b};
   auto* k_cache = static_cast<elem*>(layer.k_cache);
   auto* v_cache = static_cast<elem*>(layer.v_cache);
+  const auto added = [&](SlipMatrix matrix) {
+    return Additions{b.adapters, layer.adapters, matrix, ws.inner, static_cast<size_t>(m.adapter_rank)};
+  };
 
   if (layer.embed_norm) {
     for_each(team, tokens, 4, [&](int token) {
@@ -144,7 +123,8 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
     norm_rows<X>(team, hidden, nullptr, layer.attn_norm, tokens, m.hidden, m.norm_eps, ws.x);
   }
   read_ahead(team, layer.out);
-  project<D, X>(team, layer.qkv, ws.x, tokens, ws.scratch, StoreRows{ws.qkv, static_cast<size_t>(qkv_width), qkv_width, layer.qkv.bias});
+  project_adapted<D, X>(team, layer.qkv, added(SLIP_QKV), ws.x, tokens, ws.scratch,
+                        StoreRows{ws.qkv, static_cast<size_t>(qkv_width), qkv_width, layer.qkv.bias});
 
   for_each(team, tokens, 2, [&](int token) {
     const int segment = segment_of(b, token);
@@ -171,12 +151,15 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
   attend_all<D>(team, cache, work, ws.q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), ws.values);
 
   read_ahead(team, layer.gate_up);
-  project<D, X>(team, layer.out, ws.values, tokens, ws.scratch, AddRows{hidden, static_cast<size_t>(m.hidden), layer.out.bias});
+  project_adapted<D, X>(team, layer.out, added(SLIP_OUT), ws.values, tokens, ws.scratch,
+                        AddRows{hidden, static_cast<size_t>(m.hidden), layer.out.bias});
   norm_rows<X>(team, hidden, nullptr, layer.mlp_norm, tokens, m.hidden, m.norm_eps, ws.x);
   read_ahead(team, layer.down);
-  project<D, X>(team, layer.gate_up, ws.x, tokens, ws.scratch, SiluMulRows<X>{ws.act, static_cast<size_t>(m.intermediate), layer.gate_up.bias});
+  project_adapted<D, X>(team, layer.gate_up, added(SLIP_GATE_UP), ws.x, tokens, ws.scratch,
+                        SiluMulRows<X>{ws.act, static_cast<size_t>(m.intermediate), layer.gate_up.bias});
   read_ahead(team, next);
-  project<D, X>(team, layer.down, ws.act, tokens, ws.scratch, AddRows{hidden, static_cast<size_t>(m.hidden), layer.down.bias});
+  project_adapted<D, X>(team, layer.down, added(SLIP_DOWN), ws.act, tokens, ws.scratch,
+                        AddRows{hidden, static_cast<size_t>(m.hidden), layer.down.bias});
 }
 
 template <class D, class X>

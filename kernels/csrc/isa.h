@@ -23,6 +23,7 @@ namespace slip::SLIP_ISA {
 #endif
 #include "packed.h"
 #include "attention.h"
+#include "project.h"
 #include "decoder.h"
 #include "sampling.h"
 #include "race.h"

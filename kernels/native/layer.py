@@ -25,16 +25,8 @@ class NativeLayer:
         self.mlp_norm = torch.ones(hidden)
         self.q_norm = torch.ones(head_dim) if shape.qk_norm else None
         self.k_norm = torch.ones(head_dim) if shape.qk_norm else None
-        k_panel = shape.heads * head_dim // PANEL
-        v_panel = k_panel + shape.kv_heads * head_dim // PANEL
         self._places: dict[str, tuple[PanelWeight, int, int]] = {
-            "q_proj": (self.qkv, 0, 1),
-            "k_proj": (self.qkv, k_panel, 1),
-            "v_proj": (self.qkv, v_panel, 1),
-            "o_proj": (self.out, 0, 1),
-            "gate_proj": (self.gate_up, 0, 2),
-            "up_proj": (self.gate_up, 1, 2),
-            "down_proj": (self.down, 0, 1),
+            module: (getattr(self, matrix), first, stride) for module, (matrix, first, stride) in places(shape).items()
         }
         norms = {
             # A layer that reads embeddings calls their norm the input's.
@@ -77,6 +69,22 @@ class NativeLayer:
         c.attn_norm, c.mlp_norm, c.embed_norm = map(address, (self.attn_norm, self.mlp_norm, self.embed_norm))
         c.q_norm, c.k_norm = address(self.q_norm), address(self.k_norm)
         c.window = window
+
+
+def places(shape: LayerShape) -> dict[str, tuple[str, int, int]]:
+    """Where a matrix of files is, by the last part of its name: in which of a layer, its first panel there, and how
+    many panels further the next one is."""
+    k_panel = shape.heads * shape.head_dim // PANEL
+    v_panel = k_panel + shape.kv_heads * shape.head_dim // PANEL
+    return {
+        "q_proj": ("qkv", 0, 1),
+        "k_proj": ("qkv", k_panel, 1),
+        "v_proj": ("qkv", v_panel, 1),
+        "o_proj": ("out", 0, 1),
+        "gate_proj": ("gate_up", 0, 2),
+        "up_proj": ("gate_up", 1, 2),
+        "down_proj": ("down", 0, 1),
+    }
 
 
 @dataclass(frozen=True, slots=True)

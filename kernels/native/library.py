@@ -50,6 +50,14 @@ class CLinear(Structure):
     )
 
 
+MATRICES = ("qkv", "out", "gate_up", "down")
+"""Of a layer, in the order of SlipMatrix."""
+
+
+class CAdapter(Structure):
+    _fields_ = (("down", CLinear * len(MATRICES)), ("up", c_void_p * len(MATRICES)))
+
+
 class CLayer(Structure):
     _fields_ = (
         ("qkv", CLinear),
@@ -65,6 +73,7 @@ class CLayer(Structure):
         ("v_cache", c_void_p),
         ("window", c_int32),
         ("reserved", c_int32),
+        ("adapters", POINTER(CAdapter)),
     )
 
 
@@ -87,6 +96,7 @@ class CModel(Structure):
         ("quantised", c_int32),
         ("given_hidden", c_int32),
         ("num_taps", c_int32),
+        ("adapter_rank", c_int32),
         ("taps", c_void_p),
         ("features", c_void_p),
     )
@@ -105,6 +115,7 @@ class CBatch(Structure):
         ("tiles_per_block", c_int32),
         ("num_mirrors", c_int32),
         ("mirrors", c_void_p),
+        ("adapters", c_void_p),
     )
 
 
@@ -229,6 +240,7 @@ def c_batch(batch: RaggedBatch) -> CBatch:
     """A view of the batch; valid while the batch lives."""
     for array in (batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors):
         assert array.dtype == np.int32 and array.flags.c_contiguous
+    assert batch.adapters is None or (batch.adapters.dtype == np.int32 and batch.adapters.flags.c_contiguous)
     assert batch.block_tables.dtype == np.int32 and batch.block_tables.strides[1] == 4
     return CBatch(
         batch.num_tokens,
@@ -242,4 +254,5 @@ def c_batch(batch: RaggedBatch) -> CBatch:
         batch.block_size // 16,
         len(batch.mirrors),
         batch.mirrors.ctypes.data,
+        None if batch.adapters is None else batch.adapters.ctypes.data,
     )

@@ -12,12 +12,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import PACKED, Choose, Compute, Formats, Forward, LayerShape, LayerWeights, Stack
 from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.native.adapter import NativeAdapter
 from slipstream.kernels.native.kv_cache import NativeKVCache
 from slipstream.kernels.native.layer import NativeLayer, matrix_shapes
-from slipstream.kernels.native.library import DTYPE_CODES, CLayer, CModel, address, c_batch, isa, load, supports
+from slipstream.kernels.native.library import (
+    DTYPE_CODES,
+    CAdapter,
+    CLayer,
+    CModel,
+    address,
+    c_batch,
+    isa,
+    load,
+    supports,
+)
 from slipstream.kernels.native.quantised import Arena, QuantisingWeight, StoredWeight, form_of, packed_bytes
 from slipstream.kernels.native.weight import PackedWeight, PanelWeight, panels_elems
 from slipstream.kernels.weight import Weight
@@ -57,6 +69,7 @@ class NativeStack:
         )
         # Whoever owns the memory that the struct points to.
         self._weights: tuple[PanelWeight, Sequence[LayerWeights], Tensor | None, PanelWeight]
+        self._adapters: Sequence[Adapter | None] = ()
         self._cache: weakref.ref[Tensor] | None = None
         """Memory of the cache that the struct points to; not kept from being released."""
         self._taps: tuple[int, ...] = ()
@@ -75,6 +88,16 @@ class NativeStack:
         self._c.quantised = is_quantised
         self._c.embed, self._c.lm_head, self._c.final_norm = embedding.c, output.c, address(norm)
         self._weights = embedding, layers, norm, output
+
+    def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
+        self._adapters, self._c.adapter_rank = adapters, 0
+        for index, c_layer in enumerate(self._c_layers):
+            c_layer.adapters = c_adapters = (CAdapter * len(adapters))()
+            for c, adapter in zip(c_adapters, adapters, strict=True):
+                if adapter is not None:
+                    assert isinstance(adapter, NativeAdapter)
+                    adapter.describe(index, c)
+                    self._c.adapter_rank = max(self._c.adapter_rank, adapter.rank)
 
     def forget(self) -> None:
         del self._weights
@@ -139,7 +162,7 @@ class NativeCompute(Compute):
     cache_class = NativeKVCache
     _stored: ClassVar[type[StoredWeight]] = StoredWeight
     is_batch_invariant = can_be_batch_invariant = True
-    is_fast_in_bfloat16 = True
+    is_fast_in_bfloat16 = takes_adapters = True
 
     def __init__(self, formats: Formats, device: torch.device) -> None:
         known = PACKED if formats.weights == PACKED else formats.numbers
@@ -217,6 +240,9 @@ class NativeCompute(Compute):
     ) -> Stack:
         assert window_rope is None, "which no plain layer has"
         return NativeStack(shape, windows, rope, self.formats.compute)
+
+    def adapter(self, shape: LayerShape, layers: Sequence[LayerMatrices]) -> Adapter:
+        return NativeAdapter(shape, layers, self.formats.compute)
 
 
 class DraftingCompute(NativeCompute):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels import ops
+from slipstream.kernels.adapter import Adapter
 from slipstream.kernels.attention.backend import AttentionBackend
 from slipstream.kernels.attention.choice import against, wanted
 from slipstream.kernels.batch import Int32, RaggedBatch
@@ -114,6 +115,9 @@ class TritonStack:
             self._rotations.append(Rotation(cos, sin, layer.q_norm, layer.k_norm, shape.norm_eps, shape.is_gemma))
         self._embedding, self._norm, self._output = embedding, norm, output
         self._graphs.forget(self)
+
+    def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
+        assert not any(adapters), "see TritonCompute.takes_adapters"
 
     def forget(self) -> None:
         self._layers, self._rotations, self._norm = [], [], None
@@ -338,6 +342,7 @@ def _update(mirror: TableMirror, changed: Tensor, changes: Int32) -> None:
 class TritonCompute(TorchCompute):
     cache_class = TritonKVCache
     can_be_batch_invariant = True
+    takes_adapters = False
 
     def __init__(
         self,

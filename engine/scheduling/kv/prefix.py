@@ -11,15 +11,16 @@ from slipstream.engine.scheduling.kv.pool import BlockHash
 DIGEST_BYTES = 16
 
 
-def seed(weights: int, cache_salt: str = "", tenant: str = "", drafter: str = "") -> BlockHash:
+def seed(weights: int, cache_salt: str = "", tenant: str = "", drafter: str = "", adapter: str = "") -> BlockHash:
     """The root of every chain. Blocks of other weights, another salt or tenant cannot match, by construction.
 
     ``weights`` counts how often the target's have changed: versions are named by whoever sends them, perhaps twice.
 
-    Nor can those in which another learned drafter keeps its states than the one that ``drafter`` names.
+    Nor can those in which another learned drafter keeps its states than the one that ``drafter`` names, or those that
+    were computed with another adapter.
     """
     # The repr of a tuple tells where one text ends and the next begins, whatever they contain.
-    return blake2b(repr((weights, cache_salt, tenant, drafter)).encode(), digest_size=DIGEST_BYTES).digest()
+    return blake2b(repr((weights, cache_salt, tenant, drafter, adapter)).encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def extend(chain: list[BlockHash], root: BlockHash, tokens: Sequence[int], block_size: int) -> None:

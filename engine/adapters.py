@@ -1,0 +1,99 @@
+"""LoRAs beside the model's weights: which there are, by the names that requests have for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from weakref import ref
+
+from torch import Tensor
+
+from slipstream.engine.background import Background
+from slipstream.engine.errors import ModelError
+from slipstream.engine.lora import Lora
+from slipstream.engine.models.protocol import CausalModel, DecoderModel
+from slipstream.engine.operations import AdapterOperation, LoadAdapter
+from slipstream.engine.plan import PLAIN, LoadedAdapter
+from slipstream.engine.target_sources import lora_scale, read_lora
+from slipstream.kernels.adapter import Adapter
+
+NOT_TAKEN = "this model is not computed with LoRAs beside its weights"
+
+
+class Adapters:
+    """All methods are for the thread of the steps."""
+
+    def __init__(self, model: CausalModel, background: Background) -> None:
+        decoder = model.decoder
+        self._model: DecoderModel | None = decoder if decoder is not None and decoder.compute.takes_adapters else None
+        self._background = background
+        self._named: dict[str, LoadedAdapter] = {}
+        self._all: list[Adapter | None] = []
+        """By number, from 1 on; None where there is none any more."""
+        self._users: list[Callable[[], LoadedAdapter | None]] = []
+        """For each number, what requests have that use it, as long as there are any, or it has a name."""
+        self._loads = 0
+
+    @property
+    def are_taken(self) -> bool:
+        """Whether the model can be computed with any."""
+        return self._model is not None
+
+    def find(self, name: str) -> LoadedAdapter | None:
+        """The one that requests of this name get now."""
+        return self._named.get(name) if name else PLAIN
+
+    def operate(self, operation: AdapterOperation) -> Future[None]:
+        """Raises ModelError for one that is not there, or cannot be."""
+        if isinstance(operation, LoadAdapter):
+            return self._load(operation.name, Path(operation.path))
+        if self._named.pop(operation.name, None) is None:
+            raise ModelError(f"there is no LoRA {operation.name!r}, but {', '.join(map(repr, self._named)) or 'none'}")
+        self._give_back()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _load(self, name: str, path: Path) -> Future[None]:
+        model = self._model
+        if model is None:
+            raise ModelError(NOT_TAKEN)
+        if not name:
+            raise ModelError("a LoRA needs a name")
+
+        def prepare() -> Callable[[], None]:
+            scale = lora_scale(path)
+            if scale is None:
+                raise ModelError(f"{path} is no folder of a LoRA: it has no adapter_config.json")
+            lora = Lora()
+            for tensor_name, tensor in read_lora(path):
+                if not isinstance(tensor, Tensor) or not lora.take(tensor_name, tensor):
+                    raise ModelError(f"{path}: {tensor_name!r} is no matrix of a LoRA")
+            if not lora:
+                raise ModelError(f"{path} holds no matrices of a LoRA")
+            adapter = model.adapter(dict(lora.pairs(model.weight_shapes, scale)))
+            return lambda: self._add(name, adapter)
+
+        return self._background.start(prepare)
+
+    def _add(self, name: str, adapter: Adapter) -> None:
+        self._named.pop(name, None)
+        self._give_back()
+        if None not in self._all:
+            self._all.append(None)
+            self._users.append(lambda: None)
+        at = self._all.index(None)
+        self._loads += 1
+        self._named[name] = LoadedAdapter(at + 1, f"{name}#{self._loads}")
+        self._all[at], self._users[at] = adapter, ref(self._named[name])
+        self._use()
+
+    def _give_back(self) -> None:
+        """Forgets those that have no name any more, and no request."""
+        self._all = [None if user() is None else each for each, user in zip(self._all, self._users, strict=True)]
+        self._use()
+
+    def _use(self) -> None:
+        assert self._model is not None
+        self._model.use_adapters(self._all)

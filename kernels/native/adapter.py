@@ -1,0 +1,64 @@
+"""Low-rank adapters for the compiled layers: A as panels, B by the panels of the matrix it is added to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.adapter import LayerMatrices
+from slipstream.kernels.compute import LayerShape
+from slipstream.kernels.native.layer import matrix_shapes, places
+from slipstream.kernels.native.library import MATRICES, CAdapter, CLinear, address
+from slipstream.kernels.native.weight import PANEL, PackedWeight
+
+
+class _Added:
+    """To one matrix of a layer, which may hold several that have their own names: their A are behind each other."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, parts: Sequence[tuple[Tensor, Tensor, int, int]]) -> None:
+        """``parts``: A, B, and where the panels of the matrix with that name begin, and how far they are apart."""
+        rank = sum(len(a) for a, *_ in parts)
+        self.down = PackedWeight(-(-rank // PANEL) * PANEL, k, dtype)
+        self.down.fill(torch.zeros(self.down.n, k))
+        self.up = torch.zeros(n // PANEL, self.down.n, PANEL)
+        at = 0
+        for a, b, first, stride in parts:
+            self.down.fill(a, at)
+            columns = b.float().view(-1, PANEL, len(a)).transpose(1, 2)
+            self.up[first::stride][: len(columns), at : at + len(a)] = columns
+            at += len(a)
+
+
+class NativeAdapter:
+    def __init__(self, shape: LayerShape, layers: Sequence[LayerMatrices], dtype: torch.dtype) -> None:
+        self._layers = [dict(self._added(shape, layer, dtype)) for layer in layers]
+
+    @staticmethod
+    def _added(shape: LayerShape, layer: LayerMatrices, dtype: torch.dtype) -> Iterator[tuple[int, _Added]]:
+        where = places(shape)
+        for index, (matrix, size) in enumerate(zip(MATRICES, matrix_shapes(shape), strict=True)):
+            parts = [
+                (*pair, *where[module][1:])
+                for name, pair in layer.items()
+                if where[module := name.rpartition(".")[2]][0] == matrix
+            ]
+            if parts:
+                yield index, _Added(size.n, size.k, dtype, parts)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.down.num_bytes + each.up.nbytes for layer in self._layers for each in layer.values())
+
+    @property
+    def rank(self) -> int:
+        """The most rows that an A has, with those that fill up panels."""
+        return max((each.down.n for layer in self._layers for each in layer.values()), default=0)
+
+    def describe(self, layer: int, c: CAdapter) -> None:
+        """Fills in the C struct; valid while the adapter lives."""
+        for index in range(len(MATRICES)):
+            added = self._layers[layer].get(index)
+            c.down[index] = CLinear() if added is None else added.down.c
+            c.up[index] = None if added is None else address(added.up)

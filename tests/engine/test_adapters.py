@@ -1,0 +1,212 @@
+"""LoRAs beside the model's weights: what requests with one are answered, in any batch, and whose it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from slipstream.drafter.lookup import NGramDrafter
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.errors import ModelError
+from slipstream.engine.messages import SamplingParams
+from slipstream.engine.operations import (
+    BeginTargetUpdate,
+    FillTarget,
+    FinishTargetUpdate,
+    LoadAdapter,
+    UnloadAdapter,
+)
+from slipstream.engine.speculation.oracles import TreeOracleDrafter
+from slipstream.engine.testing import Completion, LocalEngine, policy, write_policy
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6] * 3
+MODULES = {
+    "all": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "some": ("self_attn.v_proj", "mlp.up_proj"),
+}
+VOCABULARY = len(policy(0)["model.embed_tokens.weight"])
+Tensors = dict[str, Tensor]
+
+
+def lora(seed: int, rank: int, modules: str = "all", layers: tuple[int, ...] = (0, 1)) -> Tensors:
+    """As PEFT writes it; large enough that answers change."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for layer in layers:
+        for module in MODULES[modules]:
+            name = f"model.layers.{layer}.{module}"
+            rows, columns = policy(0)[f"{name}.weight"].shape
+            found[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
+            found[f"base_model.model.{name}.lora_B.weight"] = 0.2 * torch.randn(rows, rank, generator=generator)
+    return found
+
+
+LORAS = {"a": lora(1, 4), "b": lora(2, 24), "c": lora(3, 3, "some", (1,))}
+"""Of several ranks; one for some matrices of a layer only."""
+
+
+def write(folder: Path, tensors: Tensors, **config: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = min((len(tensor) for name, tensor in tensors.items() if "lora_A" in name), default=1)
+    described = {"peft_type": "LORA", "r": rank, "lora_alpha": rank / 2, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def merged(tensors: Tensors) -> bytes:
+    """The whole model with a LoRA in its weights."""
+    found = {name: tensor.float() for name, tensor in policy(0).items()}
+    for name, up in tensors.items():
+        if "lora_B" in name:
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+            found[f"{module}.weight"] += 0.5 * (up @ tensors[name.replace("lora_B", "lora_A")])
+    return save(found)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_policy(tmp_path_factory.mktemp("policies") / "0", policy(0))
+
+
+@pytest.fixture
+def start(folder: Path, tmp_path: Path) -> Iterator[Callable[..., LocalEngine]]:
+    """An engine with LORAS."""
+    started = []
+
+    def start(drafters: Any = (), **fields: Any) -> LocalEngine:
+        options = {"kv_cache_memory": "4MiB", "max_running": 8, "dtype": "float32", "pipeline": "off", "threads": 2}
+        started.append(LocalEngine(EngineConfig(model=str(folder), **(options | fields)), drafters))
+        for name, tensors in LORAS.items():
+            started[-1].operate(LoadAdapter(name, str(write(tmp_path / name, tensors))))
+        return started[-1]
+
+    yield start
+    for local in started:
+        local.close()
+
+
+def params(**fields: Any) -> SamplingParams:
+    return SamplingParams(**({"max_tokens": 16, "temperature": 0.0, "logprobs": 2} | fields))
+
+
+def told(completion: Completion) -> tuple[list[int], list[float]]:
+    assert not completion.deltas[-1].error, completion.deltas[-1].error
+    return completion.tokens, [each.logprob for delta in completion.deltas for each in delta.logprobs or []]
+
+
+def answers(local: LocalEngine, names: list[str], **fields: Any) -> list[tuple[list[int], list[float]]]:
+    """All of them together."""
+    open_requests = [local.submit(PROMPT, params(**fields), adapter=name) for name in names]
+    local.finish()
+    return [told(each) for each in open_requests]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "native": {"kernels": "native"},
+    "native bfloat16": {"kernels": "native", "dtype": "bfloat16"},
+    "torch": {"kernels": "torch"},
+}
+TOLERANCE = {"native": 1e-4, "torch": 1e-4, "native bfloat16": 0.1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", LORAS)
+def test_answers_are_those_of_the_merged_weights(start: Callable[..., LocalEngine], kind: str, name: str) -> None:
+    local = start(**KINDS[kind])
+    [beside, plain] = (answers(local, [each])[0] for each in (name, ""))
+    local.operate(BeginTargetUpdate(1), FillTarget(1, merged(LORAS[name])), FinishTargetUpdate(1))
+    [inside] = answers(local, [""])
+    assert np.allclose(beside[1][0], inside[1][0], atol=TOLERANCE[kind])
+    assert not np.allclose(plain[1][0], inside[1][0], atol=TOLERANCE[kind])
+    if kind != "native bfloat16":
+        assert beside[0] == inside[0]
+        assert np.allclose(beside[1], inside[1], atol=TOLERANCE[kind])
+
+
+@pytest.mark.parametrize("drafter", ["none", "lookup", "tree"])
+@pytest.mark.parametrize("kind", ["native", "native bfloat16"])
+def test_a_request_has_the_same_bits_in_any_batch(start: Callable[..., LocalEngine], kind: str, drafter: str) -> None:
+    """With others of other adapters, prompts in chunks, and draft tokens."""
+    names = ["a", "", "b", "b", "", "c", "a"]
+    quiet = start(**KINDS[kind], prefix_caching=False)
+    alone = [answers(quiet, [name])[0] for name in names]
+    drafters = {
+        "none": [],
+        "lookup": [NGramDrafter()],
+        "tree": [TreeOracleDrafter({tuple(PROMPT): alone[0][0]}, 0.7, VOCABULARY)],
+    }
+    options = KINDS[kind] | {"max_step_tokens": 24, "speculation_policy": "fixed"}
+    assert answers(start(drafters[drafter], **options), names) == alone
+
+
+def test_prefixes_are_found_by_adapter(start: Callable[..., LocalEngine]) -> None:
+    local = start()
+    first = answers(local, ["a", "", "b"])
+    hits = local.stats.prefix_cache_hits
+    assert hits == 0
+    assert answers(local, ["a", "", "b"]) == first
+    assert local.stats.prefix_cache_hits > 0
+
+
+def test_a_request_ends_with_the_adapter_it_began_with(start: Callable[..., LocalEngine], tmp_path: Path) -> None:
+    local = start()
+    expected = answers(local, ["a", "b"], max_tokens=40)
+    open_requests = [local.submit(PROMPT, params(max_tokens=40), adapter=name) for name in ("a", "b")]
+    for _ in range(8):
+        local.step()
+    local.operate(LoadAdapter("a", str(write(tmp_path / "other", lora(9, 8)))), UnloadAdapter("b"))
+    late = [local.submit(PROMPT, params(max_tokens=40), adapter=name) for name in ("a", "b")]
+    local.finish()
+    assert [told(each) for each in open_requests] == expected
+    assert told(late[0]) != expected[0]
+    assert "'b'" in (late[1].deltas[-1].error or "")
+
+
+def test_what_nobody_uses_takes_no_memory(start: Callable[..., LocalEngine], tmp_path: Path) -> None:
+    """As many are kept as have names, however often they are loaded anew, as trainers do."""
+    local = start()
+    before = answers(local, ["c"])
+    for seed in range(5):
+        local.operate(LoadAdapter("a", str(write(tmp_path / str(seed), lora(seed, 4)))))
+        answers(local, ["a"])
+    numbers = {each.number for name in LORAS if (each := local.engine.adapters.find(name)) is not None}
+    assert numbers == {1, 2, 3}
+    assert answers(local, ["c"]) == before
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        ({}, {}, "holds no matrices"),
+        ({"model.norm.weight": torch.ones(64)}, {}, "is no matrix of a LoRA"),
+        (lora(1, 2) | {"model.nose.lora_A.weight": torch.ones(1, 2)}, {}, "only the matrix A"),
+        ({name: tensor[:1] for name, tensor in lora(1, 2).items()}, {}, "has the shapes"),
+        (lora(1, 2), {"use_dora": True}, "use_dora"),
+        (
+            {"lm_head.lora_A.weight": torch.ones(2, 64), "lm_head.lora_B.weight": torch.ones(7, 2)},
+            {},
+            "lm_head",
+        ),
+    ],
+)
+def test_what_fits_no_model_is_refused(
+    start: Callable[..., LocalEngine], tmp_path: Path, tensors: Tensors, config: dict[str, Any], message: str
+) -> None:
+    local = start()
+    with pytest.raises(ModelError, match=message):
+        local.operate(LoadAdapter("wrong", str(write(tmp_path / "wrong", tensors, **config))))
+    assert local.engine.adapters.find("wrong") is None
+    with pytest.raises(ModelError, match="no adapter_config"):
+        local.operate(LoadAdapter("wrong", str(tmp_path)))
+    with pytest.raises(ModelError, match="no LoRA 'wrong', but 'a', 'b', 'c'"):
+        local.operate(UnloadAdapter("wrong"))
