@@ -26,13 +26,10 @@ from slipstream.engine.operations import (
 )
 from slipstream.engine.speculation.oracles import TreeOracleDrafter
 from slipstream.engine.testing import Completion, LocalEngine, policy, write_policy
+from slipstream.kernels.adapter import ADAPTED, ADAPTED_MLP
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6] * 3
-MODULES = {
-    "all": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    "some": ("self_attn.v_proj", "mlp.up_proj"),
-}
+MODULES = {"all": (*ADAPTED, *ADAPTED_MLP), "some": ("self_attn.v_proj", "mlp.up_proj")}
 VOCABULARY = len(policy(0)["model.embed_tokens.weight"])
 Tensors = dict[str, Tensor]
 

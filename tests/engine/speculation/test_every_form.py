@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from slipstream.drafter.choice import make_drafters
 from slipstream.drafter.head import layout
@@ -15,6 +18,7 @@ from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.config import DecoderConfig
+from slipstream.engine.operations import LoadAdapter
 from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.testing import Completion, LocalEngine
@@ -110,6 +114,45 @@ def test_all_at_once_is_as_alone(run: Run, form: str) -> None:
     again = run("sampled", [trees], copies=3, draft_width=2, max_draft_tokens=7, preempted=True)
     assert accepted(again) > 10
     assert heard(again) == heard(alone)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_with_adapters_are_as_alone(
+    engine: Callable[..., LocalEngine], tiny: Path, packed: Path, isa: str, form: str, tmp_path: Path
+) -> None:
+    model = packed if FORMS[form]["weights"] == "packed" else tiny
+    local = engine([NGramDrafter()], **(FORMS[form] | {"isa": isa, "model": str(model), "prefix_caching": False}))
+    for name, rank in (("a", 3), ("b", 20)):
+        local.operate(LoadAdapter(name, str(write_lora(tmp_path / name, local, rank))))
+    params = SamplingParams(max_tokens=12, temperature=0.0, logprobs=2)
+    names = ["", "a", "b", "a", ""]
+
+    def answered(several: Sequence[tuple[str, list[int]]]) -> list[Any]:
+        open_requests = [local.submit(prompt, params, adapter=name) for name, prompt in several]
+        local.finish()
+        return heard(open_requests)
+
+    asked = list(zip(names, PROMPTS, strict=True))
+    alone = [answered([each])[0] for each in asked]
+    assert answered(asked) == alone
+    assert all(answered([("", prompt)])[0] != one for (name, prompt), one in zip(asked, alone, strict=True) if name)
+    local.close()
+
+
+def write_lora(folder: Path, local: LocalEngine, rank: int) -> Path:
+    """A folder as PEFT writes it, with a random LoRA for all matrices of layers."""
+    generator, found = torch.Generator().manual_seed(rank), {}
+    decoder = local.engine.loaded.model.decoder
+    assert decoder is not None
+    for name, (rows, *columns) in decoder.weight_shapes.items():
+        if columns and ".layers." in name:
+            module = "base_model.model." + name.removesuffix(".weight")
+            found[f"{module}.lora_A.weight"] = torch.randn(rank, *columns, generator=generator)
+            found[f"{module}.lora_B.weight"] = 0.2 * torch.randn(rows, rank, generator=generator)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
+    save_file(found, folder / "adapter_model.safetensors")
+    return folder
 
 
 @pytest.mark.slow
