@@ -51,7 +51,7 @@ class CLinear(Structure):
 
 
 MATRICES = ("qkv", "out", "gate_up", "down")
-"""Of a layer, in the order of SlipMatrix."""
+"""The matrices of a layer, in the order of SlipMatrix."""
 
 
 class CAdapter(Structure):

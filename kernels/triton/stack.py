@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels import ops
-from slipstream.kernels.adapter import Adapter
 from slipstream.kernels.attention.backend import AttentionBackend
 from slipstream.kernels.attention.choice import against, wanted
 from slipstream.kernels.batch import Int32, RaggedBatch
@@ -116,7 +115,7 @@ class TritonStack:
         self._embedding, self._norm, self._output = embedding, norm, output
         self._graphs.forget(self)
 
-    def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
+    def use_adapters(self, adapters: Sequence[object]) -> None:
         assert not any(adapters), "see TritonCompute.takes_adapters"
 
     def forget(self) -> None:
@@ -341,8 +340,7 @@ def _update(mirror: TableMirror, changed: Tensor, changes: Int32) -> None:
 
 class TritonCompute(TorchCompute):
     cache_class = TritonKVCache
-    can_be_batch_invariant = True
-    takes_adapters = False
+    can_be_batch_invariant, takes_adapters = True, False
 
     def __init__(
         self,

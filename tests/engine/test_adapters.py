@@ -48,7 +48,7 @@ def lora(seed: int, rank: int, modules: str = "all", layers: tuple[int, ...] = (
 
 
 LORAS = {"a": lora(1, 4), "b": lora(2, 24), "c": lora(3, 3, "some", (1,))}
-"""Of several ranks; one for some matrices of a layer only."""
+"""They have several ranks, and one changes some matrices of a layer only."""
 
 
 def write(folder: Path, tensors: Tensors, **config: Any) -> Path:
