@@ -2,5 +2,5 @@
 
 SHARED_ROUTE = ""
 CANARY_ROUTE = "canary"
-TENANT_ROUTE, DOMAIN_ROUTE = "tenant:", "domain:"
-"""Before the name of the tenant or the domain."""
+TENANT_ROUTE, DOMAIN_ROUTE, ADAPTER_ROUTE = "tenant:", "domain:", "lora:"
+"""Before the name of the tenant, the domain or the LoRA."""

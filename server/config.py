@@ -23,6 +23,11 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = option(
         (), "Name of the model in the API; repeat for aliases. Default: from the file."
     )
+    lora_modules: tuple[str, ...] = option(
+        (),
+        "NAME=FOLDER: a LoRA, as PEFT writes it, beside the model for requests whose field model is NAME; repeat for "
+        "several. See POST /v1/load_lora_adapter for more of them later.",
+    )
     api_key: tuple[str, ...] = option(
         (),
         "Key clients must send as 'Authorization: Bearer KEY'; repeat for several. NAME=KEY gives a key a name; with "
@@ -161,6 +166,8 @@ class ServerConfig:
         for name in ("served_model_name", "allowed_host", "allowed_origin"):
             if not all(value.strip() for value in getattr(self, name)):
                 raise ConfigError(f"--{name.replace('_', '-')} must not be empty")
+        if len(self.lora_folders) < len(self.lora_modules):
+            raise ConfigError("--lora-modules: two LoRAs have the same name; give each a name of its own")
         for origin in self.allowed_origin:
             if not ORIGIN.fullmatch(origin):
                 raise ConfigError(
@@ -168,3 +175,14 @@ class ServerConfig:
                 )
         if Keys(self.api_key, "--api-key").digests & Keys(self.admin_key, "--admin-key").digests:
             raise ConfigError("--admin-key must not be one of the keys of --api-key: those are given to users")
+
+    @property
+    def lora_folders(self) -> dict[str, str]:
+        """Those of --lora-modules by name. Raises ConfigError for what is no name and folder."""
+        found: dict[str, str] = {}
+        for module in self.lora_modules:
+            name, _, folder = module.partition("=")
+            if not name.strip() or not folder.strip():
+                raise ConfigError(f"--lora-modules {module}: write NAME=FOLDER, as in sql=/models/sql-lora")
+            found[name] = folder
+        return found

@@ -64,6 +64,8 @@ class GenerationRequest:
     """The batch of rollouts that it belongs to, if it does."""
     timeout_s: float | None = None
     """How long its sender would wait for the whole answer."""
+    adapter: str = ""
+    """The LoRA it is computed with; see NewRequest."""
     arrival: float
     """time.monotonic()"""
 
@@ -143,7 +145,8 @@ def make_sequences(service: Service, request: Request, asked: GenerationRequest,
     principal = principal_of(request.scope)
     priority = allowed_priority(principal, asked.priority)
     said = read_statement(request, asked.metadata, asked.user, service.traffic.traffic_consent)
-    traffic = said.kept(service.traffic.traffic_log)
+    # Drafters learn what the model says without a LoRA: features made again of the text would be those, too.
+    traffic = "off" if asked.adapter else said.kept(service.traffic.traffic_log)
     domain, tenant = said.domain, principal.tenant(said.user)
     sequences: list[Sequence] = []
     for prompt, params in zip(asked.prompts, asked.params, strict=True):
@@ -160,13 +163,14 @@ def make_sequences(service: Service, request: Request, asked: GenerationRequest,
                 weight=principal.account.limits.weight,
                 domain=domain,
                 traffic=traffic,
-                route=service.route(request_id, tenant, domain),
+                route=service.route(request_id, tenant, domain, asked.adapter),
                 speculation=asked.speculation,
                 arrival=asked.arrival,
                 remember=said.level != "off",
                 longest_first=asked.rollout is not None,
                 expected_tokens=asked.rollout.expected_tokens if asked.rollout else 0,
                 offline=principal.account.is_offline,
+                adapter=asked.adapter,
             )
             sequences.append(Sequence(first + len(sequences), new, asked.output, service))
     for sequence, sequence_id in zip(sequences, asked.sequence_ids, strict=False):

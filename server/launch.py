@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import resource
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvicorn
 import uvloop
 
@@ -27,17 +29,20 @@ from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine import child
 from slipstream.engine.checkpoint import hub
+from slipstream.engine.client import EngineClient
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.early import EarlyProcess
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.handle import EngineHandle
 from slipstream.engine.limits import control_groups
+from slipstream.server import ENGINE_PROCESS
 from slipstream.server.app import build_app
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.evolution.evolution import Evolution
 from slipstream.server.log import set_up_logging
 from slipstream.server.protocol import ConnectionLimits, HttpProtocol
-from slipstream.server.service import Service, StartEngine, start_process, starting_with
+from slipstream.server.service import Service, StartEngine
 
 logger = logging.getLogger("slipstream")
 
@@ -46,6 +51,33 @@ KEEP_ALIVE_S = 75
 FILES_KEPT_BACK = 128
 FLUSH_TIMEOUT_S = 5
 """How long clients may take to read the last bytes on shutdown."""
+
+
+async def start_process(
+    config: EngineConfig, traffic: TrafficConfig, server: ServerConfig, before: EngineHandle | None
+) -> EngineHandle:
+    """An engine in a process of its own; raises what EngineClient.start raises."""
+    return await EngineClient.start(config, ENGINE_PROCESS, _arguments(traffic, server), before=before)
+
+
+def starting_with(early: EarlyProcess) -> StartEngine:
+    """As start_process, but the first engine runs in a process that is there already."""
+    waiting = [early]
+
+    async def start(
+        config: EngineConfig, traffic: TrafficConfig, server: ServerConfig, before: EngineHandle | None
+    ) -> EngineHandle:
+        if not waiting:
+            return await start_process(config, traffic, server, before)
+        process = waiting.pop()
+        process.tell(config, _arguments(traffic, server))
+        return await EngineClient.connect(process.channel, process, before)
+
+    return start
+
+
+def _arguments(traffic: TrafficConfig, server: ServerConfig) -> tuple[str, ...]:
+    return server.log_level, server.log_format, msgspec.json.encode(dataclasses.asdict(traffic)).decode()
 
 
 class HttpServer(uvicorn.Server):

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
-
-from slipstream.drafter.routes import DOMAIN_ROUTE, SHARED_ROUTE, TENANT_ROUTE
+from slipstream.drafter.routes import ADAPTER_ROUTE, DOMAIN_ROUTE, SHARED_ROUTE, TENANT_ROUTE
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.checkpoint import locate
-from slipstream.engine.client import EngineClient
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.early import EarlyProcess
 from slipstream.engine.handle import EngineHandle, RequestStream
 from slipstream.engine.memory import trim
 from slipstream.engine.messages import NewRequest
 from slipstream.engine.operations import UseVocabulary
 from slipstream.engine.supervisor import EngineSupervisor, Restarts
-from slipstream.server import ENGINE_PROCESS
 from slipstream.server.account import Account
+from slipstream.server.adapters import Adapters
 from slipstream.server.admission import Admission
 from slipstream.server.companions import Companions
 from slipstream.server.config import ServerConfig
@@ -35,7 +30,7 @@ from slipstream.server.evolution.observer import Observer
 from slipstream.server.gate import key_ring
 from slipstream.server.held import HeldBytes
 from slipstream.server.metrics import PREFIX, Metrics
-from slipstream.server.prepared import Limits, require_model
+from slipstream.server.prepared import Limits
 from slipstream.server.rollout.control import Control
 from slipstream.server.sequence_metrics import SequenceMetrics
 from slipstream.server.text_model import TextModel, load_text_model
@@ -59,33 +54,6 @@ StartEngine = Callable[[EngineConfig, TrafficConfig, ServerConfig, EngineHandle 
 """Starts an engine with everything plugged in; the last argument is the one that it replaces."""
 
 
-async def start_process(
-    config: EngineConfig, traffic: TrafficConfig, server: ServerConfig, before: EngineHandle | None
-) -> EngineHandle:
-    """An engine in a process of its own; raises what EngineClient.start raises."""
-    return await EngineClient.start(config, ENGINE_PROCESS, _arguments(traffic, server), before=before)
-
-
-def starting_with(early: EarlyProcess) -> StartEngine:
-    """As start_process, but the first engine runs in a process that is there already."""
-    waiting = [early]
-
-    async def start(
-        config: EngineConfig, traffic: TrafficConfig, server: ServerConfig, before: EngineHandle | None
-    ) -> EngineHandle:
-        if not waiting:
-            return await start_process(config, traffic, server, before)
-        process = waiting.pop()
-        process.tell(config, _arguments(traffic, server))
-        return await EngineClient.connect(process.channel, process, before)
-
-    return start
-
-
-def _arguments(traffic: TrafficConfig, server: ServerConfig) -> tuple[str, ...]:
-    return server.log_level, server.log_format, msgspec.json.encode(dataclasses.asdict(traffic)).decode()
-
-
 class Service:
     """Serves one model. ``load`` makes it ready, ``drain`` and ``close`` end it."""
 
@@ -94,15 +62,13 @@ class Service:
         config: ServerConfig,
         engine_config: EngineConfig,
         traffic: TrafficConfig,
-        start_engine: StartEngine = start_process,
+        start_engine: StartEngine,
     ) -> None:
         """Raises ModelError if there is no such model, ConfigError for what options name and cannot be used."""
         self.config = config
         self.engine_config = engine_config
         self.traffic = traffic
         self.model_names = config.served_model_name or (default_model_name(locate(engine_config.model)),)
-        self.adapter_names: list[str] = []
-        """What the model is called besides, by those who have sent a LoRA for it; the last one serves."""
         self.metrics = Metrics(self.model_names[0], config.metrics_alias)
         self.tracing = Tracing(config.traces, self.model_names[0]) if config.traces else None
         self._evolution_metrics = EvolutionCollector(PREFIX, self.model_names[0])
@@ -132,6 +98,7 @@ class Service:
         )
         self.control = Control(self)
         """Pauses, memory and weights, for whoever trains the model."""
+        self.adapters = Adapters(self.control, self.model_names, config.lora_folders)
         self._start = start_engine
         self._watching: list[asyncio.Task[None]] = []
         self._supervising: asyncio.Task[None] | None = None
@@ -156,6 +123,7 @@ class Service:
             raise errors.exceptions[0] from None
         self.text.fit(self.engine.ready.vocab_size)
         await self._tell_vocabulary(self.engine)
+        await self.adapters.begin(self.engine)
         self._work = self._make_work()
         self._watching = [asyncio.create_task(self._observe()), asyncio.create_task(self._disks.watch(self._folders()))]
         if self.keys.watches:
@@ -200,6 +168,7 @@ class Service:
         engine = await self._start(self.engine_config, self.traffic, self.config, before)
         if before is not None:
             await self._tell_vocabulary(engine)
+            await self.adapters.load_again(engine)
         return engine
 
     async def _tell_vocabulary(self, engine: EngineHandle) -> None:
@@ -271,8 +240,8 @@ class Service:
         )
 
     def require_model(self, name: str | None) -> str:
-        """The name to answer with; requests may leave it out, since there is only one model."""
-        return require_model((*self.model_names, *self.adapter_names), name)
+        """The name to answer with; requests may leave it out. Raises ModelNotFoundError."""
+        return self.adapters.require(name)
 
     @contextlib.contextmanager
     def responding(self) -> Iterator[None]:
@@ -284,11 +253,15 @@ class Service:
             self.num_responding -= 1
 
     def submit(self, requests: list[NewRequest], account: Account | None = None) -> list[RequestStream]:
-        """Raises UnavailableError, OverloadedError; ``account`` is whose the requests are."""
+        """Raises UnavailableError, OverloadedError, and ModelNotFoundError for a LoRA that was unloaded meanwhile;
+        ``account`` is whose the requests are.
+        """
         self.require_ready()
         self.control.require_awake()
         tokens = sum(len(prompt) for prompt in {id(each.prompt): each.prompt for each in requests}.values())
         self.admission.require_room(account or self.keys.anonymous.account, len(requests), tokens)
+        for adapter in {request.adapter for request in requests if request.adapter}:
+            self.require_model(adapter)
         if self.engine.num_open == 0:
             self._busy_since = time.monotonic()
         return [self.engine.submit(request) for request in requests]
@@ -297,10 +270,12 @@ class Service:
         """Version of the learned drafter by route, as of the last step."""
         return {route: version for entry in self.engine.stats.drafters for route, version in entry.routes.items()}
 
-    def route(self, request_id: int, tenant: str, domain: str) -> str:
-        """Which version of the learned drafter a request uses: its tenant's or its domain's own, one on trial, or the
-        shared one.
+    def route(self, request_id: int, tenant: str, domain: str, adapter: str) -> str:
+        """Which version of the learned drafter a request uses: that of its LoRA, its tenant's or its domain's own, one
+        on trial, or the shared one. Those with a LoRA say nothing about versions for requests without one.
         """
+        if adapter:
+            return ADAPTER_ROUTE + adapter
         loaded = self.drafter_versions()
         for own in (TENANT_ROUTE + tenant, DOMAIN_ROUTE + domain):
             if own in loaded:

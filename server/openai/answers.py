@@ -180,7 +180,8 @@ class Model(Answer):
     created: int
     owned_by: str
     root: str
-    parent: None
+    parent: str | None
+    """The model that a LoRA changes."""
     max_model_len: int
 
 

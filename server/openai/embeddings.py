@@ -52,6 +52,7 @@ async def embed(service: Service, request: Request) -> Response:
         metadata=body.metadata or {},
         answer_prefix="embd-",
         request_id=body.request_id,
+        adapter=service.adapters.of(model),
         arrival=arrival,
     )
     generation = start_generation(service, request, asked)

@@ -52,6 +52,7 @@ def make_generation(
         request_id=body.request_id,
         rollout=rollout_of(body.rollout),
         timeout_s=body.timeout_s,
+        adapter=service.adapters.of(body.model),
         arrival=arrival,
     )
     return start_generation(service, request, asked)

@@ -65,18 +65,18 @@ def openai_router(service: Service) -> APIRouter:
 
     @router.get("/v1/models", openapi_extra=describe(answers.Models, 503))
     async def models() -> Response:
-        """The model of this server under its names."""
+        """The model of this server under its names, and the LoRAs beside it."""
         service.require_ready()
         return JSONBody(
             {
                 "object": "list",
-                "data": [model_card(service, name) for name in (*service.model_names, *service.adapter_names)],
+                "data": [model_card(service, name) for name in service.adapters.names],
             }
         )
 
     @router.get("/v1/models/{name:path}", openapi_extra=describe(answers.Model, 404, 503))
     async def model(name: str) -> Response:
-        """One name of the model."""
+        """One name of the model, or a LoRA."""
         service.require_ready()
         return JSONBody(model_card(service, service.require_model(name)))
 
@@ -114,12 +114,14 @@ def openai_router(service: Service) -> APIRouter:
 
 
 def model_card(service: Service, name: str) -> dict[str, Any]:
+    """Of a LoRA, ``root`` is the name, for whom folders of this machine do not concern."""
+    adapter = service.adapters.of(name)
     return {
         "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "slipstream",
-        "root": service.model_names[0],
-        "parent": None,
+        "root": adapter or service.model_names[0],
+        "parent": service.model_names[0] if adapter else None,
         "max_model_len": service.engine.ready.max_model_len,
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slipstream.engine.messages import LogprobsMode, SamplingParams
+from slipstream.server.body import shown
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generating import fit_context, logprobs_asked, require_choices
 from slipstream.server.generation import OutputOptions
@@ -45,6 +46,8 @@ class Asked:
     ids: list[str]
     """The ids of its answers."""
     stream_interval: int
+    adapter: str
+    """See NewRequest."""
 
 
 def read_asked(
@@ -67,6 +70,7 @@ def read_asked(
     ids = per_prompt(ids if ids and isinstance(ids[0], list) else [ids] * count, count, "token_ids_logprob")
     salts = per_prompt(body.cache_salt, count, "cache_salt")
     keys = per_prompt(body.extra_key, count, "extra_key")
+    loras = per_prompt(body.lora_path, count, "lora_path")
     answer_ids = ids_of(body, count, choices, request_id)
     found = []
     for i, prompt in enumerate(prompts):
@@ -84,6 +88,7 @@ def read_asked(
                 logprobs=logprobs,
                 ids=answer_ids[i * choices : (i + 1) * choices],
                 stream_interval=sampling[i].stream_interval or 1,
+                adapter=adapter_of(service, loras[i]),
             )
         )
     return found
@@ -96,6 +101,15 @@ def per_prompt(value: Any, count: int, field: str) -> list[Any]:
     if len(value) != count:
         raise InvalidRequestError(f"{field}: an entry for each of the {count} prompts, not {len(value)}", param=field)
     return value
+
+
+def adapter_of(service: Service, name: str | None) -> str:
+    """Raises InvalidRequestError unless a LoRA of this name is beside the model."""
+    if not name:
+        return ""
+    if not (adapter := service.adapters.of(name)):
+        raise InvalidRequestError(f"lora_path: there is no LoRA {shown(name)} beside the model", param="lora_path")
+    return adapter
 
 
 def choices_of(sampling: list[SGLangSamplingParams]) -> int:

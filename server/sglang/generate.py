@@ -40,6 +40,7 @@ async def generate(service: Service, request: Request) -> GenerationResponse:
                 cache_salt=each.cache_salt,
                 metadata={LEVEL_KEY: "off"} if body.no_logs else {},
                 sequence_ids=each.ids,
+                adapter=each.adapter,
                 arrival=arrival,
             )
             for prompt, each in zip(prompts, asked, strict=True)

@@ -39,6 +39,7 @@ ALL_TOKENS = 2**30
 """Other servers' way to say in ``top_k`` that all tokens stay."""
 ANY_JSON = "$$ANY$$"
 """Other servers' way to say in ``json_schema`` that any object will do."""
+MAX_LORA_CHARS = 4096
 MAX_LIST = 2**16
 """Most entries of a field that has one for each prompt."""
 
@@ -168,6 +169,8 @@ class SGLangGenerateBody(Body):
     extra_key: one_or_many(Salt | None) | None = None  # type: ignore[valid-type]
     no_logs: bool | None = None
     """Whether nothing of it may be kept."""
+    lora_path: one_or_many(Annotated[str, Field(max_length=MAX_LORA_CHARS)] | None) = None  # type: ignore[valid-type]
+    """The name of a LoRA, as there."""
 
     # Accepted: they cannot change the answer.
     session_id: Label | None = None
@@ -201,7 +204,6 @@ class SGLangGenerateBody(Body):
     return_entropy: unsupported(False) = None  # type: ignore[valid-type]
     return_bytes: unsupported(False) = None  # type: ignore[valid-type]
     session_params: unsupported({}) = None  # type: ignore[valid-type]
-    lora_path: unsupported("") = None  # type: ignore[valid-type]
     lora_id: unsupported("") = None  # type: ignore[valid-type]
     custom_logit_processor: unsupported("") = None  # type: ignore[valid-type]
     positional_embed_overrides: unsupported() = None  # type: ignore[valid-type]

@@ -13,7 +13,6 @@ from slipstream.server.service import Service
 from slipstream.server.vllm import control_schema as schema
 from slipstream.server.vllm.asked import body_of
 from slipstream.server.vllm.control_answers import Succeeded
-from slipstream.server.vllm.lora import Adapters
 from slipstream.server.vllm.schema import NoBody
 from slipstream.server.vllm.transfer import Announced, Transfer
 
@@ -26,9 +25,9 @@ def success(message: str) -> Response:
     return JSONBody({"success": True, "message": message})
 
 
-def areal_router(service: Service, transfer: Transfer, adapters: Adapters) -> APIRouter:
+def areal_router(service: Service, transfer: Transfer) -> APIRouter:
     router = APIRouter(default_response_class=Response)
-    control = service.control
+    control, adapters = service.control, service.adapters
 
     @router.post("/areal_pause_generation", openapi_extra=told())
     async def pause(request: Request) -> Response:
@@ -57,8 +56,9 @@ def areal_router(service: Service, transfer: Transfer, adapters: Adapters) -> AP
     async def update_lora(request: Request) -> Response:
         """Serve with a LoRA in a folder of this machine, under its name too; requests that have begun end."""
         asked = await body_of(service, request, schema.ArealLoraBody)
+        adapters.require_mergeable(asked.lora_name)
         await control.update_from_disk(asked.lora_model_path, asked.lora_name, transfer.mode, is_lora=True)
-        adapters.serve(asked.lora_name)
+        adapters.merged(asked.lora_name)
         return success("LoRA updated")
 
     @router.post("/areal_init_weights_update_group", openapi_extra=told(schema.ArealGroupBody))
@@ -98,8 +98,9 @@ def areal_router(service: Service, transfer: Transfer, adapters: Adapters) -> AP
     async def update_lora_from_group(request: Request) -> Response:
         """Take the LoRA that was announced, and serve with it, under its name too."""
         asked = await body_of(service, request, schema.ArealLoraTensorsBody)
+        adapters.require_mergeable(asked.lora_name)
         await transfer.receive_lora(asked.lora_name, asked.lora_alpha / asked.lora_rank)
-        adapters.serve(asked.lora_name)
+        adapters.merged(asked.lora_name)
         return success("LoRA received")
 
     return router

@@ -19,7 +19,7 @@ from slipstream.server.vllm import control_answers as answers
 from slipstream.server.vllm import control_schema as schema
 from slipstream.server.vllm.areal import areal_router
 from slipstream.server.vllm.asked import PAUSES, body_of, flag, one_of, words_of
-from slipstream.server.vllm.lora import Adapters, lora_router
+from slipstream.server.vllm.lora import lora_router
 from slipstream.server.vllm.prepare import UNKNOWN
 from slipstream.server.vllm.schema import NoBody
 from slipstream.server.vllm.transfer import Transfer
@@ -50,13 +50,13 @@ def a_flag(name: str) -> dict[str, Any]:
 
 def control_routers(service: Service) -> list[APIRouter]:
     """Side by side, so that the gate sees every route of theirs."""
-    transfer, adapters = Transfer(service), Adapters(service)
+    transfer = Transfer(service)
     return [
         pause_router(service),
         memory_router(service),
         update_router(service, transfer),
-        lora_router(service, adapters),
-        areal_router(service, transfer, adapters),
+        lora_router(service),
+        areal_router(service, transfer),
         trl_control_router(service, transfer),
     ]
 

@@ -62,6 +62,7 @@ async def generate_tokens(service: Service, request: Request) -> GenerationRespo
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
             request_id=body.request_id,
+            adapter=service.adapters.of(model),
             arrival=arrival,
         ),
     )

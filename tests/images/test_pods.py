@@ -21,6 +21,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.server.app import build_app
 from slipstream.server.cli import app as command_line
 from slipstream.server.config import ServerConfig
+from slipstream.server.launch import start_process
 from slipstream.server.metrics import PREFIX
 from slipstream.server.service import Service
 
@@ -168,7 +169,7 @@ async def test_probes_and_prometheus_need_neither_key_nor_name() -> None:
     monitor = of_kind(rendered(EVERYTHING), "PodMonitor")["spec"]["podMetricsEndpoints"][0]
     (environment,) = (entry["value"] for entry in container["env"] if entry["name"] == "SLIPSTREAM_HOST")
     config = ServerConfig(host=environment, api_key=("one",), allowed_host=("chat.example",))
-    app = build_app(Service(config, EngineConfig(), TrafficConfig()))
+    app = build_app(Service(config, EngineConfig(), TrafficConfig(), start_process))
     statuses = {}
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://10.1.2.3:8000") as client:
         probes = {container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}

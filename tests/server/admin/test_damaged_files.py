@@ -16,6 +16,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.server.admin.routes import ask, statistics, with_traffic
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import UnavailableError
+from slipstream.server.launch import start_process
 from slipstream.server.service import Service
 
 RUBBISH = b"rubbish" * 1000
@@ -36,7 +37,9 @@ def traffic(tmp_path: Path) -> Path:
 
 
 def test_the_admin_api(registry: Path, traffic: Path) -> None:
-    service = Service(ServerConfig(), EngineConfig(), TrafficConfig(traffic_log="tokens", traffic_folder=str(traffic)))
+    service = Service(
+        ServerConfig(), EngineConfig(), TrafficConfig(traffic_log="tokens", traffic_folder=str(traffic)), start_process
+    )
     opened = Registry(registry, open_now=False)
     for call, code, folder in (
         (ask(with_traffic, service, statistics), "traffic_unusable", traffic),

@@ -1,0 +1,149 @@
+"""LoRAs by name: those beside the model, which requests choose by ``model``, and those merged into its weights.
+
+Of the latter the last one serves, under every name of the model; a name that it has brought is one more of these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from slipstream.engine.errors import ConfigError, EngineDiedError, SlipstreamError
+from slipstream.engine.handle import EngineHandle
+from slipstream.engine.operations import LoadAdapter, UnloadAdapter
+from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError, ModelNotFoundError
+from slipstream.server.prepared import require_model
+from slipstream.server.rollout.control import Control
+
+logger = logging.getLogger(__name__)
+CONFIG_FILE = "adapter_config.json"
+OPTION = "--lora-modules"
+
+
+class Adapters:
+    """What the model of a server answers to. The engine has the LoRAs; this knows them for the engine after it, too."""
+
+    def __init__(self, control: Control, model_names: Sequence[str], folders: Mapping[str, str]) -> None:
+        """``folders`` of LoRAs to begin with. Raises ConfigError for those that cannot be some."""
+        self._control = control
+        self._model_names = tuple(model_names)
+        self._merged: list[str] = []
+        self._folders: dict[str, str] = {}
+        """Of the LoRAs that the engine has beside the model, by name."""
+        self._first = {name: checked(name, folder, self._model_names) for name, folder in folders.items()}
+        self._changing = asyncio.Lock()
+        """One is loaded or unloaded at a time, so that what is known here is what the engine has."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything that ``model`` may be."""
+        return (*self._model_names, *self._merged, *self._folders)
+
+    def require(self, name: str | None) -> str:
+        """The name to answer with; requests may leave it out. Raises ModelNotFoundError."""
+        return require_model(self.names, name)
+
+    def of(self, name: str | None) -> str:
+        """What a request for this model names in ``NewRequest.adapter``."""
+        return name if name in self._folders else ""
+
+    # Beside the model ------------------------------------------------------------------------------------------------
+
+    async def begin(self, engine: EngineHandle) -> None:
+        """Loads those of the options. Raises ConfigError for what cannot be loaded."""
+        if self._first and not engine.ready.takes_adapters:
+            raise ConfigError(
+                f"{OPTION}: this model, as it runs here, is computed without LoRAs beside it; leave the option out, or "
+                "merge the LoRA into the model's weights first"
+            )
+        for name, folder in self._first.items():
+            try:
+                await engine.call(LoadAdapter(name, folder))
+            except EngineDiedError:
+                raise
+            except SlipstreamError as error:
+                raise ConfigError(f"{OPTION} {name}={folder}: {error}; mend it or leave it out") from None
+            self._folders[name] = folder
+
+    async def load_again(self, engine: EngineHandle) -> None:
+        """An engine that takes over gets them before any request. One that cannot be loaded any more is gone: its name
+        is unknown from then on, for nothing else may answer in its place.
+        """
+        for name, folder in list(self._folders.items()):
+            try:
+                await engine.call(LoadAdapter(name, folder))
+            except EngineDiedError:
+                raise
+            except SlipstreamError as error:
+                del self._folders[name]
+                logger.error("the LoRA %r could not be loaded again, and is gone: %s", name, error)
+
+    async def load(self, name: str, folder: str, replace: bool) -> None:
+        """Has a LoRA at hand for requests that name it. Raises InvalidRequestError where it cannot be had.
+
+        ``replace``: whether it may take the place of one with the same name.
+        """
+        async with self._changing:
+            self._require_free(name, replace)
+            await self._control.operate(LoadAdapter(name, str(Path(folder).absolute())))
+            self._folders[name] = str(Path(folder).absolute())
+
+    async def unload(self, name: str) -> None:
+        """Answers to this name no longer; weights that a LoRA was merged into stay. Raises ModelNotFoundError."""
+        async with self._changing:
+            if name in self._merged:
+                self._merged.remove(name)
+                return
+            if name not in self._folders:
+                raise ModelNotFoundError(f"there is no LoRA {name[:200]!r} here", param="lora_name")
+            folder = self._folders.pop(name)  # at once: requests that come while the engine is told are too late
+            try:
+                await self._control.operate(UnloadAdapter(name))
+            except ApiError:
+                self._folders[name] = folder
+                raise
+
+    def _require_free(self, name: str, replace: bool) -> None:
+        if name in self._model_names:
+            raise InvalidRequestError(
+                f"lora_name: {name[:200]!r} is the model itself; give the LoRA a name of its own", param="lora_name"
+            )
+        if name in self._merged:
+            raise InvalidRequestError(
+                f"lora_name: a LoRA {name[:200]!r} is merged into the weights; unload this name first, or take another",
+                param="lora_name",
+            )
+        if name in self._folders and not replace:
+            raise InvalidRequestError(
+                f"lora_name: there is a LoRA {name[:200]!r} already; set load_inplace to true to replace it",
+                param="load_inplace",
+            )
+
+    # Merged into the weights -----------------------------------------------------------------------------------------
+
+    def require_mergeable(self, name: str) -> None:
+        """Raises ConflictError for the name of one beside the model, which goes on answering to it."""
+        if name in self._folders:
+            raise ConflictError(
+                f"there is a LoRA {name[:200]!r} beside the model: unload it first, or give this one another name"
+            )
+
+    def merged(self, name: str) -> None:
+        """The model answers to this name, too: the LoRA is in the weights that serve."""
+        if name not in self.names:
+            self._merged.append(name)
+
+
+def checked(name: str, folder: str, model_names: Sequence[str]) -> str:
+    """The folder of an option as the engine is told. Raises ConfigError, before a model is loaded for minutes."""
+    if name in model_names:
+        raise ConfigError(f"{OPTION} {name}={folder}: {name!r} is the model itself; give the LoRA a name of its own")
+    path = Path(folder).expanduser().absolute()
+    if not (path / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"{OPTION} {name}={folder}: there is no {CONFIG_FILE} in it; name the folder of a LoRA as PEFT writes it, "
+            f"with {CONFIG_FILE} and adapter_model.safetensors"
+        )
+    return str(path)
