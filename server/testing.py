@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import uvloop
 from safetensors.torch import save_file
 
@@ -58,6 +59,25 @@ def write_tiny_model(folder: Path, **config: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     (folder / "config.json").write_text(json.dumps(shape))
     save_file(dict(dummy_tensors(shape, 0)), folder / "model.safetensors")
+
+
+def write_tiny_lora(folder: Path, seed: int = 0, rank: int = 4) -> Path:
+    """Writes a LoRA for the tiny model, as PEFT does: random, and so large that answers are others; the folder."""
+    hidden, heads, inner = TINY_LLAMA["hidden_size"], TINY_LLAMA["num_attention_heads"], TINY_LLAMA["intermediate_size"]
+    shapes = {"self_attn.q_proj": (heads * TINY_LLAMA["head_dim"], hidden), "mlp.down_proj": (hidden, inner)}
+    random = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(TINY_LLAMA["num_hidden_layers"]):
+        for name, (rows, columns) in shapes.items():
+            module = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(rank, columns, generator=random)
+            tensors[f"{module}.lora_B.weight"] = torch.randn(rows, rank, generator=random)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    modules = [name.rpartition(".")[2] for name in shapes]
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": modules, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
 
 
 class ServerThread(logging.Handler):
