@@ -61,7 +61,9 @@ def seen(server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[NewReque
 
 
 def send(server: Any, path: str, **body: Any) -> tuple[int, str]:
-    status, _, reply = server.request("POST", path, json.dumps(body).encode(), {"content-type": "application/json"})
+    """The answers of these routes are texts."""
+    status, found, reply = server.request("POST", path, json.dumps(body).encode(), {"content-type": "application/json"})
+    assert status != 200 or found["content-type"].startswith("text/plain")
     return status, reply.decode()
 
 
