@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from slipstream.engine.errors import ConfigError, EngineDiedError, SlipstreamError
 from slipstream.engine.handle import EngineHandle
+from slipstream.engine.messages import NewRequest
 from slipstream.engine.operations import LoadAdapter, UnloadAdapter
 from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError, ModelNotFoundError
 from slipstream.server.prepared import require_model
@@ -22,12 +29,23 @@ CONFIG_FILE = "adapter_config.json"
 OPTION = "--lora-modules"
 
 
-class Adapters:
+class Named(Protocol):
+    """A sequence, as far as its LoRA is concerned."""
+
+    @property
+    def request(self) -> NewRequest: ...
+
+    @property
+    def has_begun(self) -> bool: ...
+
+
+class Adapters(Collector):
     """What the model of a server answers to. The engine has the LoRAs; this knows them for the engine after it, too."""
 
-    def __init__(self, control: Control, model_names: Sequence[str], folders: Mapping[str, str]) -> None:
-        """``folders`` of LoRAs to begin with. Raises ConfigError for those that cannot be some."""
+    def __init__(self, control: Control, model_names: Sequence[str], folders: Mapping[str, str], prefix: str) -> None:
+        """``folders`` of LoRAs to begin with; ``prefix`` of metrics. Raises ConfigError for what cannot be a LoRA."""
         self._control = control
+        self._prefix = prefix
         self._model_names = tuple(model_names)
         self._merged: list[str] = []
         self._folders: dict[str, str] = {}
@@ -35,6 +53,8 @@ class Adapters:
         self._first = {name: checked(name, folder, self._model_names) for name, folder in folders.items()}
         self._changing = asyncio.Lock()
         """One is loaded or unloaded at a time, so that what is known here is what the engine has."""
+        self._open: list[Named] = []
+        """Sequences that run or wait."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -120,6 +140,32 @@ class Adapters:
                 f"lora_name: there is a LoRA {name[:200]!r} already; set load_inplace to true to replace it",
                 param="load_inplace",
             )
+
+    @contextmanager
+    def holding(self, sequences: Sequence[Named]) -> Iterator[None]:
+        """Around the answers of sequences."""
+        named = [sequence for sequence in sequences if sequence.request.adapter]
+        self._open += named
+        try:
+            yield
+        finally:
+            for sequence in named:
+                self._open.remove(sequence)
+
+    def collect(self) -> Iterable[Metric]:
+        """What routers choose a server by that has the LoRA at hand: labels as vLLM's, and its value, the time."""
+        found = GaugeMetricFamily(
+            self._prefix + "lora_requests_info",
+            "LoRAs of sequences that run and that wait, and how many there are; the time.",
+            labels=("running_lora_adapters", "waiting_lora_adapters", "max_lora"),
+        )
+        if self._folders:
+            running, waiting = (
+                ",".join(sorted({each.request.adapter for each in self._open if each.has_begun is begun}))
+                for begun in (True, False)
+            )
+            found.add_metric((running, waiting, str(len(self._folders))), time.time())
+        return [found]
 
     # Merged into the weights -----------------------------------------------------------------------------------------
 

@@ -324,6 +324,7 @@ class Generation:
     def _open(self) -> None:
         prompt_tokens, _, _ = self.count_tokens()
         self._opened.enter_context(self._service.admission.holding(self.account, self.sequences, prompt_tokens))
+        self._opened.enter_context(self._service.adapters.holding(self.sequences))
         opened = self._service.control.opened
         ids = [sequence.request.request_id for sequence in self.sequences]
         self._opened.enter_context(opened(ids, {self.name, self._request_id}))

@@ -21,7 +21,7 @@ SAME = frozenset(
         *("request_generation_tokens", "request_max_num_generation_tokens", "request_params_n"),
         *("request_params_max_tokens", "request_prefill_kv_computed_tokens", "iteration_tokens_total"),
         *("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"),
-        *("spec_decode_num_accepted_tokens_per_pos", "cache_config_info"),
+        *("spec_decode_num_accepted_tokens_per_pos", "cache_config_info", "lora_requests_info"),
     }
 )
 """What means the same there."""

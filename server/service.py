@@ -98,7 +98,8 @@ class Service:
         )
         self.control = Control(self)
         """Pauses, memory and weights, for whoever trains the model."""
-        self.adapters = Adapters(self.control, self.model_names, config.lora_folders)
+        self.adapters = Adapters(self.control, self.model_names, config.lora_folders, PREFIX)
+        self.metrics.registry.register(self.adapters)
         self._start = start_engine
         self._watching: list[asyncio.Task[None]] = []
         self._supervising: asyncio.Task[None] | None = None

@@ -40,7 +40,11 @@ def server(start_local: Callable[..., Any], folders: list[Path], tmp_path_factor
     traffic = {"traffic_log": "features", "traffic_folder": str(tmp_path_factory.mktemp("traffic"))}
     batches = str(tmp_path_factory.mktemp("batches"))
     return start_local(
-        lora_modules=(f"first={folders[0]}",), served_model_name=("base",), batch_folder=batches, **traffic
+        lora_modules=(f"first={folders[0]}",),
+        served_model_name=("base",),
+        batch_folder=batches,
+        metrics_alias="vllm",
+        **traffic,
     )
 
 
@@ -174,6 +178,21 @@ def test_nothing_is_learned_of_it(server: Any, seen: list[NewRequest]) -> None:
         told = {"content-type": "application/json", "x-slipstream-traffic": "features"}
         assert server.request("POST", "/v1/completions", body, told)[0] == 200
     assert [request.traffic for request in seen] == ["off", "features"]
+
+
+def test_routers_see_which_are_in_use(server: Any) -> None:
+    def shown(running: str, waiting: str) -> bool:
+        lines = server.get("/metrics")[1].splitlines()
+        [line] = [line for line in lines if line.startswith("vllm:lora_requests_info{")]
+        told = {f'running_lora_adapters="{running}"', f'waiting_lora_adapters="{waiting}"', 'max_lora="1"'}
+        return set(line.partition("{")[2].partition("}")[0].split(",")) == told
+
+    assert shown("", "")
+    with server.suspended(), server.send("/v1/completions", REQUESTS["/v1/completions"] | {"model": "first"}):
+        server.wait_until(lambda: shown("", "first"))
+    server.wait_until(lambda: shown("", ""))
+    with server.open_stream(model="first"):
+        server.wait_until(lambda: shown("first", ""))
 
 
 def test_conversations_and_batches(server: Any) -> None:
