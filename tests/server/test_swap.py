@@ -180,6 +180,7 @@ def test_routes_over_http(tiny_model: Path, tmp_path: Path) -> None:
             assert len(drafted) == 3 and any(float(line.split()[-1]) > 0 for line in drafted)
             await service.engine.call(DropDrafter("canary"))
             assert service.drafter_versions() == {"": 1, "tenant:acme": 4}
-            assert service.route(1, "acme", "") == "tenant:acme" and service.route(1, "other", "") == ""
+            assert service.route(1, "acme", "", "") == "tenant:acme" and service.route(1, "other", "", "") == ""
+            assert service.route(1, "acme", "", "sql") == "lora:sql"
 
     asyncio.run(play())
