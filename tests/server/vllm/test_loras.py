@@ -36,16 +36,17 @@ def write_lora(folder: Path, policy: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def test_a_lora_serves_under_its_name_too(trained: Any, policy: Any, said: list[Any], tmp_path: Path) -> None:
+def test_a_lora_answers_to_its_name(trained: Any, policy: Any, said: list[Any], tmp_path: Path) -> None:
     write_lora(tmp_path / "lora", policy)
-    body = json.dumps({"lora_name": "policy-v1", "lora_path": str(tmp_path / "lora"), "load_inplace": False}).encode()
-    for path in ("/v1/load_lora_adapter", "/skyrl/v1/load_lora_adapter"):
+    for path, replaces in (("/v1/load_lora_adapter", False), ("/skyrl/v1/load_lora_adapter", True)):
+        asked = {"lora_name": "policy-v1", "lora_path": str(tmp_path / "lora"), "load_inplace": replaces}
+        body = json.dumps(asked).encode()
         status, headers, reply = trained.request("POST", path, body, {"content-type": "application/json"})
         assert status == 200 and headers["content-type"].startswith("text/plain"), reply
     with_it = trained.complete(PROMPT, max_tokens=8, temperature=0, model="policy-v1")
     assert with_it["choices"] != said[0] and with_it["model"] == "policy-v1"
     assert "policy-v1" in [card["id"] for card in trained.get("/v1/models")[1]["data"]]
-    assert trained.get("/weight_info")[1] == {"weight_version": "policy-v1"}
+    assert say(trained) == said[0], "the model itself"
     chat = [{"role": "user", "content": "Hi"}]
     without_engine = {
         "/tokenize": {"prompt": "Hi"},
@@ -53,21 +54,21 @@ def test_a_lora_serves_under_its_name_too(trained: Any, policy: Any, said: list[
         "/v1/chat/completions/render": {"messages": chat},
         "/v1/messages/count_tokens": {"messages": chat},
     }
-    for path, asked in without_engine.items():
-        post(trained, path, asked | {"model": "policy-v1"})
+    for path, fields in without_engine.items():
+        post(trained, path, fields | {"model": "policy-v1"})
     rendered = post(trained, "/v1/chat/completions/render", {"messages": chat, "model": "policy-v1"})
     assert rendered["model"] == "policy-v1"
     name = json.dumps({"lora_name": "policy-v1"}).encode()
     status, _, _ = trained.request("POST", "/v1/unload_lora_adapter", name, {"content-type": "application/json"})
     assert status == 200
-    for path, asked in {**without_engine, "/v1/completions": {"prompt": PROMPT, "max_tokens": 1}}.items():
-        post(trained, path, asked | {"model": "policy-v1"}, status=404)
+    for path, fields in {**without_engine, "/v1/completions": {"prompt": PROMPT, "max_tokens": 1}}.items():
+        post(trained, path, fields | {"model": "policy-v1"}, status=404)
     post(trained, "/v1/unload_lora_adapter", {"lora_name": "policy-v1"}, status=404)
 
 
 def test_the_folder_of_a_model_is_no_lora(trained: Any, other_model: Path, said: list[Any]) -> None:
     asked = {"lora_name": "x", "lora_path": str(other_model)}
-    assert "no LoRA" in post(trained, "/v1/load_lora_adapter", asked, status=400)["error"]["message"]
+    assert "no folder of a LoRA" in post(trained, "/v1/load_lora_adapter", asked, status=400)["error"]["message"]
     asked = {"lora_name": "x", "lora_model_path": str(other_model), "lora_int_id": 1, "base_model_name": "tiny"}
     assert "no LoRA" in post(trained, "/areal_update_weights_lora", asked, status=400)["error"]["message"]
     assert say(trained) == said[0] and trained.get("/v1/models/x")[0] == 404
