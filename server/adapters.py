@@ -1,6 +1,6 @@
 """LoRAs by name: those beside the model, which requests choose by ``model``, and those merged into its weights.
 
-Of the latter the last one serves, under every name of the model; a name that it has brought is one more of these.
+The one that was merged last serves under every name of the model; a name that it has brought is one more of these.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Adapters(Collector):
         self._model_names = tuple(model_names)
         self._merged: list[str] = []
         self._folders: dict[str, str] = {}
-        """Of the LoRAs that the engine has beside the model, by name."""
+        """Where the LoRAs lie that the engine has beside the model, by name."""
         self._first = {name: checked(name, folder, self._model_names) for name, folder in folders.items()}
         self._changing = asyncio.Lock()
         """One is loaded or unloaded at a time, so that what is known here is what the engine has."""

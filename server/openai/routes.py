@@ -114,7 +114,7 @@ def openai_router(service: Service) -> APIRouter:
 
 
 def model_card(service: Service, name: str) -> dict[str, Any]:
-    """Of a LoRA, ``root`` is the name, for whom folders of this machine do not concern."""
+    """``root`` of a LoRA is its name, for its folder is nobody's business who only uses it."""
     adapter = service.adapters.of(name)
     return {
         "id": name,

@@ -218,6 +218,25 @@ def test_conversations_and_batches(server: Any) -> None:
     assert found["first"]["body"]["model"] == "first"
 
 
+def test_other_weights_and_sleep_leave_them(
+    start_local: Callable[..., Any], folders: list[Path], tiny_model: Path
+) -> None:
+    server = start_local(lora_modules=(f"first={folders[0]}",), served_model_name=("base",))
+    before = said(server, "base"), said(server, "first")
+    status, reply = server.post("/areal_update_weights", {"model_path": str(tiny_model)})
+    assert status == 200, reply
+    assert (said(server, "base"), said(server, "first")) == before
+    for level in (1, 2):
+        assert server.post(f"/sleep?level={level}", {})[0] == 200
+        assert server.post("/wake_up", {})[0] == 200
+        assert (said(server, "base"), said(server, "first")) == before
+    about = {"lora_name": "merged", "lora_int_id": 1, "base_model_name": "base"}
+    assert server.post("/areal_update_weights_lora", {"lora_model_path": str(folders[1]), **about})[0] == 200
+    found = said(server, "base"), said(server, "first")
+    assert len({json.dumps(each) for each in (*found, *before)}) == 4, "beside the weights as they are now"
+    assert said(server, "merged") == found[0]
+
+
 def test_they_survive_the_engine(start_local: Callable[..., Any], folders: list[Path], tmp_path: Path) -> None:
     """Those whose folder is gone by then are unknown: the model itself does not answer in their place."""
     shutil.copytree(folders[1], tmp_path / "short-lived")
