@@ -39,6 +39,10 @@ SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
 """Weight of a step in what is known of this, and of a probe, of which there are few."""
 SMOOTHING_ROWS = 2
 """Steps of fewer requests weigh so much less: one draft token that is right or wrong says little."""
+MOST_SMOOTHING = 0.3
+"""Asking that takes as long as many steps, since drafters read whole prompts, weighs as many of them, up to this."""
+PLAIN_EVERY = 32
+"""As often networks that do not surely pay are not asked: else nobody would see any more what a step takes without."""
 MOST_KNOWN = 1.2
 """What drafting brings counts up to this, so that it is soon known when it no longer pays."""
 
@@ -58,10 +62,11 @@ class Worth:
     def is_paused(self) -> bool:
         return self.ratio < PAUSE_BELOW
 
-    def observe(self, step: int, ratio: float, rows: int) -> None:
-        """What a step of so many requests with it brought."""
+    def observe(self, step: int, ratio: float, rows: int, steps: float = 1.0) -> None:
+        """What a step of so many requests with it brought, which took as long as so many without."""
         was_paused = self.is_paused
         weight = PROBE_SMOOTHING if was_paused else SMOOTHING * min(rows / SMOOTHING_ROWS, 1.0)
+        weight = min(weight * steps, max(weight, MOST_SMOOTHING))
         self.ratio = min(self.ratio + weight * (ratio - self.ratio), MOST_KNOWN)
         disappoints = was_paused and ratio < PAUSE_BELOW
         self._pause = min(2 * self._pause, self._longest) if disappoints else PROBE_EVERY
@@ -253,6 +258,8 @@ class DraftPlanner:
         if not self._pauses:
             return self._needs.most
         worth = self._costly.of(len(plan.requests))
+        if not worth.is_paused and worth.ratio < MOST_KNOWN and self._steps % PLAIN_EVERY == 0:
+            return 0
         if not worth.is_paused or self._is_due(worth):
             start = sum(request.num_computed for request in plan.requests) / max(len(plan.requests), 1)
             best = self._depth.best(len(plan.requests), plan.work, start, self._cost)
@@ -274,7 +281,7 @@ class DraftPlanner:
         asked, self._asked = self._asked, None
         if asked is not None and (decision is None or decision.reason != NOT_SEEN):
             gain = self._gain(asked, plan, decision, result) * asked.share
-            asked.worth.observe(self._steps, gain, len(plan.slots))
+            asked.worth.observe(self._steps, gain, len(plan.slots), 1 / asked.share)
         if any(plan.wanted):
             worth = self._costly.of(len(plan.slots)) if costly else self._cheap
             if worth is self._cheap or self._was_asked or not worth.is_paused:

@@ -13,10 +13,12 @@ from slipstream.engine.plan import StepResult, StepWork
 from slipstream.engine.scheduling.draft_planner import (
     CATCH_UP,
     LONGEST_PAUSE,
+    PLAIN_EVERY,
     PROBE_DRAFTS,
     PROBE_EVERY,
     PROBE_ROWS,
     DraftPlanner,
+    Worth,
 )
 from slipstream.engine.scheduling.kv.manager import KVManager
 from slipstream.engine.scheduling.plan_builder import PlanBuilder
@@ -226,9 +228,33 @@ def test_what_does_not_pay_beside_many_is_tried_beside_few_and_known_beside_many
     for _ in range(600):
         loop.step(0.9, right=False)
     loop.requests = everybody[:2]
-    assert all(loop.step(0.9, right=True) for _ in range(100))
+    assert sum(loop.step(0.9, right=True) for _ in range(100)) >= 100 - 100 // PLAIN_EVERY - 1
     loop.requests = everybody
     assert sum(loop.step(0.9, right=False) for _ in range(100)) <= 4, "a probe or two"
+
+
+def test_what_a_step_takes_without_is_seen_while_it_is_not_sure_that_drafting_pays() -> None:
+    """Else the time of steps without draft tokens is what is left of the time of those with them."""
+    loop, random = Loop(is_costly=True), Random(0)
+    wanted = [loop.step(0.6, right=random.random() < 0.62) for _ in range(3200)]
+    assert 3200 // PLAIN_EVERY // 2 < wanted.count(False) < 3200 // 8
+    for _ in range(200):
+        loop.step(0.99, right=True)
+    assert all(loop.step(0.99, right=True) for _ in range(100)), "it is sure that it pays"
+
+
+def test_asking_that_takes_as_long_as_many_steps_counts_as_many() -> None:
+    """Drafters read whole prompts when they are asked for the first time."""
+    once, often, short = Worth(16), Worth(16), Worth(16)
+    for worth in (once, often, short):
+        for step in range(100):
+            worth.observe(step, 1.2, 8)
+    once.observe(1, 0.2, 8, steps=5)
+    for step in range(5):
+        often.observe(step, 0.2, 8)
+    short.observe(1, 0.2, 8)
+    assert abs(once.ratio - often.ratio) < 0.02
+    assert once.ratio < short.ratio - 0.05
 
 
 def test_bad_luck_of_one_request_does_not_stop_a_drafter_that_pays_a_little() -> None:
