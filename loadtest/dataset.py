@@ -85,7 +85,9 @@ class ShareGPT:
         seen: set[int] = set()
         repeats = 0
         while repeats < 1000:
-            start, conversation = next(self.conversations(random.randrange(len(self._data))), (-1, None))
+            found = next(self.conversations(random.randrange(len(self._data))), None)
+            # Behind the last record the first one comes.
+            start, conversation = found or next(self.conversations(), (-1, None))
             if conversation is None or start in seen:
                 repeats += 1
                 continue

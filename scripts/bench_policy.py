@@ -90,7 +90,9 @@ TASKS: dict[str, Task] = {"sums": sums, "code": code}
 class Policy:
     """The model that moves."""
 
-    def __init__(self, folder: Path, rate: float, task: Task) -> None:
+    def __init__(self, folder: Path, rate: float, task: Task, longest: int = LEARNED_TOKENS) -> None:
+        self.longest = longest
+        """Tokens of a question and its answer that are learned, at most."""
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, 0.99))
@@ -121,7 +123,7 @@ class Policy:
         prompt = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         start = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         end = self.tokenizer(answer + self.tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-        return (start + end)[:LEARNED_TOKENS], len(start)
+        return (start + end)[: self.longest], len(start)
 
 
 def command(port: int, *options: object) -> list[str]:
@@ -159,15 +161,15 @@ class Side:
     def __init__(self, target: Target, admin: AdminClient) -> None:
         self.target, self.admin = target, admin
 
-    async def answers(self, questions: Sequence[str], first_seed: int) -> list[Text]:
-        """In the order of the questions, which have seeds from the first one on."""
+    async def answers(self, questions: Sequence[str], first_seed: int, longest: int = ANSWER_TOKENS) -> list[Text]:
+        """In the order of the questions, which have seeds from the first one on; of so many tokens at most."""
         found: dict[int, Text] = {}
 
         async def ask(number: int, due: float) -> None:
             body = {
                 "model": self.target.model,
                 "messages": [{"role": "user", "content": questions[number]}],
-                "max_tokens": ANSWER_TOKENS,
+                "max_tokens": longest,
                 "temperature": 1.0,
                 "seed": first_seed + number,
                 "return_metrics": True,
