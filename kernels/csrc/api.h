@@ -116,6 +116,8 @@ struct SlipAttention {
 
 #define SLIP_API __attribute__((visibility("default")))
 
+// What the structs above take, all in one number: whoever was written for others must not call anything else.
+SLIP_API int64_t slip_layout(void);
 // Picks the best instruction set this processor has. Returns its name, or null when none of ours runs here.
 SLIP_API const char* slip_init(int32_t threads);
 SLIP_API const char* slip_isa(void);

@@ -47,6 +47,14 @@ constexpr Variant kVariants[] = {{&slip::kNeon, [] { return true; }}};  // which
 
 extern "C" {
 
+int64_t slip_layout(void) {
+  int64_t found = 0;
+  for (int64_t size : {sizeof(SlipPart), sizeof(SlipLinear), sizeof(SlipAdapter), sizeof(SlipLayer), sizeof(SlipModel),
+                       sizeof(SlipBatch), sizeof(SlipAttention)})
+    found = found * 131 + size;
+  return found;
+}
+
 const char* slip_init(int32_t threads) {
   for (const auto& [backend, runs_here] : kVariants) {
     if (!runs_here()) continue;

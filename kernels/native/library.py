@@ -130,9 +130,17 @@ class CAttention(Structure):
     )
 
 
+LAYOUT = functools.reduce(
+    lambda found, struct: found * 131 + ctypes.sizeof(struct),
+    (CPart, CLinear, CAdapter, CLayer, CModel, CBatch, CAttention),
+    0,
+)
+"""As slip_layout: another one is that of a library that was built of other sources."""
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The library, or None where it was not built or this processor runs none of its variants.
+    """The library, or None where it was not built of these sources, or this processor runs none of its variants.
 
     Raises IsaError if the environment asks for a variant that does not run here.
     """
@@ -140,6 +148,11 @@ def load() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError:
         return None
+    if not hasattr(library, "slip_layout"):
+        return None
+    library.slip_layout.restype = c_int64
+    if library.slip_layout() != LAYOUT:
+        return None  # calls would read beyond what they are given
     library.slip_init.restype = c_char_p
     library.slip_init.argtypes = [c_int32]
     library.slip_isa.restype = c_char_p

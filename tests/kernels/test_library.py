@@ -58,3 +58,10 @@ def test_what_tests_have_the_kernels_do_is_done_again_without_python() -> None:
     done = subprocess.run([sys.executable, "-P", script, "--on", "native"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "slip_forward" in done.stdout and " 0 failed" in done.stdout
+
+
+def test_a_library_that_was_built_of_other_sources_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its structs may have other sizes, and calls would read beyond what they are given."""
+    assert library.load.__wrapped__() is not None
+    monkeypatch.setattr(library, "LAYOUT", library.LAYOUT + 8)
+    assert library.load.__wrapped__() is None

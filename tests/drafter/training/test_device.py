@@ -90,8 +90,8 @@ def test_steps_on_another_device_are_those_on_the_cpu(
         assert type(published[name]) is Tensor and torch.equal(tensor, published[name]), name
     # For each part: its texts, and where they end after each draft token; where drafts are drawn, the draws, too.
     assert sent == len(parts) * (5 + 3 if loss == "ce" else 7 + 3 + 2)
-    # Where texts end among the rows that draft on, how many these are, the loss, and how many draft tokens were right; and
-    # once whether the gradients are finite.
+    # Where texts end among the rows that draft on, how many these are, the loss, and how many draft tokens were right;
+    # and once whether the gradients are finite.
     assert read == len(parts) * (3 + 2 + 1 + 1) + 1
 
     resumed = Trainer(make_head(seed=3), options)
