@@ -44,8 +44,10 @@ enum SlipMatrix : int32_t { SLIP_QKV = 0, SLIP_OUT = 1, SLIP_GATE_UP = 2, SLIP_D
 
 // What an adapter adds to the matrices of a layer: x A^T B^T.
 struct SlipAdapter {
-  SlipLinear down[4];  // A of each matrix, in the model's dtype; n = 0: it adds nothing there
-  const float* up[4];  // B, by the panels of the matrix: [its n/16][down.n][16]
+  SlipLinear down[4];        // A of each matrix, in the model's dtype; n = 0: it adds nothing there
+  const void* up[4];         // B of the same dtype, a panel of rank[4] steps for each of the matrix
+  const int32_t* begins[4];  // for each panel, where of x A^T the numbers begin that it reads; -1: nothing is added to it
+  int32_t rank[4];           // how many these are
 };
 
 struct SlipLayer {

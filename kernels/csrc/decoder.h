@@ -72,7 +72,7 @@ struct Workspace {
   row* q;         // [tokens, heads, head_dim]
   input* values;  // [tokens, heads, head_dim]
   input* act;     // [tokens, intermediate]
-  float* inner;   // [tokens, adapter_rank]
+  row* inner;     // [tokens, adapter_rank]
   void* scratch;  // what matrices make of the above
   int64_t bytes;
 
@@ -89,7 +89,7 @@ struct Workspace {
     q = reinterpret_cast<row*>(take(m.heads * m.head_dim, sizeof(row)));
     values = reinterpret_cast<input*>(take(m.heads * m.head_dim, sizeof(input)));
     act = reinterpret_cast<input*>(take(m.intermediate, sizeof(input)));
-    inner = reinterpret_cast<float*>(take(m.adapter_rank, sizeof(float)));
+    inner = reinterpret_cast<row*>(take(m.adapter_rank, sizeof(row)));
     scratch = at;
     if (m.quantised) take(1, scratch_bytes(std::max({width, m.heads * m.head_dim, m.intermediate})));
     bytes = at - static_cast<char*>(memory);
@@ -108,7 +108,7 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
   auto* k_cache = static_cast<elem*>(layer.k_cache);
   auto* v_cache = static_cast<elem*>(layer.v_cache);
   const auto added = [&](SlipMatrix matrix) {
-    return Additions{b.adapters, layer.adapters, matrix, ws.inner, static_cast<size_t>(m.adapter_rank)};
+    return Additions<D>{b.adapters, layer.adapters, matrix, ws.inner, static_cast<size_t>(m.adapter_rank)};
   };
 
   if (layer.embed_norm) {

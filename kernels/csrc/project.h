@@ -34,11 +34,12 @@ inline size_t scratch_bytes(int k) { return prepared_bytes(k) + 64; }
 // in a batch without any.
 
 // The additions to one matrix of a layer.
+template <class D>
 struct Additions {
   const int32_t* of_row;  // [rows] adapter of each, from 1 on; 0 for none. Null: no row has any
   const SlipAdapter* adapters;
   SlipMatrix matrix;
-  float* inner;  // [rows, ld] x A^T
+  typename D::row* inner;  // [rows, ld] x A^T
   size_t ld;
 
   const SlipAdapter* adapter(int row) const {
@@ -47,19 +48,35 @@ struct Additions {
   }
 };
 
-template <class Epilogue>
+template <class D>
+struct RoundRows {
+  typename D::row* out;
+  size_t ld;
+  template <int P>
+  void operator()(int row, int panel, vec (&acc)[P]) const {
+    for (int p = 0; p < P; ++p) D::store(out + row * ld + (panel + p) * 16, acc[p]);
+  }
+};
+
+template <class D, class Epilogue>
 struct Adapted {
-  Additions added;
+  Additions<D> added;
   Epilogue then;
 
   template <int P>
   void operator()(int row, int panel, vec (&acc)[P]) const {
     if (const SlipAdapter* adapter = added.adapter(row)) {
-      const int rank = adapter->down[added.matrix].n;
-      const float* inner = added.inner + row * added.ld;
-      for (int p = 0; p < P; ++p) {
-        const float* up = adapter->up[added.matrix] + static_cast<size_t>(panel + p) * rank * 16;
-        for (int r = 0; r < rank; ++r) acc[p] = vfma(vset1(inner[r]), vload(up + r * 16), acc[p]);
+      const int rank = adapter->rank[added.matrix];
+      const auto* up = static_cast<const typename D::elem*>(adapter->up[added.matrix]) + static_cast<size_t>(panel) * rank * 16;
+      for (int p = 0; p < P; ++p, up += rank * 16) {
+        const int begin = adapter->begins[added.matrix][panel + p];
+        if (begin < 0) continue;
+        const typename D::row* inner = added.inner + row * added.ld + begin;
+        for (int k = 0; k < rank; k += D::kPair) {
+          const typename D::elem* step = up + k * 16;
+          acc[p] = D::dot(acc[p], D::broadcast(inner + k), D::template load<0>(step));
+          if constexpr (D::kParts == 2) acc[p] = D::dot(acc[p], D::broadcast(inner + k + 1), D::template load<1>(step));
+        }
       }
     }
     then.template operator()<P>(row, panel, acc);
@@ -68,15 +85,15 @@ struct Adapted {
 
 // As project, with what adapters add.
 template <class D, class X, class Epilogue>
-inline void project_adapted(Team& team, const SlipLinear& w, const Additions& added, const typename X::row* x, int rows, void* scratch,
+inline void project_adapted(Team& team, const SlipLinear& w, const Additions<D>& added, const typename X::row* x, int rows, void* scratch,
                             const Epilogue& epilogue) {
   for (int from = 0, to; added.of_row && from < rows; from = to) {
     for (to = from + 1; to < rows && added.of_row[to] == added.of_row[from];) ++to;
     if (const SlipAdapter* adapter = added.adapter(from)) {
       const SlipLinear& down = adapter->down[added.matrix];
       project<D, X>(team, down, x + static_cast<size_t>(from) * down.k, to - from, scratch,
-                    StoreRows{added.inner + from * added.ld, added.ld, down.n, nullptr});
+                    RoundRows<D>{added.inner + from * added.ld, added.ld});
     }
   }
-  project<D, X>(team, w, x, rows, scratch, Adapted<Epilogue>{added, epilogue});
+  project<D, X>(team, w, x, rows, scratch, Adapted<D, Epilogue>{added, epilogue});
 }

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slipstream.kernels.adapter import LayerMatrices
 from slipstream.kernels.compute import LayerShape
@@ -19,16 +20,18 @@ class _Added:
 
     def __init__(self, n: int, k: int, dtype: torch.dtype, parts: Sequence[tuple[Tensor, Tensor, int, int]]) -> None:
         """``parts``: A, B, and where the panels of the matrix with that name begin, and how far they are apart."""
-        rank = sum(len(a) for a, *_ in parts)
-        self.down = PackedWeight(-(-rank // PANEL) * PANEL, k, dtype)
+        pair = 2 if dtype is torch.bfloat16 else 1
+        self.rank = max(-(-len(a) // pair) * pair for a, *_ in parts)
+        self.down = PackedWeight(-(-len(parts) * self.rank // PANEL) * PANEL, k, dtype)
         self.down.fill(torch.zeros(self.down.n, k))
-        self.up = torch.zeros(n // PANEL, self.down.n, PANEL)
-        at = 0
-        for a, b, first, stride in parts:
-            self.down.fill(a, at)
-            columns = b.float().view(-1, PANEL, len(a)).transpose(1, 2)
-            self.up[first::stride][: len(columns), at : at + len(a)] = columns
-            at += len(a)
+        self.up = torch.zeros(n // PANEL, self.rank // pair, PANEL, pair, dtype=dtype)
+        self.begins = torch.full((n // PANEL,), -1, dtype=torch.int32)
+        for index, (a, b, first, stride) in enumerate(parts):
+            self.down.fill(a, index * self.rank)
+            filled = functional.pad(b.float(), (0, self.rank - len(a))).view(-1, PANEL, self.rank // pair, pair)
+            panels = slice(first, first + stride * len(filled), stride)
+            self.up[panels] = filled.transpose(1, 2).to(dtype)
+            self.begins[panels] = index * self.rank
 
 
 class NativeAdapter:
@@ -61,4 +64,5 @@ class NativeAdapter:
         for index in range(len(MATRICES)):
             added = self._layers[layer].get(index)
             c.down[index] = CLinear() if added is None else added.down.c
-            c.up[index] = None if added is None else address(added.up)
+            c.up[index], c.begins[index] = (None, None) if added is None else (address(added.up), address(added.begins))
+            c.rank[index] = 0 if added is None else added.rank

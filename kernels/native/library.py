@@ -55,7 +55,12 @@ MATRICES = ("qkv", "out", "gate_up", "down")
 
 
 class CAdapter(Structure):
-    _fields_ = (("down", CLinear * len(MATRICES)), ("up", c_void_p * len(MATRICES)))
+    _fields_ = (
+        ("down", CLinear * len(MATRICES)),
+        ("up", c_void_p * len(MATRICES)),
+        ("begins", c_void_p * len(MATRICES)),
+        ("rank", c_int32 * len(MATRICES)),
+    )
 
 
 class CLayer(Structure):
