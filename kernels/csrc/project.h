@@ -1,6 +1,13 @@
 // A matrix of a layer times rows, in whatever form it is, with what adapters add. Included once per instruction set, inside its
 // namespace.
 
+template <class D>
+inline void round_rows(Team& team, const float* x, int rows, size_t k, typename D::row* out) {
+  for_each(team, rows, 4, [&](int row) {
+    for (size_t i = row * k; i < (row + 1) * k; i += 16) D::store(out + i, vload(x + i));
+  });
+}
+
 // rows of x times a matrix. If x is of D's elements the matrix is, too; else x is float32 and the matrix may be quantised. `scratch`
 // holds scratch_bytes(k) per row.
 template <class D, class X, class Epilogue>
@@ -18,9 +25,7 @@ inline void project(Team& team, const SlipLinear& w, const typename X::row* x, i
     matmul<D>(team, w, x, k, rows, epilogue);
   } else {
     auto* rounded = static_cast<typename D::row*>(scratch);
-    for_each(team, rows, 4, [&](int row) {
-      for (size_t i = row * k; i < (row + 1) * k; i += 16) D::store(rounded + i, vload(x + i));
-    });
+    round_rows<D>(team, x, rows, k, rounded);
     matmul<D>(team, w, rounded, k, rows, epilogue);
   }
 }
@@ -58,6 +63,43 @@ struct RoundRows {
   }
 };
 
+// A group of panels of one adapter's A, for some rows.
+struct DownWork {
+  const SlipLinear* down;
+  int from, rows, panel;
+};
+
+// x A^T of all rows: adapters are small, so threads share out their panels instead of going through one after the other together.
+template <class D, class X>
+inline void multiply_down(Team& team, const Additions<D>& added, const typename X::row* x, int rows, int k, void* scratch) {
+  std::vector<DownWork> work;
+  for (int from = 0, to; from < rows; from = to) {
+    for (to = from + 1; to < rows && added.of_row[to] == added.of_row[from];) ++to;
+    if (const SlipAdapter* adapter = added.adapter(from))
+      for (int panel = 0; panel < adapter->down[added.matrix].n / 16; panel += kGroup)
+        work.push_back({&adapter->down[added.matrix], from, to - from, panel});
+  }
+  if (work.empty()) return;
+  const typename D::row* in;
+  if constexpr (std::is_same_v<X, D>) {
+    in = x;
+  } else {
+    auto* rounded = static_cast<typename D::row*>(scratch);
+    round_rows<D>(team, x, rows, k, rounded);
+    in = rounded;
+  }
+  for_each(team, static_cast<int>(work.size()), 1, [&](int i) {
+    const DownWork& w = work[i];
+    const auto* panels = static_cast<const typename D::elem*>(w.down->panels) + static_cast<size_t>(w.panel) * 16 * k;
+    const typename D::row* mine = in + static_cast<size_t>(w.from) * k;
+    const RoundRows<D> store{added.inner + w.from * added.ld, added.ld};
+    const int count = std::min(w.down->n / 16 - w.panel, kGroup);
+    if (count == kGroup) return panel_group<D, kGroup>(mine, k, w.rows, panels, k, w.panel, nullptr, store);
+    for (int p = 0; p < count; ++p)
+      panel_group<D, 1>(mine, k, w.rows, panels + p * 16 * D::kPair, k, w.panel + p, nullptr, store);
+  });
+}
+
 template <class D, class Epilogue>
 struct Adapted {
   Additions<D> added;
@@ -87,13 +129,6 @@ struct Adapted {
 template <class D, class X, class Epilogue>
 inline void project_adapted(Team& team, const SlipLinear& w, const Additions<D>& added, const typename X::row* x, int rows, void* scratch,
                             const Epilogue& epilogue) {
-  for (int from = 0, to; added.of_row && from < rows; from = to) {
-    for (to = from + 1; to < rows && added.of_row[to] == added.of_row[from];) ++to;
-    if (const SlipAdapter* adapter = added.adapter(from)) {
-      const SlipLinear& down = adapter->down[added.matrix];
-      project<D, X>(team, down, x + static_cast<size_t>(from) * down.k, to - from, scratch,
-                    RoundRows<D>{added.inner + from * added.ld, added.ld});
-    }
-  }
+  if (added.of_row) multiply_down<D, X>(team, added, x, rows, w.k, scratch);
   project<D, X>(team, w, x, rows, scratch, Adapted<D, Epilogue>{added, epilogue});
 }
