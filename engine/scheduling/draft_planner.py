@@ -41,8 +41,9 @@ SMOOTHING_ROWS = 2
 """Steps of fewer requests weigh so much less: one draft token that is right or wrong says little."""
 MOST_SMOOTHING = 0.3
 """Asking that takes as long as many steps, since drafters read whole prompts, weighs as many of them, up to this."""
-PLAIN_EVERY = 32
-"""As often networks that do not surely pay are not asked: else nobody would see any more what a step takes without."""
+PLAIN_EVERY, PLAIN_EVERY_SURE = 32, 128
+"""As often networks are not asked: else nobody would see any more what a step takes without. More seldom where they
+surely pay, which may be a mistake about just that."""
 MOST_KNOWN = 1.2
 """What drafting brings counts up to this, so that it is soon known when it no longer pays."""
 
@@ -258,7 +259,8 @@ class DraftPlanner:
         if not self._pauses:
             return self._needs.most
         worth = self._costly.of(len(plan.requests))
-        if not worth.is_paused and worth.ratio < MOST_KNOWN and self._steps % PLAIN_EVERY == 0:
+        is_sure = worth.ratio >= MOST_KNOWN
+        if not worth.is_paused and self._steps % (PLAIN_EVERY_SURE if is_sure else PLAIN_EVERY) == 0:
             return 0
         if not worth.is_paused or self._is_due(worth):
             start = sum(request.num_computed for request in plan.requests) / max(len(plan.requests), 1)

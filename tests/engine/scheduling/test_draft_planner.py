@@ -14,6 +14,7 @@ from slipstream.engine.scheduling.draft_planner import (
     CATCH_UP,
     LONGEST_PAUSE,
     PLAIN_EVERY,
+    PLAIN_EVERY_SURE,
     PROBE_DRAFTS,
     PROBE_EVERY,
     PROBE_ROWS,
@@ -240,7 +241,8 @@ def test_what_a_step_takes_without_is_seen_while_it_is_not_sure_that_drafting_pa
     assert 3200 // PLAIN_EVERY // 2 < wanted.count(False) < 3200 // 8
     for _ in range(200):
         loop.step(0.99, right=True)
-    assert all(loop.step(0.99, right=True) for _ in range(100)), "it is sure that it pays"
+    wanted = [loop.step(0.99, right=True) for _ in range(4 * PLAIN_EVERY_SURE)]
+    assert wanted.count(False) == 4, "it is sure that it pays"
 
 
 def test_asking_that_takes_as_long_as_many_steps_counts_as_many() -> None:
