@@ -59,7 +59,8 @@ class Load:
             return "lost"
         if response.status == 503 and "is shutting down" in text:
             return "refused"
-        whole = text.endswith("data: [DONE]\n\n") and '"error"' not in text if body["stream"] else TOKENS
+        # A token of its own may be the word error, so only an event that is one counts.
+        whole = text.endswith("data: [DONE]\n\n") and 'data: {"error"' not in text if body["stream"] else TOKENS
         if response.status != 200 or not whole or (whole is TOKENS and f'"completion_tokens":{TOKENS}' not in text):
             self.lost.append(f"{response.status} {text[-300:]}")
             return "lost"
