@@ -9,13 +9,13 @@ from weakref import ref
 
 from torch import Tensor
 
-from slipstream.engine.background import Background
+from slipstream.engine.background import Background, done
 from slipstream.engine.errors import ModelError
 from slipstream.engine.lora import Lora
 from slipstream.engine.models.protocol import CausalModel, DecoderModel
 from slipstream.engine.operations import AdapterOperation, LoadAdapter
 from slipstream.engine.plan import PLAIN, LoadedAdapter
-from slipstream.engine.target_sources import lora_scale, read_lora
+from slipstream.engine.target_sources import read_lora, require_lora_scale
 from slipstream.kernels.adapter import Adapter
 
 NOT_TAKEN = "this model is not computed with LoRAs beside its weights"
@@ -29,10 +29,8 @@ class Adapters:
         self._model: DecoderModel | None = decoder if decoder is not None and decoder.compute.takes_adapters else None
         self._background = background
         self._named: dict[str, LoadedAdapter] = {}
-        self._all: list[Adapter | None] = []
-        """By number, from 1 on; None where there is none any more."""
-        self._users: list[Callable[[], LoadedAdapter | None]] = []
-        """For each number, what requests have that use it, as long as there are any, or it has a name."""
+        self._all: list[tuple[Adapter, ref[LoadedAdapter]] | None] = []
+        """By number, from 1 on, with what its name and its requests hold; None where neither are left."""
         self._loads = 0
 
     @property
@@ -50,10 +48,9 @@ class Adapters:
             return self._load(operation.name, Path(operation.path))
         if self._named.pop(operation.name, None) is None:
             raise ModelError(f"there is no LoRA {operation.name!r}, but {', '.join(map(repr, self._named)) or 'none'}")
-        self._give_back()
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+        self._forget_unused()
+        self._use()
+        return done(None)
 
     def _load(self, name: str, path: Path) -> Future[None]:
         model = self._model
@@ -63,10 +60,7 @@ class Adapters:
             raise ModelError("a LoRA needs a name")
 
         def prepare() -> Callable[[], None]:
-            scale = lora_scale(path)
-            if scale is None:
-                raise ModelError(f"{path} is no folder of a LoRA: it has no adapter_config.json")
-            lora = Lora()
+            scale, lora = require_lora_scale(path), Lora()
             for tensor_name, tensor in read_lora(path):
                 if not isinstance(tensor, Tensor) or not lora.take(tensor_name, tensor):
                     raise ModelError(f"{path}: {tensor_name!r} is no matrix of a LoRA")
@@ -79,21 +73,19 @@ class Adapters:
 
     def _add(self, name: str, adapter: Adapter) -> None:
         self._named.pop(name, None)
-        self._give_back()
+        self._forget_unused()
         if None not in self._all:
             self._all.append(None)
-            self._users.append(lambda: None)
         at = self._all.index(None)
         self._loads += 1
         self._named[name] = LoadedAdapter(at + 1, f"{name}#{self._loads}")
-        self._all[at], self._users[at] = adapter, ref(self._named[name])
+        self._all[at] = adapter, ref(self._named[name])
         self._use()
 
-    def _give_back(self) -> None:
-        """Forgets those that have no name any more, and no request."""
-        self._all = [None if user() is None else each for each, user in zip(self._all, self._users, strict=True)]
-        self._use()
+    def _forget_unused(self) -> None:
+        """Those that have no name any more, and no request."""
+        self._all = [None if each is None or each[1]() is None else each for each in self._all]
 
     def _use(self) -> None:
         assert self._model is not None
-        self._model.use_adapters(self._all)
+        self._model.use_adapters([each and each[0] for each in self._all])

@@ -47,6 +47,15 @@ def lora_scale(path: Path) -> float | None:
     return scale_of(read_json_object(config), config) if _is_file(config) else None
 
 
+def require_lora_scale(path: Path) -> float:
+    """The same; raises ModelError where there is no LoRA, too."""
+    scale = lora_scale(path)
+    if scale is None:
+        shown = str(path)[:MOST_SHOWN]
+        raise ModelError(f"there is no LoRA: {shown!r} is no folder of a LoRA, for it has no {LORA_CONFIG}")
+    return scale
+
+
 def read(path: Path, model: CausalModel) -> Tensors:
     """The tensors of a safetensors file, of a LoRA's folder, of a folder of tensors, or of a whole model."""
     if path.suffix.lower() == ".safetensors":

@@ -39,12 +39,11 @@ from slipstream.engine.operations import (
 from slipstream.engine.shared_handles import open_handles
 from slipstream.engine.target_groups import LEAVE_S, Empty, Group, Transfer
 from slipstream.engine.target_sources import (
-    LORA_CONFIG,
-    MOST_SHOWN,
     Tensors,
     lora_scale,
     read,
     read_segment,
+    require_lora_scale,
     unpack,
 )
 from slipstream.kernels.stored import Stored
@@ -234,9 +233,7 @@ class TargetUpdates:
         lora = update.lora
 
         def tensors() -> Tensors:
-            scale = lora_scale(path)
-            if is_lora and scale is None:
-                raise ModelError(f"there is no LoRA in {str(path)[:MOST_SHOWN]!r}: it has no {LORA_CONFIG}")
+            scale = require_lora_scale(path) if is_lora else lora_scale(path)
             lora.scale = lora.scale if scale is None else scale
             return read(path, self._model)
 

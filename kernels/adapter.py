@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from torch import Tensor
 
@@ -15,8 +14,5 @@ ADAPTED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 """Matrices that can have one; those of the MLP where a layer has a single one."""
 
 
-class Adapter(Protocol):
+class Adapter:
     """The matrices of one adapter, as the ``Compute`` that made it wants them."""
-
-    @property
-    def num_bytes(self) -> int: ...

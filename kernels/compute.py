@@ -269,9 +269,9 @@ class Compute(ABC):
             window_rope: those of layers with a window, where they have others.
         """
 
+    @abstractmethod
     def adapter(self, shape: LayerShape, layers: Sequence[LayerMatrices]) -> Adapter:
-        """What an adapter adds to each of some layers."""
-        raise NotImplementedError(f"{self.name} takes no adapters")
+        """What an adapter adds to each of some layers; only where adapters are taken."""
 
     def cache(self, shape: CacheShape, num_blocks: int) -> PagedKVCache:
         return self.cache_class(shape, num_blocks, self.device)

@@ -277,7 +277,7 @@ class TorchStack:
         return self._output(x).float()
 
 
-class TorchAdapter:
+class TorchAdapter(Adapter):
     def __init__(self, layers: Sequence[LayerMatrices], dtype: torch.dtype, device: torch.device) -> None:
         fields = {name: field for field, name in MATRICES.items()}
         self.layers = [
@@ -285,10 +285,6 @@ class TorchAdapter:
             for layer in layers
         ]
         """A and B of each layer, by the field of its arithmetic."""
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(each.nbytes for layer in self.layers for pair in layer.values() for each in pair)
 
 
 def adapted(layer: DecoderLayer, runs: Sequence[tuple[slice, Mapping[str, tuple[Tensor, Tensor]]]]) -> DecoderLayer:

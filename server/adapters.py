@@ -107,8 +107,9 @@ class Adapters(Collector):
         """
         async with self._changing:
             self._require_free(name, replace)
-            await self._control.operate(LoadAdapter(name, str(Path(folder).absolute())))
-            self._folders[name] = str(Path(folder).absolute())
+            path = str(Path(folder).absolute())
+            await self._control.operate(LoadAdapter(name, path))
+            self._folders[name] = path
 
     async def unload(self, name: str) -> None:
         """Answers to this name no longer; weights that a LoRA was merged into stay. Raises ModelNotFoundError."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.kernels.adapter import LayerMatrices
+from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.compute import LayerShape
 from slipstream.kernels.native.layer import matrix_shapes, places
 from slipstream.kernels.native.library import MATRICES, CAdapter, CLinear, address
@@ -34,7 +34,7 @@ class _Added:
             self.begins[panels] = index * self.rank
 
 
-class NativeAdapter:
+class NativeAdapter(Adapter):
     def __init__(self, shape: LayerShape, layers: Sequence[LayerMatrices], dtype: torch.dtype) -> None:
         self._layers = [dict(self._added(shape, layer, dtype)) for layer in layers]
 
@@ -49,10 +49,6 @@ class NativeAdapter:
             ]
             if parts:
                 yield index, _Added(size.n, size.k, dtype, parts)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(each.down.num_bytes + each.up.nbytes for layer in self._layers for each in layer.values())
 
     @property
     def rank(self) -> int:
