@@ -162,21 +162,22 @@ class TrafficWriter:
             sample = self._prepare(self._waiting.popleft()())
             if sample is not None:
                 samples.append(sample)
-        if self._store is None and time.monotonic() - self._opened_at < REOPEN_S:
-            self._failed += len(samples)
-            return
-        self._failed += len(samples)
-        store = self._open()
-        failure: Exception | None = None
-        # What goes wrong with one tenant's samples does not lose the others'.
-        for tenant in {sample.tenant: None for sample in samples}:
-            try:
-                kept = store.append([sample for sample in samples if sample.tenant == tenant])
-            except Exception as error:
-                failure = error
-                continue
-            self._failed -= kept
-            self._kept += kept
+        lost, failure = len(samples), None
+        try:
+            if self._store is None and time.monotonic() - self._opened_at < REOPEN_S:
+                return
+            store = self._open()
+            # What goes wrong with one tenant's samples does not lose the others'.
+            for tenant in {sample.tenant: None for sample in samples}:
+                try:
+                    kept = store.append([sample for sample in samples if sample.tenant == tenant])
+                except Exception as error:
+                    failure = error
+                    continue
+                lost -= kept
+                self._kept += kept
+        finally:
+            self._failed += lost  # only now: who reads the counter must not see what is being kept
         if failure is not None:
             raise failure
         if not samples and time.monotonic() - self._expired_at > EXPIRE_EVERY_S:

@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.traffic.tap import make_listeners
+from slipstream.drafter.traffic.writer import TrafficWriter
 from slipstream.engine.errors import ConfigError
 
 
@@ -183,10 +184,32 @@ def test_a_damaged_store_is_tried_again(
     tapped.local.finish()
     wait_for(lambda: tapped.writer.stats.dropped == 1)
     assert "is damaged" in tapped.writer.stats.failure and str(folder) in tapped.writer.stats.failure
-    index.write_bytes(whole)
+    (folder / "mended").write_bytes(whole)
+    (folder / "mended").rename(index)
     wait_for(lambda: not tapped.writer.stats.failure)
     tapped.submit(prompts(20)[0])
     assert len(tapped.samples()) == 1 and tapped.writer.stats.kept == 1
+
+
+def test_what_is_being_kept_does_not_count_as_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_sample: Any
+) -> None:
+    keeping, go_on = threading.Event(), threading.Event()
+    append = TrafficStore.append
+
+    def slow(self: TrafficStore, samples: Sequence[Sample]) -> int:
+        keeping.set()
+        assert go_on.wait(60)
+        return append(self, samples)
+
+    monkeypatch.setattr(TrafficStore, "append", slow)
+    writer = TrafficWriter(lambda: TrafficStore(tmp_path))
+    writer.offer(make_sample)
+    assert keeping.wait(60)
+    assert writer.stats.dropped == 0
+    go_on.set()
+    writer.close()
+    assert (writer.stats.kept, writer.stats.dropped) == (1, 0)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
