@@ -9,11 +9,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.plan import StepPlan, StepResult
+from slipstream.engine.plan import StepPlan, StepResult, StepWork
 from slipstream.engine.scheduling.controller import Decision, Offer, make_policy
 from slipstream.engine.scheduling.draft_depth import DraftDepth
 from slipstream.engine.scheduling.kv.manager import KVManager
-from slipstream.engine.scheduling.plan_builder import PlanBuilder
+from slipstream.engine.scheduling.plan_builder import PlanBuilder, one_each
 from slipstream.engine.scheduling.request import Request
 from slipstream.engine.scheduling.step_cost import StepCost
 from slipstream.engine.speculation.protocol import DraftNeeds
@@ -39,8 +39,6 @@ SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
 """Weight of a step in what is known of this, and of a probe, of which there are few."""
 SMOOTHING_ROWS = 2
 """Steps of fewer requests weigh so much less: one draft token that is right or wrong says little."""
-MOST_SMOOTHING = 0.3
-"""Asking that takes as long as many steps, since drafters read whole prompts, weighs as many of them, up to this."""
 PLAIN_EVERY, PLAIN_EVERY_SURE = 32, 128
 """As often networks are not asked: else nobody would see any more what a step takes without. More seldom where they
 surely pay, which may be a mistake about just that."""
@@ -52,24 +50,32 @@ class Worth:
     """Whether a kind of drafters pays, and when it is asked though it did not."""
 
     def __init__(self, longest_pause: int) -> None:
-        self.ratio = 1.0
-        """Tokens per second with drafting and verification, relative to doing without; smoothed."""
+        self._plain = self._seconds = 0.0
+        """What steps would take without, and what they take with asking; smoothed. So long steps weigh as they last,
+        and one after which drafters read whole prompts as many."""
         self._longest = longest_pause
         self._pause = PROBE_EVERY
         self.next_probe = 0
         """The step; only where it is paused."""
 
     @property
+    def ratio(self) -> float:
+        """Tokens per second with drafting and verification, relative to doing without."""
+        return self._plain / self._seconds if self._seconds else 1.0
+
+    @property
     def is_paused(self) -> bool:
         return self.ratio < PAUSE_BELOW
 
-    def observe(self, step: int, ratio: float, rows: int, steps: float = 1.0) -> None:
-        """What a step of so many requests with it brought, which took as long as so many without."""
+    def observe(self, step: int, plain: float, seconds: float, rows: int) -> None:
+        """A step of so many requests took so long with asking, and its tokens would have taken ``plain`` without."""
         was_paused = self.is_paused
         weight = PROBE_SMOOTHING if was_paused else SMOOTHING * min(rows / SMOOTHING_ROWS, 1.0)
-        weight = min(weight * steps, max(weight, MOST_SMOOTHING))
-        self.ratio = min(self.ratio + weight * (ratio - self.ratio), MOST_KNOWN)
-        disappoints = was_paused and ratio < PAUSE_BELOW
+        before = self._seconds or seconds
+        self._seconds = before + weight * (seconds - before)
+        before = self._plain or seconds
+        self._plain = min(before + weight * (plain - before), MOST_KNOWN * self._seconds)
+        disappoints = was_paused and plain < PAUSE_BELOW * seconds
         self._pause = min(2 * self._pause, self._longest) if disappoints else PROBE_EVERY
         self.next_probe = step + self._pause
 
@@ -108,10 +114,10 @@ class _Asked:
     """Drafters that were asked after a step."""
 
     worth: Worth
-    share: float
-    """What the step takes of the time of the step and of asking for all requests."""
+    seconds: float
+    """What asking for all requests took."""
     few: frozenset[int] | None
-    """Rows of the requests that costly drafters were asked for, if not all were."""
+    """Rows of the requests that costly drafters were asked for in a probe, if not all were."""
 
 
 class DraftPlanner:
@@ -163,13 +169,10 @@ class DraftPlanner:
         """
         self._steps += 1
         self._offline_yields = plan.offline_yields
-        self._costly_drafts = self._ask_costly(plan)
         if prompts_wait:
             self.reasons["prompts wait"] += 1
         else:
             self._verify(plan, is_asked)
-        if self._costly_drafts and self._needs.own_blocks:
-            self._reserve(plan)
 
     def _verify(self, plan: PlanBuilder, is_asked: bool) -> None:
         if not any(request.offer for request in plan.requests):
@@ -196,18 +199,24 @@ class DraftPlanner:
         """What drafting as a whole is worth for these."""
         return self._costly.of(len(requests)) if self._needs.costly else self._cheap
 
-    def wants(self, plan: PlanBuilder) -> tuple[list[int], list[int]]:
-        """How many draft tokens are to be proposed for each row after the step, and how many by costly drafters."""
+    def wants(self, plan: PlanBuilder, prompts_wait: bool) -> tuple[list[int], list[int]]:
+        """How many draft tokens are to be proposed for each row after the step, and how many by costly drafters.
+
+        ``plan`` has all its rows. ``prompts_wait``: the step after it is one that verifies nothing, as far as is known.
+        """
+        self._costly_drafts = self._ask_costly(plan, prompts_wait)
+        if self._costly_drafts and self._needs.own_blocks:
+            self._reserve(plan)
         most = [
             self._most(request) if samples else 0 for request, samples in zip(plan.requests, plan.samples, strict=True)
         ]
         costly = [0] * len(most)
         if self._costly_drafts:
-            for row in self._rows_to_ask(plan.requests, most):
+            for row in self._rows_to_ask(plan, most):
                 costly[row] = min(most[row], self._costly_drafts)
                 plan.requests[row].num_shown = plan.requests[row].num_computed
         self._asks = any(costly)
-        is_cheap_asked = not self._cheap.is_paused or self._is_due(self._cheap)
+        is_cheap_asked = not prompts_wait and (not self._cheap.is_paused or self._is_due(self._cheap))
         return [each if is_cheap_asked or asked else 0 for each, asked in zip(most, costly, strict=True)], costly
 
     def _most(self, request: Request) -> int:
@@ -222,18 +231,20 @@ class DraftPlanner:
         sure = request.num_output + request.in_flight - request.unsure + 1
         return max(min(most, request.message.params.max_tokens - sure), 0)
 
-    def _rows_to_ask(self, requests: Sequence[Request], most: Sequence[int]) -> list[int]:
+    def _rows_to_ask(self, plan: PlanBuilder, most: Sequence[int]) -> list[int]:
         """Rows that costly drafters are asked for: those first of which they have least to catch up with.
 
         Where drafting does not pay these are a few of each route, and in the second step of a probe only those of the
         first.
         """
 
+        requests = plan.requests
+
         def missed(row: int) -> int:
             return max(requests[row].num_computed - requests[row].num_shown, 0)
 
         room, asked = CATCH_UP, []
-        few = self._pauses and self._costly.of(len(requests)).is_paused
+        few = self._pauses and self._costly.of(sum(plan.samples)).is_paused
         by_route: Counter[str] = Counter()
         for row in sorted((row for row, count in enumerate(most) if count), key=missed):
             late = missed(row) > self._needs.most + 1
@@ -247,26 +258,30 @@ class DraftPlanner:
             asked.append(row)
         return asked
 
-    def _ask_costly(self, plan: PlanBuilder) -> int:
+    def _ask_costly(self, plan: PlanBuilder, prompts_wait: bool) -> int:
         """How many draft tokens costly drafters may propose after this step: as many as are worth it.
 
         While they do not pay, that is a probe now and then: of two steps, because in the first they also look at what
         came since they were asked last. Where several versions are loaded, one is on trial and has to show what it
         knows: that takes one draft token now and then.
         """
-        if not self._needs.costly:
+        streams = [request for request, samples in zip(plan.requests, plan.samples, strict=True) if samples]
+        if not self._needs.costly or not streams:
             return 0
+        is_trial = len(set(self._routes.values())) > 1 and self._steps % PROBE_EVERY == 0
+        if prompts_wait:
+            return int(is_trial)
         if not self._pauses:
             return self._needs.most
-        worth = self._costly.of(len(plan.requests))
+        worth = self._costly.of(len(streams))
         is_sure = worth.ratio >= MOST_KNOWN
         if not worth.is_paused and self._steps % (PLAIN_EVERY_SURE if is_sure else PLAIN_EVERY) == 0:
             return 0
         if not worth.is_paused or self._is_due(worth):
-            start = sum(request.num_computed for request in plan.requests) / max(len(plan.requests), 1)
-            best = self._depth.best(len(plan.requests), plan.work, start, self._cost)
+            work = one_each(StepWork(), streams)
+            best = self._depth.best(len(streams), work, work.reads / len(streams), self._cost)
             return min(best, PROBE_DRAFTS) if worth.is_paused else best
-        return 1 if len(set(self._routes.values())) > 1 and self._steps % PROBE_EVERY == 0 else 0
+        return int(is_trial)
 
     def observe(self, plan: StepPlan, decision: Decision | None, result: StepResult) -> None:
         """What the step brought."""
@@ -281,25 +296,29 @@ class DraftPlanner:
             offers = [offer for offer, most in zip(result.offers, plan.costly, strict=True) if most]
             self._depth.observe(max(plan.costly), offers, result.draft_seconds)
         asked, self._asked = self._asked, None
-        if asked is not None and (decision is None or decision.reason != NOT_SEEN):
-            gain = self._gain(asked, plan, decision, result) * asked.share
-            asked.worth.observe(self._steps, gain, len(plan.slots), 1 / asked.share)
+        unseen = 0.0
+        if asked is not None and decision is not None and decision.reason == NOT_SEEN:
+            unseen = 0.0 if asked.worth.is_paused else asked.seconds
+        elif asked is not None:
+            plain = self._gain(asked, plan, decision, result) * result.seconds
+            asked.worth.observe(self._steps, plain, result.seconds + asked.seconds, len(plan.slots))
         if any(plan.wanted):
             worth = self._costly.of(len(plan.slots)) if costly else self._cheap
             if worth is self._cheap or self._was_asked or not worth.is_paused:
-                self._asked = self._now_asked(worth, plan, result)
+                self._asked = self._now_asked(worth, plan, result, unseen)
         self._was_asked = costly > 0
         for drafter in result.drafters:
             if drafter.routes and drafter.routes != self._routes:
                 self._change_routes(drafter.routes)
 
-    def _now_asked(self, worth: Worth, plan: StepPlan, result: StepResult) -> _Asked:
+    def _now_asked(self, worth: Worth, plan: StepPlan, result: StepResult, unseen: float) -> _Asked:
+        """``unseen`` seconds took asking whose draft tokens came too late for the step after it."""
         number, seconds, few = sum(plan.samples), result.draft_seconds, None
-        if worth is not self._cheap and sum(map(bool, plan.costly)) < number:
+        if worth is not self._cheap and worth.is_paused and sum(map(bool, plan.costly)) < number:
             few = frozenset(slot for slot, most in zip(plan.slots, plan.costly, strict=True) if most)
             known = self._depth.seconds(number, min(max(map(len, result.offers)), max(plan.costly)))
             seconds = known or seconds * number / len(few)
-        return _Asked(worth, result.seconds / (result.seconds + seconds), few)
+        return _Asked(worth, seconds + unseen, few)
 
     def _gain(self, asked: _Asked, plan: StepPlan, decision: Decision | None, result: StepResult) -> float:
         """How much faster tokens came than without draft tokens.

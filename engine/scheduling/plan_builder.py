@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from slipstream.engine.plan import NewRow, StepPlan, StepWork
 from slipstream.engine.scheduling.controller import Decision
 from slipstream.engine.scheduling.request import Request
@@ -72,3 +74,10 @@ class PlanBuilder:
             costly=costly,
             work=self.work,
         )
+
+
+def one_each(work: StepWork, streams: Iterable[Request]) -> StepWork:
+    """``work`` and one token more of each of these."""
+    for stream in streams:
+        work = work.add(stream.num_computed, 1)
+    return work

@@ -8,7 +8,7 @@ from math import inf
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.plan import StepWork
 from slipstream.engine.scheduling.offline import OfflineShare
-from slipstream.engine.scheduling.plan_builder import PlanBuilder
+from slipstream.engine.scheduling.plan_builder import PlanBuilder, one_each
 from slipstream.engine.scheduling.request import Request
 from slipstream.engine.scheduling.shares import WaitingRequests, flow_of
 from slipstream.engine.scheduling.step_cost import StepCost
@@ -46,7 +46,7 @@ class PromptPlanner:
         if first is not None and not first.message.offline and not self._waiting.has_backlog(first):
             ahead = self._waiting.ahead_of(first)
             streams = {each for each in running if not each.is_prompt and flow_of(each) in ahead}
-            if self._stood_back < STANDING_BACK * self._cost.predict(_one_each(StepWork(), streams)):
+            if self._stood_back < STANDING_BACK * self._cost.predict(one_each(StepWork(), streams)):
                 self._standing_back = streams
         return self._standing_back
 
@@ -57,7 +57,7 @@ class PromptPlanner:
         """
         config, cost, waiting = self._config, self._cost, self._waiting
         streams = [*plan.requests, *self._standing_back]
-        decodes, stream_seconds = plan.work.tokens, cost.predict(_one_each(plan.work, self._standing_back))
+        decodes, stream_seconds = plan.work.tokens, cost.predict(one_each(plan.work, self._standing_back))
         holds_small_flow = False
         for request in waiting.ordered(prompts):
             if request.slot < 0:
@@ -94,9 +94,3 @@ class PromptPlanner:
                 break
             plan.add(request, most)
         self._stood_back = self._stood_back + cost.predict(plan.work) if self._standing_back else 0.0
-
-
-def _one_each(work: StepWork, streams: Iterable[Request]) -> StepWork:
-    for stream in streams:
-        work = work.add(stream.num_computed, 1)
-    return work

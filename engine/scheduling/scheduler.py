@@ -169,7 +169,8 @@ class Scheduler:
             self.kv.publish(request)
         self._step += 1
         ended, self._ended_slots = self._ended_slots, []
-        step = plan.build(self._step, ended, *self._draft_planner.wants(plan))
+        wants = self._draft_planner.wants(plan, prompts_wait(self._running, plan))
+        step = plan.build(self._step, ended, *wants)
         self._under_way.append((step, plan.requests, plan.decision))
         return step
 

@@ -67,7 +67,7 @@ class Loop:
             self.kv.grow(request, len(request.tokens))
             builder.add(request, 1)
         self.planner.plan(builder, prompts_wait=False)
-        plan = builder.build(1, [], *self.planner.wants(builder))
+        plan = builder.build(1, [], *self.planner.wants(builder, False))
         wanted = plan.costly if self.is_costly else plan.wanted
         self.most, self.asked = max(wanted), {}
         sampled = []
@@ -245,16 +245,16 @@ def test_what_a_step_takes_without_is_seen_while_it_is_not_sure_that_drafting_pa
     assert wanted.count(False) == 4, "it is sure that it pays"
 
 
-def test_asking_that_takes_as_long_as_many_steps_counts_as_many() -> None:
+def test_what_asking_takes_counts_as_long_as_it_takes() -> None:
     """Drafters read whole prompts when they are asked for the first time."""
     once, often, short = Worth(16), Worth(16), Worth(16)
     for worth in (once, often, short):
         for step in range(100):
-            worth.observe(step, 1.2, 8)
-    once.observe(1, 0.2, 8, steps=5)
+            worth.observe(step, 1.2, 1.0, 8)
+    once.observe(1, 5.0, 10.0, 8)
     for step in range(5):
-        often.observe(step, 0.2, 8)
-    short.observe(1, 0.2, 8)
+        often.observe(step, 1.0, 2.0, 8)
+    short.observe(1, 1.0, 2.0, 8)
     assert abs(once.ratio - often.ratio) < 0.02
     assert once.ratio < short.ratio - 0.05
 
