@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.plan import StepPlan, StepResult, StepWork
 from slipstream.engine.scheduling.controller import Decision, Offer, make_policy
 from slipstream.engine.scheduling.draft_depth import DraftDepth
+from slipstream.engine.scheduling.draft_worth import MOST_KNOWN, PROBE_EVERY, Worth, WorthByLoad
 from slipstream.engine.scheduling.kv.manager import KVManager
 from slipstream.engine.scheduling.plan_builder import PlanBuilder, one_each
 from slipstream.engine.scheduling.request import Request
@@ -22,12 +22,6 @@ log = logging.getLogger(__name__)
 NOT_SEEN = "not proposed yet"
 """Reason of a step that was planned before the step after which drafters are asked again: it verifies nothing, and says
 nothing about them."""
-PAUSE_BELOW = 0.985
-"""Where verification and drafting together bring less than this, drafting pauses …"""
-PROBE_EVERY = 16
-"""… but for a probe after so many steps, to see whether that has changed."""
-LONGEST_PAUSE = 512
-"""Each probe of costly drafters that disappoints makes their pause twice as long, up to this."""
 PROBE_DRAFTS, PROBE_ROWS, PROBE_ROWS_OF = 3, 8, 4
 """Draft tokens that costly drafters may propose in a probe; requests of a route they are asked for, or every fourth."""
 CATCH_UP = 1024
@@ -35,78 +29,9 @@ CATCH_UP = 1024
 feel it. A single request may have more."""
 KNOWN_VERSIONS = 8
 """Versions of the shared drafter of which it is kept whether they pay."""
-SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
-"""Weight of a step in what is known of this, and of a probe, of which there are few."""
-SMOOTHING_ROWS = 2
-"""Steps of fewer requests weigh so much less: one draft token that is right or wrong says little."""
 PLAIN_EVERY, PLAIN_EVERY_SURE = 32, 128
 """As often networks are not asked: else nobody would see any more what a step takes without. More seldom where they
 surely pay, which may be a mistake about just that."""
-MOST_KNOWN = 1.2
-"""What drafting brings counts up to this, so that it is soon known when it no longer pays."""
-
-
-class Worth:
-    """Whether a kind of drafters pays, and when it is asked though it did not."""
-
-    def __init__(self, longest_pause: int) -> None:
-        self._plain = self._seconds = 0.0
-        """What steps would take without, and what they take with asking; smoothed. So long steps weigh as they last,
-        and one after which drafters read whole prompts as many."""
-        self._longest = longest_pause
-        self._pause = PROBE_EVERY
-        self.next_probe = 0
-        """The step; only where it is paused."""
-
-    @property
-    def ratio(self) -> float:
-        """Tokens per second with drafting and verification, relative to doing without."""
-        return self._plain / self._seconds if self._seconds else 1.0
-
-    @property
-    def is_paused(self) -> bool:
-        return self.ratio < PAUSE_BELOW
-
-    def observe(self, step: int, plain: float, seconds: float, rows: int) -> None:
-        """A step of so many requests took so long with asking, and its tokens would have taken ``plain`` without."""
-        was_paused = self.is_paused
-        weight = PROBE_SMOOTHING if was_paused else SMOOTHING * min(rows / SMOOTHING_ROWS, 1.0)
-        before = self._seconds or seconds
-        self._seconds = before + weight * (seconds - before)
-        before = self._plain or seconds
-        self._plain = min(before + weight * (plain - before), MOST_KNOWN * self._seconds)
-        disappoints = was_paused and plain < PAUSE_BELOW * seconds
-        self._pause = min(2 * self._pause, self._longest) if disappoints else PROBE_EVERY
-        self.next_probe = step + self._pause
-
-    def wait(self, step: int) -> None:
-        """Is in use again, after others were."""
-        self.next_probe = step + self._pause
-
-    def retry(self) -> None:
-        """Something has changed: what disappointed before may pay now."""
-        self._pause, self.next_probe = PROBE_EVERY, 0
-
-
-class WorthByLoad:
-    """Whether networks pay, by the binary order of the number of requests: beside two they may, beside forty not."""
-
-    def __init__(self) -> None:
-        self._worths: defaultdict[int, Worth] = defaultdict(lambda: Worth(LONGEST_PAUSE))
-
-    def of(self, requests: int) -> Worth:
-        """With so many in a step."""
-        return self._worths[requests.bit_length()]
-
-    def wait(self, step: int) -> None:
-        """See ``Worth.wait``."""
-        for worth in self._worths.values():
-            worth.wait(step)
-
-    def retry(self) -> None:
-        """See ``Worth.retry``."""
-        for worth in self._worths.values():
-            worth.retry()
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +229,8 @@ class DraftPlanner:
             asked.worth.observe(self._steps, plain, result.seconds + asked.seconds, len(plan.slots))
         if any(plan.wanted):
             worth = self._costly.of(len(plan.slots)) if costly else self._cheap
+            if worth.is_paused:
+                worth.spend(result.draft_seconds)
             if worth is self._cheap or self._was_asked or not worth.is_paused:
                 self._asked = self._now_asked(worth, plan, result, unseen)
         self._was_asked = costly > 0
@@ -353,13 +280,14 @@ class DraftPlanner:
             self._costly = self._versions[now]
             self._costly.wait(self._steps)
         elif before != now:
-            self._costly = deepcopy(self._costly)
+            self._costly = WorthByLoad()
         if not seen.issuperset(routes.values()):
             self._costly.retry()
 
     def _is_due(self, worth: Worth) -> bool:
-        """Whether a paused kind is to be probed; not while the draft tokens of a probe are being verified."""
-        return self._steps >= worth.next_probe and (self._asked is None or self._asked.worth is not worth)
+        """Whether a paused kind is to be probed; not while the draft tokens of the first probe are being verified."""
+        is_verifying = self._asked is not None and self._asked.worth is worth
+        return self._steps >= worth.next_probe and (worth.has_succeeded or not is_verifying)
 
     def take_back(self, request: Request, row: int, plan: StepPlan, result: StepResult) -> None:
         """What was computed for rejected draft tokens does not count; keeps what is offered now."""

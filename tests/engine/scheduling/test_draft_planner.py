@@ -12,15 +12,13 @@ from slipstream.engine.messages import DrafterStats, NewRequest, SamplingParams
 from slipstream.engine.plan import StepResult, StepWork
 from slipstream.engine.scheduling.draft_planner import (
     CATCH_UP,
-    LONGEST_PAUSE,
     PLAIN_EVERY,
     PLAIN_EVERY_SURE,
     PROBE_DRAFTS,
-    PROBE_EVERY,
     PROBE_ROWS,
     DraftPlanner,
-    Worth,
 )
+from slipstream.engine.scheduling.draft_worth import LONGEST_PAUSE, PROBE_EVERY, Worth
 from slipstream.engine.scheduling.kv.manager import KVManager
 from slipstream.engine.scheduling.plan_builder import PlanBuilder
 from slipstream.engine.scheduling.request import Request
@@ -40,7 +38,13 @@ class Loop:
         needs = DraftNeeds(8, costly=is_costly)
         self.planner = DraftPlanner(EngineConfig(), 40_000, 40_000, self.kv, self.cost, needs)
         self.is_costly = is_costly
+        self.drafting = STEP_SECONDS / 2
+        """Seconds that asking for all requests takes."""
+        self.reading = 0.0
+        """The same of a position that a drafter sees late."""
         self.drafters: list[DrafterStats] = []
+        self.prompts_wait = False
+        """Whether the step after each is taken up by prompts."""
         self.most = 0
         """Draft tokens that were wanted for a request after the last step."""
         self.asked: dict[int, int] = {}
@@ -67,7 +71,7 @@ class Loop:
             self.kv.grow(request, len(request.tokens))
             builder.add(request, 1)
         self.planner.plan(builder, prompts_wait=False)
-        plan = builder.build(1, [], *self.planner.wants(builder, False))
+        plan = builder.build(1, [], *self.planner.wants(builder, self.prompts_wait))
         wanted = plan.costly if self.is_costly else plan.wanted
         self.most, self.asked = max(wanted), {}
         sampled = []
@@ -80,7 +84,8 @@ class Loop:
             if wanted[row]:
                 self.asked[row] = len(request.tokens) - self._shown.get(row, 0)
                 self._shown[row] = len(request.tokens)
-        drafting = STEP_SECONDS / 2 * len(self.asked) / len(self.requests)
+        drafting = self.drafting * len(self.asked) / len(self.requests)
+        drafting += self.reading * sum(count - 1 for count in self.asked.values())
         offers = [request.offer for request in self.requests]
         result = StepResult(sampled, plan.drafts, offers, {}, {}, {}, STEP_SECONDS, drafting, self.drafters)
         self.planner.observe(plan, builder.decision, result)
@@ -91,8 +96,9 @@ class Loop:
 def test_lookups_pause_where_they_do_not_pay_and_come_back(promise: float) -> None:
     """Whatever is promised: what counts is what comes of it."""
     loop = Loop()
+    loop.drafting = STEP_SECONDS / 20
     assert loop.step(promise, right=False)
-    for _ in range(20):
+    for _ in range(40):
         loop.step(promise, right=False)
     paused = [loop.step(promise, right=False) for _ in range(4 * (PROBE_EVERY + 1))]
     assert sum(paused) == 4  # probes
@@ -129,6 +135,56 @@ def test_a_costly_drafter_that_does_not_pay_is_asked_ever_less(promise: float) -
     for _ in range(2 * LONGEST_PAUSE):
         loop.step(promise, right=True)
     assert all(loop.step(promise, right=True) for _ in range(50)) and loop.most >= 1
+
+
+def test_probes_in_which_much_is_to_be_read_are_further_apart() -> None:
+    """Reading what came since takes as long as many steps, however few draft tokens are asked for."""
+    quick, slow = Loop(is_costly=True), Loop(is_costly=True)
+    slow.reading = STEP_SECONDS / 200
+    steps = 10 * LONGEST_PAUSE
+    for loop in (quick, slow):
+        for _ in range(200):
+            loop.step(0.9, right=False)
+    reading = [sum(slow.asked.values()) for _ in range(steps) if slow.step(0.9, right=False)]
+    assert sum(quick.step(0.9, right=False) for _ in range(steps)) > len(reading) >= 2 * steps // LONGEST_PAUSE
+
+
+def test_a_probe_that_succeeds_goes_on_at_once() -> None:
+    loop = Loop(is_costly=True)
+    for _ in range(2000):
+        loop.step(0.9, right=False)
+    while not loop.step(0.9, right=True):
+        pass
+    assert [loop.step(0.9, right=True) for _ in range(2)] == [True, False], "the second of two is measured"
+    assert all(loop.step(0.9, right=True) for _ in range(PLAIN_EVERY // 2))
+
+
+def test_nobody_is_asked_before_a_step_that_verifies_nothing() -> None:
+    for loop in (Loop(), Loop(is_costly=True)):
+        loop.prompts_wait = True
+        assert not any(loop.step(0.9, right=True) for _ in range(PROBE_EVERY))
+        loop.prompts_wait = False
+        assert loop.step(0.9, right=True)
+
+
+def test_a_version_on_trial_shows_what_it_knows_beside_prompts() -> None:
+    loop = Loop(is_costly=True)
+    loop.drafters = [DrafterStats("head", accepted_per_position=[], routes={"": 1, "trial": 2})]
+    loop.prompts_wait = True
+    assert sum(loop.step(0.9, right=True) for _ in range(4 * PROBE_EVERY)) in (4, 5)
+
+
+def test_the_first_step_of_prompts_counts_with_the_streams_it_makes() -> None:
+    """These are known only once the prompts are planned: what does not pay beside eight is not asked for eight."""
+    loop = Loop(is_costly=True, routes=[""] * 8)
+    for _ in range(100):
+        loop.step(0.9, right=False)
+    builder = PlanBuilder()
+    loop.planner.plan(builder, prompts_wait=True)
+    for request in loop.requests:
+        request.num_computed = 0
+        builder.add(request, len(request.tokens))
+    assert not any(loop.planner.wants(builder, False)[1])
 
 
 def test_a_new_version_is_tried_at_once() -> None:

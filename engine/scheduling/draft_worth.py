@@ -1,0 +1,98 @@
+"""Whether drafting pays: learned from what steps bring and from what asking takes; and when it is tried again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+PAUSE_BELOW = 0.985
+"""Where verification and drafting together bring less than this, drafting pauses …"""
+PROBE_EVERY = 16
+"""… but for a probe after so many steps, to see whether that has changed."""
+PROBE_SHARE = 0.005
+"""Asking takes at most so much of the time while drafting does not pay: where it means to read prompts first, probes
+are further apart."""
+LONGEST_PAUSE = 512
+"""Each probe of costly drafters that disappoints makes their pause twice as long, up to this."""
+SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
+"""Weight of a step in what is known of this, and of a probe, of which there are few."""
+SMOOTHING_ROWS = 2
+"""Steps of fewer requests weigh so much less: one draft token that is right or wrong says little."""
+LEAST_S = 1e-9
+"""No step is taken to be quicker: times are divided by."""
+MOST_KNOWN = 1.2
+"""What drafting brings counts up to this, so that it is soon known when it no longer pays."""
+
+
+class Worth:
+    """Whether a kind of drafters pays, and when it is asked though it did not."""
+
+    def __init__(self, longest_pause: int) -> None:
+        self._plain = self._seconds = 0.0
+        """What steps would take without, and what they take with asking; smoothed. So long steps weigh as they last,
+        and one after which drafters read whole prompts as many."""
+        self._longest = longest_pause
+        self._pause = PROBE_EVERY
+        self.next_probe = 0
+        """The step; only where it is paused."""
+        self.has_succeeded = False
+        """The last probe, if it is paused: then the next one follows at once, as everything is read by now."""
+        self._spent = 0.0
+        """Seconds of asking in probes since the last one that did not succeed."""
+
+    @property
+    def ratio(self) -> float:
+        """Tokens per second with drafting and verification, relative to doing without."""
+        return self._plain / self._seconds if self._seconds else 1.0
+
+    @property
+    def is_paused(self) -> bool:
+        return self.ratio < PAUSE_BELOW
+
+    def observe(self, step: int, plain: float, seconds: float, rows: int) -> None:
+        """A step of so many requests took so long with asking, and its tokens would have taken ``plain`` without."""
+        was_paused = self.is_paused
+        weight = PROBE_SMOOTHING if was_paused else SMOOTHING * min(rows / SMOOTHING_ROWS, 1.0)
+        before = self._seconds or seconds
+        self._seconds = before + weight * (seconds - before)
+        before = self._plain or seconds
+        self._plain = min(before + weight * (plain - before), MOST_KNOWN * self._seconds)
+        self.has_succeeded = was_paused and plain >= PAUSE_BELOW * seconds
+        if self.has_succeeded:
+            self.next_probe = step
+            return
+        self._pause = min(2 * self._pause, self._longest) if was_paused else PROBE_EVERY
+        affordable = round(self._spent / (PROBE_SHARE * max(self._seconds, LEAST_S)))
+        self.next_probe, self._spent = step + min(max(self._pause, affordable), self._longest), 0.0
+
+    def spend(self, seconds: float) -> None:
+        """Asking took so long, in a probe."""
+        self._spent += seconds
+
+    def wait(self, step: int) -> None:
+        """Is in use again, after others were."""
+        self.next_probe = step + self._pause
+
+    def retry(self) -> None:
+        """Something has changed: what disappointed before may pay now."""
+        self._pause, self.next_probe = PROBE_EVERY, 0
+
+
+class WorthByLoad:
+    """Whether networks pay, by the binary order of the number of requests: beside two they may, beside forty not."""
+
+    def __init__(self) -> None:
+        self._worths: defaultdict[int, Worth] = defaultdict(lambda: Worth(LONGEST_PAUSE))
+
+    def of(self, requests: int) -> Worth:
+        """With so many in a step."""
+        return self._worths[requests.bit_length()]
+
+    def wait(self, step: int) -> None:
+        """See ``Worth.wait``."""
+        for worth in self._worths.values():
+            worth.wait(step)
+
+    def retry(self) -> None:
+        """See ``Worth.retry``."""
+        for worth in self._worths.values():
+            worth.retry()
