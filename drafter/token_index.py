@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 
-KEY_TOKENS = 2
-"""Shortest match."""
-LONGEST_MATCH = 16
-"""Beyond this a longer match makes a draft token no better."""
-CANDIDATES = 8
-"""Latest occurrences that are looked at."""
+KEYS = (2, 4, 8, 16, 32)
+"""Lengths of matches that are told apart, in tokens; a longer match makes a draft token no better."""
+LONGEST_MATCH = KEYS[-1]
+CROWDED = 8
+"""Latest places that are looked at. Where more share the same last tokens, longer keys tell them apart."""
+TOKEN_BYTES = 4
 
 
 class TokenIndex:
-    """A text that grows, with the places of every pair of neighbouring tokens.
+    """A text that grows, with the places of its runs of tokens.
 
-    Takes about 100 bytes per token.
+    Every place is found by its last two tokens, and by four, eight and so on where the shorter run has occurred more
+    than CROWDED times before: a trie by doubling, as deep as the text repeats itself. Of a run that often are only the
+    latest places kept. Takes about 125 bytes per token.
     """
 
     def __init__(self) -> None:
         self.text = array("i")
+        assert self.text.itemsize == TOKEN_BYTES
         self._places: dict[int, list[int]] = {}
-        """By pair of tokens: where the token after it stands, oldest first."""
+        """By the hash of a run: where the token after it stands, oldest first."""
 
     def __len__(self) -> int:
         return len(self.text)
@@ -32,27 +34,39 @@ class TokenIndex:
         """Appends tokens to the text."""
         begin = len(self.text)
         self.text.extend(tokens)
-        text, places = self.text, self._places
-        for end in range(max(begin, KEY_TOKENS), len(text) + 1):
-            if end > begin:
-                places.setdefault(_key(text[end - 2], text[end - 1]), []).append(end)
+        first = max(begin - LONGEST_MATCH, 0)
+        known = self.text[first:].tobytes()
+        for end in range(begin + 1, len(self.text) + 1):
+            stop = (end - first) * TOKEN_BYTES
+            for key in KEYS:
+                if end < key:
+                    break
+                places = self._places.setdefault(hash(known[stop - key * TOKEN_BYTES : stop]), [])
+                places.append(end)
+                if len(places) <= CROWDED:
+                    break
+                if len(places) > 2 * CROWDED:
+                    del places[:CROWDED]
 
-    def matches(self, context: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """(length of the match, place after it) for the latest places that follow the end of ``context``, latest first.
+    def matches(self, context: Sequence[int]) -> tuple[int, list[int]]:
+        """The longest of KEYS for which the end of ``context`` occurs, and the latest places after it, oldest first.
 
-        The end of the text itself, after which nothing stands, is left out.
+        (0, []) if there are none. The end of the text itself, after which nothing stands, is left out.
         """
-        if len(context) < KEY_TOKENS:
-            return
-        text = self.text
-        places = self._places.get(_key(context[-2], context[-1]), ())
-        for place in islice((place for place in reversed(places) if place < len(text)), CANDIDATES):
-            length = KEY_TOKENS
-            most = min(LONGEST_MATCH, len(context), place)
-            while length < most and text[place - 1 - length] == context[-1 - length]:
-                length += 1
-            yield length, place
+        known = array("i", context[-LONGEST_MATCH:]).tobytes()
+        best: tuple[int, list[int]] = (0, [])
+        for key in KEYS:
+            run = known[-key * TOKEN_BYTES :]
+            if len(run) < key * TOKEN_BYTES:
+                break
+            nearer, crowd = best[1], self._places.get(hash(run), [])
+            # Those from before the shorter run was crowded are not among the places of the longer one.
+            candidates = sorted({*nearer, *crowd}) if nearer and crowd else nearer or crowd
+            found = [place for place in candidates if place < len(self.text) and self._ends_with(run, key, place)]
+            if not found:
+                break
+            best = key, found[-CROWDED:]
+        return best
 
-
-def _key(first: int, second: int) -> int:
-    return first << 32 | second
+    def _ends_with(self, run: bytes, key: int, place: int) -> bool:
+        return place >= key and self.text[place - key : place].tobytes() == run

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.drafter.choice import drafter_names
-from slipstream.drafter.lookup import NGramDrafter, SuffixDrafter, evidence
-from slipstream.drafter.token_index import CANDIDATES, KEY_TOKENS, LONGEST_MATCH, TokenIndex
+from slipstream.drafter.lookup import NUM_EVIDENCE, NGramDrafter, SuffixDrafter, evidence, vote
+from slipstream.drafter.token_index import CROWDED, KEYS, TokenIndex
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.speculation.protocol import DraftRow, Proposal
+from slipstream.engine.speculation.protocol import DraftRow
 from slipstream.engine.testing import LocalEngine
 
 texts = st.lists(st.integers(0, 3), max_size=60)
@@ -30,16 +30,16 @@ def row(tokens: list[int], num_prompt: int | None = None, scope: str = "", most:
     return DraftRow(0, scope, prompt, table, len(tokens), frozenset({"ngram", "suffix"}), most=most)
 
 
-def search(text: list[int], context: list[int]) -> list[tuple[int, int]]:
-    """What TokenIndex.matches promises, the slow way."""
-    found = []
-    for place in range(len(text) - 1, KEY_TOKENS - 1, -1):
-        length = 0
-        while length < min(LONGEST_MATCH, place, len(context)) and text[place - 1 - length] == context[-1 - length]:
-            length += 1
-        if length >= KEY_TOKENS:
-            found.append((length, place))
-    return found[:CANDIDATES]
+def search(text: list[int], context: list[int]) -> tuple[int, list[int]]:
+    """What TokenIndex.matches promises, the slow way; all places."""
+    best: tuple[int, list[int]] = (0, [])
+    for key in KEYS:
+        run = context[len(context) - key :]
+        places = [place for place in range(key, len(text)) if text[place - key : place] == run]
+        if len(context) < key or not places:
+            break
+        best = key, places
+    return best
 
 
 @given(texts, st.lists(st.integers(0, 60)), texts)
@@ -48,21 +48,70 @@ def test_matches_are_those_of_a_plain_search(text: list[int], cuts: list[int], c
     borders = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     for begin, end in pairwise(borders):
         index.extend(text[begin:end])
-    assert list(index.matches(context)) == search(text, context)
-    assert list(index.matches(text)) == search(text, text)
+    for asked in (context, text):
+        length, places = search(text[: len(index)], asked)
+        assert index.matches(asked) == (length, places[-CROWDED:])
+
+
+@given(st.lists(st.integers(0, 1), min_size=100, max_size=400), st.lists(st.integers(0, 1), max_size=40))
+def test_where_text_repeats_itself_the_latest_places_of_the_longest_match_are_found(
+    text: list[int], context: list[int]
+) -> None:
+    """Runs that occur many times are told apart by longer ones, which are known from then on."""
+    index = TokenIndex()
+    index.extend(text)
+    for asked in (context, text, text[:70]):
+        length, places = index.matches(asked)
+        longest, everywhere = search(text, asked)
+        assert length <= longest and len(places) <= CROWDED
+        run = asked[len(asked) - length :]
+        assert all(text[place - length : place] == run for place in places)
+        if len(everywhere) > 3 * CROWDED:
+            assert length == longest and places == everywhere[-len(places) :]
+
+
+def test_a_long_match_is_found_behind_many_short_ones() -> None:
+    """The answer to the same question, in text in which every line begins alike."""
+    index = TokenIndex()
+    lines = [[1, 2, 3, 100 + i, 1, 2, 4, 200 + i] for i in range(300)]
+    index.extend([token for line in lines for token in line])
+    length, [place] = index.matches([3, 150, 1, 2])
+    assert (length, index.text[place : place + 2].tolist()) == (4, [4, 250])
+
+
+def test_what_takes_memory_is_bounded_where_text_repeats_itself() -> None:
+    index = TokenIndex()
+    index.extend([7] * 20_000)
+    assert sum(map(len, index._places.values())) <= len(KEYS) * 2 * CROWDED
+    assert index.matches([7] * 40) == (KEYS[-1], list(range(20_000 - CROWDED, 20_000)))
 
 
 @given(texts, st.integers(1, 6))
 def test_ngram_proposes_what_followed_the_longest_match(text: list[int], most: int) -> None:
     [proposal] = NGramDrafter().propose([row(text, most=most)])
-    found = search(text, text)
-    if not found:
+    length, places = search(text, text)
+    if not places:
         assert proposal is None
         return
-    length, place = max(found, key=lambda match: match[0])
     assert proposal is not None
-    assert proposal.tokens == ((text[place:]) * most)[:most]
-    assert proposal == Proposal.chain(proposal.tokens, evidence(length))
+    following = [(text[place:] * most)[:most] for place in places[-CROWDED:]]
+    assert proposal == vote(length, following, most)
+    assert len(proposal.tokens) == most
+    if len(places) == 1:
+        assert proposal.tokens == following[0]
+
+
+def test_what_follows_most_often_is_proposed_and_how_many_agree_tells_how_likely_it_is() -> None:
+    proposal = vote(4, [[5, 6, 7], [5, 6, 8], [5, 9, 8], [5, 6, -1]], 3)
+    assert proposal is not None
+    assert proposal.tokens == [5, 6], "as many ended as went on with either, and the last one did"
+    assert proposal.evidence == [evidence(4, 4, 4), evidence(3, 4, 5)]
+    assert proposal.evidence[0] > proposal.evidence[1]
+    proposal = vote(4, [[5, 6], [7, 8]], 2)
+    assert proposal is not None and proposal.tokens == [7, 8], "of equals, what came last"
+    assert vote(4, [[5], [-1]], 2) is None
+    levels = {evidence(a, n, k) for n in range(1, 9) for a in range(1, n + 1) for k in range(2, 40)}
+    assert levels == set(range(NUM_EVIDENCE))
 
 
 def test_ngram_follows_the_row_as_it_grows() -> None:

@@ -60,12 +60,12 @@ def check_without_speculation(engine: Engine, kind: str) -> None:
     ]
 
     def run(local: LocalEngine) -> list[Any]:
-        completions = [local.submit(prompt, params) for prompt, params in jobs for _ in range(3)]
+        completions = [local.submit(prompt, params) for prompt, params in jobs for _ in range(4)]
         local.finish()
         return completions
 
     plain = run(engine())
-    answers = {tuple(prompt): done.tokens for (prompt, _), done in zip(jobs, plain[::3], strict=True)}
+    answers = {tuple(prompt): done.tokens for (prompt, _), done in zip(jobs, plain[::4], strict=True)}
     oracle, trees = OracleDrafter(answers, 0.8), TreeOracleDrafter(answers, 0.9, 8)
     for chosen, fields in (
         ([oracle], {}),
