@@ -59,10 +59,8 @@ class _Job:
     since: float
     done: Future[Any] = field(default_factory=Future)
     prepared: Future[Land] | None = None
-    """Once it is its turn."""
+    """Once it is its turn; it is done before the thread gives up the turn in which it ended."""
     unneeded: bool = False
-    has_ended: bool = False
-    """Nothing of it is left for the thread, though ``prepared`` may not say so yet."""
 
 
 class Background:
@@ -163,7 +161,7 @@ class Background:
         share = FIRST_SHARE * 2 ** min((now - job.since) / DOUBLING_S, FULL_AFTER)
         seconds = min(share, 1.0) * step
         with self._turn:
-            if job.has_ended:
+            if job.prepared is not None and job.prepared.done():
                 return
             self._until, self._has_turn = now + seconds, True
             self._turn.notify_all()
@@ -204,13 +202,12 @@ class Background:
         except BaseException as error:
             failed = error
         with self._turn:
-            job.has_ended = True
+            if land is not None:
+                job.prepared.set_result(land)
+            else:
+                job.prepared.set_exception(failed)
             self._has_turn, self._until = False, 0.0  # the next job waits for a turn of its own
             self._turn.notify_all()
-        if land is not None:
-            job.prepared.set_result(land)
-        else:
-            job.prepared.set_exception(failed)
 
     def _let_begin(self) -> None:
         import torch  # not above: breathe is also for tools that have no other need of it

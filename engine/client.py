@@ -41,7 +41,7 @@ from slipstream.engine.wire import ClientChannel
 CLOSE_SECONDS = 10.0
 """Time in which an engine that is told to end has to, writing down what it keeps."""
 LOST_SECONDS = 0.5
-"""Time after which an engine whose connection is lost is killed."""
+"""Time after which an engine whose connection is lost is killed, and one that has ended has nothing more to say."""
 
 
 ERRORS = {
@@ -124,6 +124,8 @@ class EngineClient:
         """Set when nothing of it is left and all that waited for it was told."""
         self._watcher: asyncio.Task[None]
         self._channel = ClientChannel(self._handle, self._on_lost)
+        self._is_silent = asyncio.Event()
+        """Nothing arrives any more."""
         self._streams: dict[int, RequestStream] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self.ids: Iterator[int] = itertools.count(1) if before is None else before.ids
@@ -224,6 +226,8 @@ class EngineClient:
         self._channel.close()
 
     def _handle(self, message: FromEngine) -> None:
+        if self.failure is not None:
+            return  # it has ended, as everybody was told: what was still on its way would make it look alive
         match message:
             case StepOutputs():
                 self._reported = message.stats
@@ -254,11 +258,14 @@ class EngineClient:
 
     def _on_lost(self) -> None:
         """A process that nobody can talk to is of no use, and could hang for ever; mostly it has just ended."""
+        self._is_silent.set()
         if not self._closing:
             asyncio.get_running_loop().call_later(LOST_SECONDS, self.kill)
 
     async def _watch(self) -> None:
         how = await self._host.wait()
+        with contextlib.suppress(TimeoutError):  # its last words say why, and may be read only after its end is known
+            await asyncio.wait_for(self._is_silent.wait(), LOST_SECONDS)
         reason = "the server is shutting down" if self._closing else how
         self._end(reason, EngineDiedError(reason))
         self.ended.set()

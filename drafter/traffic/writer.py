@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from slipstream.drafter.traffic import target_file
@@ -54,6 +55,8 @@ class TrafficWriter:
         self._kept = self._redacted = self._failed = 0
         self._refused = 0  # counted by the engine's threads, the others by the writer
         self._totals = (0, 0)
+        self._told = TrafficStats()
+        """What came of all that was begun: counters of samples on their way would not fit together."""
         self._put_target: Callable[[Path], None] | None = target_file.remove
         """Makes the file of the target's weights tell of those that serve; first, of those of the model's files.
 
@@ -67,21 +70,15 @@ class TrafficWriter:
             self._open()
         except TrafficUnusableError as error:
             self._fail(error)
+        self._told = self._count()
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         self._thread = threading.Thread(target=self._run, name="traffic", daemon=True)
         self._thread.start()
 
     @property
     def stats(self) -> TrafficStats:
-        size, tokens = self._totals
-        return TrafficStats(
-            kept=self._kept,
-            dropped=self._refused + self._failed,
-            redacted=self._redacted,
-            store_bytes=size,
-            store_tokens=tokens,
-            failure=self._failure,
-        )
+        told = self._told
+        return msgspec.structs.replace(told, dropped=told.dropped + self._refused)
 
     def offer(self, make: Callable[[], Sample]) -> bool:
         """``make`` is called by the writer thread; False, and counted as dropped, if too much is waiting."""
@@ -154,6 +151,19 @@ class TrafficWriter:
                 self._write()
             except Exception as error:
                 self._fail(error)
+            self._told = self._count()
+
+    def _count(self) -> TrafficStats:
+        """Without what was refused."""
+        size, tokens = self._totals
+        return TrafficStats(
+            kept=self._kept,
+            dropped=self._failed,
+            redacted=self._redacted,
+            store_bytes=size,
+            store_tokens=tokens,
+            failure=self._failure,
+        )
 
     def _write(self) -> None:
         samples = []
@@ -162,22 +172,20 @@ class TrafficWriter:
             sample = self._prepare(self._waiting.popleft()())
             if sample is not None:
                 samples.append(sample)
-        lost, failure = len(samples), None
-        try:
-            if self._store is None and time.monotonic() - self._opened_at < REOPEN_S:
-                return
-            store = self._open()
-            # What goes wrong with one tenant's samples does not lose the others'.
-            for tenant in {sample.tenant: None for sample in samples}:
-                try:
-                    kept = store.append([sample for sample in samples if sample.tenant == tenant])
-                except Exception as error:
-                    failure = error
-                    continue
-                lost -= kept
-                self._kept += kept
-        finally:
-            self._failed += lost  # only now: who reads the counter must not see what is being kept
+        self._failed += len(samples)
+        if self._store is None and time.monotonic() - self._opened_at < REOPEN_S:
+            return
+        store = self._open()
+        failure: Exception | None = None
+        # What goes wrong with one tenant's samples does not lose the others'.
+        for tenant in {sample.tenant: None for sample in samples}:
+            try:
+                kept = store.append([sample for sample in samples if sample.tenant == tenant])
+            except Exception as error:
+                failure = error
+                continue
+            self._failed -= kept
+            self._kept += kept
         if failure is not None:
             raise failure
         if not samples and time.monotonic() - self._expired_at > EXPIRE_EVERY_S:

@@ -229,6 +229,11 @@ class Progress:
                 raise OSError(f"a line of {len(line)} bytes was written to {written}: the disk is full")
             self._count(answer, is_error)
 
+    def counted(self) -> tuple[RequestCounts, UsageOfBatch]:
+        """Of the same requests, whatever is written meanwhile."""
+        with self._lock:
+            return msgspec.structs.replace(self.counts), msgspec.structs.replace(self.usage)
+
     def leave(self, path: Path, code: str, message: str) -> None:
         """Has all requests that are not done end with this error; ``path`` is the input."""
         for piece in pieces(path):

@@ -13,6 +13,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from starlette.types import ASGIApp
 
@@ -29,7 +30,7 @@ from slipstream.server.batch.lines import (
     pieces,
     refusal,
 )
-from slipstream.server.batch.records import OPEN, Batch, BatchStatus, RequestCounts, StoredFile, fresh
+from slipstream.server.batch.records import OPEN, Batch, BatchStatus, RequestCounts, StoredFile, UsageOfBatch, fresh
 from slipstream.server.batch.store import BatchStore
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.principal import Principal
@@ -220,8 +221,9 @@ class BatchRunner:
     async def _save(self, batch: Batch, progress: Progress) -> None:
         while True:
             await asyncio.sleep(SAVE_S)
+            counted = await asyncio.to_thread(progress.counted)
             with contextlib.suppress(OSError, sqlite3.Error):
-                await self._change(batch, lambda found: self._count(found, progress))
+                await self._change(batch, partial(self._count, counted))
 
     async def _answer(self, batch: Batch, request: RequestLine, size: int, progress: Progress) -> None:
         name = fresh("batch_req_")
@@ -270,6 +272,7 @@ class BatchRunner:
         if end in LEFT and batch.in_progress_at is not None:  # else nobody knows whether its lines can be read
             await asyncio.to_thread(progress.leave, self._store.path(batch.input_file_id), *LEFT[end])
         output, errors = await asyncio.to_thread(progress.sync)
+        counted = await asyncio.to_thread(progress.counted)
         now = int(time.time())
         files = [
             StoredFile(
@@ -286,7 +289,7 @@ class BatchRunner:
         ]
 
         def close(found: Batch) -> None:
-            self._count(found, progress)
+            self._count(counted, found)
             found.has_output, found.has_errors = output > 0, errors > 0
             found.become(end, now)
 
@@ -295,8 +298,9 @@ class BatchRunner:
             await asyncio.to_thread(self._store.path(name).unlink, missing_ok=True)
 
     @staticmethod
-    def _count(batch: Batch, progress: Progress) -> None:
-        batch.counts, batch.usage = progress.counts, progress.usage
+    def _count(counted: tuple[RequestCounts, UsageOfBatch], batch: Batch) -> None:
+        if batch.status in OPEN:  # a thread that saves may come late, and know less than the end
+            batch.counts, batch.usage = counted
 
     async def _change(self, batch: Batch, change: Callable[[Batch], None], files: Sequence[StoredFile] = ()) -> Batch:
         return await asyncio.to_thread(self._store.change, batch.owner, batch.id, change, files)

@@ -61,10 +61,17 @@ burn()
 """
 
 
+def runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def gone(pids: list[int], seconds: float = 300.0) -> float:
     """How long it took until none of them ran any more."""
     began = time.monotonic()
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+    while any(map(runs, pids)):
         assert time.monotonic() - began < seconds, [pid for pid in pids if psutil.pid_exists(pid)]
         time.sleep(0.01)
     return time.monotonic() - began

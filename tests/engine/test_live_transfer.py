@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import json
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from slipstream.engine.operations import (
     ResumeMemory,
     TensorSpec,
 )
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 LEVELS: list[tuple[tuple[MemoryTag, ...], bool]] = [
@@ -117,9 +117,7 @@ def test_trainers_that_are_killed_half_way(real_prompts: Callable[..., list[list
         process = psutil.Process(client.pid)
         before, checksums = await say(client, prompts), await client.call(ChecksumTarget())
         for version in range(1, 4):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
+            port = free_port()
             trainer = subprocess.Popen(
                 [sys.executable, "-P", "-c", TRAINER, str(port), json.dumps(list(shapes.values()))],
                 stdin=subprocess.PIPE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from slipstream.engine.client import EngineClient
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import EngineDiedError, EngineLostError, ModelError
-from slipstream.engine.messages import NewRequest, SamplingParams
+from slipstream.engine.messages import EngineStats, NewRequest, SamplingParams, StepOutputs, TokenDelta
 from slipstream.engine.operations import CancelTargetUpdate, Pause, TellStepCosts
 from slipstream.engine.supervisor import MAX_FAILED_STARTS, EngineSupervisor, Restarts
+from slipstream.engine.wire import EngineChannel
+from tests.engine.odd_engine import READY
 
 SECONDS = 300.0
 """More than anything takes here, on a loaded machine too."""
@@ -86,6 +89,55 @@ async def test_whatever_an_engine_does_its_requests_and_calls_end_and_it_is_gone
     with pytest.raises(EngineDiedError):
         await engine.call(TellStepCosts())
     assert engine.stats.num_running == 0 and engine.num_open == 0
+    await engine.close()
+
+
+class Ending:
+    """An engine that is nothing but the end of a channel."""
+
+    pid = 0
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    def stop(self) -> None:
+        self.ended.set()
+
+    kill = stop
+
+    async def wait(self) -> str:
+        await self.ended.wait()
+        return "it ended"
+
+
+@pytest.mark.parametrize("hangs_up", [True, False])
+async def test_the_last_words_of_an_engine_count_and_later_ones_do_not(
+    monkeypatch: pytest.MonkeyPatch, hangs_up: bool
+) -> None:
+    if not hangs_up:
+        monkeypatch.setattr("slipstream.engine.client.LOST_SECONDS", 0.01)
+    ours, theirs = socket.socketpair()
+    host, channel = Ending(), EngineChannel(theirs.detach())
+    channel.send(READY)
+    engine = await EngineClient.connect(ours, host)
+    heard, unheard = engine.submit(ask(engine)), engine.submit(ask(engine))
+    host.ended.set()  # which is known before the event loop reads what follows
+    said = TokenDelta(request_id=heard.request_id, tokens=[3], finish_reason="stop")
+    channel.send(StepOutputs([said], EngineStats(num_running=1, generation_tokens=1)))
+    if hangs_up:
+        channel.close()
+    assert [delta async for delta in heard] == [said] and not heard.lost
+    async with asyncio.timeout(SECONDS):
+        [last] = [delta async for delta in unheard]
+        await engine.ended.wait()
+    assert (last.finish_reason, last.error) == ("error", "it ended") and unheard.lost
+    if not hangs_up:
+        seen = engine.last_step_at
+        channel.send(StepOutputs([], EngineStats(num_running=2, generation_tokens=9)))
+        channel.close()
+        await engine._is_silent.wait()
+        assert engine.last_step_at == seen
+    assert (engine.stats.num_running, engine.stats.generation_tokens) == (0, 1)
     await engine.close()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,17 +28,11 @@ from slipstream.engine.operations import (
     TensorSpec,
 )
 from slipstream.engine.testing import LocalEngine, policy, write_policy
+from tests.ports import free_port
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 PROMPTS = [[1, 2, 3], list(range(20))]
 PATIENCE = timedelta(seconds=60)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Named:
@@ -136,7 +129,7 @@ def joined(
     making = trainer.submit(kind, name, port)
     rendezvous: Any = "named" if kind is Named else "stateless"
     local.operate(JoinGroup(name, "127.0.0.1", port, 2, 1, "gloo", rendezvous, 60.0))
-    group = making.result(60)
+    group = making.result(300)
     try:
         yield group
     finally:
@@ -190,7 +183,7 @@ def test_weights_come_beside_the_steps(
             sending = trainer.submit(send, group, tensors)
             missing = local.operate(ReceiveTarget(version, "weights", specs(tensors), **options))
             assert missing == 0
-            sending.result(60)
+            sending.result(300)
             local.operate(FinishTargetUpdate(version))
             local.finish()
             assert running.finish_reason == "length" and len(running.tokens) == 200
@@ -233,7 +226,7 @@ def test_what_a_trainer_sends_of_an_update_that_was_given_up_does_not_disturb_th
         for at, tensor in enumerate(tensors.values()):
             group.broadcast(tensor)
             if at == 3:
-                assert go_on.wait(60)
+                assert go_on.wait(300)
 
     with joined(local, trainer) as group:
         local.operate(BeginTargetUpdate(50))
@@ -243,7 +236,7 @@ def test_what_a_trainer_sends_of_an_update_that_was_given_up_does_not_disturb_th
         with pytest.raises(ModelError, match="cancelled"):
             local.wait(receiving)
         go_on.set()
-        sending.result(60)
+        sending.result(300)
         local.operate(BeginTargetUpdate(51))
         trainer.submit(each, group, tensors)
         local.operate(ReceiveTarget(51, "weights", specs(tensors)), FinishTargetUpdate(51))

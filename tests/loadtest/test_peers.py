@@ -1,6 +1,7 @@
 """Peers are started for real; here the program inside the environment is a small HTTP server of our own."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from slipstream.clients.errors import ClientError
 from slipstream.loadtest.peers import PeerOptions, peer
+from tests.ports import free_port
 
 # Takes the options of `vllm serve`, starts a helper process as vLLM does, and writes down what it was given.
 PROGRAM = """#!{python}
@@ -45,9 +47,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 @pytest.fixture
 def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture
@@ -67,6 +67,14 @@ def seen(options):
     return json.loads((options["venv"] / "bin" / "seen.json").read_text())
 
 
+async def gone(pid):
+    """A killed process needs a moment, and the processor, to end."""
+    async with asyncio.timeout(300):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while psutil.Process(pid).status() != "zombie":
+                await asyncio.sleep(0.01)
+
+
 async def test_a_peer_runs_while_needed_and_leaves_no_process(options, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "5")
@@ -76,9 +84,7 @@ async def test_a_peer_runs_while_needed_and_leaves_no_process(options, monkeypat
         assert psutil.pid_exists(given["helper"])
     assert process.returncode == 0
     assert (options["venv"] / "bin" / "interrupted").exists()
-    async with asyncio.timeout(300):
-        while psutil.pid_exists(given["helper"]) and psutil.Process(given["helper"]).status() != "zombie":
-            await asyncio.sleep(0.01)
+    await gone(given["helper"])
     arguments = given["argv"]
     assert arguments[:2] == ["serve", str(options["model"])]
     assert arguments[arguments.index("--dtype") + 1] == "bfloat16"
@@ -124,7 +130,7 @@ async def test_the_command_ends_cleanly_on_a_signal(options, number):
     os.kill(process.pid, number)
     assert await asyncio.wait_for(process.wait(), 300) == 0
     process._transport.close()
-    assert not psutil.pid_exists(helper) or psutil.Process(helper).status() == "zombie"
+    await gone(helper)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import dataclasses
 import http.client
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -30,6 +29,7 @@ from slipstream.server import workers
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.testing import Document, ServerThread, write_tiny_model
+from tests.ports import free_port
 
 PATIENCE_S = 300.0
 workers.WALL_S = PATIENCE_S  # text workers give way to whatever else runs here: it may take more than a minute
@@ -315,14 +315,6 @@ class LocalServer(Client):
 
     def stop(self) -> int:
         return self._thread.stop()
-
-
-def free_port() -> int:
-    """Below those that the system gives to connections, which are many while tests run."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,7 @@ def test_counts_of_one_request(server: Any) -> None:
 
 
 def test_times_fit_together(server: Any) -> None:
+    server.wait_until_idle()
     names = ("e2e_request_latency", "request_queue_time", "request_inference_time", "time_to_first_token")
     before = {name: server.metric(f"{name}_seconds_sum") for name in names}
     started = time.monotonic()
@@ -108,6 +109,7 @@ def test_times_fit_together(server: Any) -> None:
 
 
 def test_time_of_steps(server: Any) -> None:
+    server.wait_until_idle()
     names = ("engine_steps_total", "step_seconds_total", "scheduler_cpu_seconds_total")
     before = {name: server.metric(name) for name in names}
     started = time.monotonic()

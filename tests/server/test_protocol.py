@@ -76,10 +76,18 @@ def answer(received: bytes) -> Any:
     return json.loads(received.partition(b"\r\n\r\n")[2])
 
 
-async def test_a_slow_head_is_refused(quick_head: None, port: int) -> None:
-    received = await say(port, b"POST / HTTP/1.1\r\nHost: ")
+async def test_a_slow_head_is_refused(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc")
+    assert await reader.readuntil(b"}")
+    # The time of the second head begins with its first bytes, so that they never come too late.
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
+    writer.write(b"POST / HTTP/1.1\r\nHost: ")
+    received = await asyncio.wait_for(reader.read(), 300)
     assert received.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
     assert answer(received)["error"]["code"] == "request_too_slow"
+    writer.close()
+    await writer.wait_closed()
 
 
 async def test_a_connection_without_a_request_is_closed_silently(quick_head: None, port: int) -> None:
@@ -191,7 +199,7 @@ async def test_connections_end_with_the_server_and_no_request_is_lost() -> None:
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: protocol.HttpProtocol(config, state, {}, limits=limits), "127.0.0.1", 0)
     keep = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-    async with server, asyncio.timeout(60):
+    async with server, asyncio.timeout(300):
         new, begun, asked, idle = [
             await asyncio.open_connection(*server.sockets[0].getsockname()[:2]) for _ in range(4)
         ]

@@ -78,7 +78,8 @@ def trace_of(server: Any, request_id: str) -> dict[str, dict[str, Any]]:
     """The spans of a request, by name."""
 
     def find() -> dict[str, dict[str, Any]]:
-        spans = spans_in(server.file.read_text().splitlines())
+        whole, _, _ = server.file.read_text().rpartition("\n")  # the last line may be half written
+        spans = spans_in(whole.splitlines())
         for span in spans:
             if span["attributes"].get("slipstream.request_id") == request_id:
                 return {each["name"]: each for each in spans if each["traceId"] == span["traceId"]}

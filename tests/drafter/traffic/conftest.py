@@ -56,6 +56,12 @@ def make_sample() -> Callable[..., Sample]:
     return make
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine, what is waiting is written at the end."""
+    monkeypatch.setattr("slipstream.drafter.traffic.writer.CLOSE_S", 300.0)
+
+
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
 
 

@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.traffic.tap import make_listeners
 from slipstream.drafter.traffic.writer import TrafficWriter
 from slipstream.engine.errors import ConfigError
+from slipstream.engine.messages import TrafficStats
 
 
 class Stalled:
@@ -191,25 +193,31 @@ def test_a_damaged_store_is_tried_again(
     assert len(tapped.samples()) == 1 and tapped.writer.stats.kept == 1
 
 
-def test_what_is_being_kept_does_not_count_as_dropped(
+def test_what_is_being_kept_is_counted_once_all_of_it_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_sample: Any
 ) -> None:
+    monkeypatch.setattr("slipstream.drafter.traffic.writer.EVERY_S", 300.0)
     keeping, go_on = threading.Event(), threading.Event()
     append = TrafficStore.append
 
     def slow(self: TrafficStore, samples: Sequence[Sample]) -> int:
-        keeping.set()
-        assert go_on.wait(60)
+        if samples[0].tenant == "last":
+            keeping.set()
+            assert go_on.wait(300)
         return append(self, samples)
 
     monkeypatch.setattr(TrafficStore, "append", slow)
     writer = TrafficWriter(lambda: TrafficStore(tmp_path))
-    writer.offer(make_sample)
-    assert keeping.wait(60)
-    assert writer.stats.dropped == 0
+    for tenant in ("first", "last"):
+        writer.offer(partial(make_sample, tenant=tenant))
+    closing = threading.Thread(target=writer.close)
+    closing.start()
+    assert keeping.wait(300)
+    assert writer.stats == TrafficStats(), "the first is kept, but what the store holds is not known"
     go_on.set()
-    writer.close()
-    assert (writer.stats.kept, writer.stats.dropped) == (1, 0)
+    closing.join(300)
+    found = writer.stats
+    assert (found.kept, found.dropped, found.store_tokens) == (2, 0, 24) and found.store_bytes > 0
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -131,6 +131,6 @@ def test_the_next_tensor_is_made_while_one_is_used_and_errors_reach_whoever_load
     taken = []
     with pytest.raises(ModelError, match="the file ends"):
         for name, tensor in ahead(tensors()):
-            assert second.wait(60)
+            assert second.wait(300)
             taken.append((name, int(tensor)))
     assert taken == [("0", 0), ("1", 1)]

@@ -76,7 +76,7 @@ def test_a_batch_without_errors_leaves_no_empty_file(server: Any, client: openai
     batch = ended(server, client, line("good", GOOD))
     files = Path(server.service.config.batch_folder) / "files"
     assert batch.error_file_id is None and (files / batch.output_file_id).stat().st_size
-    server.wait_until(lambda: all(path.stat().st_size for path in files.iterdir()), 60)
+    server.wait_until(lambda: all(path.stat().st_size for path in files.iterdir()))
 
 
 def test_a_batch_that_is_cancelled_before_its_file_is_read_ends(
@@ -96,7 +96,7 @@ def test_a_batch_that_is_cancelled_before_its_file_is_read_ends(
     assert begun.wait(300)
     assert client.batches.cancel(batch.id).status == "cancelling"
     goes_on.set()
-    server.wait_until(lambda: client.batches.retrieve(batch.id).status == "cancelled", 60)
+    server.wait_until(lambda: client.batches.retrieve(batch.id).status == "cancelled")
     batch = client.batches.retrieve(batch.id)
     assert (batch.request_counts.total, batch.request_counts.failed) == (0, 0)
     assert batch.errors is batch.output_file_id is batch.error_file_id is None
@@ -120,7 +120,7 @@ def test_the_end_of_a_cancelled_batch_is_not_cancelled_itself(
     batch = client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
     server.wait_until(lambda: client.batches.retrieve(batch.id).status == "in_progress")
     client.batches.cancel(batch.id)
-    server.wait_until(lambda: client.batches.retrieve(batch.id).status == "cancelled", 60)
+    server.wait_until(lambda: client.batches.retrieve(batch.id).status == "cancelled")
     assert len(ends) == 1
 
 

@@ -77,3 +77,27 @@ def test_what_is_left_is_not_what_is_being_written(tmp_path: Path, disk: SlowDis
     assert (progress.counts.completed, progress.counts.failed) == (1, 1)
     [left] = (tmp_path / "errors").read_text().splitlines()
     assert json.loads(left)["custom_id"] == "b"
+
+
+def test_what_is_told_meanwhile_is_of_whole_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, goes_on, decode = threading.Event(), threading.Event(), lines.decode_usage
+
+    def slow(body: msgspec.Raw) -> Any:
+        begun.set()
+        assert goes_on.wait(PATIENCE_S)
+        return decode(body)
+
+    monkeypatch.setattr(lines, "decode_usage", slow)
+    progress, told = Progress(tmp_path / "output", tmp_path / "errors"), list[Any]()
+    body = msgspec.Raw(b'{"usage": {"prompt_tokens": 3, "completion_tokens": 5}}')
+    writer = started(progress.write, AnswerLine("batch_req_2", "a", ResponseOfLine(200, "batch_req_2", body)))
+    assert begun.wait(PATIENCE_S)
+    teller = started(lambda: told.append(progress.counted()))
+    teller.join(0.1)
+    assert not told
+    goes_on.set()
+    for thread in (writer, teller):
+        thread.join(PATIENCE_S)
+    [(counts, usage)] = told
+    assert (counts.completed, usage.input_tokens, usage.output_tokens) == (1, 3, 5)
+    progress.close()

@@ -59,9 +59,9 @@ def control(server: Any) -> Control:
 
 @pytest.fixture(scope="module")
 def whole(serving: Any, tiny_model: Path) -> Any:
-    """What the long request gets if nobody disturbs it, as far as anybody lets it go."""
+    """What the long request gets if nobody disturbs it."""
     serving.run(serving.service.control.update_from_disk(str(tiny_model), "files"))
-    return serving.complete(**(LONG | {"max_tokens": 1500}))["choices"][0]
+    return serving.complete(**LONG)["choices"][0]
 
 
 def wait_for_tokens(server: Any, count: int) -> None:
@@ -126,7 +126,7 @@ def test_an_aborted_answer_has_all_its_tokens(server: Any, policy: Any, whole: A
         asked = pool.submit(ask)
         wait_for_tokens(server, 60)
         way(server, policy)
-        status, reply = asked.result(60)
+        status, reply = asked.result(300)
     assert status == 200, reply
     if not stream:
         choices = json.loads(reply)["choices"]
@@ -148,7 +148,7 @@ def test_nothing_that_nobody_asked_for_is_aborted(server: Any, control: Control)
         asked = pool.submit(server.complete, "Hello", max_tokens=200, ignore_eos=True)
         server.wait_until(lambda: control.open_requests)
         assert server.run(control.abort(["other"])) == 0
-        assert asked.result(60)["choices"][0]["finish_reason"] == "length"
+        assert asked.result(300)["choices"][0]["finish_reason"] == "length"
 
 
 # Versions ------------------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_a_pause_that_waits_has_settled_when_it_returns(server: Any, control: Co
         wait_for_tokens(server, 5)
         server.run(control.pause("wait", settle=True))
         assert server.service.engine.stats.num_running == 0 and control.paused
-        assert asked.result(60)["usage"]["completion_tokens"] == 300
+        assert asked.result(300)["usage"]["completion_tokens"] == 300
     assert server.run(control.flush_prefix_cache())
     server.run(control.resume())
     assert not control.paused
@@ -360,7 +360,7 @@ def test_a_flush_tells_whether_something_is_still_held(server: Any, control: Con
         server.run(control.pause("keep"))
         assert not server.run(control.flush_prefix_cache())
         server.run(control.pause("abort"))
-        assert asked.result(60)["choices"][0]["finish_reason"] == "abort"
+        assert asked.result(300)["choices"][0]["finish_reason"] == "abort"
         assert server.run(control.flush_prefix_cache())
         server.run(control.resume())
 
@@ -391,7 +391,7 @@ def test_who_asks_a_server_that_sleeps(server: Any, control: Control, mode: Paus
         server.run(control.resume_memory(["weights"]))
         assert not done.wait(0.3) and control.released == {"kv_cache"}
         server.run(control.resume_memory(["kv_cache"]))
-        assert asked.result(60)["choices"] == expected
+        assert asked.result(300)["choices"] == expected
 
 
 def test_memory_of_no_kind_is_refused(server: Any, control: Control) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from slipstream.clients.errors import APIError
 from slipstream.clients.trainer import Trainer, buckets, whole_buckets
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,7 @@ async def push(trainer: Trainer, way: str, tensors: dict[str, Tensor], folder: P
         case "files":
             save_file(tensors, folder / "model.safetensors")
             return await trainer.push_files(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     await trainer.join("weights", "127.0.0.1", port)
     try:
         return await trainer.push_group("weights", tensors)

@@ -122,6 +122,7 @@ def test_a_batch_is_aborted_by_its_id_and_one_of_it_by_its_own(idle: Any) -> Non
     wait_for_tokens(idle)
     assert post(idle, "/abort_request", rid="b_1") == {"aborted": 1}
     wait_for(idle, 2)
+    wait_for_tokens(idle)
     assert batch.is_alive and post(idle, "/abort_request", rid="b")["aborted"] >= 2
     answers = batch.answer()
     assert [answer["meta_info"]["finish_reason"]["type"] for answer in answers] == ["abort"] * 3

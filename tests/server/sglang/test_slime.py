@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
+from tests.ports import free_port
 from tests.server.sglang.calls import flattened, shared
 
 PROMPT = [504, 2632, 6354, 16438, 28]
@@ -207,11 +207,6 @@ def test_a_partial_rollout(engine: Any) -> None:
     meta = again["meta_info"]
     assert meta["prompt_tokens"] == len(PROMPT) + len(partial)
     assert meta["prompt_tokens"] - meta["cached_tokens"] <= 2 * 16, "only what is not cached is computed"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager

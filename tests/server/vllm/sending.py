@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,15 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from slipstream.clients.adapters.group import TrainerGroup
+from tests.ports import free_port
 
 PROMPT = [504, 2365, 6354, 16438]
 Weights = dict[str, Tensor]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-    return port
 
 
 def post(server: Any, path: str, body: Any = None, *, status: int = 200) -> Any:
@@ -48,8 +42,8 @@ def join(server: Any, packed: bool) -> TrainerGroup:
     told = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2, "packed": packed}
     with ThreadPoolExecutor(1) as beside:
         joining = beside.submit(post, server, "/init_weight_transfer_engine", {"init_info": told})
-        group = TrainerGroup("127.0.0.1", port, 2, timeout_s=60)
-        assert joining.result(120) == {"message": "Weight transfer initialized"}
+        group = TrainerGroup("127.0.0.1", port, 2, timeout_s=300)
+        assert joining.result(300) == {"message": "Weight transfer initialized"}
     return group
 
 
@@ -59,7 +53,7 @@ def beside(function: Callable[..., Any], *arguments: Any) -> Iterator[None]:
     with ThreadPoolExecutor(1) as threads:
         other = threads.submit(function, *arguments)
         yield
-        other.result(120)
+        other.result(300)
 
 
 def named_group(port: int, name: str) -> Any:

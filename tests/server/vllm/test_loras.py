@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.server.vllm.sending import PROMPT, beside, broadcast, free_port, info, named_group, post, say
+from tests.ports import free_port
+from tests.server.vllm.sending import PROMPT, beside, broadcast, info, named_group, post, say
 
 pytestmark = pytest.mark.usefixtures("as_it_was")
 

@@ -16,11 +16,11 @@ from safetensors.torch import save
 
 from slipstream.clients.adapters.group import TrainerGroup, send_packed
 from slipstream.clients.adapters.trl import connect
+from tests.ports import free_port
 from tests.server.vllm.sending import (
     PROMPT,
     beside,
     broadcast,
-    free_port,
     info,
     join,
     named_group,

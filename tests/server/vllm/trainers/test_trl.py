@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.ports import free_port
 
 TRL = ("trl==1.16.0", "requests", "reasoning-gym==0.1.25")
 PROMPT = [504, 2365, 6354, 16438]
@@ -24,8 +25,7 @@ def test_its_client(
     server = start_local(max_logprobs=-1, logprobs_mode="processed", dtype="float32")
     greedy = {"temperature": 0, "max_tokens": 6, "ignore_eos": True, "return_token_ids": True}
     before = server.complete(PROMPT, **greedy)["choices"][0]["token_ids"]
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = found.getsockname()[1]
+    port = free_port()
     weights = [str(folder / "model.safetensors") for folder in (tiny_model, other_model)]
     script = str(Path(__file__).with_name("trl_client.py"))
     said = json.loads(run(python, script, server.url, *weights, str(port)).splitlines()[-1])
