@@ -43,9 +43,10 @@ class KVManager:
         block_size, pool = self.block_size, self.pool
         if self._is_coming(request.awaited, request):
             return Wait.PREFIX
-        hits = self._hits(request)
-        if len(hits) < len(request.block_hashes) and self._is_coming(request.block_hashes[len(hits)], request):
-            request.awaited = request.block_hashes[len(hits)]
+        useful = self._useful(request)
+        hits = self._hits(useful)
+        if len(hits) < len(useful) and self._is_coming(useful[len(hits)], request):
+            request.awaited = useful[len(hits)]
             return Wait.PREFIX
         total = -(-len(request.tokens) // block_size)
         # The last token is always computed, for its logits. If its block is shared, it gets a copy to write to.
@@ -110,18 +111,22 @@ class KVManager:
         other = self._coming.get(content) if content is not None else None
         return other is not None and other.message.offline <= request.message.offline
 
-    def _hits(self, request: Request) -> list[int]:
-        """Cached blocks of the longest known beginning."""
+    def _useful(self, request: Request) -> list[BlockHash]:
+        """Names of the blocks of its beginning that it need not compute itself."""
         if not self._prefix_caching:
             return []
         prefix.extend(request.block_hashes, request.root, request.tokens, self.block_size)
-        params, most = request.message.params, len(request.block_hashes)
-        if params.prompt_logprobs is not None:  # the positions that tell them have to be computed
-            most = max(params.prompt_logprobs_from - 1, 0) // self.block_size
+        params = request.message.params
         if params.pooling == "mean":  # all positions count
-            most = 0
+            return []
+        if params.prompt_logprobs is not None:  # the positions that tell them have to be computed
+            return request.block_hashes[: max(params.prompt_logprobs_from - 1, 0) // self.block_size]
+        return request.block_hashes
+
+    def _hits(self, names: list[BlockHash]) -> list[int]:
+        """Cached blocks, up to the first that is not cached."""
         hits = []
-        for content in request.block_hashes[:most]:
+        for content in names:
             block = self.pool.find(content)
             if block is None:
                 break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -191,6 +193,18 @@ def test_prompt_logprobs_from_a_position_on_compute_what_tells_them(position: in
     request, admission = admit(kv, list(range(12)), prompt_logprobs=1, prompt_logprobs_from=position)
     assert admission.num_cached == cached
     assert len(request.prompt_logprobs) == min(max(1, position), 12)
+
+
+@pytest.mark.parametrize("asked", [{"prompt_logprobs": 0}, {"pooling": "mean"}])
+def test_nobody_waits_for_a_beginning_that_is_of_no_use_to_it(asked: dict[str, Any]) -> None:
+    """Else requests with a beginning in common, as those for embeddings have, would be computed one after the other."""
+    kv = KVManager(12, 4, prefix_caching=True)
+    tokens = list(range(9))
+    kv.admit(new_request(tokens), spare=0)
+    params = SamplingParams(max_tokens=0, **asked)
+    for request_id in (2, 3):
+        request = Request(NewRequest(request_id=request_id, prompt=tokens, params=params), 0.0)
+        assert kv.admit(request, spare=0) == Admission(0, ())
 
 
 def test_caching_can_be_switched_off() -> None:
