@@ -371,7 +371,7 @@ class ModelRunner:
             if start < end:
                 offset = int(inputs.batch.q_start[row]) + start - begin
                 states = self.model.final_norm(hidden[offset : offset + end - start])
-                found[row] = states.float().sum(0).numpy(force=True).astype(np.float64)
+                found[row] = states.double().sum(0).numpy(force=True)
         return found
 
     def _following(
