@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from weakref import ref
 
@@ -12,13 +13,17 @@ from torch import Tensor
 from slipstream.engine.background import Background, done
 from slipstream.engine.errors import ModelError
 from slipstream.engine.lora import Lora
+from slipstream.engine.models.loader import SPARE_BYTES, available_memory, human_size
 from slipstream.engine.models.protocol import CausalModel, DecoderModel
 from slipstream.engine.operations import AdapterOperation, LoadAdapter
 from slipstream.engine.plan import PLAIN, LoadedAdapter
-from slipstream.engine.target_sources import read_lora, require_lora_scale
+from slipstream.engine.target_sources import LORA_TENSORS, read_lora, require_lora_scale
 from slipstream.kernels.adapter import Adapter
 
 NOT_TAKEN = "this model is not computed with LoRAs beside its weights"
+COPIES = 4
+"""What one takes at most while it is loaded, as a multiple of its file: that may be bfloat16, of which float32 is made
+first, and then what kernels want, which is filled up where ranks are small."""
 
 
 class Adapters:
@@ -61,6 +66,7 @@ class Adapters:
 
         def prepare() -> Callable[[], None]:
             scale, lora = require_lora_scale(path), Lora()
+            self._require_room(model, path / LORA_TENSORS)
             for tensor_name, tensor in read_lora(path):
                 if not isinstance(tensor, Tensor) or not lora.take(tensor_name, tensor):
                     raise ModelError(f"{path}: {tensor_name!r} is no matrix of a LoRA")
@@ -70,6 +76,17 @@ class Adapters:
             return lambda: self._add(name, adapter)
 
         return self._background.start(prepare)
+
+    def _require_room(self, model: DecoderModel, file: Path) -> None:
+        """Raises ModelError: whoever loads ever new names, and unloads none, is to be told before memory is gone."""
+        with suppress(OSError):  # reading it says what is wrong
+            needed, free = COPIES * file.stat().st_size, available_memory(model.compute.device)
+            if free < needed + SPARE_BYTES:
+                raise ModelError(
+                    f"there is no room for another LoRA: it may take {human_size(needed)}, and {human_size(free)} of "
+                    f"memory are free, of which {human_size(SPARE_BYTES)} are spared; unload some of the "
+                    f"{len(self._named)} that there are"
+                )
 
     def _add(self, name: str, adapter: Adapter) -> None:
         self._named.pop(name, None)

@@ -181,6 +181,19 @@ def test_what_nobody_uses_takes_no_memory(start: Callable[..., LocalEngine], tmp
     assert answers(local, ["c"]) == before
 
 
+def test_one_for_which_there_is_no_memory_is_refused(
+    start: Callable[..., LocalEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else ever new names would end the engine, and the one after it, which has them all again."""
+    local = start()
+    before = answers(local, ["a"])
+    monkeypatch.setattr("slipstream.engine.adapters.available_memory", lambda _: 200 << 20)
+    for name in ("a", "more"):
+        with pytest.raises(ModelError, match=r"200\.0 MiB of memory are free, .* unload some of the 3"):
+            local.operate(LoadAdapter(name, str(write(tmp_path / "more", lora(4, 4)))))
+    assert answers(local, ["a"]) == before and local.engine.adapters.find("more") is None
+
+
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
