@@ -10,7 +10,7 @@ from weakref import ref
 
 from torch import Tensor
 
-from slipstream.engine.background import Background, done
+from slipstream.engine.background import Background, breathe, done
 from slipstream.engine.errors import ModelError
 from slipstream.engine.lora import Lora
 from slipstream.engine.models.loader import SPARE_BYTES, available_memory, human_size
@@ -68,6 +68,7 @@ class Adapters:
             scale, lora = require_lora_scale(path), Lora()
             self._require_room(model, path / LORA_TENSORS)
             for tensor_name, tensor in read_lora(path):
+                breathe()
                 if not isinstance(tensor, Tensor) or not lora.take(tensor_name, tensor):
                     raise ModelError(f"{path}: {tensor_name!r} is no matrix of a LoRA")
             if not lora:

@@ -69,6 +69,7 @@ class Lora:
         Raises ModelError for a matrix that fits none of these shapes, or has no other half.
         """
         for name, pair in self._matrices.items():
+            breathe()
             if len(pair) != 2:
                 raise ModelError(f"of the LoRA for {name!r} only the matrix {'or'.join(pair)} has come")
             down, up = pair["A"], pair["B"]

@@ -7,7 +7,7 @@ Models and drafters name neither: they ask their ``Compute`` for what they need.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -270,8 +270,8 @@ class Compute(ABC):
         """
 
     @abstractmethod
-    def adapter(self, shape: LayerShape, layers: Sequence[LayerMatrices]) -> Adapter:
-        """What an adapter adds to each of some layers; only where adapters are taken."""
+    def adapter(self, shape: LayerShape, layers: Iterable[LayerMatrices]) -> Adapter:
+        """What an adapter adds to some layers, which are asked for one by one; only where adapters are taken."""
 
     def cache(self, shape: CacheShape, num_blocks: int) -> PagedKVCache:
         return self.cache_class(shape, num_blocks, self.device)

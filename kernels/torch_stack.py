@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -278,7 +278,7 @@ class TorchStack:
 
 
 class TorchAdapter(Adapter):
-    def __init__(self, layers: Sequence[LayerMatrices], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layers: Iterable[LayerMatrices], dtype: torch.dtype, device: torch.device) -> None:
         fields = {name: field for field, name in MATRICES.items()}
         self.layers = [
             {fields[name]: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in layer.items()}
@@ -346,7 +346,7 @@ class TorchCompute(Compute):
     ) -> Stack:
         return TorchStack(shape, windows, rope, self.formats, self.device, window_rope)
 
-    def adapter(self, shape: LayerShape, layers: Sequence[LayerMatrices]) -> Adapter:
+    def adapter(self, shape: LayerShape, layers: Iterable[LayerMatrices]) -> Adapter:
         return TorchAdapter(layers, self.formats.compute, self.device)
 
     @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from slipstream.engine.background import breathe
 from slipstream.engine.checkpoint.checkpoint import Checkpoint
 from slipstream.engine.errors import MisfitError, ModelError
 from slipstream.engine.models.config import (
@@ -22,7 +23,7 @@ from slipstream.engine.models.config import (
 from slipstream.engine.models.protocol import DecoderModel, Forward
 from slipstream.engine.models.weights import ExpectedTensors, Rows, Weights, pieces
 from slipstream.kernels import ops
-from slipstream.kernels.adapter import ADAPTED, ADAPTED_MLP, Adapter
+from slipstream.kernels.adapter import ADAPTED, ADAPTED_MLP, Adapter, LayerMatrices
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Compute
 from slipstream.kernels.kv_cache import PagedKVCache
@@ -139,7 +140,7 @@ class Decoder:
                     raise ModelError(
                         f"a LoRA beside the weights cannot change {name!r}, only {', '.join(known)} of layers"
                     )
-        return self.compute.adapter(shape, layers)
+        return self.compute.adapter(shape, _one_by_one(layers))
 
     def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
         self._stack.use_adapters(adapters)
@@ -163,3 +164,10 @@ class Decoder:
     def final_norm(self, hidden: Tensor) -> Tensor:
         rms_norm = ops.rms_norm_plus_one if self.config.layer.is_gemma else ops.rms_norm
         return rms_norm(hidden, self._weights.norm, self.config.norm_eps)
+
+
+def _one_by_one(layers: Iterable[LayerMatrices]) -> Iterator[LayerMatrices]:
+    """With time for a step before each."""
+    for layer in layers:
+        breathe()
+        yield layer

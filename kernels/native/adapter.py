@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class _Added:
 
 
 class NativeAdapter(Adapter):
-    def __init__(self, shape: LayerShape, layers: Sequence[LayerMatrices], dtype: torch.dtype) -> None:
+    def __init__(self, shape: LayerShape, layers: Iterable[LayerMatrices], dtype: torch.dtype) -> None:
         self._layers = [dict(self._added(shape, layer, dtype)) for layer in layers]
 
     @staticmethod

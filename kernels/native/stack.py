@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
@@ -241,7 +241,7 @@ class NativeCompute(Compute):
         assert window_rope is None, "which no plain layer has"
         return NativeStack(shape, windows, rope, self.formats.compute)
 
-    def adapter(self, shape: LayerShape, layers: Sequence[LayerMatrices]) -> Adapter:
+    def adapter(self, shape: LayerShape, layers: Iterable[LayerMatrices]) -> Adapter:
         return NativeAdapter(shape, layers, self.formats.compute)
 
 

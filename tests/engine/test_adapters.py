@@ -14,6 +14,8 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from slipstream.drafter.lookup import NGramDrafter
+from slipstream.engine.adapters import Adapters
+from slipstream.engine.background import Background
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.messages import SamplingParams
@@ -179,6 +181,28 @@ def test_what_nobody_uses_takes_no_memory(start: Callable[..., LocalEngine], tmp
     numbers = {each.number for name in LORAS if (each := local.engine.adapters.find(name)) is not None}
     assert numbers == {1, 2, 3}
     assert answers(local, ["c"]) == before
+
+
+class Slow(Background):
+    """A slice is over with the first piece in it."""
+
+    def __init__(self) -> None:
+        super().__init__(clock=lambda: 0.0)
+
+    def _wait(self, seconds: float) -> None:
+        assert self._turn.wait_for(lambda: not self._has_turn, 60.0)
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_steps_go_on_while_one_is_loaded(start: Callable[..., LocalEngine], tmp_path: Path, kernels: str) -> None:
+    model, slow, steps = start(kernels=kernels).engine.loaded.model, Slow(), 0
+    loading = Adapters(model, slow).operate(LoadAdapter("a", str(tmp_path / "a")))
+    while not loading.done():
+        slow.poll(is_busy=True)
+        steps += 1
+    loading.result()
+    slow.close()
+    assert steps > len(LORAS["a"]) + model.shape.num_layers
 
 
 def test_one_for_which_there_is_no_memory_is_refused(
