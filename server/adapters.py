@@ -89,8 +89,12 @@ class Adapters(Collector):
 
     async def load_again(self, engine: EngineHandle) -> None:
         """An engine that takes over gets them before any request. One that cannot be loaded any more is gone: its name
-        is unknown from then on, for nothing else may answer in its place.
+        is unknown from then on, for nothing else may answer in its place. So are those that were merged into weights
+        which ended with the engine before.
         """
+        if self._merged:
+            logger.error("the new engine has no LoRA merged into its weights: %s are unknown", ", ".join(self._merged))
+            self._merged.clear()
         for name, folder in list(self._folders.items()):
             try:
                 await engine.call(LoadAdapter(name, folder))

@@ -272,6 +272,14 @@ def test_merged_where_nothing_can_be_beside_the_model(
     assert send(server, UNLOAD, lora_name="policy")[0] == 200
     assert server.post("/v1/completions", {"prompt": PROMPT, "model": "policy"})[0] == 404
 
+    # With the engine the weights are gone, and the model itself does not answer in their place.
+    assert send(server, LOAD, lora_name="policy", lora_path=str(folders[1]))[0] == 200
+    engine.kill()
+    server.wait_until(lambda: server.service.engine is not engine)
+    server.wait_until_ready()
+    assert server.post("/v1/completions", {"prompt": PROMPT, "model": "policy"})[0] == 404
+    assert said(server, "base") == base
+
 
 def service_with(model: Path, *modules: str) -> Any:
     engine = EngineConfig(model=str(model), kv_cache_memory="32MiB")
