@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from slipstream.engine.messages import SamplingParams
 from slipstream.server.deadline import LIMIT_S
-from slipstream.server.errors import InvalidRequestError
+from slipstream.server.errors import InvalidRequestError, UnavailableError
 from slipstream.server.generating import (
     GenerationRequest,
     fit_context,
@@ -60,12 +60,19 @@ async def embed(service: Service, request: Request) -> Response:
     async with cancelled_on_disconnect(request.receive, arrival + limit if limit else None):
         with service.responding(), generation:
             await generation.collect()
+            require_whole(generation.sequences)
             vectors = []
             for sequence in generation.sequences:
                 vectors.append(encode(described(sequence, body)))
                 await asyncio.sleep(0)  # others have their turn
         return LargeResponse(service, answer(model, vectors, sum(map(len, prompts))))
     raise ClientDisconnect
+
+
+def require_whole(sequences: list[Sequence]) -> None:
+    """Raises UnavailableError if one was aborted: unlike the beginning of a text, that of a vector is none."""
+    if any(sequence.finish_reason == "abort" for sequence in sequences):
+        raise UnavailableError("the request was aborted before it was computed", code="aborted", retry_after_s=1)
 
 
 def described(sequence: Sequence, body: EmbeddingsBody) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_the_openai_client(server: Any) -> None:
         found = client.embeddings.create(model="tiny-model", input=TEXTS[:2])
     np.testing.assert_allclose(np.array([each.embedding for each in found.data]), vectors(server, TEXTS[:2]), atol=1e-5)
     assert found.usage.prompt_tokens == found.usage.total_tokens > 4
+
+
+def test_one_that_is_aborted_is_no_empty_vector(server: Any) -> None:
+    assert server.post("/admin/v1/pause", {})[0] == 200
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(server.post, "/v1/embeddings", {"input": TEXTS})
+        server.wait_until(lambda: server.service.engine.num_open)
+        assert server.post("/admin/v1/abort", {})[1] == {"aborted": len(TEXTS)}
+        assert server.post("/admin/v1/resume", {})[0] == 200
+    status, found = asked.result()
+    assert (status, found["error"]["code"]) == (503, "aborted")
 
 
 @pytest.mark.parametrize(
