@@ -70,7 +70,10 @@ class Adapters:
             for tensor_name, tensor in read_lora(path):
                 breathe()
                 if not isinstance(tensor, Tensor) or not lora.take(tensor_name, tensor):
-                    raise ModelError(f"{path}: {tensor_name!r} is no matrix of a LoRA")
+                    raise ModelError(
+                        f"{path}: {tensor_name!r} is no matrix of a LoRA; what was trained whole (modules_to_save, "
+                        "embeddings of new tokens) cannot be beside the model"
+                    )
             if not lora:
                 raise ModelError(f"{path} holds no matrices of a LoRA")
             adapter = model.adapter(dict(lora.pairs(model.weight_shapes, scale)))

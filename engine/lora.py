@@ -18,6 +18,13 @@ PREFIX = "base_model.model."
 """Before the model's own names in what PEFT writes."""
 MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(\.[\w-]+)?\.weight")
 UNSUPPORTED = re.compile(r"\.(lora_(embedding_[AB]|magnitude_vector|[AB]\.bias))")
+OTHERWISE = (
+    *("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens"),
+    *("arrow_config", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config"),
+)
+"""Settings of PEFT with which its matrices are not simply multiplied and added, or not for every token."""
+REBASED = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Ways to begin a training in which the model's weights are changed first, so that the matrices go with those."""
 
 
 def plain_name(name: str) -> str:
@@ -30,9 +37,17 @@ def scale_of(config: Mapping[str, Any], path: Path) -> float:
 
     Raises ModelError for what cannot be merged.
     """
-    for name in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layer_replication"):
+    if (kind := config.get("peft_type") or "LORA") != "LORA":
+        raise ModelError(f"{path}: it is of the type {str(kind)[:40]} (peft_type), and LORA is supported alone")
+    for name in OTHERWISE:
         if config.get(name):
             raise ModelError(f"{path}: a LoRA with {name} is not supported")
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(REBASED):
+        raise ModelError(
+            f"{path}: a LoRA that began with {begun[:40]} (init_lora_weights) does not go with the model's weights, "
+            "but with what that made of them; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise ModelError(f"{path} has no usable r and lora_alpha")

@@ -69,6 +69,8 @@ def read(path: Path, model: CausalModel) -> Tensors:
 
 def read_lora(path: Path) -> Tensors:
     """The tensors of a LoRA's folder."""
+    if not _is_file(path / LORA_TENSORS) and _is_file(path / "adapter_model.bin"):
+        raise ModelError(f"{path} has adapter_model.bin, which is not read; save it as {LORA_TENSORS}")
     return read_tensors(read_header(path / LORA_TENSORS))
 
 

@@ -222,10 +222,14 @@ def test_one_for_which_there_is_no_memory_is_refused(
     ("tensors", "config", "message"),
     [
         ({}, {}, "holds no matrices"),
-        ({"model.norm.weight": torch.ones(64)}, {}, "is no matrix of a LoRA"),
+        ({"model.norm.weight": torch.ones(64)}, {}, "is no matrix of a LoRA.*modules_to_save"),
         (lora(1, 2) | {"model.nose.lora_A.weight": torch.ones(1, 2)}, {}, "only the matrix A"),
         ({name: tensor[:1] for name, tensor in lora(1, 2).items()}, {}, "has the shapes"),
         (lora(1, 2), {"use_dora": True}, "use_dora"),
+        (lora(1, 2), {"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens"),
+        (lora(1, 2), {"init_lora_weights": "pissa_niter_4"}, "began with pissa_niter_4.*path_initial_model"),
+        (lora(1, 2), {"init_lora_weights": "OLoRA"}, "began with OLoRA"),
+        (lora(1, 2), {"peft_type": "ADALORA"}, r"of the type ADALORA \(peft_type\)"),
         (
             {"lm_head.lora_A.weight": torch.ones(2, 64), "lm_head.lora_B.weight": torch.ones(7, 2)},
             {},
@@ -242,5 +246,8 @@ def test_what_fits_no_model_is_refused(
     assert local.engine.adapters.find("wrong") is None
     with pytest.raises(ModelError, match="no adapter_config"):
         local.operate(LoadAdapter("wrong", str(tmp_path)))
+    (tmp_path / "wrong" / "adapter_model.safetensors").rename(tmp_path / "wrong" / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapter_model\.bin, which is not read" if not config else "."):
+        local.operate(LoadAdapter("wrong", str(tmp_path / "wrong")))
     with pytest.raises(ModelError, match="no LoRA 'wrong', but 'a', 'b', 'c'"):
         local.operate(UnloadAdapter("wrong"))

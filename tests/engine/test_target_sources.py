@@ -321,12 +321,22 @@ def test_a_lora_that_does_not_fit_is_refused(local: LocalEngine, broken: tuple[T
     assert serving(local) == before
 
 
-@pytest.mark.parametrize("change", [{"use_dora": True}, {"r": 0}, {"lora_alpha": None}, {"rank_pattern": {"q": 2}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True},
+        {"r": 0},
+        {"lora_alpha": None},
+        {"rank_pattern": {"q": 2}},
+        {"init_lora_weights": "corda"},
+        {"peft_type": "LOHA"},
+    ],
+)
 def test_a_lora_of_another_kind_is_refused(local: LocalEngine, tmp_path: Path, change: dict[str, Any]) -> None:
     config = {"r": 4, "lora_alpha": 8} | change
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file(lora(1), tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match=r"not supported|no usable"):
+    with pytest.raises(ModelError, match=r"not supported|no usable|does not go with|LORA is supported alone"):
         update(local, ReadTarget(1, str(tmp_path)))
 
 
