@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slipstream.engine.checkpoint.json_file import again
 from slipstream.engine.checkpoint.stored import in_rows
 from slipstream.engine.errors import ModelError
 from slipstream.kernels.stored import Stored
@@ -58,7 +59,19 @@ TENSOR_TYPES = {
     12: TensorType("Q4_K", 256, 144),
     13: TensorType("Q5_K", 256, 176),
     14: TensorType("Q6_K", 256, 210),
+    16: TensorType("IQ2_XXS", 256, 66),
+    17: TensorType("IQ2_XS", 256, 74),
+    18: TensorType("IQ3_XXS", 256, 98),
+    19: TensorType("IQ1_S", 256, 50),
+    20: TensorType("IQ4_NL", 32, 18),
+    21: TensorType("IQ3_S", 256, 110),
+    22: TensorType("IQ2_S", 256, 82),
+    23: TensorType("IQ4_XS", 256, 136),
+    29: TensorType("IQ1_M", 256, 56),
     30: TensorType("BF16", 1, 2),
+    34: TensorType("TQ1_0", 256, 54),
+    35: TensorType("TQ2_0", 256, 66),
+    39: TensorType("MXFP4", 32, 17),
 }
 
 
@@ -138,7 +151,7 @@ class _Cursor:
     def broken(self, problem: str) -> ModelError:
         return ModelError(
             f"{self.path} is not a valid GGUF file: {problem} ({self.reading}, byte {self.offset} of {self.size}). "
-            "Download or convert the file again."
+            f"{again(self.path)}"
         )
 
     def unpack(self, code: str) -> tuple[Any, ...]:

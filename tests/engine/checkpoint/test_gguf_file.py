@@ -40,7 +40,7 @@ def packed(kind: str) -> np.ndarray:
     """Quantised by the library where it can, else random block bytes, for every byte pattern is a valid block."""
     random = np.random.default_rng(3)
     values = random.standard_normal((ROWS, COLUMNS), dtype=np.float32)
-    if kind.endswith("_K"):
+    if kind.endswith("_K") or kind.startswith("IQ"):
         elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
         return random.integers(0, 256, (ROWS, COLUMNS // elements * size), dtype=np.uint8)
     data: np.ndarray = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
