@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slipstream.engine.checkpoint import hub
+from slipstream.engine.checkpoint.config_file import read_config
 from slipstream.engine.checkpoint.gguf_config import (
     huggingface_name,
     translate_config,
@@ -66,9 +67,9 @@ class Checkpoint(ABC):
         """The same, but quantised matrices that are taken so as they lie in the file."""
         yield from self.tensors()
 
+    @abstractmethod
     def formats(self) -> dict[str, str]:
         """Number formats of the tensors, as files call them, by Hugging Face parameter names."""
-        return {name: self.stored(name).format for name in self.tensor_names()}
 
     @abstractmethod
     def stored(self, name: str) -> Stored:
@@ -77,9 +78,6 @@ class Checkpoint(ABC):
     @abstractmethod
     def tokenizer_data(self) -> Iterator[bytes]:
         """What decides which token ids a text becomes, in a fixed order; nothing where there is no tokenizer."""
-
-    def tensor_names(self) -> list[str]:
-        return list(self.tensor_shapes())
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
         """The memory all tensors take in this type."""
@@ -94,8 +92,10 @@ class FolderCheckpoint(Checkpoint):
         if not (path / "config.json").is_file():
             gguf_files = sorted(path.glob("*.gguf"))
             hint = f" To serve a GGUF file give its path, for example {gguf_files[0]}." if gguf_files else ""
+            if versions := sorted(path.glob("snapshots/*/config.json")):
+                hint = f" It is one of the hub's cache: give one of its versions, for example {versions[0].parent}."
             raise ModelError(f"the folder {path} has no config.json, so it is not a Hugging Face model folder.{hint}")
-        self.config = read_json_object(path / "config.json")
+        self.config = read_config(path / "config.json")
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:  # type: ignore[override]
@@ -120,6 +120,9 @@ class FolderCheckpoint(Checkpoint):
         names = {id(stored): name for name, stored in self._tensors.items()}
         for name, tensor in read_tensors(self._stored):
             yield names[id(self._stored[name])], tensor
+
+    def formats(self) -> dict[str, str]:
+        return {name: stored.dtype for name, stored in self._tensors.items()}
 
     def stored(self, name: str) -> Stored:
         return read_stored(self._tensors[name])

@@ -1,4 +1,4 @@
-"""Reads the JSON files of a model folder."""
+"""Reads the JSON files of a model folder; what to do about files that are not what they should be."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from typing import Any
 
 from slipstream.engine.errors import ModelError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a file begins with that Git LFS has put in place of the one that is meant."""
+
+
+def again(path: Path) -> str:
+    """What to do about a file that is damaged: fetch it, in the way that brings it."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        is_pointer = False
+    return (
+        "It only says where Git LFS keeps the file: get it with `git lfs pull`."
+        if is_pointer
+        else "Download the file again."
+    )
+
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ModelError that names the file and the place if there is none."""
@@ -16,7 +33,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}. Download the file again.") from error
+        raise ModelError(f"{path} is not valid JSON: {error}. {again(path)}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a JSON {type(value).__name__} where an object is needed")
     return value

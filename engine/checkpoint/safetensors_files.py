@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slipstream.engine.checkpoint.json_file import read_json_object
+from slipstream.engine.checkpoint.json_file import again, read_json_object
 from slipstream.engine.checkpoint.stored import in_rows
 from slipstream.engine.errors import ModelError
 from slipstream.kernels.stored import Stored
@@ -54,6 +54,8 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     if not is_whole:
         others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         hint = f" It has {', '.join(others[:3])}, which is another format." if others else ""
+        if named := sorted(path.name for path in folder.glob("*.safetensors")):
+            hint = f" It has {', '.join(named[:3])}, which no index lists."
         raise ModelError(
             f"the folder {folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}.{hint} Download the "
             "safetensors files of the model, or convert it with transformers' save_pretrained; a .gguf file is given "
@@ -170,4 +172,4 @@ def _data_end(path: Path, name: str, entry: Any) -> int:
 
 
 def _damaged(path: Path, problem: str) -> ModelError:
-    return ModelError(f"{path} is not a valid safetensors file: {problem}. Download the file again.")
+    return ModelError(f"{path} is not a valid safetensors file: {problem}. {again(path)}")

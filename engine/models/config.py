@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from slipstream.engine.checkpoint.shapes import FAMILIES, is_tied, num_experts, parameter_shapes
 from slipstream.engine.errors import ModelError
-from slipstream.engine.models.rope import context_length, rope_parameters, switch_length
+from slipstream.engine.models.rope import context_length, is_nested, rope_parameters, switch_length
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +153,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         hidden=need(config, "hidden_size"),
         intermediate=need(config, "intermediate_size"),
         heads=need(config, "num_attention_heads"),
-        norm_eps=_norm_eps(config),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
         tied=is_tied(config),
         qkv_bias=first + "self_attn.q_proj.bias" in parameters,
         out_bias=first + "self_attn.o_proj.bias" in parameters,
@@ -170,13 +170,6 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
 def _activation(family: str) -> tuple[str, str]:
     """Where configurations name the activation, and the one that is computed here."""
     return ("hidden_activation", "gelu_pytorch_tanh") if family == "gemma3_text" else ("hidden_act", "silu")
-
-
-def _norm_eps(config: dict[str, Any]) -> float:
-    found = config.get("rms_norm_eps", 1e-6)
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise ModelError(f"config.json has rms_norm_eps = {found!r}, a number is needed")
-    return found
 
 
 def _more(config: dict[str, Any]) -> dict[str, Any]:
@@ -207,6 +200,7 @@ def window_rope_tables(config: DecoderConfig, length: int) -> tuple[Tensor, Tens
 def rope_tables(config: DecoderConfig, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin, each [length, head_dim / 2] float32, scaling of long-context models included."""
     import torch  # not above: configurations are also read where there is no need of it
+    from huggingface_hub.errors import StrictDataclassError
 
     head_dim, rope = config.shape.head_dim, config.rope
     try:
@@ -216,7 +210,7 @@ def rope_tables(config: DecoderConfig, length: int) -> tuple[Tensor, Tensor]:
             factor = 1.0
         else:
             inverse, factor = _scaled_frequencies(config, length)
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError(f"the rotary parameters {rope} mean nothing: {error}") from error
     if 2 * len(inverse) != head_dim or not inverse.isfinite().all():  # kernels read as many as a head is wide
         raise ModelError(f"the rotary parameters {rope} are none for all of a head of size {head_dim}")
@@ -248,6 +242,8 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     rope = rope_parameters(config)
     if config["model_type"] == "gemma3_text":  # by kinds of layers, or in the fields from before there were such
         rope = _of_kind(config, "full_attention", config.get("rope_theta", GEMMA_THETA))
+    elif is_nested(rope):
+        raise ModelError(f"config.json has rotary parameters by kinds of layers, and all layers have the same: {rope}")
     if rope["rope_type"] in ("yarn", "llama3"):
         rope.setdefault("original_max_position_embeddings", stated_positions(config))
     return rope

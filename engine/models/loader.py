@@ -26,7 +26,7 @@ from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.transformers_files import transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
 from slipstream.engine.models.weight_formats import DTYPES, choose_formats, describe, weights_bytes
-from slipstream.engine.models.weights import Rows, ahead, load
+from slipstream.engine.models.weights import Rows, ahead, load, require_numbers
 from slipstream.engine.units import parse_size
 from slipstream.kernels.attention.choice import backend
 from slipstream.kernels.compute import PACKED, Compute, Formats, LayerShape
@@ -79,7 +79,7 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     checkpoint = open_checkpoint(config.model)
     device = find_device(config)
     _check_kind(checkpoint)
-    shape = model_shape(checkpoint.config) if is_own(checkpoint.config) else transformers_shape(checkpoint.config)
+    shape = _shape(checkpoint.config)
     _select_isa(config.isa)
     kind = _choose_compute(checkpoint, config, device)
     kind.set_threads(config.threads or usable_cores())
@@ -112,10 +112,15 @@ def weights_here(config: EngineConfig) -> tuple[str, str]:
     """How the weights of a model would be kept on this machine, and why, for people; raises as ``load_model`` does."""
     checkpoint, device = open_checkpoint(config.model), find_device(config)
     _check_kind(checkpoint)
+    _shape(checkpoint.config)
     _select_isa(config.isa)
     kind = _choose_compute(checkpoint, config, device)
     formats, because = choose_formats(checkpoint, config, kind, _choose_dtype(checkpoint, config, device, kind))
     return describe(checkpoint, config, formats, kind), because
+
+
+def _shape(config: dict[str, Any]) -> ModelShape:
+    return model_shape(config) if is_own(config) else transformers_shape(config)
 
 
 def _select_isa(isa: str) -> None:
@@ -132,7 +137,11 @@ def _select_isa(isa: str) -> None:
 def _check_kind(checkpoint: Checkpoint) -> None:
     """Refuses quantised weights, and models that are made for other things than generating text."""
     config = checkpoint.config
-    if scheme := config.get("quantization_config") or config.get("compression_config"):
+    of_text = config.get("text_config")
+    for part in (config, of_text if isinstance(of_text, dict) else {}):
+        scheme = part.get("quantization_config") or part.get("compression_config")
+        if not scheme:
+            continue
         method = scheme.get("quant_method", "an unnamed method") if isinstance(scheme, dict) else scheme
         raise ModelError(
             f"{checkpoint.path}: its weights are quantised ({method}), which cannot be read; "
@@ -152,7 +161,11 @@ def build_model(
         _refuse_deterministic(options, "models that run through transformers")
         folder = None if dummy else checkpoint.path
         cache = cache_maker(config, options, formats, device)
-        return TransformersModel(config, formats, device, folder, options.seed, cache)
+        found = TransformersModel(config, formats, device, folder, options.seed, cache)
+        stored = {} if dummy else checkpoint.formats()
+        for name in found.weights.shapes:
+            require_numbers(name, not stored.get(name, "F").startswith(("F", "BF")))
+        return found
     kind = _choose_compute(checkpoint, options, device)
     if options.kernels == "native" and kind is not COMPUTES["native"]:
         raise ConfigError(

@@ -20,11 +20,17 @@ LONGROPE = ("longrope", "su")
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Both spellings: rope_parameters of new config files, rope_theta and rope_scaling (``type``) of older ones."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    """Both spellings: rope_parameters of new config files, rope_theta and rope_scaling (``type``) of older ones.
+
+    Of a file with both, rope_scaling counts, as in transformers: somebody has put it into a newer file.
+    """
+    given = config.get("rope_parameters") or {}
+    rope = dict(config.get("rope_scaling") or given)
     kind = rope.pop("type", None)
+    if theta := config.get("rope_theta") or given.get("rope_theta"):
+        rope.setdefault("rope_theta", theta)
     rope["rope_type"] = rope.get("rope_type") or kind or "default"
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope.setdefault("rope_theta", 10000.0)
     return rope
 
 
@@ -36,7 +42,8 @@ def context_length(config: Mapping[str, Any], stated: int) -> int:
     files state the result.
     """
     rope = rope_parameters(config)
-    if rope["rope_type"] not in EXTENDING or "rope_local_base_freq" in config:
+    by_layer = "rope_local_base_freq" in config or is_nested(config.get("rope_parameters") or {})
+    if rope["rope_type"] not in EXTENDING or by_layer:
         return stated
     factor, original = rope.get("factor"), rope.get("original_max_position_embeddings", stated)
     if _is_number(factor) and _is_number(original):
@@ -57,9 +64,14 @@ def switch_length(config: Mapping[str, Any], stated: int) -> int:
             original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings", 0)
         elif kind != "dynamic":
             continue
-        if 0 < original < context_length(config, stated):
+        if _is_number(original) and original < context_length(config, stated):
             lengths.append(int(original))
     return min(lengths, default=0)
+
+
+def is_nested(rope: Mapping[str, Any]) -> bool:
+    """Whether the parameters are given by kinds of layers."""
+    return any(isinstance(value, dict) for value in rope.values())
 
 
 def _flat(rope: dict[str, Any]) -> Iterator[dict[str, Any]]:

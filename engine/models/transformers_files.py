@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import ModelShape, model_shape, need
 from slipstream.engine.models.paged_attention import ATTENTION, register
 from slipstream.engine.models.rope import switch_length
-from slipstream.engine.models.weights import is_buffer
+from slipstream.engine.models.weights import is_buffer, unknown
 
 SIZES = ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "head_dim")
 ROPE = ("rope_parameters", "original_max_position_embeddings", "rope_local_base_freq")
-ERRORS = (ValueError, KeyError, ImportError, AttributeError, TypeError, OSError, RuntimeError, SafetensorError)
+ERRORS = (
+    *(ValueError, LookupError, ImportError, AttributeError, TypeError, OSError, RuntimeError, ArithmeticError),
+    *(AssertionError, SafetensorError, StrictDataclassError),
+)
 """What transformers raises for files and settings that do not fit."""
 
 
@@ -35,7 +39,7 @@ def settings_of(config: dict[str, Any]) -> Any:
     try:
         return AutoConfig.for_model(**config).get_text_config()
     except ERRORS as error:
-        raise ModelError(f"transformers cannot read the configuration of type {kind!r}: {error}") from error
+        raise ModelError(f"transformers cannot read the configuration of type {kind!r}: {_words(error)}") from error
 
 
 def transformers_shape(config: dict[str, Any]) -> ModelShape:
@@ -60,6 +64,12 @@ def transformers_shape(config: dict[str, Any]) -> ModelShape:
     elif getattr(settings, "multi_query", False):
         sizes["num_key_value_heads"] = 1
     return model_shape({"model_type": kind, **{name: size for name, size in sizes.items() if size is not None}})
+
+
+def _words(error: Exception) -> str:
+    """What an error says, in one line; with its kind where it names a thing alone, as a missing key."""
+    text = " ".join(str(error).split())
+    return text if " " in text else f"{type(error).__name__} {text}"
 
 
 def transformers_switch_length(config: dict[str, Any]) -> int:
@@ -93,10 +103,10 @@ def build_module(config: dict[str, Any], dtype: torch.dtype, folder: Path | None
                 f"{kind!r} models are not supported: their code in transformers computes attention itself and does "
                 "not leave it to a paged cache"
             ) from error
-        raise ModelError(f"transformers cannot load a causal model of type {kind!r}: {error}") from error
+        raise ModelError(f"transformers cannot load a causal model of type {kind!r}: {_words(error)}") from error
     if missing := sorted(info["missing_keys"]):
         some = ", ".join(missing[:3])
         raise ModelError(f"the checkpoint in {folder} lacks {len(missing)} tensors, for example {some}")
-    if unknown := sorted(name for name in info["unexpected_keys"] if not is_buffer(name)):
-        raise ModelError(f"the checkpoint holds a tensor {unknown[0]!r} that {type(module).__name__} does not have")
+    if extra := sorted(name for name in info["unexpected_keys"] if not is_buffer(name)):
+        raise unknown(extra[0], type(module).__name__)
     return module

@@ -27,9 +27,30 @@ BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.(\w+_)?(inv_freq|cos_cached|sin_cached|cos|sin)|(attn|attention)\.(masked_bias|bias)|position_ids)$"
 )
 """What exporters wrote besides weights: tables and masks that every implementation makes itself."""
+QUANTISED = re.compile(
+    r"[._](qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state\..*|weight_(scale|packed|zero_point|shape)\w*"
+    r"|(input|activation|k|v)_scale|blocks)$"
+)
+"""How tensors are called that quantised weights consist of, besides numbers that are called as weights are."""
 PIECE_ELEMS, PIECE_ROWS = 1 << 16, 64
 """Elements and rows of a matrix that are laid out between two moments at which steps may go first: so many elements, in
 whole groups of rows."""
+
+
+def unknown(name: str, owner: str) -> ModelError:
+    """What is wrong with a checkpoint that has a tensor of this name, which ``owner`` has not."""
+    if QUANTISED.search(name):
+        return ModelError(
+            f"the checkpoint holds {name!r}: its weights are quantised, which cannot be read; "
+            "serve the model's bfloat16 weights, or a GGUF file of it"
+        )
+    return ModelError(f"the checkpoint holds a tensor {name!r} that {owner} does not have")
+
+
+def require_numbers(name: str, is_whole: bool) -> None:
+    """Raises ModelError for weights that are whole numbers, which mean something only together with their scales."""
+    if is_whole:
+        raise ModelError(f"{name!r} holds whole numbers, as quantised weights do, which cannot be read")
 
 
 class Weights(Protocol):
@@ -170,7 +191,9 @@ class ExpectedTensors:
             # A tied head is stored by some although it repeats the embedding.
             if is_buffer(name) or name == "lm_head.weight":
                 return False
-            raise ModelError(f"the checkpoint holds a tensor {name!r} that this architecture does not have")
+            raise unknown(name, "this architecture")
+        if isinstance(rows, Tensor):
+            require_numbers(name, not rows.is_floating_point())
         shape = tuple(rows.shape) or (1,)
         begin = first_row or 0
         end = begin + shape[0]

@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from slipstream.engine.checkpoint.json_file import read_json_object
+from slipstream.engine.checkpoint.json_file import again, read_json_object
 from slipstream.engine.errors import ModelError
 from slipstream.server.text.chat_template import TemplateError
 
@@ -50,7 +50,7 @@ def read_folder(folder: Path) -> TokenizerParts:
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{file} is not a valid tokenizer: {error}. Download the file again.") from error
+        raise ModelError(f"{file} is not a valid tokenizer: {error}. {again(file)}") from error
     config = _optional(folder / "tokenizer_config.json")
     named = dict(config)
     if "added_tokens_decoder" not in config:  # files from before that field

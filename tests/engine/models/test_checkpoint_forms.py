@@ -96,3 +96,20 @@ def test_what_is_no_known_buffer_is_refused_by_name(tiny_model: Any, config: dic
     save_file(tensors | {"model.layers.0.adapter.weight": torch.ones(4)}, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"model\.layers\.0\.adapter\.weight"):
         text(model.folder)
+
+
+@pytest.mark.parametrize("config", [TINY_LLAMA, NEOX], ids=["native", "transformers"])
+def test_quantised_weights_are_refused_as_such_where_nothing_says_so(tiny_model: Any, config: dict[str, Any]) -> None:
+    """Whole numbers mean nothing without scales, and scales say what their weights are."""
+    model = tiny_model(config)
+    file = model.folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if ".layers.0." in name and tensor.ndim == 2)
+    whole = {name: (tensors[name] * 100).to(torch.int8)}
+    save_file(tensors | whole, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"{name!r} holds whole numbers"):
+        text(model.folder)
+    scaled = {name: tensors[name].to(torch.float8_e4m3fn), name + "_scale_inv": torch.ones(1, 1)}
+    save_file(tensors | scaled, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"{name}_scale_inv': its weights are quantised"):
+        text(model.folder)
