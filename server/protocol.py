@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
+from starlette.types import Message, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from slipstream.server.edge import REQUEST_ID, fresh_id
 from slipstream.server.errors import ApiError, HeadTooLargeError, InvalidRequestError, TooSlowError, UnavailableError
@@ -16,6 +18,9 @@ from slipstream.server.errors import ApiError, HeadTooLargeError, InvalidRequest
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 30.0
 RETRY_CONNECT_S = 5
+OTHER_PROTOCOLS = {b"\x16\x03": "TLS (https)", b"PRI * HTTP/2.0": "HTTP/2"}
+"""How others that clients are set to by mistake begin."""
+UPGRADES = (b"upgrade", b"http2-settings")
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,14 @@ class ConnectionLimits:
 class HttpProtocol(HttpToolsProtocol):
     """One connection. The parser keeps every header it sees, so without a bound a client could fill the memory; and
     what a client does not read stays in memory, so that cannot be for ever.
+
+    Offers to go on in another protocol are ignored: HTTP clients of Java make one with their first request. The parser
+    takes what follows such a head for the other protocol, so it reads the head again without the offer.
     """
 
     _head_bytes = 0
+    _without_offer: bytes | None = None
+    """The head that was read last, if it offers another protocol: the same head without that."""
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
 
@@ -83,11 +93,34 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._head_timer is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(HeadTooLargeError(f"the head of the request is larger than {MAX_HEAD_BYTES} bytes"))
+
+    def _parse(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except HttpParserUpgrade as upgrade:
+                head, self._without_offer = self._without_offer or b"", None
+                data = head + data[upgrade.args[0] :]
+                self.parser = HttpRequestParser(self)  # one that has read `Connection: close` reads nothing more
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            except HttpParserError as error:
+                others = (name for start, name in OTHER_PROTOCOLS.items() if data.startswith(start))
+                if other := next(others, None):
+                    message = f"this is {other}, and the server speaks plain HTTP/1.1 only"
+                elif isinstance(error, HttpParserCallbackError):
+                    message = "this is no HTTP/1.1 request"
+                else:
+                    message = f"this is no HTTP/1.1 request: {error}"
+                self.logger.warning("a client was refused: %s", message)
+                self._refuse(InvalidRequestError(message, code="invalid_http"))
+                return
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -95,9 +128,21 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head_arrived()
+        method = self.parser.get_method()
+        if self.parser.should_upgrade() and method != b"CONNECT":
+            version = self.parser.get_http_version()
+            self._without_offer = b"".join(without_offer(method, self.url, version, self.headers))
+            return
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            # uvicorn makes a task that sends the answer, which begins when this is done.
+            self.cycle.send = until_closed(self.cycle)  # type: ignore[method-assign]
         if self._limits.is_ending():
             self.end_after_answer()
+
+    def on_message_complete(self) -> None:
+        if self._without_offer is None:
+            super().on_message_complete()
 
     def end_after_answer(self) -> None:
         """Closes the connection if it waits for its next request, or else after the answer to what is under way.
@@ -110,9 +155,6 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
         else:
             self.cycle.keep_alive = False
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(InvalidRequestError(msg, code="invalid_http"))
 
     def _await_head(self) -> None:
         if self._head_timer is None:
@@ -141,3 +183,32 @@ class HttpProtocol(HttpToolsProtocol):
         lines = [b"HTTP/1.1 %d %b" % (status, status.phrase.encode()), *(b": ".join(header) for header in headers)]
         self.transport.write(b"\r\n".join([*lines, b"", body]))
         self.transport.close()
+
+
+def without_offer(method: bytes, url: bytes, version: str, headers: Iterable[tuple[bytes, bytes]]) -> Iterable[bytes]:
+    """The head of a request, in pieces, without what offers to go on in another protocol."""
+    yield b"%b %b HTTP/%b\r\n" % (method, url, version.encode())
+    for name, value in headers:
+        if name == b"connection":
+            value = b", ".join(option for option in value.split(b",") if option.strip().lower() not in UPGRADES)
+        if name not in UPGRADES:
+            yield b"%b: %b\r\n" % (name, value)
+    yield b"\r\n"
+
+
+def until_closed(cycle: RequestResponseCycle) -> Send:
+    """Sends an answer whose length is not known as it is, up to the end of the connection: HTTP/1.0 has no chunks."""
+    send = cycle.send
+    has_length = True
+
+    async def sending(message: Message) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not has_length:
+                cycle.chunked_encoding = False
+        elif not has_length:
+            cycle.expected_content_length = len(message.get("body", b""))  # uvicorn holds answers to their length
+        await send(message)
+
+    return sending

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
 
 from slipstream.server import body, protocol
 from slipstream.server.app import error_response
@@ -102,6 +103,69 @@ async def test_a_slow_body_is_refused(quick_body: None, port: int) -> None:
 async def test_a_head_in_pieces_within_the_limit(port: int) -> None:
     pieces = (b"POST / HTTP/1.1\r\n", b"Host: x\r\nConnection: close\r\nContent-", b"Length: 3\r\n\r\nabc")
     assert answer(await say(port, *pieces, pause=0.04)) == {"size": 3}
+
+
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+"""What Java's HTTP client adds to the first request of a connection."""
+
+
+@pytest.mark.parametrize(
+    "offer", [OFFER, b"Connection: upgrade, close\r\nUpgrade: websocket\r\n"], ids=["java", "close"]
+)
+@pytest.mark.parametrize(
+    "body",
+    [b"Content-Length: 3\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"],
+    ids=["length", "chunks"],
+)
+@pytest.mark.parametrize("cut", [0, 20, -8])
+async def test_the_body_behind_an_offer_of_another_protocol_is_read(
+    port: int, offer: bytes, body: bytes, cut: int
+) -> None:
+    first = b"POST / HTTP/1.1\r\nHost: x\r\n" + offer + body
+    requests, sizes = first, [3]
+    if b"close" not in offer:
+        requests += b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\nab"
+        sizes.append(2)
+    place = cut % len(first)
+    received = await say(port, requests[:place], requests[place:], pause=0.04)
+    bodies = (each.partition(b"}")[0] + b"}" for each in received.split(b"\r\n\r\n")[1:])
+    assert [json.loads(each)["size"] for each in bodies] == sizes
+
+
+async def test_what_http_1_0_is_answered_has_no_chunks() -> None:
+    app = FastAPI()
+
+    @app.get("/{length}")
+    async def numbers(length: str) -> StreamingResponse:
+        headers = {"Content-Length": "4"} if length == "known" else {}
+        return StreamingResponse(iter(("12", "", "34")), headers=headers)
+
+    config = uvicorn.Config(app, lifespan="off", log_config=None)
+    config.load()
+    state = uvicorn.server.ServerState()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: protocol.HttpProtocol(config, state, {}), "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        for path in (b"known", b"unknown"):
+            received = await say(port, b"GET /" + path + b" HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+            assert received.endswith(b"\r\n\r\n1234")
+            assert b"transfer-encoding" not in received and b"connection: close" in received
+            assert (await say(port, b"HEAD /" + path + b" HTTP/1.0\r\n\r\n")).endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("sent", "named"),
+    [
+        (bytes.fromhex("160301000601000002") + bytes(2), "TLS"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP/2"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", "Transfer-Encoding"),
+        (b"CONNECT x:80 HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n", "no HTTP/1.1 request"),
+    ],
+)
+async def test_other_protocols_are_named(port: int, sent: bytes, named: str) -> None:
+    received = await say(port, sent)
+    assert received.startswith(b"HTTP/1.1 400 ") and named in answer(received)["error"]["message"]
 
 
 @contextlib.asynccontextmanager
