@@ -166,7 +166,8 @@ def main(early: EarlyProcess | None = None) -> None:
     except UsageError as error:
         said = error.format_message()
         # As other servers have it: serve MODEL.
-        hint = "; the model is an option here: --model" if "unexpected extra argument" in said else ""
+        serving = error.ctx is not None and error.ctx.info_name == "serve"
+        hint = "; the model is an option here: --model" if serving and "unexpected extra argument" in said else ""
         fail(said + hint, USER_ERROR)
     except (ConfigError, ModelError, RegistryError) as error:
         fail(str(error), USER_ERROR)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import difflib
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -49,6 +51,11 @@ logger = logging.getLogger("slipstream")
 KEEP_ALIVE_S = 75
 """Longer than the usual minute of load balancers, which otherwise reuse a connection the moment it is closed."""
 FILES_KEPT_BACK = 128
+PREFIX = "SLIPSTREAM_"
+SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)$")
+"""What Kubernetes tells a pod of services that are called slipstream or slipstream-something."""
+NO_OPTIONS = frozenset({"IMAGE", "COMMIT"})
+"""Settings of the compose file, which a server sees too, and of builds."""
 FLUSH_TIMEOUT_S = 5
 """How long clients may take to read the last bytes on shutdown."""
 
@@ -110,11 +117,27 @@ def run(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prompts are encoded in threads of our own
     set_up_logging(config.log_level, config.log_format)
+    for name, known in unknown_settings(config, engine_config, traffic, evolution):
+        logger.warning("%s in the environment sets no option%s", name, f"; did you mean {known}?" if known else "")
     evolution.check_traffic(traffic)
     config, engine_config = with_local_model(config, engine_config)
     service = make_service(config, engine_config, traffic, evolution, starting_with(early))
     with listen(config.host, config.port) as listener:
         uvloop.run(serve_until_signals(service, listener, early.began))
+
+
+def unknown_settings(*configs: Any) -> Iterator[tuple[str, str | None]]:
+    """Names in the environment that look like options of ours, and of each the option that may be meant.
+
+    A key whose name is misspelt would leave the server open without a word.
+    """
+    options = [field.name.upper() for config in configs for field in dataclasses.fields(config)]
+    for name in sorted(os.environ):
+        own = name.removeprefix(PREFIX)
+        if own == name or own in options or own in NO_OPTIONS or SERVICE_LINK.match(own):
+            continue
+        close = difflib.get_close_matches(own, options, 1)
+        yield name, PREFIX + close[0] if close else None
 
 
 def with_local_model(config: ServerConfig, engine: EngineConfig) -> tuple[ServerConfig, EngineConfig]:

@@ -22,6 +22,7 @@ from slipstream.engine.errors import ConfigError
 from slipstream.server.cli import build
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
+from slipstream.server.launch import unknown_settings
 from slipstream.server.testing import Commands
 
 EVOLVE = (
@@ -106,6 +107,10 @@ def test_errors_of_the_user_are_one_line_and_exit_code_2(commands: Commands, arg
     assert "Traceback" not in done.stderr
 
 
+def test_only_serve_has_the_model_as_an_option(commands: Commands) -> None:
+    assert "--model" not in commands.run("drafter", "list", "here").stderr
+
+
 def test_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = run("serve", "--port", str(taken.getsockname()[1]))
@@ -140,6 +145,19 @@ def test_environment_sets_options(commands: Commands) -> None:
     done = commands.run("serve", SLIPSTREAM_MODEL="/from/the/environment")
     assert done.returncode == 2
     assert "/from/the/environment" in done.stderr
+
+
+def test_settings_of_the_environment_that_are_no_options_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    links = ("SERVICE_HOST", "SERVICE_PORT_HTTP", "PORT_8000_TCP_ADDR", "GPU_SERVICE_PORT", "GPU_PORT")
+    for name in ("API_KEYS", "MAX_RUNING", "ELSE_WHERE", "MAX_RUNNING", "IMAGE", *links):
+        monkeypatch.setenv(f"SLIPSTREAM_{name}", "x")
+    monkeypatch.delenv("SLIPSTREAM_PORT", raising=False)
+    found = dict(unknown_settings(ServerConfig(), EngineConfig(), TrafficConfig(), EvolutionConfig()))
+    assert {name: found[name] for name in sorted(found)} == {
+        "SLIPSTREAM_API_KEYS": "SLIPSTREAM_API_KEY",
+        "SLIPSTREAM_ELSE_WHERE": None,
+        "SLIPSTREAM_MAX_RUNING": "SLIPSTREAM_MAX_RUNNING",
+    }
 
 
 def test_what_kubernetes_says_of_a_service_is_no_option(commands: Commands) -> None:
