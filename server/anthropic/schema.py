@@ -115,8 +115,11 @@ class PromptFields(ExtraFields):
     cache_control: dict[str, Any] | None = None
 
     # Refused unless off.
+    compaction: unsupported() = None  # type: ignore[valid-type]
     mcp_servers: unsupported([]) = None  # type: ignore[valid-type]
     context_management: unsupported(*NOTHING_FORGOTTEN) = None  # type: ignore[valid-type]
+    speed: unsupported("standard") = None  # type: ignore[valid-type]
+    thread: unsupported() = None  # type: ignore[valid-type]
 
 
 class MessagesBody(PromptFields):
@@ -128,10 +131,15 @@ class MessagesBody(PromptFields):
 
     # Accepted: they cannot change the answer.
     service_tier: str | None = None
+    billing_policy: dict[str, Any] | None = None
+    diagnostics: dict[str, Any] | None = None
+    fallback_credit_token: str | dict[str, Any] | None = None
+    fallbacks: str | list[dict[str, Any]] | None = None
+    """Models for what the one that is asked declines; here none declines anything."""
 
     # Refused unless off.
     container: unsupported() = None  # type: ignore[valid-type]
-    speed: unsupported("standard") = None  # type: ignore[valid-type]
+    inference_geo: unsupported("global") = None  # type: ignore[valid-type]
 
 
 class CountTokensBody(PromptFields):

@@ -183,11 +183,18 @@ class Model(Answer):
     parent: str | None
     """The model that a LoRA changes."""
     max_model_len: int
+    # As Anthropic's clients read them.
+    type: Literal["model"]
+    display_name: str
+    created_at: str
 
 
 class Models(Answer):
     object: Literal["list"]
     data: list[Model]
+    first_id: str
+    last_id: str
+    has_more: Literal[False]
 
 
 class Tokens(Answer):

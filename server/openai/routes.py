@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -67,12 +68,9 @@ def openai_router(service: Service) -> APIRouter:
     async def models() -> Response:
         """The model of this server under its names, and the LoRAs beside it."""
         service.require_ready()
-        return JSONBody(
-            {
-                "object": "list",
-                "data": [model_card(service, name) for name in service.adapters.names],
-            }
-        )
+        names = service.adapters.names
+        page = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+        return JSONBody({"object": "list", "data": [model_card(service, name) for name in names], **page})
 
     @router.get("/v1/models/{name:path}", openapi_extra=describe(answers.Model, 404, 503))
     async def model(name: str) -> Response:
@@ -124,4 +122,7 @@ def model_card(service: Service, name: str) -> dict[str, Any]:
         "root": adapter or service.model_names[0],
         "parent": service.model_names[0] if adapter else None,
         "max_model_len": service.engine.ready.max_model_len,
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
     }

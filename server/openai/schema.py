@@ -286,6 +286,7 @@ class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
     audio: unsupported() = None  # type: ignore[valid-type]
     prediction: unsupported() = None  # type: ignore[valid-type]
     verbosity: unsupported("medium") = None  # type: ignore[valid-type]
+    moderation: unsupported() = None  # type: ignore[valid-type]
     web_search_options: unsupported() = None  # type: ignore[valid-type]
 
     # What clients of vLLM send.

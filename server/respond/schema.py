@@ -122,6 +122,9 @@ class RespondBody(ExtraFields):
     context_management: unsupported([]) = None  # type: ignore[valid-type]
     moderation: unsupported() = None  # type: ignore[valid-type]
     prompt: unsupported() = None  # type: ignore[valid-type]
+    image: unsupported() = None  # type: ignore[valid-type]
+    access_programs: unsupported() = None  # type: ignore[valid-type]
+    background_options: unsupported() = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _check(self) -> RespondBody:

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import socket
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -306,4 +307,10 @@ def test_limits_of_the_server(small_server: Any) -> None:
 def test_aliases(small_server: Any) -> None:
     for name in ("tiny", "alias"):
         assert small_server.complete("x", max_tokens=1, model=name)["model"] == name
-    assert [model["id"] for model in small_server.get("/v1/models")[1]["data"]] == ["tiny", "alias"]
+    listed = small_server.get("/v1/models")[1]
+    assert [model["id"] for model in listed["data"]] == ["tiny", "alias"]
+    # Anthropic's clients read these, and go from page to page.
+    assert [model["display_name"] for model in listed["data"]] == ["tiny", "alias"]
+    assert (listed["first_id"], listed["last_id"], listed["has_more"]) == ("tiny", "alias", False)
+    (created,) = {datetime.fromisoformat(model["created_at"]).timestamp() for model in listed["data"]}
+    assert created == listed["data"][0]["created"]
