@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
-from starlette.types import Message, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from slipstream.server.edge import REQUEST_ID, fresh_id
@@ -136,7 +135,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.scope["http_version"] == "1.0":
             # uvicorn makes a task that sends the answer, which begins when this is done.
-            self.cycle.send = until_closed(self.cycle)  # type: ignore[method-assign]
+            self.cycle.send = until_closed(self.cycle)  # type: ignore[method-assign, assignment]
         if self._limits.is_ending():
             self.end_after_answer()
 
@@ -196,12 +195,12 @@ def without_offer(method: bytes, url: bytes, version: str, headers: Iterable[tup
     yield b"\r\n"
 
 
-def until_closed(cycle: RequestResponseCycle) -> Send:
+def until_closed(cycle: RequestResponseCycle) -> Callable[[Any], Coroutine[Any, Any, None]]:
     """Sends an answer whose length is not known as it is, up to the end of the connection: HTTP/1.0 has no chunks."""
     send = cycle.send
     has_length = True
 
-    async def sending(message: Message) -> None:
+    async def sending(message: Any) -> None:
         nonlocal has_length
         if message["type"] == "http.response.start":
             has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
