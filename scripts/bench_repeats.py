@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 
 from slipstream.loadtest.children import free_port, running
-from slipstream.loadtest.demo.heldout import HeldOut
+from slipstream.loadtest.demo.heldout import Answers, HeldOut
 from slipstream.loadtest.demo.replay import keep_answers
 from slipstream.loadtest.harness import connect
 from slipstream.loadtest.workloads import Request, Workload, WorkloadOptions
@@ -49,18 +49,18 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-async def live(workload: Repeating, registry: Path, count: int) -> float:
-    """The accept length of so many requests, one after the other, with chains of three."""
+async def live(requests: list[Request], registry: Path, *more: str) -> Answers:
+    """The answers to these requests, one after the other, with chains of three."""
     port = free_port()
     command = [*SLIPSTREAM, "serve", "--port", str(port), "--registry", str(registry), "--speculation", "head"]
     # Adaptive speculation would verify as much as pays on this machine, and the gate judges whole chains.
-    command += ["--speculation-policy", "fixed", "--max-draft-tokens", "3"]
+    command += ["--speculation-policy", "fixed", "--max-draft-tokens", "3", *more]
     log = registry.parent / "live.log"
     async with running("server", command, port, log=log), connect(f"http://127.0.0.1:{port}", timeout=600) as target:
-        heldout = HeldOut(await workload.round(count))
+        heldout = HeldOut(requests)
         found = await heldout.measure(target, "head")
         assert not heldout.failed
-        return found.accept_length
+        return found
 
 
 def main() -> None:
@@ -90,13 +90,25 @@ def main() -> None:
         raise SystemExit(f"nothing passed the gate: {trained}")
     version = versions[-1]
     gate = version["manifest"]["gate"]
-    found = asyncio.run(live(workload, registry, options.live))
     predicted = gate["accept_length"]
     print(
         f"gate: {predicted:.3f} tokens per step on {gate['texts']:.0f} texts, {gate['different_texts']:.0f} of them "
         f"different, {gate['repeated']:.0%} asked before"
     )
-    print(f"live: {found:.3f} tokens per step in {options.live} requests; prediction {predicted / found - 1:+.1%}")
+    requests = asyncio.run(workload.round(options.live))
+    is_old = [request in questions for request in requests]
+    for what, more in (("live", []), ("live without a prefix cache", ["--no-prefix-caching"])):
+        found = asyncio.run(live(requests, registry, *more))
+        old, new = (
+            Answers([answer for answer, each in zip(found.answers, is_old, strict=True) if each == wanted])
+            for wanted in (True, False)
+        )
+        print(
+            f"{what}: {found.accept_length:.3f} tokens per step in {len(requests)} requests, "
+            f"{old.accept_length:.3f} in the {len(old.answers)} repeated ones and {new.accept_length:.3f} in the "
+            f"others; prediction {predicted / found.accept_length - 1:+.1%}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 from slipstream.engine.config import EngineConfig
@@ -280,7 +281,7 @@ class DraftPlanner:
             self._costly = self._versions[now]
             self._costly.wait(self._steps)
         elif before != now:
-            self._costly = WorthByLoad()
+            self._costly = deepcopy(self._costly)
         if not seen.issuperset(routes.values()):
             self._costly.retry()
 
