@@ -28,6 +28,8 @@ PROBE_DRAFTS, PROBE_ROWS, PROBE_ROWS_OF = 3, 8, 4
 CATCH_UP = 1024
 """Positions that costly drafters look at in one step, at most, because they were not asked in the step before: streams
 feel it. A single request may have more."""
+READ_PER_TOKEN = 64
+"""Positions that they look at first for each token that may still come: for a few last ones reading does not pay."""
 KNOWN_VERSIONS = 8
 """Versions of the shared drafter of which it is kept whether they pay."""
 PLAIN_EVERY, PLAIN_EVERY_SURE = 32, 128
@@ -169,10 +171,14 @@ class DraftPlanner:
         def missed(row: int) -> int:
             return max(requests[row].num_computed - requests[row].num_shown, 0)
 
+        def pays(row: int) -> bool:
+            left = requests[row].message.params.max_tokens - requests[row].num_output
+            return missed(row) <= max(READ_PER_TOKEN * left, self._needs.most + 1)
+
         room, asked = CATCH_UP, []
         few = self._pauses and self._costly.of(sum(plan.samples)).is_paused
         by_route: Counter[str] = Counter()
-        for row in sorted((row for row, count in enumerate(most) if count), key=missed):
+        for row in sorted((row for row, count in enumerate(most) if count and pays(row)), key=missed):
             late = missed(row) > self._needs.most + 1
             if late and ((few and self._asks) or (room < CATCH_UP and missed(row) > room)):
                 break

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
+import msgspec
 import pytest
 
 from slipstream.engine.config import EngineConfig
@@ -147,6 +148,16 @@ def test_probes_in_which_much_is_to_be_read_are_further_apart() -> None:
             loop.step(0.9, right=False)
     reading = [sum(slow.asked.values()) for _ in range(steps) if slow.step(0.9, right=False)]
     assert sum(quick.step(0.9, right=False) for _ in range(steps)) > len(reading) >= 2 * steps // LONGEST_PAUSE
+
+
+def test_a_long_prompt_is_not_read_for_a_few_last_tokens() -> None:
+    loop = Loop(is_costly=True, routes=["", ""], prompt=1000)
+    for most, asked in ((10, {1}), (25, {0, 1})):
+        loop.requests[0].message = msgspec.structs.replace(
+            loop.requests[0].message, params=SamplingParams(max_tokens=most)
+        )
+        loop.step(0.9, right=True)
+        assert set(loop.asked) == asked
 
 
 def test_a_probe_that_succeeds_goes_on_at_once() -> None:
