@@ -75,7 +75,7 @@ def guarded(
             allow_origins=[ANY] if ANY in origins else origins,
             allow_methods=CROSS_ORIGIN_METHODS,
             allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after", *RATE_HEADERS),
+            expose_headers=("x-request-id", "request-id", "retry-after", *RATE_HEADERS),
             allow_private_network=True,
         )
     return ResponseCounter(Threshold(app, config, keys, admin), metrics)

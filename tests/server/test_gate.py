@@ -148,6 +148,8 @@ async def test_allowed_pages_get_what_browsers_ask_for(scheme: str, name: str, p
         reply = await ask(config, *page, JSON, ("authorization", sent))
         assert reply.status == status
         assert reply.headers["access-control-allow-origin"] == origin and "Origin" in reply.headers["vary"]
+        exposed = reply.headers["access-control-expose-headers"].split(", ")
+        assert {"x-request-id", "request-id"} <= set(exposed), "clients in a page show them with errors"
     assert (await ask(config, page[0], ("origin", f"{scheme}://not-{name}{port}"))).status == 403
 
 
