@@ -35,6 +35,7 @@ from slipstream.loadtest.tenants_cli import tenants
 app = typer.Typer(
     help="Load tests and side-by-side comparisons against OpenAI-compatible servers.",
     no_args_is_help=True,
+    add_completion=False,  # it would be installed for "bench" alone
     pretty_exceptions_enable=False,
 )
 app.command()(rollout)

@@ -112,6 +112,12 @@ async def test_what_the_user_can_mend_is_told_without_a_traceback(serve, argumen
     assert "Traceback" not in err
 
 
+def test_no_completion_is_offered_of_a_part_of_a_command():
+    from slipstream.loadtest.cli import app
+
+    assert "completion" not in CliRunner().invoke(app, ["--help"]).output
+
+
 def test_the_command_line_starts_without_heavy_modules():
     heavy = ("aiohttp", "numpy", "torch", "locust")
     code = f"import sys, slipstream.loadtest.cli; print([name for name in {heavy} if name in sys.modules])"
