@@ -50,21 +50,22 @@ class Speed:
     per_step: float | None = None
     finish_reason: str | None = None
 
-    def see(self, chunk: dict[str, Any], now: float) -> str:
-        """The text of a chunk."""
+    def see(self, chunk: dict[str, Any], now: float) -> tuple[str, str]:
+        """What a chunk has of the model's thoughts and of its answer."""
         choice = (chunk.get("choices") or [{}])[0]
         delta = choice.get("delta") or {}
+        thought: str = delta.get("reasoning_content") or delta.get("reasoning") or ""
         text: str = delta.get("content") or ""
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
         counted = (chunk.get("usage") or {}).get("completion_tokens")
-        if (counted is not None and counted > self.tokens) or text:
+        if (counted is not None and counted > self.tokens) or thought or text:
             self.tokens = counted if counted is not None else self.tokens + 1
             self.chunks += 1
             self.first, self.last = self.first or now, now
         if drafting := (chunk.get("metrics") or {}).get("speculative_decoding"):
             steps = self.tokens - drafting["num_accepted_draft_tokens"]
             self.per_step = self.tokens / steps if steps > 0 else None
-        return text
+        return thought, text
 
     def __str__(self) -> str:
         said = f"{self.tokens} tokens"
@@ -116,9 +117,9 @@ class Terminal:
         try:
             with Shown(self._console) as shown:
                 for chunk in self._chunks(question):
-                    piece = speed.see(chunk, perf_counter())
+                    thought, piece = speed.see(chunk, perf_counter())
                     text += piece
-                    shown.add(piece, str(speed))
+                    shown.add(thought, piece, str(speed))
         except KeyboardInterrupt:
             self._note("stopped")
         except ClientError as error:
@@ -147,11 +148,11 @@ class Terminal:
 
 
 class Shown:
-    """An answer on a terminal, with the speed below it; elsewhere the text alone."""
+    """An answer on a terminal, after what the model thought, with the speed below it; elsewhere the text alone."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._line = ""
+        self._line = Text()
         self._live = Live(console=console, transient=True, refresh_per_second=8) if console.is_terminal else None
 
     def __enter__(self) -> Shown:
@@ -162,17 +163,29 @@ class Shown:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
-        if self._line:
-            self._console.print(Text(self._line))
-            self._line = ""
+        self._end_line()
 
-    def add(self, piece: str, status: str) -> None:
+    def add(self, thought: str, text: str, status: str) -> None:
         """Lines that are whole stay where they are; only the last one is drawn again."""
-        *whole, self._line = (self._line + piece).split("\n")
-        for line in whole:
-            self._console.print(Text(line))
+        if self._live and thought:
+            self._write(thought, "dim")
+        if text:
+            self._write(text, "")
         if self._live:
-            self._live.update(Group(Text(self._line), Text(status, style="dim")))
+            self._live.update(Group(self._line, Text(status, style="dim")))
+
+    def _write(self, piece: str, style: str) -> None:
+        if style != self._line.style:
+            self._end_line()
+        *whole, last = (self._line.plain + piece).split("\n")
+        for line in whole:
+            self._console.print(Text(line, style))
+        self._line = Text(last, style)
+
+    def _end_line(self) -> None:
+        if self._line:
+            self._console.print(self._line)
+        self._line = Text()
 
 
 def lines_of(console: Console) -> Iterator[str]:

@@ -54,6 +54,20 @@ def test_questions_are_answered_and_remembered(terminal):
     ]
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thoughts_are_for_terminals_only_and_are_not_remembered(name):
+    class Thinking(Server):
+        def chat_stream(self, body):
+            for delta in ({name: "hm,\nlet"}, {name: " me see"}, {"content": "It is"}, {"content": " four."}):
+                yield {"choices": [{"delta": delta}]}
+
+    _, shown, conversation = talked(Thinking(), "2 + 2?", terminal=True)
+    assert "hm,\n" in shown and "let me see\n" in shown and "It is four.\n" in shown
+    _, piped, _ = talked(Thinking(), "2 + 2?")
+    assert piped == "It is four.\n4 tokens" + piped.partition("4 tokens")[2]
+    assert [turn["content"] for turn in conversation.turns] == ["2 + 2?", "It is four."]
+
+
 def test_a_server_that_knows_less_is_asked_for_less():
     server = Server(knows=False)
     status, shown, _ = talked(server, "one", "two")

@@ -54,6 +54,38 @@ async def test_a_conversation(evolving: Any, open_page: Callable[[], Any], tmp_p
     assert {url.split("/")[2] for url in page.requested if url.startswith("http")} == {evolving.url.split("/")[2]}
 
 
+THINKS = """
+window.sent = [];
+window.fetch = async (path, options) => {
+  sent.push(JSON.parse(options.body).messages.length);
+  const part = delta => new TextEncoder().encode(`data: ${JSON.stringify({choices: [{delta}]})}\\n\\n`);
+  return new Response(new ReadableStream({start(answer) {
+    for (const piece of ["hm, ", "<b>so</b>"]) answer.enqueue(part({reasoning_content: piece}));
+    options.signal.addEventListener("abort", () => answer.error(new DOMException("", "AbortError")));
+  }}));
+};
+"""
+
+
+async def test_thoughts_are_shown_and_do_not_get_into_the_next_conversation(
+    evolving: Any, open_page: Callable[[], Any]
+) -> None:
+    page = await open_page()
+    await page.open(f"{evolving.url}/")
+    await page.wait("document.querySelector('#key:not([hidden])')")
+    await page.ask(THINKS)
+    send = "document.querySelector('#send').click()"
+    await page.ask(f"{put('#question', 'how?')}; {send}")
+    await page.wait("(e => e && e.innerText === 'hm, <b>so</b>')(document.querySelector('.turn.thought'))")
+    assert await page.ask("[...document.querySelectorAll('.turn')].filter(turn => !turn.hidden).length") == 2
+
+    await page.ask("document.querySelector('#anew').click()")
+    await page.wait("document.querySelector('#send').innerText === 'Send'")
+    await page.ask(f"{put('#question', 'who?')}; {send}")
+    await page.wait("sent.length === 2")
+    assert await page.ask("sent.join()") == "1,1"
+
+
 async def test_on_a_telephone(evolving: Any, open_page: Callable[[], Any]) -> None:
     page = await open_page()
     await page.open(f"{evolving.url}/", 360, "dark")
