@@ -230,7 +230,7 @@ class Progress:
             self._count(answer, is_error)
 
     def counted(self) -> tuple[RequestCounts, UsageOfBatch]:
-        """Both of the same requests, whatever is written meanwhile."""
+        """Both are of the same requests, whatever is written meanwhile."""
         with self._lock:
             return msgspec.structs.replace(self.counts), msgspec.structs.replace(self.usage)
 

@@ -25,8 +25,11 @@ LONGEST_LIFE_S = 0.06
 """A handful of rounds of a writer."""
 
 
-def write_until_told(folder: Path, seed: int) -> None:
-    """Adds, promotes, tries canaries, rolls back and prunes; ends after SIGTERM, and fails if anything else fails."""
+def write_until_told(folder: Path, seed: int, added: int) -> None:
+    """Adds, promotes, tries canaries, rolls back and prunes; ends after SIGTERM, and fails if anything else fails.
+
+    A byte goes to ``added``, a pipe, for every version.
+    """
     told: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     rng = random.Random(seed)
@@ -35,6 +38,7 @@ def write_until_told(folder: Path, seed: int) -> None:
         registry = Registry(folder)
         try:
             version = registry.add(HEAD, tensors, target="A", origin="trained").version
+            os.write(added, b".")
             registry.start_canary(version) if rng.random() < 0.5 else registry.promote(version)
             if rng.random() < 0.3:
                 registry.roll_back()
@@ -45,14 +49,17 @@ def write_until_told(folder: Path, seed: int) -> None:
     os._exit(0)
 
 
-def start_writer(folder: Path, seed: int) -> int:
+def start_writer(folder: Path, seed: int) -> tuple[int, int]:
+    """Its process, and the end of the pipe where a byte comes for every version that it has added."""
+    reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            write_until_told(folder, seed)
+            write_until_told(folder, seed, writes)
         finally:
             os._exit(1)
-    return child
+    os.close(writes)
+    return child, reads
 
 
 def check(folder: Path) -> int:
@@ -83,16 +90,21 @@ def main() -> None:
     torch.set_num_threads(1)
     rng = random.Random(seed)
     Registry(folder)
-    survivor = start_writer(folder, seed)
+    survivor, added = start_writer(folder, seed)
     for number in range(kills):
         if number == kills // 2:
             # From here on the killed writer is the only one, and its leftovers stay until the next one opens.
+            for _ in range(kills):  # however slow the machine
+                assert os.read(added, 1), "the survivor ended by itself"
             os.kill(survivor, signal.SIGTERM)
             assert os.waitstatus_to_exitcode(os.waitpid(survivor, 0)[1]) == 0, "the survivor was disturbed"
-        writer = start_writer(folder, seed + number + 1)
+        writer, pipe = start_writer(folder, seed + number + 1)
+        if number % 2:  # else it may be killed while it begins
+            assert os.read(pipe, 1), "the writer ended by itself"
         time.sleep(rng.uniform(0, LONGEST_LIFE_S))
         os.kill(writer, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == -signal.SIGKILL, "the writer failed by itself"
+        os.close(pipe)
         count = check(folder)
     check_at_rest(folder)
     print(count)
