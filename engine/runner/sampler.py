@@ -293,5 +293,6 @@ def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Ids [rows, count] int32 and log-probabilities [rows, count] float16.
     """
-    best = logits.topk(min(count, logits.shape[1]))
-    return best.indices.int(), (best.values - logits.logsumexp(-1, keepdim=True)).half()
+    nobody = torch.full((len(logits),), -1, dtype=torch.int32, device=logits.device)
+    _, _, tokens, logprobs = ops.log_probabilities(logits, nobody, min(count, logits.shape[1]))
+    return tokens, logprobs.half()

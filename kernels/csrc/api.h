@@ -158,6 +158,10 @@ SLIP_API void slip_logits(const SlipModel* m, const float* hidden, const int32_t
 // out[row] = index of the first largest of logits[row, n], -1 if it is not finite or the row holds a NaN; likely[row] (or
 // null) = its probability.
 SLIP_API void slip_argmax(const float* logits, int32_t rows, int32_t n, int32_t* out, float* likely);
+// Log-probabilities by logits [rows, n] at temperature 1: own[row] and ranks[row] of tokens[row] (-1: none), and top_tokens and
+// top [rows, count] of the most likely, best first (-1 where there are no more). NaN where slip_argmax finds none.
+SLIP_API void slip_log_probabilities(const float* logits, int32_t rows, int32_t n, const int32_t* tokens, int32_t count,
+                                     float* own, int32_t* ranks, int32_t* top_tokens, float* top);
 // Logits [rows, n] become weights proportional to the probabilities of drawing each token, in place. Per row:
 // temperature > 0, top_k (0 keeps all), min_p (0 keeps all), top_p (1 keeps all).
 SLIP_API void slip_distribution(float* logits, int32_t rows, int32_t n, const float* temperature, const int32_t* top_k,

@@ -14,6 +14,7 @@ struct Backend {
   void (*forward)(Team&, const SlipModel&, const SlipBatch&, float*, void*);
   void (*logits)(Team&, const SlipModel&, const float*, const int32_t*, int32_t, float*, int32_t, void*);
   void (*argmax)(Team&, const float*, int, int, int32_t*, float*);
+  void (*log_probabilities)(Team&, const float*, int, int, const int32_t*, int, float*, int32_t*, int32_t*, float*);
   void (*distribution)(Team&, float*, int, int, const float*, const int32_t*, const float*, const float*);
   void (*race)(Team&, const float*, int, int, const uint64_t*, const uint64_t*, const int32_t*, int, int32_t*, float*);
   void (*read_once)(Team&, const float*, int64_t);

@@ -70,6 +70,7 @@ const Backend SLIP_BACKEND{
     .forward = SLIP_ISA::run_forward,
     .logits = SLIP_ISA::run_logits,
     .argmax = SLIP_ISA::argmax,
+    .log_probabilities = SLIP_ISA::log_probabilities,
     .distribution = SLIP_ISA::distribution,
     .race = SLIP_ISA::race,
     .read_once = SLIP_ISA::read_once,

@@ -48,7 +48,7 @@ constexpr Variant kVariants[] = {{&slip::kNeon, [] { return true; }}};  // which
 extern "C" {
 
 int64_t slip_layout(void) {
-  int64_t found = 0;
+  int64_t found = 1;  // another number, here and in library.py, whenever functions come or change
   for (int64_t size : {sizeof(SlipPart), sizeof(SlipLinear), sizeof(SlipAdapter), sizeof(SlipLayer), sizeof(SlipModel),
                        sizeof(SlipBatch), sizeof(SlipAttention)})
     found = found * 131 + size;
@@ -113,6 +113,11 @@ void slip_logits(const SlipModel* m, const float* hidden, const int32_t* rows, i
 
 void slip_argmax(const float* logits, int32_t rows, int32_t n, int32_t* out, float* likely) {
   g_backend->argmax(*g_team, logits, rows, n, out, likely);
+}
+
+void slip_log_probabilities(const float* logits, int32_t rows, int32_t n, const int32_t* tokens, int32_t count, float* own,
+                            int32_t* ranks, int32_t* top_tokens, float* top) {
+  g_backend->log_probabilities(*g_team, logits, rows, n, tokens, count, own, ranks, top_tokens, top);
 }
 
 void slip_distribution(float* logits, int32_t rows, int32_t n, const float* temperature, const int32_t* top_k, const float* min_p,

@@ -43,6 +43,67 @@ inline void argmax(Team& team, const float* logits, int rows, int n, int32_t* ou
   });
 }
 
+// The `count` largest of x[0 … n-1], largest first, of equals the first; `values` and `at` have room for them. At most n.
+inline void largest(const float* x, int n, int count, float* values, int32_t* at) {
+  int kept = 0;
+  const auto insert = [&](int i) {  // behind those that are as large
+    int place = kept < count ? kept++ : count - 1;
+    for (; place > 0 && values[place - 1] < x[i]; --place) {
+      values[place] = values[place - 1];
+      at[place] = at[place - 1];
+    }
+    values[place] = x[i];
+    at[place] = i;
+  };
+  int i = 0;
+  for (; i < n && kept < count; ++i) insert(i);
+  for (; i < n && i % 16; ++i)
+    if (x[i] > values[count - 1]) insert(i);
+  for (; i + 16 <= n; i += 16)
+    for (unsigned found = vatleast(vload(x + i), vset1(values[count - 1])); found; found &= found - 1)
+      if (const int j = i + __builtin_ctz(found); x[j] > values[count - 1]) insert(j);
+  for (; i < n; ++i)
+    if (x[i] > values[count - 1]) insert(i);
+}
+
+// How many of x[0 … n-1] are larger than `value`.
+inline int number_above(const float* x, int n, float value) {
+  const vec v = vset1(value);
+  int count = 0, i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const vec here = vload(x + i);
+    count += __builtin_popcount(vatleast(here, v)) - __builtin_popcount(vequal(here, v));
+  }
+  for (; i < n; ++i) count += x[i] > value;
+  return count;
+}
+
+// Log-probabilities at temperature 1, see kernels/ops.py: of tokens[row], with its rank, and of the `count` most likely.
+inline void log_probabilities(Team& team, const float* logits, int rows, int n, const int32_t* tokens, int count, float* own,
+                              int32_t* ranks, int32_t* top_tokens, float* top) {
+  const Pass pass(team);
+  team.parallel(rows, [&](int row) {
+    const float* x = logits + static_cast<size_t>(row) * n;
+    int32_t* best = top_tokens + static_cast<size_t>(row) * count;
+    float* values = top + static_cast<size_t>(row) * count;
+    const int token = tokens[row], first = argmax_row(x, n), there = std::min(count, n);
+    for (int i = 0; i < count; ++i) {
+      best[i] = -1;
+      values[i] = first < 0 ? NAN : -INFINITY;
+    }
+    if (first < 0) {
+      ranks[row] = token >= 0;
+      own[row] = NAN;
+      return;
+    }
+    const float sum = x[first] - std::log(share_of_largest(x, n, first));
+    own[row] = token < 0 ? -INFINITY : x[token] - sum;
+    ranks[row] = token < 0 ? 0 : 1 + number_above(x, n, x[token]);
+    if (there) largest(x, n, there, values, best);
+    for (int i = 0; i < there; ++i) values[i] -= sum;
+  });
+}
+
 // Floats in order as integers, so that a search can halve the distance between any two of them.
 inline uint32_t order_of(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);

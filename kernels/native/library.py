@@ -138,9 +138,9 @@ class CAttention(Structure):
 LAYOUT = functools.reduce(
     lambda found, struct: found * 131 + ctypes.sizeof(struct),
     (CPart, CLinear, CAdapter, CLayer, CModel, CBatch, CAttention),
-    0,
+    1,
 )
-"""As slip_layout: another one is that of a library that was built of other sources."""
+"""As slip_layout, which begins with the same number: any other is that of a library that was built of other sources."""
 
 
 @functools.cache
@@ -179,6 +179,7 @@ def load() -> ctypes.CDLL | None:
     library.slip_forward.argtypes = [c_void_p] * 4
     library.slip_logits.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
     library.slip_argmax.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p]
+    library.slip_log_probabilities.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32, *[c_void_p] * 4]
     library.slip_distribution.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p]
     library.slip_race.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p]
     library.slip_read.argtypes = [c_void_p, c_int64]
@@ -188,6 +189,7 @@ def load() -> ctypes.CDLL | None:
         "read",
         "set_threads",
         "argmax",
+        "log_probabilities",
         "distribution",
         "race",
         "linear",

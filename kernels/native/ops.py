@@ -10,6 +10,9 @@ from torch import Tensor
 from slipstream.kernels.native.library import address, load
 from slipstream.kernels.reference import ReferenceOps
 
+MOST_LIKELY = 100
+"""Tokens of a row that are kept in order while it is read: of more, torch is quicker."""
+
 
 class NativeOps(ReferenceOps):
     name = "native"
@@ -36,6 +39,17 @@ class NativeOps(ReferenceOps):
         out, likely = torch.empty(len(logits), dtype=torch.int32), torch.empty(len(logits))
         self._library.slip_argmax(logits.data_ptr(), len(logits), logits.shape[1], out.data_ptr(), likely.data_ptr())
         return out.long(), likely
+
+    def log_probabilities(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not _fits(logits) or count > MOST_LIKELY:
+            return super().log_probabilities(logits, tokens, count)
+        rows, n = logits.shape
+        own, ranks = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
+        top_tokens, top = torch.empty(rows, count, dtype=torch.int32), torch.empty(rows, count)
+        asked = tokens.int().contiguous()
+        told = (column.data_ptr() for column in (own, ranks, top_tokens, top))
+        self._library.slip_log_probabilities(logits.data_ptr(), rows, n, asked.data_ptr(), count, *told)
+        return own, ranks, top_tokens, top
 
     def distribution(self, logits: Tensor, temperature: Tensor, top_k: Tensor, min_p: Tensor, top_p: Tensor) -> Tensor:
         if not _fits(logits):
