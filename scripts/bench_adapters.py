@@ -10,38 +10,22 @@ median of the rounds, and range.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from random import Random
 from statistics import median
 
-import torch
 from bench_tree import real_prompts
-from safetensors.torch import save_file
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.operations import LoadAdapter
 from slipstream.engine.testing import LocalEngine
-from slipstream.kernels.adapter import ADAPTED, ADAPTED_MLP
+from slipstream.engine.testing_lora import random_lora, write_lora
 
 TOKENS = 64
 WAYS = ("none", "one", "own")
-
-
-def write_lora(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int, seed: int) -> Path:
-    generator, found = torch.Generator().manual_seed(seed), {}
-    for name, shape in shapes.items():
-        if name.removesuffix(".weight").endswith((*ADAPTED, *ADAPTED_MLP)):
-            module, (rows, columns) = "base_model.model." + name.removesuffix(".weight"), shape
-            found[f"{module}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) / columns**0.5
-            found[f"{module}.lora_B.weight"] = 0.01 * torch.randn(rows, rank, generator=generator)
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
-    save_file(found, folder / "adapter_model.safetensors")
-    return folder
 
 
 def main() -> None:
@@ -59,7 +43,8 @@ def main() -> None:
     assert decoder is not None
     with tempfile.TemporaryDirectory() as folder:
         for number in range(max(counts)):
-            path = write_lora(Path(folder, str(number)), dict(decoder.weight_shapes), options.rank, number)
+            lora = random_lora(decoder.weight_shapes, options.rank, number, size=0.001)
+            path = write_lora(Path(folder, str(number)), lora)
             local.operate(LoadAdapter(str(number), str(path)))
     prompts = real_prompts(options.model, sum(counts) * (options.rounds + 1), 500)
     params = SamplingParams(max_tokens=TOKENS, min_tokens=TOKENS, temperature=0.0)

@@ -18,7 +18,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import uvloop
 from safetensors.torch import save_file
 
@@ -29,6 +28,7 @@ from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.handle import EngineHandle
 from slipstream.engine.testing import TINY_LLAMA
+from slipstream.engine.testing_lora import random_lora, write_lora
 from slipstream.engine.thread import start_thread
 from slipstream.server import app
 from slipstream.server.config import ServerConfig
@@ -63,21 +63,9 @@ def write_tiny_model(folder: Path, **config: Any) -> None:
 
 def write_tiny_lora(folder: Path, seed: int = 0, rank: int = 4) -> Path:
     """Writes a LoRA for the tiny model, as PEFT does: random, and so large that answers are others; the folder."""
-    hidden, heads, inner = TINY_LLAMA["hidden_size"], TINY_LLAMA["num_attention_heads"], TINY_LLAMA["intermediate_size"]
-    shapes = {"self_attn.q_proj": (heads * TINY_LLAMA["head_dim"], hidden), "mlp.down_proj": (hidden, inner)}
-    random = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for layer in range(TINY_LLAMA["num_hidden_layers"]):
-        for name, (rows, columns) in shapes.items():
-            module = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{module}.lora_A.weight"] = torch.randn(rank, columns, generator=random)
-            tensors[f"{module}.lora_B.weight"] = torch.randn(rows, rank, generator=random)
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    modules = [name.rpartition(".")[2] for name in shapes]
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": modules, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    shapes = {name: tensor.shape for name, tensor in dummy_tensors(TINY_LLAMA, 0)}
+    modules = ("self_attn.q_proj", "mlp.down_proj")
+    return write_lora(folder, random_lora(shapes, rank, seed, size=1.0, modules=modules), scale=2.0)
 
 
 class ServerThread(logging.Handler):

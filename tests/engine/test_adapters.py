@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from slipstream.drafter.lookup import NGramDrafter
@@ -28,6 +27,7 @@ from slipstream.engine.operations import (
 )
 from slipstream.engine.speculation.oracles import TreeOracleDrafter
 from slipstream.engine.testing import Completion, LocalEngine, policy, write_policy
+from slipstream.engine.testing_lora import random_lora, write_lora
 from slipstream.kernels.adapter import ADAPTED, ADAPTED_MLP
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6] * 3
@@ -37,16 +37,9 @@ Tensors = dict[str, Tensor]
 
 
 def lora(seed: int, rank: int, modules: str = "all", layers: tuple[int, ...] = (0, 1)) -> Tensors:
-    """As PEFT writes it; large enough that answers change."""
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for layer in layers:
-        for module in MODULES[modules]:
-            name = f"model.layers.{layer}.{module}"
-            rows, columns = policy(0)[f"{name}.weight"].shape
-            found[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
-            found[f"base_model.model.{name}.lora_B.weight"] = 0.2 * torch.randn(rows, rank, generator=generator)
-    return found
+    parts = tuple(f"layers.{layer}." for layer in layers)
+    shapes = {name: tensor.shape for name, tensor in policy(0).items() if any(part in name for part in parts)}
+    return random_lora(shapes, rank, seed, modules=MODULES[modules])
 
 
 LORAS = {"a": lora(1, 4), "b": lora(2, 24), "c": lora(3, 3, "some", (1,))}
@@ -54,12 +47,7 @@ LORAS = {"a": lora(1, 4), "b": lora(2, 24), "c": lora(3, 3, "some", (1,))}
 
 
 def write(folder: Path, tensors: Tensors, **config: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    rank = min((len(tensor) for name, tensor in tensors.items() if "lora_A" in name), default=1)
-    described = {"peft_type": "LORA", "r": rank, "lora_alpha": rank / 2, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(described))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
+    return write_lora(folder, tensors, **({"scale": 0.5} | config))
 
 
 def merged(tensors: Tensors) -> bytes:

@@ -32,6 +32,7 @@ from slipstream.engine.operations import (
     ReadTensor,
 )
 from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
+from slipstream.engine.testing_lora import random_lora, write_lora
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 PROMPTS = [[1, 2, 3], list(range(20))]
@@ -247,14 +248,8 @@ LORA = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.gate_proj", "mode
 
 
 def lora(seed: int, rank: int = 4) -> Tensors:
-    """As PEFT writes it."""
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for module in LORA:
-        rows, columns = policy(0)[f"{module}.weight"].shape
-        found[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
-        found[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
-    return found
+    shapes = {f"{module}.weight": policy(0)[f"{module}.weight"].shape for module in LORA}
+    return random_lora(shapes, rank, seed, size=1.0)
 
 
 def merged(base: Tensors, matrices: Tensors, scale: float) -> Tensors:
@@ -275,9 +270,7 @@ def test_a_lora_is_added_to_what_served_before_any_lora(local: LocalEngine, tmp_
     update(local, FillTarget(1, save(policy(0))))
     update(local, FillTarget(1, save(lora(1))), lora_scale=0.5)
     close(local, merged(policy(0), lora(1), 0.5))
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(lora(2), tmp_path / "adapter_model.safetensors")
+    write_lora(tmp_path, lora(2), scale=2.0)
     update(local, ReadTarget(1, str(tmp_path)))
     close(local, merged(policy(0), lora(2), 2.0))
     update(local, FillTarget(1, save(policy(1))))
@@ -333,9 +326,7 @@ def test_a_lora_that_does_not_fit_is_refused(local: LocalEngine, broken: tuple[T
     ],
 )
 def test_a_lora_of_another_kind_is_refused(local: LocalEngine, tmp_path: Path, change: dict[str, Any]) -> None:
-    config = {"r": 4, "lora_alpha": 8} | change
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(lora(1), tmp_path / "adapter_model.safetensors")
+    write_lora(tmp_path, lora(1), **change)
     with pytest.raises(ModelError, match=r"not supported|no usable|does not go with|LORA is supported alone"):
         update(local, ReadTarget(1, str(tmp_path)))
 

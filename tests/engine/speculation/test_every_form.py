@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from slipstream.drafter.choice import make_drafters
 from slipstream.drafter.head import layout
@@ -22,6 +19,7 @@ from slipstream.engine.operations import LoadAdapter
 from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.testing import Completion, LocalEngine
+from slipstream.engine.testing_lora import random_lora, write_lora
 from slipstream.kernels.native import library
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="no native kernels on this machine")
@@ -122,8 +120,11 @@ def test_rows_with_adapters_are_as_alone(
 ) -> None:
     model = packed if FORMS[form]["weights"] == "packed" else tiny
     local = engine([NGramDrafter()], **(FORMS[form] | {"isa": isa, "model": str(model), "prefix_caching": False}))
+    decoder = local.engine.loaded.model.decoder
+    assert decoder is not None
     for name, rank in (("a", 3), ("b", 20)):
-        local.operate(LoadAdapter(name, str(write_lora(tmp_path / name, local, rank))))
+        folder = write_lora(tmp_path / name, random_lora(decoder.weight_shapes, rank, rank))
+        local.operate(LoadAdapter(name, str(folder)))
     params = SamplingParams(max_tokens=12, temperature=0.0, logprobs=2)
     names = ["", "a", "b", "a", ""]
 
@@ -137,22 +138,6 @@ def test_rows_with_adapters_are_as_alone(
     assert answered(asked) == alone
     assert all(answered([("", prompt)])[0] != one for (name, prompt), one in zip(asked, alone, strict=True) if name)
     local.close()
-
-
-def write_lora(folder: Path, local: LocalEngine, rank: int) -> Path:
-    """A folder as PEFT writes it, with a random LoRA for all matrices of layers."""
-    generator, found = torch.Generator().manual_seed(rank), {}
-    decoder = local.engine.loaded.model.decoder
-    assert decoder is not None
-    for name, (rows, *columns) in decoder.weight_shapes.items():
-        if columns and ".layers." in name:
-            module = "base_model.model." + name.removesuffix(".weight")
-            found[f"{module}.lora_A.weight"] = torch.randn(rank, *columns, generator=generator)
-            found[f"{module}.lora_B.weight"] = 0.2 * torch.randn(rows, rank, generator=generator)
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
-    save_file(found, folder / "adapter_model.safetensors")
-    return folder
 
 
 @pytest.mark.slow

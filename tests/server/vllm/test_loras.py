@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from slipstream.engine.testing_lora import random_lora, write_lora
 from tests.ports import free_port
 from tests.server.vllm.sending import PROMPT, beside, broadcast, info, named_group, post, say
 
@@ -21,24 +20,16 @@ def post_refused(server: Any, path: str, body: Any) -> Any:
     return post(server, path, body, status=400)
 
 
-def write_lora(folder: Path, policy: Any) -> dict[str, Tensor]:
-    """A LoRA of one projection, as PEFT writes it; the tensors."""
-    name = "model.layers.0.self_attn.q_proj"
-    rows, columns = policy(0)[f"{name}.weight"].shape
-    torch.manual_seed(1)
-    tensors = {
-        f"base_model.model.{name}.lora_A.weight": torch.randn(2, columns),
-        f"base_model.model.{name}.lora_B.weight": torch.randn(rows, 2),
-    }
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+def write_policy_lora(folder: Path, policy: Any) -> dict[str, Tensor]:
+    """A LoRA of one projection; the tensors."""
+    shapes = {name: tensor.shape for name, tensor in policy(0).items() if ".layers.0." in name}
+    tensors = random_lora(shapes, 2, 1, size=1.0, modules=("self_attn.q_proj",))
+    write_lora(folder, tensors, scale=2.0)
     return tensors
 
 
 def test_a_lora_answers_to_its_name(trained: Any, policy: Any, said: list[Any], tmp_path: Path) -> None:
-    write_lora(tmp_path / "lora", policy)
+    write_policy_lora(tmp_path / "lora", policy)
     for path, replaces in (("/v1/load_lora_adapter", False), ("/skyrl/v1/load_lora_adapter", True)):
         asked = {"lora_name": "policy-v1", "lora_path": str(tmp_path / "lora"), "load_inplace": replaces}
         body = json.dumps(asked).encode()
@@ -76,7 +67,7 @@ def test_the_folder_of_a_model_is_no_lora(trained: Any, other_model: Path, said:
 
 
 def test_areal_sends_loras(trained: Any, policy: Any, said: list[Any], tmp_path: Path) -> None:
-    tensors = write_lora(tmp_path / "lora", policy)
+    tensors = write_policy_lora(tmp_path / "lora", policy)
     about = {"lora_name": "lora-v1", "lora_int_id": 1, "base_model_name": "tiny"}
     post(trained, "/areal_update_weights_lora", {"lora_model_path": str(tmp_path / "lora"), **about})
     with_it = say(trained)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save
+
+from slipstream.engine.testing_lora import random_lora, write_lora
 
 pytestmark = pytest.mark.slow
 PROMPT = [504, 2365, 6354, 16438]
@@ -22,16 +23,8 @@ def test_its_client(
     python = environment("skyrl", "skyrl==0.3.0", dependencies=False)
     server = start_local(max_logprobs=-1)
     model = server.get("/v1/models")[1]["data"][0]["id"]
-    name = "model.layers.0.self_attn.q_proj"
-    rows, columns = policy(0)[f"{name}.weight"].shape
-    lora = {"lora_A": torch.randn(2, columns), "lora_B": torch.randn(rows, 2)}
-    (tmp_path / "lora").mkdir()
-    save_file(
-        {f"base_model.model.{name}.{part}.weight": tensor for part, tensor in lora.items()},
-        tmp_path / "lora" / "adapter_model.safetensors",
-    )
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    shapes = {name: tensor.shape for name, tensor in policy(0).items() if ".layers.0." in name}
+    write_lora(tmp_path / "lora", random_lora(shapes, 2, size=1.0, modules=("self_attn.q_proj",)), scale=2.0)
     data = save(policy(1))
     segment = SharedMemory(create=True, size=len(data))
     try:
