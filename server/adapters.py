@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -42,14 +43,25 @@ class Named(Protocol):
 class Adapters(Collector):
     """What the model of a server answers to. The engine has the LoRAs; this knows them for the engine after it, too."""
 
-    def __init__(self, control: Control, model_names: Sequence[str], folders: Mapping[str, str], prefix: str) -> None:
-        """``folders`` of LoRAs to begin with; ``prefix`` of metrics. Raises ConfigError for what cannot be a LoRA."""
+    def __init__(
+        self, control: Control, model_names: Sequence[str], folders: Mapping[str, str], most: int, prefix: str
+    ) -> None:
+        """``folders`` of LoRAs to begin with, ``most`` that there may be; ``prefix`` of metrics.
+
+        Raises ConfigError for what cannot be a LoRA.
+        """
         self._control = control
+        self._most = most
         self._prefix = prefix
         self._model_names = tuple(model_names)
         self._merged: list[str] = []
         self._folders: dict[str, str] = {}
         """Where the LoRAs lie that the engine has beside the model, by name."""
+        self._named: dict[str, int] = {}
+        """When each of them was named last, or loaded: the larger, the later."""
+        self._turns = count()
+        self._pinned = set(folders)
+        """Those that make room for no other one."""
         self._first = {name: checked(name, folder, self._model_names) for name, folder in folders.items()}
         self._changing = asyncio.Lock()
         """One is loaded or unloaded at a time, so that what is known here is what the engine has."""
@@ -60,6 +72,11 @@ class Adapters(Collector):
     def names(self) -> tuple[str, ...]:
         """Everything that ``model`` may be."""
         return (*self._model_names, *self._merged, *self._folders)
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Where those lie that are beside the model, by name."""
+        return dict(self._folders)
 
     def require(self, name: str | None) -> str:
         """The name to answer with; requests may leave it out. Raises ModelNotFoundError."""
@@ -104,16 +121,38 @@ class Adapters(Collector):
                 del self._folders[name]
                 logger.error("the LoRA %r could not be loaded again, and is gone: %s", name, error)
 
-    async def load(self, name: str, folder: str, replace: bool) -> None:
-        """Has a LoRA at hand for requests that name it. Raises InvalidRequestError where it cannot be had.
+    async def load(self, name: str, folder: str, replace: bool, pinned: bool = False) -> None:
+        """Has a LoRA at hand for requests that name it; one that nobody uses makes room for it, if there is none.
 
-        ``replace``: whether it may take the place of one with the same name.
+        Args:
+            replace: whether it may take the place of one with the same name.
+            pinned: whether it never makes room for others.
+        Raises:
+            InvalidRequestError: it cannot be had.
+            ConflictError: there is no room for it.
         """
         async with self._changing:
             self._require_free(name, replace)
+            leaving = self._leaving(name)
             path = str(Path(folder).absolute())
             await self._control.operate(LoadAdapter(name, path))
-            self._folders[name] = path
+            self._folders[name], self._named[name] = path, next(self._turns)
+            (self._pinned.add if pinned else self._pinned.discard)(name)
+            if leaving is not None:
+                logger.info("the LoRA %r makes room for %r, and is unknown from now on (--max-loras)", leaving, name)
+                await self._forget(leaving)
+
+    def _leaving(self, name: str) -> str | None:
+        """Which one is to make room for this one, if there is none. Raises ConflictError where none can."""
+        if len(self._folders) + (name not in self._folders) <= self._most:
+            return None
+        used = {each.request.adapter for each in self._open} | self._pinned
+        if not (free := self._folders.keys() - used):
+            raise ConflictError(
+                f"lora_name: there are {self._most} LoRAs beside the model (--max-loras), each of them in use or there "
+                "to stay; unload one of them first, or try again later"
+            )
+        return min(free, key=lambda each: self._named.get(each, 0))
 
     async def unload(self, name: str) -> None:
         """Answers to this name no longer; weights that a LoRA was merged into stay. Raises ModelNotFoundError."""
@@ -123,12 +162,17 @@ class Adapters(Collector):
                 return
             if name not in self._folders:
                 raise ModelNotFoundError(f"there is no LoRA {name[:200]!r} here", param="lora_name")
-            folder = self._folders.pop(name)  # at once: requests that come while the engine is told are too late
-            try:
-                await self._control.operate(UnloadAdapter(name))
-            except ApiError:
-                self._folders[name] = folder
-                raise
+            await self._forget(name)
+
+    async def _forget(self, name: str) -> None:
+        folder = self._folders.pop(name)  # at once: requests that come while the engine is told are too late
+        try:
+            await self._control.operate(UnloadAdapter(name))
+        except ApiError:
+            self._folders[name] = folder
+            raise
+        self._named.pop(name, None)
+        self._pinned.discard(name)
 
     def _require_free(self, name: str, replace: bool) -> None:
         if name in self._model_names:
@@ -151,6 +195,7 @@ class Adapters(Collector):
         """Around the answers of sequences."""
         named = [sequence for sequence in sequences if sequence.request.adapter]
         self._open += named
+        self._named |= {name: next(self._turns) for name in {sequence.request.adapter for sequence in named}}
         try:
             yield
         finally:
@@ -161,7 +206,7 @@ class Adapters(Collector):
         """What routers choose a server by that has the LoRA at hand: labels as vLLM's, and its value, the time."""
         found = GaugeMetricFamily(
             self._prefix + "lora_requests_info",
-            "LoRAs of sequences that run and that wait, and how many there are; the time.",
+            "LoRAs of sequences that run and that wait, and how many there may be; the time.",
             labels=("running_lora_adapters", "waiting_lora_adapters", "max_lora"),
         )
         if self._folders:
@@ -169,7 +214,7 @@ class Adapters(Collector):
                 ",".join(sorted({each.request.adapter for each in self._open if each.has_begun is begun}))
                 for begun in (True, False)
             )
-            found.add_metric((running, waiting, str(len(self._folders))), time.time())
+            found.add_metric((running, waiting, str(self._most)), time.time())
         return [found]
 
     # Merged into the weights -----------------------------------------------------------------------------------------

@@ -28,6 +28,11 @@ class ServerConfig:
         "NAME=FOLDER: a LoRA, as PEFT writes it, beside the model for requests whose field model is NAME; repeat for "
         "several. See POST /v1/load_lora_adapter for more of them later.",
     )
+    max_loras: int = option(
+        32,
+        "Most LoRAs beside the model. One more that is loaded while the server runs takes the place of the one that "
+        "was loaded so, is in no request, and was named longest ago.",
+    )
     api_key: tuple[str, ...] = option(
         (),
         "Key clients must send as 'Authorization: Bearer KEY'; repeat for several. NAME=KEY gives a key a name; with "
@@ -141,6 +146,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         at_least = {
             "port": 0,
+            "max_loras": 1,
             "max_logprobs": -1,
             "max_n": 1,
             "max_prompts": 1,
@@ -168,6 +174,10 @@ class ServerConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must not be empty")
         if len(self.lora_folders) < len(self.lora_modules):
             raise ConfigError("--lora-modules: two LoRAs have the same name; give each a name of its own")
+        if len(self.lora_modules) > self.max_loras:
+            raise ConfigError(
+                f"--lora-modules: {len(self.lora_modules)} LoRAs are more than --max-loras {self.max_loras}; raise it"
+            )
         for origin in self.allowed_origin:
             if not ORIGIN.fullmatch(origin):
                 raise ConfigError(

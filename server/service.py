@@ -98,7 +98,7 @@ class Service:
         )
         self.control = Control(self)
         """Pauses, memory and weights, for whoever trains the model."""
-        self.adapters = Adapters(self.control, self.model_names, config.lora_folders, PREFIX)
+        self.adapters = Adapters(self.control, self.model_names, config.lora_folders, config.max_loras, PREFIX)
         self.metrics.registry.register(self.adapters)
         self._start = start_engine
         self._watching: list[asyncio.Task[None]] = []

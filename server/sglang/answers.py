@@ -128,11 +128,20 @@ class SGLangOutcome(Answer):
     num_paused_requests: int | None = None
 
 
+class SGLangLoras(Answer):
+    success: Literal[True]
+    error_message: Literal[""]
+    loaded_adapters: dict[str, str]
+    """Folders by name."""
+
+
 class SGLangFailure(Answer):
     """``success`` is left out where a request is refused before it is read."""
 
     success: Literal[False] | None = None
     message: str | None = None
+    error_message: str | None = None
+    """The same: what the routes of LoRAs call it."""
     error: Problem
 
 
@@ -160,4 +169,5 @@ class SGLangChecked(Answer):
 ANSWERS = (
     *(SGLangAnswers, SGLangAnswer, SGLangModelInfo, SGLangServerInfo, SGLangLoads, SGLangOldLoads, SGLangHealth),
     *(SGLangStatus, SGLangAborted, SGLangOutcome, SGLangFailure, SGLangVersion, SGLangTensor, SGLangChecked),
+    SGLangLoras,
 )

@@ -8,11 +8,14 @@ from typing import Any
 
 import msgspec
 from fastapi import Request, Response
+from pydantic import BaseModel
 
-from slipstream.server.body import BodyType, parse, read_body
+from slipstream.server.body import Body, BodyType, parse, read_body
+from slipstream.server.description import describe
 from slipstream.server.errors import ApiError
 from slipstream.server.json_response import JSONBody
 from slipstream.server.service import Service
+from slipstream.server.sglang.answers import SGLangFailure, SGLangOutcome
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -27,15 +30,21 @@ def outcome(message: str, **more: Any) -> Response:
     return JSONBody({"success": True, "message": message, **more})
 
 
+def described(body: type[Body], answer: type[BaseModel] = SGLangOutcome) -> dict[str, Any]:
+    """For a route that tells of failures in two ways."""
+    return describe(answer, 400, 404, 409, 413, 415, 429, 500, 503, bodies=[body], errors=SGLangFailure)
+
+
 def telling_failures(handler: Handler) -> Handler:
-    """The handler of a route of which some callers read the status, and others ``success`` and ``message``."""
+    """The handler of a route of which some callers read the status, and others ``success`` and a message."""
 
     @functools.wraps(handler)
     async def told(request: Request) -> Response:
         try:
             return await handler(request)
         except ApiError as error:
-            body = {"success": False, "message": error.message} | msgspec.json.decode(error.body())
+            told = {"success": False, "message": error.message, "error_message": error.message}
+            body = told | msgspec.json.decode(error.body())
             headers = {name.decode(): value.decode() for name, value in error.headers()}
             return Response(msgspec.json.encode(body), error.status, headers)
 

@@ -132,8 +132,18 @@ class SGLangCheckBody(LooseBody):
     allow_quant_error: unsupported(False) = None  # type: ignore[valid-type]
 
 
+class SGLangLoraBody(LooseBody):
+    lora_name: Name
+    lora_path: Text
+    pinned: bool | None = None
+
+
+class SGLangLoraNameBody(LooseBody):
+    lora_name: Name
+
+
 BODIES: tuple[type[Body], ...] = (
     *(SGLangEmptyBody, SGLangPauseBody, SGLangContinueBody, SGLangAbortBody, SGLangMemoryBody, SGLangDiskBody),
     *(SGLangTensorBody, SGLangDistributedBody, SGLangGroupBody, SGLangLeaveBody, SGLangSessionBody),
-    *(SGLangTensorNameBody, SGLangCheckBody),
+    *(SGLangTensorNameBody, SGLangCheckBody, SGLangLoraBody, SGLangLoraNameBody),
 )

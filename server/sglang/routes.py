@@ -15,6 +15,7 @@ from slipstream.server.sglang import answers, info
 from slipstream.server.sglang.control import add_control_routes
 from slipstream.server.sglang.control_schema import BODIES as CONTROL_BODIES
 from slipstream.server.sglang.generate import generate
+from slipstream.server.sglang.loras import add_lora_routes
 from slipstream.server.sglang.schema import SGLangGenerateBody, SGLangSamplingParams
 from slipstream.server.sglang.updates import Updates
 from slipstream.server.sglang.weights import add_weight_routes
@@ -100,6 +101,7 @@ def control_router(service: Service) -> APIRouter:
     updates = Updates(service.control)
     add_control_routes(router, service, updates)
     add_weight_routes(router, service, updates)
+    add_lora_routes(router, service)
     return router
 
 

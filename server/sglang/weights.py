@@ -6,20 +6,17 @@ import base64
 import hashlib
 import math
 from array import array
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel
 
 from slipstream.engine.operations import TensorRows
-from slipstream.server.body import Body
 from slipstream.server.description import describe
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.json_response import JSONBody
 from slipstream.server.responses import LargeResponse
 from slipstream.server.service import Service
 from slipstream.server.sglang import answers
-from slipstream.server.sglang.asking import body_of, outcome, telling_failures
+from slipstream.server.sglang.asking import body_of, described, outcome, telling_failures
 from slipstream.server.sglang.control_schema import (
     DEFAULT_GROUP,
     SGLangCheckBody,
@@ -34,15 +31,6 @@ from slipstream.server.sglang.control_schema import (
 from slipstream.server.sglang.updates import Updates
 
 DEFAULT_ROWS = 100
-
-
-def described(body: type[Body], answer: type[BaseModel] = answers.SGLangOutcome) -> dict[str, Any]:
-    """For a route that tells of failures in two ways."""
-    return describe(
-        *(answer, 400, 409, 413, 415, 429, 500, 503),
-        bodies=[body],
-        errors=answers.SGLangFailure,
-    )
 
 
 def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> None:

@@ -184,7 +184,7 @@ def test_routers_see_which_are_in_use(server: Any) -> None:
     def shown(running: str, waiting: str) -> bool:
         lines = server.get("/metrics")[1].splitlines()
         [line] = [line for line in lines if line.startswith("vllm:lora_requests_info{")]
-        told = {f'running_lora_adapters="{running}"', f'waiting_lora_adapters="{waiting}"', 'max_lora="1"'}
+        told = {f'running_lora_adapters="{running}"', f'waiting_lora_adapters="{waiting}"', 'max_lora="32"'}
         return set(line.partition("{")[2].partition("}")[0].split(",")) == told
 
     assert shown("", "")
@@ -257,6 +257,52 @@ def test_they_survive_the_engine(start_local: Callable[..., Any], folders: list[
     assert send(server, LOAD, lora_name="third", lora_path=str(folders[2]))[0] == 200
 
 
+def test_one_more_takes_the_place_of_what_nobody_uses(start_local: Callable[..., Any], folders: list[Path]) -> None:
+    server = start_local(lora_modules=(f"first={folders[0]}",), served_model_name=("base",), max_loras=3)
+    names = lambda: [card["id"] for card in server.get("/v1/models")[1]["data"]][1:]  # noqa: E731
+    for name in ("a", "b"):
+        assert send(server, LOAD, lora_name=name, lora_path=str(folders[1]))[0] == 200
+    before = said(server, "a")
+    assert send(server, LOAD, lora_name="c", lora_path=str(folders[2]))[0] == 200
+    assert names() == ["first", "a", "c"], "that which was named longest ago has left"
+    assert server.post("/v1/completions", {"prompt": PROMPT, "model": "b"})[0] == 404
+    with server.open_stream(model="a"):
+        server.wait_until(lambda: server.service.adapters._open)
+        assert said(server, "c") != before
+        assert send(server, LOAD, lora_name="nowhere", lora_path="/nowhere")[0] == 400
+        assert names() == ["first", "a", "c"], "what cannot be loaded takes no place"
+        for number in range(3):
+            assert send(server, LOAD, lora_name=f"d{number}", lora_path=str(folders[2]))[0] == 200
+        assert names() == ["first", "a", "d2"]
+        status, answer = server.post(
+            "/load_lora_adapter", {"lora_name": "e", "lora_path": str(folders[2]), "pinned": True}
+        )
+        assert (status, answer["success"], list(answer["loaded_adapters"])) == (200, True, ["first", "a", "e"])
+        status, reply = send(server, LOAD, lora_name="f", lora_path=str(folders[1]))
+        assert status == 409 and "--max-loras" in error(reply)["message"]
+        assert send(server, LOAD, lora_name="a", lora_path=str(folders[1]), load_inplace=True)[0] == 200
+    server.wait_until(lambda: not server.service.adapters._open)
+    assert send(server, LOAD, lora_name="f", lora_path=str(folders[1]))[0] == 200
+    assert names() == ["first", "e", "f"]
+    assert said(server, "f") == before
+
+
+def test_as_sglang_loads_them(server: Any, folders: list[Path]) -> None:
+    asked = {"lora_name": "second", "lora_path": str(folders[1])}
+    status, answer = server.post("/load_lora_adapter", asked)
+    both = {"first": str(folders[0]), "second": str(folders[1])}
+    assert (status, answer) == (200, {"success": True, "error_message": "", "loaded_adapters": both})
+    sampling = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": PROMPT, "sampling_params": sampling, "lora_path": "second"}
+    assert server.post("/generate", body)[1]["output_ids"] == said(server, "second")["token_ids"]
+    status, answer = server.post("/load_lora_adapter", asked)
+    assert (status, answer["success"]) == (400, False) and "already" in answer["error_message"]
+    status, answer = server.post("/unload_lora_adapter", {"lora_name": "second"})
+    assert (status, answer["loaded_adapters"]) == (200, {"first": str(folders[0])})
+    status, answer = server.post("/unload_lora_adapter", {"lora_name": "second"})
+    assert (status, answer["success"]) == (404, False)
+
+
 def test_merged_where_nothing_can_be_beside_the_model(
     start_local: Callable[..., Any], folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +341,7 @@ def service_with(model: Path, *modules: str) -> Any:
         (("sql=a", "sql=b"), "a name of its own"),
         (("base=a",), "a name of its own"),
         (("sql=nowhere",), "name the folder of a LoRA as PEFT writes it"),
+        (tuple(f"{number}=a" for number in range(33)), "33 LoRAs are more than --max-loras 32"),
     ],
 )
 def test_options_that_cannot_be_used(tiny_model: Path, modules: tuple[str, ...], told: str) -> None:
