@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 from slipstream.engine.background import Background, breathe, done
@@ -76,7 +77,15 @@ class Adapters:
                     )
             if not lora:
                 raise ModelError(f"{path} holds no matrices of a LoRA")
-            adapter = model.adapter(dict(lora.pairs(model.weight_shapes, scale)))
+            pairs = dict(lora.pairs(model.weight_shapes, scale))
+            try:
+                with model.compute.filling():
+                    adapter = model.adapter(pairs)
+            except torch.OutOfMemoryError:
+                raise ModelError(
+                    f"{path}: there is no memory left for it on the device; unload another LoRA first, or start the "
+                    "server with a smaller --gpu-memory-utilization"
+                ) from None
             return lambda: self._add(name, adapter)
 
         return self._background.start(prepare)

@@ -38,7 +38,7 @@ IMPORTANT = {
         ("attention decode", "attention, tiles of prompts", "rotate and store", "add and rms_norm"), (256,)
     ),
     **dict.fromkeys(("distribution", "log-probabilities", "experts"), (256,)),
-    "linear": (8, 256),
+    **dict.fromkeys(("linear", "low-rank products"), (8, 256)),
 }
 """Kernels that keep much in registers, by how the names of their cases begin, and the tokens they are tried with."""
 PACKAGE = "slipstream.kernels.triton"

@@ -215,7 +215,7 @@ def _choose_compute(checkpoint: Checkpoint, options: EngineConfig, device: torch
     layer = decoder_config(checkpoint.config).layer
     if options.kernels == "triton" or device.type == "cuda":
         if launch.runs_on(device.type):
-            from slipstream.kernels.triton.stack import TritonCompute  # takes a while, and a CPU does without
+            from slipstream.kernels.triton.compute import TritonCompute  # takes a while, and a CPU does without
 
             if TritonCompute.supports(layer, device):
                 return TritonCompute
@@ -241,8 +241,8 @@ def _made(
     if kind in COMPUTES.values():
         _refuse_backend(options, kind)
         return kind(formats, device)
+    from slipstream.kernels.triton.compute import TritonCompute
     from slipstream.kernels.triton.graphs import GraphPool
-    from slipstream.kernels.triton.stack import TritonCompute
 
     graphs = GraphPool(device, parse_size(options.graph_memory, "graph-memory"))
     attention = backend(attention_choice(config, options, formats, device).name)

@@ -26,6 +26,7 @@ class DeviceBatch:
     cells: Tensor  # [tokens]: where keys and values of each token are stored; -1 where there is no token
     block_size: int
     latest: Tensor | None = None  # [slots]: what ids below 0 stand for, see ``RaggedBatch``
+    adapters: Tensor | None = None  # [tokens]: number of the adapter of each, 0 for none; None where no token has any
 
     @property
     def num_tokens(self) -> int:

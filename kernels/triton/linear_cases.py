@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.cases import Case, Prepared, Sizes, Source, called, size
+from slipstream.kernels.compute import LayerShape
 from slipstream.kernels.triton import grouped, linear, quantized
+from slipstream.kernels.triton.adapter import GATE_UP, MATRICES, AdapterTable, TritonAdapter
 from slipstream.kernels.triton.blocks import FORMS
 
 
@@ -21,6 +23,11 @@ def cases() -> Iterator[Case]:
     yield Case("linear, int4", partial(_quantized, "int4"), (torch.bfloat16, torch.float16))
     yield Case("linear, packed in 4 bits", partial(_packed, "Q4_K"), (torch.bfloat16, torch.float16))
     yield Case("linear, packed in 8 bits", partial(_packed, "Q6_K"), (torch.bfloat16, torch.float16))
+    yield Case("low-rank products", _low_rank)
+
+
+RANKS = (16, 64, 8, 16)
+"""Ranks of the adapters of a batch, in which some tokens have none."""
 
 
 def _linear(source: Source, sizes: Sizes) -> Prepared:
@@ -69,3 +76,38 @@ def _packed(kind: str, source: Source, sizes: Sizes) -> Prepared:
         return x.float() @ matrix.rows(torch.arange(n, device=x.device)).T
 
     return called(lambda: grouped.grouped_linear(x, matrix), expected, moved, 2 * sizes.tokens * n * k)
+
+
+def _low_rank(source: Source, sizes: Sizes) -> Prepared:
+    """For the matrices of the gate: tokens with the same adapter lie behind each other."""
+    tokens, n = sizes.tokens, 2 * sizes.intermediate
+    shape = LayerShape(sizes.hidden, sizes.intermediate, sizes.heads, sizes.kv_heads, sizes.head_dim, 1e-5)
+    x, given = source.normal(tokens, sizes.hidden), source.normal(tokens, n)
+    numbers = (1 + torch.arange(tokens, device=x.device) * 5 // tokens) % 5
+    pairs = [
+        [
+            (source.normal(rank, sizes.hidden, scale=0.02), source.normal(sizes.intermediate, rank))
+            for _ in MATRICES[GATE_UP]
+        ]
+        for rank in RANKS
+    ]
+    table = AdapterTable(shape, 1, x.device)
+    table.use(
+        [TritonAdapter(shape, [dict(zip(MATRICES[GATE_UP], each, strict=True))], x.dtype, x.device) for each in pairs]
+    )
+
+    def run() -> Tensor:
+        out = given.clone()
+        table.add(numbers.int(), 0, GATE_UP, x, out)
+        return out
+
+    def expected() -> Tensor:
+        out = given.float()
+        for number, parts in enumerate(pairs, 1):
+            rows = numbers == number
+            out[rows] += torch.cat([x[rows].float() @ a.float().T @ b.float().T for a, b in parts], 1)
+        return out
+
+    matrices = sum(size(*each) for parts in pairs for each in parts)
+    flops = sum(2 * tokens * (2 * sizes.hidden + n) * rank // len(RANKS) for rank in RANKS)
+    return called(run, expected, size(x) + 2 * size(given) + matrices, flops)

@@ -6,30 +6,27 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.kernels import ops
-from slipstream.kernels.attention.backend import AttentionBackend
-from slipstream.kernels.attention.choice import against, wanted
+from slipstream.kernels.adapter import Adapter
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import PACKED, Choose, Formats, Forward, LayerShape, LayerWeights, Stack
-from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
-from slipstream.kernels.torch_stack import TorchCompute, embedding_scale
-from slipstream.kernels.triton import activation, experts, launch, norm
+from slipstream.kernels.compute import Choose, Formats, Forward, LayerShape, LayerWeights
+from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.torch_stack import embedding_scale
+from slipstream.kernels.triton import activation, experts, norm
+from slipstream.kernels.triton.adapter import DOWN, GATE_UP, OUT, QKV, AdapterTable
 from slipstream.kernels.triton.cache import Rotation, place, update_tables
 from slipstream.kernels.triton.device_batch import DeviceBatch
 from slipstream.kernels.triton.graphs import GraphPool
-from slipstream.kernels.triton.grouped import GroupedWeight, grouped_bytes
 from slipstream.kernels.triton.kv_cache import TritonKVCache, TritonPlan
 from slipstream.kernels.triton.layer import FusedLayer
-from slipstream.kernels.triton.linear import InvariantWeight
 from slipstream.kernels.triton.rows import take_rows
 from slipstream.kernels.triton.staging import Array, Staging, TableMirror, places
-from slipstream.kernels.weight import DenseWeight, Weight
+from slipstream.kernels.weight import Weight
 
 CONTEXTS = (4096, 32768)
 """Longest sequences that graphs are recorded for, besides the longest of all: a graph launches kernels for as many keys
@@ -46,7 +43,7 @@ class _Room:
 
     def __init__(self, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tokens = tokens
-        batch = places([4 * tokens, 4 * (tokens + 1), 4 * tokens, 4 * tokens, 12 * tokens])[-1]
+        batch = places([4 * tokens, 4 * (tokens + 1), 4 * tokens, 4 * tokens, 12 * tokens, 4 * tokens])[-1]
         self.slab = torch.zeros(batch + BESIDES_BYTES, dtype=torch.uint8, device=device)
         self.positions = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.cells = torch.zeros(tokens, dtype=torch.int32, device=device)
@@ -57,7 +54,9 @@ class _Room:
 
 
 def padded(batch: RaggedBatch, tokens: int) -> list[Array]:
-    """Token ids, starts, lengths, rows of tables and mirrors, with room for so many tokens; see ``DeviceBatch``."""
+    """Token ids, starts, lengths, rows of tables and mirrors, and adapters if there are any, with room for so many
+    tokens; see ``DeviceBatch``.
+    """
     segments, mirrors = batch.num_segments, len(batch.mirrors)
     ids = np.zeros(tokens, np.int32)
     ids[: batch.num_tokens] = batch.token_ids
@@ -67,7 +66,8 @@ def padded(batch: RaggedBatch, tokens: int) -> list[Array]:
     lengths[:segments], rows[:segments] = batch.kv_len, batch.table_row
     places_too = np.full((tokens, 3), -1, np.int32)
     places_too[:mirrors] = batch.mirrors
-    return [ids, starts, lengths, rows, places_too]
+    found = [ids, starts, lengths, rows, places_too]
+    return found if batch.adapters is None else [*found, np.pad(batch.adapters, (0, tokens - batch.num_tokens))]
 
 
 class TritonStack:
@@ -96,6 +96,7 @@ class TritonStack:
         self._staging = Staging(device)
         self._mirrors: OrderedDict[int, TableMirror] = OrderedDict()
         self._rooms: dict[int, _Room] = {}
+        self._adapters = AdapterTable(shape, len(windows), device)
         self._recorded_for: weakref.ref[Tensor] | None = None
         """Memory of the cache that graphs were recorded for; not kept from being released."""
         self._layers: list[FusedLayer] = []
@@ -115,8 +116,9 @@ class TritonStack:
         self._embedding, self._norm, self._output = embedding, norm, output
         self._graphs.forget(self)
 
-    def use_adapters(self, adapters: Sequence[object]) -> None:
-        assert not any(adapters), "see TritonCompute.takes_adapters"
+    def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
+        if not self._adapters.use(adapters):
+            self._graphs.forget(self)
 
     def forget(self) -> None:
         self._layers, self._rotations, self._norm = [], [], None
@@ -147,7 +149,9 @@ class TritonStack:
         def work() -> Forward:
             return self._run(on_device, cache.plan_on_device(on_device, context, prompt=False), given, taps)
 
-        done = self._graphs.run(self, (room.tokens, context, given is None, taps, id(mirror), id(batch.latest)), work)
+        ranks = None if batch.adapters is None else self._adapters.ranks
+        key = (room.tokens, context, given is None, taps, id(mirror), id(batch.latest), ranks)
+        done = self._graphs.run(self, key, work)
         # The next step overwrites what a graph returns.
         features = None if done.features is None else done.features[:tokens].clone()
         return Forward(done.hidden[:tokens].clone(), features, columns)
@@ -222,7 +226,9 @@ class TritonStack:
         longest: int,
     ) -> Forward:
         """Without a graph: with as much room as there are tokens, and tiles for long segments."""
-        arrays = [batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors, changes, *batch.columns]
+        arrays = [batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors]
+        arrays += [] if batch.adapters is None else [batch.adapters]
+        arrays += [changes, *batch.columns]
         empty = torch.empty(2, batch.num_tokens, dtype=torch.int32, device=self._device)
         on_device, columns = self._send(arrays, mirror, changes, batch, None, *empty)
         plan = cache.plan_on_device(on_device, longest, prompt=not self._invariant, host=batch)
@@ -239,11 +245,16 @@ class TritonStack:
         positions: Tensor,
         cells: Tensor,
     ) -> tuple[DeviceBatch, tuple[Tensor, ...]]:
-        """The batch on the device, and its columns: the arrays are five of the batch, the changes, and the columns."""
-        ids, starts, lengths, rows, mirrors, changed, *columns = self._staging.send(arrays, slab)
+        """The batch on the device, and its columns.
+
+        ``arrays``: five of the batch, or six with adapters; the changes; and the columns.
+        """
+        ids, starts, lengths, rows, mirrors, *others = self._staging.send(arrays, slab)
+        adapters = None if host.adapters is None else others.pop(0)
+        changed, *columns = others
         _update(mirror, changed, changes)
         given = (ids, starts, lengths, rows, mirrors, mirror.tables, positions, cells)
-        return DeviceBatch(*given, host.block_size, host.latest), tuple(columns)
+        return DeviceBatch(*given, host.block_size, host.latest, adapters), tuple(columns)
 
     def _run(
         self,
@@ -279,15 +290,15 @@ class TritonStack:
             if layer.embed_norm is not None:
                 assert embedding is not None
                 x = torch.cat((norm.rms_norm(embedding, layer.embed_norm, eps), x), dim=-1)
-            qkv = layer.qkv(x).view(len(x), -1, shape.head_dim)
+            qkv = self._adapted(batch, index, QKV, x, layer.qkv(x)).view(len(x), -1, shape.head_dim)
             q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
             plan.rotate_and_store(index, q, k, v, self._rotations[index])
-            attended = plan.attend(index, q, shape.scale, window)
-            given = layer.out(attended.flatten(1))
+            attended = plan.attend(index, q, shape.scale, window).flatten(1)
+            given = self._adapted(batch, index, OUT, attended, layer.out(attended))
             if layer.out_norm is not None:
                 given = norm.rms_norm(given, layer.out_norm, eps, plus_one=True)
             stream, x = self._normed(stream, given, layer.mlp_norm)
-            added = self._mlp(layer, x)
+            added = self._mlp(batch, index, layer, x)
             if layer.down_norm is not None:
                 added = norm.rms_norm(added, layer.down_norm, eps, plus_one=True)
         if added is not None:
@@ -296,7 +307,13 @@ class TritonStack:
             tapped.append(stream.clone())
         return Forward(stream, torch.stack(tapped, dim=1).float() if tapped else None)
 
-    def _mlp(self, layer: FusedLayer, x: Tensor) -> Tensor:
+    def _adapted(self, batch: DeviceBatch, layer: int, matrix: int, x: Tensor, given: Tensor) -> Tensor:
+        """What a matrix of a layer gives for x, with what adapters add to it."""
+        if batch.adapters is not None:
+            self._adapters.add(batch.adapters, layer, matrix, x, given)
+        return given
+
+    def _mlp(self, batch: DeviceBatch, index: int, layer: FusedLayer, x: Tensor) -> Tensor:
         if (mixture := layer.mixture) is not None:
             settings = mixture.settings
             routes = experts.route(mixture.router(x), settings.top, settings.renormalize)
@@ -304,7 +321,8 @@ class TritonStack:
             return experts.experts_mlp(x, routes, mixture.gate_up, mixture.down, tile)
         assert layer.gate_up is not None and layer.down is not None
         gated = activation.gelu_tanh_mul_halves if self._shape.is_gemma else activation.silu_mul_halves
-        return layer.down(gated(layer.gate_up(x)))
+        inner = gated(self._adapted(batch, index, GATE_UP, x, layer.gate_up(x)))
+        return self._adapted(batch, index, DOWN, inner, layer.down(inner))
 
     def _normed(self, stream: Tensor, added: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stream with what is added to it, in place; and that behind a norm, if there is one."""
@@ -336,65 +354,3 @@ def _update(mirror: TableMirror, changed: Tensor, changes: Int32) -> None:
     if len(changes):
         update_tables(mirror.tables, changed)
         mirror.told(changes)
-
-
-class TritonCompute(TorchCompute):
-    cache_class = TritonKVCache
-    can_be_batch_invariant, takes_adapters = True, False
-
-    def __init__(
-        self,
-        formats: Formats,
-        device: torch.device,
-        graphs: GraphPool | None = None,
-        attention: AttentionBackend | None = None,
-        invariant: bool = False,
-    ) -> None:
-        """``graphs`` of all stacks together; without them, all work is launched piece by piece.
-
-        ``attention`` computes what it can of attention, Triton the rest; by default everything. ``invariant``: with
-        the same bits for a row in any batch, which ``attention`` has to have, too.
-        """
-        super().__init__(formats, device)
-        self.graphs = GraphPool(device, 0) if graphs is None else graphs
-        self._attention, self.is_batch_invariant = attention, invariant
-
-    @classmethod
-    def supports(cls, shape: LayerShape, device: torch.device) -> bool:
-        return launch.runs_on(device.type) and shape.head_dim <= 256 and shape.head_dim % 2 == 0
-
-    @property
-    def name(self) -> str:
-        return f"triton-{self.device.type}" + ("" if self._attention is None else f"-{self._attention.name}")
-
-    @classmethod
-    def packed_bytes(cls, shape: LayerShape, kind: str, n: int, k: int) -> int:
-        return 0 if shape.mixture is not None else grouped_bytes(kind, n, k)
-
-    def weight(self, n: int, k: int, bias: bool = False) -> Weight:
-        packed = self.formats.weights == PACKED
-        dtype = self.formats.compute if packed else getattr(torch, self.formats.weights)
-        dense = InvariantWeight if self.is_batch_invariant else DenseWeight
-        make = partial(dense, n, k, dtype, self.device, bias)
-        tile_rows = INVARIANT_TILE if self.is_batch_invariant else 0
-        return GroupedWeight(n, k, self.device, make, dtype, bias, tile_rows) if packed else make()
-
-    def cache(self, shape: CacheShape, num_blocks: int) -> PagedKVCache:
-        """The backend may cover a model, and not a drafter beside it."""
-        attention = self._attention
-        if attention is not None and against(attention.name, wanted(shape, self.formats.compute, self.device)):
-            attention = None
-        return TritonKVCache(shape, num_blocks, self.device, attention)
-
-    def layers(self, shape: LayerShape, count: int) -> Sequence[LayerWeights]:
-        return [FusedLayer(shape, self) for _ in range(count)]
-
-    def stack(
-        self,
-        shape: LayerShape,
-        windows: Sequence[int],
-        rope: tuple[Tensor, Tensor],
-        window_rope: tuple[Tensor, Tensor] | None = None,
-    ) -> Stack:
-        graphs, invariant = self.graphs, self.is_batch_invariant
-        return TritonStack(shape, windows, rope, self.formats, self.device, graphs, invariant, window_rope)

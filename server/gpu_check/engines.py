@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from slipstream.drafter.choice import make_drafters
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
+from slipstream.engine.operations import LoadAdapter
 from slipstream.engine.testing import Completion, LocalEngine
+from slipstream.engine.testing_lora import random_lora, write_lora
 from slipstream.server.gpu_check.context import Context
 
 WARM_UP = 5
@@ -38,6 +41,15 @@ def engine(options: EngineConfig) -> Iterator[LocalEngine]:
         yield local
     finally:
         local.close()
+
+
+def load_loras(context: Context, local: LocalEngine, names: Sequence[str], size: float) -> None:
+    """Random LoRAs for all matrices of layers, of rank 16 and 5 in turn; ``size`` as for ``random_lora``."""
+    decoder = local.engine.loaded.model.decoder
+    assert decoder is not None
+    for seed, name in enumerate(names):
+        lora = random_lora(decoder.weight_shapes, (16, 5)[seed % 2], seed, size)
+        local.operate(LoadAdapter(name, str(write_lora(context.scratch / "loras" / name, lora))))
 
 
 def prompts(count: int, length: int, vocab: int, seed: int = 0) -> list[list[int]]:
@@ -71,15 +83,21 @@ def synchronize(local: LocalEngine) -> None:
 
 @contextmanager
 def decoding(
-    local: LocalEngine, texts: Sequence[Sequence[int]], most_tokens: int, most_s: float
+    local: LocalEngine,
+    texts: Sequence[Sequence[int]],
+    most_tokens: int,
+    most_s: float,
+    adapters: Sequence[str] = ("",),
 ) -> Iterator[list[Completion]]:
-    """Streams that all decode, after some steps of that; they are broken off in the end.
+    """Streams that all decode, after some steps of that, with ``adapters`` in turn; they are broken off in the end.
 
     Raises TimeoutError where they are not so far after ``most_s`` seconds.
     """
     ends = time.monotonic() + most_s
     params = SamplingParams(max_tokens=most_tokens, temperature=0.0)
-    streams = [local.submit(text, params) for text in texts]
+    streams = [
+        local.submit(text, params, adapter=adapter) for text, adapter in zip(texts, cycle(adapters), strict=False)
+    ]
     try:
         while not all(stream.deltas for stream in streams):
             if time.monotonic() > ends:

@@ -7,16 +7,16 @@ may be so close that the order of additions decides; how often they do is said.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any
 
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.testing import Completion
+from slipstream.engine.testing import Completion, LocalEngine
 from slipstream.server.gpu_check import models
 from slipstream.server.gpu_check.context import Context, NotThere, Part
-from slipstream.server.gpu_check.engines import config, engine, prompts
+from slipstream.server.gpu_check.engines import config, engine, load_loras, prompts
 
 SMALL = models.SHAPES["1B"] | {"num_hidden_layers": 8, "hidden_size": 1024, "intermediate_size": 2816}
 SMALL |= {"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 8192}
@@ -39,6 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 ROUNDED = ("in a batch", "in chunks")
 """Variants that are also tried in bfloat16, and in it where results must not depend on the batch."""
 REQUESTS, PROMPT = 8, 45
+LORAS = ("a", "", "b")
+"""What requests have in turn: a LoRA, or none."""
 
 
 def parts(context: Context) -> Iterator[Part]:
@@ -47,6 +49,7 @@ def parts(context: Context) -> Iterator[Part]:
         yield Part(name, partial(compare.judge, name, options, "float32"))
     for name in ROUNDED:
         yield Part(f"{name}, bfloat16", partial(compare.judge, name, VARIANTS[name], "bfloat16"))
+        yield Part(f"{name}, with LoRAs", partial(compare.judge, name, VARIANTS[name], "float32", LORAS))
         exact = VARIANTS[name] | {"deterministic": True}
         yield Part(f"{name}, deterministic", partial(compare.judge, f"{name}, deterministic", exact, "bfloat16"))
 
@@ -65,11 +68,15 @@ class Comparison:
         self._texts = [*begun, *repeated, *texts[4:]]
         self._alone = cache(self._compute_alone)
 
-    def judge(self, name: str, options: dict[str, Any], dtype: str) -> None:
-        alone, invariant = self._alone(dtype, bool(options.get("deterministic")))
-        with engine(self._engine_config(options, dtype)) as local:
-            together = [local.submit(text, self._params(i)) for i, text in enumerate(self._texts)]
+    def judge(self, name: str, options: dict[str, Any], dtype: str, loras: tuple[str, ...] = ("",)) -> None:
+        alone, invariant = self._alone(dtype, bool(options.get("deterministic")), loras)
+        with self._engine(options, dtype, loras) as local:
+            together = [self._submit(local, i, loras) for i in range(len(self._texts))]
             local.finish()
+        if any(loras):
+            name += ", with LoRAs"
+            changed = sum(one != other for one, other in zip(alone, self._alone(dtype, False, ("",))[0], strict=True))
+            self._context.check(f"other tokens {name}", changed > 0, f"{changed} answers", "some")
         equal = [self._same(one, other) for one, other in zip(alone, together, strict=True)]
         right = sum(length == len(one) for length, one in zip(equal, alone, strict=True))
         drafted, accepted = (sum(getattr(delta, each) for c in together for delta in c.deltas) for each in COUNTED)
@@ -92,16 +99,29 @@ class Comparison:
         if "speculation" in options:
             self._context.check(f"draft tokens were accepted {name}", accepted > 0, f"{accepted} of {drafted}", "some")
 
-    def _compute_alone(self, dtype: str, deterministic: bool) -> tuple[list[list[int]], bool]:
+    def _compute_alone(self, dtype: str, deterministic: bool, loras: tuple[str, ...]) -> tuple[list[list[int]], bool]:
         """Answers, and whether this engine promises the same bits in any batch."""
         with ExitStack() as stack:
             try:
-                local = stack.enter_context(engine(self._engine_config({"deterministic": deterministic}, dtype)))
+                local = stack.enter_context(self._engine({"deterministic": deterministic}, dtype, loras))
             except ConfigError as error:
                 raise NotThere(str(error)) from None
-            found = [local.generate([text], self._params(i))[0] for i, text in enumerate(self._texts)]
+            found = []
+            for i in range(len(self._texts)):
+                found.append(self._submit(local, i, loras))
+                local.finish()
             decoder = local.engine.loaded.model.decoder
             return [each.tokens for each in found], decoder is not None and decoder.compute.is_batch_invariant
+
+    @contextmanager
+    def _engine(self, options: dict[str, Any], dtype: str, loras: tuple[str, ...]) -> Iterator[LocalEngine]:
+        with engine(self._engine_config(options, dtype)) as local:
+            load_loras(self._context, local, [name for name in loras if name], size=0.2)
+            yield local
+
+    def _submit(self, local: LocalEngine, number: int, loras: tuple[str, ...]) -> Completion:
+        adapter = loras[number % len(loras)]
+        return local.submit(self._texts[number], self._params(number), adapter=adapter)
 
     def _params(self, number: int) -> SamplingParams:
         return SamplingParams(max_tokens=self._tokens, temperature=0.0 if number % 2 == 0 else 0.8, seed=number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,22 @@ import torch
 from slipstream.engine.testing import LocalEngine
 from slipstream.server.gpu_check import models
 from slipstream.server.gpu_check.context import Context, NotThere, Part, streams_of
-from slipstream.server.gpu_check.engines import WARM_UP, config, decoding, engine, measure, prompts, synchronize
+from slipstream.server.gpu_check.engines import (
+    WARM_UP,
+    config,
+    decoding,
+    engine,
+    load_loras,
+    measure,
+    prompts,
+    synchronize,
+)
 from slipstream.server.gpu_check.throughput import PART_S, dummy_engine
 from slipstream.server.gpu_check.trace import watch
 
 STEPS = 20
+LORAS = ("", "a", "b", "c", "d")
+"""What streams have in turn, the first of them none."""
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WANTED_IDLE = 0.05
 WANTED_GRAPH_BYTES = 2e9
@@ -31,6 +42,9 @@ def parts(context: Context) -> Iterator[Part]:
     with dummy_engine(context, "8B", counts[-1] * longest, max_model_len=longest) as local:
         for count in counts:
             yield Part(f"{streams_of(count)}", partial(_watch, context, local, "8B shape", count, prompt))
+        load_loras(context, local, LORAS[1:], size=0.001)
+        count = counts[1]
+        yield Part(f"{streams_of(count)} with LoRAs", partial(_watch, context, local, "8B shape", count, prompt, LORAS))
     head = _head(context, longest)
     yield Part("4 streams with a head", partial(_with_head, context, head, prompt))
 
@@ -47,16 +61,19 @@ def _with_head(context: Context, options: Any, prompt: int) -> None:
         _watch(context, local, "1B shape with a head", 2 if context.dry_run else 4, prompt)
 
 
-def _watch(context: Context, local: LocalEngine, model: str, count: int, prompt: int) -> None:
+def _watch(
+    context: Context, local: LocalEngine, model: str, count: int, prompt: int, adapters: Sequence[str] = ("",)
+) -> None:
     steps = 4 if context.dry_run else STEPS
     vocab = local.engine.loaded.model.shape.vocab_size
     longest = local.engine.loaded.max_model_len - prompt - 1
-    with decoding(local, prompts(count, prompt, vocab, count), longest, PART_S) as running:
+    with decoding(local, prompts(count, prompt, vocab, count), longest, PART_S, adapters) as running:
         plain = measure(local, running, steps, PART_S / 2)
         found = watch(lambda: _run(local, steps), context.scratch / f"{model}-{count}.json")
         waits = _synchronisations(context, local, steps)
     if found.operations == 0:
         raise RuntimeError("the profiler has seen nothing of the steps")
+    model += " with LoRAs" if any(adapters) else ""
     context.row(
         "steps",
         model=model,

@@ -56,5 +56,7 @@ def test_every_stage_runs(tmp_path: Path) -> None:
     assert {row["backend"] for row in compared} >= {"triton", "torch"} and len(stages["attention"].checks) >= 4
     steps = stages["steps"].tables["steps"]
     assert all(row["operations of torch"] for row in steps)
+    assert {"8B shape", "8B shape with LoRAs"} <= {row["model"] for row in steps}
+    assert "the same tokens in chunks, with LoRAs, float32" in {check.name for check in stages["equality"].checks}
     programs = {row["program"] for row in stages["peers"].tables["other programs, decoding"]}
     assert programs == {"transformers"}
