@@ -15,13 +15,12 @@ from slipstream.engine.background import Background, breathe, done
 from slipstream.engine.errors import ModelError
 from slipstream.engine.lora import Lora
 from slipstream.engine.models.loader import SPARE_BYTES, available_memory, human_size
-from slipstream.engine.models.protocol import CausalModel, DecoderModel
+from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.operations import AdapterOperation, LoadAdapter
 from slipstream.engine.plan import PLAIN, LoadedAdapter
 from slipstream.engine.target_sources import LORA_TENSORS, read_lora, require_lora_scale
 from slipstream.kernels.adapter import Adapter
 
-NOT_TAKEN = "this model is not computed with LoRAs beside its weights"
 COPIES = 4
 """What one takes at most while it is loaded, as a multiple of its file: that may be bfloat16, of which float32 is made
 first, and then what kernels want, which is filled up where ranks are small."""
@@ -30,19 +29,13 @@ first, and then what kernels want, which is filled up where ranks are small."""
 class Adapters:
     """All methods are for the thread of the steps."""
 
-    def __init__(self, model: CausalModel, background: Background) -> None:
-        decoder = model.decoder
-        self._model: DecoderModel | None = decoder if decoder is not None and decoder.compute.takes_adapters else None
+    def __init__(self, model: CausalModel, device: torch.device, background: Background) -> None:
+        self._model, self._device = model, device
         self._background = background
         self._named: dict[str, LoadedAdapter] = {}
         self._all: list[tuple[Adapter, ref[LoadedAdapter]] | None] = []
         """By number, from 1 on, with what its name and its requests hold; None where neither are left."""
         self._loads = 0
-
-    @property
-    def are_taken(self) -> bool:
-        """Whether the model can be computed with any."""
-        return self._model is not None
 
     def find(self, name: str) -> LoadedAdapter | None:
         """The one that requests of this name get now."""
@@ -60,14 +53,12 @@ class Adapters:
 
     def _load(self, name: str, path: Path) -> Future[None]:
         model = self._model
-        if model is None:
-            raise ModelError(NOT_TAKEN)
         if not name:
             raise ModelError("a LoRA needs a name")
 
         def prepare() -> Callable[[], None]:
             scale, lora = require_lora_scale(path), Lora()
-            self._require_room(model, path / LORA_TENSORS)
+            self._require_room(path / LORA_TENSORS)
             for tensor_name, tensor in read_lora(path):
                 breathe()
                 if not isinstance(tensor, Tensor) or not lora.take(tensor_name, tensor):
@@ -79,8 +70,7 @@ class Adapters:
                 raise ModelError(f"{path} holds no matrices of a LoRA")
             pairs = dict(lora.pairs(model.weight_shapes, scale))
             try:
-                with model.compute.filling():
-                    adapter = model.adapter(pairs)
+                adapter = model.adapter(pairs)
             except torch.OutOfMemoryError:
                 raise ModelError(
                     f"{path}: there is no memory left for it on the device; unload another LoRA first, or start the "
@@ -90,10 +80,10 @@ class Adapters:
 
         return self._background.start(prepare)
 
-    def _require_room(self, model: DecoderModel, file: Path) -> None:
+    def _require_room(self, file: Path) -> None:
         """Raises ModelError: whoever loads ever new names, and unloads none, is to be told before memory is gone."""
         with suppress(OSError):  # reading it says what is wrong
-            needed, free = COPIES * file.stat().st_size, available_memory(model.compute.device)
+            needed, free = COPIES * file.stat().st_size, available_memory(self._device)
             if free < needed + SPARE_BYTES:
                 raise ModelError(
                     f"there is no room for another LoRA: it may take {human_size(needed)}, and {human_size(free)} of "
@@ -117,5 +107,4 @@ class Adapters:
         self._all = [None if each is None or each[1]() is None else each for each in self._all]
 
     def _use(self) -> None:
-        assert self._model is not None
         self._model.use_adapters([each and each[0] for each in self._all])

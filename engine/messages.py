@@ -310,8 +310,6 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
     load_seconds: float
     drafters: tuple[str, ...] = ()
     """Names of the drafters that requests may choose."""
-    takes_adapters: bool = False
-    """Whether the model can be computed with LoRAs beside its weights, see LoadAdapter."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

@@ -211,7 +211,7 @@ class LoadAdapter(Operation[None], frozen=True, array_like=True, tag="load_adapt
     """Has the LoRA in a folder, as PEFT writes it, at hand for requests that name it; the model's weights stay.
 
     One of the same name is replaced: requests that have come are computed with the one that was there then. Fails where
-    it does not fit the model, or the model cannot be computed with any.
+    it does not fit the model.
     """
 
     name: str

@@ -125,7 +125,7 @@ class Engine:
         self.core = EngineCore(self.scheduler, self.runner, deliver, pipeline, drafter_stats, self.listeners.stats)
         self.background = Background(self.core.drain)
         self._profiler = StepProfiler(self.core, self.runner.cache.device.type == "cuda")
-        self.adapters = Adapters(loaded.model, self.background)
+        self.adapters = Adapters(loaded.model, self.runner.cache.device, self.background)
         self._target = TargetUpdates(
             loaded.model, self.runner.cache.device, loaded.update_bytes, self.background, self._prepare_target
         )
@@ -151,7 +151,6 @@ class Engine:
             kv_cache_bytes=(loaded.num_blocks + loaded.scratch_blocks) * loaded.block_bytes,
             load_seconds=loaded.seconds,
             drafters=tuple(self.runner.speculator.names),
-            takes_adapters=self.adapters.are_taken,
         )
 
     def submit(self, request: NewRequest) -> None:

@@ -153,10 +153,7 @@ class Stack(Protocol):
         """Computes with these from now on; ``norm`` is before the output matrix, if there is one."""
 
     def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
-        """The first of these is number 1 of ``RaggedBatch.adapters`` from now on, and so on.
-
-        Only of a ``Compute`` that takes adapters.
-        """
+        """The first of these is number 1 of ``RaggedBatch.adapters`` from now on, and so on."""
 
     def forget(self) -> None:
         """Holds no weights from now on, until it is told to use some; nothing is computed meanwhile."""
@@ -203,8 +200,6 @@ class Compute(ABC):
     """Whether it is, or would be if it was made to be."""
     takes_latest: ClassVar[bool] = False
     """Whether its stacks read ``RaggedBatch.latest``, so that a step can be launched before the last one is read."""
-    takes_adapters: ClassVar[bool] = False
-    """Whether its stacks compute rows with adapters, and it makes these."""
     is_fast_in_bfloat16: ClassVar[bool] = False
     """Whether bfloat16 is fast on whatever processor it supports."""
 
@@ -271,7 +266,7 @@ class Compute(ABC):
 
     @abstractmethod
     def adapter(self, shape: LayerShape, layers: Iterable[LayerMatrices]) -> Adapter:
-        """What an adapter adds to some layers, which are asked for one by one; only where adapters are taken."""
+        """What an adapter adds to some layers, which are asked for one by one."""
 
     def cache(self, shape: CacheShape, num_blocks: int) -> PagedKVCache:
         return self.cache_class(shape, num_blocks, self.device)

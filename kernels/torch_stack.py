@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Choose, Compute, Formats, Forward, LayerShape, LayerWeights, Stack
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
 from slipstream.kernels.mixture import MixtureWeights
+from slipstream.kernels.torch_adapter import TorchAdapter, add_low_rank, runs_of
 from slipstream.kernels.weight import DenseWeight, Weight
 
 Function = Callable[[Tensor], Tensor]
@@ -234,7 +233,7 @@ class TorchStack:
         attention = cache.plan(batch)
         scale = self._shape.scale
         tapped = []
-        runs = self._runs(batch)
+        runs = runs_of(batch, self._adapters)
         for index, (layer, window) in enumerate(zip(self._layers, self._windows, strict=True)):
             layer = adapted(layer, [(rows, adapter.layers[index]) for rows, adapter in runs]) if runs else layer
             if index in taps:
@@ -248,19 +247,6 @@ class TorchStack:
             tapped.append(x)
         columns = tuple(torch.from_numpy(column).to(self._device) for column in batch.columns)
         return Forward(x, torch.stack(tapped, dim=1).float() if tapped else None, columns)
-
-    def _runs(self, batch: RaggedBatch) -> list[tuple[slice, TorchAdapter]]:
-        """Tokens behind each other that have the same adapter."""
-        if batch.adapters is None:
-            return []
-        edges = np.flatnonzero(np.diff(batch.adapters, prepend=-1, append=-1)).tolist()
-        runs = []
-        for begin, end in pairwise(edges):
-            if number := int(batch.adapters[begin]):
-                adapter = self._adapters[number - 1]
-                assert isinstance(adapter, TorchAdapter)
-                runs.append((slice(begin, end), adapter))
-        return runs
 
     def draft(
         self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor, steps: Int32, depth: int, choose: Choose
@@ -277,32 +263,21 @@ class TorchStack:
         return self._output(x).float()
 
 
-class TorchAdapter(Adapter):
-    def __init__(self, layers: Iterable[LayerMatrices], dtype: torch.dtype, device: torch.device) -> None:
-        fields = {name: field for field, name in MATRICES.items()}
-        self.layers = [
-            {fields[name]: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in layer.items()}
-            for layer in layers
-        ]
-        """A and B of each layer, by the field of its arithmetic."""
-
-
-def adapted(layer: DecoderLayer, runs: Sequence[tuple[slice, Mapping[str, tuple[Tensor, Tensor]]]]) -> DecoderLayer:
+def adapted(layer: DecoderLayer, runs: Sequence[tuple[slice, LayerMatrices]]) -> DecoderLayer:
     """The layer with what adapters add to its matrices, each for some rows of a batch."""
 
     def plus(matrix: Function, added: Sequence[tuple[slice, tuple[Tensor, Tensor]]]) -> Function:
         def apply(x: Tensor) -> Tensor:
             y = matrix(x)
-            for rows, (a, b) in added:
-                y[rows] += ops.linear(ops.linear(x[rows].to(a.dtype), a), b).to(y.dtype)
+            add_low_rank(x, y, added)
             return y
 
         return apply
 
     changed: dict[str, Any] = {}
-    for field in {field for _, pairs in runs for field in pairs}:
-        added = [(rows, pairs[field]) for rows, pairs in runs if field in pairs]
-        changed[field] = plus(getattr(layer, field), added)
+    for field, name in MATRICES.items():
+        if added := [(rows, pairs[name]) for rows, pairs in runs if name in pairs]:
+            changed[field] = plus(getattr(layer, field), added)
     return replace(layer, **changed)
 
 
@@ -313,7 +288,7 @@ def embedding_scale(shape: LayerShape, dtype: torch.dtype) -> float | None:
 
 class TorchCompute(Compute):
     cache_class = TorchKVCache
-    takes_latest = takes_adapters = True
+    takes_latest = True
 
     def __init__(self, formats: Formats, device: torch.device) -> None:
         super().__init__(formats, device)

@@ -90,11 +90,6 @@ class Adapters(Collector):
 
     async def begin(self, engine: EngineHandle) -> None:
         """Loads those of the options. Raises ConfigError for what cannot be loaded."""
-        if self._first and not engine.ready.takes_adapters:
-            raise ConfigError(
-                f"{OPTION}: this model, as it runs here, is computed without LoRAs beside it; leave the option out, or "
-                "merge the LoRA into the model's weights first"
-            )
         for name, folder in self._first.items():
             try:
                 await engine.call(LoadAdapter(name, folder))

@@ -140,7 +140,8 @@ class Decoder:
                     raise ModelError(
                         f"a LoRA beside the weights cannot change {name!r}, only {', '.join(known)} of layers"
                     )
-        return self.compute.adapter(shape, _one_by_one(layers))
+        with self.compute.filling():
+            return self.compute.adapter(shape, _one_by_one(layers))
 
     def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
         self._stack.use_adapters(adapters)

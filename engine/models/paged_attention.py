@@ -18,6 +18,7 @@ from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import ModelShape
 from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import AttentionPlan
+from slipstream.kernels.torch_adapter import TorchAdapter
 
 ATTENTION = "slipstream_paged"
 HARMLESS = ("dropout", "output_attentions", "position_ids", "use_cache", "cache_position", "output_hidden_states")
@@ -33,6 +34,8 @@ class Step:
     windows: dict[int, int]
     """Sliding window by layer, where the mask of the model has told it; 0 attends to everything."""
     probe: Probe | None = None
+    adapted: list[tuple[slice, TorchAdapter]] = field(default_factory=list)
+    """Tokens that have an adapter."""
 
 
 @dataclass(slots=True)
@@ -42,6 +45,8 @@ class Probe:
     shape: ModelShape
     layers: list[int] = field(default_factory=list)
     windows: dict[int, int] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    """How many rows each linear layer was given, in its calls, by the name of its weight."""
 
 
 STEP: ContextVar[Step | None] = ContextVar("STEP", default=None)

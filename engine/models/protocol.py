@@ -52,6 +52,19 @@ class CausalModel(Protocol):
     def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Rows]]:
         """What a checkpoint holds, to be filled in; raises ModelError if it is not of a model like this one."""
 
+    @property
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """By the names of its weights, also while it has none."""
+
+    def adapter(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Adapter:
+        """What an adapter adds: A [rank, k] and B [n, rank] by the names of weights.
+
+        Raises ModelError for weights that can have none. May be called while steps run.
+        """
+
+    def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
+        """See ``Stack.use_adapters``; called between two forward passes."""
+
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         """A cache in the layout this model reads."""
 
@@ -74,19 +87,6 @@ class DecoderModel(CausalModel, Protocol):
     config: DecoderConfig
     compute: Compute
     """What its parts were made by; those of a drafter that works with them are made by the same."""
-
-    @property
-    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """By the names of its weights, also while it has none."""
-
-    def adapter(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Adapter:
-        """What an adapter adds: A [rank, k] and B [n, rank] by the names of weights.
-
-        Raises ModelError for weights that can have none. Only where ``compute`` takes adapters.
-        """
-
-    def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
-        """See ``Stack.use_adapters``; called between two forward passes."""
 
     @property
     def embedding(self) -> Weight:

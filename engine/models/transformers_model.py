@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from slipstream.engine.checkpoint.checkpoint import Checkpoint
 from slipstream.engine.errors import MisfitError, ModelError
@@ -28,9 +30,14 @@ from slipstream.engine.models.transformers_files import (
     transformers_switch_length,
 )
 from slipstream.engine.models.weights import ExpectedTensors, Rows, Weights, pieces
+from slipstream.kernels.adapter import Adapter
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.compute import Formats
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
+from slipstream.kernels.torch_adapter import TorchAdapter, add_low_rank, runs_of
+
+EXPERTS = "experts"
+"""What modules are called whose matrices see the tokens that are routed to them only."""
 
 
 class _GivenOutput(torch.nn.Module):
@@ -145,6 +152,15 @@ class TransformersModel:
                 f"{self._name} does not take the positions of its tokens (its attention goes by distance, as ALiBi "
                 "does, or it has none), so sequences cannot share a step; such models are not supported"
             )
+        self._adapters: Sequence[Adapter | None] = ()
+        self._hooks: list[RemovableHandle] = []
+        self._shapes = {name: tuple(value.shape) for name, value in self._parameters.by_name.items()}
+        self._linear = {
+            f"{prefix}.{name}.weight": part
+            for name, part in self._body.named_modules()
+            if isinstance(part, torch.nn.Linear) and EXPERTS not in name.split(".")
+        }
+        """Matrices that adapters may add to, by the names of their weights."""
         self._given = _GivenOutput()
         setattr(module, prefix, self._given)
         self._windows: dict[int, int] = {}
@@ -178,13 +194,33 @@ class TransformersModel:
         parameters: Iterable[tuple[str, Tensor]] = module.named_parameters(remove_duplicate=False)
         return parameters
 
+    @property
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def adapter(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Adapter:
+        for name in pairs:
+            if name not in self._linear:
+                raise ModelError(
+                    f"a LoRA beside the weights cannot change {name!r}, only linear layers that all tokens go through"
+                )
+        return TorchAdapter([pairs], self.formats.compute, self._device)
+
+    def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
+        self._adapters = adapters
+        for hook in self._hooks:
+            hook.remove()
+        names = {name for each in adapters if isinstance(each, TorchAdapter) for name in each.layers[0]}
+        self._hooks = [self._linear[name].register_forward_hook(partial(_add_adapted, name)) for name in names]
+
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
         return self._make_cache(cache_shape(self.shape, block_size, self.formats.kv), num_blocks, self._device)
 
     def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
         assert not taps
         columns = tuple(torch.from_numpy(column).to(self._device) for column in batch.columns)
-        return Forward(self._forward(Step(batch, cache.plan(batch), self._windows)), columns=columns)
+        step = Step(batch, cache.plan(batch), self._windows, adapted=runs_of(batch, self._adapters))
+        return Forward(self._forward(step), columns=columns)
 
     def logits(self, hidden: Tensor, rows: Int32 | Tensor) -> Tensor:
         rows = rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
@@ -247,6 +283,7 @@ class TransformersModel:
         Returns the sliding window of each layer.
         """
         probe = Probe(self.shape)
+        hooks = [part.register_forward_hook(partial(_count_rows, name)) for name, part in self._linear.items()]
         one = np.ones(1, np.int32)
         batch = make_batch(np.zeros(1, np.int32), one, one, np.zeros((1, 1), np.int32), np.zeros(1, np.int32), 16)
         try:
@@ -259,12 +296,32 @@ class TransformersModel:
                 f"{self._name} cannot run with a paged cache: its code does not leave attention to others "
                 f"({type(error).__name__}: {error})"
             ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._linear = {name: part for name, part in self._linear.items() if probe.rows.get(name) == [1]}
         if probe.layers != list(range(self.shape.num_layers)):
             raise ModelError(
                 f"{self._name} has {self.shape.num_layers} layers, but attention ran in layers {probe.layers}; "
                 "recurrent and hybrid models, which keep a state beside keys and values, are not supported"
             )
         return probe.windows
+
+
+def _add_adapted(name: str, module: torch.nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+    """After a linear layer: adds what adapters make of the rows of its input."""
+    step = STEP.get()
+    assert step is not None
+    [x], y = given, output
+    pairs = [(rows, each.layers[0]) for rows, each in step.adapted]
+    added = [(rows, pair[name]) for rows, pair in pairs if name in pair]
+    add_low_rank(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), added)
+
+
+def _count_rows(name: str, module: torch.nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+    step = STEP.get()
+    assert step is not None and step.probe is not None
+    step.probe.rows.setdefault(name, []).append(output[..., 0].numel())
 
 
 def _choose(long: Tensor, of_long: Any, of_short: Any) -> Any:

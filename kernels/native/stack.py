@@ -162,7 +162,7 @@ class NativeCompute(Compute):
     cache_class = NativeKVCache
     _stored: ClassVar[type[StoredWeight]] = StoredWeight
     is_batch_invariant = can_be_batch_invariant = True
-    is_fast_in_bfloat16 = takes_adapters = True
+    is_fast_in_bfloat16 = True
 
     def __init__(self, formats: Formats, device: torch.device) -> None:
         known = PACKED if formats.weights == PACKED else formats.numbers

@@ -8,7 +8,7 @@ row and its adapter: tiles do not depend on how many rows there are, and parts o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -213,16 +213,16 @@ class TritonAdapter(Adapter):
     """A and B of each matrix of each layer, on the device."""
 
     def __init__(
-        self, shape: LayerShape, layers: Sequence[LayerMatrices], dtype: torch.dtype, device: torch.device
+        self, shape: LayerShape, layers: Iterable[LayerMatrices], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.entries = np.zeros((len(layers) * len(MATRICES), 3), np.int64)
-        """As in an ``AdapterTable``, of one layer after the other."""
         self._tensors: list[Tensor] = []
-        for index, layer in enumerate(layers):
-            for matrix, (names, widths) in enumerate(zip(MATRICES, widths_of(shape), strict=True)):
+        entries: list[tuple[int, int, int]] = []
+        for layer in layers:
+            for names, widths in zip(MATRICES, widths_of(shape), strict=True):
                 found = [layer.get(name) for name in names]
                 given = [pair for pair in found if pair is not None]
                 if not given:
+                    entries.append((0, 0, 0))
                     continue
                 rank = -(-max(len(a) for a, _ in given) // TILE) * TILE
                 down = torch.zeros(len(names), rank, given[0][0].shape[1], dtype=dtype, device=device)
@@ -233,7 +233,9 @@ class TritonAdapter(Adapter):
                         down[part, : len(a)] = a.to(device, dtype)
                         rows[:, : len(a)] = b.to(device, dtype)
                 self._tensors += [down, up]
-                self.entries[index * len(MATRICES) + matrix] = down.data_ptr(), up.data_ptr(), rank
+                entries.append((down.data_ptr(), up.data_ptr(), rank))
+        self.entries = np.array(entries, np.int64)
+        """[layers * matrices, 3], as in an ``AdapterTable``."""
 
 
 class AdapterTable:

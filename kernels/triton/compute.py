@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -86,5 +86,5 @@ class TritonCompute(TorchCompute):
         graphs, invariant = self.graphs, self.is_batch_invariant
         return TritonStack(shape, windows, rope, self.formats, self.device, graphs, invariant, window_rope)
 
-    def adapter(self, shape: LayerShape, layers: Sequence[LayerMatrices]) -> Adapter:
+    def adapter(self, shape: LayerShape, layers: Iterable[LayerMatrices]) -> Adapter:
         return TritonAdapter(shape, layers, self.formats.compute, self.device)

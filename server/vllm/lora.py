@@ -1,4 +1,4 @@
-"""LoRAs from folders of this machine: beside the model, or merged into its weights where nothing can be beside them."""
+"""LoRAs from folders of this machine, beside the model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ def lora_router(service: Service) -> APIRouter:
     adapters = service.adapters
 
     async def load(request: Request) -> Response:
-        """Answer to the name of a LoRA with it; where none can be beside the model, to all names."""
+        """Answer to the name of a LoRA with it."""
         asked = await body_of(service, request, LoraBody)
         service.require_ready()
-        if service.engine.ready.takes_adapters:
-            await adapters.load(asked.lora_name, asked.lora_path, bool(asked.load_inplace))
-        else:
-            await service.control.update_from_disk(asked.lora_path, asked.lora_name, is_lora=True)
-            adapters.merged(asked.lora_name)
+        await adapters.load(asked.lora_name, asked.lora_path, bool(asked.load_inplace))
         return Response(f"Success: LoRA adapter '{asked.lora_name}' added successfully.", media_type="text/plain")
 
     told = describe("text/plain", 409, 503, bodies=[LoraBody])

@@ -26,9 +26,10 @@ from slipstream.engine.operations import (
     UnloadAdapter,
 )
 from slipstream.engine.speculation.oracles import TreeOracleDrafter
-from slipstream.engine.testing import Completion, LocalEngine, policy, write_policy
+from slipstream.engine.testing import POLICY, Completion, LocalEngine, policy, write_policy
 from slipstream.engine.testing_lora import random_lora, write_lora
 from slipstream.kernels.adapter import ADAPTED, ADAPTED_MLP
+from slipstream.kernels.triton import launch
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6] * 3
 MODULES = {"all": (*ADAPTED, *ADAPTED_MLP), "some": ("self_attn.v_proj", "mlp.up_proj")}
@@ -65,14 +66,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_policy(tmp_path_factory.mktemp("policies") / "0", policy(0))
 
 
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that transformers computes, since its activation is another."""
+    return write_policy(tmp_path_factory.mktemp("policies") / "gelu", policy(0), POLICY | {"hidden_act": "gelu"})
+
+
 @pytest.fixture
-def start(folder: Path, tmp_path: Path) -> Iterator[Callable[..., LocalEngine]]:
+def start(folder: Path, foreign: Path, tmp_path: Path) -> Iterator[Callable[..., LocalEngine]]:
     """An engine with LORAS."""
     started = []
 
     def start(drafters: Any = (), **fields: Any) -> LocalEngine:
         options = {"kv_cache_memory": "4MiB", "max_running": 8, "dtype": "float32", "pipeline": "off", "threads": 2}
-        started.append(LocalEngine(EngineConfig(model=str(folder), **(options | fields)), drafters))
+        model = foreign if fields.pop("is_foreign", False) else folder
+        started.append(LocalEngine(EngineConfig(model=str(model), **(options | fields)), drafters))
         for name, tensors in LORAS.items():
             started[-1].operate(LoadAdapter(name, str(write(tmp_path / name, tensors))))
         return started[-1]
@@ -91,9 +99,11 @@ def told(completion: Completion) -> tuple[list[int], list[float]]:
     return completion.tokens, [each.logprob for delta in completion.deltas for each in delta.logprobs or []]
 
 
-def answers(local: LocalEngine, names: list[str], **fields: Any) -> list[tuple[list[int], list[float]]]:
+def answers(
+    local: LocalEngine, names: list[str], prompt: list[int] = PROMPT, **fields: Any
+) -> list[tuple[list[int], list[float]]]:
     """All of them together."""
-    open_requests = [local.submit(PROMPT, params(**fields), adapter=name) for name in names]
+    open_requests = [local.submit(prompt, params(**fields), adapter=name) for name in names]
     local.finish()
     return [told(each) for each in open_requests]
 
@@ -102,8 +112,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "native": {"kernels": "native"},
     "native bfloat16": {"kernels": "native", "dtype": "bfloat16"},
     "torch": {"kernels": "torch"},
+    "transformers": {"is_foreign": True},
 }
-TOLERANCE = {"native": 1e-4, "torch": 1e-4, "native bfloat16": 0.1}
+TOLERANCE = {"native": 1e-4, "torch": 1e-4, "transformers": 1e-4, "native bfloat16": 0.1}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,6 +129,32 @@ def test_answers_are_those_of_the_merged_weights(start: Callable[..., LocalEngin
     if kind != "native bfloat16":
         assert beside[0] == inside[0]
         assert np.allclose(beside[1], inside[1], atol=TOLERANCE[kind])
+
+
+@pytest.mark.parametrize("kind", ["torch", "transformers"])
+def test_each_request_of_a_batch_has_its_own(start: Callable[..., LocalEngine], kind: str) -> None:
+    names = ["a", "", "b", "b", "", "c", "a"]
+    quiet = start(**KINDS[kind], prefix_caching=False)
+    assert quiet.engine.loaded.model.kernels == f"{kind}-cpu"
+    alone = [answers(quiet, [name])[0] for name in names]
+    drafters = [TreeOracleDrafter({tuple(PROMPT): alone[0][0]}, 0.7, VOCABULARY)] if kind == "torch" else []
+    together = answers(start(drafters, **KINDS[kind], max_step_tokens=24, speculation_policy="fixed"), names)
+    for one, other in zip(alone, together, strict=True):
+        assert one[0] == other[0] and np.allclose(one[1], other[1], atol=1e-4)
+    assert len({str(tokens) for tokens, _ in alone}) == 4
+
+
+@pytest.mark.skipif(not launch.runs_on("cpu"), reason="Triton is not interpreted here")
+def test_triton_says_what_torch_says(start: Callable[..., LocalEngine]) -> None:
+    """Few tokens, since each step takes its interpreter seconds."""
+    import bf16_interpreter  # noqa: F401  (mends the interpreter)
+
+    names = ["a", "", "b"]
+    expected, found = (
+        answers(start(kernels=kernels), names, PROMPT[:5], max_tokens=2) for kernels in ("torch", "triton")
+    )
+    for one, other in zip(expected, found, strict=True):
+        assert one[0] == other[0] and np.allclose(one[1], other[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("drafter", ["none", "lookup", "tree"])
@@ -239,3 +276,11 @@ def test_what_fits_no_model_is_refused(
         local.operate(LoadAdapter("wrong", str(tmp_path / "wrong")))
     with pytest.raises(ModelError, match="no LoRA 'wrong', but 'a', 'b', 'c'"):
         local.operate(UnloadAdapter("wrong"))
+
+
+def test_what_transformers_computes_elsewhere_is_refused(start: Callable[..., LocalEngine], tmp_path: Path) -> None:
+    local = start(is_foreign=True)
+    for name in ("lm_head", "model.embed_tokens"):
+        tensors = {f"{name}.lora_A.weight": torch.ones(2, 64), f"{name}.lora_B.weight": torch.ones(VOCABULARY, 2)}
+        with pytest.raises(ModelError, match=f"{name}.*only linear layers that all tokens go through"):
+            local.operate(LoadAdapter("wrong", str(write(tmp_path / name, tensors))))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import openai
 import pytest
 
@@ -301,30 +300,6 @@ def test_as_sglang_loads_them(server: Any, folders: list[Path]) -> None:
     assert (status, answer["loaded_adapters"]) == (200, {"first": str(folders[0])})
     status, answer = server.post("/unload_lora_adapter", {"lora_name": "second"})
     assert (status, answer["success"]) == (404, False)
-
-
-def test_merged_where_nothing_can_be_beside_the_model(
-    start_local: Callable[..., Any], folders: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = start_local(served_model_name=("base",))
-    engine = server.service.engine
-    monkeypatch.setattr(engine, "ready", msgspec.structs.replace(engine.ready, takes_adapters=False))
-    base = said(server, "base")
-    assert send(server, LOAD, lora_name="policy", lora_path=str(folders[0]))[0] == 200
-    assert said(server, "policy") == said(server, "base") != base
-    assert server.get("/weight_info")[1] == {"weight_version": "policy"}
-    assert server.get("/v1/models/policy")[1]["parent"] is None
-    assert send(server, LOAD, lora_name="policy", lora_path=str(folders[1]))[0] == 200
-    assert send(server, UNLOAD, lora_name="policy")[0] == 200
-    assert server.post("/v1/completions", {"prompt": PROMPT, "model": "policy"})[0] == 404
-
-    # With the engine the weights are gone, and the model itself does not answer in their place.
-    assert send(server, LOAD, lora_name="policy", lora_path=str(folders[1]))[0] == 200
-    engine.kill()
-    server.wait_until(lambda: server.service.engine is not engine)
-    server.wait_until_ready()
-    assert server.post("/v1/completions", {"prompt": PROMPT, "model": "policy"})[0] == 404
-    assert said(server, "base") == base
 
 
 def service_with(model: Path, *modules: str) -> Any:
