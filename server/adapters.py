@@ -114,6 +114,8 @@ class Adapters(Collector):
                 raise
             except SlipstreamError as error:
                 del self._folders[name]
+                self._named.pop(name, None)
+                self._pinned.discard(name)
                 logger.error("the LoRA %r could not be loaded again, and is gone: %s", name, error)
 
     async def load(self, name: str, folder: str, replace: bool, pinned: bool = False) -> None:

@@ -241,8 +241,9 @@ class TritonAdapter(Adapter):
 class AdapterTable:
     """Where kernels find the adapters of a stack, by their numbers."""
 
-    def __init__(self, shape: LayerShape, layers: int, device: torch.device) -> None:
-        self._widths = widths_of(shape)
+    def __init__(self, shape: LayerShape, layers: int, dtype: torch.dtype, device: torch.device) -> None:
+        """``dtype``: that of all adapters."""
+        self._widths, self._dtype = widths_of(shape), dtype
         self._adapters: Sequence[Adapter | None] = ()
         self.table = torch.zeros(LEAST_ADAPTERS, layers * len(MATRICES), 3, dtype=torch.int64, device=device)
         """[adapters, entries, 3], see ``add_adapted``."""
@@ -269,4 +270,4 @@ class AdapterTable:
         """Adds to out [m, n], which a layer's matrix made of x [m, k], what the rows' adapters make of it."""
         if rank := self.ranks[matrix]:
             entry = layer * len(MATRICES) + matrix
-            add_adapted(x, numbers, self.table, entry, rank, self._widths[matrix], out)
+            add_adapted(x.to(self._dtype), numbers, self.table, entry, rank, self._widths[matrix], out)

@@ -91,7 +91,7 @@ def _low_rank(source: Source, sizes: Sizes) -> Prepared:
         ]
         for rank in RANKS
     ]
-    table = AdapterTable(shape, 1, x.device)
+    table = AdapterTable(shape, 1, x.dtype, x.device)
     table.use(
         [TritonAdapter(shape, [dict(zip(MATRICES[GATE_UP], each, strict=True))], x.dtype, x.device) for each in pairs]
     )

@@ -96,7 +96,7 @@ class TritonStack:
         self._staging = Staging(device)
         self._mirrors: OrderedDict[int, TableMirror] = OrderedDict()
         self._rooms: dict[int, _Room] = {}
-        self._adapters = AdapterTable(shape, len(windows), device)
+        self._adapters = AdapterTable(shape, len(windows), self._dtype, device)
         self._recorded_for: weakref.ref[Tensor] | None = None
         """Memory of the cache that graphs were recorded for; not kept from being released."""
         self._layers: list[FusedLayer] = []

@@ -278,6 +278,20 @@ def test_what_fits_no_model_is_refused(
         local.operate(UnloadAdapter("wrong"))
 
 
+def test_without_memory_on_the_device_it_is_refused(
+    start: Callable[..., LocalEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = start()
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(local.engine.loaded.model, "adapter", full)
+    with pytest.raises(ModelError, match="no memory left for it on the device"):
+        local.operate(LoadAdapter("large", str(write(tmp_path / "large", lora(1, 4)))))
+    assert answers(local, ["a"])
+
+
 def test_what_transformers_computes_elsewhere_is_refused(start: Callable[..., LocalEngine], tmp_path: Path) -> None:
     local = start(is_foreign=True)
     for name in ("lm_head", "model.embed_tokens"):

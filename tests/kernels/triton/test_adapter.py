@@ -65,7 +65,7 @@ def expected(
 
 
 def table_of(shape: LayerShape, adapters: list[Matrices], dtype: torch.dtype) -> AdapterTable:
-    table = AdapterTable(shape, LAYERS, DEVICE)
+    table = AdapterTable(shape, LAYERS, dtype, DEVICE)
     assert table.use([TritonAdapter(shape, each, dtype, DEVICE) for each in adapters])
     return table
 
@@ -145,10 +145,21 @@ def test_matrices_that_an_adapter_does_not_change_stay() -> None:
     assert [rank > 0 for rank in alone.ranks] == [True, False, True, True]
 
 
+def test_rows_of_another_format_are_taken_in_that_of_the_adapters() -> None:
+    """Activations have the format of weights behind a product with them, which may be another."""
+    shape = shape_of(16, 16)
+    adapters = [matrices(shape, 3, 1)]
+    table = table_of(shape, adapters, torch.float16)
+    x, out = some(2, 16, dtype=torch.float32, seed=1), some(2, 16, dtype=torch.float32, seed=2)
+    found = added(table, [1, 0], DOWN, x, out)
+    exact = expected(x.half(), [1, 0], adapters, 1, DOWN, shape, out)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2.0**-9 * float(exact.abs().max()))
+
+
 def test_the_table_stays_where_it_is_while_there_is_room() -> None:
     shape = shape_of(16, 16)
     one, other = (TritonAdapter(shape, matrices(shape, rank, rank), torch.float32, DEVICE) for rank in (5, 40))
-    table = AdapterTable(shape, LAYERS, DEVICE)
+    table = AdapterTable(shape, LAYERS, torch.float32, DEVICE)
     where = table.table.data_ptr()
     assert table.use([one]) and table.ranks == (16,) * 4
     assert table.use([None, other]) and table.ranks == (64,) * 4
