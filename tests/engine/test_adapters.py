@@ -221,7 +221,8 @@ class Slow(Background):
 @pytest.mark.parametrize("kernels", ["native", "torch"])
 def test_steps_go_on_while_one_is_loaded(start: Callable[..., LocalEngine], tmp_path: Path, kernels: str) -> None:
     model, slow, steps = start(kernels=kernels).engine.loaded.model, Slow(), 0
-    loading = Adapters(model, slow).operate(LoadAdapter("a", str(tmp_path / "a")))
+    slow.poll(is_busy=True)  # or all of it may be over before the first step
+    loading = Adapters(model, torch.device("cpu"), slow).operate(LoadAdapter("a", str(tmp_path / "a")))
     while not loading.done():
         slow.poll(is_busy=True)
         steps += 1
