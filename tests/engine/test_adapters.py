@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import save
@@ -206,6 +207,17 @@ def test_what_nobody_uses_takes_no_memory(start: Callable[..., LocalEngine], tmp
     numbers = {each.number for name in LORAS if (each := local.engine.adapters.find(name)) is not None}
     assert numbers == {1, 2, 3}
     assert answers(local, ["c"]) == before
+
+
+def test_memory_of_one_that_is_unloaded_is_the_systems(start: Callable[..., LocalEngine], tmp_path: Path) -> None:
+    """Else there is no room for others, though there are none any more."""
+    local, path = start(kernels="native"), write(tmp_path / "large", lora(1, 256))
+    names = [str(number) for number in range(20)]
+    size = len(names) * (path / "adapter_model.safetensors").stat().st_size
+    local.operate(*(LoadAdapter(name, str(path)) for name in names))
+    before = psutil.Process().memory_info().rss
+    local.operate(*(UnloadAdapter(name) for name in names))
+    assert before - psutil.Process().memory_info().rss > 0.8 * size > 20 << 20
 
 
 class Slow(Background):
