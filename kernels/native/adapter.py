@@ -12,7 +12,7 @@ from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.compute import LayerShape
 from slipstream.kernels.memory import reserved_zeros
 from slipstream.kernels.native.layer import matrix_shapes, places
-from slipstream.kernels.native.library import MATRICES, CAdapter, CLinear, address
+from slipstream.kernels.native.library import MATRICES, CAdapter, address
 from slipstream.kernels.native.weight import PANEL, PackedWeight, panels_elems
 
 Part = tuple[Tensor, Tensor, int, int]
@@ -48,6 +48,10 @@ class _Added:
 class NativeAdapter(Adapter):
     def __init__(self, shape: LayerShape, layers: Iterable[LayerMatrices], dtype: torch.dtype) -> None:
         self._layers = [self._filled(dict(self._added(shape, layer, dtype)), dtype) for layer in layers]
+        self.c = [self._described(layer) for layer in self._layers]
+        """The C struct of each layer, to be copied; valid while the adapter lives."""
+        self.rank = max((each.down.n for layer in self._layers for each in layer.values()), default=0)
+        """The most rows that an A has, with those that fill up panels."""
 
     @staticmethod
     def _filled(layer: dict[int, _Added], dtype: torch.dtype) -> dict[int, _Added]:
@@ -70,15 +74,10 @@ class NativeAdapter(Adapter):
             if parts:
                 yield index, _Added(size.n, size.k, dtype, parts)
 
-    @property
-    def rank(self) -> int:
-        """The most rows that an A has, with those that fill up panels."""
-        return max((each.down.n for layer in self._layers for each in layer.values()), default=0)
-
-    def describe(self, layer: int, c: CAdapter) -> None:
-        """Fills in the C struct; valid while the adapter lives."""
-        for index in range(len(MATRICES)):
-            added = self._layers[layer].get(index)
-            c.down[index] = CLinear() if added is None else added.down.c
-            c.up[index], c.begins[index] = (None, None) if added is None else (address(added.up), address(added.begins))
-            c.rank[index] = 0 if added is None else added.rank
+    @staticmethod
+    def _described(layer: dict[int, _Added]) -> CAdapter:
+        c = CAdapter()
+        for index, added in layer.items():
+            c.down[index], c.up[index] = added.down.c, address(added.up)
+            c.begins[index], c.rank[index] = address(added.begins), added.rank
+        return c

@@ -90,14 +90,16 @@ class NativeStack:
         self._weights = embedding, layers, norm, output
 
     def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
-        self._adapters, self._c.adapter_rank = adapters, 0
+        known: list[tuple[int, NativeAdapter]] = []
+        for at, adapter in enumerate(adapters):
+            if adapter is not None:
+                assert isinstance(adapter, NativeAdapter)
+                known.append((at, adapter))
+        self._adapters, self._c.adapter_rank = adapters, max((adapter.rank for _, adapter in known), default=0)
         for index, c_layer in enumerate(self._c_layers):
             c_layer.adapters = c_adapters = (CAdapter * len(adapters))()
-            for c, adapter in zip(c_adapters, adapters, strict=True):
-                if adapter is not None:
-                    assert isinstance(adapter, NativeAdapter)
-                    adapter.describe(index, c)
-                    self._c.adapter_rank = max(self._c.adapter_rank, adapter.rank)
+            for at, adapter in known:
+                c_adapters[at] = adapter.c[index]
 
     def forget(self) -> None:
         del self._weights
