@@ -170,7 +170,10 @@ def is_utf8(body: bytes) -> bool:
 
 
 def real_path(detail: ErrorDetails, data: Any) -> Path:
-    """The error's location without the parts that name types rather than places in the data."""
+    """The error's location without the parts that name types rather than places in the data.
+
+    Types that a body names by tags have blanks in them, so that no field of a client is called so.
+    """
     path: list[str | int] = []
     for position, part in enumerate(detail["loc"]):
         missing = detail["type"] == "missing" and position == len(detail["loc"]) - 1

@@ -39,8 +39,8 @@ class TextBlock(Body):
 
 
 Texts = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[Annotated[list[TextBlock], Field(max_length=MAX_MESSAGES, fail_fast=True)], Tag("list")],
+    Annotated[str, Tag("a text")]
+    | Annotated[Annotated[list[TextBlock], Field(max_length=MAX_MESSAGES, fail_fast=True)], Tag("a list")],
     Discriminator(kind_of_stop),
 ]
 
@@ -70,8 +70,8 @@ class TurnBody(Body):
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[
-        Annotated[str, Tag("text")]
-        | Annotated[Annotated[list[ContentBlock], Field(max_length=MAX_MESSAGES, fail_fast=True)], Tag("list")],
+        Annotated[str, Tag("a text")]
+        | Annotated[Annotated[list[ContentBlock], Field(max_length=MAX_MESSAGES, fail_fast=True)], Tag("a list")],
         Discriminator(kind_of_stop),
     ]
 

@@ -49,28 +49,28 @@ def in_range(field: str) -> Any:
 
 
 def kind_of_stop(value: Any) -> str:
-    return "list" if isinstance(value, list) else "text"
+    return "a list" if isinstance(value, list) else "a text"
 
 
 def kind_of_prompt(value: Any) -> str:
     if not isinstance(value, list):
-        return "text"
+        return "a text"
     first = value[0] if value else ""
     if isinstance(first, list):
         return "lists of ids"
-    return "texts" if isinstance(first, str) else "ids"
+    return "some texts" if isinstance(first, str) else "token ids"
 
 
 Stop = Annotated[
-    Annotated[StopString, Tag("text")]
-    | Annotated[Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)], Tag("list")],
+    Annotated[StopString, Tag("a text")]
+    | Annotated[Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)], Tag("a list")],
     Discriminator(kind_of_stop),
 ]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[Annotated[list[str], Field(min_length=1, fail_fast=True)], Tag("texts")]
-    | Annotated[TokenIds, Tag("ids")]
+    Annotated[str, Tag("a text")]
+    | Annotated[Annotated[list[str], Field(min_length=1, fail_fast=True)], Tag("some texts")]
+    | Annotated[TokenIds, Tag("token ids")]
     | Annotated[Annotated[list[TokenIds], Field(fail_fast=True)], Tag("lists of ids")],
     Discriminator(kind_of_prompt),
 ]
@@ -222,7 +222,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         Annotated[
-            Annotated[str, Tag("text")] | Annotated[Annotated[list[TextPart], Field(fail_fast=True)], Tag("list")],
+            Annotated[str, Tag("a text")] | Annotated[Annotated[list[TextPart], Field(fail_fast=True)], Tag("a list")],
             Discriminator(kind_of_stop),
         ]
         | None

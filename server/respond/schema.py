@@ -31,10 +31,10 @@ class ItemPart(Body):
 
 
 Text = Annotated[
-    Annotated[str, Tag("text")]
+    Annotated[str, Tag("a text")]
     | Annotated[
         Annotated[list[ItemPart], Field(max_length=MAX_MESSAGES, fail_fast=True)],
-        Tag("list"),
+        Tag("a list"),
     ],
     Discriminator(kind_of_stop),
 ]
@@ -86,7 +86,7 @@ class ReasoningOptions(Body):
 class RespondBody(ExtraFields):
     model: str | None = None
     input: Annotated[
-        Annotated[str, Tag("text")] | Annotated[Items, Tag("list")],
+        Annotated[str, Tag("a text")] | Annotated[Items, Tag("a list")],
         Discriminator(kind_of_stop),
     ]
     instructions: str | None = None

@@ -48,22 +48,22 @@ Salt = Annotated[str, Field(max_length=512)]
 
 
 def kind_of_many(value: Any) -> str:
-    return "many" if isinstance(value, list) else "one"
+    return "one each" if isinstance(value, list) else "just one"
 
 
 def kind_of_ids(value: Any) -> str:
-    return "many" if isinstance(value, list) and value and isinstance(value[0], list) else "one"
+    return "one each" if isinstance(value, list) and value and isinstance(value[0], list) else "just one"
 
 
 def one_or_many(kind: Any) -> Any:
     """A value for all prompts, or a list with one for each."""
     many = Annotated[list[kind], Field(max_length=MAX_LIST, fail_fast=True)]
-    return Annotated[Annotated[kind, Tag("one")] | Annotated[many, Tag("many")], Discriminator(kind_of_many)]
+    return Annotated[Annotated[kind, Tag("just one")] | Annotated[many, Tag("one each")], Discriminator(kind_of_many)]
 
 
 def ids_or_many(kind: Any) -> Any:
     many = Annotated[list[kind], Field(max_length=MAX_LIST, fail_fast=True)]
-    return Annotated[Annotated[kind, Tag("one")] | Annotated[many, Tag("many")], Discriminator(kind_of_ids)]
+    return Annotated[Annotated[kind, Tag("just one")] | Annotated[many, Tag("one each")], Discriminator(kind_of_ids)]
 
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -226,7 +226,7 @@ class SGLangGenerateBody(Body):
     @property
     def is_single(self) -> bool:
         """Whether it asks about one prompt, and not about a list of them."""
-        return isinstance(self.text, str) or (self.text is None and kind_of_ids(self.input_ids) == "one")
+        return isinstance(self.text, str) or (self.text is None and kind_of_ids(self.input_ids) == "just one")
 
     @model_validator(mode="after")
     def _check_prompts(self) -> SGLangGenerateBody:

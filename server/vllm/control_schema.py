@@ -91,9 +91,9 @@ class UpdateInfo(LooseBody):
 
 class UpdateWeightsBody(LooseBody):
     update_info: Annotated[
-        Annotated[UpdateInfo, Tag("one")]
-        | Annotated[list[UpdateInfo], Field(min_length=1, max_length=MAX_TENSORS, fail_fast=True), Tag("several")],
-        Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
+        Annotated[UpdateInfo, Tag("just one")]
+        | Annotated[list[UpdateInfo], Field(min_length=1, max_length=MAX_TENSORS, fail_fast=True), Tag("some of them")],
+        Discriminator(lambda value: "some of them" if isinstance(value, list) else "just one"),
     ]
 
     @property

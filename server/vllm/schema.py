@@ -118,9 +118,9 @@ class TrlSampling(VllmSampling):
 
 
 Prompts = Annotated[
-    Annotated[Annotated[list[str], Field(min_length=1, fail_fast=True)], Tag("texts")]
+    Annotated[Annotated[list[str], Field(min_length=1, fail_fast=True)], Tag("some texts")]
     | Annotated[Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)], Tag("lists of ids")],
-    Discriminator(lambda value: "texts" if kind_of_prompt(value) in ("texts", "text") else "lists of ids"),
+    Discriminator(lambda value: "some texts" if kind_of_prompt(value) in ("some texts", "a text") else "lists of ids"),
 ]
 
 
