@@ -249,7 +249,11 @@ async def serve(
         await asyncio.wait({loading, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
-            print(greeting(service, url, time.monotonic() - started), flush=True)
+            said = greeting(service, url, time.monotonic() - started)
+            if config.log_format == "json":  # who reads lines of JSON reads both streams, mostly
+                logger.info("%s", said)
+            else:
+                print(said, flush=True)
             supervising = asyncio.create_task(service.keep_running())
             await asyncio.wait({serving, stopping, supervising}, return_when=asyncio.FIRST_COMPLETED)
             http.end_connections()

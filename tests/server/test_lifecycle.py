@@ -35,7 +35,7 @@ def narrow(start_local: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def process(start_tiny: Callable[..., Any]) -> Any:
     """Which the last test kills."""
-    return start_tiny().wait_until_ready()
+    return start_tiny("--log-format", "json", "--access-log").wait_until_ready()
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -229,6 +229,13 @@ def test_what_is_left_after_the_drain_ends_with_an_error(start_tiny: Callable[..
         assert json.loads(body)["error"]["code"] == "shutting_down"
     assert server.process.wait(300) == 0
     assert not engine.is_running()
+
+
+def test_all_that_is_said_is_json_where_that_is_asked_for(process: Any) -> None:
+    process.get("/version")
+    log = process.wait_until_logged("(ready after ", "GET /version")
+    records = [json.loads(line) for line in log.splitlines()]
+    assert all({"time", "level", "logger", "message"} <= record.keys() for record in records)
 
 
 def test_memory_of_the_api_process(process: Any) -> None:
