@@ -90,11 +90,9 @@ class FolderCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         if not (path / "config.json").is_file():
-            gguf_files = sorted(path.glob("*.gguf"))
-            hint = f" To serve a GGUF file give its path, for example {gguf_files[0]}." if gguf_files else ""
-            if versions := sorted(path.glob("snapshots/*/config.json")):
-                hint = f" It is one of the hub's cache: give one of its versions, for example {versions[0].parent}."
-            raise ModelError(f"the folder {path} has no config.json, so it is not a Hugging Face model folder.{hint}")
+            raise ModelError(
+                f"the folder {path} has no config.json, so it is not a Hugging Face model folder.{_what_it_is(path)}"
+            )
         self.config = read_config(path / "config.json")
 
     @cached_property
@@ -132,6 +130,19 @@ class FolderCheckpoint(Checkpoint):
         for path in [whole] if whole.is_file() else [self.path / name for name in TOKENIZER_FILES]:
             if path.is_file():
                 yield path.read_bytes()
+
+
+def _what_it_is(path: Path) -> str:
+    """What a folder is that is none of a model, and what to name instead."""
+    if gguf_files := sorted(path.glob("*.gguf")):
+        return f" To serve a GGUF file give its path, for example {gguf_files[0]}."
+    if (path / "adapter_config.json").is_file():
+        return " It is one of a LoRA: serve the model that it is for, with --lora-modules NAME=FOLDER."
+    if versions := sorted(path.glob("snapshots/*/config.json")):
+        return f" It is one of the hub's cache: give one of its versions, for example {versions[0].parent}."
+    if path.parent.name == "snapshots":
+        return " A GGUF file of the hub is named OWNER/NAME/FILE.gguf."
+    return ""
 
 
 class GGUFCheckpoint(Checkpoint):

@@ -13,8 +13,9 @@ from slipstream.engine.errors import ModelError
 
 NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?P<file>/[\w][\w./-]*\.gguf)?")
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-UNWANTED = ["*/*", "consolidated*"]
-"""Other formats in folders below, and the same weights in the form of whoever trained them."""
+UNWANTED = [*("[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "add[!i]*/*"), "consolidated*"]
+"""Other formats in folders below, but for that of chat templates (additional_chat_templates), and the same weights in
+the form of whoever trained them."""
 
 
 def is_name(text: str) -> bool:

@@ -147,7 +147,8 @@ def _check_kind(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: its weights are quantised ({method}), which cannot be read; "
             "serve the model's bfloat16 weights, or a GGUF file of it"
         )
-    names = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    stated = config.get("architectures")
+    names = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
     if names and all("For" in name and not GENERATES.search(name) for name in names):
         raise ModelError(f"{checkpoint.path} holds a {names[0]}, which does not generate text")
 

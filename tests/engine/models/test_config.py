@@ -106,7 +106,7 @@ def test_kinds_of_layers_are_as_many_as_layers(tmp_path: Path) -> None:
     "change",
     [
         {"hidden_size": "64"},
-        {"attention_multiplier": None},
+        {"attention_multiplier": None, "architectures": 5},
         {"num_attention_heads": 0},
         {"rope_scaling": {"rope_type": "none of these"}},
     ],

@@ -234,6 +234,8 @@ SPECIAL = {
         {"special_tokens_map": {**SPECIAL, "eos_token": {"content": "<|end|>", "lstrip": False}}},
         {"tokenizer_config": {**SPECIAL, "pad_token": "<|new pad|>", "additional_special_tokens": ["<|extra|>"]}},
         {"tokenizer_config": {**SPECIAL, "extra_special_tokens": ["<|extra|>", "<|end|>"]}},
+        {"tokenizer_config": {**SPECIAL, "extra_special_tokens": {"image_token": "<|extra|>"}, "add_bos_token": True}},
+        {"tokenizer_config": {**SPECIAL, "image_token": "<|extra|>"}},
         {
             "tokenizer_config": {
                 **SPECIAL,
@@ -260,6 +262,12 @@ def test_folder_agrees_with_transformers(write_folder: Write, conversation_texts
         assert ours.encode(each, add_special_tokens=False) == theirs.encode(each, add_special_tokens=False)
         for skip in (True, False):
             assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+def test_a_list_of_tokens_is_no_text(write_folder: Write) -> None:
+    """Its characters would become special tokens, which answers are shown without."""
+    with pytest.raises(ModelError, match=r"malformed token: .*a list of tokens is 'abc'"):
+        load_tokenizer(write_folder(tokenizer_config=SPECIAL | {"additional_special_tokens": "abc"}))
 
 
 def test_end_tokens_of_a_folder(write_folder: Write) -> None:
