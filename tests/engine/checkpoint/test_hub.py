@@ -88,7 +88,7 @@ def _oid(content: bytes) -> str:
 def server() -> Iterator[Hub]:
     files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights", "tokenizer.json": b"{}"}
     files |= {"model-Q4.gguf": b"GGUF", "pytorch_model.bin": b"old", "original/params.json": b"{}", "README.md": b"hi"}
-    files |= {"additional_chat_templates/rag.jinja": b"rag", "add/params.json": b"{}", "onnx/config.json": b"{}"}
+    files |= {"additional_chat_templates/rag.jinja": b"rag", "assets/params.json": b"{}", "onnx/config.json": b"{}"}
     hub_server = Hub(files)
     threading.Thread(target=hub_server.serve_forever, daemon=True).start()
     yield hub_server
