@@ -2,9 +2,11 @@
 
 import asyncio
 import re
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -165,6 +167,42 @@ async def serving(**options: Any) -> AsyncIterator[Served]:
         yield served
     finally:
         await runner.cleanup()
+
+
+class Waiting:
+    """A clock that goes while an event loop waits, and by ITERATION_S for what it does between two waits.
+
+    So times are those that servers and clients here wait for, however long the machine takes for everything else.
+    """
+
+    ITERATION_S = 1e-5
+
+    def __init__(self, loop: Any) -> None:
+        self._now, self._select = loop.time(), loop._selector.select
+
+    def now(self) -> float:
+        return float(self._now)
+
+    def select(self, timeout: float | None = None) -> Any:
+        began = monotonic()
+        ready = self._select(timeout)
+        waited = monotonic() - began
+        if timeout is not None:
+            waited = min(waited, max(timeout, 0.0)) if ready else max(timeout, 0.0)
+        self._now += waited + self.ITERATION_S
+        return ready
+
+
+@pytest.fixture
+async def time_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured, and when sleepers wake up, goes by such a clock."""
+    loop: Any = asyncio.get_running_loop()
+    clock = Waiting(loop)
+    monkeypatch.setattr(loop, "time", clock.now)
+    monkeypatch.setattr(loop._selector, "select", clock.select)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("slipstream.clients.", "slipstream.loadtest.")) and hasattr(module, "perf_counter"):
+            monkeypatch.setattr(module, "perf_counter", clock.now)
 
 
 @pytest.fixture

@@ -49,6 +49,11 @@ def quick_settling(monkeypatch):
     monkeypatch.setattr("slipstream.loadtest.compare.QUIET_SECONDS", 0.1)
 
 
+@pytest.fixture
+def serve(serve, time_of_waiting):
+    return serve
+
+
 async def test_both_servers_get_the_same_prompts_in_the_order_a_b_b_a(serve, monkeypatch):
     monkeypatch.setattr("slipstream.loadtest.compare.BUSY_SHARE", 0.0)
     arrived = []

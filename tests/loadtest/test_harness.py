@@ -10,6 +10,11 @@ from slipstream.loadtest.report import summarise
 from slipstream.loadtest.workloads import CHAT, COMPLETIONS, Request
 
 
+@pytest.fixture
+def serve(serve, time_of_waiting):
+    return serve
+
+
 def chats(count: int, tokens: int = 10) -> list[Request]:
     return [
         Request(CHAT, {"messages": [{"role": "user", "content": f"Hello {number}"}], "max_tokens": tokens})

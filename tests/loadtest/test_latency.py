@@ -35,6 +35,11 @@ def test_gaps_of_a_window(all_times, start, length):
     assert sum(within) <= length * len(records)
 
 
+@pytest.fixture
+def serve(serve, time_of_waiting):
+    return serve
+
+
 QUICK = {"streams": 3, "long_tokens": 300, "rounds": 2, "window": 0.15}
 
 

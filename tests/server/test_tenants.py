@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def shared(start_local: Callable[..., Any], tmp_path_factory: pytest.TempPathFac
     file.write_text("\n".join(entries))
     return start_local(
         keys_file=str(file),
-        speculation="suffix",
+        **{"speculation": "suffix", "speculation_policy": "fixed"},  # however long steps take here
         **{"traffic_log": "tokens", "traffic_folder": str(folder / "traffic")},
         **{"max_running": 2, "max_queued_requests": 2, "max_model_len": 8192},
     )
@@ -148,7 +149,17 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_too_many_requests_per_minute_are_refused_in_every_dialect(shared: Any) -> None:
+def stop_the_clock(server: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a key has taken does not come back."""
+    account = server.service.keys.named(name).account
+    for allowance in (account._requests, account._tokens):
+        monkeypatch.setattr(allowance, "_clock", partial(float, allowance._at))
+
+
+def test_too_many_requests_per_minute_are_refused_in_every_dialect(
+    shared: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_the_clock(shared, "limited", monkeypatch)
     statuses = [ask(shared, "limited-key", path, **body)[0] for path, body in list(BODIES.items())[:2]]
     assert statuses == [200, 200]
     for path, body in BODIES.items():
@@ -160,7 +171,8 @@ def test_too_many_requests_per_minute_are_refused_in_every_dialect(shared: Any) 
         assert shared.get("/v1/models")[0] == 200, "questions about the server are free"
 
 
-def test_too_many_tokens_per_minute(shared: Any) -> None:
+def test_too_many_tokens_per_minute(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_the_clock(shared, "spent", monkeypatch)
     assert ask(shared, "spent-key", max_tokens=40, ignore_eos=True)[0] == 200
     status, headers, reply = ask(shared, "spent-key")
     assert (status, reply["error"]["code"]) == (429, "rate_limit_exceeded")
