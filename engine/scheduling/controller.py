@@ -40,8 +40,11 @@ class Decision:
 
 
 class Policy(Protocol):
-    def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
-        """``work`` is the step without draft tokens, one token for each offer at least."""
+    def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost, plain_error: float = 1.0) -> Decision:
+        """``work`` is the step without draft tokens, one token for each offer at least.
+
+        ``plain_error``: how long such steps take, relative to what ``cost`` says.
+        """
 
     def observe(self, decision: Decision, tokens: int, seconds: float) -> None:
         """The step brought so many tokens."""
@@ -54,7 +57,7 @@ class Throughput:
     its list, a prefix of that order is a prefix of every list.
     """
 
-    def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
+    def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost, plain_error: float = 1.0) -> Decision:
         chances = np.array([chance for offer in offers for chance in offer.chances])
         if not len(chances):
             return Decision([0] * len(offers), "nothing proposed")
@@ -63,6 +66,7 @@ class Throughput:
         expected = len(offers) + np.concatenate(([0.0], np.cumsum(chances[order])))
         start = float(np.mean([offer.start for offer in offers]))
         seconds = cost.predict_more(work, len(chances), start)
+        seconds[0] *= plain_error
         rate = expected / seconds
         best = int(rate.argmax())
         if rate[best] < LEAST_GAIN * rate[0]:
@@ -80,7 +84,7 @@ class Fixed:
     def __init__(self, count: int) -> None:
         self._count = count
 
-    def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
+    def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost, plain_error: float = 1.0) -> Decision:
         return Decision([min(self._count, len(offer.chances)) for offer in offers], "fixed")
 
     def observe(self, decision: Decision, tokens: int, seconds: float) -> None:
@@ -102,7 +106,7 @@ class Bandit:
         self._random = Random(seed)
         self._rewards: dict[int, dict[int, float]] = defaultdict(lambda: dict.fromkeys(self.LENGTHS, self.FIRST))
 
-    def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost) -> Decision:
+    def decide(self, offers: Sequence[Offer], work: StepWork, cost: StepCost, plain_error: float = 1.0) -> Decision:
         rewards = self._rewards[len(offers).bit_length()]
         explores = self._random.random() < self.EPSILON
         # A length that nobody has draft tokens for would never be tried, and look promising for ever.

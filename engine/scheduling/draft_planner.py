@@ -12,7 +12,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.plan import StepPlan, StepResult, StepWork
 from slipstream.engine.scheduling.controller import Decision, Offer, make_policy
 from slipstream.engine.scheduling.draft_depth import DraftDepth
-from slipstream.engine.scheduling.draft_worth import MOST_KNOWN, PROBE_EVERY, Worth, WorthByLoad
+from slipstream.engine.scheduling.draft_worth import LEAST_S, MOST_KNOWN, PROBE_EVERY, Worth, WorthByLoad
 from slipstream.engine.scheduling.kv.manager import KVManager
 from slipstream.engine.scheduling.plan_builder import PlanBuilder, one_each
 from slipstream.engine.scheduling.request import Request
@@ -107,11 +107,13 @@ class DraftPlanner:
             if is_asked:
                 plan.decision = Decision([0] * len(plan.requests), NOT_SEEN)
                 self.reasons[NOT_SEEN] += 1
-            elif self._pauses and self._needs.most and self._worth(plan.requests).is_paused:
+            elif self._pauses and self._needs.most and self._worth(len(plan.requests)).is_paused:
                 self.reasons["does not pay"] += 1
             return
         offers = [Offer(request.offer[: self._room(request)], request.num_computed) for request in plan.requests]
-        plan.decision = decision = self._policy.decide(offers, plan.work, self._cost)
+        plan.decision = decision = self._policy.decide(
+            offers, plan.work, self._cost, self._worth(len(plan.requests)).plain_error
+        )
         self.reasons[decision.reason] += 1
         if log.isEnabledFor(logging.DEBUG):
             chances = [[round(chance, 2) for chance in offer.chances] for offer in offers]
@@ -123,9 +125,9 @@ class DraftPlanner:
                 plan.map_grown(request, grown)
                 plan.add_drafts(row, count)
 
-    def _worth(self, requests: Sequence[Request]) -> Worth:
-        """What drafting as a whole is worth for these."""
-        return self._costly.of(len(requests)) if self._needs.costly else self._cheap
+    def _worth(self, requests: int) -> Worth:
+        """What drafting as a whole is worth for so many."""
+        return self._costly.of(requests) if self._needs.costly else self._cheap
 
     def wants(self, plan: PlanBuilder, prompts_wait: bool) -> tuple[list[int], list[int]]:
         """How many draft tokens are to be proposed for each row after the step, and how many by costly drafters.
@@ -216,7 +218,7 @@ class DraftPlanner:
         return int(is_trial)
 
     def observe(self, plan: StepPlan, decision: Decision | None, result: StepResult) -> None:
-        """What the step brought."""
+        """What the step brought; called before the cost model learns how long it took."""
         tokens = sum(map(len, result.tokens))
         if decision is not None:
             self._policy.observe(decision, tokens, result.seconds)
@@ -228,6 +230,9 @@ class DraftPlanner:
             offers = [offer for offer, most in zip(result.offers, plan.costly, strict=True) if most]
             self._depth.observe(max(plan.costly), offers, result.draft_seconds)
         asked, self._asked = self._asked, None
+        whole = self._worth(len(plan.slots))
+        if not whole.is_paused and plan.num_tokens == len(plan.slots):
+            whole.observe_plain(result.seconds / max(self._cost.predict(plan.work), LEAST_S))
         unseen = 0.0
         if asked is not None and decision is not None and decision.reason == NOT_SEEN:
             unseen = 0.0 if asked.worth.is_paused else asked.seconds

@@ -17,6 +17,8 @@ SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
 """Weight of a step in what is known of this, and of a probe, of which there are few."""
 SMOOTHING_ROWS = 2
 """Steps of fewer requests weigh so much less: one draft token that is right or wrong says little."""
+PLAIN_SMOOTHING, MOST_ERROR = 0.1, 0.3
+"""Weight of a step without draft tokens in what is known of such, and how far it may be from what was expected."""
 LEAST_S = 1e-9
 """No step is taken to be quicker: times are divided by."""
 MOST_KNOWN = 1.2
@@ -30,6 +32,9 @@ class Worth:
         self._plain = self._seconds = 0.0
         """What steps would take without, and what they take with asking; smoothed. So long steps weigh as they last,
         and one after which drafters read whole prompts as many."""
+        self.plain_error = 1.0
+        """How long steps without draft tokens take, where most have some, relative to what the cost model expects: it
+        knows them by longer ones then, and a few percent decide whether drafting pays."""
         self._longest = longest_pause
         self._pause = PROBE_EVERY
         self.next_probe = 0
@@ -63,6 +68,11 @@ class Worth:
         self._pause = min(2 * self._pause, self._longest) if was_paused else PROBE_EVERY
         affordable = round(self._spent / (PROBE_SHARE * max(self._seconds, LEAST_S)))
         self.next_probe, self._spent = step + min(max(self._pause, affordable), self._longest), 0.0
+
+    def observe_plain(self, error: float) -> None:
+        """A step without draft tokens, while drafting is not paused, took so long relative to what was expected."""
+        error = min(max(error, 1 - MOST_ERROR), 1 + MOST_ERROR)
+        self.plain_error += PLAIN_SMOOTHING * (error - self.plain_error)
 
     def spend(self, seconds: float) -> None:
         """Asking took so long, in a probe."""

@@ -178,8 +178,8 @@ class Scheduler:
         """Takes the result of the oldest planned step; returns what its requests have to tell."""
         planned, requests, decision = self._under_way.popleft()
         assert planned is plan, "steps are committed in the order they were planned"
-        self.cost.observe(plan.work_with(result.drafted), result.seconds)
         self._draft_planner.observe(plan, decision, result)
+        self.cost.observe(plan.work_with(result.drafted), result.seconds)
         deltas = self.take_ended()
         each = result.seconds / max(1, plan.num_tokens) if self._waiting.is_shared else 0.0
         for row, request in enumerate(requests):

@@ -150,6 +150,16 @@ def test_probes_in_which_much_is_to_be_read_are_further_apart() -> None:
     assert sum(quick.step(0.9, right=False) for _ in range(steps)) > len(reading) >= 2 * steps // LONGEST_PAUSE
 
 
+def test_steps_without_draft_tokens_are_measured_while_there_are_others() -> None:
+    """Expected to take a tenth longer than they do, they let drafting pass for a gain where it is a loss."""
+    loop = Loop(is_costly=True)
+    loop.drafting = STEP_SECONDS / 20
+    loop.expect(1.1 * STEP_SECONDS)
+    asked = [loop.step(0.9, right=False) for _ in range(60 * PLAIN_EVERY)]
+    assert sum(asked[:PLAIN_EVERY]) > PLAIN_EVERY // 2
+    assert sum(asked[-10 * PLAIN_EVERY :]) < PLAIN_EVERY
+
+
 def test_a_long_prompt_is_not_read_for_a_few_last_tokens() -> None:
     loop = Loop(is_costly=True, routes=["", ""], prompt=1000)
     for most, asked in ((10, {1}), (25, {0, 1})):
