@@ -137,6 +137,8 @@ def make_registry(folder: Path, count: int) -> list[int]:
     tensors = layout.from_target(config, last, range(config.draft_vocab_size))
     fingerprint = served_fingerprint(EngineConfig())
     versions = [registry.add(config, tensors, target=fingerprint, origin="trained").version for _ in range(count)]
+    for version in versions:
+        registry.pin(version)  # else they are superseded by what the worker publishes, and pruned
     registry.promote(versions[0], "to begin with")
     registry.record_metrics(versions[0], {"trial": 1})
     return versions
