@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-PAUSE_BELOW = 0.985
-"""Where verification and drafting together bring less than this, drafting pauses …"""
+PAUSE_BELOW = 1.01
+"""Where verification and drafting together bring less than this, drafting pauses, for what steps would take without is
+known to some two percent …"""
+HOPED_FOR = 1.03
+"""What is taken for known before anything was seen."""
 PROBE_EVERY = 16
 """… but for a probe after so many steps, to see whether that has changed."""
 PROBE_SHARE = 0.005
@@ -17,7 +20,7 @@ SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
 """Weight of a step in what is known of this, and of a probe, of which there are few."""
 SMOOTHING_ROWS = 2
 """Steps of fewer requests weigh so much less: one draft token that is right or wrong says little."""
-PLAIN_SMOOTHING, MOST_ERROR = 0.1, 0.3
+PLAIN_SMOOTHING, MOST_ERROR = 0.15, 0.3
 """Weight of a step without draft tokens in what is known of such, and how far it may be from what was expected."""
 LEAST_S = 1e-9
 """No step is taken to be quicker: times are divided by."""
@@ -47,7 +50,7 @@ class Worth:
     @property
     def ratio(self) -> float:
         """Tokens per second with drafting and verification, relative to doing without."""
-        return self._plain / self._seconds if self._seconds else 1.0
+        return self._plain / self._seconds if self._seconds else HOPED_FOR
 
     @property
     def is_paused(self) -> bool:
@@ -59,7 +62,7 @@ class Worth:
         weight = PROBE_SMOOTHING if was_paused else SMOOTHING * min(rows / SMOOTHING_ROWS, 1.0)
         before = self._seconds or seconds
         self._seconds = before + weight * (seconds - before)
-        before = self._plain or seconds
+        before = self._plain or HOPED_FOR * seconds
         self._plain = min(before + weight * (plain - before), MOST_KNOWN * self._seconds)
         self.has_succeeded = was_paused and plain >= PAUSE_BELOW * seconds
         if self.has_succeeded:
