@@ -32,7 +32,7 @@ READ_PER_TOKEN = 64
 """Positions that they look at first for each token that may still come: for a few last ones reading does not pay."""
 KNOWN_VERSIONS = 8
 """Versions of the shared drafter of which it is kept whether they pay."""
-PLAIN_EVERY, PLAIN_EVERY_SURE = 32, 128
+PLAIN_EVERY, PLAIN_EVERY_SURE = 32, 64
 """As often networks are not asked: else nobody would see any more what a step takes without. More seldom where they
 surely pay, which may be a mistake about just that."""
 

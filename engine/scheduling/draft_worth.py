@@ -20,11 +20,11 @@ SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
 """Weight of a step in what is known of this, and of a probe, of which there are few."""
 SMOOTHING_ROWS = 2
 """Steps of fewer requests weigh so much less: one draft token that is right or wrong says little."""
-PLAIN_SMOOTHING, MOST_ERROR = 0.15, 0.3
+PLAIN_SMOOTHING, MOST_ERROR = 0.25, 0.3
 """Weight of a step without draft tokens in what is known of such, and how far it may be from what was expected."""
 LEAST_S = 1e-9
 """No step is taken to be quicker: times are divided by."""
-MOST_KNOWN = 1.2
+MOST_KNOWN = 1.1
 """What drafting brings counts up to this, so that it is soon known when it no longer pays."""
 
 
