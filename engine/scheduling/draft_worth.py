@@ -16,8 +16,9 @@ PROBE_SHARE = 0.005
 are further apart."""
 LONGEST_PAUSE = 512
 """Each probe of costly drafters that disappoints makes their pause twice as long, up to this."""
-SMOOTHING, PROBE_SMOOTHING = 0.03, 0.15
-"""Weight of a step in what is known of this, and of a probe, of which there are few."""
+SMOOTHING, PROBE_SMOOTHING = 0.03, 0.06
+"""Weight of a step in what is known of this, and of a probe: more, as there are few, but so that luck with some does
+not pass for a change."""
 SMOOTHING_ROWS = 2
 """Steps of fewer requests weigh so much less: one draft token that is right or wrong says little."""
 PLAIN_SMOOTHING, MOST_ERROR = 0.25, 0.3
