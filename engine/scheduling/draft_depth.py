@@ -20,7 +20,7 @@ WEIGHT = 0.05
 FORGETTING = 0.01
 """The same, where nobody asked for them in the step."""
 LEAST_S = 1e-9
-"""No chain is taken to be quicker: times are divided by."""
+"""No chain, and no step, is taken to be quicker: times are divided by."""
 TIME_WEIGHT = 0.1
 """Weight of a step in the mean time; one that takes more than twice as long as expected counts as twice."""
 

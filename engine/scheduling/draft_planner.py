@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.plan import StepPlan, StepResult, StepWork
 from slipstream.engine.scheduling.controller import Decision, Offer, make_policy
-from slipstream.engine.scheduling.draft_depth import DraftDepth
-from slipstream.engine.scheduling.draft_worth import LEAST_S, MOST_KNOWN, PROBE_EVERY, Worth, WorthByLoad
+from slipstream.engine.scheduling.draft_depth import LEAST_S, DraftDepth
+from slipstream.engine.scheduling.draft_worth import MOST_KNOWN, PROBE_EVERY, Worth, WorthByLoad
 from slipstream.engine.scheduling.kv.manager import KVManager
 from slipstream.engine.scheduling.plan_builder import PlanBuilder, one_each
 from slipstream.engine.scheduling.request import Request
@@ -222,7 +222,7 @@ class DraftPlanner:
         tokens = sum(map(len, result.tokens))
         if decision is not None:
             self._policy.observe(decision, tokens, result.seconds)
-        if not self._pauses:
+        if not self._pauses or not self._needs.most:
             return
         costly = sum(map(bool, plan.costly))
         if costly and self._was_asked:
@@ -237,7 +237,7 @@ class DraftPlanner:
         if asked is not None and decision is not None and decision.reason == NOT_SEEN:
             unseen = 0.0 if asked.worth.is_paused else asked.seconds
         elif asked is not None:
-            plain = self._gain(asked, plan, decision, result) * result.seconds
+            plain = self._without_drafts(asked, plan, decision, result)
             asked.worth.observe(self._steps, plain, result.seconds + asked.seconds, len(plan.slots))
         if any(plan.wanted):
             worth = self._costly.of(len(plan.slots)) if costly else self._cheap
@@ -259,24 +259,24 @@ class DraftPlanner:
             seconds = known or seconds * number / len(few)
         return _Asked(worth, seconds + unseen, few)
 
-    def _gain(self, asked: _Asked, plan: StepPlan, decision: Decision | None, result: StepResult) -> float:
-        """How much faster tokens came than without draft tokens.
+    def _without_drafts(self, asked: _Asked, plan: StepPlan, decision: Decision | None, result: StepResult) -> float:
+        """Seconds that what the step brought would have taken without draft tokens.
 
         What they brought counts, not what was promised: the most promising drafts are those that chance makes look so.
         Where few requests had any, how long it takes for all is expected, as nobody measured it.
         """
         if decision is None or not decision.plain_seconds:
-            return 1.0
+            return result.seconds
         counts, drafted = list(map(len, result.tokens)), sum(result.drafted)
         if asked.few is None:
-            return sum(counts) / len(counts) * decision.plain_seconds / result.seconds
+            return sum(counts) / len(counts) * decision.plain_seconds
         some = [count for slot, count in zip(plan.slots, counts, strict=True) if slot in asked.few]
         if not some:
-            return 1.0
+            return result.seconds
         more = round(drafted * len(counts) / len(some))
         plain = plan.work_with([0] * len(counts))
         seconds = self._cost.predict_more(plain, more, sum(plan.starts) / len(counts))
-        return float(sum(some) / len(some) * seconds[0] / seconds[more])
+        return float(sum(some) / len(some) * seconds[0] / seconds[more] * result.seconds)
 
     def _change_routes(self, routes: Mapping[str, int]) -> None:
         """A version nobody has seen is tried at once; of one that comes back it is known what it brings."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from slipstream.engine.scheduling.draft_depth import LEAST_S
+
 PAUSE_BELOW = 1.01
 """Where verification and drafting together bring less than this, drafting pauses, for what steps would take without is
 known to some two percent …"""
-HOPED_FOR = 1.03
-"""What is taken for known before anything was seen."""
 PROBE_EVERY = 16
 """… but for a probe after so many steps, to see whether that has changed."""
+HOPED_FOR = 1.03
+"""What is taken for known before anything was seen."""
 PROBE_SHARE = 0.005
 """Asking takes at most so much of the time while drafting does not pay: where it means to read prompts first, probes
 are further apart."""
@@ -23,8 +25,6 @@ SMOOTHING_ROWS = 2
 """Steps of fewer requests weigh so much less: one draft token that is right or wrong says little."""
 PLAIN_SMOOTHING, MOST_ERROR = 0.25, 0.3
 """Weight of a step without draft tokens in what is known of such, and how far it may be from what was expected."""
-LEAST_S = 1e-9
-"""No step is taken to be quicker: times are divided by."""
 MOST_KNOWN = 1.1
 """What drafting brings counts up to this, so that it is soon known when it no longer pays."""
 
