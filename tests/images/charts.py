@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import chart_options
 import render
 import yaml
 
@@ -84,7 +85,7 @@ def container_of(values: Document) -> Document:
 
 def schema_at(path: tuple[str, ...]) -> Document:
     """The schema of a value; empty where it is Kubernetes that knows what there may be."""
-    schema: Document = json.loads(render.SCHEMA.read_text())
+    schema: Document = json.loads(chart_options.SCHEMA.read_text())
     for name in path:
         schema = schema.get("properties", {}).get(name, {})
     return schema

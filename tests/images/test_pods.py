@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import chart_options
 import helm_python
 import httpx2
 import pytest
@@ -68,7 +69,9 @@ def test_a_server_with_gpus_does_not_fall_back_to_the_processor() -> None:
 
 @pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX)
 def test_variables_are_options_of_the_server(values: Document) -> None:
-    options = {f"SLIPSTREAM_{field.name.upper()}" for config in render.CONFIGS for field in dataclasses.fields(config)}
+    options = {
+        f"SLIPSTREAM_{field.name.upper()}" for config in chart_options.CONFIGS for field in dataclasses.fields(config)
+    }
     secret = {"SLIPSTREAM_API_KEY", "SLIPSTREAM_ADMIN_KEY", "HF_TOKEN"}
     assert secret <= options | {"HF_TOKEN"}
     for entry in container_of(values)["env"]:
