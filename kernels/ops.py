@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slipstream.kernels.native.ops import NativeOps
 from slipstream.kernels.reference import NEVER as NEVER
+from slipstream.kernels.reference import NOTHING as NOTHING
 from slipstream.kernels.reference import ReferenceOps
 from slipstream.kernels.triton.ops import TritonOps
 
@@ -79,7 +80,8 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Index of the first largest logit of each row [rows]; -1 where it is not finite or the row holds a NaN."""
+    """Index of the first largest logit of each row [rows]; -1 where it is not finite or the row holds a NaN, but
+    NOTHING where every logit is NEVER."""
     return _backend(logits).argmax(logits)
 
 

@@ -16,6 +16,8 @@ from slipstream.kernels import random
 
 NEVER = float("-inf")
 """The logit of a token that is never sampled."""
+NOTHING = -2
+"""What is sampled of a row in which no token is left; -1 if it is not finite."""
 LIKELIEST = 64
 """Tokens of each row whose noise a race begins with."""
 
@@ -62,7 +64,8 @@ class ReferenceOps:
 
     def argmax(self, logits: Tensor) -> Tensor:
         best = logits.max(dim=-1)
-        return best.indices.masked_fill(~best.values.isfinite(), -1)
+        found = best.indices.masked_fill(~best.values.isfinite(), -1)
+        return found.masked_fill(best.values == NEVER, NOTHING)
 
     def argmax_with_probability(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         best = ReferenceOps.argmax(self, logits)

@@ -76,22 +76,27 @@ class Changes:
             try:
                 if params.allowed_token_ids:
                     allowed[i] = np.unique(np.array(params.allowed_token_ids, np.int32))
-                mine = _list(params, int(num_output[i]), history(i) if reads_history(params) else np.empty(0, np.int32))
+                said = history(i) if reads_history(params) else _NONE
+                added = _added(params, int(num_output[i]), said)
+                if not added and not penalizes(params):
+                    continue
+                mine = _list(params, int(num_output[i]), said, added)
                 numbers = np.array((params.repetition_penalty, params.frequency_penalty, params.presence_penalty))
-                if len(mine[0]):
-                    with np.errstate(over="ignore"):
-                        factors.append(numbers.astype(np.float32))
-                    rows.append(i)
-                    lists.append(mine)
+                with np.errstate(over="ignore"):
+                    factors.append(numbers.astype(np.float32))
+                rows.append(i)
+                lists.append(mine)
             except Exception as error:
                 faults[i] = error
+        if not lists and not allowed:
+            return NO_CHANGES
         counts = [len(tokens) for tokens, _, _ in lists]
         place = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
         columns = [np.concatenate([each[at] for each in lists]) if lists else np.empty(0) for at in range(3)]
         repetition, frequency, presence = np.ascontiguousarray(np.array(factors, np.float32).reshape(-1, 3).T)
-        tokens, added, said = columns[0].astype(np.int32), columns[1].astype(np.float32), columns[2].astype(np.int32)
+        three = columns[0].astype(np.int32), columns[1].astype(np.float32), columns[2].astype(np.int32)
         at = np.array(rows, np.int32)
-        return cls(at, place, tokens, added, said, repetition, frequency, presence, allowed)
+        return cls(at, place, *three, repetition, frequency, presence, allowed)
 
     def alone(self, i: int) -> Changes:
         """Those of row i, as of row 0."""
@@ -118,8 +123,13 @@ class Changes:
         return found
 
 
-def _list(params: SamplingParams, num_output: int, history: Int32) -> tuple[Int32, Float32, Int32]:
-    """Distinct tokens, what is added to the logit of each, and how often it was said: 0 if in the prompt only."""
+_NONE: Int32 = np.empty(0, np.int32)
+_NO_NUMBER: Float32 = np.empty(0, np.float32)
+NO_CHANGES = Changes(_NONE, _NONE, _NONE, _NO_NUMBER, _NONE, _NO_NUMBER, _NO_NUMBER, _NO_NUMBER, {})
+
+
+def _added(params: SamplingParams, num_output: int, history: Int32) -> dict[int, float]:
+    """What is added to the logits of tokens, whatever was said of them."""
     added = dict(params.logit_bias or {})
     for word in params.bad_words:
         head = len(word) - 1
@@ -127,6 +137,13 @@ def _list(params: SamplingParams, num_output: int, history: Int32) -> tuple[Int3
             added[word[-1]] = ops.NEVER
     if num_output < params.min_tokens and params.stop_token_ids and not params.grammar:
         added |= dict.fromkeys(params.stop_token_ids, ops.NEVER)
+    return added
+
+
+def _list(
+    params: SamplingParams, num_output: int, history: Int32, added: Mapping[int, float]
+) -> tuple[Int32, Float32, Int32]:
+    """Distinct tokens, what is added to the logit of each, and how often it was said: 0 if in the prompt only."""
     seen, counts = np.empty(0, np.int32), np.empty(0, np.int32)
     if penalizes(params):
         seen, at = np.unique(history, return_inverse=True)

@@ -15,15 +15,13 @@ from torch import Tensor
 from slipstream.engine.endings import Mask
 from slipstream.engine.errors import RequestError
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
-from slipstream.engine.runner.changes import Changes, History, excludes, is_plain, reads_history
+from slipstream.engine.runner.changes import NO_CHANGES, Changes, History, excludes, is_plain, reads_history
 from slipstream.engine.runner.reported import report
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32
 from slipstream.kernels.random import UInt64
 from slipstream.kernels.readback import Readback
 
-NO_HISTORY = np.empty(0, np.int32)
-NO_CHANGES = Changes.of({}, np.empty(0, np.int64), lambda _: NO_HISTORY, {})
 MODES = ("raw", "processed")
 """Kinds of log-probabilities, in the order in which they travel."""
 NOT_FINITE = "the model returned logits that are not finite"
@@ -128,6 +126,10 @@ class SamplingBatch:
         """Whether a row depends on what was sampled before in other ways than through the model."""
         return any(map(reads_history, self.special.values()))
 
+    def excludes(self, i: int) -> bool:
+        """Whether row i rules tokens out by itself, besides what a grammar does."""
+        return i in self.special and excludes(self.special[i])
+
     def alone(self, i: int) -> SamplingBatch:
         """Row i by itself."""
         rows = slice(i, i + 1)
@@ -156,7 +158,7 @@ class Sampling:
     """Tokens that the device samples, or has sampled."""
 
     tokens: Tensor
-    """[rows] int64, on the device; -1 where there is none."""
+    """[rows] int64, on the device; less than 0 where there is none."""
     wait: Callable[[], Sampled]
     """What was sampled, once it is on the host."""
 
@@ -194,7 +196,6 @@ def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | Non
         ops.allow_only(logits, *allowed)
     if changes:
         ops.change_logits(logits, *changes)
-    emptied = {i: (logits[i] == ops.NEVER).all() for i, params in batch.special.items() if excludes(params)}
 
     best, probs = ops.argmax(logits), None
     if drawing:
@@ -220,7 +221,7 @@ def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | Non
         result = Sampled(tokens)
         if min(tokens) < 0:
             result.errors = {
-                i: NOTHING_ALLOWED if i in emptied and bool(emptied[i]) else NOT_FINITE
+                i: NOTHING_ALLOWED if token == ops.NOTHING and batch.excludes(i) else NOT_FINITE
                 for i, token in enumerate(tokens)
                 if token < 0
             }

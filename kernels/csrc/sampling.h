@@ -1,6 +1,9 @@
 // Choosing tokens from logits. Included once per instruction set, inside its namespace.
 
-// Index of the first largest of x[0 … n-1], or -1 if the largest is not finite or anything is not a number.
+constexpr int32_t kNothing = -2;
+
+// Index of the first largest of x[0 … n-1]; -1 if the largest is not finite or anything is not a number, but kNothing if all are
+// -infinity.
 inline int32_t argmax_row(const float* x, int n) {
   vec best = vset1(-INFINITY);
   unsigned broken = 0;
@@ -15,7 +18,7 @@ inline int32_t argmax_row(const float* x, int n) {
     top = x[j] > top ? x[j] : top;
     broken |= x[j] != x[j];
   }
-  if (broken || !std::isfinite(top)) return -1;
+  if (broken || !std::isfinite(top)) return !broken && top < 0 ? kNothing : -1;
   const vec wanted = vset1(top);
   for (int j = 0; j < i; j += 16)
     if (const unsigned found = vequal(vload(x + j), wanted)) return j + __builtin_ctz(found);

@@ -68,7 +68,8 @@ def argmax_kernel(largest, first, mass, out, likely, chunks, WITH_MASS: tl.const
     is_finite = (top > float("-inf")) & (top < float("inf")) & (broken == 0)
     places = tl.load(first + at, mask=part < chunks, other=0)
     found = tl.min(tl.where((tops == top) & (part < chunks), places, 2147483647), axis=0)
-    tl.store(out + row, tl.where(is_finite, found, -1))
+    none = tl.where((top == float("-inf")) & (broken == 0), -2, -1)  # -2: NOTHING of the reference
+    tl.store(out + row, tl.where(is_finite, found, none))
     if WITH_MASS:
         _, _, total = joined_mass(largest, mass, row, chunks, PARTS)
         tl.store(likely + row, tl.where(is_finite, 1.0 / total, 0.0))
@@ -96,7 +97,8 @@ def row_parts(logits: Tensor, with_mass: bool) -> tuple[Tensor, Tensor, Tensor]:
 def argmax(logits: Tensor, out: Tensor | None = None) -> Tensor:
     """Index of the first largest of each row of logits [rows, vocab], float32, bfloat16 or float16.
 
-    -1 where it is not finite or the row holds no number somewhere. ``out`` [rows] int64 or int32; by default int64.
+    -1 where it is not finite or the row holds no number somewhere, -2 where all are -infinity. ``out`` [rows] is int64
+    or int32; by default int64.
     """
     return _argmax(logits, out, None)
 

@@ -11,7 +11,7 @@ from slipstream.kernels import ops, random
 from slipstream.kernels.reference import ReferenceOps
 from slipstream.kernels.triton import launch
 
-NEVER = float("-inf")
+NEVER = ops.NEVER
 REFERENCE = ReferenceOps()
 BACKENDS = [*ops.backend_names(), *(["triton"] if launch.runs_on("cpu") else [])]
 
@@ -286,20 +286,22 @@ def test_races_with_the_same_noise_agree_as_often_as_they_can(isa: str) -> None:
 
 
 def test_argmax_takes_the_first_largest_and_refuses_broken_rows(isa: str) -> None:
-    logits = torch.randn(6, 1001)
+    logits = torch.randn(7, 1001)
     logits[1, [700, 900]] = 9.0
     logits[2, 5] = float("nan")
     logits[3, 5] = float("inf")
     logits[4, :] = NEVER
     logits[5, :1000] = NEVER
+    logits[6, :] = NEVER
+    logits[6, 1000] = float("nan")
     expected = REFERENCE.argmax(logits)
-    assert expected.tolist()[1:] == [700, -1, -1, -1, 1000]
+    assert expected.tolist()[1:] == [700, -1, -1, ops.NOTHING, 1000, -1]
     for backend in BACKENDS:
         with ops.use_backend(backend):
             assert ops.argmax(logits).tolist() == expected.tolist()
             best, likely = ops.argmax_with_probability(logits)
         assert best.tolist() == expected.tolist()
-        assert likely[2:].tolist() == [0.0, 0.0, 0.0, 1.0]
+        assert likely[2:].tolist() == [0.0, 0.0, 0.0, 1.0, 0.0]
         for row in (0, 1):
             assert likely[row] == pytest.approx(float(logits[row].double().softmax(-1).max()), rel=1e-5)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 from slipstream.kernels import random
-from slipstream.kernels.reference import NEVER, ReferenceOps
+from slipstream.kernels.reference import NEVER, NOTHING, ReferenceOps
 from slipstream.kernels.triton import launch, sampling
 
 DEVICE = torch.device("cpu" if launch.is_interpreted() else "cuda")
@@ -40,16 +40,18 @@ def test_argmax_and_its_probability_are_the_references(
 
 @pytest.mark.parametrize("vocab", [1001, SEVERAL_CHUNKS])
 def test_argmax_takes_the_first_largest_and_refuses_broken_rows(vocab: int) -> None:
-    logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(0), device="cpu").to(DEVICE)
+    logits = torch.randn(8, vocab, generator=torch.Generator().manual_seed(0), device="cpu").to(DEVICE)
     logits[1, [700, vocab - 1]] = 9.0
     logits[2, 5] = float("nan")
     logits[3, 5] = float("inf")
     logits[4, :] = NEVER
     logits[5, : vocab - 1] = NEVER
     logits[6, vocab - 2] = -float("nan")
+    logits[7, :] = NEVER
+    logits[7, 5] = float("nan")
     expected, expected_likely = REFERENCE.argmax_with_probability(logits)
-    assert expected.tolist()[1:] == [700, -1, -1, -1, vocab - 1, -1]
-    out, likely = torch.empty(7, dtype=torch.int32, device=DEVICE), torch.empty(7, device=DEVICE)
+    assert expected.tolist()[1:] == [700, -1, -1, NOTHING, vocab - 1, -1, -1]
+    out, likely = torch.empty(8, dtype=torch.int32, device=DEVICE), torch.empty(8, device=DEVICE)
     assert sampling.argmax(logits, out) is out and out.tolist() == expected.tolist()
     sampling.argmax_with_probability(logits, out, likely)
     assert out.tolist() == expected.tolist()
