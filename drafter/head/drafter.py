@@ -69,20 +69,20 @@ class _Pending:
         """Positions in all parts."""
         self._dtype = dtype
         self._packed: deque[Tensor] = deque()
-        self._loose: list[Tensor] = []
-        """What came since; pieces of what the target computed for several requests."""
+        self._loose: list[Computed] = []
+        """What came since, each with all that the target computed in its step."""
 
-    def add(self, rows: Tensor) -> None:
-        """Adds features [positions, taps, hidden] of the next positions."""
-        self._loose.append(rows)
-        self.count += len(rows)
+    def add(self, computed: Computed) -> None:
+        """Adds the features of the next positions."""
+        self._loose.append(computed)
+        self.count += len(computed.rows)
         if len(self._loose) == LOOSE:
             self.pack()
 
     def pack(self) -> None:
         """Keeps no memory of others any more, and of more than can wait, the last."""
         if self._loose:
-            self._packed.append(torch.cat(self._loose).to(self._dtype))
+            self._packed.append(torch.cat([entry.features for entry in self._loose]).to(self._dtype))
             self._loose.clear()
         while self.count > MOST_PENDING:
             first = self._packed[0]
@@ -98,7 +98,7 @@ class _Pending:
         """In the order of positions; now ``start`` and ``count`` are theirs."""
         if self.count > MOST_PENDING:
             self.pack()
-        return [*self._packed, *self._loose]
+        return [*self._packed, *(entry.features for entry in self._loose)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -331,17 +331,13 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         return proposals
 
     def observe(self, computed: Sequence[Computed]) -> None:
-        for places in self._by_route([entry.row for entry in computed]):
-            self._remember([computed[place] for place in places])
-
-    def _remember(self, computed: Sequence[Computed]) -> None:
         # A piece keeps all memory of what it is cut from: some tokens' must not keep a whole prompt's.
-        is_large = any(len(entry.features) > LOOSE for entry in computed)
+        is_large = any(len(entry.rows) > LOOSE for entry in computed)
         for entry in computed:
             pending = entry.row.memory.get(self.name)
             if not (isinstance(pending, _Pending) and pending.start + pending.count == entry.start):
                 pending = entry.row.memory[self.name] = _Pending(entry.start, self._target.formats.compute)
-            pending.add(entry.features)
+            pending.add(entry)
             if is_large:
                 pending.pack()
 

@@ -137,7 +137,7 @@ class TrafficTap(Listener):
         if not track.pages or not track.begin <= entry.start <= track.end:
             self._pages.release(track)
             track.begin = track.end = entry.start
-        beyond = entry.start + len(entry.features) - self._most_positions
+        beyond = entry.start + len(entry.rows) - self._most_positions
         if beyond > track.end:
             self._pages.release(track)
             track.begin = track.end = beyond

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -77,11 +77,9 @@ class StepInputs:
                 accepted.append(Accepted(row, nodes, [at, *(at + 1 + node for node in nodes)]))
         return accepted
 
-    def computed(self, row: int, nodes: list[int]) -> list[int]:
-        """Batch rows of the known tokens of a row and of these nodes of its tree."""
-        begin = int(self.batch.q_start[row])
-        known = range(begin, begin + self.plan.counts[row])
-        return [*known, *(self.trees[row].batch_rows[node] for node in nodes)]
+    def known_rows(self) -> list[Sequence[int]]:
+        """Batch rows of the known tokens of each row of the plan."""
+        return [range(at, at + count) for at, count in zip(self.batch.q_start.tolist(), self.plan.counts, strict=False)]
 
 
 def prepare(

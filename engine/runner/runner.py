@@ -30,7 +30,7 @@ from slipstream.engine.runner.sampler import (
     sample_apart,
 )
 from slipstream.engine.runner.speculator import RowDrafts, Speculator
-from slipstream.engine.speculation.protocol import Computed, DraftHost
+from slipstream.engine.speculation.protocol import Computed, DraftHost, take
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.kernels.batch import Int32, make_batch
 from slipstream.kernels.kv_cache import PagedKVCache
@@ -312,16 +312,16 @@ class ModelRunner:
         top: tuple[Tensor, Tensor] | None,
     ) -> list[Computed]:
         """What the step computed of each row, without what follows a rejected draft token."""
-        inputs = launched.inputs
+        inputs, starts = launched.inputs, launched.inputs.starts.tolist()
         by_row = {each.row: each for each in accepted}
         found: list[Computed] = []
-        for row, drafts in enumerate(launched.rows):
-            each = by_row.get(row)
-            rows = inputs.computed(row, each.nodes if each else [])
-            row_top = (
-                None if each is None or top is None else (_take(top[0], each.samples), _take(top[1], each.samples))
-            )
-            found.append(Computed(drafts.draft, int(inputs.starts[row]), _take(features, rows), row_top))
+        for row, (drafts, rows) in enumerate(zip(launched.rows, inputs.known_rows(), strict=True)):
+            each, row_top = by_row.get(row), None
+            if each is not None and each.nodes:
+                rows = [*rows, *(inputs.trees[row].batch_rows[node] for node in each.nodes)]
+            if each is not None and top is not None:
+                row_top = take(top[0], each.samples), take(top[1], each.samples)
+            found.append(Computed(drafts.draft, starts[row], features, rows, row_top))
         return found
 
     def _propose(self, launched: Launched) -> list[tuple[float, ...]]:
@@ -390,10 +390,3 @@ class ModelRunner:
                     raise ValueError(NOT_FINITE)
                 entries.append(entry)
         return entries
-
-
-def _take(tensor: Tensor, rows: list[int]) -> Tensor:
-    """Some rows of a tensor, without a copy where they follow each other."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return tensor[rows[0] : rows[0] + len(rows)]
-    return tensor[rows]

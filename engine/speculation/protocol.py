@@ -120,11 +120,26 @@ class Computed:
     row: DraftRow
     start: int
     """The first of these positions."""
-    features: Tensor
-    """[positions, taps, hidden] float32; valid during the call."""
+    of_step: Tensor
+    """[rows of the batch, taps, hidden] float32: features of all that the step computed."""
+    rows: Sequence[int]
+    """Which of these are those of the positions."""
     top: tuple[Tensor, Tensor] | None = None
     """Set where listeners want it: ids [sampled, k] int32 and log-probabilities [sampled, k] float16 of the most likely
     tokens at the places of the tokens sampled in the step, which are the row's last; before any sampling parameter."""
+
+    @property
+    def features(self) -> Tensor:
+        """[positions, taps, hidden] float32. Cut when it is looked at, as many are not; what is cut keeps the whole."""
+        return take(self.of_step, self.rows)
+
+
+def take(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of a tensor, without a copy where they follow each other."""
+    first = rows[0]
+    if isinstance(rows, range) or rows == list(range(first, first + len(rows))):
+        return tensor[first : first + len(rows)]
+    return tensor[rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,7 @@ from slipstream.drafter.head.network import HeadNetwork
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.models.config import DecoderConfig
+from slipstream.engine.speculation.protocol import Computed, DraftRow
 from slipstream.engine.testing import TINY_LLAMA, LocalEngine
 
 
@@ -65,7 +67,7 @@ def test_what_waits_of_one_request_keeps_no_memory_of_others(local: LocalEngine)
             row = next(each.draft for each in drafts if each is not None and each.draft.request_id == long.request_id)
             pending = row.memory["head"]
             assert isinstance(pending, _Pending) and len(pending._loose) < LOOSE
-            assert all(len(part.untyped_storage()) < 20 * part[0].nbytes for part in pending._loose)
+            assert all(len(each.of_step) < 20 for each in pending._loose)
     assert pending.count > LOOSE
     pending.pack()
     for part in pending.parts():
@@ -77,9 +79,10 @@ def test_what_waits_of_one_request_keeps_no_memory_of_others(local: LocalEngine)
 def test_the_last_positions_wait_in_their_order(counts: list[int], start: int) -> None:
     pending = _Pending(start, torch.float32)
     features = torch.arange(sum(counts), dtype=torch.float32)[:, None, None]
-    for rows in torch.split(features, counts):
-        pending.add(rows)
-        assert pending.start + pending.count == start + int(rows[-1]) + 1
+    row, at = DraftRow(0, "", 1, np.zeros(1, np.int32), 1, frozenset()), 0
+    for count in counts:
+        pending.add(Computed(row, start + at, features, range(at, at := at + count)))
+        assert pending.start + pending.count == start + at
     kept = torch.cat(pending.parts()).flatten()
     assert len(kept) == pending.count == min(sum(counts), MOST_PENDING)
     assert torch.equal(kept, features.flatten()[-pending.count :]) and pending.start == start + int(kept[0])

@@ -334,7 +334,7 @@ def test_whatever_is_computed_twice_or_skipped_features_stay_in_place(
                 values = (
                     torch.arange(at, at + count).float()[:, None, None].expand(count, len(TAPS), 64) + 1000 * number
                 )
-                tap.observe([Computed(row, at, values)])
+                tap.observe([Computed(row, at, values, range(count))])
                 at += count
         begins[number] = entries[-1] if entries else 0
         tap.finish(EndedRequest(request, list(range(total)), "length", 0, 0))
