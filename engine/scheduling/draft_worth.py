@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 from slipstream.engine.scheduling.draft_depth import LEAST_S
 
 PAUSE_BELOW = 1.01
 """Where verification and drafting together bring less than this, drafting pauses, for what steps would take without is
-known to some two percent …"""
+known to some two percent; …"""
+MORE_BESIDE_OTHERS = 0.01
+"""… and so much more with every doubling of the requests in a step: some get more tokens than others, end earlier, and
+steps for those that are left take nearly as long as before …"""
 PROBE_EVERY = 16
 """… but for a probe after so many steps, to see whether that has changed."""
-HOPED_FOR = 1.03
-"""What is taken for known before anything was seen."""
+HOPED_FOR = 0.02
+"""So much more than that is taken for known before anything was seen."""
 PROBE_SHARE = 0.005
 """Asking takes at most so much of the time while drafting does not pay: where it means to read prompts first, probes
 are further apart."""
@@ -32,7 +33,8 @@ MOST_KNOWN = 1.1
 class Worth:
     """Whether a kind of drafters pays, and when it is asked though it did not."""
 
-    def __init__(self, longest_pause: int) -> None:
+    def __init__(self, longest_pause: int, pause_below: float = PAUSE_BELOW) -> None:
+        self._pause_below = pause_below
         self._plain = self._seconds = 0.0
         """What steps would take without, and what they take with asking; smoothed. So long steps weigh as they last,
         and one after which drafters read whole prompts as many."""
@@ -51,11 +53,11 @@ class Worth:
     @property
     def ratio(self) -> float:
         """Tokens per second with drafting and verification, relative to doing without."""
-        return self._plain / self._seconds if self._seconds else HOPED_FOR
+        return self._plain / self._seconds if self._seconds else self._pause_below + HOPED_FOR
 
     @property
     def is_paused(self) -> bool:
-        return self.ratio < PAUSE_BELOW
+        return self.ratio < self._pause_below
 
     def observe(self, step: int, plain: float, seconds: float, rows: int) -> None:
         """A step of so many requests took so long with asking, and its tokens would have taken ``plain`` without."""
@@ -63,9 +65,9 @@ class Worth:
         weight = PROBE_SMOOTHING if was_paused else SMOOTHING * min(rows / SMOOTHING_ROWS, 1.0)
         before = self._seconds or seconds
         self._seconds = before + weight * (seconds - before)
-        before = self._plain or HOPED_FOR * seconds
+        before = self._plain or (self._pause_below + HOPED_FOR) * seconds
         self._plain = min(before + weight * (plain - before), MOST_KNOWN * self._seconds)
-        self.has_succeeded = was_paused and plain >= PAUSE_BELOW * seconds
+        self.has_succeeded = was_paused and plain >= self._pause_below * seconds
         if self.has_succeeded:
             self.next_probe = step
             return
@@ -95,11 +97,14 @@ class WorthByLoad:
     """Whether networks pay, by the binary order of the number of requests: beside two they may, beside forty not."""
 
     def __init__(self) -> None:
-        self._worths: defaultdict[int, Worth] = defaultdict(lambda: Worth(LONGEST_PAUSE))
+        self._worths: dict[int, Worth] = {}
 
     def of(self, requests: int) -> Worth:
         """With so many in a step."""
-        return self._worths[requests.bit_length()]
+        order = requests.bit_length()
+        if (found := self._worths.get(order)) is None:
+            found = self._worths[order] = Worth(LONGEST_PAUSE, PAUSE_BELOW + MORE_BESIDE_OTHERS * (order - 1))
+        return found
 
     def wait(self, step: int) -> None:
         """See ``Worth.wait``."""

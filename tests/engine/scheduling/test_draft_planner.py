@@ -19,7 +19,7 @@ from slipstream.engine.scheduling.draft_planner import (
     PROBE_ROWS,
     DraftPlanner,
 )
-from slipstream.engine.scheduling.draft_worth import LONGEST_PAUSE, PROBE_EVERY, Worth
+from slipstream.engine.scheduling.draft_worth import LONGEST_PAUSE, PROBE_EVERY, Worth, WorthByLoad
 from slipstream.engine.scheduling.kv.manager import KVManager
 from slipstream.engine.scheduling.plan_builder import PlanBuilder
 from slipstream.engine.scheduling.request import Request
@@ -334,6 +334,19 @@ def test_what_asking_takes_counts_as_long_as_it_takes() -> None:
     short.observe(1, 1.8, 2.0, 8)
     assert abs(once.ratio - often.ratio) < 0.02
     assert once.ratio < short.ratio - 0.02
+
+
+def test_beside_others_drafting_has_to_bring_more() -> None:
+    """Who gets more tokens than others ends earlier, and steps for those that are left take as long."""
+    worths = WorthByLoad()
+    assert not any(worths.of(requests).is_paused for requests in (1, 8, 100)), "hope comes first"
+    for step in range(300):
+        for requests in (1, 8):
+            worths.of(requests).observe(step, 1.03, 1.0, requests)
+    assert not worths.of(1).is_paused and worths.of(8).is_paused
+    for step in range(300):
+        worths.of(8).observe(step, 1.07, 1.0, 8)
+    assert not worths.of(8).is_paused
 
 
 def test_bad_luck_of_one_request_does_not_stop_a_drafter_that_pays_a_little() -> None:
