@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.engine.plan import StepWork
-from slipstream.engine.scheduling.step_cost import StepCost
+from slipstream.engine.scheduling.step_cost import TOGETHER, StepCost
 
 
 def machine(work: StepWork) -> float:
@@ -105,7 +105,19 @@ def test_one_slow_step_changes_little() -> None:
         cost.observe(StepWork(tokens), machine(StepWork(tokens)))
     before = cost.predict(StepWork(8))
     cost.observe(StepWork(8), 10.0)
-    assert cost.predict(StepWork(8)) < before * 1.06
+    cost.observe(StepWork(9), machine(StepWork(9)))
+    assert before < cost.predict(StepWork(8)) < before * 1.06
+
+
+def test_steps_of_one_size_are_learned_from_together_as_if_one_by_one() -> None:
+    together, apart, sizes = calibrated(), calibrated(), (8, 9, 16, 3) * 4
+    for tokens in sizes:
+        for _ in range(TOGETHER):
+            together.observe(StepWork(tokens), 1.3 * machine(StepWork(tokens)))
+    for tokens in sizes * TOGETHER:
+        apart.observe(StepWork(tokens), 1.3 * machine(StepWork(tokens)))
+    for tokens in (1, *sizes[:4], 30):
+        assert together.predict(StepWork(tokens)) == pytest.approx(apart.predict(StepWork(tokens)), rel=0.03)
 
 
 @given(
