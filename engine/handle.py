@@ -108,8 +108,12 @@ class RequestStream:
         self.request_id = request_id
         self._engine = engine
         self._deltas: list[TokenDelta] = []
+        self._tokens = self._least = 0
+        """Tokens that wait to be read, and how many somebody waits for."""
         self._wake: asyncio.Future[None] | None = None
         self._finished = False
+        self.on_delta: Callable[[TokenDelta], None] | None = None
+        """Called with every delta when it arrives, maybe long before it is read."""
         self.on_last: Callable[[TokenDelta], None] | None = None
         """Called with the last delta when it arrives, also of a request whose deltas nobody reads any more."""
         self.lost = False
@@ -119,20 +123,31 @@ class RequestStream:
         if len(self._deltas) >= MAX_WAITING_DELTAS:  # whoever reads them is slow
             self._deltas = merged(self._deltas)
         self._deltas.append(delta)
+        self._tokens += len(delta.tokens)
+        if self.on_delta is not None:
+            self.on_delta(delta)
         if delta.finish_reason is not None and self.on_last is not None:
             self.on_last(delta)
-        if self._wake is not None and not self._wake.done():
+        if self._wake is not None and not self._wake.done() and self._is_enough:
             self._wake.set_result(None)
 
-    async def next(self) -> list[TokenDelta]:
-        """Every delta that has arrived since the last call, at least one; empty once the stream has ended."""
+    @property
+    def _is_enough(self) -> bool:
+        return self._tokens >= self._least or self._deltas[-1].finish_reason is not None
+
+    async def next(self, least: int = 0) -> list[TokenDelta]:
+        """Every delta that has arrived since the last call, at least one; empty once the stream has ended.
+
+        They have ``least`` tokens together, unless the last one is among them.
+        """
         if self._finished:
             return []
-        if not self._deltas:
+        self._least = least
+        if not (self._deltas and self._is_enough):
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
             self._wake = None
-        deltas, self._deltas = self._deltas, []
+        deltas, self._deltas, self._tokens = self._deltas, [], 0
         self._finished = deltas[-1].finish_reason is not None
         return deltas
 

@@ -91,7 +91,7 @@ def write_questions(questions: list[str], path: Path) -> None:
 
 
 def command(port: int, *options: object) -> list[str]:
-    given = ("--model", "default", "--port", port, "--target-lineage", "policy", *options)
+    given = ("--model", "default", "--port", port, "--target-lineage", "policy", "--stream-interval", 16, *options)
     return [sys.executable, "-P", "-m", "slipstream.server", "serve", *map(str, given)]
 
 

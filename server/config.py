@@ -73,6 +73,11 @@ class ServerConfig:
         "none",
         "Where sampling defaults come from: the OpenAI API (temperature 1), or the model's generation_config.json.",
     )
+    stream_interval: int = option(
+        1,
+        "Tokens that an event of a stream has at least, but for the first and the last of an answer: fewer events take "
+        "less of the processor. Requests of the dialects of vLLM and SGLang may name another number.",
+    )
     chat_template: str | None = option(None, "File with a Jinja chat template to use instead of the model's own.")
     tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "mistral_args", "json"] = option(
         "auto", "How the model calls tools; auto for what its chat template tells, none to refuse tools."
@@ -147,6 +152,7 @@ class ServerConfig:
         at_least = {
             "port": 0,
             "max_loras": 1,
+            "stream_interval": 1,
             "max_logprobs": -1,
             "max_n": 1,
             "max_prompts": 1,

@@ -21,6 +21,8 @@ from slipstream.server.sequence_metrics import SequenceMetrics, sequences_metric
 from slipstream.server.service import Service
 from slipstream.server.text import IncrementalDetokenizer, OffsetDetokenizer, StopChecker
 
+ALL = 1 << 40
+"""More tokens than any answer has."""
 SHORTENED = "max_tokens"
 """The stop_reason of an answer that its structure has ended because of this field."""
 
@@ -43,6 +45,8 @@ class OutputOptions:
     """The field that asks for a structure of the answer, for errors."""
     offsets: bool = False
     """Tell where in the text each token begins."""
+    interval: int = 0
+    """Tokens that a piece of a stream has at least, but for the first and the last; 0 for the server's number."""
 
 
 class Piece(msgspec.Struct):
@@ -96,6 +100,7 @@ class Sequence:
         self.finished = False
         self.finish_reason: FinishReason | None = None
         self._output = output
+        self._interval = output.interval or service.config.stream_interval
         self._service = service
         self.metrics = SequenceMetrics(service.metrics, request.arrival, len(request.prompt), request.offline)
         detokenizer = IncrementalDetokenizer(service.text.tokenizer, output.skip_special_tokens, request.prompt)
@@ -107,7 +112,7 @@ class Sequence:
         self._first = True
         self._spans: list[tuple[int, Called]] = []
         """First token, and what the weights were called that sampled it and those after it."""
-        self._num_read = 0
+        self._num_arrived = 0
         self._stream: RequestStream
 
     @property
@@ -121,7 +126,7 @@ class Sequence:
 
     def attach(self, stream: RequestStream) -> None:
         self._stream = stream
-        stream.on_last = self.metrics.on_last
+        stream.on_delta, stream.on_last = self._arrived, self.metrics.on_last
 
     @property
     def weight_spans(self) -> list[WeightSpan]:
@@ -134,27 +139,26 @@ class Sequence:
         return spans[-1].version if (spans := self.weight_spans) else self._service.control.weight_version
 
     async def next(self) -> Piece:
-        """What the deltas that have arrived add up to."""
-        return self._push(await self._read())
+        """What the deltas that have arrived add up to: ``interval`` tokens or more, but for the first and the last."""
+        return await self._next(0 if self._first else self._interval)
 
     async def rest(self) -> Piece:
         """Everything up to the end, as one piece."""
-        deltas = await self._read()
-        if self._stop is None:
-            # Nothing depends on the text before the end, so it is put together once.
-            while deltas[-1].finish_reason is None:
-                deltas += await self._read()
-            return self._push(deltas)
-        whole = self._push(deltas)
-        while not self.finished:
-            piece = await self.next()
+        whole = await self._next(ALL)
+        whole.offsets = [min(offset, self._num_characters) for offset in whole.offsets]
+        return whole
+
+    async def _next(self, least: int) -> Piece:
+        # Where stop strings are looked for, each token is: the engine is to stop at once.
+        whole = self._push(await self._stream.next(least if self._stop is None else 0))
+        while not self.finished and len(whole.tokens) < least:
+            piece = self._push(await self._stream.next())
             whole.text += piece.text
             whole.tokens += piece.tokens
             whole.logprobs += piece.logprobs
             whole.offsets += piece.offsets
             whole.finish_reason = piece.finish_reason
             whole.stop_reason, whole.is_shortened = piece.stop_reason, piece.is_shortened
-        whole.offsets = [min(offset, self._num_characters) for offset in whole.offsets]
         return whole
 
     def end(self) -> None:
@@ -165,17 +169,15 @@ class Sequence:
 
     def _finish(self, reason: FinishReason) -> None:
         self.finished, self.finish_reason = True, reason
+        self._stream.on_delta = None  # what comes after a stop string does not count
         self.metrics.on_end(reason)
 
-    async def _read(self) -> list[TokenDelta]:
-        deltas = await self._stream.next()
-        for delta in deltas:
-            self.metrics.on_delta(delta)
-            called = self._service.control.called(delta.target_version)
-            if delta.tokens and (not self._spans or self._spans[-1][1] is not called):
-                self._spans.append((self._num_read, called))
-            self._num_read += len(delta.tokens)
-        return deltas
+    def _arrived(self, delta: TokenDelta) -> None:
+        self.metrics.on_delta(delta)
+        called = self._service.control.called(delta.target_version)
+        if delta.tokens and (not self._spans or self._spans[-1][1] is not called):
+            self._spans.append((self._num_arrived, called))
+        self._num_arrived += len(delta.tokens)
 
     def _push(self, deltas: list[TokenDelta]) -> Piece:
         if len(deltas) == 1 and deltas[0].logprobs is None:

@@ -44,7 +44,7 @@ class StepCost:
     def __init__(self, first_estimate: float = 0.01) -> None:
         self._curve = np.array([first_estimate * (1 + knot / 64) for knot in KNOTS] + [0.0, 0.0])
         self._first: StepWork | None = None
-        """Of the steps of one size that are still to be learned from."""
+        """The first of the steps of one size that are still to be learned from."""
         self._predicted = self._error = 0.0
         """Seconds of that step, and by how many they took longer, all together."""
         self._count = 0

@@ -45,7 +45,6 @@ class Asked:
     logprobs: Logprobs | None
     ids: list[str]
     """The ids of its answers."""
-    stream_interval: int
     adapter: str
     """See NewRequest."""
 
@@ -87,7 +86,6 @@ def read_asked(
                 cache_salt=repr((salts[i] or "", keys[i])) if keys[i] else salts[i] or "",
                 logprobs=logprobs,
                 ids=answer_ids[i * choices : (i + 1) * choices],
-                stream_interval=sampling[i].stream_interval or 1,
                 adapter=adapter_of(service, loras[i]),
             )
         )
@@ -216,4 +214,5 @@ def read_output(asked: SGLangSamplingParams, params: SamplingParams, structure: 
         skip_special_tokens=asked.skip_special_tokens is not False,
         min_tokens=params.min_tokens,
         stop_token_ids=frozenset(params.stop_token_ids),
+        interval=asked.stream_interval or 0,
     )

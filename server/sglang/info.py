@@ -55,7 +55,7 @@ def server_info(service: Service) -> dict[str, Any]:
         "enable_memory_saver": False,
         "enable_return_routed_experts": False,
         "incremental_streaming_output": False,
-        "stream_interval": 1,
+        "stream_interval": service.config.stream_interval,
         "speculative_algorithm": None if service.engine_config.speculation == "off" else "AUTO",
         "dtype": ready.dtype,
         "device": ready.device.partition(":")[0],

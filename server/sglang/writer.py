@@ -43,8 +43,6 @@ class Told:
     """Values of ``meta_info`` about the prompt."""
     tokens: int = 0
     """So far; a sequence may be further than what is being told of it."""
-    untold: int = 0
-    """Tokens since the last event."""
 
     def clear(self) -> None:
         for each in (self.text, self.ids, self.logprobs, self.top, self.asked):
@@ -65,10 +63,6 @@ class SGLangWriter:
     def chunk(self, sequence: Sequence, piece: Piece) -> bytes:
         told, asked = self._told[sequence.index], self._asked[sequence.index]
         self._take(told, sequence, piece, asked.logprobs)
-        told.untold += len(piece.tokens)
-        if piece.finish_reason is None and told.untold < asked.stream_interval:
-            return b""
-        told.untold = 0
         answer = self._answer(told, sequence, piece)
         if self._options.many:
             answer = answer[:-1] + b',"index":%d}' % sequence.index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -56,7 +57,7 @@ async def generate_tokens(service: Service, request: Request) -> GenerationRespo
             prompts=[prompt],
             params=[params],
             param="token_ids",
-            output=output_options(wanted, None, prepared.structure),
+            output=replace(output_options(wanted, None, prepared.structure), interval=wanted.stream_interval or 0),
             choices=wanted.n or 1,
             seed=wanted.seed,
             priority=body.priority or 0,

@@ -40,12 +40,12 @@ class VllmSampling(SamplingBody, StructuredFields):
     model_config = LooseBody.model_config
 
     logprobs: int | None = Field(None, ge=-1, lt=2**31)
+    stream_interval: int | None = Field(None, ge=1, lt=2**31)
 
     # Accepted: they are about the inside of another engine.
     detokenize: bool | None = None
     output_kind: int | None = None
     flat_logprobs: bool | None = None
-    stream_interval: int | None = None
     skip_clone: bool | None = None
     skip_reading_prefix_cache: unsupported(False) = None  # type: ignore[valid-type]
     routed_experts_prompt_start: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import cache
 from itertools import pairwise
 from types import SimpleNamespace
@@ -44,6 +45,7 @@ def make(
     text = SimpleNamespace(tokenizer=tokenizer)
     control = SimpleNamespace(called=cache(lambda number: Called(f"v{number}")), weight_version="now")
     service: Any = SimpleNamespace(metrics=Metrics("m"), text=text, engine_gone=UnavailableError, control=control)
+    service.config = SimpleNamespace(stream_interval=1)
     request = NewRequest(request_id=1, prompt=list(prompt), params=SamplingParams(max_tokens=100))
     sequence, aborts = Sequence(0, request, output, service), Aborts()
     client: Any = aborts
@@ -116,6 +118,52 @@ async def test_cuts_do_not_matter(
             assert aborts in ([], [1])
         else:
             assert (ends[0], answer.text) == (("length", None), TEXT)
+
+
+@given(cuts=st.lists(st.integers(1, 4), min_size=1, max_size=4), stop=stops, interval=st.integers(2, 20))
+async def test_pieces_of_an_interval_say_the_same(
+    tokenizer: Tokenizer, cuts: list[int], stop: list[str], interval: int
+) -> None:
+    tokens = tokenizer.encode(TEXT)
+    whole, stream, _ = make(tokenizer, OutputOptions(stop=tuple(stop)))
+    for delta in deltas(tokens, cuts):
+        stream.put(delta)
+    expected = await whole.rest()
+    sequence, stream, _ = make(tokenizer, OutputOptions(stop=tuple(stop), interval=interval))
+    pieces: list[Piece] = []
+
+    async def read() -> None:
+        while not sequence.finished:
+            pieces.append(await sequence.next())
+
+    reading = asyncio.create_task(read())
+    for delta in deltas(tokens, cuts):
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        stream.put(delta)
+    await reading
+    assert len(pieces[0].tokens) == cuts[0] or sequence.finished, "the first comes at once"
+    assert all(interval <= len(piece.tokens) < interval + max(cuts) for piece in pieces[1:-1])
+    assert "".join(piece.text for piece in pieces) == expected.text
+    assert [token for piece in pieces for token in piece.tokens] == expected.tokens
+    assert [entry.token for piece in pieces for entry in piece.logprobs] == expected.tokens
+    assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == (expected.finish_reason, expected.stop_reason)
+
+
+async def test_tokens_are_counted_when_they_arrive_whenever_they_are_read(tokenizer: Tokenizer) -> None:
+    """As what the weights are called then, too; of a whole answer all is read at its end."""
+    sequence, stream, _ = make(tokenizer, OutputOptions())
+    reading = asyncio.create_task(sequence.rest())
+    await asyncio.sleep(0)
+    for number, name in enumerate(("old", "new", "newer")):
+        called = Called(name)
+        sequence._service.control.called = lambda _, called=called: called  # type: ignore[misc]
+        stream.put(TokenDelta(request_id=1, tokens=[5, 6], target_version=number))
+        await asyncio.sleep(0)
+        assert not reading.done() and told(sequence, "inter_token_latency_seconds")[0] == 2 * number
+    stream.put(TokenDelta(request_id=1, tokens=[], finish_reason="length", target_version=2))
+    assert (await reading).tokens == [5, 6] * 3
+    assert sequence.weight_spans == [(0, "old"), (2, "new"), (4, "newer")]
 
 
 @pytest.mark.parametrize("include", [False, True])

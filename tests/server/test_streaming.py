@@ -121,3 +121,13 @@ def test_the_stream_of_a_refused_request_is_a_plain_error(default_server: Any) -
     status, reply = default_server.post(CHAT, QUESTION | {"stream": True, "max_tokens": 10**6})
     assert status == 400
     assert reply["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_server_may_send_fewer_events(start_local: Any) -> None:
+    server = start_local(stream_interval=5)
+    ask = {"prompt": [400] * 4, "max_tokens": 23, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+    whole = server.post("/v1/completions", ask)[1]["choices"][0]
+    *events, _ = server.events("/v1/completions", ask)
+    sizes = [len(event["choices"][0].get("token_ids", [])) for event in events]
+    assert sum(sizes) == 23 and all(size >= 5 for size in sizes[1:-2]) and 3 <= len(sizes) <= 7
+    assert "".join(event["choices"][0]["text"] for event in events) == whole["text"]

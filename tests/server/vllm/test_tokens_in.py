@@ -86,9 +86,9 @@ def test_text_mode_adds_the_text(server: Any) -> None:
     assert all(set(entry) == {"token", "logprob", "bytes", "top_logprobs"} for entry in choice["logprobs"]["content"])
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_stream_adds_up_to_the_answer(server: Any, n: int) -> None:
-    wanted = GREEDY | {"n": n, "logprobs": 1}
+@pytest.mark.parametrize(("n", "interval"), [(1, None), (2, None), (2, 3)])
+def test_a_stream_adds_up_to_the_answer(server: Any, n: int, interval: int | None) -> None:
+    wanted = GREEDY | {"n": n, "logprobs": 1, "stream_interval": interval}
     whole = generate(server, sampling_params=wanted)
     body = {"token_ids": PROMPT, "sampling_params": wanted, "return_token_ids": True}
     events = server.events("/inference/v1/generate", body | {"stream_options": {"include_usage": True}})
@@ -101,6 +101,7 @@ def test_a_stream_adds_up_to_the_answer(server: Any, n: int) -> None:
         assert [token for part in mine for token in part["token_ids"]] == choice["token_ids"]
         assert [entry for part in mine for entry in part["logprobs"]["content"]] == choice["logprobs"]["content"]
         assert [part["finish_reason"] for part in mine][-1] == "length"
+        assert all(len(part["token_ids"]) >= (interval or 1) for part in mine[1:-1])
 
 
 def test_an_aborted_answer_has_its_tokens(start_local: Any) -> None:
