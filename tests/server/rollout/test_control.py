@@ -167,7 +167,7 @@ async def generate(
         reading = asyncio.create_task(generation.collect()) if whole else None
         while not generation.finished:
             await (generation.next() if reading is None else asyncio.sleep(0.001))
-            if sequence._num_read >= at and not interrupted:
+            if sequence._num_arrived >= at and not interrupted:
                 interrupted = True
                 await interrupt()
     return sequence
