@@ -256,7 +256,12 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     def _fill(self, weights: HeadWeights, head: FirstHead) -> _Version:
         tokens = layout.draft_tokens(head.config, head.tensors).to(self._target.compute.device)
-        weights.fill(head.tensors, tokens)
+        with self._memory:
+            loaded = (*self._held.values(), *self._kept)
+        has_same_output = (
+            each.weights for each in loaded if each.weights.follows and torch.equal(each.to_target, tokens.int())
+        )
+        weights.fill(head.tensors, tokens, next(has_same_output, None))
         return _Version(head.version, head.path, weights, tokens.int())
 
     def _free_weights(self) -> HeadWeights | None:

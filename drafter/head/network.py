@@ -32,35 +32,48 @@ class HeadWeights:
         is_third = config.kind == "eagle3"
         self.output = self._compute.weight(config.draft_vocab_size, config.hidden) if is_third else None
         """EAGLE-1 and -2 heads draft with that of the target."""
-        self._follows = False
+        self.follows = False
         """Whether the output matrix holds rows of the target's, which training leaves."""
         self.norm = self._compute.norm(config.hidden) if is_third else None
         self.memory_bytes = self.fc.num_bytes + self.layers[0].num_bytes
         if self.output is not None and self.norm is not None:
             self.memory_bytes += self.output.num_bytes + self.norm.nbytes
 
-    def fill(self, tensors: Mapping[str, Tensor], draft_tokens: Tensor) -> None:
+    def fill(self, tensors: Mapping[str, Tensor], draft_tokens: Tensor, alike: HeadWeights | None = None) -> None:
         """Lays them out; may run in another thread, while networks compute with other weights.
 
-        Without an output matrix among them, it becomes the rows ``draft_tokens`` of the target's.
+        Without an output matrix among them, it becomes the rows ``draft_tokens`` of the target's. Weights that have
+        just these (``alike``) share theirs: to copy them is two thirds of the work.
         """
         with self._compute.filling():
             _fill(self.fc, tensors["fc.weight"])
             if "fc.bias" in tensors:
                 self.fc.fill_bias(tensors["fc.bias"])
             if self.output is not None and self.norm is not None:
-                if OUTPUT in tensors:
-                    _fill(self.output, tensors[OUTPUT])
-                else:
-                    _copy_rows(self.output, self._target.output, draft_tokens)
-                self._follows = OUTPUT not in tensors or _are_copies(
-                    tensors[OUTPUT], self._target.output, draft_tokens, self._compute.formats.compute
-                )
+                self._fill_output(self.output, tensors.get(OUTPUT), draft_tokens, alike)
                 self.norm.copy_(tensors["norm.weight"])
             for name, tensor in tensors.items():
                 if name.startswith(self._prefix):
                     for row, part in pieces(tensor):
                         self.layers[0].fill(name.removeprefix(self._prefix), part, row)
+
+    def _fill_output(
+        self, before: Weight, matrix: Tensor | None, draft_tokens: Tensor, alike: HeadWeights | None
+    ) -> None:
+        if matrix is None and alike is not None:
+            self.output, self.follows = alike.output, True
+            return
+        # Not over what was there, which others may share.
+        self.output = None
+        output = self._compute.weight(before.n, before.k)
+        if matrix is None:
+            _copy_rows(output, self._target.output, draft_tokens)
+        else:
+            _fill(output, matrix)
+        self.output = output
+        self.follows = matrix is None or _are_copies(
+            matrix, self._target.output, draft_tokens, self._compute.formats.compute
+        )
 
     def output_from(self, rows: Tensor, after: Weight) -> Weight | None:
         """The head's output matrix for a target whose output matrix is ``after`` from now on.
@@ -68,7 +81,7 @@ class HeadWeights:
         ``rows`` [draft vocabulary] of these are what the head proposes. Only where it holds copies of them: None for a
         head that does not, or has none of its own.
         """
-        if self.output is None or not self._follows:
+        if self.output is None or not self.follows:
             return None
         output = self._compute.weight(self.output.n, self.output.k)
         with self._compute.filling():
