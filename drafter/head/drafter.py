@@ -219,10 +219,12 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         assert isinstance(weights, DecoderWeights)
         with self._memory:
             loaded = {id(each): each for each in (*self._held.values(), *self._kept)}
-        outputs = []
+        outputs, made = [], {}
         for version in loaded.values():
-            output = version.weights.output_from(version.to_target, weights.output)
-            outputs.append((version.weights, output))
+            before = id(version.weights.output)  # which versions may share
+            if before not in made:
+                made[before] = version.weights.output_from(version.to_target, weights.output)
+            outputs.append((version.weights, made[before]))
 
         def land() -> None:
             for head, output in outputs:
