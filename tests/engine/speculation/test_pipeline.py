@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.models.loader import build_model
 from slipstream.engine.operations import ResetPrefixCache, SwapDrafter
-from slipstream.engine.plan import StepPlan
+from slipstream.engine.plan import StepPlan, StepResult, StepWork
 from slipstream.engine.runner.runner import Launched
 from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter, DraftRow
@@ -133,6 +134,19 @@ actions = st.lists(
 )
 
 
+def pace(local: LocalEngine) -> None:
+    """Every step takes as long as on a machine that reads weights most of the time: what policies decide by time, they
+    decide alike everywhere, however busy the machine is.
+    """
+    runner, collect = local.engine.runner, local.engine.runner.collect
+
+    def timed(launched: Launched) -> StepResult:
+        return replace(collect(launched), seconds=0.01, draft_seconds=0.0005)
+
+    runner.collect = timed  # type: ignore[method-assign]
+    local.engine.scheduler.cost.calibrate([(StepWork().add(0, tokens), 0.01) for tokens in (1, 256)], [])
+
+
 AHEAD = [pytest.param(kind, True, id=f"{kind}, ahead") for kind in ("none", "all")]
 KINDS = ["lookups", "head", "head tree", "draft tree", "oracle", "oracle tree", "all"]
 
@@ -146,6 +160,7 @@ def test_whatever_happens_tokens_are_those_of_the_plain_loop(
     chosen, fields = drafters(kind, tiny, answers)
     small = {"kv_cache_memory": "32KiB", "max_model_len": 64, "max_running": 4}
     local = engine(chosen, pipeline="on", **(small | fields), **({"kernels": "torch"} if ahead else {}))
+    pace(local)
     runner = local.engine.runner
     runner.runs_ahead, fits_behind, behind = ahead, runner.fits_behind, []
 
