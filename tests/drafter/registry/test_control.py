@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ from slipstream.drafter.registry import control
 from slipstream.drafter.registry.control import Control
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import NotInControlError
+from tests.forking import Forks
 
 HOLD = """
 import sys
@@ -26,15 +25,9 @@ sys.stdin.read()
 """
 
 
-def test_one_is_in_control_and_the_next_takes_over_when_it_ends(registry: Registry) -> None:
+def test_one_is_in_control_and_the_next_takes_over_when_it_ends(registry: Registry, forks: Forks) -> None:
     ours = Control(registry)
-    with subprocess.Popen(
-        [sys.executable, "-P", "-c", HOLD, str(registry.folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as other:
-        assert other.stdout is not None
+    with forks.start(HOLD, str(registry.folder)) as other:
         assert other.stdout.readline() == "1\n"
         for _ in range(2):
             assert ours.take() is None and ours.epoch == 1

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -22,6 +20,7 @@ from slipstream.drafter.registry.manifest import Training
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import RegistryError, TransitionError, UnknownVersionError
 from slipstream.engine.errors import ModelError
+from tests.forking import Forks
 
 Add = Callable[..., int]
 
@@ -318,7 +317,9 @@ def test_a_leftover_under_the_next_number_does_not_get_in_the_way(registry: Regi
     registry.open_version(2, "model A")
 
 
-def test_what_is_being_written_is_left_alone(registry: Registry, make_head: Any, monkeypatch: Any) -> None:
+def test_what_is_being_written_is_left_alone(
+    registry: Registry, make_head: Any, monkeypatch: Any, forks: Forks
+) -> None:
     """Another process opens the registry while a version lies half-written in its folder."""
     from slipstream.drafter.registry import registry as module
 
@@ -328,7 +329,8 @@ def test_what_is_being_written_is_left_alone(registry: Registry, make_head: Any,
     def write_and_be_disturbed(folder: Path, *arguments: Any) -> Any:
         written = write(folder, *arguments)
         code = "import sys; from slipstream.drafter.registry.registry import Registry; Registry(sys.argv[1])"
-        subprocess.run([sys.executable, "-P", "-c", code, str(registry.folder)], check=True)
+        with forks.start(code, str(registry.folder)) as other:
+            assert other.wait(300) == 0, other.stderr.read()
         folders.append(folder)
         assert folder.is_dir()
         return written

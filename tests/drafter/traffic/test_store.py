@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import signal
 import sqlite3
 import stat
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from slipstream.drafter.traffic import store as store_module
 from slipstream.drafter.traffic.index import TrafficIndex, held_out
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.engine.errors import ConfigError
+from tests.forking import Forks
 
 Make = Callable[..., Sample]
 
@@ -291,18 +290,17 @@ for number in range(10**6):
 """
 
 
-def test_a_killed_writer_leaves_a_readable_store(tmp_path: Path, make_sample: Make) -> None:
+def test_a_killed_writer_leaves_a_readable_store(tmp_path: Path, forks: Forks) -> None:
     folder = tmp_path / "t"
     rng = np.random.default_rng(0)
     seen = 0
     for _ in range(4):
-        command = [sys.executable, "-P", "-c", WRITER, str(folder)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+        with forks.start(WRITER, str(folder)) as writer:
+            assert writer.stdout.readline() == "ready\n"
             for _ in range(int(rng.integers(1, 4))):
                 writer.stdout.readline()
             time.sleep(rng.uniform(0, 0.03))
-            writer.send_signal(signal.SIGKILL)
+            writer.kill()
         reader = TrafficStore(folder, create=False)
         ids = [sample.id for sample in reader.samples()]
         assert len(ids) > seen or reader.index.totals()[0] > 300_000
@@ -360,12 +358,14 @@ store.close()
 """
 
 
-def test_a_store_that_is_opened_twice_keeps_its_locks(tmp_path: Path, make_sample: Make) -> None:
+def test_a_store_that_is_opened_twice_keeps_its_locks(tmp_path: Path, make_sample: Make, forks: Forks) -> None:
     """Without them the next process to close the store takes itself for the last, and deletes the others' log."""
 
     def elsewhere() -> int:
-        command = [sys.executable, "-P", "-c", OPEN_AND_CLOSE, str(tmp_path / "traffic")]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        with forks.start(OPEN_AND_CLOSE, str(tmp_path / "traffic")) as process:
+            said = process.stdout.read()
+            assert process.wait(300) == 0, process.stderr.read()
+        return int(said)
 
     store = TrafficStore(tmp_path / "traffic")
     store.lock()

@@ -7,8 +7,6 @@ import dataclasses
 import json
 import queue
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +34,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.models.loader import build_model, find_device
 from slipstream.kernels.compute import Formats
+from tests.forking import Forks
 
 VOCAB, HIDDEN = 96, 64
 TARGET = {
@@ -157,7 +156,12 @@ def traffic(target_folder: Path) -> Traffic:
     return Traffic(target_folder)
 
 
-MODULE = "slipstream.drafter.training.worker"
+WORKER = """
+import sys
+from slipstream.drafter.training import worker
+worker.POLL_SECONDS, worker.REPORT_SECONDS = 0.1, 0.1  # here everybody waits for what it says
+sys.exit(worker.main(sys.argv[1:]))
+"""
 SECONDS = 600.0
 """More than anything takes here, on a slow and busy machine too."""
 Report = dict[str, Any]
@@ -165,15 +169,8 @@ MakeSamples = Callable[..., list[Sample]]
 
 
 class Process:
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", MODULE, json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
+    def __init__(self, forks: Forks, options: dict[str, Any]) -> None:
+        self.process = forks.start(WORKER, json.dumps(options))
         self._reports: queue.Queue[Report] = queue.Queue()
         self._threads = [threading.Thread(target=self._read, daemon=True)]
         self.errors = ""
@@ -182,7 +179,6 @@ class Process:
             thread.start()
 
     def say(self, kind: str, **fields: Any) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"type": kind, **fields}) + "\n")
 
     def wait_for(self, *states: str, **fields: Any) -> Report:
@@ -208,7 +204,6 @@ class Process:
 
     def end(self) -> int:
         """By the end of its input, as when the server ends."""
-        assert self.process.stdin is not None
         self.process.stdin.close()
         code = self.process.wait(SECONDS)
         self._close()
@@ -223,24 +218,22 @@ class Process:
         for thread in self._threads:
             thread.join(SECONDS)
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            assert stream is not None
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
         for line in self.process.stdout:
             self._reports.put(json.loads(line))
 
     def _read_errors(self) -> None:
-        assert self.process.stderr is not None
         self.errors = self.process.stderr.read()
 
 
 class Workshop:
     """A store, a registry, and workers between them."""
 
-    def __init__(self, folder: Path, target: Path) -> None:
+    def __init__(self, folder: Path, target: Path, forks: Forks) -> None:
+        self._forks = forks
         self.store = TrafficStore(folder / "traffic")
         self.registry = Registry(folder / "registry")
         self.fingerprint = target_fingerprint(open_checkpoint(str(target)))
@@ -263,7 +256,7 @@ class Workshop:
         self.workers: list[Process] = []
 
     def start(self, **options: Any) -> Process:
-        self.workers.append(Process(self.options | options))
+        self.workers.append(Process(self._forks, self.options | options))
         return self.workers[-1]
 
     def checkpoint(self, name: str = "shared") -> dict[str, Any]:
@@ -280,8 +273,8 @@ class Workshop:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, target: Path) -> Iterator[Workshop]:
-    workshop = Workshop(folder, target)
+def opened(folder: Path, target: Path, forks: Forks) -> Iterator[Workshop]:
+    workshop = Workshop(folder, target, forks)
     try:
         yield workshop
     finally:
@@ -292,16 +285,16 @@ def opened(folder: Path, target: Path) -> Iterator[Workshop]:
 
 
 @pytest.fixture
-def workshop(tmp_path: Path, target_folder: Path) -> Iterator[Workshop]:
-    with opened(tmp_path, target_folder) as workshop:
+def workshop(tmp_path: Path, target_folder: Path, forks: Forks) -> Iterator[Workshop]:
+    with opened(tmp_path, target_folder, forks) as workshop:
         yield workshop
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, target_folder: Path, traffic: MakeSamples) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, target_folder: Path, traffic: MakeSamples, forks: Forks) -> Path:
     """The folder of a workshop with a live version, a candidate that is better, and a checkpoint after it."""
     folder = tmp_path_factory.mktemp("trained")
-    with opened(folder, target_folder) as workshop:
+    with opened(folder, target_folder, forks) as workshop:
         workshop.store.append(traffic(150))
         worker = workshop.start()
         workshop.train_first(worker)
@@ -311,8 +304,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, target_folder: Path, traff
 
 
 @pytest.fixture
-def experienced(trained: Path, tmp_path: Path, target_folder: Path) -> Iterator[Workshop]:
+def experienced(trained: Path, tmp_path: Path, target_folder: Path, forks: Forks) -> Iterator[Workshop]:
     """A copy of it."""
     shutil.copytree(trained, tmp_path / "trained")
-    with opened(tmp_path / "trained", target_folder) as workshop:
+    with opened(tmp_path / "trained", target_folder, forks) as workshop:
         yield workshop

@@ -1,0 +1,16 @@
+"""Processes of this room: training workers, and those that write what others read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.forking import Forks
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    forks = Forks("slipstream.drafter.training.worker", "slipstream.drafter.traffic.store")
+    yield forks
+    forks.close()
