@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,17 @@ settings.register_profile(
 )
 settings.register_profile("anew", settings.get_profile("fixed"), derandomize=False)
 settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Engines in this process compute with one thread, too, unless they are told how many, as servers in processes of
+    their own are not: torch's threads spin while they wait for each other, and there are as many processes as cores.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slipstream.engine.models.loader.usable_cores", lambda: 1)
+        yield
+
 
 LONG_FILES = (
     "drafter/training/test_worker.py",

@@ -174,11 +174,13 @@ class TrafficStore:
         kept = 0
         for _, group in itertools.groupby(sorted(samples, key=_tenant), _tenant):
             part: list[Sample] = []
+            size = 0
             for sample in group:
                 part.append(sample)
-                if sum(map(_size, part)) >= SHARD_BYTES:
+                size += _size(sample)
+                if size >= SHARD_BYTES:
                     kept += self._write(part)
-                    part = []
+                    part, size = [], 0
             if part:
                 kept += self._write(part)
         self.expire()

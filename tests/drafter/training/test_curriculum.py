@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from slipstream.drafter.traffic import store as store_module
 from slipstream.drafter.traffic.index import held_out
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.training.curriculum import Curriculum, Mix
@@ -52,6 +53,15 @@ def computed(found: Sample) -> Example | None:
 
 def numbers(examples: Sequence[Example]) -> list[int]:
     return [int(example.tokens[-1]) for example in examples]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_texts_to_a_file() -> Iterator[None]:
+    """As with texts of usual sizes: to read one takes as long as there are others in its file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module, "SHARD_BYTES", 32 * KB)
+        patch.setattr(store_module, "SMALL_BYTES", 0)
+        yield
 
 
 @pytest.fixture
