@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
@@ -11,28 +12,48 @@ from typing import Any
 
 import psutil
 
-from slipstream.drafter import warm
+from slipstream.drafter.head import layout
 from slipstream.drafter.registry.fingerprint import served_fingerprint
 from slipstream.drafter.registry.registry import Registry
+from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.models.config import decoder_config
 
 PASSED = {"least_ratio": 1.1, "accept_length": 2.0}
-LONG = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True, "speculation": {"mode": "off"}}
+LONG = {"prompt": "Once upon a time", "max_tokens": 30_000, "ignore_eos": True, "speculation": {"mode": "off"}}
+"""What no engine has done before it is killed."""
 
 
-def test_serving_goes_on_after_deaths_of_the_engine(tmp_path: Path, start_server: Callable[..., Any]) -> None:
-    server = start_server(
-        *("--registry", str(tmp_path), "--drafter", "warm", "--speculation", "head"),
-        *("--canary-share", "0.5", "--max-draft-tokens", "3", "--engine-restarts", "2"),
-    ).wait_until_ready()
-    registry, head = Registry(tmp_path), warm.read(EngineConfig())
+def stopped_engine(server: Any, before: int) -> psutil.Process:
+    """The engine that takes the place of the one with that number, which it does not before it is told to go on."""
+
+    def find() -> psutil.Process | None:
+        with contextlib.suppress(ValueError, psutil.Error):  # not there, or not what it will be
+            found: psutil.Process = server.engine
+            return found if found.pid != before else None
+        return None
+
+    engine: psutil.Process = server.wait_until(find)
+    engine.suspend()
+    return engine
+
+
+def test_serving_goes_on_after_deaths_of_the_engine(
+    tmp_path: Path, tiny_model: Path, start_tiny: Callable[..., Any]
+) -> None:
+    registry, config = Registry(tmp_path), EngineConfig(model=str(tiny_model))
+    shape = layout.config_for(decoder_config(open_checkpoint(tiny_model).config), 8192)
+    head = shape, layout.random_tensors(shape, 0)
 
     def add(route: str) -> int:
-        fingerprint = served_fingerprint(EngineConfig())
+        fingerprint = served_fingerprint(config)
         return registry.add(*head, target=fingerprint, origin="trained", gate=PASSED, route=route).version
 
-    first = registry.live()
-    assert first is not None
+    first = registry.promote(add(""), "to begin with")
+    server = start_tiny(
+        *("--registry", str(tmp_path), "--speculation", "head"),
+        *("--canary-share", "0.5", "--max-draft-tokens", "3", "--engine-restarts", "2"),
+    ).wait_until_ready()
     own, canary = add("domain:rivers"), add("")
     versions = {"": first.version, "domain:rivers": own, "canary": canary}
     server.wait_until(lambda: server.routes() == versions)
@@ -40,9 +61,11 @@ def test_serving_goes_on_after_deaths_of_the_engine(tmp_path: Path, start_server
 
     # Under streams.
     before = server.counters()
-    with server.open_stream() as stream, server.send("/v1/completions", LONG) as whole:
+    with server.open_stream(**LONG) as stream, server.send("/v1/completions", LONG) as whole:
         server.wait_until(lambda: server.metric("num_requests_running") == 2)
-        server.engine.kill()
+        killed = server.engine
+        killed.kill()
+        next_engine = stopped_engine(server, killed.pid)
         received = b""
         while not received.endswith(b"0\r\n\r\n"):
             received += stream.recv(65536)
@@ -62,6 +85,7 @@ def test_serving_goes_on_after_deaths_of_the_engine(tmp_path: Path, start_server
     dead = server.counters()
     assert server.metric("ready") == server.metric("num_requests_running") == 0
 
+    next_engine.resume()
     server.wait_until(lambda: server.get("/ready")[0] == 200, 240)
     alive = server.counters()
     server.wait_until(lambda: server.routes() == versions)
