@@ -17,17 +17,24 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models import loader
+from slipstream.engine.scheduling import calibration
 from slipstream.engine.testing import LocalEngine
 from slipstream.kernels import ops
 from slipstream.kernels.triton import graphs, launch
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_engines"),
     pytest.mark.skipif(not launch.is_interpreted(), reason="tests marked gpu do this where there is one"),
 ]
 HEAD = {"speculation": "head", "drafter": "cold"}
 MADE: list[RecordedGraph] = []
 PROMPTS = [[5, 9, 5, 9, 5, 9, 5], [40, 41, 3]]
+
+
+@pytest.fixture(autouse=True)
+def _least_calibration(quick_engines: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of one token: those of sixteen would take longer than all that is asked of an engine here."""
+    monkeypatch.setattr(calibration, "PROFILE_TOKENS", (1,))
+    monkeypatch.setattr(calibration, "PROBE_CONTEXT", 16)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from slipstream.loadtest.workloads import CHAT, COMPLETIONS, Request
 
 
 @pytest.fixture
-def serve(serve, time_of_waiting):
+def serve(serve, time_that_leaps):
     return serve
 
 

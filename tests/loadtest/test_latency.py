@@ -36,7 +36,7 @@ def test_gaps_of_a_window(all_times, start, length):
 
 
 @pytest.fixture
-def serve(serve, time_of_waiting):
+def serve(serve, time_that_leaps):
     return serve
 
 

@@ -343,7 +343,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def start_tiny(start_server: Callable[..., Server], tiny_model: Path) -> Callable[..., Server]:
     """Starts ``slipstream serve`` with the tiny model and further options, for tests of what happens to processes."""
-    return lambda *options: start_server("--model", str(tiny_model), *options)
+    return lambda *options: start_server("--model", str(tiny_model), "--threads", "1", *options)
 
 
 @pytest.fixture(scope="session")
