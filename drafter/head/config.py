@@ -8,11 +8,13 @@ embedding of the token, normalise neither, and use the target's own output matri
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from slipstream.engine.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, StoredTensor, find_tensors
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import DecoderConfig, check_heads
 from slipstream.engine.models.rope import rope_parameters
@@ -31,6 +33,7 @@ LAYER = "midlayer."
 """Prefix of the layer's tensors in an EAGLE-3 head."""
 FIRST_LAYER = "layers.0."
 """Prefix of the layer's tensors in an EAGLE-1 or -2 head."""
+PICKLE_FILE = "pytorch_model.bin"
 OUTPUT = "lm_head.weight"
 """The output matrix of an EAGLE-3 head; often rows of the target's."""
 TAPS = "eagle_aux_hidden_state_layer_ids"
@@ -38,6 +41,15 @@ MOST = 1 << 31
 """Sizes are less."""
 VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias")
 """Switches of config.json for layers that compute something else than ours."""
+SILU = ("silu", "swish")
+"""The activation of our layers, by its names."""
+UNREAD = re.compile(r"(model\.)?embed_tokens\.weight|lm_head\.weight|.*rotary_emb\.inv_freq")
+"""Tensors that heads come with and that are computed here, or are the target's; ``t2d`` says what ``d2t`` says."""
+
+NO_WHOLE_NUMBERS = (
+    "the drafter's 'd2t' holds numbers with a point, which are not exact: it was converted with the weights; take it "
+    "as it was published"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +214,10 @@ def parse_config(config: Mapping[str, Any], num_layers: int) -> HeadConfig:
         raise ModelError(f"the drafter's architecture is {architectures}; EAGLE heads are {known}")
     if variants := [name for name in VARIANTS if config.get(name)]:
         raise ModelError(f"the drafter is a variant of EAGLE that is not supported: {', '.join(variants)}")
+    if (activation := config.get("hidden_act", "silu")) not in SILU:
+        raise ModelError(
+            f"the drafter's activation (hidden_act) is {activation!r}; heads with {SILU[0]!r} are supported"
+        )
     if config.get("num_hidden_layers", 1) != 1:
         raise ModelError(f"the drafter has {config['num_hidden_layers']} layers; heads of one layer are supported")
     try:
@@ -253,14 +269,18 @@ def check_target(config: HeadConfig, target: DecoderConfig) -> None:
 
 
 def check_shapes(config: HeadConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ModelError where tensors are missing or of the wrong shape."""
+    """Raises ModelError where tensors are missing, of the wrong shape, or of a layer that computes something else."""
     for name, shape in config.shapes.items():
         if name not in shapes:
-            if name in ("d2t", "t2d") and config.draft_vocab_size == config.vocab_size:
+            if name == "t2d" or (name == "d2t" and config.draft_vocab_size == config.vocab_size):
                 continue
             raise ModelError(f"the drafter's weights lack {name!r}")
         if shapes[name] != shape:
             raise ModelError(f"the drafter's {name!r} has shape {list(shapes[name])}, not {list(shape)}")
+    if others := [name for name in shapes if name not in config.shapes and not UNREAD.fullmatch(name)]:
+        raise ModelError(
+            f"the drafter is a variant of EAGLE that is not supported: its weights have {', '.join(others[:4])}"
+        )
 
 
 def read_config(folder: Path, num_layers: int) -> HeadConfig:
@@ -274,6 +294,26 @@ def read_config(folder: Path, num_layers: int) -> HeadConfig:
         raise ModelError(f"{folder} is no drafter: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ModelError(f"the drafter in {folder} is damaged: config.json is not JSON: {error}") from None
+
+
+def is_pickled(folder: Path) -> bool:
+    """Whether the weights have the form of the first EAGLE heads."""
+    return (folder / PICKLE_FILE).exists() and not _has_safetensors(folder)
+
+
+def find_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Where the tensors of a published head are, in one file or in shards; raises ModelError if there are none, or a
+    file is damaged."""
+    if not _has_safetensors(folder):
+        raise ModelError(f"{folder} is no drafter: {folder / SINGLE_FILE} does not exist")
+    try:
+        return find_tensors(folder)
+    except ModelError as error:
+        raise ModelError(f"the drafter in {folder} is damaged: {error}") from None
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
 
 
 def write_config(folder: Path, config: HeadConfig) -> None:

@@ -7,17 +7,26 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from slipstream.drafter.head.config import LAYER, check_shapes, read_config, write_config
+from slipstream.drafter.head.config import (
+    LAYER,
+    NO_WHOLE_NUMBERS,
+    PICKLE_FILE,
+    check_shapes,
+    find_weights,
+    is_pickled,
+    read_config,
+    write_config,
+)
 from slipstream.drafter.head.config import HeadConfig as HeadConfig
 from slipstream.drafter.head.config import check_target as check_target
 from slipstream.drafter.head.config import config_for as config_for
 from slipstream.drafter.head.config import default_taps as default_taps
 from slipstream.drafter.head.config import parse_config as parse_config
 from slipstream.engine.background import breathe
+from slipstream.engine.checkpoint.safetensors_files import read_tensors
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import DecoderConfig
 
@@ -130,6 +139,8 @@ def last_layer(tensors: Iterable[tuple[str, Tensor]], num_layers: int) -> dict[s
 def check(config: HeadConfig, tensors: Mapping[str, Tensor]) -> None:
     """Raises ModelError where tensors are missing, of the wrong shape, or map to tokens that do not exist."""
     check_shapes(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if "d2t" in tensors and tensors["d2t"].is_floating_point():
+        raise ModelError(NO_WHOLE_NUMBERS)
     tokens = draft_tokens(config, tensors)
     if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
         raise ModelError("the drafter's 'd2t' maps to tokens outside the vocabulary")
@@ -152,21 +163,25 @@ def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Ten
     config = read_config(folder, target.shape.num_layers)
     try:
         tensors = _load(folder)
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder} is no drafter: {error.filename} does not exist") from None
     except OSError as error:
         raise ModelError(f"{folder} is no drafter: {error}") from None
-    except (ValueError, RecursionError, SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+    except (ValueError, RecursionError, UnpicklingError, EOFError, RuntimeError) as error:
         # What torch raises depends on where a pickle or its archive breaks off.
         raise ModelError(f"the drafter in {folder} is damaged: {error}") from None
     check(config, tensors)
-    return config, {name: tensor for name, tensor in tensors.items() if name in config.shapes}
+    kept = {name: tensor for name, tensor in tensors.items() if name in config.shapes}
+    if "d2t" in kept:
+        kept |= draft_maps(draft_tokens(config, kept), config.vocab_size)
+    return config, kept
 
 
 def _load(folder: Path) -> dict[str, Tensor]:
-    file, old = folder / "model.safetensors", folder / "pytorch_model.bin"  # the form of the first EAGLE heads
-    is_old = old.exists() and not file.exists()
-    tensors: dict[str, Tensor] = torch.load(old, map_location="cpu", weights_only=True) if is_old else load_file(file)
+    if not is_pickled(folder):
+        return dict(read_tensors(find_weights(folder)))
+    path = folder / PICKLE_FILE
+    tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ModelError(f"the drafter in {folder} is damaged: {path.name} does not hold tensors by their names")
     return tensors
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.drafter.head.config import HeadConfig, check_shapes
+from slipstream.drafter.head.config import NO_WHOLE_NUMBERS, HeadConfig, check_shapes, find_weights
 from slipstream.engine.checkpoint.safetensors_files import StoredTensor, read_header
 from slipstream.engine.errors import ModelError
 
@@ -59,16 +59,27 @@ class Stored:
 
 def read(path: Path) -> dict[str, Stored]:
     """The tensors of a file, over a map of it; raises ModelError if it is damaged."""
-    header = read_header(path)
-    try:
-        with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
-    return {name: _tensor(path, name, entry, data) for name, entry in header.items()}
+    return _mapped(read_header(path))
 
 
-def _tensor(path: Path, name: str, entry: StoredTensor, data: memoryview) -> Stored:
+def read_published(folder: Path) -> dict[str, Stored]:
+    """The tensors of a published head; raises ModelError as ``find_weights`` does."""
+    return _mapped(find_weights(folder))
+
+
+def _mapped(header: Mapping[str, StoredTensor]) -> dict[str, Stored]:
+    files: dict[Path, memoryview] = {}
+    for path in dict.fromkeys(entry.file for entry in header.values()):
+        try:
+            with path.open("rb") as file:
+                files[path] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read {path}: {error}") from error
+    return {name: _tensor(name, entry, files[entry.file]) for name, entry in header.items()}
+
+
+def _tensor(name: str, entry: StoredTensor, data: memoryview) -> Stored:
+    path = entry.file
     if entry.dtype not in TYPES:
         raise ModelError(f"the tensor {name!r} in {path} is of type {entry.dtype}; supported are {', '.join(TYPES)}")
     kind = np.dtype(TYPES[entry.dtype])
@@ -81,6 +92,8 @@ def check(config: HeadConfig, tensors: Mapping[str, Stored]) -> None:
     """Raises ModelError where tensors are not what the configuration says, or hold no numbers, as layout.check does."""
     check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()})
     if "d2t" in tensors:
+        if tensors["d2t"].dtype in FLOATING:
+            raise ModelError(NO_WHOLE_NUMBERS)
         tokens = tensors["d2t"].numbers.astype(np.int64) + np.arange(config.draft_vocab_size)
         if tokens.min() < 0 or tokens.max() >= config.vocab_size:
             raise ModelError("the drafter's 'd2t' maps to tokens outside the vocabulary")
@@ -92,6 +105,10 @@ def check(config: HeadConfig, tensors: Mapping[str, Stored]) -> None:
 def published(config: HeadConfig, tensors: Mapping[str, Stored]) -> bytes:
     """The file in which this project publishes a head: what the head has, floating numbers in bfloat16."""
     kept = {name: _published(tensors[name]) for name in config.shapes if name in tensors}
+    if "d2t" in kept:  # in one form, whatever others have, and with a mask that says the same
+        offsets, is_drafted = kept["d2t"].numbers.astype("<i8"), np.zeros(config.vocab_size, np.bool_)
+        is_drafted[offsets + np.arange(config.draft_vocab_size)] = True
+        kept |= {"d2t": Stored("I64", offsets.shape, offsets), "t2d": Stored("BOOL", is_drafted.shape, is_drafted)}
     # As the safetensors library writes it: the largest numbers first, so that each is aligned, in the order of names.
     order = sorted(kept, key=lambda name: (-kept[name].numbers.itemsize, name))
     header: dict[str, Any] = {}

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from slipstream.drafter.head.config import HeadConfig, check_shapes, check_target, read_config, write_config
+from slipstream.drafter.head.config import (
+    HeadConfig,
+    check_shapes,
+    check_target,
+    find_weights,
+    is_pickled,
+    read_config,
+    write_config,
+)
 from slipstream.drafter.registry import manifest as manifests
 from slipstream.drafter.registry.fingerprint import target_fingerprint, target_name
 from slipstream.drafter.registry.manifest import MANIFEST_FILE, WEIGHTS_FILE
@@ -15,11 +23,10 @@ from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import Version
 from slipstream.drafter.registry.version_folder import Weights, check_fit, head_config, intact
 from slipstream.engine.checkpoint import Checkpoint
-from slipstream.engine.checkpoint.safetensors_files import SINGLE_FILE, StoredTensor, read_header
+from slipstream.engine.checkpoint.safetensors_files import SINGLE_FILE
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
 
-PICKLE_FILE = "pytorch_model.bin"
 SGLANG_TAPS = 3
 """Layers whose features SGLang's loader expects, whatever the configuration says."""
 
@@ -61,8 +68,8 @@ def check_import(folder: Path, target: Checkpoint, *, lineage: str = "") -> Head
         config = head_config(manifest)
     else:
         config = read_config(folder, decoder.shape.num_layers)
-        if not _is_pickled(folder):
-            check_shapes(config, {name: tensor.shape for name, tensor in _header(folder).items()})
+        if not is_pickled(folder):
+            check_shapes(config, {name: tensor.shape for name, tensor in find_weights(folder).items()})
     check_target(config, decoder)
     return config
 
@@ -87,7 +94,7 @@ def import_head(
         # Its parent's number means nothing here.
         origin, training, gate, note = known.origin, known.training, known.gate, note or known.note
     else:
-        tensors = {} if _is_pickled(folder) else stored.read(folder / SINGLE_FILE)
+        tensors = {} if is_pickled(folder) else stored.read_published(folder)
         # Many published configurations state the length that was trained, at which loaders would cut it off.
         config = replace(config, max_positions=decoder.shape.max_positions)
         origin, training, gate, note = "imported", None, {}, note or folder.name
@@ -109,18 +116,3 @@ def import_head(
         gate=gate,
         note=note,
     )
-
-
-def _is_pickled(folder: Path) -> bool:
-    """Whether the weights have the form of the first EAGLE heads."""
-    return (folder / PICKLE_FILE).exists() and not (folder / SINGLE_FILE).exists()
-
-
-def _header(folder: Path) -> Mapping[str, StoredTensor]:
-    path = folder / SINGLE_FILE
-    if not path.exists():
-        raise ModelError(f"{folder} is no drafter: {path} does not exist")
-    try:
-        return read_header(path)
-    except ModelError as error:
-        raise ModelError(f"the drafter in {folder} is damaged: {error}") from None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slipstream.drafter.head import layout
@@ -84,7 +84,7 @@ def spoil_config(**changes: Any) -> Callable[[Path], None]:
 
 def spoil_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
-        tensors = layout.load_file(folder / "model.safetensors")
+        tensors = load_file(folder / "model.safetensors")
         change(tensors)
         save_file(tensors, folder / "model.safetensors")
 
