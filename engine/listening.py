@@ -43,7 +43,7 @@ class Listener(ABC):
         return ()
 
     @abstractmethod
-    def begin(self, request: NewRequest, target_version: int) -> None:
+    def begin(self, request: NewRequest) -> None:
         """A request has arrived."""
 
     def target_changed(self, version: int, model: CausalModel) -> None:
@@ -92,11 +92,11 @@ class Listeners:
                 self._watching.append(guarded)
         return tapped
 
-    def begin(self, request: NewRequest, target_version: int) -> None:
+    def begin(self, request: NewRequest) -> None:
         """A request has arrived."""
         if request.traffic != "off":
             for guarded in self._all:
-                guarded.begin(request, target_version)
+                guarded.begin(request)
 
     def target_changed(self, version: int, model: CausalModel) -> None:
         """New weights serve, after the step before this call and before the next one."""
@@ -138,9 +138,9 @@ class _Guarded:
         self._spoiled: set[int] = set()
         """Requests that run and are not to be kept any more."""
 
-    def begin(self, request: NewRequest, target_version: int) -> None:
+    def begin(self, request: NewRequest) -> None:
         try:
-            self.listener.begin(request, target_version)
+            self.listener.begin(request)
         except Exception:
             self._spoil([request.request_id])
 

@@ -22,13 +22,13 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from slipstream.engine.errors import ConfigError
 
-FORMAT = 2
+FORMAT = 3
 HOLDOUT = 10
 """One question in so many is held out of training."""
 BUSY_S = 10.0
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE purges (tenant BLOB PRIMARY KEY, time REAL NOT NULL);
+CREATE TABLE purges (tenant BLOB PRIMARY KEY, time REAL NOT NULL, number INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE shards (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT NOT NULL, tenant TEXT NOT NULL,
     bytes INTEGER NOT NULL, oldest REAL NOT NULL);
 CREATE TABLE samples (id INTEGER PRIMARY KEY AUTOINCREMENT, shard INTEGER NOT NULL, place INTEGER NOT NULL,
@@ -154,6 +154,8 @@ class TrafficIndex:
                     self._db.execute(statement)
             if found == 1:
                 self._db.execute("ALTER TABLE samples ADD COLUMN question INTEGER")
+            if found in (1, 2):
+                self._db.execute("ALTER TABLE purges ADD COLUMN number INTEGER NOT NULL DEFAULT 0")
             if found < FORMAT:
                 self._db.execute(f"PRAGMA user_version = {FORMAT}")
 
@@ -246,11 +248,12 @@ class TrafficIndex:
     def purge(self, tenant: str | None = None) -> int:
         """Deletes everything of a tenant, or of all; returns how many samples that were.
 
-        Requests that arrived before now and are not written yet will not be: ``is_purged`` tells the writer.
+        Requests that arrived before now and are not written yet will not be: ``is_purged`` tells the writer. Purges are
+        numbered, since clocks are put back and forward.
         """
         who, owned, values = (EVERYBODY, "", []) if tenant is None else (_name(tenant), " WHERE tenant = ?", [tenant])
         with self.transaction() as db:
-            db.execute("INSERT OR REPLACE INTO purges VALUES (?, ?)", (who, time.time()))
+            db.execute("INSERT OR REPLACE INTO purges VALUES (?, ?, ?)", (who, time.time(), self._last_purge() + 1))
             [count] = db.execute(f"SELECT COUNT(*) FROM samples{owned}", values).fetchone()
             self._delete(db, db.execute(f"SELECT id, file FROM shards{owned}", values).fetchall())
             # Unfinished files are the business of who appends, if anybody does.
@@ -263,11 +266,20 @@ class TrafficIndex:
         return int(count)
 
     @guarded
-    def is_purged(self, tenant: str, when: float) -> bool:
-        """Whether what a tenant sent at that time was purged since."""
-        found = self._db.execute("SELECT MAX(time) FROM purges WHERE tenant IN (?, ?)", (EVERYBODY, _name(tenant)))
+    def is_purged(self, tenant: str, known: int) -> bool:
+        """Whether a tenant was purged since ``known`` was the number of the last purge."""
+        found = self._db.execute("SELECT MAX(number) FROM purges WHERE tenant IN (?, ?)", (EVERYBODY, _name(tenant)))
         [last] = found.fetchone()
-        return last is not None and when <= last
+        return last is not None and known < last
+
+    @guarded
+    def last_purge(self) -> int:
+        """The number of the last purge; 0 before the first."""
+        return self._last_purge()
+
+    def _last_purge(self) -> int:
+        [last] = self._db.execute("SELECT COALESCE(MAX(number), 0) FROM purges").fetchone()
+        return int(last)
 
     @guarded
     def expire(self, max_bytes: int, max_age: float) -> None:

@@ -63,6 +63,8 @@ class Sample:
     """Layers whose inputs the features are."""
     question: int = 0
     """Given by the store: the same number where the prompt is the same."""
+    after_purge: int = 0
+    """The last purge that was known of when the request arrived: later ones are meant for it, too. Not kept."""
 
 
 def question_of(prompt: Int32) -> int:
@@ -196,14 +198,14 @@ class TrafficStore:
     def _write(self, samples: list[Sample]) -> int:
         """One shard of one tenant: renamed into place and entered into the index in one transaction."""
         tenant = samples[0].tenant
-        while samples := [sample for sample in samples if not self.index.is_purged(tenant, sample.time)]:
+        while samples := [sample for sample in samples if not self._is_purged(sample)]:
             young = self._small_shard(tenant)
             old, tensors, place = young if young else (None, {}, 0)
             for number, sample in enumerate(samples, place):
                 tensors |= _encode(sample, number)
             file = f"{secrets.token_hex(8)}.safetensors"
             with self._saved(file, tensors) as draft, self.index.transaction() as db:
-                stale = any(self.index.is_purged(tenant, sample.time) for sample in samples)
+                stale = any(map(self._is_purged, samples))
                 found = db.execute("SELECT oldest FROM shards WHERE id = ?", (old,)).fetchone()
                 if stale or (old is not None and found is None):
                     continue
@@ -226,6 +228,9 @@ class TrafficStore:
                 (self.index.shards / left).unlink(missing_ok=True)
             break
         return len(samples)
+
+    def _is_purged(self, sample: Sample) -> bool:
+        return self.index.is_purged(sample.tenant, sample.after_purge)
 
     @contextmanager
     def _saved(self, file: str, tensors: Tensors) -> Iterator[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -27,18 +28,28 @@ from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.speculation.protocol import Computed
 from slipstream.engine.units import parse_size
 
+LEAST_S = 0.001
 MOST_POSITIONS = 4096
 """Positions of a request, from its end, whose features are kept."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Serving:
+    """Weights of the model that serve, or did; the number of a version may come again, for others."""
+
+    since: float = 0.0
+    """When they began to, in seconds since 1970; 0 for those that served first."""
 
 
 class _Recording:
     """What is kept of a running request."""
 
-    __slots__ = ("dropped", "target_version", "time", "top", "track")
+    __slots__ = ("after_purge", "dropped", "serving", "time", "top", "track")
 
-    def __init__(self, target_version: int) -> None:
+    def __init__(self, serving: _Serving, after_purge: int) -> None:
         self.time = time.time()
-        self.target_version = target_version
+        self.serving = serving
+        self.after_purge = after_purge
         self.track = Track()
         self.top: list[tuple[Tensor, Tensor]] = []
         self.dropped = False
@@ -59,8 +70,7 @@ class TrafficTap(Listener):
         """``target`` returns the fingerprint of the served model; the writer asks for it when weights are updated."""
         self.top_k = top_k
         self._target = target
-        self._serving_since = 0.0
-        """When the model's weights last changed."""
+        self._serving = _Serving()
         self._writer = writer
         self._features = features
         self._buffer_bytes = buffer_bytes
@@ -87,12 +97,13 @@ class TrafficTap(Listener):
     def stats(self) -> TrafficStats:
         return self._writer.stats
 
-    def begin(self, request: NewRequest, target_version: int) -> None:
+    def begin(self, request: NewRequest) -> None:
         with self._lock:
-            self._recordings[request.request_id] = _Recording(target_version)
+            self._recordings[request.request_id] = _Recording(self._serving, self._writer.last_purge)
 
     def target_changed(self, version: int, model: CausalModel) -> None:
-        self._serving_since = since = time.time()
+        self._serving = _Serving(time.time())
+        since = self._serving.since
         decoder = model.decoder
         if decoder is None:
             return  # nor is anything trained for such a model
@@ -153,8 +164,10 @@ class TrafficTap(Listener):
             recording = self._recordings.pop(ended.request.request_id, None)
         if recording is None:
             return
-        # The number of a version may come again, for other weights.
-        by_one = recording.target_version == ended.target_version and recording.time >= self._serving_since
+        since = self._serving.since
+        by_one = recording.serving is self._serving
+        # Others go by times to tell whose answer it is, and clocks are put back.
+        recording.time = max(recording.time, since) if by_one else min(recording.time, since - LEAST_S)
         if recording.dropped:
             self._writer.drop()
         elif (
@@ -195,7 +208,7 @@ class TrafficTap(Listener):
             domain=ended.request.domain,
             target_version=ended.target_version,
             drafter_version=ended.drafter_version,
-            time=recording.time,
+            time=max(recording.time, self._writer.files_since) if by_one else recording.time,
             tokens=tokens,
             num_prompt=num_prompt,
             start=start,
@@ -203,6 +216,7 @@ class TrafficTap(Listener):
             topk=topk,
             greedy=ended.request.params.temperature == 0,
             taps=self._taps if features is not None else (),
+            after_purge=recording.after_purge,
         )
 
     def _release(self, recording: _Recording) -> None:

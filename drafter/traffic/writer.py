@@ -64,6 +64,10 @@ class TrafficWriter:
         self._target_lock = threading.Lock()
         self._target_due = 0.0
         """When it is tried again if it failed; as time.monotonic() has it."""
+        self.last_purge = 0
+        """The number of the last purge that is known of."""
+        self.files_since = 0.0
+        """See ``TrafficIndex.files_since``."""
         self._faults = Faults()
         self._expired_at = self._opened_at = time.monotonic()
         try:
@@ -112,6 +116,7 @@ class TrafficWriter:
             store = self._open_store()
             store.lock()
             self._totals = store.index.totals()
+            self.last_purge, self.files_since = store.index.last_purge(), store.index.files_since()
             self._store, self._failure = store, ""
         self._update_target(self._store.index.folder)
         return self._store
@@ -176,6 +181,7 @@ class TrafficWriter:
         if self._store is None and time.monotonic() - self._opened_at < REOPEN_S:
             return
         store = self._open()
+        self.last_purge = store.index.last_purge()
         failure: Exception | None = None
         # What goes wrong with one tenant's samples does not lose the others'.
         for tenant in {sample.tenant: None for sample in samples}:

@@ -85,7 +85,7 @@ class Scheduler:
         self._requests[request.request_id] = request
         self._waiting.opened(request, self._running)
         self._waiting.add(request)
-        self._listeners.begin(message, self.target_version)
+        self._listeners.begin(message)
 
     def abort(self, request_ids: Iterable[int], stopped: bool = False) -> None:
         """Ends requests at once; unknown ids are ignored. Their blocks are free before the next step.

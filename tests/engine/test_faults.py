@@ -279,7 +279,7 @@ class RaisingListener(Listener):
     def __init__(self) -> None:
         self.reasons: list[str] = []
 
-    def begin(self, request: NewRequest, target_version: int) -> None:
+    def begin(self, request: NewRequest) -> None:
         if request.prompt[0] == 1:
             raise OSError("the disk is full")
 

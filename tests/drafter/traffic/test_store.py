@@ -128,6 +128,7 @@ def test_a_store_of_the_first_format_is_taken_over(tmp_path: Path, make_sample: 
     store.close()
     with sqlite3.connect(tmp_path / "t" / "index.sqlite") as db:
         db.execute("ALTER TABLE samples DROP COLUMN question")
+        db.execute("ALTER TABLE purges DROP COLUMN number")
         db.execute("PRAGMA user_version = 1")
     db.close()
     store = TrafficStore(tmp_path / "t")
@@ -176,11 +177,11 @@ def test_purge_reaches_disk_restart_and_what_waits(tmp_path: Path, make_sample: 
     store = TrafficStore(folder)
     assert {sample.tenant for sample in store.samples()} == {"bob"}
     assert store.append([waiting]) == 0
-    assert store.append([make_sample(9, tenant="alice", time=time.time() + 1)]) == 1
+    assert store.append([make_sample(9, tenant="alice", after_purge=store.index.last_purge())]) == 1
     ids = [sample.id for sample in store.samples()]
     assert store.purge() == len(ids) == 5
     assert list(store.index.shards.iterdir()) == [] and store.statistics() == {}
-    store.append([make_sample(9, time=time.time() + 1)])
+    store.append([make_sample(9, after_purge=store.index.last_purge())])
     [sample] = store.samples()
     assert sample.id > max(ids), "ids are not given twice"
     store.close()

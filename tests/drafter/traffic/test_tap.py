@@ -323,7 +323,7 @@ def test_whatever_is_computed_twice_or_skipped_features_stay_in_place(
     total, begins = 200, {}
     for number in (1, 2):
         request = NewRequest(request_id=number, prompt=[1] * 5, params=GREEDY, traffic="features", tenant=str(number))
-        tap.begin(request, 0)
+        tap.begin(request)
         row = DraftRow(0, "", 5, np.zeros(total, np.int32), total, frozenset(), request_id=number, traffic="features")
         entries = data.draw(st.lists(st.integers(0, total - 2), max_size=3), "where it enters a row")
         for attempt, begin in enumerate(entries or [0]):
