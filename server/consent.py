@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from starlette.requests import Request
 
+from slipstream.drafter.routes import DOMAIN_NAME
 from slipstream.engine.messages import TrafficLevel
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.headers import header_values
@@ -101,7 +102,7 @@ def _level(text: str, where: str) -> TrafficLevel:
 
 
 def _check_domain(domain: str, where: str) -> None:
-    if domain and not re.fullmatch(r"[\w.:/-]{1,64}", domain, re.ASCII):
+    if domain and not DOMAIN_NAME.fullmatch(domain):
         raise InvalidRequestError(f"{where}: at most 64 letters, digits and ._-:/, not {domain[:60]!r}", param=where)
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from slipstream.drafter.registry.registry import Registry, default_folder
 from slipstream.drafter.registry.states import Version
+from slipstream.server.evolution.config import check_version_route
 from slipstream.server.log import printable
 
 drafter_app = typer.Typer(
@@ -32,7 +33,7 @@ Folder = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Number = Annotated[int, typer.Argument(help="Number of the version.", metavar="VERSION")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
-Route = Annotated[str, typer.Option(help="Tenant or domain; empty for the route all share.")]
+Route = Annotated[str, typer.Option(help="tenant:NAME, domain:NAME or lora:NAME; empty for the route all share.")]
 Model = Annotated[
     str, typer.Option(help="The model it drafts for: folder, GGUF file, or 'default'.", envvar="SLIPSTREAM_MODEL")
 ]
@@ -52,7 +53,7 @@ def open_registry(folder: Path) -> Registry:
 @drafter_app.command("list")
 def list_versions(
     registry: Folder,
-    route: Annotated[str | None, typer.Option(help="Only of this tenant or domain.")] = None,
+    route: Annotated[str | None, typer.Option(help="Only of this route: tenant:NAME, say.")] = None,
     pruned: Annotated[bool, typer.Option("--pruned", help="Also those whose weights are deleted.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -187,6 +188,7 @@ def import_folder(
     from slipstream.drafter.registry.exchange import import_head
     from slipstream.engine.checkpoint import open_checkpoint
 
+    check_version_route(route, "route")
     checkpoint = open_checkpoint(target)
     added = import_head(Registry(registry), folder, checkpoint, lineage=target_lineage, route=route, note=note)
     report(added, "is a candidate", as_json)
@@ -196,7 +198,7 @@ def import_folder(
 def prune(
     registry: Folder,
     keep: Annotated[int, typer.Option(min=0, help="How many to keep per route.")],
-    route: Annotated[str | None, typer.Option(help="Only of this tenant or domain.")] = None,
+    route: Annotated[str | None, typer.Option(help="Only of this route: tenant:NAME, say.")] = None,
     reason: Reason = "",
     as_json: AsJson = False,
 ) -> None:

@@ -168,6 +168,7 @@ def make_service(
 ) -> Service:
     """Raises ModelError, ConfigError: the user can mend it."""
     check_training_device(evolution)
+    evolution.check_drafters(engine_config)
     engine_config = with_live_drafter(engine_config, evolution)
     check_drafters(engine_config)  # the engine would say the same, but only after seconds of imports
     service = Service(config, engine_config, traffic, start_engine)
@@ -213,7 +214,8 @@ def with_live_drafter(engine: EngineConfig, evolution: EvolutionConfig) -> Engin
         if done.returncode:
             raise ConfigError(done.stderr.strip())
         live = registry.may_serve()
-    return replace(engine, drafter=str(registry.folder)) if live else without
+    # Of a registry without one, too: then it makes a head that is still to learn and passes for no version of it.
+    return replace(engine, drafter=str(registry.folder)) if live or without.drafter == "cold" else without
 
 
 async def serve_until_signals(service: Service, listener: socket.socket, started: float) -> None:

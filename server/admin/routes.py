@@ -17,7 +17,7 @@ from slipstream.drafter.registry.database import RegistryUnusableError
 from slipstream.drafter.registry.states import RegistryError, TransitionError, UnknownVersionError
 from slipstream.drafter.traffic.index import TrafficIndex, TrafficUnusableError
 from slipstream.engine.checkpoint import open_checkpoint
-from slipstream.engine.errors import ModelError, SlipstreamError
+from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError
 from slipstream.server.admin import answers
 from slipstream.server.admin.commands import DrafterCommands
 from slipstream.server.admin.schema import (
@@ -41,6 +41,7 @@ from slipstream.server.errors import (
     UnavailableError,
     VersionNotFoundError,
 )
+from slipstream.server.evolution.config import check_version_route
 from slipstream.server.evolution.evolution import Evolution
 from slipstream.server.json_response import JSONBody
 from slipstream.server.page import DASHBOARD, page_response
@@ -146,6 +147,8 @@ def admin_router(service: Service) -> APIRouter:
         """Add a head from a folder of this server as a candidate."""
         registry = evolution_of(service).registry
         body = await body_of(service, request, ImportBody)
+        with asking("route"):
+            check_version_route(body.route or "", "route")
         given = {name: value for name, value in body.model_dump().items() if value is not None and name != "folder"}
         await ask(registry.count)  # whether there is one that can be used
         served = service.engine_config
@@ -207,6 +210,15 @@ def evolution_of(service: Service) -> Evolution:
     if service.evolution is None:
         raise ConflictError("there is no drafter registry: start the server with --registry FOLDER", code="no_registry")
     return service.evolution
+
+
+@contextmanager
+def asking(field: str) -> Iterator[None]:
+    """What an option may not be, this field may not be, either."""
+    try:
+        yield
+    except ConfigError as error:
+        raise InvalidRequestError(str(error).removeprefix("--"), param=field) from None
 
 
 @contextmanager

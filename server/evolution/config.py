@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from slipstream.drafter.routes import ADAPTER_ROUTE, DOMAIN_NAME, DOMAIN_ROUTE, TENANT_ROUTE
 from slipstream.drafter.traffic.config import TrafficConfig
-from slipstream.engine.config import option
+from slipstream.engine.config import EngineConfig, option
 from slipstream.engine.errors import ConfigError
 
-ROUTE_KINDS = ("tenant:", "domain:")
+ROUTE_KINDS = (TENANT_ROUTE, DOMAIN_ROUTE)
+OF_ALL = 2
+"""Versions loaded beside those of tenants and domains: the shared one, and one on trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,16 @@ class EvolutionConfig:
         check_device_name(self.evolve_device, "evolve-device")
         for route in self.evolve_route:
             check_route(route, "evolve-route")
+        object.__setattr__(self, "evolve_route", tuple(dict.fromkeys(self.evolve_route)))  # each is trained once
+
+    def check_drafters(self, engine: EngineConfig) -> None:
+        """Raises ConfigError if the engine has no room for a version of every route that is trained."""
+        needed = OF_ALL + len(self.evolve_route)
+        if self.evolve != "off" and self.evolve_route and engine.max_drafters < needed:
+            raise ConfigError(
+                f"--max-drafters {engine.max_drafters} is not enough for {len(self.evolve_route)} of "
+                f"--evolve-route: with the shared version and one on trial these are {needed}"
+            )
 
     def check_traffic(self, traffic: TrafficConfig) -> None:
         """Raises ConfigError if there is nothing to learn from."""
@@ -72,7 +86,16 @@ def check_device_name(device: str, option: str) -> None:
         raise ConfigError(f"--{option} {device}: write auto, cpu, cuda, or cuda:NUMBER")
 
 
-def check_route(route: str, name: str) -> None:
-    """Raises ConfigError naming the option if this is no name of a route."""
-    if not route.startswith(ROUTE_KINDS) or route.endswith(":"):
-        raise ConfigError(f"--{name} {route}: write tenant:NAME or domain:NAME")
+def check_route(route: str, name: str, kinds: Sequence[str] = ROUTE_KINDS) -> None:
+    """Raises ConfigError naming the option if no request could be on this route."""
+    kind = next((kind for kind in kinds if route.startswith(kind) and route != kind), None)
+    if kind is None:
+        raise ConfigError(f"--{name} {route}: write {' or '.join(f'{kind}NAME' for kind in kinds)}")
+    if kind == DOMAIN_ROUTE and not DOMAIN_NAME.fullmatch(route.removeprefix(kind)):
+        raise ConfigError(f"--{name} {route}: domains have at most 64 letters, digits and ._-:/")
+
+
+def check_version_route(route: str, name: str) -> None:
+    """The same for versions from elsewhere, which may also be for a LoRA or, with an empty name, for all requests."""
+    if route:
+        check_route(route, name, (*ROUTE_KINDS, ADAPTER_ROUTE))

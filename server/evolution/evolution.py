@@ -19,6 +19,7 @@ from slipstream.drafter.routes import SHARED_ROUTE
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import EngineDiedError, SlipstreamError
+from slipstream.engine.faults import Faults
 from slipstream.engine.messages import NewRequest
 from slipstream.engine.operations import TellStepCosts
 from slipstream.server.evolution.config import EvolutionConfig
@@ -64,6 +65,7 @@ class Evolution:
         """What steps cost here; None until the worker was told."""
         self.error: str | None = None
         """Why the registry cannot be used at the moment."""
+        self._faults = Faults()
         self._poked = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._training: asyncio.Task[None] | None = None
@@ -198,21 +200,29 @@ class Evolution:
             await _end(training)
 
     async def _look(self) -> None:
+        """Tells the worker what it has to know, until cancelled. Nothing that goes wrong here may end it."""
         looks = 0
         while True:
             with contextlib.suppress(SlipstreamError):
                 self.states = await asyncio.to_thread(self.registry.count)
             if self.worker is not None:
-                if self.observer.has_drifted(self.predicted):
-                    self.drifts += 1
-                    drift = self.observer.drift(self.predicted)
-                    logger.info("the traffic has drifted: accept length is %.0f %% of the predicted one", 100 * drift)
-                    self.worker.send("train", reason="drift")
-                if looks % MACHINE_EVERY == 0:
-                    with contextlib.suppress(SlipstreamError):
-                        await self._tell_machine(self.worker)
+                try:
+                    await self._tell(self.worker, looks)
+                except SlipstreamError:
+                    pass  # the engine has ended
+                except Exception:
+                    self._faults.tell("telling the training worker what happens here", "it goes on with what it knows")
                 looks += 1
             await asyncio.sleep(LOOK_SECONDS)
+
+    async def _tell(self, worker: WorkerProcess, looks: int) -> None:
+        if self.observer.has_drifted(self.predicted):
+            self.drifts += 1
+            drift = self.observer.drift(self.predicted)
+            logger.info("the traffic has drifted: accept length is %.0f %% of the predicted one", 100 * drift)
+            worker.send("train", reason="drift")
+        if looks % MACHINE_EVERY == 0:
+            await self._tell_machine(worker)
 
     async def _tell_machine(self, worker: WorkerProcess) -> None:
         """What steps cost, for the gate. A draft token reads the head's weights once, as a step reads the target's."""

@@ -46,14 +46,19 @@ class WorkerProcess:
         pause = FIRST_PAUSE
         while True:
             began = time.monotonic()
+            self._take({"state": "starting"})
             try:
-                code = await self._run_once()
+                why = _describe(await self._run_once())
+            except OSError as error:  # there is no process to be had now
+                why = str(error)
             finally:
                 await self._end()
             self.restarts += 1
-            self._take({"state": "failed", "message": self.report.get("message") or f"ended with exit code {code}"})
+            if self.report["state"] == "failed":  # it has said so itself
+                why = self.report.get("message") or why
+            self._take({"state": "failed", "message": why})
             pause = FIRST_PAUSE if time.monotonic() - began > HEALTHY_SECONDS else min(2 * pause, LONGEST_PAUSE)
-            logger.warning("the training worker ended (exit code %s); starting it again in %g s", code, pause)
+            logger.warning("the training worker ended (%s); starting it again in %g s", why, pause)
             await asyncio.sleep(pause)
 
     @property
@@ -89,12 +94,10 @@ class WorkerProcess:
         telling = asyncio.create_task(self._tell())
         try:
             assert self._process.stdout is not None
-            async for line in self._process.stdout:
-                with contextlib.suppress(msgspec.DecodeError):
-                    report = msgspec.json.decode(line, type=dict[str, Any])
-                    if report["state"] == "failed":
-                        logger.error("the training worker says: %s", report.get("message"))
-                    self._take(report)
+            while (report := await _next_report(self._process.stdout)) is not None:
+                if report["state"] == "failed":
+                    logger.error("the training worker says: %s", report.get("message"))
+                self._take(report)
             return await self._process.wait()
         finally:
             telling.cancel()
@@ -127,3 +130,21 @@ class WorkerProcess:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await child.hasten(process)
+
+
+async def _next_report(lines: asyncio.StreamReader) -> dict[str, Any] | None:
+    """Passes over what libraries print there; None when the worker has ended."""
+    while True:
+        try:
+            if not (line := await lines.readline()):
+                return None
+            report = msgspec.json.decode(line, type=dict[str, Any])
+        except (ValueError, msgspec.DecodeError):  # it is too long for a report, or is none
+            continue
+        if "state" in report:
+            return report
+
+
+def _describe(code: int) -> str:
+    """How a process has ended."""
+    return f"it was ended by signal {-code}" if code < 0 else f"it ended with exit code {code}"

@@ -60,7 +60,7 @@ def cli(tmp_path: Path, head: Path) -> Cli:
     model = ("--target", tmp_path / "model", "--target-lineage", "run 7")
     first = cli.json("import", head, *model, "--note", "from afar")
     assert (first["version"], first["state"], first["manifest"]["note"]) == (1, "candidate", "from afar")
-    assert "version 2 is a candidate on route acme" in cli("import", head, *model, "--route", "acme")
+    assert "version 2 is a candidate on route tenant:acme" in cli("import", head, *model, "--route", "tenant:acme")
     return cli
 
 
@@ -68,9 +68,9 @@ def test_versions_are_listed_and_shown(cli: Cli, tmp_path: Path) -> None:
     rows = [line.split() for line in cli("list").splitlines()]
     assert next(row[:3] for row in rows if row[:1] == ["1"]) == ["1", "candidate", "imported"]
     assert [each["version"] for each in cli.json("list")] == [1, 2]
-    assert [each["version"] for each in cli.json("list", "--route", "acme")] == [2]
+    assert [each["version"] for each in cli.json("list", "--route", "tenant:acme")] == [2]
     shown = cli.json("show", 2)
-    assert shown["version"]["route"] == "acme"
+    assert shown["version"]["route"] == "tenant:acme"
     assert [event["action"] for event in shown["history"]] == ["added"]
     output = cli("show", 2)
     assert shown["version"]["manifest"]["weights_sha256"] in output
@@ -99,7 +99,7 @@ def test_versions_are_promoted_rolled_back_pinned_and_pruned(cli: Cli, tmp_path:
 
 def test_versions_are_compared_and_exported(cli: Cli, tmp_path: Path) -> None:
     difference = cli.json("diff", 1, 2)
-    assert difference["fields"]["route"] == ["", "acme"]
+    assert difference["fields"]["route"] == ["", "tenant:acme"]
     assert set(difference["weights"].values()) == {0.0}
     Registry(cli.folder).record_metrics(2, {"live_accept_length": 1.5})
     output = cli("diff", 1, 2)

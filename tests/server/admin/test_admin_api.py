@@ -94,6 +94,7 @@ async def test_the_life_of_a_version(admin: AdminClient, evolving: Any, heads: P
     for folder in ("a" * 256, "--help"):
         await refused(admin.import_drafter(folder), 400, "invalid_value", "folder")
     await refused(admin.import_drafter(str(heads / "fits"), target="b" * 256), 400, "invalid_value", "target")
+    await refused(admin.import_drafter(str(heads / "fits"), route="acme"), 400, "invalid_value", "route")
     await refused(
         admin.export_drafter(first["version"], str(heads / "fits" / "config.json" / "x")),
         400,
