@@ -83,6 +83,7 @@ class Service:
             self.metrics,
         )
         self.created = int(time.time())
+        self.began = time.monotonic()
         self.phase: Literal["loading", "ready", "draining"] = "loading"
         self.num_responding = 0
         """Responses under way that a shutdown waits for: those of the generating routes, and large ones."""

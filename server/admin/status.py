@@ -20,7 +20,7 @@ async def status(service: Service) -> dict[str, Any]:
             "phase": service.phase,
             "health": service.health()[1],
             "time": time.time(),
-            "started": service.created,
+            "started": time.time() - (time.monotonic() - service.began),
         },
         "requests": None,
         "points": [astuple(point) for point in service.observer.points],

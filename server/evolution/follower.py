@@ -88,14 +88,20 @@ class Follower:
     def route(self, request_id: int) -> str:
         """The route of a request that has none of its own."""
         trial = self.trial
-        if trial is None or self._loaded.get(CANARY_ROUTE) != trial.beside:
+        if trial is None or not all(self._drafts(trial, route) for route in (SHARED_ROUTE, CANARY_ROUTE)):
             return SHARED_ROUTE
         return trial.route(request_id)
 
     def outcome(self, route: str, proposals: int, right: int) -> Outcome | None:
         """What a request that has ended says about the trial, if there is one and it took part."""
-        version = self.trial.version(route) if self.trial is not None else None
+        if self.trial is None or not self._drafts(self.trial, route):
+            return None
+        version = self.trial.version(route)
         return None if version is None else Outcome(version, proposals, right)
+
+    def _drafts(self, trial: Trial, route: str) -> bool:
+        """Whether a route has the version that a trial counts there: it may still be read, or not be to be had now."""
+        return self._loaded.get(route) == trial.version(route)
 
     def engine_started(self) -> None:
         """Another engine process has what its configuration says, and nothing of what the last one had loaded."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slipstream.engine.messages import EngineStats
 from slipstream.server.sequence_metrics import SequenceMetrics
@@ -39,7 +39,8 @@ class Observer:
     """Speed and acceptance over time, with or without a registry."""
 
     def __init__(self) -> None:
-        self.points: list[Point] = []
+        self._points: list[Point] = []
+        """With times of the monotonic clock: the other one may be put back, and a chart would go back, too."""
         self._interval = FIRST_INTERVAL
         self._last: tuple[float, int] | None = None
         self._steps = self._tokens = 0
@@ -48,13 +49,19 @@ class Observer:
         self._use: dict[int, float] = {}
         self._drifted = False
 
+    @property
+    def points(self) -> list[Point]:
+        """Oldest first, with times as the clock has them now."""
+        ahead = time.time() - time.monotonic()
+        return [replace(point, time=point.time + ahead) for point in self._points]
+
     def look(self, stats: EngineStats, version: int) -> None:
         """Called every second or so."""
         if stats.num_running:
             for streams in self._use:
                 self._use[streams] *= USE_MEMORY
             self._use[stats.num_running] = self._use.get(stats.num_running, 0.0) + 1
-        now = time.monotonic()  # a clock that is put back would hold up the next point until it has caught up
+        now = time.monotonic()
         if self._last is None:
             self._last = now, stats.generation_tokens
             return
@@ -63,11 +70,11 @@ class Observer:
             return
         length = 1 + self._tokens / self._steps if self._steps else 0.0
         rate = (stats.generation_tokens - tokens) / (now - began)
-        self.points.append(Point(time.time(), rate, length, stats.num_running, version))
+        self._points.append(Point(now, rate, length, stats.num_running, version))
         self._last = now, stats.generation_tokens
         self._steps = self._tokens = 0
-        if len(self.points) > POINTS:
-            self.points = self.points[1::2]
+        if len(self._points) > POINTS:
+            self._points = self._points[1::2]
             self._interval *= 2
 
     def ended(self, version: int, running: int, metrics: SequenceMetrics) -> None:

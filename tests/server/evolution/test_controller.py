@@ -114,7 +114,7 @@ def test_following_a_registry_goes_on_whatever_is_in_it(
     assert caplog.text.count("drafter registry:") == 1
 
 
-def test_a_clock_that_is_put_back_holds_up_no_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_put_back_puts_no_point_before_another(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(time=lambda: 1e9, monotonic=lambda: 100.0)
     monkeypatch.setattr(observers, "time", clock)
     observer = Observer()
@@ -123,3 +123,6 @@ def test_a_clock_that_is_put_back_holds_up_no_point(monkeypatch: pytest.MonkeyPa
     observer.look(EngineStats(generation_tokens=20), 1)
     [point] = observer.points
     assert point.time == 1e9 - 3600 and point.tokens_per_second == 5.0
+    clock.time, clock.monotonic = lambda: 1e9 - 7200, lambda: 107.0
+    observer.look(EngineStats(generation_tokens=20), 1)
+    assert [point.time for point in observer.points] == [1e9 - 7203, 1e9 - 7200]
