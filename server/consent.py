@@ -7,14 +7,15 @@ in several places counts in its strictest reading; what cannot be true at once i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 from starlette.requests import Request
 
 from slipstream.drafter.routes import DOMAIN_NAME
-from slipstream.engine.messages import TrafficLevel
+from slipstream.engine.messages import NewRequest, TrafficLevel
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.headers import header_values
 
@@ -69,6 +70,12 @@ def read_statement(
         tenants.append((f"metadata.{TENANT_KEY}", fields[TENANT_KEY]))
     level = min(levels, key=LEVELS.index, default="off" if silence == "opt-in" else None)
     return Statement(level, _only(domains), _only(tenants))
+
+
+def keeping_at_most(request: NewRequest, levels: Sequence[TrafficLevel]) -> NewRequest:
+    """The request where text comes with it of others that allow no more than these levels."""
+    strictest = min([request.traffic, *levels], key=LEVELS.index)
+    return msgspec.structs.replace(request, traffic=strictest, remember=request.remember and "off" not in levels)
 
 
 def metadata_fields(metadata: Mapping[str, Any]) -> dict[str, str]:

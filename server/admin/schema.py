@@ -118,5 +118,6 @@ class ReadBody(UpdateBody):
 
 
 class PurgeBody(Body):
-    tenant: Text | None = None
+    tenant: Annotated[str, Field(max_length=1000)] | None = None
+    """As requests name themselves, whatever characters that are."""
     all: bool | None = None

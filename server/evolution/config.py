@@ -47,6 +47,8 @@ class EvolutionConfig:
     canary_requests: int = option(200, "Requests after which a trial ends at the latest.")
 
     def __post_init__(self) -> None:
+        if self.registry == "":
+            raise ConfigError("--registry is empty: name a folder, or leave the option out")
         if self.evolve != "off" and self.registry is None:
             raise ConfigError(f"--evolve {self.evolve} needs --registry, where the versions are kept")
         if not 0 < self.canary_share < 1:

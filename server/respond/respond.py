@@ -12,7 +12,9 @@ import msgspec
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
+from slipstream.engine.messages import TrafficLevel
 from slipstream.server.body import parse, read_body
+from slipstream.server.consent import LEVELS, keeping_at_most
 from slipstream.server.errors import ApiError, InvalidRequestError, NotFoundError, TimedOutError
 from slipstream.server.generating import prepare_generation
 from slipstream.server.generation import Generation
@@ -45,14 +47,16 @@ class Responder:
         arrival = time.monotonic()
         service, owner = self._service, owner_of(request.scope)
         before: Stored | None = None
+        speakers: list[Stored] = []
 
         async def with_history(raw: bytes) -> bytes:
-            nonlocal before
+            nonlocal before, speakers
             kept = Kept()
             if b'"previous_response_id"' in raw or b'"item_reference"' in raw:
                 kept = await service.work.run("referred_to", raw)
             if kept.response is not None:
                 before = self._before(owner, kept.response)
+            speakers = self._store.speakers(owner, kept.items)
             return framed(before.history if before is not None else b"", self._store.items(owner, kept.items), raw)
 
         prepared: Prepared[Responding] = await prepare_generation(service, request, "respond", with_history)
@@ -61,9 +65,14 @@ class Responder:
             raise InvalidRequestError(
                 "previous_response_id: write the name of this field without escapes", param="previous_response_id"
             )
+        # What was said earlier comes along, and with it what was said about keeping that.
+        earlier = speakers if before is None else [before, *speakers]
+        levels = [said.level for said in earlier if said.level is not None]
         generation, options = begin_chat(service, request, prepared, prepared.body.chat, "resp_", arrival)
+        for sequence in generation.sequences:
+            sequence.request = keeping_at_most(sequence.request, levels)
         turns = (*(before.turns if before is not None else ()), prepared.body.items)
-        stored = Stored(owner, generation.name, b"", turns=turns)
+        stored = Stored(owner, generation.name, b"", turns=turns, level=self._level(generation, levels))
         stored.abort = lambda: service.engine.abort([each.request.request_id for each in generation.sequences])
 
         def on_end(response: dict[str, Any]) -> None:
@@ -108,6 +117,15 @@ class Responder:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stored.ended.wait(), CANCEL_S)
         return LargeResponse(self._service, stored.body)
+
+    def _level(self, generation: Generation, earlier: list[TrafficLevel]) -> TrafficLevel | None:
+        """What those said who come back to this response may have kept of it at most; None if nothing was said."""
+        request = generation.sequences[0].request
+        if not request.remember:
+            return "off"
+        if not request.adapter and request.traffic != self._service.traffic.traffic_log:
+            return request.traffic
+        return min(earlier, key=LEVELS.index, default=None)
 
     def _before(self, owner: str, name: str) -> Stored:
         try:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from slipstream.engine.messages import TrafficLevel
 from slipstream.server.errors import NotFoundError
 
 MOST = 1000
@@ -30,6 +31,8 @@ class Stored:
     """The conversation up to this response and with it: items in JSON, without the brackets of a list."""
     items: dict[str, bytes] = field(default_factory=dict)
     """Those of them that this response has said, by their ids."""
+    level: TrafficLevel | None = None
+    """The most that may be kept of the conversation as traffic, where somebody in it has said so."""
     abort: Callable[[], None] = lambda: None
     """Ends what is being written."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -49,8 +52,8 @@ class ResponseStore:
         self._stored: OrderedDict[tuple[str, str], Stored] = OrderedDict()
         self._counts: dict[str, tuple[int, int]] = {}
         """Number and bytes, by owner."""
-        self._items: dict[tuple[str, str], bytes] = {}
-        """What was said, by owner and id of the item."""
+        self._items: dict[tuple[str, str], Stored] = {}
+        """Which response has said it, by owner and id of the item."""
 
     @property
     def num_bytes(self) -> int:
@@ -65,7 +68,7 @@ class ResponseStore:
         # Turns are shared with the responses before; each counts them as its own, since it may outlive those.
         stored.size = 0 if stored.is_open else len(stored.body) + sum(map(len, stored.turns))
         self._stored[stored.owner, stored.id] = stored
-        self._items.update({(stored.owner, name): item for name, item in stored.items.items()})
+        self._items.update({(stored.owner, name): stored for name in stored.items})
         self._count(stored.owner, 1, stored.size)
         while self._is_full(stored.owner):
             self._forget(stored.owner)
@@ -85,8 +88,12 @@ class ResponseStore:
 
     def items(self, owner: str, names: Iterable[str]) -> bytes:
         """Those that are known of these, as turns have them."""
-        known = (self._items.get((owner, name)) for name in dict.fromkeys(names))
-        return b",".join(item for item in known if item is not None)
+        asked = dict.fromkeys(names)
+        return b",".join(said.items[name] for name in asked if (said := self._items.get((owner, name))) is not None)
+
+    def speakers(self, owner: str, names: Iterable[str]) -> list[Stored]:
+        """The responses that have said these items, as far as they are known."""
+        return [said for name in names if (said := self._items.get((owner, name))) is not None]
 
     def drop(self, stored: Stored) -> None:
         """Forgets it, if it is known."""

@@ -36,6 +36,11 @@ def test_a_route_is_trained_once_however_often_it_is_named() -> None:
     assert evolving("tenant:b", "domain:a", "tenant:b").evolve_route == ("tenant:b", "domain:a")
 
 
+def test_a_registry_has_a_name() -> None:
+    with pytest.raises(ConfigError, match="--registry is empty"):
+        EvolutionConfig(registry="")
+
+
 def test_there_is_room_for_all_routes_and_a_trial() -> None:
     three = evolving("tenant:a", "tenant:b", "domain:c")
     with pytest.raises(ConfigError, match=r"--max-drafters 4 is not enough for 3 of --evolve-route: .* these are 5"):
