@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import logging
 import os
+import secrets
 import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+MOST_CHARS = 150
+"""Of a file's name; file systems allow 255 bytes."""
 
 
 class Checkpoint:
@@ -21,11 +27,24 @@ class Checkpoint:
     (Selective asynchronous checkpoints: TLT, arXiv:2511.16665.)
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, folder: Path, name: str) -> None:
+        """``name`` may be any text."""
+        encoded = quote(name, safe="")
+        if len(encoded) > MOST_CHARS:
+            encoded = encoded[:MOST_CHARS] + "-" + hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        self._path = folder / f"{encoded}.pt"
+        # A name of its own: where two processes train for one registry, neither writes into the other's file.
+        self._draft = folder / f"{encoded}.{secrets.token_hex(4)}.tmp"
         self._writer: threading.Thread | None = None
         self.error: Exception | None = None
         """Why the last one could not be written."""
+
+    def clean(self) -> None:
+        """Removes what processes have left that were ended while they wrote."""
+        name = glob.escape(self._path.stem)
+        for left in (self._path.with_suffix(".tmp"), *self._path.parent.glob(f"{name}.*.tmp")):
+            with suppress(OSError):
+                left.unlink()
 
     def save(self, state: dict[str, Any], wait: bool = False) -> None:
         """Copies the state and writes it in the background; waits for the one before, or with ``wait`` for this."""
@@ -56,7 +75,7 @@ class Checkpoint:
             self._writer = None
 
     def _write(self, state: dict[str, Any]) -> None:
-        draft = self._path.with_suffix(".tmp")
+        draft = self._draft
         try:
             with draft.open("wb") as file:
                 torch.save(state, file)

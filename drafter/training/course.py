@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import msgspec
 
@@ -122,7 +121,8 @@ class Course:
         self._saved: Mapping[str, Any] | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._checkpoint = Checkpoint(folder / f"{quote(route, safe='') or 'shared'}.pt")
+            self._checkpoint = Checkpoint(folder, route or "shared")
+            self._checkpoint.clean()
             self._saved = self._checkpoint.load()
         if self._saved is not None and self._saved.get("target") != target.fingerprint:
             self._saved = None

@@ -261,7 +261,7 @@ class Workshop:
 
     def checkpoint(self, name: str = "shared") -> dict[str, Any]:
         end = time.monotonic() + SECONDS
-        while (state := Checkpoint(self.registry.folder / "training" / f"{name}.pt").load()) is None:
+        while (state := Checkpoint(self.registry.folder / "training", name).load()) is None:
             assert time.monotonic() < end, "no checkpoint"
             time.sleep(0.01)
         return state

@@ -71,7 +71,7 @@ def test_steps_on_another_device_are_those_on_the_cpu(
     here = Trainer(make_head(), options, is_cold=True)
     for _ in range(3):
         here.learn(parts)
-    checkpoint = Checkpoint(tmp_path / "shared.pt")
+    checkpoint = Checkpoint(tmp_path, "shared")
     with Elsewhere() as device:
         there = Trainer(moved(make_head(), target, embedding, DEVICE), options, is_cold=True)
         for _ in range(2):

@@ -98,7 +98,7 @@ def test_resumed_training_goes_on_as_if_it_had_not_stopped(
     through = Trainer(make_head(), TrainOptions(), is_cold=True)
     for text in texts[:3]:
         through.learn([[text]])
-    checkpoint = Checkpoint(tmp_path / "shared.pt")
+    checkpoint = Checkpoint(tmp_path, "shared")
     checkpoint.save(through.state())
     for text in texts[3:]:
         through.learn([[text]])  # while the checkpoint is being written
@@ -107,7 +107,7 @@ def test_resumed_training_goes_on_as_if_it_had_not_stopped(
     resumed = Trainer(make_head(seed=5, backwards=True), TrainOptions())
     for name in ("lm_head.weight",):  # frozen: not part of the checkpoint
         resumed.head.weights[name].copy_(through.head.weights[name])
-    state = Checkpoint(tmp_path / "shared.pt").load()
+    state = Checkpoint(tmp_path, "shared").load()
     assert state is not None and "lm_head.weight" not in state["weights"]
     resumed.resume(state)
     for text in texts[3:]:
@@ -117,7 +117,7 @@ def test_resumed_training_goes_on_as_if_it_had_not_stopped(
 
 
 def test_a_damaged_checkpoint_is_no_checkpoint(tmp_path: Path, make_head: MakeHead) -> None:
-    checkpoint = Checkpoint(tmp_path / "shared.pt")
+    checkpoint = Checkpoint(tmp_path, "shared")
     assert checkpoint.load() is None
     checkpoint.save(Trainer(make_head(), TrainOptions()).state(), wait=True)
     data = (tmp_path / "shared.pt").read_bytes()
@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_no_checkpoint(tmp_path: Path, make_head: MakeHe
 def test_any_damage_to_a_checkpoint(tmp_path: Path) -> None:
     """torch raises what it likes, IndexError and KeyError among it."""
     path = tmp_path / "shared.pt"
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(tmp_path, "shared")
     checkpoint.save({"trainer": {"step": 3, "w": torch.ones(4, 4)}, "target": "x", "credit": 1.5}, wait=True)
     data = path.read_bytes()
     pickled = data.index(b"\x80\x02")
