@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 import sys
 import typing
@@ -66,6 +67,13 @@ def with_options(*configs: type[Any]) -> Callable[[Callable[..., None]], Callabl
     return decorate
 
 
+def number(value: float) -> float:
+    """Checks an option: NaN is neither more nor less than anything, so it would be within any bounds."""
+    if math.isnan(value):
+        raise typer.BadParameter("it is no number")
+    return value
+
+
 def parameter(config: type[Any], field: dataclasses.Field[Any]) -> inspect.Parameter:
     kind = typing.get_type_hints(config)[field.name]
     default: Any = field.default
@@ -76,6 +84,7 @@ def parameter(config: type[Any], field: dataclasses.Field[Any]) -> inspect.Param
     panel = config.__name__.removesuffix("Config")
     option = typer.Option(
         *names,
+        callback=number if kind is float else None,
         help=field.metadata["help"],
         envvar=f"SLIPSTREAM_{field.name.upper()}",
         show_envvar=False,

@@ -51,6 +51,7 @@ def train(
         float | None,
         typer.Option(
             min=0,
+            max=60 * 24 * 366,
             help="How long; then what was learned last is judged, too. Without it, until it is ended: where there is "
             "nothing left to learn it waits for more traffic, as beside a server.",
         ),

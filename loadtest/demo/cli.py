@@ -26,7 +26,7 @@ def demo(
     plot: Annotated[
         Path, typer.Option(help="SVG or PNG file for accept length and tokens per second over time.")
     ] = Path("demo.svg"),
-    port: Annotated[int, typer.Option(min=0, help="Of the server, on 127.0.0.1; 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the server, on 127.0.0.1; 0 takes a free one.")] = 0,
     model: Annotated[str, typer.Option(help="Hugging Face folder, GGUF file, or 'default'.")] = "default",
     evolve: Annotated[str, typer.Option(help="Train in idle time only (idle) or always.")] = "idle",
     streams: Annotated[int, typer.Option(min=1, help="Of the traffic to learn from.")] = 32,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ class DemoOptions:
             raise ValueError(f"--workload {self.workload}: there are {', '.join(get_args(DemoWorkload))}")
         if self.evolve not in ("idle", "always"):
             raise ValueError(f"--evolve {self.evolve}: idle or always")
+        if not math.isfinite(self.minutes):
+            raise ValueError(f"--minutes {self.minutes}: say how many")
         if self.minutes < 1:
             raise ValueError(f"--minutes {self.minutes:g}: nothing is learned in less than one")
         require_plot(self.plot)

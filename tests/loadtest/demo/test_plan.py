@@ -14,6 +14,8 @@ def given(tmp_path):
         ({"workload": "long"}, "--workload long"),
         ({"evolve": "off"}, "--evolve off"),
         ({"minutes": 0.5}, "--minutes 0.5"),
+        ({"minutes": float("nan")}, "--minutes nan"),
+        ({"minutes": float("inf")}, "--minutes inf"),
         ({"plot": "demo.pdf"}, "SVG or a PNG"),
         ({"plot": "nowhere/demo.svg"}, "no such folder"),
     ],
