@@ -62,18 +62,21 @@ class EngineSupervisor:
         restarts: Restarts,
         hang_s: float,
         on_start: Callable[[EngineHandle], None],
+        stays_paused: Callable[[], bool] = lambda: True,
     ) -> None:
         """
         Args:
             start: starts an engine; given the one that it replaces.
             hang_s: an engine that has given no sign of life for so long is killed; 0: never.
             on_start: called with every engine once it is ready, before anybody can send it requests.
+            stays_paused: whether a pause lasts that an engine has ended in.
         """
         self.restarts = 0
         """Engines that took over."""
         self.lost = False
         """Whether the supervisor has given up."""
         self._start, self._policy, self._hang_s, self._on_start = start, restarts, hang_s, on_start
+        self._stays_paused = stays_paused
         self._engine: EngineHandle | None = None
         self._start_seconds = 0.0
         """What the last start took."""
@@ -132,7 +135,9 @@ class EngineSupervisor:
 
     async def _take_over(self, before: EngineStats, engine: EngineHandle) -> None:
         """Brings a new engine to the state of the one that has ended, as far as that can be had again."""
-        if before.is_paused:  # whoever paused it has not resumed it, and may be about to send it weights
+        if (
+            before.is_paused and self._stays_paused()
+        ):  # whoever paused it has not resumed it, and may be about to send it weights
             await engine.call(Pause("keep"))
         if before.released:  # whoever has its memory now needs it until the engine is woken up
             await engine.call(ReleaseMemory(before.released, keep_weights=False))

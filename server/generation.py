@@ -16,7 +16,7 @@ from slipstream.engine.handle import RequestStream
 from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
 from slipstream.server.errors import GenerationFailedError, InvalidRequestError
 from slipstream.server.rollout.groups import Rollout
-from slipstream.server.rollout.weights import Called
+from slipstream.server.rollout.versions import Called
 from slipstream.server.sequence_metrics import SequenceMetrics, sequences_metrics
 from slipstream.server.service import Service
 from slipstream.server.text import IncrementalDetokenizer, OffsetDetokenizer, StopChecker

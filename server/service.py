@@ -96,6 +96,7 @@ class Service:
             Restarts(config.engine_restarts, config.engine_restart_window_s),
             config.engine_hang_s,
             self._engine_started,
+            lambda: self.control.is_paused_for_good,
         )
         self.control = Control(self)
         """Pauses, memory and weights, for whoever trains the model."""

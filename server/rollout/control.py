@@ -6,8 +6,8 @@ One object over the engine, of which the admin API and the dialects of trainers 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 from slipstream.engine.messages import EngineStats
@@ -22,7 +22,8 @@ from slipstream.engine.operations import (
 )
 from slipstream.server.errors import InvalidRequestError, UnavailableError
 from slipstream.server.rollout.groups import Groups
-from slipstream.server.rollout.weights import Host, WeightControl
+from slipstream.server.rollout.serving import Host
+from slipstream.server.rollout.weights import WeightControl
 
 LOOK_S = 0.01
 RETRY_ASLEEP_S = 5
@@ -38,6 +39,10 @@ class Control(WeightControl):
         """Samples that end together."""
         self._refusing = False
         """Whether requests are refused, and do not wait, while memory is released."""
+        self._halts = 0
+        """Things under way for which the engine pauses as long as they last."""
+        self.is_paused_for_good = False
+        """Whether somebody has paused it who will resume it; else a pause is only for one of these things."""
 
     # Requests that are open ------------------------------------------------------------------------------------------
 
@@ -83,11 +88,32 @@ class Control(WeightControl):
         ``settle``: returns when nothing runs any more, which mode ``wait`` takes time for.
         """
         await self.operate(Pause(mode))
+        self.is_paused_for_good = True
         if settle:
-            await self._until(lambda stats: stats.is_still or not stats.is_paused)
+            await self._settled()
 
     async def resume(self) -> None:
-        await self.operate(Resume())
+        """What needs the engine to stand still comes to its end first."""
+        self.is_paused_for_good = False
+        if not self._halts:
+            await self.operate(Resume())
+
+    @asynccontextmanager
+    async def halted(self, mode: PauseMode) -> AsyncIterator[None]:
+        """Around what is done while nothing runs; see ``pause``. It ends no pause of others, whenever that begins."""
+        self._halts += 1
+        try:
+            await self.operate(Pause(mode))
+            await self._settled()
+            yield
+        finally:
+            self._halts -= 1
+            if not self._halts and not self.is_paused_for_good:
+                with suppress(UnavailableError):  # an engine that takes over does not pause for it
+                    await self.operate(Resume())
+
+    async def _settled(self) -> None:
+        await self._until(lambda stats: stats.is_still or not stats.is_paused)
 
     async def flush_prefix_cache(self) -> bool:
         """Nothing computed so far can be found again; False if requests still hold some of it."""
@@ -119,13 +145,13 @@ class Control(WeightControl):
         ``mode``: what becomes of open requests. Abort: they end, and those that come are refused. Else they wait: those
         that have begun are computed again from their tokens then, or, with ``wait``, are finished first.
         """
+        release = ReleaseMemory(_tags(tags), keep_weights, mode == "abort")
         if mode == "wait":
-            was_paused = self.paused
-            await self.pause("wait", settle=True)
-        await self.operate(ReleaseMemory(_tags(tags), keep_weights, mode == "abort"))
+            async with self.halted("wait"):
+                await self.operate(release)
+        else:
+            await self.operate(release)
         self._refusing = mode == "abort"
-        if mode == "wait" and not was_paused:
-            await self.resume()
 
     async def resume_memory(self, tags: Collection[MemoryTag] = ALL_MEMORY) -> None:
         """Takes memory again, and serves on when all of it is back; see ResumeMemory."""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from slipstream.engine.errors import ConfigError, EngineDiedError, ModelError, SlipstreamError, SupersededError
-from slipstream.engine.handle import EngineHandle
-from slipstream.engine.messages import EngineStats
+from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.operations import (
-    Answer,
     BeginTargetUpdate,
     CancelTargetUpdate,
-    ChecksumTarget,
     FillTarget,
     FillTargetHandles,
     FillTargetShared,
@@ -23,35 +20,18 @@ from slipstream.engine.operations import (
     LeaveGroup,
     Operation,
     ReadTarget,
-    ReadTensor,
     ReceiveTarget,
     TargetUpdated,
-    TensorRows,
     TensorSpec,
     UpdateMode,
 )
-from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError, UnavailableError
+from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError
+from slipstream.server.rollout.serving import Host, Serving
+from slipstream.server.rollout.versions import Called, Versions
 
-FILES = "default"
-"""What the weights of the model's files are called."""
-MOST_NAMES = 1000
-"""Versions whose names are known: of more, the oldest are forgotten. Nothing that runs is that old, but weights of the
-model's files come back."""
 MOST_NUMBER = 2**31 - 1
 Finish = Literal["yes", "no", "complete"]
 """Whether an update is finished with what has come: always, never, or if every tensor has."""
-
-
-class Host(Protocol):
-    """What control needs of the server."""
-
-    @property
-    def engine(self) -> EngineHandle: ...
-
-    def require_ready(self) -> None:
-        """Raises UnavailableError unless requests are taken."""
-
-    def engine_gone(self, reason: str) -> UnavailableError: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +44,6 @@ class Sent:
     """Set if the update was finished with them."""
 
 
-@dataclass(slots=True, eq=False)
-class Called:
-    """What weights are called for a while."""
-
-    name: str
-    is_given: bool = True
-    """Whether somebody has said so; else it is a number."""
-
-    def give(self, name: str) -> None:
-        """A name that comes late counts where there was none."""
-        if not self.is_given:
-            self.name, self.is_given = name, True
-
-
 @dataclass(slots=True)
 class _Update:
     """One under way."""
@@ -87,20 +53,20 @@ class _Update:
     called: Called
 
 
-class WeightControl:
+class WeightControl(Serving):
     """One update at a time; ``Control`` is one."""
 
     def __init__(self, host: Host) -> None:
-        self._host = host
-        self._called: dict[int, Called] = {0: Called(FILES)}
-        """Versions of the weights by number, as trainers call them."""
+        super().__init__(host)
+        self._versions = Versions()
         self._next_number = 1
         self._update: _Update | None = None
         self._beginning = asyncio.Lock()
-        self._snapshot: dict[str, str] | None = None
         self._giving_up: set[asyncio.Task[None]] = set()
         self._coming: set[asyncio.Task[int]] = set()
         """Tensors on their way into an update."""
+        self._lost: str | None = None
+        """Why tensors could not be taken that others belong to."""
 
     @property
     def weight_version(self) -> str:
@@ -109,9 +75,7 @@ class WeightControl:
 
     def called(self, number: int) -> Called:
         """What the weights of a delta's ``target_version`` are called; another object once it is another name."""
-        if number not in self._called:
-            self._called[number] = Called(str(number), is_given=False)
-        return self._called[number]
+        return self._versions.called(number)
 
     def set_weight_version(self, name: str) -> None:
         """The weights that serve are called so from now on: tokens that they have sampled under another name keep it.
@@ -121,7 +85,7 @@ class WeightControl:
         serving = self.called(self._stats.target_version)
         serving.give(name)
         if serving.name != name:
-            self._called[self._stats.target_version] = Called(name)
+            self._versions.call(self._stats.target_version, Called(name))
         if self._update is not None:
             self._update.called.give(name)
 
@@ -135,8 +99,21 @@ class WeightControl:
         """The number of the update under way, which it keeps when it is named."""
         return None if self._update is None else self._update.number
 
+    @contextmanager
+    def part_of_update(self) -> Iterator[None]:
+        """Around whatever becomes of tensors that are sent: where that fails, those beside them do not serve alone."""
+        try:
+            yield
+        except ApiError as error:
+            self._lost = self._lost or error.message
+            raise
+
     async def begin_update(self, version: str | None = None, mode: UpdateMode = "keep") -> str:
         """Begins an update; one that is under way is given up. Returns its name, a number if ``version`` is None."""
+        self._lost = None
+        return await self._begin(version, mode)
+
+    async def _begin(self, version: str | None, mode: UpdateMode) -> str:
         asked = int(version) if version is not None and version.isascii() and version.isdecimal() else 0
         number = max(self._next_number, min(asked, MOST_NUMBER))
         name = str(number) if version is None else version
@@ -181,6 +158,9 @@ class WeightControl:
         """Serves with the new weights from now on; see FinishTargetUpdate. ``name``: what they are called after all.
 
         What is on its way belongs to them: it is waited for.
+
+        Raises ConflictError, and gives the update up, where not all tensors have come and some that were sent could not
+        be taken: ``keep_rest`` is for those that nobody sends.
         """
         number, update = self._number(version), self._update
         while self._coming:
@@ -189,16 +169,42 @@ class WeightControl:
             raise ConflictError(f"the update to version {version} was given up", code="superseded")
         if name is not None:
             update.called = Called(name)
-        self._called[number] = update.called
-        while len(self._called) > MOST_NAMES:
-            del self._called[min(self._called.keys() - {0})]
-        done = await self.operate(FinishTargetUpdate(number, keep_rest, checksums or {}, lora_scale))
-        self._update = None
+        self._versions.call(number, update.called)
+        lost = self._lost if keep_rest else None
+        finish = FinishTargetUpdate(number, keep_rest and lost is None, checksums or {}, lora_scale)
+        try:
+            done = await self.operate(finish)
+        except InvalidRequestError as error:
+            if lost is None:
+                raise
+            await self.cancel_update()
+            raise ConflictError(
+                f"the old weights serve on: of what was sent some could not be taken ({lost}), and the rest is not all "
+                f"({error.message}); send all of it again",
+                code="update_failed",
+            ) from None
+        self._update = self._lost = None
         return done
+
+    async def finish_what_came(self) -> None:
+        """Ends the update under way, if there is one, for a trainer that says no more than that it goes on.
+
+        What has not come stays as it is. See finish_update; an update that cannot be finished is given up.
+        """
+        update = self._update
+        if update is None:
+            self._lost = None
+            return
+        try:
+            await self.finish_update(update.called.name, keep_rest=True)
+        except ApiError:
+            if self._update is update:
+                await self.cancel_update()
+            raise
 
     async def cancel_update(self, version: str | None = None) -> None:
         """Gives the update under way up; without ``version``, whichever it is, if there is one."""
-        name = self.updating if version is None else version
+        name, self._lost = self.updating if version is None else version, None
         if name is None:
             return
         number = self._number(name)
@@ -302,40 +308,6 @@ class WeightControl:
 
         return await self._send(receive, version, mode, finish, keep_rest, lora_scale)
 
-    async def read_tensor(self, name: str, first_row: int = 0, rows: int = 1) -> TensorRows:
-        """Rows of a tensor that serves."""
-        return await self.operate(ReadTensor(name, first_row, rows))
-
-    async def checksums(self) -> dict[str, str]:
-        """See ChecksumTarget."""
-        return (await self.operate(ChecksumTarget())).by_name
-
-    async def snapshot_weights(self) -> None:
-        """Remembers the checksums of the weights that serve."""
-        self._snapshot = await self.checksums()
-
-    async def differing_weights(self) -> list[str]:
-        """The tensors that are not as they were at ``snapshot_weights``."""
-        if self._snapshot is None:
-            raise ConflictError("there is no snapshot of the weights to compare with: take one first", code="conflict")
-        before = self._snapshot
-        now = await self.checksums()
-        return sorted(name for name in before | now if before.get(name) != now.get(name))
-
-    async def operate(self, operation: Operation[Answer]) -> Answer:
-        """The engine's answer; its errors become those of HTTP."""
-        self._host.require_ready()
-        try:
-            return await self._host.engine.call(operation)
-        except SupersededError as error:
-            raise ConflictError(str(error), code="superseded") from None
-        except (ModelError, ConfigError) as error:
-            raise InvalidRequestError(str(error)) from None
-        except EngineDiedError as error:
-            raise self._host.engine_gone(str(error)) from None
-        except SlipstreamError as error:
-            raise ApiError(str(error)) from None
-
     async def _send(
         self,
         fill: Callable[[int], Operation[int]],
@@ -352,7 +324,7 @@ class WeightControl:
             if under_way is not None and version is not None:
                 under_way.called.give(version)
             if under_way is None or version not in (None, under_way.called.name):
-                await self.begin_update(version, mode)
+                await self._begin(version, mode)
             update = self._update
             assert update is not None
         try:
@@ -360,9 +332,10 @@ class WeightControl:
             done = None
             if finish == "yes" or (finish == "complete" and not missing):
                 done = await self.finish_update(update.called.name, keep_rest, lora_scale=lora_scale)
-        except (ApiError, asyncio.CancelledError):
+        except (ApiError, asyncio.CancelledError) as error:
             if self._update is update:
                 self._update = None
+                self._lost = None if is_whole else str(error) or "nobody waited for them"
                 task = asyncio.create_task(self._give_up(update.number))
                 self._giving_up.add(task)
                 task.add_done_callback(self._giving_up.discard)
@@ -388,10 +361,6 @@ class WeightControl:
             what = "none" if self._update is None else f"one to version {self._update.called.name}"
             raise InvalidRequestError(f"no update to version {version} is under way, but {what}: begin it first")
         return self._update.number
-
-    @property
-    def _stats(self) -> EngineStats:
-        return self._host.engine.stats
 
 
 def _specs(tensors: Iterable[tuple[str, str, Iterable[int]]]) -> tuple[TensorSpec, ...]:

@@ -40,6 +40,6 @@ class Updates:
 
     async def finish(self) -> None:
         """Ends the update for which buckets have come, if there is one: what has not come stays as it is."""
-        ours, self._ours = self._ours, None  # one that cannot be finished is not tried again
-        if self._control.updating is not None and self._control.updating_number == ours:
-            await self._control.finish_update(self._control.updating, keep_rest=True)
+        ours, self._ours = self._ours, None
+        if self._control.updating_number in (None, ours):
+            await self._control.finish_what_came()

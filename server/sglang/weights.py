@@ -6,10 +6,11 @@ import base64
 import hashlib
 import math
 from array import array
+from contextlib import AsyncExitStack
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.engine.operations import TensorRows
+from slipstream.engine.operations import PauseMode, TensorRows
 from slipstream.server.description import describe
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.json_response import JSONBody
@@ -42,29 +43,30 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
         """Serve with the weights of a folder or file of the server's machine."""
         asked = await body_of(service, request, SGLangDiskBody)
         service.require_ready()
-        was_paused = control.paused
-        if not was_paused:  # whoever does not pause expects every answer to be of one version
-            await control.pause("abort" if asked.abort_all_requests else "wait", settle=True)
-        try:
+        mode: PauseMode = "abort" if asked.abort_all_requests else "wait"
+        async with AsyncExitStack() as update:
+            if not control.is_paused_for_good:  # whoever does not pause expects every answer to be of one version
+                if asked.keep_pause:
+                    await control.pause(mode, settle=True)
+                else:
+                    await update.enter_async_context(control.halted(mode))
             await control.update_from_disk(asked.model_path, asked.weight_version, await updates.prepare(asked))
-        finally:
-            if not was_paused and not asked.keep_pause:
-                await control.resume()
         return outcome(f"Weight version {control.weight_version} serves.", num_paused_requests=0)
 
     @router.post("/update_weights_from_tensor", openapi_extra=described(SGLangTensorBody))
     @telling_failures
     async def from_tensors(request: Request) -> Response:
         """Take tensors that another process of this machine shares."""
-        asked = await body_of(service, request, SGLangTensorBody)
-        try:
-            pickled = base64.b64decode(asked.serialized_named_tensors[0], validate=True)
-        except ValueError:  # which binascii.Error is, too; the base class is for text beyond ASCII
-            raise InvalidRequestError(
-                "serialized_named_tensors: is no base64", param="serialized_named_tensors.0"
-            ) from None
-        mode = await updates.prepare(asked)
-        await control.update_from_handles(pickled, version=asked.weight_version, mode=mode)
+        with control.part_of_update():
+            asked = await body_of(service, request, SGLangTensorBody)
+            try:
+                pickled = base64.b64decode(asked.serialized_named_tensors[0], validate=True)
+            except ValueError:  # which binascii.Error is, too; the base class is for text beyond ASCII
+                raise InvalidRequestError(
+                    "serialized_named_tensors: is no base64", param="serialized_named_tensors.0"
+                ) from None
+            mode = await updates.prepare(asked)
+            await control.update_from_handles(pickled, version=asked.weight_version, mode=mode)
         return outcome(updates.took_bucket())
 
     @router.post("/init_weights_update_group", openapi_extra=described(SGLangGroupBody))
@@ -72,6 +74,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
     async def join(request: Request) -> Response:
         """Join a trainer's group of processes; answered when all have joined."""
         asked = await body_of(service, request, SGLangGroupBody)
+        await updates.begin()
         await control.join_group(
             asked.group_name or DEFAULT_GROUP,
             asked.master_address.strip("[]"),
@@ -94,10 +97,11 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
     @telling_failures
     async def from_group(request: Request) -> Response:
         """Take tensors that the trainer broadcasts."""
-        asked = await body_of(service, request, SGLangDistributedBody)
-        mode = await updates.prepare(asked)
-        tensors = list(zip(asked.names, asked.dtypes, asked.shapes, strict=True))
-        await control.receive(asked.group_name or DEFAULT_GROUP, tensors, asked.weight_version, mode)
+        with control.part_of_update():
+            asked = await body_of(service, request, SGLangDistributedBody)
+            mode = await updates.prepare(asked)
+            tensors = list(zip(asked.names, asked.dtypes, asked.shapes, strict=True))
+            await control.receive(asked.group_name or DEFAULT_GROUP, tensors, asked.weight_version, mode)
         return outcome(updates.took_bucket())
 
     @router.post("/begin_weight_update", openapi_extra=described(SGLangSessionBody))

@@ -74,8 +74,9 @@ def areal_router(service: Service, transfer: Transfer) -> APIRouter:
     @router.post("/areal_set_update_weight_meta", openapi_extra=told(schema.ArealTensorsBody))
     async def announce(request: Request) -> Response:
         """Say which tensors come next."""
-        asked = await body_of(service, request, schema.ArealTensorsBody)
-        service.require_ready()
+        with control.part_of_update():
+            asked = await body_of(service, request, schema.ArealTensorsBody)
+            service.require_ready()
         transfer.announced = announced(asked)
         return success("Tensors announced")
 
@@ -83,7 +84,8 @@ def areal_router(service: Service, transfer: Transfer) -> APIRouter:
     async def update_from_group(request: Request) -> Response:
         """Take the tensors that were announced; they serve when all have come."""
         await body_of(service, request, NoBody)
-        await transfer.receive_announced()
+        with control.part_of_update():
+            await transfer.receive_announced()
         return success("Weights received")
 
     @router.post("/areal_set_update_weight_meta_lora", openapi_extra=told(schema.ArealLoraTensorsBody))

@@ -132,13 +132,8 @@ def memory_router(service: Service) -> APIRouter:
         running |= bool((await body_of(service, request, schema.ResetCacheBody)).reset_running_requests)
         if not running:
             return JSONBody({"success": await control.flush_prefix_cache()})
-        was_paused = control.paused
-        await control.pause("recompute", settle=True)
-        try:
+        async with control.halted("recompute"):
             return JSONBody({"success": await control.flush_prefix_cache()})
-        finally:
-            if not was_paused:
-                await control.resume()
 
     @router.post("/sleep", openapi_extra=told(answers.SleepStatus, NoBody, MODE, LEVEL))
     async def sleep(request: Request) -> Response:
@@ -226,7 +221,8 @@ def update_router(service: Service, transfer: Transfer) -> APIRouter:
     @router.post("/update_weights", openapi_extra=told(answers.Done, schema.UpdateWeightsBody))
     async def update_weights(request: Request) -> Response:
         """Take tensors of an update."""
-        await transfer.update((await body_of(service, request, schema.UpdateWeightsBody)).infos)
+        with control.part_of_update():
+            await transfer.update((await body_of(service, request, schema.UpdateWeightsBody)).infos)
         return JSONBody({"message": "Weights updated"})
 
     @router.post("/finish_weight_update", openapi_extra=told(answers.Done, schema.VllmFinishBody))
@@ -272,7 +268,8 @@ def update_router(service: Service, transfer: Transfer) -> APIRouter:
             raise InvalidRequestError(
                 f"method: {', '.join(methods)}, not {asked.method[:60]!r}", param="method", code="unsupported_parameter"
             )
-        await methods[asked.method](asked.kwargs or {})
+        with control.part_of_update():
+            await methods[asked.method](asked.kwargs or {})
         return JSONBody({"results": [None] * WORLD_SIZE})
 
     return router

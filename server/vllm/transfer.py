@@ -134,8 +134,8 @@ class Transfer:
 
     async def finish_if_begun(self) -> None:
         """For trainers that do not say when an update ends but by going on."""
-        if self._control.updating is not None:
-            await self.finish()
+        self._began = False
+        await self._control.finish_what_came()
 
     async def _forget(self) -> None:
         """Whoever begins anew has nothing to do with what another trainer has left."""

@@ -46,17 +46,19 @@ def trl_control_router(service: Service, transfer: Transfer) -> APIRouter:
     @router.post("/update_named_param/", openapi_extra=told(schema.TrlTensorBody))
     async def update_named_param(request: Request) -> Response:
         """Begin to take a tensor, which the trainer sends after this is answered."""
-        asked = await body_of(service, request, schema.TrlTensorBody)
-        service.require_ready()
-        transfer.receive_behind([(asked.name, asked.dtype, asked.shape)])
+        with control.part_of_update():
+            asked = await body_of(service, request, schema.TrlTensorBody)
+            service.require_ready()
+            transfer.receive_behind([(asked.name, asked.dtype, asked.shape)])
         return done("Request received, updating named parameter")
 
     @router.post("/batch_update_named_params/", openapi_extra=told(schema.TrlTensorsBody))
     async def batch_update_named_params(request: Request) -> Response:
         """Begin to take tensors, which the trainer sends after this is answered."""
-        asked = await body_of(service, request, schema.TrlTensorsBody)
-        service.require_ready()
-        transfer.receive_behind([(param.name, param.dtype, param.shape) for param in asked.params])
+        with control.part_of_update():
+            asked = await body_of(service, request, schema.TrlTensorsBody)
+            service.require_ready()
+            transfer.receive_behind([(param.name, param.dtype, param.shape) for param in asked.params])
         return done("Request received, updating named parameters")
 
     @router.post("/reset_prefix_cache/", openapi_extra=told())

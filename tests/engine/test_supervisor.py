@@ -160,10 +160,13 @@ async def test_what_cannot_be_sent_leaves_no_trace() -> None:
 
 @asynccontextmanager
 async def supervised(
-    begin: Callable[[EngineClient | None], Awaitable[EngineClient]], limit: int, hang_s: float = 0.0
+    begin: Callable[[EngineClient | None], Awaitable[EngineClient]],
+    limit: int,
+    hang_s: float = 0.0,
+    stays_paused: Callable[[], bool] = lambda: True,
 ) -> AsyncIterator[tuple[EngineSupervisor, asyncio.Task[None], list[EngineClient]]]:
     engines: list[EngineClient] = []
-    supervisor = EngineSupervisor(begin, Restarts(limit, 600), hang_s, engines.append)
+    supervisor = EngineSupervisor(begin, Restarts(limit, 600), hang_s, engines.append, stays_paused)
     await supervisor.start()
     running = asyncio.create_task(supervisor.run())
     try:
@@ -216,6 +219,17 @@ async def test_a_new_engine_is_paused_if_the_old_one_was_and_lost_weights_are_to
         os.kill(supervisor.engine.pid, 9)
         await until(lambda: supervisor.is_up and len(engines) == 3)
         assert caplog.text.count("send the update again") == 1
+
+
+async def test_a_new_engine_does_not_pause_for_what_has_ended_with_the_old_one() -> None:
+    nobody = lambda: False  # noqa: E731
+    async with supervised(lambda before: start("nothing", before), 9, 0.0, nobody) as (supervisor, _, engines):
+        await supervisor.engine.call(Pause("keep"))
+        await until(lambda: supervisor.engine.stats.is_paused)
+        os.kill(supervisor.engine.pid, 9)
+        await until(lambda: supervisor.is_up and len(engines) == 2)
+        assert await supervisor.engine.call(TellStepCosts())
+        assert not supervisor.engine.stats.is_paused
 
 
 async def test_an_engine_that_hangs_is_replaced() -> None:

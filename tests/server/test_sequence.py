@@ -19,7 +19,7 @@ from slipstream.engine.messages import NewRequest, SamplingParams, TokenDelta, T
 from slipstream.server.errors import GenerationFailedError, UnavailableError
 from slipstream.server.generation import OutputOptions, Piece, Sequence
 from slipstream.server.metrics import Metrics
-from slipstream.server.rollout.weights import Called
+from slipstream.server.rollout.versions import Called
 from slipstream.server.text import Tokenizer, load_tokenizer
 from slipstream.server.text.tokenizer_files import TokenizerParts
 

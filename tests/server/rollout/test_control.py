@@ -228,7 +228,7 @@ def test_versions_are_what_trainers_call_them_and_may_come_again(server: Any, co
 def test_the_files_keep_their_name_after_many_updates(
     server: Any, control: Control, policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slipstream.server.rollout.weights.MOST_NAMES", 2)
+    monkeypatch.setattr("slipstream.server.rollout.versions.MOST_NAMES", 2)
     files = control.called(0).name
     for name in "abc":
         server.run(control.update_from_tensors(save(policy(1)), name))

@@ -1,0 +1,180 @@
+"""Updates of which a part cannot be taken; pauses for as long as an update needs them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from slipstream.engine.checkpoint import open_checkpoint
+from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.server.errors import ConflictError
+from slipstream.server.rollout.control import Control
+from tests.server.sglang.calls import shared
+
+Part = dict[str, Tensor]
+NORM = "model.norm.weight"
+BAD: Part = {NORM: torch.zeros(3)}
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_model: Path) -> Callable[[int], Part]:
+    config = open_checkpoint(tiny_model).config
+    return lambda seed: dict(dummy_tensors(config, seed))
+
+
+@pytest.fixture(scope="module")
+def server(start_local: Callable[..., Any]) -> Any:
+    return start_local()
+
+
+@pytest.fixture
+def control(server: Any) -> Iterator[Control]:
+    yield server.service.control
+    server.run(server.service.control.resume())
+
+
+def post(server: Any, path: str, body: Any = None, status: int = 200) -> Any:
+    found, answer = server.post(path, body or {})
+    assert found == status, answer
+    return answer
+
+
+def send_to_sglang(server: Any, part: Part, status: int = 200) -> None:
+    body = {"serialized_named_tensors": [shared(list(part.items()))]}
+    post(server, "/update_weights_from_tensor", body, status)
+
+
+def send_to_vllm(server: Any, part: Part, status: int = 200) -> None:
+    data = save(part)
+    segment = SharedMemory(create=True, size=len(data))
+    try:
+        segment.buf[: len(data)] = data
+        info = {"shared_memory": segment.name, "num_bytes": len(data)}
+        post(server, "/update_weights", {"update_info": info}, status)
+    finally:
+        segment.close()
+        segment.unlink()
+
+
+SEND: dict[str, Callable[..., None]] = {
+    **dict.fromkeys(("/continue_generation", "/end_weight_update"), send_to_sglang),
+    **dict.fromkeys(("/finish_weight_update", "/areal_continue_generation", "/reset_prefix_cache/"), send_to_vllm),
+}
+"""How tensors are sent by trainers that end an update with this call."""
+MALFORMED = {send_to_sglang: "/update_weights_from_tensor", send_to_vllm: "/update_weights"}
+
+
+@pytest.mark.parametrize("how", ["of another shape", "malformed"])
+@pytest.mark.parametrize("end", list(SEND))
+def test_what_is_left_of_an_update_does_not_serve_alone(
+    server: Any, control: Control, weights: Any, end: str, how: str
+) -> None:
+    send, found, name = SEND[end], weights(1), control.weight_version
+    names = list(found)
+    server.run(control.snapshot_weights())
+    send(server, {name: found[name] for name in names[:3]})
+    if how == "malformed":
+        post(server, MALFORMED[send], {"update_info": 5}, status=400)
+    else:
+        send(server, BAD, status=400)
+    send(server, {name: found[name] for name in names[5:]})
+    error = post(server, end, status=409)["error"]
+    assert error["code"] == "update_failed" and "old weights" in error["message"]
+    assert server.run(control.differing_weights()) == [] and control.weight_version == name
+    assert control.updating is None
+    if end not in ("/finish_weight_update",):
+        post(server, end)  # with nothing under way, the trainer goes on
+    # Whoever sends all of it again has an update, and so has who sends a part of which nothing is lost.
+    send(server, {name: found[name] for name in names[:3]})
+    send(server, {name: found[name] for name in names[3:]})
+    assert control.updating is None and server.run(control.differing_weights())
+    send(server, {NORM: weights(0)[NORM]})
+    post(server, end)
+    server.run(control.update_from_tensors(save(weights(0)), finish="yes"))
+    assert server.run(control.differing_weights()) == []
+
+
+def test_tensors_that_are_sent_again_are_not_lost(server: Any, control: Control, weights: Any) -> None:
+    found = weights(1)
+    post(server, "/start_weight_update")
+    post(server, "/update_weights", {"update_info": 5}, status=400)
+    send_to_vllm(server, found)
+    post(server, "/finish_weight_update", {"weight_version": "again"})
+    assert control.weight_version == "again"
+
+
+def test_who_joins_a_group_has_nothing_to_do_with_what_another_trainer_has_left(
+    server: Any, control: Control, weights: Any
+) -> None:
+    send_to_sglang(server, {NORM: weights(1)[NORM]})  # and then it is killed
+    assert control.updating is not None
+    group = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 0, "world_size": 2, "backend": "gloo"}
+    post(server, "/init_weights_update_group", group, status=400)  # it has no rank 0
+    assert control.updating is None
+
+
+# Pauses --------------------------------------------------------------------------------------------------------------
+
+
+def test_what_needs_the_engine_to_stand_still_ends_no_pause_of_others(server: Any, control: Control) -> None:
+    async def pause_meanwhile() -> None:
+        async with control.halted("wait"):
+            assert control.paused
+            await control.pause("keep")
+
+    async def overlap() -> None:
+        async with contextlib.AsyncExitStack() as second:
+            async with control.halted("keep"):
+                await second.enter_async_context(control.halted("recompute"))
+            assert control.paused, "the other one lasts"
+
+    async def resume_meanwhile() -> None:
+        async with control.halted("keep"):
+            await control.resume()
+            assert control.paused
+
+    server.run(pause_meanwhile())
+    assert control.paused
+    server.run(overlap())
+    assert control.paused, "somebody has asked for it"
+    server.run(resume_meanwhile())
+    assert not control.paused
+    server.run(overlap())
+    assert not control.paused
+
+
+def test_a_sleep_that_fails_pauses_nobody(server: Any, control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    operate = control.operate
+
+    async def fail(operation: Any) -> Any:
+        if type(operation).__name__ == "ReleaseMemory":
+            raise ConflictError("no")
+        return await operate(operation)
+
+    monkeypatch.setattr(control, "operate", fail)
+    with pytest.raises(ConflictError):
+        server.run(control.release_memory(mode="wait"))
+    assert not control.paused and not control.refuses
+
+
+def test_an_engine_that_takes_over_does_not_pause_for_what_has_ended(start_local: Callable[..., Any]) -> None:
+    server = start_local()
+    control = server.service.control
+
+    async def die() -> None:
+        async with control.halted("keep"):
+            server.service.kill_engine()
+            await server.service.engine.ended.wait()
+
+    server.run(die())
+    server.wait_until_ready()
+    assert server.complete("Once", max_tokens=2)["usage"]["completion_tokens"] == 2
+    assert not control.paused
