@@ -16,6 +16,7 @@ from slipstream.engine.errors import ModelError
 from slipstream.engine.lora import Lora
 from slipstream.engine.models.loader import SPARE_BYTES, available_memory, human_size
 from slipstream.engine.models.protocol import CausalModel
+from slipstream.engine.models.weights import require_finite
 from slipstream.engine.operations import AdapterOperation, LoadAdapter
 from slipstream.engine.plan import PLAIN, LoadedAdapter
 from slipstream.engine.target_sources import LORA_TENSORS, read_lora, require_lora_scale
@@ -61,6 +62,8 @@ class Adapters:
             self._require_room(path / LORA_TENSORS)
             for tensor_name, tensor in read_lora(path):
                 breathe()
+                if isinstance(tensor, Tensor):
+                    require_finite(tensor_name, tensor)
                 if not isinstance(tensor, Tensor) or not lora.take(tensor_name, tensor):
                     raise ModelError(
                         f"{path}: {tensor_name!r} is no matrix of a LoRA; what was trained whole (modules_to_save, "

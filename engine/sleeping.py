@@ -58,7 +58,8 @@ class Sleeper:
             self._scheduler.kv.reset()
             for cache in self._runner.caches:
                 cache.release()
-        if "weights" in tags:
+        # Those that were kept when it fell asleep may be discarded later.
+        if "weights" in tags or ("weights" in asked.tags and not asked.keep_weights):
             self._release_weights(asked.keep_weights)
         give_back()
 
@@ -67,9 +68,11 @@ class Sleeper:
         if keep and on_host:
             return  # they lie where they would be kept
         self._kept = HostCopy(self._model.weights) if keep else None
+        had_weights = self._targets.has_weights
         self._targets.discard(keep)
-        for drafter in self._runner.speculator.drafters:
-            drafter.forget_target()
+        if had_weights:
+            for drafter in self._runner.speculator.drafters:
+                drafter.forget_target()
 
     def _prepare(self, asked: ResumeMemory) -> Callable[[], None]:
         if "weights" not in asked.tags or self._targets.has_weights:

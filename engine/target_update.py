@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from slipstream.engine.background import Background, done
 from slipstream.engine.errors import ConfigError, ModelError, SupersededError
 from slipstream.engine.lora import Lora, plain_name
 from slipstream.engine.models.loader import SPARE_BYTES, available_memory, human_size
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.models.weights import HostCopy, ReadableWeights, Weights, checksums, copy_missing
+from slipstream.engine.models.weights import (
+    HostCopy,
+    ReadableWeights,
+    Weights,
+    checksums,
+    copy_missing,
+    require_finite,
+)
 from slipstream.engine.operations import (
     BeginTargetUpdate,
     CancelTargetUpdate,
@@ -167,8 +175,9 @@ class TargetUpdates:
     def discard(self, keep: bool) -> None:
         """The model has no weights from now on, until ``use`` gives it some; ``keep``: those that it has now."""
         self._base = HostCopy(self._base) if keep and self._base is not None else None
+        if self.has_weights:
+            self._model.forget()
         self.has_weights = False
-        self._model.forget()
 
     def use(self, weights: Weights, version: int, mode: UpdateMode, follow: Callable[[int, UpdateMode], None]) -> None:
         """Serves with these from now on; ``follow`` is what was prepared for them."""
@@ -219,6 +228,8 @@ class TargetUpdates:
             try:
                 for name, rows in tensors():
                     update.check()
+                    if isinstance(rows, Tensor):
+                        require_finite(name, rows)
                     if isinstance(rows, Stored) or not lora.take(name, rows):
                         weights.fill(plain_name(name), rows, firsts.get(name))
             except Exception as error:

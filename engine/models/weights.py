@@ -167,6 +167,17 @@ def pieces(rows: AnyRows, first_row: int = 0) -> Iterator[tuple[int, AnyRows]]:
         yield first, rows.rows(begin, count) if isinstance(rows, Stored) else rows[begin : begin + count]
 
 
+def require_finite(name: str, rows: Tensor) -> None:
+    """Raises ModelError for numbers that are none (NaN) or infinite: no request could be computed with them."""
+    if not rows.is_floating_point():
+        return
+    for _, piece in pieces(rows) if rows.device.type == "cpu" else [(0, rows)]:
+        # The sum shows either, and is taken faster than each number is looked at; it may be too large itself.
+        numbers = piece.float()
+        if not numbers.sum().isfinite() and not numbers.isfinite().all():
+            raise ModelError(f"tensor {name!r} has numbers that are not finite (NaN or infinite)")
+
+
 def is_buffer(name: str) -> bool:
     return BUFFERS.search(name) is not None
 

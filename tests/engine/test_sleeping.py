@@ -85,6 +85,21 @@ def said(local: LocalEngine) -> tuple[list[list[int]], int, set[int]]:
     return [each.tokens for each in done], accepted, {delta.drafter_version for delta in deltas}
 
 
+def test_weights_that_were_kept_are_discarded_by_a_deeper_sleep(folder: Path) -> None:
+    local = engine(folder, kernels="native")
+    before = said(local)
+    everything: tuple[Any, ...] = ("kv_cache", "weights")
+    for levels in ((True, False), (False, True), (True, True, False, False)):
+        weights = weakref.ref(local.engine.loaded.model.weights)
+        for keep in levels:
+            local.operate(ReleaseMemory(everything, keep))
+        gc.collect()
+        assert weights() is None
+        local.operate(ResumeMemory(everything))
+        assert said(local)[:2] == before[:2]
+    local.close()
+
+
 @pytest.mark.parametrize(("kernels", "rounds"), [("native", 2), ("torch", 1)])
 def test_every_level_repeated(folder: Path, kernels: str, rounds: int) -> None:
     local = engine(folder, kernels=kernels)

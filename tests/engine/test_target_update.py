@@ -252,6 +252,9 @@ def without(name: str) -> bytes:
 
 
 NORM = "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+INFINITE = policy(1)[EMBEDDING].bfloat16().clone()
+INFINITE[-1, -1] = -torch.inf
 BROKEN: dict[str, Any] = {
     "a tensor is missing": ([FillTarget(1, without(NORM)), FinishTargetUpdate(1)], "lacks 1 tensors.*norm"),
     "a row is missing": (
@@ -263,6 +266,8 @@ BROKEN: dict[str, Any] = {
     "a size is wrong": ([FillTarget(1, save({NORM: torch.ones(65)}))], "has shape"),
     "rows lie outside": ([FillTarget(1, save({NORM: torch.ones(60)}), {NORM: 10})], "has shape.*row 10"),
     "rows before the first": ([FillTarget(1, save({NORM: torch.ones(60)}), {NORM: -1})], "has shape"),
+    "not a number": ([FillTarget(1, save({NORM: torch.full((64,), torch.nan)}))], "not finite"),
+    "an infinite one": ([FillTarget(1, save({EMBEDDING: INFINITE}))], f"{EMBEDDING}.*not finite"),
     "an unknown name": ([FillTarget(1, save({"model.nose": torch.ones(3)}))], "model.nose"),
     "no safetensors": ([FillTarget(1, b"what")], "no safetensors file"),
     "no such file": ([ReadTarget(1, "/nowhere/at/all")], "no model at"),
