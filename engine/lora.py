@@ -32,7 +32,7 @@ def plain_name(name: str) -> str:
     return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
-def scale_of(config: Mapping[str, Any], path: Path) -> float:
+def scale_of(config: Mapping[str, Any], path: Path | str) -> float:
     """What the product of the matrices is multiplied with, from PEFT's configuration.
 
     Raises ModelError for what cannot be merged.

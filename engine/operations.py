@@ -218,6 +218,15 @@ class LoadAdapter(Operation[None], frozen=True, array_like=True, tag="load_adapt
     path: str
 
 
+class LoadSharedAdapter(Operation[None], frozen=True, array_like=True, tag="load_shared_adapter"):
+    """The same of a LoRA whose matrices a process of this machine shares: see FillTargetHandles."""
+
+    name: str
+    config: bytes
+    """PEFT's adapter_config.json."""
+    pickled: bytes
+
+
 class UnloadAdapter(Operation[None], frozen=True, array_like=True, tag="unload_adapter"):
     """No request may name it from now on; those that have come are computed with it. Fails if there is none."""
 
@@ -320,7 +329,7 @@ TargetOperation = (
     | ReadTensor
 )
 MemoryOperation = ReleaseMemory | ResumeMemory
-AdapterOperation = LoadAdapter | UnloadAdapter
+AdapterOperation = LoadAdapter | LoadSharedAdapter | UnloadAdapter
 SchedulingOperation = Pause | Resume | ResetPrefixCache | UseVocabulary | CheckIntegrity | TellStepCosts | Profile
 AnyOperation = SwapDrafter | DropDrafter | SchedulingOperation | TargetOperation | MemoryOperation | AdapterOperation
 AnyAnswer = SwapReport | TargetUpdated | TensorRows | Checksums | dict[int, float] | bool | int | None

@@ -12,21 +12,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import msgspec
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from slipstream.engine.errors import ConfigError, EngineDiedError, SlipstreamError
 from slipstream.engine.handle import EngineHandle
 from slipstream.engine.messages import NewRequest
-from slipstream.engine.operations import LoadAdapter, UnloadAdapter
+from slipstream.engine.operations import LoadAdapter, LoadSharedAdapter, UnloadAdapter
 from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError, ModelNotFoundError
 from slipstream.server.prepared import require_model
 from slipstream.server.rollout.control import Control
 
 logger = logging.getLogger(__name__)
 CONFIG_FILE = "adapter_config.json"
+SHARED = "__tensor__"
+"""Stands for the folder of a LoRA that lies in none, as in SGLang."""
 OPTION = "--lora-modules"
 
 
@@ -109,6 +112,8 @@ class Adapters(Collector):
             self._merged.clear()
         for name, folder in list(self._folders.items()):
             try:
+                if folder == SHARED:
+                    raise SlipstreamError("whoever shared it has to send it again")
                 await engine.call(LoadAdapter(name, folder))
             except EngineDiedError:
                 raise
@@ -119,7 +124,17 @@ class Adapters(Collector):
                 logger.error("the LoRA %r could not be loaded again, and is gone: %s", name, error)
 
     async def load(self, name: str, folder: str, replace: bool, pinned: bool = False) -> None:
-        """Has a LoRA at hand for requests that name it; one that nobody uses makes room for it, if there is none.
+        """Has the LoRA in a folder at hand for requests that name it; see ``_load``."""
+        path = str(Path(folder).absolute())
+        await self._load(LoadAdapter(name, path), path, replace, pinned)
+
+    async def load_shared(self, name: str, config: Mapping[str, Any], pickled: bytes, pinned: bool = False) -> None:
+        """The same of one that a process of the engine's machine shares, in the place of any with its name."""
+        operation = LoadSharedAdapter(name, msgspec.json.encode(config), pickled)
+        await self._load(operation, SHARED, True, pinned)
+
+    async def _load(self, operation: LoadAdapter | LoadSharedAdapter, where: str, replace: bool, pinned: bool) -> None:
+        """One that nobody uses makes room for it, if there is none.
 
         Args:
             replace: whether it may take the place of one with the same name.
@@ -129,11 +144,11 @@ class Adapters(Collector):
             ConflictError: there is no room for it.
         """
         async with self._changing:
+            name = operation.name
             self._require_free(name, replace)
             leaving = self._leaving(name)
-            path = str(Path(folder).absolute())
-            await self._control.operate(LoadAdapter(name, path))
-            self._folders[name], self._named[name] = path, next(self._turns)
+            await self._control.operate(operation)
+            self._folders[name], self._named[name] = where, next(self._turns)
             (self._pinned.add if pinned else self._pinned.discard)(name)
             if leaving is not None:
                 logger.info("the LoRA %r makes room for %r, and is unknown from now on (--max-loras)", leaving, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 
 from slipstream.server.body import Body, BodyType, parse, read_body
 from slipstream.server.description import describe
-from slipstream.server.errors import ApiError
+from slipstream.server.errors import ApiError, InvalidRequestError
 from slipstream.server.json_response import JSONBody
 from slipstream.server.service import Service
 from slipstream.server.sglang.answers import SGLangFailure, SGLangOutcome
@@ -33,6 +34,14 @@ def outcome(message: str, **more: Any) -> Response:
 def described(body: type[Body], answer: type[BaseModel] = SGLangOutcome) -> dict[str, Any]:
     """For a route that tells of failures in two ways."""
     return describe(answer, 400, 404, 409, 413, 415, 429, 500, 503, bodies=[body], errors=SGLangFailure)
+
+
+def shared_handles(text: str, param: str) -> bytes:
+    """Tensors that another process shares, as they are pickled. Raises InvalidRequestError for what is not base64."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:  # which binascii.Error is, too; the base class is for text beyond ASCII
+        raise InvalidRequestError(f"{param.partition('.')[0]}: is no base64", param=param) from None
 
 
 def telling_failures(handler: Handler) -> Handler:

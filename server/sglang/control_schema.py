@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -138,6 +138,37 @@ class SGLangLoraBody(LooseBody):
     pinned: bool | None = None
 
 
+class SGLangSharedLoraBody(LooseBody):
+    lora_name: Name
+    config_dict: dict[str, Any]
+    """PEFT's adapter_config.json."""
+    serialized_named_tensors: Annotated[list[str], Field(min_length=1, max_length=1)] | None = None
+    """One, since there is one device."""
+    serialized_tensors: str | None = None
+    """What the same was called before."""
+    pinned: bool | None = None
+
+    # Refused unless off.
+    load_format: unsupported("flattened_bucket", "direct", "auto") = None  # type: ignore[valid-type]
+    added_tokens_config: unsupported({}) = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _check_tensors(self) -> SGLangSharedLoraBody:
+        if (self.serialized_named_tensors is None) == (self.serialized_tensors is None):
+            raise InvalidRequestError(
+                "give serialized_named_tensors, or serialized_tensors as it was called before",
+                param="serialized_named_tensors",
+            )
+        return self
+
+    @property
+    def tensors(self) -> tuple[str, str]:
+        """The text, and the field that it stands in."""
+        if self.serialized_named_tensors is not None:
+            return self.serialized_named_tensors[0], "serialized_named_tensors.0"
+        return self.serialized_tensors or "", "serialized_tensors"
+
+
 class SGLangLoraNameBody(LooseBody):
     lora_name: Name
 
@@ -145,5 +176,5 @@ class SGLangLoraNameBody(LooseBody):
 BODIES: tuple[type[Body], ...] = (
     *(SGLangEmptyBody, SGLangPauseBody, SGLangContinueBody, SGLangAbortBody, SGLangMemoryBody, SGLangDiskBody),
     *(SGLangTensorBody, SGLangDistributedBody, SGLangGroupBody, SGLangLeaveBody, SGLangSessionBody),
-    *(SGLangTensorNameBody, SGLangCheckBody, SGLangLoraBody, SGLangLoraNameBody),
+    *(SGLangTensorNameBody, SGLangCheckBody, SGLangLoraBody, SGLangSharedLoraBody, SGLangLoraNameBody),
 )

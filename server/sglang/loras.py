@@ -7,8 +7,8 @@ from fastapi import APIRouter, Request, Response
 from slipstream.server.json_response import JSONBody
 from slipstream.server.service import Service
 from slipstream.server.sglang import answers
-from slipstream.server.sglang.asking import body_of, described, telling_failures
-from slipstream.server.sglang.control_schema import SGLangLoraBody, SGLangLoraNameBody
+from slipstream.server.sglang.asking import body_of, described, shared_handles, telling_failures
+from slipstream.server.sglang.control_schema import SGLangLoraBody, SGLangLoraNameBody, SGLangSharedLoraBody
 
 
 def add_lora_routes(router: APIRouter, service: Service) -> None:
@@ -24,6 +24,18 @@ def add_lora_routes(router: APIRouter, service: Service) -> None:
         asked = await body_of(service, request, SGLangLoraBody)
         service.require_ready()
         await adapters.load(asked.lora_name, asked.lora_path, replace=False, pinned=bool(asked.pinned))
+        return loaded()
+
+    @router.post(
+        "/load_lora_adapter_from_tensors", openapi_extra=described(SGLangSharedLoraBody, answer=answers.SGLangLoras)
+    )
+    @telling_failures
+    async def load_shared(request: Request) -> Response:
+        """The same with matrices that another process of this machine shares; one of that name is replaced."""
+        asked = await body_of(service, request, SGLangSharedLoraBody)
+        service.require_ready()
+        pickled = shared_handles(*asked.tensors)
+        await adapters.load_shared(asked.lora_name, asked.config_dict, pickled, pinned=bool(asked.pinned))
         return loaded()
 
     @router.post("/unload_lora_adapter", openapi_extra=described(SGLangLoraNameBody, answer=answers.SGLangLoras))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import math
 from array import array
@@ -17,7 +16,7 @@ from slipstream.server.json_response import JSONBody
 from slipstream.server.responses import LargeResponse
 from slipstream.server.service import Service
 from slipstream.server.sglang import answers
-from slipstream.server.sglang.asking import body_of, described, outcome, telling_failures
+from slipstream.server.sglang.asking import body_of, described, outcome, shared_handles, telling_failures
 from slipstream.server.sglang.control_schema import (
     DEFAULT_GROUP,
     SGLangCheckBody,
@@ -59,12 +58,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
         """Take tensors that another process of this machine shares."""
         with control.part_of_update():
             asked = await body_of(service, request, SGLangTensorBody)
-            try:
-                pickled = base64.b64decode(asked.serialized_named_tensors[0], validate=True)
-            except ValueError:  # which binascii.Error is, too; the base class is for text beyond ASCII
-                raise InvalidRequestError(
-                    "serialized_named_tensors: is no base64", param="serialized_named_tensors.0"
-                ) from None
+            pickled = shared_handles(asked.serialized_named_tensors[0], "serialized_named_tensors.0")
             mode = await updates.prepare(asked)
             await control.update_from_handles(pickled, version=asked.weight_version, mode=mode)
         return outcome(updates.took_bucket())

@@ -11,6 +11,8 @@ from typing import Any
 
 import openai
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
@@ -20,6 +22,7 @@ from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.launch import make_service
 from slipstream.server.testing import start_in_thread, write_tiny_lora
+from tests.server.sglang.calls import flattened, shared
 
 PROMPT = [504, 2365, 6354, 16438]
 MESSAGES = [{"role": "user", "content": "Say something."}]
@@ -243,6 +246,10 @@ def test_they_survive_the_engine(start_local: Callable[..., Any], folders: list[
     for name, folder in (("second", folders[1]), ("short-lived", tmp_path / "short-lived"), ("third", folders[2])):
         assert send(server, LOAD, lora_name=name, lora_path=str(folder))[0] == 200
     assert send(server, UNLOAD, lora_name="third")[0] == 200
+    config = json.loads((folders[1] / "adapter_config.json").read_text())
+    memory = shared(list(load_file(folders[1] / "adapter_model.safetensors").items()))
+    asked = {"lora_name": "memory", "config_dict": config, "serialized_named_tensors": [memory]}
+    assert server.post("/load_lora_adapter_from_tensors", asked)[0] == 200
     before = {model: said(server, model) for model in ("base", "first", "second")}
     shutil.rmtree(tmp_path / "short-lived")
     engine = server.service.engine
@@ -252,7 +259,7 @@ def test_they_survive_the_engine(start_local: Callable[..., Any], folders: list[
     assert {model: said(server, model) for model in before} == before
     assert [card["id"] for card in server.get("/v1/models")[1]["data"]] == list(before)
     assert server.post("/v1/completions", {"prompt": PROMPT, "model": "short-lived"})[0] == 404
-    server.wait_until_logged("'short-lived' could not be loaded again")
+    server.wait_until_logged("'short-lived' could not be loaded again", "'memory' could not be loaded again")
     assert send(server, LOAD, lora_name="third", lora_path=str(folders[2]))[0] == 200
 
 
@@ -300,6 +307,42 @@ def test_as_sglang_loads_them(server: Any, folders: list[Path]) -> None:
     assert (status, answer["loaded_adapters"]) == (200, {"first": str(folders[0])})
     status, answer = server.post("/unload_lora_adapter", {"lora_name": "second"})
     assert (status, answer["success"]) == (404, False)
+
+
+@pytest.mark.parametrize("field", ["serialized_named_tensors", "serialized_tensors"])
+def test_as_sglang_gets_them_from_memory(server: Any, folders: list[Path], field: str) -> None:
+    """A policy that sends its LoRA every step, under one name."""
+    load, unload = "/load_lora_adapter_from_tensors", "/unload_lora_adapter"
+    path = "/load_lora_adapter"
+    matrices = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in folders]
+
+    def body(number: int, **changes: Any) -> Any:
+        text = shared(flattened(matrices[number]) if number else list(matrices[number].items()))
+        tensors = [text] if field == "serialized_named_tensors" else text
+        return {"lora_name": "memory", "config_dict": configs[number], field: tensors} | changes
+
+    for number, folder in enumerate(folders):
+        assert server.post(path, {"lora_name": "folder", "lora_path": str(folder)})[0] == 200
+        expected = said(server, "folder")
+        assert server.post(unload, {"lora_name": "folder"})[0] == 200
+        status, answer = server.post(load, body(number, load_format="flattened_bucket"))
+        assert (status, answer["loaded_adapters"]["memory"]) == (200, "__tensor__")
+        assert said(server, "memory") == expected
+    before = said(server, "memory")
+    broken = {name: tensor * torch.inf for name, tensor in matrices[0].items()}
+    for changes, words in (
+        ({field: ["?"] if field == "serialized_named_tensors" else "?"}, "no base64"),
+        ({field: None}, "serialized_named_tensors"),
+        ({"config_dict": {}}, "no usable r and lora_alpha"),
+        ({"config_dict": configs[0] | {"use_dora": True}}, "use_dora"),
+        ({field: [shared(broken)] if field == "serialized_named_tensors" else shared(broken)}, "not finite"),
+        ({"added_tokens_config": {"more": 1}}, "added_tokens_config"),
+    ):
+        status, answer = server.post(load, body(0, **changes))
+        assert (status, answer["success"]) == (400, False) and words in answer["error_message"]
+    assert said(server, "memory") == before, "the one before goes on"
+    assert server.post(unload, {"lora_name": "memory"})[0] == 200
 
 
 def service_with(model: Path, *modules: str) -> Any:

@@ -254,7 +254,7 @@ CONTROL = [
     *("/resume_memory_occupation", "/update_weights_from_disk", "/update_weights_from_tensor"),
     *("/init_weights_update_group", "/destroy_weights_update_group", "/update_weights_from_distributed"),
     *("/begin_weight_update", "/end_weight_update", "/get_weights_by_name", "/weights_checker"),
-    *("/load_lora_adapter", "/unload_lora_adapter"),
+    *("/load_lora_adapter", "/load_lora_adapter_from_tensors", "/unload_lora_adapter"),
 ]
 
 

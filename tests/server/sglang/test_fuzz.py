@@ -128,7 +128,7 @@ ROUTES = [
     *("/end_weight_update", "/release_memory_occupation", "/resume_memory_occupation", "/get_weights_by_name"),
     *("/update_weights_from_disk", "/update_weights_from_tensor", "/update_weights_from_distributed"),
     *("/destroy_weights_update_group", "/weights_checker", "/init_weights_update_group"),
-    *("/load_lora_adapter", "/unload_lora_adapter"),
+    *("/load_lora_adapter", "/load_lora_adapter_from_tensors", "/unload_lora_adapter"),
 ]
 NAMES = sorted({name for body in BODIES for name in body.model_fields} - {"master_address", "world_size"})
 known = {
