@@ -222,7 +222,11 @@ def update_router(service: Service, transfer: Transfer) -> APIRouter:
     async def update_weights(request: Request) -> Response:
         """Take tensors of an update."""
         with control.part_of_update():
-            await transfer.update((await body_of(service, request, schema.UpdateWeightsBody)).infos)
+            asked = await body_of(service, request, schema.UpdateWeightsBody)
+            if asked.weight_dir is None:
+                await transfer.update(asked.infos)
+        if asked.weight_dir is not None:
+            await control.update_from_disk(asked.weight_dir)
         return JSONBody({"message": "Weights updated"})
 
     @router.post("/finish_weight_update", openapi_extra=told(answers.Done, schema.VllmFinishBody))
@@ -279,7 +283,8 @@ def calls(transfer: Transfer) -> dict[str, Callable[[dict[str, Any]], Awaitable[
     """What SkyRL calls by name, with the keyword arguments that it sends."""
 
     async def update(arguments: dict[str, Any]) -> None:
-        body = parse(schema.UpdateWeightsBody, encode({"update_info": arguments.get("update_info")}), UNKNOWN)
+        said = {"update_info": arguments.get("update_info")}
+        body = parse(schema.UpdateWeightsBody, encode(said), UNKNOWN)
         await transfer.update(body.infos)
 
     async def start(arguments: dict[str, Any]) -> None:

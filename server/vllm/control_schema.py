@@ -89,16 +89,28 @@ class UpdateInfo(LooseBody):
         return self
 
 
+UpdateInfos = Annotated[list[UpdateInfo], Field(min_length=1, max_length=MAX_TENSORS, fail_fast=True)]
+OneOrSome = Annotated[
+    Annotated[UpdateInfo, Tag("just one")] | Annotated[UpdateInfos, Tag("some of them")],
+    Discriminator(lambda value: "some of them" if isinstance(value, list) else "just one"),
+]
+
+
 class UpdateWeightsBody(LooseBody):
-    update_info: Annotated[
-        Annotated[UpdateInfo, Tag("just one")]
-        | Annotated[list[UpdateInfo], Field(min_length=1, max_length=MAX_TENSORS, fail_fast=True), Tag("some of them")],
-        Discriminator(lambda value: "some of them" if isinstance(value, list) else "just one"),
-    ]
+    update_info: OneOrSome | None = None
+    weight_dir: Path | None = None
+    """Not of vLLM, but of prime-rl: a folder with all tensors."""
+
+    @model_validator(mode="after")
+    def _check_ways(self) -> UpdateWeightsBody:
+        if (self.update_info is None) == (self.weight_dir is None):
+            raise InvalidRequestError("send either update_info or weight_dir", param="update_info")
+        return self
 
     @property
     def infos(self) -> list[UpdateInfo]:
-        return self.update_info if isinstance(self.update_info, list) else [self.update_info]
+        found = self.update_info or []
+        return found if isinstance(found, list) else [found]
 
 
 class VllmFinishBody(LooseBody):

@@ -199,6 +199,24 @@ def test_areal_sends_buckets_over_a_named_group(trained: Any, policy: Any, said:
     assert post(trained, "/areal_update_weights_xccl", status=409)["error"]["code"] == "no_update"
 
 
+def test_prime_rl_names_a_folder(trained: Any, policy: Any, said: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(save(policy(1)))
+    post(trained, "/pause?mode=keep&clear_cache=false")
+    answer = ThreadPoolExecutor(1).submit(say, trained)
+    trained.wait_until(lambda: trained.metric("num_requests_waiting") == 1)
+    post(trained, "/update_weights", {"weight_dir": str(tmp_path), "skip_prefix_cache_reset": True})
+    assert not answer.done()
+    post(trained, "/resume")
+    assert answer.result(120) == said[1]
+    for body in (
+        {"weight_dir": str(tmp_path / "none")},
+        {},
+        {"weight_dir": str(tmp_path), "update_info": {"names": []}},
+    ):
+        post(trained, "/update_weights", body, status=400)
+    assert say(trained) == said[1]
+
+
 # TRL before 1.11 -----------------------------------------------------------------------------------------------------
 
 
