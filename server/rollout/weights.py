@@ -320,10 +320,13 @@ class WeightControl(Serving):
     ) -> Sent:
         """``is_whole``: it is an update by itself."""
         async with self._beginning:  # tensors that come at the same time are of one update
-            under_way = None if is_whole else self._update
-            if under_way is not None and version is not None:
-                under_way.called.give(version)
-            if under_way is None or version not in (None, under_way.called.name):
+            before, lost = self._update, None
+            if before is not None and version is not None and not is_whole:
+                before.called.give(version)
+            if before is None or is_whole or version not in (None, before.called.name):
+                if before is not None:  # of which more may come
+                    lost = f"those of version {before.called.name} were given up for others"
+                    self._lost = self._lost or lost
                 await self._begin(version, mode)
             update = self._update
             assert update is not None
@@ -332,10 +335,12 @@ class WeightControl(Serving):
             done = None
             if finish == "yes" or (finish == "complete" and not missing):
                 done = await self.finish_update(update.called.name, keep_rest, lora_scale=lora_scale)
+                self._lost = lost
         except (ApiError, asyncio.CancelledError) as error:
             if self._update is update:
                 self._update = None
-                self._lost = None if is_whole else str(error) or "nobody waited for them"
+                if not is_whole:
+                    self._lost = str(error) or "nobody waited for them"
                 task = asyncio.create_task(self._give_up(update.number))
                 self._giving_up.add(task)
                 task.add_done_callback(self._giving_up.discard)

@@ -102,6 +102,34 @@ def test_what_is_left_of_an_update_does_not_serve_alone(
     assert server.run(control.differing_weights()) == []
 
 
+@pytest.mark.parametrize("other", ["in buckets", "from files"])
+def test_two_trainers_at_once_make_no_mix(
+    server: Any, control: Control, weights: Any, tiny_model: Path, other: str
+) -> None:
+    """They call their weights differently; the last of one comes after those of the other."""
+    parts = [dict(list(weights(1).items())[at::2]) for at in range(2)]
+    others = [dict(list(weights(2).items())[at::2]) for at in range(2)]
+    server.run(control.snapshot_weights())
+
+    def send(part: Part, version: str) -> None:
+        body = {"serialized_named_tensors": [shared(list(part.items()))], "weight_version": version}
+        post(server, "/update_weights_from_tensor", body)
+
+    send(parts[0], "one")
+    if other == "in buckets":
+        send(others[0], "other")
+    else:
+        post(server, "/update_weights_from_disk", {"model_path": str(tiny_model)})
+        server.run(control.snapshot_weights())
+    send(parts[1], "one")
+    assert post(server, "/continue_generation", status=409)["error"]["code"] == "update_failed"
+    assert server.run(control.differing_weights()) == []
+    for part in others:
+        send(part, "other")
+    assert control.weight_version == "other"
+    server.run(control.update_from_disk(str(tiny_model)))
+
+
 def test_tensors_that_are_sent_again_are_not_lost(server: Any, control: Control, weights: Any) -> None:
     found = weights(1)
     post(server, "/start_weight_update")
