@@ -28,6 +28,13 @@ LIMITS: dict[str, Any] = {
 }
 LONGEST_ERROR = 500
 EXPLAINED = {"NoExtensionBias": "no token of the model can go on with it"}
+SCHEMA_ERROR = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: (.*?)(?:\n +\d+ \| .*)?", re.DOTALL)
+"""What is wrong with a schema; after it come lines of the grammar that was made of it, which nobody has sent."""
+SCHEMA_EXPLAINED = {
+    r"oneOf constraints are not supported\..*": "cases of oneOf that may match the same are not supported; anyOf is",
+    r"Unimplemented keys:": "without strict these would be left out, for they cannot be enforced:",
+}
+"""What is to be said in place of the library's words."""
 
 
 def require_library() -> None:
@@ -65,6 +72,11 @@ def check(matcher: LLMatcher) -> None:
     """Raises RequestError if it can go no further."""
     if matcher.is_error():
         first = re.split(r"\n?<(?:state|non-verbose|backtrace)", matcher.get_error())[0].strip()
+        if found := SCHEMA_ERROR.fullmatch(first):
+            said = found[1]
+            for words, meaning in SCHEMA_EXPLAINED.items():
+                said = re.sub(words, meaning, said, flags=re.DOTALL)
+            raise RequestError(f"the JSON schema cannot be used: {said[:LONGEST_ERROR]}")
         raise RequestError(f"the grammar cannot be used: {EXPLAINED.get(first, first)[:LONGEST_ERROR]}")
 
 

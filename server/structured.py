@@ -69,7 +69,7 @@ def json_grammar(
             found = {}
         if not isinstance(found, dict):
             raise ValueError("a schema is an object" if found is not False else "nothing matches it")
-        text = json.dumps({**readable(closed(found), best_effort), "x-guidance": options}, ensure_ascii=False)
+        text = json.dumps({**closed(readable(found, best_effort)), "x-guidance": options}, ensure_ascii=False)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{param}: it is no JSON schema: {error}", param=param) from None
     return bounded(f"start: %json {text}", param)
@@ -112,21 +112,27 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def readable(schema: Any, best_effort: bool) -> Any:
-    """A schema such as the library reads it: references have only what those may have that are addresses, and where
-    ``best_effort`` is enough there are no patterns that it cannot follow."""
+    """A schema such as the library reads it: references have only what those may have that are addresses, keywords that
+    are null (as some languages write empty lists) are left out, and where ``best_effort`` is enough there are no
+    patterns that it cannot follow."""
     if isinstance(schema, list):
         return [readable(each, best_effort) for each in schema]
     if not isinstance(schema, dict):
         return schema
     found: dict[str, Any] = {}
     for name, value in schema.items():
-        if name == "$ref" and isinstance(value, str):
+        if name in VALUES and (value is not None or name != "enum"):
+            found[name] = value
+        elif value is None:
+            continue
+        elif name == "$ref" and isinstance(value, str):
             found[name] = quote(value, safe=IN_REFERENCES)
-        elif name == "patternProperties" and isinstance(value, dict) and best_effort:
-            kept = {pattern: each for pattern, each in value.items() if not LOOKS_AROUND.search(pattern)}
-            found[name] = readable(kept, best_effort)
+        elif name in NAMED_SCHEMAS and isinstance(value, dict):
+            follows = best_effort and name == "patternProperties"
+            kept = {key: each for key, each in value.items() if not (follows and LOOKS_AROUND.search(key))}
+            found[name] = {key: readable(each, best_effort) for key, each in kept.items()}
         elif name != "pattern" or not best_effort or not isinstance(value, str) or not LOOKS_AROUND.search(value):
-            found[name] = value if name in VALUES else readable(value, best_effort)
+            found[name] = readable(value, best_effort)
     return found
 
 

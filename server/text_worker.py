@@ -7,7 +7,6 @@ than it may ends the process; the server starts another when it needs one.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
@@ -18,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from slipstream.engine import memory
 from slipstream.server.errors import ApiError
 from slipstream.server.jobs import JOBS, require_small
 from slipstream.server.log import set_up_logging
@@ -37,7 +37,7 @@ BYTES_PER_BYTE = 20
 
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
-    libc = ctypes.CDLL(None)
+    memory.share_arena()  # a grammar is compiled in threads, whose reserves would be taken for what it needs
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     model, config, limits, cpu_s = pickle.loads(receive(connection))
     logging.disable(logging.WARNING)  # the server has said it
@@ -60,8 +60,7 @@ def main() -> None:
         without_limits()
         connection.sendall(len(reply).to_bytes(LENGTH_BYTES, "little") + reply)
         del raw, reply
-        gc.collect()
-        libc.malloc_trim(0)
+        memory.trim()
 
 
 def receive(connection: socket.socket) -> bytes:

@@ -164,11 +164,13 @@ class Workers:
     def _reason(self, status: int) -> ApiError:
         if status == -signal.SIGXCPU:
             return InvalidRequestError(
-                f"the request takes more than {self._cpu_s:g} s of processor time to read, render and tokenize",
+                f"the request takes more than {self._cpu_s:g} s of processor time to read, render and tokenize, or to "
+                "try its grammar",
                 code="too_complex",
             )
         if status in (OUT_OF_MEMORY, -signal.SIGABRT, -signal.SIGSEGV):
             return InvalidRequestError(
-                "the request takes too much memory to read, render and tokenize", code="too_complex"
+                "the request takes too much memory to read, render and tokenize, or to try its grammar",
+                code="too_complex",
             )
         return ApiError(f"the process that read the request ended with status {status}; see the server's log")

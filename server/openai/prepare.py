@@ -67,9 +67,7 @@ def conversation(text: TextModel, limits: Limits, body: ChatBody) -> Prepared[Ch
     rendered = render(limits, with_thinking(limits, body, template), template)
     [prompt] = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
     ends = text.turn_ends if template is text.template else short(text.tokenizer.turn_ends(template))
-    parallel = body.parallel_tool_calls is not False
-    asked, use = structure_asked(body), tool_use(body)
-    speech, found = plan_answer(limits, text.tokenizer, template.text, rendered, use, asked, parallel)
+    speech, found = plan_answer(limits, text.tokenizer, template.text, rendered, tool_use(body), structure_asked(body))
     require_alone(body, found)
     done = body.model_copy(update=RENDERED)
     return Prepared(done, [prompt], [], ends, tried(text, limits, found), speech)

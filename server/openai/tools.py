@@ -20,6 +20,7 @@ from slipstream.server.tools.grammar import Tool, calls_grammar
 
 NAME = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+ALLOWED_TOOLS = "allowed_tools"
 Mode = Literal["none", "auto", "required"]
 
 
@@ -50,12 +51,15 @@ class ToolUse:
     mode: Mode
     tools: list[Tool]
     """Those that may be called."""
+    parallel: bool = True
+    """Whether an answer may have several calls; not where the client has named the function that is to be called."""
 
 
 def tool_use(body: ToolFields) -> ToolUse:
     """Raises InvalidRequestError."""
     tools = [read_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ())]
     choice = body.tool_choice
+    parallel = body.parallel_tool_calls is not False
     if isinstance(choice, str):
         if choice not in ("none", "auto", "required"):
             raise wrong("tool_choice", f"none, auto, required, or a function, not {choice!r}")
@@ -64,9 +68,10 @@ def tool_use(body: ToolFields) -> ToolUse:
         mode = "auto" if tools else "none"
     else:
         mode, tools = read_choice(choice, tools)
+        parallel = parallel and choice.get("type") == ALLOWED_TOOLS
     if mode == "required" and not tools:
         raise wrong("tool_choice", "it needs tools")
-    return ToolUse(mode if tools else "none", tools)
+    return ToolUse(mode if tools else "none", tools, parallel)
 
 
 def read_tool(tool: dict[str, Any], param: str) -> Tool:
@@ -89,7 +94,7 @@ def read_choice(choice: dict[str, Any], tools: list[Tool]) -> tuple[Mode, list[T
     """A choice that names tools."""
     mode: Any = "required"
     named: Any = [choice]
-    if choice.get("type") == "allowed_tools":
+    if choice.get("type") == ALLOWED_TOOLS:
         allowed = choice.get("allowed_tools", choice)
         mode, named = (allowed.get("mode", "auto"), allowed.get("tools")) if isinstance(allowed, dict) else (None, None)
     names = [_name(each) for each in named] if isinstance(named, list) else []
@@ -122,7 +127,6 @@ def plan_answer(
     prompt: str,
     use: ToolUse,
     structure: Structure | None,
-    parallel: bool,
 ) -> tuple[Speech | None, Structure | None]:
     """What is to be looked for in the answer to a prompt, and what it is to look like.
 
@@ -141,14 +145,16 @@ def plan_answer(
     if form is None and tags is None:
         return None, structure
 
-    if form is not None and (use.mode == "required" or structure or not parallel or any(t.strict for t in use.tools)):
+    if form is not None and (
+        use.mode == "required" or structure or not use.parallel or any(t.strict for t in use.tools)
+    ):
         param = "tool_choice" if use.mode == "required" else "tools"
         grammar = calls_grammar(
             form,
             use.tools,
             tokenizer.symbols,
             answer=None if use.mode == "required" else structure.grammar if structure else "",
-            parallel=parallel,
+            parallel=use.parallel,
             param=param,
         )
         # A call whose arguments were shortened would be carried out: it is cut off, so that none is found.
@@ -161,7 +167,7 @@ def plan_answer(
         Speech(
             tool_format=form.name if form else None,
             tool_names=tuple(tool.name for tool in use.tools) if form else (),
-            most_calls=None if parallel else 1,
+            most_calls=None if use.parallel else 1,
             reasoning=tags_name if tags else None,
             is_open=is_open,
             keeps_special=any(marker in tokenizer.special_texts for marker in markers),

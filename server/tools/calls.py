@@ -16,7 +16,8 @@ BETWEEN = " \t\r\n,;[]"
 class CallParser:
     """What looks like a call but is none, or is one of a tool that nobody has named, is content as it stands.
 
-    A call whose arguments are broken is told as far as it goes: it may have been told before that is known.
+    A call whose arguments are broken is told as far as it goes: it may have been told before that is known. What an
+    answer has begun after its calls, and may have been one more, is left out if it ends before that is known.
     """
 
     def __init__(self, form: ToolFormat, names: Collection[str], most: int | None = None) -> None:
@@ -44,7 +45,7 @@ class CallParser:
         return found
 
     def finish(self) -> list[Part]:
-        if self._told < 0 and not self._follows_a_call:  # else it is the beginning of a marker
+        if self._told < 0 and not (self.num_calls and self._step != self._find):  # else a marker or a call was cut off
             self._tell_content(self._raw + self._text)
         elif self._told >= 0 and self._scanner.is_whole:
             self.num_calls += 1

@@ -104,7 +104,7 @@ def _whole(form: ToolFormat, tool: Tool) -> dict[str, Any]:
 
 def arguments_of(tool: Tool) -> dict[str, Any]:
     """The schema of a tool's arguments."""
-    found: dict[str, Any] = readable(closed(tool.parameters), best_effort=not tool.strict)
+    found: dict[str, Any] = closed(readable(tool.parameters, best_effort=not tool.strict))
     return found
 
 

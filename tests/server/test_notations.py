@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from slipstream.engine.compiling import compile_grammar, vocabulary
+from slipstream.engine.errors import RequestError
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.structured import choice_grammar, context_free_grammar, json_grammar
 
@@ -56,6 +57,17 @@ SCHEMAS: list[tuple[dict[str, Any], Any, Any]] = [
     ({"type": "object", "patternProperties": {"(?!x)": {"type": "null"}}, "additionalProperties": False}, {}, {"y": 1}),
     ({"type": "object", "properties": {"a": {}}, "unevaluatedProperties": False}, {"a": 1}, {"b": 1}),
     ({"type": "object", "unevaluatedProperties": {"type": "null"}}, {"a": None}, {"a": 1}),
+    (
+        {"type": "object", "properties": {"a": {"type": "string", "enum": None, "default": None}}, "required": None},
+        {"a": "x"},
+        {"b": 1},
+    ),
+    ({"type": "object", "properties": None, "additionalProperties": None, "$defs": None}, {"b": 1}, []),
+    (
+        {"type": "object", "properties": {"default": {"pattern": r"\bx"}, "enum": {"const": None}}},
+        {"default": "y", "enum": None},
+        {"enum": 1},
+    ),
 ]
 
 
@@ -63,3 +75,20 @@ SCHEMAS: list[tuple[dict[str, Any], Any, Any]] = [
 def test_schemas_that_the_library_reads_otherwise(schema: dict[str, Any], good: Any, bad: Any) -> None:
     found = json_grammar(schema, "p", best_effort=True)
     assert accepts(found, json.dumps(good)) and not accepts(found, json.dumps(bad))
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"type": "strng"}, "Invalid type: strng"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "cases of oneOf"),
+        ({"type": "array", "uniqueItems": True}, 'cannot be enforced: ["uniqueItems"]'),
+        ({"$ref": "#/$defs/a"}, "Pointer '/$defs/a' does not exist"),
+    ],
+)
+def test_what_is_wrong_with_a_schema_is_one_sentence(schema: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        compile_grammar(BYTES, json_grammar(schema, "p"))
+    text = str(refused.value)
+    assert text.startswith("the JSON schema cannot be used: ") and said in text
+    assert "\n" not in text and "%json" not in text and "coerce" not in text

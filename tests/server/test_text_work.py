@@ -118,6 +118,18 @@ async def test_every_place_gives_the_same(work: TextWork, text: TextModel) -> No
         assert there.value.body() == here.value.body()
 
 
+async def test_what_threads_reserve_is_not_taken_for_what_a_request_needs(work: TextWork) -> None:
+    """Grammars are compiled in threads, for each of which an allocator may reserve half of what a job may have."""
+    await work.run("detokenize", json.dumps({"tokens": [65] * THREAD_BYTES}).encode())
+    [worker] = workers()
+    before = worker.memory_info().vms
+    names = [f"property {number}" for number in range(300)]
+    schema = {"type": "object", "properties": {name: {"type": "boolean"} for name in names}, "required": names}
+    asked = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    assert (await work.run("chat", chat("x", **asked))).structure is not None
+    assert worker.memory_info().vms - before < 48 * 2**20
+
+
 async def test_a_template_without_end_ends_with_its_request(work: TextWork) -> None:
     hostile = [asyncio.create_task(work.run("chat", chat("x", chat_template=ENDLESS))) for _ in range(3)]
     while len(workers()) < 2:

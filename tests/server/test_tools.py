@@ -37,7 +37,7 @@ def check_calls(calls: list[dict[str, Any]], *names: str) -> None:
     [
         ("required", True, ("weather",)),
         ("required", False, ("weather", "also")),
-        ({"type": "function", "function": {"name": "weather"}}, False, ("weather",)),
+        ({"type": "function", "function": {"name": "weather"}}, None, ("weather",)),
         (
             {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"name": "also"}]}},
             False,

@@ -92,6 +92,9 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         "",
         [("add", ADD), ("get_weather", WEATHER)],
     ),
+    ("hermes", f'<tool_call>{{"name": "add", "arguments": {ADD}}}</tool_call>\n<tool_call>\n{{"na', "", [("add", ADD)]),
+    ("json", f'{{"name": "add", "arguments": {ADD}}}\n{{\n  ', "", [("add", ADD)]),
+    ("mistral_args", f"[TOOL_CALLS]add[ARGS]{ADD}[TOOL_CALLS]get_w", "", [("add", ADD)]),
     ("llama3_json", f'{{"name": "add", "parameters": {ADD}}}', "", [("add", ADD)]),
     (
         "llama3_json",
