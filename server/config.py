@@ -79,9 +79,9 @@ class ServerConfig:
         "less of the processor. Requests of the dialects of vLLM and SGLang may name another number.",
     )
     chat_template: str | None = option(None, "File with a Jinja chat template to use instead of the model's own.")
-    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "mistral_args", "json"] = option(
-        "auto", "How the model calls tools; auto for what its chat template tells, none to refuse tools."
-    )
+    tool_call_parser: Literal[
+        "auto", "none", "qwen3_coder", "glm45", "hermes", "llama3_json", "mistral", "mistral_args", "json"
+    ] = option("auto", "How the model calls tools; auto for what its chat template tells, none to refuse tools.")
     reasoning_parser: Literal["auto", "none", "think", "magistral", "seed"] = option(
         "auto",
         "Tags around what the model thinks before it answers, which becomes reasoning_content; auto for those of its "

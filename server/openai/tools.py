@@ -17,6 +17,7 @@ from slipstream.server.text import Tokenizer
 from slipstream.server.tools.answer import Speech
 from slipstream.server.tools.formats import FORMATS, ToolFormat, recognized
 from slipstream.server.tools.grammar import Tool, calls_grammar
+from slipstream.server.tools.tagged import kinds_of_arguments
 
 NAME = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
@@ -167,6 +168,9 @@ def plan_answer(
         Speech(
             tool_format=form.name if form else None,
             tool_names=tuple(tool.name for tool in use.tools) if form else (),
+            kinds={each.name: kinds_of_arguments(each.parameters) for each in use.tools}
+            if form and form.parameter
+            else {},
             most_calls=None if use.parallel else 1,
             reasoning=tags_name if tags else None,
             is_open=is_open,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from slipstream.server.reasoning import TAGS, ReasoningParser
 from slipstream.server.tools.calls import CallParser
 from slipstream.server.tools.formats import FORMATS
 from slipstream.server.tools.parts import Content, Part
+from slipstream.server.tools.tagged import Kinds
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Speech:
     tool_format: str | None = None
     """Name of the format of calls; None: there are none."""
     tool_names: tuple[str, ...] = ()
+    kinds: Mapping[str, Mapping[str, Kinds]] = field(default_factory=dict)
+    """What the arguments of tools are, where their format does not tell."""
     most_calls: int | None = None
     reasoning: str | None = None
     """Name of the tags around reasoning; None: there is none."""
@@ -38,7 +42,7 @@ class AnswerParser:
         tags = TAGS[speech.reasoning] if speech.reasoning else None
         self._reasoning = ReasoningParser(tags, speech.is_open) if tags else None
         self._calls = (
-            CallParser(FORMATS[speech.tool_format], speech.tool_names, speech.most_calls)
+            CallParser(FORMATS[speech.tool_format], speech.tool_names, speech.most_calls, speech.kinds)
             if speech.tool_format
             else None
         )

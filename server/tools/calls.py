@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from slipstream.server.tools.formats import ToolFormat
 from slipstream.server.tools.parts import CallArguments, CallBegin, Content, Part, beginning_of
 from slipstream.server.tools.scanner import CallScanner
+from slipstream.server.tools.tagged import Kinds, TaggedScanner
 
 BETWEEN = " \t\r\n,;[]"
 """What may stand around calls and means nothing."""
@@ -20,16 +21,23 @@ class CallParser:
     answer has begun after its calls, and may have been one more, is left out if it ends before that is known.
     """
 
-    def __init__(self, form: ToolFormat, names: Collection[str], most: int | None = None) -> None:
-        """``names`` of the tools; calls beyond the first ``most`` are left out."""
-        self._form, self._names, self._most = form, names, most
+    def __init__(
+        self,
+        form: ToolFormat,
+        names: Collection[str],
+        most: int | None = None,
+        kinds: Mapping[str, Mapping[str, Kinds]] | None = None,
+    ) -> None:
+        """``names`` of the tools; calls beyond the first ``most`` are left out. ``kinds`` of their arguments, where
+        these are no JSON."""
+        self._form, self._names, self._most, self._kinds = form, names, most, kinds or {}
         self._markers = tuple(each for each in (form.begin, form.after.strip(BETWEEN)) if each)
         self._text = ""
         """What is not digested."""
         self._raw = ""
         """What was digested since the last content or call, in case it turns out to be content."""
         self._step = self._start if form.is_bare else self._find
-        self._scanner = CallScanner(names)
+        self._scanner: CallScanner | TaggedScanner = CallScanner(names)
         self._told = -1
         """Characters of the arguments of this call that were told; -1: nothing of it."""
         self._trims = False
@@ -100,9 +108,12 @@ class CallParser:
             self._raw += "" if self._follows_a_call else rest[0]
             self._text = rest[1:]
             return True
-        if self._form.names_first and rest[0] != "{" and self._raw:
+        if self._form.parameter is not None and self._raw:
+            self._scanner = TaggedScanner(self._form, self._names, self._kinds)
+            self._told, self._step = -1, self._call
+        elif self._form.names_first and rest[0] != "{" and self._raw:
             self._step = self._name
-        elif rest[0] == "{" and not self._form.names_first:
+        elif rest[0] == "{" and not self._form.names_first and self._form.parameter is None:
             self._scanner, self._told, self._step = CallScanner(self._names), -1, self._call
         else:
             self._leave()
@@ -114,8 +125,9 @@ class CallParser:
         if not brace:
             return False
         self._raw, self._text = self._raw + before, self._text[len(before) :]
-        self._scanner, self._told, self._step = CallScanner(self._names), -1, self._call
-        self._scanner.begin(re.split(r"\[[A-Z_]+\]", before)[0].strip())
+        scanner = CallScanner(self._names)
+        scanner.begin(re.split(r"\[[A-Z_]+\]", before)[0].strip())
+        self._scanner, self._told, self._step = scanner, -1, self._call
         if self._scanner.is_wrong:
             self._leave()
         return True

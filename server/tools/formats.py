@@ -28,6 +28,8 @@ class ToolFormat:
     """Whether an answer that begins with an object calls a tool without ``begin``."""
     names_first: bool = False
     """Whether the name stands before its arguments, and not with them in an object."""
+    parameter: tuple[str, str, str] | None = None
+    """Before the name of an argument, before its value, and after it, where these are no JSON object."""
     tells: tuple[str, ...] = ()
     """Texts of which a chat template has one if its model calls tools like this."""
     id_chars: int = 24
@@ -46,6 +48,24 @@ HERMES = ToolFormat(
     after="\n</tool_call>",
     begins_each=True,
     tells=("<tool_call>",),
+)
+QWEN3_CODER = ToolFormat(
+    name="qwen3_coder",
+    begin="<tool_call>",
+    before="\n",
+    after="\n</tool_call>",
+    begins_each=True,
+    call=("<function=", ">\n", "</function>"),
+    parameter=("<parameter=", ">\n", "\n</parameter>\n"),
+    tells=("<parameter=",),
+)
+GLM45 = ToolFormat(
+    name="glm45",
+    begin="<tool_call>",
+    begins_each=True,
+    call=("", "\n", "</tool_call>"),
+    parameter=("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n"),
+    tells=("<arg_key>",),
 )
 LLAMA3 = ToolFormat(
     name="llama3_json",
@@ -78,7 +98,7 @@ MISTRAL_ARGS = ToolFormat(
 )
 JSON = ToolFormat(name="json", is_bare=True)
 
-FORMATS = {each.name: each for each in (HERMES, LLAMA3, MISTRAL_ARGS, MISTRAL, JSON)}
+FORMATS = {each.name: each for each in (QWEN3_CODER, GLM45, HERMES, LLAMA3, MISTRAL_ARGS, MISTRAL, JSON)}
 """By name; the first that a template tells of is the one."""
 
 

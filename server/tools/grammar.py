@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from urllib.parse import quote
 
-from slipstream.server.structured import JSON_OPTIONS, bounded, closed, readable, several
+from slipstream.server.structured import IN_REFERENCES, JSON_OPTIONS, bounded, closed, readable, several
 from slipstream.server.tools.formats import ToolFormat
+from slipstream.server.tools.tagged import call_rules
 
 MOST_CALLS = 32
 """In one answer; without an end, small models go on and on."""
@@ -74,12 +77,17 @@ def calls_grammar(
 
 def _bodies(form: ToolFormat, tools: Sequence[Tool], symbols: Callable[[str], str]) -> list[str]:
     """A rule ``body`` for a call of any of the tools."""
-    lines = ["body: " + " | ".join(f"call{number}" for number in range(len(tools)))]
+    lines = [f"ANY: {ANY_TEXT}"] if form.parameter is not None else []
+    lines += ["body: " + " | ".join(f"call{number}" for number in range(len(tools)))]
     for number, tool in enumerate(tools):
         options = JSON_OPTIONS | {"lenient": not tool.strict}
         if form.is_bare:
             # As JSON as a whole: beside other JSON, a parser could not tell which of them begins with a bracket.
             lines.append(f"call{number}: %json {_json(_whole(form, tool) | {'x-guidance': options})}")
+            continue
+        if form.parameter is not None:
+            one = partial(_one, tool)
+            lines += call_rules(form, number, tool.name, arguments_of(tool), one, symbols)
             continue
         head, middle, tail = form.call
         name = tool.name if form.names_first else json.dumps(tool.name)[1:-1]
@@ -88,6 +96,14 @@ def _bodies(form: ToolFormat, tools: Sequence[Tool], symbols: Callable[[str], st
             f"arguments{number}: %json {_json({**arguments_of(tool), 'x-guidance': options})}",
         ]
     return lines
+
+
+def _one(tool: Tool, name: str) -> str:
+    """The schema of one argument, with that of all in it, as JSON."""
+    pointer = quote(name.replace("~", "~0").replace("/", "~1"), safe=IN_REFERENCES)
+    options = JSON_OPTIONS | {"lenient": not tool.strict}
+    whole = {"arguments": _moved(arguments_of(tool))}
+    return _json({"$ref": f"{ROOT}/properties/{pointer}", "$defs": whole, "x-guidance": options})
 
 
 def _whole(form: ToolFormat, tool: Tool) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from slipstream.server.structured import JSON_OPTIONS, after_reasoning, json_gra
 from slipstream.server.tools.answer import Speech
 from slipstream.server.tools.formats import FORMATS, ToolFormat
 from slipstream.server.tools.grammar import Tool, calls_grammar
-from tests.server.tools.test_parsers import parse
+from slipstream.server.tools.tagged import kinds_of_arguments
+from tests.server.tools.test_parsers import all_written, parse
 
 SPECIAL = {"[TOOL_CALLS]": 256, "[ARGS]": 257, "<|python_tag|>": 258, "</think>": 259}
 TOKENS = vocabulary(
@@ -55,14 +56,6 @@ def accepts(grammar: str, text: str, special: bool) -> bool:
     return matcher.validate_tokens(tokens) == len(tokens) and matcher.consume_tokens(tokens) and matcher.is_accepting()
 
 
-def written(form: ToolFormat, calls: list[tuple[str, str]]) -> str:
-    head, middle, tail = form.call
-    each = [head + name + middle + values + tail for name, values in calls]
-    if form.begins_each:
-        return form.separator.join(form.begin + form.before + call + form.after for call in each)
-    return form.begin + form.before + form.separator.join(each) + form.after
-
-
 def grammar_of(form: ToolFormat, special: bool, answer: str | None, parallel: bool = True) -> str:
     return calls_grammar(form, TOOLS, symbols_of(form, special), answer=answer, parallel=parallel, param="tools")
 
@@ -71,7 +64,7 @@ def grammar_of(form: ToolFormat, special: bool, answer: str | None, parallel: bo
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_calls_are_allowed_as_they_are_written_and_no_others(name: str, special: bool) -> None:
     form = FORMATS[name]
-    one, two, wrong = (written(form, calls) for calls in (GOOD[:1], GOOD, [("add", '{"b": 1}')]))
+    one, two, wrong = (all_written(form, calls) for calls in (GOOD[:1], GOOD, [("add", '{"b": 1}')]))
     cut = one[: len(one) // 2]
     required = grammar_of(form, special, None)
     single = grammar_of(form, special, None, parallel=False)
@@ -111,7 +104,8 @@ def test_what_is_sampled_is_read_as_calls_that_fit(name: str) -> None:
                 break
             matcher.consume_token(token)
             said += bytes([token]) if token < 256 else next(t for t, i in SPECIAL.items() if i == token).encode()
-        _, content, calls = parse(Speech(tool_format=name, tool_names=NAMES), said.decode())
+        kinds = {tool.name: kinds_of_arguments(tool.parameters) for tool in TOOLS}
+        _, content, calls = parse(Speech(tool_format=name, tool_names=NAMES, kinds=kinds), said.decode())
         assert content == "" and calls
         for tool, values in calls:
             found = json.loads(values)
@@ -129,7 +123,7 @@ def test_reasoning_comes_before_what_a_grammar_asks_for(inner: str, special: boo
         "hermes": grammar_of(FORMATS["hermes"], special, None),
         "both": grammar_of(FORMATS["hermes"], special, answer),
     }[inner]
-    text = "1" if inner == "json" else written(FORMATS["hermes"], GOOD)
+    text = "1" if inner == "json" else all_written(FORMATS["hermes"], GOOD)
     end = symbols_of(FORMATS["hermes"], special)("</think>")
     for is_open, reasoned, bare in ((True, "hm {</think>\n\n", False), (False, "<think>hm 1</think>", True)):
         whole = after_reasoning(grammar, '"<think>"', end, is_open)
@@ -154,5 +148,24 @@ def test_references_hold_wherever_a_schema_stands(name: str, schema: dict[str, A
     grammar = calls_grammar(
         form, [Tool("f", schema)], symbols_of(form, True), answer=None, parallel=True, param="tools"
     )
-    assert accepts(grammar, written(form, [("f", '{"a": 1, "b": 0.5}')]), True)
-    assert not accepts(grammar, written(form, [("f", '{"a": "x", "b": 0.5}')]), True)
+    assert accepts(grammar, all_written(form, [("f", '{"a": 1, "b": 0.5}')]), True)
+    assert not accepts(grammar, all_written(form, [("f", '{"a": "x", "b": 0.5}')]), True)
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm45"])
+def test_arguments_between_tags_follow_their_schemas_and_texts_are_free(name: str) -> None:
+    properties = {"t": {"type": "string"}, "o": {"type": "object", "properties": {"x": {"type": "null"}}}, "a/b": {}}
+    tool = Tool("f", {"type": "object", "properties": properties, "required": ["t"]})
+    form, kinds = FORMATS[name], {"f": kinds_of_arguments(tool.parameters)}
+    grammar = calls_grammar(form, [tool], symbols_of(form, True), answer=None, parallel=True, param="tools")
+    for text in (
+        '{"t": "a <b>\\n\\"é\\" </"}',
+        '{"t": "5", "o": {"x": null}, "a/b": [1, "x"]}',
+        '{"t": "", "a/b": "é"}',
+    ):
+        said = all_written(form, [("f", text)])
+        assert accepts(grammar, said, True)
+        found = parse(Speech(tool_format=name, tool_names=("f",), kinds=kinds), said)
+        assert found == ("", "", [("f", text)])
+    for text in ('{"o": {}}', '{"t": "x", "o": {"y": 1}}', '{"t": "x", "o": 5}', '{"t": "x", "y": 5}'):
+        assert not accepts(grammar, all_written(form, [("f", text)]), True)

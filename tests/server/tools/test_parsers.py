@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.server.tools.answer import AnswerParser, Speech
-from slipstream.server.tools.formats import FORMATS, recognized
+from slipstream.server.tools.formats import FORMATS, ToolFormat, recognized
 from slipstream.server.tools.parts import CallArguments, CallBegin, Content, Part, Reasoning
+from slipstream.server.tools.tagged import written
 
 NAMES = ("get_weather", "add")
 Whole = tuple[str, str, list[tuple[str, str]]]
@@ -48,8 +49,14 @@ def parse(speech: Speech, text: str, cuts: list[int] | None = None) -> Whole:
     return whole(parts + parser.finish())
 
 
+KINDS = {
+    "get_weather": {"city": frozenset(("string",)), "unit": frozenset(("string", "null"))},
+    "add": dict.fromkeys("ab", frozenset(("integer",))),
+}
+
+
 def speech(form: str, **fields: Any) -> Speech:
-    return Speech(tool_format=form, tool_names=NAMES, **fields)
+    return Speech(tool_format=form, tool_names=NAMES, kinds=KINDS, **fields)
 
 
 WEATHER = '{"city": "Paris \\"x\\" }", "days": [1, {"a": "]"}]}'
@@ -123,6 +130,31 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         [("add", ADD), ("get_weather", WEATHER)],
     ),
     ("mistral_args", f"[TOOL_CALLS]rm[ARGS]{ADD}", f"[TOOL_CALLS]rm[ARGS]{ADD}", []),
+    (
+        "qwen3_coder",
+        'I look.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nA <b>\n"é"\n\n</parameter>\n<parameter=unit>\n'
+        "None\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n"
+        "<parameter=b>2</parameter>\n</function>\n</tool_call>",
+        "I look.\n",
+        [("get_weather", '{"city": "A <b>\\n\\"é\\"\\n", "unit": null}'), ("add", ADD)],
+    ),
+    ("qwen3_coder", "<tool_call>\n<function=add>\n</function>\n</tool_call> Done.", "Done.", [("add", "{}")]),
+    (
+        "qwen3_coder",
+        "<tool_call>\n<function=get_weather>\n<parameter=unit>\n5\n</parameter>\n</tool_call>",
+        "",
+        [("get_weather", '{"unit": "5"}')],
+    ),
+    ("qwen3_coder", "<tool_call>\n<function=rm>\n</function>\n</tool_call>", None, []),  # type: ignore[list-item]
+    ("qwen3_coder", "<tool_call>\n<funny>", "<tool_call>\n<funny>", []),
+    (
+        "glm45",
+        "Well.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Rome\n</arg_value>\n<arg_key>days</arg_key>"
+        "<arg_value>[1, {}]</arg_value>\n</tool_call>\n<tool_call>add\n</tool_call>",
+        "Well.\n",
+        [("get_weather", '{"city": "Rome\\n", "days": [1, {}]}'), ("add", "{}")],
+    ),
+    ("glm45", "<tool_call>rm\n</tool_call>", "<tool_call>rm\n</tool_call>", []),
     ("json", f' [{{"name": "add", "arguments": {ADD}}}]', "", [("add", ADD)]),
     ("json", "[1, 2]", "[1, 2]", []),
     ("json", "No.", "No.", []),
@@ -157,6 +189,16 @@ pieces = st.sampled_from(
             "<|python_tag|>",
             "<think>",
             "</think>",
+            "<function=",
+            "</function>",
+            "<parameter=",
+            "</parameter>",
+            "<arg_key>",
+            "</arg_key>",
+            "<arg_value>",
+            "</arg_value>",
+            "get_weather",
+            "city",
             "add",
             "rm",
         ),
@@ -192,16 +234,29 @@ arguments = st.dictionaries(
 )
 
 
-@given(st.sampled_from(sorted(FORMATS)), st.lists(st.tuples(st.sampled_from(NAMES), arguments), min_size=1, max_size=3))
+def all_written(form: ToolFormat, calls: list[tuple[str, str]]) -> str:
+    each = [written(form, name, values) for name, values in calls]
+    if form.begins_each:
+        return form.separator.join(form.begin + form.before + call + form.after for call in each)
+    return form.begin + form.before + form.separator.join(each) + form.after
+
+
+@given(
+    st.sampled_from(sorted(name for name, form in FORMATS.items() if form.parameter is None)),
+    st.lists(st.tuples(st.sampled_from(NAMES), arguments), min_size=1, max_size=3),
+)
 def test_what_a_format_writes_it_reads(form: str, calls: list[tuple[str, Any]]) -> None:
-    chosen = FORMATS[form]
-    head, middle, tail = chosen.call
-    written = [head + name + middle + json.dumps(values) + tail for name, values in calls]
-    if chosen.begins_each:
-        text = chosen.separator.join(chosen.begin + chosen.before + each + chosen.after for each in written)
-    else:
-        text = chosen.begin + chosen.before + chosen.separator.join(written) + chosen.after
-    assert parse(speech(form), text) == ("", "", [(name, json.dumps(values)) for name, values in calls])
+    said = [(name, json.dumps(values)) for name, values in calls]
+    assert parse(speech(form), all_written(FORMATS[form], said)) == ("", "", said)
+
+
+tagged = st.fixed_dictionaries({"city": st.text()}, optional={"x": st.integers() | st.lists(st.text(max_size=3))})
+
+
+@given(st.sampled_from(["qwen3_coder", "glm45"]), st.lists(tagged, min_size=1, max_size=3))
+def test_what_a_format_with_tags_writes_it_reads(form: str, calls: list[dict[str, Any]]) -> None:
+    said = [("get_weather", json.dumps(values, ensure_ascii=False)) for values in calls if "</" not in str(values)]
+    assert parse(speech(form), all_written(FORMATS[form], said)) == ("", "", said)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +280,8 @@ def test_reasoning(text: str, is_open: bool | None, expected: Whole) -> None:
 
 def test_templates_tell_the_format() -> None:
     assert recognized("{{ '<tool_call>' }}").name == "hermes"
+    assert recognized("<tool_call>\n<function={{ name }}>\n<parameter={{ key }}>").name == "qwen3_coder"
+    assert recognized("<tool_call>{{ name }}<arg_key>").name == "glm45"
     assert recognized("Environment: ipython").name == "llama3_json"
     assert recognized("{{ '[TOOL_CALLS]' }}").name == "mistral"
     assert recognized("[TOOL_CALLS]{{ name }}[ARGS]").name == "mistral_args"
