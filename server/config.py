@@ -80,7 +80,7 @@ class ServerConfig:
     )
     chat_template: str | None = option(None, "File with a Jinja chat template to use instead of the model's own.")
     tool_call_parser: Literal[
-        "auto", "none", "qwen3_coder", "glm45", "hermes", "llama3_json", "mistral", "mistral_args", "json"
+        "auto", "none", "qwen3_coder", "glm45", "hermes", "llama3_json", "mistral", "mistral_args", "nemotron", "json"
     ] = option("auto", "How the model calls tools; auto for what its chat template tells, none to refuse tools.")
     reasoning_parser: Literal["auto", "none", "think", "magistral", "seed"] = option(
         "auto",

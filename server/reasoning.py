@@ -26,9 +26,12 @@ def recognized(template: str) -> str | None:
     return next((name for name, tags in TAGS.items() if tags.begin in template or tags.end in template), None)
 
 
-def is_open(tags: Tags, prompt: str) -> bool | None:
+def is_open(tags: Tags, prompt: str, said: str = "") -> bool | None:
     """Whether the answer to a prompt begins with reasoning: the template has written the first tag (True), or both, so
-    that there is none (False); None: the model decides."""
+    that there is none (False); None: the model decides. ``said`` is what an answer that goes on has said before: it is
+    still reasoning, or has none to come."""
+    if said.strip():
+        return said.rfind(tags.begin) > said.rfind(tags.end)
     end = prompt.rstrip()
     return True if end.endswith(tags.begin) else False if end.endswith(tags.end) else None
 

@@ -67,7 +67,9 @@ def conversation(text: TextModel, limits: Limits, body: ChatBody) -> Prepared[Ch
     rendered = render(limits, with_thinking(limits, body, template), template)
     [prompt] = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
     ends = text.turn_ends if template is text.template else short(text.tokenizer.turn_ends(template))
-    speech, found = plan_answer(limits, text.tokenizer, template.text, rendered, tool_use(body), structure_asked(body))
+    asked, use = structure_asked(body), tool_use(body)
+    said = body.messages[-1].text if body.continue_final_message else ""
+    speech, found = plan_answer(limits, text.tokenizer, template.text, rendered, use, asked, said)
     require_alone(body, found)
     done = body.model_copy(update=RENDERED)
     return Prepared(done, [prompt], [], ends, tried(text, limits, found), speech)

@@ -128,10 +128,12 @@ def plan_answer(
     prompt: str,
     use: ToolUse,
     structure: Structure | None,
+    said: str = "",
 ) -> tuple[Speech | None, Structure | None]:
     """What is to be looked for in the answer to a prompt, and what it is to look like.
 
-    ``template`` is the text of the chat template; ``structure`` what the request asks of the answer itself.
+    ``template`` is the text of the chat template; ``structure`` what the request asks of the answer itself,
+    ``said`` what the assistant has said already where the answer goes on from there.
     """
     form = tool_format(limits, template) if use.mode != "none" else None
     if form is None and use.mode != "none":
@@ -142,7 +144,7 @@ def plan_answer(
         )
     tags_name = reasoning.recognized(template) if limits.reasoning_parser == "auto" else limits.reasoning_parser
     tags = reasoning.TAGS.get(tags_name or "")
-    is_open = reasoning.is_open(tags, prompt) if tags else None
+    is_open = reasoning.is_open(tags, prompt, said) if tags else None
     if form is None and tags is None:
         return None, structure
 

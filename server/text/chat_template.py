@@ -6,13 +6,15 @@ Differences from it, all for requests in OpenAI's form:
   both once: parts are joined with newlines for one that takes texts only, a text becomes a list of one part for one
   that takes lists only, and everything else is passed through.
 - ``tool_calls[].function.arguments`` is a JSON text in that API where templates expect an object, so it is parsed. Some
-  clients leave it empty, or out, where a call has none; that is an empty object.
+  clients leave it empty, or out, where a call has none; that is an empty object. What else templates want of calls is
+  tried once (call_forms.py).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -26,6 +28,7 @@ import jinja2.sandbox
 import jinja2.utils
 
 from slipstream.engine.errors import SlipstreamError
+from slipstream.server.text.call_forms import CallForms, find_call_forms, with_objects
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names under which clients pass the reasoning of a message; templates read the first or the second."""
@@ -38,6 +41,7 @@ PROBE_TOOL: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "None."}}},
     },
 }
+MAY_BE_MISSING = ("tools", "documents")
 CONTINUE_TAG = "slipstream-continue-here "
 """Marks where a message is to be continued. Ends in a space to tell whether the template strips contents."""
 
@@ -110,9 +114,11 @@ class ChatTemplate:
             raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         chat = [self._message(message, index) for index, message in enumerate(messages)]
+        if any(message.get("tool_calls") for message in chat):
+            chat = self._call_forms.shown(chat)
         final_text = self._mark_end(chat[-1]) if continue_final_message else ""
         request = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        rendered = self._render(name, chat, dict(variables or {}) | request)
+        rendered = self._render_calls(name, chat, dict(variables or {}) | request)
         return _cut_at_tag(rendered, final_text) if continue_final_message else rendered
 
     def texts_after_answer(self) -> list[str]:
@@ -128,17 +134,45 @@ class ChatTemplate:
             return ""
         return rendered.rpartition(CONTINUE_TAG.strip())[2]
 
+    def _render_calls(self, name: str, chat: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        """As ``_render``; a call whose arguments are no object refuses no conversation: a model has written them."""
+        try:
+            return self._render(name, chat, variables)
+        except TemplateError:
+            if self._call_forms.has_text_arguments or (whole := with_objects(chat)) == chat:
+                raise
+            return self._render(name, whole, variables)
+
+    @cached_property
+    def _call_forms(self) -> CallForms:
+        name = "tool_use" if "tool_use" in self._templates else "default"
+
+        def render(chat: list[dict[str, Any]]) -> str | None:
+            variables = {"tools": [PROBE_TOOL], "documents": None, "add_generation_prompt": True}
+            try:
+                return self._render(name, chat, variables)
+            except TemplateError:
+                return None
+
+        return find_call_forms(render)
+
     def _render(self, name: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         template = self._templates.get(name)
         if template is None:
             raise TemplateError(f"the model has the chat templates {sorted(self._templates)} but none called {name!r}")
         if isinstance(template, TemplateError):
             raise template
+        given = self._special_tokens | variables | {"messages": messages}
         try:
-            return template.render(self._special_tokens | variables | {"messages": messages})
+            return template.render(given)
         except TemplateError:
             raise
         except Exception as error:  # whatever a template does wrong
+            # Some ask whether there are tools by "is defined", and go through them.
+            without = {key: value for key, value in given.items() if value is not None or key not in MAY_BE_MISSING}
+            if len(without) < len(given):
+                with suppress(Exception):
+                    return template.render(without)
             raise TemplateError(f"the chat template cannot render this conversation: {error}") from error
 
     def _message(self, message: Mapping[str, Any], index: int) -> dict[str, Any]:

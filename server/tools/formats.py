@@ -96,9 +96,17 @@ MISTRAL_ARGS = ToolFormat(
     id_prefix="",
     id_chars=9,
 )
+NEMOTRON = ToolFormat(
+    name="nemotron",
+    begin="<TOOLCALL>",
+    before="[",
+    after="]</TOOLCALL>",
+    separator=", ",
+    tells=("<TOOLCALL>",),
+)
 JSON = ToolFormat(name="json", is_bare=True)
 
-FORMATS = {each.name: each for each in (QWEN3_CODER, GLM45, HERMES, LLAMA3, MISTRAL_ARGS, MISTRAL, JSON)}
+FORMATS = {each.name: each for each in (QWEN3_CODER, GLM45, HERMES, LLAMA3, MISTRAL_ARGS, MISTRAL, NEMOTRON, JSON)}
 """By name; the first that a template tells of is the one."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -32,6 +33,28 @@ EAGER = """{% for m in messages %}<{{ m.role }}>{% if 'tool_calls' in m -%}
 {% else %}{{ m.content }}{% endif %}
 {% endfor %}{{ tools }}"""
 """As Llama's, which takes what has the key for a call."""
+
+JOINS_TEXTS = """{% for m in messages -%}
+{% if m.tool_calls %}<call>{{ '' + m.tool_calls[0].function.arguments + '' }}</call>{% endif -%}
+{% if m.content is not none %}<{{ m.role }}>{{ '' + m.content }}{% endif -%}
+{% endfor %}{{ tools }}"""
+"""As DeepSeek's."""
+JOINS_MEMBERS = """{% for m in messages -%}
+<{{ m.role }}>{{ m.content | trim }}
+{%- for call in m.tool_calls or [] %}<call>
+{%- for k, v in call.function.arguments | items %}{{ k }}={{ v }};{% endfor %}</call>
+{%- endfor %}{% endfor %}{{ tools }}"""
+"""As those of Qwen3-Coder and GLM."""
+SHORT_IDS = """{% macro named(id) %}{% if id is not defined or id | length != 9 -%}
+{{ raise_exception('ids have nine characters') }}{% endif %}({{ id }}){% endmacro -%}
+{% for m in messages -%}
+{% for call in m.tool_calls or [] %}{{ named(call.id) }}{% endfor -%}
+{% if m.role == 'tool' %}{{ named(m.tool_call_id) }}{% endif %}<{{ m.role }}>{{ m.content }}
+{% endfor %}{{ tools }}"""
+"""As Mistral's."""
+GOES_THROUGH = """{% if tools is defined %}{% for tool in tools %}{{ tool }}{% endfor %}{% endif -%}
+{{ messages[0].content }}"""
+"""As some of Phi's."""
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 ASKED = {"role": "user", "content": "Rome and Bern?"}
@@ -90,3 +113,40 @@ def test_calls_without_arguments_and_lists_without_calls(text: TextModel) -> Non
 def test_arguments_that_are_nested_too_deeply_are_text(text: TextModel) -> None:
     calls = {"role": "assistant", "tool_calls": [call(1, arguments="[" * 1200)]}
     assert '"[[[' in rendered(text, EAGER, [ASKED, calls, RESULTS[0]])
+
+
+def test_arguments_are_text_where_templates_join_texts_and_silence_is_no_turn(text: TextModel) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [call(1, arguments='{"city":"Rome"}')]}
+    found = rendered(text, JOINS_TEXTS, [ASKED, called, RESULTS[0]])
+    assert '<call>{"city": "Rome"}</call><tool>22 degrees' in found
+    assert "<assistant>" not in found
+    said = rendered(text, JOINS_TEXTS, [ASKED, {**called, "content": "Well."}, RESULTS[0]])
+    assert "</call><assistant>Well.<tool>" in said
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Ro', "[1]", "null", '"x"'])
+def test_a_call_that_was_cut_off_does_not_end_a_conversation(text: TextModel, arguments: str) -> None:
+    called = {"role": "assistant", "tool_calls": [call(1, arguments=arguments), call(2, arguments='{"a": 1}')]}
+    found = rendered(text, JOINS_MEMBERS, [ASKED, called, RESULTS[0]])
+    assert "<call>arguments=" in found and "<call>a=1;</call>" in found
+    assert "<call></call>" in rendered(text, JOINS_MEMBERS, [ASKED, {"role": "assistant", "tool_calls": [call(1)]}])
+
+
+def test_ids_are_such_as_a_template_takes(text: TextModel) -> None:
+    found = rendered(text, SHORT_IDS, [ASKED, CALLED, *RESULTS])
+    first, second, *results = re.findall(r"\((.{9})\)", found)
+    assert first != second and results == [first, second]
+    assert rendered(text, SHORT_IDS, [ASKED, CALLED, *RESULTS]) == found
+    weather = {"name": "weather", "arguments": "{}"}
+    kept = {"role": "assistant", "tool_calls": [{"id": "abcdefgh1", "function": weather}]}
+    found = rendered(text, SHORT_IDS, [ASKED, kept, {**RESULTS[0], "tool_call_id": "abcdefgh1"}])
+    assert found.count("(abcdefgh1)") == 2
+    called = {"role": "assistant", "tool_calls": [{"function": weather}, {"function": weather}]}
+    result = {"role": "tool", "content": "5"}
+    ids = re.findall(r"\((.{9})\)", rendered(text, SHORT_IDS, [ASKED, called, result, result]))
+    assert ids[:2] == ids[2:] and ids[0] != ids[1]
+
+
+def test_templates_may_ask_whether_there_are_tools_by_whether_they_are_defined(text: TextModel) -> None:
+    assert rendered(text, GOES_THROUGH, [ASKED]) == "Rome and Bern?"
+    assert "weather" in rendered(text, GOES_THROUGH, [ASKED], tools=TOOLS)

@@ -182,6 +182,10 @@ def test_reasoning_is_looked_for_where_a_template_knows_it(text: TextModel) -> N
     assert opened.speech is not None and opened.speech.reasoning == "think" and opened.speech.is_open is True
     closed = prepared(text, "<think>", chat_template_kwargs={"opening": "<think>\n\n</think>\n\n"})
     assert closed.speech is not None and closed.speech.is_open is False
+    for said, is_open in (("<think>\nWell,", True), ("<think>a</think>\nIt", False), ("It", False)):
+        messages = [*MESSAGES, {"role": "assistant", "content": said}]
+        goes_on = prepared(text, "<think>", messages=messages, continue_final_message=True)
+        assert goes_on.speech is not None and goes_on.speech.is_open is is_open
     asked = {"response_format": {"type": "json_object"}}
     assert "thought" in prepared(text, "<think>", **asked).structure.grammar  # type: ignore[union-attr]
     assert prepared(text, "<think>", replace(LIMITS, reasoning_parser="none")).speech is None

@@ -155,6 +155,7 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         [("get_weather", '{"city": "Rome\\n", "days": [1, {}]}'), ("add", "{}")],
     ),
     ("glm45", "<tool_call>rm\n</tool_call>", "<tool_call>rm\n</tool_call>", []),
+    ("nemotron", f'Ok. <TOOLCALL>[{{"name": "add", "arguments": {ADD}}}]</TOOLCALL>', "Ok. ", [("add", ADD)]),
     ("json", f' [{{"name": "add", "arguments": {ADD}}}]', "", [("add", ADD)]),
     ("json", "[1, 2]", "[1, 2]", []),
     ("json", "No.", "No.", []),
