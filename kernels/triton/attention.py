@@ -156,7 +156,9 @@ def attend_tile(
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TOKENS: tl.constexpr = ROWS // GROUP
     WIDTH: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
-    kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)  # the longest ones first
+    # The longest ones first; on one axis, as the others end at 65535.
+    kv_head = tl.program_id(0) % KV_HEADS
+    tile = tl.num_programs(0) // KV_HEADS - 1 - tl.program_id(0) // KV_HEADS
     # Segment s has the tiles from q_start[s] // TOKENS + s on, which leaves at least as many as it needs.
     s = tl.arange(0, SEGMENTS)
     first_tile = tl.load(q_start + s, mask=s < num_segments, other=1 << 30) // TOKENS + s
@@ -171,7 +173,7 @@ def attend_tile(
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(start + first - window + 1, 0) // CHUNK * CHUNK
-    split = tl.program_id(2)
+    split = tl.program_id(1)
     if APART:
         low = tl.maximum(low, split * SPLIT)
         last = tl.minimum(last, split * SPLIT + SPLIT)
@@ -307,7 +309,7 @@ def attention(
         q: [tokens, heads, head_dim] float32, bfloat16 or float16; tokens may be any distance apart.
         keys, values: [cells, kv_heads, head_dim] of one layer, contiguous, in those formats or float8_e4m3fn.
         scale, window, softcap, sinks: as in ``reference.attention``.
-        max_context: no sequence is longer.
+        max_context: no sequence is longer, or none of those that are computed as rows.
         scales: [2] float32, what keys and values were divided by when they were stored; None for 1.
         prompt: whether segments of more than ``LONGEST_ROWS`` tokens are computed as prompts. Without it all bits are
             those of rows.
@@ -341,7 +343,7 @@ def attention(
     def attend(
         tiles: Tiles, covered: int, lengths: tuple[int, int], parts: Tensor | None, stats: Tensor | None, splits: int
     ) -> None:
-        grid = (kv_heads, covered // (tiles.rows // group) + batch.num_segments, splits)
+        grid = (kv_heads * (covered // (tiles.rows // group) + batch.num_segments), splits)
         attend_tile[grid](
             *(q, keys, values, out, parts, stats),
             *(batch.q_start, batch.kv_len, batch.table_row, batch.block_tables, scales, sinks),

@@ -29,13 +29,13 @@ class Graph(Protocol):
 class CudaGraph:
     """One of CUDA's, in memory that it shares with others: their results are gone when one of them runs."""
 
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
+    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
+        self._pool, self._stream = pool, stream
         self._graph = torch.cuda.CUDAGraph()
 
     def record(self, work: Callable[[], Any]) -> Any:
         # Other threads may fill weights meanwhile, which is none of this graph.
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             return work()
 
     def replay(self) -> None:
@@ -54,11 +54,12 @@ class GraphPool:
     def __init__(self, device: torch.device, max_bytes: int, make: Callable[[], Graph] | None = None) -> None:
         """``make`` makes an empty graph; by default one of CUDA's, in a pool of memory that all of them share."""
         self._device, self._max_bytes = device, max_bytes
-        self._is_cuda = device.type == "cuda"
-        if make is None and self._is_cuda and max_bytes:
-            pool = torch.cuda.graph_pool_handle()
-            make = lambda: CudaGraph(pool)  # noqa: E731
+        self._stream: torch.cuda.Stream | None = None
+        """Where graphs are tried and recorded: always the same, as cuBLAS takes memory on every stream it meets."""
+        if make is None and device.type == "cuda" and max_bytes:
+            self._stream, make = torch.cuda.Stream(device), self._of_cuda  # type: ignore[no-untyped-call]
         self._make = make
+        self._pool: Any = None
         self._recorded: dict[tuple[object, Hashable], _Recorded] = {}
         self.num_bytes = 0
         """Memory that recording took so far."""
@@ -86,19 +87,30 @@ class GraphPool:
         if (found := self._recorded.get((owner, key))) is None:
             if self._make is None or self.num_bytes >= self._max_bytes:
                 return work()
-            found = self._recorded[owner, key] = self._record(self._make(), work)
+            try:
+                found = self._recorded[owner, key] = self._record(self._make(), work)
+            except torch.OutOfMemoryError as error:
+                log.warning("no more graphs, other steps are launched piece by piece: %s", str(error).split("\n")[0])
+                self._max_bytes = 0
+        if found is None:  # launched piece by piece it takes less, as nothing is kept
+            return work()
         found.graph.replay()
         return found.result
 
+    def _of_cuda(self) -> Graph:
+        assert self._stream is not None
+        if not self._recorded:  # torch refuses a pool all of whose graphs are gone, as long as anything is left in it
+            self._pool = torch.cuda.graph_pool_handle()
+        return CudaGraph(self._pool, self._stream)
+
     def _record(self, graph: Graph, work: Callable[[], Any]) -> _Recorded:
-        before = self._memory()
-        if self._is_cuda:
-            side = torch.cuda.Stream(self._device)
-            side.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(side):
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
                 for _ in range(WARM_UPS):
                     work()
-            torch.cuda.current_stream(self._device).wait_stream(side)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        before = self._memory()
         made = _Recorded(graph, graph.record(work))
         self.num_bytes += max(0, self._memory() - before)
         if self.num_bytes >= self._max_bytes:
@@ -109,4 +121,9 @@ class GraphPool:
         return made
 
     def _memory(self) -> int:
-        return torch.cuda.memory_reserved(self._device) if self._is_cuda else 0
+        """What is reserved, without what nobody has any more: recording gives that back first, too."""
+        if self._stream is None:
+            return 0
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self._device)

@@ -13,7 +13,7 @@ from slipstream.kernels.attention.choice import covers
 from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import AttentionPlan, CacheShape, TorchKVCache
 from slipstream.kernels.triton import cache
-from slipstream.kernels.triton.attention import attention
+from slipstream.kernels.triton.attention import LONGEST_ROWS, attention
 from slipstream.kernels.triton.cache import Rotation
 from slipstream.kernels.triton.device_batch import DeviceBatch
 from slipstream.kernels.triton.launch import capability
@@ -92,8 +92,12 @@ class TritonKVCache(TorchKVCache):
 
         ``max_context``, ``prompt`` and ``row_tokens`` as in ``attention``. The plan may be captured in a graph, and
         replayed with other contents of the batch's tensors. Other backends compute only where they are given the batch
-        as the ``host`` made it, and no such plan.
+        as the ``host`` made it, and no such plan; by it, nothing is launched for rows where there are only prompts.
         """
+        if prompt and host is not None and row_tokens is None:
+            is_short = np.diff(host.q_start) <= LONGEST_ROWS
+            row_tokens = int(host.q_start[1:][is_short].max(initial=0))
+            max_context = int(host.kv_len[is_short].max(initial=1))
         other = None
         if host is not None and self._attention is not None:
             other = self._attention.name, self._attention.plan(Step(host, batch, self.shape))

@@ -201,7 +201,7 @@ class TritonStack:
         """Graphs read and write one cache."""
         if self._recorded_for is None or cache.memory is not self._recorded_for():
             self._graphs.forget(self)
-            self._recorded_for = weakref.ref(cache.memory)
+            self._recorded_for = weakref.ref(cache.memory, lambda _: self._graphs.forget(self))
 
     def _context(self, longest: int) -> int:
         """The reach of the graph that such sequences take."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.compute import Compute, Formats, LayerShape, Mixture, Stack
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.torch_stack import TorchCompute
-from slipstream.kernels.triton import attention
+from slipstream.kernels.triton import attention, kv_cache
 from slipstream.kernels.triton.compute import TritonCompute
 from slipstream.kernels.triton.graphs import GraphPool
 
@@ -161,6 +161,25 @@ def test_another_cache_or_other_weights_need_other_graphs() -> None:
     assert not torch.equal(stack.forward(step, cache).hidden, first) and len(graphs) == 3
 
 
+class Unkept:
+    """Keeps nothing of what it recorded, as a graph of CUDA's keeps addresses only."""
+
+    def record(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    def replay(self) -> None: ...
+
+
+def test_with_a_caches_memory_goes_that_of_its_graphs() -> None:
+    """An engine that sleeps gives both back."""
+    compute = TritonCompute(Formats.of(torch.float32), CPU, GraphPool(CPU, 1 << 30, Unkept))
+    stack, cache = built(compute, SMALL, (0,))
+    stack.forward(batch([0], [2], [2]), cache)
+    assert len(compute.graphs) == 1
+    cache.release()
+    assert len(compute.graphs) == 0
+
+
 def test_graphs_take_no_more_memory_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was recorded is replayed, and the rest launched piece by piece; without memory, everything is."""
     compute, graphs = recording()
@@ -171,6 +190,22 @@ def test_graphs_take_no_more_memory_than_they_may(monkeypatch: pytest.MonkeyPatc
         compute.graphs.run(compute, key, lambda: done.append(key))  # noqa: B023
     assert done == ["one", "two", "three"] and len(graphs) == 2 and compute.graphs.num_bytes == 1200 << 20
     assert GraphPool(CPU, 0).bucket(1) is None
+
+
+def test_nothing_is_launched_for_rows_where_there_are_only_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And beside prompts no more than there are, whatever the prompts' length."""
+    asked: list[tuple[int, int]] = []
+
+    def attended(*given: Any, **options: Any) -> Tensor:
+        assert options["prompt"]
+        asked.append((options["row_tokens"], options["max_context"]))
+        return attention.attention(*given, **options)
+
+    monkeypatch.setattr(kv_cache, "attention", attended)
+    stack, cache = built(TritonCompute(Formats.of(torch.float32), CPU), SMALL, (0,))
+    stack.forward(batch([0], [40], [40]), cache)
+    stack.forward(batch([1, 0], [3, 40], [3, 45]), cache)
+    assert set(asked) == {(0, 1), (3, 3)}
 
 
 @pytest.mark.parametrize("tokens", [2, 5])
