@@ -195,21 +195,20 @@ class ModelRunner:
 
         Includes one row of logits per segment. Writes to the cache, so it must run before requests do.
         """
-        blocks = -(-context // self._block_size)
-        table = np.arange(segments * blocks, dtype=np.int32).reshape(segments, blocks) % self._num_blocks
-        counts = np.full(segments, tokens, np.int32)
-        rows = np.arange(segments, dtype=np.int32)
-        batch = make_batch(
-            np.zeros(segments * tokens, np.int32),
-            counts,
-            np.full(segments, context, np.int32),
-            table,
-            rows,
-            self._block_size,
-        )
-        began = time.perf_counter()
-        hidden = self.model.forward(batch, self.cache).hidden
-        self.model.logits(hidden, batch.q_start[1:] - 1).argmax(-1).tolist()
+        slots, blocks = len(self._table.tokens), -(-context // self._block_size)
+        rows = np.arange(segments, dtype=np.int32) % slots
+        # Through the table that requests will have: what is recorded of a step is recorded for its memory.
+        table, used = self._table.blocks, rows[:slots]
+        before = table[used]
+        table[used, :blocks] = np.arange(len(used) * blocks).reshape(-1, blocks) % self._num_blocks
+        ids, counts = np.zeros(segments * tokens, np.int32), np.full(segments, tokens, np.int32)
+        batch = make_batch(ids, counts, np.full(segments, context, np.int32), table, rows, self._block_size)
+        batch = replace(batch, latest=self._latest if self.runs_ahead else None)
+        for _ in range(2 if self.runs_ahead else 1):  # the first one there compiles kernels, and is recorded
+            began = time.perf_counter()
+            hidden = self.model.forward(batch, self.cache, self._taps).hidden
+            self.model.logits(hidden, batch.q_start[1:] - 1).argmax(-1).tolist()
+        table[used] = before
         return time.perf_counter() - began
 
     @property

@@ -9,7 +9,7 @@ from slipstream.engine.scheduling.step_cost import StepCost
 
 Profile = Callable[[int, int, int], float]
 """Seconds of a step over so many segments, of so many positions each, that end at a position."""
-PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PROFILE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 PROBE_TOKENS = 16
 PROBE_CONTEXT = 1024
 PROFILE_RUNS = 3

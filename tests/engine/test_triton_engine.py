@@ -111,6 +111,29 @@ def test_tokens_are_those_of_torch(tiny: str, options: dict[str, Any], monkeypat
         expected.close()
 
 
+def test_what_is_recorded_to_measure_steps_serves_requests(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is measured as it is served: not by what compiling and recording take, and by the graph of its size."""
+    monkeypatch.setattr(graphs, "GraphPool", RecordingPool)
+    found = engine(tiny, "triton", pipeline="on", max_running=2)
+    runner = found.engine.runner
+    runner.runs_ahead = True
+    ran: list[int] = []
+    forward = runner.model.forward
+    monkeypatch.setattr(runner.model, "forward", lambda *given: (ran.append(1), forward(*given))[1])
+    try:
+        runner.profile(1, 1, 1)
+        runner.profile(1, 8, 8)
+        runner.profile(4, 1, 2)  # more than may run
+        assert len(ran) == 6 and not runner._table.blocks.any()
+        recorded = len(MADE)
+        runner.profile(1, 1, 7)
+        asked = found.submit(list(range(1, 7)), SamplingParams(max_tokens=4, temperature=0.0))
+        found.finish()
+        assert len(asked.tokens) == 4 and len(MADE) == recorded
+    finally:
+        found.close()
+
+
 def test_a_step_is_launched_before_the_last_one_is_read(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By one copy there and one back, which nobody waits for in vain, whatever its rows change and want to be told."""
     monkeypatch.setattr(graphs, "GraphPool", RecordingPool)
