@@ -27,7 +27,7 @@ from slipstream.kernels.cases import (
 from slipstream.kernels.kv_cache import CacheShape
 from slipstream.kernels.triton import launch
 from slipstream.server.gpu_check.context import Context, NotThere, Part
-from slipstream.server.gpu_check.kernels import COPY, mend_interpreter
+from slipstream.server.gpu_check.kernels import copied_per_s, mend_interpreter
 from slipstream.server.gpu_check.timing import seconds
 
 COMPARED = (*(attended for attended in ATTENDED if not attended.window and not attended.softcap), SHARED)
@@ -74,13 +74,12 @@ def _time(context: Context, name: str, attended: Attended, dtype: torch.dtype) -
     sizes, most_s = (LLAMA_8B, 0.3) if context.on_gpu else (TINY, 0.0)
     prepared = _case(name, attended).prepare(Source(context.device, dtype), sizes)
     took = seconds(prepared.run, context.device, most_s)
-    copy = context.kept.get(COPY)
     context.row(
         "attention backends",
         what=attended.name,
         backend=name,
         µs=took * 1e6,
         GB_per_s=prepared.moved / took / 1e9,
-        of_the_copy=prepared.moved / took / copy if copy else None,
+        of_the_copy=prepared.moved / took / copied_per_s(context),
         TFLOP_per_s=prepared.flops / took / 1e12,
     )

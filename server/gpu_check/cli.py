@@ -29,6 +29,9 @@ def gpu_check(
         typer.Option(help="A small real model, as for serve; by default the embedded one where it is installed."),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this stage; may be given several times.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the report in --out ends: only what it has not.")
+    ] = False,
 ) -> None:
     """Check and measure this machine's GPU: kernels, whole engine, speed. Needs no network.
 
@@ -50,12 +53,15 @@ def gpu_check(
 
     check_names("--only", only, [stage.name for stage in STAGES])
     check_names("--compare", compare, list(PROGRAMS))
-    options = Options(out, budget_minutes * 60, dry_run, tuple(compare or ()), model, tuple(only or ()))
+    options = Options(out, budget_minutes * 60, dry_run, tuple(compare or ()), model, tuple(only or ()), resume)
     what = "tiny shapes on the CPU" if dry_run else f"at most {budget_minutes:g} minutes"
     typer.echo(f"{len(only or STAGES)} stages, {what}; results so far are always in {out}")
     report = run(options, STAGES)
     passed = [bool(check.passed) for stage in report.stages for check in stage.checks]
     failed = f"; failed: {', '.join(report.failed)}" if report.failed else ""
+    left = [stage.name for stage in report.stages if stage.outcome == "left out" or stage.left_out]
+    if left:
+        typer.echo(f"No time was left for all of {', '.join(left)}: the same command with --resume goes on there.")
     typer.echo(f"{sum(passed)} of {len(passed)} checks passed{failed}; see {out}/gpu-check.md")
     if report.failed:
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class Options:
     compare: tuple[str, ...]
     model: str | None
     only: tuple[str, ...]
+    resume: bool = False
+    """Go on where the report in ``out`` ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class Stage:
     """It does not begin with less time left."""
     most_s: float
     """It begins no part after so long."""
+    part_s: float = math.inf
+    """A part that has taken so long hangs: it is ended, and the stage goes on with the next one."""
 
 
 class Context:
@@ -62,8 +67,8 @@ class Context:
         self.options = options
         self.dry_run = options.dry_run
         self.device = torch.device("cpu" if options.dry_run else "cuda")
-        self.kept = kept
-        """Figures that stages before this one have kept."""
+        self.kept = dict(kept)
+        """Figures that have been kept, also by stages before this one."""
         self.scratch = scratch
         """An empty folder for everything that is written on the way."""
         self._send = send
@@ -99,7 +104,8 @@ class Context:
         self._send(("note", text))
 
     def keep(self, name: str, value: float) -> None:
-        """Tells later stages a figure."""
+        """Tells later parts and stages a figure."""
+        self.kept[name] = value
         self._send(("keep", name, value))
 
 

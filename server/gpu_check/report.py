@@ -7,8 +7,11 @@ from typing import Literal
 
 import msgspec
 
+from slipstream.engine.errors import ConfigError
+
 Cell = str | int | float | bool | None
 Outcome = Literal["ok", "failed", "not there", "left out"]
+JSON_FILE = "gpu-check.json"
 
 
 class Finding(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -37,6 +40,8 @@ class StageReport(msgspec.Struct, kw_only=True):
     targets: list[Finding] = []
     """Figures that are to be reached."""
     notes: list[str] = []
+    done: list[str] = []
+    """Parts that have begun, whatever became of them: those that a later run leaves out."""
     tables: dict[str, list[dict[str, Cell]]] = {}
 
 
@@ -49,6 +54,8 @@ class Report(msgspec.Struct, kw_only=True):
     options: dict[str, Cell]
     dry_run: bool
     machine: dict[str, Cell] = {}
+    kept: dict[str, float] = {}
+    """Figures that stages have kept for those after them."""
     stages: list[StageReport] = []
 
     @property
@@ -56,10 +63,21 @@ class Report(msgspec.Struct, kw_only=True):
         return [stage.name for stage in self.stages if stage.outcome == "failed"]
 
 
+def read(folder: Path) -> Report | None:
+    """The report in a folder; None if there is none. Raises ConfigError for what is none."""
+    file = folder / JSON_FILE
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Report)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"--resume: {file} is no report of this version: {error}") from None
+
+
 def write(report: Report, folder: Path) -> None:
     """Both files, each whole or as it was before."""
     found = msgspec.json.format(msgspec.json.encode(report), indent=1)
-    for name, content in (("gpu-check.json", found), ("gpu-check.md", markdown(report).encode())):
+    for name, content in ((JSON_FILE, found), ("gpu-check.md", markdown(report).encode())):
         part = folder / f".{name}.part"
         part.write_bytes(content)
         part.replace(folder / name)
@@ -130,8 +148,17 @@ def _outcome(stage: StageReport) -> str:
     return f"{stage.outcome}: {stage.reason}" if stage.reason else stage.outcome
 
 
+def targets(stage: StageReport) -> list[str]:
+    """A line for each."""
+    return [f"  {each.name}: {each.found} ({each.wanted}): {_reached(each)}" for each in stage.targets]
+
+
 def _passed(stage: StageReport) -> str:
     return f"{sum(bool(check.passed) for check in stage.checks)} of {len(stage.checks)}" if stage.checks else ""
+
+
+def _reached(target: Finding) -> str:
+    return "not judged" if target.passed is None else "reached" if target.passed else "MISSED"
 
 
 def _verdict(target: Finding) -> str:

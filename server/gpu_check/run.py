@@ -21,8 +21,10 @@ import torch
 
 from slipstream.engine.errors import ConfigError
 from slipstream.server.gpu_check.context import Context, NotThere, Options, Stage
-from slipstream.server.gpu_check.report import Finding, Report, StageReport, write
+from slipstream.server.gpu_check.report import Finding, Report, StageReport, read, targets, write
 
+WHOLE = "the stage"
+"""What errors are called that are of no part."""
 GRACE_S = 20.0
 """A part that is under way at the end of its stage's time is given so much more."""
 
@@ -38,7 +40,6 @@ class Check:
     def __init__(self, options: Options) -> None:
         self.options = options
         self._ends = time.monotonic() + options.budget_s
-        self._kept: dict[str, float] = {}
         self.start = "fork"
         """How processes start: forks share what is imported, but cannot use a GPU that this process has used."""
         asked = {"budget": f"{options.budget_s / 60:g} min", "compare": " ".join(options.compare) or "nothing"}
@@ -49,9 +50,24 @@ class Check:
             options={**asked, "model": options.model or "embedded"},
             dry_run=options.dry_run,
         )
+        self._before = {stage.name: stage for stage in self._taken_up()}
+
+    def _taken_up(self) -> list[StageReport]:
+        """Stages of the run before, whose figures are known from now on."""
+        found = read(self.options.out) if self.options.resume else None
+        if found is None:
+            return []
+        if (found.commit, found.dry_run) != (self.report.commit, self.options.dry_run):
+            raise ConfigError(
+                f"--resume: the report in {self.options.out} is of commit {found.commit}"
+                f"{', a dry run' if found.dry_run else ''}; this is {self.report.commit}: give another --out"
+            )
+        self.report.kept = found.kept
+        return found.stages
 
     def run(self, stages: Sequence[Stage]) -> Report:
         describing, *others = stages
+        self._before.pop(describing.name, None)
         with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
             self._run(describing, Path(folder) / describing.name)
             if not self.options.dry_run and "device" not in self.report.machine:
@@ -62,26 +78,40 @@ class Check:
             for stage in others:
                 if not self.options.only or stage.name in self.options.only:
                     self._run(stage, Path(folder) / stage.name)
+                elif (found := self._before.get(stage.name)) is not None:
+                    self.report.stages.append(found)
         self._write()
         return self.report
 
     def _run(self, stage: Stage, scratch: Path) -> None:
         scratch.mkdir()
-        found = StageReport(name=stage.name, title=stage.title)
+        found = self._begun(stage)
         self.report.stages.append(found)
         left = self._ends - time.monotonic()
+        if found.outcome != "left out" and not found.left_out and WHOLE not in found.errors:
+            print(f"{stage.name}: {found.outcome}, by the run before", flush=True)
+            return
         if left < stage.least_s:
             found.reason = f"{max(left, 0):.0f} s were left, and it takes {stage.least_s:.0f} s at least"
         else:
             began = time.monotonic()
+            found.left_out, found.reason = [], ""
+            found.errors.pop(WHOLE, None)
             Running(self, stage, found, min(began + stage.most_s, self._ends), scratch).run()
-            found.seconds = round(time.monotonic() - began, 1)
+            found.seconds += round(time.monotonic() - began, 1)
             bad = bool(found.errors) or not all(check.passed for check in found.checks)
             absent = found.reason or (found.notes and not (found.tables or found.checks or found.targets))
             found.outcome = "failed" if bad else "not there" if absent else "ok"
         self._write()
         why = f": {found.reason}" if found.reason else ""
-        print(f"{stage.name}: {found.outcome}{why} ({found.seconds:.1f} s)", flush=True)
+        print("\n".join([f"{stage.name}: {found.outcome}{why} ({found.seconds:.1f} s)", *targets(found)]), flush=True)
+
+    def _begun(self, stage: Stage) -> StageReport:
+        """What is known of a stage; what was not there may be now."""
+        found = self._before.get(stage.name)
+        if found is None or found.outcome == "not there":
+            return StageReport(name=stage.name, title=stage.title)
+        return found
 
     def take(self, found: StageReport, told: tuple[Any, ...]) -> None:
         """What the process of a stage tells."""
@@ -97,7 +127,9 @@ class Check:
             case "note", text:
                 found.notes.append(text)
             case "keep", name, value:
-                self._kept[name] = value
+                self.report.kept[name] = value
+            case "begin", part:
+                found.done.append(part)
             case "left out", part:
                 found.left_out.append(part)
             case "not there", "", reason:
@@ -105,14 +137,14 @@ class Check:
             case "not there", part, reason:
                 found.notes.append(f"{part}: not there: {reason}")
             case "error", part, error:
-                found.errors[part or "the stage"] = error
+                found.errors[part or WHOLE] = error
                 print(f"{found.name}, {part}: {error}", flush=True)
             case "end", _:
                 self._write()
 
     @property
     def kept(self) -> dict[str, float]:
-        return dict(self._kept)
+        return dict(self.report.kept)
 
     def _write(self) -> None:
         if self.options.out.is_dir():
@@ -125,11 +157,16 @@ class Running:
     def __init__(self, check: Check, stage: Stage, found: StageReport, deadline: float, scratch: Path) -> None:
         self._check, self._stage, self._found = check, stage, found
         self._deadline, self._scratch = deadline, scratch
-        self._tried: set[str] = set()
+        self._part_ends = 0.0
 
     def run(self) -> None:
         while not self._run_process():
             pass
+
+    def _wait_s(self, part: str | None) -> float:
+        """How long to wait for word of a process that is at this part, or between two."""
+        ends = self._deadline + GRACE_S
+        return max(min(ends, self._part_ends) - time.monotonic() if part else ends - time.monotonic(), 0)
 
     def _run_process(self) -> bool:
         """Whether there is nothing left to do."""
@@ -140,7 +177,7 @@ class Running:
         theirs.close()
         part: str | None = None
         try:
-            while ours.poll(max(self._deadline + GRACE_S - time.monotonic(), 0)):
+            while ours.poll(self._wait_s(part)):
                 told = ours.recv()
                 if told[0] == "done":
                     return True
@@ -148,13 +185,16 @@ class Running:
                     self._check.start = "spawn"
                     return False
                 if told[0] == "begin":
-                    part = told[1]
-                    self._tried.add(part)
+                    part, self._part_ends = told[1], time.monotonic() + self._stage.part_s
                 elif told[0] == "end":
                     part = None
                 self._check.take(self._found, told)
-            self._check.take(self._found, ("error", part, "took longer than there was time"))
-            return True
+            if part is None or time.monotonic() >= self._deadline + GRACE_S:
+                self._check.take(self._found, ("error", part, "took longer than there was time"))
+                self._check.take(self._found, ("left out", "what comes after that"))
+                return True
+            self._check.take(self._found, ("error", part, f"hangs: ended after {self._stage.part_s:g} s"))
+            return False
         except EOFError:
             process.join(GRACE_S)
             if part is not None:
@@ -166,7 +206,7 @@ class Running:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid or 0, signal.SIGKILL)  # what it may have started, too
-            process.join()
+            process.join(GRACE_S)  # one that the driver holds does not end
             ours.close()
 
     def _work(self, connection: Connection) -> None:
@@ -181,7 +221,7 @@ class Running:
         context = Context(self._check.options, send, self._deadline, self._check.kept, self._scratch)
         try:
             for part in self._stage.parts(context):
-                if part.name in self._tried:
+                if part.name in self._found.done:
                     continue
                 if context.left() <= 0:
                     send(("left out", part.name))

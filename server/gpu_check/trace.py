@@ -26,6 +26,8 @@ class Activity:
     """From the first thing on the device to the end of the last one."""
     busy: float
     """Seconds in which the device did something."""
+    late: float
+    """Seconds in which it did nothing as what came next was not launched yet."""
     kernels: int
     to_device: int
     """Copies from the host."""
@@ -41,13 +43,18 @@ class Activity:
     def idle_share(self) -> float:
         return 1 - self.busy / self.seconds if self.seconds else 0.0
 
+    @property
+    def late_share(self) -> float:
+        return self.late / self.seconds if self.seconds else 0.0
+
 
 def watch(run: Callable[[], None], file: Path) -> Activity:
-    """What ``run`` did; the trace itself goes into a file."""
-    kinds = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        kinds.append(ProfilerActivity.CUDA)
-    with profile(activities=kinds) as found:
+    """What ``run`` did; the trace itself goes into a file.
+
+    On a GPU without torch's operations, whose recording would slow the host down.
+    """
+    kind = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+    with profile(activities=[kind]) as found:
         run()
     found.export_chrome_trace(str(file))
     return activity(json.loads(file.read_text())["traceEvents"])
@@ -56,31 +63,45 @@ def watch(run: Callable[[], None], file: Path) -> Activity:
 def activity(events: Iterable[Mapping[str, Any]]) -> Activity:
     """From the events of a trace, whose times are in microseconds."""
     complete = [event for event in events if event.get("ph") == "X"]
+    calls = [event for event in complete if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    launched = {number: _end(call) for call in calls if (number := _correlation(call)) is not None}
     spans = sorted(
-        (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
+        (float(event["ts"]), _end(event), launched.get(_correlation(event), float(event["ts"])))
         for event in complete
         if event.get("cat") in ON_DEVICE
     )
-    busy, until = 0.0, 0.0
-    for begin, end in spans:
+    busy, late, until = 0.0, 0.0, 0.0
+    for begin, end, known in spans:
         busy += max(end - max(begin, until), 0.0)
+        if until:
+            late += max(min(begin, known) - until, 0.0)
         until = max(until, end)
     copies = [(str(event["name"]), _bytes(event)) for event in complete if event.get("cat") == "gpu_memcpy"]
     to_device = [size for name, size in copies if "HtoD" in name]
     to_host = [size for name, size in copies if "DtoH" in name]
-    calls = [str(event["name"]) for event in complete if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    names = [str(call["name"]) for call in calls]
     return Activity(
         seconds=(until - spans[0][0]) / 1e6 if spans else 0.0,
         busy=busy / 1e6,
+        late=late / 1e6,
         kernels=sum(event.get("cat") == "kernel" for event in complete),
         to_device=len(to_device),
         to_host=len(to_host),
         bytes_to_device=sum(to_device),
         bytes_to_host=sum(to_host),
-        waits=sum(name in WAITS for name in calls),
-        launches=sum(name in LAUNCHES for name in calls),
+        waits=sum(name in WAITS for name in names),
+        launches=sum(name in LAUNCHES for name in names),
         operations=sum(event.get("cat") == "cpu_op" for event in complete),
     )
+
+
+def _end(event: Mapping[str, Any]) -> float:
+    return float(event["ts"]) + float(event["dur"])
+
+
+def _correlation(event: Mapping[str, Any]) -> Any:
+    """What a launch and what it launched have in common; all of a graph, with the one launch of it."""
+    return event.get("args", {}).get("correlation")
 
 
 def _bytes(event: Mapping[str, Any]) -> int:

@@ -1,6 +1,6 @@
 """Checks in which something goes wrong, run by ``test_run.py`` in a process of its own: stages are forked from it.
 
-    python scenarios.py NAME FOLDER
+    python scenarios.py NAME FOLDER [--resume]
 
 Writes the report of the check into the folder; the exit status is 0 as long as the check itself survives.
 """
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -26,8 +27,10 @@ from slipstream.server.gpu_check.stages import STAGES
 AMPLE_S = 9000.0
 
 
-def stage(name: str, parts: Callable[[Context], Iterable[Part]], least_s: float = 0, most_s: float = 60) -> Stage:
-    return Stage(name, f"the stage {name}", parts, least_s, most_s)
+def stage(
+    name: str, parts: Callable[[Context], Iterable[Part]], least_s: float = 0, most_s: float = 60, part_s: float = inf
+) -> Stage:
+    return Stage(name, f"the stage {name}", parts, least_s, most_s, part_s)
 
 
 def fails() -> None:
@@ -53,6 +56,11 @@ def troubled(context: Context) -> Iterator[Part]:
 def hanging(context: Context) -> Iterator[Part]:
     yield Part("first", lambda: context.check("a check", True, "seen", "seen"))
     yield Part("hangs", lambda: time.sleep(600))
+
+
+def stuck(context: Context) -> Iterator[Part]:
+    yield Part("hangs", lambda: time.sleep(600))
+    yield Part("goes on", lambda: context.check("a check", True, "seen", "seen"))
 
 
 def late(context: Context) -> Iterator[Part]:
@@ -83,6 +91,7 @@ def many_ends() -> tuple[Stage, ...]:
         STAGES[0],
         stage("troubled", troubled),
         stage("hanging", hanging, most_s=0.5),
+        stage("stuck", stuck, part_s=0.5),
         stage("late", late, most_s=0.1),
         stage("wrong", wrong),
         stage("broken", broken),
@@ -115,10 +124,28 @@ def only(name: str) -> tuple[Stage, ...]:
     return (STAGES[0], *(replace(each, most_s=AMPLE_S) for each in STAGES if each.name == name))
 
 
-SCENARIOS = {each.__name__: each for each in (many_ends, wrong_kernel, wrong_acceptance, spawned)}
+def twice() -> tuple[Stage, ...]:
+    """Of which the second run does what the first had no time for."""
+    return (
+        STAGES[0],
+        stage("wrong", wrong),
+        stage("late", late, most_s=60 if RESUMED else 0.1),
+        stage("known", known),
+        stage("too long", absent, least_s=0 if RESUMED else 10_000),
+    )
+
+
+def known(context: Context) -> Iterator[Part]:
+    yield Part("asks", lambda: context.row("known", figure=context.kept["a figure"]))
+    if not RESUMED:
+        raise RuntimeError("the engine did not start")
+
+
+RESUMED = "--resume" in sys.argv
+SCENARIOS = {each.__name__: each for each in (many_ends, wrong_kernel, wrong_acceptance, spawned, twice)}
 
 if __name__ == "__main__":
     running.GRACE_S = 1.0
-    check = running.Check(Options(Path(sys.argv[2]), AMPLE_S, True, (), None, ()))
+    check = running.Check(Options(Path(sys.argv[2]), AMPLE_S, True, (), None, (), RESUMED))
     check.start = "spawn" if sys.argv[1] == "spawned" else "fork"
     check.run(SCENARIOS[sys.argv[1]]())

@@ -39,3 +39,24 @@ def test_times_in_which_the_device_waits_are_those_of_no_stream() -> None:
 def test_without_a_device_there_is_nothing_on_it() -> None:
     found = activity([event("cpu_op", "aten::mm", 80, 30)])
     assert (found.seconds, found.busy, found.idle_share, found.kernels, found.operations) == (0, 0, 0, 0, 1)
+
+
+def test_the_device_waits_for_the_host_until_what_comes_next_is_launched() -> None:
+    """Not within a graph, and not for what was launched ahead; for what nobody knows the launch of, all the time."""
+    events = [
+        event("cuda_runtime", "cudaGraphLaunch", 0, 10, correlation=1),
+        event("kernel", "first of the graph", 20, 10, correlation=1),
+        event("kernel", "second of the graph", 35, 10, correlation=1),  # until 45
+        event("cuda_driver", "cuLaunchKernelEx", 40, 3, correlation=2),
+        event("kernel", "launched ahead", 50, 10, correlation=2),  # until 60
+        event("cuda_runtime", "cudaLaunchKernel", 70, 10, correlation=3),
+        event("kernel", "launched late", 85, 5, correlation=3),  # until 90
+        event("cuda_runtime", "cudaMemcpyAsync", 95, 100, correlation=4),
+        event(
+            "gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 96, 4, correlation=4, bytes=1
+        ),  # begins before its call ends
+        event("kernel", "from somewhere", 110, 10),
+    ]
+    found = activity(events)
+    assert found.late * 1e6 == pytest.approx((80 - 60) + (96 - 90) + (110 - 100))
+    assert found.late_share == pytest.approx(36 / 100) and found.seconds == pytest.approx(100e-6)
