@@ -17,7 +17,7 @@ from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.compute import Choose
 from slipstream.kernels.kv_cache import PagedKVCache
-from slipstream.kernels.readback import Readback
+from slipstream.kernels.readback import Readback, sent
 
 EVIDENCE_BORDERS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
 """Least probability of a draft token for each level but the lowest.
@@ -200,7 +200,8 @@ class AutoregressiveDrafter(Drafter):
             if copies:
                 self._kv.copy_blocks(copies)
             beams = [beam for beam, _ in goes_on]
-            hidden = self._advance(self._next(beams, depth), hidden[[before for _, before in goes_on]])
+            before = sent(np.array([before for _, before in goes_on]), hidden.device)
+            hidden = self._advance(self._next(beams, depth), hidden[before])
 
     def _go_on(self, beams: list[_Beam], depth: int) -> tuple[list[tuple[_Beam, int]], list[tuple[int, int]]]:
         """The paths to follow, each with the index of the one it goes on from; and the blocks to copy for that.
@@ -288,7 +289,7 @@ class AutoregressiveDrafter(Drafter):
 
     def _race(self, scores: Tensor, rows: Sequence[DraftRow], depth: int) -> tuple[Tensor, Tensor]:
         """The same of the first of each row's race for the token ``depth`` after its next one; 0 where nobody runs."""
-        parameters = [torch.from_numpy(column).to(scores.device) for column in _parameters(rows, depth)]
+        parameters = [sent(column, scores.device) for column in _parameters(rows, depth)]
         return _raced(scores, parameters, self._width, self._vocabulary)
 
 

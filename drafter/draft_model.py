@@ -13,6 +13,7 @@ from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.speculation.protocol import DraftHost, DraftRow, Proposal
 from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.readback import sent
 
 MOST_AT_ONCE = 256
 """Positions per request that the model catches up with in one step; a long prompt takes it several."""
@@ -89,4 +90,4 @@ class ModelDrafter(AutoregressiveDrafter):
         hidden = self._model.forward(self._batch(rows, ids, counts, ends), self._cache).hidden
         for row, end in zip(rows, ends, strict=True):
             row.memory[self.name] = int(end)
-        return hidden[np.cumsum(counts) - 1]
+        return hidden[sent(np.cumsum(counts) - 1, hidden.device)]

@@ -26,6 +26,7 @@ from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Choose
 from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.readback import sent
 
 MOST_PENDING = 512
 """Positions per request that wait for the head while nobody asks it; older ones are left out."""
@@ -366,7 +367,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         ends = np.array([row.length - 1 for row in rows], np.int32)
         batch = self._batch(rows, ids, counts, ends)
         hidden = self._network.forward(batch, self._network.fuse(features))
-        return hidden[np.cumsum(counts) - 1]
+        return hidden[sent(np.cumsum(counts) - 1, hidden.device)]
 
     @property
     def _kv(self) -> PagedKVCache:

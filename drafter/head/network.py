@@ -15,6 +15,7 @@ from slipstream.engine.models.weights import pieces
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Choose
 from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.readback import sent
 from slipstream.kernels.weight import Weight
 
 ROWS_AT_ONCE = 128
@@ -146,7 +147,7 @@ class HeadNetwork:
         token p + 2. Writes the head's keys and values; may overwrite ``hidden``.
         """
         if not self._is_third:
-            embedding = self._target.embedding.rows(torch.from_numpy(batch.token_ids).to(hidden.device))
+            embedding = self._target.embedding.rows(sent(batch.token_ids, hidden.device))
             hidden = self._weights.fc(torch.cat((embedding, hidden.to(embedding.dtype)), dim=-1))
         return self._stack.forward(batch, self.cache, hidden).hidden.float()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slipstream.engine.messages import TokenLogprobs
 from slipstream.kernels import ops
+from slipstream.kernels.readback import sent
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot carry."""
@@ -31,7 +32,7 @@ def report(logits: Tensor, tokens: Tensor, asked: Sequence[Asked]) -> tuple[Tens
     parts += [top_tokens.int().flatten(), top_logprobs.contiguous().view(torch.int32).flatten()]
     for row, (_, others) in enumerate(asked):
         if others:
-            at = torch.tensor(list(others), device=logits.device)
+            at = sent(np.array(others, np.int64), logits.device)
             parts.append(logits[row].float().log_softmax(-1)[at].view(torch.int32))
     rows = len(asked)
 

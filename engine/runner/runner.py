@@ -34,6 +34,7 @@ from slipstream.engine.speculation.protocol import Computed, DraftHost, take
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.kernels.batch import Int32, make_batch
 from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.readback import sent
 
 PROMPT_LOGPROB_ROWS = 64
 """Prompt positions whose logits are held at once; a row is the size of the vocabulary."""
@@ -382,7 +383,7 @@ class ModelRunner:
         for begin in range(start, end, PROMPT_LOGPROB_ROWS):
             stop = min(begin + PROMPT_LOGPROB_ROWS, end)
             rows: Int32 = np.arange(offset + begin - start, offset + stop - start, dtype=np.int32)
-            following = torch.from_numpy(tokens[begin + 1 : stop + 1]).to(hidden.device)
+            following = sent(tokens[begin + 1 : stop + 1], hidden.device)
             told, read = report(self.model.logits(hidden, rows), following, [(count, asked)] * len(rows))
             for entry in read(told.numpy(force=True)):
                 if entry is None:

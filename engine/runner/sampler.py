@@ -20,7 +20,7 @@ from slipstream.engine.runner.reported import report
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32
 from slipstream.kernels.random import UInt64
-from slipstream.kernels.readback import Readback
+from slipstream.kernels.readback import Readback, sent
 
 MODES = ("raw", "processed")
 """Kinds of log-probabilities, in the order in which they travel."""
@@ -178,7 +178,7 @@ def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | Non
     if batch.faults:
         raise next(iter(batch.faults.values()))
     if columns is None:
-        columns = [torch.from_numpy(column).to(logits.device) for column in batch.columns]
+        columns = [sent(column, logits.device) for column in batch.columns]
     left = iter(columns)
 
     def take(count: int) -> list[Tensor]:
@@ -274,12 +274,12 @@ def restrict(logits: Tensor, masks: Mapping[int, Mask]) -> None:
     if logits.device.type == "cpu":
         forbidden = torch.from_numpy(np.unpackbits(~bits, axis=1, bitorder="little").view(np.bool_))
     else:
-        forbidden = cleared(torch.from_numpy(bits).to(logits.device))  # an eighth of the bytes travels
+        forbidden = cleared(sent(bits, logits.device))  # an eighth of the bytes travels
     forbidden = forbidden[:, : logits.shape[1]]
     if list(masks) == list(range(len(logits))):
         logits.masked_fill_(forbidden, ops.NEVER)
     else:
-        rows = torch.tensor(list(masks), device=logits.device)
+        rows = sent(np.array(list(masks)), logits.device)
         logits[rows] = logits[rows].masked_fill(forbidden, ops.NEVER)
 
 

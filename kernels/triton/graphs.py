@@ -57,7 +57,7 @@ class GraphPool:
         self._stream: torch.cuda.Stream | None = None
         """Where graphs are tried and recorded: always the same, as cuBLAS takes memory on every stream it meets."""
         if make is None and device.type == "cuda" and max_bytes:
-            self._stream, make = torch.cuda.Stream(device), self._of_cuda  # type: ignore[no-untyped-call]
+            self._stream, make = torch.cuda.Stream(device), self._of_cuda
         self._make = make
         self._pool: Any = None
         self._recorded: dict[tuple[object, Hashable], _Recorded] = {}

@@ -12,6 +12,7 @@ from slipstream.kernels.attention.backend import AttentionBackend, Step, StepAtt
 from slipstream.kernels.attention.choice import covers
 from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import AttentionPlan, CacheShape, TorchKVCache
+from slipstream.kernels.readback import sent
 from slipstream.kernels.triton import cache
 from slipstream.kernels.triton.attention import LONGEST_ROWS, attention
 from slipstream.kernels.triton.cache import Rotation
@@ -104,7 +105,7 @@ class TritonKVCache(TorchKVCache):
         return TritonPlan(self._data, self.shape, self.scales, batch, max_context, prompt, row_tokens, other)
 
     def _staged(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
-        return torch.tensor(pairs, dtype=torch.int32).to(self.device)
+        return sent(np.array(pairs, np.int32).reshape(-1, 2), self.device)
 
 
 class TritonPlan(AttentionPlan):

@@ -65,7 +65,7 @@ def row_start(row, inner, outer_stride, inner_stride):
     return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["source_rows"])
 def take_rows_kernel(source, index, out, width, source_rows, source_stride, out_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
