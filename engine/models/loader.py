@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -68,6 +69,17 @@ class LoadedModel:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Drafts:
+    """Bytes that drafters take of a GPU: once, and for each block of the cache."""
+
+    fixed: int
+    per_block: int
+
+
+NO_DRAFTS = _Drafts(0, 0)
+
+
 def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     """Loads the weights and sizes the cache; ``branches``: with scratch blocks for those of draft trees.
 
@@ -88,17 +100,19 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     size = weights_bytes(checkpoint, config, formats, kind)
     block_bytes = kind.cache_class.block_bytes(cache_shape(shape, config.block_size, formats.kv))
     scratch_blocks = SCRATCH_BLOCKS if branches else 0
-    besides = HEADROOM_BYTES + scratch_blocks * block_bytes
     on_gpu = has_own_memory(device)
+    drafts = _drafting(config, formats, device, block_bytes // shape.num_layers) if on_gpu else NO_DRAFTS
+    besides = HEADROOM_BYTES + drafts.fixed + scratch_blocks * (block_bytes + drafts.per_block)
     available = budget(device, config.gpu_memory_utilization) if on_gpu else available_memory(device)
-    num_blocks, max_model_len = _fit(config, shape, size, block_bytes, besides, available, on_gpu)
+    room = partial(_fit, config, shape, size, block_bytes, drafts.per_block)
+    num_blocks, max_model_len = room(besides, available, on_gpu)
     model = build_model(checkpoint, config, formats, device, max_model_len)
     if on_gpu:
         step = step_bytes(
             *(model, device, config.max_step_tokens, config.max_running, max_model_len, config.block_size)
         )
         besides += step + parse_size(config.graph_memory, "graph-memory")
-        num_blocks, max_model_len = _fit(config, shape, size, block_bytes, besides, available, on_gpu)
+        num_blocks, max_model_len = room(besides, available, on_gpu)
     seconds = time.monotonic() - began
     update_bytes = weights_bytes(checkpoint, config, Formats.of(formats.compute), kind)
     description = describe(checkpoint, config, formats, kind)
@@ -283,17 +297,19 @@ def _fit(
     shape: ModelShape,
     weights_bytes: int,
     block_bytes: int,
+    draft_block_bytes: int,
     besides: int,
     available: int,
     on_gpu: bool,
 ) -> tuple[int, int]:
     """Number of cache blocks, and the longest sequence they and the model allow.
 
-    ``available`` bytes hold weights, cache and, ``besides``, everything else. Memory of a GPU is all for this.
+    ``available`` bytes hold weights, cache and, ``besides``, everything else. Memory of a GPU is all for this. Drafters
+    take so much of it for each block.
     """
     if config.block_size % 16:
         raise ConfigError(f"--block-size {config.block_size} must be a multiple of 16")
-    left = available - weights_bytes - besides
+    left = (available - weights_bytes - besides) * block_bytes // (block_bytes + draft_block_bytes)
     wanted = config.max_model_len or shape.max_positions
     if wanted > shape.max_positions:
         raise ConfigError(f"--max-model-len {wanted}: the model was made for {shape.max_positions} positions at most")
@@ -333,6 +349,20 @@ def _limit(config: EngineConfig, on_gpu: bool) -> str:
 def available_memory(device: torch.device) -> int:
     """Bytes that this process can still have now."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
+
+
+def _drafting(config: EngineConfig, formats: Formats, device: torch.device, layer_bytes: int) -> _Drafts:
+    """What networks that draft take of a GPU: a head, ``layer_bytes`` per block; its weights are small."""
+    if config.speculation == "off":
+        return NO_DRAFTS
+    head = layer_bytes if config.drafter is not None else 0
+    if config.draft_model is None:
+        return _Drafts(0, head)
+    checkpoint = open_checkpoint(config.draft_model)
+    kind = _choose_compute(checkpoint, config, device)
+    size = weights_bytes(checkpoint, config, Formats.of(formats.compute), kind)
+    per_block = kind.cache_class.block_bytes(cache_shape(_shape(checkpoint.config), config.block_size, formats.kv))
+    return _Drafts(size + parse_size(config.graph_memory, "graph-memory"), head + per_block)
 
 
 def human_size(size: int) -> str:

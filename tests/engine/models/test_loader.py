@@ -104,6 +104,19 @@ def test_a_gpu_is_filled_with_cache(folder: Path, as_a_gpu: None, kernels: str) 
     assert load_model(config(folder, **(options | {"kv_cache_memory": "1MiB"}))).num_blocks == MIB // loaded.block_bytes
 
 
+def test_drafters_have_room_on_a_gpu_beside_the_cache(folder: Path, as_a_gpu: None) -> None:
+    """A draft model keeps as many tokens as the model, and has weights and graphs of its own; a head has a layer."""
+    options = {"kv_cache_memory": None, "graph_memory": "4MiB", "gpu_memory_utilization": 0.8}
+    alone = load_model(config(folder, **options, speculation="off", draft_model=str(folder)))
+    left = 80 * MIB - 20 * MIB - alone.weights_bytes - 7 * MIB - 4 * MIB - 5 * MIB
+    assert alone.num_blocks == left // alone.block_bytes
+    layers, draft = alone.model.shape.num_layers, {"draft_model": str(folder)}
+    twice = load_model(config(folder, **options, **draft))
+    assert twice.num_blocks == (left - alone.weights_bytes - 4 * MIB) // (2 * alone.block_bytes)
+    headed = load_model(config(folder, **options, drafter="cold"))
+    assert headed.num_blocks == left * layers // (layers + 1) // headed.block_bytes
+
+
 def test_what_a_gpu_has_no_room_for_is_said_with_numbers(folder: Path, as_a_gpu: None) -> None:
     with pytest.raises(
         ModelError, match=r"64MiB does not fit.*beside the weights.* left within --gpu-memory-utilization 0\.8"
