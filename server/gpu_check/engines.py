@@ -17,6 +17,7 @@ from slipstream.drafter.choice import make_drafters
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.operations import LoadAdapter
+from slipstream.engine.sleeping import give_back
 from slipstream.engine.testing import Completion, LocalEngine
 from slipstream.engine.testing_lora import random_lora, write_lora
 from slipstream.server.gpu_check.context import Context
@@ -29,6 +30,7 @@ def config(context: Context, model: Path | str, **options: Any) -> EngineConfig:
     """As a server has it on this device, but without drafters and cached beginnings unless asked for."""
     defaults: dict[str, Any] = {"model": str(model), "device": context.device.type, "prefix_caching": False}
     defaults |= {"speculation": "off", "max_step_tokens": 2048 if context.on_gpu else 128}
+    defaults |= {"kv_cache_memory": "2GiB"}  # not all that there is: a trainer may compute beside it
     if context.dry_run:
         defaults |= {"dtype": "float32", "kv_cache_memory": "16MiB", "threads": 1}
     return EngineConfig(**(defaults | options))
@@ -36,11 +38,15 @@ def config(context: Context, model: Path | str, **options: Any) -> EngineConfig:
 
 @contextmanager
 def engine(options: EngineConfig) -> Iterator[LocalEngine]:
+    """What it takes of the device is there again for the next one, whoever still holds what is given here."""
+    give_back()
     local = LocalEngine(options, make_drafters(options) if options.speculation != "off" else ())
     try:
         yield local
     finally:
         local.close()
+        del local.engine
+        give_back()
 
 
 def load_loras(context: Context, local: LocalEngine, names: Sequence[str], size: float) -> None:
