@@ -156,13 +156,19 @@ def _pair(entry: Any) -> tuple[str, Any]:
 
 def _by_device(entry: Any) -> Any:
     if isinstance(entry, Mapping):
-        here = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        if here not in entry:
-            raise ModelError(f"a shared tensor lies on the GPUs {', '.join(map(str, entry))}, not on {here}")
-        entry = entry[here]
+        here = _plain(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        by_id = {_plain(uuid): tensor for uuid, tensor in entry.items()}
+        if here not in by_id:
+            raise ModelError(f"a shared tensor lies on the GPUs {', '.join(by_id)}, not on {here}")
+        entry = by_id[here]
     if isinstance(entry, tuple) and len(entry) == 2 and callable(entry[0]):
         return entry[0](*entry[1])
     return entry
+
+
+def _plain(uuid: Any) -> str:
+    """Of a GPU's id: NVML writes "GPU-" before it, torch does not."""
+    return str(uuid).removeprefix("GPU-")
 
 
 def _split(flat: Any, metadata: Any) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Iterator
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -204,6 +205,20 @@ def test_tensors_are_shared_as_handles(local: LocalEngine, flat: bool) -> None:
     value: Any = flattened(tensors) if flat else list(tensors.items())
     update(local, FillTargetHandles(1, pickled(value)))
     assert serving(local) == digests(policy(7))
+
+
+@pytest.mark.parametrize("uuid", ["8a1c-22", "GPU-8a1c-22"])
+def test_a_gpu_is_known_by_its_id_as_torch_and_as_nvml_write_it(
+    local: LocalEngine, uuid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="8a1c-22"))
+    tensors = policy(7)
+    value = [{uuid: tensor.clone()} for tensor in tensors.values()]
+    update(local, FillTargetHandles(1, pickled(value), tuple(tensors)))
+    assert serving(local) == digests(policy(7))
+    with pytest.raises(ModelError, match="lies on the GPUs 9b, not on 8a1c-22"):
+        update(local, FillTargetHandles(1, pickled([{"GPU-9b": torch.ones(2)}]), ("a",)))
 
 
 class _Harmful:
