@@ -218,9 +218,9 @@ def _refuse_deterministic(options: EngineConfig, what: str) -> None:
 def find_device(config: EngineConfig) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here")
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", 0)  # by its number: some of torch takes no other, as where NCCL's thread enters it
 
 
 def _choose_compute(checkpoint: Checkpoint, options: EngineConfig, device: torch.device) -> type[Compute]:

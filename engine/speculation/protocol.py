@@ -20,6 +20,7 @@ from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.readback import sent
 
 GREEDY = SamplingParams(max_tokens=0, temperature=0.0)
 
@@ -139,7 +140,7 @@ def take(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     first = rows[0]
     if isinstance(rows, range) or rows == list(range(first, first + len(rows))):
         return tensor[first : first + len(rows)]
-    return tensor[rows]
+    return tensor[sent(np.array(rows), tensor.device)]
 
 
 @dataclass(frozen=True, slots=True)

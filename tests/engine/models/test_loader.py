@@ -79,6 +79,16 @@ def test_a_model_that_torch_computes_has_all_threads(folder: Path) -> None:
     assert torch.get_num_threads() == 2
 
 
+def test_a_gpu_is_named_by_its_number(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device, which groups of trainers need, refuses one without."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    entered: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", entered.append, raising=False)
+    for asked in ("cuda", "auto"):
+        torch.cuda.set_device(loader.find_device(config(folder, device=asked)))
+    assert entered == [0, 0] and loader.find_device(config(folder, device="cpu")) == torch.device("cpu")
+
+
 MIB = 1 << 20
 
 
