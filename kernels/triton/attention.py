@@ -165,10 +165,10 @@ def attend_tile(
     segment = tl.sum((first_tile <= tile).to(tl.int32)) - 1
     begin = tl.load(q_start + segment)
     count = tl.load(q_start + segment + 1) - begin
+    start = tl.load(kv_len + segment) - count  # before it is known whether it is needed: loads beside each other
     first = (tile - (begin // TOKENS + segment)) * TOKENS
     if (first >= count) | (count < SHORTEST) | (count > LONGEST):
         return
-    start = tl.load(kv_len + segment) - count
     last = start + tl.minimum(first + TOKENS, count)  # keys before it are visible to some row
     low = 0
     if HAS_WINDOW:

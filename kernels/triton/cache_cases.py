@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from slipstream.kernels.batch import Int32
 from slipstream.kernels.cases import Case, Outputs, Prepared, Sizes, Source, attention, called, size
 from slipstream.kernels.kv_cache import CacheShape
 from slipstream.kernels.triton import cache
+from slipstream.kernels.triton.attention import LONGEST_ROWS
 from slipstream.kernels.triton.device_batch import DeviceBatch
 from slipstream.kernels.triton.kv_cache import TritonKVCache
 
@@ -24,6 +26,7 @@ Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 def cases() -> Iterator[Case]:
     yield from attention(TritonKVCache)
+    yield Case("attention decode, in a graph of 4 times the reach", _recorded_decode)
     yield Case("attention, tiles of prompts", _prompt_attention)
     yield Case("rotate and store", _rotate_and_store)
     yield Case("rotate and store, normed", partial(_rotate_and_store, norm=_PLAIN.rms_norm))
@@ -55,11 +58,35 @@ def device_batch(source: Source, counts: list[int], lengths: list[int], block_si
     return found, blocks
 
 
+def _recorded_decode(source: Source, sizes: Sizes) -> Prepared:
+    """As steps are served: launched for longer sequences than there are, whose keys nobody has."""
+    lengths = [sizes.context] * sizes.streams
+    batch, blocks = device_batch(source, lengths, lengths, sizes.block_size)
+    shape = CacheShape(1, sizes.block_size, sizes.kv_heads, sizes.head_dim, source.dtype)
+    kept = TritonKVCache(shape, blocks, source.device)
+    k, v = (source.normal(sum(lengths), sizes.kv_heads, sizes.head_dim) for _ in range(2))
+    kept.plan_on_device(batch, sizes.context, prompt=False).store(0, k, v)
+    starts = torch.arange(sizes.streams + 1, dtype=torch.int32, device=source.device)
+    step = replace(batch, q_start=starts, token_ids=starts[:-1], positions=starts[1:].clone(), cells=starts[1:].clone())
+    cache.place(step)
+    plan = kept.plan_on_device(step, 4 * sizes.context, prompt=False)
+    q = source.normal(sizes.streams, sizes.heads, sizes.head_dim)
+    scale = sizes.head_dim**-0.5
+
+    def expected() -> Tensor:
+        rows = zip(q.float().split(1), k.split(lengths), v.split(lengths), strict=True)
+        return torch.cat([reference.attention(*row, scale) for row in rows])
+
+    flops = 4 * sizes.heads * sizes.head_dim * sum(lengths)
+    return called(lambda: plan.attend(0, q, scale), expected, 2 * size(q) + size(k, v), flops)
+
+
 def _prompt_attention(source: Source, sizes: Sizes) -> Prepared:
     count = sizes.chunk
     batch, blocks = device_batch(source, [count], [count], sizes.block_size)
     shape = CacheShape(1, sizes.block_size, sizes.kv_heads, sizes.head_dim, source.dtype)
-    plan = TritonKVCache(shape, blocks, source.device).plan_on_device(batch, count, prompt=True)
+    row_tokens = 0 if count > LONGEST_ROWS else None  # as where the host plans: nothing is launched for rows
+    plan = TritonKVCache(shape, blocks, source.device).plan_on_device(batch, count, True, row_tokens)
     k, v = (source.normal(count, sizes.kv_heads, sizes.head_dim) for _ in range(2))
     q = source.normal(count, sizes.heads, sizes.head_dim)
     plan.store(0, k, v)
