@@ -167,7 +167,7 @@ def _by_device(entry: Any) -> Any:
 
 
 def _plain(uuid: Any) -> str:
-    """Of a GPU's id: NVML writes "GPU-" before it, torch does not."""
+    """Before a GPU's id NVML writes this, and torch does not."""
     return str(uuid).removeprefix("GPU-")
 
 

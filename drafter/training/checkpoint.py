@@ -18,7 +18,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 MOST_CHARS = 150
-"""Of a file's name; file systems allow 255 bytes."""
+"""A file's name has no more; file systems allow 255 bytes."""
 
 
 class Checkpoint:

@@ -13,12 +13,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from slipstream.drafter.choice import make_drafters
 from slipstream.drafter.head import layout
-from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
-from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.registry.exchange import import_head
 from slipstream.drafter.registry.fingerprint import served_fingerprint
 from slipstream.drafter.registry.registry import Registry
@@ -27,7 +24,7 @@ from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SlipstreamError, SupersededError
 from slipstream.engine.messages import DrafterStats, SamplingParams, TokenDelta
-from slipstream.engine.models.config import DecoderConfig, decoder_config
+from slipstream.engine.models.config import decoder_config
 from slipstream.engine.operations import DropDrafter, SwapDrafter, SwapReport
 from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine
 from slipstream.kernels.native.library import isa
@@ -264,36 +261,6 @@ def test_what_is_in_memory_goes_live_at_once(echo: Path, heads: dict[str, Path],
     local.finish()
     [plain] = local_engine(echo, speculation="off").generate([[1, 2, 3]], params)
     assert stream.tokens == plain.tokens
-
-
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_versions_share_copies_of_the_targets_rows_until_one_has_others(
-    echo: Path, heads: dict[str, Path], kernels: str
-) -> None:
-    def read(folder: Path, target: DecoderConfig) -> tuple[HeadConfig, dict[str, Tensor]]:
-        config, tensors = layout.read(folder, target)
-        if folder == heads["echo"]:
-            del tensors["lm_head.weight"]
-        return config, tensors
-
-    drafter = HeadDrafter(lambda target: FirstHead(*read(heads["echo"], target)), read=read)
-    options: dict[str, Any] = {"kernels": kernels, "speculation_policy": "fixed", "max_draft_tokens": 3}
-    config = EngineConfig(model=str(echo), dtype="float32", kv_cache_memory="16MiB", threads=1, **options)
-    local = LocalEngine(config, [drafter])
-    first = drafter._held[""].weights
-    swap(local, 2, heads["echo"])
-    second = drafter._held[""].weights
-    assert second is not first and second.output is first.output, "nothing is copied twice"
-    swap(local, 3, heads["random0"])
-    assert drafter._held[""].weights is first, "memory of the version that was not held for longest"
-    stream = local.submit([1, 2, 3], SamplingParams(max_tokens=200, temperature=0.0))
-    for version, head in ((2, "echo"), (4, "random1"), (5, "echo")):
-        swap(local, version, heads[head])
-        for _ in range(12):
-            local.step()
-    local.finish()
-    rates = accept_rate([stream])
-    assert rates[2] > 0.9 and rates[4] < 0.2 and rates[5] > 0.9
 
 
 def test_a_later_decision_counts_and_an_earlier_one_says_so(echo: Path, heads: dict[str, Path]) -> None:

@@ -26,7 +26,7 @@ class Keeping:
         return json.loads(reply)
 
     def kept(self, count: int) -> dict[str, bool]:
-        """Of whom something is kept, once it is of so many; and whether with features."""
+        """The tenants of whom something is kept, once it is of so many; and whether with features."""
         self.server.wait_until(lambda: self.server.metric("traffic_samples_total", outcome="kept") >= count)
         store = TrafficStore(self.folder, create=False)
         found = {sample.tenant: sample.features is not None for sample in store.samples()}

@@ -61,7 +61,7 @@ def test_purges_of_all_and_of_one_are_numbered_together(tmp_path: Path, make_sam
 
 
 def test_whose_answers_are_learned(tmp_path: Path, put: Any, config_for: Any, tapped_engine: Any, prompts: Any) -> None:
-    """Of an update's weights those that came after it, of the files' those of this engine."""
+    """With an update's weights those that came after it; with the files' those of this engine."""
     folder = tmp_path / "t"
     put(HOUR)
     for files in ("before", "now"):

@@ -47,7 +47,7 @@ class Drawn:
         self._page, self._status = page, status
 
     async def text(self, card: str, **changes: Any) -> str:
-        """Of a card, drawn of what the server says with these changes."""
+        """The text of a card, drawn of what the server says with these changes."""
         found = json.dumps(self._status | changes)
         return str(await self._page.ask(f"(draw({found}), document.querySelector('#{card}').innerText)"))
 

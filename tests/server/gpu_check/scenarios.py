@@ -125,7 +125,7 @@ def only(name: str) -> tuple[Stage, ...]:
 
 
 def twice() -> tuple[Stage, ...]:
-    """Of which the second run does what the first had no time for."""
+    """Scenarios of which the second run does what the first had no time for."""
     return (
         STAGES[0],
         stage("wrong", wrong),
