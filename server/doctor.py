@@ -111,7 +111,9 @@ def gpu(asked: Asked) -> Iterator[Fact]:
         yield Fact(f"GPU {index}", what)
     yield Fact("driver", driver())
     runs = launch.runs_on("cuda")
-    yield Fact("Triton's kernels", "run" if runs else "do not run", "" if runs else "pip install triton")
+    yield Fact(
+        "Triton's kernels", "run" if runs else "do not run", "" if runs else launch.too_old() or "pip install triton"
+    )
 
 
 def versions(asked: Asked) -> Iterator[Fact]:

@@ -246,7 +246,8 @@ def _without_triton(device: torch.device, layer: LayerShape) -> str:
     if find_spec("triton") is None:
         return "Triton is not installed (torch for CUDA brings it)"
     if not launch.runs_on(device.type):
-        return "there is no GPU" if device.type == "cpu" else "this process runs them in the interpreter, on the CPU"
+        interpreted = "this process runs them in the interpreter, on the CPU"
+        return "there is no GPU" if device.type == "cpu" else launch.too_old() or interpreted
     return f"heads of size {layer.head_dim} have no kernel"
 
 

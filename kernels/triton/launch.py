@@ -12,6 +12,8 @@ from importlib.util import find_spec
 
 import torch
 
+LEAST_CAPABILITY = 80
+
 
 def is_interpreted() -> bool:
     """Whether kernels of this process run in Triton's interpreter, on the CPU."""
@@ -23,7 +25,14 @@ def runs_on(device_type: str) -> bool:
     """Whether Triton is installed and runs kernels on such devices in this process."""
     if find_spec("triton") is None:
         return False
-    return device_type == "cpu" if is_interpreted() else device_type == "cuda"
+    return device_type == "cpu" if is_interpreted() else device_type == "cuda" and not too_old()
+
+
+def too_old() -> str:
+    """What Triton, and bfloat16 in matrix units, need and this process's GPU has not; empty where there is none."""
+    if not torch.cuda.is_available() or (found := capability(torch.device("cuda"))) >= LEAST_CAPABILITY or not found:
+        return ""
+    return f"this GPU has compute capability {found / 10}, and {LEAST_CAPABILITY / 10} is needed"
 
 
 @cache

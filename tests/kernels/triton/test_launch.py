@@ -34,3 +34,17 @@ def test_bfloat16_is_rounded_to_the_nearest_even_number() -> None:
     expected = values.bfloat16().view(torch.int16).numpy().view(np.uint16)
     assert (bf16_interpreter.rounded(values.numpy()) == expected).all()
     assert bf16_interpreter.rounded(np.array([np.nan], np.float32)) == 0x7FC0
+
+
+@pytest.mark.parametrize(("capability", "why"), [((7, 5), "7.5, and 8.0 is needed"), ((8, 0), ""), ((12, 0), "")])
+def test_gpus_that_triton_does_not_compile_for_get_other_kernels(
+    capability: tuple[int, int], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    launch.capability.cache_clear()
+    try:
+        assert launch.runs_on.__wrapped__("cuda") is not bool(why) and launch.too_old().endswith(why)
+    finally:
+        launch.capability.cache_clear()
