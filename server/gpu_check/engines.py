@@ -32,7 +32,7 @@ def config(context: Context, model: Path | str, **options: Any) -> EngineConfig:
     defaults |= {"speculation": "off", "max_step_tokens": 2048 if context.on_gpu else 128}
     defaults |= {"kv_cache_memory": "2GiB"}  # not all that there is: a trainer may compute beside it
     if context.dry_run:
-        defaults |= {"dtype": "float32", "kv_cache_memory": "16MiB", "threads": 1}
+        defaults |= {"dtype": "float32", "kv_cache_memory": "64MiB", "threads": 1}
     return EngineConfig(**(defaults | options))
 
 
