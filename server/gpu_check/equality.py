@@ -13,6 +13,15 @@ from typing import Any
 
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
+from slipstream.engine.operations import (
+    BeginTargetUpdate,
+    FinishTargetUpdate,
+    MemoryTag,
+    Operation,
+    ReadTarget,
+    ReleaseMemory,
+    ResumeMemory,
+)
 from slipstream.engine.testing import Completion, LocalEngine
 from slipstream.server.gpu_check import models
 from slipstream.server.gpu_check.context import Context, NotThere, Part
@@ -47,6 +56,10 @@ def parts(context: Context) -> Iterator[Part]:
     compare = Comparison(context)
     for name, options in VARIANTS.items():
         yield Part(name, partial(compare.judge, name, options, "float32"))
+    for name, operations in compare.changes.items():
+        for head in ({}, HEAD):
+            what = f"{name}, with a head" if head else name
+            yield Part(what, partial(compare.judge, what, head, "float32", operations=operations))
     for name in ROUNDED:
         yield Part(f"{name}, bfloat16", partial(compare.judge, name, VARIANTS[name], "bfloat16"))
         yield Part(f"{name}, with LoRAs", partial(compare.judge, name, VARIANTS[name], "float32", LORAS))
@@ -68,9 +81,31 @@ class Comparison:
         self._texts = [*begun, *repeated, *texts[4:]]
         self._alone = cache(self._compute_alone)
 
-    def judge(self, name: str, options: dict[str, Any], dtype: str, loras: tuple[str, ...] = ("",)) -> None:
+    @property
+    def changes(self) -> dict[str, tuple[Operation[Any], ...]]:
+        """What leaves an engine with the weights that it had, somewhere else: whatever was recorded of them is old."""
+        both: tuple[MemoryTag, ...] = ("kv_cache", "weights")
+        return {
+            "after an update": (BeginTargetUpdate(1), ReadTarget(1, str(self._model)), FinishTargetUpdate(1)),
+            "after sleep": (ReleaseMemory(both), ResumeMemory(both)),
+            "after sleep without weights": (ReleaseMemory(both, keep_weights=False), ResumeMemory(both)),
+        }
+
+    def judge(
+        self,
+        name: str,
+        options: dict[str, Any],
+        dtype: str,
+        loras: tuple[str, ...] = ("",),
+        operations: tuple[Operation[Any], ...] = (),
+    ) -> None:
         alone, invariant = self._alone(dtype, bool(options.get("deterministic")), loras)
         with self._engine(options, dtype, loras) as local:
+            if operations:
+                for i in range(len(self._texts)):
+                    self._submit(local, i, loras)
+                local.finish()
+                local.operate(*operations)
             together = [self._submit(local, i, loras) for i in range(len(self._texts))]
             local.finish()
         if any(loras):

@@ -8,7 +8,7 @@ from slipstream.server.gpu_check.context import Stage
 STAGES = (
     Stage("machine", "what is checked", machine.parts, 0, 60),
     Stage("kernels", "kernels against the reference", kernels.correctness, 10, 110, 40),
-    Stage("equality", "the same tokens however they are computed", equality.parts, 15, 80, 60),
+    Stage("equality", "the same tokens however they are computed", equality.parts, 15, 100, 60),
     Stage("speed", "kernels against what the device can do", kernels.speed, 10, 60, 40),
     Stage("attention", "backends of attention beside each other", attention.parts, 10, 60, 40),
     Stage("8B", "tokens per second, 8B shape", partial(throughput.of_shape, "8B"), 25, 110),
