@@ -11,6 +11,7 @@ from tests.forking import Forks
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
-    forks = Forks("slipstream.drafter.training.worker", "slipstream.drafter.traffic.store")
+    # The last one comes with the first optimizer, and takes as long as torch itself.
+    forks = Forks("slipstream.drafter.training.worker", "slipstream.drafter.traffic.store", "torch._dynamo")
     yield forks
     forks.close()

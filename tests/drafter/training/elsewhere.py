@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
 aten: Any = torch.ops.aten
@@ -23,6 +23,27 @@ COPIES = (aten.copy_.default, aten._to_copy.default)
 
 class WrongDeviceError(Exception):
     pass
+
+
+# What torch's pytree does, for what operations are given and give; it takes longer than the operations.
+
+
+def leaves_of(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            yield from leaves_of(each)
+    elif isinstance(value, dict):
+        yield from leaves_of(tuple(value.values()))
+    else:
+        yield value
+
+
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)([mapped(change, each) for each in value])
+    if isinstance(value, dict):
+        return {name: mapped(change, each) for name, each in value.items()}
+    return change(value)
 
 
 class There(Tensor):
@@ -63,7 +84,7 @@ class Elsewhere(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        leaves = [each for each in leaves_of((args, kwargs)) if isinstance(each, Tensor)]
         there = [each for each in leaves if isinstance(each, There)]
         here = [each for each in leaves if not isinstance(each, There)]
         asked = kwargs.get("device")
@@ -72,7 +93,7 @@ class Elsewhere(TorchDispatchMode):
             raise WrongDeviceError(f"{func}: tensors of both devices: {[tuple(each.shape) for each in leaves]}")
         if func is aten.copy_.default:
             is_for = isinstance(args[0], There)
-        given, named = tree_map(_inner, args), tree_map(_inner, kwargs)
+        given, named = mapped(_inner, args), mapped(_inner, kwargs)
         if asked is not None:
             named["device"] = torch.device("cpu")
         found = func(*given, **named)
@@ -81,7 +102,7 @@ class Elsewhere(TorchDispatchMode):
             # A real copy, since it would be one.
             return found.clone() if func is aten._to_copy.default and there else found
         with torch.inference_mode(False):  # a view of a tensor from before is none of that mode's
-            wrapped = tree_map(lambda each: self._wrap(each) if isinstance(each, Tensor) else each, found)
+            wrapped = mapped(lambda each: self._wrap(each) if isinstance(each, Tensor) else each, found)
         return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
 
     def _count(self, func: Any, there: list[There], here: list[Tensor], is_for: bool) -> None:
