@@ -42,23 +42,26 @@ def _one_thread() -> Iterator[None]:
 
 LONG_FILES = (
     "drafter/training/test_worker.py",
-    "engine/models/test_families.py",
-    "engine/test_triton_engine.py",
-    "engine/models/test_long_rope.py",
-    "server/evolution/test_trials.py",
+    "server/rollout/test_control.py",
+    "server/batch/test_batches.py",
     "server/gpu_check/test_dry_run.py",
-    "kernels/triton/test_attention.py",
-    "kernels/triton/test_compiled.py",
-    "server/test_lifecycle.py",
-    "server/admin/test_admin_api.py",
     "server/test_cli.py",
+    "kernels/triton/test_attention.py",
+    "engine/test_triton_engine.py",
+    "kernels/triton/test_compiled.py",
     "engine/test_greedy.py",
-    "server/evolution/test_engine_deaths.py",
+    "server/evolution/test_trials.py",
+    "kernels/triton/test_stack.py",
+    "server/test_lifecycle.py",
     "server/test_traffic.py",
+    "server/text/test_tokenizer.py",
+    "loadtest/test_tenants.py",
+    "server/evolution/test_engine_deaths.py",
     "server/test_swap.py",
-    "engine/speculation/test_real_model.py",
 )
-"""Files with few tests that take long. One that began last would keep one process busy while the others have ended."""
+"""Files that take ten seconds of a processor and more, or wait for long. One that began last would keep one process
+busy while the others have ended.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

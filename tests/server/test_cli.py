@@ -123,24 +123,24 @@ def test_port_in_use() -> None:
     assert "in use" in done.stderr
 
 
-def test_broken_model(tmp_path: Path) -> None:
+def test_broken_model(commands: Commands, tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00")
-    done = run("serve", "--port", "0", "--model", str(tmp_path / "broken.gguf"))
+    done = commands.run("serve", "--port", "0", "--model", str(tmp_path / "broken.gguf"))
     assert done.returncode == 2
     assert "broken.gguf" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_model_without_tokenizer_and_one_that_does_not_fit(tmp_path: Path) -> None:
+def test_a_model_without_tokenizer_and_one_that_does_not_fit(commands: Commands, tmp_path: Path) -> None:
     config = {"model_type": "llama", "hidden_size": 1 << 16, "intermediate_size": 1 << 18, "num_hidden_layers": 200}
     config |= {"num_attention_heads": 512, "vocab_size": 1000, "max_position_embeddings": 4096}
     (tmp_path / "config.json").write_text(json.dumps(config))
     serve = ("serve", "--port", "0", "--model", str(tmp_path), "--load-format", "dummy")
-    done = run(*serve)
+    done = commands.run(*serve)
     assert done.returncode == 2
     assert "tokenizer" in done.stderr
     Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
-    done = run(*serve)
+    done = commands.run(*serve)
     assert done.returncode == 2
     assert "does not fit" in done.stderr
     assert "Traceback" not in done.stderr
