@@ -19,3 +19,14 @@ def unsupported(*off: Any) -> Any:
         raise PydanticCustomError("unsupported", "not supported by this server{hint}", {"hint": hint})
 
     return Annotated[Any, AfterValidator(check)]
+
+
+def _check_media(value: Any) -> Any:
+    if value is None or (isinstance(value, list) and all(each in (None, []) for each in value)):
+        return value
+    hint = "; only null and lists of nothing are accepted"
+    raise PydanticCustomError("unsupported", "not supported by this server{hint}", {"hint": hint})
+
+
+NoMedia = Annotated[Any, AfterValidator(_check_media)]
+"""Images and their kin, of which there may be none, for each prompt either."""

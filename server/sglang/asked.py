@@ -18,6 +18,7 @@ from slipstream.server.sglang.schema import (
     DEFAULT_MAX_NEW_TOKENS,
     SGLangGenerateBody,
     SGLangSamplingParams,
+    kind_of_ids,
 )
 
 MODE: LogprobsMode = "processed"
@@ -66,7 +67,7 @@ def read_asked(
     starts = per_prompt(body.logprob_start_len, count, "logprob_start_len")
     tops = per_prompt(body.top_logprobs_num, count, "top_logprobs_num")
     ids = body.token_ids_logprob
-    ids = per_prompt(ids if ids and isinstance(ids[0], list) else [ids] * count, count, "token_ids_logprob")
+    ids = per_prompt(ids if kind_of_ids(ids) == "one each" else [ids] * count, count, "token_ids_logprob")
     salts = per_prompt(body.cache_salt, count, "cache_salt")
     keys = per_prompt(body.extra_key, count, "extra_key")
     loras = per_prompt(body.lora_path, count, "lora_path")

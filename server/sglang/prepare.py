@@ -32,6 +32,8 @@ def sglang_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[SGL
     if field == "text":
         prompts = encode(text, limits, prompts, True, field)
     for prompt in prompts:
+        if not prompt:
+            raise InvalidRequestError("the prompt has no tokens", param=field)
         require_fits(limits, len(prompt), field)
     done = body.model_copy(update={"text": "" if single else [], "input_ids": None})
     return Prepared(done, prompts, [], structure=structure(text, limits, body))
@@ -40,8 +42,8 @@ def sglang_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[SGL
 def structure(text: TextModel, limits: Limits, body: SGLangGenerateBody) -> Structure | None:
     """What the answers are to look like, which is the same for all of them."""
     given: Any = body.sampling_params
-    sampling: list[SGLangSamplingParams] = given if isinstance(given, list) else [given] if given else []
-    found = {each.structure() for each in sampling}
+    sampling: list[SGLangSamplingParams | None] = given if isinstance(given, list) else [given]
+    found = {("", "") if each is None else each.structure() for each in sampling}
     if len({grammar for grammar, _ in found}) > 1:
         raise InvalidRequestError(
             "sampling_params: the structure of answers has to be the same for all prompts; send others apart",

@@ -16,7 +16,7 @@ from slipstream.engine.validation import BIAS_RANGE
 from slipstream.server.body import Body, shown
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.openai.fields import unsupported
+from slipstream.server.openai.fields import NoMedia, unsupported
 from slipstream.server.openai.schema import (
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
@@ -52,7 +52,8 @@ def kind_of_many(value: Any) -> str:
 
 
 def kind_of_ids(value: Any) -> str:
-    return "one each" if isinstance(value, list) and value and isinstance(value[0], list) else "just one"
+    """A list of lists, some of which may be null."""
+    return "one each" if isinstance(value, list) and value and isinstance(value[0], list | None) else "just one"
 
 
 def one_or_many(kind: Any) -> Any:
@@ -151,12 +152,12 @@ class SGLangSamplingParams(Body):
 class SGLangGenerateBody(Body):
     text: one_or_many(str) | None = None  # type: ignore[valid-type]
     input_ids: ids_or_many(TokenIds) | None = None  # type: ignore[valid-type]
-    sampling_params: one_or_many(SGLangSamplingParams) | None = None  # type: ignore[valid-type]
+    sampling_params: one_or_many(SGLangSamplingParams | None) = None  # type: ignore[valid-type]
     rid: one_or_many(RequestName) | None = None  # type: ignore[valid-type]
-    return_logprob: one_or_many(bool) | None = None  # type: ignore[valid-type]
-    logprob_start_len: one_or_many(Annotated[int, Field(ge=-1, lt=2**31)]) | None = None  # type: ignore[valid-type]
-    top_logprobs_num: one_or_many(Count) | None = None  # type: ignore[valid-type]
-    token_ids_logprob: ids_or_many(SomeTokenIds) | None = None  # type: ignore[valid-type]
+    return_logprob: one_or_many(bool | None) = None  # type: ignore[valid-type]
+    logprob_start_len: one_or_many(Annotated[int, Field(ge=-1, lt=2**31)] | None) = None  # type: ignore[valid-type]
+    top_logprobs_num: one_or_many(Count | None) = None  # type: ignore[valid-type]
+    token_ids_logprob: ids_or_many(SomeTokenIds | None) = None  # type: ignore[valid-type]
     return_text_in_logprobs: bool | None = None
     logprobs_mode: LogprobsMode | None = None
     """An extension: see docs/sglang.md."""
@@ -183,9 +184,9 @@ class SGLangGenerateBody(Body):
 
     # Refused unless off.
     input_embeds: unsupported([]) = None  # type: ignore[valid-type]
-    image_data: unsupported([]) = None  # type: ignore[valid-type]
-    video_data: unsupported([]) = None  # type: ignore[valid-type]
-    audio_data: unsupported([]) = None  # type: ignore[valid-type]
+    image_data: NoMedia = None
+    video_data: NoMedia = None
+    audio_data: NoMedia = None
     mm_hashes: unsupported([]) = None  # type: ignore[valid-type]
     mm_content_hashes: unsupported([]) = None  # type: ignore[valid-type]
     use_audio_in_video: unsupported(False) = None  # type: ignore[valid-type]

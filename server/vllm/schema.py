@@ -107,13 +107,16 @@ class TrlSampling(VllmSampling):
     logprobs: int | None = Field(0, ge=-1, lt=2**31)
     generation_kwargs: VllmSampling | None = None
     structured_outputs_regex: str | None = None
+    guided_decoding_regex: str | None = None
+    """What the same was called before."""
 
     @property
     def resolved(self) -> VllmSampling:
         kwargs = {} if self.generation_kwargs is None else self.generation_kwargs.given
         fields = {name: getattr(self, name) for name in VllmSampling.model_fields} | kwargs
-        if self.structured_outputs_regex is not None:
-            fields["structured_outputs"] = StructuredOutputs(json=None, regex=self.structured_outputs_regex)
+        regex = self.guided_decoding_regex if self.structured_outputs_regex is None else self.structured_outputs_regex
+        if regex is not None:
+            fields["structured_outputs"] = StructuredOutputs(json=None, regex=regex)
         return VllmSampling.model_construct(**fields).with_defaults()
 
 

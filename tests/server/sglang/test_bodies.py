@@ -74,6 +74,8 @@ def test_bodies_as_they_are_sent(server: Any, name: str) -> None:
         ({"return_hidden_states": True}, "return_hidden_states"),
         ({"lora_path": "x"}, "lora_path"),
         ({"image_data": ["x"]}, "image_data"),
+        ({"image_data": [None, ["x"]]}, "image_data"),
+        ({"text": "", "input_ids": None}, "text"),
         ({"routed_dp_rank": 1}, "routed_dp_rank"),
         ({"text": "both"}, "text"),
         ({"input_ids": []}, "input_ids"),

@@ -181,6 +181,17 @@ def test_each_prompt_of_a_batch_may_ask_for_something_else(server: Any) -> None:
     assert ids(third["input_token_logprobs"]) == TEXT_IDS[1:]
     alone = generate(server, sampling={"max_new_tokens": 5, "temperature": 1, "sampling_seed": 4})
     assert found[1]["output_ids"] == alone["output_ids"]
+    nothing = generate(
+        server,
+        [PROMPT, TEXT_IDS],
+        sampling_params=[None, {"max_new_tokens": 2, "temperature": 0}],
+        return_logprob=[None, True],
+        **{"top_logprobs_num": [None, 1], "logprob_start_len": [None, 1], "token_ids_logprob": [None, [6]]},
+        **{"image_data": [None, []], "lora_path": [None, None]},
+    )
+    assert "output_token_logprobs" not in nothing[0]["meta_info"]
+    assert nothing[1]["output_ids"] == found[2]["output_ids"]
+    assert [ids(entries) for entries in nothing[1]["meta_info"]["output_token_ids_logprobs"]] == [[6]] * 2
     for field, value in (("sampling_params", [{}]), ("return_logprob", [True] * 4), ("rid", ["a"])):
         assert refused(server, input_ids=[PROMPT, PROMPT], **{field: value})["param"] == field
     assert "the same for all" in refused(server, input_ids=[PROMPT, PROMPT], sampling_params=[{"n": 2}, {}])["message"]

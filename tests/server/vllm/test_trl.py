@@ -69,8 +69,9 @@ def test_generation_kwargs_override_what_stands_beside_them(server: Any) -> None
     assert len(reply["completion_ids"]) == 2 and len(reply["completion_ids"][0]) in (1, 2, 3, 4)
 
 
-def test_answers_follow_a_regular_expression(server: Any) -> None:
-    reply = ask(server, "/generate/", prompts=[FRANCE], structured_outputs_regex="[0-9]{3}", max_tokens=8)
+@pytest.mark.parametrize("name", ["structured_outputs_regex", "guided_decoding_regex"])
+def test_answers_follow_a_regular_expression(server: Any, name: str) -> None:
+    reply = ask(server, "/generate/", prompts=[FRANCE], **{name: "[0-9]{3}"}, max_tokens=8)
     text = server.post("/detokenize", {"tokens": reply["completion_ids"][0]})[1]["prompt"]
     assert text[:3].isdigit()
 
