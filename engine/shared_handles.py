@@ -58,7 +58,7 @@ class _Handles(pickle.Unpickler):
             return name
         if name in REBUILDS and module.startswith(("torch", "sglang")):
             return REBUILDS[name]
-        if name == "FlattenedTensorMetadata":
+        if name in ("FlattenedTensorMetadata", "LocalSerializedTensor"):
             return _Record
         raise ModelError(f"shared tensors hold a {module}.{name}, which is not loaded")
 
@@ -124,15 +124,11 @@ REBUILDS: Mapping[str, Callable[..., Any]] = {
 def open_handles(pickled: bytes, names: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """The tensors by name, which are valid while the sender keeps them.
 
-    A pickle holds pairs of name and tensor; one flat tensor of bytes and what lies where in it; or, for ``names``, the
-    function and arguments that rebuild each tensor, by the id of the GPU. Raises ModelError for anything else.
+    A pickle holds pairs of name and tensor, which may be pickled by itself, once for each device of a server; one flat
+    tensor of bytes and what lies where in it; or, for ``names``, the function and arguments that rebuild each tensor,
+    by the id of the GPU. Raises ModelError for anything else.
     """
-    try:
-        found = _Handles(BytesIO(pickled)).load()
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"the handles of shared tensors cannot be read: {type(error).__name__}: {error}") from error
+    found = _load(pickled)
     names = tuple(names)
     if isinstance(found, Mapping) and "flattened_tensor" in found:
         yield from _split(found["flattened_tensor"], found.get("metadata"))
@@ -143,9 +139,26 @@ def open_handles(pickled: bytes, names: Iterable[str] = ()) -> Iterator[tuple[st
         raise ModelError("the handles of shared tensors are no list of them, or not as many as their names")
     for at, entry in enumerate(found):
         name, tensor = (names[at], _by_device(entry)) if names else _pair(entry)
+        if isinstance(tensor, _Record):
+            tensor = _of_one_device(name, getattr(tensor, "values", None))
         if not isinstance(tensor, Tensor):
             raise ModelError(f"what is shared under the name {name!r} is no tensor")
         yield name, tensor
+
+
+def _load(pickled: bytes) -> Any:
+    try:
+        return _Handles(BytesIO(pickled)).load()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"the handles of shared tensors cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _of_one_device(name: str, values: Any) -> Any:
+    if not isinstance(values, list) or len(values) != 1 or not isinstance(values[0], bytes):
+        raise ModelError(f"tensor {name!r} is not shared once, for the one device that this server has")
+    return _load(values[0])
 
 
 def _pair(entry: Any) -> tuple[str, Any]:

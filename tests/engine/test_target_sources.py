@@ -199,10 +199,19 @@ def flattened(tensors: Tensors) -> dict[str, Any]:
     return {"flattened_tensor": torch.cat(parts), "metadata": metadata}
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_tensors_are_shared_as_handles(local: LocalEngine, flat: bool) -> None:
+class LocalSerializedTensor:
+    """As SGLang has one, for each device that a server may have."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = list(values)
+
+
+@pytest.mark.parametrize("way", ["pairs", "flattened", "by device"])
+def test_tensors_are_shared_as_handles(local: LocalEngine, way: str) -> None:
     tensors = {name: tensor.clone() for name, tensor in policy(7).items()}
-    value: Any = flattened(tensors) if flat else list(tensors.items())
+    value: Any = flattened(tensors) if way == "flattened" else list(tensors.items())
+    if way == "by device":
+        value = [(name, LocalSerializedTensor(pickled(tensor))) for name, tensor in value]
     update(local, FillTargetHandles(1, pickled(value)))
     assert serving(local) == digests(policy(7))
 
@@ -236,8 +245,11 @@ class _Harmful:
         (pickle.dumps(7), "no list"),
         (b"\x80\x04nothing", "cannot be read"),
         (pickle.dumps({"flattened_tensor": 1, "metadata": []}), "flattened bucket"),
+        (pickle.dumps([("a", LocalSerializedTensor(b"", b""))]), "'a' is not shared once"),
+        (pickle.dumps([("a", LocalSerializedTensor(pickle.dumps(_Harmful())))]), "builtins.print, which is not loaded"),
+        (pickle.dumps([("a", LocalSerializedTensor(pickle.dumps(1)))]), "no tensor"),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_a_pickle_can_do_nothing(local: LocalEngine, capsys: Any, data: bytes, words: str) -> None:
     with pytest.raises(ModelError, match=words):
