@@ -86,7 +86,7 @@ class SGLangDistributedBody(UpdateFields):
     ]
     group_name: Name | None = None
     selector: Selector = None  # type: ignore[valid-type]
-    load_format: unsupported("auto") = None  # type: ignore[valid-type]
+    load_format: unsupported("auto", "flattened_bucket") = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _check_lengths(self) -> SGLangDistributedBody:

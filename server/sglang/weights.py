@@ -31,6 +31,8 @@ from slipstream.server.sglang.control_schema import (
 from slipstream.server.sglang.updates import Updates
 
 DEFAULT_ROWS = 100
+TOGETHER = 2**62
+"""Bytes of one broadcast in which all tensors come behind each other."""
 
 
 def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> None:
@@ -95,7 +97,9 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
             asked = await body_of(service, request, SGLangDistributedBody)
             mode = await updates.prepare(asked)
             tensors = list(zip(asked.names, asked.dtypes, asked.shapes, strict=True))
-            await control.receive(asked.group_name or DEFAULT_GROUP, tensors, asked.weight_version, mode)
+            packed = TOGETHER if asked.load_format == "flattened_bucket" else None
+            group = asked.group_name or DEFAULT_GROUP
+            await control.receive(group, tensors, asked.weight_version, mode, buffer_bytes=packed)
         return outcome(updates.took_bucket())
 
     @router.post("/begin_weight_update", openapi_extra=described(SGLangSessionBody))

@@ -26,6 +26,7 @@ from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from tests.ports import free_port
 from tests.server.sglang.calls import flattened, shared
+from tests.server.vllm.sending import beside, broadcast, info, named_group, post
 
 PROMPT = [504, 2632, 6354, 16438, 28]
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -261,6 +262,24 @@ def test_weights_over_a_group(engine: Any, policy: Any, tensors: Any) -> None:
         assert slime.version() == "3" and slime.generate()["output_ids"] == after["output_ids"]
         slime.post("/destroy_weights_update_group", group_name=GROUP)
     assert after["output_ids"] == said_after_reading(slime, folder)
+
+
+def test_weights_over_a_group_in_one_broadcast(engine: Any, policy: Any, tensors: Any) -> None:
+    slime, port = Slime(engine), free_port()
+    found = tensors(3)
+    told = {"master_address": "127.0.0.1", "master_port": str(port), "rank_offset": 1, "world_size": 2}
+    with beside(post, engine, "/init_weights_update_group", told | {"group_name": "flat", "backend": "gloo"}):
+        group = named_group(port, "flat")
+    described = info(found)
+    bucket = described | {
+        "dtypes": described.pop("dtype_names"),
+        "group_name": "flat",
+        "load_format": "flattened_bucket",
+    }
+    with slime.updating(), beside(post, engine, "/update_weights_from_distributed", bucket):
+        broadcast(group, flattened(found)["flattened_tensor"])
+    slime.post("/destroy_weights_update_group", group_name="flat")
+    assert slime.generate()["output_ids"] == said_after_reading(slime, policy(3))
 
 
 def test_weights_that_are_shared_on_one_machine(engine: Any, policy: Any, tensors: Any) -> None:
