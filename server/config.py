@@ -82,7 +82,7 @@ class ServerConfig:
     tool_call_parser: Literal[
         "auto", "none", "qwen3_coder", "glm45", "hermes", "llama3_json", "mistral", "mistral_args", "nemotron", "json"
     ] = option("auto", "How the model calls tools; auto for what its chat template tells, none to refuse tools.")
-    reasoning_parser: Literal["auto", "none", "think", "magistral", "seed"] = option(
+    reasoning_parser: Literal["auto", "none", "think", "magistral", "seed", "harmony"] = option(
         "auto",
         "Tags around what the model thinks before it answers, which becomes reasoning_content; auto for those of its "
         "chat template.",

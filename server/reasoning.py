@@ -17,8 +17,11 @@ TAGS = {
     "think": Tags("<think>", "</think>"),
     "magistral": Tags("[THINK]", "[/THINK]"),
     "seed": Tags("<seed:think>", "</seed:think>"),
+    "harmony": Tags("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
 }
-"""By the names that ``--reasoning-parser`` knows; a chat template that has one of the tags tells which."""
+"""By the names that ``--reasoning-parser`` knows; a chat template that has one of the tags tells which.
+
+For the last of them these are what stands around reasoning where a grammar follows; see tools/channels.py."""
 
 
 def recognized(template: str) -> str | None:

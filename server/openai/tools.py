@@ -176,7 +176,7 @@ def plan_answer(
             most_calls=None if use.parallel else 1,
             reasoning=tags_name if tags else None,
             is_open=is_open,
-            keeps_special=any(marker in tokenizer.special_texts for marker in markers),
+            keeps_special=any("<[" in tokenizer.symbols(marker) for marker in markers if marker),
         ),
         structure,
     )

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 
 from slipstream.server.reasoning import TAGS, ReasoningParser
 from slipstream.server.tools.calls import CallParser
+from slipstream.server.tools.channels import ChannelParser
 from slipstream.server.tools.formats import FORMATS
 from slipstream.server.tools.parts import Content, Part
 from slipstream.server.tools.tagged import Kinds
+
+CHANNELS = "harmony"
+"""The reasoning whose tags also tell of calls."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class AnswerParser:
 
     def __init__(self, speech: Speech) -> None:
         tags = TAGS[speech.reasoning] if speech.reasoning else None
-        self._reasoning = ReasoningParser(tags, speech.is_open) if tags else None
+        self._channels = ChannelParser(speech.tool_names, speech.most_calls) if speech.reasoning == CHANNELS else None
+        self._reasoning = self._channels or (ReasoningParser(tags, speech.is_open) if tags else None)
         self._calls = (
             CallParser(FORMATS[speech.tool_format], speech.tool_names, speech.most_calls, speech.kinds)
             if speech.tool_format
@@ -49,7 +54,7 @@ class AnswerParser:
 
     @property
     def has_calls(self) -> bool:
-        return self._calls is not None and self._calls.num_calls > 0
+        return any(parser is not None and parser.num_calls for parser in (self._calls, self._channels))
 
     def push(self, text: str) -> list[Part]:
         return self._look_for_calls(self._reasoning.push(text) if self._reasoning else [Content(text)])
@@ -63,5 +68,8 @@ class AnswerParser:
             return [part for part in parts if not isinstance(part, Content) or part.text]
         found: list[Part] = []
         for part in parts:
-            found += self._calls.push(part.text) if isinstance(part, Content) else [part]
+            if isinstance(part, Content) and not (self._channels and self._channels.num_calls):
+                found += self._calls.push(part.text)
+            else:
+                found.append(part)
         return found

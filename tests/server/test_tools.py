@@ -186,6 +186,8 @@ def test_reasoning_is_looked_for_where_a_template_knows_it(text: TextModel) -> N
         messages = [*MESSAGES, {"role": "assistant", "content": said}]
         goes_on = prepared(text, "<think>", messages=messages, continue_final_message=True)
         assert goes_on.speech is not None and goes_on.speech.is_open is is_open
+    channels = prepared(text, "<|channel|>analysis<|message|>", tools=[WEATHER])
+    assert channels.speech is not None and channels.speech.reasoning == "harmony"
     asked = {"response_format": {"type": "json_object"}}
     assert "thought" in prepared(text, "<think>", **asked).structure.grammar  # type: ignore[union-attr]
     assert prepared(text, "<think>", replace(LIMITS, reasoning_parser="none")).speech is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -288,3 +289,52 @@ def test_templates_tell_the_format() -> None:
     assert recognized("[TOOL_CALLS]{{ name }}[ARGS]").name == "mistral_args"
     assert recognized("plain").name == "json"
     assert len({FORMATS["mistral"].new_id() for _ in range(9)}) == 9 and len(FORMATS["mistral"].new_id()) == 9
+
+
+def harmony(text: str) -> str:
+    """Tags without the signs around them, to be read more easily."""
+    return re.sub(r"@(\w+)", r"<|\1|>", text)
+
+
+CHANNELS: list[tuple[str, Whole, bool]] = [
+    ("@channel analysis@message Hm. <@end@start assistant@channel final@message Yes.", ("Hm. <", "Yes.", []), False),
+    ("@channel final@message Yes.@return", ("", "Yes.", []), False),
+    (
+        "@channel analysis@message Hm@end@start assistant@channel commentary to=functions.add @constrain json@message "
+        + ADD,
+        ("Hm", "", [("add", ADD)]),
+        True,
+    ),
+    (
+        "@channel commentary@message Let me see.@end@start assistant to=functions.add@channel commentary json@message "
+        f"{ADD}@call@start assistant@channel commentary to=functions.get_weather@message @call",
+        ("", "Let me see.", [("add", ADD), ("get_weather", "{}")]),
+        True,
+    ),
+    ('@channel commentary to=functions.add @constrain json@message {"a": 1', ("", "", [("add", '{"a": 1')]), False),
+    ("@channel commentary to=functions.rm@message {}@call", ("", "{}", []), False),
+    ("@channel analysis@message cut off", ("cut off", "", []), False),
+    ("@channel analy", ("", "", []), False),
+    ("No channels, but <@end.", ("", "No channels, but <@end.", []), False),
+    (f'{{"name": "add", "arguments": {ADD}}}', ("", "", [("add", ADD)]), True),
+]
+
+
+@pytest.mark.parametrize(("text", "expected", "has_calls"), CHANNELS)
+def test_channels(text: str, expected: Whole, has_calls: bool) -> None:
+    asked = speech("json", reasoning="harmony")
+    text = harmony(text).replace("|> ", "|>")
+    expected = (harmony(expected[0]), harmony(expected[1]), expected[2])
+    assert parse(asked, text) == expected
+    assert parse(asked, text, list(range(len(text)))) == expected
+    parser = AnswerParser(asked)
+    parser.push(text)
+    parser.finish()
+    assert parser.has_calls is has_calls
+
+
+def test_calls_on_channels_beyond_the_first_are_left_out_where_one_is_asked_for() -> None:
+    one = (
+        harmony("@start assistant to=functions.add@channel commentary@message ").replace("|> ", "|>") + ADD + "<|call|>"
+    )
+    assert parse(speech("json", reasoning="harmony", most_calls=1), one + one) == ("", "", [("add", ADD)])
