@@ -56,6 +56,12 @@ GOES_THROUGH = """{% if tools is defined %}{% for tool in tools %}{{ tool }}{% e
 {{ messages[0].content }}"""
 """As some of Phi's."""
 
+FIRST_ONLY = """{% for m in messages -%}
+<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}<call>
+{{- m.tool_calls[0].function.arguments | tojson }}</call>{% endif -%}
+{% endfor %}{{ tools }}"""
+"""As that of gpt-oss."""
+
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 ASKED = {"role": "user", "content": "Rome and Bern?"}
 LIMITS = Limits(("x",), 8192, 49152, 1, "error", "here")
@@ -150,3 +156,16 @@ def test_ids_are_such_as_a_template_takes(text: TextModel) -> None:
 def test_templates_may_ask_whether_there_are_tools_by_whether_they_are_defined(text: TextModel) -> None:
     assert rendered(text, GOES_THROUGH, [ASKED]) == "Rome and Bern?"
     assert "weather" in rendered(text, GOES_THROUGH, [ASKED], tools=TOOLS)
+
+
+@pytest.mark.parametrize("template", [EAGER, FIRST_ONLY])
+def test_several_calls_reach_templates_that_know_one_at_a_time(text: TextModel, template: str) -> None:
+    called = {**CALLED, "content": "Well.", "reasoning_content": "Hm."}
+    found = rendered(text, template, [ASKED, called, *reversed(RESULTS), ASKED])
+    places = [found.index(part) for part in ('"Rome"}', "22 degrees", "{}", "12 degrees")]
+    assert places == sorted(places) and found.count("Rome and Bern?") == 2
+    assert found.count("Well.") == (template is FIRST_ONLY)
+    nameless = {"role": "tool", "content": "same"}
+    assert rendered(text, template, [ASKED, CALLED, nameless, nameless]).count("same") == 2
+    without = rendered(text, template, [ASKED, CALLED])
+    assert '"Rome"}' in without and "{}" in without
