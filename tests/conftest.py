@@ -40,6 +40,16 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_look_through() -> None:
+    """What is there when a file's tests begin stays to the end, as what was there before all of them.
+
+    An engine that sleeps or takes other weights collects garbage, which took half a second each time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 LONG_FILES = (
     "drafter/training/test_worker.py",
     "server/rollout/test_control.py",
