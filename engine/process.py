@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -23,7 +23,7 @@ from slipstream.engine.child import keep_for_good
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.constrained import ConstrainedRequests
 from slipstream.engine.core import EngineCore
-from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SlipstreamError, SupersededError
+from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError, kind_of
 from slipstream.engine.grammar import Grammars
 from slipstream.engine.listening import Listener, Listeners
 from slipstream.engine.messages import (
@@ -370,12 +370,7 @@ def _reply(call: Call, done: Future[Any]) -> CallReply:
 def _failure(call: Call, error: BaseException) -> CallReply:
     """Whatever goes wrong with an operation, serving goes on."""
     if isinstance(error, SlipstreamError):
-        kind: Literal["failed", "refused", "misfit", "superseded"] = "failed"
-        if isinstance(error, SupersededError):
-            kind = "superseded"
-        elif isinstance(error, ModelError | ConfigError):
-            kind = "misfit" if isinstance(error, MisfitError) else "refused"
-        return CallReply(call.call_id, error=str(error), kind=kind)
+        return CallReply(call.call_id, error=str(error), kind=kind_of(error))
     traceback.print_exception(error)
     return CallReply(call.call_id, error=f"{type(call.operation).__name__} failed: {type(error).__name__}: {error}")
 

@@ -16,7 +16,7 @@ from slipstream.drafter.autoregressive import AutoregressiveDrafter
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.head.network import HeadNetwork, HeadWeights
-from slipstream.engine.errors import ConfigError, ModelError
+from slipstream.engine.errors import ConfigError, MisfitError, ModelError, NoPlaceError
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.decoder import DecoderWeights
 from slipstream.engine.models.loader import SPARE_BYTES, available_memory
@@ -207,7 +207,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
             raise ConfigError(f"a drafter's version is a number from 1 on, not {version}")
         network = self._networks.get(route)
         if network is None and len(self._networks) >= self._most:
-            raise ConfigError(
+            raise NoPlaceError(
                 f"{len(self._networks)} drafters are loaded (routes {', '.join(map(repr, self._networks))}): drop one, "
                 "or start the server with more --max-drafters"
             )
@@ -301,10 +301,12 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         del self._kept[: max(-self._room, 0)]
 
     def _new_network(self) -> HeadNetwork:
-        """A network for one more route; raises ModelError if there is no memory for it."""
+        """A network for one more route; raises NoPlaceError if there is no memory for it."""
         needed, free = self._route_bytes, available_memory(self._target.compute.device)
         if free < needed + SPARE_BYTES:
-            raise ModelError(f"one more drafter takes {needed >> 20} MiB, and only {free >> 20} MiB of memory are free")
+            raise NoPlaceError(
+                f"one more drafter takes {needed >> 20} MiB, and only {free >> 20} MiB of memory are free"
+            )
         return self._make_network()
 
     def _make_network(self) -> HeadNetwork:
@@ -317,8 +319,9 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         for field in fields(HeadConfig):
             ours, theirs = getattr(self._config, field.name), getattr(config, field.name)
             if ours != theirs and field.name != "max_positions":
-                raise ModelError(
-                    f"the drafter does not fit the running one: its {field.name} is {theirs}, the running one's {ours}"
+                raise MisfitError(
+                    f"the drafter does not fit the running one: its {field.name} is {theirs}, the running one's "
+                    f"{ours}; an engine that starts with it takes it"
                 )
 
     def _by_route(self, rows: Sequence[DraftRow]) -> Iterator[list[int]]:

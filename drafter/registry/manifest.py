@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from slipstream.engine.errors import MisfitError, ModelError
+from slipstream.engine.errors import MisfitError, ModelError, UnreadableError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -94,8 +94,14 @@ def read(folder: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ModelError(f"{folder} is no drafter version: cannot read {path}: {error.strerror}") from None
+        raise unreadable(error, f"{folder} is no drafter version: cannot read {path}") from None
     return decode(data, path)
+
+
+def unreadable(error: OSError, what: str) -> ModelError:
+    """What to raise of a version's file: damage if it is gone; what else keeps it from being read may pass."""
+    is_gone = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return (ModelError if is_gone else UnreadableError)(f"{what}: {error.strerror}")
 
 
 class _Format(msgspec.Struct):

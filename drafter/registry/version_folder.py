@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from slipstream.drafter.head.config import HeadConfig, parse_config
 from slipstream.drafter.registry import manifest as manifests
-from slipstream.drafter.registry.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from slipstream.drafter.registry.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, unreadable
 from slipstream.engine.background import breathe
 from slipstream.engine.errors import MisfitError, ModelError
 
@@ -86,7 +86,7 @@ def intact(folder: Path, manifest: Manifest) -> Path:
                 digest.update(part)
                 breathe()
     except OSError as error:
-        raise ModelError(f"drafter version {manifest.version}: cannot read {path}: {error.strerror}") from None
+        raise unreadable(error, f"drafter version {manifest.version}: cannot read {path}") from None
     if (found := digest.hexdigest()) != manifest.weights_sha256:
         raise ModelError(f"{path} is damaged: its SHA-256 is {found}, its manifest says {manifest.weights_sha256}")
     return path

@@ -32,7 +32,7 @@ from slipstream.drafter.training.target import Target
 from slipstream.drafter.training.threads import Threads
 from slipstream.drafter.training.trainer import Trainer
 from slipstream.engine.child import keep_for_good
-from slipstream.engine.errors import ModelError, SlipstreamError
+from slipstream.engine.errors import ModelError, SlipstreamError, UnreadableError
 from slipstream.engine.limits import usable_cores
 from slipstream.engine.memory import trim
 
@@ -301,6 +301,8 @@ class Worker:
             number = version.version
             try:
                 head = self._head(number)
+            except UnreadableError:
+                continue  # later, perhaps
             except SlipstreamError as error:
                 self._refuse(number, str(error))
                 continue

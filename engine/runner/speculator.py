@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from slipstream.engine.errors import ConfigError
+from slipstream.engine.errors import ConfigError, NoPlaceError
 from slipstream.engine.faults import Faults
 from slipstream.engine.grammar import Constraint
 from slipstream.engine.messages import DrafterStats, VersionStats
@@ -188,7 +188,7 @@ class Speculator:
 
     def _require_learned(self) -> LearnedDrafter:
         if self._learned is None:
-            raise ConfigError(
+            raise NoPlaceError(
                 "this server runs no learned drafter: start it with --drafter FOLDER, or --drafter cold for one made "
                 "of the model's own last layer"
             )

@@ -66,7 +66,13 @@ class EvolutionConfig:
         object.__setattr__(self, "evolve_route", tuple(dict.fromkeys(self.evolve_route)))  # each is trained once
 
     def check_drafters(self, engine: EngineConfig) -> None:
-        """Raises ConfigError if the engine has no room for a version of every route that is trained."""
+        """Raises ConfigError if the engine has no learned drafter, or no room for a version of every route."""
+        speculation = engine.speculation
+        if self.evolve != "off" and speculation != "auto" and "head" not in map(str.strip, speculation.split(",")):
+            raise ConfigError(
+                f"--evolve {self.evolve} trains the learned drafter, which --speculation {speculation} leaves out: "
+                "add head, or leave one of the two options out"
+            )
         needed = OF_ALL + len(self.evolve_route)
         if self.evolve != "off" and self.evolve_route and engine.max_drafters < needed:
             raise ConfigError(

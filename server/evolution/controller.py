@@ -184,9 +184,11 @@ class Controller:
             return
         try:
             version = registry.get(refusal.version)
-            # A live version that is sound may be right for another server; a trial of it here would never end.
-            if version.state == "canary" or (version.state == "live" and not refusal.is_misfit):
-                why = f"the engine refused it: {refusal.reason}"
+            why = f"the engine refused it: {refusal.reason}"
+            # A version that is sound may be right for another server; a trial of it here would never end.
+            if refusal.is_misfit and version.state == "canary":
+                registry.retire(version.version, why)
+            elif not refusal.is_misfit and version.state in ("canary", "live"):
                 registry.roll_back(version.route, why, version=version.version)
         except RegistryError as error:
             logger.warning("drafter version %d: %s", refusal.version, error)

@@ -32,6 +32,8 @@ from slipstream.server.evolution.worker import WorkerProcess
 from slipstream.server.sequence_metrics import SequenceMetrics
 
 logger = logging.getLogger(__name__)
+HEAD = "head"
+"""What engines call the learned drafter."""
 LOOK_SECONDS = 1.0
 WISH_SECONDS = 0.5
 MACHINE_EVERY = 30
@@ -69,6 +71,11 @@ class Evolution:
         self._poked = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._training: asyncio.Task[None] | None = None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the engine runs a learned drafter. One that does not would refuse every version, and try none."""
+        return HEAD in self._service.engine.ready.drafters
 
     async def start(self) -> None:
         self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._look())]
@@ -175,7 +182,7 @@ class Evolution:
         while True:
             self._poked.clear()
             try:
-                if self._service.engine.failure is None:
+                if self._service.engine.failure is None and self.drafts:
                     await self.follower.follow(await self.controller.wish())
                     self.error = None
             except EngineDiedError:
@@ -189,7 +196,8 @@ class Evolution:
             if self.worker is not None and self.error is None and not self.controller.in_control:
                 self.worker.stand_by("Another server is in control of the registry, and trains.")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._poked.wait(), WISH_SECONDS)
+                async with asyncio.timeout(WISH_SECONDS):  # wait_for loses a cancellation that comes with a poke
+                    await self._poked.wait()
 
     async def _train(self, wanted: bool) -> None:
         """One worker per registry: that of the server in control."""

@@ -167,7 +167,7 @@ def test_routes_hold_versions_of_their_own(echo: Path, heads: dict[str, Path]) -
     swap(local, 7, heads["random0"], route="canary")
     swap(local, 8, heads["echo"], route="tenant")
     assert head_stats(local).memory_bytes == 3 * alone > 0
-    with pytest.raises(ConfigError, match=r"3 drafters are loaded.*--max-drafters"):
+    with pytest.raises(SlipstreamError, match=r"3 drafters are loaded.*--max-drafters"):
         swap(local, 9, heads["echo"], route="domain")
 
     def rates(*routes: str) -> dict[str, dict[int, float]]:

@@ -20,7 +20,7 @@ from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.client import EngineClient
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.errors import SlipstreamError
+from slipstream.engine.errors import ModelError, SlipstreamError
 from slipstream.engine.messages import NewRequest, SamplingParams, TokenDelta
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.operations import CheckIntegrity, DropDrafter, SwapDrafter
@@ -184,7 +184,12 @@ def test_routes_over_http(tiny_model: Path, tmp_path: Path) -> None:
             assert found == {"": 1.0, "tenant:acme": 4.0, "canary": 5.0}
             drafted = [line for line in lines if line.startswith("slipstream:drafter_version_num_draft_tokens_total{")]
             assert len(drafted) == 3 and any(float(line.split()[-1]) > 0 for line in drafted)
-            await service.engine.call(DropDrafter("canary"))
+            await service.engine.call(SwapDrafter(6, "domain:full", str(cold)))
+            with pytest.raises(SlipstreamError, match="--max-drafters") as caught:
+                await service.engine.call(SwapDrafter(7, "domain:none", str(cold)))
+            assert not isinstance(caught.value, ModelError), "which would be a verdict on the version"
+            for route in ("canary", "domain:full"):
+                await service.engine.call(DropDrafter(route))
             assert service.drafter_versions() == {"": 1, "tenant:acme": 4}
             assert service.route(1, "acme", "", "") == "tenant:acme" and service.route(1, "other", "", "") == ""
             assert service.route(1, "acme", "", "sql") == "lora:sql"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from slipstream.drafter.head import layout
 from slipstream.drafter.registry.database import RegistryUnusableError
 from slipstream.drafter.registry.manifest import decode
 from slipstream.drafter.registry.registry import DATABASE_FILE, Registry, is_registry
-from slipstream.engine.errors import ModelError, SlipstreamError
+from slipstream.engine.errors import ModelError, SlipstreamError, UnreadableError
 
 Make = Callable[[int], Any]
 Damage = tuple[int, str, float, int]
@@ -185,3 +186,26 @@ def test_any_configuration_of_a_head(make_head: Make, changes: dict[str, Any], m
 def test_any_manifest(data: bytes) -> None:
     with contextlib.suppress(ModelError):
         decode(data, "a manifest")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors"])
+def test_what_cannot_be_read_now_is_not_damaged(
+    name: str, registry: Registry, make_head: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many open files, or a disk that is away for a moment."""
+    version = registry.add(*make_head(1), target="A", origin="trained").version
+    opened = Path.open
+
+    def open_file(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path.name == name:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opened(path, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_file)
+        with pytest.raises(UnreadableError, match="Too many open files"):
+            registry.weights(version)
+    (registry.path(version) / name).unlink()
+    with pytest.raises(ModelError, match="No such file") as caught:
+        registry.weights(version)
+    assert not isinstance(caught.value, UnreadableError)

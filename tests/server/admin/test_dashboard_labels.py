@@ -92,7 +92,8 @@ async def test_labels_are_true(server: Any, open_page: Callable[[], Any]) -> Non
     # Another server decides.
     elsewhere = {"folder": "/r", "error": None, "in_control": False}
     followed = evolving(version(1, "live"), version(2, "canary"), registry=elsewhere)
-    assert "Version 2 is on trial there" in await drawn.text("trial", evolution=followed)
+    assert "Version 2 is on trial there" in await drawn.text("trial", evolution=followed, drafters=drafting(1))
+    assert "no learned drafter" in await drawn.text("trial", evolution=followed, drafters=[])
 
     # Names of any length.
     names: Any = {"server": status["server"] | {"models": [LONG], "health": {"status": "stalled", "reason": LONG}}}

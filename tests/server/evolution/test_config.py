@@ -41,6 +41,16 @@ def test_a_registry_has_a_name() -> None:
         EvolutionConfig(registry="")
 
 
+@pytest.mark.parametrize("speculation", ["off", "ngram", "ngram, suffix"])
+def test_what_is_not_asked_to_draft_is_not_trained(speculation: str) -> None:
+    engine = EngineConfig(speculation=speculation)
+    with pytest.raises(ConfigError, match=f"--speculation {speculation} leaves out"):
+        evolving().check_drafters(engine)
+    EvolutionConfig(registry="drafters").check_drafters(engine)
+    for drafts in ("auto", "head", "ngram, head"):
+        evolving().check_drafters(EngineConfig(speculation=drafts, drafter="cold"))
+
+
 def test_there_is_room_for_all_routes_and_a_trial() -> None:
     three = evolving("tenant:a", "tenant:b", "domain:c")
     with pytest.raises(ConfigError, match=r"--max-drafters 4 is not enough for 3 of --evolve-route: .* these are 5"):

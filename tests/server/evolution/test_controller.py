@@ -51,8 +51,8 @@ class Deciding:
     def wish(self) -> Wish:
         return asyncio.run(self.controller.wish())
 
-    def refuse(self, version: int, route: str) -> None:
-        asyncio.run(self.controller.refused(Refusal(version, route, "it is damaged", False)))
+    def refuse(self, version: int, route: str, is_misfit: bool = False) -> None:
+        asyncio.run(self.controller.refused(Refusal(version, route, "it is damaged", is_misfit)))
 
 
 def test_a_version_on_trial_goes_live_when_the_one_beside_it_is_taken_back(
@@ -67,6 +67,16 @@ def test_a_version_on_trial_goes_live_when_the_one_beside_it_is_taken_back(
     assert wish.routes == {"": second} and wish.trial is None
     third = add()
     assert deciding.wish().routes == {"": second, "canary": third}
+
+
+def test_what_is_sound_and_fits_another_server_is_not_blamed(registry: Registry, add: Callable[[], int]) -> None:
+    deciding = Deciding(registry)
+    first, second = registry.promote(add()).version, add()
+    assert deciding.wish().trial is not None
+    deciding.refuse(second, "canary", is_misfit=True)
+    deciding.refuse(first, "", is_misfit=True)
+    assert registry.get(second).state == "retired" and registry.get(first).state == "live"
+    assert deciding.wish().routes == {"": first}
 
 
 def test_a_version_that_was_made_live_by_force_keeps_no_other_waiting_where_there_is_nothing_to_compare_it_with(
@@ -93,7 +103,9 @@ def test_following_a_registry_goes_on_whatever_is_in_it(
             database.execute("INSERT OR REPLACE INTO metrics VALUES (?, 'least_ratio', ?, 0)", (version, value))
 
     service = SimpleNamespace(
-        observer=Observer(), engine=SimpleNamespace(failure=None), engine_config=SimpleNamespace(drafter=None)
+        observer=Observer(),
+        engine=SimpleNamespace(failure=None, ready=SimpleNamespace(drafters=("head",))),
+        engine_config=SimpleNamespace(drafter=None),
     )
     config = EvolutionConfig(registry=str(registry.folder))
     evolution = Evolution(cast(Any, service), config, TrafficConfig())
@@ -112,6 +124,41 @@ def test_following_a_registry_goes_on_whatever_is_in_it(
     damage("nonsense")
     asyncio.run(follow())
     assert caplog.text.count("drafter registry:") == 1
+
+
+def test_a_server_without_a_learned_drafter_decides_nothing(registry: Registry, add: Callable[[], int]) -> None:
+    """Its engine would refuse one version after the other, and each would be taken back for good."""
+    live, candidate = registry.promote(add()).version, add()
+    service = SimpleNamespace(
+        observer=Observer(),
+        engine=SimpleNamespace(failure=None, ready=SimpleNamespace(drafters=("ngram",))),
+        engine_config=SimpleNamespace(drafter=None),
+    )
+    evolution = Evolution(cast(Any, service), EvolutionConfig(registry=str(registry.folder)), TrafficConfig())
+
+    async def follow() -> None:
+        looks = 0
+        original = evolution._train
+
+        async def train(wanted: bool) -> None:
+            nonlocal looks
+            assert not wanted
+            looks += 1
+            await original(wanted)
+
+        evolution._train = train  # type: ignore[method-assign]
+        task = asyncio.create_task(evolution._follow())
+        while looks < 3:
+            evolution.poke()
+            await asyncio.sleep(0)
+            assert not task.done()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(follow())
+    assert (registry.get(live).state, registry.get(candidate).state) == ("live", "candidate")
+    assert not evolution.controller.in_control, "another server may be"
 
 
 def test_a_clock_that_is_put_back_puts_no_point_before_another(monkeypatch: pytest.MonkeyPatch) -> None:
