@@ -129,9 +129,9 @@ def test_a_route_gets_a_head_of_its_own(workshop: Any, traffic: MakeSamples) -> 
     version = workshop.registry.get(number)
     assert (version.route, version.state) == ("domain:code/py", "candidate")
     assert version.manifest.parent is None
-    assert worker.end() == 0
     assert workshop.checkpoint("domain%3Acode%2Fpy")["trainer"]["step"] > 0
     assert workshop.checkpoint("shared")["trainer"]["step"] > 0
+    assert worker.end() == 0
 
 
 def test_a_bad_candidate_is_refused_and_a_good_one_is_not(experienced: Any) -> None:
