@@ -129,7 +129,7 @@ def test_a_route_gets_a_head_of_its_own(workshop: Any, traffic: MakeSamples) -> 
     version = workshop.registry.get(number)
     assert (version.route, version.state) == ("domain:code/py", "candidate")
     assert version.manifest.parent is None
-    assert workshop.checkpoint("domain%3Acode%2Fpy")["trainer"]["step"] > 0
+    assert workshop.checkpoint("domain:code/py")["trainer"]["step"] > 0
     assert workshop.checkpoint("shared")["trainer"]["step"] > 0
     assert worker.end() == 0
 
