@@ -58,7 +58,7 @@ class Drawn:
 async def test_labels_are_true(server: Any, open_page: Callable[[], Any]) -> None:
     page = await open_page()
     await page.open(f"{server.url}/dashboard")
-    await page.wait("document.body.dataset.updated")
+    await page.wait("document.body && document.body.dataset.updated")
     status = server.get("/admin/v1/status")[1]
     drawn = Drawn(page, status)
 
@@ -110,6 +110,6 @@ async def test_labels_are_true(server: Any, open_page: Callable[[], Any]) -> Non
     for width in (390, 700, 1600):
         narrow = await open_page()
         await narrow.open(f"{server.url}/dashboard", width, "light")
-        await narrow.wait("document.body.dataset.updated")
+        await narrow.wait("document.body && document.body.dataset.updated")
         assert await Drawn(narrow, status).fits(**names), width
     assert page.errors == []

@@ -26,7 +26,7 @@ def lives(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], list[dict[st
     """What a worker reports whose processes run these programs one after the other; the last of them waits."""
 
     def lives(programs: list[str]) -> list[dict[str, Any]]:
-        coming = iter([*programs, SAYS + "input()"])
+        coming = iter([*programs, SAYS + "import sys; sys.stdin.read()"])
 
         def command(*_: Any, **__: Any) -> list[str]:
             program = next(coming)
