@@ -135,9 +135,8 @@ class EngineSupervisor:
 
     async def _take_over(self, before: EngineStats, engine: EngineHandle) -> None:
         """Brings a new engine to the state of the one that has ended, as far as that can be had again."""
-        if (
-            before.is_paused and self._stays_paused()
-        ):  # whoever paused it has not resumed it, and may be about to send it weights
+        # Whoever paused it for good has not resumed it, and may be about to send it weights.
+        if before.is_paused and self._stays_paused():
             await engine.call(Pause("keep"))
         if before.released:  # whoever has its memory now needs it until the engine is woken up
             await engine.call(ReleaseMemory(before.released, keep_weights=False))

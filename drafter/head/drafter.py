@@ -218,10 +218,8 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
     def prepare_target(self, weights: Weights) -> Callable[[], None]:
         """Copies of the target's rows, with which heads draft, become those of the new output matrix."""
         assert isinstance(weights, DecoderWeights)
-        with self._memory:
-            loaded = {id(each): each for each in (*self._held.values(), *self._kept)}
         outputs, made = [], {}
-        for version in loaded.values():
+        for version in {id(each): each for each in self._loaded()}.values():
             before = id(version.weights.output)  # which versions may share
             if before not in made:
                 made[before] = version.weights.output_from(version.to_target, weights.output)
@@ -246,9 +244,12 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     def _find(self, version: int, path: str) -> _Version | None:
         """The files of a version never change, so one that is in memory need not be read again."""
+        return next((each for each in self._loaded() if (each.version, each.path) == (version, path)), None)
+
+    def _loaded(self) -> tuple[_Version, ...]:
+        """All in memory; one that several routes hold comes as often."""
         with self._memory:
-            loaded = (*self._held.values(), *self._kept)
-        return next((each for each in loaded if (each.version, each.path) == (version, path)), None)
+            return (*self._held.values(), *self._kept)
 
     def _load_version(self, version: int, path: str, is_new: bool) -> _Version:
         """``is_new``: for a route that comes with memory of its own."""
@@ -259,13 +260,12 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     def _fill(self, weights: HeadWeights, head: FirstHead) -> _Version:
         tokens = layout.draft_tokens(head.config, head.tensors).to(self._target.compute.device)
-        with self._memory:
-            loaded = (*self._held.values(), *self._kept)
-        has_same_output = (
-            each.weights for each in loaded if each.weights.follows and torch.equal(each.to_target, tokens.int())
+        to_target = tokens.int()
+        alike = (
+            each.weights for each in self._loaded() if each.weights.follows and torch.equal(each.to_target, to_target)
         )
-        weights.fill(head.tensors, tokens, next(has_same_output, None))
-        return _Version(head.version, head.path, weights, tokens.int())
+        weights.fill(head.tensors, tokens, next(alike, None))
+        return _Version(head.version, head.path, weights, to_target)
 
     def _free_weights(self) -> HeadWeights | None:
         """Weights of the version that has not been held for longest, if there is no memory for another one."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from slipstream.server.tools.formats import ToolFormat
-from slipstream.server.tools.parts import CallArguments, CallBegin, Content, Part, beginning_of
+from slipstream.server.tools.parts import CallArguments, CallBegin, Content, StepParser, beginning_of
 from slipstream.server.tools.scanner import CallScanner
 from slipstream.server.tools.tagged import Kinds, TaggedScanner
 
@@ -14,7 +14,7 @@ BETWEEN = " \t\r\n,;[]"
 """What may stand around calls and means nothing."""
 
 
-class CallParser:
+class CallParser(StepParser):
     """What looks like a call but is none, or is one of a tool that nobody has named, is content as it stands.
 
     A call whose arguments are broken is told as far as it goes: it may have been told before that is known. What an
@@ -30,36 +30,24 @@ class CallParser:
     ) -> None:
         """``names`` of the tools; calls beyond the first ``most`` are left out. ``kinds`` of their arguments, where
         these are no JSON."""
+        super().__init__(self._start if form.is_bare else self._find)
         self._form, self._names, self._most, self._kinds = form, names, most, kinds or {}
         self._markers = tuple(each for each in (form.begin, form.after.strip(BETWEEN)) if each)
-        self._text = ""
-        """What is not digested."""
         self._raw = ""
         """What was digested since the last content or call, in case it turns out to be content."""
-        self._step = self._start if form.is_bare else self._find
         self._scanner: CallScanner | TaggedScanner = CallScanner(names)
         self._told = -1
         """Characters of the arguments of this call that were told; -1: nothing of it."""
         self._trims = False
         """White space is to be left out, after a call."""
         self.num_calls = 0
-        self._found: list[Part] = []
 
-    def push(self, text: str) -> list[Part]:
-        self._text += text
-        while self._text and self._step():
-            pass
-        found, self._found = self._found, []
-        return found
-
-    def finish(self) -> list[Part]:
+    def _end_of_text(self) -> None:
         if self._told < 0 and not (self.num_calls and self._step != self._find):  # else a marker or a call was cut off
             self._tell_content(self._raw + self._text)
         elif self._told >= 0 and self._scanner.is_whole:
             self.num_calls += 1
-        self._raw = self._text = ""
-        found, self._found = self._found, []
-        return found
+        self._raw = ""
 
     @property
     def _follows_a_call(self) -> bool:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Collection
 
-from slipstream.server.tools.parts import CallArguments, CallBegin, Content, Part, Reasoning, beginning_of
+from slipstream.server.tools.parts import CallArguments, CallBegin, Content, Reasoning, StepParser, beginning_of
 
 BEGIN = "<|channel|>"
 MESSAGE = "<|message|>"
@@ -16,38 +16,25 @@ RECIPIENT = re.compile(r"\bto=functions\.([\w.:-]+)", re.ASCII)
 ANALYSIS = re.compile(r"<\|channel\|>analysis\b")
 
 
-class ChannelParser:
+class ChannelParser(StepParser):
     """What is thought comes on the channel analysis; a message to a function calls it; everything else is said. An
     answer that does not begin with a message is said as a whole, as one is that follows a grammar of its own."""
 
     def __init__(self, names: Collection[str], most: int | None = None) -> None:
         """``names`` of the tools; what is for others is said. Calls beyond the first ``most`` are left out."""
+        super().__init__(self._start)
         self._names, self._most = names, most
-        self._text = ""
-        """What is not digested."""
-        self._step = self._start
         self._kind = "said"
         self._arguments: list[str] = []
         self._num_begun = 0
         self.num_calls = 0
-        self._found: list[Part] = []
 
-    def push(self, text: str) -> list[Part]:
-        self._text += text
-        while self._text and self._step():
-            pass
-        found, self._found = self._found, []
-        return found
-
-    def finish(self) -> list[Part]:
+    def _end_of_text(self) -> None:
         if self._step == self._start:
             self._tell(self._text)
         elif self._step == self._body:
             self._tell(self._text)
             self._end(is_cut=True)
-        self._text = ""
-        found, self._found = self._found, []
-        return found
 
     # Each of these digests some of the text; False when more has to come first.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +46,36 @@ class Parser(Protocol):
     def finish(self) -> list[Part]:
         """What was held back, now that no more text comes."""
         ...
+
+
+class StepParser(ABC):
+    """Digests the text step by step, as far as it has come."""
+
+    def __init__(self, first: Callable[[], bool]) -> None:
+        self._text = ""
+        """What is not digested."""
+        self._step = first
+        """Digests some of the text, and says what does so next; False when more has to come first."""
+        self._found: list[Part] = []
+
+    def push(self, text: str) -> list[Part]:
+        self._text += text
+        while self._text and self._step():
+            pass
+        return self._take()
+
+    def finish(self) -> list[Part]:
+        self._end_of_text()
+        self._text = ""
+        return self._take()
+
+    @abstractmethod
+    def _end_of_text(self) -> None:
+        """What is left means something now, or nothing: no more text comes."""
+
+    def _take(self) -> list[Part]:
+        found, self._found = self._found, []
+        return found
 
 
 def beginning_of(text: str, markers: tuple[str, ...]) -> int:
