@@ -129,5 +129,6 @@ def test_a_server_may_send_fewer_events(start_local: Any) -> None:
     whole = server.post("/v1/completions", ask)[1]["choices"][0]
     *events, _ = server.events("/v1/completions", ask)
     sizes = [len(event["choices"][0].get("token_ids", [])) for event in events]
-    assert sum(sizes) == 23 and all(size >= 5 for size in sizes[1:-2]) and 3 <= len(sizes) <= 7
+    # How many there are depends on how fast they are read; the first one, and what the last one holds, may be less.
+    assert sum(sizes) == 23 and all(size >= 5 for size in sizes[1:-2])
     assert "".join(event["choices"][0]["text"] for event in events) == whole["text"]
