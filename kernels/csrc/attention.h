@@ -1,10 +1,11 @@
 // Causal attention over the paged cache, and the cache writes. Included once per instruction set, inside its namespace.
 //
-// Keys are visited in chunks of kChunk positions counted from the beginning of the sequence, with one online-softmax
-// update per chunk (Milakov & Gimelshein 2018). Chunk borders and the order within a chunk depend on positions only,
-// so a query gets the same bits in a prefill, a decode step or a verification of drafts.
+// Keys are visited in chunks of kChunk positions counted from the beginning of the sequence. Each chunk has a softmax of its
+// own, and these are joined in order (Milakov & Gimelshein 2018), by the thread that computes them or by another one where
+// few queries are shared among threads (Dao et al. 2023, "Flash-Decoding"). Borders and order depend on positions only, so a
+// query gets the same bits in a prefill, a decode step or a verification of drafts.
 
-constexpr int kChunk = 128;          // positions per softmax update
+constexpr int kChunk = 128;
 constexpr int kChunkTiles = kChunk / 16;
 constexpr int kMaxQueryRows = 32;    // query heads x queries that share one pass over the keys
 constexpr int kMaxHeadDim = 256;
@@ -60,25 +61,76 @@ inline int position_of(const SlipBatch& b, int segment, int token) {
   return b.kv_len[segment] - (b.q_start[segment + 1] - token);
 }
 
+#include "attention_work.h"
+
 // One query tile: rows are (query, head of the group), all against the same KV head.
 template <class D>
 struct QueryTile {
   alignas(64) typename D::row q[kMaxQueryRows * kMaxHeadDim];
   alignas(64) float scores[kMaxQueryRows * kChunk];
   alignas(64) typename D::row probs[kMaxQueryRows * kChunk];
+  int position[kMaxQueryRows];
+  // Of the chunks so far: values times their weights, the weights' sums, and the largest scores, to which weights relate.
   alignas(64) float acc[kMaxQueryRows * kMaxHeadDim];
   vec sum[kMaxQueryRows];
   float top[kMaxQueryRows];
-  int position[kMaxQueryRows];
+  // What the next chunk makes of `acc`: kept * acc + added * its own.
+  float kept[kMaxQueryRows], added[kMaxQueryRows];
+
+  void clear(int rows, int head_dim) {
+    for (int row = 0; row < rows; ++row) top[row] = -INFINITY, sum[row] = vzero();
+    for (int i = 0; i < rows * head_dim; i += 16) vstore(acc + i, vzero());
+  }
+  // Joins a chunk's sum, and says how its values are to be joined.
+  void join(int row, float chunk_top, vec chunk_sum) {
+    const float largest = chunk_top > top[row] ? chunk_top : top[row];
+    const auto share = [largest](float of) {
+      if (of == largest) return 1.0f;
+      float lanes[16];
+      vstore(lanes, vexp(vset1(of - largest)));
+      return lanes[0];
+    };
+    kept[row] = share(top[row]), added[row] = share(chunk_top);
+    sum[row] = vfma(chunk_sum, vset1(added[row]), vmul(sum[row], vset1(kept[row])));
+    top[row] = largest;
+  }
+  vec joined(int row, vec before, vec chunk) const { return vfma(chunk, vset1(added[row]), vmul(before, vset1(kept[row]))); }
 };
 
+// Tiles that are asked for while others are computed with, at the pace at which these are read: they lie scattered, which the
+// hardware does not foresee, and what is asked for all at once is waited for.
+template <class T>
+struct Soon {
+  const T* tiles[kChunkTiles];
+  int count = 0;
+
+  // Asks for lines [first, first + lines) of P tiles from `tile` on.
+  template <int P>
+  void ask(int tile, int first, int lines) const {
+    for (int p = 0; p < P; ++p) {
+      if (tile + p >= count) return;
+      const char* from = reinterpret_cast<const char*>(tiles[tile + p]) + 64 * first;
+      for (int line = 0; line < lines; ++line) __builtin_prefetch(from + 64 * line, 0, 3);
+    }
+  }
+};
+constexpr int kPace = 8;  // steps between two times of asking
+
 template <class D, int R>
-inline void score_rows(QueryTile<D>& t, int row, const typename D::elem* const* k_tiles, int tiles, int head_dim) {
+inline void score_rows(QueryTile<D>& t, int row, const typename D::elem* const* k_tiles, int tiles, int head_dim,
+                       const Soon<typename D::elem>* soon) {
   const typename D::row* q = t.q + row * head_dim;
   const auto score = [&]<int P>(int j) {
     vec acc[R][P];
     clear(acc);
-    accumulate<D, R, P, 1>(q, head_dim, k_tiles + j, head_dim / D::kPair, acc);
+    const typename D::elem* at[P];
+    for (int p = 0; p < P; ++p) at[p] = k_tiles[j + p];
+    const int steps = head_dim / D::kPair;
+    for (int step = 0; step < steps; step += kPace) {
+      if (soon) soon->template ask<P>(j, step, kPace);
+      accumulate<D, R, P, 1>(q + step * D::kPair, head_dim, at, kPace, acc);
+      for (int p = 0; p < P; ++p) at[p] += kPace * 16 * D::kPair;
+    }
     for (int r = 0; r < R; ++r)
       for (int p = 0; p < P; ++p) vstore(t.scores + (row + r) * kChunk + (j + p) * 16, acc[r][p]);
   };
@@ -103,20 +155,25 @@ inline void copy_first_values(const typename D::elem* tile, int count, int head_
   }
 }
 
-// P panels of 16 head dimensions at `d`, accumulated over all tiles of the chunk.
+// P panels of 16 head dimensions at `d`, over all tiles of the chunk.
 template <class D, int R, int P>
-inline void weigh_rows(QueryTile<D>& t, int row, const typename D::elem* const* v_tiles, int tiles, int head_dim, int d) {
+inline void weigh_rows(QueryTile<D>& t, int row, const typename D::elem* const* v_tiles, int tiles, int head_dim, int d,
+                       const Soon<typename D::elem>* soon) {
   vec acc[R][P];
+  clear(acc);
   float* out = t.acc + row * head_dim + d;
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < P; ++p) acc[r][p] = vload(out + r * head_dim + p * 16);
+  constexpr int lines = 16 / D::kPair * P;
   for (int j = 0; j < tiles; ++j) {
+    if (soon) soon->template ask<1>(j, d / 16 * (16 / D::kPair), lines);
     const typename D::elem* panels[P];
     for (int p = 0; p < P; ++p) panels[p] = v_tiles[j] + static_cast<size_t>(d / 16 + p) * 256;
     accumulate<D, R, P, 1>(t.probs + row * kChunk + j * 16, kChunk, panels, 16 / D::kPair, acc);
   }
   for (int r = 0; r < R; ++r)
-    for (int p = 0; p < P; ++p) vstore(out + r * head_dim + p * 16, acc[r][p]);
+    for (int p = 0; p < P; ++p) {
+      float* to = out + r * head_dim + p * 16;
+      vstore(to, t.joined(row + r, vload(to), acc[r][p]));
+    }
 }
 
 // Lanes of the tile at `base` that a query at `position` sees, the others `fill`.
@@ -130,9 +187,9 @@ inline vec visible(vec x, int base, int position, int window, float fill) {
   return vload(lanes);
 }
 
-// Softmax numerators of one row for the chunk that begins at `base`; rescales what came before.
+// Softmax numerators of one row for the chunk that begins at `base`.
 template <class D>
-inline void soften_row(QueryTile<D>& t, int row, int base, int tiles, int window, float scale, int head_dim) {
+inline void soften_row(QueryTile<D>& t, int row, int base, int tiles, int window, float scale) {
   const int position = t.position[row];
   float* scores = t.scores + row * kChunk;
   // Tiles before `whole` are seen whole, unless a window begins here.
@@ -141,99 +198,105 @@ inline void soften_row(QueryTile<D>& t, int row, int base, int tiles, int window
   for (int j = 0; j < whole; ++j) best = vmax(best, vload(scores + j * 16));
   for (int j = whole; j < tiles; ++j)
     best = vmax(best, visible(vload(scores + j * 16), base + j * 16, position, window, -INFINITY));
-  const float previous = t.top[row];
-  const float chunk_top = vmaximum(best) * scale;
-  const float top = chunk_top > previous ? chunk_top : previous;
+  const float top = vmaximum(best) * scale;
   typename D::row* probs = t.probs + row * kChunk;
   if (top == -INFINITY) {  // nothing visible yet: a window that begins in a later chunk
     for (int j = 0; j < tiles; ++j) D::store(probs + j * 16, vzero());
+    t.kept[row] = 1.0f, t.added[row] = 0.0f;
     return;
   }
-  if (top > previous) {
-    float factor[16];
-    vstore(factor, vexp(vset1(previous - top)));
-    const vec f = vset1(factor[0]);
-    for (int d = 0; d < head_dim; d += 16) vstore(t.acc + row * head_dim + d, vmul(vload(t.acc + row * head_dim + d), f));
-    t.sum[row] = vmul(t.sum[row], f);
-    t.top[row] = top;
-  }
   const vec factor = vset1(scale), shift = vset1(-top);
-  vec sum = t.sum[row];
+  vec sum = vzero();
   for (int j = 0; j < tiles; ++j) {
     vec p = vexp(vfma(vload(scores + j * 16), factor, shift));
     if (j >= whole) p = visible(p, base + j * 16, position, window, 0.0f);
     sum = vadd(sum, p);
     D::store(probs + j * 16, p);
   }
-  t.sum[row] = sum;
+  t.join(row, top, sum);
 }
 
-// Work split of one attention call: an item is a tile of queries of one segment against one KV head, for a group of its
-// query heads. Long items come first, so that no thread begins one when the others are done; the tiles of a head come
-// one after the other, so that its keys and values are still in the cache for the next tile.
-struct AttentionWork {
-  struct Item {
-    int segment, begin, end;  // query tokens [begin, end)
-    int kv_head, group;
-  };
-  int heads_per_kv, heads_per_tile;
-  std::vector<Item> items;
-
-  AttentionWork(const SlipAttention& a, const SlipBatch& b, int threads) {
-    heads_per_kv = a.heads / a.kv_heads;
-    heads_per_tile = std::min(heads_per_kv, kMaxQueryRows);
-    const int groups = (heads_per_kv + heads_per_tile - 1) / heads_per_tile;
-    const int most = kMaxQueryRows / heads_per_tile;
-    std::vector<int> order(b.num_segments);
-    std::iota(order.begin(), order.end(), 0);
-    const auto queries = [&](int s) { return b.q_start[s + 1] - b.q_start[s]; };
-    const auto cost = [&](int s) { return static_cast<int64_t>(std::min(queries(s), most)) * b.kv_len[s]; };
-    std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return cost(x) > cost(y); });
-    // A few tiles more where there are few items, so that two threads can share three heads evenly.
-    const int heads = std::max(b.num_segments * a.kv_heads * groups, 1);
-    const int least = (2 * threads + heads - 1) / heads;
-    for (int s : order) {
-      const int tiles = std::max((queries(s) + most - 1) / most, std::min(queries(s), least));
-      for (int kv_head = 0; kv_head < a.kv_heads; ++kv_head)
-        for (int group = 0; group < groups; ++group)
-          for (int t = 0; t < tiles; ++t) {
-            const auto border = [&](int i) { return b.q_start[s] + static_cast<int>(int64_t{queries(s)} * i / tiles); };
-            items.push_back({s, border(t), border(t + 1), kv_head, group});
-          }
+// Writes what a tile's rows came to; out is [tokens, heads, head_dim].
+template <class D, class O>
+inline void store_tile(const SlipAttention& a, const AttentionWork::Tile& tile, int head0, int heads, const QueryTile<D>& t, O* out) {
+  int row = 0;
+  for (int token = tile.begin; token < tile.end; ++token) {
+    O* to = out + (static_cast<size_t>(token) * a.heads + head0) * a.head_dim;
+    for (int h = 0; h < heads; ++h, ++row) {
+      const vec inverse = vset1(1.0f / vsum(t.sum[row]));
+      for (int d = 0; d < a.head_dim; d += 16) {
+        const vec y = vmul(vload(t.acc + row * a.head_dim + d), inverse);
+        if constexpr (std::is_same_v<O, typename D::row>) D::store(to + h * a.head_dim + d, y);
+        else vstore(to + h * a.head_dim + d, y);
+      }
     }
   }
-};
+}
 
-// Asks for the tiles' memory ahead of their use; they lie scattered, which the hardware does not foresee.
-template <class T>
-inline void prefetch_tiles(const T* const* tiles, int count, size_t elems) {
-  for (int j = 0; j < count; ++j) {
-    const char* from = reinterpret_cast<const char*>(tiles[j]);
-    for (size_t at = 0; at < elems * sizeof(T); at += 64) __builtin_prefetch(from + at, 0, 2);
+// The chunk that the rows just saw, for whoever joins it with the others.
+template <class D>
+inline void store_partial(const AttentionWork& work, const AttentionWork::Tile& tile, int chunk, int rows, int head_dim,
+                          const QueryTile<D>& t) {
+  for (int row = 0; row < rows; ++row) {
+    float* to = work.partial(tile, chunk, row);
+    for (int d = 0; d < head_dim; d += 16) vstore(to + d, vload(t.acc + row * head_dim + d));
+    vstore(to + head_dim, t.sum[row]);
+    to[head_dim + 16] = t.top[row];
   }
+}
+
+template <class D>
+inline void join_partials(const AttentionWork& work, const AttentionWork::Tile& tile, int first_chunk, int end_chunk, int rows,
+                          int head_dim, QueryTile<D>& t) {
+  t.clear(rows, head_dim);
+  for (int chunk = first_chunk; chunk < end_chunk; ++chunk)
+    for (int row = 0; row < rows; ++row) {
+      const float* from = work.partial(tile, chunk, row);
+      const float top = from[head_dim + 16];
+      if (top == -INFINITY) continue;
+      t.join(row, top, vload(from + head_dim));
+      float* acc = t.acc + row * head_dim;
+      for (int d = 0; d < head_dim; d += 16) vstore(acc + d, t.joined(row, vload(acc + d), vload(from + d)));
+    }
 }
 
 // One work item; q and out are [tokens, heads, head_dim]. `after` is the item this thread will probably take next: its
-// first keys are asked for before this one is done.
+// first keys are asked for before this one is done. Nobody did that for a `first` one.
 template <class D, class Q, class O>
 inline void attend(const Cache<D>& cache, const AttentionWork& work, const AttentionWork::Item& item,
-                   const AttentionWork::Item* after, const Q* q, const typename D::elem* k_cache,
+                   const AttentionWork::Item* after, bool first, const Q* q, const typename D::elem* k_cache,
                    const typename D::elem* v_cache, O* out) {
   const SlipAttention& a = cache.a;
   const SlipBatch& b = cache.b;
   const int head_dim = a.head_dim;
-  const auto [segment, begin, end, kv_head, group] = item;
-  const int head0 = kv_head * work.heads_per_kv + group * work.heads_per_tile;
-  const int heads = std::min(work.heads_per_tile, work.heads_per_kv - group * work.heads_per_tile);
+  const AttentionWork::Tile& tile = work.tiles[item.tile];
+  const int head0 = tile.kv_head * work.heads_per_kv + tile.group * work.heads_per_tile;
+  const int heads = std::min(work.heads_per_tile, work.heads_per_kv - tile.group * work.heads_per_tile);
+
+  const int lines = head_dim / D::kPair;  // of a tile
+  Soon<typename D::elem> keys, values, next;
+  const auto find = [&](const typename D::elem* in, const AttentionWork::Tile& of, int chunk, Soon<typename D::elem>& found) {
+    const int last = position_of(b, of.segment, of.end - 1);
+    found.count = std::min(kChunkTiles, (last - chunk * kChunk) / 16 + 1);
+    for (int j = 0; j < found.count; ++j) found.tiles[j] = cache.at(in, cache.tile(of.segment, chunk * kChunkTiles + j), of.kv_head);
+  };
+  const auto first_seen = [&](const AttentionWork::Tile& of) {
+    const int lowest = position_of(b, of.segment, of.begin);
+    return a.window > 0 ? std::max(0, lowest + 1 - a.window) / kChunk : 0;
+  };
+  const auto first_of = [&](const AttentionWork::Item& of) { return std::max(of.first_chunk, first_seen(work.tiles[of.tile])); };
+  int chunk = first_of(item);
+  if (chunk < item.end_chunk) {
+    find(k_cache, tile, chunk, keys);
+    if (first) keys.template ask<kChunkTiles>(0, 0, lines);
+  }
 
   QueryTile<D> t;
   int rows = 0;
-  for (int token = begin; token < end; ++token) {
+  for (int token = tile.begin; token < tile.end; ++token) {
     const Q* from = q + (static_cast<size_t>(token) * a.heads + head0) * head_dim;
     for (int h = 0; h < heads; ++h, ++rows) {
-      t.position[rows] = position_of(b, segment, token);
-      t.top[rows] = -INFINITY;
-      t.sum[rows] = vzero();
+      t.position[rows] = position_of(b, tile.segment, token);
       if constexpr (std::is_same_v<Q, typename D::row>) {
         std::memcpy(t.q + rows * head_dim, from + h * head_dim, head_dim * sizeof(Q));
       } else {
@@ -241,58 +304,43 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, const Atten
       }
     }
   }
-  for (int i = 0; i < rows * head_dim; i += 16) vstore(t.acc + i, vzero());
+  t.clear(rows, head_dim);
 
   const int highest = t.position[rows - 1];
-  const typename D::elem *k_tiles[kChunkTiles], *v_tiles[kChunkTiles];
   alignas(64) typename D::elem last_values[16 * kMaxHeadDim];
-  auto find = [&](const typename D::elem* in, const AttentionWork::Item& of, int base, const typename D::elem** found) {
-    const int last = position_of(b, of.segment, of.end - 1);
-    const int tiles = std::min(kChunkTiles, (last - base) / 16 + 1);
-    for (int j = 0; j < tiles; ++j) found[j] = cache.at(in, cache.tile(of.segment, base / 16 + j), of.kv_head);
-    return tiles;
-  };
-  auto first_base = [&](const AttentionWork::Item& of) {
-    const int lowest = position_of(b, of.segment, of.begin);
-    return a.window > 0 ? std::max(0, lowest + 1 - a.window) / kChunk * kChunk : 0;
-  };
-  int base = first_base(item);
-  find(k_cache, item, base, k_tiles);
-  for (; base <= highest; base += kChunk) {
-    const int tiles = find(v_cache, item, base, v_tiles);
-    prefetch_tiles(v_tiles, tiles, cache.tile_elems());
-    const bool more = base + kChunk <= highest;
+  for (; chunk < item.end_chunk; ++chunk) {
+    const int base = chunk * kChunk, tiles = keys.count;
+    find(v_cache, tile, chunk, values);
+    next.count = 0;
+    if (chunk + 1 < item.end_chunk) find(k_cache, tile, chunk + 1, next);
+    else if (after && first_of(*after) < after->end_chunk) find(k_cache, work.tiles[after->tile], first_of(*after), next);
+    for_row_tiles(rows, [&]<int R>(int row) { score_rows<D, R>(t, row, keys.tiles, tiles, head_dim, row ? nullptr : &values); });
+    for (int row = 0; row < rows; ++row) soften_row<D>(t, row, base, tiles, a.window, a.scale);
     const int seen = highest % 16 + 1;  // of the last tile
-    for_row_tiles(rows, [&]<int R>(int row) { score_rows<D, R>(t, row, k_tiles, tiles, head_dim); });
-    if (more || after)
-      prefetch_tiles(k_tiles, more ? find(k_cache, item, base + kChunk, k_tiles) : find(k_cache, *after, first_base(*after), k_tiles),
-                     cache.tile_elems());
-    for (int row = 0; row < rows; ++row) soften_row<D>(t, row, base, tiles, a.window, a.scale, head_dim);
-    if (!more && seen < 16) {
-      copy_first_values<D>(v_tiles[tiles - 1], seen, head_dim, last_values);
-      v_tiles[tiles - 1] = last_values;
+    if (base + kChunk > highest && seen < 16) {
+      copy_first_values<D>(values.tiles[tiles - 1], seen, head_dim, last_values);
+      values.tiles[tiles - 1] = last_values;
     }
     for_row_tiles(rows, [&]<int R>(int row) {
       constexpr int P = tile_panels(R);
       int d = 0;
-      for (; d + 16 * P <= head_dim; d += 16 * P) weigh_rows<D, R, P>(t, row, v_tiles, tiles, head_dim, d);
+      const auto* soon = row ? nullptr : &next;
+      for (; d + 16 * P <= head_dim; d += 16 * P) weigh_rows<D, R, P>(t, row, values.tiles, tiles, head_dim, d, soon);
       if constexpr (P > 1)
-        for (; d < head_dim; d += 16) weigh_rows<D, R, 1>(t, row, v_tiles, tiles, head_dim, d);
+        for (; d < head_dim; d += 16) weigh_rows<D, R, 1>(t, row, values.tiles, tiles, head_dim, d, soon);
     });
-  }
-
-  rows = 0;
-  for (int token = begin; token < end; ++token) {
-    O* to = out + (static_cast<size_t>(token) * a.heads + head0) * head_dim;
-    for (int h = 0; h < heads; ++h, ++rows) {
-      const vec inverse = vset1(1.0f / vsum(t.sum[rows]));
-      for (int d = 0; d < head_dim; d += 16) {
-        const vec y = vmul(vload(t.acc + rows * head_dim + d), inverse);
-        if constexpr (std::is_same_v<O, typename D::row>) D::store(to + h * head_dim + d, y);
-        else vstore(to + h * head_dim + d, y);
-      }
+    next.template ask<kChunkTiles>(tiles, 0, lines);
+    std::swap(keys, next);
+    if (tile.parts > 1) {
+      store_partial<D>(work, tile, chunk, rows, head_dim, t);
+      t.clear(rows, head_dim);
     }
   }
+  if (tile.parts > 1) {
+    if ((work.done[item.tile].fetch_add(1, std::memory_order_acq_rel) + 1) % tile.parts) return;  // somebody else joins them
+    join_partials<D>(work, tile, first_seen(tile), highest / kChunk + 1, rows, head_dim, t);
+  }
+  store_tile<D>(a, tile, head0, heads, t, out);
 }
 
 template <class D, class Q, class O>
@@ -302,6 +350,6 @@ inline void attend_all(Team& team, const Cache<D>& cache, const AttentionWork& w
   const size_t stride = team.size();
   team.parallel(static_cast<int>(items.size()), [&](size_t item) {
     const auto* after = item + stride < items.size() ? &items[item + stride] : nullptr;
-    attend<D>(cache, work, items[item], after, q, k_cache, v_cache, out);
+    attend<D>(cache, work, items[item], after, item < stride, q, k_cache, v_cache, out);
   });
 }

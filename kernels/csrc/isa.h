@@ -1,9 +1,11 @@
 // Instantiates the kernels for the instruction set whose vec_*.h was included before, in namespace SLIP_ISA.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <type_traits>
 #include <vector>

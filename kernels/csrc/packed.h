@@ -219,10 +219,10 @@ inline void packed_tile(const uint8_t* group, const uint8_t* ahead, int panel, i
     const uint8_t* at[P];
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) at[p] = group + l.words_at(b, panel + p);
-    if (R > 1 && ahead) {
+    if (ahead) {
 #pragma GCC unroll 16
       for (int line = 0; line < P * (l.words() + l.side()); line += 64)
-        __builtin_prefetch(ahead + l.block_at(b) + panel * (l.words() + l.side()) + line, 0, 2);
+        __builtin_prefetch(ahead + l.block_at(b) + panel * (l.words() + l.side()) + line, 0, R > 1 ? 2 : 3);
     }
     constexpr int parts = l.sixteen ? 2 : 1, words_each = l.bits / parts;
     unrolled<parts>([&]<int Part>() {

@@ -277,3 +277,29 @@ def test_softcap_bounds_the_scores() -> None:
     scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(2, 1))
     assert torch.allclose(reference.attention(q, k, v, 0.2, softcap=30.0), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(NativeKVCache not in KINDS, reason="no native kernels on this machine")
+@settings(max_examples=20)
+@given(
+    length=st.integers(1, 1200),
+    last=st.integers(1, 5),
+    shape=shapes,
+    window=st.sampled_from([0, 0, 5, 300]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    threads=st.sampled_from([1, 2, 3, 8]),
+)
+def test_what_few_queries_see_is_shared_among_threads_and_changes_no_bit(
+    isa: str, length: int, last: int, shape: tuple[int, int, int], window: int, dtype: torch.dtype, threads: int
+) -> None:
+    native = library.load()
+    assert native is not None
+    s = Sequences([length, 40, 40, 40, 40, 40], *shape, 16, seed=1)
+    cache = new_cache(NativeKVCache, s, dtype)
+    first = max(length - last, 0)
+    native.slip_set_threads(1)
+    whole = s.run(cache, [0], [0], [length], window)[first:]
+    native.slip_set_threads(threads)
+    assert all(torch.equal(s.run(cache, [0], [first], [length], window), whole) for _ in range(3))
+    in_company = s.run(cache, [1, 0, 2, 3, 4, 5], [39, first, 0, 39, 39, 0], [40, length, 40, 40, 40, 40], window)
+    assert torch.equal(in_company[1 : 1 + length - first], whole)
