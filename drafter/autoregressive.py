@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -171,9 +171,8 @@ class AutoregressiveDrafter(Drafter):
         races = [row.params.temperature > 0 for row in rows]
         choose = _Choice(self._vocabulary, any(races))
         ends = np.array(starts, np.int32) + 1
-        batch = self._batch(rows, np.zeros_like(ends), np.ones_like(ends), ends)
-        if any(races):
-            batch = replace(batch, columns=_parameters(rows, 0))
+        columns = _parameters(rows, 0) if any(races) else ()
+        batch = self._batch(rows, np.zeros_like(ends), np.ones_like(ends), ends, columns)
         told = self._draft(batch, hidden, np.array(steps, np.int32), depth, choose)
         if told is None:
             return False
@@ -258,9 +257,12 @@ class AutoregressiveDrafter(Drafter):
         ones = np.ones(len(beams), np.int32)
         return make_batch(ids, ones, ends, self._host.block_tables, table_rows, self._host.block_size)
 
-    def _batch(self, rows: Sequence[DraftRow], ids: Int32, counts: Int32, ends: Int32) -> RaggedBatch:
+    def _batch(
+        self, rows: Sequence[DraftRow], ids: Int32, counts: Int32, ends: Int32, columns: tuple[NDArray[Any], ...] = ()
+    ) -> RaggedBatch:
         slots = np.array([row.slot for row in rows], np.int32)
-        return make_batch(ids, counts, ends, self._host.block_tables, slots, self._host.block_size)
+        tables, size = self._host.block_tables, self._host.block_size
+        return make_batch(ids, counts, ends, tables, slots, size, columns=columns)
 
     def _choose(self, beams: Sequence[_Beam], depth: int, hidden: Tensor) -> list[tuple[list[float], list[int]]]:
         """Probabilities and tokens of the best draft tokens after each path."""

@@ -31,7 +31,6 @@ class RaggedBatch:
     """
 
     token_ids: Int32  # [num_tokens]
-    positions: Int32  # [num_tokens]
     q_start: Int32  # [num_segments + 1]
     kv_len: Int32  # [num_segments]
     block_tables: Int32  # [rows, max_blocks]
@@ -51,6 +50,12 @@ class RaggedBatch:
     def num_segments(self) -> int:
         return int(self.kv_len.shape[0])
 
+    @property
+    def positions(self) -> Int32:
+        """[num_tokens] of the tokens in their sequences; compiled code derives them itself."""
+        offset = np.repeat(self.kv_len - self.q_start[1:], np.diff(self.q_start))
+        return (np.arange(self.num_tokens, dtype=np.int32) + offset).astype(np.int32)
+
 
 def make_batch(
     token_ids: Int32,
@@ -61,14 +66,18 @@ def make_batch(
     block_size: int,
     mirrors: Int32 = NO_MIRRORS,
     known: Int32 | None = None,
+    columns: tuple[NDArray[Any], ...] = (),
+    latest: Tensor | None = None,
+    adapters: Int32 | None = None,
 ) -> RaggedBatch:
-    """Derives starts and positions from the tokens per segment and the lengths after them (both [num_segments]).
+    """Derives starts from the tokens per segment and the lengths after them (both [num_segments]).
 
     Without ``known``, sequences are known up to where they end in this batch.
     """
     q_start = np.zeros(len(num_new) + 1, np.int32)
     np.cumsum(num_new, out=q_start[1:])
-    offset = np.repeat(kv_len - q_start[1:], num_new)
-    positions = (np.arange(len(token_ids), dtype=np.int32) + offset).astype(np.int32)
     known = kv_len if known is None else known
-    return RaggedBatch(token_ids, positions, q_start, kv_len, block_tables, table_row, block_size, known, mirrors)
+    return RaggedBatch(
+        *(token_ids, q_start, kv_len, block_tables, table_row, block_size, known),
+        *(mirrors, columns, latest, adapters),
+    )

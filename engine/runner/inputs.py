@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.engine.plan import StepPlan
@@ -107,16 +109,18 @@ def prepare(
         token_ids = np.concatenate([table.tokens[slot, start:end] for slot, start, end in rows])
     size = scratch.block_size
     if not trees:
-        batch = make_batch(token_ids, counts, ends, table.blocks, slots, size, known=lengths)
-        batch = replace(batch, latest=latest, adapters=_adapters(table, slots, counts))
         sampling_rows = samples.nonzero()[0]
-        last = batch.q_start[1:][sampling_rows] - 1
+        last = np.cumsum(counts, dtype=np.int32)[sampling_rows] - 1
         mine = slots[sampling_rows]
         sampling = table.sampling.take(mine, lengths[sampling_rows], lambda i: table.known(int(mine[i])))
         first_samples = list(zip(sampling_rows.tolist(), range(len(sampling_rows)), strict=True))
         waits = latest is not None and not sampling.reads_history and table.constraints.keys().isdisjoint(plan.slots)
         expecting = mine if waits else None
-        batch = _with_columns(batch, last, sampling, expecting)
+        columns, adapters = _columns(last, sampling, expecting), _adapters(table, slots, counts)
+        batch = make_batch(
+            *(token_ids, counts, ends, table.blocks, slots, size),
+            *(NO_MIRRORS, lengths, columns, latest, adapters),
+        )
         return StepInputs(plan, starts, batch, {}, [], last, first_samples, sampling, expecting)
     roots = (np.cumsum(counts) - counts + known - 1).tolist()
     scratch.reset()
@@ -126,6 +130,8 @@ def prepare(
         for row, tree in trees.items()
     }
     all_counts = np.append(counts, np.array(added.counts, np.int32))
+    whose = np.append(slots, np.array(added.slots, np.int32))
+    logits_rows, first_samples, sampling = _samples(plan, placed, roots, table)
     batch = make_batch(
         np.append(token_ids, np.array(added.token_ids, np.int32)),
         all_counts,
@@ -135,11 +141,9 @@ def prepare(
         size,
         np.array(added.mirrors, np.int32).reshape(-1, 3) if added.mirrors else NO_MIRRORS,
         np.append(lengths, np.array(added.ends, np.int32)),
+        _columns(logits_rows, sampling),
+        adapters=_adapters(table, whose, all_counts),
     )
-    whose = np.append(slots, np.array(added.slots, np.int32))
-    batch = replace(batch, adapters=_adapters(table, whose, all_counts))
-    logits_rows, first_samples, sampling = _samples(plan, placed, roots, table)
-    batch = _with_columns(batch, logits_rows, sampling)
     return StepInputs(plan, starts, batch, placed, added.copies, logits_rows, first_samples, sampling)
 
 
@@ -149,14 +153,12 @@ def _adapters(table: RowTable, slots: Int32, counts: Int32) -> Int32 | None:
     return np.repeat(numbers, counts) if numbers.any() else None
 
 
-def _with_columns(
-    batch: RaggedBatch, logits_rows: Int32, sampling: SamplingBatch, expecting: Int32 | None = None
-) -> RaggedBatch:
+def _columns(logits_rows: Int32, sampling: SamplingBatch, expecting: Int32 | None = None) -> tuple[NDArray[Any], ...]:
     """So that everything a step needs goes to the device at once."""
     if not len(logits_rows):
-        return batch
+        return ()
     slots = () if expecting is None else (expecting,)
-    return replace(batch, columns=(logits_rows, *slots, *sampling.columns))
+    return logits_rows, *slots, *sampling.columns
 
 
 def _samples(

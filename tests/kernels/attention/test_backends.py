@@ -161,7 +161,6 @@ def test_a_segment_goes_through_flashinfer_as_it_would_alone(asked: Segments, gr
             one = replace(
                 batch,
                 token_ids=batch.token_ids[: counts[index]],
-                positions=batch.positions[batch.q_start[segment] : batch.q_start[segment + 1]],
                 q_start=np.array([0, counts[index]], np.int32),
                 kv_len=batch.kv_len[[segment]],
                 table_row=batch.table_row[[segment]],
