@@ -20,6 +20,7 @@ from slipstream.engine.endings import Alphabet, Ending, Endings, Mask
 from slipstream.engine.errors import RequestError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.speculation.tree import Tree
+from slipstream.engine.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -69,7 +70,7 @@ class Grammars:
 
         Raises ConfigError where the library that compiles grammars is not installed.
         """
-        padded = [*tokens[:vocab_size], *[b""] * (vocab_size - len(tokens))]
+        padded = TokenBytes([*tokens[:vocab_size], *[b""] * (vocab_size - len(tokens))])
         special = [token for token in special if token < vocab_size]
         require_library()
         with self._lock:

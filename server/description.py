@@ -25,7 +25,7 @@ WITH_BODY = (413, 415)
 class Answer(BaseModel):
     """A JSON answer. Handlers write answers as they please; tests hold them against these classes."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=(), defer_build=True)
 
 
 class Problem(Answer):

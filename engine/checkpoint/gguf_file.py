@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 
+LENGTH = struct.Struct("<Q")
 # Metadata value types with a fixed size, as struct codes; the others are strings and arrays.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING = 8
@@ -86,8 +88,44 @@ class TensorInfo:
     num_bytes: int
 
 
+class Metadata(Mapping[str, Any]):
+    """Keys and Python values, arrays as lists, which are read when they are asked for: most of a header is the
+    vocabulary, which only a tokenizer needs, and as Python objects it takes 10 MB and more.
+
+    ``[]`` raises ModelError where texts of an array are not UTF-8.
+    """
+
+    def __init__(self, values: dict[str, Any], cursor: _Cursor) -> None:
+        """``values``: arrays as ``_Array``."""
+        self._values = values
+        self._cursor = cursor
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._values[key]
+        return self._cursor.array(key, value) if isinstance(value, _Array) else value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Array:
+    """One that fits into the file, unread."""
+
+    kind: int
+    """Of its values."""
+    count: int
+    offset: int
+
+
 class GGUFFile:
-    """A parsed GGUF file. ``metadata`` maps keys to Python values, arrays to lists."""
+    """A parsed GGUF file."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -99,7 +137,7 @@ class GGUFFile:
         cursor = _Cursor(self._data, self.path)
         try:
             num_tensors, num_entries = cursor.preamble()
-            self.metadata = cursor.metadata(num_entries)
+            self.metadata = Metadata(cursor.metadata(num_entries), cursor)
             self.tensors = cursor.tensor_table(num_tensors, self.metadata)
         except UnicodeDecodeError as error:
             raise cursor.broken("a string is not UTF-8") from error
@@ -168,13 +206,15 @@ class _Cursor:
             raise self.broken(f"it states {count} {what}, more than fit in the rest of the file")
 
     def string(self) -> str:
-        return self.strings(1)[0]
+        start = self.offset + 8
+        self.skip_strings(1)
+        return str(self.data[start : self.offset], "utf-8")
 
-    def strings(self, count: int) -> list[str]:
+    def skip_strings(self, count: int) -> None:
+        """Moves past them; raises ModelError if they do not fit into the file."""
         self.check_count(count, 8, "strings")
-        read_length = struct.Struct("<Q").unpack_from
+        read_length = LENGTH.unpack_from
         data, size, offset = self.data, self.size, self.offset
-        values = []
         for _ in range(count):
             start = offset + 8
             if start > size:
@@ -183,9 +223,23 @@ class _Cursor:
             if end > size:
                 self.offset = offset
                 raise self.broken(f"a string of {end - start} bytes reaches past the end of the file")
-            values.append(str(data[start:end], "utf-8"))
             offset = end
         self.offset = offset
+
+    def array(self, key: str, array: _Array) -> list[Any]:
+        """The values of one that ``value`` found; ModelError if they are texts that are not UTF-8."""
+        data, start = self.data, array.offset
+        if array.kind != STRING:
+            return list(struct.unpack_from(f"<{array.count}{SCALARS[array.kind]}", data, start))
+        values = []
+        try:
+            for _ in range(array.count):
+                begin = start + 8
+                start = begin + LENGTH.unpack_from(data, start)[0]
+                values.append(str(data[begin:start], "utf-8"))
+        except UnicodeDecodeError as error:
+            self.reading, self.offset = f"metadata {key!r}", begin
+            raise self.broken("a string is not UTF-8") from error
         return values
 
     def preamble(self) -> tuple[int, int]:
@@ -223,14 +277,18 @@ class _Cursor:
         if kind != ARRAY:
             raise self.broken(f"unknown value type {kind}")
         element, count = self.unpack("IQ")
+        found = _Array(element, count, self.offset)
         if element == STRING:
-            return self.strings(count)
-        if element not in SCALARS:
+            self.skip_strings(count)
+        elif element not in SCALARS:
             raise self.broken(f"arrays of value type {element} are not supported")
-        self.check_count(count, struct.calcsize("<" + SCALARS[element]), "numbers")
-        return list(self.unpack(f"{count}{SCALARS[element]}"))
+        else:
+            size = struct.calcsize("<" + SCALARS[element])
+            self.check_count(count, size, "numbers")
+            self.offset += count * size
+        return found
 
-    def tensor_table(self, count: int, metadata: dict[str, Any]) -> dict[str, TensorInfo]:
+    def tensor_table(self, count: int, metadata: Mapping[str, Any]) -> dict[str, TensorInfo]:
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise self.broken(f"general.alignment is {alignment!r}, not a power of two")

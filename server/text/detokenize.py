@@ -53,7 +53,7 @@ class IncrementalDetokenizer:
 class _Bytes:
     """Byte-level vocabularies: every token stands for fixed bytes."""
 
-    def __init__(self, table: list[bytes]) -> None:
+    def __init__(self, table: Sequence[bytes]) -> None:
         self._table = table
         self._pending = b""
 

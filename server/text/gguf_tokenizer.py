@@ -8,6 +8,7 @@ Two vocabulary models are known: ``gpt2``, byte-level BPE, whose splitting of te
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -202,9 +203,9 @@ def _numbers(file: GGUFFile, name: str, count: int) -> list[Any] | None:
     return values
 
 
-def _chat_templates(meta: dict[str, Any]) -> dict[str, str | TemplateError]:
+def _chat_templates(meta: Mapping[str, Any]) -> dict[str, str | TemplateError]:
     prefix = "tokenizer.chat_template"
-    named = {key.removeprefix(prefix + "."): value for key, value in meta.items() if key.startswith(prefix + ".")}
+    named = {key.removeprefix(prefix + "."): meta[key] for key in meta if key.startswith(prefix + ".")}
     if prefix in meta:
         named["default"] = meta[prefix]
     return {name: text for name, text in named.items() if isinstance(text, str)}

@@ -14,6 +14,7 @@ import tokenizers
 
 from slipstream.engine.checkpoint import locate
 from slipstream.engine.checkpoint.gguf_file import GGUFFile
+from slipstream.engine.token_bytes import TokenBytes
 from slipstream.server.text.chat_template import ChatTemplate
 from slipstream.server.text.gguf_tokenizer import build_from_gguf
 from slipstream.server.text.tokenizer_files import TokenizerParts, read_folder
@@ -56,8 +57,9 @@ class Tokenizer:
             for token_id, token in enumerate(tokens):
                 if token is not None and (match := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
                     self.byte_fallback_ids[token_id] = int(match[1], 16)
-        self._bytes = [b"" if text is None else _byte_level_bytes(text) for text in tokens] if self._byte_level else []
-        self._visible_bytes = [b"" if i in self.special_ids else data for i, data in enumerate(self._bytes)]
+        known = tokens if self._byte_level else []
+        self._bytes = TokenBytes(b"" if text is None else _byte_level_bytes(text) for text in known)
+        self._visible_bytes = self._bytes.without(self.special_ids)
         self.fingerprint = hashlib.sha256(json.dumps([tokens, sorted(self.special_ids)]).encode()).hexdigest()
         """Over what every token id stands for; in most cases the same for a model's Hugging Face and GGUF form."""
         self.bos_token_id = self.token_id(self.special_tokens.get("bos_token"))
@@ -147,13 +149,13 @@ class Tokenizer:
 
     def all_bytes(self) -> list[bytes]:
         """``token_bytes`` of every token."""
-        return self._bytes if self._byte_level else [self.token_bytes(token) for token in range(self.vocab_size)]
+        return list(self._bytes) if self._byte_level else [self.token_bytes(token) for token in range(self.vocab_size)]
 
     def token_text(self, token_id: int) -> str:
         """The token as text; bytes that are only part of a character are written as ``\\xe2``."""
         return self.token_bytes(token_id).decode("utf-8", "backslashreplace")
 
-    def byte_table(self, skip_special_tokens: bool) -> list[bytes] | None:
+    def byte_table(self, skip_special_tokens: bool) -> Sequence[bytes] | None:
         """The bytes of every token id; None if the vocabulary is not byte-level, so that tokens have no fixed bytes."""
         if not self._byte_level:
             return None

@@ -182,7 +182,8 @@ def test_wrong_values_name_the_option(wrong: dict[str, float]) -> None:
         ServerConfig(**wrong)  # type: ignore[arg-type]
 
 
-def test_the_api_process_needs_neither_torch_nor_transformers() -> None:
-    code = "import sys, slipstream.server.launch; print({'torch', 'transformers'} & set(sys.modules))"
+def test_the_api_process_needs_neither_torch_nor_transformers_nor_tables() -> None:
+    modules = "slipstream.server.cli, slipstream.server.launch"
+    code = f"import sys, {modules}; print({{'torch', 'transformers', 'rich'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
