@@ -9,15 +9,11 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from slipstream.drafter.registry.registry import Registry, default_folder
 from slipstream.drafter.registry.states import Version
 from slipstream.server.evolution.config import check_version_route
-from slipstream.server.log import printable
+from slipstream.server.tables import cell, new_table, show_table
 
 drafter_app = typer.Typer(
     help="List, compare, train, evaluate, promote, exchange and delete the versions of a drafter.",
@@ -27,7 +23,11 @@ drafter_app = typer.Typer(
 Folder = Annotated[
     Path,
     typer.Option(
-        "--registry", envvar="SLIPSTREAM_REGISTRY", help="Folder of the registry.", default_factory=default_folder
+        "--registry",
+        envvar="SLIPSTREAM_REGISTRY",
+        help="Folder of the registry.",
+        default_factory=default_folder,
+        show_default="slipstream/drafters in $XDG_DATA_HOME or ~/.local/share",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -61,7 +61,7 @@ def list_versions(
     versions = open_registry(registry).list(route, pruned)
     if as_json:
         return print_json(versions)
-    table = Table("version", "route", "state", "from", "origin", "tokens", "gate", "serving", "made", box=box.SIMPLE)
+    table = new_table("version", "route", "state", "from", "origin", "tokens", "gate", "serving", "made")
     for each in versions:
         made = each.manifest
         table.add_row(
@@ -89,12 +89,12 @@ def show(registry: Folder, version: Number, as_json: AsJson = False) -> None:
     fields = {"route": found.route, "state": found.state, "pinned": found.pinned} | manifest
     if found.damage:
         fields["damage"] = found.damage
-    table = Table(box=box.SIMPLE, show_header=False)
+    table = new_table(show_header=False)
     for name, value in (fields | {"serving": found.metrics}).items():
         shown = ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, dict) else value
         table.add_row(name, cell(str(shown)))
     show_table(table)
-    events = Table("time", "what", "from", "to", "reason", box=box.SIMPLE)
+    events = new_table("time", "what", "from", "to", "reason")
     for event in history:
         when = datetime.fromtimestamp(event.time, UTC).astimezone()
         events.add_row(f"{when:%Y-%m-%d %H:%M:%S}", event.action, event.before, event.after, cell(event.reason))
@@ -114,7 +114,7 @@ def diff(
     difference = compare(open_registry(registry), a, b)
     if as_json:
         return print_json(difference)
-    table = Table("", f"version {a}", f"version {b}", "change", box=box.SIMPLE)
+    table = new_table("", f"version {a}", f"version {b}", "change")
     for name, (left, right) in difference.fields.items():
         table.add_row(cell(name), cell(text(left)), cell(text(right)))
     for kind, scores in (("gate", difference.gate), ("serving", difference.metrics)):
@@ -220,12 +220,6 @@ def print_json(value: Any) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def show_table(table: Table) -> None:
-    # In a pipe nothing is cut off: it is read by programs.
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=10_000).print(table)
-
-
 def numbers(scores: Mapping[str, float]) -> str:
     return ", ".join(f"{cell(name)} {value:.4g}" for name, value in scores.items())
 
@@ -236,8 +230,3 @@ def text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return ", ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
-
-
-def cell(text: str) -> str:
-    """A text for a cell of a table: manifests and reasons of strangers are neither markup nor terminal codes."""
-    return escape(printable(text))

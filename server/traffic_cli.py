@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from slipstream.drafter.traffic.index import TrafficIndex
-from slipstream.server.log import printable
+from slipstream.server.tables import cell, new_table, show_table
 
 app = typer.Typer(help="What was kept of the traffic: look at it, delete it.", no_args_is_help=True)
 Folder = Annotated[str, typer.Option(help="The --traffic-folder of the server.", envvar="SLIPSTREAM_TRAFFIC_FOLDER")]
@@ -20,24 +20,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def stats(folder: Folder, as_json: AsJson = False) -> None:
     """Samples, tokens and bytes of each tenant."""
-    from rich.console import Console  # slow to import, and only needed here
-    from rich.markup import escape
-    from rich.table import Table
-
     index = TrafficIndex(folder)
     found = index.statistics()
     index.close()
     if as_json:
         print(json.dumps({tenant: dataclasses.asdict(entry) for tenant, entry in found.items()}))
         return
-    table = Table("tenant", title=escape(f"Traffic in {folder}"))
+    table = new_table("tenant", title=cell(f"Traffic in {folder}"))
     for name in ("samples", "tokens", "bytes", "oldest", "newest"):
         table.add_column(name, justify="right")
     for tenant, entry in found.items():
         times = (datetime.fromtimestamp(when).isoformat(" ", "seconds") for when in (entry.oldest, entry.newest))
-        name = escape(printable(tenant)) or "(none)"
+        name = cell(tenant) or "(none)"
         table.add_row(name, f"{entry.samples:,}", f"{entry.tokens:,}", f"{entry.bytes:,}", *times)
-    Console().print(table)
+    show_table(table)
 
 
 @app.command()

@@ -12,9 +12,6 @@ from typing import Annotated, Literal
 
 import msgspec
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.traffic.index import TrafficIndex
@@ -24,12 +21,11 @@ from slipstream.server.drafter_cli import (
     Folder,
     Lineage,
     Model,
-    cell,
     open_registry,
     print_json,
-    show_table,
 )
 from slipstream.server.evolution.config import check_device_name, check_route
+from slipstream.server.tables import cell, new_table, show_table
 
 Traffic = Annotated[Path, typer.Option(help="The --traffic-folder of a server.", envvar="SLIPSTREAM_TRAFFIC_FOLDER")]
 TrainedRoute = Annotated[str, typer.Option(help="tenant:NAME or domain:NAME; empty for the route all share.")]
@@ -84,6 +80,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train on kept traffic without a server, as its worker does; Ctrl-C or SIGTERM ends it early."""
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from slipstream.drafter.training.control import Control, Report  # imports torch
@@ -207,7 +204,7 @@ def evaluate_head(
         return print_json(found)
     verdict = found.verdict
     live = "no drafter" if found.live is None else f"version {found.live} (live)"
-    table = Table("accept length with", cell(head), live, box=box.SIMPLE)
+    table = new_table("accept length with", cell(head), live)
     for count, (ours, theirs) in enumerate(zip(found.accept_lengths, found.live_accept_lengths, strict=True), 1):
         table.add_row(f"{count} draft token{'s' if count > 1 else ''}", f"{ours:.3f}", f"{theirs:.3f}")
     show_table(table)
