@@ -89,6 +89,25 @@ async def test_labels_are_true(server: Any, open_page: Callable[[], Any]) -> Non
     assert await drawn.text("reason", server=status["server"] | {"health": asleep}) == asleep["reason"]
     assert await drawn.text("reason") == ""
 
+    paused: Any = {"server": status["server"] | {"health": {"status": "paused"}, "paused": True}}
+    assert "/continue_generation" in await drawn.text("reason", **paused)
+    replaced = await drawn.text("machine", server=status["server"] | {"engine_restarts": 2})
+    assert "engine replaced 2 times" in replaced and "replaced" not in await drawn.text("machine")
+
+    # The tile says what the chart ends with: all drafters together. What the gate knows of is the head.
+    alone = evolving(version(1, "live"), live={"accept_length": 1.2, "predicted": 2.0, "drift": 0.6, "drifts": 0})
+    seen: Any = {"points": [[10.0, 50.0, 3.5, 1, 1]], "accept_length": 1.2, "evolution": alone}
+    assert await drawn.text("tile-accept", **seen) == "3.50 tokens/step"
+    assert await drawn.text("tile-accept-note", **seen) == "1.20 without lookups, 60 % of what the gate expected"
+
+    # A curve ends where nothing ran, goes on where requests ran without one that ended, and both charts have one time.
+    rows = [[0, 9, 1.5], [2, 9, 0], [4, 9, 2.0], [6, 0, 0], [8, 0, 0], [10, 9, 1.8], [12, 0, 0], [14, 0, 0]]
+    points: Any = {"points": [[time, speed, accept, 1, 1] for time, speed, accept in rows]}
+    await drawn.text("chart-accept", **points)
+    assert await page.ask("document.querySelectorAll('#chart-accept path.area').length") == 2
+    assert await page.ask("document.querySelectorAll('#chart-speed path.area').length") == 1
+    assert await page.ask("charts.accept.x(14) === charts.speed.x(14)")
+
     # Another server decides.
     elsewhere = {"folder": "/r", "error": None, "in_control": False}
     followed = evolving(version(1, "live"), version(2, "canary"), registry=elsewhere)

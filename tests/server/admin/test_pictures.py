@@ -1,6 +1,8 @@
 """Pictures of the pages, of a server of the default model that has something to show. The docs have them:
 
 PICTURES=docs/pictures pytest -m slow tests/server/admin/test_pictures.py
+
+but for dashboard.png, which shows a server after some minutes of traffic, training, trials and a rollback.
 """
 
 from __future__ import annotations
