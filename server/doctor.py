@@ -76,6 +76,22 @@ def processor(asked: Asked) -> Iterator[Fact]:
         yield Fact("compiled kernels", f"{library.isa()}, chosen of {', '.join(runs)}")
         if others := [name for name, here in library.variants().items() if not here]:
             yield Fact("not for this processor", ", ".join(others))
+        yield from _limits(usable_cores(), free_memory())
+
+
+def _limits(cores: int, free: int) -> Iterator[Fact]:
+    """What bounds a step: measured, with all cores, in half a second."""
+    import torch
+
+    from slipstream.kernels.native import limits
+    from slipstream.kernels.native.stack import NativeCompute
+
+    NativeCompute.set_threads(cores)
+    if free > 2 * limits.LARGEST:
+        yield Fact("reads memory at", f"{limits.read_bandwidth() / 1e9:.1f} GB/s: what few streams are bound by")
+    formats = (torch.bfloat16, torch.float32, torch.int8)
+    peaks = [f"{limits.peak_flops(each) / 1e9:,.0f} in {str(each).removeprefix('torch.')}" for each in formats]
+    yield Fact("computes at most", f"{', '.join(peaks)} (10^9 operations per second): what prompts are bound by")
 
 
 def weights(asked: Asked) -> Iterator[Fact]:
@@ -123,7 +139,7 @@ def versions(asked: Asked) -> Iterator[Fact]:
 
     for package in PACKAGES:
         yield Fact(package, installed(package) or "not installed")
-    for entry in TABLE:
+    for entry in TABLE if asked.device.type == "cuda" else ():
         if entry.package and (why := missing(entry.name)):
             yield Fact(f"attention by {entry.name}", "not there", why)
 
