@@ -119,7 +119,7 @@ class _Array:
     """One that fits into the file, unread."""
 
     kind: int
-    """Of its values."""
+    """What its values are."""
     count: int
     offset: int
 
