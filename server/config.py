@@ -80,9 +80,51 @@ class ServerConfig:
     )
     chat_template: str | None = option(None, "File with a Jinja chat template to use instead of the model's own.")
     tool_call_parser: Literal[
-        "auto", "none", "qwen3_coder", "glm45", "hermes", "llama3_json", "mistral", "mistral_args", "nemotron", "json"
+        "auto",
+        "none",
+        "apertus",
+        "command_a",
+        "command_r",
+        "deepseek_v3",
+        "deepseek_v31",
+        "deepseek_v32",
+        "functiongemma",
+        "gemma4",
+        "glm4",
+        "glm45",
+        "granite",
+        "hermes",
+        "internlm",
+        "jamba",
+        "json",
+        "kimi_k2",
+        "lfm2",
+        "llama3_json",
+        "llama4_json",
+        "longcat",
+        "minimax_m2",
+        "mistral",
+        "mistral_args",
+        "nemotron",
+        "olmo3",
+        "phi4_mini",
+        "pythonic",
+        "qwen3_coder",
+        "seed_oss",
     ] = option("auto", "How the model calls tools; auto for what its chat template tells, none to refuse tools.")
-    reasoning_parser: Literal["auto", "none", "think", "magistral", "seed", "harmony"] = option(
+    reasoning_parser: Literal[
+        "auto",
+        "none",
+        "think",
+        "magistral",
+        "seed",
+        "harmony",
+        "command",
+        "gemma4",
+        "granite",
+        "apertus",
+        "longcat",
+    ] = option(
         "auto",
         "Tags around what the model thinks before it answers, which becomes reasoning_content; auto for those of its "
         "chat template.",

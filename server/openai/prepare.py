@@ -69,7 +69,8 @@ def conversation(text: TextModel, limits: Limits, body: ChatBody) -> Prepared[Ch
     ends = text.turn_ends if template is text.template else short(text.tokenizer.turn_ends(template))
     asked, use = structure_asked(body), tool_use(body)
     said = body.messages[-1].text if body.continue_final_message else ""
-    speech, found = plan_answer(limits, text.tokenizer, template.text, rendered, use, asked, said)
+    calls = sum(len(message.tool_calls or ()) for message in body.messages)
+    speech, found = plan_answer(limits, text.tokenizer, template.text, rendered, use, asked, said, calls)
     require_alone(body, found)
     done = body.model_copy(update=RENDERED)
     return Prepared(done, [prompt], [], ends, tried(text, limits, found), speech)

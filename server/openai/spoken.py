@@ -26,6 +26,7 @@ class SpokenAnswer:
         content: list[str] = []
         reasoning: list[str] = []
         calls: list[dict[str, Any]] = []
+        arguments: list[list[str]] = []
         for part in self._parser.push(text) + self._parser.finish():
             match part:
                 case Content():
@@ -33,9 +34,12 @@ class SpokenAnswer:
                 case Reasoning():
                     reasoning.append(part.text)
                 case CallBegin():
-                    calls.append(self._call(part.name))
+                    calls.append(self._call(part))
+                    arguments.append([])
                 case CallArguments():
-                    calls[-1]["function"]["arguments"] += part.text
+                    arguments[-1].append(part.text)
+        for call, said in zip(calls, arguments, strict=True):
+            call["function"]["arguments"] = "".join(said)
         found: dict[str, Any] = {"content": "".join(content) if content or not calls else None}
         if reasoning:
             found["reasoning_content"] = "".join(reasoning)
@@ -53,9 +57,10 @@ class SpokenAnswer:
             case Reasoning():
                 return {"reasoning_content": part.text}
             case CallBegin():
-                return {"tool_calls": [{"index": part.index, **self._call(part.name)}]}
+                return {"tool_calls": [{"index": part.index, **self._call(part)}]}
             case CallArguments():
                 return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
 
-    def _call(self, name: str) -> dict[str, Any]:
-        return {"id": self._speech.new_id(), "type": "function", "function": {"name": name, "arguments": ""}}
+    def _call(self, begun: CallBegin) -> dict[str, Any]:
+        id_ = self._speech.new_id(begun.name, begun.index)
+        return {"id": id_, "type": "function", "function": {"name": begun.name, "arguments": ""}}

@@ -129,11 +129,13 @@ def plan_answer(
     use: ToolUse,
     structure: Structure | None,
     said: str = "",
+    calls_before: int = 0,
 ) -> tuple[Speech | None, Structure | None]:
     """What is to be looked for in the answer to a prompt, and what it is to look like.
 
     ``template`` is the text of the chat template; ``structure`` what the request asks of the answer itself,
-    ``said`` what the assistant has said already where the answer goes on from there.
+    ``said`` what the assistant has said already where the answer goes on from there, ``calls_before`` how many calls
+    the conversation has.
     """
     form = tool_format(limits, template) if use.mode != "none" else None
     if form is None and use.mode != "none":
@@ -165,7 +167,8 @@ def plan_answer(
     if tags is not None and structure is not None and is_open is not False:
         begin, end = tokenizer.symbols(tags.begin), tokenizer.symbols(tags.end)
         structure = replace(structure, grammar=after_reasoning(structure.grammar, begin, end, bool(is_open)))
-    markers = ([tags.begin, tags.end] if tags else []) + ([form.begin, form.after.strip()] if form else [])
+    markers = [tags.begin, tags.end, *tags.around_answers] if tags else []
+    markers += [*form.begins, form.after.strip(), *form.call, *form.loose, *(form.literal or ())] if form else []
     return (
         Speech(
             tool_format=form.name if form else None,
@@ -176,6 +179,7 @@ def plan_answer(
             most_calls=None if use.parallel else 1,
             reasoning=tags_name if tags else None,
             is_open=is_open,
+            calls_before=calls_before,
             keeps_special=any("<[" in tokenizer.symbols(marker) for marker in markers if marker),
         ),
         structure,

@@ -14,6 +14,8 @@ from slipstream.server.tools.tagged import Kinds
 
 CHANNELS = "harmony"
 """The reasoning whose tags also tell of calls."""
+PIECE_CHARS = 2048
+"""Parsers copy what is left of a piece with every step, so a text that comes at once is cut into pieces, too."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Speech:
     """See reasoning.is_open."""
     keeps_special: bool = False
     """What is looked for is written with special tokens, so they have to be in the text."""
+    calls_before: int = 0
+    """How many calls the conversation has already."""
 
-    def new_id(self) -> str:
-        """An id for a call."""
+    def new_id(self, name: str, index: int) -> str:
+        """An id for the ``index``-th call of an answer, which calls the tool ``name``."""
         assert self.tool_format is not None
-        return FORMATS[self.tool_format].new_id()
+        return FORMATS[self.tool_format].new_id(name, self.calls_before + index)
 
 
 class AnswerParser:
@@ -57,6 +61,10 @@ class AnswerParser:
         return any(parser is not None and parser.num_calls for parser in (self._calls, self._channels))
 
     def push(self, text: str) -> list[Part]:
+        pieces = [text[at : at + PIECE_CHARS] for at in range(0, len(text), PIECE_CHARS)]
+        return [part for piece in pieces for part in self._push(piece)]
+
+    def _push(self, text: str) -> list[Part]:
         return self._look_for_calls(self._reasoning.push(text) if self._reasoning else [Content(text)])
 
     def finish(self) -> list[Part]:

@@ -59,7 +59,7 @@ class Blocks:
     def _take(self, part: Part) -> list[BlockEvent]:
         if isinstance(part, CallBegin):
             assert self._speech is not None
-            return self._begin(Block(len(self.blocks), "call", part.name, self._speech.new_id()))
+            return self._begin(Block(len(self.blocks), "call", part.name, self._speech.new_id(part.name, part.index)))
         kind: BlockKind = (
             "text" if isinstance(part, Content) else "reasoning" if isinstance(part, Reasoning) else "call"
         )

@@ -6,12 +6,15 @@ import re
 from collections.abc import Collection, Mapping
 
 from slipstream.server.tools.formats import ToolFormat
+from slipstream.server.tools.literal import LiteralScanner
 from slipstream.server.tools.parts import CallArguments, CallBegin, Content, StepParser, beginning_of
-from slipstream.server.tools.scanner import CallScanner
+from slipstream.server.tools.scanner import Scanner, scan_object
 from slipstream.server.tools.tagged import Kinds, TaggedScanner
 
 BETWEEN = " \t\r\n,;[]"
 """What may stand around calls and means nothing."""
+MEANS_NOTHING = re.compile(r"[ \t\r\n,;\[\]]+")
+SPACE = re.compile(r"\s*")
 
 
 class CallParser(StepParser):
@@ -32,22 +35,30 @@ class CallParser(StepParser):
         these are no JSON."""
         super().__init__(self._start if form.is_bare else self._find)
         self._form, self._names, self._most, self._kinds = form, names, most, kinds or {}
-        self._markers = tuple(each for each in (form.begin, form.after.strip(BETWEEN)) if each)
-        self._raw = ""
+        self._ends = tuple(each for each in (form.after.strip(BETWEEN),) if each)
+        self._markers = (*form.begins, *self._ends, *form.loose)
+        self._raw: list[str] = []
         """What was digested since the last content or call, in case it turns out to be content."""
-        self._scanner: CallScanner | TaggedScanner = CallScanner(names)
-        self._told = -1
-        """Characters of the arguments of this call that were told; -1: nothing of it."""
+        self._scanner: Scanner = self._new_scanner()
+        self._is_told = False
+        """The call that is being read has begun, and was told unless it is one too many."""
         self._trims = False
         """White space is to be left out, after a call."""
         self.num_calls = 0
 
     def _end_of_text(self) -> None:
-        if self._told < 0 and not (self.num_calls and self._step != self._find):  # else a marker or a call was cut off
-            self._tell_content(self._raw + self._text)
-        elif self._told >= 0 and self._scanner.is_whole:
+        if not self._is_told and not (self.num_calls and self._step != self._find):  # else a marker or a call was cut
+            self._tell_content("".join(self._raw) + self._text)
+        elif self._is_told and self._scanner.is_whole:
             self.num_calls += 1
-        self._raw = ""
+        self._raw = []
+
+    def _new_scanner(self) -> Scanner:
+        if self._form.parameter is not None:
+            return TaggedScanner(self._form, self._names, self._kinds)
+        if self._form.literal is not None:
+            return LiteralScanner(self._form, self._names)
+        return scan_object(self._form, self._names)
 
     @property
     def _follows_a_call(self) -> bool:
@@ -58,85 +69,81 @@ class CallParser(StepParser):
 
     def _start(self) -> bool:
         """At the beginning of an answer that may be a call as a whole."""
-        rest = self._text.lstrip()
-        if rest:
-            self._step = self._between if rest[0] in "{[" else self._find
-        return bool(rest)
+        found = SPACE.match(self._text)
+        assert found is not None
+        self._raw.append(found[0])
+        self._text = self._text[found.end() :]
+        if self._text and self._form.is_object and not self._text.startswith(("{", "[", *self._form.begins)):
+            if any(begin.startswith(self._text) for begin in self._form.begins):
+                return False
+            self._leave()
+        elif self._text:
+            self._step = self._between
+        return bool(self._text)
 
     def _find(self) -> bool:
         """Looks for what begins calls."""
-        if not (begin := self._form.begin):
-            self._tell_content(self._text)
-            self._text = ""
-            return False
-        before, found, after = self._text.partition(begin)
-        if not found:
-            keep = beginning_of(self._text, (begin,))
-            before, after = self._text[:keep], self._text[keep:]
-        self._tell_content(before)
-        self._raw, self._text = found, after
-        if found:
+        begins = self._form.begins
+        at, begin = min(((at, each) for each in begins if (at := self._text.find(each)) >= 0), default=(-1, ""))
+        if at < 0:
+            at = beginning_of(self._text, begins) if begins else len(self._text)
+        self._tell_content(self._text[:at])
+        self._text = self._text[at + len(begin) :]
+        if begin:
+            self._raw.append(begin)
             self._step = self._between
-        return bool(found)
+        return bool(begin)
 
     def _between(self) -> bool:
         """Around calls."""
         rest = self._text
         for marker in self._markers:
             if rest.startswith(marker):
-                ends = marker != self._form.begin
-                self._raw = "" if ends and self._follows_a_call else self._raw + marker
+                follows = self._follows_a_call and marker not in self._form.begins
+                if not follows:
+                    self._raw.append(marker)
                 self._text = rest[len(marker) :]
-                if ends:
+                if marker in self._ends:
                     self._leave()
                 return True
         if any(marker.startswith(rest) for marker in self._markers):
             return False
-        if rest[0] in BETWEEN:
-            self._raw += "" if self._follows_a_call else rest[0]
-            self._text = rest[1:]
+        if found := MEANS_NOTHING.match(rest):
+            if not self._follows_a_call:
+                self._raw.append(found[0])
+            self._text = rest[found.end() :]
             return True
-        if self._form.parameter is not None and self._raw:
-            self._scanner = TaggedScanner(self._form, self._names, self._kinds)
-            self._told, self._step = -1, self._call
-        elif self._form.names_first and rest[0] != "{" and self._raw:
-            self._step = self._name
-        elif rest[0] == "{" and not self._form.names_first and self._form.parameter is None:
-            self._scanner, self._told, self._step = CallScanner(self._names), -1, self._call
+        if self._may_begin(rest[0]):
+            self._scanner, self._is_told, self._step = self._new_scanner(), False, self._call
         else:
             self._leave()
         return True
 
-    def _name(self) -> bool:
-        """A name that stands before its arguments, perhaps with an id between them."""
-        before, brace, _ = self._text.partition("{")
-        if not brace:
-            return False
-        self._raw, self._text = self._raw + before, self._text[len(before) :]
-        scanner = CallScanner(self._names)
-        scanner.begin(re.split(r"\[[A-Z_]+\]", before)[0].strip())
-        self._scanner, self._told, self._step = scanner, -1, self._call
-        if self._scanner.is_wrong:
-            self._leave()
-        return True
+    def _may_begin(self, first: str) -> bool:
+        """Whether a call may begin with this; some models write several behind one beginning."""
+        if self._form.is_object:
+            return first == "{"
+        return bool(self._raw) or not self._form.begins_each or not self._follows_a_call
 
     def _call(self) -> bool:
         """In an object that calls a tool, or in the arguments that stand for it."""
         scanner = self._scanner
         count = scanner.push(self._text)
-        self._raw, self._text = self._raw + self._text[:count], self._text[count:]
+        if not self._is_told:
+            self._raw.append(self._text[:count])
+        self._text = self._text[count:]
         if scanner.is_done or scanner.has_begun:
             self._tell_call()
-        if scanner.is_wrong and self._told < 0:
+        if scanner.is_wrong and not self._is_told:
             self._leave()
         elif scanner.is_done or scanner.is_wrong:
             self.num_calls += 1
-            self._raw, self._told, self._trims, self._step = "", -1, True, self._between
+            self._is_told, self._trims, self._step = False, True, self._between
         return scanner.is_done or scanner.is_wrong
 
     def _leave(self) -> None:
         """What was taken for more calls is content; so is what follows, up to the next of them."""
-        raw, self._raw, self._step = self._raw, "", self._find
+        raw, self._raw, self._step = "".join(self._raw), [], self._find
         self._tell_content(raw)
 
     def _tell_content(self, text: str) -> None:
@@ -147,14 +154,12 @@ class CallParser(StepParser):
             self._found.append(Content(text))
 
     def _tell_call(self) -> None:
+        new = self._scanner.take()
+        is_new, self._is_told, self._raw = not self._is_told, True, []
         if self._most is not None and self.num_calls >= self._most:
-            self._told = 0
             return
-        scanner = self._scanner
-        assert scanner.name is not None
-        if self._told < 0:
-            self._found.append(CallBegin(self.num_calls, scanner.name))
-            self._told = 0
-        if new := scanner.arguments[self._told :]:
+        assert self._scanner.name is not None
+        if is_new:
+            self._found.append(CallBegin(self.num_calls, self._scanner.name))
+        if new:
             self._found.append(CallArguments(self.num_calls, new))
-            self._told = len(scanner.arguments)

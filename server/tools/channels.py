@@ -13,6 +13,7 @@ MESSAGE = "<|message|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 """What ends a message; the last of them begins the next one."""
 RECIPIENT = re.compile(r"\bto=functions\.([\w.:-]+)", re.ASCII)
+MOST_HEADER_CHARS = 512
 ANALYSIS = re.compile(r"<\|channel\|>analysis\b")
 
 
@@ -26,12 +27,14 @@ class ChannelParser(StepParser):
         self._names, self._most = names, most
         self._kind = "said"
         self._arguments: list[str] = []
+        self._space: list[str] = []
+        """Before the first message."""
         self._num_begun = 0
         self.num_calls = 0
 
     def _end_of_text(self) -> None:
         if self._step == self._start:
-            self._tell(self._text)
+            self._tell("".join([*self._space, self._text]))
         elif self._step == self._body:
             self._tell(self._text)
             self._end(is_cut=True)
@@ -40,13 +43,16 @@ class ChannelParser(StepParser):
 
     def _start(self) -> bool:
         rest = self._text.lstrip()
+        self._space.append(self._text[: len(self._text) - len(rest)])
+        self._text = rest
         firsts = (BEGIN, "to=", "<|start|>")
         if any(rest.startswith(first) for first in firsts):
             self._step = self._header
         elif any(first.startswith(rest) for first in firsts):
             return False
         else:
-            self._step = self._rest
+            self._text, self._step = "".join([*self._space, rest]), self._rest
+        self._space = []
         return True
 
     def _rest(self) -> bool:
@@ -57,6 +63,8 @@ class ChannelParser(StepParser):
     def _header(self) -> bool:
         header, found, after = self._text.partition(MESSAGE)
         if not found:
+            # Of one that never ends, as much as may say for whom the message is.
+            self._text = header[:MOST_HEADER_CHARS] + header[max(MOST_HEADER_CHARS, len(header) - len(MESSAGE)) :]
             return False
         self._text, self._step, self._arguments = after, self._body, []
         recipient = RECIPIENT.search(header)

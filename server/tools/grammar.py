@@ -6,6 +6,7 @@ Schemas stand in them as they are, each with references of its own.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,8 @@ from urllib.parse import quote
 
 from slipstream.server.structured import IN_REFERENCES, JSON_OPTIONS, bounded, closed, readable, several
 from slipstream.server.tools.formats import ToolFormat
-from slipstream.server.tools.tagged import call_rules
+from slipstream.server.tools.literal import literal_rules
+from slipstream.server.tools.tagged import tagged_rules
 
 MOST_CALLS = 32
 """In one answer; without an end, small models go on and on."""
@@ -61,7 +63,11 @@ def calls_grammar(
         starts.append("@answer")
     elif form.is_bare:
         starts = ["OTHER", "rest"]
-        lines.append(r"OTHER: /([^{\[ \t\r\n](.|\n)*)?/")
+        if form.is_object or form.before:
+            lines.append(r"OTHER: /([^{\[ \t\r\n](.|\n)*)?/")
+        else:
+            names = "|".join(re.escape(tool.name) for tool in tools)
+            lines.append(rf"OTHER: {ANY_TEXT} & ~/[ \t\r\n]*({names})[ \t\r]*\n(.|\n)*/")
     else:
         starts = ["OTHER"]
         lines.append(f"OTHER: {ANY_TEXT}")
@@ -77,20 +83,20 @@ def calls_grammar(
 
 def _bodies(form: ToolFormat, tools: Sequence[Tool], symbols: Callable[[str], str]) -> list[str]:
     """A rule ``body`` for a call of any of the tools."""
-    lines = [f"ANY: {ANY_TEXT}"] if form.parameter is not None else []
+    lines = [] if form.is_object or form.header else [f"ANY: {ANY_TEXT}"]
     lines += ["body: " + " | ".join(f"call{number}" for number in range(len(tools)))]
     for number, tool in enumerate(tools):
         options = JSON_OPTIONS | {"lenient": not tool.strict}
-        if form.is_bare:
+        if form.is_bare and form.is_object:
             # As JSON as a whole: beside other JSON, a parser could not tell which of them begins with a bracket.
             lines.append(f"call{number}: %json {_json(_whole(form, tool) | {'x-guidance': options})}")
             continue
-        if form.parameter is not None:
-            one = partial(_one, tool)
-            lines += call_rules(form, number, tool.name, arguments_of(tool), one, symbols)
+        if not form.is_object and not form.header:
+            rules = tagged_rules if form.parameter is not None else literal_rules
+            lines += rules(form, number, tool.name, arguments_of(tool), partial(_one, tool), symbols)
             continue
         head, middle, tail = form.call
-        name = tool.name if form.names_first else json.dumps(tool.name)[1:-1]
+        name = tool.name if form.header else json.dumps(tool.name)[1:-1]
         lines += [
             f"call{number}: {symbols(head + name + middle)} arguments{number} {symbols(tail)}",
             f"arguments{number}: %json {_json({**arguments_of(tool), 'x-guidance': options})}",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from slipstream.server.tools.formats import ToolFormat
-from slipstream.server.tools.tagged import written
+from slipstream.server.tools.written import all_written
 
 
 def told_of_tools(
@@ -18,8 +18,8 @@ def told_of_tools(
 ) -> list[dict[str, Any]]:
     """The messages with what the tools are and how they are called at the end of the system's; or, for templates that
     know no system, before what the user says first."""
-    arguments = "{…}" if form.parameter is None else '{"ARGUMENT": "VALUE"}'
-    example = form.begin + form.before + written(form, "NAME", arguments) + form.after
+    arguments = "{…}" if form.is_object or form.header else '{"ARGUMENT": "VALUE"}'
+    example = all_written(form, [("NAME", arguments)])
     listed = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
     words = f"You can call these tools:\n{listed}\nTo call one, write {example} and nothing after it."
     first = messages[0] if messages else {}
@@ -56,11 +56,7 @@ def without_calls(messages: Sequence[dict[str, Any]], form: ToolFormat) -> list[
 
 def _as_text(message: dict[str, Any], form: ToolFormat) -> dict[str, Any]:
     calls = [call["function"] for call in message["tool_calls"]]
-    texts = [written(form, call["name"], call.get("arguments") or "{}") for call in calls]
-    if form.begins_each:
-        text = form.separator.join(form.begin + form.before + each + form.after for each in texts)
-    else:
-        text = form.begin + form.before + form.separator.join(texts) + form.after
+    text = all_written(form, [(call["name"], call.get("arguments") or "{}") for call in calls])
     content = text_of(message)
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
     return {**rest, "content": f"{content}\n{text}" if content else text}

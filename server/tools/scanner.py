@@ -3,9 +3,79 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
+from typing import Protocol
 
+from slipstream.server.tools.formats import ToolFormat
+
+NAMES = ("name", "tool_name")
 ARGUMENTS = ("arguments", "parameters")
+IN_TEXT = re.compile(r'["\\]')
+BETWEEN_TEXTS = re.compile(r'["{}\[\]:,]')
+MOST_HEADER_CHARS = 512
+"""Before the arguments of a call whose name stands before them; names have 128 characters at most."""
+
+
+class Scanner(Protocol):
+    """Reads one call. What it does with a piece of text takes a time that depends on the piece, not on what came
+    before, so what it keeps is in lists of pieces."""
+
+    name: str | None
+    is_done: bool
+    is_wrong: bool
+    """It is no call, or the text of one is broken."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it is known which tool is called, and that its arguments come."""
+        ...
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the call is there, but perhaps for what ends it, which some models forget."""
+        ...
+
+    def push(self, text: str) -> int:
+        """Takes characters up to the end of the call, or to where it turns out to be wrong; how many."""
+        ...
+
+    def take(self) -> str:
+        """What of the arguments, as JSON text, has come since it was asked last."""
+        ...
+
+
+class JsonSigns:
+    """Goes from sign to sign through JSON text that comes in pieces."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        """Of brackets; their kinds do not matter."""
+        self.in_text = False
+        self._escaped = False
+
+    def next(self, text: str, at: int) -> tuple[int, str]:
+        """Where the next sign ends, and which it is; empty if there is none. Those within texts are none."""
+        while at < len(text):
+            if self._escaped:
+                self._escaped = False
+                at += 1
+                continue
+            found = (IN_TEXT if self.in_text else BETWEEN_TEXTS).search(text, at)
+            if found is None:
+                break
+            sign, at = found[0], found.end()
+            if sign == "\\":
+                self._escaped = True
+                continue
+            if sign == '"':
+                self.in_text = not self.in_text
+            elif sign in "{[":
+                self.depth += 1
+            elif sign in "}]":
+                self.depth -= 1
+            return at, sign
+        return len(text), ""
 
 
 class CallScanner:
@@ -13,98 +83,183 @@ class CallScanner:
 
     def __init__(self, names: Collection[str]) -> None:
         """``names`` of the tools: what calls none of them is wrong."""
-        self.text = ""
-        """All that was taken, as it came."""
         self.name: str | None = None
-        self.arguments = ""
-        """As much of them as there is."""
         self.is_done = False
         self.is_wrong = False
-        """It is no call, or the text of one is broken."""
         self._names = names
-        self._ends_with_arguments = False
-        self._depth = 0
-        self._in_string = self._escaped = False
-        self._string_at = 0
+        self._signs = JsonSigns()
         self._key: str | None = None
-        self._value_at = -1
-        """Where the value of the member begins; -1 before its colon."""
+        self._in_value = False
+        """The colon of the member was there."""
+        self._said: list[str] = []
+        """Of the key or the value that is being read."""
+        self._streams = False
+        """The value is the arguments, an object, which is told as it comes."""
         self._has_arguments = False
-        """The member is the arguments, and their last bracket was there."""
-
-    def begin(self, name: str) -> None:
-        """The name is known, and nothing but the arguments come."""
-        self.push(f'{{"name": {json.dumps(name)}, "arguments": ')
-        self._ends_with_arguments = True
+        """The last member was the arguments, and their last bracket was there."""
+        self._given: str | None = None
+        """How the arguments begin; None before they come."""
+        self._new: list[str] = []
 
     @property
     def has_begun(self) -> bool:
-        """Whether it is known which tool is called, and that its arguments come."""
-        return self.name is not None and self.arguments.startswith("{")
+        return self.name is not None and self._given == "{"
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of the call is there, but for the bracket after its arguments, which some models forget."""
         return self.name is not None and self._has_arguments
 
+    def take(self) -> str:
+        new, self._new = "".join(self._new), []
+        return new
+
     def push(self, text: str) -> int:
-        """Takes characters up to the end of the object, or to where it turns out to be wrong; how many."""
-        before, at = len(self.text), len(self.text)
-        self.text += text
-        while at < len(self.text):
-            if self.is_whole and self.text[at] not in " \t\r\n,}":
-                self.is_done = True
-                break
-            self._take(self.text[at], at)
-            at += 1
-            if self.is_done or self.is_wrong:
-                break
-        self.text = self.text[:at]
-        if self._key in ARGUMENTS and self._value_at >= 0:
-            value = self.text[self._value_at :].lstrip()
-            self.arguments = value.rstrip() if self._depth == 1 else value
-        return at - before
+        at = 0
+        while at < len(text) and not (self.is_done or self.is_wrong):
+            if self.is_whole and not text[at].isspace() and text[at] not in ",}":
+                self.is_done = True  # its last bracket was forgotten
+            elif (self.is_whole or self._signs.depth == 0) and text[at].isspace():
+                at += 1
+            elif self._signs.depth == 0 and text[at] != "{":
+                self.is_wrong = True
+                at += 1
+            else:
+                at = self._take(text, at)
+        return at
 
-    def _take(self, character: str, at: int) -> None:
-        if self._in_string:
-            if self._escaped or character == "\\":
-                self._escaped = not self._escaped
-            elif character == '"':
-                self._in_string = False
-                if self._depth == 1 and self._value_at < 0:
-                    self._key = _text(self.text[self._string_at : at + 1])
-        elif character == '"':
-            self._in_string, self._string_at = True, at
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
-            self._has_arguments = self._depth == 1 and self._key in ARGUMENTS
-            if self._depth == 1 and self._ends_with_arguments:
-                self.is_done = True
-            elif self._depth == 0:
-                self._end_member(at)
-                self.arguments = self.arguments or "{}"
-                self.is_done = self.name is not None and not self.is_wrong
-        elif self._depth == 1 and character == ":" and self._value_at < 0:
-            self._value_at = at + 1
-        elif self._depth == 1 and character == ",":
-            self._end_member(at)
-        if self._depth == 0 and not self.is_done:
-            self.is_wrong = True
+    def _take(self, text: str, at: int) -> int:
+        """Takes text up to the next sign, and the sign; where it ends."""
+        was_text, depth = self._signs.in_text, self._signs.depth
+        end, sign = self._signs.next(text, at)
+        said = text[at:end]
+        inner = was_text or depth > 1 or sign not in {",", "}", "]"}  # else it ends the member
+        if not inner:
+            said = said[:-1]
+        if depth == 1 and not self._in_value:
+            self._in_key(said, sign)
+        elif depth >= 1:
+            self._add(said)
+        if self._streams and depth == 2 and self._signs.depth == 1 and not was_text:
+            self._streams, self._has_arguments = False, True
+        if not inner and depth == 1:
+            self._end_member()
+            if self._signs.depth == 0:
+                self._end()
+        return end
 
-    def _end_member(self, at: int) -> None:
-        value = self.text[self._value_at : at].strip() if self._value_at >= 0 else ""
-        if self._key == "name":
+    def _in_key(self, said: str, sign: str) -> None:
+        if sign == '"' and self._signs.in_text:  # it begins
+            self._said = ['"']
+        elif self._signs.in_text or sign == '"':
+            self._said.append(said)
+            if sign == '"':
+                self._key, self._said = _text("".join(self._said)), []
+        elif sign == ":":
+            self._in_value, self._said = True, []
+        elif sign and sign in "{[":  # a value without a key
+            self._in_value, self._said = True, [said]
+
+    def _add(self, said: str) -> None:
+        """More of a value."""
+        if not self._said and not self._streams:
+            said = said.lstrip()
+            if said and self._key in ARGUMENTS and self._given is None and not self._has_arguments:
+                self._streams = said[0] == "{"
+                self._given = "{" if self._streams else None
+        if self._streams:
+            self._new.append(said)
+        elif said:
+            self._said.append(said)
+
+    def _end_member(self) -> None:
+        value = "".join(self._said).strip()
+        if self._key in NAMES:
             if (name := _text(value)) in self._names:
                 self.name = name
             else:
                 self.is_wrong = True
-        elif self._key in ARGUMENTS:
+        elif self._key in ARGUMENTS and self._given is None:
             # Some models write JSON in a text, others null or an empty text where there are none.
             said = value if (text := _text(value)) is None else text
-            self.arguments = "{}" if said in ("", "null") else said
-        self._key, self._value_at, self._has_arguments = None, -1, False
+            if said not in ("", "null"):
+                self._new.append(said)
+                self._given = said[0]
+        self._key, self._in_value, self._said, self._has_arguments = None, False, [], False
+
+    def _end(self) -> None:
+        if self._given is None:
+            self._new.append("{}")
+        self.is_done = self.name is not None and not self.is_wrong
+        self.is_wrong = not self.is_done
+
+
+class FramedScanner:
+    """Arguments in JSON after the name and what stands around it. What ends the call is left to the caller."""
+
+    def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
+        """``names`` of the tools: what calls none of them is wrong."""
+        assert form.header
+        self.name: str | None = None
+        self.is_done = False
+        self.is_wrong = False
+        self._names = names
+        self._pattern = re.compile(rf"\s*{form.header}\s*")
+        self._is_bare = form.is_bare
+        self._skips = form.call[0].startswith("{")
+        """Whether the first bracket is not that of the arguments."""
+        self._header = ""
+        self._signs = JsonSigns()
+        self._new: list[str] = []
+
+    @property
+    def has_begun(self) -> bool:
+        return self.name is not None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.is_done
+
+    def take(self) -> str:
+        new, self._new = "".join(self._new), []
+        return new
+
+    def push(self, text: str) -> int:
+        at = 0
+        if self.name is None:
+            at = self._read_header(text)
+        first = at
+        while at < len(text) and not (self.is_done or self.is_wrong):
+            at, _ = self._signs.next(text, at)
+            self.is_done = self._signs.depth == 0
+        self._new.append(text[first:at])
+        return at
+
+    def _read_header(self, text: str) -> int:
+        at = 0
+        if self._skips and (rest := text.lstrip()):
+            self._skips = False
+            if rest[0] == "{":
+                at = len(text) - len(rest) + 1
+        brace = text.find("{", at)
+        end = min(len(text) if brace < 0 else brace, at + MOST_HEADER_CHARS - len(self._header))
+        self._header += text[at:end]
+        if end == brace and (found := self._pattern.fullmatch(self._header)) and found["name"] in self._names:
+            self.name, self._header = found["name"], ""
+        else:
+            self.is_wrong = end == brace or len(self._header) >= MOST_HEADER_CHARS or not self._may_call()
+        return end
+
+    def _may_call(self) -> bool:
+        """Whether what came may become a call, where nothing told that one comes."""
+        said = self._header.strip()
+        return not self._is_bare or any(
+            name.startswith(said) if self._header.endswith(said) else name == said for name in self._names
+        )
+
+
+def scan_object(form: ToolFormat, names: Collection[str]) -> Scanner:
+    """For calls in JSON, as a whole or behind their name."""
+    return FramedScanner(form, names) if form.header else CallScanner(names)
 
 
 def _text(value: str) -> str | None:

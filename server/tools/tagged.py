@@ -1,4 +1,4 @@
-"""Calls whose arguments stand between tags, each by itself, and not as a whole in JSON (Qwen3-Coder, GLM-4.5).
+"""Calls whose arguments stand between tags, each by itself, and not as a whole in JSON (Qwen3-Coder, GLM-4.5, …).
 
 A text stands there as it is, everything else as JSON; which of them it is the schema of the tool tells.
 """
@@ -11,13 +11,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from slipstream.server.tools.formats import ToolFormat
+from slipstream.server.tools.formats import IN_TAGS, ToolFormat
 from slipstream.server.tools.parts import beginning_of
 
 Kinds = frozenset[str]
 """The types of JSON that a value may have; empty: any."""
 TEXT: Kinds = frozenset(("string",))
 ANY: Kinds = frozenset()
+STATED = re.compile(r'string="(true|false)"')
 MOST_REFERENCES = 8
 NAME = re.compile(r"[\w.:-]*", re.ASCII)
 AS_PYTHON = {"True": "true", "False": "false", "None": "null"}
@@ -84,24 +85,23 @@ def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
-def written(form: ToolFormat, name: str, arguments: str) -> str:
-    """A call as the models of a format write it, whose ``arguments`` are the text of a JSON object."""
+def tagged_call(form: ToolFormat, name: str, values: dict[str, Any]) -> str:
+    """A call as the models of a format write it."""
+    assert form.parameter is not None
     head, middle, tail = form.call
-    if form.parameter is None:
-        return head + name + middle + arguments + tail
-    try:
-        values = json.loads(arguments)
-    except (ValueError, RecursionError):
-        values = None
     before, between, after = form.parameter
     parts = [
-        before + key + between + (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) + after
-        for key, value in (values.items() if isinstance(values, dict) else ())
+        before
+        + key
+        + between.replace(IN_TAGS, "true" if isinstance(value, str) else "false")
+        + (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        + after
+        for key, value in values.items()
     ]
     return head + name + middle + "".join(parts) + tail
 
 
-def call_rules(
+def tagged_rules(
     form: ToolFormat,
     number: int,
     name: str,
@@ -131,7 +131,14 @@ def call_rules(
             lines.append(f"{rule}: ANY {close}")
         else:
             lines.append(f"{rule}[lazy]: ANY {close}")
-        part = f"{symbols(before + key + between)} {rule}"
+        texts, others = (symbols(before + key + between.replace(IN_TAGS, said)) for said in ("true", "false"))
+        if not kinds or "string" in kinds:
+            part = f"{texts} {rule}"
+            if IN_TAGS in between and kinds != TEXT:
+                part = f"({part} | {others} inner{number}_{index} {close})"
+                lines.append(f"inner{number}_{index}: %json {schema_of(key)}")
+        else:
+            part = f"{others} {rule}"
         parts.append(part if isinstance(required, list) and key in required else f"({part})?")
     return [f"call{number}: {' '.join([*parts, symbols(tail)])}", *lines]
 
@@ -145,8 +152,6 @@ class TaggedScanner:
         head, middle, tail = (part.strip() for part in form.call)
         before, between, after = form.parameter
         self.name: str | None = None
-        self.arguments = ""
-        """As much of them as there is."""
         self.is_done = False
         self.is_wrong = False
         self._names, self._kinds = names, kinds
@@ -154,28 +159,44 @@ class TaggedScanner:
         self._before, self._after = before.strip(), after.strip()
         # Some models forget the end of the call before that of what stands around it.
         self._next = tuple(tag for tag in (self._before, tail, form.after.strip()) if tag)
-        self._between = re.compile(r"\s*".join(map(re.escape, between.split())))
+        self._key_end, *others = between.split() if IN_TAGS not in between else between.partition(" ")[:1]
+        """What ends a key; where that is a quotation mark, there is more up to the end of the tag."""
+        self._before_value = others[0] if others else ""
+        if self._key_end.startswith('"'):
+            self._key_end, self._before_value = '"', ">"
         self._breaks = between.endswith("\n"), after.startswith("\n")
         """Whether a line ends before a value, and after it, which is none of it."""
         self._rest = ""
-        """What is not digested."""
+        """What is not digested: bounded, but for what one piece brought."""
         self._expected: tuple[str, ...] = (head,)
         self._step = self._expect
+        self._key: str | None = None
+        """Of an argument whose value has not begun."""
+        self._said: list[str] = []
+        """Of the key or of a value that is no text."""
         self._kind = ANY
         self._is_first = True
         """Nothing of the value was digested."""
+        self._skips_line = False
+        """The line that ends before the value has not been looked for."""
+        self._num_arguments = -1
+        """-1: they have not begun."""
+        self._new: list[str] = []
 
     @property
     def has_begun(self) -> bool:
         """Whether it is known which tool is called, and that its arguments come."""
-        return bool(self.arguments)
+        return self._num_arguments >= 0
 
     @property
     def is_whole(self) -> bool:
         return self.is_done
 
+    def take(self) -> str:
+        new, self._new = "".join(self._new), []
+        return new
+
     def push(self, text: str) -> int:
-        """Takes characters up to the end of the call, or to where it turns out to be wrong; how many."""
         self._rest += text
         while not (self.is_done or self.is_wrong) and self._step():
             pass
@@ -185,7 +206,7 @@ class TaggedScanner:
 
     def _expect(self) -> bool:
         """One of some tags, perhaps with white space before it."""
-        rest = self._rest.lstrip()
+        rest = self._rest = self._rest.lstrip()
         for tag in self._expected:
             if rest.startswith(tag):
                 self._rest = rest[len(tag) :]
@@ -206,8 +227,10 @@ class TaggedScanner:
         if self.name is None:
             self._step = self._read_name
         elif not self.has_begun:
-            self.arguments = "{"
-            self._expected = self._next
+            self._new.append("{")
+            self._num_arguments, self._expected = 0, self._next
+        elif self._key is not None:
+            self._begin_value()
         elif tag == self._before:
             self._step = self._read_key
         else:
@@ -216,58 +239,95 @@ class TaggedScanner:
     def _read_name(self) -> bool:
         found = NAME.match(self._rest)
         assert found is not None
-        if found.end() == len(self._rest):
+        name = found[0]
+        if found.end() == len(self._rest) and any(each.startswith(name) for each in self._names):
             return False
         self._rest = self._rest[found.end() :]
-        if found[0] in self._names:
-            self.name, self._expected, self._step = found[0], (self._middle,), self._expect
+        if name in self._names:
+            self.name, self._expected, self._step = name, (self._middle,), self._expect
         else:
             self.is_wrong = True
         return True
 
     def _read_key(self) -> bool:
-        if (found := self._between.search(self._rest)) is None:
+        if not self._read_until(self._key_end):
             return False
+        self._key = "".join(self._said).strip()
+        self._said = []
         assert self.name is not None
-        key = self._rest[: found.start()].strip()
-        self.arguments += ("" if self.arguments == "{" else ", ") + json.dumps(key, ensure_ascii=False) + ": "
-        self._rest = self._rest[found.end() :]
-        self._kind = self._kinds.get(self.name, {}).get(key, ANY)
-        self._is_first, self._step = True, self._read_value
+        self._kind = self._kinds.get(self.name, {}).get(self._key, ANY)
+        if self._before_value == ">":
+            self._step = self._read_attributes
+        elif self._before_value:
+            self._expected, self._step = (self._before_value,), self._expect
+        else:
+            self._begin_value()
         return True
 
+    def _read_attributes(self) -> bool:
+        """The rest of a tag, which may say whether the value is a text."""
+        if not self._read_until(">"):
+            return False
+        said, self._said = "".join(self._said), []
+        if found := STATED.search(said):
+            self._kind = TEXT if found[1] == "true" else self._kind - TEXT
+        self._begin_value()
+        return True
+
+    def _begin_value(self) -> None:
+        before = ", " if self._num_arguments else ""
+        self._new.append(before + json.dumps(self._key, ensure_ascii=False) + ": ")
+        self._num_arguments += 1
+        self._key, self._is_first, self._step = None, True, self._read_value
+        self._skips_line = self._breaks[0]
+
+    def _read_until(self, tag: str) -> bool:
+        """Whether the tag was there; what stands before it is what was said."""
+        said, end, after = self._rest.partition(tag)
+        if not end:
+            safe = beginning_of(said, (tag,))
+            said, after = said[:safe], said[safe:]
+        self._said.append(said)
+        self._rest = after
+        return bool(end)
+
     def _read_value(self) -> bool:
-        if self._is_first and self._rest and self._breaks[0]:
-            self._rest = self._rest.removeprefix("\n")
+        if self._skips_line and self._rest:
+            self._rest, self._skips_line = self._rest.removeprefix("\n"), False
         if not self._rest:
             return False
-        is_text = self._kind == TEXT
-        if self._is_first and is_text:
-            self.arguments += '"'
+        if self._kind != TEXT:
+            self._is_first = False
+            if not self._read_until(self._after):
+                return False
+            said, self._said = "".join(self._said), []
+            said = said.removesuffix("\n") if self._breaks[1] else said
+            self._new.append(json.dumps(read_value(said, self._kind), ensure_ascii=False))
+            self._expected, self._step = self._next, self._expect
+            return True
+        if self._is_first:
+            self._new.append('"')
         self._is_first = False
         said, end, after = self._rest.partition(self._after)
         if end:
             self._rest = after
             said = said.removesuffix("\n") if self._breaks[1] else said
-            if is_text:
-                self.arguments += _escaped(said) + '"'
-            else:
-                self.arguments += json.dumps(read_value(said, self._kind), ensure_ascii=False)
+            self._new.append(escaped(said) + '"')
             self._expected, self._step = self._next, self._expect
             return True
-        if is_text:
-            markers = (self._after, "\n" + self._after) if self._breaks[1] else (self._after,)
-            safe = beginning_of(self._rest, markers)
-            self.arguments += _escaped(self._rest[:safe])
-            self._rest = self._rest[safe:]
+        markers = (self._after, "\n" + self._after) if self._breaks[1] else (self._after,)
+        safe = beginning_of(self._rest, markers)
+        self._new.append(escaped(self._rest[:safe]))
+        self._rest = self._rest[safe:]
         return False
 
     def _end(self) -> None:
-        self.arguments += "}"
+        self._new.append("}")
         self.is_done = True
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """A text as it stands in JSON between quotation marks."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
