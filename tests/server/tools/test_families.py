@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Calls and reasoning as the models of many families write them, and as the templates of these tell of them."""
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from slipstream.server import reasoning
 from slipstream.server.tools.answer import AnswerParser
-from slipstream.server.tools.formats import FORMATS, recognized
+from slipstream.server.tools.formats import FORMATS, ToolFormat, recognized
 from slipstream.server.tools.written import all_written
 from tests.server.tools.test_parsers import ADD, NAMES, Whole, parse, speech, whole
 
@@ -36,8 +35,10 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ),
     (
         "deepseek_v32",
-        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" string="true">Köln\n'
-        '"x"</｜DSML｜parameter>\n</｜DSML｜invoke>\n<｜DSML｜invoke name="add">\n<｜DSML｜parameter name="a" string="false">1'
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n'
+        '<｜DSML｜parameter name="city" string="true">Köln\n'
+        '"x"</｜DSML｜parameter>\n</｜DSML｜invoke>\n<｜DSML｜invoke name="add">\n'
+        '<｜DSML｜parameter name="a" string="false">1'
         '</｜DSML｜parameter>\n<｜DSML｜parameter name="b" string="false">2</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
         "</｜DSML｜function_calls>",
         "",
@@ -62,7 +63,12 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("glm4", f"get_weather\n{CITY}<|assistant|>add\n{ADD}", "", BOTH),
     ("glm4", "add them yourself", "add them yourself", []),
     ("glm4", "\nOn get_weather\n{}", "\nOn get_weather\n{}", []),
-    ("olmo3", f"I look.\n<function_calls>\nget_weather(city={CITY[9:-1]})\nadd(a=1, b=2)\n</function_calls>", "I look.\n", BOTH),
+    (
+        "olmo3",
+        f"I look.\n<function_calls>\nget_weather(city={CITY[9:-1]})\nadd(a=1, b=2)\n</function_calls>",
+        "I look.\n",
+        BOTH,
+    ),
     ("olmo3", "<function_calls>rm(a=1)</function_calls>", "<function_calls>rm(a=1)</function_calls>", []),
     ("olmo3", "<function_calls>add(1, 2)</function_calls>", "<function_calls>add(1, 2)</function_calls>", []),
     ("lfm2", "<|tool_call_start|>[get_weather(city='Köln\\n\"x\"'), add(a=1, b=2)]<|tool_call_end|>Ok", "Ok", BOTH),
@@ -78,16 +84,22 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("granite", f'<tool_call>[{{"name": "add", "arguments": {ADD}}}]', "", [("add", ADD)]),
     (
         "jamba",
-        f'<tool_calls>[\n    {{"name": "get_weather", "arguments": {CITY}}},\n    {{"name": "add", "arguments": {ADD}}}\n]'
+        f'<tool_calls>[\n    {{"name": "get_weather", "arguments": {CITY}}},\n    '
+        f'{{"name": "add", "arguments": {ADD}}}\n]'
         "</tool_calls>",
         "",
         BOTH,
     ),
-    ("internlm", f'<|action_start|><|plugin|>\n{{"name": "add", "parameters": {ADD}}}<|action_end|>', "", [("add", ADD)]),
+    (
+        "internlm",
+        f'<|action_start|><|plugin|>\n{{"name": "add", "parameters": {ADD}}}<|action_end|>',
+        "",
+        [("add", ADD)],
+    ),
     (
         "minimax_m2",
-        'So:\n<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Köln\n"x"</parameter>\n</invoke>\n'
-        '<invoke name="add">\n<parameter name="a">1</parameter>\n<parameter name="b">2</parameter>\n</invoke>\n'
+        'So:\n<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Köln\n"x"'
+        '</parameter>\n</invoke>\n<invoke name="add">\n<parameter name="a">1</parameter>\n<parameter name="b">2</parameter>\n</invoke>\n'
         "</minimax:tool_call>",
         "So:\n",
         BOTH,
@@ -120,7 +132,7 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         "",
         [("add", ADD)],
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("form", "text", "content", "calls"), CASES)
@@ -132,12 +144,13 @@ def test_calls_as_models_write_them(form: str, text: str, content: str, calls: l
 
 pieces = st.sampled_from(
     [
-        *("(", ")", "=", "'", '"', '"""', "\\", "\\n", "\\u00e9", "\\x41", ",", ":", "[", "]", "{", "}", " ", "\n", "1", "-2.5"),
+        *"()='\",:[]{} \n1",
+        *('"""', "\\", "\\n", "\\u00e9", "\\x41", "-2.5"),
         *("None", "true", "007", "x", "city", "add(", "get_weather(city=", "call:add{a:", "<escape>", '<|"|>', "é"),
-        *("functions.add:0", "add\n", "```json\n", "<｜tool▁sep｜>", "<|tool_call_begin|>", "<｜tool▁call▁end｜>", '"add": '),
+        *("functions.add:0", "add\n", "```json\n", "<｜tool▁sep｜>", "<|tool_call_begin|>", '"add": '),
         *('<invoke name="add">', '<parameter name="a">', "</parameter>", ' string="true">', "<function=add>", ADD),
     ]
-)  # fmt: skip
+)
 marks = {name: [*form.begins, *form.call, form.after, *form.loose] for name, form in FORMATS.items()}
 
 
@@ -158,11 +171,13 @@ values = st.recursive(
     max_leaves=6,
 )
 
+named = st.dictionaries(st.text(max_size=4), values, max_size=3)
+
 
 @given(
     st.sampled_from(LITERAL),
-    st.lists(st.tuples(st.sampled_from(NAMES), st.dictionaries(st.text(max_size=4), values, max_size=3)), min_size=1, max_size=3),
-)  # fmt: skip
+    st.lists(st.tuples(st.sampled_from(NAMES), named), min_size=1, max_size=3),
+)
 def test_what_is_written_as_literals_is_read(form: str, calls: list[tuple[str, Any]]) -> None:
     said = [(name, json.dumps(arguments)) for name, arguments in calls]
     if '<|"|>' in str(calls):
@@ -265,24 +280,39 @@ def held(value: Any, seen: set[int]) -> int:
 
 
 LONG = "ab \\\\ c, d: " * 3000
-SHAPES = {
-    "an argument": lambda form: all_written(FORMATS[form], [("get_weather", json.dumps({"city": LONG}))]),
-    "one of no text": lambda form: all_written(FORMATS[form], [("add", json.dumps({"a": [[1, 2]] * 9000}))]),
-    "one whose tool is named last": lambda form: f'{FORMATS[form].begin}{{"arguments": {{"a": "{LONG}"}}, "name": "add"}}',
-    "white space": lambda form: FORMATS[form].begin + " \n" * 20_000 + "x",
-    "white space before": lambda form: " \n" * 20_000 + FORMATS[form].begin,
-    "what never becomes a call": lambda form: FORMATS[form].begin + FORMATS[form].call[0] + "get_weather" + "x" * 30_000,
-    "what never becomes a key": lambda form: FORMATS[form].begin
-    + "".join((*FORMATS[form].call[:1], "add", FORMATS[form].call[1], (FORMATS[form].parameter or ("",))[0], "x" * 30_000)),
-    "text": lambda form: "<[ " * 10_000,
-}  # fmt: skip
+
+
+def long_text(shape: str, form: ToolFormat) -> str:
+    head, middle, _ = form.call
+    match shape:
+        case "an argument":
+            return all_written(form, [("get_weather", json.dumps({"city": LONG}))])
+        case "one that is no text":
+            return all_written(form, [("add", json.dumps({"a": [[1, 2]] * 9000}))])
+        case "one whose tool is named last":
+            return f'{form.begin}{{"arguments": {{"a": "{LONG}"}}, "name": "add"}}'
+        case "white space":
+            return form.begin + " \n" * 20_000 + "x"
+        case "white space before":
+            return " \n" * 20_000 + form.begin
+        case "what never becomes a call":
+            return form.begin + head + "get_weather" + "x" * 30_000
+        case "what never becomes a key":
+            return form.begin + head + "add" + middle + (form.parameter or ("",))[0] + "x" * 30_000
+    return "<[ " * 10_000
+
+
+SHAPES = (
+    *("an argument", "one that is no text", "one whose tool is named last", "white space", "white space before"),
+    *("what never becomes a call", "what never becomes a key", "text"),
+)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", sorted(FORMATS))
 def test_the_work_for_a_piece_does_not_grow_with_what_came_before(form: str, shape: str) -> None:
     """Each piece is looked at with what is held back of those before, as a text; so that has to stay short."""
-    text = SHAPES[shape](form)
+    text = long_text(shape, FORMATS[form])
     parser = AnswerParser(speech(form, reasoning="think"))
     parts, longest = [], 0
     for at in range(0, len(text), 50):
