@@ -99,8 +99,8 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     (
         "minimax_m2",
         'So:\n<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Köln\n"x"'
-        '</parameter>\n</invoke>\n<invoke name="add">\n<parameter name="a">1</parameter>\n<parameter name="b">2</parameter>\n</invoke>\n'
-        "</minimax:tool_call>",
+        '</parameter>\n</invoke>\n<invoke name="add">\n<parameter name="a">1</parameter>\n'
+        '<parameter name="b">2</parameter>\n</invoke>\n</minimax:tool_call>',
         "So:\n",
         BOTH,
     ),
