@@ -28,8 +28,10 @@ LIMITS: dict[str, Any] = {
 }
 LONGEST_ERROR = 500
 EXPLAINED = {"NoExtensionBias": "no token of the model can go on with it"}
-SCHEMA_ERROR = re.compile(r"at \d+\(\d+\): failed to compile JSON schema: (.*?)(?:\n +\d+ \| .*)?", re.DOTALL)
+SCHEMA_ERROR = re.compile(r"at (\d+)\(\d+\): failed to compile JSON schema: (.*?)((?:\n +\d+ \| .*)?)", re.DOTALL)
 """What is wrong with a schema; after it come lines of the grammar that was made of it, which nobody has sent."""
+OWNER = "$comment"
+"""A member of a schema that says whose it is, if it is the first one: "of the tool f"."""
 SCHEMA_EXPLAINED = {
     r"oneOf constraints are not supported\..*": "cases of oneOf that may match the same are not supported; anyOf is",
     r"Unimplemented keys:": "without strict these would be left out, for they cannot be enforced:",
@@ -73,10 +75,12 @@ def check(matcher: LLMatcher) -> None:
     if matcher.is_error():
         first = re.split(r"\n?<(?:state|non-verbose|backtrace)", matcher.get_error())[0].strip()
         if found := SCHEMA_ERROR.fullmatch(first):
-            said = found[1]
+            said, lines = found[2], found[3]
+            owner = re.search(rf'\n +{found[1]} \| [^\n]*?%json \{{"{re.escape(OWNER)}": "([^"\n]*)"', lines)
+            whose = f" {owner[1]}" if owner else ""
             for words, meaning in SCHEMA_EXPLAINED.items():
                 said = re.sub(words, meaning, said, flags=re.DOTALL)
-            raise RequestError(f"the JSON schema cannot be used: {said[:LONGEST_ERROR]}")
+            raise RequestError(f"the JSON schema{whose} cannot be used: {said[:LONGEST_ERROR]}")
         raise RequestError(f"the grammar cannot be used: {EXPLAINED.get(first, first)[:LONGEST_ERROR]}")
 
 

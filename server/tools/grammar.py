@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
+from slipstream.engine.compiling import OWNER
 from slipstream.server.structured import IN_REFERENCES, JSON_OPTIONS, bounded, closed, readable, several
 from slipstream.server.tools.formats import ToolFormat
 from slipstream.server.tools.literal import literal_rules
@@ -86,10 +87,9 @@ def _bodies(form: ToolFormat, tools: Sequence[Tool], symbols: Callable[[str], st
     lines = [] if form.is_object or form.header else [f"ANY: {ANY_TEXT}"]
     lines += ["body: " + " | ".join(f"call{number}" for number in range(len(tools)))]
     for number, tool in enumerate(tools):
-        options = JSON_OPTIONS | {"lenient": not tool.strict}
         if form.is_bare and form.is_object:
             # As JSON as a whole: beside other JSON, a parser could not tell which of them begins with a bracket.
-            lines.append(f"call{number}: %json {_json(_whole(form, tool) | {'x-guidance': options})}")
+            lines.append(f"call{number}: %json {_json(_owned(tool, _whole(form, tool)))}")
             continue
         if not form.is_object and not form.header:
             rules = tagged_rules if form.parameter is not None else literal_rules
@@ -99,7 +99,7 @@ def _bodies(form: ToolFormat, tools: Sequence[Tool], symbols: Callable[[str], st
         name = tool.name if form.header else json.dumps(tool.name)[1:-1]
         lines += [
             f"call{number}: {symbols(head + name + middle)} arguments{number} {symbols(tail)}",
-            f"arguments{number}: %json {_json({**arguments_of(tool), 'x-guidance': options})}",
+            f"arguments{number}: %json {_json(_owned(tool, arguments_of(tool)))}",
         ]
     return lines
 
@@ -107,9 +107,15 @@ def _bodies(form: ToolFormat, tools: Sequence[Tool], symbols: Callable[[str], st
 def _one(tool: Tool, name: str) -> str:
     """The schema of one argument, with that of all in it, as JSON."""
     pointer = quote(name.replace("~", "~0").replace("/", "~1"), safe=IN_REFERENCES)
-    options = JSON_OPTIONS | {"lenient": not tool.strict}
     whole = {"arguments": _moved(arguments_of(tool))}
-    return _json({"$ref": f"{ROOT}/properties/{pointer}", "$defs": whole, "x-guidance": options})
+    return _json(_owned(tool, {"$ref": f"{ROOT}/properties/{pointer}", "$defs": whole}))
+
+
+def _owned(tool: Tool, schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema for the library, which says whose it is when it cannot be used."""
+    options = JSON_OPTIONS | {"lenient": not tool.strict}
+    owner = {OWNER: f"of the tool {tool.name}"}
+    return owner | schema | owner | {"x-guidance": options}
 
 
 def _whole(form: ToolFormat, tool: Tool) -> dict[str, Any]:

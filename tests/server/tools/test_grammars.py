@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from slipstream.engine.compiling import compile_grammar, vocabulary
+from slipstream.engine.errors import RequestError
 from slipstream.server.structured import JSON_OPTIONS, after_reasoning, json_grammar
 from slipstream.server.tools.answer import Speech
 from slipstream.server.tools.formats import FORMATS, ToolFormat
@@ -170,3 +171,18 @@ def test_arguments_between_tags_follow_their_schemas_and_texts_are_free(name: st
         assert found == ("", "", [("f", text)])
     for text in ('{"o": {}}', '{"t": "x", "o": {"y": 1}}', '{"t": "x", "o": 5}', '{"t": "x", "y": 5}'):
         assert not accepts(grammar, all_written(form, [("f", text)]), True)
+
+
+WRONG = {"type": "object", "$comment": "ours", "properties": {"x": {"type": "nonsense"}}}
+
+
+@pytest.mark.parametrize("answer", [None, json_grammar({"type": "object"}, "p")])
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_what_is_wrong_with_a_schema_is_said_with_the_name_of_its_tool(name: str, answer: str | None) -> None:
+    tools = [*TOOLS, Tool("search.all", WRONG), Tool("rm", {"type": "object"})]
+    symbols = symbols_of(FORMATS[name], True)
+    grammar = calls_grammar(FORMATS[name], tools, symbols, answer=answer, parallel=True, param="tools")
+    with pytest.raises(
+        RequestError, match=r"the JSON schema of the tool search\.all cannot be used: Invalid type: nons"
+    ):
+        compile_grammar(TOKENS, grammar)
