@@ -45,6 +45,7 @@ RENDERED: dict[str, Any] = {
     **dict.fromkeys(ToolFields.model_fields),
     "chat_template": None,
     "chat_template_kwargs": None,
+    "documents": None,
     **STRUCTURED,
 }
 """What nobody asks for once there is a prompt."""
@@ -206,6 +207,12 @@ def render(limits: Limits, body: TemplateBody, template: ChatTemplate) -> str:
     if reserved := RESERVED_VARIABLES & variables.keys():
         name = min(reserved)
         raise InvalidRequestError(f"{name!r} cannot be set here", param=f"chat_template_kwargs.{name}")
+    if body.documents and "documents" not in template.text:
+        raise InvalidRequestError(
+            "documents: the chat template of this model knows of none; write them into a message",
+            param="documents",
+            code="unsupported_parameter",
+        )
     continued = bool(body.continue_final_message)
     messages, tools = [as_template_sees_it(message) for message in body.messages], body.tools or None
     form = tool_format(limits, template.text) or FORMATS["json"]
@@ -220,6 +227,7 @@ def render(limits: Limits, body: TemplateBody, template: ChatTemplate) -> str:
         return template.render(
             messages,
             tools=tools,
+            documents=body.documents or None,
             add_generation_prompt=not continued if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continued,
             variables=variables,

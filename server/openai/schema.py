@@ -19,6 +19,7 @@ from slipstream.server.body import Body
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.fields import unsupported
+from slipstream.server.openai.llama_cpp import LlamaCppFields
 from slipstream.server.openai.structured import StructuredFields
 from slipstream.server.openai.thinking import ThinkingFields
 from slipstream.server.openai.tools import ToolCall, ToolFields
@@ -33,6 +34,9 @@ MAX_ALLOWED_TOKEN_IDS = 2**20
 MAX_MESSAGES = 4096
 MAX_METADATA = 256
 MAX_CALLS = 256
+MAX_DOCUMENTS = 256
+NO_SEED = -1
+"""What llama.cpp, vLLM and programs that are made for them take for a seed that nobody has chosen."""
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -80,6 +84,7 @@ AllowedTokenIds = Annotated[
     Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, fail_fast=True),
     AfterValidator(lambda tokens: list(dict.fromkeys(tokens))),
 ]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(lambda seed: None if seed == NO_SEED else seed)]
 
 
 class StreamOptions(Body):
@@ -132,7 +137,7 @@ class SamplingBody(Body):
     bad_words: list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]] | None = Field(
         None, max_length=MAX_BAD_WORDS, fail_fast=True
     )
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: Seed | None = None
     stop: Stop | None = None
     stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)
     include_stop_str_in_output: bool | None = None
@@ -152,7 +157,7 @@ class SamplingBody(Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class GenerationBody(SamplingBody, StructuredFields):
+class GenerationBody(SamplingBody, StructuredFields, LlamaCppFields):
     """The fields that chat and completions share."""
 
     model: str | None = None
@@ -190,19 +195,6 @@ class GenerationBody(SamplingBody, StructuredFields):
     separate_reasoning: unsupported(True) = None  # type: ignore[valid-type]
     stream_reasoning: unsupported(True) = None  # type: ignore[valid-type]
     include_reasoning: unsupported(True) = None  # type: ignore[valid-type]
-
-    # What clients of llama.cpp and others send.
-    cache_prompt: bool | None = None
-    id_slot: unsupported(-1) = None  # type: ignore[valid-type]
-    timings_per_token: unsupported(False) = None  # type: ignore[valid-type]
-    return_progress: unsupported(False) = None  # type: ignore[valid-type]
-    repeat_penalty: unsupported(1, 1.0) = None  # type: ignore[valid-type]
-    typical_p: unsupported(1, 1.0) = None  # type: ignore[valid-type]
-    tfs_z: unsupported(1, 1.0) = None  # type: ignore[valid-type]
-    top_a: unsupported(0, 0.0) = None  # type: ignore[valid-type]
-    mirostat: unsupported(0) = None  # type: ignore[valid-type]
-    dry_multiplier: unsupported(0, 0.0) = None  # type: ignore[valid-type]
-    xtc_probability: unsupported(0, 0.0) = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _check_shared(self) -> GenerationBody:
@@ -257,6 +249,7 @@ class TemplateBody(ToolFields):
     add_special_tokens: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = Field(None, max_length=MAX_DOCUMENTS, fail_fast=True)
 
     @model_validator(mode="after")
     def _check_template(self) -> TemplateBody:
@@ -292,7 +285,6 @@ class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
     # What clients of vLLM send.
     echo: unsupported(False) = None  # type: ignore[valid-type]
     best_of: unsupported(1) = None  # type: ignore[valid-type]
-    documents: unsupported([]) = None  # type: ignore[valid-type]
     mm_processor_kwargs: unsupported({}) = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")

@@ -31,25 +31,45 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """OpenAI's way to say it."""
+    """OpenAI's way to say it, and what other servers have made of it."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "json", "regex", "grammar"]
     json_schema: JsonSchema | None = None
     schema_: Schema | None = Field(None, alias="schema")
-    """The schema of a json_object, as some servers take it."""
+    """The schema, as some servers take it."""
+    value: Schema | str | None = None
+    """The schema or the regular expression, as TGI takes them."""
+    pattern: str | None = None
+    grammar_: str | None = Field(None, alias="grammar")
 
     def grammar(self) -> str:
         """Empty for any text."""
-        param = "response_format.json_schema.schema"
         match self.type:
             case "text":
                 return ""
-            case "json_object":
-                schema = ANY_OBJECT if self.schema_ is None else self.schema_
-                return json_grammar(schema, "response_format.schema", best_effort=True)
-        if self.json_schema is None or self.json_schema.schema_ is None:
-            raise InvalidRequestError(f"missing field {param!r}", param=param, code="missing_required_parameter")
-        return json_grammar(self.json_schema.schema_, param, best_effort=not self.json_schema.strict)
+            case "regex":
+                param = "response_format.pattern" if self.value is None else "response_format.value"
+                pattern = _needed(self.pattern if self.value is None else self.value, param)
+                if not isinstance(pattern, str):
+                    raise InvalidRequestError(f"{param}: a regular expression is needed", param=param)
+                return regex_grammar(pattern, param)
+            case "grammar":
+                param = "response_format.grammar"
+                return context_free_grammar(_needed(self.grammar_, param), param)
+        stated = None if self.json_schema is None else self.json_schema.schema_
+        given = {"json_schema.schema": stated, "schema": self.schema_, "value": self.value}
+        name, schema = next(((name, each) for name, each in given.items() if each is not None), ("", None))
+        if self.type == "json_object":
+            name, schema = ("schema", ANY_OBJECT) if not name else (name, schema)
+        schema = _needed(schema, "response_format.json_schema.schema")
+        is_strict = name == "json_schema.schema" and self.json_schema is not None and self.json_schema.strict
+        return json_grammar(schema, f"response_format.{name}", best_effort=not is_strict)
+
+
+def _needed(value: Any, param: str) -> Any:
+    if value is None:
+        raise InvalidRequestError(f"missing field {param!r}", param=param, code="missing_required_parameter")
+    return value
 
 
 class StructuredOutputs(Body):
@@ -101,6 +121,13 @@ class StructuredFields(Body):
     guided_whitespace_pattern: str | None = None
     guided_decoding_backend: str | None = None
 
+    # Those of llama.cpp and SGLang.
+    json_schema: Schema | str | None = None
+    grammar: str | None = None
+    """Empty: none; programs that have a form for it send what is in it."""
+    regex: str | None = None
+    ebnf: str | None = None
+
     def structure(self) -> tuple[str, str]:
         """The grammar that the answer has to follow, and the field that asks for it; empty if none does.
 
@@ -119,6 +146,13 @@ class StructuredFields(Body):
             whitespace_pattern=self.guided_whitespace_pattern,
         )
         found |= {name.replace("structured_outputs.", "guided_"): text for name, text in old.grammars().items()}
+        if self.json_schema is not None and self.json_schema != "":
+            found["json_schema"] = json_grammar(self.json_schema, "json_schema", best_effort=True)
+        if self.regex:
+            found["regex"] = regex_grammar(self.regex, "regex")
+        for name, text in {"grammar": self.grammar, "ebnf": self.ebnf}.items():
+            if text:
+                found[name] = context_free_grammar(text, name)
         if len(found) > 1:
             names = list(found)
             raise InvalidRequestError(

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from slipstream.server.body import Body
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.openai.schema import MAX_CALLS, MAX_MESSAGES, CacheSalt, ChatBody, Speculation, in_range
+from slipstream.server.openai.schema import MAX_CALLS, MAX_MESSAGES, CacheSalt, ChatBody, Seed, Speculation, in_range
 
 
 class ExtraFields(Body):
@@ -22,7 +22,7 @@ class ExtraFields(Body):
     frequency_penalty: float | None = in_range("frequency_penalty")
     presence_penalty: float | None = in_range("presence_penalty")
     repetition_penalty: float | None = in_range("repetition_penalty")
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: Seed | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     cache_salt: CacheSalt | None = None
     speculation: Speculation | None = None

@@ -86,6 +86,13 @@ def test_seed_gives_the_same_choices_again(default_server: Any) -> None:
     assert alone["text"] == first[2]["text"]
 
 
+def test_a_seed_of_minus_one_is_none(default_server: Any) -> None:
+    """As llama.cpp, vLLM and what is made for them mean it: each of four answers is another one."""
+    ask = {"temperature": 2, "seed": -1, "max_tokens": 24}
+    assert len({default_server.complete("My", **ask)["choices"][0]["text"] for _ in range(4)}) == 4
+    assert len({default_server.chat(**ask)["choices"][0]["message"]["content"] for _ in range(4)}) == 4
+
+
 def test_several_prompts_with_several_choices(default_server: Any) -> None:
     choices = default_server.complete(["A, B, C,", COUNTING], n=2, max_tokens=4, return_token_ids=True)["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]

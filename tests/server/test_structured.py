@@ -42,6 +42,10 @@ def test_json_schema_in_every_spelling(server: Any, fields: dict[str, Any]) -> N
         {"structured_outputs": {"json": PERSON}},
         {"structured_outputs": {"json": json.dumps(PERSON), "disable_any_whitespace": True}},
         {"guided_json": PERSON, "guided_whitespace_pattern": " ?", "guided_decoding_backend": "auto"},
+        {"response_format": {"type": "json_schema", "schema": PERSON}},
+        {"response_format": {"type": "json", "value": PERSON}},
+        {"json_schema": PERSON, "grammar": ""},
+        {"json_schema": json.dumps(PERSON)},
     ]
     for spelling in spellings:
         [choice] = server.chat(max_tokens=200, **spelling, **fields)["choices"]
@@ -134,6 +138,13 @@ def test_choices_regular_expressions_and_grammars(server: Any) -> None:
             name, value = next(iter(structure.items()))
             again = server.complete("x", max_tokens=60, seed=1, temperature=temperature, **{f"guided_{name}": value})
             assert again["choices"][0]["text"] == choice["text"]
+    for fields in (
+        *({name: 'root ::= "ab" [c]'} for name in ("grammar", "ebnf")),
+        {"regex": "abc"},
+        *({"response_format": {"type": "regex", name: "abc"}} for name in ("pattern", "value")),
+        {"response_format": {"type": "grammar", "grammar": 'root ::= "abc"'}},
+    ):
+        assert server.complete("x", max_tokens=9, **fields)["choices"][0]["text"] == "abc"
     for object_ in ({"response_format": {"type": "json_object"}}, {"structured_outputs": {"json_object": True}}):
         [choice] = server.chat(max_tokens=30, **object_)["choices"]
         assert choice["message"]["content"].startswith("{")
@@ -208,7 +219,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": NAMED, "bad_words": ["x"]}, "bad_words", "cannot be combined"),
     ({"response_format": NAMED, "allowed_token_ids": [5]}, "allowed_token_ids", "cannot be combined"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "missing"),
-    ({"response_format": {"type": "grammar"}}, "response_format.type", "json_schema"),
+    ({"response_format": {"type": "grammar"}}, "response_format.grammar", "missing"),
+    ({"response_format": {"type": "regex"}}, "response_format.pattern", "missing"),
+    ({"response_format": {"type": "regex", "value": {}}}, "response_format.value", "a regular expression"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
+    ({"grammar": "what is this"}, "grammar", "neither a Lark"),
+    ({"json_schema": {}, "grammar": 'root ::= "x"'}, "grammar", "only one"),
+    ({"json_schema": "{"}, "json_schema", "no JSON schema"),
     ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not supported"),
     ({"structured_outputs": {"regexp": "x"}}, "structured_outputs.regexp", "unknown field"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "no JSON schema"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from slipstream.server.config import ServerConfig
+from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.prepare import chat
 from slipstream.server.prepared import Limits
 from slipstream.server.text_model import TextModel, load_text_model
@@ -106,6 +107,15 @@ def test_tools_reach_models_whose_templates_do_not_tell_of_them(text: TextModel,
     found = rendered(text, template, [ASKED], tools=TOOLS)
     assert '"name": "weather"' in found and "Rome and Bern?" in found
     assert found.startswith("<user>You can call" if template is STRICT_TURNS else "<system>You can call")
+
+
+def test_documents_reach_templates_that_know_of_them_and_are_refused_elsewhere(text: TextModel) -> None:
+    knows = "{% for d in documents or [] %}[{{ d.title }}]{% endfor %}" + LEAVES_OUT
+    documents = [{"title": "Alps", "text": "High."}]
+    assert rendered(text, knows, [ASKED], documents=documents).startswith("[Alps]<user>")
+    assert rendered(text, knows, [ASKED], documents=[]).startswith("<user>")
+    with pytest.raises(InvalidRequestError, match="knows of none"):
+        rendered(text, LEAVES_OUT, [ASKED], documents=documents)
 
 
 def test_calls_without_arguments_and_lists_without_calls(text: TextModel) -> None:
