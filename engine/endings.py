@@ -6,6 +6,7 @@ what is open. That is short, and not always the shortest.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,10 +39,16 @@ IN_TEXT = ord("~")
 """Where it may come, a text is under way that holds nearly anything, as between quotes."""
 FEW = 1000
 """Fewer tokens are tried one by one also there."""
-LEAVING = b"\"'`.;)]}>|\n/-!?,: "
+LEAVING = b"\"'`.;)]}>|\n/-!?,: @"
 """What may end such a text."""
 CLOSING = b'"}]):,0n1a'
 """What is tried elsewhere, in this order, before all others."""
+BRACKETS = b'"}]),:'
+"""Of these, what closes or parts values, and is right however often it comes."""
+MOST_TIMES = 6
+"""What was chosen so often within a value has not led to its end, as digits of a fraction, and comes after others."""
+DIGIT, LETTER, SIGN = -1, -2, -3
+"""Kinds of bytes."""
 BLANK = b" \t\r\n"
 
 
@@ -61,6 +68,11 @@ class Ending:
 
 
 NOTHING_MISSING = Ending((), ())
+
+
+def kind_of(byte: int) -> int:
+    said = bytes((byte,))
+    return byte if byte in BRACKETS else DIGIT if said.isdigit() else LETTER if said.isalpha() else SIGN
 
 
 class Alphabet:
@@ -97,10 +109,14 @@ class Alphabet:
         """One that a mask allows."""
         return next((token for token in sorted(self._special) if mask[token >> 3] >> (token & 7) & 1), None)
 
-    def byte_in(self, mask: Mask) -> int | None:
-        """The token of a byte that a mask allows; blanks come last."""
+    def byte_in(self, mask: Mask, chosen: Counter[int]) -> int | None:
+        """A byte that a mask allows: one chosen too often comes later; blanks and parts of characters come last."""
         allowed = [byte for byte, token in self.single.items() if mask[token >> 3] >> (token & 7) & 1]
-        return self.single[min(allowed, key=lambda byte: (byte in BLANK, byte))] if allowed else None
+
+        def order(byte: int) -> tuple[bool, int, int, int]:
+            return byte in BLANK or byte >= 0x80, chosen[kind_of(byte)] // MOST_TIMES, chosen[byte], byte
+
+        return min(allowed, key=order, default=None)
 
     def bytes_of(self, text: bytes) -> list[int] | None:
         found = [self.single.get(byte) for byte in text]
@@ -208,8 +224,9 @@ class Endings:
 
     def _search(self) -> Ending | None:
         steps: list[int] = []
+        chosen: Counter[int] = Counter()
         while not self._matcher.is_accepting():
-            more = self._next() if len(steps) < MOST_BYTES else None
+            more = self._next(chosen) if len(steps) < MOST_BYTES else None
             if not more or not self._matcher.consume_tokens(more):
                 break
             steps += more
@@ -217,26 +234,34 @@ class Endings:
         self._matcher.rollback(len(steps))
         return found
 
-    def _next(self) -> list[int] | None:
-        """Steps towards an end."""
+    def _next(self, chosen: Counter[int]) -> list[int] | None:
+        """Steps towards an end; ``chosen``: how often each byte, and each kind, since a value ended."""
         if forced := self._matcher.compute_ff_bytes():
             return self._alphabet.bytes_of(forced)
-        single = self._alphabet.single
-        if self._may(IN_TEXT):
-            for byte in LEAVING:
-                if self._may(byte) and self._leaves(single[byte]):
-                    return [single[byte]]
+        if (byte := self._closing(chosen)) is None:
+            mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            if (special := self._alphabet.special_in(mask)) is not None:
+                return [special]
+            if self._may(ord("a")) and chosen[LETTER] < MOST_TIMES:
+                byte = ord("a")
+            else:
+                byte = self._alphabet.byte_in(mask, chosen)
+        if byte is None:
+            return None
+        if byte in b'",':
+            chosen.clear()
         else:
-            for byte in CLOSING:
-                if self._may(byte):
-                    return [single[byte]]
-        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if (special := self._alphabet.special_in(mask)) is not None:
-            return [special]
-        if self._may(ord("a")):
-            return [single[ord("a")]]
-        found = self._alphabet.byte_in(mask)
-        return None if found is None else [found]
+            chosen.update({byte, kind_of(byte)})
+        return [self._alphabet.single[byte]]
+
+    def _closing(self, chosen: Counter[int]) -> int | None:
+        if self._may(IN_TEXT):
+            single = self._alphabet.single
+            return next((byte for byte in LEAVING if self._may(byte) and self._leaves(single[byte])), None)
+        return next(
+            (byte for byte in CLOSING if (byte in BRACKETS or chosen[kind_of(byte)] < MOST_TIMES) and self._may(byte)),
+            None,
+        )
 
     def _may(self, byte: int) -> bool:
         token = self._alphabet.single.get(byte)
