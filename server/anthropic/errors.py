@@ -23,9 +23,15 @@ TYPES = {
 }
 
 
-def error_body(status: int, message: str, request_id: str | None) -> bytes:
-    kind = TYPES.get(status, "invalid_request_error")
-    return encode({"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id})
+DETAILS = {"thread": {"error_code": "thread_unsupported_request"}}
+"""By the field that is refused: what a client looks for that goes on without it by itself."""
+
+
+def error_body(status: int, message: str, request_id: str | None, param: str | None = None) -> bytes:
+    error: dict[str, Any] = {"type": TYPES.get(status, "invalid_request_error"), "message": message}
+    if status == 400 and param in DETAILS:
+        error["details"] = DETAILS[param]
+    return encode({"type": "error", "error": error, "request_id": request_id})
 
 
 def error_event(error: ApiError) -> bytes:
@@ -59,7 +65,8 @@ class TranslatedErrors:
                 body += message.get("body", b"")
                 if message.get("more_body"):
                     return
-                body = error_body(head["status"], message_of(body), request_id)
+                said, param = said_in(body)
+                body = error_body(head["status"], said, request_id, param)
                 headers = [each for each in head["headers"] if each[0] != b"content-length"]
                 headers.append((b"content-length", str(len(body)).encode()))
                 await send({**head, "headers": headers})
@@ -69,10 +76,10 @@ class TranslatedErrors:
         await self._app(scope, receive, translating)
 
 
-def message_of(body: bytes) -> str:
-    """What an error of any other route says."""
+def said_in(body: bytes) -> tuple[str, str | None]:
+    """What an error of any other route says, and of which field."""
     try:
-        found: Any = msgspec.json.decode(body)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return "the request failed"
-    return str(found)
+        found: Any = msgspec.json.decode(body)["error"]
+        return str(found["message"]), found.get("param")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "the request failed", None

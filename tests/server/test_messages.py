@@ -179,6 +179,10 @@ def test_what_is_not_done_is_refused_in_the_shape_of_this_dialect(server: Any, f
     assert (status, found["type"], found["error"]["type"]) == (400, "error", "invalid_request_error"), found
     assert word in found["error"]["message"]
     assert found["request_id"]
+    # A client that holds conversations in threads goes on without one when it reads this.
+    assert found["error"].get("details") == (
+        {"error_code": "thread_unsupported_request"} if "thread" in fields else None
+    )
 
 
 def test_errors_of_the_gate_have_that_shape_too_and_keys_come_in_a_header_of_their_own(small_server: Any) -> None:
