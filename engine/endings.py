@@ -44,7 +44,7 @@ LEAVING = b"\"'`.;)]}>|\n/-!?,: @"
 CLOSING = b'"}]):,0n1a'
 """What is tried elsewhere, in this order, before all others."""
 BRACKETS = b'"}]),:'
-"""Of these, what closes or parts values, and is right however often it comes."""
+"""What of these closes or parts values, and is right however often it comes."""
 MOST_TIMES = 6
 """What was chosen so often within a value has not led to its end, as digits of a fraction, and comes after others."""
 DIGIT, LETTER, SIGN = -1, -2, -3

@@ -50,7 +50,7 @@ class JsonSigns:
 
     def __init__(self) -> None:
         self.depth = 0
-        """Of brackets; their kinds do not matter."""
+        """How many brackets are open; their kinds do not matter."""
         self.in_text = False
         self._escaped = False
 
@@ -92,7 +92,7 @@ class CallScanner:
         self._in_value = False
         """The colon of the member was there."""
         self._said: list[str] = []
-        """Of the key or the value that is being read."""
+        """What there is of the key or the value that is being read."""
         self._streams = False
         """The value is the arguments, an object, which is told as it comes."""
         self._has_arguments = False

@@ -171,9 +171,9 @@ class TaggedScanner:
         self._expected: tuple[str, ...] = (head,)
         self._step = self._expect
         self._key: str | None = None
-        """Of an argument whose value has not begun."""
+        """Name of an argument whose value has not begun."""
         self._said: list[str] = []
-        """Of the key or of a value that is no text."""
+        """What there is of the key or of a value that is no text."""
         self._kind = ANY
         self._is_first = True
         """Nothing of the value was digested."""
