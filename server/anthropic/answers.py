@@ -37,9 +37,14 @@ class MessageAnswer(Answer):
     usage: MessageUsage
 
 
+class MessageProblemDetails(Answer):
+    error_code: str
+
+
 class MessageProblem(Answer):
     type: str
     message: str
+    details: MessageProblemDetails | None = None
 
 
 class MessageErrorAnswer(Answer):
