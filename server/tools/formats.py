@@ -166,7 +166,7 @@ KIMI_K2 = ToolFormat(
     call=("<|tool_call_begin|>functions.", ":0<|tool_call_argument_begin|>", "<|tool_call_end|>"),
     loose=("<|tool_call_end|>",),
     header=r"(<\|tool_call_begin\|>)?\s*(functions\.)?(?P<name>[^\s<]+?)(:\d+)?\s*(<\|tool_call_argument_begin\|>)?",
-    tells=("<|tool_calls_section_begin|>",),
+    tells=("<|tool_calls_section_begin|>", ("tool_declare", "<|im_middle|>")),
     id_layout="functions.{name}:{index}",
 )
 COMMAND_A = ToolFormat(
@@ -334,7 +334,7 @@ JSON = ToolFormat(name="json", is_bare=True)
 
 ALL = (
     *(SEED_OSS, MINIMAX_M2, DEEPSEEK_V32, QWEN3_CODER, GLM45, LONGCAT, APERTUS, GEMMA4, FUNCTION_GEMMA, LFM2, OLMO3),
-    *(COMMAND_A, KIMI_K2, DEEPSEEK_V3, DEEPSEEK_V31, INTERNLM, JAMBA, HERMES, GRANITE, PHI4_MINI, GLM4, PYTHONIC),
+    *(COMMAND_A, KIMI_K2, DEEPSEEK_V3, DEEPSEEK_V31, INTERNLM, JAMBA, HERMES, PHI4_MINI, GRANITE, GLM4, PYTHONIC),
     *(LLAMA4, LLAMA3, MISTRAL_ARGS, MISTRAL, NEMOTRON, COMMAND_R, JSON),
 )
 """In the order in which they are looked for: those first whose texts templates of others do not have."""

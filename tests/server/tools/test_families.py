@@ -79,6 +79,13 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("pythonic", "add (or not)", "add (or not)", []),
     ("llama4_json", f'<|python_start|>{{"name": "add", "parameters": {ADD}}}<|python_end|>', "", [("add", ADD)]),
     ("phi4_mini", f'<|tool_call|>[{{"name": "add", "arguments": {ADD}}}]<|/tool_call|>', "", [("add", ADD)]),
+    (
+        "phi4_mini",
+        f'<|tool_call|>{{"name": "get_weather", "arguments": {CITY}}}<|/tool_call|>'
+        f'<|tool_call|>{{"name": "add", "arguments": {ADD}}}<|/tool_call|>',
+        "",
+        BOTH,
+    ),
     ("phi4_mini", f'functools[{{"name": "add", "arguments": {ADD}}}]', "", [("add", ADD)]),
     ("granite", f'<|tool_call|>[{{"name": "add", "arguments": {ADD}}}]', "", [("add", ADD)]),
     ("granite", f'<tool_call>[{{"name": "add", "arguments": {ADD}}}]', "", [("add", ADD)]),
@@ -223,7 +230,9 @@ TELLS = {
     "<|tool_list_start|>": "lfm2",
     "[func_name1(params_name1=params_value1)]": "pythonic",
     "<|python_start|>": "llama4_json",
+    "{{ '<|im_system|>tool_declare<|im_middle|>' }}": "kimi_k2",
     "<|tool|>": "phi4_mini",
+    "<|tool|> <|tool_call|>": "phi4_mini",
     "<|tool_call|>": "granite",
     "<tool_call> <|tool_call|>": "hermes",
     "<tool_calls>": "jamba",
