@@ -236,6 +236,7 @@ TELLS = {
     "<|tool_call|>": "granite",
     "<tool_call> <|tool_call|>": "hermes",
     "<tool_calls>": "jamba",
+    "within <tool_call></tool_call>: <tool_calls>[": "jamba",
     "<|action_start|>": "internlm",
     "<start_function_call>": "functiongemma",
     "<|tool_call>": "gemma4",
