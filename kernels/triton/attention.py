@@ -23,95 +23,21 @@ import triton.language as tl
 from torch import Tensor
 
 from slipstream.kernels.triton.device_batch import DeviceBatch
+from slipstream.kernels.triton.online import LOG2_E, finish, join, store_part, visit_keys
 from slipstream.kernels.triton.tiles import Tiles, prompt_tiles, row_tiles
 
 LONGEST_ROWS = 32
 """Longer segments are prompts, if the caller says that there are any: no verification of draft tokens is as long."""
 PARTS_BYTES = 256 << 20
 """What the results of splits may take; where they would take more, splits go one after the other, to the same bits."""
+ENOUGH_PROGRAMS = 8192
+"""Programs that occupy the largest GPU many times over. With more splits than that needs, a program computes several:
+a graph is recorded for more splits than most sequences have, and a program that finds nothing to do costs about as much
+as a small split."""
+FEWEST_SEGMENTS = 64
+"""Segments that kernels look for at least: looking through as many costs nothing, and each power of two is compiled."""
 ANY_LENGTH = 1 << 30
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def finish(best, total, acc, sink, HAS_SINKS: tl.constexpr):
-    """The weighted mean: a sink is one more key without a value."""
-    if HAS_SINKS:
-        highest = tl.maximum(best, sink)
-        fade = tl.exp2(best - highest)
-        total = tl.fma(total, fade, tl.exp2(sink - highest))
-        acc = acc * fade[:, None]
-    return acc / total[:, None]
-
-
-@triton.jit
-def join(best, total, acc, best_next, total_next, acc_next):
-    """Adds the next split to those before it."""
-    highest = tl.maximum(best, best_next)
-    safe = tl.where(highest == -float("inf"), 0.0, highest)
-    fade, fade_next = tl.exp2(best - safe), tl.exp2(best_next - safe)
-    total = tl.fma(total, fade, total_next * fade_next)
-    acc = tl.fma(acc, tl.broadcast_to(fade[:, None], acc.shape), acc_next * fade_next[:, None])
-    return highest, total, acc
-
-
-@triton.jit
-def visit_keys(
-    queries,
-    position,
-    low,
-    high,
-    keys,
-    values,
-    table,
-    kv_head,
-    scale,
-    softcap,
-    window,
-    BLOCK_SIZE: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    OPERAND: tl.constexpr,
-    CHUNK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """Attention over the keys low … high - 1, where low is a multiple of CHUNK.
-
-    Returns the largest score of each row in powers of two, the sum of 2 ** (score - largest), and with it as weight
-    the sum of values; minus infinity and zeros for a row that sees none of these keys.
-    """
-    ROWS: tl.constexpr = queries.shape[0]
-    WIDTH: tl.constexpr = queries.shape[1]
-    d = tl.arange(0, WIDTH)
-    best = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    for base in tl.range(low, high, CHUNK):
-        key = base + tl.arange(0, CHUNK)
-        there = key < high
-        block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-        at = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
-        k = tl.load(keys + at[None, :] + d[:, None], mask=there[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
-        scores = tl.dot(queries, k.to(OPERAND), input_precision="ieee")
-        if HAS_SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-            scores = (softcap * LOG2_E) * (1.0 - 2.0 / (tl.exp2(scores * (scale * 2.0 * LOG2_E / softcap)) + 1.0))
-        else:
-            scores *= scale * LOG2_E
-        seen = key[None, :] <= position[:, None]
-        if HAS_WINDOW:
-            seen = seen & (key[None, :] > position[:, None] - window)
-        scores = tl.where(seen, scores, -float("inf"))
-        highest = tl.maximum(best, tl.max(scores, 1))
-        safe = tl.where(highest == -float("inf"), 0.0, highest)
-        weights = tl.exp2(scores - safe[:, None])
-        fade = tl.exp2(best - safe)
-        total = tl.fma(total, fade, tl.sum(weights, 1))
-        v = tl.load(values + at[:, None] + d[None, :], mask=there[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-        acc = tl.dot(weights.to(OPERAND), v.to(OPERAND), acc * fade[:, None], input_precision="ieee")
-        best = highest
-    return best, total, acc
 
 
 @triton.jit(do_not_specialize=["num_segments", "window", "splits"])
@@ -147,12 +73,13 @@ def attend_tile(
     CHUNK: tl.constexpr,
     SPLIT: tl.constexpr,
     APART: tl.constexpr,
+    SEVERAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
-    """One tile of one KV head, over one split of the keys (APART) or over all of them."""
+    """One tile of one KV head, over all keys or, where splits are APART, over one of them, or SEVERAL one by one."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TOKENS: tl.constexpr = ROWS // GROUP
     WIDTH: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
@@ -175,9 +102,8 @@ def attend_tile(
         low = tl.maximum(start + first - window + 1, 0) // CHUNK * CHUNK
     split = tl.program_id(1)
     if APART:
-        low = tl.maximum(low, split * SPLIT)
-        last = tl.minimum(last, split * SPLIT + SPLIT)
-        if low >= last:
+        split += low // SPLIT
+        if split * SPLIT >= last:
             return
     row = tl.arange(0, ROWS)
     # Rows that are left over compute what the last token's do, and are not stored.
@@ -193,30 +119,40 @@ def attend_tile(
     table = block_tables + tl.load(table_row + segment).to(tl.int64) * table_stride
     if HAS_SCALES:
         scale *= tl.load(scales)
-    if SPLIT == 0 or APART:
-        best, total, acc = visit_keys(
-            queries, position, low, last, keys, values, table, kv_head, scale, softcap, window,
-            BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP,
-        )  # fmt: skip
-    else:
-        best = tl.full([ROWS], -float("inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, WIDTH], tl.float32)
-        for border in tl.range(low // SPLIT * SPLIT, last, SPLIT):
-            best_next, total_next, acc_next = visit_keys(
-                queries, position, tl.maximum(low, border), tl.minimum(last, border + SPLIT),
+    at = token * HEADS + head
+    stored = live[:, None] & inside
+    if APART and SEVERAL:
+        for each in tl.range(split, tl.cdiv(last, SPLIT), tl.num_programs(1)):
+            best, total, acc = visit_keys(
+                queries, position, tl.maximum(low, each * SPLIT), tl.minimum(last, each * SPLIT + SPLIT),
                 keys, values, table, kv_head, scale, softcap, window,
                 BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP,
             )  # fmt: skip
-            best, total, acc = join(best, total, acc, best_next, total_next, acc_next)
-    at = token * HEADS + head
-    stored = live[:, None] & inside
-    if APART:
-        slot = at * splits + split
-        tl.store(parts + (slot * HEAD_DIM)[:, None] + d[None, :], acc, mask=stored)
-        tl.store(part_stats + slot * 2, best, mask=live)
-        tl.store(part_stats + slot * 2 + 1, total, mask=live)
+            store_part(parts, part_stats, at * splits + each, best, total, acc, live, stored, HEAD_DIM)
+    elif APART:  # a loop takes registers, and with them the room of another program
+        best, total, acc = visit_keys(
+            queries, position, tl.maximum(low, split * SPLIT), tl.minimum(last, split * SPLIT + SPLIT),
+            keys, values, table, kv_head, scale, softcap, window,
+            BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP,
+        )  # fmt: skip
+        store_part(parts, part_stats, at * splits + split, best, total, acc, live, stored, HEAD_DIM)
     else:
+        if SPLIT == 0:
+            best, total, acc = visit_keys(
+                queries, position, low, last, keys, values, table, kv_head, scale, softcap, window,
+                BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP,
+            )  # fmt: skip
+        else:
+            best = tl.full([ROWS], -float("inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([ROWS, WIDTH], tl.float32)
+            for border in tl.range(low // SPLIT * SPLIT, last, SPLIT):
+                best_next, total_next, acc_next = visit_keys(
+                    queries, position, tl.maximum(low, border), tl.minimum(last, border + SPLIT),
+                    keys, values, table, kv_head, scale, softcap, window,
+                    BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP,
+                )  # fmt: skip
+                best, total, acc = join(best, total, acc, best_next, total_next, acc_next)
         sink = 0.0
         if HAS_SINKS:
             sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
@@ -272,7 +208,7 @@ def combine_splits(
     best = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    for split in tl.range(first, position // SPLIT + 1):
+    for split in tl.range(first, position // SPLIT + 1, loop_unroll_factor=4):  # whose loads wait beside each other
         slot = at * splits + split
         part = tl.load(parts + (slot * HEAD_DIM)[:, None] + d[None, :], mask=inside, other=0.0)
         best_next, total_next = tl.load(part_stats + slot * 2), tl.load(part_stats + slot * 2 + 1)
@@ -334,7 +270,7 @@ def attention(
         "HEADS": heads,
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
-        "SEGMENTS": triton.next_power_of_2(batch.num_segments),
+        "SEGMENTS": max(FEWEST_SEGMENTS, triton.next_power_of_2(batch.num_segments)),
         "HAS_WINDOW": window > 0,
         "HAS_SINKS": sinks is not None,
         "HAS_SCALES": scales is not None,
@@ -343,8 +279,9 @@ def attention(
     def attend(
         tiles: Tiles, covered: int, lengths: tuple[int, int], parts: Tensor | None, stats: Tensor | None, splits: int
     ) -> None:
-        grid = (kv_heads * (covered // (tiles.rows // group) + batch.num_segments), splits)
-        attend_tile[grid](
+        programs = kv_heads * (covered // (tiles.rows // group) + batch.num_segments)
+        beside = min(splits, triton.cdiv(ENOUGH_PROGRAMS, programs))
+        attend_tile[programs, beside](
             *(q, keys, values, out, parts, stats),
             *(batch.q_start, batch.kv_len, batch.table_row, batch.block_tables, scales, sinks),
             *(batch.num_segments, q.stride(0), batch.block_tables.stride(0), scale, softcap, window, splits),
@@ -357,6 +294,7 @@ def attention(
             CHUNK=tiles.chunk,
             SPLIT=tiles.split,
             APART=parts is not None,
+            SEVERAL=beside < splits,
             HAS_SOFTCAP=softcap > 0,
             num_warps=tiles.warps,
             num_stages=tiles.stages,

@@ -64,7 +64,7 @@ def place(batch: DeviceBatch) -> None:
         *(batch.q_start, batch.kv_len, batch.table_row, batch.block_tables, batch.positions, batch.cells),
         *(batch.token_ids, batch.latest, batch.num_tokens, batch.num_segments, batch.block_tables.stride(0)),
         BLOCK_SIZE=batch.block_size,
-        SEARCH=batch.num_segments.bit_length(),
+        SEARCH=max(9, batch.num_segments.bit_length()),  # each number is compiled
         TOKENS=tokens,
         HAS_LATEST=batch.latest is not None,
         num_warps=4,

@@ -185,6 +185,11 @@ def test_splits_beside_each_other_are_those_one_after_the_other(monkeypatch: pyt
     monkeypatch.setattr(kernels, "PARTS_BYTES", 0)
     after = case.attend([9, 2, 1], **options)
     assert all(torch.equal(a, b) for a, b in zip(beside, after, strict=True))
+    monkeypatch.undo()
+    for programs in (1, 20):  # all splits by one program, and by two
+        monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", programs)
+        several = case.attend([9, 2, 1], **options, max_context=400)
+        assert all(torch.equal(a, b) for a, b in zip(beside, several, strict=True))
     (short,) = case.attend([1], [20], [2], **options)  # one split
     assert torch.equal(short, after[2])
 
