@@ -26,6 +26,10 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
 
+class RecordingError(RuntimeError):
+    """Work could not be recorded, for another reason than memory; the cause says why."""
+
+
 class CudaGraph:
     """One of CUDA's, in memory that it shares with others: their results are gone when one of them runs."""
 
@@ -34,9 +38,16 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
 
     def record(self, work: Callable[[], Any]) -> Any:
-        # Other threads may fill weights meanwhile, which is none of this graph.
-        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            return work()
+        current = torch.cuda.current_stream()
+        try:
+            # Other threads may fill weights meanwhile, which is none of this graph.
+            with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                return work()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            torch.cuda.set_stream(current)  # torch has left this thread where it was recording
+            raise RecordingError(str(error)) from error
 
     def replay(self) -> None:
         self._graph.replay()
@@ -63,6 +74,8 @@ class GraphPool:
         self._recorded: dict[tuple[object, Hashable], _Recorded] = {}
         self.num_bytes = 0
         """Memory that recording took so far."""
+        self.refused = ""
+        """Why nothing can be recorded here; empty as long as it can."""
 
     def __len__(self) -> int:
         return len(self._recorded)
@@ -92,6 +105,9 @@ class GraphPool:
             except torch.OutOfMemoryError as error:
                 log.warning("no more graphs, other steps are launched piece by piece: %s", str(error).split("\n")[0])
                 self._max_bytes = 0
+            except RecordingError as error:
+                log.exception("graphs cannot be recorded here, all steps are launched piece by piece")
+                self._max_bytes, self.refused = 0, str(error).split("\n")[0]
         if found is None:  # launched piece by piece it takes less, as nothing is kept
             return work()
         found.graph.replay()

@@ -149,6 +149,8 @@ def _memory(context: Context) -> None:
         )
         decoder = loaded.model.decoder
         graphs = getattr(decoder.compute, "graphs", None) if decoder else None
+        if graphs is not None and graphs.refused:
+            context.check("steps are recorded as graphs", False, graphs.refused, "no error")
         if not graphs:
             raise NotThere("graphs: this engine has recorded none")
         context.row(

@@ -30,6 +30,8 @@ class FakeCuda:
         """Reserved, and nobody's."""
         self.held = 0
         self.room = 1 << 40
+        self.breaks = False
+        """Whether the end of a recording fails, as after a call that is not allowed within one."""
         self.streams: list[Any] = []
         self.current: Any = self.new_stream()
         self.capturing: Any = None
@@ -39,6 +41,7 @@ class FakeCuda:
         self.handles = 0
         for name in ("stream", "graph", "graph_pool_handle", "current_stream", "memory_reserved", "empty_cache"):
             patch.setattr(torch.cuda, name, getattr(self, name))
+        patch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "current", stream))
         patch.setattr(torch.cuda, "Stream", lambda device: self.new_stream())
         patch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
@@ -62,11 +65,14 @@ class FakeCuda:
         self.empty_cache()
         self.pools[pool] = self.pools.get(pool, 0) + 1
         graph.pool, self.capturing = pool, pool
+        before, self.current = self.current, stream
         try:
-            with self.stream(stream):
-                yield
+            yield
         finally:
             self.capturing = None
+            if self.breaks:  # before torch.cuda.graph leaves the stream
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nand more")
+            self.current = before
 
     def current_stream(self, device: Any = None) -> Any:
         return self.current
@@ -157,3 +163,35 @@ def test_where_there_is_no_memory_for_a_graph_work_is_done_without(
     assert [record.message for record in caplog.records] == [
         "no more graphs, other steps are launched piece by piece: CUDA out of memory."
     ]
+
+
+def test_where_recording_fails_work_is_done_without_on_the_stream_that_was_left(
+    cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool, streams = GraphPool(CUDA, 1 << 30), []
+    usual = cuda.current
+
+    def work() -> int:
+        cuda.compute()
+        streams.append(cuda.current)
+        return len(streams)
+
+    pool.run(pool, 0, work)
+    cuda.breaks = True
+    assert [pool.run(pool, key, work) for key in (1, 1, 2)] == [2 * WARM_UPS + 3, 2 * WARM_UPS + 4, 2 * WARM_UPS + 5]
+    assert streams[-3:] == [usual] * 3 and cuda.current is usual
+    assert len(pool) == 1 and pool.run(pool, 0, work) == WARM_UPS + 1, "what was recorded before is still replayed"
+    assert pool.refused == "CUDA error: operation failed due to a previous error during capture"
+    [told] = caplog.records
+    assert told.message.startswith("graphs cannot be recorded here") and told.exc_info
+
+
+def test_work_that_fails_without_being_recorded_fails(cuda: FakeCuda) -> None:
+    pool = GraphPool(CUDA, 1 << 30)
+
+    def work() -> None:
+        raise RuntimeError("a kernel does not compile")
+
+    with pytest.raises(RuntimeError, match="does not compile"):
+        pool.run(pool, 0, work)
+    assert not pool.refused and pool.run(pool, 1, cuda.compute) is None and len(pool) == 1
