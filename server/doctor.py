@@ -126,10 +126,8 @@ def gpu(asked: Asked) -> Iterator[Fact]:
         what = f"{device.name}, {device.total_memory / 2**30:.1f} GiB, compute capability {device.major}.{device.minor}"
         yield Fact(f"GPU {index}", what)
     yield Fact("driver", driver())
-    runs = launch.runs_on("cuda")
-    yield Fact(
-        "Triton's kernels", "run" if runs else "do not run", "" if runs else launch.too_old() or "pip install triton"
-    )
+    why_not = launch.why_not("cuda")
+    yield Fact("Triton's kernels", "do not run" if why_not else "run", why_not)
 
 
 def versions(asked: Asked) -> Iterator[Fact]:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -243,12 +242,7 @@ def _choose_compute(checkpoint: Checkpoint, options: EngineConfig, device: torch
 
 
 def _without_triton(device: torch.device, layer: LayerShape) -> str:
-    if find_spec("triton") is None:
-        return "Triton is not installed (torch for CUDA brings it)"
-    if not launch.runs_on(device.type):
-        interpreted = "this process runs them in the interpreter, on the CPU"
-        return "there is no GPU" if device.type == "cpu" else launch.too_old() or interpreted
-    return f"heads of size {layer.head_dim} have no kernel"
+    return launch.why_not(device.type) or f"heads of size {layer.head_dim} have no kernel"
 
 
 def _made(

@@ -20,7 +20,7 @@ from slipstream.kernels.cases import (
     difference,
 )
 from slipstream.kernels.triton import launch
-from slipstream.server.gpu_check.context import Context, Part
+from slipstream.server.gpu_check.context import Context, NotThere, Part
 from slipstream.server.gpu_check.timing import seconds
 
 COPY = "bytes per second of a copy"
@@ -48,12 +48,21 @@ def correctness(context: Context) -> Iterator[Part]:
     """Against the reference. Without a GPU not in bfloat16: the interpreter's is not that of a GPU."""
     sizes = TINY if context.dry_run else MIDDLE
     mend_interpreter()
+    yield Part("Triton", partial(_starts, context))
     tried = [(case, dtype) for case in cases(context.device) for dtype in case.dtypes]
     if context.dry_run:
         tried = [(case, dtype) for case, dtype in tried if dtype is _exact(case)]
     # First each in the format that matters most: compiling takes longer than running.
     for case, dtype in sorted(tried, key=lambda each: each[0].dtypes.index(each[1])):
         yield Part(f"{case.name}, {_name(dtype)}", partial(_compare, context, case, dtype, sizes))
+
+
+def _starts(context: Context) -> None:
+    """Whether Triton's kernels are among those that are compared: torch's are used without them, and much is slower."""
+    why_not = launch.why_not(context.device.type)
+    if why_not and (context.dry_run or launch.too_old()):
+        raise NotThere(why_not)
+    context.check("Triton's kernels run", not why_not, why_not or "they do", "they do")
 
 
 def _compare(context: Context, case: Case, dtype: torch.dtype, sizes: object) -> None:

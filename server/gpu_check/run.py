@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from slipstream.engine.errors import ConfigError
+from slipstream.kernels.triton import launch
 from slipstream.server.gpu_check.context import Context, NotThere, Options, Stage
 from slipstream.server.gpu_check.report import Finding, Report, StageReport, read, targets, write
 
@@ -66,6 +67,7 @@ class Check:
         return found.stages
 
     def run(self, stages: Sequence[Stage]) -> Report:
+        launch.keep_kernels()  # once for all stages, so that what one has compiled is there for the others
         describing, *others = stages
         self._before.pop(describing.name, None)
         with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:

@@ -207,7 +207,7 @@ def test_a_heads_chain_is_one_graph_and_one_copy_back(tiny: str, monkeypatch: py
 
 
 def test_what_keeps_triton_from_running_is_said(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader.launch, "runs_on", lambda device: False)
+    monkeypatch.setattr(loader.launch, "why_not", lambda device: "there is no GPU")
     with pytest.raises(ConfigError, match=r"--kernels triton.*there is no GPU"):
         engine(tiny, "triton")
 

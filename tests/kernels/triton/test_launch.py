@@ -1,5 +1,12 @@
 """What the tests of kernels rest on: that the interpreter computes as a GPU does."""
 
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from slipstream.kernels.triton import launch  # noqa: E402
+from slipstream.kernels.triton import launch, probe  # noqa: E402
 
 
 @triton.jit
@@ -36,15 +43,82 @@ def test_bfloat16_is_rounded_to_the_nearest_even_number() -> None:
     assert bf16_interpreter.rounded(np.array([np.nan], np.float32)) == 0x7FC0
 
 
-@pytest.mark.parametrize(("capability", "why"), [((7, 5), "7.5, and 8.0 is needed"), ((8, 0), ""), ((12, 0), "")])
-def test_gpus_that_triton_does_not_compile_for_get_other_kernels(
-    capability: tuple[int, int], why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A GPU of compute capability 9.0, of which nothing is kept."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     launch.capability.cache_clear()
+    launch.why_not.cache_clear()
+    yield monkeypatch
+    launch.capability.cache_clear()
+    launch.why_not.cache_clear()
+
+
+def starts(patch: pytest.MonkeyPatch, fails_with: Exception | None = None) -> None:
+    """Kernels start on the GPU, or do not."""
+
+    def start() -> None:
+        if fails_with is not None:
+            raise fails_with
+
+    patch.setattr(probe, "start", start)
+
+
+@pytest.mark.parametrize(("capability", "why"), [((7, 5), "7.5, and 8.0 is needed"), ((8, 0), ""), ((12, 0), "")])
+def test_gpus_that_triton_does_not_compile_for_get_other_kernels(
+    capability: tuple[int, int], why: str, gpu: pytest.MonkeyPatch
+) -> None:
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    starts(gpu)
+    assert launch.runs_on("cuda") is not bool(why) and launch.why_not("cuda").endswith(why)
+    assert not launch.runs_on("cpu")
+
+
+NO_HEADERS = subprocess.CalledProcessError(1, ["gcc", "main.c", "-O3", "-shared"])
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (RuntimeError("Triton Error: out of memory"), "RuntimeError: Triton Error: out of memory"),
+        (NO_HEADERS, "gcc does not compile what it needs for that .*python3-dev"),
+        (ImportError("/tmp/cuda_utils.so: failed to map segment from shared object"), "ImportError: .*map segment"),
+        (AssertionError(), "AssertionError: without a message"),
+    ],
+)
+def test_where_no_kernel_starts_other_kernels_run_and_the_reason_is_told(
+    error: Exception, why: str, gpu: pytest.MonkeyPatch
+) -> None:
+    gpu.setenv("CC", "gcc")
+    starts(gpu, error)
+    assert not launch.runs_on("cuda") and re.search(why, launch.why_not("cuda"))
+
+
+def test_a_missing_compiler_is_told(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in images of PyTorch that are made for running alone."""
+    gpu.delenv("CC", raising=False)
+    gpu.setenv("PATH", str(tmp_path))
+    starts(gpu, RuntimeError("Failed to find C compiler."))
+    assert launch.why_not("cuda").endswith("there is none: install gcc, or name one in the variable CC")
+
+
+def test_kernels_are_kept_elsewhere_where_the_home_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "new"))
+    launch.keep_kernels()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "new") and not list((tmp_path / "new").iterdir())
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     try:
-        assert launch.runs_on.__wrapped__("cuda") is not bool(why) and launch.too_old().endswith(why)
+        launch.keep_kernels()
+        kept = Path(os.environ["TRITON_CACHE_DIR"])
+        assert kept.parent == tmp_path and kept.is_dir() and f"kept in {kept}" in caplog.text
+        launch.keep_kernels()
+        assert os.environ["TRITON_CACHE_DIR"] == str(kept)
     finally:
-        launch.capability.cache_clear()
+        os.environ.pop("TRITON_CACHE_DIR", None)
