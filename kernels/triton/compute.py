@@ -21,8 +21,9 @@ from slipstream.kernels.triton.grouped import GroupedWeight, grouped_bytes
 from slipstream.kernels.triton.kv_cache import TritonKVCache
 from slipstream.kernels.triton.layer import FusedLayer
 from slipstream.kernels.triton.linear import InvariantWeight
+from slipstream.kernels.triton.single import SingleWeight
 from slipstream.kernels.triton.stack import INVARIANT_TILE, TritonStack
-from slipstream.kernels.weight import DenseWeight, Weight
+from slipstream.kernels.weight import Weight
 
 
 class TritonCompute(TorchCompute):
@@ -61,7 +62,7 @@ class TritonCompute(TorchCompute):
     def weight(self, n: int, k: int, bias: bool = False) -> Weight:
         packed = self.formats.weights == PACKED
         dtype = self.formats.compute if packed else getattr(torch, self.formats.weights)
-        dense = InvariantWeight if self.is_batch_invariant else DenseWeight
+        dense = InvariantWeight if self.is_batch_invariant else SingleWeight
         make = partial(dense, n, k, dtype, self.device, bias)
         tile_rows = INVARIANT_TILE if self.is_batch_invariant else 0
         return GroupedWeight(n, k, self.device, make, dtype, bias, tile_rows) if packed else make()

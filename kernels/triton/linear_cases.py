@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slipstream.kernels.cases import Case, Prepared, Sizes, Source, called, size
 from slipstream.kernels.compute import LayerShape
-from slipstream.kernels.triton import grouped, linear, quantized
+from slipstream.kernels.triton import grouped, linear, quantized, single
 from slipstream.kernels.triton.adapter import GATE_UP, MATRICES, AdapterTable, TritonAdapter
 from slipstream.kernels.triton.blocks import FORMS
 
 
 def cases() -> Iterator[Case]:
+    yield Case("linear of a single row", partial(_single, single.single), single.FORMATS)
+    yield Case("linear of a single row, cuBLAS", partial(_single, functional.linear), single.FORMATS)
     yield Case("linear, batch-invariant", _linear)
     yield Case("linear, int8", partial(_quantized, "int8"), (torch.bfloat16, torch.float16))
     yield Case("linear, fp8", partial(_quantized, "fp8"), (torch.bfloat16, torch.float16))
@@ -35,6 +38,12 @@ def _linear(source: Source, sizes: Sizes) -> Prepared:
     moved = size(x, weight) + sizes.tokens * sizes.intermediate * x.element_size()
     flops = 2 * sizes.tokens * sizes.hidden * sizes.intermediate
     return called(lambda: linear.linear(x, weight), lambda: x.float() @ weight.float().T, moved, flops)
+
+
+def _single(product: Callable[[Tensor, Tensor], Tensor], source: Source, sizes: Sizes) -> Prepared:
+    x, weight = source.normal(1, sizes.hidden), source.normal(sizes.intermediate, sizes.hidden, scale=0.02)
+    moved, flops = size(x, weight) + sizes.intermediate * x.element_size(), 2 * sizes.hidden * sizes.intermediate
+    return called(lambda: product(x, weight), lambda: x.float() @ weight.float().T, moved, flops)
 
 
 def _quantized(format_: Literal["int8", "fp8", "int4"], source: Source, sizes: Sizes) -> Prepared:
