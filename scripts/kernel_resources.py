@@ -34,6 +34,7 @@ CONTEXT = 1024
 """Tokens of sequences: more than are attended to in one go, so that what is compiled for longer ones is, too."""
 MOST_STREAMS = 256
 IMPORTANT = {
+    "linear of a single row": (1,),
     **dict.fromkeys(
         ("attention decode", "attention, tiles of prompts", "rotate and store", "add and rms_norm"), (256,)
     ),

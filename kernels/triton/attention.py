@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipstream.kernels.triton import launch
 from slipstream.kernels.triton.device_batch import DeviceBatch
 from slipstream.kernels.triton.online import LOG2_E, finish, join, store_part, visit_keys
 from slipstream.kernels.triton.tiles import Tiles, prompt_tiles, row_tiles
@@ -264,7 +265,7 @@ def attention(
     stored = q.dtype if keys.dtype.itemsize == 1 else keys.dtype
     operand = q.dtype if stored is q.dtype else torch.float32
     group = heads // kv_heads
-    rows = rows or row_tiles(head_dim, group, operand)
+    rows = rows or row_tiles(head_dim, group, operand, small=not launch.capability(q.device))
     out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
     shared = {
         "HEADS": heads,

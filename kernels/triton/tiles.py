@@ -22,14 +22,14 @@ class Tiles:
     stages: int
 
 
-def row_tiles(head_dim: int, group: int, operand: torch.dtype) -> Tiles:
-    """Tiles for decode and verification, with ``group`` query heads per KV head."""
+def row_tiles(head_dim: int, group: int, operand: torch.dtype, small: bool = False) -> Tiles:
+    """Tiles for decode and verification, with ``group`` query heads per KV head; ``small`` for AMD's shared memory."""
     rows = max(16, triton.next_power_of_2(group))
     if operand is torch.float32:
         return Tiles(rows, 32, 512, 4, 2)
     # Blocks have to be loaded before it is known where keys and values are: of five stages that leaves these two, so
     # that the next ones are on their way while a chunk is computed. With three there is one, and memory stands still.
-    return Tiles(rows, 64 if head_dim <= 128 else 32, 512, 4, 5)
+    return Tiles(rows, 64 if head_dim <= 128 else 32, 512, 4, 3 if small else 5)
 
 
 def prompt_tiles(head_dim: int, group: int, operand: torch.dtype) -> Tiles:

@@ -46,8 +46,10 @@ TARGETS = {
     each.name: each
     for each in (
         Target("sm_80", GPUTarget("cuda", 80, 32), 163 << 10, False),
+        Target("sm_89", GPUTarget("cuda", 89, 32), 99 << 10, False),
         Target("sm_90", GPUTarget("cuda", 90, 32), 227 << 10, True),
         Target("sm_100", GPUTarget("cuda", 100, 32), 227 << 10, True),
+        Target("sm_120", GPUTarget("cuda", 120, 32), 99 << 10, False),
         Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 << 10, False),
     )
 }
