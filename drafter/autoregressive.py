@@ -295,6 +295,11 @@ class AutoregressiveDrafter(Drafter):
         return _raced(scores, parameters, self._width, self._vocabulary)
 
 
+def last_of(counts: Int32) -> Int32:
+    """Places of the last tokens of segments of so many, which lie end to end."""
+    return (np.cumsum(counts) - 1).astype(np.int32)
+
+
 def _parameters(rows: Sequence[DraftRow], depth: int) -> tuple[NDArray[Any], ...]:
     """What rows draw the token ``depth`` after their next one with: the four parameters, seeds, and indices."""
     params = [row.params for row in rows]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
-from slipstream.drafter.autoregressive import AutoregressiveDrafter
+from slipstream.drafter.autoregressive import AutoregressiveDrafter, last_of
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.speculation.protocol import DraftHost, DraftRow, Proposal
 from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
-from slipstream.kernels.readback import sent
 
 MOST_AT_ONCE = 256
 """Positions per request that the model catches up with in one step; a long prompt takes it several."""
@@ -87,7 +87,8 @@ class ModelDrafter(AutoregressiveDrafter):
         ends = np.array([min(start + most, row.length) for row, start in zip(rows, starts, strict=True)], np.int32)
         ids = np.concatenate([row.known[start:end] for row, start, end in zip(rows, starts, ends, strict=True)])
         counts = ends - np.array(starts, np.int32)
-        hidden = self._model.forward(self._batch(rows, ids, counts, ends), self._cache).hidden
+        batch = replace(self._batch(rows, ids, counts, ends), columns=(last_of(counts),))
+        computed = self._model.forward(batch, self._cache)
         for row, end in zip(rows, ends, strict=True):
             row.memory[self.name] = int(end)
-        return hidden[sent(np.cumsum(counts) - 1, hidden.device)]
+        return computed.hidden[computed.columns[0]]

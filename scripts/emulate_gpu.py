@@ -57,6 +57,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a mixture of experts": (MIXTURE, {}),
     "without graphs": (LLAMA, HEAD | {"graph_memory": "0"}),
     "deterministic": (LLAMA, {"deterministic": True}),
+    "one stream after the other, bfloat16": (LLAMA, {"dtype": "bfloat16", "max_running": 1}),
     "a GGUF file's packed weights": (POLICY, {"weights": "packed", "load_format": "auto"}),
 }
 PROMPTS = ([5, 9, 5, 9, 5, 9, 5], [30, 31, 3], [7, 7, 8, 7, 7])
@@ -82,7 +83,7 @@ class Stream:
 class Graph:
     """Work that is done again, with its results where they were."""
 
-    def __init__(self, pool: Any) -> None: ...
+    def __init__(self, pool: Any, stream: Any) -> None: ...
 
     def record(self, work: Callable[[], Any]) -> Any:
         self._work, self._result = work, work()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.drafter.autoregressive import AutoregressiveDrafter
+from slipstream.drafter.autoregressive import AutoregressiveDrafter, last_of
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.head.network import HeadNetwork, HeadWeights
@@ -26,7 +26,6 @@ from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Choose
 from slipstream.kernels.kv_cache import PagedKVCache
-from slipstream.kernels.readback import sent
 
 MOST_PENDING = 512
 """Positions per request that wait for the head while nobody asks it; older ones are left out."""
@@ -368,9 +367,9 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         ids = np.concatenate([row.known[pending.start + 1 :] for row, pending in zip(rows, pendings, strict=True)])
         counts = np.array([pending.count for pending in pendings], np.int32)
         ends = np.array([row.length - 1 for row in rows], np.int32)
-        batch = self._batch(rows, ids, counts, ends)
-        hidden = self._network.forward(batch, self._network.fuse(features))
-        return hidden[sent(np.cumsum(counts) - 1, hidden.device)]
+        # Which of them are last travels with the batch: to a GPU a copy of its own would take longer than what it says.
+        batch = replace(self._batch(rows, ids, counts, ends), columns=(last_of(counts),))
+        return self._network.forward(batch, self._network.fuse(features))
 
     @property
     def _kv(self) -> PagedKVCache:

@@ -141,7 +141,8 @@ class HeadNetwork:
         return fused(features.flatten(1)).float()
 
     def forward(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
-        """[num_tokens, hidden] float32 from the tokens of the batch and what came before each of them, ``hidden``.
+        """[num_tokens, hidden] float32 from the tokens of the batch and what came before each of them, ``hidden``; of
+        the tokens alone that the batch's column names, if it has one.
 
         Position p holds token p + 1 and the features of position p (or the head's own output there), and predicts
         token p + 2. Writes the head's keys and values; may overwrite ``hidden``.
@@ -149,7 +150,8 @@ class HeadNetwork:
         if not self._is_third:
             embedding = self._target.embedding.rows(sent(batch.token_ids, hidden.device))
             hidden = self._weights.fc(torch.cat((embedding, hidden.to(embedding.dtype)), dim=-1))
-        return self._stack.forward(batch, self.cache, hidden).hidden.float()
+        done = self._stack.forward(batch, self.cache, hidden)
+        return (done.hidden[done.columns[0]] if batch.columns else done.hidden).float()
 
     def draft(self, batch: RaggedBatch, hidden: Tensor, steps: Int32, depth: int, choose: Choose) -> Tensor | None:
         """See ``Stack.draft``; ``forward`` and ``logits`` for several draft tokens at once."""
