@@ -60,6 +60,7 @@ from slipstream.engine.operations import (
 from slipstream.engine.profiling import StepProfiler
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.runner.speculator import Speculator
+from slipstream.engine.runner.warming import warm_up
 from slipstream.engine.scheduling.calibration import calibrate
 from slipstream.engine.scheduling.scheduler import Scheduler
 from slipstream.engine.scheduling.step_cost import StepCost
@@ -108,6 +109,8 @@ class Engine:
         if self.runner.cache.device.type == "cpu":  # there, blocks that were written take memory
             self.runner.cache.release()
             self.runner.cache.restore()
+        else:
+            warm_up(loaded.model.shape.vocab_size, self.runner.cache.device)
         self.scheduler = Scheduler(
             config,
             loaded.num_blocks,

@@ -10,7 +10,10 @@ from torch import Tensor
 from slipstream.kernels.triton.distribution import float_at, order_of
 from slipstream.kernels.triton.sampling import CHUNK, joined_mass
 
-MOST = 32
+COUNTS = (0, 8, 32)
+"""How many of the most likely tokens kernels are compiled for, since each number takes a second when it first comes: of
+more than were asked for, some are left out."""
+MOST = COUNTS[-1]
 """The most likely tokens that can be asked for."""
 NOTHING = tl.constexpr(-9223372036854775808)
 
@@ -114,6 +117,7 @@ def log_probabilities(logits: Tensor, tokens: Tensor, count: int = 0) -> tuple[T
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
+    asked, count = count, next(most for most in COUNTS if count <= most)
     chunks = triton.cdiv(vocab, CHUNK)
     largest, mass, larger = empty(rows, chunks), empty(rows, chunks), empty(rows, chunks, dtype=torch.int32)
     best = empty(rows, chunks, count, dtype=torch.int64)
@@ -134,4 +138,4 @@ def log_probabilities(logits: Tensor, tokens: Tensor, count: int = 0) -> tuple[T
             SLOTS=triton.next_power_of_2(chunks * max(count, 1)),
             num_warps=4,
         )
-    return logprobs, ranks, top_tokens, top_logprobs
+    return logprobs, ranks, top_tokens[:, :asked], top_logprobs[:, :asked]
