@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slipstream.kernels.triton.rows import Rows, row_start
+from slipstream.kernels.triton.rows import ONE_LEVEL, Rows, row_start
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _gated(gate: Tensor, up: Tensor, out: Tensor | None, gelu: bool) -> Tensor:
     if out is None:
         out = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
     first, second, result = Rows.of(gate), Rows.of(up), Rows.of(out)
-    if gate.shape != up.shape or out.shape != gate.shape or result.inner != result.count:
+    if gate.shape != up.shape or out.shape != gate.shape or result.inner != ONE_LEVEL:
         raise ValueError(f"a gate of shape {tuple(gate.shape)}, up {tuple(up.shape)}, out {tuple(out.shape)}")
     if not first.count or not first.width:
         return out

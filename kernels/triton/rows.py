@@ -9,6 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+ONE_LEVEL = 1 << 30
+"""Rows of the inner level where there is no outer one: the same for any number of rows, since kernels are compiled for
+what such numbers are divisible by."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -19,8 +23,8 @@ class Rows:
 
     tensor: Tensor  # its first element is the first row's
     count: int
-    inner: int  # rows of the inner level
-    outer_stride: int  # elements from a row to the one ``inner`` rows on
+    inner: int  # rows of the inner level, or ``ONE_LEVEL``
+    outer_stride: int  # elements from a row to the one ``inner`` rows on; 0 where there is none
     inner_stride: int
     width: int
 
@@ -45,8 +49,9 @@ class Rows:
         if len(levels) > 2:
             raise ValueError(f"rows lie in more than two levels: shape {tuple(x.shape)}, strides {x.stride()}")
         inner, inner_stride = levels[0]
-        outer_stride = levels[1][1] if len(levels) == 2 else inner * inner_stride
-        return cls(x, count, inner, outer_stride, inner_stride, width)
+        if len(levels) == 1:
+            return cls(x, count, ONE_LEVEL, 0, inner_stride, width)
+        return cls(x, count, inner, levels[1][1], inner_stride, width)
 
 
 def fits(*tensors: Tensor) -> bool:

@@ -1,6 +1,6 @@
-"""Which variants of sampling's kernels requests have compiled that a warm-up has not, for a GPU that is not here.
+"""Which variants of kernels are compiled for a GPU that is not here, as JSON.
 
-Prints them as JSON: "before", by the warm-up, and "after".
+"before": of sampling's, by the warm-up, and "after", by requests; "rows": by steps of several numbers of tokens.
 """
 
 import json
@@ -17,7 +17,7 @@ from slipstream.engine.messages import SamplingParams
 from slipstream.engine.runner.sampler import SamplingColumns, sample
 from slipstream.engine.runner.warming import warm_up
 from slipstream.kernels import ops
-from slipstream.kernels.triton import launch
+from slipstream.kernels.triton import activation, launch, norm
 
 VOCAB, CPU = 5000, torch.device("cpu")
 ASKED = (
@@ -53,6 +53,12 @@ def main() -> None:
         for each in ASKED:
             ask([SamplingParams(**({"max_tokens": 9} | fields)) for fields in each])  # type: ignore[arg-type]
         found["after"] = [each.kernel for each in compiled.new()]
+    for tokens in (1, 2, 5, 16, 40, 300, 2048):
+        x, both = torch.empty(2, tokens, 64), torch.empty(tokens, 2 * 96)
+        norm.rms_norm(x[0], x[0, 0], 1e-5)
+        norm.add_rms_norm(x[0], x[1], x[0, 0], 1e-5)
+        activation.silu_mul_halves(both)
+    found["rows"] = [each.kernel for each in compiled.new()]
     print(json.dumps(found))
 
 
