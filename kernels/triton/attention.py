@@ -35,13 +35,13 @@ ENOUGH_PROGRAMS = 8192
 """Programs that occupy the largest GPU many times over. With more splits than that needs, a program computes several:
 a graph is recorded for more splits than most sequences have, and a program that finds nothing to do costs about as much
 as a small split."""
-FEWEST_SEGMENTS = 64
+FEWEST_SEGMENTS = 256
 """Segments that kernels look for at least: looking through as many costs nothing, and each power of two is compiled."""
 ANY_LENGTH = 1 << 30
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit(do_not_specialize=["num_segments", "window", "splits"])
+@triton.jit(do_not_specialize=["num_segments", "window", "splits", "shortest", "longest"])
 def attend_tile(
     q,
     keys,
@@ -62,13 +62,13 @@ def attend_tile(
     softcap,
     window,
     splits,
+    shortest,
+    longest,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    SHORTEST: tl.constexpr,
-    LONGEST: tl.constexpr,
     OPERAND: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -95,7 +95,7 @@ def attend_tile(
     count = tl.load(q_start + segment + 1) - begin
     start = tl.load(kv_len + segment) - count  # before it is known whether it is needed: loads beside each other
     first = (tile - (begin // TOKENS + segment)) * TOKENS
-    if (first >= count) | (count < SHORTEST) | (count > LONGEST):
+    if (first >= count) | (count < shortest) | (count > longest):
         return
     last = start + tl.minimum(first + TOKENS, count)  # keys before it are visible to some row
     low = 0
@@ -163,7 +163,7 @@ def attend_tile(
         tl.store(out + (at * HEAD_DIM)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=stored)
 
 
-@triton.jit(do_not_specialize=["num_segments", "window", "splits"])
+@triton.jit(do_not_specialize=["num_segments", "window", "splits", "longest"])
 def combine_splits(
     parts,
     part_stats,
@@ -175,11 +175,11 @@ def combine_splits(
     num_segments,
     window,
     splits,
+    longest,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    LONGEST: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -196,7 +196,7 @@ def combine_splits(
     if segment >= num_segments:
         return
     begin, end = tl.load(q_start + segment), tl.load(q_start + segment + 1)
-    if end - begin > LONGEST:
+    if end - begin > longest:
         return
     position = tl.load(kv_len + segment) - (end - token)
     first = 0
@@ -285,11 +285,9 @@ def attention(
         attend_tile[programs, beside](
             *(q, keys, values, out, parts, stats),
             *(batch.q_start, batch.kv_len, batch.table_row, batch.block_tables, scales, sinks),
-            *(batch.num_segments, q.stride(0), batch.block_tables.stride(0), scale, softcap, window, splits),
+            *(batch.num_segments, q.stride(0), batch.block_tables.stride(0), scale, softcap, window, splits, *lengths),
             **shared,
             BLOCK_SIZE=batch.block_size,
-            SHORTEST=lengths[0],
-            LONGEST=lengths[1],
             OPERAND=TYPES[operand],
             ROWS=tiles.rows,
             CHUNK=tiles.chunk,
@@ -317,9 +315,9 @@ def attention(
         attend(rows, covered, (1, longest), parts, stats, splits)
         elements = triton.next_power_of_2(group) * triton.next_power_of_2(head_dim)
         combine_splits[covered, kv_heads](
-            *(parts, stats, out, batch.q_start, batch.kv_len, scales, sinks, batch.num_segments, window, splits),
+            *(parts, stats, out, batch.q_start, batch.kv_len, scales, sinks),
+            *(batch.num_segments, window, splits, longest),
             **shared,
-            LONGEST=longest,
             SPLIT=rows.split,
             num_warps=min(8, max(1, elements // 128)),
         )

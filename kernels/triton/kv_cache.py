@@ -97,6 +97,7 @@ class TritonKVCache(TorchKVCache):
         """
         if prompt and host is not None and row_tokens is None:
             is_short = np.diff(host.q_start) <= LONGEST_ROWS
+            prompt = not bool(is_short.all())
             row_tokens = int(host.q_start[1:][is_short].max(initial=0))
             max_context = int(host.kv_len[is_short].max(initial=1))
         other = None

@@ -229,8 +229,9 @@ class TritonStack:
         arrays = [batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors]
         arrays += [] if batch.adapters is None else [batch.adapters]
         arrays += [changes, *batch.columns]
-        empty = torch.empty(2, batch.num_tokens, dtype=torch.int32, device=self._device)
-        on_device, columns = self._send(arrays, mirror, changes, batch, None, *empty)
+        # Two of them, as kernels are compiled for how pointers align.
+        positions, cells = (torch.empty(batch.num_tokens, dtype=torch.int32, device=self._device) for _ in range(2))
+        on_device, columns = self._send(arrays, mirror, changes, batch, None, positions, cells)
         plan = cache.plan_on_device(on_device, longest, prompt=not self._invariant, host=batch)
         done = self._run(on_device, plan, None if hidden is None else hidden.to(self._dtype), taps)
         return Forward(done.hidden, done.features, columns)
