@@ -110,7 +110,7 @@ class Engine:
             self.runner.cache.release()
             self.runner.cache.restore()
         else:
-            warm_up(loaded.model.shape.vocab_size, self.runner.cache.device)
+            warm_up(self.runner, loaded.max_model_len, config.max_step_tokens)
         self.scheduler = Scheduler(
             config,
             loaded.num_blocks,

@@ -191,19 +191,21 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def profile(self, segments: int, tokens: int, context: int) -> float:
+    def profile(self, segments: int, tokens: int, context: int, prompt: int = 0) -> float:
         """Seconds of a forward pass over so many segments of ``tokens`` positions that end at ``context``.
 
-        Includes one row of logits per segment. Writes to the cache, so it must run before requests do.
+        Beside them there may be a prompt of so many. Includes one row of logits per segment. Writes to the cache, so it
+        must run before requests do.
         """
-        slots, blocks = len(self._table.tokens), -(-context // self._block_size)
-        rows = np.arange(segments, dtype=np.int32) % slots
+        slots, blocks = len(self._table.tokens), -(-max(context, prompt) // self._block_size)
+        shapes = [(tokens, context)] * segments + [(prompt, prompt)] * (prompt > 0)
+        counts, lengths = np.ascontiguousarray(np.array(shapes, np.int32).T)
+        rows = np.arange(len(shapes), dtype=np.int32) % slots
         # Through the table that requests will have: what is recorded of a step is recorded for its memory.
         table, used = self._table.blocks, rows[:slots]
         before = table[used]
         table[used, :blocks] = np.arange(len(used) * blocks).reshape(-1, blocks) % self._num_blocks
-        ids, counts = np.zeros(segments * tokens, np.int32), np.full(segments, tokens, np.int32)
-        batch = make_batch(ids, counts, np.full(segments, context, np.int32), table, rows, self._block_size)
+        batch = make_batch(np.zeros(counts.sum(), np.int32), counts, lengths, table, rows, self._block_size)
         batch = replace(batch, latest=self._latest if self.runs_ahead else None)
         is_host = self.cache.device.type == "cpu" and not self.runs_ahead
         for _ in range(1 if is_host else 2):  # the first one on a GPU compiles or loads kernels, and is recorded

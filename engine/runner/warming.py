@@ -1,4 +1,4 @@
-"""Sampling once before the first request: a GPU compiles what is used first, and all requests would wait for that."""
+"""What requests need, done once before the first: a GPU compiles what it is to do, and all would wait for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from slipstream.engine.messages import SamplingParams
+from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.runner.sampler import SamplingColumns, sample
 
 PLAIN = SamplingParams(max_tokens=1, temperature=0.0)
@@ -25,8 +26,18 @@ REPORTED = (1, 20)
 """Most likely tokens that are told: few, and many."""
 
 
+PROMPT, CONTEXT = 300, 100
+"""A prompt that is too long for a graph, beside a short sequence that goes on."""
+
+
+def warm_up(runner: ModelRunner, longest: int, max_step_tokens: int) -> None:
+    """Sampling, and a step of a prompt with a token of another request; steps of one kind are measured anyway."""
+    runner.profile(1, 1, min(CONTEXT, longest), min(PROMPT, longest, max_step_tokens - 1))
+    warm_up_sampling(runner.model.shape.vocab_size, runner.cache.device)
+
+
 @torch.inference_mode()
-def warm_up(vocab: int, device: torch.device) -> None:
+def warm_up_sampling(vocab: int, device: torch.device) -> None:
     """Samples as requests may ask for it, from logits that say nothing."""
     reported = [[SamplingParams(max_tokens=1, temperature=0.0, logprobs=count)] for count in REPORTED]
     for params in (*SAMPLED, *reported):

@@ -17,6 +17,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models import loader
+from slipstream.engine.runner.warming import warm_up
 from slipstream.engine.scheduling import calibration
 from slipstream.engine.testing import LocalEngine
 from slipstream.kernels import ops
@@ -125,6 +126,8 @@ def test_what_is_recorded_to_measure_steps_serves_requests(tiny: str, monkeypatc
         runner.profile(1, 8, 8)
         runner.profile(4, 1, 2)  # more than may run
         assert len(ran) == 6 and not runner._table.blocks.any()
+        warm_up(runner, longest=60, max_step_tokens=40)
+        assert not runner._table.blocks.any()
         recorded = len(MADE)
         runner.profile(1, 1, 7)
         asked = found.submit(list(range(1, 7)), SamplingParams(max_tokens=4, temperature=0.0))

@@ -15,7 +15,7 @@ from fake_driver import TARGETS, Compiled, compile_for
 
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.runner.sampler import SamplingColumns, sample
-from slipstream.engine.runner.warming import warm_up
+from slipstream.engine.runner.warming import warm_up_sampling
 from slipstream.kernels import ops
 from slipstream.kernels.triton import activation, launch, norm
 
@@ -48,7 +48,7 @@ def main() -> None:
     compiled = Compiled(target, "slipstream.kernels.triton")
     found = {}
     with ops.use_backend("triton"):
-        warm_up(VOCAB, CPU)
+        warm_up_sampling(VOCAB, CPU)
         found["before"] = [each.kernel for each in compiled.new()]
         for each in ASKED:
             ask([SamplingParams(**({"max_tokens": 9} | fields)) for fields in each])  # type: ignore[arg-type]
