@@ -105,6 +105,8 @@ def tensors(value: Any) -> list[Tensor]:
 
 class NotPinned(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.pin_memory:
+            return args[0]
         return function(*args, **{name: value for name, value in (kwargs or {}).items() if name != "pin_memory"})
 
 
