@@ -53,7 +53,9 @@ def _little_to_look_through() -> None:
 LONG_FILES = (
     "drafter/training/test_worker.py",
     "server/rollout/test_control.py",
+    "server/rollout/test_pauses.py",
     "server/batch/test_batches.py",
+    "server/batch/test_kills.py",
     "server/gpu_check/test_dry_run.py",
     "server/test_cli.py",
     "kernels/triton/test_attention.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import signal
 import socket
 import time
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from slipstream.engine.operations import Pause, Resume
+from tests.server.under_way import stopped_engine
 
 CHAT = "/v1/chat/completions"
 COMPLETE = "/v1/completions"
@@ -45,8 +47,8 @@ def read_all(connection: socket.socket) -> bytes:
     return received
 
 
-def test_loading(start_tiny: Callable[..., Any]) -> None:
-    server = start_tiny()
+def loading(start_tiny: Callable[..., Any]) -> tuple[Any, psutil.Process]:
+    """A server that loads its model for as long as the test takes, and its engine, which stands still."""
 
     def started() -> psutil.Process | None:
         server.check_that_it_runs()
@@ -62,9 +64,21 @@ def test_loading(start_tiny: Callable[..., Any]) -> None:
             return True
         return False
 
-    engine = server.wait_until(started)
-    with server.suspended():  # loading takes as long as the test
+    for _ in range(5):  # who looks too late finds it loaded
+        server = start_tiny()
+        engine: psutil.Process = server.wait_until(started)
+        engine.suspend()
         server.wait_until(is_listening)
+        if server.get("/health")[1]["status"] == "loading":
+            return server, engine
+        engine.resume()
+        server.stop()
+    raise AssertionError("it was always loaded by then")
+
+
+def test_loading(start_tiny: Callable[..., Any]) -> None:
+    server, engine = loading(start_tiny)
+    try:
         for path in ("/health", "/ready"):
             status, reply = server.get(path)
             assert (status, reply["status"]) == (503, "loading")
@@ -74,6 +88,8 @@ def test_loading(start_tiny: Callable[..., Any]) -> None:
         status, reply = server.post(CHAT, {"messages": [{"role": "user", "content": "Hi"}]})
         assert (status, reply["error"]["code"]) == (503, "loading")
         assert server.request("GET", "/metrics")[0] == 200
+    finally:
+        engine.resume()
     # Ctrl-C while loading ends both processes at once.
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(300) == 0
@@ -178,37 +194,69 @@ def test_a_pause_is_no_stall(narrow: Any) -> None:
     assert narrow.metric("engine_paused") == 0
 
 
+def replaced(server: Any) -> psutil.Process:
+    """The engine that takes the place of one that was killed; it is not up, and stands still."""
+    for _ in range(5):  # who looks too late finds it up
+        killed = server.engine
+        killed.kill()
+        following = stopped_engine(server, killed.pid)
+        if server.get("/health")[1]["status"] == "restarting":
+            return following
+        following.resume()
+        server.wait_until_ready()
+    raise AssertionError("it was always up by then")
+
+
 def test_a_signal_while_the_engine_is_replaced_ends_the_server_at_once(start_tiny: Callable[..., Any]) -> None:
-    server = start_tiny().wait_until_ready()
-    first = server.engine
-    first.kill()
-    server.wait_until(lambda: server.get("/health")[1]["status"] == "restarting")
-    second = server.wait_until(lambda: [p for p in psutil.Process(server.process.pid).children() if p.pid != first.pid])
+    server = start_tiny("--engine-restarts", "5").wait_until_ready()
+    engine = replaced(server)
     server.process.send_signal(signal.SIGTERM)
+    engine.resume()
     assert server.process.wait(300) == 0
-    assert not any(process.is_running() for process in second)
+    assert not engine.is_running()
     server.wait_until_logged("restart 1")
+
+
+def begun(server: Any, engine: psutil.Process, stack: contextlib.ExitStack) -> tuple[socket.socket, int]:
+    """The connection of a request that is under way, and its tokens; the engine stands still to the stack's end."""
+    for tokens in (1000, 8000, 30_000):  # who looks too late finds it answered
+        connection = stack.enter_context(server.send(COMPLETE, LONG | {"max_tokens": tokens}))
+
+        def is_running() -> bool:
+            return bool(server.metric("num_requests_running") == 1)
+
+        def is_answered(connection: socket.socket = connection) -> bool:
+            return bool(select.select([connection], [], [], 0)[0])
+
+        server.wait_until(lambda: is_running() or is_answered())
+        engine.suspend()
+        stack.callback(engine.resume)
+        if is_running() and not is_answered():
+            return connection, tokens
+        engine.resume()
+        server.wait_until_idle()
+    raise AssertionError("it was always answered by then")
 
 
 def test_drain(start_tiny: Callable[..., Any]) -> None:
     server = start_tiny("--drain-timeout-s", "300").wait_until_ready()
     engine = server.engine
     server.wait_until_logged("curl")
-    with server.send(COMPLETE, LONG | {"max_tokens": 1000}) as running:
-        server.wait_until(lambda: server.metric("num_requests_running") == 1)
-        with server.suspended():  # so that it is not done before all is looked at
-            server.process.send_signal(signal.SIGTERM)
-            server.wait_until(
-                lambda: server.get("/ready") == (503, {"status": "draining", "reason": "the server is shutting down"})
-            )
-            assert server.get("/health") == (200, {"status": "draining"})
-            body = json.dumps({"prompt": "x"}).encode()
-            status, headers, reply = server.request("POST", COMPLETE, body, {"content-type": "application/json"})
-            assert (status, json.loads(reply)["error"]["code"]) == (503, "shutting_down")
-            assert int(headers["retry-after"]) > 0
+    with contextlib.ExitStack() as stack:
+        running, tokens = begun(server, engine, stack)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_until(
+            lambda: server.get("/ready") == (503, {"status": "draining", "reason": "the server is shutting down"})
+        )
+        assert server.get("/health") == (200, {"status": "draining"})
+        body = json.dumps({"prompt": "x"}).encode()
+        status, headers, reply = server.request("POST", COMPLETE, body, {"content-type": "application/json"})
+        assert (status, json.loads(reply)["error"]["code"]) == (503, "shutting_down")
+        assert int(headers["retry-after"]) > 0
+        engine.resume()
         head, _, answer = read_whole(running).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 ")
-        assert json.loads(answer)["usage"]["completion_tokens"] == 1000
+        assert json.loads(answer)["usage"]["completion_tokens"] == tokens
     assert server.process.wait(300) == 0
     assert not engine.is_running()
 

@@ -234,5 +234,7 @@ def test_requests_of_one_name_end_each_by_itself(shared: Any) -> None:
         shared.wait_until(lambda: shared.metric("num_requests_running") <= 1)  # that client has gone away
         received = b""
         while not received.endswith(b"0\r\n\r\n"):
-            received += theirs.recv(65536)
+            chunk = theirs.recv(65536)
+            assert chunk, received[-300:]
+            received += chunk
     assert b'"finish_reason":"length"' in received and received.count(b"[DONE]") == 1

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-import signal
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-WINDOW: Any = "24h"
+from tests.server.batch.asking import WINDOW, begin, client_of, ended, jsonl, lines_of, long_requests, request, upload
+
 KEYS = ("one=key-one", "two=key-two")
 
 
@@ -34,53 +33,10 @@ def server(start_local: Callable[..., Any], tmp_path_factory: pytest.TempPathFac
     return server
 
 
-def client_of(server: Any, key: str = "key-one") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
-
-
 @pytest.fixture(scope="module")
 def client(server: Any) -> Iterator[openai.OpenAI]:
     with client_of(server) as client:
         yield client
-
-
-def jsonl(lines: list[Any]) -> bytes:
-    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-
-
-def request(number: int, url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
-    if not body:
-        body = {"messages": [{"role": "user", "content": f"Say {number}"}], "max_tokens": 4, "seed": number}
-    return {"custom_id": f"request-{number}", "method": "POST", "url": url, "body": body}
-
-
-def upload(client: openai.OpenAI, content: bytes) -> str:
-    return client.files.create(file=("in.jsonl", io.BytesIO(content)), purpose="batch").id
-
-
-def begin(client: openai.OpenAI, lines: list[Any], url: Any = "/v1/chat/completions", window: Any = WINDOW) -> Any:
-    return client.batches.create(
-        input_file_id=upload(client, jsonl(lines)),
-        endpoint=url,
-        completion_window=window,
-        metadata={"name": "nightly"},
-    )
-
-
-def ended(server: Any, client: openai.OpenAI, batch: Any) -> Any:
-    def found() -> Any:
-        now = client.batches.retrieve(batch.id)
-        return now if now.status in ("completed", "failed", "cancelled", "expired") else None
-
-    return server.wait_until(found)
-
-
-def lines_of(client: openai.OpenAI, file_id: str | None) -> dict[str, Any]:
-    assert file_id is not None
-    lines = [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
-    found = {line["custom_id"]: line for line in lines}
-    assert len(found) == len(lines), "an answer is there twice"
-    return found
 
 
 BODIES = {
@@ -300,11 +256,6 @@ def kept(server: Any) -> dict[str, int]:
     return {name: tenant["samples"] for name, tenant in found["tenants"].items()}
 
 
-def long_requests(count: int, tokens: int = 3000) -> list[Any]:
-    body = {"prompt": "Once", "max_tokens": tokens, "ignore_eos": True}
-    return [request(number, "/v1/completions", **body) for number in range(count)]
-
-
 def test_a_batch_can_be_cancelled(server: Any, client: openai.OpenAI) -> None:
     short = request(100, "/v1/completions", prompt="x", max_tokens=1)
     batch = begin(client, [short, *long_requests(8, 20_000)], "/v1/completions")
@@ -348,53 +299,3 @@ def test_a_server_without_a_folder_has_none(start_local: Callable[..., Any]) -> 
     for path in ("/v1/files", "/v1/batches", "/v1/files/x/content"):
         status, found = server.get(path)
         assert (status, found["error"]["code"]) == (409, "no_batches")
-
-
-def has_answered(client: openai.OpenAI, batch_id: str, count: int) -> bool:
-    return client.batches.retrieve(batch_id).request_counts.completed >= count
-
-
-def test_nothing_is_lost_or_done_twice_when_the_server_is_killed(
-    start_tiny: Callable[..., Any], tmp_path: Path
-) -> None:
-    """Three kills in the middle, one of them of the engine alone, and a line that was half written."""
-    count = 60
-    options = ("--batch-folder", str(tmp_path), "--max-running", "4")
-    server = start_tiny(*options).wait_until_ready()
-    with client_of(server, "unused") as client:
-        batch = begin(client, long_requests(count, 120), "/v1/completions")
-    for done in (5, 20, 35):
-        with client_of(server, "unused") as client:
-            server.wait_until(partial(has_answered, client, batch.id, done))
-        if done == 20:
-            server.engine.kill()
-            continue
-        server.process.send_signal(signal.SIGKILL)
-        server.process.wait()
-        [output] = [path for path in (tmp_path / "files").iterdir() if b'"response"' in path.read_bytes()[:200]]
-        with output.open("ab") as file:
-            file.write(b'{"id":"batch_req_0","custom_id":"request-59","resp')
-        server = start_tiny(*options).wait_until_ready()
-    with client_of(server, "unused") as client:
-        batch = ended(server, client, batch)
-        assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", count, 0)
-        found = lines_of(client, batch.output_file_id)
-        assert set(found) == {f"request-{number}" for number in range(count)}
-        assert all(line["response"]["body"]["usage"]["completion_tokens"] == 120 for line in found.values())
-        assert batch.usage.output_tokens == 120 * count
-
-
-def test_of_two_servers_on_a_folder_one_runs_the_batches_and_the_other_takes_over(
-    start_tiny: Callable[..., Any], tmp_path: Path
-) -> None:
-    options = ("--batch-folder", str(tmp_path), "--max-running", "2")
-    first, second = (start_tiny(*options) for _ in range(2))
-    first.wait_until_ready()
-    second.wait_until_ready()
-    with client_of(second, "unused") as client:
-        batch = begin(client, long_requests(20, 200), "/v1/completions")
-        second.wait_until(partial(has_answered, client, batch.id, 3))
-        first.process.send_signal(signal.SIGKILL)
-        batch = ended(second, client, batch)
-        assert (batch.status, batch.request_counts.completed) == ("completed", 20)
-        assert len(lines_of(client, batch.output_file_id)) == 20

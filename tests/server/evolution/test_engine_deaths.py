@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import time
@@ -18,24 +17,11 @@ from slipstream.drafter.registry.registry import Registry
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.models.config import decoder_config
+from tests.server.under_way import stopped_engine
 
 PASSED = {"least_ratio": 1.1, "accept_length": 2.0}
 LONG = {"prompt": "Once upon a time", "max_tokens": 30_000, "ignore_eos": True, "speculation": {"mode": "off"}}
 """What no engine has done before it is killed."""
-
-
-def stopped_engine(server: Any, before: int) -> psutil.Process:
-    """The engine that takes the place of the one with that number, which it does not before it is told to go on."""
-
-    def find() -> psutil.Process | None:
-        with contextlib.suppress(ValueError, psutil.Error):  # not there, or not what it will be
-            found: psutil.Process = server.engine
-            return found if found.pid != before else None
-        return None
-
-    engine: psutil.Process = server.wait_until(find)
-    engine.suspend()
-    return engine
 
 
 def test_serving_goes_on_after_deaths_of_the_engine(
@@ -68,7 +54,9 @@ def test_serving_goes_on_after_deaths_of_the_engine(
         next_engine = stopped_engine(server, killed.pid)
         received = b""
         while not received.endswith(b"0\r\n\r\n"):
-            received += stream.recv(65536)
+            chunk = stream.recv(65536)
+            assert chunk, received[-300:]
+            received += chunk
         *_, failed, done = [line for line in received.decode().splitlines() if line.startswith("data: ")]
         assert done == "data: [DONE]"
         assert json.loads(failed.removeprefix("data: "))["error"]["code"] == "engine_failed"

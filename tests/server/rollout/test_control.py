@@ -1,60 +1,28 @@
-"""The control of a server by a trainer, over a real engine: versions of tokens, answers that are cut short, sleep."""
+"""The control of a server by a trainer, over a real engine: versions of tokens, answers that are cut short."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from safetensors.torch import save, save_file
-from torch import Tensor
 
-from slipstream.engine.checkpoint import open_checkpoint
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.messages import NewRequest, SamplingParams
 from slipstream.engine.operations import PauseMode
-from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError
+from slipstream.server.errors import ConflictError, InvalidRequestError
 from slipstream.server.generation import Generation, OutputOptions, Sequence, WeightSpan
 from slipstream.server.rollout.control import Control
+from tests.server.under_way import SHORT, generated, slow_steps, wait_for_tokens
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "ignore_eos": True, "logprobs": 2, "temperature": 0}
 LONG |= {"speculation": {"mode": "off"}}
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_model: Path) -> Callable[[int], dict[str, Tensor]]:
-    config = open_checkpoint(tiny_model).config
-    return lambda seed: dict(dummy_tensors(config, seed))
-
-
-@pytest.fixture(scope="module")
-def serving(start_local: Callable[..., Any]) -> Any:
-    return start_local(max_body_bytes=64 << 20)
-
-
-@pytest.fixture
-def server(serving: Any, tiny_model: Path) -> Iterator[Any]:
-    """With the weights of its files, awake, and with nothing to do before and after."""
-    yield serving
-    control = serving.service.control
-    serving.run(control.resume_memory())
-    serving.run(control.resume())
-    if control.weight_version != "files":
-        serving.run(control.update_from_disk(str(tiny_model), "files"))
-    serving.wait_until_idle()
-
-
-@pytest.fixture
-def control(server: Any) -> Control:
-    found: Control = server.service.control
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +30,6 @@ def whole(serving: Any, tiny_model: Path) -> Any:
     """What the long request gets if nobody disturbs it."""
     serving.run(serving.service.control.update_from_disk(str(tiny_model), "files"))
     return serving.complete(**LONG)["choices"][0]
-
-
-def wait_for_tokens(server: Any, count: int) -> None:
-    began = server.service.engine.stats.generation_tokens
-    server.wait_until(lambda: server.service.engine.stats.generation_tokens >= began + count)
 
 
 # Answers that are cut short ------------------------------------------------------------------------------------------
@@ -122,9 +85,10 @@ def test_an_aborted_answer_has_all_its_tokens(server: Any, policy: Any, whole: A
         status, _, reply = server.request("POST", "/v1/completions", body, headers)
         return status, reply
 
+    before = generated(server)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)
-        wait_for_tokens(server, 60)
+        wait_for_tokens(server, before, 60)
         way(server, policy)
         status, reply = asked.result(300)
     assert status == 200, reply
@@ -145,9 +109,10 @@ def test_an_aborted_answer_has_all_its_tokens(server: Any, policy: Any, whole: A
 
 def test_nothing_that_nobody_asked_for_is_aborted(server: Any, control: Control) -> None:
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(server.complete, "Hello", max_tokens=200, ignore_eos=True)
-        server.wait_until(lambda: control.open_requests)
-        assert server.run(control.abort(["other"])) == 0
+        with slow_steps():
+            asked = pool.submit(server.complete, **SHORT)
+            server.wait_until(lambda: control.open_requests)
+            assert server.run(control.abort(["other"])) == 0
         assert asked.result(300)["choices"][0]["finish_reason"] == "length"
 
 
@@ -162,14 +127,18 @@ async def generate(
     params = SamplingParams(max_tokens=tokens, temperature=0.0)
     request = NewRequest(request_id=service.engine.next_request_id(), prompt=prompt, params=params)
     sequence = Sequence(0, request, OutputOptions(), service)
-    interrupted = False
     with Generation(service, "test", time.monotonic(), [sequence], 1) as generation:
         reading = asyncio.create_task(generation.collect()) if whole else None
-        while not generation.finished:
+
+        async def more() -> None:
             await (generation.next() if reading is None else asyncio.sleep(0.001))
-            if sequence._num_arrived >= at and not interrupted:
-                interrupted = True
-                await interrupt()
+
+        with slow_steps():
+            while sequence._num_arrived < at:
+                await more()
+            await interrupt()
+        while not generation.finished:
+            await more()
     return sequence
 
 
@@ -336,64 +305,3 @@ def test_weights_come_through_shared_memory(server: Any, control: Control, polic
     assert sent.finished is not None and control.weight_version == "shared"
     norm = server.run(control.read_tensor("model.norm.weight", 0, 100))
     assert norm.shape == (64,)
-
-
-# Pauses and sleep ----------------------------------------------------------------------------------------------------
-
-
-def test_a_pause_that_waits_has_settled_when_it_returns(server: Any, control: Control) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(server.complete, "Hello", max_tokens=300, ignore_eos=True)
-        wait_for_tokens(server, 5)
-        server.run(control.pause("wait", settle=True))
-        assert server.service.engine.stats.num_running == 0 and control.paused
-        assert asked.result(300)["usage"]["completion_tokens"] == 300
-    assert server.run(control.flush_prefix_cache())
-    server.run(control.resume())
-    assert not control.paused
-
-
-def test_a_flush_tells_whether_something_is_still_held(server: Any, control: Control) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(server.complete, "Hello", max_tokens=2000, ignore_eos=True)
-        wait_for_tokens(server, 5)
-        server.run(control.pause("keep"))
-        assert not server.run(control.flush_prefix_cache())
-        server.run(control.pause("abort"))
-        assert asked.result(300)["choices"][0]["finish_reason"] == "abort"
-        assert server.run(control.flush_prefix_cache())
-        server.run(control.resume())
-
-
-@pytest.mark.parametrize("mode", get_args(PauseMode))
-def test_who_asks_a_server_that_sleeps(server: Any, control: Control, mode: PauseMode) -> None:
-    expected = server.complete("The quick brown fox", max_tokens=8)["choices"]
-    server.run(control.release_memory(mode=mode, keep_weights=False))
-    assert control.released == {"kv_cache", "weights"}
-    assert server.get("/health") == (
-        200,
-        {"status": "asleep", "reason": "it has given back the memory of kv_cache and weights"},
-    )
-    if mode == "abort":
-        status, reply = server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
-        assert status == 503 and reply["error"]["code"] == "asleep"
-        assert "memory of kv_cache and weights; wake it up" in reply["error"]["message"]
-        assert server.get("/ready")[0] == 503
-        server.run(control.resume_memory())
-        assert server.complete("The quick brown fox", max_tokens=8)["choices"] == expected
-        return
-    assert server.get("/ready")[0] == 200
-    done = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(server.complete, "The quick brown fox", max_tokens=8)
-        asked.add_done_callback(lambda _: done.set())
-        server.wait_until(lambda: control.open_requests)
-        server.run(control.resume_memory(["weights"]))
-        assert not done.wait(0.3) and control.released == {"kv_cache"}
-        server.run(control.resume_memory(["kv_cache"]))
-        assert asked.result(300)["choices"] == expected
-
-
-def test_memory_of_no_kind_is_refused(server: Any, control: Control) -> None:
-    with pytest.raises(ApiError, match="kv_cache, weights, not 'graphs'"):
-        server.run(control.release_memory(["graphs"]))  # type: ignore[list-item]

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.server.under_way import slow_steps
+
 PROMPT = [504, 2632, 6354, 16438, 28]
 LONG = {"max_new_tokens": 8000, "temperature": 1, "sampling_seed": 9, "ignore_eos": True}
 
@@ -187,10 +189,11 @@ def test_a_pause_that_aborts(idle: Any, body: Any) -> None:
 def test_a_pause_in_which_requests_stand_still(idle: Any, mode: str) -> None:
     sampling = LONG | {"max_new_tokens": 600}
     expected = post(idle, "/generate", input_ids=PROMPT, sampling_params=sampling)["output_ids"]
-    request = Running(idle, sampling_params=sampling, return_logprob=False)
-    wait_for(idle, 1)
-    wait_for_tokens(idle, 1)
-    post(idle, "/pause_generation", mode=mode)
+    with slow_steps():
+        request = Running(idle, sampling_params=sampling, return_logprob=False)
+        wait_for(idle, 1)
+        wait_for_tokens(idle, 1)
+        post(idle, "/pause_generation", mode=mode)
     count = generated(idle)
     assert request.is_alive
     assert flush(idle) == (200 if mode == "retract" else 400)

@@ -12,8 +12,8 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from tests.ports import free_port
 from tests.server.sglang.calls import flattened, shared
+from tests.server.under_way import slow_steps
 from tests.server.vllm.sending import beside, broadcast, info, named_group, post
 
 PROMPT = [504, 2632, 6354, 16438, 28]
@@ -80,11 +81,7 @@ class Slime:
         return dict(info)
 
     def flush(self) -> None:
-        for _ in range(60):
-            if self.server.request("GET", "/flush_cache")[0] == 200:
-                return
-            time.sleep(0.05)
-        raise AssertionError("the cache is not flushed")
+        self.server.wait_until(lambda: self.server.request("GET", "/flush_cache")[0] == 200)
 
     def generate(self, **sampling: Any) -> Any:
         params = {"top_p": 1.0, "top_k": -1, "skip_special_tokens": False, "no_stop_trim": True} | GREEDY | sampling
@@ -96,14 +93,13 @@ class Slime:
         return answer
 
     def abort_until_idle(self) -> None:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline:
+        def idle() -> bool:
             self.post("/abort_request", abort_all=True)
             status, answer = self.server.get("/v1/loads?include=core,disagg,queues")
             assert status == 200
-            if sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in answer["loads"]) == 0:
-                return
-        raise AssertionError("requests are left")
+            return not sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in answer["loads"])
+
+        self.server.wait_until(idle)
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
@@ -143,9 +139,15 @@ def test_an_update_outside_a_pause_waits_for_answers(engine: Any, policy: Any) -
     old, folder = slime.version(), policy(5)
     answers: list[Any] = []
     request = threading.Thread(target=lambda: answers.append(slime.generate(max_new_tokens=500)))
-    request.start()
-    engine.wait_until(lambda: engine.get("/v1/loads")[1]["loads"][0]["num_running_reqs"] == 1)
-    slime.post("/update_weights_from_disk", model_path=str(folder), weight_version="five")
+    with ThreadPoolExecutor(1) as threads:
+        with slow_steps():
+            request.start()
+            engine.wait_until(lambda: engine.get("/v1/loads")[1]["loads"][0]["num_running_reqs"] == 1)
+            asked = {"model_path": str(folder), "weight_version": "five"}
+            updating = threads.submit(slime.post, "/update_weights_from_disk", **asked)
+            engine.wait_until(lambda: engine.service.control.paused)
+            assert request.is_alive() and not updating.done()
+        updating.result(300)
     request.join(300)
     assert answers[0]["meta_info"]["weight_versions"] == [{"version": old, "start": 0, "end": 500}]
     assert slime.generate()["meta_info"]["weight_version"] == "five"
@@ -156,11 +158,11 @@ def test_an_answer_tells_which_weights_sampled_which_tokens(engine: Any, policy:
     slime = Slime(engine)
     old, answers = slime.version(), list[Any]()
     request = threading.Thread(target=lambda: answers.append(slime.generate(max_new_tokens=1500)))
-    before = engine.metric("generation_tokens_total")
-    request.start()
-    engine.wait_until(lambda: engine.metric("generation_tokens_total") > before + 5)
-    slime.post("/pause_generation", mode=mode)
-    folder = str(policy(7))
+    before, folder = engine.metric("generation_tokens_total"), str(policy(7))
+    with slow_steps():
+        request.start()
+        engine.wait_until(lambda: engine.metric("generation_tokens_total") > before + 5)
+        slime.post("/pause_generation", mode=mode)
     slime.post("/update_weights_from_disk", model_path=folder, weight_version=f"to {mode}", flush_cache=flush)
     assert request.is_alive()
     slime.post("/continue_generation")

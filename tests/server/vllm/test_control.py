@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from slipstream.engine.operations import CheckIntegrity
+from tests.server.under_way import slow_steps
 
 PROMPT = [504, 2365, 6354, 16438]
 
@@ -32,10 +33,17 @@ class Asking:
     def _run(self) -> None:
         self._reply = self._server.post("/inference/v1/generate", self._body)
 
-    def __enter__(self) -> Asking:
-        before = self._server.metric("generation_tokens_total")
+    def start(self) -> None:
+        """Returns once it has more than twenty tokens, or all."""
+        others = self._server.metric("num_requests_running")
         self._thread.start()
-        self._server.wait_until(lambda: self._server.metric("generation_tokens_total") > before + 20)
+        self._server.wait_until(lambda: self.is_over or self._server.metric("num_requests_running") > others)
+        # Not tokens, which others have as well: every step gives it one at least.
+        steps = self._server.metric("engine_steps_total")
+        self._server.wait_until(lambda: self.is_over or self._server.metric("engine_steps_total") > steps + 20)
+
+    def __enter__(self) -> Asking:
+        self.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -73,14 +81,16 @@ def test_a_pause_that_keeps_changes_no_token(trained: Any) -> None:
     whole = Asking(trained, 800)
     with whole:
         pass
-    with Asking(trained, 800) as again:
+    again = Asking(trained, 800)
+    with slow_steps():
+        again.start()
         post(trained, "/pause?mode=keep&clear_cache=true")
-        before = trained.metric("generation_tokens_total")
-        assert not again.is_over
-        assert post(trained, "/reset_prefix_cache") == {"success": False}, "a request holds some of it"
-        assert trained.metric("generation_tokens_total") == before
-        post(trained, "/resume")
-        assert again.choice == whole.choice
+    before = trained.metric("generation_tokens_total")
+    assert not again.is_over
+    assert post(trained, "/reset_prefix_cache") == {"success": False}, "a request holds some of it"
+    assert trained.metric("generation_tokens_total") == before
+    post(trained, "/resume")
+    assert again.choice == whole.choice
 
 
 @pytest.mark.parametrize("query", ["mode=wait", "wait_for_inflight_requests=true&clear_cache=false"])
@@ -115,9 +125,12 @@ def test_the_prefix_cache_is_forgotten_also_under_running_requests(trained: Any)
     whole = Asking(trained, 800)
     with whole:
         pass
-    with Asking(trained, 800) as again:
+    again = Asking(trained, 800)
+    with slow_steps():
+        again.start()
         assert post(trained, "/reset_prefix_cache", {"reset_running_requests": True}) == {"success": True}
-        assert again.choice == whole.choice, "computed again from its tokens"
+        assert not again.is_over
+    assert again.choice == whole.choice, "computed again from its tokens"
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 from typing import Any
 
@@ -114,10 +115,9 @@ def test_an_aborted_answer_has_its_tokens(start_local: Any) -> None:
         server.wait_until(lambda: server.metric("generation_tokens_total") > 420)
         assert server.post("/abort_requests", {"request_ids": ["other"]})[1] == {"status": "aborted", "aborted": 0}
         assert server.post("/abort_requests", {"request_ids": ["long"]})[1] == {"status": "aborted", "aborted": 1}
-        received = b""
-        while not received.endswith(b"}"):
-            received += connection.recv(65536)
-    [choice] = json.loads(received.partition(b"\r\n\r\n")[2])["choices"]
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        [choice] = json.loads(answer.read())["choices"]
     assert choice["finish_reason"] == "abort"
     count = min(len(choice["token_ids"]), 400)
     assert count > 10

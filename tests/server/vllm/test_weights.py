@@ -17,6 +17,7 @@ from safetensors.torch import save
 from slipstream.clients.adapters.group import TrainerGroup, send_packed
 from slipstream.clients.adapters.trl import connect
 from tests.ports import free_port
+from tests.server.under_way import slow_steps
 from tests.server.vllm.sending import (
     PROMPT,
     beside,
@@ -65,22 +66,25 @@ def test_a_group_of_vllm(trained: Any, policy: Any, said: list[Any], packed: boo
 def test_nothing_is_seen_before_the_end_and_spans_tell_where_it_was(trained: Any, policy: Any, said: list[Any]) -> None:
     names = list(policy(1))
     post(trained, "/update_weight_version", {"new_version": "old"})
-    wanted = {"temperature": 0, "max_tokens": 6000, "ignore_eos": True}
+    wanted = {"temperature": 0, "max_tokens": 2000, "ignore_eos": True}
     with ThreadPoolExecutor(1) as threads:
         post(trained, "/start_weight_update")
         for part in (names[:3], names[3:]):
             send_shared(trained, {name: policy(1)[name] for name in part})
             if part == names[:3]:
                 assert say(trained) == said[0]
-        long = threads.submit(trained.post, "/inference/v1/generate", {"token_ids": PROMPT, "sampling_params": wanted})
-        trained.wait_until(lambda: trained.metric("num_requests_running") == 1)
-        post(trained, "/finish_weight_update", {"weight_version": "new"})
+        before = trained.metric("generation_tokens_total")
+        with slow_steps():
+            body = {"token_ids": PROMPT, "sampling_params": wanted}
+            long = threads.submit(trained.post, "/inference/v1/generate", body)
+            trained.wait_until(lambda: trained.metric("generation_tokens_total") > before)
+            post(trained, "/finish_weight_update", {"weight_version": "new"})
         assert say(trained) == said[1]
         status, reply = long.result(300)
     assert status == 200
     first, second = reply["choices"][0]["weight_versions"]
-    assert (first["version"], first["start"], second["version"], second["end"]) == ("old", 0, "new", 6000)
-    assert 0 < first["end"] == second["start"] < 6000
+    assert (first["version"], first["start"], second["version"], second["end"]) == ("old", 0, "new", 2000)
+    assert 0 < first["end"] == second["start"] < 2000
 
 
 def test_what_is_sent_without_a_beginning_serves_when_it_is_whole(trained: Any, policy: Any, said: list[Any]) -> None:
@@ -126,8 +130,8 @@ def test_an_end_waits_for_what_is_on_its_way(trained: Any, policy: Any, said: li
         assert say(trained) == said[0]
         for tensor in policy(1).values():
             group.broadcast(tensor)
-        receiving.result(120)
-        ending.result(120)
+        receiving.result(300)
+        ending.result(300)
     assert say(trained) == said[1] and trained.get("/weight_info")[1] == {"weight_version": "whole"}
 
 
@@ -151,7 +155,7 @@ def test_skyrl_calls_by_name(trained: Any, policy: Any, said: list[Any], size: d
         asked = {"update_info": info(weights) | {"packed": True} | size}
         receiving = threads.submit(call, "update_weights_nccl", **asked)
         send_packed(iter(weights.items()), group, buffer_size_bytes=size.get("packed_buffer_size_bytes", 2**30))
-        receiving.result(120)
+        receiving.result(300)
     assert say(trained) == said[0]
     call("skyrl_finish_weight_update")
     assert say(trained) == said[1]
@@ -169,7 +173,7 @@ def test_areal_updates_from_a_folder(trained: Any, other_model: Path, said: list
     assert post(trained, "/areal_update_weights", {"model_path": str(other_model), "load_format": "auto"})["success"]
     assert not answers.done(), "an update ends no pause"
     assert post(trained, "/areal_continue_generation")["success"] is True
-    assert answers.result(120) == said[1], "what waits is computed with the new weights"
+    assert answers.result(300) == said[1], "what waits is computed with the new weights"
     post(trained, "/areal_update_weights", {"model_path": "/nowhere"}, status=400)
 
 
@@ -207,7 +211,7 @@ def test_prime_rl_names_a_folder(trained: Any, policy: Any, said: list[Any], tmp
     post(trained, "/update_weights", {"weight_dir": str(tmp_path), "skip_prefix_cache_reset": True})
     assert not answer.done()
     post(trained, "/resume")
-    assert answer.result(120) == said[1]
+    assert answer.result(300) == said[1]
     for body in (
         {"weight_dir": str(tmp_path / "none")},
         {},
@@ -225,7 +229,7 @@ def test_trl_sends_parameters_behind_the_answers(trained: Any, policy: Any, said
     weights, port = policy(1), free_port()
     told = {"host": "127.0.0.1", "port": port, "world_size": 2, "client_device_uuid": "cpu"}
     assert "message" in post(trained, "/init_communicator/", told)
-    group = TrainerGroup("127.0.0.1", port, 2, timeout_s=60)
+    group = TrainerGroup("127.0.0.1", port, 2, timeout_s=300)
     params = [
         {"name": name, "dtype": str(tensor.dtype), "shape": list(tensor.shape)} for name, tensor in weights.items()
     ]
@@ -295,5 +299,5 @@ def test_updates_under_load_mix_no_weights(trained: Any, policy: Any) -> None:
             expected.add(trained.complete(PROMPT, max_tokens=1, temperature=0)["choices"][0]["text"])
         stop.set()
         for each in asking:
-            each.result(120)
+            each.result(300)
     assert set(answers) <= expected
