@@ -27,7 +27,7 @@ def interrupted(*_):
     os._exit(0)
 
 signal.signal(signal.SIGINT, interrupted)
-deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
 helper = subprocess.Popen([sys.executable, "-c", deaf])
 (here / "seen.json").write_text(json.dumps({{"argv": sys.argv[1:], "env": dict(os.environ), "helper": helper.pid}}))
 if "--die" in sys.argv:

@@ -18,11 +18,11 @@ ballast = bytearray(b"x") * (40 * 1024 * 1024)
 end = time.process_time() + 0.5
 while time.process_time() < end: pass
 print("done", flush=True)
-time.sleep(60)
+time.sleep(600)
 '''], stdout=subprocess.PIPE)
 child.stdout.readline()
 print("done", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 

@@ -25,6 +25,11 @@ from slipstream.loadtest.workloads import Workload, WorkloadOptions
 FAST = {"requests": 60, "concurrency": 16, "max_output_tokens": 20, "settle": 0.3}
 
 
+@pytest.fixture
+def serve(serve, time_of_waiting):
+    return serve
+
+
 async def test_a_sound_server_passes_and_every_request_has_one_end(serve):
     async with serve(ttft=0.02, pace=0.004) as server, connect(server.url) as target:
         result = await soak(target, SoakOptions(**FAST, abort_share=0.5))

@@ -26,6 +26,11 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slipstream.loadtest.tenants.PEAK_REQUESTS", 128)
 
 
+@pytest.fixture
+def serve(serve: Any, time_of_waiting: None) -> Any:
+    return serve
+
+
 async def run(server: Any, options: TenantsOptions = FAST) -> dict[str, Any]:
     async with AsyncExitStack() as stack:
         targets = [await stack.enter_async_context(connect(server.url)) for _ in range(3)]

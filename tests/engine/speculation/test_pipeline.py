@@ -267,13 +267,22 @@ def test_drafters_learn_from_what_was_said_and_not_from_what_was_sampled_beyond(
     local.close()
 
 
-def test_what_was_prepared_beside_the_steps_lands_between_two_of_them(engine: Engine) -> None:
+def test_what_was_prepared_beside_the_steps_lands_between_two_of_them(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     local = engine(pipeline="on")
     local.submit([1, 2, 3], SamplingParams(max_tokens=200, seed=1))
     for _ in range(3):
         local.step()
     landed: list[int] = []
-    done = local.engine.background.start(lambda: lambda: landed.append(local.engine.scheduler.num_under_way))
+    background = local.engine.background
+
+    def whole_turn(_: float) -> None:
+        """However busy the machine is: else the request may end before the thread has had a moment."""
+        assert background._turn.wait_for(lambda: not background._has_turn, WAIT_S)
+
+    monkeypatch.setattr(background, "_wait", whole_turn)
+    done = background.start(lambda: lambda: landed.append(local.engine.scheduler.num_under_way))
     deadline = time.monotonic() + WAIT_S
     while not done.done():
         assert time.monotonic() < deadline

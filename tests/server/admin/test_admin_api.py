@@ -242,7 +242,7 @@ async def test_a_server_without_a_registry_says_so(server: Any) -> None:
 async def test_points_come_with_time(server: Any) -> None:
     async with AdminClient(server.url) as admin:
         server.complete("Once upon a time", max_tokens=60, ignore_eos=True)
-        for _ in range(300):
+        for _ in range(3000):
             points = (await admin.status())["points"]
             if any(point[1] > 0 and point[2] >= 1 for point in points):
                 break
