@@ -234,7 +234,7 @@ class Slow(Background):
         super().__init__(clock=lambda: 0.0)
 
     def _wait(self, seconds: float) -> None:
-        assert self._turn.wait_for(lambda: not self._has_turn, 60.0)
+        assert self._turn.wait_for(lambda: not self._has_turn, 300.0)
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])

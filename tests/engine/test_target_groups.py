@@ -32,7 +32,7 @@ from tests.ports import free_port
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 PROMPTS = [[1, 2, 3], list(range(20))]
-PATIENCE = timedelta(seconds=60)
+PATIENCE = timedelta(seconds=300)
 
 
 class Named:
@@ -128,7 +128,7 @@ def joined(
     port = free_port()
     making = trainer.submit(kind, name, port)
     rendezvous: Any = "named" if kind is Named else "stateless"
-    local.operate(JoinGroup(name, "127.0.0.1", port, 2, 1, "gloo", rendezvous, 60.0))
+    local.operate(JoinGroup(name, "127.0.0.1", port, 2, 1, "gloo", rendezvous, 300.0))
     group = making.result(300)
     try:
         yield group

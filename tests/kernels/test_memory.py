@@ -21,7 +21,8 @@ def test_zeros_take_memory_when_they_are_written(piece: int) -> None:
     zeros = reserved_zeros((2, SIZE // 4), torch.bfloat16, piece)
     assert zeros.shape == (2, SIZE // 4) and resident() - before < LITTLE
     zeros[1] = 1
-    assert SIZE // 2 <= resident() - before < SIZE // 2 + LITTLE
+    # The system may take back a little of what else the process has.
+    assert SIZE // 2 - LITTLE < resident() - before < SIZE // 2 + LITTLE
     assert not zeros[0, ::1024].any()
     del zeros
     assert resident() - before < LITTLE

@@ -88,7 +88,7 @@ async def test_both_servers_get_the_same_prompts_in_the_order_a_b_b_a(serve, mon
 
 
 async def test_the_other_server_is_frozen(serve, monkeypatch):
-    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
     stopped = []
     async with serve() as a, serve() as b, connect(a.url) as target_a, connect(b.url) as target_b:
         with subprocess.Popen(sleeping) as first, subprocess.Popen(sleeping) as second:

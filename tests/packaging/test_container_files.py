@@ -73,7 +73,7 @@ def test_the_health_check_is_what_ready_says(port: int, status: int, monkeypatch
     monkeypatch.setattr(Answering, "status", status)
     command = [sys.executable, "-ISE", str(DOCKER / "health.py")]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={"SLIPSTREAM_PORT": str(port)}, check=False, timeout=60
+        command, capture_output=True, text=True, env={"SLIPSTREAM_PORT": str(port)}, check=False, timeout=300
     )
     assert (done.returncode, done.stdout.strip()) == (int(status != 200), "as said")
 
@@ -81,7 +81,7 @@ def test_the_health_check_is_what_ready_says(port: int, status: int, monkeypatch
 def test_the_health_check_fails_where_nobody_listens(port: int) -> None:
     command = [sys.executable, "-ISE", str(DOCKER / "health.py")]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={"SLIPSTREAM_PORT": "1"}, check=False, timeout=60
+        command, capture_output=True, text=True, env={"SLIPSTREAM_PORT": "1"}, check=False, timeout=300
     )
     assert done.returncode == 1 and "no answer from port 1" in done.stdout and not done.stderr
 

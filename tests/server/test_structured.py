@@ -287,8 +287,12 @@ def test_speculation_changes_no_token(server: Any) -> None:
         plain = server.complete("x", speculation={"mode": "off"}, **fields)
         drafted = server.complete("x", speculation={"mode": "auto"}, **fields)
         assert drafted["choices"][0]["token_ids"] == plain["choices"][0]["token_ids"]
-        if temperature == 0:
-            assert drafted["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
+        for _ in range(100 if temperature == 0 else 0):  # while the server tries whether drafting pays again
+            if drafted["metrics"]["speculative_decoding"]["num_draft_tokens"]:
+                break
+            drafted = server.complete("x", speculation={"mode": "auto"}, **fields)
+        else:
+            assert temperature, "nothing is drafted"
 
 
 json_values = st.recursive(

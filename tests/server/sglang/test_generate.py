@@ -277,7 +277,10 @@ def test_a_stream_adds_up_to_the_answer(server: Any, incremental: bool, interval
 
 
 def test_speculation_as_trainers_count_it(server: Any) -> None:
-    meta = generate(server, [400] * 30, sampling={"max_new_tokens": 64, "ignore_eos": True})["meta_info"]
+    for _ in range(100):  # while the server tries whether drafting pays again
+        meta = generate(server, [400] * 30, sampling={"max_new_tokens": 64, "ignore_eos": True})["meta_info"]
+        if meta["spec_verify_ct"]:
+            break
     steps, right, drafted = meta["spec_verify_ct"], meta["spec_num_correct_drafts"], meta["spec_num_proposed_drafts"]
     assert 0 < steps < 64 and 0 <= right <= drafted
     assert sum(meta["spec_correct_drafts_histogram"]) == steps
