@@ -70,8 +70,11 @@ def cost(model: type[Body], body: bytes) -> float:
 @settings(max_examples=50)
 @given(model=models, shape=shapes)
 def test_the_cost_of_a_body_grows_with_its_size(model: type[Body], shape: Shape) -> None:
-    small, large = (cost(model, made_of(shape, count)) for count in (200, 200 * FACTOR))
-    assert large < 3 * FACTOR * max(small, 2e-4)
+    for _ in range(10):  # a processor may be slower for a moment; what costs more and more always does
+        small, large = (cost(model, made_of(shape, count)) for count in (200, 200 * FACTOR))
+        if large < 3 * FACTOR * max(small, 2e-4):
+            return
+    raise AssertionError(f"{FACTOR} times as much takes {large / small:.0f} times as long: {large:.4f} s")
 
 
 def test_a_hundred_thousand_unknown_null_fields() -> None:
