@@ -43,6 +43,8 @@ class HttpClient:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
             timeout=aiohttp.ClientTimeout(total=timeout),
+            # By a cookie a server knows which trainer sends weights, and aiohttp keeps none of an address otherwise.
+            cookie_jar=aiohttp.CookieJar(unsafe=True),
             headers={**(headers or {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})},
         )
 

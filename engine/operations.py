@@ -201,6 +201,16 @@ class FinishTargetUpdate(Operation[TargetUpdated], frozen=True, array_like=True,
     """What the product of a LoRA's matrices is multiplied with; a LoRA that was read from a folder brings its own."""
 
 
+class FindSender(Operation[bool | None], frozen=True, array_like=True, tag="find_sender"):
+    """Whether whoever has sent what has come of an update is there still: None where that cannot be known.
+
+    Known are the trainer of a group that was not left, as long as its store answers, and processes of this machine that
+    share tensors.
+    """
+
+    version: int
+
+
 class CancelTargetUpdate(Operation[None], frozen=True, array_like=True, tag="cancel_target_update"):
     """Gives an update up; the old weights go on serving."""
 
@@ -324,6 +334,7 @@ TargetOperation = (
     | LeaveGroup
     | ReceiveTarget
     | FinishTargetUpdate
+    | FindSender
     | CancelTargetUpdate
     | ChecksumTarget
     | ReadTensor

@@ -23,8 +23,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from slipstream.engine.background import done
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.operations import JoinGroup, ReceiveTarget, TensorSpec
+from slipstream.engine.target_senders import Presence
 
 Batch = list[tuple[str, Tensor]]
 MOST_AHEAD = 2
@@ -44,6 +46,9 @@ class Collective(Protocol):
     def barrier(self, timeout_s: float) -> None:
         """Waits until all members have come here."""
 
+    def is_there(self) -> bool:
+        """Whether rank 0 answers at the address of the group."""
+
     def close(self) -> None: ...
 
 
@@ -52,7 +57,8 @@ class TorchGroup:
 
     def __init__(self, asked: JoinGroup, device: torch.device) -> None:
         timeout = timedelta(seconds=asked.timeout_s)
-        store: Store = _store(asked)
+        self._store = _store(asked)
+        store: Store = self._store
         if asked.rendezvous == "stateless":
             store = PrefixStore(_uri(asked), store)
         else:
@@ -78,6 +84,9 @@ class TorchGroup:
         options = dist.BarrierOptions()
         options.timeout = timedelta(seconds=timeout_s)
         self._wait(self._group.barrier(options), timeout_s)
+
+    def is_there(self) -> bool:
+        return _answers(self._store)
 
     def close(self) -> None:
         if not self._is_gloo:
@@ -117,6 +126,9 @@ class PlainNccl:
         self._store.wait(keys, timedelta(seconds=timeout_s))
         self._store.set(f"departure_{name}_{self._rank}", "1")
 
+    def is_there(self) -> bool:
+        return _answers(self._store)
+
     def close(self) -> None:
         self._comms = []
 
@@ -147,6 +159,15 @@ class _UniqueId(_Text):
 def _store(asked: JoinGroup) -> TCPStore:
     timeout = timedelta(seconds=asked.timeout_s)
     return TCPStore(asked.address.strip("[]"), asked.port, asked.world_size, is_master=False, timeout=timeout)
+
+
+def _answers(store: TCPStore) -> bool:
+    """Whether the process that has made the store, which is rank 0, is there."""
+    try:
+        store.check(["slipstream"])
+    except RuntimeError:
+        return False
+    return True
 
 
 def _uri(asked: JoinGroup) -> str:
@@ -257,19 +278,29 @@ class Group:
         self._asked, self._device = asked, device
         self.joined: Future[None] = Future()
         """Set by its thread."""
-        self._transfers: SimpleQueue[Transfer | None] = SimpleQueue()
+        self._left = False
+        self._asked_for: SimpleQueue[Transfer | Future[Presence] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"group {asked.name}", daemon=True)
         self._thread.start()
 
     def receive(self, asked: ReceiveTarget) -> Transfer:
         """Raises ConfigError for formats and shapes that there are not."""
         transfer = Transfer(asked, self._device)
-        self._transfers.put(transfer)
+        self._asked_for.put(transfer)
         return transfer
+
+    def is_there(self) -> Future[Presence]:
+        """Whether the trainer is, once everything before is received; not known of a group that was left."""
+        if self._left:
+            return done(None)
+        told: Future[Presence] = Future()
+        self._asked_for.put(told)
+        return told
 
     def leave(self, wait_s: float = 0.0) -> None:
         """After what is being received; waits so long for it: a group that is left at the end of a process is torn."""
-        self._transfers.put(None)
+        self._left = True
+        self._asked_for.put(None)
         self._thread.join(wait_s)
 
     def _run(self) -> None:
@@ -286,9 +317,12 @@ class Group:
             )
             return
         self.joined.set_result(None)
-        while (transfer := self._transfers.get()) is not None:
-            transfer.run(group)
-            del transfer
+        while (asked_for := self._asked_for.get()) is not None:
+            if isinstance(asked_for, Future):
+                asked_for.set_result(group.is_there())
+            else:
+                asked_for.run(group)
+            del asked_for
         group.close()
 
 

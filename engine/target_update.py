@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slipstream.engine.background import Background, done
 from slipstream.engine.errors import ConfigError, ModelError, SupersededError
-from slipstream.engine.lora import Lora, plain_name
+from slipstream.engine.lora import plain_name
 from slipstream.engine.models.loader import SPARE_BYTES, available_memory, human_size
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import (
@@ -33,6 +33,7 @@ from slipstream.engine.operations import (
     FillTarget,
     FillTargetHandles,
     FillTargetShared,
+    FindSender,
     FinishTargetUpdate,
     JoinGroup,
     LeaveGroup,
@@ -45,7 +46,9 @@ from slipstream.engine.operations import (
     UpdateMode,
 )
 from slipstream.engine.shared_handles import open_handles
-from slipstream.engine.target_groups import LEAVE_S, Empty, Group, Transfer
+from slipstream.engine.target_groups import LEAVE_S, Empty, Group
+from slipstream.engine.target_parts import Arrival, Update
+from slipstream.engine.target_senders import UNKNOWN, Presence, Roll, Senders, processes
 from slipstream.engine.target_sources import (
     Tensors,
     lora_scale,
@@ -65,42 +68,6 @@ STALE_S = 1800.0
 MOST_READ_BYTES = 64 << 20
 
 
-class _Update:
-    def __init__(self, version: int, mode: UpdateMode, name: str, weights: Weights) -> None:
-        self.version, self.mode, self.name = version, mode, name or str(version)
-        self.began = self.touched = time.perf_counter()
-        self.lora = Lora()
-        self.failure = ""
-        """Why it cannot be finished any more."""
-        self._weights: Weights | None = weights
-
-    @property
-    def weights(self) -> Weights:
-        """Raises ModelError where it has failed."""
-        if self._weights is None:
-            raise ModelError(f"the update to version {self.name} cannot be finished: {self.failure}")
-        return self._weights
-
-    def check(self) -> None:
-        """Raises ModelError where it has failed."""
-        assert self.weights is not None
-
-    def fail(self, why: str) -> None:
-        """The first reason counts. What has come is not kept."""
-        self.failure, self._weights = self.failure or why, None
-        self.lora = Lora()
-
-
-class _Arrival:
-    """Tensors on their way from a trainer's group into an update."""
-
-    def __init__(self, update: _Update, transfer: Transfer) -> None:
-        self.update, self.transfer = update, transfer
-        self.done: Future[int] = Future()
-        self.laid_out: Future[int] | None = None
-        """The last of them that came."""
-
-
 class TargetUpdates:
     """One at a time. New weights lie beside the old ones until they are complete, so that memory is needed for both."""
 
@@ -115,12 +82,13 @@ class TargetUpdates:
         """``weights_bytes`` are what the model's weights take. All methods are for the thread of the steps."""
         self._model, self._device, self._weights_bytes = model, device, weights_bytes
         self._background, self._prepare_use = background, prepare_use
-        self._update: _Update | None = None
+        self._update: Update | None = None
         self._base: ReadableWeights | None = None
         """What served before the LoRA that serves now."""
         self._groups: dict[str, Group] = {}
         self._joining: list[tuple[Group, Future[None]]] = []
-        self._arrivals: list[_Arrival] = []
+        self._arrivals: list[Arrival] = []
+        self._rolls: list[Roll] = []
         self.has_weights = True
         """Whether the model has any; it has none while they are discarded."""
 
@@ -130,11 +98,12 @@ class TargetUpdates:
             case BeginTargetUpdate(version, mode, name):
                 self._begin(version, mode, name)
             case FillTarget(version, tensors, first_rows):
-                return self._fill(self._find(version), lambda: unpack(tensors), first_rows)
+                return self._fill(self._find(version), UNKNOWN, lambda: unpack(tensors), first_rows)
             case FillTargetShared(version, segment, num_bytes):
-                return self._fill(self._find(version), lambda: unpack(bytes(read_segment(segment, num_bytes))))
+                update = self._find(version)
+                return self._fill(update, UNKNOWN, lambda: unpack(bytes(read_segment(segment, num_bytes))))
             case FillTargetHandles(version, pickled, names):
-                return self._fill(self._find(version), lambda: open_handles(pickled, names))
+                return self._fill(self._find(version), processes(pickled), lambda: open_handles(pickled, names))
             case ReadTarget(version, path, is_lora):
                 return self._read(self._find(version), Path(path), is_lora)
             case ReceiveTarget():
@@ -146,6 +115,8 @@ class TargetUpdates:
                 del self._groups[name]
             case FinishTargetUpdate():
                 return self._finish(self._find(operation.version), operation)
+            case FindSender(version):
+                return self._find_sender(self._find(version))
             case CancelTargetUpdate(version):
                 self._give_up(self._find(version), "it was cancelled")
             case ChecksumTarget():
@@ -158,7 +129,7 @@ class TargetUpdates:
     @property
     def is_waiting(self) -> bool:
         """Whether something may come at any time that ``poll`` has to look for."""
-        return bool(self._arrivals or self._joining)
+        return bool(self._arrivals or self._joining or self._rolls)
 
     def poll(self) -> None:
         """Takes what has come from other threads; called between two steps."""
@@ -168,6 +139,7 @@ class TargetUpdates:
                 self._tell_joined(group, told)
         for arrival in list(self._arrivals):
             self._take(arrival)
+        self._rolls = [roll for roll in self._rolls if not roll.look()]
         update = self._update
         if update is not None and time.perf_counter() - update.touched > STALE_S and not self._background.has_work:
             self._give_up(update, f"nothing was heard of it for {STALE_S:.0f} s")
@@ -197,9 +169,9 @@ class TargetUpdates:
         if free < needed + SPARE_BYTES:
             sizes = f"take {human_size(needed)} beside those that serve, and only {human_size(free)} of memory are free"
             raise ModelError(f"other weights {sizes}")
-        self._update = _Update(version, mode, name, self._model.new_weights())
+        self._update = Update(version, mode, name, self._model.new_weights())
 
-    def _find(self, version: int) -> _Update:
+    def _find(self, version: int) -> Update:
         update = self._update
         if update is None or update.version != version:
             what = "none" if update is None else f"one to version {update.name}"
@@ -207,7 +179,15 @@ class TargetUpdates:
         update.touched = time.perf_counter()
         return update
 
-    def _give_up(self, update: _Update, why: str) -> None:
+    def _find_sender(self, update: Update) -> Future[Presence]:
+        if any(arrival.update is update for arrival in self._arrivals):
+            return done(True)  # it is at it: where that breaks off the update fails
+        roll = Roll(update.senders)
+        if not roll.look():
+            self._rolls.append(roll)
+        return roll.told
+
+    def _give_up(self, update: Update, why: str) -> None:
         update.fail(why)
         self._update = None
 
@@ -219,15 +199,21 @@ class TargetUpdates:
     # What comes ------------------------------------------------------------------------------------------------------
 
     def _fill(
-        self, update: _Update, tensors: Callable[[], Tensors], first_rows: dict[str, int] | None = None
+        self,
+        update: Update,
+        senders: Senders,
+        tensors: Callable[[], Tensors],
+        first_rows: dict[str, int] | None = None,
     ) -> Future[int]:
         """How many tensors have not come completely then."""
         weights, lora, firsts = update.weights, update.lora, first_rows or {}
+        update.senders |= senders
 
         def prepare() -> Callable[[], int]:
             try:
                 for name, rows in tensors():
                     update.check()
+                    update.came_from(name, senders)
                     if isinstance(rows, Tensor):
                         require_finite(name, rows)
                     if isinstance(rows, Stored) or not lora.take(name, rows):
@@ -240,7 +226,7 @@ class TargetUpdates:
 
         return self._background.start(prepare)
 
-    def _read(self, update: _Update, path: Path, is_lora: bool) -> Future[int]:
+    def _read(self, update: Update, path: Path, is_lora: bool) -> Future[int]:
         lora = update.lora
 
         def tensors() -> Tensors:
@@ -248,17 +234,17 @@ class TargetUpdates:
             lora.scale = lora.scale if scale is None else scale
             return read(path, self._model)
 
-        return self._fill(update, tensors)
+        return self._fill(update, UNKNOWN, tensors)
 
     def _receive(self, asked: ReceiveTarget) -> Future[int]:
         update, group = self._find(asked.version), self._group(asked.group)
         if not asked.tensors:
             return done(update.weights.num_missing)
-        arrival = _Arrival(update, group.receive(asked))
+        arrival = Arrival(update, frozenset({group}), group.receive(asked))
         self._arrivals.append(arrival)
         return arrival.done
 
-    def _take(self, arrival: _Arrival) -> None:
+    def _take(self, arrival: Arrival) -> None:
         """Has what came laid out, once what came before is; ends the arrival where nothing more comes."""
         last, update = arrival.laid_out, arrival.update
         if last is not None and not last.done():
@@ -272,7 +258,7 @@ class TargetUpdates:
                 update.fail(str(came))
                 raise came
             if came is not None:
-                arrival.laid_out = self._fill(update, lambda: came)
+                arrival.laid_out = self._fill(update, arrival.senders, lambda: came)
                 return
         except Empty:
             return
@@ -310,7 +296,7 @@ class TargetUpdates:
 
     # The end ---------------------------------------------------------------------------------------------------------
 
-    def _finish(self, update: _Update, asked: FinishTargetUpdate) -> Future[TargetUpdated]:
+    def _finish(self, update: Update, asked: FinishTargetUpdate) -> Future[TargetUpdated]:
         weights, lora = update.weights, update.lora
         base: ReadableWeights | None = None
         if lora:
@@ -343,7 +329,7 @@ class TargetUpdates:
             raise ModelError(f"{len(wrong)} tensors are not those whose checksums were told, for example {some}")
 
     def _land(
-        self, update: _Update, weights: Weights, base: ReadableWeights | None, follow: Callable[[int, UpdateMode], None]
+        self, update: Update, weights: Weights, base: ReadableWeights | None, follow: Callable[[int, UpdateMode], None]
     ) -> TargetUpdated:
         if self._update is not update:
             raise SupersededError(f"the update to version {update.name} was given up: {update.failure}")

@@ -48,6 +48,7 @@ FIRST_ROWS = "first_rows"
 def target_router(service: Service) -> APIRouter:
     router = APIRouter(default_response_class=Response, prefix="/admin/v1")
     control = service.control
+    turns = control.turns
 
     def filled(version: int, missing: int) -> Response:
         return JSONBody({"version": version, "missing": missing})
@@ -87,6 +88,7 @@ def target_router(service: Service) -> APIRouter:
         return JSONBody({"released": sorted(control.released)})
 
     @router.post("/target/begin", openapi_extra=describe(answers.Update, 503, bodies=[BeginBody]))
+    @turns.begins
     async def begin(request: Request) -> Response:
         """Begin an update of the model's weights."""
         asked = await body_of(service, request, BeginBody)
@@ -94,6 +96,7 @@ def target_router(service: Service) -> APIRouter:
         return JSONBody({"version": asked.version})
 
     @router.post("/target/fill", openapi_extra=describe(answers.Filled, 409, 503, raw_body=TENSORS, query=VERSION))
+    @turns.holds
     async def fill(request: Request) -> Response:
         """Send tensors of an update, or rows of them, as a safetensors file."""
         version = version_of(request)
@@ -101,12 +104,14 @@ def target_router(service: Service) -> APIRouter:
         return filled(version, await control.fill(str(version), data, first_rows(data)))
 
     @router.post("/target/read", openapi_extra=describe(answers.Filled, 409, 503, bodies=[ReadBody]))
+    @turns.holds
     async def read(request: Request) -> Response:
         """Have the server read tensors of an update from its files."""
         asked = await body_of(service, request, ReadBody)
         return filled(asked.version, await control.read(str(asked.version), asked.path))
 
     @router.post("/target/shared", openapi_extra=describe(answers.Filled, 409, 503, bodies=[SharedBody]))
+    @turns.holds
     async def shared(request: Request) -> Response:
         """Have the server read tensors of an update from shared memory of its machine."""
         asked = await body_of(service, request, SharedBody)
@@ -114,6 +119,7 @@ def target_router(service: Service) -> APIRouter:
         return filled(asked.version, missing)
 
     @router.post("/target/receive", openapi_extra=describe(answers.Filled, 409, 503, bodies=[ReceiveBody]))
+    @turns.holds
     async def receive(request: Request) -> Response:
         """Have the server take tensors of an update that are broadcast in a group."""
         asked = await body_of(service, request, ReceiveBody, TENSORS_BYTES)
@@ -124,6 +130,7 @@ def target_router(service: Service) -> APIRouter:
         return filled(asked.version, missing)
 
     @router.post("/target/finish", openapi_extra=describe(answers.Updated, 409, 503, bodies=[FinishBody]))
+    @turns.holds
     async def finish(request: Request) -> Response:
         """Serve with the new weights, all of them, from now on."""
         asked = await body_of(service, request, FinishBody, TENSORS_BYTES)
@@ -133,6 +140,7 @@ def target_router(service: Service) -> APIRouter:
         return JSONBody(msgspec.structs.asdict(report) | {"version": asked.version})
 
     @router.post("/target/cancel", openapi_extra=describe(answers.Update, 503, bodies=[UpdateBody]))
+    @turns.holds
     async def cancel(request: Request) -> Response:
         """Give an update up; the old weights go on serving."""
         asked = await body_of(service, request, UpdateBody)

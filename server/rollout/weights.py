@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from slipstream.engine.operations import (
     FillTarget,
     FillTargetHandles,
     FillTargetShared,
+    FindSender,
     FinishTargetUpdate,
     JoinGroup,
     LeaveGroup,
@@ -27,9 +29,16 @@ from slipstream.engine.operations import (
 )
 from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError
 from slipstream.server.rollout.serving import Host, Serving
+from slipstream.server.rollout.turns import Turns
 from slipstream.server.rollout.versions import Called, Versions
 
+logger = logging.getLogger(__name__)
 MOST_NUMBER = 2**31 - 1
+NOT_KNOWN = (
+    "the old weights serve on: not all tensors have come, and it cannot be seen whether their sender is there still; "
+    "send every tensor, or say where the update begins and ends: /begin_weight_update and /end_weight_update, or "
+    "/start_weight_update and /finish_weight_update"
+)
 Finish = Literal["yes", "no", "complete"]
 """Whether an update is finished with what has come: always, never, or if every tensor has."""
 
@@ -59,6 +68,7 @@ class WeightControl(Serving):
     def __init__(self, host: Host) -> None:
         super().__init__(host)
         self._versions = Versions()
+        self.turns = Turns(lambda: self._update is not None)
         self._next_number = 1
         self._update: _Update | None = None
         self._beginning = asyncio.Lock()
@@ -186,21 +196,32 @@ class WeightControl(Serving):
         self._update = self._lost = None
         return done
 
-    async def finish_what_came(self) -> None:
+    async def finish_what_came(self) -> str:
         """Ends the update under way, if there is one, for a trainer that says no more than that it goes on.
 
-        What has not come stays as it is. See finish_update; an update that cannot be finished is given up.
+        What has not come stays as it is, if whoever has sent the rest is seen to be there still; of one that has ended
+        nothing serves, which is told in words. Raises ConflictError, and gives the update up, where that cannot be
+        known. See finish_update, too.
         """
         update = self._update
         if update is None:
             self._lost = None
-            return
+            return ""
         try:
-            await self.finish_update(update.called.name, keep_rest=True)
+            is_there, name = await self.operate(FindSender(update.number)), update.called.name
+            if is_there:
+                await self.finish_update(name, keep_rest=True)
+                return ""
         except ApiError:
             if self._update is update:
                 await self.cancel_update()
             raise
+        if self._update is update:
+            await self.cancel_update()
+        if is_there is None:
+            raise ConflictError(NOT_KNOWN, code="update_failed")
+        logger.warning(told := f"the update to version {name} is given up: whoever has sent a part of it has ended")
+        return told
 
     async def cancel_update(self, version: str | None = None) -> None:
         """Gives the update under way up; without ``version``, whichever it is, if there is one."""
@@ -263,7 +284,14 @@ class WeightControl(Serving):
         finish: Finish = "complete",
         keep_rest: bool = False,
     ) -> Sent:
-        """As ``update_from_tensors``, from tensors that a process of the engine's machine shares; FillTargetHandles."""
+        """As ``update_from_tensors``, from tensors that a process of the engine's machine shares; FillTargetHandles.
+
+        What one has sent that has ended since is given up, if the update serves as soon as it is whole.
+        """
+        before = self._update
+        is_gone = before and finish == "complete" and await self.operate(FindSender(before.number)) is False
+        if is_gone and self._update is before:
+            await self.cancel_update()
         return await self._send(
             lambda number: FillTargetHandles(number, pickled, tuple(names)), version, mode, finish, keep_rest
         )

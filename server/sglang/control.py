@@ -51,9 +51,10 @@ def add_control_routes(router: APIRouter, service: Service, updates: Updates) ->
     async def go_on(request: Request) -> Response:
         """End a pause, with the weights that have come meanwhile."""
         await body_of(service, request, SGLangContinueBody)
-        await updates.finish()
+        given_up = await updates.finish()
         await control.resume()
-        return JSONBody({"status": "ok", "message": "Generation continued successfully."})
+        message = f"Generation continued; {given_up}." if given_up else "Generation continued successfully."
+        return JSONBody({"status": "ok", "message": message})
 
     @router.post("/abort_request", openapi_extra=describe(answers.SGLangAborted, 503, bodies=[SGLangAbortBody]))
     async def abort(request: Request) -> Response:

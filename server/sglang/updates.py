@@ -38,8 +38,17 @@ class Updates:
         if self._control.updating is not None and self._control.updating_number == ours:
             await self._control.cancel_update()
 
-    async def finish(self) -> None:
-        """Ends the update for which buckets have come, if there is one: what has not come stays as it is."""
+    async def finish(self) -> str:
+        """Ends the update for which buckets have come, if there is one; see Control.finish_what_came."""
         ours, self._ours = self._ours, None
         if self._control.updating_number in (None, ours):
+            return await self._control.finish_what_came()
+        return ""
+
+    async def end(self) -> None:
+        """The same for a trainer that says so: nobody has to be asked whether that was all."""
+        ours, self._ours = self._ours, None
+        if (name := self._control.updating) is None:
             await self._control.finish_what_came()
+        elif self._control.updating_number == ours:
+            await self._control.finish_update(name, keep_rest=True)

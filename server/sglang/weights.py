@@ -37,6 +37,7 @@ TOGETHER = 2**62
 
 def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> None:
     control = service.control
+    turns = control.turns
 
     @router.post("/update_weights_from_disk", openapi_extra=described(SGLangDiskBody))
     @telling_failures
@@ -56,6 +57,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
 
     @router.post("/update_weights_from_tensor", openapi_extra=described(SGLangTensorBody))
     @telling_failures
+    @turns.holds
     async def from_tensors(request: Request) -> Response:
         """Take tensors that another process of this machine shares."""
         with control.part_of_update():
@@ -67,6 +69,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
 
     @router.post("/init_weights_update_group", openapi_extra=described(SGLangGroupBody))
     @telling_failures
+    @turns.takes
     async def join(request: Request) -> Response:
         """Join a trainer's group of processes; answered when all have joined."""
         asked = await body_of(service, request, SGLangGroupBody)
@@ -91,6 +94,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
 
     @router.post("/update_weights_from_distributed", openapi_extra=described(SGLangDistributedBody))
     @telling_failures
+    @turns.holds
     async def from_group(request: Request) -> Response:
         """Take tensors that the trainer broadcasts."""
         with control.part_of_update():
@@ -104,6 +108,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
 
     @router.post("/begin_weight_update", openapi_extra=described(SGLangSessionBody))
     @telling_failures
+    @turns.begins
     async def begin(request: Request) -> Response:
         """Weights are to come; those that have come of an update without an end are given up."""
         await body_of(service, request, SGLangSessionBody)
@@ -113,11 +118,12 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
 
     @router.post("/end_weight_update", openapi_extra=described(SGLangSessionBody))
     @telling_failures
+    @turns.holds
     async def end(request: Request) -> Response:
         """All weights have come that will; the others stay as they are."""
         await body_of(service, request, SGLangSessionBody)
         service.require_ready()
-        await updates.finish()
+        await updates.end()
         return outcome(updates.took_bucket())
 
     @router.post(

@@ -28,6 +28,7 @@ def success(message: str) -> Response:
 def areal_router(service: Service, transfer: Transfer) -> APIRouter:
     router = APIRouter(default_response_class=Response)
     control, adapters = service.control, service.adapters
+    turns = control.turns
 
     @router.post("/areal_pause_generation", openapi_extra=told())
     async def pause(request: Request) -> Response:
@@ -62,6 +63,7 @@ def areal_router(service: Service, transfer: Transfer) -> APIRouter:
         return success("LoRA updated")
 
     @router.post("/areal_init_weights_update_group", openapi_extra=told(schema.ArealGroupBody))
+    @turns.takes
     async def init_group(request: Request) -> Response:
         """Join the group of a trainer."""
         asked = await body_of(service, request, schema.ArealGroupBody)
@@ -72,6 +74,7 @@ def areal_router(service: Service, transfer: Transfer) -> APIRouter:
         return success("Group joined")
 
     @router.post("/areal_set_update_weight_meta", openapi_extra=told(schema.ArealTensorsBody))
+    @turns.holds
     async def announce(request: Request) -> Response:
         """Say which tensors come next."""
         with control.part_of_update():
@@ -81,6 +84,7 @@ def areal_router(service: Service, transfer: Transfer) -> APIRouter:
         return success("Tensors announced")
 
     @router.post("/areal_update_weights_xccl", openapi_extra=told())
+    @turns.holds
     async def update_from_group(request: Request) -> Response:
         """Take the tensors that were announced; they serve when all have come."""
         await body_of(service, request, NoBody)

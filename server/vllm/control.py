@@ -31,6 +31,7 @@ REFUSALS = (409, 503)
 encode = msgspec.json.Encoder().encode
 WORLD_SIZE = 1
 """Processes that a trainer sends weights to."""
+SKYRL_START = "skyrl_start_weight_update"
 LEVELS = ("0", "1", "2")
 SCHEDULING = "scheduling"
 """What vLLM calls generating when it says what is to wake up."""
@@ -187,8 +188,10 @@ def memory_tags(words: list[str]) -> list[MemoryTag]:
 def update_router(service: Service, transfer: Transfer) -> APIRouter:
     router = APIRouter(default_response_class=Response)
     control = service.control
+    turns = control.turns
 
     @router.post("/init_weight_transfer_engine", openapi_extra=told(answers.Done, schema.InitBody))
+    @turns.takes
     async def init_weight_transfer_engine(request: Request) -> Response:
         """Join the group of a trainer."""
         await transfer.init((await body_of(service, request, schema.InitBody)).init_info)
@@ -202,6 +205,7 @@ def update_router(service: Service, transfer: Transfer) -> APIRouter:
         return JSONBody({"message": "Weight transfer shut down"})
 
     @router.post("/start_weight_update", openapi_extra=told(answers.Done))
+    @turns.begins
     async def start_weight_update(request: Request) -> Response:
         """Begin an update of the weights, which serves from its end on."""
         await body_of(service, request, NoBody)
@@ -219,6 +223,7 @@ def update_router(service: Service, transfer: Transfer) -> APIRouter:
         )
 
     @router.post("/update_weights", openapi_extra=told(answers.Done, schema.UpdateWeightsBody))
+    @turns.holds
     async def update_weights(request: Request) -> Response:
         """Take tensors of an update."""
         with control.part_of_update():
@@ -230,6 +235,7 @@ def update_router(service: Service, transfer: Transfer) -> APIRouter:
         return JSONBody({"message": "Weights updated"})
 
     @router.post("/finish_weight_update", openapi_extra=told(answers.Done, schema.VllmFinishBody))
+    @turns.holds
     async def finish_weight_update(request: Request) -> Response:
         """Serve with the new weights from now on."""
         await transfer.finish((await body_of(service, request, schema.VllmFinishBody)).weight_version)
@@ -272,9 +278,14 @@ def update_router(service: Service, transfer: Transfer) -> APIRouter:
             raise InvalidRequestError(
                 f"method: {', '.join(methods)}, not {asked.method[:60]!r}", param="method", code="unsupported_parameter"
             )
-        with control.part_of_update():
-            await methods[asked.method](asked.kwargs or {})
-        return JSONBody({"results": [None] * WORLD_SIZE})
+
+        async def call(_: Request) -> Response:
+            with control.part_of_update():
+                await methods[asked.method](asked.kwargs or {})
+            return JSONBody({"results": [None] * WORLD_SIZE})
+
+        whose = turns.begins if asked.method == SKYRL_START else turns.holds
+        return await whose(call)(request)
 
     return router
 
@@ -294,7 +305,7 @@ def calls(transfer: Transfer) -> dict[str, Callable[[dict[str, Any]], Awaitable[
         await transfer.finish()
 
     return {
-        "skyrl_start_weight_update": start,
+        SKYRL_START: start,
         "update_weights_nccl": update,
         "update_weights_ipc": update,
         "skyrl_finish_weight_update": finish,

@@ -28,6 +28,7 @@ def done(message: str) -> Response:
 def trl_control_router(service: Service, transfer: Transfer) -> APIRouter:
     router = APIRouter(default_response_class=Response)
     control = service.control
+    turns = control.turns
 
     @router.get("/get_world_size/", openapi_extra=describe(WorldSize, 503))
     async def get_world_size() -> Response:
@@ -36,6 +37,7 @@ def trl_control_router(service: Service, transfer: Transfer) -> APIRouter:
         return JSONBody({"world_size": 1})
 
     @router.post("/init_communicator/", openapi_extra=told(schema.TrlCommunicatorBody))
+    @turns.takes
     async def init_communicator(request: Request) -> Response:
         """Begin to wait for a trainer at a port; it joins after this is answered."""
         asked = await body_of(service, request, schema.TrlCommunicatorBody)
@@ -44,6 +46,7 @@ def trl_control_router(service: Service, transfer: Transfer) -> APIRouter:
         return done("Request received, initializing communicator")
 
     @router.post("/update_named_param/", openapi_extra=told(schema.TrlTensorBody))
+    @turns.holds
     async def update_named_param(request: Request) -> Response:
         """Begin to take a tensor, which the trainer sends after this is answered."""
         with control.part_of_update():
@@ -53,6 +56,7 @@ def trl_control_router(service: Service, transfer: Transfer) -> APIRouter:
         return done("Request received, updating named parameter")
 
     @router.post("/batch_update_named_params/", openapi_extra=told(schema.TrlTensorsBody))
+    @turns.holds
     async def batch_update_named_params(request: Request) -> Response:
         """Begin to take tensors, which the trainer sends after this is answered."""
         with control.part_of_update():

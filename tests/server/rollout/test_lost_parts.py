@@ -64,12 +64,19 @@ def send_to_vllm(server: Any, part: Part, status: int = 200) -> None:
         segment.unlink()
 
 
+def send_handles_to_vllm(server: Any, part: Part, status: int = 200) -> None:
+    post(server, "/update_weights", {"update_info": {"ipc_handles_pickled": shared(list(part.items()))}}, status)
+
+
 SEND: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("/continue_generation", "/end_weight_update"), send_to_sglang),
-    **dict.fromkeys(("/finish_weight_update", "/areal_continue_generation", "/reset_prefix_cache/"), send_to_vllm),
+    "/finish_weight_update": send_to_vllm,
+    **dict.fromkeys(("/areal_continue_generation", "/reset_prefix_cache/"), send_handles_to_vllm),
 }
 """How tensors are sent by trainers that end an update with this call."""
-MALFORMED = {send_to_sglang: "/update_weights_from_tensor", send_to_vllm: "/update_weights"}
+MALFORMED = dict.fromkeys((send_to_vllm, send_handles_to_vllm), "/update_weights") | {
+    send_to_sglang: "/update_weights_from_tensor"
+}
 
 
 @pytest.mark.parametrize("how", ["of another shape", "malformed"])

@@ -1,0 +1,59 @@
+"""An update of the target's weights that is under way: what has come of it, from whom, and what is on its way."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+
+from slipstream.engine.errors import ModelError
+from slipstream.engine.lora import Lora
+from slipstream.engine.models.weights import Weights
+from slipstream.engine.operations import UpdateMode
+from slipstream.engine.target_groups import Transfer
+from slipstream.engine.target_senders import Senders
+
+
+class Update:
+    def __init__(self, version: int, mode: UpdateMode, name: str, weights: Weights) -> None:
+        self.version, self.mode, self.name = version, mode, name or str(version)
+        self.began = self.touched = time.perf_counter()
+        self.lora = Lora()
+        self.senders: Senders = frozenset()
+        self.failure = ""
+        """Why it cannot be finished any more."""
+        self._weights: Weights | None = weights
+        self._came_from: dict[str, Senders] = {}
+
+    @property
+    def weights(self) -> Weights:
+        """Raises ModelError where it has failed."""
+        if self._weights is None:
+            raise ModelError(f"the update to version {self.name} cannot be finished: {self.failure}")
+        return self._weights
+
+    def check(self) -> None:
+        """Raises ModelError where it has failed."""
+        assert self.weights is not None
+
+    def came_from(self, name: str, senders: Senders) -> None:
+        """Notes who sends a tensor. Raises ModelError where others have sent it before: two trainers make a mix."""
+        if self._came_from.setdefault(name, senders).isdisjoint(senders):
+            raise ModelError(
+                f"tensor {name!r} has come from another process or group before: two trainers send at once, or one was "
+                "started again; begin an update, and send all of it"
+            )
+
+    def fail(self, why: str) -> None:
+        """The first reason counts. What has come is not kept."""
+        self.failure, self._weights = self.failure or why, None
+        self.lora = Lora()
+
+
+class Arrival:
+    """Tensors on their way from a trainer's group into an update."""
+
+    def __init__(self, update: Update, senders: Senders, transfer: Transfer) -> None:
+        self.update, self.senders, self.transfer = update, senders, transfer
+        self.done: Future[int] = Future()
+        self.laid_out: Future[int] | None = None
+        """The last of them that came."""
