@@ -63,7 +63,8 @@ def build_app(service: Service) -> ASGIApp:
         *(openai.openai_router(service), respond.respond_router(service), anthropic.anthropic_router(service)),
         *(sglang.sglang_router(service), vllm.vllm_router(service)),
     ]
-    controls = [sglang.control_router(service), *vllm_control.control_routers(service), profile.profile_router(service)]
+    controls = [sglang.control_router(service), sglang.refused_router(service), profile.profile_router(service)]
+    controls += vllm_control.control_routers(service)
     for router in (*generating, batch.batch_router(service, app), *controls, admin.admin_router(service)):
         app.include_router(router)
     for path in paths(generating):

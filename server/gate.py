@@ -31,7 +31,9 @@ from slipstream.server.metrics import Metrics
 from slipstream.server.principal import SCOPE_ENTRY, Principal, RequestLimits
 from slipstream.server.web_pages import ANY, ELSEWHERE, WebPages
 
-OPEN_PATHS = frozenset({"/health", "/health/", "/health_generate", "/ready", "/metrics", "/version", "/", "/dashboard"})
+OPEN_PATHS = frozenset(
+    {"/health", "/health/", "/health_generate", "/liveness", "/ready", "/metrics", "/version", "/", "/dashboard"}
+)
 """The chat and the dashboard are pages without data; what they show they ask the API for."""
 ADMIN_PATH = "/admin/"
 RATE_HEADERS = [

@@ -157,6 +157,15 @@ class Control(WeightControl):
         """Takes memory again, and serves on when all of it is back; see ResumeMemory."""
         await self.operate(ResumeMemory(_tags(tags)))
 
+    async def reload_weights(self) -> None:
+        """Serves with the weights of the model's files again, as version ``default``; an update under way is given up.
+
+        Requests wait meanwhile, and are computed again from their tokens.
+        """
+        await self.cancel_update()
+        await self.operate(ReleaseMemory(("weights",), False, False))
+        await self.resume_memory(["weights"])
+
     async def _until(self, condition: Callable[[EngineStats], bool]) -> None:
         while not condition(self._stats):
             self._host.require_ready()

@@ -10,12 +10,14 @@ from slipstream.engine.messages import NewRequest, SamplingParams
 from slipstream.server.description import describe, parameter
 from slipstream.server.errors import ApiError, InvalidRequestError, OverloadedError
 from slipstream.server.json_response import JSONBody
+from slipstream.server.rollout.refused import refusing_router
 from slipstream.server.service import Service
 from slipstream.server.sglang import answers, info
 from slipstream.server.sglang.control import add_control_routes
 from slipstream.server.sglang.control_schema import BODIES as CONTROL_BODIES
 from slipstream.server.sglang.generate import generate
 from slipstream.server.sglang.loras import add_lora_routes
+from slipstream.server.sglang.refused import REFUSED
 from slipstream.server.sglang.schema import SGLangGenerateBody, SGLangSamplingParams
 from slipstream.server.sglang.updates import Updates
 from slipstream.server.sglang.weights import add_weight_routes
@@ -103,6 +105,11 @@ def control_router(service: Service) -> APIRouter:
     add_weight_routes(router, service, updates)
     add_lora_routes(router, service)
     return router
+
+
+def refused_router(service: Service) -> APIRouter:
+    """What is not here: those who may control a server are told what to use instead."""
+    return refusing_router(service.config.max_body_bytes, REFUSED)
 
 
 async def one_token(service: Service) -> bool:

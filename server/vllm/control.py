@@ -13,6 +13,7 @@ from slipstream.server.body import Body, parse
 from slipstream.server.description import Answer, describe, parameter
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.json_response import JSONBody
+from slipstream.server.rollout import refused
 from slipstream.server.rollout.control import ALL_MEMORY
 from slipstream.server.service import Service
 from slipstream.server.vllm import control_answers as answers
@@ -21,12 +22,13 @@ from slipstream.server.vllm.areal import areal_router
 from slipstream.server.vllm.asked import PAUSES, body_of, flag, one_of, words_of
 from slipstream.server.vllm.lora import lora_router
 from slipstream.server.vllm.prepare import UNKNOWN
+from slipstream.server.vllm.refused import REFUSED
 from slipstream.server.vllm.schema import NoBody
 from slipstream.server.vllm.transfer import Transfer
 from slipstream.server.vllm.trl_control import trl_control_router
 
 BODIES: tuple[type[Body], ...] = (*schema.BODIES, NoBody)
-DESCRIBED = (*BODIES, *answers.ANSWERS)
+DESCRIBED = (*BODIES, *answers.ANSWERS, *refused.DESCRIBED)
 REFUSALS = (409, 503)
 encode = msgspec.json.Encoder().encode
 WORLD_SIZE = 1
@@ -59,6 +61,7 @@ def control_routers(service: Service) -> list[APIRouter]:
         lora_router(service),
         areal_router(service, transfer),
         trl_control_router(service, transfer),
+        refused.refusing_router(service.config.max_body_bytes, REFUSED),
     ]
 
 
@@ -135,6 +138,13 @@ def memory_router(service: Service) -> APIRouter:
             return JSONBody({"success": await control.flush_prefix_cache()})
         async with control.halted("recompute"):
             return JSONBody({"success": await control.flush_prefix_cache()})
+
+    @router.post("/reload_weights", openapi_extra=told(answers.WeightsReloaded))
+    async def reload_weights(request: Request) -> Response:
+        """Serve with the weights of the model's files again, as prime-rl asks when a training begins anew."""
+        await body_of(service, request, NoBody)
+        await control.reload_weights()
+        return JSONBody({"status": "ok"})
 
     @router.post("/sleep", openapi_extra=told(answers.SleepStatus, NoBody, MODE, LEVEL))
     async def sleep(request: Request) -> Response:

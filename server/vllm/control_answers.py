@@ -37,6 +37,10 @@ class CacheReset(Answer):
     success: bool
 
 
+class WeightsReloaded(Answer):
+    status: Literal["ok"]
+
+
 class VllmAborted(Answer):
     status: Literal["aborted"]
     aborted: int
@@ -79,5 +83,5 @@ class CallResults(Answer):
 
 ANSWERS: tuple[type[Answer], ...] = (
     *(PauseStatus, IsPaused, SleepStatus, WakeStatus, IsSleeping, CacheReleased, CacheReset, VllmAborted, WorldSize),
-    *(Done, Succeeded, VersionSet, WeightInfo, WeightCheck, CallResults),
+    *(WeightsReloaded, Done, Succeeded, VersionSet, WeightInfo, WeightCheck, CallResults),
 )

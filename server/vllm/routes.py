@@ -73,4 +73,10 @@ def vllm_router(service: Service) -> APIRouter:
         status, body = service.health()
         return JSONBody(body, status)
 
+    @router.get("/liveness", openapi_extra=describe(answers.TrlHealth, 503, errors=answers.TrlHealth))
+    async def liveness() -> Response:
+        """The same, as prime-rl asks."""
+        status, body = service.health()
+        return JSONBody(body if status == 200 else body | {"status": "engine_unresponsive"}, status)
+
     return router

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-OPEN = {"/health", "/health/", "/health_generate", "/ready", "/metrics", "/version", "/", "/dashboard"}
+OPEN = {"/health", "/health/", "/health_generate", "/liveness", "/ready", "/metrics", "/version", "/", "/dashboard"}
 FOR_USERS = {
     *("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}", "/tokenize", "/detokenize"),
     *("/v1/files", "/v1/files/{name}", "/v1/files/{name}/content"),

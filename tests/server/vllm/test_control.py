@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from slipstream.engine.operations import CheckIntegrity
+from slipstream.server.sglang.refused import REFUSED as SGLANG_REFUSED
+from slipstream.server.vllm.refused import REFUSED as VLLM_REFUSED
 from tests.server.under_way import slow_steps
 
 PROMPT = [504, 2365, 6354, 16438]
@@ -197,3 +199,16 @@ def test_one_process_takes_weights(trained: Any) -> None:
 
 def test_drafters_are_not_sent(trained: Any) -> None:
     assert "drafters/import" in json.dumps(post(trained, "/start_draft_weight_update", status=400))
+
+
+@pytest.mark.parametrize("path", [*VLLM_REFUSED, *SGLANG_REFUSED])
+def test_what_is_not_here_is_refused_with_what_to_use_instead(trained: Any, path: str) -> None:
+    error = post(trained, path, {"zmq_handles": {}}, status=400)["error"]
+    assert error["code"] == "unsupported_route" and error["message"].startswith(path)
+    routes = trained.get("/openapi.json")[1]["paths"]
+    instead = [word.rstrip(",;.)(").lstrip("(") for word in error["message"].removeprefix(path).split() if "/" in word]
+    assert instead and set(instead) <= routes.keys() - VLLM_REFUSED.keys() - SGLANG_REFUSED.keys()
+
+
+def test_prime_rl_asks_whether_the_engine_is_there(trained: Any) -> None:
+    assert trained.get("/liveness") == (200, {"status": "ok"})

@@ -221,6 +221,23 @@ def test_prime_rl_names_a_folder(trained: Any, policy: Any, said: list[Any], tmp
     assert say(trained) == said[1]
 
 
+def test_the_weights_of_the_files_come_back(trained: Any, policy: Any, said: list[Any]) -> None:
+    post(trained, "/start_weight_update")
+    send_shared(trained, policy(1))
+    post(trained, "/finish_weight_update", {"weight_version": "one"})
+    post(trained, "/start_weight_update")
+    with ThreadPoolExecutor(1) as threads:
+        wanted = {"temperature": 0, "max_tokens": 3000, "ignore_eos": True}
+        long = threads.submit(trained.post, "/inference/v1/generate", {"token_ids": PROMPT, "sampling_params": wanted})
+        trained.wait_until(lambda: trained.metric("num_requests_running") == 1)
+        assert post(trained, "/reload_weights") == {"status": "ok"}
+        status, reply = long.result(300)
+    assert status == 200 and len(reply["choices"][0]["token_ids"]) == 3000
+    assert [span["version"] for span in reply["choices"][0]["weight_versions"]] == ["one", "default"]
+    assert trained.get("/weight_info")[1] == {"weight_version": "default"} and say(trained) == said[0]
+    assert post(trained, "/finish_weight_update", status=409)["error"]["code"] == "no_update"
+
+
 # TRL before 1.11 -----------------------------------------------------------------------------------------------------
 
 
