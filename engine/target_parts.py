@@ -19,6 +19,7 @@ class Update:
         self.began = self.touched = time.perf_counter()
         self.lora = Lora()
         self.senders: Senders = frozenset()
+        """Of the tensors that have come."""
         self.failure = ""
         """Why it cannot be finished any more."""
         self._weights: Weights | None = weights
@@ -37,6 +38,7 @@ class Update:
 
     def came_from(self, name: str, senders: Senders) -> None:
         """Notes who sends a tensor. Raises ModelError where others have sent it before: two trainers make a mix."""
+        self.senders |= senders
         if self._came_from.setdefault(name, senders).isdisjoint(senders):
             raise ModelError(
                 f"tensor {name!r} has come from another process or group before: two trainers send at once, or one was "

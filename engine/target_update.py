@@ -207,7 +207,6 @@ class TargetUpdates:
     ) -> Future[int]:
         """How many tensors have not come completely then."""
         weights, lora, firsts = update.weights, update.lora, first_rows or {}
-        update.senders |= senders
 
         def prepare() -> Callable[[], int]:
             try:

@@ -212,9 +212,12 @@ class WeightControl(Serving):
             if is_there:
                 await self.finish_update(name, keep_rest=True)
                 return ""
-        except ApiError:
+        except ApiError as error:
             if self._update is update:
-                await self.cancel_update()
+                self._update = self._lost = None
+                await self._give_up(update.number)
+            if isinstance(error, InvalidRequestError):  # nothing of this call is wrong
+                raise ConflictError(f"the old weights serve on: {error.message}", code="update_failed") from None
             raise
         if self._update is update:
             await self.cancel_update()

@@ -180,6 +180,7 @@ def test_a_trainer_that_is_there_may_send_a_few_tensors(server: Any, control: Co
         for name in names[:2]:
             sender.send([name])
         sender.send(names[2:])
+        post(server, "/update_weights_from_tensor", {"serialized_named_tensors": [shared([])]})  # tells of nobody
         assert server.run(control.differing_weights()) == []
         post(server, "/continue_generation")
         assert server.run(control.differing_weights()) == sorted(names)
@@ -247,6 +248,24 @@ def test_whose_sender_cannot_be_seen_serves_when_it_is_whole_or_said_to_end(
     send_segment(call, part)
     post(server, "/finish_weight_update")
     assert server.run(control.differing_weights()) == sorted(part)
+
+
+def test_an_update_that_ended_with_its_engine_is_told_once(start_local: Callable[..., Any], weights: Any) -> None:
+    server = start_local()
+    bucket = {"serialized_named_tensors": [shared(list(weights(1).items())[:2])]}
+    post(server, "/update_weights_from_tensor", bucket)
+
+    async def die() -> None:
+        server.service.kill_engine()
+        await server.service.engine.ended.wait()
+
+    server.run(die())
+    server.wait_until_ready()
+    error = post(server, "/continue_generation", status=409)["error"]
+    assert error["code"] == "update_failed" and "old weights" in error["message"]
+    post(server, "/continue_generation")
+    post(server, "/update_weights_from_tensor", bucket)
+    post(server, "/continue_generation")
 
 
 # Turns ---------------------------------------------------------------------------------------------------------------
