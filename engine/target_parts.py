@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future
 
-from slipstream.engine.errors import ModelError
+from slipstream.engine.errors import ModelError, SupersededError
 from slipstream.engine.lora import Lora
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.operations import UpdateMode
@@ -22,18 +22,21 @@ class Update:
         """Of the tensors that have come."""
         self.failure = ""
         """Why it cannot be finished any more."""
+        self._is_over = False
+        """Whether that is no fault of what was sent."""
         self._weights: Weights | None = weights
         self._came_from: dict[str, Senders] = {}
 
     @property
     def weights(self) -> Weights:
-        """Raises ModelError where it has failed."""
+        """Raises ModelError where it has failed, SupersededError where it is over."""
         if self._weights is None:
-            raise ModelError(f"the update to version {self.name} cannot be finished: {self.failure}")
+            error = SupersededError if self._is_over else ModelError
+            raise error(f"the update to version {self.name} cannot be finished: {self.failure}")
         return self._weights
 
     def check(self) -> None:
-        """Raises ModelError where it has failed."""
+        """Raises what ``weights`` does."""
         assert self.weights is not None
 
     def came_from(self, name: str, senders: Senders) -> None:
@@ -44,6 +47,11 @@ class Update:
                 f"tensor {name!r} has come from another process or group before: two trainers send at once, or one was "
                 "started again; begin an update, and send all of it"
             )
+
+    def end(self, why: str) -> None:
+        """It is given up, or serves; what still comes of it has nowhere to go."""
+        self._is_over = self._is_over or not self.failure
+        self.fail(why)
 
     def fail(self, why: str) -> None:
         """The first reason counts. What has come is not kept."""

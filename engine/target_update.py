@@ -188,7 +188,7 @@ class TargetUpdates:
         return roll.told
 
     def _give_up(self, update: Update, why: str) -> None:
-        update.fail(why)
+        update.end(why)
         self._update = None
 
     def _serving(self) -> Weights:
@@ -334,7 +334,7 @@ class TargetUpdates:
             raise SupersededError(f"the update to version {update.name} was given up: {update.failure}")
         began = time.perf_counter()
         self.use(weights, update.version, update.mode, follow)
-        update.fail("it serves already")  # what comes late must not be laid into weights that serve
+        update.end("it serves already")  # what comes late must not be laid into weights that serve
         self._update, self._base = None, base
         return TargetUpdated(update.version, began - update.began, time.perf_counter() - began)
 

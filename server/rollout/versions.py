@@ -25,6 +25,17 @@ class Called:
             self.name, self.is_given = name, True
 
 
+@dataclass(slots=True)
+class UnderWay:
+    """An update that has begun."""
+
+    number: int
+    """What the engine calls its version; versions of this server never have the same."""
+    called: Called
+    is_whole: bool = False
+    """Whether one operation brings all of it: nothing else belongs to it."""
+
+
 class Versions:
     """By number; 0 are the weights of the model's files."""
 

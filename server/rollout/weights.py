@@ -30,7 +30,7 @@ from slipstream.engine.operations import (
 from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError
 from slipstream.server.rollout.serving import Host, Serving
 from slipstream.server.rollout.turns import Turns
-from slipstream.server.rollout.versions import Called, Versions
+from slipstream.server.rollout.versions import Called, UnderWay, Versions
 
 logger = logging.getLogger(__name__)
 MOST_NUMBER = 2**31 - 1
@@ -53,15 +53,6 @@ class Sent:
     """Set if the update was finished with them."""
 
 
-@dataclass(slots=True)
-class _Update:
-    """One under way."""
-
-    number: int
-    """What the engine calls its version; versions of this server never have the same."""
-    called: Called
-
-
 class WeightControl(Serving):
     """One update at a time; ``Control`` is one."""
 
@@ -70,7 +61,7 @@ class WeightControl(Serving):
         self._versions = Versions()
         self.turns = Turns(lambda: self._update is not None)
         self._next_number = 1
-        self._update: _Update | None = None
+        self._update: UnderWay | None = None
         self._beginning = asyncio.Lock()
         self._giving_up: set[asyncio.Task[None]] = set()
         self._coming: set[asyncio.Task[int]] = set()
@@ -123,14 +114,14 @@ class WeightControl(Serving):
         self._lost = None
         return await self._begin(version, mode)
 
-    async def _begin(self, version: str | None, mode: UpdateMode) -> str:
+    async def _begin(self, version: str | None, mode: UpdateMode, is_whole: bool = False) -> str:
         asked = int(version) if version is not None and version.isascii() and version.isdecimal() else 0
         number = max(self._next_number, min(asked, MOST_NUMBER))
         name = str(number) if version is None else version
         self._next_number = number + 1
         self._update = None
         await self.operate(BeginTargetUpdate(number, mode, name))
-        self._update = _Update(number, Called(name, version is not None))
+        self._update = UnderWay(number, Called(name, version is not None), is_whole)
         return name
 
     async def fill(self, version: str, tensors: bytes, first_rows: dict[str, int] | None = None) -> int:
@@ -206,6 +197,7 @@ class WeightControl(Serving):
         update = self._update
         if update is None:
             self._lost = None
+        if update is None or update.is_whole:
             return ""
         try:
             is_there, name = await self.operate(FindSender(update.number)), update.called.name
@@ -352,13 +344,15 @@ class WeightControl(Serving):
         """``is_whole``: it is an update by itself."""
         async with self._beginning:  # tensors that come at the same time are of one update
             before, lost = self._update, None
+            if before is not None and before.is_whole and not is_whole:
+                raise ConflictError("other weights are being read from files: send these after them", code="conflict")
             if before is not None and version is not None and not is_whole:
                 before.called.give(version)
             if before is None or is_whole or version not in (None, before.called.name):
                 if before is not None:  # of which more may come
                     lost = f"those of version {before.called.name} were given up for others"
                     self._lost = self._lost or lost
-                await self._begin(version, mode)
+                await self._begin(version, mode, is_whole)
             update = self._update
             assert update is not None
         try:

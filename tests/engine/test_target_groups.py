@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.errors import ConfigError, ModelError
+from slipstream.engine.errors import ConfigError, ModelError, SupersededError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.operations import (
     BeginTargetUpdate,
@@ -233,7 +233,7 @@ def test_what_a_trainer_sends_of_an_update_that_was_given_up_does_not_disturb_th
         sending = trainer.submit(send, group)
         receiving = local.engine.operate(ReceiveTarget(50, "weights", specs(tensors)))
         local.operate(CancelTargetUpdate(50))
-        with pytest.raises(ModelError, match="cancelled"):
+        with pytest.raises(SupersededError, match="cancelled"):
             local.wait(receiving)
         go_on.set()
         sending.result(300)

@@ -324,7 +324,7 @@ def test_what_comes_after_the_end_is_not_laid_into_weights_that_serve(local: Loc
     finishing = local.engine.operate(FinishTargetUpdate(1))
     late = local.engine.operate(FillTarget(1, save(policy(2))))
     local.wait(finishing)
-    with pytest.raises(ModelError, match="serves already"):
+    with pytest.raises(SupersededError, match="serves already"):
         local.wait(late)
     assert [done.tokens for done in local.generate(PROMPTS, GREEDY)] == fresh(1)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.operations import FillTargetShared, ReadTarget
 from slipstream.server.errors import ConflictError
 from slipstream.server.rollout.control import Control
 from tests.server.sglang.calls import shared
@@ -135,6 +139,54 @@ def test_two_trainers_at_once_make_no_mix(
         send(part, "other")
     assert control.weight_version == "other"
     server.run(control.update_from_disk(str(tiny_model)))
+
+
+@pytest.mark.parametrize("end", ["/areal_continue_generation", "/continue_generation"])
+def test_nothing_joins_or_ends_an_update_from_files(
+    server: Any, control: Control, weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(save(weights(1)))
+    reading, go_on, operate = threading.Event(), threading.Event(), control.operate
+
+    async def slowly(operation: Any) -> Any:
+        if isinstance(operation, ReadTarget):
+            reading.set()
+            await asyncio.to_thread(go_on.wait, 300)
+        return await operate(operation)
+
+    monkeypatch.setattr(control, "operate", slowly)
+    with ThreadPoolExecutor(1) as threads:
+        body = {"model_path": str(tmp_path), "weight_version": "files"}
+        update = threads.submit(post, server, "/update_weights_from_disk", body)
+        assert reading.wait(300)
+        bucket = {"serialized_named_tensors": [shared(list(weights(2).items())[:2])]}
+        assert post(server, "/update_weights_from_tensor", bucket, status=409)["error"]["code"] == "conflict"
+        post(server, end)
+        go_on.set()
+        assert update.result(300)["success"] is True
+    assert control.weight_version == "files"
+    found = server.run(control.checksums())
+    server.run(control.update_from_tensors(save(weights(1)), finish="yes"))
+    assert server.run(control.checksums()) == found
+
+
+def test_who_is_overtaken_is_told_so(server: Any, control: Control, weights: Any, monkeypatch: Any) -> None:
+    """Another update begins while tensors of this one are on their way to the engine."""
+    operate = control.operate
+
+    async def overtaken(operation: Any) -> Any:
+        if isinstance(operation, FillTargetShared):
+            monkeypatch.setattr(control, "operate", operate)
+            coming = asyncio.ensure_future(operate(operation))
+            await asyncio.sleep(0)
+            await control.begin_update()
+            return await coming
+        return await operate(operation)
+
+    post(server, "/start_weight_update")
+    monkeypatch.setattr(control, "operate", overtaken)
+    send_to_vllm(server, weights(1), status=409)
+    server.run(control.cancel_update())
 
 
 def test_tensors_that_are_sent_again_are_not_lost(server: Any, control: Control, weights: Any) -> None:
