@@ -55,6 +55,23 @@ async def push(trainer: Trainer, way: str, tensors: dict[str, Tensor], folder: P
         await trainer.leave("weights")
 
 
+async def test_of_two_trainers_with_the_same_numbers_the_later_has_its_turn(
+    server: Any, admin: AdminClient, policy: Any
+) -> None:
+    """One that was started again counts its versions anew."""
+    before = (await admin.status())["server"]["weight_version"]
+    async with AdminClient(server.url) as again:
+        await admin.begin_update(7)
+        await again.begin_update(7)
+        for call in (admin.begin_update(7), admin.read(7, "/nowhere"), admin.finish_update(7), admin.cancel_update(7)):
+            with pytest.raises(APIError) as refusal:
+                await call
+            assert (refusal.value.status, refusal.value.code) == (409, "superseded")
+        assert (await admin.status())["server"]["weight_version"] == before
+        await Trainer(again, first_version=7).push(policy(1))
+        await Trainer(admin).push(policy(0))
+
+
 @pytest.mark.parametrize("way", ["bodies", "shared memory", "files", "group"])
 async def test_every_way(admin: AdminClient, policy: Any, way: str, tmp_path: Path) -> None:
     trainer = Trainer(admin, first_version=3)
