@@ -19,7 +19,7 @@ class Update:
         self.began = self.touched = time.perf_counter()
         self.lora = Lora()
         self.senders: Senders = frozenset()
-        """Of the tensors that have come."""
+        """Who has sent the tensors that have come."""
         self.failure = ""
         """Why it cannot be finished any more."""
         self._is_over = False

@@ -41,13 +41,16 @@ class Turns:
 
     def begins(self, handler: Handler) -> Handler:
         """The handler of a route by which an update begins: who has lost his turn does not end that of others."""
-        takes = self.takes(handler)
+        return self.spares(self.takes(handler))
+
+    def spares(self, handler: Handler) -> Handler:
+        """The handler of a route that ends the update under way, if there is one: who has lost his turn has none."""
 
         @functools.wraps(handler)
         async def handle(request: Request) -> Response:
             if self._is_updating():
                 self._check(request)
-            return await takes(request)
+            return await handler(request)
 
         return handle
 

@@ -48,6 +48,7 @@ def add_control_routes(router: APIRouter, service: Service, updates: Updates) ->
         "/continue_generation",
         openapi_extra=describe(answers.SGLangStatus, 409, 503, bodies=[SGLangContinueBody]),
     )
+    @control.turns.spares
     async def go_on(request: Request) -> Response:
         """End a pause, with the weights that have come meanwhile."""
         await body_of(service, request, SGLangContinueBody)
@@ -64,6 +65,7 @@ def add_control_routes(router: APIRouter, service: Service, updates: Updates) ->
         names = None if asked.abort_all else matching(asked.rid or "", list(control.open_requests))
         return JSONBody({"aborted": await control.abort(names)})
 
+    @control.turns.spares
     async def flush(request: Request) -> Response:
         wait_s = timeout_of(request)
         await updates.finish()

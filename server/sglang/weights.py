@@ -86,6 +86,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
 
     @router.post("/destroy_weights_update_group", openapi_extra=described(SGLangLeaveBody))
     @telling_failures
+    @turns.holds
     async def leave(request: Request) -> Response:
         """Leave a group."""
         asked = await body_of(service, request, SGLangLeaveBody)

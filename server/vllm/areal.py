@@ -39,6 +39,7 @@ def areal_router(service: Service, transfer: Transfer) -> APIRouter:
         return success("Generation paused and all requests aborted")
 
     @router.post("/areal_continue_generation", openapi_extra=told())
+    @turns.spares
     async def go_on(request: Request) -> Response:
         """Let requests begin again, with the weights that have come."""
         await body_of(service, request, NoBody)

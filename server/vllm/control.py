@@ -208,6 +208,7 @@ def update_router(service: Service, transfer: Transfer) -> APIRouter:
         return JSONBody({"message": "Weight transfer initialized"})
 
     @router.post("/shutdown_weight_transfer_engine", openapi_extra=told(answers.Done))
+    @turns.holds
     async def shutdown_weight_transfer_engine(request: Request) -> Response:
         """Leave the group of a trainer."""
         await body_of(service, request, NoBody)

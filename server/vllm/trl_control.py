@@ -66,6 +66,7 @@ def trl_control_router(service: Service, transfer: Transfer) -> APIRouter:
         return done("Request received, updating named parameters")
 
     @router.post("/reset_prefix_cache/", openapi_extra=told())
+    @turns.spares
     async def reset_prefix_cache(request: Request) -> Response:
         """Serve with the weights that have come, and forget what has been computed of prompts."""
         await body_of(service, request, NoBody)
@@ -74,6 +75,7 @@ def trl_control_router(service: Service, transfer: Transfer) -> APIRouter:
         return done(f"Request received, resetting prefix cache status: {success}")
 
     @router.post("/close_communicator/", openapi_extra=told())
+    @turns.holds
     async def close_communicator(request: Request) -> Response:
         """Leave the group of a trainer."""
         await body_of(service, request, NoBody)

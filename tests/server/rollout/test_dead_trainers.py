@@ -338,6 +338,10 @@ def test_a_turn_lasts_for_a_whole_update(server: Any, control: Control, weights:
     send_segment(old, {name: found[name] for name in names[3:]}, status=409)
     for part in (names[:4], names[4:]):
         send_segment(new, {name: found[name] for name in part})
+        for leave in ("/shutdown_weight_transfer_engine", "/close_communicator/", "/destroy_weights_update_group"):
+            old(leave, status=409)  # what it would leave is not its own any more
+        for go_on in IMPLICIT:
+            old(go_on, status=409)
     old("/finish_weight_update", status=409)
     new("/finish_weight_update", {"weight_version": "whole"})
     assert control.weight_version == "whole"
