@@ -191,6 +191,8 @@ class Service:
             folders["traffic"] = Path(self.traffic.traffic_folder)
         if self.evolution is not None:
             folders["registry"] = self.evolution.registry.folder
+        if self.config.batch_folder is not None:
+            folders["batches"] = Path(self.config.batch_folder).expanduser()
         return folders
 
     async def _observe(self) -> None:

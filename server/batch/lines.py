@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import threading
 from codecs import BOM_UTF8
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,17 @@ import msgspec
 
 from slipstream.server.batch.records import LineProblem, RequestCounts, UsageOfBatch, fresh
 
+logger = logging.getLogger(__name__)
+
 MOST_LINES = 50_000
+MOST_FILE_LINES = 2 * MOST_LINES
+"""With those that are empty: they take time, too."""
 MOST_PROBLEMS = 100
 MOST_ID_CHARS = 512
 PIECE_LINES, PIECE_BYTES = 64, 2**20
 """About as much is read at a time."""
+SPACE_BYTES = 64
+"""What a line may have around its request."""
 
 
 class RequestLine(msgspec.Struct):
@@ -92,13 +101,31 @@ decode_usage = msgspec.json.Decoder(HasUsage).decode
 decode_mode = msgspec.json.Decoder(Mode).decode
 
 
-def pieces(path: Path) -> Iterator[list[tuple[int, bytes]]]:
-    """The lines that are not empty, some at a time, with their numbers from 1."""
+class TooManyLinesError(Exception):
+    """A file goes on behind the last line that it may have."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"line {number}")
+        self.number = number
+
+
+def pieces(path: Path, most_bytes: int | None = None) -> Iterator[list[tuple[int, bytes]]]:
+    """The lines that are not empty, some at a time, with their numbers from 1.
+
+    A line without end has a beginning only, which is longer than ``most_bytes``. Raises TooManyLinesError.
+    """
     piece: list[tuple[int, bytes]] = []
-    size = 0
+    number = size = 0
+    longest = -1 if most_bytes is None else most_bytes + SPACE_BYTES
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not (line := line.removeprefix(BOM_UTF8).strip()):
+        while line := file.readline(longest):
+            number += 1
+            if number > MOST_FILE_LINES:
+                raise TooManyLinesError(number)
+            if len(line) == longest and not line.endswith(b"\n"):
+                while (rest := file.readline(PIECE_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+            elif not (line := line.removeprefix(BOM_UTF8).strip()):
                 continue
             piece.append((number, line))
             size += len(line)
@@ -118,12 +145,12 @@ def check(path: Path, endpoint: str, most_bytes: int) -> tuple[int, list[LinePro
     known: set[str] = set()
     count = 0
     model = None
-    for piece in pieces(path):
-        for number, line in piece:
+    too_many = f"a batch has at most {MOST_LINES} requests, in a file of at most {MOST_FILE_LINES} lines"
+    try:
+        for number, line in chain.from_iterable(pieces(path, most_bytes)):
             count += 1
             if count > MOST_LINES:
-                said = f"a batch has at most {MOST_LINES} requests"
-                return count, [LineProblem(code="too_many_tasks", message=said, line=number)], None
+                raise TooManyLinesError(number)
             if problem := problem_of(line, endpoint, most_bytes, known):
                 problem.line = number
                 problems.append(problem)
@@ -131,6 +158,8 @@ def check(path: Path, endpoint: str, most_bytes: int) -> tuple[int, list[LinePro
                     return count, problems, None
             elif count == 1:
                 model = model_of(decode_request(line).body)
+    except TooManyLinesError as error:
+        return count, [LineProblem(code="too_many_tasks", message=too_many, line=error.number)], None
     if not count:
         problems.append(LineProblem(code="empty_file", message="the input file has no requests"))
     return count, problems, model
@@ -204,15 +233,19 @@ class Progress:
         self._files = [self._open(path, is_error) for path, is_error in ((output, False), (errors, True))]
 
     def _open(self, path: Path, is_error: bool) -> int:
-        """Counts what is there, and cuts off a line that was not written to its end."""
+        """Counts what is there, and cuts off what was not written to its end, as a disk leaves it that lost power."""
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         end = 0
         with os.fdopen(os.dup(file), "rb") as content:
             for line in content:
                 if not line.endswith(b"\n"):
                     break
-                answer = decode_answer(line)
-                self._count(answer, is_error)
+                try:
+                    self._count(decode_answer(line), is_error)
+                except UNREADABLE as error:
+                    said = "%s: an answer at byte %d cannot be read (%s); it and those behind it are asked for again"
+                    logger.warning(said, path, end, error)
+                    break
                 end += len(line)
         os.ftruncate(file, end)
         return file
@@ -224,9 +257,11 @@ class Progress:
         with self._lock:
             if answer.custom_id in self.done:
                 return
-            written = os.write(self._files[is_error], line)
+            file = self._files[is_error]
+            written = os.write(file, line)
             if written != len(line):
-                raise OSError(f"a line of {len(line)} bytes was written to {written}: the disk is full")
+                os.ftruncate(file, os.fstat(file).st_size - written)  # what is written next would go on with it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._count(answer, is_error)
 
     def counted(self) -> tuple[RequestCounts, UsageOfBatch]:
@@ -256,13 +291,15 @@ class Progress:
             self._files = []
 
     def _count(self, answer: AnswerLine, is_error: bool) -> None:
+        found = None
+        if not is_error and answer.response is not None:
+            found = decode_usage(answer.response.body).usage
         self.done.add(answer.custom_id)
         if is_error:
             self.counts.failed += 1
-            return
-        self.counts.completed += 1
-        assert answer.response is not None
-        if (found := decode_usage(answer.response.body).usage) is None:
+        else:
+            self.counts.completed += 1
+        if found is None:
             return
         self.usage.input_tokens += found.prompt_tokens + found.input_tokens
         self.usage.output_tokens += found.completion_tokens + found.output_tokens

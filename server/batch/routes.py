@@ -18,7 +18,7 @@ from slipstream.server.batch.records import Batch, StoredFile, fresh
 from slipstream.server.batch.runner import BatchRunner
 from slipstream.server.batch.schema import BODIES, KEPT_S, CancelBatchBody, CreateBatchBody, KeptAfter, UploadBody
 from slipstream.server.batch.store import BatchStore
-from slipstream.server.batch.upload import MULTIPART, read_upload
+from slipstream.server.batch.upload import MULTIPART, RETRY_DISK_S, read_upload
 from slipstream.server.body import BYTES, parse, read_body
 from slipstream.server.consent import DOMAIN_HEADER, LEVEL_HEADER, read_statement
 from slipstream.server.description import describe, parameter
@@ -32,7 +32,6 @@ DESCRIBED = (*BODIES, *answers.ANSWERS)
 MOST_FILES, MOST_BATCHES = 10_000, 100
 MOST_NAME_CHARS = 255
 PIECE_BYTES = 2**18
-RETRY_DISK_S = 5
 PAGE = [parameter("limit", type="integer"), parameter("after", type="string")]
 FILES_PAGE = [
     *PAGE,

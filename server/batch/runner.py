@@ -30,7 +30,16 @@ from slipstream.server.batch.lines import (
     pieces,
     refusal,
 )
-from slipstream.server.batch.records import OPEN, Batch, BatchStatus, RequestCounts, StoredFile, UsageOfBatch, fresh
+from slipstream.server.batch.records import (
+    OPEN,
+    Batch,
+    BatchStatus,
+    LineProblem,
+    RequestCounts,
+    StoredFile,
+    UsageOfBatch,
+    fresh,
+)
 from slipstream.server.batch.store import BatchStore
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.principal import Principal
@@ -49,6 +58,9 @@ LEFT: dict[BatchStatus, tuple[str, str]] = {
 }
 
 
+LOST = "The server's folder has lost the input file; send it again for what has no answer."
+
+
 class Turns:
     """How many requests are under way: rows of the engine, shared evenly between owners and then between batches."""
 
@@ -58,34 +70,36 @@ class Turns:
         """Owners, by batch."""
         self._under_way: Counter[str] = Counter()
         self._num_bytes = 0
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
 
     def join(self, batch: Batch) -> None:
         self._batches[batch.id] = batch.owner
 
     def leave(self, batch: Batch) -> None:
-        del self._batches[batch.id]
+        """When none of its requests are under way."""
+        del self._batches[batch.id], self._under_way[batch.id]
+        self._changed.set()
 
     def _share(self, batch_id: str) -> int:
         owners = Counter(self._batches.values())
         return max(1, self._rows // len(owners) // owners[self._batches[batch_id]])
 
+    def _has_room(self, batch_id: str, num_bytes: int) -> bool:
+        if self._num_bytes and self._num_bytes + num_bytes > self._most_bytes:
+            return False
+        return self._under_way[batch_id] < self._share(batch_id)
+
     async def take(self, batch_id: str, num_bytes: int) -> None:
-        def has_room() -> bool:
-            if self._num_bytes and self._num_bytes + num_bytes > self._most_bytes:
-                return False
-            return self._under_way[batch_id] < self._share(batch_id)
+        while not self._has_room(batch_id, num_bytes):
+            self._changed.clear()
+            await self._changed.wait()
+        self._under_way[batch_id] += 1
+        self._num_bytes += num_bytes
 
-        async with self._changed:
-            await self._changed.wait_for(has_room)
-            self._under_way[batch_id] += 1
-            self._num_bytes += num_bytes
-
-    async def give_back(self, batch_id: str, num_bytes: int) -> None:
-        async with self._changed:
-            self._under_way[batch_id] -= 1
-            self._num_bytes -= num_bytes
-            self._changed.notify_all()
+    def give_back(self, batch_id: str, num_bytes: int) -> None:
+        self._under_way[batch_id] -= 1
+        self._num_bytes -= num_bytes
+        self._changed.set()
 
 
 class BatchRunner:
@@ -98,6 +112,7 @@ class BatchRunner:
         self._accounts: dict[str, Account] = {}
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
+        self._told = ""
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -115,10 +130,23 @@ class BatchRunner:
 
     async def _run(self) -> None:
         while True:
-            with self._store.running() as is_mine:
-                if is_mine:
-                    await self._supervise()
+            try:
+                with self._store.running() as is_mine:
+                    if is_mine:
+                        await self._supervise()
+            except (OSError, sqlite3.Error) as error:
+                self._tell(str(error))
+            except Exception:
+                logger.exception("batches stand still")
             await asyncio.sleep(POLL_S)
+
+    def _tell(self, reason: str) -> None:
+        """Why batches stand still, once for each reason; none: they go on."""
+        if reason and reason != self._told:
+            logger.error("batches stand still: %s; --batch-folder %s is tried every second", reason, self._store.folder)
+        elif self._told and not reason:
+            logger.info("batches go on")
+        self._told = reason
 
     async def _supervise(self) -> None:
         """Every open batch has a task."""
@@ -132,8 +160,9 @@ class BatchRunner:
                         expired = time.monotonic()
                     for batch in await asyncio.to_thread(self._store.open_batches):
                         await self._look_after(batch)
+                    self._tell("")
                 except (OSError, sqlite3.Error) as error:
-                    logger.error("batches stand still: %s", error)
+                    self._tell(str(error))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), POLL_S)
         finally:
@@ -175,7 +204,8 @@ class BatchRunner:
         if batch.status not in OPEN:
             return
         path = self._store.path(batch.input_file_id)
-        if batch.status == "validating":
+        is_lost = not await asyncio.to_thread(path.exists)
+        if batch.status == "validating" and not is_lost:
             most = self._service.config.max_body_bytes
             total, problems, model = await asyncio.to_thread(check, path, batch.endpoint, most)
 
@@ -193,7 +223,9 @@ class BatchRunner:
         progress.counts.total = batch.counts.total
         try:
             end: BatchStatus = "completed" if batch.status == "finalizing" else "cancelled"
-            if batch.status == "in_progress":
+            if is_lost and batch.status in ("validating", "in_progress"):
+                end = "failed"
+            elif batch.status == "in_progress":
                 end = await self._answer_all(batch, progress)
             await self._finish(batch, progress, end)
         finally:
@@ -210,7 +242,9 @@ class BatchRunner:
                         request = decode_request(line)
                         if request.custom_id not in progress.done:
                             await self._turns.take(batch.id, len(line))
-                            group.create_task(self._answer(batch, request, len(line), progress))
+                            task = group.create_task(self._answer(batch, request, progress))
+                            # Not by the task itself: cancelled before it begins, it does nothing at all.
+                            task.add_done_callback(partial(self._answered, batch.id, len(line)))
         except TimeoutError:
             return "expired"
         finally:
@@ -225,18 +259,18 @@ class BatchRunner:
             with contextlib.suppress(OSError, sqlite3.Error):
                 await self._change(batch, partial(self._count, counted))
 
-    async def _answer(self, batch: Batch, request: RequestLine, size: int, progress: Progress) -> None:
+    def _answered(self, batch_id: str, size: int, task: asyncio.Task[None]) -> None:
+        self._turns.give_back(batch_id, size)
+
+    async def _answer(self, batch: Batch, request: RequestLine, progress: Progress) -> None:
         name = fresh("batch_req_")
-        try:
-            answer = None
-            if (reason := refusal(request.body)) is not None:
-                answer = CallAnswer(400, {}, InvalidRequestError(reason, param=reason.partition(":")[0]).body())
-            while answer is None:
-                answer = await self._ask(batch, bytes(request.body), name)
-            line = AnswerLine(name, request.custom_id, ResponseOfLine(answer.status, name, one_line(answer.body)))
-            await asyncio.to_thread(progress.write, line)
-        finally:
-            await self._turns.give_back(batch.id, size)
+        answer = None
+        if (reason := refusal(request.body)) is not None:
+            answer = CallAnswer(400, {}, InvalidRequestError(reason, param=reason.partition(":")[0]).body())
+        while answer is None:
+            answer = await self._ask(batch, bytes(request.body), name)
+        line = AnswerLine(name, request.custom_id, ResponseOfLine(answer.status, name, one_line(answer.body)))
+        await asyncio.to_thread(progress.write, line)
 
     async def _ask(self, batch: Batch, body: bytes, name: str) -> CallAnswer | None:
         """None, after a while: the answer says nothing about the request."""
@@ -269,8 +303,10 @@ class BatchRunner:
             end = "cancelled"
         elif end == "completed" and batch.status == "in_progress":
             await self._change(batch, lambda found: found.become("finalizing", time.time()))
-        if end in LEFT and batch.in_progress_at is not None:  # else nobody knows whether its lines can be read
-            await asyncio.to_thread(progress.leave, self._store.path(batch.input_file_id), *LEFT[end])
+        path = self._store.path(batch.input_file_id)
+        # What was not begun nobody knows to be readable; and the file may be lost.
+        if end in LEFT and batch.in_progress_at is not None and await asyncio.to_thread(path.exists):
+            await asyncio.to_thread(progress.leave, path, *LEFT[end])
         output, errors = await asyncio.to_thread(progress.sync)
         counted = await asyncio.to_thread(progress.counted)
         now = int(time.time())
@@ -291,6 +327,8 @@ class BatchRunner:
         def close(found: Batch) -> None:
             self._count(counted, found)
             found.has_output, found.has_errors = output > 0, errors > 0
+            if end == "failed":
+                found.errors = [LineProblem(code="input_file_lost", message=LOST)]
             found.become(end, now)
 
         await self._change(batch, close, files)

@@ -49,7 +49,8 @@ class BatchStore:
         self.folder = folder
         self._most_bytes = most_bytes
         try:
-            (folder / "files").mkdir(parents=True, exist_ok=True)
+            for each in (folder, folder / "files"):  # readable by the owner only: it has what people say
+                each.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._transaction() as database:
                 for statement in SCHEMA.split(";\n"):
                     database.execute(statement)
@@ -76,7 +77,7 @@ class BatchStore:
         """Raises InvalidRequestError if the tenant has no room for it."""
         path = self.path(stored.id)
         try:
-            with path.open("wb") as copy:
+            with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as copy:
                 while piece := content.read(2**20):
                     copy.write(piece)
                 copy.flush()

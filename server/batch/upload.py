@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,7 +16,13 @@ from starlette.requests import Request
 
 from slipstream.server.batch.schema import UploadBody
 from slipstream.server.body import parse
-from slipstream.server.errors import BodyTooLargeError, InvalidRequestError, TooSlowError, UnsupportedMediaTypeError
+from slipstream.server.errors import (
+    BodyTooLargeError,
+    InvalidRequestError,
+    TooSlowError,
+    UnavailableError,
+    UnsupportedMediaTypeError,
+)
 from slipstream.server.headers import content_length
 
 MULTIPART = "multipart/form-data"
@@ -24,6 +31,7 @@ MOST_FIELDS = 8
 FIELD_BYTES = 4096
 ROOM_BYTES = 2**16
 """For all that is not the file."""
+RETRY_DISK_S = 5
 
 
 @asynccontextmanager
@@ -33,6 +41,7 @@ async def read_upload(request: Request, most_bytes: int) -> AsyncIterator[tuple[
     Raises:
         UnsupportedMediaTypeError, BodyTooLargeError, TooSlowError.
         InvalidRequestError: it is no form, or a field is missing, unknown or wrong.
+        UnavailableError: there is no room for it where it lies meanwhile.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != MULTIPART:
@@ -70,6 +79,13 @@ async def read_upload(request: Request, most_bytes: int) -> AsyncIterator[tuple[
         raise InvalidRequestError(f"the body is no form: {error.message}", code="invalid_form") from None
     except (KeyError, UnicodeDecodeError, LookupError) as error:
         raise InvalidRequestError(f"the body is no form: {error!r}", code="invalid_form") from None
+    except OSError as error:
+        raise UnavailableError(
+            f"a file that is sent lies in {tempfile.gettempdir()} at first, where there is no room: {error}; the "
+            "server's variable TMPDIR names another folder",
+            code="storage_unusable",
+            retry_after_s=RETRY_DISK_S,
+        ) from error
     try:
         found, fields = form.get("file"), fields_of(form)
         body = parse(UploadBody, msgspec.json.encode(fields), "error")
