@@ -74,17 +74,25 @@ def number(value: float) -> float:
     return value
 
 
+def text(value: str | None) -> str | None:
+    """Checks an option: a folder without a name would be the one in which the server was started."""
+    if value is not None and not value.strip():
+        raise typer.BadParameter("it is empty; leave the option out")
+    return value
+
+
 def parameter(config: type[Any], field: dataclasses.Field[Any]) -> inspect.Parameter:
     kind = typing.get_type_hints(config)[field.name]
     default: Any = field.default
     if typing.get_origin(kind) is tuple:
         kind, default = list[str], list(default)
+    checks: dict[Any, Any] = {float: number, str: text, str | None: text}
     flag = field.name.replace("_", "-")
     names = (f"--{flag}/--no-{flag}",) if kind is bool else (f"--{flag}",)
     panel = config.__name__.removesuffix("Config")
     option = typer.Option(
         *names,
-        callback=number if kind is float else None,
+        callback=checks.get(kind) if default != "" else None,
         help=field.metadata["help"],
         envvar=f"SLIPSTREAM_{field.name.upper()}",
         show_envvar=False,
@@ -108,6 +116,7 @@ def serve(context: typer.Context, **values: Any) -> None:
 
     Every option can also be set in the environment: --max-running as SLIPSTREAM_MAX_RUNNING.
     """
+    check_doors()
     server, engine = build(ServerConfig, values), build(EngineConfig, values)
     traffic, evolution = build(TrafficConfig, values), build(EvolutionConfig, values)
     with context.obj or EarlyProcess(ENGINE_PROCESS) as early:  # both processes import at the same time what they need
@@ -200,6 +209,16 @@ def check_texts() -> None:
             value.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{name}: {value!a} is not UTF-8") from None
+
+
+def check_doors() -> None:
+    """Raises ConfigError for a variable that is to name keys and is empty, as a secret may be that was not filled in.
+
+    Elsewhere that means the default; here it would open the server to everybody without a word.
+    """
+    for name in ("SLIPSTREAM_API_KEY", "SLIPSTREAM_ADMIN_KEY", "SLIPSTREAM_KEYS_FILE"):
+        if name in os.environ and not os.environ[name].strip():
+            raise ConfigError(f"{name} is set and empty: put in what it is to name, or take the variable away")
 
 
 def forget_service_links() -> None:

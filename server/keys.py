@@ -97,7 +97,7 @@ def parse(text: str, path: Path, limits: RequestLimits) -> list[Key]:
     """The keys in a text that ``path`` has or is to have; raises as ``read_file``."""
     try:
         content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # the library's own, and what Python says of huge numbers
         where = re.search(r"\(at .*\)", str(error))
         raise ConfigError(f"--keys-file {path}: not TOML {where[0] if where else ''}".rstrip()) from None
     if content.keys() - {"key", "defaults"}:
@@ -161,6 +161,8 @@ class KeyRing:
         self._accounts: dict[tuple[str, Role], Account] = {}
         self._keys: dict[bytes, Key] = {}
         self._seen: tuple[int, ...] = ()
+        self._told = ""
+        """What keeps the file from being used."""
         self._use(self._read())
 
     @property
@@ -195,16 +197,19 @@ class KeyRing:
         return Principal(name, key.role, key.limits or self.anonymous.limits, self._accounts[key.name, key.role])
 
     def refresh(self, anyway: bool = False) -> bool:
-        """Reads the file if it has changed, or ``anyway``; whether it did. One that cannot be used changes nothing, and
-        is logged.
+        """Reads the file if it has changed, or ``anyway``; whether it did. One that cannot be used changes nothing, is
+        logged, and read again the next time: what kept it from being read may have gone without a change of the file.
         """
         if self._path is None or (self._stamp() == self._seen and not anyway):
             return False
         try:
             self._use(self._read())
         except ConfigError as error:
-            logger.error("%s; the keys from before go on to count", error)
+            if str(error) != self._told or anyway:
+                logger.error("%s; the keys from before go on to count", error)
+            self._told, self._seen = str(error), ()
             return False
+        self._told = ""
         logger.info("read --keys-file again: it has %d keys", len(self._keys) - len(self._of_options))
         return True
 

@@ -100,6 +100,8 @@ def test_serve_has_an_option_for_every_field() -> None:
         (["serve", "--speculation", "ngram,telepathy"], "telepathy"),
         (["serve", "--evolve-device", "gpu"], "--evolve-device gpu: write auto, cpu, cuda, or cuda:NUMBER"),
         ([*EVOLVE, "--evolve-device", "cuda:99"], "--evolve-device: training on cuda:99: t"),
+        (["serve", "--batch-folder", ""], "--batch-folder"),
+        (["serve", "--host", " "], "--host"),
         (["dance"], "dance"),
     ],
 )
@@ -150,6 +152,15 @@ def test_environment_sets_options(commands: Commands) -> None:
     done = commands.run("serve", SLIPSTREAM_MODEL="/from/the/environment")
     assert done.returncode == 2
     assert "/from/the/environment" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["SLIPSTREAM_API_KEY", "SLIPSTREAM_ADMIN_KEY", "SLIPSTREAM_KEYS_FILE"])
+def test_keys_that_were_not_filled_in_open_no_server(commands: Commands, name: str) -> None:
+    """Elsewhere a variable without content is one that is not set."""
+    for content in ("", "  "):
+        done = commands.run("serve", SLIPSTREAM_MODEL="/no/such", SLIPSTREAM_BATCH_FOLDER="", **{name: content})
+        assert done.returncode == 2 and f"slipstream: {name} is set and empty" in done.stderr
+    assert "/no/such" in commands.run("serve", SLIPSTREAM_MODEL="/no/such", SLIPSTREAM_BATCH_FOLDER="").stderr
 
 
 def test_settings_of_the_environment_that_are_no_options_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,8 @@ BROKEN = {
     "a key of both doors": entry("acme", "one") + entry("acme", "one", 'role = "admin"'),
     "one name with two limits": entry("acme", "one") + entry("acme", "two", "max_n = 5"),
     "something else": entry("acme", "one") + "[[keys]]\n",
+    "a number without end": entry("acme", "one", "max_n = " + "1" * 5000),
+    "brackets without end": "key = " + "[" * 5000,
     "a table": '[key]\nname = "acme"\n',
 }
 
@@ -111,6 +113,23 @@ def test_a_missing_file(file: Path) -> None:
     ring = ring_of(file, entry("acme", "one"))
     file.unlink()
     assert not ring.refresh() and holder(ring, "one").key == "acme"
+
+
+def test_a_file_that_could_not_be_read_for_a_while_is_read_again(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or a key that was taken away would be good until the next change."""
+    ring = ring_of(file, entry("acme", "one"))
+    file.write_text(entry("acme", "other"))
+
+    def fails(path: Path, encoding: str) -> str:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "read_text", fails)
+        assert not ring.refresh() and not ring.refresh()
+    assert caplog.text.count("go on to count") == 1
+    assert ring.refresh() and ring.holder(b"one") is None
 
 
 def test_changes_count_at_once_and_accounts_live_on(file: Path) -> None:
