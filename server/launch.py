@@ -284,7 +284,8 @@ def connection_limits(service: Service) -> ConnectionLimits:
 
 
 def stop_signals(service: Service) -> tuple[asyncio.Event, asyncio.Event]:
-    """Set by the first SIGTERM or Ctrl-C and by the second, which also ends the engine process at once."""
+    """Set by the first SIGTERM or Ctrl-C and by the second, which also ends the engine process at once; the end of the
+    terminal (SIGHUP) is one of them where there is no file of keys to read again."""
     first, second = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -298,6 +299,8 @@ def stop_signals(service: Service) -> tuple[asyncio.Event, asyncio.Event]:
         loop.add_signal_handler(number, on_signal)
     if service.keys.watches:
         loop.add_signal_handler(signal.SIGHUP, service.keys.refresh, True)
+    elif signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else nohup has it ignored
+        loop.add_signal_handler(signal.SIGHUP, on_signal)
     return first, second
 
 

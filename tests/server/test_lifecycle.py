@@ -238,13 +238,24 @@ def begun(server: Any, engine: psutil.Process, stack: contextlib.ExitStack) -> t
     raise AssertionError("it was always answered by then")
 
 
-def test_drain(start_tiny: Callable[..., Any]) -> None:
+HANGUP_IS_IGNORED = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+"""Under nohup, which is to keep what it starts."""
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.skipif(HANGUP_IS_IGNORED, reason="nohup keeps the server")),
+    ],
+)
+def test_drain(start_tiny: Callable[..., Any], sent: signal.Signals) -> None:
     server = start_tiny("--drain-timeout-s", "300").wait_until_ready()
     engine = server.engine
     server.wait_until_logged("curl")
     with contextlib.ExitStack() as stack:
         running, tokens = begun(server, engine, stack)
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(sent)
         server.wait_until(
             lambda: server.get("/ready") == (503, {"status": "draining", "reason": "the server is shutting down"})
         )
