@@ -211,7 +211,7 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
         connect(url, timeout=600) as target,
         AdminClient(url) as admin,
     ):
-        workload = Workload(WorkloadOptions(output_tokens=256, ignore_eos=True, temperature=0.8))
+        workload = Workload(WorkloadOptions(name=options.workload, output_tokens=256, ignore_eos=True, temperature=0.8))
         streams = Streams(target, workload, options.streams)
         control = Control(admin, target, base, versions, wrong)
         if options.evolve != "off":
@@ -290,6 +290,11 @@ def main() -> None:
     parser.add_argument("--settle", type=float, default=10.0)
     parser.add_argument("--evolve", default="always")
     parser.add_argument("--speculation", default="auto")
+    parser.add_argument(
+        "--workload",
+        default="sharegpt",
+        help="with 'fixed', prompts of one length, windows differ less by what is asked",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(run(options, Path(folder)))

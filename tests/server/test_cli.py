@@ -159,7 +159,7 @@ def test_keys_that_were_not_filled_in_open_no_server(commands: Commands, name: s
     """Elsewhere a variable without content is one that is not set."""
     for content in ("", "  "):
         done = commands.run("serve", SLIPSTREAM_MODEL="/no/such", SLIPSTREAM_BATCH_FOLDER="", **{name: content})
-        assert done.returncode == 2 and f"slipstream: {name} is set and empty" in done.stderr
+        assert done.returncode == 2 and "empty" in done.stderr and "/no/such" not in done.stderr
     assert "/no/such" in commands.run("serve", SLIPSTREAM_MODEL="/no/such", SLIPSTREAM_BATCH_FOLDER="").stderr
 
 
