@@ -40,8 +40,9 @@ from slipstream.engine.wire import ClientChannel
 
 CLOSE_SECONDS = 10.0
 """Time in which an engine that is told to end has to, writing down what it keeps."""
-LOST_SECONDS = 0.5
-"""Time after which an engine whose connection is lost is killed, and one that has ended has nothing more to say."""
+LOST_SECONDS = 2.0
+"""Time after which an engine whose connection is lost is killed, and one that has ended has nothing more to say: on a busy
+machine it takes a while to end with a status of its own."""
 
 
 ERRORS = {

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from random import Random
 from time import perf_counter
 
 from slipstream.clients.admin import AdminClient
@@ -34,11 +35,11 @@ from slipstream.loadtest.children import free_port, running
 from slipstream.loadtest.harness import Target, connect
 from slipstream.loadtest.workloads import Workload, WorkloadOptions
 
-POLL_S = 0.1
+POLL_S = 0.25
+"""Asking takes some 10 ms of the server's each time."""
 GIVE_UP_S = 300.0
 FIRST_TOKENS = 2000
-SETTLE_S = 1.0
-"""Between two decisions."""
+LENGTHS = 64, 448
 
 
 class Streams:
@@ -50,6 +51,7 @@ class Streams:
         """When a gap ended, and how long it was."""
         self.tokens: list[tuple[float, int]] = []
         self._turn = asyncio.Lock()
+        self._lengths = Random(0)
 
     @asynccontextmanager
     async def flowing(self) -> AsyncIterator[None]:
@@ -65,8 +67,10 @@ class Streams:
         while True:
             async with self._turn:
                 [request] = await self._workload.round(1)
+                # Streams of one length stay in step with each other, and prompts come in waves.
+                length = {"max_tokens": self._lengths.randint(*LENGTHS)}
             before, counted = 0.0, 0
-            async with self._target.client.stream(request.path, self._target.body(request)) as stream:
+            async with self._target.client.stream(request.path, self._target.body(request) | length) as stream:
                 async for chunk in stream:
                     usage = chunk.data.get("usage") or {}
                     now = int(usage.get("completion_tokens", counted))
@@ -83,8 +87,11 @@ class Streams:
 
 
 class Control:
-    def __init__(self, admin: AdminClient, target: Target, base: int, versions: list[int], wrong: list[Path]) -> None:
-        self._admin, self._target = admin, target
+    def __init__(
+        self, admin: AdminClient, target: Target, base: int, versions: list[int], wrong: list[Path], between: float
+    ) -> None:
+        """``between`` two decisions, in seconds."""
+        self._admin, self._target, self._between = admin, target, between
         self._base, self._versions, self._wrong = base, versions, wrong
         self.seconds: dict[str, list[float]] = {"promotion": [], "rollback": [], "import": []}
 
@@ -105,7 +112,7 @@ class Control:
             await asyncio.sleep(POLL_S)
         self.seconds[what].append(perf_counter() - began)
         print(f"{what} of {version}: {self.seconds[what][-1]:.2f} s", file=sys.stderr, flush=True)
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(self._between)
 
     async def _live(self) -> int:
         for line in (await self._target.client.metrics()).splitlines():
@@ -124,7 +131,7 @@ class Control:
             raise SystemExit(f"{folder} was imported")
         self.seconds["import"].append(perf_counter() - began)
         print(f"import of {folder.name}: {self.seconds['import'][-1]:.2f} s", file=sys.stderr, flush=True)
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(self._between)
 
 
 def make_registry(folder: Path, count: int) -> list[int]:
@@ -211,9 +218,11 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
         connect(url, timeout=600) as target,
         AdminClient(url) as admin,
     ):
-        workload = Workload(WorkloadOptions(name=options.workload, output_tokens=256, ignore_eos=True, temperature=0.8))
+        workload = Workload(
+            WorkloadOptions(name=options.workload, output_tokens=LENGTHS[1], ignore_eos=True, temperature=0.8)
+        )
         streams = Streams(target, workload, options.streams)
-        control = Control(admin, target, base, versions, wrong)
+        control = Control(admin, target, base, versions, wrong, options.between)
         if options.evolve != "off":
             await let_train(admin, streams)
         async with streams.flowing():
@@ -288,6 +297,7 @@ def main() -> None:
     parser.add_argument("--window", type=float, default=12.0, help="seconds, at least")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no other cycle is begun")
     parser.add_argument("--settle", type=float, default=10.0)
+    parser.add_argument("--between", type=float, default=1.0, help="seconds from one decision to the next")
     parser.add_argument("--evolve", default="always")
     parser.add_argument("--speculation", default="auto")
     parser.add_argument(
