@@ -86,6 +86,41 @@ void q6_k(const uint8_t* row, int b, Block& out) {
   out.whole_scale[0] = static_cast<int8_t>(at[192 + 2 * (b % 8)]), out.whole_scale[1] = static_cast<int8_t>(at[193 + 2 * (b % 8)]);
 }
 
+// The nearest float16 of a number that is not negative, of two the even one.
+uint16_t half_of(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  if (x != x) return 0x7e00;
+  if (bits >= 0x47800000) return 0x7c00;
+  if (bits < 0x38800000)  // whole multiples of 2^-24; what is added rounds to them
+    return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x + 0.5f) - __builtin_bit_cast(uint32_t, 0.5f));
+  return static_cast<uint16_t>((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+
+// Numbers become blocks of Q8_0 on the way.
+void eight_bits(const float* x, Block& out) {
+  float most = 0.0f;
+  for (int i = 0; i < 32; ++i) most = std::max(most, x[i] < 0.0f ? -x[i] : x[i]);
+  out.scale = half_of(most / 127.0f);
+  const float scale = half_to_float(out.scale), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: added, it rounds to a whole number
+  for (int i = 0; i < 32; ++i) {
+    const float whole = (x[i] * inverse + kMagic) - kMagic;
+    out.q[i] = static_cast<int8_t>(whole > 127.0f ? 127.0f : whole > -127.0f ? whole : -127.0f);
+  }
+}
+void q8_of_f32(const uint8_t* row, int b, Block& out) {
+  float x[32];
+  std::memcpy(x, row + static_cast<size_t>(b) * sizeof(x), sizeof(x));
+  eight_bits(x, out);
+}
+void q8_of_bf16(const uint8_t* row, int b, Block& out) {
+  uint16_t narrow[32];
+  std::memcpy(narrow, row + static_cast<size_t>(b) * sizeof(narrow), sizeof(narrow));
+  float x[32];
+  for (int i = 0; i < 32; ++i) x[i] = slip::bf16_to_float(narrow[i]);
+  eight_bits(x, out);
+}
+
 struct Source {
   const char* name;
   int32_t form;
@@ -97,6 +132,7 @@ constexpr Source kSources[] = {
     {"Q4_0", kFourCentred, 32, q4_0},  {"Q4_1", kFour, 32, q4_1},        {"Q5_0", kEight, 32, q5_0},
     {"Q5_1", kEightMinimum, 32, q5_1}, {"Q8_0", kEight, 32, q8_0},       {"Q4_K", kFourSuper, 256, q4_k},
     {"Q5_K", kEightSuper, 256, q5_k},  {"Q6_K", kEightSixteen, 256, q6_k},
+    {"Q8_0 of F32", kEight, 32, q8_of_f32}, {"Q8_0 of BF16", kEight, 32, q8_of_bf16},
 };
 
 const Source* find(const char* name) {

@@ -20,6 +20,8 @@ ALIGNMENT = 64
 ARENA_BYTES = 32 << 20
 ROWS_AT_ONCE = 512
 EIGHT_BITS, BLOCK = "Q8_0", 32
+EIGHT_BITS_OF = {torch.float32: "Q8_0 of F32", torch.bfloat16: "Q8_0 of BF16"}
+"""Formats of rows that are quantised when they are packed (csrc/pack.cpp)."""
 
 
 def form_of(kind: str, k: int) -> int:
@@ -181,7 +183,7 @@ class QuantisingWeight(StoredWeight):
 
     def fill(self, rows: Tensor | Stored, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
         if isinstance(rows, Tensor) and self.k % BLOCK == 0:
-            rows = quantise(rows)
+            rows = as_eight_bits(rows)
         super().fill(rows, first_row, first_panel, stride)
 
     @property
@@ -190,11 +192,7 @@ class QuantisingWeight(StoredWeight):
         return super().num_bytes if self._parts or not form else part_bytes(form, self.num_panels, self.k)
 
 
-def quantise(rows: Tensor) -> Stored:
-    """[n, k] as blocks of Q8_0: 32 whole numbers each, times a float16."""
-    blocks = rows.float().reshape(-1, BLOCK)
-    scales = (blocks.abs().amax(1, keepdim=True) / 127).half()
-    inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
-    whole = (blocks * inverse).round().clamp(-127, 127).to(torch.int8)
-    data = torch.cat((scales.view(torch.uint8), whole.view(torch.uint8)), 1).reshape(len(rows), -1)
-    return Stored(EIGHT_BITS, tuple(rows.shape), data.numpy())
+def as_eight_bits(rows: Tensor) -> Stored:
+    """Numbers [n, k] that packing makes blocks of Q8_0 of: 32 whole numbers each, times a float16."""
+    rows = (rows if rows.dtype in EIGHT_BITS_OF else rows.float()).contiguous()
+    return Stored(EIGHT_BITS_OF[rows.dtype], tuple(rows.shape), rows.view(torch.uint8).numpy())

@@ -234,3 +234,24 @@ def test_inputs_that_are_no_whole_blocks_stay_numbers() -> None:
     numbers = torch.randn(16, 48)
     weight.fill(numbers)
     assert not weight.is_quantised and torch.equal(weight.rows(torch.arange(16)), numbers.bfloat16().float())
+
+
+@given(
+    rows=st.integers(1, 40),
+    blocks=st.integers(1, 4),
+    dtype=st.sampled_from([torch.float32, BF16, torch.float16]),
+    scale=st.sampled_from([0.0, 1e-40, 3e-8, 2e-6, 1e-3, 1.0, 300.0, 8e6]),
+    seed=st.integers(0, 99),
+)
+def test_eight_bits_are_the_nearest_of_a_float16_times_whole_numbers(
+    rows: int, blocks: int, dtype: torch.dtype, scale: float, seed: int
+) -> None:
+    numbers = (scale * torch.randn(rows, 32 * blocks, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    numbers = numbers.nan_to_num(posinf=6e4, neginf=-6e4)
+    weight = QuantisingWeight(rows, 32 * blocks, BF16)
+    weight.fill(numbers)
+    whole = numbers.float().reshape(-1, 32)
+    scales = (whole.abs().amax(1, keepdim=True) / 127).half().float()
+    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    expected = scales * (whole * inverse).round().clamp(-127, 127)
+    assert torch.equal(weight.rows(torch.arange(rows)), expected.reshape(rows, -1))
