@@ -96,16 +96,18 @@ uint16_t half_of(float x) {
   return static_cast<uint16_t>((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
-// Numbers become blocks of Q8_0 on the way.
+// Numbers become blocks of Q8_0 on the way. In loops that compilers make vectors of.
 void eight_bits(const float* x, Block& out) {
-  float most = 0.0f;
-  for (int i = 0; i < 32; ++i) most = std::max(most, x[i] < 0.0f ? -x[i] : x[i]);
-  out.scale = half_of(most / 127.0f);
+  int32_t most = 0;  // as bits, which are in the order of what they stand for
+  for (int i = 0; i < 32; ++i) most = std::max(most, __builtin_bit_cast(int32_t, x[i]) & 0x7fffffff);
+  out.scale = half_of(__builtin_bit_cast(float, most) / 127.0f);
   const float scale = half_to_float(out.scale), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: added, it rounds to a whole number
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: added, it rounds to a whole number, which then stands in the low bits
   for (int i = 0; i < 32; ++i) {
-    const float whole = (x[i] * inverse + kMagic) - kMagic;
-    out.q[i] = static_cast<int8_t>(whole > 127.0f ? 127.0f : whole > -127.0f ? whole : -127.0f);
+    float whole = x[i] * inverse;
+    whole = whole > 127.0f ? 127.0f : whole;
+    whole = whole < -127.0f ? -127.0f : whole;
+    out.q[i] = static_cast<int8_t>(__builtin_bit_cast(int32_t, whole + kMagic));
   }
 }
 void q8_of_f32(const uint8_t* row, int b, Block& out) {
