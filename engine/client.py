@@ -41,8 +41,8 @@ from slipstream.engine.wire import ClientChannel
 CLOSE_SECONDS = 10.0
 """Time in which an engine that is told to end has to, writing down what it keeps."""
 LOST_SECONDS = 2.0
-"""Time after which an engine whose connection is lost is killed, and one that has ended has nothing more to say: on a busy
-machine it takes a while to end with a status of its own."""
+"""Time after which an engine whose connection is lost is killed, and one that has ended has nothing more to say: on a
+busy machine it takes a while to end with a status of its own."""
 
 
 ERRORS = {

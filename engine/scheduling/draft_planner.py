@@ -32,6 +32,9 @@ READ_PER_TOKEN = 64
 """Positions that they look at first for each token that may still come: for a few last ones reading does not pay."""
 KNOWN_VERSIONS = 8
 """Versions of the shared drafter of which it is kept whether they pay."""
+HELD_UP = 5.0
+"""A step that takes so many times as long as expected was held up by something else (a stopped machine, another
+program), and says nothing of drafts. Where steps take longer for good, that is soon expected of them."""
 PLAIN_EVERY, PLAIN_EVERY_SURE = 32, 64
 """As often networks are not asked: else nobody would see any more what a step takes without. More seldom where they
 surely pay, which may be a mistake about just that."""
@@ -219,9 +222,10 @@ class DraftPlanner:
 
     def observe(self, plan: StepPlan, decision: Decision | None, result: StepResult) -> None:
         """What the step brought; called before the cost model learns how long it took."""
-        tokens = sum(map(len, result.tokens))
-        if decision is not None:
-            self._policy.observe(decision, tokens, result.seconds)
+        expected = self._cost.predict(plan.work_with(result.drafted))
+        is_held_up = result.seconds > HELD_UP * max(expected, LEAST_S)
+        if decision is not None and not is_held_up:
+            self._policy.observe(decision, sum(map(len, result.tokens)), result.seconds)
         if not self._pauses or not self._needs.most:
             return
         costly = sum(map(bool, plan.costly))
@@ -229,9 +233,9 @@ class DraftPlanner:
             # Not after a pause: then drafters also look at what came since.
             offers = [offer for offer, most in zip(result.offers, plan.costly, strict=True) if most]
             self._depth.observe(max(plan.costly), offers, result.draft_seconds)
-        asked, self._asked = self._asked, None
+        asked, self._asked = None if is_held_up else self._asked, None
         whole = self._worth(len(plan.slots))
-        if not whole.is_paused and plan.num_tokens == len(plan.slots):
+        if not whole.is_paused and plan.num_tokens == len(plan.slots) and not is_held_up:
             whole.observe_plain(result.seconds / max(self._cost.predict(plan.work), LEAST_S))
         unseen = 0.0
         if asked is not None and decision is not None and decision.reason == NOT_SEEN:
@@ -253,6 +257,8 @@ class DraftPlanner:
     def _now_asked(self, worth: Worth, plan: StepPlan, result: StepResult, unseen: float) -> _Asked:
         """``unseen`` seconds took asking whose draft tokens came too late for the step after it."""
         number, seconds, few = sum(plan.samples), result.draft_seconds, None
+        usual = self._depth.seconds(number, max(plan.costly, default=0)) if self._was_asked else None
+        seconds = seconds if usual is None else min(seconds, HELD_UP * usual)
         if worth is not self._cheap and worth.is_paused and sum(map(bool, plan.costly)) < number:
             few = frozenset(slot for slot, most in zip(plan.slots, plan.costly, strict=True) if most)
             known = self._depth.seconds(number, min(max(map(len, result.offers)), max(plan.costly)))

@@ -39,6 +39,8 @@ class Loop:
         needs = DraftNeeds(8, costly=is_costly)
         self.planner = DraftPlanner(EngineConfig(), 40_000, 40_000, self.kv, self.cost, needs)
         self.is_costly = is_costly
+        self.seconds = STEP_SECONDS
+        """How long steps take."""
         self.drafting = STEP_SECONDS / 2
         """Seconds that asking for all requests takes."""
         self.reading = 0.0
@@ -88,7 +90,7 @@ class Loop:
         drafting = self.drafting * len(self.asked) / len(self.requests)
         drafting += self.reading * sum(count - 1 for count in self.asked.values())
         offers = [request.offer for request in self.requests]
-        result = StepResult(sampled, plan.drafts, offers, {}, {}, {}, STEP_SECONDS, drafting, self.drafters)
+        result = StepResult(sampled, plan.drafts, offers, {}, {}, {}, self.seconds, drafting, self.drafters)
         self.planner.observe(plan, builder.decision, result)
         return bool(self.asked)
 
@@ -354,3 +356,24 @@ def test_bad_luck_of_one_request_does_not_stop_a_drafter_that_pays_a_little() ->
     loop, random = Loop(is_costly=True), Random(0)
     wanted = [loop.step(0.62, right=random.random() < 0.62) for _ in range(4000)]
     assert sum(wanted) > 3400
+
+
+@pytest.mark.parametrize("is_costly", [False, True])
+@pytest.mark.parametrize("asking", [False, True])
+def test_a_machine_that_stands_still_for_a_while_stops_no_drafter_that_pays(is_costly: bool, asking: bool) -> None:
+    loop, random = Loop(is_costly), Random(1)
+
+    def step() -> bool:
+        return loop.step(0.6, right=random.random() < 0.6)
+
+    loop.drafting = drafting = STEP_SECONDS / 10
+    for _ in range(100):
+        step()
+    for _ in range(3):
+        if asking and is_costly:
+            loop.drafting = 5.0
+        else:
+            loop.seconds = 5.0
+        step()
+        loop.seconds, loop.drafting = STEP_SECONDS, drafting
+        assert sum(step() for _ in range(200)) >= 190
