@@ -5,8 +5,11 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
 os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported
 
 import numpy as np

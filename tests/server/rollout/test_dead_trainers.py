@@ -26,8 +26,9 @@ from tests.server.sglang.calls import shared
 
 Part = dict[str, Tensor]
 SGLANG = Path(__file__).parents[1] / "sglang"
-SHARER = """
+SHARER = f"""
 import sys
+sys.path.append({str(Path(__file__).parents[3])!r})
 from safetensors.torch import load_file
 from tests.server.sglang.calls import shared
 tensors = load_file(sys.argv[1])
