@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 OPTIONS: dict[str, Document] = schema_at(("options",))["properties"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
 DRAWN = {
-    "string": TEXT,
+    "string": TEXT.filter(str.strip),  # an empty one is refused
     "integer": st.integers(-(2**53), 2**53),
     "number": st.floats(0, 1e12),
     "boolean": st.booleans(),
