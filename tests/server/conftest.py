@@ -261,7 +261,8 @@ class Server(Client):
         try:
             yield
         finally:
-            engine.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):  # the server may have ended it
+                engine.resume()
 
     def stop(self) -> int:
         if self.process.poll() is None:

@@ -71,7 +71,7 @@ def loading(start_tiny: Callable[..., Any]) -> tuple[Any, psutil.Process]:
         server.wait_until(is_listening)
         if server.get("/health")[1]["status"] == "loading":
             return server, engine
-        engine.resume()
+        go_on(engine)
         server.stop()
     raise AssertionError("it was always loaded by then")
 
@@ -89,7 +89,7 @@ def test_loading(start_tiny: Callable[..., Any]) -> None:
         assert (status, reply["error"]["code"]) == (503, "loading")
         assert server.request("GET", "/metrics")[0] == 200
     finally:
-        engine.resume()
+        go_on(engine)
     # Ctrl-C while loading ends both processes at once.
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(300) == 0
@@ -194,6 +194,12 @@ def test_a_pause_is_no_stall(narrow: Any) -> None:
     assert narrow.metric("engine_paused") == 0
 
 
+def go_on(engine: psutil.Process) -> None:
+    """Unless the server has ended it meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        engine.resume()
+
+
 def replaced(server: Any) -> psutil.Process:
     """The engine that takes the place of one that was killed; it is not up, and stands still."""
     for _ in range(5):  # who looks too late finds it up
@@ -202,7 +208,7 @@ def replaced(server: Any) -> psutil.Process:
         following = stopped_engine(server, killed.pid)
         if server.get("/health")[1]["status"] == "restarting":
             return following
-        following.resume()
+        go_on(following)
         server.wait_until_ready()
     raise AssertionError("it was always up by then")
 
@@ -211,7 +217,7 @@ def test_a_signal_while_the_engine_is_replaced_ends_the_server_at_once(start_tin
     server = start_tiny("--engine-restarts", "5").wait_until_ready()
     engine = replaced(server)
     server.process.send_signal(signal.SIGTERM)
-    engine.resume()
+    go_on(engine)
     assert server.process.wait(300) == 0
     assert not engine.is_running()
     server.wait_until_logged("restart 1")
@@ -230,10 +236,10 @@ def begun(server: Any, engine: psutil.Process, stack: contextlib.ExitStack) -> t
 
         server.wait_until(lambda: is_running() or is_answered())
         engine.suspend()
-        stack.callback(engine.resume)
+        stack.callback(go_on, engine)
         if is_running() and not is_answered():
             return connection, tokens
-        engine.resume()
+        go_on(engine)
         server.wait_until_idle()
     raise AssertionError("it was always answered by then")
 
@@ -264,7 +270,7 @@ def test_drain(start_tiny: Callable[..., Any], sent: signal.Signals) -> None:
         status, headers, reply = server.request("POST", COMPLETE, body, {"content-type": "application/json"})
         assert (status, json.loads(reply)["error"]["code"]) == (503, "shutting_down")
         assert int(headers["retry-after"]) > 0
-        engine.resume()
+        go_on(engine)
         head, _, answer = read_whole(running).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 ")
         assert json.loads(answer)["usage"]["completion_tokens"] == tokens
