@@ -14,6 +14,7 @@ from typing import Any
 
 from slipstream.server.tools.formats import ToolFormat
 from slipstream.server.tools.parts import beginning_of
+from slipstream.server.tools.scanner import Scanner
 from slipstream.server.tools.tagged import AS_PYTHON, TEXT, escaped, kinds_of, resolved
 
 MOST_WORD_CHARS = 512
@@ -30,22 +31,17 @@ ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v"
 AS_THEMSELVES = "\\'\"/"
 
 
-class LiteralScanner:
+class LiteralScanner(Scanner):
     """Reads one call while its text arrives: the arguments become JSON meanwhile, texts as they come."""
 
     def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
-        """``names`` of the tools: what calls none of them is wrong."""
+        super().__init__(names)
         assert form.literal is not None
-        self.name: str | None = None
-        self.is_done = False
-        self.is_wrong = False
-        self._names = names
         self._head, self._open, self._close = form.call
         self._assign, quote = form.literal
         self._quotes = (quote, *QUOTES) if quote not in QUOTES else QUOTES
         self._rest = ""
         """What is not digested: bounded, but for what one piece brought."""
-        self._new: list[str] = []
         self._step: Callable[[], bool] = self._read_name
         self._brackets: list[str] = []
         """That are open; the first one is that of all arguments."""
@@ -59,14 +55,6 @@ class LiteralScanner:
     @property
     def has_begun(self) -> bool:
         return self.name is not None and (self._has_members[0] or self.is_done)
-
-    @property
-    def is_whole(self) -> bool:
-        return self.is_done
-
-    def take(self) -> str:
-        new, self._new = "".join(self._new), []
-        return new
 
     def push(self, text: str) -> int:
         self._rest += text

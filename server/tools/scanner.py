@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import Protocol
 
 from slipstream.server.tools.formats import ToolFormat
 
@@ -17,32 +17,38 @@ MOST_HEADER_CHARS = 512
 """Before the arguments of a call whose name stands before them; names have 128 characters at most."""
 
 
-class Scanner(Protocol):
+class Scanner(ABC):
     """Reads one call. What it does with a piece of text takes a time that depends on the piece, not on what came
     before, so what it keeps is in lists of pieces."""
 
-    name: str | None
-    is_done: bool
-    is_wrong: bool
-    """It is no call, or the text of one is broken."""
+    def __init__(self, names: Collection[str]) -> None:
+        """``names`` of the tools: what calls none of them is wrong."""
+        self.name: str | None = None
+        self.is_done = False
+        self.is_wrong = False
+        """It is no call, or the text of one is broken."""
+        self._names = names
+        self._new: list[str] = []
+        """Of the arguments, what nobody has taken yet."""
 
     @property
+    @abstractmethod
     def has_begun(self) -> bool:
         """Whether it is known which tool is called, and that its arguments come."""
-        ...
 
     @property
     def is_whole(self) -> bool:
         """Whether all of the call is there, but perhaps for what ends it, which some models forget."""
-        ...
+        return self.is_done
 
+    @abstractmethod
     def push(self, text: str) -> int:
         """Takes characters up to the end of the call, or to where it turns out to be wrong; how many."""
-        ...
 
     def take(self) -> str:
         """What of the arguments, as JSON text, has come since it was asked last."""
-        ...
+        new, self._new = "".join(self._new), []
+        return new
 
 
 class JsonSigns:
@@ -78,15 +84,11 @@ class JsonSigns:
         return len(text), ""
 
 
-class CallScanner:
+class CallScanner(Scanner):
     """``{"name": …, "arguments": {…}}`` with the members in any order, and further ones, which are left out."""
 
     def __init__(self, names: Collection[str]) -> None:
-        """``names`` of the tools: what calls none of them is wrong."""
-        self.name: str | None = None
-        self.is_done = False
-        self.is_wrong = False
-        self._names = names
+        super().__init__(names)
         self._signs = JsonSigns()
         self._key: str | None = None
         self._in_value = False
@@ -99,7 +101,6 @@ class CallScanner:
         """The last member was the arguments, and their last bracket was there."""
         self._given: str | None = None
         """How the arguments begin; None before they come."""
-        self._new: list[str] = []
 
     @property
     def has_begun(self) -> bool:
@@ -108,10 +109,6 @@ class CallScanner:
     @property
     def is_whole(self) -> bool:
         return self.name is not None and self._has_arguments
-
-    def take(self) -> str:
-        new, self._new = "".join(self._new), []
-        return new
 
     def push(self, text: str) -> int:
         at = 0
@@ -193,35 +190,22 @@ class CallScanner:
         self.is_wrong = not self.is_done
 
 
-class FramedScanner:
+class FramedScanner(Scanner):
     """Arguments in JSON after the name and what stands around it. What ends the call is left to the caller."""
 
     def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
-        """``names`` of the tools: what calls none of them is wrong."""
+        super().__init__(names)
         assert form.header
-        self.name: str | None = None
-        self.is_done = False
-        self.is_wrong = False
-        self._names = names
         self._pattern = re.compile(rf"\s*{form.header}\s*")
         self._is_bare = form.is_bare
         self._skips = form.call[0].startswith("{")
         """Whether the first bracket is not that of the arguments."""
         self._header = ""
         self._signs = JsonSigns()
-        self._new: list[str] = []
 
     @property
     def has_begun(self) -> bool:
         return self.name is not None
-
-    @property
-    def is_whole(self) -> bool:
-        return self.is_done
-
-    def take(self) -> str:
-        new, self._new = "".join(self._new), []
-        return new
 
     def push(self, text: str) -> int:
         at = 0

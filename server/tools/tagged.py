@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from slipstream.server.tools.formats import IN_TAGS, ToolFormat
 from slipstream.server.tools.parts import beginning_of
+from slipstream.server.tools.scanner import Scanner
 
 Kinds = frozenset[str]
 """The types of JSON that a value may have; empty: any."""
@@ -143,18 +144,16 @@ def tagged_rules(
     return [f"call{number}: {' '.join([*parts, symbols(tail)])}", *lines]
 
 
-class TaggedScanner:
+class TaggedScanner(Scanner):
     """Reads one call while its text arrives, as CallScanner does those in JSON: the arguments become JSON meanwhile."""
 
     def __init__(self, form: ToolFormat, names: Collection[str], kinds: Mapping[str, Mapping[str, Kinds]]) -> None:
-        """``names`` of the tools: what calls none of them is wrong. ``kinds`` of their arguments."""
+        """``kinds`` of the tools' arguments."""
+        super().__init__(names)
         assert form.parameter is not None
         head, middle, tail = (part.strip() for part in form.call)
         before, between, after = form.parameter
-        self.name: str | None = None
-        self.is_done = False
-        self.is_wrong = False
-        self._names, self._kinds = names, kinds
+        self._kinds = kinds
         self._middle = middle
         self._before, self._after = before.strip(), after.strip()
         # Some models forget the end of the call before that of what stands around it.
@@ -181,20 +180,10 @@ class TaggedScanner:
         """The line that ends before the value has not been looked for."""
         self._num_arguments = -1
         """-1: they have not begun."""
-        self._new: list[str] = []
 
     @property
     def has_begun(self) -> bool:
-        """Whether it is known which tool is called, and that its arguments come."""
         return self._num_arguments >= 0
-
-    @property
-    def is_whole(self) -> bool:
-        return self.is_done
-
-    def take(self) -> str:
-        new, self._new = "".join(self._new), []
-        return new
 
     def push(self, text: str) -> int:
         self._rest += text
