@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -87,7 +86,7 @@ class ModelDrafter(AutoregressiveDrafter):
         ends = np.array([min(start + most, row.length) for row, start in zip(rows, starts, strict=True)], np.int32)
         ids = np.concatenate([row.known[start:end] for row, start, end in zip(rows, starts, ends, strict=True)])
         counts = ends - np.array(starts, np.int32)
-        batch = replace(self._batch(rows, ids, counts, ends), columns=(last_of(counts),))
+        batch = self._batch(rows, ids, counts, ends, (last_of(counts),))
         computed = self._model.forward(batch, self._cache)
         for row, end in zip(rows, ends, strict=True):
             row.memory[self.name] = int(end)

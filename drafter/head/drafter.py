@@ -368,7 +368,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         counts = np.array([pending.count for pending in pendings], np.int32)
         ends = np.array([row.length - 1 for row in rows], np.int32)
         # Which of them are last travels with the batch: to a GPU a copy of its own would take longer than what it says.
-        batch = replace(self._batch(rows, ids, counts, ends), columns=(last_of(counts),))
+        batch = self._batch(rows, ids, counts, ends, (last_of(counts),))
         return self._network.forward(batch, self._network.fuse(features))
 
     @property
