@@ -1,21 +1,21 @@
 // How one attention call is shared among threads. Included once per instruction set, inside its namespace, by attention.h.
 //
-// A tile is some queries of one segment against one KV head, for a group of its query
-// heads; an item is a tile, or some chunks of one where there are too few tiles for all threads. Long items come first, so
-// that no thread begins one when the others are done; the items of a head come one after the other, so that its keys and
-// values are still in the cache for the next one.
+// A tile is some queries of one segment against one KV head, for a group of its query heads; an item is a tile, or some chunks
+// of one where there are too few tiles for all threads. Long items come first, so that no thread begins one when the others
+// are done; the items of a head come one after the other, so that its keys and values are still in the cache for the next one.
 struct AttentionWork {
   struct Tile {
     int segment, begin, end;  // query tokens [begin, end)
     int kv_head, group;
-    int parts;             // items
-    int64_t partial;       // where the first chunk's partial result is, if there are several
+    int rows;         // queries times heads, at most
+    int parts;        // items
+    int64_t partial;  // where the first chunk's partial result is, if there are several
   };
   struct Item {
     int tile, first_chunk, end_chunk;
   };
   int heads_per_kv, heads_per_tile;
-  int64_t row_floats, partial_floats;  // of a partial result: acc, sum and top of one row; of all rows
+  int64_t row_floats;  // of a partial result: acc, sum and top of one row
   std::vector<Tile> tiles;
   std::vector<Item> items;
   // Shared by the threads while a call is under way, of which there is one at a time.
@@ -26,7 +26,6 @@ struct AttentionWork {
     heads_per_kv = a.heads / a.kv_heads;
     heads_per_tile = std::min(heads_per_kv, kMaxQueryRows);
     row_floats = a.head_dim + 32;
-    partial_floats = kMaxQueryRows * row_floats;
     const int groups = (heads_per_kv + heads_per_tile - 1) / heads_per_tile;
     const int most = kMaxQueryRows / heads_per_tile;
     std::vector<int> order(b.num_segments);
@@ -39,7 +38,7 @@ struct AttentionWork {
     for (int s : order) count += tiles_of(s) * a.kv_heads * groups;
     const bool few = threads > 1 && count < 2 * threads;
     const int most_parts = few ? (8 * threads + count - 1) / std::max(count, 1) : 1;
-    int64_t num_partials = 0;
+    int64_t num_floats = 0;
     for (int s : order) {
       const int chunks_of_segment = (b.kv_len[s] + kChunk - 1) / kChunk;
       // What is too short to be shared by chunks is shared by queries.
@@ -51,17 +50,18 @@ struct AttentionWork {
             const int chunks = position_of(b, s, border(t + 1) - 1) / kChunk + 1;
             const int parts = std::min(chunks, most_parts);
             const int tile = static_cast<int>(tiles.size());
-            tiles.push_back({s, border(t), border(t + 1), kv_head, group, parts, num_partials});
-            if (parts > 1) num_partials += chunks;
+            const int rows = (border(t + 1) - border(t)) * heads_per_tile;
+            tiles.push_back({s, border(t), border(t + 1), kv_head, group, rows, parts, num_floats});
+            if (parts > 1) num_floats += chunks * rows * row_floats;
             for (int i = 0; i < parts; ++i) items.push_back({tile, chunks * i / parts, chunks * (i + 1) / parts});
           }
     }
-    if (num_partials) {
-      partials.reset(new float[num_partials * partial_floats]);
+    if (num_floats) {
+      partials.reset(new float[num_floats]);
       done.reset(new std::atomic<int>[tiles.size()]());
     }
   }
   float* partial(const Tile& tile, int chunk, int row) const {
-    return partials.get() + (tile.partial + chunk) * partial_floats + row * row_floats;
+    return partials.get() + tile.partial + (chunk * tile.rows + row) * row_floats;
   }
 };
