@@ -44,6 +44,7 @@ check: install-dev
 	$(VENV)/bin/ruff check $(PATHS)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/pytest -q tests/architecture
 
 format: install-dev
 	$(VENV)/bin/ruff format $(PATHS)

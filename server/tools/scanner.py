@@ -29,7 +29,7 @@ class Scanner(ABC):
         """It is no call, or the text of one is broken."""
         self._names = names
         self._new: list[str] = []
-        """Of the arguments, what nobody has taken yet."""
+        """The part of the arguments that nobody has taken yet."""
 
     @property
     @abstractmethod
