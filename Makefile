@@ -43,6 +43,7 @@ check: install-dev
 	$(VENV)/bin/ruff format --check $(PATHS)
 	$(VENV)/bin/ruff check $(PATHS)
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy scripts/*.py
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pytest -q tests/architecture
 

@@ -23,6 +23,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.plan import StepWork
 from slipstream.engine.scheduling.controller import Bandit, Fixed, Policy, Throughput
+from slipstream.engine.scheduling.draft_worth import PROBE_EVERY, Worth
 from slipstream.engine.speculation.oracles import OracleDrafter
 from slipstream.engine.testing import LocalEngine
 from slipstream.loadtest.dataset import ShareGPT
@@ -46,8 +47,8 @@ class Bench:
         self.local = LocalEngine(config, [self.oracle])
         tokenizer = load_tokenizer(locate("default"))
         with ShareGPT() as data:
-            questions = [c.question() for _, c in data.conversations() if c.question()]
-        encoded = (tokenizer.encode(question) for question in questions)
+            questions = [conversation.question() for _, conversation in data.conversations()]
+        encoded = (tokenizer.encode(question) for question in questions if question)
         self.prompts = [ids[:100] for ids in encoded if len(ids) >= 20][:streams]
         self.tokens = max(TOKENS // streams, 64)
         self.params = SamplingParams(max_tokens=self.tokens, temperature=0.0)
@@ -56,7 +57,8 @@ class Bench:
 
     def use(self, policy: Policy) -> None:
         planner = self.local.engine.scheduler._draft_planner
-        planner._policy, planner._pauses, planner._worth = policy, isinstance(policy, Throughput), 1.0
+        planner._policy, planner._pauses = policy, isinstance(policy, Throughput)
+        planner._cheap = Worth(PROBE_EVERY)
 
     def run(self) -> float:
         """Output tokens per second."""
@@ -111,7 +113,8 @@ def after_change(bench: Bench, before: list[float], after: list[float]) -> list[
     def drafted() -> int:
         return bench.local.stats.drafters[0].draft_tokens
 
-    first, steps, windows = drafted(), 0, []
+    windows: list[tuple[float, float]] = []
+    first, steps = drafted(), 0
     while len(windows) < 8:
         for prompt in bench.prompts:
             bench.local.submit(prompt, bench.params)

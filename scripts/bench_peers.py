@@ -84,7 +84,7 @@ async def start(stack: AsyncExitStack, asked: argparse.Namespace) -> list[Server
         else:
             kind, model, venv, *more = what.split(",")
             chosen = PeerOptions(
-                name=kind,  # type: ignore[arg-type]  # checked by PeerOptions
+                name=kind,  # checked by PeerOptions
                 model=Path(model),
                 venv=Path(venv),
                 port=port,
@@ -128,8 +128,8 @@ async def rounds(servers: Sequence[Server], asked: argparse.Namespace, streams: 
     for server in servers:
         server.rounds = []
     workload = asked.workload if lengths["output_tokens"] > 1 else "fixed"
-    given = WorkloadOptions(name=workload, seed=asked.seed + streams, **lengths)
-    prompts = Workload(given, servers[0].target.tokenizer)
+    chosen: dict[str, Any] = {"name": workload, "seed": asked.seed + streams, **lengths}
+    prompts = Workload(WorkloadOptions(**chosen), servers[0].target.tokenizer)
     for number in range(-1, asked.rounds):
         requests = await prompts.round(max(streams, 2))
         await round_of(servers if number % 2 else servers[::-1], requests, streams, number >= 0)

@@ -32,13 +32,13 @@ class Repeating(Workload):
 
     def __init__(self, questions: list[Request], share: float, fresh: Workload, seed: int) -> None:
         super().__init__(fresh.options)
-        self._questions, self._share, self._fresh, self._random = questions, share, fresh, Random(seed)
+        self._repeated, self._share, self._fresh, self._random = questions, share, fresh, Random(seed)
 
     async def round(self, count: int) -> list[Request]:
         found = []
         for _ in range(count):
             repeat = self._random.random() < self._share
-            found += [self._random.choice(self._questions)] if repeat else await self._fresh.round(1)
+            found += [self._random.choice(self._repeated)] if repeat else await self._fresh.round(1)
         return found
 
 

@@ -26,7 +26,7 @@ from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.limits import usable_cores
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.runner.sampler import NO_HISTORY, SamplingColumns, sample
+from slipstream.engine.runner.sampler import SamplingColumns, sample
 from slipstream.engine.testing import LocalEngine
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.native import library, limits
@@ -51,11 +51,14 @@ MULTIPLIED = {
 """By form: as which numbers its weights are multiplied, and how often."""
 
 
+NO_TOKENS = np.zeros(0, np.int32)
+
+
 class Bench:
     def __init__(self, context: int, model: str, form: str, isa: str, clock: limits.Clock) -> None:
         threads = 0 if clock is time.perf_counter else 1
-        options = {"kv_cache_memory": "1GiB", "speculation": "off", "threads": threads, **FORMS[form]}
-        config = EngineConfig(model=model, isa=isa, **options)
+        options: dict[str, Any] = {"kv_cache_memory": "1GiB", "speculation": "off", "threads": threads, "isa": isa}
+        config = EngineConfig(model=model, **options, **FORMS[form])
         self.clock = clock
         engine = LocalEngine(config).engine
         self.runner, self.loaded = engine.runner, engine.loaded
@@ -83,7 +86,7 @@ class Bench:
         hidden = self.runner.model.forward(batch, self.runner.cache).hidden
         logits = self.runner.model.logits(hidden, np.arange(segments * tokens, dtype=np.int32))
         rows = np.zeros(len(logits), np.int32)
-        sample(logits, self.columns.take(rows, rows + 1, lambda _: NO_HISTORY)).wait()
+        sample(logits, self.columns.take(rows, rows + 1, lambda _: NO_TOKENS)).wait()
         return self.clock() - began
 
 

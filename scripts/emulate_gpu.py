@@ -124,8 +124,7 @@ def emulated() -> Iterator[Any]:
         answers |= dict.fromkeys((*nothing, "empty_cache", "synchronize"), lambda device=None: 0)
         for name, answer in answers.items():
             setattr(torch.cuda, name, answer)
-        graphs = importlib.import_module("slipstream.kernels.triton.graphs")
-        graphs.CudaGraph = Graph
+        vars(importlib.import_module("slipstream.kernels.triton.graphs"))["CudaGraph"] = Graph
         yield session
 
 
@@ -168,7 +167,13 @@ def planted() -> list[tuple[str, str]]:
 
 
 def answers(model: Path, device: str, kernels: Any, **options: Any) -> tuple[list[list[int]], str]:
-    fields = {"load_format": "dummy", "device": device, "dtype": "float32", "kv_cache_memory": "256KiB", "threads": 1}
+    fields: dict[str, Any] = {
+        "load_format": "dummy",
+        "device": device,
+        "dtype": "float32",
+        "kv_cache_memory": "256KiB",
+        "threads": 1,
+    }
     # The modes that send everything to the CPU are those of one thread, so steps are not launched by another one.
     config = EngineConfig(model=str(model), kernels=kernels, pipeline="off", **(fields | options))
     made = LocalEngine(config, make_drafters(config) if options.get("speculation") else ())

@@ -88,8 +88,7 @@ def compile_all(target: Target, options: argparse.Namespace) -> list[Row]:
 def rows_for(target: Target, options: argparse.Namespace) -> list[Row]:
     compile_for(target)
     # Before kernels are imported: tensors on the CPU stand for those on the target.
-    launch.runs_on = lambda device_type: True  # type: ignore[assignment]
-    launch.capability = lambda device: target.capability  # type: ignore[assignment]
+    vars(launch).update(runs_on=lambda device_type: True, capability=lambda device: target.capability)
     from slipstream.kernels.cases import LLAMA_8B, Source, triton_cases
 
     compiled = Compiled(target, PACKAGE)

@@ -121,7 +121,9 @@ def record(path: Path) -> None:
 
 def run(command: Sequence[str], **options: Any) -> str:
     """The output of a command that succeeds."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, capture_output=True, text=True, check=False, **options
+    )
     if done.returncode:
         raise NotProvedError(f"{' '.join(map(str, command[:3]))} …\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     return done.stdout

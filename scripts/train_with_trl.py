@@ -81,7 +81,8 @@ def tasks(size: int, seed: int) -> tuple[Any, list[dict[str, Any]]]:
 
 def last_number(text: str) -> str:
     """What an answer comes to: its last whole number. A model so small rarely says a number alone."""
-    return (re.findall(r"-?\d+", text) or [text.strip()])[-1]
+    numbers: list[str] = re.findall(r"-?\d+", text)
+    return numbers[-1] if numbers else text.strip()
 
 
 def train(url: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
