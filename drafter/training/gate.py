@@ -80,6 +80,8 @@ class Verdict:
     speedup: float
     """Predicted tokens per second, candidate over live; 1 where the machine's speed is not known."""
     texts: int
+    first_right: float
+    """Share of the candidate's first draft tokens that are right, where nothing but them is verified."""
     different: int
     """How many of the texts are not nearly the same as another one."""
     repeated: float = 0.0
@@ -103,6 +105,7 @@ class Verdict:
             "least_ratio": self.least_ratio,
             "speedup": self.speedup,
             "texts": float(self.texts),
+            "first_right": self.first_right,
             "different_texts": float(self.different),
             "repeated": self.repeated,
         }
@@ -174,7 +177,7 @@ def judge(
     depth = candidate.steps.shape[1] - 1
     texts = len(candidate.tokens)
     if not texts:
-        return Verdict(False, math.nan, math.nan, 0.0, 1.0, 0, 0)
+        return Verdict(False, math.nan, math.nan, 0.0, 1.0, 0, 0.0, 0)
     _, places = np.unique(np.arange(texts) if groups is None else groups, return_inverse=True)
     different = int(places.max()) + 1
     weights = np.ones(texts) if candidate.weights is None else candidate.weights
@@ -185,7 +188,8 @@ def judge(
     speedup = speed.tokens_per_second(candidate) / speed.tokens_per_second(live) if speed else 1.0
     passes = different >= LEAST_TEXTS and least > 1 + margin and speedup >= 1
     lengths = candidate.accept_length(depth), live.accept_length(depth)
-    return Verdict(passes, *lengths, least, speedup, texts, different, repeated)
+    first_right = candidate.accept_length(1) - 1 if depth else 0.0
+    return Verdict(passes, *lengths, least, speedup, texts, first_right, different, repeated)
 
 
 def _walk(right: NDArray[np.int64], most: int) -> int:

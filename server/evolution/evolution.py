@@ -112,6 +112,17 @@ class Evolution:
             return 0.0
         return live.manifest.gate.get("accept_length") or live.metrics.get("accept_length", 0.0)
 
+    @property
+    def drift(self) -> float:
+        """See ``Observer.drift``."""
+        return self.observer.drift(self._expected)
+
+    @property
+    def _expected(self) -> float | None:
+        """Share of first draft tokens of the live version that were right in the gate; None if that is not known."""
+        live = self.controller.live.get(SHARED_ROUTE)
+        return None if live is None else live.manifest.gate.get("first_right")
+
     async def status(self) -> dict[str, Any]:
         """What the dashboard and the admin API show of it."""
         versions: list[Any] = []
@@ -157,7 +168,7 @@ class Evolution:
             "live": {
                 "accept_length": self.observer.accept_length,
                 "predicted": self.predicted,
-                "drift": self.observer.drift(self.predicted),
+                "drift": self.drift,
                 "drifts": self.drifts,
             },
             "swaps": self.follower.swaps,
@@ -224,10 +235,9 @@ class Evolution:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _tell(self, worker: WorkerProcess, looks: int) -> None:
-        if self.observer.has_drifted(self.predicted):
+        if self.observer.has_drifted(self._expected):
             self.drifts += 1
-            drift = self.observer.drift(self.predicted)
-            logger.info("the traffic has drifted: accept length is %.0f %% of the predicted one", 100 * drift)
+            logger.info("the traffic has drifted: draft tokens bring %.0f %% of what the gate saw", 100 * self.drift)
             worker.send("train", reason="drift")
         if looks % MACHINE_EVERY == 0:
             await self._tell_machine(worker)

@@ -107,9 +107,9 @@ METRICS: tuple[
     (
         GaugeMetricFamily,
         "drafter_drift_ratio",
-        "Live accept length over the predicted one; 1 where too little is known.",
+        "Tokens per step with one draft token, live over what the gate saw; 1 where too little is known.",
         "",
-        lambda e: e.observer.drift(e.predicted),
+        lambda e: e.drift,
     ),
     (CounterMetricFamily, "drafter_drifts", "Times that drift asked for training.", "", lambda e: e.drifts),
     (

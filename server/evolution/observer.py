@@ -13,9 +13,11 @@ POINTS = 720
 FIRST_INTERVAL = 2.0
 """Seconds between points; doubles, and every other point goes, whenever there are too many."""
 DRIFT_BELOW = 0.85
-"""Live accept length over the gate's prediction that means the traffic is another one now."""
+"""Live tokens per step, of one draft token each, over what the gate saw: below, the traffic is another one now."""
 DRIFT_REQUESTS = 100
-"""Requests whose accept length is compared, the latest."""
+"""Requests that are compared, the latest."""
+DRIFT_PROPOSALS = 400
+"""Of which at least so many had draft tokens proposed: then a share of right ones is known to within 0.05."""
 QUIET_STREAMS = 4
 """Most streams at which as many draft tokens are verified as the gate counted on."""
 USE_MEMORY = 0.999
@@ -45,6 +47,8 @@ class Observer:
         self._last: tuple[float, int] | None = None
         self._steps = self._tokens = 0
         self._lengths: deque[tuple[int, int]] = deque(maxlen=DRIFT_REQUESTS)
+        self._proposals: deque[tuple[int, int]] = deque(maxlen=DRIFT_REQUESTS)
+        """By request: those of the live version, and how many had a right first draft token, verified or not."""
         self._version = 0
         self._use: dict[int, float] = {}
         self._drifted = False
@@ -84,8 +88,11 @@ class Observer:
         if version != self._version:
             self._version, self._drifted = version, False
             self._lengths.clear()
+            self._proposals.clear()
         if running <= QUIET_STREAMS and metrics.learned_steps:
             self._lengths.append((metrics.learned_steps, metrics.learned_accepted))
+        if metrics.proposals:
+            self._proposals.append((metrics.proposals, metrics.first_right))
 
     @property
     def accept_length(self) -> float:
@@ -94,13 +101,25 @@ class Observer:
             return 0.0
         return 1 + sum(accepted for _, accepted in self._lengths) / sum(steps for steps, _ in self._lengths)
 
-    def drift(self, predicted: float) -> float:
-        """Live accept length over the predicted one; 1 where too little is known."""
-        return self.accept_length / predicted if self.accept_length and predicted else 1.0
+    @property
+    def first_right(self) -> float | None:
+        """Share of the latest proposals of the live version whose first draft token was right; None: too few are known.
 
-    def has_drifted(self, predicted: float) -> bool:
+        Unlike accept lengths it does not depend on how many draft tokens are worth being verified, which may be none.
+        """
+        proposals = sum(count for count, _ in self._proposals)
+        enough = len(self._proposals) >= DRIFT_REQUESTS // 4 and proposals >= DRIFT_PROPOSALS
+        return sum(right for _, right in self._proposals) / proposals if enough else None
+
+    def drift(self, expected: float | None) -> float:
+        """Live tokens per step, with one draft token each, over what the gate saw if it saw this share of first ones
+        right; 1 where too little is known."""
+        live = self.first_right
+        return 1.0 if live is None or expected is None else (1 + live) / (1 + expected)
+
+    def has_drifted(self, expected: float | None) -> bool:
         """Says so once per version."""
-        if self._drifted or len(self._lengths) < DRIFT_REQUESTS or self.drift(predicted) >= DRIFT_BELOW:
+        if self._drifted or len(self._proposals) < DRIFT_REQUESTS or self.drift(expected) >= DRIFT_BELOW:
             return False
         self._drifted = True
         return True

@@ -46,6 +46,8 @@ def test_any_head_is_better_than_none_if_it_drafts() -> None:
     verdict = judge(found, found.without_drafting())
     assert verdict.passes and verdict.live_accept_length == 1
     assert verdict.accept_length == found.accept_length(3) == pytest.approx(1.875, rel=0.1)
+    assert verdict.first_right == pytest.approx(found.accept_length(1) - 1) and 0 < verdict.first_right < 1
+    assert verdict.metrics()["first_right"] == verdict.first_right
 
 
 def test_tokens_per_second_are_those_of_the_best_number_of_drafts() -> None:
