@@ -17,7 +17,7 @@ DRIFT_BELOW = 0.85
 DRIFT_REQUESTS = 100
 """Requests that are compared, the latest."""
 DRIFT_PROPOSALS = 400
-"""Of which at least so many had draft tokens proposed: then a share of right ones is known to within 0.05."""
+"""At least so many proposals have to be known of them: then the share of right ones is known to within 0.05."""
 QUIET_STREAMS = 4
 """Most streams at which as many draft tokens are verified as the gate counted on."""
 USE_MEMORY = 0.999
