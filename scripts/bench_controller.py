@@ -146,6 +146,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--bandit", action="store_true", help="the bandit, too")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: at least 2, as the best number of one is that of the others")
     report = []
     print("| streams | drafter | none tok/s | best fixed: tok/s | policy | of the best | quartiles |")
     print("|---|---|---|---|---|---|---|")
