@@ -17,6 +17,8 @@ HOPED_FOR = 0.02
 PROBE_SHARE = 0.005
 """Asking takes at most so much of the time while drafting does not pay: where it means to read prompts first, probes
 are further apart."""
+RETRY_SHARE = 0.01
+"""And so much of it where versions nobody has seen come one after the other, each of which would be tried at once."""
 LONGEST_PAUSE = 512
 """Each probe of costly drafters that disappoints makes their pause twice as long, up to this."""
 SMOOTHING, PROBE_SMOOTHING = 0.03, 0.06
@@ -49,6 +51,8 @@ class Worth:
         """The last probe, if it is paused: then the next one follows at once, as everything is read by now."""
         self._spent = 0.0
         """Seconds of asking in probes since the last one that did not succeed."""
+        self._next_retry = 0
+        """The step from which on the probes before are a small enough share of the time."""
 
     @property
     def ratio(self) -> float:
@@ -72,7 +76,8 @@ class Worth:
             self.next_probe = step
             return
         self._pause = min(2 * self._pause, self._longest) if was_paused else PROBE_EVERY
-        affordable = round(self._spent / (PROBE_SHARE * max(self._seconds, LEAST_S)))
+        steps_spent = self._spent / max(self._seconds, LEAST_S)
+        affordable, self._next_retry = round(steps_spent / PROBE_SHARE), step + round(steps_spent / RETRY_SHARE)
         self.next_probe, self._spent = step + min(max(self._pause, affordable), self._longest), 0.0
 
     def observe_plain(self, error: float) -> None:
@@ -90,7 +95,7 @@ class Worth:
 
     def retry(self) -> None:
         """Something has changed: what disappointed before may pay now."""
-        self._pause, self.next_probe = PROBE_EVERY, 0
+        self._pause, self.next_probe = PROBE_EVERY, self._next_retry
 
 
 class WorthByLoad:

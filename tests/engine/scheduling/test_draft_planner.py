@@ -338,6 +338,19 @@ def test_what_asking_takes_counts_as_long_as_it_takes() -> None:
     assert once.ratio < short.ratio - 0.02
 
 
+def test_versions_that_follow_one_another_are_tried_as_often_as_trying_is_cheap() -> None:
+    """Each is tried at once, unless the one before was tried a moment ago, and in vain."""
+    worth = Worth(512)
+    for step in range(100):
+        worth.observe(step, 0.9, 1.0, 8)
+    worth.retry()
+    assert worth.next_probe <= 100, "nothing was spent"
+    worth.spend(4.0)
+    worth.observe(1000, 0.9, 1.0, 8)
+    worth.retry()
+    assert 1000 + 350 < worth.next_probe < 1000 + 450, "a hundredth of the time"
+
+
 def test_beside_others_drafting_has_to_bring_more() -> None:
     """Who gets more tokens than others ends earlier, and steps for those that are left take as long."""
     worths = WorthByLoad()
