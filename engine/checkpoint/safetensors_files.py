@@ -26,6 +26,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
+COMPARED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,17 @@ def read_stored(tensor: StoredTensor) -> Stored:
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {tensor.file}: {error}") from error
     return in_rows(tensor.dtype, tensor.shape, memoryview(data)[tensor.begin : tensor.end])
+
+
+def are_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors have the same numbers in the same format."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    left, right = read_stored(one).data, read_stored(other).data
+    return all(
+        left[row : row + COMPARED_ROWS].tobytes() == right[row : row + COMPARED_ROWS].tobytes()
+        for row in range(0, len(left), COMPARED_ROWS)
+    )
 
 
 def _read_file(path: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

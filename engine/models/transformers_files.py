@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from slipstream.engine.errors import ModelError
-from slipstream.engine.models.config import ModelShape, model_shape, need
+from slipstream.engine.models.config import ModelShape, model_shape, need, stated_positions
 from slipstream.engine.models.paged_attention import ATTENTION, register
 from slipstream.engine.models.rope import switch_length
 from slipstream.engine.models.weights import is_buffer, unknown
@@ -75,7 +75,8 @@ def _words(error: Exception) -> str:
 def transformers_switch_length(config: dict[str, Any]) -> int:
     settings = settings_of(config)
     known = {name: value for name in ROPE if (value := getattr(settings, name, None)) is not None}
-    return switch_length(known, settings.max_position_embeddings) if known else 0
+    positions = {"max_position_embeddings": getattr(settings, "max_position_embeddings", None)}  # some state none
+    return switch_length(known, stated_positions(positions)) if known else 0
 
 
 def build_module(config: dict[str, Any], dtype: torch.dtype, folder: Path | None, seed: int) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.messages import SamplingParams
@@ -77,6 +78,25 @@ def test_native_families_take(tiny_model: Any, change: Callable[[Tensors], Tenso
     tensors = {name: tensor.bfloat16().half().float() for name, tensor in load_file(file).items()}
     model.module.load_state_dict(tensors)
     save_file(change(tensors), file)
+    assert text(model.folder) == model.generate(PROMPT, 12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("stored", ["both", "other", "alone"])
+def test_ties_are_what_the_files_have(tiny_model: Any, family: str, stored: str) -> None:
+    """As in transformers: the configuration says that the output matrix is the embedding, and files that have another
+    one go first; where they have one of both, it is either."""
+    model = tiny_model(TINY_LLAMA | {"model_type": family, "tie_word_embeddings": True, "num_hidden_layers": 1})
+    file = model.folder / "model.safetensors"
+    tensors = load_file(file)
+    tied = tensors["model.embed_tokens.weight"]
+    output = torch.nn.Parameter(torch.roll(tied, 1, 0) if stored == "other" else tied.clone())
+    tensors["lm_head.weight"] = output.data
+    if stored == "alone":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, file)
+    assert open_checkpoint(model.folder).config["tie_word_embeddings"] is (stored != "other")
+    model.module.lm_head.weight = output
     assert text(model.folder) == model.generate(PROMPT, 12)
 
 

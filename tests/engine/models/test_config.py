@@ -12,6 +12,7 @@ from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
+from slipstream.engine.models.transformers_files import transformers_switch_length
 from slipstream.engine.testing import TINY_LLAMA, LocalEngine
 
 MIXTURE = {"num_experts": 4, "moe_intermediate_size": 32}
@@ -116,6 +117,11 @@ def test_what_transformers_refuses_is_an_error_of_the_model(tmp_path: Path, chan
     (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA | {"model_type": "granite"} | change))
     with pytest.raises(ModelError, match=r"^[^\n]*$"):
         LocalEngine(EngineConfig(model=str(tmp_path), load_format="dummy", kv_cache_memory="2MiB"))
+
+
+def test_a_family_may_state_no_length() -> None:
+    """RecurrentGemma turns positions, and says of no longest one."""
+    assert transformers_switch_length({"model_type": "recurrent_gemma", "num_hidden_layers": 3}) == 0
 
 
 @pytest.mark.parametrize(
