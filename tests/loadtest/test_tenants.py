@@ -23,7 +23,9 @@ FAST = TenantsOptions(
 
 @pytest.fixture(autouse=True)
 def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And slow readers whose last ones do not keep a phase from ending for seconds."""
     monkeypatch.setattr("slipstream.loadtest.tenants.PEAK_REQUESTS", 128)
+    monkeypatch.setattr("slipstream.loadtest.tenants.SLOW_S", 0.02)
 
 
 async def run(server: Any, options: TenantsOptions = FAST) -> dict[str, Any]:

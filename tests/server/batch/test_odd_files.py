@@ -16,6 +16,7 @@ import pytest
 
 from slipstream.server.batch import runner
 from slipstream.server.batch.lines import Progress, check, decode_request, problem_of, refusal
+from tests.server.under_way import slow_steps
 
 URL = "/v1/completions"
 GOOD = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
@@ -117,9 +118,10 @@ def test_the_end_of_a_cancelled_batch_is_not_cancelled_itself(
     monkeypatch.setattr(Progress, "sync", slow)
     body = json.dumps({"prompt": "x", "max_tokens": 7000, "ignore_eos": True}).encode()
     file = client.files.create(file=("in.jsonl", io.BytesIO(line("long", body))), purpose="batch")
-    batch = client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
-    server.wait_until(lambda: client.batches.retrieve(batch.id).status == "in_progress")
-    client.batches.cancel(batch.id)
+    with slow_steps():
+        batch = client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
+        server.wait_until(lambda: client.batches.retrieve(batch.id).status == "in_progress")
+        client.batches.cancel(batch.id)
     server.wait_until(lambda: client.batches.retrieve(batch.id).status == "cancelled")
     assert len(ends) == 1
 

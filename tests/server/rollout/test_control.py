@@ -21,7 +21,7 @@ from slipstream.server.generation import Generation, OutputOptions, Sequence, We
 from slipstream.server.rollout.control import Control
 from tests.server.under_way import SHORT, generated, slow_steps, wait_for_tokens
 
-LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "ignore_eos": True, "logprobs": 2, "temperature": 0}
+LONG = {"prompt": "Once upon a time", "max_tokens": 1000, "ignore_eos": True, "logprobs": 2, "temperature": 0}
 LONG |= {"speculation": {"mode": "off"}}
 
 
@@ -87,9 +87,10 @@ def test_an_aborted_answer_has_all_its_tokens(server: Any, policy: Any, whole: A
 
     before = generated(server)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask)
-        wait_for_tokens(server, before, 60)
-        way(server, policy)
+        with slow_steps():
+            asked = pool.submit(ask)
+            wait_for_tokens(server, before, 24)
+            way(server, policy)
         status, reply = asked.result(300)
     assert status == 200, reply
     if not stream:

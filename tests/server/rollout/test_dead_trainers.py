@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPConnection
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -20,12 +19,14 @@ from torch import Tensor
 
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.target_senders import processes
 from slipstream.server.rollout.control import Control
+from tests.forking import Forks
 from tests.ports import free_port
 from tests.server.sglang.calls import shared
 
 Part = dict[str, Tensor]
-SGLANG = Path(__file__).parents[1] / "sglang"
+BROADCASTER = (Path(__file__).parents[1] / "sglang/trainer.py").read_text()
 SHARER = f"""
 import sys
 sys.path.append({str(Path(__file__).parents[3])!r})
@@ -82,35 +83,34 @@ def post(server: Any, path: str, body: Any = None, status: int = 200) -> Any:
 class Trainer:
     """A process, and what it says."""
 
-    def __init__(self, *command: Any) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, *map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, forks: Forks, code: str, *arguments: Any) -> None:
+        self._process = forks.start(code, *map(str, arguments))
 
     def ask(self, line: str) -> str:
-        assert self._process.stdin is not None
-        print(line, file=self._process.stdin, flush=True)
+        self.tell(line)
         return self.hear()
 
+    def tell(self, line: str) -> None:
+        print(line, file=self._process.stdin, flush=True)
+
     def hear(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
+        return self._process.stdout.readline().strip() or self._process.stderr.read()
 
     def kill(self) -> None:
-        """It may be left as a zombie: whoever has started it has not looked after it."""
         self._process.kill()
-        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        self._process.wait(300)
 
     def end(self) -> None:
         self._process.kill()
-        self._process.communicate()
+        with self._process:  # closes what it was told and said
+            pass
 
 
 class Sharing:
     """Sends buckets by handles of shared tensors."""
 
-    def __init__(self, server: Any, file: Path) -> None:
-        self._server, self.trainer = server, Trainer("-c", SHARER, file)
+    def __init__(self, server: Any, file: Path, forks: Forks) -> None:
+        self._server, self.trainer = server, Trainer(forks, SHARER, file)
 
     def send(self, names: list[str], status: int = 200) -> None:
         body = {"serialized_named_tensors": [self.trainer.ask(" ".join(names))], "flush_cache": False}
@@ -120,9 +120,9 @@ class Sharing:
 class Broadcasting:
     """Sends buckets over a group."""
 
-    def __init__(self, server: Any, file: Path) -> None:
+    def __init__(self, server: Any, file: Path, forks: Forks) -> None:
         port, self._server, self._file = free_port(), server, file
-        self.trainer = Trainer("-P", SGLANG / "trainer.py", port, "weights", file)
+        self.trainer = Trainer(forks, BROADCASTER, port, "weights", file)
         told = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
         post(server, "/init_weights_update_group", told | {"group_name": "weights", "backend": "gloo"})
         assert self.trainer.hear() == "joined"
@@ -133,19 +133,28 @@ class Broadcasting:
         found = load_file(self._file)
         body = {"names": names, "group_name": "weights", "shapes": [list(found[name].shape) for name in names]}
         body["dtypes"] = [str(found[name].dtype) for name in names]
-        assert self.trainer._process.stdin is not None
-        print(json.dumps(names), file=self.trainer._process.stdin, flush=True)
+        self.trainer.tell(json.dumps(names))
         post(self._server, "/update_weights_from_distributed", body, status)
         assert self.trainer.hear() == "sent"
 
 
-@contextmanager
-def sending(kind: type[Sharing | Broadcasting], server: Any, file: Path) -> Iterator[Any]:
-    sender = kind(server, file)
-    try:
-        yield sender
-    finally:
-        sender.trainer.end()
+Sending = Callable[[type[Sharing | Broadcasting], Path], AbstractContextManager[Any]]
+
+
+@pytest.fixture(scope="module")
+def sending(server: Any) -> Iterator[Sending]:
+    forks = Forks("safetensors.torch", "torch.distributed.distributed_c10d", "torch.multiprocessing.reductions")
+
+    @contextmanager
+    def start(kind: type[Sharing | Broadcasting], file: Path) -> Iterator[Any]:
+        sender = kind(server, file, forks)
+        try:
+            yield sender
+        finally:
+            sender.trainer.end()
+
+    yield start
+    forks.close()
 
 
 KINDS = [Sharing, Broadcasting]
@@ -156,9 +165,9 @@ IMPLICIT = ["/continue_generation", "/flush_cache", "/areal_continue_generation"
 @pytest.mark.parametrize("end", IMPLICIT)
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_serves_of_a_trainer_that_was_killed_between_buckets(
-    server: Any, control: Control, file: Path, kind: Any, end: str
+    server: Any, control: Control, file: Path, sending: Sending, kind: Any, end: str
 ) -> None:
-    with sending(kind, server, file) as sender:
+    with sending(kind, file) as sender:
         post(server, "/pause_generation")
         sender.send(list(control_names(control, server))[:3])
         assert control.updating is not None
@@ -170,14 +179,26 @@ def test_nothing_serves_of_a_trainer_that_was_killed_between_buckets(
     assert control.updating is None and server.run(control.differing_weights()) == []
 
 
+def test_a_process_that_has_ended_is_gone_also_where_nobody_has_looked_after_it() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        [sender] = processes(f"/torch_{process.pid}_1".encode())
+        assert sender.is_there().result() is True
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert sender.is_there().result() is False
+
+
 def control_names(control: Control, server: Any) -> dict[str, str]:
     return dict(server.run(control.checksums()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trainer_that_is_there_may_send_a_few_tensors(server: Any, control: Control, file: Path, kind: Any) -> None:
+def test_a_trainer_that_is_there_may_send_a_few_tensors(
+    server: Any, control: Control, file: Path, sending: Sending, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slipstream.engine.target_senders.ANSWER_S", 300.0)
     names = list(control_names(control, server))[:3]
-    with sending(kind, server, file) as sender:
+    with sending(kind, file) as sender:
         for name in names[:2]:
             sender.send([name])
         sender.send(names[2:])
@@ -189,13 +210,13 @@ def test_a_trainer_that_is_there_may_send_a_few_tensors(server: Any, control: Co
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_trainer_that_was_started_again_begins_anew(
-    server: Any, control: Control, weights: Any, file: Path, tmp_path: Path, order: int
+    server: Any, control: Control, weights: Any, file: Path, sending: Sending, tmp_path: Path, order: int
 ) -> None:
     """It calls nothing but what brings buckets, the same or others than before."""
     names = list(weights(1))
     other = tmp_path / "model.safetensors"
     save_file(weights(2), other)
-    with sending(Sharing, server, file) as first, sending(Sharing, server, other) as second:
+    with sending(Sharing, file) as first, sending(Sharing, other) as second:
         first.send(names[:4])
         first.trainer.kill()
         for part in (names[:3], names[3:])[::order]:
@@ -208,10 +229,10 @@ def test_a_trainer_that_was_started_again_begins_anew(
 
 
 def test_two_trainers_that_send_the_same_tensors_make_no_mix(
-    server: Any, control: Control, weights: Any, file: Path
+    server: Any, control: Control, weights: Any, file: Path, sending: Sending
 ) -> None:
     names = list(weights(1))
-    with sending(Sharing, server, file) as one, sending(Sharing, server, file) as other:
+    with sending(Sharing, file) as one, sending(Sharing, file) as other:
         one.send(names[:4])
         other.send(names[3:], status=400)
         one.send(names[4:])

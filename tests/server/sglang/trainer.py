@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 def make_group(port: int, name: str) -> Any:
     """A group that is not the default one, with the store of ``init_process_group`` under the group's name."""
-    timeout = timedelta(seconds=120)
+    timeout = timedelta(seconds=600)
     store, rank, world_size = next(rendezvous(f"tcp://127.0.0.1:{port}", 0, 2, timeout=timeout))
     store.set_timeout(timeout)
     group, _ = c10d._new_process_group_helper(
