@@ -15,6 +15,7 @@ from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.schema_form import require_well_formed
 
 MAX_GRAMMAR_CHARS = 2**18
 WHITESPACE = r"[ \t\n\r]{1,32}"
@@ -69,6 +70,7 @@ def json_grammar(
             found = {}
         if not isinstance(found, dict):
             raise ValueError("a schema is an object" if found is not False else "nothing matches it")
+        require_well_formed(found, param)
         text = json.dumps({**closed(readable(found, best_effort)), "x-guidance": options}, ensure_ascii=False)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{param}: it is no JSON schema: {error}", param=param) from None

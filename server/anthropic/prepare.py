@@ -207,7 +207,7 @@ def renamed(param: str | None) -> str | None:
     if param is None:
         return None
     if param.startswith("response_format"):
-        return "output_config.format" + (".schema" if param.endswith("schema") else "")
+        return "output_config.format" + param.removeprefix("response_format").removeprefix(".json_schema")
     if param.startswith("tools."):
         return param.replace(".function.parameters", ".input_schema", 1).replace(".function", "", 1)
     names = {"stop": "stop_sequences", "parallel_tool_calls": "tool_choice", "user": "metadata.user_id"}

@@ -12,6 +12,7 @@ from slipstream.server import reasoning
 from slipstream.server.body import Body
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.prepared import Limits, Structure
+from slipstream.server.schema_form import require_well_formed
 from slipstream.server.structured import after_reasoning
 from slipstream.server.text import Tokenizer
 from slipstream.server.tools.answer import Speech
@@ -88,6 +89,7 @@ def read_tool(tool: dict[str, Any], param: str) -> Tool:
         raise wrong(f"{param}.function.name", "1 to 128 letters, digits and ._:-")
     if parameters is not None and not isinstance(parameters, dict):
         raise wrong(f"{param}.function.parameters", "a JSON schema is needed")
+    require_well_formed(parameters or NO_PARAMETERS, f"{param}.function.parameters", f"the tool {name}")
     return Tool(name, parameters or NO_PARAMETERS, function.get("strict") is True)
 
 

@@ -224,7 +224,7 @@ def renamed(param: str | None) -> str | None:
     if param.startswith("messages"):
         return "input"
     if param.startswith("response_format"):
-        return "text.format" + (".schema" if param.endswith("schema") else "")
+        return "text.format" + param.removeprefix("response_format").removeprefix(".json_schema")
     if param == "reasoning_effort":
         return "reasoning.effort"
     return param.replace(".function.", ".", 1) if param.startswith("tools.") else param

@@ -229,7 +229,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not supported"),
     ({"structured_outputs": {"regexp": "x"}}, "structured_outputs.regexp", "unknown field"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "no JSON schema"),
-    ({"structured_outputs": {"json": {"type": "strng"}}}, "structured_outputs.json", "strng"),
+    ({"structured_outputs": {"json": {"type": "strng"}}}, "structured_outputs.json.type", "strng"),
     ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex", "unclosed group"),
     ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex", "look-around"),
     ({"structured_outputs": {"grammar": "what is this"}}, "structured_outputs.grammar", "neither a Lark"),

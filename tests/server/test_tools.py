@@ -121,7 +121,7 @@ def test_calls_and_results_in_the_history_reach_the_prompt(server: Any) -> None:
         ({"tools": [STRICT], "ignore_eos": True}, "ignore_eos"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [{**WEATHER, "function": {"name": "f", "parameters": {"type": "strng"}}}],
-          "tool_choice": "required"}, "tool_choice"),
+          "tool_choice": "required"}, "tools.0.function.parameters.type"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused_by_name(server: Any, fields: dict[str, Any], param: str) -> None:
@@ -154,6 +154,38 @@ def prepared(text: TextModel, marker: str, limits: Limits = LIMITS, **body: Any)
     source = TEMPLATE.replace("MARK", marker)
     asked = {"messages": MESSAGES, "chat_template": source, **body}
     return chat(text, limits, json.dumps(asked).encode())
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "required"])
+def test_a_schema_that_is_none_is_refused_with_its_tool_and_place(server: Any, choice: str) -> None:
+    wrong = {"type": "object", "properties": {"city": {"type": "strin"}}}
+    tools = [WEATHER, {"type": "function", "function": {"name": "search", "parameters": wrong}}, CLOCK]
+    status, reply = server.post("/v1/chat/completions", {"messages": MESSAGES, "tools": tools, "tool_choice": choice})
+    place = "tools.1.function.parameters.properties.city.type"
+    assert (status, reply["error"]["param"]) == (400, place)
+    assert "'strin' (the tool search)" in reply["error"]["message"]
+
+    flat = [{"type": "function", **tool["function"]} for tool in tools]  # type: ignore[dict-item]
+    status, reply = server.post("/v1/responses", {"input": "Hello", "tools": flat, "tool_choice": choice})
+    assert (status, reply["error"]["param"]) == (400, "tools.1.parameters.properties.city.type")
+    assert reply["error"]["message"].startswith("tools.1.parameters.properties.city.type: ")
+
+    here = [{"name": "clock", "input_schema": CITY}, {"name": "search", "input_schema": wrong}]
+    kind = {"type": "any" if choice == "required" else choice}
+    body = {"model": "tiny", "max_tokens": 1, "messages": MESSAGES, "tools": here, "tool_choice": kind}
+    status, reply = server.post("/v1/messages", body)
+    assert status == 400
+    assert reply["error"]["message"].startswith("tools.1.input_schema.properties.city.type: ")
+
+
+def test_a_schema_of_an_answer_that_is_none_is_refused_with_its_place(server: Any) -> None:
+    wrong = {"type": "object", "properties": {"city": {"type": "strin"}}}
+    form = {"type": "json_schema", "name": "x", "schema": wrong}
+    status, reply = server.post("/v1/responses", {"input": "Hello", "text": {"format": form}})
+    assert (status, reply["error"]["param"]) == (400, "text.format.schema.properties.city.type")
+    body = {"model": "tiny", "max_tokens": 1, "messages": MESSAGES, "output_config": {"format": form}}
+    status, reply = server.post("/v1/messages", body)
+    assert reply["error"]["message"].startswith("output_config.format.schema.properties.city.type: "), reply
 
 
 @pytest.mark.parametrize(
