@@ -16,9 +16,13 @@ from slipstream.server.errors import ApiError, HeadTooLargeError, InvalidRequest
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 30.0
+STILL_WORKING = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""What clients pass over before an answer."""
+FIRST_SIGN_S, LONGEST_BETWEEN_SIGNS_S = 0.05, 10.0
 RETRY_CONNECT_S = 5
 OTHER_PROTOCOLS = {b"\x16\x03": "TLS (https)", b"PRI * HTTP/2.0": "HTTP/2"}
 """How others that clients are set to by mistake begin."""
+AROUND_HEADER = len(b": \r\n")
 UPGRADES = (b"upgrade", b"http2-settings")
 
 
@@ -39,13 +43,19 @@ class HttpProtocol(HttpToolsProtocol):
 
     Offers to go on in another protocol are ignored: HTTP clients of Java make one with their first request. The parser
     takes what follows such a head for the other protocol, so it reads the head again without the offer.
+
+    Who has ended its side of the connection may have gone, or may wait for its answer: of what is sent to it, only one
+    that has gone makes an error of the connection. So such a client is sent signs that the server still works until the
+    answer begins. HTTP/1.0 has none, so its clients count as gone.
     """
 
     _head_bytes = 0
+    """What came of the head that is awaited, without a beginning that came with the end of the request before."""
     _without_offer: bytes | None = None
     """The head that was read last, if it offers another protocol: the same head without that."""
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
+    _sign_timer: asyncio.TimerHandle | None = None
 
     def __init__(self, *arguments: Any, limits: ConnectionLimits | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -63,6 +73,8 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_arrived()
         self._client_reads()
+        if self._sign_timer is not None:
+            self._sign_timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -93,11 +105,31 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        awaited = self._head_timer
         self._parse(data)
-        if self._head_timer is not None:
+        if awaited is not None and self._head_timer is awaited:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse(HeadTooLargeError(f"the head of the request is larger than {MAX_HEAD_BYTES} bytes"))
+                self._refuse(too_large())
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether the connection stays open: for the answer to a request that came as a whole."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body or self.scope["http_version"] == "1.0":
+            return False
+        self._head_arrived()  # there will be no other
+        cycle.keep_alive = False
+        self._sign(cycle, FIRST_SIGN_S)
+        return True
+
+    def _sign(self, cycle: RequestResponseCycle, pause_s: float) -> None:
+        """One that is sent to somebody who has gone fails, or is answered with an error that the next one meets."""
+        if cycle.response_started or self.transport.is_closing():
+            return
+        if not self.pipeline:  # else it would come within the answer before
+            self.transport.write(STILL_WORKING)
+        later = min(2 * pause_s, LONGEST_BETWEEN_SIGNS_S)
+        self._sign_timer = self.loop.call_later(pause_s, self._sign, cycle, later)
 
     def _parse(self, data: bytes) -> None:
         while data:
@@ -110,6 +142,9 @@ class HttpProtocol(HttpToolsProtocol):
                 self.parser = HttpRequestParser(self)  # one that has read `Connection: close` reads nothing more
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             except HttpParserError as error:
+                if isinstance(error.__context__, ApiError):
+                    self._refuse(error.__context__)
+                    return
                 others = (name for start, name in OTHER_PROTOCOLS.items() if data.startswith(start))
                 if other := next(others, None):
                     message = f"this is {other}, and the server speaks plain HTTP/1.1 only"
@@ -127,6 +162,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._head_arrived()
+        if len(self.url) + sum(len(name) + len(value) + AROUND_HEADER for name, value in self.headers) > MAX_HEAD_BYTES:
+            raise too_large()
         method = self.parser.get_method()
         if self.parser.should_upgrade() and method != b"CONNECT":
             version = self.parser.get_http_version()
@@ -166,7 +203,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_bytes = 0
 
     def _head_is_late(self) -> None:
-        if self._head_bytes == 0:  # a connection opened in advance and never used
+        if self.scope is None:  # a connection opened in advance and never used
             self.transport.close()
             return
         self._refuse(TooSlowError(f"the head of the request took longer than {HEAD_TIMEOUT_S:g} s"))
@@ -182,6 +219,10 @@ class HttpProtocol(HttpToolsProtocol):
         lines = [b"HTTP/1.1 %d %b" % (status, status.phrase.encode()), *(b": ".join(header) for header in headers)]
         self.transport.write(b"\r\n".join([*lines, b"", body]))
         self.transport.close()
+
+
+def too_large() -> HeadTooLargeError:
+    return HeadTooLargeError(f"the head of the request is larger than {MAX_HEAD_BYTES} bytes")
 
 
 def without_offer(method: bytes, url: bytes, version: str, headers: Iterable[tuple[bytes, bytes]]) -> Iterable[bytes]:

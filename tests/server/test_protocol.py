@@ -33,6 +33,17 @@ def quick_body(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.2)
 
 
+@contextlib.asynccontextmanager
+async def serving(app: FastAPI) -> AsyncIterator[int]:
+    config = uvicorn.Config(app, http=protocol.HttpProtocol, lifespan="off", log_config=None)
+    config.load()
+    state = uvicorn.server.ServerState()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: protocol.HttpProtocol(config, state, {}), "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
 @pytest.fixture
 async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
     """Where a server listens that reads bodies; it waits for what ``quick_head`` and ``quick_body`` do not shorten."""
@@ -48,13 +59,8 @@ async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
         except ApiError as error:
             return {"status": error.status}
 
-    config = uvicorn.Config(app, http=protocol.HttpProtocol, lifespan="off", log_config=None)
-    config.load()
-    state = uvicorn.server.ServerState()
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: protocol.HttpProtocol(config, state, {}), "127.0.0.1", 0)
-    async with server:
-        yield server.sockets[0].getsockname()[1]
+    async with serving(app) as port:
+        yield port
 
 
 async def say(port: int, *parts: bytes, pause: float = 0.0) -> bytes:
@@ -105,6 +111,85 @@ async def test_a_head_in_pieces_within_the_limit(port: int) -> None:
     assert answer(await say(port, *pieces, pause=0.04)) == {"size": 3}
 
 
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 3\r\n"
+
+
+@pytest.mark.parametrize(
+    "filler", [b"X-Long: " + b"a" * 70_000, b"\r\n".join([b"X-Many: a"] * 7_000)], ids=["long", "many"]
+)
+@pytest.mark.parametrize(
+    "first", [b"", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"], ids=["new", "kept"]
+)
+async def test_a_large_head_is_refused_also_if_it_comes_at_once(port: int, filler: bytes, first: bytes) -> None:
+    received = await say(port, first + HEAD + filler + b"\r\n\r\nabc")
+    assert received.count(b"HTTP/1.1 431 ") == 1 and b"head_too_large" in received
+
+
+async def test_the_body_before_does_not_count_as_a_part_of_a_head() -> None:
+    app = FastAPI()
+
+    @app.post("/")
+    async def size(request: Request) -> dict[str, int]:
+        return {"size": len(await request.body())}
+
+    async with serving(app) as port:
+        first = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"a" * 100_000
+        received = await say(port, first + HEAD[:30], HEAD[30:] + b"\r\nabc", pause=0.04)
+    assert b'{"size":100000}' in received and received.endswith(b'{"size":3}')
+
+
+@contextlib.asynccontextmanager
+async def waiting() -> AsyncIterator[SimpleNamespace]:
+    """A server whose answer waits for ``may_answer``; ``gone`` is set when the client of a request has gone."""
+    app, may_answer, gone = FastAPI(), asyncio.Event(), asyncio.Event()
+
+    @app.post("/")
+    async def wait(request: Request) -> dict[str, bool]:
+        await request.body()
+        asked = [asyncio.create_task(may_answer.wait()), asyncio.create_task(request.receive())]
+        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        if not may_answer.is_set():
+            gone.set()
+        asked[1].cancel()
+        return {"ok": True}
+
+    async with asyncio.timeout(300), serving(app) as port:
+        yield SimpleNamespace(port=port, may_answer=may_answer, gone=gone)
+
+
+async def test_who_ends_its_side_gets_the_answer_to_a_whole_request() -> None:
+    async with waiting() as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(HEAD + b"\r\nabc")
+        writer.write_eof()
+        signs = await reader.readexactly(3 * len(protocol.STILL_WORKING))
+        assert signs == 3 * protocol.STILL_WORKING and not server.gone.is_set()
+        server.may_answer.set()
+        received = await reader.read()
+        assert received.removeprefix(protocol.STILL_WORKING).startswith(b"HTTP/1.1 200 ")
+        assert received.endswith(b'{"ok":true}')
+        writer.close()
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+async def test_who_goes_before_the_answer_is_noticed(version: bytes) -> None:
+    async with waiting() as server:
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(HEAD.replace(b"1.1", version) + b"\r\nabc")
+        await writer.drain()
+        writer.close()
+        await server.gone.wait()
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST / HT", HEAD, HEAD + b"\r\nab"])
+async def test_who_ends_its_side_before_the_request_is_whole_gets_nothing(port: int, sent: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(sent)
+    writer.write_eof()
+    assert await asyncio.wait_for(reader.read(), 300) == b""
+    writer.close()
+
+
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
 """What Java's HTTP client adds to the first request of a connection."""
 
@@ -140,13 +225,7 @@ async def test_what_http_1_0_is_answered_has_no_chunks() -> None:
         headers = {"Content-Length": "4"} if length == "known" else {}
         return StreamingResponse(iter(("12", "", "34")), headers=headers)
 
-    config = uvicorn.Config(app, lifespan="off", log_config=None)
-    config.load()
-    state = uvicorn.server.ServerState()
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: protocol.HttpProtocol(config, state, {}), "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
+    async with serving(app) as port:
         for path in (b"known", b"unknown"):
             received = await say(port, b"GET /" + path + b" HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
             assert received.endswith(b"\r\n\r\n1234")
