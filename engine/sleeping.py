@@ -79,7 +79,7 @@ class Sleeper:
             return lambda: self._resume(asked.tags)
         weights, kept = self._model.new_weights(), self._kept
         for name, tensor in self._files() if kept is None else kept.tensors.items():
-            weights.fill(name, tensor)
+            weights.fill(name, tensor, exact=kept is not None)
         weights.check_complete()
         follow = self._prepare_use(weights)
         version = 0 if kept is None else self._scheduler.target_version

@@ -7,17 +7,21 @@ from concurrent.futures import Future
 
 from slipstream.engine.errors import ModelError, SupersededError
 from slipstream.engine.lora import Lora
-from slipstream.engine.models.weights import Weights
+from slipstream.engine.models.weights import Digests, Weights
 from slipstream.engine.operations import UpdateMode
 from slipstream.engine.target_groups import Transfer
 from slipstream.engine.target_senders import Senders
 
 
 class Update:
-    def __init__(self, version: int, mode: UpdateMode, name: str, weights: Weights) -> None:
+    def __init__(
+        self, version: int, mode: UpdateMode, name: str, weights: Weights, digests: Digests | None = None
+    ) -> None:
         self.version, self.mode, self.name = version, mode, name or str(version)
         self.began = self.touched = time.perf_counter()
         self.lora = Lora()
+        self.digests = digests
+        """What the numbers that have come add up to, where weights keep others of them."""
         self.senders: Senders = frozenset()
         """Who has sent the tensors that have come."""
         self.failure = ""

@@ -18,6 +18,7 @@ from slipstream.engine.lora import plain_name
 from slipstream.engine.models.loader import SPARE_BYTES, available_memory, human_size
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import (
+    Digests,
     HostCopy,
     ReadableWeights,
     Weights,
@@ -57,6 +58,7 @@ from slipstream.engine.target_sources import (
     require_lora_scale,
     unpack,
 )
+from slipstream.kernels.compute import PACKED
 from slipstream.kernels.stored import Stored
 
 PrepareUse = Callable[[Weights], Callable[[int, UpdateMode], None]]
@@ -169,7 +171,9 @@ class TargetUpdates:
         if free < needed + SPARE_BYTES:
             sizes = f"take {human_size(needed)} beside those that serve, and only {human_size(free)} of memory are free"
             raise ModelError(f"other weights {sizes}")
-        self._update = Update(version, mode, name, self._model.new_weights())
+        formats = self._model.formats
+        digests = Digests(formats.numbers) if formats.weights == PACKED else None
+        self._update = Update(version, mode, name, self._model.new_weights(), digests)
 
     def _find(self, version: int) -> Update:
         update = self._update
@@ -206,7 +210,7 @@ class TargetUpdates:
         first_rows: dict[str, int] | None = None,
     ) -> Future[int]:
         """How many tensors have not come completely then."""
-        weights, lora, firsts = update.weights, update.lora, first_rows or {}
+        weights, lora, digests, firsts = update.weights, update.lora, update.digests, first_rows or {}
 
         def prepare() -> Callable[[], int]:
             try:
@@ -217,6 +221,8 @@ class TargetUpdates:
                         require_finite(name, rows)
                     if isinstance(rows, Stored) or not lora.take(name, rows):
                         weights.fill(plain_name(name), rows, firsts.get(name))
+                        if digests is not None and isinstance(rows, Tensor) and rows.dim() > 1:
+                            digests.add(plain_name(name), rows, firsts.get(name, 0))
             except Exception as error:
                 update.fail(str(error))
                 raise
@@ -310,19 +316,23 @@ class TargetUpdates:
             if base is not None:
                 if lora:
                     for name, rows, first in lora.merged(base, asked.lora_scale):
-                        weights.fill(name, rows, first)
+                        weights.fill(name, rows, first, exact=True)  # packed again, little would be left of it
                 copy_missing(weights, base)
             weights.check_complete()
-            self._compare(weights, asked.checksums)
+            self._compare(update, weights, asked.checksums)
             follow = self._prepare_use(weights)
             return lambda: self._land(update, weights, base if lora else None, follow)
 
         return self._background.start(prepare)
 
-    def _compare(self, weights: Weights, expected: dict[str, str]) -> None:
+    def _compare(self, update: Update, weights: Weights, expected: dict[str, str]) -> None:
         if not expected:
             return
-        found = checksums(weights, self._model.formats.numbers, expected)
+        known = {}
+        if update.digests is not None:
+            known = {name: update.digests.of(name, weights.shapes.get(name, (0,))[0]) for name in expected}
+        read = [name for name in expected if known.get(name) is None]
+        found = known | checksums(weights, self._model.formats.numbers, read)
         if wrong := [name for name, checksum in expected.items() if found.get(name) != checksum]:
             some = ", ".join(sorted(wrong)[:3])
             raise ModelError(f"{len(wrong)} tensors are not those whose checksums were told, for example {some}")

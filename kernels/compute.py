@@ -18,6 +18,7 @@ from torch import Tensor
 from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
+from slipstream.kernels.stored import Stored
 from slipstream.kernels.weight import Weight
 
 Reads = Literal["normed", "both", "plain"]
@@ -267,6 +268,23 @@ class Compute(ABC):
     @abstractmethod
     def adapter(self, shape: LayerShape, layers: Iterable[LayerMatrices]) -> Adapter:
         """What an adapter adds to some layers, which are asked for one by one."""
+
+    def forms(self, part: Weight | LayerWeights) -> Hashable:
+        """What of a matrix or layer is packed, and how; for ``take_forms``. None where numbers are never packed."""
+        return None
+
+    def take_forms(self, part: Weight | LayerWeights, forms: Hashable) -> None:  # noqa: B027
+        """Has numbers that come for an empty matrix or layer packed in these forms."""
+
+    def widen(self, part: Weight | LayerWeights, name: str) -> None:  # noqa: B027
+        """Has all of a matrix kept as numbers: ``part``, or the one of a layer that has this tensor."""
+
+    def kept(self, part: Weight | LayerWeights, name: str, rows: Tensor) -> Tensor | Stored | None:
+        """Rows of a matrix, or of one of a layer, as they are kept: filled into another one, nothing is rounded.
+
+        None where that is as they are read.
+        """
+        return None
 
     def cache(self, shape: CacheShape, num_blocks: int) -> PagedKVCache:
         return self.cache_class(shape, num_blocks, self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -25,7 +25,7 @@ from slipstream.engine.models.weights import ExpectedTensors, Rows, Weights, pie
 from slipstream.kernels import ops
 from slipstream.kernels.adapter import ADAPTED, ADAPTED_MLP, Adapter, LayerMatrices
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import Compute
+from slipstream.kernels.compute import Compute, LayerWeights
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.weight import Weight
 
@@ -33,27 +33,39 @@ from slipstream.kernels.weight import Weight
 class DecoderWeights:
     """All weights of a decoder, to be filled."""
 
-    def __init__(self, config: DecoderConfig, compute: Compute) -> None:
+    def __init__(self, config: DecoderConfig, compute: Compute, forms: Sequence[Hashable] = ()) -> None:
+        """``forms`` of other weights of the same model, in which numbers that come are packed."""
         self.embedding = compute.weight(config.shape.vocab_size, config.hidden)
         self.output = self.embedding if config.tied else compute.weight(config.shape.vocab_size, config.hidden)
         self.layers = compute.layers(config.layer, config.shape.num_layers)
         self.norm = compute.norm(config.hidden)
         self._compute, self._expected = compute, ExpectedTensors(config.parameters)
+        for part, each in zip(self._parts, forms, strict=bool(forms)):
+            compute.take_forms(part, each)
+
+    @property
+    def _parts(self) -> list[Weight | LayerWeights]:
+        return [self.embedding, self.output, *self.layers]
+
+    @property
+    def forms(self) -> list[Hashable]:
+        return [self._compute.forms(part) for part in self._parts]
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._expected.shapes
 
-    def fill(self, name: str, rows: Rows, first_row: int | None = None) -> None:
+    def fill(self, name: str, rows: Rows, first_row: int | None = None, exact: bool = False) -> None:
         if self._expected.take(name, rows, first_row):
             with self._compute.filling():
+                if exact and isinstance(rows, Tensor) and rows.dim() > 1:
+                    self._compute.widen(*self._part(name))
                 for row, part in pieces(rows, first_row or 0):
                     # Blocks come only where matrices take them, see ``Decoder.tensors``.
                     self._fill(name, cast(Tensor, part), row)
 
     def read(self, name: str, first_row: int, count: int) -> Tensor:
-        self._expected.check_rows(name, first_row, count)
-        rows = torch.arange(first_row, first_row + count, device=self._compute.device)
+        rows = self._rows(name, first_row, count)
         match name.split(".", 3):
             case ["model", "embed_tokens", "weight"]:
                 return self.embedding.rows(rows)
@@ -62,6 +74,12 @@ class DecoderWeights:
             case ["model", "layers", index, rest]:
                 return self.layers[int(index)].read(rest, rows)
         return self.norm[first_row : first_row + count]
+
+    def kept(self, name: str, first_row: int, count: int) -> Rows:
+        found = None
+        if len(self.shapes[name]) > 1:
+            found = self._compute.kept(*self._part(name), self._rows(name, first_row, count))
+        return self.read(name, first_row, count) if found is None else found
 
     @property
     def num_missing(self) -> int:
@@ -72,6 +90,19 @@ class DecoderWeights:
 
     def check_complete(self) -> None:
         self._expected.check_complete()
+
+    def _rows(self, name: str, first_row: int, count: int) -> Tensor:
+        self._expected.check_rows(name, first_row, count)
+        return torch.arange(first_row, first_row + count, device=self._compute.device)
+
+    def _part(self, name: str) -> tuple[Weight | LayerWeights, str]:
+        """What holds a matrix, and what the matrix is called there."""
+        match name.split(".", 3):
+            case ["lm_head", rest]:
+                return self.output, rest
+            case ["model", "layers", index, rest]:
+                return self.layers[int(index)], rest
+        return self.embedding, "weight"
 
     def _fill(self, name: str, rows: Tensor, first_row: int) -> None:
         match name.split(".", 3):
@@ -93,6 +124,8 @@ class Decoder:
         self.formats, self.kernels, self.takes_latest = compute.formats, compute.name, compute.takes_latest
         self.config, self.compute = config, compute
         self._weights: DecoderWeights
+        self._forms: Sequence[Hashable] = ()
+        """How its first weights are packed, and so those of updates."""
         ropes = rope_tables(config, max_length), window_rope_tables(config, max_length)
         self._stack = compute.stack(config.layer, config.windows, *ropes)
 
@@ -113,11 +146,11 @@ class Decoder:
         return self._weights.output
 
     def new_weights(self) -> DecoderWeights:
-        return DecoderWeights(self.config, self.compute)
+        return DecoderWeights(self.config, self.compute, self._forms)
 
     def use(self, weights: Weights) -> None:
         assert isinstance(weights, DecoderWeights)
-        self._weights = weights
+        self._forms, self._weights = self._forms or weights.forms, weights
         self._stack.use(weights.embedding, weights.layers, weights.norm, weights.output)
 
     def forget(self) -> None:

@@ -96,7 +96,7 @@ class _ModuleWeights:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._expected.shapes
 
-    def fill(self, name: str, rows: Rows, first_row: int | None = None) -> None:
+    def fill(self, name: str, rows: Rows, first_row: int | None = None, exact: bool = False) -> None:
         assert isinstance(rows, Tensor), "nothing is packed here"
         name = self._names.get(name, name)
         if self._expected.take(name, rows, first_row):
@@ -112,6 +112,9 @@ class _ModuleWeights:
         self._expected.check_rows(name, first_row, count)
         value = self.values[name]
         return value[first_row : first_row + count] if value.dim() else value[None]
+
+    def kept(self, name: str, first_row: int, count: int) -> Rows:
+        return self.read(name, first_row, count)
 
     @property
     def num_missing(self) -> int:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -60,15 +60,19 @@ class Weights(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of all tensors that there are, by their Hugging Face names; a number alone counts as [1]."""
 
-    def fill(self, name: str, rows: Rows, first_row: int | None = None) -> None:
+    def fill(self, name: str, rows: Rows, first_row: int | None = None, exact: bool = False) -> None:
         """Copies a tensor, by its Hugging Face name, to its place: all of it, or the rows first_row, first_row + 1, …
 
-        What lies in a file as quantised blocks may come as such where the model's weights are packed.
+        What lies in a file as quantised blocks may come as such where the model's weights are packed. Numbers of a
+        matrix that is are packed again, in its form; or kept as numbers, if they are ``exact``, and all of it then.
         May run in another thread than the model. Raises ModelError for a name or a size that the model does not have.
         """
 
     def read(self, name: str, first_row: int, count: int) -> Tensor:
         """Rows first_row, first_row + 1, … of a tensor as they are computed with, in some number format."""
+
+    def kept(self, name: str, first_row: int, count: int) -> Rows:
+        """The same as it is kept, for other weights of the same model: packed, or as numbers that are ``exact``."""
 
     @property
     def num_missing(self) -> int:
@@ -89,6 +93,8 @@ class ReadableWeights(Protocol):
 
     def read(self, name: str, first_row: int, count: int) -> Tensor: ...
 
+    def kept(self, name: str, first_row: int, count: int) -> Rows: ...
+
 
 class HostCopy:
     """A copy of weights in the memory of the host."""
@@ -102,6 +108,9 @@ class HostCopy:
 
     def read(self, name: str, first_row: int, count: int) -> Tensor:
         return self.tensors[name][first_row : first_row + count]
+
+    def kept(self, name: str, first_row: int, count: int) -> Rows:
+        return self.read(name, first_row, count)
 
 
 def load(model: CausalModel, tensors: Iterable[tuple[str, Rows]]) -> None:
@@ -135,7 +144,7 @@ def copy_missing(weights: Weights, source: ReadableWeights) -> None:
     for name, first, count in weights.missing():
         for row, some in row_pieces((count, *weights.shapes[name][1:]), first):
             breathe()
-            weights.fill(name, source.read(name, row, some), row)
+            weights.fill(name, source.kept(name, row, some), row, exact=True)
 
 
 def checksums(weights: Weights, dtype: str, names: Collection[str] | None = None) -> dict[str, str]:
@@ -154,6 +163,32 @@ def checksums(weights: Weights, dtype: str, names: Collection[str] | None = None
             digest.update(rows.view(torch.uint8).numpy().data)
         found[name] = digest.hexdigest()
     return found
+
+
+class Digests:
+    """SHA-256 of tensors as they come, as ``checksums`` makes them of tensors that have come."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._begun: dict[str, tuple[Any, int, dict[int, Tensor]]] = {}
+        """By name: a digest of what came up to a row, that row, and what came already behind it, by first rows."""
+
+    def add(self, name: str, rows: Tensor, first_row: int) -> None:
+        """``rows`` [n, …] of any format. A tensor that comes again begins anew with its row 0."""
+        digest, end, early = self._begun.get(name, (hashlib.sha256(), 0, {}))
+        if first_row == 0 and end:
+            digest, end, early = hashlib.sha256(), 0, {}
+        early[first_row] = rows if first_row == end else rows.clone()
+        while (coming := early.pop(end, None)) is not None:
+            for _, piece in pieces(coming):
+                digest.update(piece.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().data)
+            end += len(coming)
+        self._begun[name] = digest, end, early
+
+    def of(self, name: str, count: int) -> str | None:
+        """None unless all ``count`` rows have come."""
+        digest, end, _ = self._begun.get(name, (None, 0, None))
+        return digest.hexdigest() if digest is not None and end == count else None
 
 
 def pieces(rows: AnyRows, first_row: int = 0) -> Iterator[tuple[int, AnyRows]]:

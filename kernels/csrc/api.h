@@ -143,6 +143,11 @@ SLIP_API void slip_dequantise(const char* format, const uint8_t* rows, int64_t r
 // out [count, k] = some rows of such a part.
 SLIP_API void slip_unpack(const SlipPart* part, int32_t k, const int64_t* rows, int32_t count, int32_t first_panel,
                           int32_t stride, float* out);
+// out [count, k / 32, SLIP_KEPT_BYTES] = some rows of such a part as they are kept: packing takes them as "form N", and numbers that
+// are to become rows of that form as "form N of F32" and "form N of BF16".
+#define SLIP_KEPT_BYTES 40
+SLIP_API void slip_keep(const SlipPart* part, int32_t k, const int64_t* rows, int32_t count, int32_t first_panel, int32_t stride,
+                        uint8_t* out);
 // Stores k and v [tokens, kv_heads, head_dim] (f32) of a ragged batch into one layer's cache.
 SLIP_API void slip_store_kv(const SlipAttention* a, const SlipBatch* b, const float* k, const float* v, void* k_cache,
                             void* v_cache);

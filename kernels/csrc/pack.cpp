@@ -1,6 +1,7 @@
 // Packs the rows of GGUF tensors, as they lie in the file, into the forms of forms.h, or into panels of numbers; and unpacks forms to
 // floats.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "api.h"
@@ -17,6 +18,7 @@ struct Block {
   uint16_t scale, minimum;         // float16
   int8_t whole_scale[2], whole_minimum;
 };
+static_assert(sizeof(Block) == SLIP_KEPT_BYTES);
 
 uint16_t word(const uint8_t* at) { return static_cast<uint16_t>(at[0] | at[1] << 8); }
 uint32_t dword(const uint8_t* at) { return word(at) | static_cast<uint32_t>(word(at + 2)) << 16; }
@@ -86,42 +88,10 @@ void q6_k(const uint8_t* row, int b, Block& out) {
   out.whole_scale[0] = static_cast<int8_t>(at[192 + 2 * (b % 8)]), out.whole_scale[1] = static_cast<int8_t>(at[193 + 2 * (b % 8)]);
 }
 
-// The nearest float16 of a number that is not negative, of two the even one.
-uint16_t half_of(float x) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  if (x != x) return 0x7e00;
-  if (bits >= 0x47800000) return 0x7c00;
-  if (bits < 0x38800000)  // whole multiples of 2^-24; what is added rounds to them
-    return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x + 0.5f) - __builtin_bit_cast(uint32_t, 0.5f));
-  return static_cast<uint16_t>((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
-}
+#include "quantise.h"
 
-// Numbers become blocks of Q8_0 on the way. In loops that compilers make vectors of.
-void eight_bits(const float* x, Block& out) {
-  int32_t most = 0;  // as bits, which are in the order of what they stand for
-  for (int i = 0; i < 32; ++i) most = std::max(most, __builtin_bit_cast(int32_t, x[i]) & 0x7fffffff);
-  out.scale = half_of(__builtin_bit_cast(float, most) / 127.0f);
-  const float scale = half_to_float(out.scale), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: added, it rounds to a whole number, which then stands in the low bits
-  for (int i = 0; i < 32; ++i) {
-    float whole = x[i] * inverse;
-    whole = whole > 127.0f ? 127.0f : whole;
-    whole = whole < -127.0f ? -127.0f : whole;
-    out.q[i] = static_cast<int8_t>(__builtin_bit_cast(int32_t, whole + kMagic));
-  }
-}
-void q8_of_f32(const uint8_t* row, int b, Block& out) {
-  float x[32];
-  std::memcpy(x, row + static_cast<size_t>(b) * sizeof(x), sizeof(x));
-  eight_bits(x, out);
-}
-void q8_of_bf16(const uint8_t* row, int b, Block& out) {
-  uint16_t narrow[32];
-  std::memcpy(narrow, row + static_cast<size_t>(b) * sizeof(narrow), sizeof(narrow));
-  float x[32];
-  for (int i = 0; i < 32; ++i) x[i] = slip::bf16_to_float(narrow[i]);
-  eight_bits(x, out);
-}
+// Blocks that slip_keep has taken out.
+void kept(const uint8_t* row, int b, Block& out) { std::memcpy(&out, row + static_cast<size_t>(b) * sizeof(Block), sizeof(Block)); }
 
 struct Source {
   const char* name;
@@ -130,11 +100,19 @@ struct Source {
   void (*read)(const uint8_t*, int, Block&);
 };
 
+constexpr int inputs_of(int form) { return 32 * layout(form).blocks(); }
+#define SLIP_OF_FORM(number, form)                                  \
+  {"form " number, form, inputs_of(form), kept},                    \
+  {"form " number " of F32", form, inputs_of(form), quantised<form, float>}, \
+  {"form " number " of BF16", form, inputs_of(form), quantised<form, uint16_t>}
+
 constexpr Source kSources[] = {
     {"Q4_0", kFourCentred, 32, q4_0},  {"Q4_1", kFour, 32, q4_1},        {"Q5_0", kEight, 32, q5_0},
     {"Q5_1", kEightMinimum, 32, q5_1}, {"Q8_0", kEight, 32, q8_0},       {"Q4_K", kFourSuper, 256, q4_k},
     {"Q5_K", kEightSuper, 256, q5_k},  {"Q6_K", kEightSixteen, 256, q6_k},
-    {"Q8_0 of F32", kEight, 32, q8_of_f32}, {"Q8_0 of BF16", kEight, 32, q8_of_bf16},
+    // What is in no file: blocks of a form as they are kept, and numbers that become some.
+    SLIP_OF_FORM("1", kFourCentred), SLIP_OF_FORM("2", kFour), SLIP_OF_FORM("3", kEight), SLIP_OF_FORM("4", kEightMinimum),
+    SLIP_OF_FORM("5", kFourSuper), SLIP_OF_FORM("6", kEightSuper), SLIP_OF_FORM("7", kEightSixteen),
 };
 
 const Source* find(const char* name) {
@@ -286,6 +264,19 @@ void slip_unpack(const SlipPart* part, int32_t k, const int64_t* rows, int32_t c
     const auto panel = static_cast<int>(first_panel + stride * (rows[i] / 16));
     const auto* group = static_cast<const uint8_t*>(part->data) + panel / 4 * l.group(k);
     slip::unpack_column(part->form, group, panel % 4, static_cast<int>(rows[i] % 16), k, out + static_cast<size_t>(i) * k);
+  }
+}
+
+void slip_keep(const SlipPart* part, int32_t k, const int64_t* rows, int32_t count, int32_t first_panel, int32_t stride,
+               uint8_t* out) {
+  const Layout l = layout(part->form);
+  for (int i = 0; i < count; ++i) {
+    const auto panel = static_cast<int>(first_panel + stride * (rows[i] / 16));
+    const auto* group = static_cast<const uint8_t*>(part->data) + panel / 4 * l.group(k);
+    for (int b = 0; b < k / 32; ++b, out += sizeof(Block)) {
+      const Block block = read_back(l, group, b, panel % 4, static_cast<int>(rows[i] % 16));
+      std::memcpy(out, &block, sizeof(block));
+    }
   }
 }
 }

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from slipstream.kernels.compute import LayerShape
 from slipstream.kernels.native.library import CLayer, address
-from slipstream.kernels.native.weight import PANEL, PanelWeight
+from slipstream.kernels.native.weight import PANEL, Forms, PanelWeight
+from slipstream.kernels.stored import Stored
 
 
 class NativeLayer:
@@ -19,7 +20,7 @@ class NativeLayer:
     def __init__(self, shape: LayerShape, matrices: Sequence[PanelWeight]) -> None:
         """``matrices`` of the sizes of ``matrix_shapes``."""
         hidden, head_dim = shape.hidden, shape.head_dim
-        self.qkv, self.out, self.gate_up, self.down = matrices
+        self.qkv, self.out, self.gate_up, self.down = self._matrices = matrices
         self.attn_norm = torch.ones(hidden) if shape.reads != "plain" else None
         self.embed_norm = torch.ones(hidden) if shape.reads == "both" else None
         self.mlp_norm = torch.ones(hidden)
@@ -41,11 +42,11 @@ class NativeLayer:
     @property
     def is_quantised(self) -> bool:
         """Whether some matrix is."""
-        return any(weight.is_quantised for weight in (self.qkv, self.out, self.gate_up, self.down))
+        return any(weight.is_quantised for weight in self._matrices)
 
     @property
     def num_bytes(self) -> int:
-        matrices = sum(weight.num_bytes for weight in (self.qkv, self.out, self.gate_up, self.down))
+        matrices = sum(weight.num_bytes for weight in self._matrices)
         return matrices + sum(norm.nbytes for norm in {id(norm): norm for norm in self._norms.values()}.values())
 
     def fill(self, name: str, rows: Tensor, first_row: int = 0) -> None:
@@ -62,6 +63,29 @@ class NativeLayer:
             return self._norms[module][rows]
         weight, first, stride = self._places[module]
         return (weight.biases if kind == "bias" else weight.rows)(rows, first, stride)
+
+    def kept(self, name: str, rows: Tensor) -> Tensor | Stored:
+        """As ``read``; what is quantised, as it is kept."""
+        *_, module, kind = name.split(".")
+        if module in self._norms or kind == "bias":
+            return self.read(name, rows)
+        weight, first, stride = self._places[module]
+        return weight.kept(rows, first, stride)
+
+    @property
+    def forms(self) -> tuple[Forms, ...]:
+        """Those of each matrix; to be told to another layer by ``take_forms``."""
+        return tuple(weight.forms for weight in self._matrices)
+
+    def take_forms(self, forms: tuple[Forms, ...]) -> None:
+        for weight, each in zip(self._matrices, forms, strict=True):
+            weight.take_forms(each)
+
+    def widen(self, name: str) -> None:
+        """As ``PanelWeight.widen`` of the matrix that a tensor is in."""
+        *_, module, _ = name.split(".")
+        if module in self._places:
+            self._places[module][0].widen()
 
     def describe(self, c: CLayer, window: int) -> None:
         """Fills in the C struct but for the cache."""

@@ -138,7 +138,7 @@ class CAttention(Structure):
 LAYOUT = functools.reduce(
     lambda found, struct: found * 131 + ctypes.sizeof(struct),
     (CPart, CLinear, CAdapter, CLayer, CModel, CBatch, CAttention),
-    1,
+    2,
 )
 """As slip_layout, which begins with the same number: any other is that of a library that was built of other sources."""
 
@@ -172,6 +172,7 @@ def load() -> ctypes.CDLL | None:
     library.slip_pack.argtypes = [c_char_p, c_void_p, c_int64, c_int32, c_void_p, c_int32, c_int32, c_int32, c_int32]
     library.slip_dequantise.argtypes = [c_char_p, c_void_p, c_int64, c_int32, c_int32, c_void_p, *[c_int32] * 4]
     library.slip_unpack.argtypes = [c_void_p, c_int32, c_void_p, c_int32, c_int32, c_int32, c_void_p]
+    library.slip_keep.argtypes = library.slip_unpack.argtypes
     library.slip_store_kv.argtypes = [c_void_p] * 6
     library.slip_attention.argtypes = [c_void_p] * 6
     library.slip_workspace_bytes.argtypes = [c_void_p, c_int32]
@@ -196,6 +197,7 @@ def load() -> ctypes.CDLL | None:
         "pack",
         "dequantise",
         "unpack",
+        "keep",
         "store_kv",
         "attention",
         "forward",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slipstream.kernels.compute import Arithmetic
 from slipstream.kernels.native.library import CLinear, CPart, address, load
-from slipstream.kernels.native.weight import PANEL, PackedWeight, PanelWeight, panels_elems
+from slipstream.kernels.native.weight import PANEL, Forms, PackedWeight, PanelWeight, panels_elems
 from slipstream.kernels.stored import Stored
 
 ARITHMETIC_CODES: dict[Arithmetic, int] = {"exact": 0, "int8": 1, "int16": 2}
@@ -20,8 +20,9 @@ ALIGNMENT = 64
 ARENA_BYTES = 32 << 20
 ROWS_AT_ONCE = 512
 EIGHT_BITS, BLOCK = "Q8_0", 32
-EIGHT_BITS_OF = {torch.float32: "Q8_0 of F32", torch.bfloat16: "Q8_0 of BF16"}
-"""Formats of rows that are quantised when they are packed (csrc/pack.cpp)."""
+NUMBERS = {torch.float32: "F32", torch.bfloat16: "BF16"}
+KEPT_BYTES = 40
+"""SLIP_KEPT_BYTES of csrc/api.h: a block of 32 numbers, whatever its form."""
 
 
 def form_of(kind: str, k: int) -> int:
@@ -94,12 +95,25 @@ class _Part:
         )
         return out
 
+    def keep(self, k: int, rows: Tensor, first_panel: int, stride: int) -> Stored:
+        """The same as blocks, which ``pack`` takes."""
+        library = load()
+        assert library is not None
+        rows = rows.long().contiguous()
+        out = torch.empty(len(rows), k // BLOCK * KEPT_BYTES, dtype=torch.uint8)
+        library.slip_keep(
+            *(ctypes.byref(self.c), k, rows.data_ptr(), len(rows)),
+            *(first_panel - self.first_panel, stride, out.data_ptr()),
+        )
+        return Stored(f"form {self.form}", (len(rows), k), out.numpy())
+
 
 class StoredWeight(PanelWeight):
     """A ``Weight`` that is kept as it came.
 
     What comes as blocks that there is a form for stays quantised, and is read at that size. What comes as numbers is
-    kept in ``dtype``, as in a ``PackedWeight``; then the whole matrix is, so that there is no loss besides rounding.
+    kept in ``dtype``, as in a ``PackedWeight``, and then the whole matrix is; unless it was told forms in which numbers
+    are packed (``take_forms``).
     """
 
     def __init__(
@@ -119,6 +133,7 @@ class StoredWeight(PanelWeight):
         self._arena = arena or Arena()
         self._parts: dict[int, _Part] = {}
         """By first panels."""
+        self._forms: Forms = ()
         self._dense: PackedWeight | None = None
         self._c_parts: ctypes.Array[CPart] | None = None
 
@@ -134,10 +149,27 @@ class StoredWeight(PanelWeight):
         return (matrix or dense) + (0 if self.bias is None else self.bias.nbytes)
 
     def fill(self, rows: Tensor | Stored, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
+        if isinstance(rows, Tensor) and (form := self._form_of_numbers(first_panel)):
+            rows = as_form(rows, form)
         if isinstance(rows, Stored) and self._dense is None and (part := self._part_for(rows.format, first_panel)):
             part.pack(rows, first_row, first_panel, stride)
             return
         self._made_dense().fill(rows, first_row, first_panel, stride)
+
+    @property
+    def forms(self) -> Forms:
+        return tuple((first, part.form) for first, part in sorted(self._parts.items()))
+
+    def take_forms(self, forms: Forms) -> None:
+        self._forms = forms
+
+    def widen(self) -> None:
+        self._made_dense()
+
+    def kept(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor | Stored:
+        if self._dense is not None:
+            return self._dense.rows(indices, first_panel, stride)
+        return self._parts[self._segment(first_panel)[0]].keep(self.k, indices, first_panel, stride)
 
     def rows(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor:
         if self._dense is not None:
@@ -157,6 +189,14 @@ class StoredWeight(PanelWeight):
         """First panel and number of panels of the segment that this panel is in."""
         at = bisect_right(self._borders, panel) - 1
         return self._borders[at], self._borders[at + 1] - self._borders[at]
+
+    def _form_of_numbers(self, panel: int) -> int:
+        """What numbers for the segment that this panel is in are packed into; 0 for nothing."""
+        if self._dense is not None:
+            return 0
+        first, _ = self._segment(panel)
+        part = self._parts.get(first)
+        return part.form if part is not None and self._forms else dict(self._forms).get(first, 0)
 
     def _part_for(self, kind: str, panel: int) -> _Part | None:
         """Where matrices of this format go; None if it cannot be quantised there."""
@@ -183,7 +223,7 @@ class QuantisingWeight(StoredWeight):
 
     def fill(self, rows: Tensor | Stored, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
         if isinstance(rows, Tensor) and self.k % BLOCK == 0:
-            rows = as_eight_bits(rows)
+            rows = as_form(rows, form_of(EIGHT_BITS, self.k))
         super().fill(rows, first_row, first_panel, stride)
 
     @property
@@ -192,7 +232,7 @@ class QuantisingWeight(StoredWeight):
         return super().num_bytes if self._parts or not form else part_bytes(form, self.num_panels, self.k)
 
 
-def as_eight_bits(rows: Tensor) -> Stored:
-    """Numbers [n, k] that packing makes blocks of Q8_0 of: 32 whole numbers each, times a float16."""
-    rows = (rows if rows.dtype in EIGHT_BITS_OF else rows.float()).contiguous()
-    return Stored(EIGHT_BITS_OF[rows.dtype], tuple(rows.shape), rows.view(torch.uint8).numpy())
+def as_form(rows: Tensor, form: int) -> Stored:
+    """Numbers [n, k] that packing makes blocks of a form of."""
+    rows = (rows if rows.dtype in NUMBERS else rows.float()).cpu().contiguous()
+    return Stored(f"form {form} of {NUMBERS[rows.dtype]}", tuple(rows.shape), rows.view(torch.uint8).numpy())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from slipstream.kernels.native.library import (
 )
 from slipstream.kernels.native.quantised import Arena, QuantisingWeight, StoredWeight, form_of, packed_bytes
 from slipstream.kernels.native.weight import PackedWeight, PanelWeight, panels_elems
+from slipstream.kernels.stored import Stored
 from slipstream.kernels.weight import Weight
 
 
@@ -207,6 +208,27 @@ class NativeCompute(Compute):
         if formats.weights == PACKED:
             return self._stored(n, k, formats.compute, bias, arithmetic=formats.arithmetic)
         return PackedWeight(n, k, formats.compute, bias)
+
+    def forms(self, part: Weight | LayerWeights) -> Hashable:
+        assert isinstance(part, PanelWeight | NativeLayer)
+        return part.forms
+
+    def take_forms(self, part: Weight | LayerWeights, forms: Hashable) -> None:
+        assert isinstance(part, PanelWeight | NativeLayer)
+        part.take_forms(cast(Any, forms))
+
+    def widen(self, part: Weight | LayerWeights, name: str) -> None:
+        if isinstance(part, NativeLayer):
+            part.widen(name)
+        else:
+            assert isinstance(part, PanelWeight)
+            part.widen()
+
+    def kept(self, part: Weight | LayerWeights, name: str, rows: Tensor) -> Tensor | Stored | None:
+        if isinstance(part, NativeLayer):
+            return part.kept(name, rows)
+        assert isinstance(part, PanelWeight)
+        return part.kept(rows)
 
     def norm(self, width: int) -> Tensor:
         return torch.ones(width)

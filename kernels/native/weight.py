@@ -13,6 +13,8 @@ from slipstream.kernels.stored import Stored
 
 PANEL, GROUP = 16, 4
 COLUMNS = GROUP * PANEL
+Forms = tuple[tuple[int, int], ...]
+"""First panels of what is quantised of a matrix, and its form (csrc/forms.h)."""
 PANELS_AT_ONCE = 32
 """Filled at once: freeing large temporaries would hold up other threads for milliseconds."""
 
@@ -55,6 +57,21 @@ class PanelWeight(ABC):
     @abstractmethod
     def rows(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor:
         """Rows of the matrix in float32."""
+
+    @property
+    def forms(self) -> Forms:
+        """What is quantised, and how; to be told to others of its size by ``take_forms``."""
+        return ()
+
+    def take_forms(self, forms: Forms) -> None:  # noqa: B027
+        """Has numbers that come packed in these forms, where something quantised can be kept."""
+
+    def widen(self) -> None:  # noqa: B027
+        """Has everything that comes kept as numbers, and what has come already."""
+
+    def kept(self, indices: Tensor, first_panel: int = 0, stride: int = 1) -> Tensor | Stored:
+        """Rows of the matrix as they are kept: to be filled into another one of its size without a loss."""
+        return self.rows(indices, first_panel, stride)
 
     def fill_bias(self, values: Tensor, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
         assert self.bias is not None

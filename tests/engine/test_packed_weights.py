@@ -122,18 +122,6 @@ def test_a_lora_is_added_to_packed_weights(file: Path, arithmetic: str) -> None:
     assert found[0] == found[1], "what was merged is computed with in numbers"
 
 
-def test_an_update_leaves_the_numbers_that_were_sent(file: Path, tmp_path: Path) -> None:
-    trained = policy(1)
-    other = LocalEngine(options(write_policy(tmp_path / "1", trained)))
-    expected = said(other)
-    other.close()
-    local = LocalEngine(options(file, weights="packed"))
-    before = said(local)
-    local.operate(BeginTargetUpdate(1, "recompute"), FillTarget(1, save(trained)), FinishTargetUpdate(1))
-    assert said(local) == expected != before
-    local.close()
-
-
 def test_an_engine_that_slept_has_its_packed_weights_again(file: Path) -> None:
     local = LocalEngine(options(file, weights="packed"))
     before = said(local)

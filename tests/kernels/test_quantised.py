@@ -255,3 +255,38 @@ def test_eight_bits_are_the_nearest_of_a_float16_times_whole_numbers(
     inverse = torch.where(scales > 0, 1 / scales, 0.0)
     expected = scales * (whole * inverse).round().clamp(-127, 127)
     assert torch.equal(weight.rows(torch.arange(rows)), expected.reshape(rows, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_become_blocks_of_a_form(kind: str, dtype: torch.dtype) -> None:
+    n, k = 40, 512
+    numbers = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 0.03
+    numbers[3] += 0.2
+    numbers[4], numbers[5, :256], numbers[6] = 0, 1e-6, -numbers[6].abs()
+    numbers = numbers.to(dtype)
+    weight, form = StoredWeight(n, k, torch.float32), form_of(kind, k)
+    weight.take_forms(((0, form),))
+    for first in range(0, n, 12):
+        weight.fill(numbers[first : first + 12], first)
+    assert weight.forms == ((0, form),)
+    found, sent = weight.rows(torch.arange(n)), numbers.float()
+    four = kind in ("Q4_0", "Q4_1", "Q4_K")
+    off, size = (found - sent).view(n, -1, 256).abs(), sent.view(n, -1, 256).abs().amax(-1, keepdim=True)
+    # Centred numbers of 4 bits are off by a whole step at one end.
+    assert bool((off <= size * (0.13 if four else 0.007) + 4e-6).all())
+    assert bool((found[4] == 0).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_kept_are_packed_elsewhere_to_the_bit(kind: str) -> None:
+    stored = random_blocks(kind, 70, 512)
+    weight = packed(stored)
+    other, numbers = (StoredWeight(*stored.shape, torch.float32) for _ in range(2))
+    order = torch.arange(70)
+    for rows in order.split(32):
+        other.fill(weight.kept(rows), int(rows[0]))
+    assert other.is_quantised and same_bits(other.rows(order), weight.rows(order))
+    numbers.widen()
+    numbers.fill(weight.kept(order))
+    assert not numbers.is_quantised and same_bits(numbers.rows(order), weight.rows(order))

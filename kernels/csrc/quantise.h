@@ -1,0 +1,122 @@
+// Numbers become blocks of the forms of forms.h, as nearly as a form can have them: of 8 bits all are used, whatever the file had.
+// Included by pack.cpp, inside its namespace.
+
+// The nearest float16 of a number that is not negative, of two the even one.
+uint16_t half_of_size(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  if (x != x) return 0x7e00;
+  if (bits >= 0x477ff000) return 0x7bff;  // the largest; what is larger cannot be kept in such a form
+  if (bits < 0x38800000)  // whole multiples of 2^-24; what is added rounds to them
+    return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x + 0.5f) - __builtin_bit_cast(uint32_t, 0.5f));
+  return static_cast<uint16_t>((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+uint16_t half_of(float x) { return static_cast<uint16_t>(half_of_size(std::fabs(x)) | (x < 0.0f ? 0x8000 : 0)); }
+
+float inverse_of(float scale) { return scale != 0.0f ? 1.0f / scale : 0.0f; }
+
+// 32 numbers times `inverse`, plus `offset`, as whole numbers from `least` to `most`. In loops that compilers make vectors of.
+void whole_numbers(const float* x, int count, float inverse, float offset, float least, float most, int8_t* q) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: added, it rounds to a whole number, which then stands in the low bits
+  for (int i = 0; i < count; ++i) {
+    float whole = x[i] * inverse + offset;
+    whole = whole > most ? most : whole;
+    whole = whole < least ? least : whole;
+    q[i] = static_cast<int8_t>(__builtin_bit_cast(int32_t, whole + kMagic));
+  }
+}
+
+float largest(const float* x, int count) {
+  int32_t most = 0;  // as bits, which are in the order of what they stand for
+  for (int i = 0; i < count; ++i) most = std::max(most, __builtin_bit_cast(int32_t, x[i]) & 0x7fffffff);
+  return __builtin_bit_cast(float, most);
+}
+
+struct Range {
+  float low, high;
+};
+Range range(const float* x) {
+  Range found{x[0], x[0]};
+  for (int i = 1; i < 32; ++i) {
+    found.low = x[i] < found.low ? x[i] : found.low;
+    found.high = x[i] > found.high ? x[i] : found.high;
+  }
+  return found;
+}
+
+template <class Elem>
+void read_numbers(const uint8_t* row, int b, float* x) {
+  Elem stored[32];
+  std::memcpy(stored, row + static_cast<size_t>(b) * sizeof(stored), sizeof(stored));
+  for (int i = 0; i < 32; ++i) {
+    if constexpr (sizeof(Elem) == 2) x[i] = slip::bf16_to_float(stored[i]);
+    else x[i] = stored[i];
+  }
+}
+
+// Of the scales of blocks that share one, the largest is this number times the shared one, so that others are near enough, and the
+// shared one is not so small that few bits of a float16 are left.
+constexpr int whole_most(const Layout& l) { return l.bits == 4 ? 63 : 31; }
+
+// The shared one, not less than that, so that nothing is cut off.
+uint16_t shared_half(float largest, int most) {
+  const float wanted = largest / static_cast<float>(most);
+  const uint16_t half = half_of(wanted);
+  return half_to_float(half) < wanted && half < 0x7bff ? static_cast<uint16_t>(half + 1) : half;
+}
+float whole_scale(float scale, float shared, int most) {
+  return std::min(std::ceil(scale * inverse_of(shared) - 1e-3f), static_cast<float>(most));
+}
+
+template <int Form, class Elem>
+void quantised(const uint8_t* row, int b, Block& out) {
+  constexpr Layout l = layout(Form);
+  float x[32];
+  read_numbers<Elem>(row, b, x);
+  if constexpr (!l.super && l.minimum == Minimum::kNone) {
+    out.scale = half_of(largest(x, 32) / 127.0f);
+    whole_numbers(x, 32, inverse_of(half_to_float(out.scale)), 0.0f, -127.0f, 127.0f, out.q);
+  } else if constexpr (l.minimum == Minimum::kCentred) {  // the largest becomes -8, whatever its sign
+    const Range found = range(x);
+    out.scale = half_of((-found.low > found.high ? found.low : found.high) / -8.0f);
+    whole_numbers(x, 32, inverse_of(half_to_float(out.scale)), 8.0f, 0.0f, 15.0f, out.q);
+  } else if constexpr (!l.super) {
+    constexpr float kSteps = l.bits == 4 ? 15.0f : 254.0f, kLeast = l.bits == 4 ? 0.0f : -127.0f;
+    const Range found = range(x);
+    out.scale = half_of((found.high - found.low) / kSteps);
+    const float scale = half_to_float(out.scale);
+    out.minimum = half_of(found.low - kLeast * scale);
+    const float inverse = inverse_of(scale);
+    whole_numbers(x, 32, inverse, -half_to_float(out.minimum) * inverse, kLeast, kLeast + kSteps, out.q);
+  } else {
+    // What is shared by 8 blocks follows from the widest of them.
+    float scale = 0.0f, minimum = 0.0f, other[32];
+    for (int i = b / 8 * 8; i < b / 8 * 8 + 8; ++i) {
+      read_numbers<Elem>(row, i, other);
+      const Range found = range(other);
+      scale = std::max(scale, l.bits == 4 ? (found.high - found.low) / 15.0f : std::max(-found.low, found.high) / 127.0f);
+      minimum = std::max(minimum, std::fabs(found.low));
+    }
+    constexpr int kMost = whole_most(l);
+    out.scale = shared_half(scale, kMost);
+    scale = half_to_float(out.scale);
+    if constexpr (l.bits == 4) {
+      const Range found = range(x);
+      out.minimum = shared_half(minimum, kMost);
+      minimum = half_to_float(out.minimum);
+      const float least = std::round(-found.low * inverse_of(minimum));
+      out.whole_minimum = static_cast<int8_t>(least);
+      out.whole_scale[0] = static_cast<int8_t>(whole_scale((found.high + minimum * least) / 15.0f, scale, kMost));
+      const float inverse = inverse_of(scale * static_cast<float>(out.whole_scale[0]));
+      whole_numbers(x, 32, inverse, minimum * least * inverse, 0.0f, 15.0f, out.q);
+    } else {
+      constexpr int kParts = l.sixteen ? 2 : 1, kInputs = 32 / kParts;
+      out.minimum = 0, out.whole_minimum = 0;
+      for (int part = 0; part < kParts; ++part) {
+        const float* first = x + part * kInputs;
+        out.whole_scale[part] = static_cast<int8_t>(whole_scale(largest(first, kInputs) / 127.0f, scale, kMost));
+        const float inverse = inverse_of(scale * static_cast<float>(out.whole_scale[part]));
+        whole_numbers(first, kInputs, inverse, 0.0f, -127.0f, 127.0f, out.q + part * kInputs);
+      }
+    }
+  }
+}
