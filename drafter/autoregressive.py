@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,66 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from slipstream.drafter.choosing import EVIDENCE_BORDERS, Draft, parameters_of, raced
 from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftNeeds, DraftRow, Proposal
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
-from slipstream.kernels.compute import Choose
 from slipstream.kernels.kv_cache import PagedKVCache
-from slipstream.kernels.readback import Readback, sent
-
-EVIDENCE_BORDERS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
-"""Least probability of a draft token for each level but the lowest.
-
-A level has two numbers of evidence, for most likely tokens and, one higher, for those of a race: what is learned of the
-ones says little of the others."""
-DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-"""Draft tokens that the device makes at once: as many as the next of these says, for each of which it has a graph."""
-RUNNERS = 8
-"""Those of a race whose scores tell how likely each of them is to win the target's, too."""
-SHARPNESS = 0.3
-"""That probability is in proportion to the score to the power of this.
-
-On the default model with the warm head this told right drafts from wrong ones best, and was right on average."""
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A tree in the making; the lists have one entry per node."""
-
-    row: DraftRow
-    room: int
-    """Scratch blocks it may take for branches."""
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    likely: list[float] = field(default_factory=list)
-    """Probability of each draft token if those before it are right, as the network sees it."""
-    chance: list[float] = field(default_factory=list)
-    """Probability that they are all right."""
-
-    def add(self, parent: int, tokens: Sequence[int], likely: Sequence[float]) -> None:
-        before = self.chance[parent] if parent >= 0 else 1.0
-        self.tokens += tokens
-        self.parents += [parent] * len(tokens)
-        self.likely += likely
-        self.chance += [before * probability for probability in likely]
-
-    def best(self) -> list[int]:
-        """The most likely nodes, at most as many as are wanted, in falling order: each stands behind its parent."""
-        return sorted(range(len(self.chance)), key=lambda node: -self.chance[node])[: self.row.most]
-
-    def proposal(self) -> Proposal:
-        nodes = self.best()
-        place = {-1: -1} | {node: at for at, node in enumerate(nodes)}
-        level = [sum(self.likely[node] >= border for border in EVIDENCE_BORDERS) for node in nodes]
-        evidence = [2 * each + (self.row.params.temperature > 0) for each in level]
-        return Proposal([self.tokens[i] for i in nodes], [place[self.parents[i]] for i in nodes], evidence)
+from slipstream.kernels.readback import sent
 
 
 @dataclass(frozen=True, slots=True)
 class _Beam:
     """A path whose end the network has seen, or is to see now."""
 
-    draft: _Draft
+    draft: Draft
     node: int
     """The end of it; -1 for the last known token."""
     table_row: int
@@ -128,10 +81,6 @@ class AutoregressiveDrafter(Drafter):
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         """The network's output after one draft token more per segment; ``hidden`` is the output before."""
 
-    def _draft(self, batch: RaggedBatch, hidden: Tensor, steps: Int32, depth: int, choose: Choose) -> Tensor | None:
-        """See ``Stack.draft``."""
-        return None
-
     @abstractmethod
     def _scores(self, hidden: Tensor) -> Tensor:
         """Logits of the draft vocabulary [rows, n] float32."""
@@ -151,43 +100,12 @@ class AutoregressiveDrafter(Drafter):
             return [None] * len(rows)
         hidden = self._catch_up(live)
         self._host.scratch.reset()
-        drafts = [_Draft(row, self._host.scratch.count // len(live)) for row in live]
-        if self._width > 1 or not self._draft_at_once(drafts, hidden):
-            self._draft_by_depth(drafts, hidden)
+        drafts = [Draft(row, self._host.scratch.count // len(live)) for row in live]
+        self._draft_by_depth(drafts, hidden)
         proposals = {id(draft.row): draft.proposal() for draft in drafts}
         return [proposals.get(id(row)) for row in rows]
 
-    def _draft_at_once(self, drafts: list[_Draft], hidden: Tensor) -> bool:
-        """Chains that the device makes by itself, read once; False where it cannot.
-
-        It goes on where a chain should stop, and what follows is left out.
-        """
-        rows = [draft.row for draft in drafts]
-        starts = [self._position(row) for row in rows]
-        steps = [max(0, min(row.most - 1, row.mapped - start)) for row, start in zip(rows, starts, strict=True)]
-        depth = next((depth for depth in DEPTHS if max(steps) < depth), None)
-        if depth is None:
-            return False
-        races = [row.params.temperature > 0 for row in rows]
-        choose = _Choice(self._vocabulary, any(races))
-        ends = np.array(starts, np.int32) + 1
-        columns = _parameters(rows, 0) if any(races) else ()
-        batch = self._batch(rows, np.zeros_like(ends), np.ones_like(ends), ends, columns)
-        told = self._draft(batch, hidden, np.array(steps, np.int32), depth, choose)
-        if told is None:
-            return False
-        found = Readback(told).wait().numpy()
-        tokens = found[:, :, 0].tolist()
-        likely = np.ascontiguousarray(found[:, :, 1:]).view(np.float64)[:, :, 0].tolist()
-        for at, draft in enumerate(drafts):
-            for node in range(steps[at] + 1):
-                if likely[node][at] > 0:
-                    draft.add(node - 1, [tokens[node][at]], [likely[node][at]])
-                if likely[node][at] <= 0 or draft.chance[node] < self._stop_below:
-                    break
-        return True
-
-    def _draft_by_depth(self, drafts: list[_Draft], hidden: Tensor) -> None:
+    def _draft_by_depth(self, drafts: list[Draft], hidden: Tensor) -> None:
         live = [draft.row for draft in drafts]
         beams = [_Beam(draft, -1, draft.row.slot, draft.row.mapped) for draft in drafts]
         for depth in range(max(row.most for row in live)):
@@ -233,7 +151,7 @@ class AutoregressiveDrafter(Drafter):
                     goes_on.append((_Beam(draft, node, *fork), before))
         return goes_on, copies
 
-    def _fork(self, draft: _Draft, beam: _Beam, position: int, copies: list[tuple[int, int]]) -> tuple[int, int] | None:
+    def _fork(self, draft: Draft, beam: _Beam, position: int, copies: list[tuple[int, int]]) -> tuple[int, int] | None:
         """A table row for another path after ``beam``, and how many positions it has blocks for."""
         scratch, size = self._host.scratch, self._host.block_size
         last = self._position(draft.row) + draft.row.most - 1
@@ -291,56 +209,10 @@ class AutoregressiveDrafter(Drafter):
 
     def _race(self, scores: Tensor, rows: Sequence[DraftRow], depth: int) -> tuple[Tensor, Tensor]:
         """The same of the first of each row's race for the token ``depth`` after its next one; 0 where nobody runs."""
-        parameters = [sent(column, scores.device) for column in _parameters(rows, depth)]
-        return _raced(scores, parameters, self._width, self._vocabulary)
+        parameters = [sent(column, scores.device) for column in parameters_of(rows, depth)]
+        return raced(scores, parameters, self._width, self._vocabulary)
 
 
 def last_of(counts: Int32) -> Int32:
     """Places of the last tokens of segments of so many, which lie end to end."""
     return (np.cumsum(counts) - 1).astype(np.int32)
-
-
-def _parameters(rows: Sequence[DraftRow], depth: int) -> tuple[NDArray[Any], ...]:
-    """What rows draw the token ``depth`` after their next one with: the four parameters, seeds, and indices."""
-    params = [row.params for row in rows]
-    numbers = [(each.temperature, each.min_p, each.top_p) for each in params]
-    temperature, min_p, top_p = np.ascontiguousarray(np.array(numbers, np.float32).T)
-    seeds = np.array([row.seed for row in rows], np.uint64).view(np.int64)
-    indices = np.array([row.index + depth for row in rows], np.int64)
-    return temperature, np.array([each.top_k for each in params], np.int32), min_p, top_p, seeds, indices
-
-
-def _raced(
-    scores: Tensor, parameters: Sequence[Tensor], width: int, vocabulary: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See ``AutoregressiveDrafter._race``."""
-    *filters, seeds, indices = parameters
-    weights = ops.distribution(scores, *filters)
-    columns, wins = ops.race(weights, seeds, indices, max(width, RUNNERS), vocabulary)
-    likely = wins.double() ** SHARPNESS
-    likely /= likely.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return likely[:, :width], columns[:, :width].clamp(min=0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """The next draft token of each row, on the device."""
-
-    vocabulary: Tensor | None
-    races: bool
-    """Whether a row draws; the columns are then the parameters of all."""
-
-    @property
-    def kind(self) -> Hashable:
-        return self.races, id(self.vocabulary)
-
-    def __call__(self, logits: Tensor, step: int, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        best, likely = ops.argmax_with_probability(logits)
-        best, likely = best.clamp(min=0).long(), likely.double()
-        if self.races:
-            *filters, seeds, indices = columns
-            wins, drawn = _raced(logits, (*filters, seeds, indices + step), 1, self.vocabulary)
-            draws = filters[0] > 0
-            best, likely = torch.where(draws, drawn[:, 0], best), torch.where(draws, wins[:, 0], likely)
-        tokens = (best if self.vocabulary is None else self.vocabulary.index_select(0, best)).int()
-        return tokens, torch.cat((tokens[:, None], likely[:, None].view(torch.int32)), 1)

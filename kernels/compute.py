@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slipstream.kernels.adapter import Adapter, LayerMatrices
@@ -127,8 +128,59 @@ class Choose(Protocol):
     def kind(self) -> Hashable:
         """Those of the same kind do the same with the same memory."""
 
-    def __call__(self, logits: Tensor, step: int, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Tokens [rows] int32, and what is to be told of them [rows, …] int32; may overwrite logits [rows, n]."""
+    def __call__(self, logits: Tensor, step: Tensor, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Tokens [rows] int32, and what is to be told of them [rows, …] int32; may overwrite logits [rows, n].
+
+        ``step`` [rows] int32: tokens before each, from where the columns are right.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ChainInputs:
+    """What chains of draft tokens are made of behind a step whose tokens only the device knows.
+
+    A step samples a token for each draft token that it verifies, and one more. Of a sequence of which the first n draft
+    tokens are right, what is new goes on n places further, and so does its chain. The arrays are int32.
+    """
+
+    batch: RaggedBatch
+    """A segment per sequence: what is new of it, as if all draft tokens were right. A token id of -1 - i stands for
+    the one that ``samples`` has at i."""
+    samples: Int32
+    """Which of the step's samples there are; those of a sequence follow each other."""
+    first: Int32
+    """[sequences] where in these those of a sequence begin."""
+    verified: Int32
+    """[sequences, n] the draft tokens that each of them is held against; -1 behind them."""
+    last: Int32
+    """[sequences] token of the batch that its chain follows if no draft token is right."""
+    places: Int32
+    """[sequences] places with a block for keys and values of the chain, likewise."""
+    wanted: Int32
+    """[sequences] draft tokens that are fed back, at most: tokens after those and one more say nothing."""
+    depth: int
+    """Draft tokens that are made, more than ``wanted``."""
+    columns: tuple[NDArray[Any], ...] = ()
+    """With an entry per sequence, for ``Choose``."""
+
+
+class Chains(Protocol):
+    """Chains that are about to be made."""
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """What has to be on the device for that, and travels there as columns of the step's batch."""
+
+    def make(self, columns: Sequence[Tensor], samples: Tensor, hidden: Tensor, choose: Choose) -> Tensor:
+        """Makes them, without the host knowing anything of the step; called once, between the step and the next.
+
+        Args:
+            columns: ``arrays``, there.
+            samples: [samples] int32, all that the step sampled; 0 for what could not be.
+            hidden: [tokens of the batch, width], the input of the first layer; may be overwritten.
+        Returns:
+            What ``choose`` tells, [depth, sequences, …] int32.
+        """
 
 
 class LayerWeights(Protocol):
@@ -169,20 +221,8 @@ class Stack(Protocol):
         one's output.
         """
 
-    def draft(
-        self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor, steps: Int32, depth: int, choose: Choose
-    ) -> Tensor | None:
-        """``depth`` tokens per sequence, each fed back, as one piece of work; None where it cannot do that.
-
-        Args:
-            batch: a token per sequence, at the place of the first draft token; which ones does not matter. Its columns
-                have an entry per sequence, and go to ``choose``.
-            hidden: [sequences, width], the output before.
-            steps: [sequences] draft tokens whose keys and values there are blocks for, at most ``depth`` - 1; tokens
-                after those and one more say nothing.
-        Returns:
-            What ``choose`` tells, [depth, sequences, …] int32; valid until the next call.
-        """
+    def chains(self, given: ChainInputs, cache: PagedKVCache) -> Chains | None:
+        """Prepares to make draft tokens, each fed back, behind a step; None where it cannot do that."""
 
     def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:
         """[rows, outputs] float32 of some rows of hidden, or of all; valid until the next call.
@@ -201,6 +241,8 @@ class Compute(ABC):
     """Whether it is, or would be if it was made to be."""
     takes_latest: ClassVar[bool] = False
     """Whether its stacks read ``RaggedBatch.latest``, so that a step can be launched before the last one is read."""
+    makes_chains: ClassVar[bool] = False
+    """Whether its stacks make ``Chains``."""
     is_fast_in_bfloat16: ClassVar[bool] = False
     """Whether bfloat16 is fast on whatever processor it supports."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -34,3 +35,30 @@ class Readback:
         if self._copied is not None:
             self._copied.synchronize()
         return self._host
+
+
+class Stopwatch:
+    """Seconds that a device takes for what it is given between two moments."""
+
+    def __init__(self, device: torch.device) -> None:
+        """The first moment."""
+        self._is_apart = device.type == "cuda"
+        self._began: Any = self._now()
+        self._ended: Any = None
+
+    def stop(self) -> None:
+        """The second one."""
+        self._ended = self._now()
+
+    @property
+    def seconds(self) -> float:
+        """To be asked for once the device is beyond both."""
+        taken = self._began.elapsed_time(self._ended) / 1000 if self._is_apart else self._ended - self._began
+        return float(taken)
+
+    def _now(self) -> Any:
+        if not self._is_apart:
+            return time.perf_counter()
+        moment = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        moment.record()
+        return moment

@@ -13,7 +13,7 @@ from torch import Tensor
 from slipstream.kernels import ops
 from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import Choose, Compute, Formats, Forward, LayerShape, LayerWeights, Stack
+from slipstream.kernels.compute import ChainInputs, Chains, Compute, Formats, Forward, LayerShape, LayerWeights, Stack
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
 from slipstream.kernels.mixture import MixtureWeights
 from slipstream.kernels.torch_adapter import TorchAdapter, add_low_rank, runs_of
@@ -248,9 +248,7 @@ class TorchStack:
         columns = tuple(torch.from_numpy(column).to(self._device) for column in batch.columns)
         return Forward(x, torch.stack(tapped, dim=1).float() if tapped else None, columns)
 
-    def draft(
-        self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor, steps: Int32, depth: int, choose: Choose
-    ) -> Tensor | None:
+    def chains(self, given: ChainInputs, cache: PagedKVCache) -> Chains | None:
         return None
 
     def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,24 +12,21 @@ import torch
 from torch import Tensor
 
 from slipstream.drafter.autoregressive import AutoregressiveDrafter, last_of
+from slipstream.drafter.choosing import Choice
 from slipstream.drafter.head import layout
+from slipstream.drafter.head.ahead import Ahead, Shown
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.head.network import HeadNetwork, HeadWeights
+from slipstream.drafter.head.pending import LOOSE, Pending
 from slipstream.engine.errors import ConfigError, MisfitError, ModelError, NoPlaceError
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.decoder import DecoderWeights
 from slipstream.engine.models.loader import SPARE_BYTES, available_memory
 from slipstream.engine.models.protocol import CausalModel, DecoderModel
 from slipstream.engine.models.weights import Weights
-from slipstream.engine.speculation.protocol import Computed, DraftHost, DraftRow, LearnedDrafter, Proposal
-from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import Choose
+from slipstream.engine.speculation.protocol import Coming, Computed, DraftHost, DraftRow, LearnedDrafter, Proposal
+from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
-
-MOST_PENDING = 512
-"""Positions per request that wait for the head while nobody asks it; older ones are left out."""
-LOOSE = 32
-"""Steps of which what waits is kept as it came; and positions of a request in a step that are no whole prompt."""
 
 SHARED = ""
 """The route for every request whose own holds nothing."""
@@ -52,53 +48,6 @@ Load = Callable[[DecoderConfig], FirstHead]
 """Reads or makes a head for a target."""
 Read = Callable[[Path, DecoderConfig], tuple[HeadConfig, Mapping[str, Tensor]]]
 """Reads the head in a folder, as FirstHead has it; raises ModelError if it is damaged or for another target."""
-
-
-class _Pending:
-    """Features that the head has not seen: positions start, start + 1, …, as the target made them.
-
-    They are put together and fused when the head is asked, which may be never: until then a step costs next to nothing.
-    """
-
-    __slots__ = ("_dtype", "_loose", "_packed", "count", "start")
-
-    def __init__(self, start: int, dtype: torch.dtype) -> None:
-        """``dtype``: as what they are kept, in the long run."""
-        self.start = start
-        self.count = 0
-        """Positions in all parts."""
-        self._dtype = dtype
-        self._packed: deque[Tensor] = deque()
-        self._loose: list[Computed] = []
-        """What came since, each with all that the target computed in its step."""
-
-    def add(self, computed: Computed) -> None:
-        """Adds the features of the next positions."""
-        self._loose.append(computed)
-        self.count += len(computed.rows)
-        if len(self._loose) == LOOSE:
-            self.pack()
-
-    def pack(self) -> None:
-        """Keeps no memory of others any more, and of more than can wait, the last."""
-        if self._loose:
-            self._packed.append(torch.cat([entry.features for entry in self._loose]).to(self._dtype))
-            self._loose.clear()
-        while self.count > MOST_PENDING:
-            first = self._packed[0]
-            left_out = min(self.count - MOST_PENDING, len(first))
-            if left_out == len(first):
-                self._packed.popleft()
-            else:
-                self._packed[0] = first[left_out:]
-            self.start += left_out
-            self.count -= left_out
-
-    def parts(self) -> list[Tensor]:
-        """In the order of positions; now ``start`` and ``count`` are theirs."""
-        if self.count > MOST_PENDING:
-            self.pack()
-        return [*self._packed, *(entry.features for entry in self._loose)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -333,10 +282,50 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
                 self._network, self._version = self._networks[route], self._held[route]
                 yield some
 
+    @property
+    def begins(self) -> bool:
+        return self._width == 1 and self._network.makes_chains
+
+    def begin(self, coming: Sequence[Coming]) -> Sequence[Ahead]:
+        return [
+            ahead
+            for places in self._by_route([each.row for each in coming])
+            if (ahead := self._begin([coming[place] for place in places])) is not None
+        ]
+
+    def _begin(self, coming: Sequence[Coming]) -> Ahead | None:
+        """Not for a request whose length nobody knows, as a step before this one is yet to be read."""
+        known = [each for each in coming if each.row.length == each.start + each.known]
+        if not known:
+            return None
+        waiting = [self._waiting(each) for each in known]
+        choice = Choice(self._version.to_target, any(each.row.params.temperature > 0 for each in known))
+        version, host = self._version.version, self._host
+        ahead = Ahead.of(known, waiting, self._network, version, choice, self._stop_below, host)
+        if ahead is not None:
+            for place, each in enumerate(known):
+                each.row.memory[self.name] = Shown(ahead, place, each.start)
+        return ahead
+
+    def _waiting(self, coming: Coming) -> Pending:
+        """What the head has not seen of a row before a step."""
+        pending = coming.row.memory.get(self.name)
+        if isinstance(pending, Pending) and pending.start + pending.count == coming.start:
+            return pending
+        return Pending(coming.start, self._target.formats.compute)
+
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:
         proposals: list[Proposal | None] = [None] * len(rows)
-        for places in self._by_route(rows):
-            for place, proposal in zip(places, super().propose([rows[place] for place in places]), strict=True):
+        others: list[int] = []
+        for place, row in enumerate(rows):
+            if isinstance(shown := row.memory.get(self.name), Shown):
+                del row.memory[self.name]
+                proposals[place] = shown.proposal(row)
+            else:
+                others.append(place)
+        for places in self._by_route([rows[place] for place in others]):
+            some = [others[place] for place in places]
+            for place, proposal in zip(some, super().propose([rows[place] for place in some]), strict=True):
                 proposals[place] = proposal and replace(proposal, version=self._version.version)
         return proposals
 
@@ -345,8 +334,10 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         is_large = any(len(entry.rows) > LOOSE for entry in computed)
         for entry in computed:
             pending = entry.row.memory.get(self.name)
-            if not (isinstance(pending, _Pending) and pending.start + pending.count == entry.start):
-                pending = entry.row.memory[self.name] = _Pending(entry.start, self._target.formats.compute)
+            if isinstance(pending, Shown) and pending.start == entry.start:
+                continue  # it saw them behind the step
+            if not (isinstance(pending, Pending) and pending.start + pending.count == entry.start):
+                pending = entry.row.memory[self.name] = Pending(entry.start, self._target.formats.compute)
             pending.add(entry)
             if is_large:
                 pending.pack()
@@ -354,14 +345,14 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
     def _is_ready(self, row: DraftRow) -> bool:
         """Whether the features up to the last but one token, after which the next draft token comes, are at hand."""
         pending = row.memory.get(self.name)
-        return isinstance(pending, _Pending) and pending.start + pending.count == row.length - 1
+        return isinstance(pending, Pending) and pending.start + pending.count == row.length - 1
 
     def _catch_up(self, rows: Sequence[DraftRow]) -> Tensor:
         """Shows the head what the target computed since it was asked last; its output at the last positions."""
         pendings = []
         for row in rows:
             pending = row.memory.pop(self.name)
-            assert isinstance(pending, _Pending)
+            assert isinstance(pending, Pending)
             pendings.append(pending)
         features = torch.cat([part for pending in pendings for part in pending.parts()])
         ids = np.concatenate([row.known[pending.start + 1 :] for row, pending in zip(rows, pendings, strict=True)])
@@ -377,9 +368,6 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         return self._network.forward(batch, hidden)
-
-    def _draft(self, batch: RaggedBatch, hidden: Tensor, steps: Int32, depth: int, choose: Choose) -> Tensor | None:
-        return self._network.draft(batch, hidden, steps, depth, choose)
 
     def _scores(self, hidden: Tensor) -> Tensor:
         return self._network.logits(hidden)

@@ -12,8 +12,8 @@ from slipstream.engine.background import breathe
 from slipstream.engine.models.config import cache_shape, rope_tables
 from slipstream.engine.models.protocol import DecoderModel
 from slipstream.engine.models.weights import pieces
-from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import Choose
+from slipstream.kernels.batch import RaggedBatch
+from slipstream.kernels.compute import ChainInputs, Chains
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.readback import sent
 from slipstream.kernels.weight import Weight
@@ -153,9 +153,14 @@ class HeadNetwork:
         done = self._stack.forward(batch, self.cache, hidden)
         return (done.hidden[done.columns[0]] if batch.columns else done.hidden).float()
 
-    def draft(self, batch: RaggedBatch, hidden: Tensor, steps: Int32, depth: int, choose: Choose) -> Tensor | None:
-        """See ``Stack.draft``; ``forward`` and ``logits`` for several draft tokens at once."""
-        return self._stack.draft(batch, self.cache, hidden, steps, depth, choose) if self._is_third else None
+    @property
+    def makes_chains(self) -> bool:
+        """Whether ``chains`` may make some."""
+        return self._is_third and self._target.compute.for_drafts.makes_chains
+
+    def chains(self, given: ChainInputs) -> Chains | None:
+        """See ``Stack.chains``; ``forward`` and ``logits`` for several draft tokens at once."""
+        return self._stack.chains(given, self.cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, draft vocabulary] float32; valid until the next call."""

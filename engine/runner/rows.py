@@ -10,8 +10,8 @@ import numpy as np
 from slipstream.engine.grammar import Constraint
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.plan import NewRow
+from slipstream.engine.runner.row_drafts import RowDrafts
 from slipstream.engine.runner.sampler import SamplingColumns
-from slipstream.engine.runner.speculator import RowDrafts
 from slipstream.kernels.batch import Int32
 
 

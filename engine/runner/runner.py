@@ -13,31 +13,27 @@ from torch import Tensor
 from slipstream.engine.endings import Mask
 from slipstream.engine.grammar import Grammars
 from slipstream.engine.listening import Listeners
-from slipstream.engine.messages import SamplingParams, TokenLogprobs
+from slipstream.engine.messages import TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel, Forward
 from slipstream.engine.plan import Float64, StepPlan, StepResult
+from slipstream.engine.runner.following import Following, begin, follow
 from slipstream.engine.runner.inputs import Accepted, StepInputs, prepare
-from slipstream.engine.runner.reported import report
+from slipstream.engine.runner.prompts import pooled_of, prompt_logprobs_of
+from slipstream.engine.runner.row_drafts import RowDrafts
 from slipstream.engine.runner.rows import RowTable
 from slipstream.engine.runner.sampler import (
-    NOT_FINITE,
     Sampled,
     Sampling,
     SamplingBatch,
-    failure,
     most_likely,
     sample,
     sample_apart,
 )
-from slipstream.engine.runner.speculator import RowDrafts, Speculator
+from slipstream.engine.runner.speculator import Speculator
 from slipstream.engine.speculation.protocol import Computed, DraftHost, take
 from slipstream.engine.speculation.scratch import Scratch
-from slipstream.kernels.batch import Int32, make_batch
+from slipstream.kernels.batch import make_batch
 from slipstream.kernels.kv_cache import PagedKVCache
-from slipstream.kernels.readback import sent
-
-PROMPT_LOGPROB_ROWS = 64
-"""Prompt positions whose logits are held at once; a row is the size of the vocabulary."""
 
 
 @dataclass(slots=True)
@@ -51,6 +47,7 @@ class Launched:
     computed: Forward
     sampling: Sampling | None
     """None where no token is sampled."""
+    following: Following
     top: tuple[Tensor, Tensor] | None
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     errors: dict[int, str]
@@ -111,12 +108,17 @@ class ModelRunner:
         began, cpu_began = time.perf_counter(), time.thread_time()
         self._enter(plan)
         inputs = self._prepare(plan)
+        begun = begin(inputs, self._table, self.speculator) if self.speculator.begins else []
+        batch = inputs.batch
+        if begun:
+            batch = replace(batch, columns=(*batch.columns, *(array for each in begun for array in each.arrays)))
 
         model_began, model_cpu_began = time.perf_counter(), time.thread_time()
-        computed = self.model.forward(inputs.batch, self.cache, self._taps)
+        computed = self.model.forward(batch, self.cache, self._taps)
         sampling, top = self._sample(inputs, computed)
-        prompt_logprobs, errors = self._prompt_logprobs(inputs, computed.hidden)
-        pooled = self._pooled(inputs, computed.hidden)
+        following = follow(begun, computed, sampling, self.speculator)
+        prompt_logprobs, errors = prompt_logprobs_of(self.model, self._table, inputs, computed.hidden)
+        pooled = pooled_of(self.model, self._table, inputs, computed.hidden)
         if inputs.expecting is not None and sampling is not None:
             slots = computed.columns[1].long()
             self._latest.index_copy_(0, slots, sampling.tokens.clamp(min=0).int())
@@ -124,22 +126,24 @@ class ModelRunner:
         cpu_seconds = time.thread_time() - cpu_began - (time.thread_time() - model_cpu_began)
         rows = [self._table.drafts(slot) for slot in plan.slots]
         return Launched(
-            *(plan, inputs, rows, computed, sampling, top, prompt_logprobs, errors, pooled),
+            *(plan, inputs, rows, computed, sampling, following, top, prompt_logprobs, errors, pooled),
             *(began, model_began, cpu_seconds),
         )
 
     def fits_behind(self, plan: StepPlan, before: Launched) -> bool:
-        """Whether a step may be launched before that one is collected: it verifies nothing that is yet to be told."""
-        return before.may_wait and not any(plan.drafts)
+        """Whether a step may be launched before that one is collected: it verifies nothing that is yet to be told, and
+        nothing follows it that goes on from there."""
+        return before.may_wait and not any(plan.drafts) and not (self.speculator.begins and any(plan.costly))
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> StepResult:
         """What a step brought, once the device has computed it."""
         plan, inputs, computed, top = launched.plan, launched.inputs, launched.computed, launched.top
         errors = launched.errors
-        sampled = Sampled([]) if launched.sampling is None else launched.sampling.wait()
+        sampled, told = (Sampled([]), []) if launched.sampling is None else launched.sampling.wait()
         ready, cpu_began = time.perf_counter(), time.thread_time()
-        model_seconds = ready - max(launched.model_began, self._ready)
+        drafting = launched.following.tell(told)
+        model_seconds = ready - max(launched.model_began, self._ready) - drafting
         began, self._ready = max(launched.began, self._ready), ready
 
         tokens: list[list[int]] = [[] for _ in plan.slots]
@@ -170,7 +174,7 @@ class ModelRunner:
             observed = self._observed(launched, accepted, computed.features, top)
             self.speculator.observe(observed)
             self._listeners.observe(observed)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began - drafting
         offers = self._propose(launched)
         return StepResult(
             tokens=tokens,
@@ -259,7 +263,7 @@ class ModelRunner:
         """What is sampled, and the most likely tokens at these places if somebody wants to see them."""
         if not len(inputs.logits_rows):
             return None, None
-        rows, *columns = computed.columns
+        rows, *columns = computed.columns[: len(inputs.batch.columns)]
         if inputs.expecting is not None:
             columns = columns[1:]
         logits, top = self.model.logits(computed.hidden, rows), None
@@ -338,58 +342,3 @@ class ModelRunner:
             for row, offer in zip(asked, proposed, strict=True):
                 offers[row] = offer
         return offers
-
-    def _prompt_logprobs(
-        self, inputs: StepInputs, hidden: Tensor
-    ) -> tuple[dict[int, list[TokenLogprobs]], dict[int, str]]:
-        """Log-probabilities of prompt tokens after the positions of this step, by row that asks; errors by row."""
-        wanted: dict[int, list[TokenLogprobs]] = {}
-        errors: dict[int, str] = {}
-        plan, table = inputs.plan, self._table
-        for row, slot in enumerate(plan.slots):
-            params = table.params(slot)
-            if params.prompt_logprobs is None:
-                continue
-            begin = int(inputs.starts[row])
-            end = min(begin + plan.counts[row], table.num_prompt(slot) - 1)
-            start = max(begin, params.prompt_logprobs_from - 1)
-            if start < end:
-                try:
-                    offset = int(inputs.batch.q_start[row]) + start - begin
-                    wanted[row] = self._following(table.known(slot), start, end, offset, hidden, params)
-                except Exception as error:
-                    errors[row] = failure(error)
-        return wanted, errors
-
-    def _pooled(self, inputs: StepInputs, hidden: Tensor) -> dict[int, Float64]:
-        """What the step adds to embeddings, by row that asks for one."""
-        found: dict[int, Float64] = {}
-        plan, table = inputs.plan, self._table
-        for row, slot in enumerate(plan.slots):
-            if not (pooling := table.params(slot).pooling):
-                continue
-            begin, length = int(inputs.starts[row]), table.num_prompt(slot)
-            end = min(begin + plan.counts[row], length)
-            start = begin if pooling == "mean" else max(begin, length - 1)
-            if start < end:
-                offset = int(inputs.batch.q_start[row]) + start - begin
-                states = self.model.final_norm(hidden[offset : offset + end - start])
-                found[row] = states.double().sum(0).numpy(force=True)
-        return found
-
-    def _following(
-        self, tokens: Int32, start: int, end: int, offset: int, hidden: Tensor, params: SamplingParams
-    ) -> list[TokenLogprobs]:
-        """Log-probabilities of tokens start+1 … end, which the hidden rows from ``offset`` on predict."""
-        entries = []
-        count, asked = params.prompt_logprobs or 0, params.logprob_token_ids
-        for begin in range(start, end, PROMPT_LOGPROB_ROWS):
-            stop = min(begin + PROMPT_LOGPROB_ROWS, end)
-            rows: Int32 = np.arange(offset + begin - start, offset + stop - start, dtype=np.int32)
-            following = sent(tokens[begin + 1 : stop + 1], hidden.device)
-            told, read = report(self.model.logits(hidden, rows), following, [(count, asked)] * len(rows))
-            for entry in read(told.numpy(force=True)):
-                if entry is None:
-                    raise ValueError(NOT_FINITE)
-                entries.append(entry)
-        return entries

@@ -159,12 +159,31 @@ class Sampling:
 
     tokens: Tensor
     """[rows] int64, on the device; less than 0 where there is none."""
-    wait: Callable[[], Sampled]
-    """What was sampled, once it is on the host."""
+    told: Tensor
+    """What the host has to know of them: numbers [n], of which ``read`` makes what was sampled."""
+    read: Callable[[NDArray[Any]], Sampled]
+    _readback: Readback | None = None
+    _besides: list[int] = field(default_factory=list)
 
     @classmethod
     def known(cls, sampled: Sampled, device: torch.device) -> Sampling:
-        return cls(torch.tensor(sampled.tokens, device=device), lambda: sampled)
+        tokens = torch.tensor(sampled.tokens, device=device)
+        return cls(tokens, tokens[:0].int(), lambda _: sampled)
+
+    def send(self, besides: Sequence[Tensor] = ()) -> None:
+        """Has it copied to the host, together with other int32, before anything that the device is given later."""
+        self._besides = [each.numel() for each in besides]
+        self._readback = Readback(torch.cat([self.told.int(), *map(torch.flatten, besides)]) if besides else self.told)
+
+    def wait(self) -> tuple[Sampled, list[Int32]]:
+        """What was sampled, once it is on the host, and what was sent besides, flat."""
+        if self._readback is None:
+            self.send()
+        assert self._readback is not None
+        told = self._readback.wait().numpy()
+        own = len(told) - sum(self._besides)
+        besides = np.split(told[own:], np.cumsum(self._besides)[:-1]) if self._besides else []
+        return self.read(told[:own]), besides
 
 
 def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | None = None) -> Sampling:
@@ -213,10 +232,8 @@ def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | Non
         part, read = report(some, best[places.long()], asked)
         reads.append((rows, sum(map(len, parts)), read))
         parts.append(part)
-    readback = Readback(torch.cat(parts) if reads else best)
 
-    def wait() -> Sampled:
-        told = readback.wait().numpy()
+    def read_all(told: NDArray[Any]) -> Sampled:
         tokens: list[int] = told[: len(batch)].tolist()
         result = Sampled(tokens)
         if min(tokens) < 0:
@@ -234,7 +251,7 @@ def sample(logits: Tensor, batch: SamplingBatch, columns: Sequence[Tensor] | Non
                         result.logprobs[i] = entry
         return result
 
-    return Sampling(best, wait)
+    return Sampling(best, torch.cat(parts) if reads else best, read_all)
 
 
 def _processed(logits: Tensor, probs: Tensor | None, batch: SamplingBatch, rows: list[int]) -> Tensor:
@@ -249,7 +266,7 @@ def sample_apart(logits: Tensor, batch: SamplingBatch) -> Sampled:
     result = Sampled([])
     for i in range(len(batch)):
         try:
-            alone = sample(logits[i : i + 1], batch.alone(i)).wait()
+            alone, _ = sample(logits[i : i + 1], batch.alone(i)).wait()
         except RequestError as error:
             alone = Sampled([-1], errors={0: str(error)}, refused={0})
         except Exception as error:

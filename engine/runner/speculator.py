@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from slipstream.engine.errors import ConfigError, NoPlaceError
 from slipstream.engine.faults import Faults
-from slipstream.engine.grammar import Constraint
 from slipstream.engine.messages import DrafterStats, VersionStats
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.plan import NewRow
-from slipstream.engine.runner.acceptance import Acceptance, OwnAcceptance, chances
-from slipstream.engine.speculation.protocol import Computed, Drafter, DraftHost, DraftRow, LearnedDrafter, Proposal
+from slipstream.engine.runner.acceptance import Acceptance, chances
+from slipstream.engine.runner.row_drafts import RatedProposal, RowDrafts
+from slipstream.engine.speculation.protocol import (
+    Begun,
+    Coming,
+    Computed,
+    Drafter,
+    DraftHost,
+    DraftRow,
+    LearnedDrafter,
+    Proposal,
+)
 from slipstream.engine.speculation.tree import Tree, affordable, depths, is_chain
 
 Answer = TypeVar("Answer")
@@ -26,50 +35,6 @@ REMEMBERED = 8
 """Versions of a learned drafter that no route holds any more, of which it is still known how good they are."""
 ENOUGH = 2.5
 """Accepted draft tokens to be expected with which no costly drafter is asked any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class _RatedProposal:
-    """A proposal with what is known of its acceptance; the lists are parallel, an entry per draft token."""
-
-    drafter: str
-    version: int
-    """Version of the learned drafter that proposed; 0 for other drafters."""
-    tree: Tree
-    evidence: Sequence[int]
-    positions: Sequence[int]
-    rates: Sequence[float]
-    chances: Sequence[float]
-
-    def take(self, nodes: Sequence[int]) -> _RatedProposal:
-        """Only these nodes, in this order; the parent of each is among those before it."""
-        if nodes == list(range(len(self.chances))):
-            return self
-        place = {-1: -1} | {node: at for at, node in enumerate(nodes)}
-        tree = Tree([self.tree.tokens[i] for i in nodes], [place[self.tree.parents[i]] for i in nodes])
-        return _RatedProposal(
-            self.drafter,
-            self.version,
-            tree,
-            [self.evidence[i] for i in nodes],
-            [self.positions[i] for i in nodes],
-            [self.rates[i] for i in nodes],
-            [self.chances[i] for i in nodes],
-        )
-
-
-class RowDrafts:
-    """What speculation knows of a running request."""
-
-    __slots__ = ("best", "constraint", "draft", "own")
-
-    def __init__(self, draft: DraftRow) -> None:
-        self.draft = draft
-        self.own = {name: OwnAcceptance() for name in draft.drafters}
-        self.constraint: Constraint | None = None
-        """What its grammar allows, if it has one."""
-        self.best: _RatedProposal | None = None
-        """What is proposed for it now."""
 
 
 class Speculator:
@@ -91,6 +56,8 @@ class Speculator:
         self.taps: tuple[int, ...] = ()
         """Layers of the target that drafters want to see, ascending."""
         self._watching: list[Drafter] = []
+        self._beginning: list[Drafter] = []
+        """Drafters that propose behind a step that nobody has read."""
         self._scratch_blocks, self._block_size = 0, 1
         self._vocab_size = 2**31
         self._faults = Faults()
@@ -109,6 +76,7 @@ class Speculator:
         self.taps = tapped
         for drafter in self._drafters.values():
             drafter.attach(host)
+        self._beginning = [drafter for drafter in self._drafters.values() if drafter.begins]
         self._take_versions()
 
     def swap_loaded(self, route: str, version: int, path: str) -> bool:
@@ -285,7 +253,7 @@ class Speculator:
                 stats.accepted_per_position[position] += 1
         return (proposal.version, depth > 0) if proposal.version else None
 
-    def _learn(self, row: RowDrafts, proposal: _RatedProposal, sampled: Sequence[int]) -> int:
+    def _learn(self, row: RowDrafts, proposal: RatedProposal, sampled: Sequence[int]) -> int:
         """Holds draft tokens against the tokens that came at their places, also those that were not verified.
 
         Returns how many in a row were right.
@@ -305,6 +273,32 @@ class Speculator:
             depth += 1
         self._acceptance_of(self._drafters[proposal.drafter], proposal.version).observe(seen)
         return depth
+
+    @property
+    def begins(self) -> bool:
+        """Whether ``begin`` may begin something."""
+        return bool(self._beginning)
+
+    def begin(self, coming: Sequence[Coming]) -> list[Begun]:
+        """What drafters will have proposed behind a step that is about to be launched."""
+        begun: list[Begun] = []
+        for drafter in self._beginning:
+            try:
+                begun += drafter.begin([each for each in coming if drafter.name in each.row.drafters])
+            except Exception:
+                self._faults.tell(f"drafter {drafter.name} before a step", "it drafts after it")
+        return begun
+
+    def follow(
+        self, begun: Begun, columns: Sequence[Tensor], features: Tensor | None, samples: Tensor
+    ) -> Tensor | None:
+        """See ``Begun.launch``; None where it failed, and its rows go on without draft tokens."""
+        try:
+            assert features is not None, "drafters that begin see what the model computes"
+            return begun.launch(columns, features, samples)
+        except Exception:
+            self._faults.tell("drafting behind a step", "its requests go on without draft tokens")
+            return None
 
     def propose(self, rows: Sequence[RowDrafts], wanted: Sequence[int], costly: Sequence[int]) -> list[Chances]:
         """Returns the falling chances of the draft tokens that are now kept for each row; empty where there are none.
@@ -376,12 +370,12 @@ class Speculator:
                 self._faults.tell(f"drafter {drafter.name}", "the request goes on without it")
         return found
 
-    def _rate(self, row: RowDrafts, drafter: str, proposal: Proposal) -> _RatedProposal:
+    def _rate(self, row: RowDrafts, drafter: str, proposal: Proposal) -> RatedProposal:
         """A proposal with its chances, in their order: the first n draft tokens are the most promising tree of n."""
         tree, positions = Tree(proposal.tokens, proposal.parents), depths(proposal.parents)
         rates = self._acceptance_of(self._drafters[drafter], proposal.version).rates(proposal.evidence, positions)
         found = chances(rates, proposal.parents, row.own[drafter].factor())
-        rated = _RatedProposal(drafter, proposal.version, tree, proposal.evidence, positions, rates, found)
+        rated = RatedProposal(drafter, proposal.version, tree, proposal.evidence, positions, rates, found)
         return rated.take(sorted(range(len(found)), key=lambda node: -found[node]))
 
     def _cut_branches(self, rows: Sequence[RowDrafts]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,6 +169,45 @@ class DraftNeeds:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """A row of a step that is about to be launched, and after which its drafter is asked."""
+
+    row: DraftRow
+    start: int
+    """The first position that the step computes."""
+    known: int
+    """Positions of known tokens among these; the first token is sampled after the last of them."""
+    batch_row: int
+    """Where they begin among all that the step computes; draft tokens follow them."""
+    sample: int
+    """Place of the first of the row's tokens among all that are sampled, one more than draft tokens."""
+    drafts: Sequence[int]
+    """The draft tokens that are verified, a chain."""
+
+
+class Begun(Protocol):
+    """Proposals that the device makes behind a step, before anybody has read what the step sampled."""
+
+    @property
+    def arrays(self) -> Sequence[NDArray[Any]]:
+        """What that takes on the device; travels with the step, as columns of its batch."""
+
+    def launch(self, columns: Sequence[Tensor], features: Tensor, samples: Tensor) -> Tensor:
+        """Has the device make them, behind the step; called once.
+
+        Args:
+            columns: ``arrays``, there.
+            features: [rows of the batch, taps, hidden] float32 that the step computes.
+            samples: [samples] int32 that it samples; 0 where there is none.
+        Returns:
+            Any int32, which come back with the step's tokens, for ``tell``.
+        """
+
+    def tell(self, told: NDArray[np.int32]) -> None:
+        """These came back, flat; ``Drafter.propose`` of the rows follows, once they have their tokens."""
+
+
 class Drafter(ABC):
     """Methods are called between two forward passes of the target, in the thread that runs them."""
 
@@ -207,6 +247,18 @@ class Drafter(ABC):
     def observe(self, computed: Sequence[Computed]) -> None:
         """What the target computed in a step; only called for drafters with taps."""
         return
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is asked to ``begin``; does not change after ``attach``."""
+        return False
+
+    def begin(self, coming: Sequence[Coming]) -> Sequence[Begun]:
+        """Prepares to propose for these rows behind a step that is about to be launched, as far as it can.
+
+        Whatever comes of it, ``observe`` and ``propose`` are called after the step as for other rows.
+        """
+        return ()
 
     @abstractmethod
     def propose(self, rows: Sequence[DraftRow]) -> list[Proposal | None]:

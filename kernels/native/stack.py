@@ -14,7 +14,17 @@ from torch import Tensor
 
 from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import PACKED, Choose, Compute, Formats, Forward, LayerShape, LayerWeights, Stack
+from slipstream.kernels.compute import (
+    PACKED,
+    ChainInputs,
+    Chains,
+    Compute,
+    Formats,
+    Forward,
+    LayerShape,
+    LayerWeights,
+    Stack,
+)
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.native.adapter import NativeAdapter
 from slipstream.kernels.native.kv_cache import NativeKVCache
@@ -121,9 +131,7 @@ class NativeStack:
         self._library.slip_forward(ctypes.byref(self._c), ctypes.byref(c), address(hidden), self._memory(tokens))
         return Forward(hidden, features, tuple(map(torch.from_numpy, batch.columns)))
 
-    def draft(
-        self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor, steps: Int32, depth: int, choose: Choose
-    ) -> Tensor | None:
+    def chains(self, given: ChainInputs, cache: PagedKVCache) -> Chains | None:
         return None
 
     def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:

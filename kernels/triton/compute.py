@@ -29,6 +29,7 @@ from slipstream.kernels.weight import Weight
 class TritonCompute(TorchCompute):
     cache_class = TritonKVCache
     can_be_batch_invariant = True
+    makes_chains = True
 
     def __init__(
         self,

@@ -5,69 +5,35 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.kernels import ops
 from slipstream.kernels.adapter import Adapter
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import Choose, Formats, Forward, LayerShape, LayerWeights
+from slipstream.kernels.compute import ChainInputs, Chains, Formats, Forward, LayerShape, LayerWeights
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.torch_stack import embedding_scale
 from slipstream.kernels.triton import activation, experts, norm
 from slipstream.kernels.triton.adapter import DOWN, GATE_UP, OUT, QKV, AdapterTable
-from slipstream.kernels.triton.cache import Rotation, place, update_tables
+from slipstream.kernels.triton.cache import Rotation, place
+from slipstream.kernels.triton.chains import TritonChains
 from slipstream.kernels.triton.device_batch import DeviceBatch
 from slipstream.kernels.triton.graphs import GraphPool
 from slipstream.kernels.triton.kv_cache import TritonKVCache, TritonPlan
 from slipstream.kernels.triton.layer import FusedLayer
+from slipstream.kernels.triton.room import Room, padded, update
 from slipstream.kernels.triton.rows import take_rows
-from slipstream.kernels.triton.staging import Array, Staging, TableMirror, places
+from slipstream.kernels.triton.staging import Array, Staging, TableMirror
 from slipstream.kernels.weight import Weight
 
 CONTEXTS = (4096, 32768)
 """Longest sequences that graphs are recorded for, besides the longest of all: a graph launches kernels for as many keys
 as any sequence may have, and those that a sequence does not have cost a little."""
-BESIDES_BYTES = 1 << 18
-"""Room behind the batch for what else a step needs on the device: changes of tables, and columns."""
 MOST_TABLES = 4
 INVARIANT_TILE = 16
 """Rows of an expert's tile where bits may not depend on how many there are."""
-
-
-class _Room:
-    """Memory on the device that graphs of one number of tokens read their batch from."""
-
-    def __init__(self, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.tokens = tokens
-        batch = places([4 * tokens, 4 * (tokens + 1), 4 * tokens, 4 * tokens, 12 * tokens, 4 * tokens])[-1]
-        self.slab = torch.zeros(batch + BESIDES_BYTES, dtype=torch.uint8, device=device)
-        self.positions = torch.zeros(tokens, dtype=torch.int32, device=device)
-        self.cells = torch.zeros(tokens, dtype=torch.int32, device=device)
-        self.hidden = torch.zeros(tokens, hidden, dtype=dtype, device=device)
-
-    def has_room(self, arrays: Sequence[Array]) -> bool:
-        return places([array.nbytes for array in arrays])[-1] <= len(self.slab)
-
-
-def padded(batch: RaggedBatch, tokens: int) -> list[Array]:
-    """Token ids, starts, lengths, rows of tables and mirrors, and adapters if there are any, with room for so many
-    tokens; see ``DeviceBatch``.
-    """
-    segments, mirrors = batch.num_segments, len(batch.mirrors)
-    ids = np.zeros(tokens, np.int32)
-    ids[: batch.num_tokens] = batch.token_ids
-    starts = np.full(tokens + 1, batch.num_tokens, np.int32)
-    starts[: segments + 1] = batch.q_start
-    lengths, rows = np.zeros((2, tokens), np.int32)
-    lengths[:segments], rows[:segments] = batch.kv_len, batch.table_row
-    places_too = np.full((tokens, 3), -1, np.int32)
-    places_too[:mirrors] = batch.mirrors
-    found = [ids, starts, lengths, rows, places_too]
-    return found if batch.adapters is None else [*found, np.pad(batch.adapters, (0, tokens - batch.num_tokens))]
 
 
 class TritonStack:
@@ -84,19 +50,19 @@ class TritonStack:
     ) -> None:
         """``invariant``: with the same bits for a row in any batch, however sequences are cut."""
         self._shape, self._windows = shape, windows
-        self._invariant = invariant
+        self.is_invariant = invariant
         self._ropes = [
             tuple(table.to(device, torch.float32).contiguous() for table in tables)
             for tables in (rope, window_rope or rope)
         ]
         """Tables of layers without a window, and with one."""
         self._scale = embedding_scale(shape, formats.compute)
-        self._dtype, self._device = formats.compute, device
-        self._graphs = graphs
+        self.dtype, self._device = formats.compute, device
+        self.graphs = graphs
         self._staging = Staging(device)
         self._mirrors: OrderedDict[int, TableMirror] = OrderedDict()
-        self._rooms: dict[int, _Room] = {}
-        self._adapters = AdapterTable(shape, len(windows), self._dtype, device)
+        self._rooms: dict[int, Room] = {}
+        self._adapters = AdapterTable(shape, len(windows), self.dtype, device)
         self._recorded_for: weakref.ref[Tensor] | None = None
         """Memory of the cache that graphs were recorded for; not kept from being released."""
         self._layers: list[FusedLayer] = []
@@ -114,101 +80,65 @@ class TritonStack:
             cos, sin = self._ropes[window > 0]
             self._rotations.append(Rotation(cos, sin, layer.q_norm, layer.k_norm, shape.norm_eps, shape.is_gemma))
         self._embedding, self._norm, self._output = embedding, norm, output
-        self._graphs.forget(self)
+        self.graphs.forget(self)
 
     def use_adapters(self, adapters: Sequence[Adapter | None]) -> None:
         if not self._adapters.use(adapters):
-            self._graphs.forget(self)
+            self.graphs.forget(self)
 
     def forget(self) -> None:
         self._layers, self._rotations, self._norm = [], [], None
         del self._embedding, self._output
-        self._graphs.forget(self)
+        self.graphs.forget(self)
 
     def forward(
         self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor | None = None, taps: tuple[int, ...] = ()
     ) -> Forward:
         assert isinstance(cache, TritonKVCache)
-        self._follow(cache)
-        mirror = self._mirror(batch.block_tables)
+        self.follow(cache)
+        mirror = self.mirror(batch.block_tables)
         changes = mirror.changes(batch)
         longest, tokens = int(batch.kv_len.max(initial=1)), batch.num_tokens
         bucket = None
         if cache.is_recordable:
-            bucket = self._graphs.bucket(max(tokens, batch.num_segments, len(batch.mirrors)))
-        room = None if bucket is None else self._room(bucket)
+            bucket = self.graphs.bucket(max(tokens, batch.num_segments, len(batch.mirrors)))
+        room = None if bucket is None else self.room(bucket)
         arrays: list[Array] = [] if room is None else [*padded(batch, room.tokens), changes, *batch.columns]
         if room is None or not room.has_room(arrays):
             return self._piece_by_piece(batch, cache, hidden, taps, mirror, changes, longest)
         on_device, columns = self._send(arrays, mirror, changes, batch, room.slab, room.positions, room.cells)
         if hidden is not None:
             room.hidden[:tokens].copy_(hidden)
-        context = self._context(longest)
+        context = self.reach(longest)
         given = None if hidden is None else room.hidden
 
         def work() -> Forward:
-            return self._run(on_device, cache.plan_on_device(on_device, context, prompt=False), given, taps)
+            return self.run(on_device, cache.plan_on_device(on_device, context, prompt=False), given, taps)
 
         ranks = None if batch.adapters is None else self._adapters.ranks
         key = (room.tokens, context, given is None, taps, id(mirror), id(batch.latest), ranks)
-        done = self._graphs.run(self, key, work)
+        done = self.graphs.run(self, key, work)
         # The next step overwrites what a graph returns.
         features = None if done.features is None else done.features[:tokens].clone()
         return Forward(done.hidden[:tokens].clone(), features, columns)
 
-    def draft(
-        self, batch: RaggedBatch, cache: PagedKVCache, hidden: Tensor, steps: Int32, depth: int, choose: Choose
-    ) -> Tensor | None:
+    def chains(self, given: ChainInputs, cache: PagedKVCache) -> Chains | None:
         assert isinstance(cache, TritonKVCache)
-        count = batch.num_segments
-        bucket = self._graphs.bucket(count) if cache.is_recordable else None
-        if bucket is None:
-            return None
-        self._follow(cache)
-        room, mirror = self._room(bucket), self._mirror(batch.block_tables)
-        ends = batch.kv_len + steps - 1
-        changes = mirror.changes(replace(batch, kv_len=ends))
-        columns = [np.pad(column, (0, bucket - count)) for column in (steps, *batch.columns)]
-        # What is not always of one size comes last, so that the graph finds everything where it was.
-        arrays = [*padded(batch, bucket), *columns, changes]
-        if not room.has_room(arrays):
-            return None
-        ids, starts, lengths, rows, mirrors, left, *others, changed = self._staging.send(arrays, room.slab)
-        _update(mirror, changed, changes)
-        given = (ids, starts, lengths, rows, mirrors, mirror.tables, room.positions, room.cells)
-        on_device = DeviceBatch(*given, batch.block_size)
-        room.hidden[:count].copy_(hidden)
-        context = self._context(int(ends.max(initial=1)))
+        # Other attention is planned by the host, which does not know where a chain begins.
+        return TritonChains(self, given, cache) if cache.is_recordable else None
 
-        def work() -> Tensor:  # what was sent is as it was afterwards, since recording runs it several times
-            found, x = [], room.hidden
-            for step in range(depth):
-                tokens, told = choose(self.logits(x), step, others)
-                found.append(told)
-                if step + 1 < depth:
-                    ids.copy_(tokens)
-                    # A sequence without a block for the next place stays where it is; rows without one stay so.
-                    now = replace(on_device, kv_len=(lengths + (left - 1).clamp(max=step)).clamp(min=0))
-                    plan = cache.plan_on_device(now, context, prompt=False)
-                    x = self._run(now, plan, x, (), left > step).hidden
-            return torch.stack(found)
-
-        key = ("draft", room.tokens, context, depth, choose.kind, id(mirror))
-        told: Tensor = self._graphs.run(self, key, work)
-        return told[:, :count]
-
-    def _follow(self, cache: TritonKVCache) -> None:
+    def follow(self, cache: TritonKVCache) -> None:
         """Graphs read and write one cache."""
         if self._recorded_for is None or cache.memory is not self._recorded_for():
-            self._graphs.forget(self)
-            self._recorded_for = weakref.ref(cache.memory, lambda _: self._graphs.forget(self))
+            self.graphs.forget(self)
+            self._recorded_for = weakref.ref(cache.memory, lambda _: self.graphs.forget(self))
 
-    def _context(self, longest: int) -> int:
+    def reach(self, longest: int) -> int:
         """The reach of the graph that such sequences take."""
         return next((most for most in CONTEXTS if longest <= most), len(self._ropes[0][0]))
 
     def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:
-        x = hidden.to(self._dtype)
+        x = hidden.to(self.dtype)
         if rows is not None:
             x = take_rows(x, rows if isinstance(rows, Tensor) else self._staging.send([rows])[0])
         if self._norm is not None:
@@ -232,8 +162,8 @@ class TritonStack:
         # Two of them, as kernels are compiled for how pointers align.
         positions, cells = (torch.empty(batch.num_tokens, dtype=torch.int32, device=self._device) for _ in range(2))
         on_device, columns = self._send(arrays, mirror, changes, batch, None, positions, cells)
-        plan = cache.plan_on_device(on_device, longest, prompt=not self._invariant, host=batch)
-        done = self._run(on_device, plan, None if hidden is None else hidden.to(self._dtype), taps)
+        plan = cache.plan_on_device(on_device, longest, prompt=not self.is_invariant, host=batch)
+        done = self.run(on_device, plan, None if hidden is None else hidden.to(self.dtype), taps)
         return Forward(done.hidden, done.features, columns)
 
     def _send(
@@ -253,11 +183,11 @@ class TritonStack:
         ids, starts, lengths, rows, mirrors, *others = self._staging.send(arrays, slab)
         adapters = None if host.adapters is None else others.pop(0)
         changed, *columns = others
-        _update(mirror, changed, changes)
+        update(mirror, changed, changes)
         given = (ids, starts, lengths, rows, mirrors, mirror.tables, positions, cells)
         return DeviceBatch(*given, host.block_size, host.latest, adapters), tuple(columns)
 
-    def _run(
+    def run(
         self,
         batch: DeviceBatch,
         plan: TritonPlan,
@@ -275,7 +205,7 @@ class TritonStack:
             batch.cells.masked_fill_(~stored, -1)
         embedding = None
         if hidden is None or shape.reads == "both":
-            embedding = self._embedding.rows(batch.token_ids).to(self._dtype)
+            embedding = self._embedding.rows(batch.token_ids).to(self.dtype)
             if self._scale is not None:
                 embedding = embedding * self._scale
         first = embedding if hidden is None else hidden
@@ -318,7 +248,7 @@ class TritonStack:
         if (mixture := layer.mixture) is not None:
             settings = mixture.settings
             routes = experts.route(mixture.router(x), settings.top, settings.renormalize)
-            tile = INVARIANT_TILE if self._invariant else 0
+            tile = INVARIANT_TILE if self.is_invariant else 0
             return experts.experts_mlp(x, routes, mixture.gate_up, mixture.down, tile)
         assert layer.gate_up is not None and layer.down is not None
         gated = activation.gelu_tanh_mul_halves if self._shape.is_gemma else activation.silu_mul_halves
@@ -335,23 +265,19 @@ class TritonStack:
             return stream, norm.rms_norm(stream, weight, eps, self._shape.is_gemma)
         return stream, norm.add_rms_norm(added, stream, weight, eps, self._shape.is_gemma)
 
-    def _mirror(self, tables: Int32) -> TableMirror:
+    def mirror(self, tables: Int32) -> TableMirror:
+        """The device's copy of the table."""
         found = self._mirrors.get(id(tables))
         if found is None:  # it keeps the host's array, so that no other one has its id
             found = self._mirrors[id(tables)] = TableMirror(tables, self._device)
             if len(self._mirrors) > MOST_TABLES:
                 self._mirrors.popitem(last=False)
-                self._graphs.forget(self)  # one of them may read the table that is gone
+                self.graphs.forget(self)  # one of them may read the table that is gone
         self._mirrors.move_to_end(id(tables))
         return found
 
-    def _room(self, tokens: int) -> _Room:
+    def room(self, tokens: int) -> Room:
+        """What graphs of so many tokens read."""
         if tokens not in self._rooms:
-            self._rooms[tokens] = _Room(tokens, self._shape.hidden, self._dtype, self._device)
+            self._rooms[tokens] = Room(tokens, self._shape.hidden, self.dtype, self._device)
         return self._rooms[tokens]
-
-
-def _update(mirror: TableMirror, changed: Tensor, changes: Int32) -> None:
-    if len(changes):
-        update_tables(mirror.tables, changed)
-        mirror.told(changes)

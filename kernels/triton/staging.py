@@ -37,6 +37,28 @@ def places(sizes: Sequence[int]) -> list[int]:
     return found
 
 
+def packed(arrays: Sequence[Array]) -> Int32:
+    """The arrays as one, which travels like a column; there ``views`` takes it apart."""
+    offsets = places([array.nbytes for array in arrays])
+    piece = np.zeros(offsets[-1], np.uint8)
+    _fill(piece, arrays, offsets)
+    return piece.view(np.int32)
+
+
+def views(slab: Tensor, arrays: Sequence[Array]) -> list[Tensor]:
+    """Arrays of these types and shapes that lie side by side in a slab [bytes] uint8 on the device."""
+    found = []
+    for array, offset in zip(arrays, places([array.nbytes for array in arrays]), strict=False):
+        part = slab[offset : offset + array.nbytes].view(TYPES[array.dtype])
+        found.append(part.view(array.shape))
+    return found
+
+
+def _fill(piece: NDArray[np.uint8], arrays: Sequence[Array], offsets: Sequence[int]) -> None:
+    for array, offset in zip(arrays, offsets, strict=False):
+        piece[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
 class Staging:
     """Copies arrays to one device, several at a time."""
 
@@ -63,15 +85,10 @@ class Staging:
             raise ValueError(f"a slab of {len(slab)} bytes for {total} bytes")
         if total:
             host, piece = self._next(total)
-            for array, offset in zip(arrays, offsets, strict=False):
-                piece[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            _fill(piece, arrays, offsets)
             slab[:total].copy_(host[:total], non_blocking=True)
             self._under_way()
-        found = []
-        for array, offset in zip(arrays, offsets, strict=False):
-            part = slab[offset : offset + array.nbytes].view(TYPES[array.dtype])
-            found.append(part.view(array.shape))
-        return found
+        return views(slab, arrays)
 
     def _next(self, size: int) -> tuple[Tensor, NDArray[np.uint8]]:
         """Memory of the host that no copy reads any more, in two views."""

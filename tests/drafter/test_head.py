@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from slipstream.drafter.autoregressive import RUNNERS, SHARPNESS
+from slipstream.drafter.choosing import RUNNERS, SHARPNESS
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.config import LAYER, HeadConfig
 from slipstream.drafter.head.drafter import FirstHead, HeadDrafter

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.drafter.head import layout
-from slipstream.drafter.head.drafter import LOOSE, MOST_PENDING, FirstHead, HeadDrafter, _Pending
+from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
 from slipstream.drafter.head.network import HeadNetwork
+from slipstream.drafter.head.pending import LOOSE, MOST_PENDING, Pending
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.models.config import DecoderConfig
@@ -66,7 +67,7 @@ def test_what_waits_of_one_request_keeps_no_memory_of_others(local: LocalEngine)
             drafts = (local.engine.runner._table.drafts(slot) for slot in range(8))
             row = next(each.draft for each in drafts if each is not None and each.draft.request_id == long.request_id)
             pending = row.memory["head"]
-            assert isinstance(pending, _Pending) and len(pending._loose) < LOOSE
+            assert isinstance(pending, Pending) and len(pending._loose) < LOOSE
             assert all(len(each.of_step) < 20 for each in pending._loose)
     assert pending.count > LOOSE
     pending.pack()
@@ -77,7 +78,7 @@ def test_what_waits_of_one_request_keeps_no_memory_of_others(local: LocalEngine)
 
 @given(st.lists(st.integers(1, 600), min_size=1, max_size=60), st.integers(0, 50))
 def test_the_last_positions_wait_in_their_order(counts: list[int], start: int) -> None:
-    pending = _Pending(start, torch.float32)
+    pending = Pending(start, torch.float32)
     features = torch.arange(sum(counts), dtype=torch.float32)[:, None, None]
     row, at = DraftRow(0, "", 1, np.zeros(1, np.int32), 1, frozenset()), 0
     for count in counts:

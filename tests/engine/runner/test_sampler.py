@@ -43,7 +43,7 @@ def sample(logits: torch.Tensor, rows: list[Row]) -> Sampled:
     slots = np.arange(len(rows), dtype=np.int32)[::-1]
     lengths = np.array([len(entry.history) for entry in rows], np.int32)
     batch = columns.take(slots, lengths, lambda i: np.array(rows[i].history, np.int32))
-    return sample_batch(logits, batch).wait()
+    return sample_batch(logits, batch).wait()[0]
 
 
 def possible(logits: list[float] | torch.Tensor, samples: int = 400, **params: Any) -> set[int]:

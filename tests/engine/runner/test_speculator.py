@@ -11,7 +11,8 @@ import pytest
 from slipstream.drafter.lookup import NGramDrafter
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams
 from slipstream.engine.plan import NewRow
-from slipstream.engine.runner.speculator import ENOUGH, RowDrafts, Speculator
+from slipstream.engine.runner.row_drafts import RowDrafts
+from slipstream.engine.runner.speculator import ENOUGH, Speculator
 from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftNeeds, DraftRow, LearnedDrafter, Proposal
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.engine.speculation.tree import Tree

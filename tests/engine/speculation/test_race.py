@@ -18,7 +18,8 @@ from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.loader import build_model
-from slipstream.engine.runner.speculator import RowDrafts, Speculator
+from slipstream.engine.runner.row_drafts import RowDrafts
+from slipstream.engine.runner.speculator import Speculator
 from slipstream.engine.speculation.protocol import DraftRow
 from slipstream.engine.testing import LocalEngine
 from slipstream.kernels.compute import Formats

@@ -66,6 +66,8 @@ class HostTraffic(TorchFunctionMode):
             self.to_host += 1
             self._on_host.append(args[0].clone())
             return self._on_host[-1]
+        elif function is Tensor.to and len(args) == 2 and isinstance(args[1], torch.device):
+            self.to_device += 1  # numpy's arrays become tensors unseen, and then go there
         return function(*args, **(kwargs or {}))
 
 

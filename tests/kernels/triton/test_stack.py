@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from stacks import CPU, SMALL, VOCAB, batch, built, names, recording
 from torch import Tensor
 
 from slipstream.kernels.batch import RaggedBatch
-from slipstream.kernels.compute import Compute, Formats, LayerShape, Mixture, Stack
+from slipstream.kernels.compute import ChainInputs, Compute, Formats, LayerShape, Mixture, Stack
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.torch_stack import TorchCompute
 from slipstream.kernels.triton import attention, kv_cache
@@ -109,37 +109,92 @@ def test_nothing_of_a_batch_is_baked_into_a_graph() -> None:
 class Likeliest:
     kind = "likeliest"
 
-    def __call__(self, logits: Tensor, step: int, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, step: Tensor, columns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         tokens = logits.argmax(-1).int()
         return tokens, torch.stack((tokens, columns[0] + step), 1)
 
 
-def test_a_chain_is_that_of_one_token_after_another() -> None:
-    """Also after runs before recording, of sequences that have no place for so many tokens, and stores nothing more."""
+@dataclass
+class Verified:
+    """A sequence in a step, of which ``right`` draft tokens are right."""
+
+    row: int
+    known: int  # new tokens that are known
+    length: int  # with these
+    drafted: int
+    right: int
+    places: int
+    wanted: int
+
+
+CHAINS = (
+    [Verified(0, 1, 5, 3, 1, 6, 3), Verified(1, 1, 9, 0, 0, 3, 1), Verified(2, 2, 16, 1, 1, 2, 2)],
+    [Verified(2, 1, 12, 0, 0, 4, 3), Verified(3, 3, 20, 2, 0, 3, 0), Verified(1, 1, 31, 1, 1, 1, 3)],
+    [Verified(0, 1, 3, 3, 3, 13, 3), Verified(1, 1, 9, 2, 1, 7, 2)],
+)
+
+
+@pytest.mark.parametrize("bucket", [True, False], ids=["graphs", "piece by piece"])
+def test_a_chain_is_that_of_one_token_after_another(bucket: bool) -> None:
+    """Also after runs before recording, and of sequences that have no place for so many tokens."""
     shape = replace(SMALL, reads="both")
     eager, cache = built(TritonCompute(Formats.of(torch.float32), CPU), shape, (5,))
-    compute, graphs = recording()
+    compute, graphs = recording() if bucket else (TritonCompute(Formats.of(torch.float32), CPU), [])
     record = compute.graphs._record
     compute.graphs._record = lambda graph, work: (work(), record(graph, work))[1]  # type: ignore[method-assign]
     replayed, other_cache = built(compute, shape, (5,))
-    given = torch.randn(3, shape.hidden, generator=torch.Generator().manual_seed(2))
-    depth = 4
-    for rows, ends, steps in (([0, 1, 2], [5, 9, 17], [3, 1, 2]), ([2, 3, 1], [12, 33, 32], [2, 0, 1])):
-        told = replayed.draft(
-            batch(rows, [1, 1, 1], ends, columns=(np.array(rows, np.int32),)),
-            *(other_cache, given, np.array(steps, np.int32), depth, Likeliest()),
+    generator, chance = torch.Generator().manual_seed(2), np.random.default_rng(3)
+    for rows in CHAINS:
+        counts, ends = [each.known + each.drafted for each in rows], [each.length + each.drafted for each in rows]
+        step = batch([each.row for each in rows], counts, ends)
+        hidden = torch.randn(sum(counts), shape.hidden, generator=generator)
+        drawn = chance.integers(0, VOCAB, sum(each.drafted + 1 for each in rows) + 2).astype(np.int32)
+        first = np.cumsum([0, *(each.drafted + 1 for each in rows)], dtype=np.int32)
+        verified = np.full((len(rows), 3), -1, np.int32)
+        ids = step.token_ids.copy()
+        for at, each in enumerate(rows):
+            own = drawn[2 + first[at] : 2 + first[at + 1]]
+            verified[at, : each.drafted] = own[: each.drafted]
+            if each.right < each.drafted:
+                verified[at, each.right] = (own[each.right] + 1) % VOCAB
+            ids[step.q_start[at] + each.known - 1 : step.q_start[at + 1]] = np.arange(
+                -1 - first[at], -1 - first[at + 1], -1
+            )
+        last = step.q_start[1:] - 1 - np.array([each.drafted for each in rows], np.int32)
+        column = np.array([each.row for each in rows], np.int32)
+        places, wanted = (
+            np.array(x, np.int32) for x in zip(*((each.places, each.wanted) for each in rows), strict=True)
         )
-        assert told is not None and told.shape == (depth, 3, 2)
-        for at, (row, end, most) in enumerate(zip(rows, ends, steps, strict=True)):
-            hidden = given[at : at + 1]
-            for step in range(most + 1):
-                [token] = eager.logits(hidden).argmax(-1).tolist()
-                assert told[step, at].tolist() == [token, row + step]
-                if step < most:
-                    one = replace(batch([row], [1], [end + step]), token_ids=np.array([token], np.int32))
-                    hidden = eager.forward(one, cache, hidden).hidden
-    torch.testing.assert_close(cache.memory, other_cache.memory)  # type: ignore[attr-defined]
-    assert len(graphs) == 1
+        samples = np.arange(2, 2 + first[-1], dtype=np.int32)  # the first ones are somebody else's
+        given = ChainInputs(
+            replace(step, token_ids=ids), samples, first[:-1], verified, last, places, wanted, 4, (column,)
+        )
+        chains = replayed.chains(given, other_cache)
+        assert chains is not None
+        columns = [torch.from_numpy(array) for array in chains.arrays]
+        told = chains.make(columns, torch.from_numpy(drawn), hidden.clone(), Likeliest())
+        assert told.shape == (4, len(rows), 2)
+        for at, each in enumerate(rows):
+            begin, length = int(step.q_start[at]), each.length + each.right
+            count = each.known + each.right
+            tokens = step.token_ids[begin : begin + count].copy()
+            tokens[each.known - 1 :] = drawn[2 + first[at] : 2 + first[at] + each.right + 1]
+            known = replace(batch([each.row], [count], [length]), token_ids=tokens)
+            x = eager.forward(known, cache, hidden[begin : begin + count].clone()).hidden[-1:]
+            left = max(0, min(each.wanted, each.places - each.right))
+            for node in range(left + 1):
+                [token] = eager.logits(x).argmax(-1).tolist()
+                assert told[node, at].tolist() == [token, each.row + each.right + node]
+                if node < left:
+                    one = replace(batch([each.row], [1], [length + node + 1]), token_ids=np.array([token], np.int32))
+                    x = eager.forward(one, cache, x).hidden
+            blocks = step.block_tables[each.row]
+            for position in range(each.length - each.known, length + left):
+                cell = int(blocks[position // step.block_size]) * step.block_size + position % step.block_size
+                mine, theirs = (kept.memory.view(1, 2, -1, 16)[:, :, cell] for kept in (cache, other_cache))
+                torch.testing.assert_close(mine, theirs)
+    if bucket:
+        assert len(graphs) == 3, "what is new is of one size, and there are chains of two"
 
 
 def test_another_cache_or_other_weights_need_other_graphs() -> None:
