@@ -39,13 +39,14 @@ class EngineConfig:
         "auto",
         "How weights are kept: 'packed' leaves those that a GGUF file has quantised in their own precision, and reads "
         "that much less per step (compiled kernels on a CPU, Triton's on a GPU); others are widened at load. auto is "
-        "the format of --dtype.",
+        "the format of --dtype; where the processor rounds to bfloat16 fast, its numbers are made in registers of what "
+        "a GGUF file has quantised (--packed-arithmetic bfloat16).",
     )
-    packed_arithmetic: Literal["auto", "exact", "int16", "int8"] = option(
+    packed_arithmetic: Literal["auto", "exact", "bfloat16", "int16", "int8"] = option(
         "auto",
-        "How packed weights are computed with: 'exact' widens them in registers; 'int16' and 'int8' quantise "
-        "activations, too, by blocks of 32, which is faster on a CPU, and less exact with 'int8'. auto is int16 there, "
-        "and exact on a GPU.",
+        "How packed weights are computed with: 'exact' widens them in registers; 'bfloat16' rounds them there, which "
+        "gives the tokens of --weights bfloat16; 'int16' and 'int8' quantise activations, too, by blocks of 32, which "
+        "is faster on a CPU, and less exact with 'int8'. auto is int16 there, and exact on a GPU.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto takes a GPU if there is one.")
     kernels: Literal["auto", "native", "triton", "torch"] = option(

@@ -27,8 +27,9 @@ Reads = Literal["normed", "both", "plain"]
 of its own; or the hidden state as it is."""
 
 
-Arithmetic = Literal["exact", "int16", "int8"]
-"""How quantised weights are computed with: widened to float32, or with activations quantised by blocks of 32."""
+Arithmetic = Literal["exact", "bfloat16", "int16", "int8"]
+"""How quantised weights are computed with: widened to float32; rounded to bfloat16 where they are used; or with
+activations quantised by blocks of 32."""
 PACKED = "packed"
 """Format of matrices that are kept as they came, quantised ones in their own precision."""
 
@@ -259,6 +260,11 @@ class Compute(ABC):
     def packed_bytes(cls, shape: LayerShape, kind: str, n: int, k: int) -> int:
         """What a matrix [n, k] of a type of GGUF files takes as it came, in a model of such layers; 0 if it cannot."""
         return 0
+
+    @classmethod
+    def rounds_fast(cls) -> bool:
+        """Whether packed matrices that are rounded to bfloat16 where they are used are faster than ones in bfloat16."""
+        return False
 
     def takes_blocks(self, shape: LayerShape, kind: str, n: int, k: int) -> bool:
         """Whether weights [n, k] are filled with blocks of this type of GGUF files; of others they are with numbers."""

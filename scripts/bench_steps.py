@@ -1,6 +1,6 @@
 """What a step costs by the positions in it: of one stream that verifies draft tokens, and of several streams.
 
-    python scripts/bench_steps.py [--context 300] [--rounds 25] [--isa avx2] [--forms bfloat16,exact,int16,int8]
+    python scripts/bench_steps.py [--context 300] [--rounds 25] [--isa avx2] [--forms bfloat16,rounded,exact,int16,int8]
 
 A model in this process: forward pass, logits of every position and a greedy token sampled from each, as a verification
 needs them. All sizes, and all forms of weights, take turns in every round, in changing order; prints medians as tables
@@ -38,6 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "float32": {"weights": "float32"},
     "bfloat16": {"weights": "bfloat16"},
     "exact": {"weights": "packed", "packed_arithmetic": "exact"},
+    "rounded": {"weights": "packed", "packed_arithmetic": "bfloat16"},
     "int16": {"weights": "packed", "packed_arithmetic": "int16"},
     "int8": {"weights": "packed", "packed_arithmetic": "int8"},
 }
@@ -45,6 +46,7 @@ MULTIPLIED = {
     "float32": (torch.float32, 1),
     "bfloat16": (torch.bfloat16, 1),
     "exact": (torch.float32, 1),
+    "rounded": (torch.bfloat16, 1),
     "int16": (torch.int8, 2),
     "int8": (torch.int8, 1),
 }
@@ -95,7 +97,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--model", default="default")
-    parser.add_argument("--forms", default="bfloat16,exact,int16,int8", help=f"of {', '.join(FORMS)}")
+    parser.add_argument("--forms", default="bfloat16,rounded,exact,int16,int8", help=f"of {', '.join(FORMS)}")
     parser.add_argument("--isa", default="auto")
     parser.add_argument(
         "--one-thread", action="store_true", help="by its processor time, in which others on the machine do not count"

@@ -24,9 +24,9 @@ struct SlipPart {
   const void* data;     // begins at a multiple of 64 bytes
 };
 
-// How a quantised matrix is computed: with its numbers widened to float32, or with the inputs quantised by blocks of 32, to one byte
-// or to two.
-enum SlipArithmetic : int32_t { SLIP_EXACT = 0, SLIP_INT8 = 1, SLIP_INT16 = 2 };
+// How a quantised matrix is computed: with its numbers widened to float32; or with the inputs quantised by blocks of 32, to one byte
+// or to two; or with its numbers and the inputs rounded to bfloat16, in a model that is computed in bfloat16.
+enum SlipArithmetic : int32_t { SLIP_EXACT = 0, SLIP_INT8 = 1, SLIP_INT16 = 2, SLIP_ROUNDED = 3 };
 
 // y = x W^T + bias with W [n, k]; n and k are the padded sizes (n to 16, k to 2), out_n the real number of columns.
 // It is either in the model's dtype, and has panels, or quantised, and has parts, each of whole panels and ascending.

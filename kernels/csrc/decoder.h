@@ -45,7 +45,10 @@ inline void embed_row(const SlipLinear& table, int token, float* out) {
     while (part->first_panel > token / 16) --part;
     const int panel = token / 16 - part->first_panel;
     const auto* group = static_cast<const uint8_t*>(part->data) + panel / 4 * layout(part->form).group(table.k);
-    return unpack_column(part->form, group, panel % 4, token % 16, table.k, out);
+    unpack_column(part->form, group, panel % 4, token % 16, table.k, out);
+    if (table.arithmetic == SLIP_ROUNDED)
+      for (int k = 0; k < table.k; ++k) out[k] = D::widen(D::narrow(out[k]));
+    return;
   }
   constexpr int columns = 16 * kGroup;
   const auto* group = static_cast<const typename D::elem*>(table.panels) + static_cast<size_t>(token / columns) * columns * table.k;
@@ -218,7 +221,7 @@ inline void linear(Team& team, const SlipLinear& w, const float* x, int rows, fl
   if (w.num_parts) {
     std::vector<char> scratch(static_cast<size_t>(rows) * scratch_bytes(w.k));
     const Pass pass(team);
-    return project<F32, F32>(team, w, x, rows, scratch.data(), store);
+    return project<D, F32>(team, w, x, rows, scratch.data(), store);
   }
   const size_t count = static_cast<size_t>(rows) * w.k, whole = count / 16 * 16;
   std::vector<typename D::row> rounded(count + 16);

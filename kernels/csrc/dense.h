@@ -34,6 +34,9 @@ struct Bf16 {
   static xvec broadcast(const row* p) { return vset1(p->value); }
   static vec dot(vec acc, xvec x, wvec w) { return vfma(x, w, acc); }
   static void store(row* p, vec a) { vstore(&p->value, vround(a)); }
+  // Two neighbours along the reduction, of 16 columns, rounded: for `dot`, and as panels hold them.
+  static void rounded(vec even, vec odd, wvec (&out)[kParts]) { out[0] = vround(even), out[1] = vround(odd); }
+  static void store_rounded(elem* p, vec even, vec odd) { vstore_pairs(p, vround(even), vround(odd)); }
   static float widen(elem x) { return bf16_to_float(x); }
   static elem narrow(float x) { return bf16_of(x); }
 };

@@ -24,6 +24,7 @@ namespace slip::SLIP_ISA {
 #include "words_portable.h"
 #endif
 #include "packed.h"
+#include "rounded.h"
 #include "attention.h"
 #include "project.h"
 #include "decoder.h"

@@ -277,11 +277,10 @@ inline PackedRows packed_rows_of(int form, int rows) {
   }
 }
 
-// Y = X W^T, as matmul does for panels in the model's dtype.
-template <class Math, class Epilogue>
-inline void packed_matmul(Team& team, const SlipLinear& w, const Prepared& in, int rows, const Epilogue& epilogue) {
-  const int tiles = (rows + Math::kRows - 1) / Math::kRows;
-  const int low = rows / tiles, taller = rows % tiles;  // heights of tiles: low + 1 of the first ones, low of the others
+// Calls f(form, group, ahead, first, last, column) for panels first … last - 1 of every group of four, on the whole team: `column` is
+// the first one's place in the matrix, and `ahead` the group at which the thread will probably go on, if there is one.
+template <class F>
+inline void packed_groups(Team& team, const SlipLinear& w, const F& f) {
   int items = 0;
   for (int i = 0; i < w.num_parts; ++i) items += Split(team.size(), w.parts[i].panels).items();
   team.parallel(items, [&](int item) {
@@ -292,35 +291,50 @@ inline void packed_matmul(Team& team, const SlipLinear& w, const Prepared& in, i
       item -= own;
     }
     const Split split(team.size(), part->panels);
-    const PackedRows kernels[2] = {packed_rows_of<Math>(part->form, low), packed_rows_of<Math>(part->form, low + (taller > 0))};
     const size_t group_bytes = layout(part->form).group(w.k);
     const int end = split.begin(item + 1);
-    // Where this thread will probably go on: the next group of its item, or the item after those of the other threads.
+    // The next group of the item, or the item after those of the other threads.
     const int later = split.begin(std::min(item + team.size(), split.items()));
     const auto group_of = [&](int panel) { return static_cast<const uint8_t*>(part->data) + panel / 4 * group_bytes; };
     for (int panel = split.begin(item); panel < end;) {
       const int first = panel % 4, last = std::min(first + end - panel, 4);
-      const uint8_t* group = group_of(panel);
       const int next = panel + last - first < end ? panel + last - first : later;
-      const uint8_t* ahead = next < part->panels ? group_of(next) : nullptr;
-      for (int tile = 0, row = 0; tile < tiles; ++tile) {
-        const int height = low + (tile < taller);
-        alignas(64) float out[Math::kRows * 64];
-        kernels[tile < taller](group, tile ? nullptr : ahead, first, last, w.k / 32, in, row, out);  // the others find it in the cache
-        for (int r = 0; r < height; ++r, ++row) {
-          int p = first;
-          const int column = part->first_panel + panel - first;
-          for (; p + 2 <= last; p += 2) {
-            vec acc[2] = {vload(out + (r * 4 + p) * 16), vload(out + (r * 4 + p + 1) * 16)};
-            epilogue.template operator()<2>(row, column + p, acc);
-          }
-          for (; p < last; ++p) {
-            vec acc[1] = {vload(out + (r * 4 + p) * 16)};
-            epilogue.template operator()<1>(row, column + p, acc);
-          }
-        }
-      }
+      f(part->form, group_of(panel), next < part->panels ? group_of(next) : nullptr, first, last, part->first_panel + panel);
       panel += last - first;
+    }
+  });
+}
+
+// Hands on what rows from `row` on came to in panels first … last - 1 of a group, [height][4][16].
+template <class Epilogue>
+inline void finish_panels(const float* out, int row, int height, int first, int last, int column, const Epilogue& epilogue) {
+  for (int r = 0; r < height; ++r, ++row) {
+    int p = first;
+    for (; p + 2 <= last; p += 2) {
+      vec acc[2] = {vload(out + (r * 4 + p) * 16), vload(out + (r * 4 + p + 1) * 16)};
+      epilogue.template operator()<2>(row, column + p - first, acc);
+    }
+    for (; p < last; ++p) {
+      vec acc[1] = {vload(out + (r * 4 + p) * 16)};
+      epilogue.template operator()<1>(row, column + p - first, acc);
+    }
+  }
+}
+
+// Y = X W^T, as matmul does for panels in the model's dtype.
+template <class Math, class Epilogue>
+inline void packed_matmul(Team& team, const SlipLinear& w, const Prepared& in, int rows, const Epilogue& epilogue) {
+  const int tiles = (rows + Math::kRows - 1) / Math::kRows;
+  const int low = rows / tiles, taller = rows % tiles;  // heights of tiles: low + 1 of the first ones, low of the others
+  packed_groups(team, w, [&](int form, const uint8_t* group, const uint8_t* ahead, int first, int last, int column) {
+    const PackedRows kernels[2] = {packed_rows_of<Math>(form, low), packed_rows_of<Math>(form, low + (taller > 0))};
+    for (int tile = 0, row = 0; tile < tiles; ++tile) {
+      const int height = low + (tile < taller);
+      alignas(64) float out[Math::kRows * 64];
+      // The others find it in the cache.
+      kernels[tile < taller](group, tile ? nullptr : ahead, first, last, w.k / 32, in, row, out);
+      finish_panels(out, row, height, first, last, column, epilogue);
+      row += height;
     }
   });
 }

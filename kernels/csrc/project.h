@@ -14,6 +14,13 @@ template <class D, class X, class Epilogue>
 inline void project(Team& team, const SlipLinear& w, const typename X::row* x, int rows, void* scratch, const Epilogue& epilogue) {
   const size_t k = w.k;
   if constexpr (std::is_same_v<X, F32>) {
+    if constexpr (D::kPair == 2) {
+      if (w.num_parts && w.arithmetic == SLIP_ROUNDED) {
+        auto* rounded = static_cast<typename D::row*>(scratch);
+        round_rows<D>(team, x, rows, k, rounded);
+        return rounded_matmul<D>(team, w, rounded, rows, epilogue);
+      }
+    }
     if (w.num_parts) {
       const Prepared in = prepare(team, w, x, rows, scratch);
       if (w.arithmetic == SLIP_EXACT) return packed_matmul<Exact>(team, w, in, rows, epilogue);

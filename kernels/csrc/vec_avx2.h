@@ -116,5 +116,11 @@ inline __m256 round8(__m256 a) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_blendv_epi8(nearest, quiet, none), high));
 }
 inline vec vround(vec a) { return {round8(a.lo), round8(a.hi)}; }
+// 16 pairs of numbers that are rounded already.
+inline void vstore_pairs(uint16_t* p, vec first, vec second) {
+  const auto pairs = [](__m256 a, __m256 b) { return _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(a), 16), _mm256_castps_si256(b)); };
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p), pairs(first.lo, second.lo));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p) + 1, pairs(first.hi, second.hi));
+}
 
 }  // namespace slip::avx2

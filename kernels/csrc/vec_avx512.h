@@ -78,5 +78,9 @@ inline vec vround(vec a) {
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet), high));
 }
+// 16 pairs of numbers that are rounded already.
+inline void vstore_pairs(uint16_t* p, vec first, vec second) {
+  _mm512_store_si512(p, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16), _mm512_castps_si512(second)));
+}
 
 }  // namespace slip::SLIP_ISA

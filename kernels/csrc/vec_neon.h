@@ -103,5 +103,12 @@ inline float32x4_t round4(float32x4_t a) {
   return vreinterpretq_f32_u32(vandq_u32(vbslq_u32(vceqq_f32(a, a), nearest, quiet), vdupq_n_u32(0xffff0000u)));
 }
 inline vec vround(vec a) { return each([&](int i) { return round4(a.q[i]); }); }
+// 16 pairs of numbers that are rounded already.
+inline void vstore_pairs(uint16_t* p, vec first, vec second) {
+  for (int i = 0; i < 4; ++i) {
+    const uint32x4_t low = vshrq_n_u32(vreinterpretq_u32_f32(first.q[i]), 16);
+    vst1q_u16(p + 8 * i, vreinterpretq_u16_u32(vorrq_u32(low, vreinterpretq_u32_f32(second.q[i]))));
+  }
+}
 
 }  // namespace slip::neon

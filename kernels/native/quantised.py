@@ -15,7 +15,7 @@ from slipstream.kernels.native.library import CLinear, CPart, address, load
 from slipstream.kernels.native.weight import PANEL, Forms, PackedWeight, PanelWeight, panels_elems
 from slipstream.kernels.stored import Stored
 
-ARITHMETIC_CODES: dict[Arithmetic, int] = {"exact": 0, "int8": 1, "int16": 2}
+ARITHMETIC_CODES: dict[Arithmetic, int] = {"exact": 0, "int8": 1, "int16": 2, "bfloat16": 3}
 ALIGNMENT = 64
 ARENA_BYTES = 32 << 20
 ROWS_AT_ONCE = 512

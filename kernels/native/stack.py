@@ -167,6 +167,8 @@ class NativeStack:
 
 FAST_IN_BYTES = ("avx2", "avx512", "avx512vnni", "avx512bf16")
 """Instruction sets with which products of bytes were measured to be faster than of other numbers."""
+FAST_AT_ROUNDING = ("avx512bf16",)
+"""Those with which blocks that are rounded to bfloat16 in registers were measured to be faster than weights in it."""
 
 
 class NativeCompute(Compute):
@@ -174,6 +176,10 @@ class NativeCompute(Compute):
     _stored: ClassVar[type[StoredWeight]] = StoredWeight
     is_batch_invariant = can_be_batch_invariant = True
     is_fast_in_bfloat16 = True
+
+    @classmethod
+    def rounds_fast(cls) -> bool:
+        return isa() in FAST_AT_ROUNDING
 
     def __init__(self, formats: Formats, device: torch.device) -> None:
         known = PACKED if formats.weights == PACKED else formats.numbers
@@ -223,7 +229,8 @@ class NativeCompute(Compute):
 
     def take_forms(self, part: Weight | LayerWeights, forms: Hashable) -> None:
         assert isinstance(part, PanelWeight | NativeLayer)
-        part.take_forms(cast(Any, forms))
+        if self.formats.arithmetic != "bfloat16":  # else blocks are only how numbers of bfloat16 came
+            part.take_forms(cast(Any, forms))
 
     def widen(self, part: Weight | LayerWeights, name: str) -> None:
         if isinstance(part, NativeLayer):

@@ -21,6 +21,7 @@ from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
 from slipstream.engine.testing_gguf import PACKED_TYPES, write_gguf
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.native.library import isa
+from slipstream.kernels.native.stack import NativeCompute
 from slipstream.kernels.triton import launch
 
 pytestmark = pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
@@ -89,7 +90,7 @@ def test_an_engine_tells_how_weights_are_kept_and_what_they_take(file: Path, tmp
     dense.close()
 
 
-def test_it_is_said_why_weights_are_kept_so(file: Path, tmp_path: Path) -> None:
+def test_it_is_said_why_weights_are_kept_so(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(model: Path, **fields: Any) -> tuple[str, str]:
         config = options(model, **({"dtype": "auto"} | fields))
         loaded = load_model(config)
@@ -100,10 +101,40 @@ def test_it_is_said_why_weights_are_kept_so(file: Path, tmp_path: Path) -> None:
     assert form.startswith("packed (") and form.endswith(f"), {weight_formats.ARITHMETIC}")
     assert because == "--weights packed"
     assert chosen(file, weights="bfloat16") == ("bfloat16", "--weights bfloat16")
+    monkeypatch.setattr(NativeCompute, "rounds_fast", lambda: False)
     assert "--weights packed reads less" in chosen(file)[1]
+    assert chosen(file, packed_arithmetic="int8")[1] == "--packed-arithmetic int8"
+    monkeypatch.setattr(NativeCompute, "rounds_fast", lambda: True)
+    form, because = chosen(file)
+    assert form.startswith("packed (") and form.endswith("), bfloat16") and "read faster" in because
+    assert chosen(file, dtype="float32") == (
+        "float32",
+        "the number format of --dtype; --weights packed reads less per step",
+    )
     numbers = write_policy(tmp_path / "0", policy(0))
     for found in (chosen(file, kernels="torch"), chosen(numbers)):
         assert found[1] == "the number format of --dtype"
+
+
+def test_rounded_in_registers_they_are_weights_in_bfloat16_to_the_bit_also_after_updates(file: Path) -> None:
+    sent = {name: tensor for name, tensor in policy(1).items() if "q_proj" in name or "down" in name or "1.mlp" in name}
+    ways = ({"weights": "bfloat16"}, {"weights": "packed", "packed_arithmetic": "bfloat16"})
+    engines = [LocalEngine(options(file, dtype="bfloat16", **way)) for way in ways]
+    logprobs = SamplingParams(max_tokens=8, temperature=0.0, logprobs=3)
+
+    def told(local: LocalEngine) -> list[Any]:
+        return [[delta.logprobs for delta in done.deltas] for done in local.generate(PROMPTS, logprobs)]
+
+    for version in (0, 1, 2):
+        if version:
+            parts = sent if version == 1 else policy(2)  # some of a fused matrix, then all of them
+            for local in engines:
+                local.operate(BeginTargetUpdate(version, "recompute"), FillTarget(version, save(parts)))
+                local.operate(FinishTargetUpdate(version, keep_rest=version == 1))
+        dense, rounded = map(told, engines)
+        assert dense == rounded, f"version {version}"
+    for local in engines:
+        local.close()
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", "int16", "int8"])

@@ -121,7 +121,23 @@ def test_products_are_those_of_the_numbers(
     assert (weight(x).double() - (taken @ matrix.T + offset)).abs().max() < 2e-6 * scale
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@settings(max_examples=80)
+@given(kind=st.sampled_from(KINDS), n=st.integers(1, 200), k=st.integers(1, 600), rows=st.integers(1, 40))
+def test_rounded_where_they_are_used_they_give_the_bits_of_weights_in_bfloat16(
+    isa: str, kind: str, n: int, k: int, rows: int
+) -> None:
+    stored = random_blocks(kind, n, k, seed=n)
+    kept = PackedWeight(*stored.shape, BF16, bias=True)
+    kept.fill(torch.from_numpy(dequantised(stored)))
+    weight = packed(stored, "bfloat16", bias=True)
+    offset = torch.randn(n)
+    for each in (kept, weight):
+        each.fill_bias(offset)
+    x = torch.randn(rows, stored.shape[1])
+    assert same_bits(weight(x), kept(x))
+
+
+@pytest.mark.parametrize("arithmetic", [*ARITHMETIC, "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa: str, kind: str, arithmetic: Arithmetic) -> None:
     weight = packed(random_blocks(kind, 176, 512), arithmetic)
@@ -131,7 +147,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa: str, kind: str, ari
         assert torch.equal(weight(x[:rows]), alone[:rows])
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("arithmetic", [*ARITHMETIC, "bfloat16"])
 def test_what_is_not_finite_is_not_finite_afterwards(isa: str, arithmetic: Arithmetic) -> None:
     weight = packed(random_blocks("Q4_1", 48, 64), arithmetic)
     for bad in (float("nan"), float("inf"), -float("inf")):

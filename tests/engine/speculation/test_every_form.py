@@ -28,6 +28,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "float32": {"weights": "float32", "dtype": "float32"},
     "bfloat16": {"weights": "bfloat16", "dtype": "bfloat16"},
     "exact": {"weights": "packed", "packed_arithmetic": "exact", "dtype": "bfloat16"},
+    "rounded": {"weights": "packed", "packed_arithmetic": "bfloat16", "dtype": "bfloat16"},
     "int16": {"weights": "packed", "packed_arithmetic": "int16", "dtype": "bfloat16"},
     "int8": {"weights": "packed", "packed_arithmetic": "int8", "dtype": "bfloat16"},
 }

@@ -1,0 +1,181 @@
+// Rows times quantised panels whose numbers are rounded to bfloat16 where they are used: what comes out has the bits that it has
+// with weights that were kept in bfloat16. Included once per instruction set, inside its namespace, after packed.h.
+//
+// For few rows numbers stay in registers. For more of them a group of panels is laid out as a matrix in bfloat16 has it, in a
+// core's own cache, and what multiplies such matrices goes on from there.
+
+constexpr int kRoundedRows = 6;  // as many share what was rounded in registers
+
+constexpr int rounded_panels(int rows) { return kExactRows == 1 ? 1 : rows <= 2 ? 4 : 2; }
+
+// Which field of a word has input i of eight.
+constexpr int input_field(int i) { return i < 4 ? 2 * i : 2 * (i - 4) + 1; }
+
+// Calls f(i, even, odd) for inputs 2 i and 2 i + 1 of block b, in their order.
+template <int Form, class F>
+[[gnu::always_inline]] inline void widen_block(const uint8_t* group, int b, int panel, const F& f) {
+  constexpr Layout l = layout(Form);
+  const Block<Form> block(group, b, panel);
+  const uint8_t* at = group + l.words_at(b, panel);
+  constexpr int parts = l.sixteen ? 2 : 1, words_each = l.bits / parts;
+  unrolled<parts>([&]<int Part>() {
+    const vec scale = block.scale(Part);
+    vec minimum = vzero();
+    if constexpr (l.minimum != Minimum::kNone) minimum = block.minimum(scale);
+    const auto number = [&](vec v, vec by) {
+      if constexpr (l.minimum == Minimum::kNone) return vmul(v, by);
+      else return vfma(v, by, minimum);
+    };
+    if constexpr (l.bits == 4) {
+      // Half bytes that are masked where they are in the word are so many times 16 too large.
+      const vec by[8] = {scale,
+                         vmul(scale, vset1(0x1p-4f)),
+                         vmul(scale, vset1(0x1p-8f)),
+                         vmul(scale, vset1(0x1p-12f)),
+                         vmul(scale, vset1(0x1p-16f)),
+                         vmul(scale, vset1(0x1p-20f)),
+                         vmul(scale, vset1(0x1p-24f)),
+                         scale};
+#pragma GCC unroll 1
+      for (int word = 0; word < words_each; ++word) {
+        const words w = load_words(at + word * 64);
+        unrolled<4>([&]<int Pair>() {
+          constexpr int even = input_field(2 * Pair), odd = input_field(2 * Pair + 1);
+          f(word * 4 + Pair, number(half_byte<even>(w), by[even]), number(half_byte<odd>(w), by[odd]));
+        });
+      }
+    } else {
+#pragma GCC unroll 1
+      for (int word = Part * words_each; word < (Part + 1) * words_each; ++word) {
+        const words w = load_words(at + word * 64);
+        unrolled<2>([&]<int Pair>() {
+          f(word * 2 + Pair, number(signed_byte<2 * Pair>(w), scale), number(signed_byte<2 * Pair + 1>(w), scale));
+        });
+      }
+    }
+  });
+}
+
+// R rows of x times P panels of a group, into out [R][4][16]. Asks for the same panels of the group at `ahead` meanwhile.
+template <int Form, class D, int R, int P>
+inline void rounded_tile(const uint8_t* group, const uint8_t* ahead, int panel, int blocks, const typename D::row* x, size_t ldx,
+                         float* out) {
+  constexpr Layout l = layout(Form);
+  vec total[R][P];
+  clear(total);
+  for (int b = 0; b < blocks; ++b) {
+    if (ahead) {
+#pragma GCC unroll 16
+      for (int line = 0; line < P * (l.words() + l.side()); line += 64)
+        __builtin_prefetch(ahead + l.block_at(b) + panel * (l.words() + l.side()) + line, 0, 3);
+    }
+    const typename D::row* from = x + 32 * static_cast<size_t>(b);
+    unrolled<P>([&]<int I>() {
+      widen_block<Form>(group, b, panel + I, [&](int pair, vec even, vec odd) __attribute__((always_inline)) {
+        typename D::wvec w[D::kParts];
+        D::rounded(even, odd, w);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int part = 0; part < D::kParts; ++part)
+            total[r][I] = D::dot(total[r][I], D::broadcast(from + r * ldx + 2 * pair + part), w[part]);
+      });
+    });
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) vstore(out + (r * 4 + panel + p) * 16, total[r][p]);
+}
+
+// The same for panels first … last - 1 of a group, and all rows.
+template <int Form, class D, int R>
+static void rounded_rows(const uint8_t* group, const uint8_t* ahead, int first, int last, int blocks, const typename D::row* x,
+                         size_t ldx, float* out) {
+  constexpr int P = rounded_panels(R);
+  int panel = first;
+  for (; panel + P <= last; panel += P) rounded_tile<Form, D, R, P>(group, ahead, panel, blocks, x, ldx, out);
+  if constexpr (P > 1)
+    for (; panel < last; ++panel) rounded_tile<Form, D, R, 1>(group, ahead, panel, blocks, x, ldx, out);
+}
+
+// Panels first … last - 1 of a group as a matrix in D has them: [k / 2][4][16][2].
+template <int Form, class D>
+static void lay_out_group(const uint8_t* group, int first, int last, int blocks, typename D::elem* out) {
+  for (int b = 0; b < blocks; ++b)
+    for (int panel = first; panel < last; ++panel)
+      widen_block<Form>(group, b, panel, [&](int pair, vec even, vec odd) __attribute__((always_inline)) {
+        D::store_rounded(out + (static_cast<size_t>(16 * b + pair) * kGroup + panel) * 32, even, odd);
+      });
+}
+
+// Calls f.operator()<form>().
+template <class F>
+inline void of_form(int form, const F& f) {
+  switch (form) {
+    case kFourCentred: return f.template operator()<kFourCentred>();
+    case kFour: return f.template operator()<kFour>();
+    case kEight: return f.template operator()<kEight>();
+    case kEightMinimum: return f.template operator()<kEightMinimum>();
+    case kFourSuper: return f.template operator()<kFourSuper>();
+    case kEightSuper: return f.template operator()<kEightSuper>();
+    default: return f.template operator()<kEightSixteen>();
+  }
+}
+
+// A thread's room for one group that was laid out.
+template <class D>
+inline typename D::elem* room_for_group(int k) {
+  static thread_local std::vector<typename D::elem> room;
+  constexpr size_t kLine = 64 / sizeof(typename D::elem);
+  room.resize(static_cast<size_t>(k) * kGroup * 16 + kLine);
+  const auto begin = reinterpret_cast<uintptr_t>(room.data());
+  return room.data() + ((begin + 63) / 64 * 64 - begin) / sizeof(typename D::elem);
+}
+
+// P panels from `first` on, laid out, times all rows; asks for memory from `ahead` to `end` meanwhile.
+template <class D, int P, class Epilogue>
+inline void laid_out_panels(const typename D::row* x, size_t ldx, int rows, const typename D::elem* first, int k, int column,
+                            const char* ahead, const char* end, const Epilogue& epilogue) {
+  const typename D::elem* panels[P];
+  for (int p = 0; p < P; ++p) panels[p] = first + p * 32;
+  const int steps = k / 2;
+  vec acc[kMaxRows][P];
+  for_row_tiles(rows, [&]<int R>(int row) {
+    constexpr int W = std::min(tile_panels(R), P);
+    if (P == kGroup && ahead < end) {
+      row_tile<D, R, P, 1, false>(x + row * ldx, ldx, panels, steps, ahead, acc);
+      ahead += static_cast<size_t>(P / W) * steps * 64;
+    } else {
+      row_tile<D, R, P, 0, false>(x + row * ldx, ldx, panels, steps, nullptr, acc);
+    }
+    finish_rows(row, row + R, column, acc, epilogue);
+  });
+}
+
+// Y = X W^T, to the bit as matmul does for the same numbers in bfloat16.
+template <class D, class Epilogue>
+inline void rounded_matmul(Team& team, const SlipLinear& w, const typename D::row* x, int rows, const Epilogue& epilogue) {
+  const int blocks = w.k / 32;
+  const size_t ldx = w.k;
+  packed_groups(team, w, [&](int form, const uint8_t* group, const uint8_t* ahead, int first, int last, int column) {
+    if (rows <= kRoundedRows) {
+      alignas(64) float out[kRoundedRows * 64];
+      of_form(form, [&]<int Form>() {
+        tile_of<kRoundedRows>(rows, 0, [&]<int R>(int) { rounded_rows<Form, D, R>(group, ahead, first, last, blocks, x, ldx, out); });
+      });
+      return finish_panels(out, 0, rows, first, last, column, epilogue);
+    }
+    typename D::elem* laid_out = room_for_group<D>(w.k);
+    of_form(form, [&]<int Form>() { lay_out_group<Form, D>(group, first, last, blocks, laid_out); });
+    const char* from = reinterpret_cast<const char*>(ahead);
+    const char* end = from ? from + layout(form).group(w.k) : nullptr;
+    int p = first;
+    if (last - first == kGroup)
+      return laid_out_panels<D, kGroup>(x, ldx, rows, laid_out, w.k, column, from, end, epilogue);
+    for (; p + 2 <= last; p += 2)
+      laid_out_panels<D, 2>(x, ldx, rows, laid_out + p * 32, w.k, column + p - first, nullptr, nullptr, epilogue);
+    for (; p < last; ++p)
+      laid_out_panels<D, 1>(x, ldx, rows, laid_out + p * 32, w.k, column + p - first, nullptr, nullptr, epilogue);
+  });
+}
