@@ -121,6 +121,12 @@ class Request:
         self.num_shown = self.num_computed
         """Positions that costly drafters have looked at, or never will: the prefix cache had them."""
 
+    @property
+    def tells_of_prompt(self) -> bool:
+        """Whether it is collecting what it is to tell of its prompt: an embedding, or log-probabilities."""
+        params = self.message.params
+        return not self.told_first and bool(params.pooling or params.prompt_logprobs is not None)
+
     def pool(self, states: Float64) -> None:
         """Takes in what a step computed for its embedding."""
         self.pooled = states if self.pooled is None else self.pooled + states

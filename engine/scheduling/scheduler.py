@@ -139,8 +139,9 @@ class Scheduler:
     def use_target(self, version: int, mode: UpdateMode) -> None:
         """The target computes with other weights from now on; called with no step under way."""
         self.interrupt(mode)
-        self.target_version = version
-        self._weights += 1
+        for request in [each for each in self._running if each.tells_of_prompt]:
+            self._requeue(request)  # else what it tells would be of both weights, whatever the mode
+        self.target_version, self._weights = version, self._weights + 1
         self.kv.reset()
 
     def interrupt(self, mode: PauseMode | UpdateMode) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
-from pydantic.functional_validators import AfterValidator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from slipstream.engine.messages import LogprobsMode
 from slipstream.engine.validation import BIAS_RANGE, RANGES
@@ -50,6 +50,11 @@ def in_range(field: str) -> Any:
     """A number in the range of the sampling parameter of this name."""
     low, high = RANGES[field]
     return Field(None, ge=low, le=high)
+
+
+def truth_of(value: Any) -> Any:
+    """0 and 1 for false and true, as vLLM takes them, whose clients send them where completions want a number."""
+    return bool(value) if type(value) is int and value in (0, 1) else value
 
 
 def kind_of_stop(value: Any) -> str:
@@ -269,7 +274,7 @@ class TemplateBody(ToolFields):
 
 class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
     max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
+    logprobs: Annotated[bool | None, BeforeValidator(truth_of, bool | Literal[0, 1] | None)] = None
     top_logprobs: int | None = Field(None, ge=-1, lt=2**31)
 
     # Refused unless off.

@@ -143,3 +143,18 @@ def test_forms_of_prompts(prompt: Any, kind: type) -> None:
     body = parse(CompletionBody, json.dumps({"prompt": prompt}).encode(), "error")
     assert body.prompt == prompt
     assert isinstance(body.prompt, kind)
+
+
+@pytest.mark.parametrize(("sent", "found"), [(True, True), (1, True), (0, False), (False, False), (None, None)])
+def test_log_probabilities_of_a_chat_may_be_asked_for_by_number(sent: Any, found: bool | None) -> None:
+    """Agent-lightning asks with 1 for those of chats, too."""
+    data = {"messages": [{"role": "user", "content": "Hello"}], "logprobs": sent}
+    body = parse(ChatBody, json.dumps(data).encode(), "error")
+    assert isinstance(body, ChatBody) and body.logprobs is found
+
+
+@pytest.mark.parametrize("sent", [2, -1, 1.0, "true"])
+def test_log_probabilities_of_a_chat_are_asked_for_by_nothing_else(sent: Any) -> None:
+    data = {"messages": [{"role": "user", "content": "Hello"}], "logprobs": sent}
+    with pytest.raises(InvalidRequestError, match="logprobs"):
+        parse(ChatBody, json.dumps(data).encode(), "error")
