@@ -290,7 +290,7 @@ class Generation:
         self.timeout_s: float | None = None
         """How long its sender would wait for it."""
         self.name = name
-        self._rollout = rollout
+        self.rollout = rollout
         self._request_id = request_id or name
         self._opened = ExitStack()
         self.arrival = arrival
@@ -333,7 +333,7 @@ class Generation:
         for sequence in self.sequences:
             if sequence.id:
                 self._opened.enter_context(opened([sequence.request.request_id], [sequence.id]))
-        if (rollout := self._rollout) is not None:
+        if (rollout := self.rollout) is not None:
             name = self.sequences[0].request.tenant, rollout.group or self._request_id
             members = {f"{self._request_id}-{each.index}": each for each in self.sequences}
             numbers = {member: each.request.request_id for member, each in members.items()}

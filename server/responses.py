@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from slipstream.server.deadline import DEADLINE, LIMIT_S, TOO_LONG, shortest
-from slipstream.server.errors import ApiError, TimedOutError
+from slipstream.server.errors import ApiError, TimedOutError, UnavailableError
 from slipstream.server.gate import send_error
 from slipstream.server.generation import Generation, Piece, Sequence
 from slipstream.server.service import Service
@@ -47,6 +47,12 @@ class Writer(Protocol):
 def error_event(error: ApiError) -> bytes:
     """The end of a stream that failed, as most dialects have it."""
     return b"data: " + error.body() + b"\n\n" + DONE
+
+
+def require_whole(sequences: list[Sequence]) -> None:
+    """Raises UnavailableError if one was aborted: for who can ask again, and has no use for a beginning."""
+    if any(sequence.finish_reason == "abort" for sequence in sequences):
+        raise UnavailableError("the request was aborted before it was computed", code="aborted", retry_after_s=1)
 
 
 class GenerationResponse(Response):
@@ -112,7 +118,10 @@ class GenerationResponse(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _send_body(self, send: Send) -> None:
-        body = self._writer.body(await self._generation.collect())
+        answers = await self._generation.collect()
+        if self._generation.account.is_offline and self._generation.rollout is None:
+            require_whole(self._generation.sequences)
+        body = self._writer.body(answers)
         self._started = True
         length = (b"content-length", str(len(body)).encode())
         await send({"type": "http.response.start", "status": 200, "headers": [*JSON, length]})

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from slipstream.engine.messages import SamplingParams
 from slipstream.server.deadline import LIMIT_S
-from slipstream.server.errors import InvalidRequestError, UnavailableError
+from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generating import (
     GenerationRequest,
     fit_context,
@@ -27,7 +27,7 @@ from slipstream.server.generation import OutputOptions, Sequence
 from slipstream.server.openai.schema import EmbeddingsBody
 from slipstream.server.prepared import Prepared
 from slipstream.server.principal import principal_of
-from slipstream.server.responses import LargeResponse, cancelled_on_disconnect
+from slipstream.server.responses import LargeResponse, cancelled_on_disconnect, require_whole
 from slipstream.server.service import Service
 
 encode = msgspec.json.Encoder().encode
@@ -67,12 +67,6 @@ async def embed(service: Service, request: Request) -> Response:
                 await asyncio.sleep(0)  # others have their turn
         return LargeResponse(service, answer(model, vectors, sum(map(len, prompts))))
     raise ClientDisconnect
-
-
-def require_whole(sequences: list[Sequence]) -> None:
-    """Raises UnavailableError if one was aborted: unlike the beginning of a text, that of a vector is none."""
-    if any(sequence.finish_reason == "abort" for sequence in sequences):
-        raise UnavailableError("the request was aborted before it was computed", code="aborted", retry_after_s=1)
 
 
 def described(sequence: Sequence, body: EmbeddingsBody) -> dict[str, Any]:
