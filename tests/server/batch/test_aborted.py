@@ -23,7 +23,7 @@ LINES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("url", "way"), zip(LINES, ("abort", "sleep", "abort"), strict=True))
+@pytest.mark.parametrize(("url", "way"), [*zip(LINES, ("abort", "sleep", "abort"), strict=True)])
 def test_it_is_asked_again(
     start_local: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, way: str
 ) -> None:
