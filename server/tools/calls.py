@@ -128,10 +128,11 @@ class CallParser(StepParser):
     def _call(self) -> bool:
         """In an object that calls a tool, or in the arguments that stand for it."""
         scanner = self._scanner
-        count = scanner.push(self._text)
+        text, self._text = self._text, scanner.push(self._text)
         if not self._is_told:
-            self._raw.append(self._text[:count])
-        self._text = self._text[count:]
+            self._raw.append(text)
+            if self._text:
+                self._raw = ["".join(self._raw)[: -len(self._text)]]
         if scanner.is_done or scanner.has_begun:
             self._tell_call()
         if scanner.is_wrong and not self._is_told:

@@ -56,11 +56,11 @@ class LiteralScanner(Scanner):
     def has_begun(self) -> bool:
         return self.name is not None and (self._has_members[0] or self.is_done)
 
-    def push(self, text: str) -> int:
+    def push(self, text: str) -> str:
         self._rest += text
         while self._rest and not (self.is_done or self.is_wrong) and self._step():
             pass
-        return len(text) - (len(self._rest) if self.is_done or self.is_wrong else 0)
+        return self._rest if self.is_done or self.is_wrong else ""
 
     # Each of these digests some of the text; False when more has to come first.
 

@@ -42,8 +42,11 @@ class Scanner(ABC):
         return self.is_done
 
     @abstractmethod
-    def push(self, text: str) -> int:
-        """Takes characters up to the end of the call, or to where it turns out to be wrong; how many."""
+    def push(self, text: str) -> str:
+        """Takes text up to the end of the call, or to where it turns out to be wrong; what it leaves.
+
+        That may begin with the end of pieces before, which could have become more of the call.
+        """
 
     def take(self) -> str:
         """What of the arguments, as JSON text, has come since it was asked last."""
@@ -110,7 +113,7 @@ class CallScanner(Scanner):
     def is_whole(self) -> bool:
         return self.name is not None and self._has_arguments
 
-    def push(self, text: str) -> int:
+    def push(self, text: str) -> str:
         at = 0
         while at < len(text) and not (self.is_done or self.is_wrong):
             if self.is_whole and not text[at].isspace() and text[at] not in ",}":
@@ -122,7 +125,7 @@ class CallScanner(Scanner):
                 at += 1
             else:
                 at = self._take(text, at)
-        return at
+        return text[at:]
 
     def _take(self, text: str, at: int) -> int:
         """Takes text up to the next sign, and the sign; where it ends."""
@@ -207,7 +210,7 @@ class FramedScanner(Scanner):
     def has_begun(self) -> bool:
         return self.name is not None
 
-    def push(self, text: str) -> int:
+    def push(self, text: str) -> str:
         at = 0
         if self.name is None:
             at = self._read_header(text)
@@ -216,7 +219,7 @@ class FramedScanner(Scanner):
             at, _ = self._signs.next(text, at)
             self.is_done = self._signs.depth == 0
         self._new.append(text[first:at])
-        return at
+        return text[at:]
 
     def _read_header(self, text: str) -> int:
         at = 0

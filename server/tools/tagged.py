@@ -185,11 +185,11 @@ class TaggedScanner(Scanner):
     def has_begun(self) -> bool:
         return self._num_arguments >= 0
 
-    def push(self, text: str) -> int:
+    def push(self, text: str) -> str:
         self._rest += text
         while not (self.is_done or self.is_wrong) and self._step():
             pass
-        return len(text) - (len(self._rest) if self.is_done or self.is_wrong else 0)
+        return self._rest if self.is_done or self.is_wrong else ""
 
     # Each of these digests some of the text; False when more has to come first.
 

@@ -149,6 +149,16 @@ def test_calls_as_models_write_them(form: str, text: str, content: str, calls: l
     assert all(json.loads(arguments) for _, arguments in calls)
 
 
+def test_a_call_behind_one_that_breaks_off_is_found_however_it_comes() -> None:
+    """Its first character could have begun a value of the one before."""
+    for form, broken in (("functiongemma", "call:add{a:"), ("gemma4", "call:add{a:")):
+        [text] = [text for name, text, _, calls in CASES if name == form and calls == BOTH]
+        text = FORMATS[form].begin + broken + text
+        found = parse(speech(form), text)
+        assert [name for name, _ in found[2]][-2:] == ["get_weather", "add"]
+        assert parse(speech(form), text, list(range(len(text)))) == found
+
+
 pieces = st.sampled_from(
     [
         *"()='\",:[]{} \n1",
