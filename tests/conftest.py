@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 # Before torch is imported. The models of tests are not worth a second thread, and on a busy machine two that wait for
 # each other are far slower than one. Processes that tests start inherit it.
@@ -28,6 +29,17 @@ settings.register_profile(
 )
 settings.register_profile("anew", settings.get_profile("fixed"), derandomize=False)
 settings.load_profile("fixed")
+constants_of_modules = providers._get_local_constants
+
+
+def constants() -> providers.Constants:
+    """Some examples are made of constants of our modules: of those that are imported by then, which is another matter
+    in each order of files. So only new examples are.
+    """
+    return providers.Constants() if settings.default.derandomize else constants_of_modules()  # type: ignore[union-attr]
+
+
+providers._get_local_constants = constants
 
 
 @pytest.fixture(scope="session", autouse=True)
