@@ -23,6 +23,7 @@ from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.launch import make_service
 from slipstream.server.testing import start_in_thread, write_tiny_lora
 from tests.server.sglang.calls import flattened, shared
+from tests.server.under_way import slow_steps
 
 PROMPT = [504, 2365, 6354, 16438]
 MESSAGES = [{"role": "user", "content": "Say something."}]
@@ -193,7 +194,7 @@ def test_routers_see_which_are_in_use(server: Any) -> None:
     with server.suspended(), server.send("/v1/completions", REQUESTS["/v1/completions"] | {"model": "first"}):
         server.wait_until(lambda: shown("", "first"))
     server.wait_until(lambda: shown("", ""))
-    with server.open_stream(model="first"):
+    with slow_steps(), server.open_stream(model="first"):
         server.wait_until(lambda: shown("first", ""))
 
 
@@ -272,7 +273,7 @@ def test_one_more_takes_the_place_of_what_nobody_uses(start_local: Callable[...,
     assert send(server, LOAD, lora_name="c", lora_path=str(folders[2]))[0] == 200
     assert names() == ["first", "a", "c"], "that which was named longest ago has left"
     assert server.post("/v1/completions", {"prompt": PROMPT, "model": "b"})[0] == 404
-    with server.open_stream(model="a"):
+    with slow_steps(), server.open_stream(model="a"):
         server.wait_until(lambda: server.service.adapters._open)
         assert said(server, "c") != before
         assert send(server, LOAD, lora_name="nowhere", lora_path="/nowhere")[0] == 400

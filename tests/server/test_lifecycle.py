@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from slipstream.engine.operations import Pause, Resume
-from tests.server.under_way import stopped_engine
+from tests.server.under_way import slow_steps, stopped_engine
 
 CHAT = "/v1/chat/completions"
 COMPLETE = "/v1/completions"
@@ -99,7 +99,7 @@ def test_loading(start_tiny: Callable[..., Any]) -> None:
 def test_disconnect_of_a_stream_frees_its_blocks(server: Any) -> None:
     server.wait_until_idle()
     aborted = server.metric("request_success_total", finished_reason="abort")
-    with server.open_stream(), server.open_stream(n=3):
+    with slow_steps(), server.open_stream(), server.open_stream(n=3):
         server.wait_until(lambda: server.metric("num_requests_running") == 4)  # two wait for the prompt of the third
         assert server.metric("kv_blocks_used") > 0
     server.wait_until_idle()
@@ -108,14 +108,14 @@ def test_disconnect_of_a_stream_frees_its_blocks(server: Any) -> None:
 
 def test_disconnect_without_streaming_frees_its_blocks(server: Any) -> None:
     server.wait_until_idle()
-    with server.send(COMPLETE, LONG | {"n": 2}):
+    with slow_steps(), server.send(COMPLETE, LONG | {"n": 2}):
         server.wait_until(lambda: server.metric("num_requests_running") == 2)
     server.wait_until_idle()
 
 
 def test_overload(narrow: Any) -> None:
     rejected = narrow.metric("admission_rejections_total", reason="queue_full")
-    with contextlib.ExitStack() as stack:
+    with slow_steps(), contextlib.ExitStack() as stack:
         for _ in range(2):
             stack.enter_context(narrow.open_stream())
         for _ in range(2):

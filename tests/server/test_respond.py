@@ -21,6 +21,7 @@ from slipstream.server.respond.store import ResponseStore, Stored
 from slipstream.server.respond.writer import ResponseWriter
 from slipstream.server.text import load_tokenizer
 from slipstream.server.tools.answer import Speech
+from tests.server.under_way import slow_steps
 
 
 class City(BaseModel):
@@ -157,17 +158,17 @@ def test_in_the_background(server: Any) -> None:
         return now if now["status"] != "in_progress" else None
 
     assert server.wait_until(ended)["output"] == [{**ask(server)["output"][0], "id": ended()["output"][0]["id"]}]
-    endless = ask(server, background=True, max_output_tokens=server.long, chat_template_kwargs={})
-    status, cancelled = server.post(f"/v1/responses/{endless['id']}/cancel", {})
+    with slow_steps():
+        endless = ask(server, background=True, max_output_tokens=server.long, chat_template_kwargs={})
+        status, cancelled = server.post(f"/v1/responses/{endless['id']}/cancel", {})
     assert status == 200 and cancelled["status"] == "cancelled"
     assert server.post(f"/v1/responses/{endless['id']}/cancel", {})[1] == cancelled
     server.wait_until_idle()
 
 
 def test_a_stream_is_cancelled_from_elsewhere(server: Any, client: openai.OpenAI) -> None:
-    with client.responses.create(
-        model="tiny-model", input=QUESTION, max_output_tokens=server.long, stream=True
-    ) as stream:
+    asked: Any = {"model": "tiny-model", "input": QUESTION, "max_output_tokens": server.long}
+    with slow_steps(), client.responses.create(**asked, stream=True) as stream:
         first: Any = next(iter(stream))
         thread = threading.Thread(target=lambda: client.responses.cancel(first.response.id))
         thread.start()
@@ -178,9 +179,8 @@ def test_a_stream_is_cancelled_from_elsewhere(server: Any, client: openai.OpenAI
 
 
 def test_who_goes_away_leaves_nothing(server: Any, client: openai.OpenAI) -> None:
-    with client.responses.create(
-        model="tiny-model", input=QUESTION, max_output_tokens=server.long, stream=True
-    ) as stream:
+    asked: Any = {"model": "tiny-model", "input": QUESTION, "max_output_tokens": server.long}
+    with slow_steps(), client.responses.create(**asked, stream=True) as stream:
         first: Any = next(iter(stream))
         assert client.responses.retrieve(first.response.id).status == "in_progress"
     server.wait_until_idle()

@@ -13,6 +13,7 @@ import pytest
 from slipstream.engine import grammar
 from slipstream.engine.compiling import compile_grammar
 from slipstream.server.keys import digest
+from tests.server.under_way import slow_steps
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 ACME, GLOBEX, ROOT = "acme-key", "globex-key", "root-key"
@@ -181,7 +182,7 @@ def test_too_many_tokens_per_minute(shared: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_what_a_key_may_have_at_a_time(shared: Any) -> None:
     assert ask(shared, "narrow-key", n=2)[2]["error"]["param"] == "n"
-    with holding(shared, "narrow-key"), shared.open_stream():
+    with slow_steps(), holding(shared, "narrow-key"), shared.open_stream():
         status, headers, reply = ask(shared, "narrow-key")
         assert (status, reply["error"]["code"]) == (429, "rate_limit_exceeded")
         assert int(headers["retry-after"]) >= 1
@@ -192,7 +193,7 @@ def test_what_a_key_may_have_at_a_time(shared: Any) -> None:
 def test_nobody_fills_the_queue_for_others(shared: Any) -> None:
     shared.wait_until_idle()
     long = {"prompt": "Once upon a time", "max_tokens": 8000, "ignore_eos": True}
-    with contextlib.ExitStack() as stack:
+    with slow_steps(), contextlib.ExitStack() as stack:
         with holding(shared, ACME):
             for _ in range(4):
                 stack.enter_context(shared.send(COMPLETE, long))
@@ -207,7 +208,7 @@ def test_nobody_fills_the_queue_for_others(shared: Any) -> None:
 
 def test_groups_of_rollouts_are_those_of_the_tenant(shared: Any) -> None:
     body = {"prompt": "Once upon a time", "max_tokens": 8000, "ignore_eos": True, "request_id": "mine"}
-    with holding(shared, ACME), shared.send(COMPLETE, body | {"rollout": {"group": "g"}, "n": 2}):
+    with slow_steps(), holding(shared, ACME), shared.send(COMPLETE, body | {"rollout": {"group": "g"}, "n": 2}):
         shared.wait_until(lambda: shared.metric("num_requests_running") == 2)
         prune = {"group": "g", "scores": {"mine-0": 1.0, "mine-1": 0.0}, "keep": 1}
         assert ask(shared, GLOBEX, "/v1/rollouts/prune", **prune)[2] == {"pruned": []}
@@ -226,15 +227,18 @@ BY_NAME: dict[str, dict[str, Any]] = {
 def test_requests_of_one_name_end_each_by_itself(shared: Any) -> None:
     shared.wait_until_idle()
     named = {"request_id": "same", "n": 1}
-    with holding(shared, GLOBEX), shared.open_stream(max_tokens=2000, **named) as theirs:
-        with holding(shared, ACME), shared.open_stream(**named):
-            shared.wait_until(lambda: shared.metric("num_requests_running") == 2)
-            for path, body in BY_NAME.items():
-                assert ask(shared, ACME, path, **body)[0] == 403, "names of others are nobody's business"
-        shared.wait_until(lambda: shared.metric("num_requests_running") <= 1)  # that client has gone away
-        received = b""
-        while not received.endswith(b"0\r\n\r\n"):
-            chunk = theirs.recv(65536)
-            assert chunk, received[-300:]
-            received += chunk
+    with contextlib.ExitStack() as slowly:
+        slowly.enter_context(slow_steps())
+        with holding(shared, GLOBEX), shared.open_stream(max_tokens=600, **named) as theirs:
+            with holding(shared, ACME), shared.open_stream(**named):
+                shared.wait_until(lambda: shared.metric("num_requests_running") == 2)
+                for path, body in BY_NAME.items():
+                    assert ask(shared, ACME, path, **body)[0] == 403, "names of others are nobody's business"
+            shared.wait_until(lambda: shared.metric("num_requests_running") <= 1)  # that client has gone away
+            slowly.close()
+            received = b""
+            while not received.endswith(b"0\r\n\r\n"):
+                chunk = theirs.recv(65536)
+                assert chunk, received[-300:]
+                received += chunk
     assert b'"finish_reason":"length"' in received and received.count(b"[DONE]") == 1

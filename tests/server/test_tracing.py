@@ -22,6 +22,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from slipstream.engine.errors import ConfigError
 from slipstream.server.tracing import Tracing
+from tests.server.under_way import slow_steps
 
 pytest.importorskip("opentelemetry.sdk.trace")
 
@@ -258,7 +259,7 @@ def test_a_profile_shows_what_steps_do(observed: Any) -> None:
     admin = {"authorization": ADMIN}
     assert ask(observed, "/debug/profile", {}, {"authorization": USER})[0] == 403
     assert ask(observed, "/debug/profile", {"steps": 0}, admin)[1]["error"]["param"] == "steps"
-    with observed.open_stream():
+    with slow_steps(), observed.open_stream():
         body = json.dumps({"steps": 3, "shapes": True}).encode()
         status, headers, reply = observed.request("POST", "/debug/profile", body, JSON | admin)
     assert status == 200 and int(headers["x-slipstream-steps"]) >= 3

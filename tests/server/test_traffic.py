@@ -89,7 +89,7 @@ def test_the_life_of_traffic(keeping: Any, folder: Path, start_tiny: Callable[..
     # A stop string ends the request like any other; a client that leaves, leaves nothing.
     stopped = ask(server, {}, [50, 51, 52], user="stopper", stop=["e"], max_tokens=200)[1]
     assert stopped["choices"][0]["stop_reason"] == "e"
-    with server.open_stream(user="leaver"):
+    with server.open_stream(user="leaver", max_tokens=30_000):  # however late it leaves
         pass
     server.wait_until_idle()
     wait_for(server, 4)

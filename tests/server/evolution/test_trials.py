@@ -206,8 +206,12 @@ def test_a_second_server_on_the_registry_follows_and_takes_over_when_the_first_e
     try:
         second.wait_until(lambda: second.routes() == {"": first.version})
         assert (server.metric("drafter_registry_in_control"), second.metric("drafter_registry_in_control")) == (1, 0)
-        worker = second.get("/admin/v1/status")[1]["evolution"]["worker"]["report"]
-        assert worker["state"] == "waiting" and "another server is in control" in worker["message"].lower()
+
+        def waits_for_the_other() -> bool:
+            found = second.get("/admin/v1/status")[1]["evolution"]["worker"]["report"] or {"state": "", "message": ""}
+            return found["state"] == "waiting" and "another server is in control" in found["message"].lower()
+
+        second.wait_until(waits_for_the_other)
         assert second.metric("evolution_worker_up") == 0
         tried = add(good, gate=PASSED, parent=first.version)
         server.wait_until(lambda: server.routes() == {"": first.version, "canary": tried.version})

@@ -105,27 +105,29 @@ def check_partial(server: Any, answer: Any) -> None:
 
 
 def test_an_aborted_request_answers_with_exactly_what_it_has_said(idle: Any) -> None:
-    one, other = Running(idle, rid="one"), Running(idle, rid="other")
-    wait_for(idle, 2)
-    wait_for_tokens(idle)
-    assert post(idle, "/abort_request", rid="o") == {"aborted": 0}, "no request is called so"
-    assert post(idle, "/abort_request", rid="") == post(idle, "/abort_request", rid="gone") == {"aborted": 0}
-    assert post(idle, "/abort_request", rid="one") == {"aborted": 1}
-    answer = one.answer()
-    assert answer["meta_info"]["id"] == "one" and other.is_alive
-    assert post(idle, "/abort_request", abort_all=True) == {"aborted": 1}
+    with slow_steps():
+        one, other = Running(idle, rid="one"), Running(idle, rid="other")
+        wait_for(idle, 2)
+        wait_for_tokens(idle)
+        assert post(idle, "/abort_request", rid="o") == {"aborted": 0}, "no request is called so"
+        assert post(idle, "/abort_request", rid="") == post(idle, "/abort_request", rid="gone") == {"aborted": 0}
+        assert post(idle, "/abort_request", rid="one") == {"aborted": 1}
+        answer = one.answer()
+        assert answer["meta_info"]["id"] == "one" and other.is_alive
+        assert post(idle, "/abort_request", abort_all=True) == {"aborted": 1}
     check_partial(idle, other.answer())
     check_partial(idle, answer)
 
 
 def test_a_batch_is_aborted_by_its_id_and_one_of_it_by_its_own(idle: Any) -> None:
-    batch = Running(idle, rid="b", sampling_params=LONG | {"n": 3})
-    wait_for(idle, 3)
-    wait_for_tokens(idle)
-    assert post(idle, "/abort_request", rid="b_1") == {"aborted": 1}
-    wait_for(idle, 2)
-    wait_for_tokens(idle)
-    assert batch.is_alive and post(idle, "/abort_request", rid="b")["aborted"] >= 2
+    with slow_steps():
+        batch = Running(idle, rid="b", sampling_params=LONG | {"n": 3})
+        wait_for(idle, 3)
+        wait_for_tokens(idle)
+        assert post(idle, "/abort_request", rid="b_1") == {"aborted": 1}
+        wait_for(idle, 2)
+        wait_for_tokens(idle)
+        assert batch.is_alive and post(idle, "/abort_request", rid="b")["aborted"] >= 2
     answers = batch.answer()
     assert [answer["meta_info"]["finish_reason"]["type"] for answer in answers] == ["abort"] * 3
     counts = [answer["meta_info"]["completion_tokens"] for answer in answers]
@@ -139,11 +141,12 @@ def test_aborted_streams_and_those_of_the_other_dialect(idle: Any) -> None:
     other: list[Any] = []
     completion = {"prompt": PROMPT, "max_tokens": 8000, "ignore_eos": True, "temperature": 1, "seed": 9}
     whole = threading.Thread(target=lambda: other.append(idle.post("/v1/completions", completion)))
-    for thread in (stream, whole):
-        thread.start()
-    wait_for(idle, 2)
-    wait_for_tokens(idle)
-    post(idle, "/abort_request", abort_all=True)
+    with slow_steps():
+        for thread in (stream, whole):
+            thread.start()
+        wait_for(idle, 2)
+        wait_for_tokens(idle)
+        post(idle, "/abort_request", abort_all=True)
     stream.join(300)
     whole.join(300)
     assert streamed[-1] == "[DONE]"
@@ -153,9 +156,10 @@ def test_aborted_streams_and_those_of_the_other_dialect(idle: Any) -> None:
 
 
 def test_waiting_requests_are_aborted_too(idle: Any) -> None:
-    requests = [Running(idle, rid=f"w{i}") for i in range(6)]
-    wait_for(idle, 4, 2)
-    assert post(idle, "/abort_request", abort_all=True) == {"aborted": 6}
+    with slow_steps():
+        requests = [Running(idle, rid=f"w{i}") for i in range(6)]
+        wait_for(idle, 4, 2)
+        assert post(idle, "/abort_request", abort_all=True) == {"aborted": 6}
     answers = [request.answer() for request in requests]
     counts = [answer["meta_info"]["completion_tokens"] for answer in answers]
     for answer, count in zip(answers, counts, strict=True):
@@ -168,11 +172,12 @@ def test_waiting_requests_are_aborted_too(idle: Any) -> None:
 
 @pytest.mark.parametrize("body", [{}, {"mode": "abort"}, None])
 def test_a_pause_that_aborts(idle: Any, body: Any) -> None:
-    before = Running(idle)
-    wait_for(idle, 1)
-    wait_for_tokens(idle)
     data = None if body is None else json.dumps(body).encode()
-    status, _, reply = idle.request("POST", "/pause_generation", data, {"content-type": "application/json"})
+    with slow_steps():
+        before = Running(idle)
+        wait_for(idle, 1)
+        wait_for_tokens(idle)
+        status, _, reply = idle.request("POST", "/pause_generation", data, {"content-type": "application/json"})
     assert status == 200 and json.loads(reply)["status"] == "ok"
     check = before.answer()
     assert flush(idle) == flush(idle, "POST") == 200
@@ -211,12 +216,13 @@ def test_the_cache_is_flushed_when_nothing_holds_it(idle: Any) -> None:
     assert post(idle, "/generate", **body)["meta_info"]["cached_tokens"] > 0
     assert flush(idle) == 200
     assert post(idle, "/generate", **body)["meta_info"]["cached_tokens"] == 0
-    request = Running(idle, rid="f")
-    wait_for(idle, 1)
-    wait_for_tokens(idle, 1)
-    assert flush(idle) == 400
-    threading.Timer(0.3, lambda: post(idle, "/abort_request", rid="f")).start()
-    assert flush(idle, query="?timeout=100") == 200
+    with slow_steps():
+        request = Running(idle, rid="f")
+        wait_for(idle, 1)
+        wait_for_tokens(idle, 1)
+        assert flush(idle) == 400
+        threading.Timer(0.3, lambda: post(idle, "/abort_request", rid="f")).start()
+        assert flush(idle, query="?timeout=100") == 200
     request.answer()
     for query in ("?timeout=x", "?timeout=-1", "?timeout=inf"):
         assert flush(idle, query=query) == 400
@@ -241,11 +247,12 @@ def test_what_routers_and_trainers_ask(idle: Any) -> None:
     everything = idle.get("/v1/loads")[1]["loads"][0]
     assert {"memory", "speculative", "queues"} <= set(everything)
     assert everything["max_total_num_tokens"] > 1000 and everything["token_usage"] == 0
-    request = Running(idle)
-    wait_for(idle, 1)
-    assert idle.get("/get_load")[1][0]["num_reqs"] == 1
-    assert idle.get("/health_generate") == (200, {"status": "ok"}), "it is at work"
-    post(idle, "/abort_request", abort_all=True)
+    with slow_steps():
+        request = Running(idle)
+        wait_for(idle, 1)
+        assert idle.get("/get_load")[1][0]["num_reqs"] == 1
+        assert idle.get("/health_generate") == (200, {"status": "ok"}), "it is at work"
+        post(idle, "/abort_request", abort_all=True)
     request.answer()
     wait_for(idle, 0)
     for query in ("?include=more", "?dp_rank=1", "?format=prometheus"):

@@ -65,7 +65,7 @@ class Asking:
 
 
 def test_a_pause_that_aborts(trained: Any) -> None:
-    with Asking(trained) as long:
+    with slow_steps(), Asking(trained) as long:
         assert post(trained, "/pause?mode=abort") == {"status": "paused"}
         assert long.choice["finish_reason"] == "abort"
         assert len(long.choice["token_ids"]) == len(long.choice["logprobs"]["content"]) > 20
@@ -110,7 +110,7 @@ def test_what_a_query_cannot_say(trained: Any, path: str) -> None:
 
 
 def test_requests_end_by_name_or_all_together(trained: Any) -> None:
-    with Asking(trained) as one, Asking(trained) as other:
+    with slow_steps(), Asking(trained) as one, Asking(trained) as other:
         assert post(trained, "/abort_requests", {"request_ids": []}) == {"status": "aborted", "aborted": 2}
         assert one.choice["finish_reason"] == other.choice["finish_reason"] == "abort"
     assert post(trained, "/inference/v1/abort_requests", {"request_ids": ["nobody"]})["aborted"] == 0
@@ -171,7 +171,7 @@ def test_versions_have_names(trained: Any) -> None:
 
 
 def test_an_sglang_client_can_end_requests_with_the_version(trained: Any) -> None:
-    with Asking(trained) as kept:
+    with slow_steps(), Asking(trained) as kept:
         post(trained, "/update_weight_version", {"new_version": "default"})
         assert not kept.is_over
         post(trained, "/update_weight_version", {"new_version": "default", "abort_all_requests": True})
