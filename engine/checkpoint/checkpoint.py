@@ -32,7 +32,7 @@ from slipstream.engine.checkpoint.safetensors_files import (
     read_stored,
     read_tensors,
 )
-from slipstream.engine.checkpoint.shapes import EMBEDDING, FAMILIES, HEAD, canonical_names, is_tied
+from slipstream.engine.checkpoint.shapes import EMBEDDING, FAMILIES, HEAD, canonical_names, is_tied, of_decoder
 from slipstream.engine.errors import ModelError
 from slipstream.kernels.stored import Stored
 
@@ -100,7 +100,7 @@ class FolderCheckpoint(Checkpoint):
             raise ModelError(
                 f"the folder {path} has no config.json, so it is not a Hugging Face model folder.{_what_it_is(path)}"
             )
-        self._config = read_config(path / "config.json")
+        self._config, self._is_part = read_config(path / "config.json")
 
     @cached_property
     def config(self) -> dict[str, Any]:  # type: ignore[override]
@@ -134,7 +134,9 @@ class FolderCheckpoint(Checkpoint):
 
     @cached_property
     def _stored(self) -> dict[str, StoredTensor]:
-        return find_tensors(self.path)
+        """Those of the files that the configuration is of."""
+        found = find_tensors(self.path)
+        return {name: found[name] for name in of_decoder(found)} if self._is_part else found
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._tensors.items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 from slipstream.engine.checkpoint.json_file import read_json_object
 from slipstream.engine.checkpoint.shapes import FAMILIES
+from slipstream.engine.checkpoint.text_part import text_part
 from slipstream.engine.errors import ModelError
 
 USUAL: dict[str, dict[str, Any]] = {
@@ -22,15 +23,20 @@ USUAL: dict[str, dict[str, Any]] = {
 families."""
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The configuration in a file; ModelError names a field of the families that run natively which holds another kind
-    of value than it should. Those of other families transformers looks at itself."""
+def read_config(path: Path) -> tuple[dict[str, Any], bool]:
+    """The configuration in a file, and whether it is that of a part of the model: of the decoder in one that also sees,
+    where that is of a family that runs natively.
+
+    ModelError names a field of the families that run natively which holds another kind of value than it should. Those
+    of other families transformers looks at itself."""
     config = read_json_object(path)
+    part = text_part(config)
+    config = part or config
     family = config.get("model_type")
     if not isinstance(family, str | None):
         raise _wrong(path, "model_type", family, "a text")
     if family not in FAMILIES:
-        return config
+        return config, False
     config = USUAL.get(family, {}) | config
     for name, (is_right, kind) in FIELDS.items():
         if name in config and not is_right(value := config[name]):
@@ -38,7 +44,7 @@ def read_config(path: Path) -> dict[str, Any]:
     kinds, layers = config.get("layer_types"), config.get("num_hidden_layers")
     if kinds and layers and len(kinds) != layers:
         raise ModelError(f"{path} has {len(kinds)} layer_types for {layers} layers (num_hidden_layers)")
-    return config
+    return config, part is not None
 
 
 def _wrong(path: Path, name: str, value: object, kind: str) -> ModelError:

@@ -20,10 +20,9 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     before it (``language_model.model.``, ``_orig_mod.model.``).
     """
     found = list(names)
-    embeddings = [name for name in found if name == EMBEDDING or name.endswith("." + EMBEDDING)]
-    if len(embeddings) != 1:
+    decoder = decoder_prefix(found)
+    if decoder is None:
         return {}
-    decoder = embeddings[0].removesuffix(EMBEDDING)
     outer = decoder.removesuffix("model.")
     return {
         name: "model." + name.removeprefix(decoder)
@@ -31,6 +30,19 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
         else name.removeprefix(outer)
         for name in found
     }
+
+
+def decoder_prefix(names: Iterable[str]) -> str | None:
+    """What the names of a decoder's tensors begin with in a file; None where it cannot be told."""
+    embeddings = [name for name in names if name == EMBEDDING or name.endswith("." + EMBEDDING)]
+    return embeddings[0].removesuffix(EMBEDDING) if len(embeddings) == 1 else None
+
+
+def of_decoder(names: Iterable[str]) -> list[str]:
+    """Those names of a file that are a decoder's or its output matrix's, and not of what sees beside it."""
+    found = list(names)
+    decoder = decoder_prefix(found)
+    return found if decoder is None else [name for name in found if name.startswith(decoder) or _is_head(name)]
 
 
 def _is_head(name: str) -> bool:

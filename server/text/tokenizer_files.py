@@ -125,7 +125,13 @@ def _end_token_ids(folder: Path) -> tuple[int, ...]:
     except ModelError as error:
         logger.warning("going on without it: %s", error)
         found = {}
-    return _end_tokens(generation, found) or _end_tokens(config, _optional(config))
+    whole = _optional(config)
+    text = whole.get("text_config")  # the decoder's own, in a model that also sees
+    return (
+        _end_tokens(generation, found)
+        or _end_tokens(config, whole)
+        or _end_tokens(config, text if isinstance(text, dict) else {})
+    )
 
 
 def _end_tokens(path: Path, found: dict[str, Any]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ class TinyModel:
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         """``config`` is written as it is; a model that transformers cannot make gets a folder without weights."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
         self.folder = folder
         self.module: Any = None
@@ -25,7 +25,11 @@ class TinyModel:
         with suppress(ValueError):
             settings = AutoConfig.for_model(**json.loads(json.dumps(config)))
             options = {"dtype": torch.float32, "attn_implementation": "eager"}
-            self.module = AutoModelForCausalLM.from_config(settings, **options).eval()
+            try:
+                made = AutoModelForCausalLM.from_config(settings, **options)
+            except ValueError:  # what sees, too, is in another list
+                made = AutoModelForImageTextToText.from_config(settings, **options)
+            self.module = made.eval()
         if self.module is not None:
             for name, parameter in self.module.named_parameters():
                 # Biases and norms too, so that none can be forgotten; large, so that texts differ from each other.

@@ -273,6 +273,8 @@ def test_a_list_of_tokens_is_no_text(write_folder: Write) -> None:
 def test_end_tokens_of_a_folder(write_folder: Write) -> None:
     folder = write_folder(tokenizer_config=SPECIAL, config={"eos_token_id": 5})
     assert load_tokenizer(folder).eos_token_ids == (1, 5)
+    (folder / "config.json").write_text('{"text_config": {"eos_token_id": 6}}')
+    assert load_tokenizer(folder).eos_token_ids == (1, 6)
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 1]}')
     assert load_tokenizer(folder).eos_token_ids == (1, 7)
     template = "{% for m in messages %}{{ '<|start|>' + m.content | trim + ' <|pad|>' }}{% endfor %}"
