@@ -1,4 +1,4 @@
-"""What the allocator of a process keeps of memory that nothing is in."""
+"""What the allocator of a process keeps of memory that nothing is in, and that there is no more of it."""
 
 from __future__ import annotations
 
@@ -22,3 +22,12 @@ def share_arena() -> None:
     them otherwise, which count where addresses are limited (RLIMIT_AS) though nothing is in them."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it says that there is no memory; torch has an error of its own for GPUs, and else a sentence."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

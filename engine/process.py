@@ -26,6 +26,7 @@ from slipstream.engine.core import EngineCore
 from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError, kind_of
 from slipstream.engine.grammar import Grammars
 from slipstream.engine.listening import Listener, Listeners
+from slipstream.engine.memory import is_out_of_memory
 from slipstream.engine.messages import (
     AbortRequests,
     Call,
@@ -73,6 +74,7 @@ from slipstream.engine.wire import EngineChannel, Undecodable
 MakeDrafters = Callable[[EngineConfig], Sequence[Drafter]]
 MakeListeners = Callable[[EngineConfig], Sequence[Listener]]
 HEARTBEAT_MS = 1000
+USER_ERROR = 2  # the exit status where the user can mend it
 BACKGROUND_MS = 5
 """How long an idle engine waits for messages while something is prepared beside it."""
 
@@ -286,18 +288,16 @@ class EngineLoop:
         try:
             drafters, listeners = self._make_drafters(config), self._make_listeners(config)
             engine = Engine(config, lambda deltas, stats: self._send(StepOutputs(deltas, stats)), drafters, listeners)
-        except (ModelError, ConfigError, MemoryError) as error:
-            what = "the model does not fit into memory: " if isinstance(error, MemoryError) else ""
-            self._send(EngineFailed(f"{what}{error}", user_error=True))
-            return 2
+        except (ModelError, ConfigError) as error:
+            return self._failed(USER_ERROR, str(error))
         except Exception as error:
+            if is_out_of_memory(error):
+                said = str(error).partition("\n")[0] or "none is left"
+                return self._failed(USER_ERROR, f"the model does not fit into memory: {said}")
             if isinstance(error, OSError) and error.filename is not None:  # of a path among the options
-                path = os.fsdecode(error.filename)
-                self._send(EngineFailed(f"{path}: {error.strerror}", user_error=True))
-                return 2
+                return self._failed(USER_ERROR, f"{os.fsdecode(error.filename)}: {error.strerror}")
             traceback.print_exc()
-            self._send(EngineFailed(f"the engine could not start: {type(error).__name__}: {error}"))
-            return 1
+            return self._failed(1, f"the engine could not start: {type(error).__name__}: {error}")
         on_loaded()
         try:
             self._send(StepOutputs([], engine.core.stats()))
@@ -307,11 +307,14 @@ class EngineLoop:
             raise
         except Exception as error:
             traceback.print_exc()
-            self._send(EngineFailed(f"the engine failed: {type(error).__name__}: {error}"))
-            return 1
+            return self._failed(1, f"the engine failed: {type(error).__name__}: {error}")
         finally:
             engine.close()
         return 0
+
+    def _failed(self, status: int, why: str) -> int:
+        self._send(EngineFailed(why, user_error=status == USER_ERROR))
+        return status
 
     def _serve(self, engine: Engine) -> None:
         while not self._stop.is_set():

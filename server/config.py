@@ -18,7 +18,9 @@ ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/]+/?", re.IGNORECASE)
 class ServerConfig:
     """What the HTTP side needs to know. Times are in seconds, sizes in what their names say."""
 
-    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for every interface (in a container, say).")
+    host: str = option(
+        "127.0.0.1", "Address to listen on; 0.0.0.0 for every interface (in a container, say), :: also by IPv6."
+    )
     port: int = option(8000, "Port to listen on; 0 takes a free one.")
     served_model_name: tuple[str, ...] = option(
         (), "Name of the model in the API; repeat for aliases. Default: from the file."

@@ -51,6 +51,8 @@ logger = logging.getLogger("slipstream")
 KEEP_ALIVE_S = 75
 """Longer than the usual minute of load balancers, which otherwise reuse a connection the moment it is closed."""
 FILES_KEPT_BACK = 128
+FEW_CONNECTIONS = 256
+"""Fewer than a server of one machine may have in an ordinary hour: whoever starts it is told."""
 PREFIX = "SLIPSTREAM_"
 SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)$")
 """What Kubernetes tells a pod of services that are called slipstream or slipstream-something."""
@@ -275,6 +277,12 @@ def connection_limits(service: Service) -> ConnectionLimits:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     possible = max(1, most - FILES_KEPT_BACK)
+    if possible < FEW_CONNECTIONS and (service.config.max_connections or FEW_CONNECTIONS) > possible:
+        logger.warning(
+            "the limit of open files (ulimit -n) is %d, which leaves room for %d connections: further ones get 503",
+            most,
+            possible,
+        )
     return ConnectionLimits(
         max_connections=min(service.config.max_connections or possible, possible),
         write_timeout_s=service.config.write_timeout_s,
@@ -320,8 +328,9 @@ async def finish_requests(service: Service, at_once: asyncio.Event) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Raises ConfigError if the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()  # every interface, by either kind of address
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}; see --host and --port") from None

@@ -149,6 +149,12 @@ class HttpProtocol(HttpToolsProtocol):
                 if other := next(others, None):
                     message = f"this is {other}, and the server speaks plain HTTP/1.1 only"
                 elif isinstance(error, HttpParserCallbackError):
+                    if not isinstance(
+                        error.__context__, HttpParserError
+                    ):  # not of the target, which is looked at there
+                        self.logger.error("a request could not be taken", exc_info=error.__context__)
+                        self._refuse(ApiError("internal error; see the server's log"))
+                        return
                     message = "this is no HTTP/1.1 request"
                 else:
                     message = f"this is no HTTP/1.1 request: {error}"

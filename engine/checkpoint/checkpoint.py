@@ -24,7 +24,7 @@ from slipstream.engine.checkpoint.gguf_config import (
     unpermute_rope_rows,
 )
 from slipstream.engine.checkpoint.gguf_file import GGUFFile, dequantised
-from slipstream.engine.checkpoint.json_file import read_json_object
+from slipstream.engine.checkpoint.json_file import leads_nowhere, read_json_object
 from slipstream.engine.checkpoint.safetensors_files import (
     StoredTensor,
     are_equal,
@@ -32,7 +32,15 @@ from slipstream.engine.checkpoint.safetensors_files import (
     read_stored,
     read_tensors,
 )
-from slipstream.engine.checkpoint.shapes import EMBEDDING, FAMILIES, HEAD, canonical_names, is_tied, of_decoder
+from slipstream.engine.checkpoint.shapes import (
+    EMBEDDING,
+    FAMILIES,
+    HEAD,
+    canonical_names,
+    check_shapes,
+    is_tied,
+    of_decoder,
+)
 from slipstream.engine.errors import ModelError
 from slipstream.kernels.stored import Stored
 
@@ -126,10 +134,13 @@ class FolderCheckpoint(Checkpoint):
     @cached_property
     def _tensors(self) -> dict[str, StoredTensor]:
         """The stored tensors by Hugging Face name."""
-        names = canonical_names(self._stored) if self._config.get("model_type") in FAMILIES else {}
+        if self._config.get("model_type") not in FAMILIES:
+            return self._stored
+        names = canonical_names(self._stored)
         found = {names.get(name, name): stored for name, stored in self._stored.items()}
         if self._is_tied and INPUT not in found and OUTPUT in found:  # saved under the other of its two names
             found[INPUT] = found.pop(OUTPUT)
+        check_shapes(self._config, {name: stored.shape for name, stored in found.items()})
         return found
 
     @cached_property
@@ -161,6 +172,8 @@ class FolderCheckpoint(Checkpoint):
 
 def _what_it_is(path: Path) -> str:
     """What a folder is that is none of a model, and what to name instead."""
+    if broken := leads_nowhere(path / "config.json"):
+        return broken
     if gguf_files := sorted(path.glob("*.gguf")):
         return f" To serve a GGUF file give its path, for example {gguf_files[0]}."
     if (path / "adapter_config.json").is_file():

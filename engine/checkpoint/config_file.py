@@ -59,6 +59,10 @@ def _is_count(value: Any) -> bool:
     return _is_whole(value) and value > 0
 
 
+def _up_to(most: int) -> Callable[[Any], bool]:
+    return lambda value: _is_count(value) and value <= most
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
@@ -76,16 +80,20 @@ def _of_types(*types: type) -> Callable[[Any], bool]:
 
 
 _COUNT = "a positive whole number"
+MOST_LAYERS, MOST_EXPERTS, LARGEST = 1000, 4096, 2**31 - 1
+"""More than models have: what is computed of sizes (names of all tensors, bytes) is bounded by these."""
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
-        ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        (_is_count, _COUNT),
+        ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "moe_intermediate_size"),
+        (_up_to(LARGEST), f"{_COUNT} up to {LARGEST}"),
     ),
-    **dict.fromkeys(("moe_intermediate_size", "num_experts_per_tok", "decoder_sparse_step"), (_is_count, _COUNT)),
+    "num_hidden_layers": (_up_to(MOST_LAYERS), f"{_COUNT} up to {MOST_LAYERS}"),
+    **dict.fromkeys(("num_experts_per_tok", "decoder_sparse_step"), (_is_count, _COUNT)),
     **dict.fromkeys(
-        ("num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "sliding_window_pattern"),
-        (_or_null(_is_count), _COUNT),
+        ("num_experts", "num_local_experts"), (_or_null(_up_to(MOST_EXPERTS)), f"{_COUNT} up to {MOST_EXPERTS}")
     ),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), (_or_null(_up_to(LARGEST)), f"{_COUNT} up to {LARGEST}")),
+    "sliding_window_pattern": (_or_null(_is_count), _COUNT),
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), (_or_null(_is_count), _COUNT)),
     "sliding_window": (_or_null(_is_whole), f"{_COUNT} or null"),
     "max_window_layers": (_is_whole, "a whole number"),

@@ -26,6 +26,13 @@ def again(path: Path) -> str:
     )
 
 
+def leads_nowhere(path: Path) -> str:
+    """Says so of a link without a file behind it, as caches have them that lost one; else nothing."""
+    if not path.is_symlink() or path.exists():
+        return ""
+    return f" {path} is a link to {path.readlink()}, which is no file. {again(path)}"
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ModelError that names the file and the place if there is none."""
     try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slipstream.engine.checkpoint.json_file import again, read_json_object
+from slipstream.engine.checkpoint.json_file import again, leads_nowhere, read_json_object
 from slipstream.engine.checkpoint.stored import in_rows
 from slipstream.engine.errors import ModelError
 from slipstream.kernels.stored import Stored
@@ -53,6 +53,8 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     if (folder / INDEX_FILE).is_file() and not (is_whole and _is_left_over(folder)):
         return _sharded(folder)
     if not is_whole:
+        if broken := leads_nowhere(folder / SINGLE_FILE) or leads_nowhere(folder / INDEX_FILE):
+            raise ModelError(f"the weights in the folder {folder} cannot be read:{broken}")
         others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         hint = f" It has {', '.join(others[:3])}, which is another format." if others else ""
         if named := sorted(path.name for path in folder.glob("*.safetensors")):

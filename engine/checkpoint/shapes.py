@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from slipstream.engine.errors import ModelError
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
+LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 TIED = ("gemma3_text",)
 """Families whose output matrix is the embedding where a configuration says nothing."""
 
@@ -121,3 +123,18 @@ def parameter_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, .
     yield "model.norm.weight", (hidden,)
     if not is_tied(config):
         yield "lm_head.weight", (vocab, hidden)
+
+
+def check_shapes(config: dict[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ModelError for sizes in a configuration that the tensors of its files do not have: they are told before
+    memory is taken for what the configuration states, which may be more than there is. ``stored`` has their shapes by
+    Hugging Face parameter names; which ones are missing is seen when they are loaded."""
+    indices = [int(found[1]) for name in stored if (found := LAYER.match(name))]
+    layers = max(indices, default=-1) + 1
+    if layers and (stated := config.get("num_hidden_layers")) and stated > layers:
+        raise ModelError(
+            f"the configuration states {stated} layers (num_hidden_layers), the files have those of {layers}"
+        )
+    for name, size in parameter_shapes(config) if layers else ():
+        if (shape := stored.get(name, size)) != size:
+            raise ModelError(f"tensor {name!r} has shape {list(shape)}, the configuration needs {list(size)}")

@@ -14,6 +14,7 @@ import tokenizers
 
 from slipstream.engine.checkpoint import locate
 from slipstream.engine.checkpoint.gguf_file import GGUFFile
+from slipstream.engine.errors import ModelError
 from slipstream.engine.token_bytes import TokenBytes
 from slipstream.server.text.chat_template import ChatTemplate
 from slipstream.server.text.gguf_tokenizer import build_from_gguf
@@ -29,6 +30,10 @@ class TurnEnds:
     """Texts for which there is no token."""
 
 
+MOST_TOKENS = 1 << 24
+"""More than vocabularies have: a file that names larger ids is damaged."""
+
+
 class Tokenizer:
     """Encodes, decodes and describes tokens. Safe to use from several threads."""
 
@@ -42,6 +47,10 @@ class Tokenizer:
         vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         """One more than the largest token id. A model's own vocabulary may be padded to more."""
+        if self.vocab_size > MOST_TOKENS:  # all of which would get a place in lists
+            raise ModelError(
+                f"{self.source}: no vocabulary has a token {self.vocab_size - 1}. Download the file again."
+            )
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         tokens: list[str | None] = [None] * self.vocab_size

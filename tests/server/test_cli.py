@@ -19,10 +19,11 @@ from tokenizers.models import WordLevel
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
+from slipstream.server import __main__ as entry
 from slipstream.server.cli import build
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
-from slipstream.server.launch import unknown_settings
+from slipstream.server.launch import listen, unknown_settings
 from slipstream.server.testing import Commands
 
 EVOLVE = (
@@ -123,6 +124,24 @@ def test_port_in_use() -> None:
         done = run("serve", "--port", str(taken.getsockname()[1]))
     assert done.returncode == 2
     assert "in use" in done.stderr
+
+
+def test_ctrl_c_before_anything_is_imported_shows_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "EarlyProcess", interrupted)
+    monkeypatch.setattr(sys, "argv", ["slipstream", "serve"])
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 130
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_every_interface_is_listened_on_for_both_kinds_of_addresses() -> None:
+    with listen("::", 0) as listener:
+        for address in ("127.0.0.1", "::1"):
+            socket.create_connection((address, listener.getsockname()[1])).close()
 
 
 def test_broken_model(commands: Commands, tmp_path: Path) -> None:

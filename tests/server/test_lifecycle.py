@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import select
 import signal
 import socket
@@ -211,6 +212,14 @@ def replaced(server: Any) -> psutil.Process:
         go_on(following)
         server.wait_until_ready()
     raise AssertionError("it was always up by then")
+
+
+def test_a_low_limit_of_open_files_is_told(start_local: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few connections are left beside the server's own files, and whoever finds none is refused."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: None)
+    server = start_local()
+    assert "the limit of open files (ulimit -n) is 64, which leaves room for 1 connections" in "".join(server.log)
 
 
 def test_a_signal_while_the_engine_is_replaced_ends_the_server_at_once(start_tiny: Callable[..., Any]) -> None:

@@ -247,6 +247,28 @@ async def test_other_protocols_are_named(port: int, sent: bytes, named: str) -> 
     assert received.startswith(b"HTTP/1.1 400 ") and named in answer(received)["error"]["message"]
 
 
+async def test_what_the_server_fails_at_is_not_the_clients_fault(
+    port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where no memory is left for a body: clients try again after 500, and never after 400."""
+
+    def fail(self: protocol.HttpProtocol, body: bytes) -> None:
+        raise MemoryError("no room for it")
+
+    monkeypatch.setattr(protocol.HttpProtocol, "on_body", fail)
+    received = await say(port, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc")
+    assert received.startswith(b"HTTP/1.1 500 ")
+    assert answer(received)["error"]["type"] == "server_error"
+    assert "no room for it" in caplog.text
+
+
+@pytest.mark.parametrize("target", [b"/" + b"a" * 65_535, b"localhost:80"])
+async def test_targets_that_are_none_are_the_clients_fault(port: int, target: bytes) -> None:
+    method = b"GET" if target.startswith(b"/") else b"CONNECT"
+    received = await say(port, method + b" " + target + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert received.startswith(b"HTTP/1.1 400 ")
+
+
 @contextlib.asynccontextmanager
 async def large_answers(write_timeout_s: float = 300.0) -> AsyncIterator[SimpleNamespace]:
     """A server that answers 10 MB and takes three connections: its port, bytes it holds, its connections, and one entry

@@ -334,3 +334,33 @@ def test_shard_errors(tiny: Callable[..., Config], write_folder: Callable[..., P
     expect_error(folder, "'../config.json'", "not in the folder")
     index.write_text("{}")
     expect_error(folder, "no weight_map")
+
+
+def test_links_that_lead_nowhere_are_named(tiny: Callable[..., Config], write_folder: Callable[..., Path]) -> None:
+    """As in a cache of the hub that has lost what its links point to."""
+    folder = write_folder(tiny())
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+        (folder / name).symlink_to("../blobs/gone")
+        expect_error(folder, f"{folder / name} is a link to ../blobs/gone", "Download")
+
+
+@pytest.mark.parametrize(
+    ("field", "stated", "message"),
+    [
+        ("num_hidden_layers", 900, "states 900 layers .* have those of 2"),
+        ("hidden_size", 2**31 - 1, "has shape .* needs"),
+        ("intermediate_size", 2**31 - 1, "has shape .* needs"),
+        ("vocab_size", 2**31 - 1, "has shape .* needs"),
+        ("num_attention_heads", 2**30, "has shape .* needs"),
+    ],
+)
+def test_sizes_that_the_tensors_do_not_have_take_no_memory(
+    tiny: Callable[..., Config], write_folder: Callable[..., Path], field: str, stated: int, message: str
+) -> None:
+    """Told by who opens the files, before there is a model of that size."""
+    folder = write_folder(tiny())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: stated}))
+    with pytest.raises(ModelError, match=message):
+        open_checkpoint(folder).tensor_shapes()

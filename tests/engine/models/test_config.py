@@ -56,6 +56,9 @@ def test_windows(kind: str, config: dict[str, Any], windows: list[int]) -> None:
             "none for all of a head of size 32",
         ),
         ({"rms_norm_eps": None}, "rms_norm_eps = None"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000, a positive whole number up to 1000"),
+        ({"hidden_size": 10**30}, "hidden_size = 1000000000000000000000000000000, a positive"),
+        ({"model_type": "qwen3_moe", "num_experts": 10**12}, "num_experts = 1000000000000, a positive"),
     ],
 )
 def test_what_kernels_could_not_compute_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
