@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.units import parse_size
 
+MOST_TEXT_BYTES = 16 << 20
+MOST_THREADS = 1024
+"""More of them than a machine may have cores: the library of threads ends a process that gets none from the system."""
+
 
 def option(default: Any, help: str) -> Any:  # noqa: A002
     """A configuration field with its command-line help."""
     return field(default=default, metadata={"help": help})
+
+
+def read_option_file(path: Path) -> str:
+    """The text of a file that an option names; OSError, or ValueError for what is not UTF-8 or has no end."""
+    with path.open("rb") as file:
+        content = file.read(MOST_TEXT_BYTES + 1)
+    if len(content) > MOST_TEXT_BYTES:
+        raise ValueError(f"it is larger than {MOST_TEXT_BYTES >> 20} MiB")
+    return content.decode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +152,10 @@ class EngineConfig:
         for name in (*positive, "step_latency_ms", "offline_share", "offline_step_ms"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be more than 0")
-        if self.threads < 0 or (self.max_model_len is not None and self.max_model_len < 2):
-            raise ConfigError("--threads must not be negative, and --max-model-len must leave room for two tokens")
+        if not 0 <= self.threads <= MOST_THREADS:
+            raise ConfigError(f"--threads {self.threads}: must be from 0 to {MOST_THREADS}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"--max-model-len {self.max_model_len}: must leave room for two tokens")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"--gpu-memory-utilization {self.gpu_memory_utilization}: must be above 0 and at most 1")
         parse_size(self.graph_memory, "graph-memory")

@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from slipstream.engine.config import read_option_file
 from slipstream.engine.errors import ConfigError
 from slipstream.server.account import NO_LIMITS, Account, UsageLimits
 from slipstream.server.principal import Principal, RequestLimits
@@ -85,11 +86,13 @@ def read_file(path: Path, limits: RequestLimits) -> list[Key]:
     Raises ConfigError, which repeats nothing of the file but names.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_option_file(path)
     except OSError as error:
         raise ConfigError(f"--keys-file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"--keys-file {path}: not UTF-8") from None
+    except ValueError as error:
+        raise ConfigError(f"--keys-file {path}: {error}") from None
     return parse(text, path, limits)
 
 

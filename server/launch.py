@@ -102,6 +102,15 @@ class HttpServer(uvicorn.Server):
             assert isinstance(connection, HttpProtocol)
             connection.end_after_answer()
 
+    async def end(self, serving: asyncio.Task[None]) -> None:
+        """Ends ``serving``; who has not read the last bytes by then is cut off before uvicorn cancels what answers him,
+        which it would show as a failure of the application."""
+        self.should_exit = True
+        await asyncio.wait({serving}, timeout=FLUSH_TIMEOUT_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await serving
+
 
 def run(
     config: ServerConfig,
@@ -240,7 +249,7 @@ async def serve(
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+        timeout_graceful_shutdown=2 * FLUSH_TIMEOUT_S,
     )
     http = HttpServer(settings)
     url = address(listener)
@@ -268,8 +277,7 @@ async def serve(
         loading.cancel()
         await asyncio.wait({loading})
         await service.close()
-        http.should_exit = True
-        await serving
+        await http.end(serving)
 
 
 def connection_limits(service: Service) -> ConnectionLimits:
@@ -332,7 +340,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        # Python adds the address to the system's words, and it is said here.
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}; see --host and --port") from None
 
 

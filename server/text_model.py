@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slipstream.engine.checkpoint import open_checkpoint
+from slipstream.engine.config import read_option_file
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.validation import RANGES
 from slipstream.server.config import ServerConfig
@@ -82,7 +83,7 @@ def load_template(tokenizer: Tokenizer, path: str | None) -> ChatTemplate | None
             logger.warning("requests that need it will be refused: %s", error)
         return own
     try:
-        source = Path(path).expanduser().read_text(encoding="utf-8")
+        source = read_option_file(Path(path).expanduser())
     except (OSError, ValueError) as error:
         raise ConfigError(f"--chat-template: cannot read {path!r}: {error}") from error
     try:

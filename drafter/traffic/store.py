@@ -100,7 +100,9 @@ class TrafficStore:
             return
         self._lock = self.index.lock()
         if self._lock is None:
-            raise ConfigError(f"another server keeps its traffic in {self.index.folder}")
+            raise ConfigError(
+                f"another server keeps its traffic in {self.index.folder}; give this one a --traffic-folder of its own"
+            )
         self.index.clean()
         self.expire()
 

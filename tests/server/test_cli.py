@@ -103,6 +103,14 @@ def test_serve_has_an_option_for_every_field() -> None:
         ([*EVOLVE, "--evolve-device", "cuda:99"], "--evolve-device: training on cuda:99: t"),
         (["serve", "--batch-folder", ""], "--batch-folder"),
         (["serve", "--host", " "], "--host"),
+        (["serve", "--host", "[::1]"], "cannot listen on [::1] port 0: Name"),
+        (["serve", "--threads", "1000000"], "--threads 1000000: must be from 0 to"),
+        (["serve", "--max-model-len", "1"], "--max-model-len 1: must leave room"),
+        (["serve", "--keys-file", "/dev/zero"], "--keys-file /dev/zero: it is larger than 16 MiB"),
+        (
+            ["serve", "--chat-template", "/dev/zero"],
+            "cannot read '/dev/zero': it is larger than 16 MiB",
+        ),
         (["dance"], "dance"),
     ],
 )
@@ -123,7 +131,7 @@ def test_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = run("serve", "--port", str(taken.getsockname()[1]))
     assert done.returncode == 2
-    assert "in use" in done.stderr
+    assert "Address already in use; see --host and --port" in done.stderr
 
 
 def test_ctrl_c_before_anything_is_imported_shows_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

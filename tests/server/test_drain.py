@@ -12,7 +12,11 @@ from typing import Any
 
 import aiohttp
 import pytest
+import uvicorn
 from rolling import Address, ServiceProxy, roll
+
+from slipstream.server import launch
+from slipstream.server.protocol import HttpProtocol
 
 CLIENTS = 6
 TOKENS = 30
@@ -114,3 +118,29 @@ async def test_a_rolling_restart_of_two_servers_behind_a_proxy_loses_none(start_
     assert load.lost == [] and proxy.refused == 0
     assert set(load.outcomes) == {"whole"} and load.outcomes["whole"] > 4 * CLIENTS
     assert all(server.metric("request_success_total") > 0 for server in fresh)
+
+
+async def test_who_does_not_read_the_end_is_cut_off_without_a_trace(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "FLUSH_TIMEOUT_S", 0.2)
+
+    async def answer(_: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(1000):
+            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+
+    config = uvicorn.Config(answer, http=HttpProtocol, lifespan="off", log_config=None, timeout_graceful_shutdown=300)
+    http = launch.HttpServer(config)
+    with launch.listen("127.0.0.1", 0) as listener:
+        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        await reader.readexactly(1)
+        [connection] = http.server_state.connections
+        assert isinstance(connection, HttpProtocol)
+        while not connection.flow.write_paused:
+            await asyncio.sleep(0)
+        await http.end(serving)
+        writer.close()
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]

@@ -122,11 +122,11 @@ def test_a_file_that_could_not_be_read_for_a_while_is_read_again(
     ring = ring_of(file, entry("acme", "one"))
     file.write_text(entry("acme", "other"))
 
-    def fails(path: Path, encoding: str) -> str:
+    def fails(path: Path, mode: str) -> Any:
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as failing:
-        failing.setattr(Path, "read_text", fails)
+        failing.setattr(Path, "open", fails)
         assert not ring.refresh() and not ring.refresh()
     assert caplog.text.count("go on to count") == 1
     assert ring.refresh() and ring.holder(b"one") is None
