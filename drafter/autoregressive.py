@@ -209,7 +209,9 @@ class AutoregressiveDrafter(Drafter):
 
     def _race(self, scores: Tensor, rows: Sequence[DraftRow], depth: int) -> tuple[Tensor, Tensor]:
         """The same of the first of each row's race for the token ``depth`` after its next one; 0 where nobody runs."""
-        parameters = [sent(column, scores.device) for column in parameters_of(rows, depth)]
+        parameters = [
+            sent(column, scores.device) for column in parameters_of(rows, [row.index + depth for row in rows])
+        ]
         return raced(scores, parameters, self._width, self._vocabulary)
 
 

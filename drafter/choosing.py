@@ -60,14 +60,14 @@ class Draft:
         return Proposal([self.tokens[i] for i in nodes], [place[self.parents[i]] for i in nodes], evidence)
 
 
-def parameters_of(rows: Sequence[DraftRow], depth: int) -> tuple[NDArray[Any], ...]:
-    """What rows draw the token ``depth`` after their next one with: the four parameters, seeds, and indices."""
+def parameters_of(rows: Sequence[DraftRow], indices: Sequence[int]) -> tuple[NDArray[Any], ...]:
+    """What rows draw these tokens of their answers with: the four parameters, seeds, and indices."""
     params = [row.params for row in rows]
     numbers = [(each.temperature, each.min_p, each.top_p) for each in params]
     temperature, min_p, top_p = np.ascontiguousarray(np.array(numbers, np.float32).T)
     seeds = np.array([row.seed for row in rows], np.uint64).view(np.int64)
-    indices = np.array([row.index + depth for row in rows], np.int64)
-    return temperature, np.array([each.top_k for each in params], np.int32), min_p, top_p, seeds, indices
+    top_k = np.array([each.top_k for each in params], np.int32)
+    return temperature, top_k, min_p, top_p, seeds, np.array(indices, np.int64)
 
 
 def raced(scores: Tensor, parameters: Sequence[Tensor], width: int, vocabulary: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,8 @@ class RaggedBatch:
     (``Forward``).
     ``adapters`` name the one that each token is computed with: numbers of ``Stack.use_adapters`` from 1 on, 0 for none.
     A token id below 0 is one that the host does not know yet: -1 - i stands for ``latest[i]``, where the model runs.
+    Nor does it know, with ``missed``, how many draft tokens of the step before were wrong: a segment is as many places
+    further back as ``missed`` has at ``whose[s]``, and ends at ``kv_len`` at most.
     """
 
     token_ids: Int32  # [num_tokens]
@@ -41,6 +43,8 @@ class RaggedBatch:
     columns: tuple[NDArray[Any], ...] = ()
     latest: Tensor | None = None  # [slots] int32; always the same memory
     adapters: Int32 | None = None  # [num_tokens]; None where no token has any
+    missed: Tensor | None = None  # int32; always the same memory
+    whose: Int32 | None = None  # [num_segments]; None without ``missed``
 
     @property
     def num_tokens(self) -> int:
@@ -69,6 +73,8 @@ def make_batch(
     columns: tuple[NDArray[Any], ...] = (),
     latest: Tensor | None = None,
     adapters: Int32 | None = None,
+    missed: Tensor | None = None,
+    whose: Int32 | None = None,
 ) -> RaggedBatch:
     """Derives starts from the tokens per segment and the lengths after them (both [num_segments]).
 
@@ -79,5 +85,5 @@ def make_batch(
     known = kv_len if known is None else known
     return RaggedBatch(
         *(token_ids, q_start, kv_len, block_tables, table_row, block_size, known),
-        *(mirrors, columns, latest, adapters),
+        *(mirrors, columns, latest, adapters, missed, whose),
     )

@@ -146,13 +146,13 @@ class ChainInputs:
 
     batch: RaggedBatch
     """A segment per sequence: what is new of it, as if all draft tokens were right. A token id of -1 - i stands for
-    the one that ``samples`` has at i."""
+    the one that ``samples`` has at i; ``latest`` is for ``verified``."""
     samples: Int32
     """Which of the step's samples there are; those of a sequence follow each other."""
     first: Int32
     """[sequences] where in these those of a sequence begin."""
     verified: Int32
-    """[sequences, n] the draft tokens that each of them is held against; -1 behind them."""
+    """[sequences, n] the draft tokens that each of them is held against; -2 - i for ``latest[i]``, -1 behind them."""
     last: Int32
     """[sequences] token of the batch that its chain follows if no draft token is right."""
     places: Int32
@@ -172,7 +172,7 @@ class Chains(Protocol):
     def arrays(self) -> tuple[NDArray[Any], ...]:
         """What has to be on the device for that, and travels there as columns of the step's batch."""
 
-    def make(self, columns: Sequence[Tensor], samples: Tensor, hidden: Tensor, choose: Choose) -> Tensor:
+    def make(self, columns: Sequence[Tensor], samples: Tensor, hidden: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
         """Makes them, without the host knowing anything of the step; called once, between the step and the next.
 
         Args:
@@ -180,7 +180,8 @@ class Chains(Protocol):
             samples: [samples] int32, all that the step sampled; 0 for what could not be.
             hidden: [tokens of the batch, width], the input of the first layer; may be overwritten.
         Returns:
-            What ``choose`` tells, [depth, sequences, …] int32.
+            What ``choose`` tells, [depth, sequences, …] int32; and of each sequence how many of its draft tokens were
+            wrong, the token that was sampled last, and those of its chain, [sequences, 2 + depth] int32.
         """
 
 

@@ -84,6 +84,11 @@ class PagedKVCache(ABC):
     def copy_cells(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies single tokens, (source, destination) each, in every layer."""
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether steps need nothing of the host but what lies on the device when they begin."""
+        return False
+
     @abstractmethod
     def release(self) -> None:
         """Gives the memory back; what was stored is lost."""

@@ -51,6 +51,7 @@ MIXTURE |= {"mlp_only_layers": []}
 HEAD = {"speculation": "head", "drafter": "cold", "speculation_policy": "fixed", "max_draft_tokens": 3}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a head, chains": (LLAMA, HEAD),
+    "a head, chains, launched ahead": (LLAMA, HEAD | {"pipeline": "on"}),
     "no drafter, in chunks": (LLAMA, {"max_step_tokens": 4}),
     "n-grams": (LLAMA, HEAD | {"speculation": "ngram"}),
     "a head, trees": (LLAMA, HEAD | {"draft_width": 2}),
@@ -81,6 +82,17 @@ class Stream:
 
     def elapsed_time(self, other: Any) -> float:
         return 0.0
+
+
+class Inline:
+    """A thread that is this one: the modes that send everything to the CPU are those of one thread."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def submit(self, call: Callable[..., Any], *given: Any) -> None:
+        call(*given)
+
+    def shutdown(self) -> None: ...
 
 
 class Graph:
@@ -128,6 +140,7 @@ def emulated() -> Iterator[Any]:
         for name, answer in answers.items():
             setattr(torch.cuda, name, answer)
         vars(importlib.import_module("slipstream.kernels.triton.graphs"))["CudaGraph"] = Graph
+        vars(importlib.import_module("slipstream.engine.core"))["ThreadPoolExecutor"] = Inline
         yield session
 
 
@@ -176,9 +189,9 @@ def answers(model: Path, device: str, kernels: Any, **options: Any) -> tuple[lis
         "dtype": "float32",
         "kv_cache_memory": "256KiB",
         "threads": 1,
+        "pipeline": "off",
     }
-    # The modes that send everything to the CPU are those of one thread, so steps are not launched by another one.
-    config = EngineConfig(model=str(model), kernels=kernels, pipeline="off", **(fields | options))
+    config = EngineConfig(model=str(model), kernels=kernels, **(fields | options))
     made = LocalEngine(config, make_drafters(config) if options.get("speculation") else ())
     try:
         asked = [made.submit(list(ids), params) for ids, params in zip(PROMPTS, PARAMS, strict=True)]

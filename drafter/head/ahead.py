@@ -32,6 +32,8 @@ class Ahead:
     """Chains of rows that share a head."""
 
     coming: Sequence[Coming]
+    places: list[tuple[int, int, int]]
+    """For each row its slot, draft tokens that were wanted, and positions that had a block."""
     parts: list[list[Tensor]]
     """What waits of each row besides what the step computes."""
     depth: int
@@ -57,13 +59,11 @@ class Ahead:
         """None where the network cannot do it."""
         parts = [pending.parts() for pending in waiting]
         rows = [each.row for each in coming]
+        slots = np.array([row.slot for row in rows], np.int32)
         lengths = np.array([each.start + each.known for each in coming], np.int32)
         drafted = np.array([len(each.drafts) for each in coming], np.int32)
-        most = _at_least(max(1, int(drafted.max())))
         wanted = np.array([row.most - 1 for row in rows], np.int32)
-        # The first draft token goes to the place of the token that comes now.
-        places = np.array([row.mapped for row in rows], np.int32) - lengths
-        depth = _at_least(max(0, int(np.minimum(wanted, places).max())) + 1)
+        most, depth = _at_least(max(1, int(drafted.max()))), _at_least(int(wanted.max()) + 1)
         if most is None or depth is None:
             return None
         first = np.cumsum(drafted + 1, dtype=np.int32) - drafted - 1
@@ -72,32 +72,45 @@ class Ahead:
         for at, (each, pending) in enumerate(zip(coming, waiting, strict=True)):
             ids.append(each.row.tokens[pending.start + 1 : lengths[at]])
             ids.append(np.arange(-1 - first[at], -2 - first[at] - drafted[at], -1, dtype=np.int32))
-            verified[at, : drafted[at]] = each.drafts
+            verified[at, : drafted[at]] = [token if token >= 0 else token - 1 for token in each.drafts]
         counts = np.array([pending.count + each.known for each, pending in zip(coming, waiting, strict=True)], np.int32)
         counts += drafted
-        slots = np.array([row.slot for row in rows], np.int32)
-        batch = make_batch(np.concatenate(ids), counts, lengths + drafted, host.block_tables, slots, host.block_size)
+        batch = make_batch(
+            *(np.concatenate(ids), counts, lengths + drafted, host.block_tables, slots, host.block_size),
+            latest=host.latest,
+            missed=host.missed,
+        )
+        if host.missed is not None:
+            is_late = np.array([each.is_late for each in coming], np.bool_)
+            batch = replace(batch, whose=np.where(is_late, slots, np.int32(len(host.missed) - 1)))
         samples = [np.arange(each.sample, each.sample + len(each.drafts) + 1, dtype=np.int32) for each in coming]
+        numbers = [int(length) + 1 - row.num_prompt for length, row in zip(lengths, rows, strict=True)]
         given = ChainInputs(
             batch,
             np.concatenate(samples),
             first,
             verified,
             batch.q_start[1:] - 1 - drafted,
-            places,
+            # The first draft token goes to the place of the token that comes now.
+            np.array([row.mapped for row in rows], np.int32) - lengths,
             wanted,
             depth,
-            parameters_of(rows, 1) if choice.races else (),
+            parameters_of(rows, numbers) if choice.races else (),
         )
         if (chains := network.chains(given)) is None:
             return None
-        return cls(coming, parts, depth, version, network, chains, choice, stop_below)
+        places = [(row.slot, row.most, row.mapped) for row in rows]
+        return cls(coming, places, parts, depth, version, network, chains, choice, stop_below)
 
     @property
     def arrays(self) -> Sequence[NDArray[Any]]:
         return self._chains.arrays
 
-    def launch(self, columns: Sequence[Tensor], features: Tensor, samples: Tensor) -> Tensor:
+    @property
+    def slots(self) -> Sequence[int]:
+        return [slot for slot, _, _ in self.places]
+
+    def launch(self, columns: Sequence[Tensor], features: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
         found: list[Tensor] = []
         begin = end = 0
         for each, waiting in zip(self.coming, self.parts, strict=True):
@@ -114,15 +127,20 @@ class Ahead:
     def tell(self, told: NDArray[np.int32]) -> None:
         self.found = told.reshape(self.depth, len(self.coming), 3)
 
+    def chain(self, place: int) -> Sequence[int]:
+        assert self.found is not None, "nobody has told yet"
+        tokens: list[int] = self.found[:, place, 0].tolist()
+        return tokens
+
     def proposal(self, place: int, row: DraftRow) -> Proposal | None:
         """For a row that has got its tokens. Draft tokens after the one at which a chain should stop are left out."""
         if self.found is None:
             return None
-        tokens = self.found[:, place, 0].tolist()
+        tokens, (_, most, mapped) = self.chain(place), self.places[place]
         likely = np.ascontiguousarray(self.found[:, place, 1:]).view(np.float64)[:, 0].tolist()
         draft = Draft(row, 0)
         # Where the device has gone on: as many as are wanted, as far as there were blocks.
-        for node in range(max(0, min(row.most - 1, row.mapped - row.length + 1)) + 1):
+        for node in range(max(0, min(most - 1, mapped - row.length + 1)) + 1):
             if likely[node] > 0:
                 draft.add(node - 1, [tokens[node]], [likely[node]])
             if likely[node] <= 0 or draft.chance[node] < self.stop_below:
@@ -130,13 +148,14 @@ class Ahead:
         return replace(draft.proposal(), version=self.version)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Shown:
-    """A row's place in chains; what the step computes of it, from ``start`` on, the head has seen."""
+    """A row's place in chains: what the step computes of it the head sees by itself."""
 
     ahead: Ahead
     place: int
-    start: int
+    is_over: bool = False
+    """Whether the step was read."""
 
     def proposal(self, row: DraftRow) -> Proposal | None:
         return self.ahead.proposal(self.place, row)

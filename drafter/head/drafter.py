@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -295,7 +296,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     def _begin(self, coming: Sequence[Coming]) -> Ahead | None:
         """Not for a request whose length nobody knows, as a step before this one is yet to be read."""
-        known = [each for each in coming if each.row.length == each.start + each.known]
+        known = [each for each in coming if each.is_late or each.row.length == each.start + each.known]
         if not known:
             return None
         waiting = [self._waiting(each) for each in known]
@@ -304,7 +305,10 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         ahead = Ahead.of(known, waiting, self._network, version, choice, self._stop_below, host)
         if ahead is not None:
             for place, each in enumerate(known):
-                each.row.memory[self.name] = Shown(ahead, place, each.start)
+                shown = each.row.memory.get(self.name)
+                if not isinstance(shown, deque):
+                    shown = each.row.memory[self.name] = deque()
+                shown.append(Shown(ahead, place))
         return ahead
 
     def _waiting(self, coming: Coming) -> Pending:
@@ -318,9 +322,8 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         proposals: list[Proposal | None] = [None] * len(rows)
         others: list[int] = []
         for place, row in enumerate(rows):
-            if isinstance(shown := row.memory.get(self.name), Shown):
-                del row.memory[self.name]
-                proposals[place] = shown.proposal(row)
+            if isinstance(shown := row.memory.get(self.name), deque) and shown and shown[0].is_over:
+                proposals[place] = shown.popleft().proposal(row)
             else:
                 others.append(place)
         for places in self._by_route([rows[place] for place in others]):
@@ -334,8 +337,12 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         is_large = any(len(entry.rows) > LOOSE for entry in computed)
         for entry in computed:
             pending = entry.row.memory.get(self.name)
-            if isinstance(pending, Shown) and pending.start == entry.start:
-                continue  # it saw them behind the step
+            if isinstance(pending, deque):  # of steps that it may have seen by itself, in their order
+                while pending and pending[0].is_over:
+                    pending.popleft()
+                if pending:
+                    pending[0].is_over = True
+                    continue
             if not (isinstance(pending, Pending) and pending.start + pending.count == entry.start):
                 pending = entry.row.memory[self.name] = Pending(entry.start, self._target.formats.compute)
             pending.add(entry)

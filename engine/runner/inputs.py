@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -46,7 +46,7 @@ class StepInputs:
     starts: Int32
     """[rows] first position computed of each row of the plan."""
     batch: RaggedBatch
-    trees: Mapping[int, PlacedTree]
+    trees: dict[int, PlacedTree]
     """By row of the plan: the draft tokens that are verified."""
     copies: list[tuple[int, int]]
     """Cache blocks, (source, destination), to copy before the forward pass."""
@@ -59,6 +59,10 @@ class StepInputs:
     """What the tokens are sampled with."""
     expecting: Int32 | None = None
     """[samples] the slots that get a token each, if the next step may be launched before these are known."""
+    is_free: bool = False
+    """Whether no row looks at tokens on the host."""
+    is_moved: bool = False
+    """Whether there is a column of whose samples the drawn ones are, as in ``RaggedBatch.whose``."""
 
     @property
     def drafted(self) -> list[int]:
@@ -79,17 +83,31 @@ class StepInputs:
                 accepted.append(Accepted(row, nodes, [at, *(at + 1 + node for node in nodes)]))
         return accepted
 
+    def settle(self, row: int, missed: int, chain: Sequence[int]) -> None:
+        """It is known now how many draft tokens of the step before this one were wrong, and which ones followed."""
+        self.starts[row] -= missed
+        if (placed := self.trees.get(row)) is not None:
+            tree = Tree(list(chain[: len(placed.tree.tokens)]), placed.tree.parents)
+            self.trees[row] = replace(placed, tree=tree, positions=[at - missed for at in placed.positions])
+
     def known_rows(self) -> list[Sequence[int]]:
         """Batch rows of the known tokens of each row of the plan."""
         return [range(at, at + count) for at, count in zip(self.batch.q_start.tolist(), self.plan.counts, strict=False)]
 
 
 def prepare(
-    plan: StepPlan, trees: Mapping[int, Tree], table: RowTable, scratch: Scratch, latest: Tensor | None = None
+    plan: StepPlan,
+    trees: Mapping[int, Tree],
+    table: RowTable,
+    scratch: Scratch,
+    latest: Tensor | None = None,
+    missed: Tensor | None = None,
+    late: Collection[int] = (),
 ) -> StepInputs:
     """``trees`` are the draft tokens to verify by row of the plan; their first paths are written to the table.
 
-    With ``latest``, see ``RaggedBatch``, the batch may have tokens that only the device knows.
+    With ``latest`` and ``missed``, see ``RaggedBatch``, the batch may have tokens that only the device knows, and slots
+    (``late``) of which it alone knows how long they are.
     """
     slots = np.array(plan.slots, np.int32)
     known, samples = np.array(plan.counts, np.int32), np.array(plan.samples, np.bool_)
@@ -108,20 +126,25 @@ def prepare(
         rows = zip(plan.slots, starts.tolist(), ends.tolist(), strict=True)
         token_ids = np.concatenate([table.tokens[slot, start:end] for slot, start, end in rows])
     size = scratch.block_size
+    whose = None if missed is None else _whose(slots, late, len(missed) - 1)
     if not trees:
         sampling_rows = samples.nonzero()[0]
         last = np.cumsum(counts, dtype=np.int32)[sampling_rows] - 1
         mine = slots[sampling_rows]
         sampling = table.sampling.take(mine, lengths[sampling_rows], lambda i: table.known(int(mine[i])))
         first_samples = list(zip(sampling_rows.tolist(), range(len(sampling_rows)), strict=True))
-        waits = latest is not None and not sampling.reads_history and table.constraints.keys().isdisjoint(plan.slots)
-        expecting = mine if waits else None
-        columns, adapters = _columns(last, sampling, expecting), _adapters(table, slots, counts)
+        is_free = _is_free(plan, table, sampling, latest)
+        expecting = mine if is_free else None
+        shift = None if whose is None else whose[sampling_rows]
+        columns, adapters = _columns(last, sampling, expecting, shift), _adapters(table, slots, counts)
         batch = make_batch(
             *(token_ids, counts, ends, table.blocks, slots, size),
             *(NO_MIRRORS, lengths, columns, latest, adapters),
+            missed=missed,
+            whose=whose,
         )
-        return StepInputs(plan, starts, batch, {}, [], last, first_samples, sampling, expecting)
+        given = last, first_samples, sampling, expecting, is_free, _is_moved(shift, sampling)
+        return StepInputs(plan, starts, batch, {}, [], *given)
     roots = (np.cumsum(counts) - counts + known - 1).tolist()
     scratch.reset()
     added = BranchSegments(scratch, len(token_ids))
@@ -130,8 +153,9 @@ def prepare(
         for row, tree in trees.items()
     }
     all_counts = np.append(counts, np.array(added.counts, np.int32))
-    whose = np.append(slots, np.array(added.slots, np.int32))
-    logits_rows, first_samples, sampling = _samples(plan, placed, roots, table)
+    of_segments = np.append(slots, np.array(added.slots, np.int32))
+    logits_rows, first_samples, sampling, sampled_slots = _samples(plan, placed, roots, table)
+    shift = None if missed is None else _whose(sampled_slots, late, len(missed) - 1)
     batch = make_batch(
         np.append(token_ids, np.array(added.token_ids, np.int32)),
         all_counts,
@@ -140,11 +164,31 @@ def prepare(
         np.append(slots, np.array(added.table_rows, np.int32)),
         size,
         np.array(added.mirrors, np.int32).reshape(-1, 3) if added.mirrors else NO_MIRRORS,
-        np.append(lengths, np.array(added.ends, np.int32)),
-        _columns(logits_rows, sampling),
-        adapters=_adapters(table, whose, all_counts),
+        known=np.append(lengths, np.array(added.ends, np.int32)),
+        columns=_columns(logits_rows, sampling, whose=shift),
+        latest=latest,
+        adapters=_adapters(table, of_segments, all_counts),
+        missed=missed,
+        whose=None if missed is None else _whose(of_segments, late, len(missed) - 1),
     )
-    return StepInputs(plan, starts, batch, placed, added.copies, logits_rows, first_samples, sampling)
+    is_free = _is_free(plan, table, sampling, latest)
+    given = logits_rows, first_samples, sampling, None, is_free, _is_moved(shift, sampling)
+    return StepInputs(plan, starts, batch, placed, added.copies, *given)
+
+
+def _is_free(plan: StepPlan, table: RowTable, sampling: SamplingBatch, latest: Tensor | None) -> bool:
+    return latest is not None and not sampling.reads_history and table.constraints.keys().isdisjoint(plan.slots)
+
+
+def _is_moved(whose: Int32 | None, sampling: SamplingBatch) -> bool:
+    return whose is not None and len(sampling.random) > 0
+
+
+def _whose(slots: Int32, late: Collection[int], nobody: int) -> Int32:
+    """Where to look for how many draft tokens were wrong, by slot."""
+    found = slots.copy()
+    found[[slot not in late for slot in slots.tolist()]] = nobody
+    return found
 
 
 def _adapters(table: RowTable, slots: Int32, counts: Int32) -> Int32 | None:
@@ -153,18 +197,21 @@ def _adapters(table: RowTable, slots: Int32, counts: Int32) -> Int32 | None:
     return np.repeat(numbers, counts) if numbers.any() else None
 
 
-def _columns(logits_rows: Int32, sampling: SamplingBatch, expecting: Int32 | None = None) -> tuple[NDArray[Any], ...]:
+def _columns(
+    logits_rows: Int32, sampling: SamplingBatch, expecting: Int32 | None = None, whose: Int32 | None = None
+) -> tuple[NDArray[Any], ...]:
     """So that everything a step needs goes to the device at once."""
     if not len(logits_rows):
         return ()
     slots = () if expecting is None else (expecting,)
-    return logits_rows, *slots, *sampling.columns
+    shift = () if whose is None or not len(sampling.random) else (whose[sampling.random],)
+    return logits_rows, *slots, *shift, *sampling.columns
 
 
 def _samples(
     plan: StepPlan, trees: Mapping[int, PlacedTree], roots: list[int], table: RowTable
-) -> tuple[Int32, list[tuple[int, int]], SamplingBatch]:
-    """Where and with what tokens are sampled in a step with draft tokens; see StepInputs."""
+) -> tuple[Int32, list[tuple[int, int]], SamplingBatch, Int32]:
+    """Where and with what tokens are sampled in a step with draft tokens, and of which slots; see StepInputs."""
     last: list[int] = []
     first_samples: list[tuple[int, int]] = []
     slots: list[int] = []
@@ -182,8 +229,9 @@ def _samples(
             slots += [slot] * len(tree.positions)
             lengths += [position + 1 for position in tree.positions]
     history = _history(plan, trees, first_samples, table)
-    sampling = table.sampling.take(np.array(slots, np.int32), np.array(lengths, np.int32), history)
-    return np.array(last, np.int32), first_samples, sampling
+    mine = np.array(slots, np.int32)
+    sampling = table.sampling.take(mine, np.array(lengths, np.int32), history)
+    return np.array(last, np.int32), first_samples, sampling, mine
 
 
 def _history(

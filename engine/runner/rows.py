@@ -5,6 +5,8 @@ The runner keeps tokens and lengths itself, so a plan can name a token that the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from slipstream.engine.grammar import Constraint
@@ -59,15 +61,22 @@ class RowTable:
         found = [self.constraints.get(slot) for slot in slots] if self.constraints else []
         return frozenset(row for row, each in enumerate(found) if each is not None and each.is_shortened)
 
-    def expect(self, slots: Int32) -> None:
-        """Each of these rows gets a token that only the device knows yet: see ``RaggedBatch.latest``."""
-        self.tokens[slots, self.lengths[slots]] = -1 - slots
-        self.lengths[slots] += 1
+    def expect(self, slots: Int32, counts: Int32 | int, stride: int) -> None:
+        """Each of these rows gets so many tokens at most that only the device knows yet.
 
-    def arrive(self, slot: int, at: int, token: int) -> None:
-        """A token that was expected is known."""
-        self.tokens[slot, at] = token
-        self.drafts(slot).draft.length = at + 1
+        The last of them lies at ``slot * stride + 1`` there: see ``RaggedBatch.latest``.
+        """
+        self.lengths[slots] += counts
+        self.tokens[slots, self.lengths[slots] - 1] = -2 - slots * stride
+
+    def arrive(self, slot: int, at: int, tokens: Sequence[int], missed: int, stride: int) -> None:
+        """Tokens that were expected from ``at`` on are known, and that ``missed`` of them never come."""
+        end = at + len(tokens)
+        self.tokens[slot, at:end] = tokens
+        self.lengths[slot] -= missed
+        self.drafts(slot).draft.length = end
+        if self.lengths[slot] > end:  # a step behind this one expects some, too
+            self.tokens[slot, self.lengths[slot] - 1] = -2 - slot * stride
 
     def drafts(self, slot: int) -> RowDrafts:
         found = self._drafts[slot]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from slipstream.engine.listening import Listeners
 from slipstream.engine.messages import TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel, Forward
 from slipstream.engine.plan import Float64, StepPlan, StepResult
-from slipstream.engine.runner.following import Following, begin, follow
+from slipstream.engine.runner.following import Following, begin, follow, slots_of
 from slipstream.engine.runner.inputs import Accepted, StepInputs, prepare
 from slipstream.engine.runner.prompts import pooled_of, prompt_logprobs_of
 from slipstream.engine.runner.row_drafts import RowDrafts
@@ -60,7 +61,8 @@ class Launched:
     @property
     def may_wait(self) -> bool:
         """Whether the next step may be launched before this one is collected."""
-        return self.inputs.expecting is not None and not any(self.plan.wanted)
+        is_plain = self.inputs.expecting is not None and not any(self.plan.wanted)
+        return is_plain or bool(self.following.made)
 
 
 class ModelRunner:
@@ -86,15 +88,20 @@ class ModelRunner:
         longest, blocks = max_model_len + 1 + speculator.most, -(-max_model_len // block_size) + 1
         self._table = RowTable(max_running, longest, blocks, scratch_blocks)
         self._scratch = Scratch(self._table.blocks, num_blocks, scratch_blocks, block_size)
-        speculator.attach(DraftHost(model, self._table.blocks, num_blocks + scratch_blocks, block_size, self._scratch))
+        device = self.cache.device
+        self._standing = torch.zeros(max_running + 1, 2 + speculator.most, dtype=torch.int32, device=device)
+        """By slot, as long as nobody has read it: how many draft tokens of the last step were wrong, the token that was
+        sampled last, and draft tokens that follow it. Nothing but 0 in the last row."""
+        self._latest, self._missed = self._standing.view(-1), self._standing[:, 0]
+        host = model, self._table.blocks, num_blocks + scratch_blocks, block_size, self._scratch
+        speculator.attach(DraftHost(*host, self._latest, self._missed))
         self._grammars = grammars or Grammars()
         self._listeners = listeners
         self._taps = listeners.taps(model, speculator.taps)
-        device = self.cache.device
         self.runs_ahead = model.takes_latest and device.type != "cpu"
         """Whether steps may be launched before the last one is collected, which pays where a device computes."""
-        self._latest = torch.zeros(max_running, dtype=torch.int32, device=device)
-        """By slot: the token that was sampled last, as long as nobody has read it."""
+        self._open: deque[Launched] = deque()
+        """Steps that are launched and not collected, of which the second follows the first."""
         self._ready = 0.0
         """When the last step was over."""
 
@@ -107,37 +114,71 @@ class ModelRunner:
         """Gives a step to the device; plans must come in the order they were made, and be collected in it."""
         began, cpu_began = time.perf_counter(), time.thread_time()
         self._enter(plan)
-        inputs = self._prepare(plan)
-        begun = begin(inputs, self._table, self.speculator) if self.speculator.begins else []
+        before = self._open[-1].following if self._open else Following()
+        inputs = self._prepare(plan, before)
+        begun = begin(inputs, self._table, self.speculator, before.made) if self.speculator.begins else []
         batch = inputs.batch
         if begun:
-            batch = replace(batch, columns=(*batch.columns, *(array for each in begun for array in each.arrays)))
+            columns = (column for each in begun for column in (*each.arrays, slots_of(each)))
+            batch = replace(batch, columns=(*batch.columns, *columns))
 
         model_began, model_cpu_began = time.perf_counter(), time.thread_time()
         computed = self.model.forward(batch, self.cache, self._taps)
         sampling, top = self._sample(inputs, computed)
-        following = follow(begun, computed, sampling, self.speculator)
+        can_go_on = inputs.is_free and inputs.batch.missed is not None and self._can_go_on(plan)
+        following = follow(begun, inputs, computed, sampling, self.speculator, self._standing, can_go_on)
         prompt_logprobs, errors = prompt_logprobs_of(self.model, self._table, inputs, computed.hidden)
         pooled = pooled_of(self.model, self._table, inputs, computed.hidden)
         if inputs.expecting is not None and sampling is not None:
             slots = computed.columns[1].long()
-            self._latest.index_copy_(0, slots, sampling.tokens.clamp(min=0).int())
-            self._table.expect(inputs.expecting)
+            self._standing[:, 1].index_copy_(0, slots, sampling.tokens.clamp(min=0).int())
+            self._table.expect(inputs.expecting, 1, self._stride)
+        elif following.made:
+            verified = np.array(inputs.drafted, np.int32)
+            self._table.expect(np.array(plan.slots, np.int32), verified + 1, self._stride)
         cpu_seconds = time.thread_time() - cpu_began - (time.thread_time() - model_cpu_began)
         rows = [self._table.drafts(slot) for slot in plan.slots]
-        return Launched(
+        launched = Launched(
             *(plan, inputs, rows, computed, sampling, following, top, prompt_logprobs, errors, pooled),
             *(began, model_began, cpu_seconds),
         )
+        self._open.append(launched)
+        return launched
+
+    @property
+    def _there(self) -> tuple[Tensor | None, Tensor | None]:
+        """What batches may refer to, see ``RaggedBatch``."""
+        latest = self._latest if self.runs_ahead else None
+        return latest, self._missed if self.runs_ahead and self.speculator.begins and self.cache.is_recordable else None
+
+    def _settle(self, behind: Launched, launched: Launched, missed: dict[int, int]) -> None:
+        """Tells a step that was launched behind another one what that brought."""
+        chains = launched.following.chains()
+        for row, slot in enumerate(behind.plan.slots):
+            if slot in missed:
+                behind.inputs.settle(row, missed[slot], chains[slot])
+
+    @property
+    def _stride(self) -> int:
+        return self._standing.shape[1]
+
+    def _can_go_on(self, plan: StepPlan) -> bool:
+        """Whether what follows the step is all that can be proposed after it, and nothing but the noise of its rows
+        depends on how many tokens they have."""
+        drafts = [self._table.drafts(slot).draft for slot in plan.slots]
+        names = self.speculator.beginning
+        return all(each.drafters <= names and each.params.min_tokens <= each.index for each in drafts)
 
     def fits_behind(self, plan: StepPlan, before: Launched) -> bool:
-        """Whether a step may be launched before that one is collected: it verifies nothing that is yet to be told, and
-        nothing follows it that goes on from there."""
+        """Whether a step may be launched before that one is collected: what it needs of it lies on the device."""
+        if before.following.made:  # whatever else changes is seen once that is read
+            return not (plan.new or plan.ended or plan.copies or self._table.sampling.faults)
         return before.may_wait and not any(plan.drafts) and not (self.speculator.begins and any(plan.costly))
 
     @torch.inference_mode()
     def collect(self, launched: Launched) -> StepResult:
         """What a step brought, once the device has computed it."""
+        self._open.popleft()
         plan, inputs, computed, top = launched.plan, launched.inputs, launched.computed, launched.top
         errors = launched.errors
         sampled, told = (Sampled([]), []) if launched.sampling is None else launched.sampling.wait()
@@ -149,6 +190,7 @@ class ModelRunner:
         tokens: list[list[int]] = [[] for _ in plan.slots]
         logprobs: dict[int, list[TokenLogprobs]] = {}
         proposals: dict[int, tuple[int, bool]] = {}
+        behind: dict[int, int] = {}
         accepted, drafted = inputs.accept(sampled.tokens), inputs.drafted
         refused: set[int] = set()
         for each in accepted:
@@ -160,14 +202,19 @@ class ModelRunner:
             if row in errors:
                 continue
             tokens[row] = [sampled.tokens[at] for at in each.samples]
-            if inputs.expecting is None:
+            at = int(inputs.starts[row]) + plan.counts[row]
+            if inputs.expecting is None and not launched.following.made:
                 self._table.append(slot, tokens[row])
             elif self._table.drafts(slot) is drafts:  # else another request has the row by now
-                self._table.arrive(slot, int(inputs.batch.kv_len[row]), tokens[row][0])
+                missed = drafted[row] + 1 - len(tokens[row])
+                self._table.arrive(slot, at, tokens[row], missed, self._stride)
+                behind |= {slot: missed}
             if proposal := self.speculator.verified(drafts, drafted[row], tokens[row]):
                 proposals[row] = proposal
             if each.samples[0] in sampled.logprobs:
                 logprobs[row] = [sampled.logprobs[at] for at in each.samples]
+        if launched.following.made and self._open:
+            self._settle(self._open[0], launched, behind)
         if inputs.trees:
             self._leave_branches(inputs, accepted)
         if computed.features is not None:
@@ -210,7 +257,9 @@ class ModelRunner:
         before = table[used]
         table[used, :blocks] = np.arange(len(used) * blocks).reshape(-1, blocks) % self._num_blocks
         batch = make_batch(np.zeros(counts.sum(), np.int32), counts, lengths, table, rows, self._block_size)
-        batch = replace(batch, latest=self._latest if self.runs_ahead else None)
+        latest, missed = self._there
+        nobody = None if missed is None else np.full(batch.num_segments, len(missed) - 1, np.int32)
+        batch = replace(batch, latest=latest, missed=missed, whose=nobody)
         is_host = self.cache.device.type == "cpu" and not self.runs_ahead
         for _ in range(1 if is_host else 2):  # the first one on a GPU compiles or loads kernels, and is recorded
             began = time.perf_counter()
@@ -227,6 +276,7 @@ class ModelRunner:
     def reset(self) -> None:
         """Forgets all rows: a step failed, and nobody knows what it left. Raises where the device is lost too."""
         self._table.clear()
+        self._open.clear()
         if self.cache.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -248,13 +298,15 @@ class ModelRunner:
         if plan.copies:
             self.cache.copy_blocks(plan.copies)
 
-    def _prepare(self, plan: StepPlan) -> StepInputs:
+    def _prepare(self, plan: StepPlan, before: Following) -> StepInputs:
         trees = {}
-        for row, most in enumerate(plan.drafts):
-            if most and (tree := self.speculator.draft_tree(self._table.drafts(plan.slots[row]), most)):
+        for row, (slot, most) in enumerate(zip(plan.slots, plan.drafts, strict=True)):
+            if most and slot in before.made:
+                trees[row] = before.tree(slot, most, self._stride)
+            elif most and (tree := self.speculator.draft_tree(self._table.drafts(slot), most)):
                 trees[row] = tree
-        latest = self._latest if self.runs_ahead else None
-        inputs = prepare(plan, trees, self._table, self._scratch, latest)
+        latest, missed = self._there
+        inputs = prepare(plan, trees, self._table, self._scratch, latest, missed, before.made)
         if inputs.copies:
             self.cache.copy_blocks(inputs.copies)
         return inputs
@@ -266,6 +318,9 @@ class ModelRunner:
         rows, *columns = computed.columns[: len(inputs.batch.columns)]
         if inputs.expecting is not None:
             columns = columns[1:]
+        if inputs.is_moved:  # the seventh is the index of the token
+            shift, *columns = columns
+            columns[6] = columns[6] - self._missed.index_select(0, shift)
         logits, top = self.model.logits(computed.hidden, rows), None
         sampling = (self._table.drafts(inputs.plan.slots[row]).draft for row, _ in inputs.first_samples)
         if count := self._listeners.top_k(sampling):

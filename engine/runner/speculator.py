@@ -279,6 +279,11 @@ class Speculator:
         """Whether ``begin`` may begin something."""
         return bool(self._beginning)
 
+    @property
+    def beginning(self) -> frozenset[str]:
+        """Names of drafters that ``begin``."""
+        return frozenset(drafter.name for drafter in self._beginning)
+
     def begin(self, coming: Sequence[Coming]) -> list[Begun]:
         """What drafters will have proposed behind a step that is about to be launched."""
         begun: list[Begun] = []
@@ -291,7 +296,7 @@ class Speculator:
 
     def follow(
         self, begun: Begun, columns: Sequence[Tensor], features: Tensor | None, samples: Tensor
-    ) -> Tensor | None:
+    ) -> tuple[Tensor, Tensor] | None:
         """See ``Begun.launch``; None where it failed, and its rows go on without draft tokens."""
         try:
             assert features is not None, "drafters that begin see what the model computes"

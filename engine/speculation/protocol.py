@@ -113,6 +113,10 @@ class DraftHost:
     block_size: int
     scratch: Scratch
     """Blocks for branches of trees; whoever uses them resets them first."""
+    latest: Tensor | None = None
+    """What token ids below 0 stand for: see ``RaggedBatch``."""
+    missed: Tensor | None = None
+    """By slot, how many draft tokens of a step that is yet to be read are wrong; 0 behind the last slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +187,10 @@ class Coming:
     sample: int
     """Place of the first of the row's tokens among all that are sampled, one more than draft tokens."""
     drafts: Sequence[int]
-    """The draft tokens that are verified, a chain."""
+    """The draft tokens that are verified, a chain; those below 0 only the device knows, see ``DraftHost.latest``."""
+    is_late: bool = False
+    """Whether the step before is yet to be read. Then the row is as long as if all of its draft tokens were right; see
+    ``DraftHost.missed``."""
 
 
 class Begun(Protocol):
@@ -193,7 +200,11 @@ class Begun(Protocol):
     def arrays(self) -> Sequence[NDArray[Any]]:
         """What that takes on the device; travels with the step, as columns of its batch."""
 
-    def launch(self, columns: Sequence[Tensor], features: Tensor, samples: Tensor) -> Tensor:
+    @property
+    def slots(self) -> Sequence[int]:
+        """Those of the rows that it proposes for."""
+
+    def launch(self, columns: Sequence[Tensor], features: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Has the device make them, behind the step; called once.
 
         Args:
@@ -201,11 +212,15 @@ class Begun(Protocol):
             features: [rows of the batch, taps, hidden] float32 that the step computes.
             samples: [samples] int32 that it samples; 0 where there is none.
         Returns:
-            Any int32, which come back with the step's tokens, for ``tell``.
+            Any int32, which come back with the step's tokens, for ``tell``; and of each row how many draft tokens of
+            the step were wrong, the token that was sampled last, and draft tokens after it, [rows, 2 + n] int32.
         """
 
     def tell(self, told: NDArray[np.int32]) -> None:
         """These came back, flat; ``Drafter.propose`` of the rows follows, once they have their tokens."""
+
+    def chain(self, place: int) -> Sequence[int]:
+        """The draft tokens of a row that are there by now."""
 
 
 class Drafter(ABC):

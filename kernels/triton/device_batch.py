@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -27,6 +27,14 @@ class DeviceBatch:
     block_size: int
     latest: Tensor | None = None  # [slots]: what ids below 0 stand for, see ``RaggedBatch``
     adapters: Tensor | None = None  # [tokens]: number of the adapter of each, 0 for none; None where no token has any
+    missed: Tensor | None = None  # by how much sequences are shorter than ``kv_len``, see ``RaggedBatch``
+    whose: Tensor | None = None  # [segments]
+
+    def settled(self) -> DeviceBatch:
+        """With the lengths that sequences have by now."""
+        if self.missed is None or self.whose is None:
+            return self
+        return replace(self, kv_len=self.kv_len - self.missed.index_select(0, self.whose))
 
     @property
     def num_tokens(self) -> int:

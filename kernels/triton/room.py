@@ -21,22 +21,22 @@ class Room:
 
     def __init__(self, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tokens = tokens
-        batch = places([4 * tokens, 4 * (tokens + 1), 4 * tokens, 4 * tokens, 12 * tokens, 4 * tokens])[-1]
+        batch = places([4 * tokens, 4 * (tokens + 1), 4 * tokens, 4 * tokens, 12 * tokens, 4 * tokens, 4 * tokens])[-1]
         self.slab = torch.zeros(batch + BESIDES_BYTES, dtype=torch.uint8, device=device)
         self.positions = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.cells = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.hidden = torch.zeros(tokens, hidden, dtype=dtype, device=device)
         self.latest = torch.zeros(tokens, dtype=torch.int32, device=device)
-        """Tokens that only the device knows, and what becomes of them: see ``TritonChains``."""
-        self.right = torch.zeros(tokens, dtype=torch.int32, device=device)
+        """Tokens that only the device knows, and how sequences go on after them: see ``TritonChains``."""
+        self.ends = torch.zeros(tokens, 3, dtype=torch.int32, device=device)
 
     def has_room(self, arrays: Sequence[Array]) -> bool:
         return places([array.nbytes for array in arrays])[-1] <= len(self.slab)
 
 
 def padded(batch: RaggedBatch, tokens: int) -> list[Array]:
-    """Token ids, starts, lengths, rows of tables and mirrors, and adapters if there are any, with room for so many
-    tokens; see ``DeviceBatch``.
+    """Token ids, starts, lengths, rows of tables and mirrors, and adapters and whose segments are, if there are any,
+    with room for so many tokens; see ``DeviceBatch``.
     """
     segments, mirrors = batch.num_segments, len(batch.mirrors)
     ids = np.zeros(tokens, np.int32)
@@ -48,7 +48,11 @@ def padded(batch: RaggedBatch, tokens: int) -> list[Array]:
     places_too = np.full((tokens, 3), -1, np.int32)
     places_too[:mirrors] = batch.mirrors
     found = [ids, starts, lengths, rows, places_too]
-    return found if batch.adapters is None else [*found, np.pad(batch.adapters, (0, tokens - batch.num_tokens))]
+    if batch.adapters is not None:
+        found.append(np.pad(batch.adapters, (0, tokens - batch.num_tokens)))
+    if batch.missed is not None and batch.whose is not None:  # at the end of it nothing is missed
+        found.append(np.pad(batch.whose, (0, tokens - segments), constant_values=len(batch.missed) - 1))
+    return found
 
 
 def update(mirror: TableMirror, changed: Tensor, changes: Int32) -> None:

@@ -113,10 +113,11 @@ class TritonStack:
         given = None if hidden is None else room.hidden
 
         def work() -> Forward:
-            return self.run(on_device, cache.plan_on_device(on_device, context, prompt=False), given, taps)
+            now = on_device.settled()
+            return self.run(now, cache.plan_on_device(now, context, prompt=False), given, taps)
 
         ranks = None if batch.adapters is None else self._adapters.ranks
-        key = (room.tokens, context, given is None, taps, id(mirror), id(batch.latest), ranks)
+        key = (room.tokens, context, given is None, taps, id(mirror), id(batch.latest), id(batch.missed), ranks)
         done = self.graphs.run(self, key, work)
         # The next step overwrites what a graph returns.
         features = None if done.features is None else done.features[:tokens].clone()
@@ -157,11 +158,12 @@ class TritonStack:
     ) -> Forward:
         """Without a graph: with as much room as there are tokens, and tiles for long segments."""
         arrays = [batch.token_ids, batch.q_start, batch.kv_len, batch.table_row, batch.mirrors]
-        arrays += [] if batch.adapters is None else [batch.adapters]
+        arrays += [each for each in (batch.adapters, batch.whose) if each is not None]
         arrays += [changes, *batch.columns]
         # Two of them, as kernels are compiled for how pointers align.
         positions, cells = (torch.empty(batch.num_tokens, dtype=torch.int32, device=self._device) for _ in range(2))
         on_device, columns = self._send(arrays, mirror, changes, batch, None, positions, cells)
+        on_device = on_device.settled()
         plan = cache.plan_on_device(on_device, longest, prompt=not self.is_invariant, host=batch)
         done = self.run(on_device, plan, None if hidden is None else hidden.to(self.dtype), taps)
         return Forward(done.hidden, done.features, columns)
@@ -178,14 +180,14 @@ class TritonStack:
     ) -> tuple[DeviceBatch, tuple[Tensor, ...]]:
         """The batch on the device, and its columns.
 
-        ``arrays``: five of the batch, or six with adapters; the changes; and the columns.
+        ``arrays``: five of the batch, and two more if it has them; the changes; and the columns.
         """
         ids, starts, lengths, rows, mirrors, *others = self._staging.send(arrays, slab)
-        adapters = None if host.adapters is None else others.pop(0)
+        adapters, whose = (None if each is None else others.pop(0) for each in (host.adapters, host.whose))
         changed, *columns = others
         update(mirror, changed, changes)
         given = (ids, starts, lengths, rows, mirrors, mirror.tables, positions, cells)
-        return DeviceBatch(*given, host.block_size, host.latest, adapters), tuple(columns)
+        return DeviceBatch(*given, host.block_size, host.latest, adapters, host.missed, whose), tuple(columns)
 
     def run(
         self,

@@ -242,6 +242,56 @@ def test_a_step_and_its_drafts_are_one_copy_there_and_one_back(
     assert any(len(tokens) > 1 for rows in told[0][1] for tokens, _ in rows), "no chain was long enough"
 
 
+def test_a_step_is_launched_before_its_draft_tokens_are_known(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And how many of those before were right, whatever comes between: requests that begin or end, rows that wait."""
+    monkeypatch.setattr(graphs, "GraphPool", RecordingPool)
+    policy = HEAD | {"speculation_policy": "fixed", "max_draft_tokens": 2, "pipeline": "on"}
+    expected, found = engine(tiny, "torch"), engine(tiny, "triton", **policy)
+    runner, order, late, right = found.engine.runner, [], [], []
+    runner.runs_ahead = True
+    launch, collect = runner.launch, runner.collect
+
+    def launched(plan: Any) -> Any:
+        made = launch(plan)
+        order.append("launch")
+        # Draft tokens that nobody had read when they were to be verified.
+        late.append(sum(len(tree.positions) for tree in made.inputs.trees.values() if min(tree.tree.tokens) < 0))
+        return made
+
+    def collected(step: Any) -> Any:
+        result = collect(step)
+        order.append("collect")
+        right.append(sum(max(len(tokens) - 1, 0) for tokens in result.tokens))
+        return result
+
+    monkeypatch.setattr(runner, "launch", launched)
+    monkeypatch.setattr(runner, "collect", collected)
+    first = [
+        SamplingParams(max_tokens=24, temperature=0.0),
+        SamplingParams(max_tokens=9, seed=3, top_k=3, temperature=0.5, logprobs=1),
+    ]
+    then = [
+        SamplingParams(max_tokens=12, temperature=0.0, min_tokens=4, stop_token_ids=tuple(range(0, 60, 2))),
+        SamplingParams(max_tokens=5, seed=5, presence_penalty=0.5),
+    ]
+    told = []
+    try:
+        for local in (expected, found):
+            with ops.use_backend("triton") if local is found else nullcontext():
+                asked = [local.submit(PROMPTS[0], each) for each in first]
+                while len(asked[0].tokens) < 8:
+                    local.step()
+                asked += [local.submit(PROMPTS[1], each) for each in then]
+                local.finish()
+            told.append([(each.tokens, each.finish_reason) for each in asked])
+        assert told[0] == told[1]
+        assert "launch launch collect launch collect launch" in " ".join(order)
+        assert sum(each > 0 for each in late) > 3 and sum(right) > 3, (late, right)
+    finally:
+        found.close()
+        expected.close()
+
+
 def test_what_keeps_triton_from_running_is_said(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader.launch, "why_not", lambda device: "there is no GPU")
     with pytest.raises(ConfigError, match=r"--kernels triton.*there is no GPU"):

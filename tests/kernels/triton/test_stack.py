@@ -172,7 +172,7 @@ def test_a_chain_is_that_of_one_token_after_another(bucket: bool) -> None:
         chains = replayed.chains(given, other_cache)
         assert chains is not None
         columns = [torch.from_numpy(array) for array in chains.arrays]
-        told = chains.make(columns, torch.from_numpy(drawn), hidden.clone(), Likeliest())
+        told, standing = chains.make(columns, torch.from_numpy(drawn), hidden.clone(), Likeliest())
         assert told.shape == (4, len(rows), 2)
         for at, each in enumerate(rows):
             begin, length = int(step.q_start[at]), each.length + each.right
@@ -188,6 +188,8 @@ def test_a_chain_is_that_of_one_token_after_another(bucket: bool) -> None:
                 if node < left:
                     one = replace(batch([each.row], [1], [length + node + 1]), token_ids=np.array([token], np.int32))
                     x = eager.forward(one, cache, x).hidden
+            assert standing[at].tolist()[:2] == [each.drafted - each.right, drawn[2 + first[at] + each.right]]
+            assert standing[at].tolist()[2:] == told[:, at, 0].tolist()
             blocks = step.block_tables[each.row]
             for position in range(each.length - each.known, length + left):
                 cell = int(blocks[position // step.block_size]) * step.block_size + position % step.block_size
