@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -41,9 +41,12 @@ class Following:
         count = min(most, self.made[slot])
         return Tree([-3 - slot * stride - node for node in range(count)], list(range(-1, count - 1)))
 
-    def chains(self) -> dict[int, Sequence[int]]:
-        """By slot: the draft tokens, once they are told."""
-        return {slot: begun.chain(place) for begun in self.begun for place, slot in enumerate(begun.slots)}
+    def settle(self, behind: StepInputs, missed: Mapping[int, int]) -> None:
+        """Tells a step that was launched behind this one what this one brought; ``missed`` by slot: what was wrong."""
+        chains = {slot: begun.chain(place) for begun in self.begun for place, slot in enumerate(begun.slots)}
+        for row, slot in enumerate(behind.plan.slots):
+            if slot in missed:
+                behind.settle(row, missed[slot], chains[slot])
 
 
 def begin(inputs: StepInputs, table: RowTable, speculator: Speculator, late: Container[int]) -> list[Begun]:

@@ -151,13 +151,6 @@ class ModelRunner:
         latest = self._latest if self.runs_ahead else None
         return latest, self._missed if self.runs_ahead and self.speculator.begins and self.cache.is_recordable else None
 
-    def _settle(self, behind: Launched, launched: Launched, missed: dict[int, int]) -> None:
-        """Tells a step that was launched behind another one what that brought."""
-        chains = launched.following.chains()
-        for row, slot in enumerate(behind.plan.slots):
-            if slot in missed:
-                behind.inputs.settle(row, missed[slot], chains[slot])
-
     @property
     def _stride(self) -> int:
         return self._standing.shape[1]
@@ -183,8 +176,11 @@ class ModelRunner:
         errors = launched.errors
         sampled, told = (Sampled([]), []) if launched.sampling is None else launched.sampling.wait()
         ready, cpu_began = time.perf_counter(), time.thread_time()
-        drafting = launched.following.tell(told)
-        model_seconds = ready - max(launched.model_began, self._ready) - drafting
+        computing = ready - max(
+            launched.model_began, self._ready
+        )  # which is short where nobody read the last one early
+        drafting = min(launched.following.tell(told), computing)
+        model_seconds = computing - drafting
         began, self._ready = max(launched.began, self._ready), ready
 
         tokens: list[list[int]] = [[] for _ in plan.slots]
@@ -214,7 +210,7 @@ class ModelRunner:
             if each.samples[0] in sampled.logprobs:
                 logprobs[row] = [sampled.logprobs[at] for at in each.samples]
         if launched.following.made and self._open:
-            self._settle(self._open[0], launched, behind)
+            launched.following.settle(self._open[0].inputs, behind)
         if inputs.trees:
             self._leave_branches(inputs, accepted)
         if computed.features is not None:

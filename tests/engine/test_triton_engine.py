@@ -187,7 +187,10 @@ def test_a_step_and_its_drafts_are_one_copy_there_and_one_back(
     """By graphs and without, for which nobody waits in vain. Drafts are those that are made token by token, of greedy
     requests, drawn ones, and both side by side."""
     policy = HEAD | {"speculation_policy": "fixed", "max_draft_tokens": 3, "pipeline": "on" if is_ahead else "off"}
-    told = []
+    told: list[Any] = []
+    times: list[float] = []
+    expected = answers(plain := engine(tiny, "torch"))
+    plain.close()
     pools = (graphs.GraphPool, RecordingPool) if is_ahead else (None, graphs.GraphPool, RecordingPool)
     with ops.use_backend("triton"):
         for length, pool in enumerate(pools, 60):  # models of one length are one
@@ -222,9 +225,7 @@ def test_a_step_and_its_drafts_are_one_copy_there_and_one_back(
             def collected(step: Any, collect: Any = collect, verified: Any = verified) -> Any:
                 result = collect(step)
                 verified.append(sum(result.drafted))
-                assert min(result.seconds, result.model_seconds) > 0 and (result.draft_seconds > 0) >= any(
-                    result.offers
-                )
+                times.append(min(result.seconds, result.model_seconds, result.draft_seconds))
                 return result
 
             monkeypatch.setattr(runner, "launch", launched)
@@ -238,7 +239,7 @@ def test_a_step_and_its_drafts_are_one_copy_there_and_one_back(
                 steps = len(counted)
                 assert (traffic.to_device, traffic.to_host, traffic.waits) == (steps, steps, 0)
             told.append((tokens, found))
-    assert all(each == told[0] for each in told)
+    assert all(each == told[0] for each in told) and told[0][0] == expected and min(times) >= 0
     assert any(len(tokens) > 1 for rows in told[0][1] for tokens, _ in rows), "no chain was long enough"
 
 
