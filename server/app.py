@@ -16,9 +16,11 @@ from starlette.types import ASGIApp
 
 from slipstream.server.admin import profile
 from slipstream.server.admin import routes as admin
+from slipstream.server.anthropic import batches as anthropic_batches
 from slipstream.server.anthropic import routes as anthropic
 from slipstream.server.anthropic.errors import TranslatedErrors
 from slipstream.server.batch import routes as batch
+from slipstream.server.batch.desk import BatchDesk
 from slipstream.server.deadline import Deadline
 from slipstream.server.description import Answer, Door, describe, finish
 from slipstream.server.edge import Edge
@@ -65,7 +67,9 @@ def build_app(service: Service) -> ASGIApp:
     ]
     controls = [sglang.control_router(service), sglang.refused_router(service), profile.profile_router(service)]
     controls += vllm_control.control_routers(service)
-    for router in (*generating, batch.batch_router(service, app), *controls, admin.admin_router(service)):
+    desk = BatchDesk(service, app)
+    batches = [batch.batch_router(service, desk), anthropic_batches.message_batches_router(service, desk)]
+    for router in (*generating, *batches, *controls, admin.admin_router(service)):
         app.include_router(router)
     for path in paths(generating):
         service.metrics.expect_failures(path)

@@ -154,8 +154,9 @@ class ServerConfig:
     )
     batch_folder: str | None = option(
         None,
-        "Folder for files and batches of /v1/files and /v1/batches, which go on where they were when the server is "
-        "started again; without it there are none. Servers may share it: one of them runs the batches.",
+        "Folder for files and batches (/v1/files, /v1/batches, /v1/messages/batches), which go on where they were "
+        "when the server is started again; without it there are none. "
+        "Servers may share it: one of them runs the batches.",
     )
     max_file_bytes: int = option(200 * 2**20, "Largest file of /v1/files.")
     max_stored_bytes: int = option(2 * 2**30, "Bytes of all files of one key, with which it may upload no more.")

@@ -106,9 +106,11 @@ async def prepare(
         raise ClientDisconnect
 
 
-async def answer_without_engine(service: Service, request: Request, job: str) -> LargeResponse:
-    """Raises ModelNotFoundError, and what the job raises."""
-    found: Answered = await prepare(service, request, job)
+async def answer_without_engine(
+    service: Service, request: Request, job: str, before: Callable[[bytes], Awaitable[bytes]] = unchanged
+) -> LargeResponse:
+    """``before`` as for prepare. Raises ModelNotFoundError, and what the job raises."""
+    found: Answered = await prepare(service, request, job, before)
     service.require_model(found.model)
     return LargeResponse(service, found.data)
 

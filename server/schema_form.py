@@ -1,6 +1,7 @@
 """What JSON schemas have to look like: the first thing wrong in one is told with its place.
 
-Only what whoever compiles schemas would refuse is refused here: a keyword says something of the types that it is about.
+Only what whoever compiles schemas would refuse is refused here: a keyword says something of the types that it is about,
+and an empty list of what something may be means that nothing is meant, which is no matter of form.
 """
 
 from __future__ import annotations
@@ -46,11 +47,10 @@ NUMBER: tuple[Test, str] = (_is_number, "a number")
 BOUND: tuple[Test, str] = (lambda value: isinstance(value, bool) or _is_number(value), "a number")
 TEXT: tuple[Test, str] = (lambda value: isinstance(value, str), "a text")
 LIST: tuple[Test, str] = (lambda value: isinstance(value, list), "a list")
-NOT_EMPTY: tuple[Test, str] = (lambda value: isinstance(value, list) and bool(value), "a list that is not empty")
 OBJECT: tuple[Test, str] = (lambda value: isinstance(value, dict), "an object")
 SCHEMA: tuple[Test, str] = (_is_schema, "a schema")
 ANYWHERE: dict[str, tuple[Test, str]] = {
-    "enum": NOT_EMPTY, "anyOf": NOT_EMPTY, "oneOf": NOT_EMPTY, "allOf": LIST, "$ref": TEXT,
+    "enum": LIST, "anyOf": LIST, "oneOf": LIST, "allOf": LIST, "$ref": TEXT,
 }  # fmt: skip
 BY_TYPE: dict[str, dict[str, tuple[Test, str]]] = {
     "string": {"minLength": COUNT, "maxLength": COUNT, "pattern": TEXT, "format": TEXT},
@@ -116,7 +116,7 @@ def keywords_of(schema: dict[str, Any], at: str) -> dict[str, tuple[Test, str]]:
     """The keywords that say something of values with the types that a schema states, and how each of them looks."""
     stated = schema.get("type")
     types = [stated] if isinstance(stated, str) else list(TYPES) if stated is None else stated
-    if not isinstance(types, list) or not types:
+    if not isinstance(types, list):
         raise wrong(within(at, "type"), f"one or several of {', '.join(TYPES)} are needed", stated)
     found = dict(ANYWHERE)
     for each in types:

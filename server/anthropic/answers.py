@@ -79,4 +79,40 @@ class MessageTokens(Answer):
     input_tokens: int
 
 
-ANSWERS: tuple[type[Answer], ...] = (MessageAnswer, MessageEvent, MessageErrorAnswer, MessageTokens)
+class MessageBatchCounts(Answer):
+    processing: int
+    succeeded: int
+    errored: int
+    canceled: int
+    expired: int
+
+
+class MessageBatchAnswer(Answer):
+    id: str
+    type: Literal["message_batch"]
+    processing_status: Literal["in_progress", "canceling", "ended"]
+    request_counts: MessageBatchCounts
+    created_at: str
+    expires_at: str
+    ended_at: str | None
+    cancel_initiated_at: str | None
+    archived_at: None
+    results_url: str | None
+
+
+class MessageBatchPage(Answer):
+    data: list[MessageBatchAnswer]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class MessageBatchDeleted(Answer):
+    id: str
+    type: Literal["message_batch_deleted"]
+
+
+ANSWERS: tuple[type[Answer], ...] = (
+    *(MessageAnswer, MessageEvent, MessageErrorAnswer, MessageTokens),
+    *(MessageBatchAnswer, MessageBatchPage, MessageBatchDeleted),
+)

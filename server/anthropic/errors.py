@@ -65,8 +65,7 @@ class TranslatedErrors:
                 body += message.get("body", b"")
                 if message.get("more_body"):
                     return
-                said, param = said_in(body)
-                body = error_body(head["status"], said, request_id, param)
+                body = error_of(head["status"], body, request_id)
                 headers = [each for each in head["headers"] if each[0] != b"content-length"]
                 headers.append((b"content-length", str(len(body)).encode()))
                 await send({**head, "headers": headers})
@@ -74,6 +73,12 @@ class TranslatedErrors:
             await send(message)
 
         await self._app(scope, receive, translating)
+
+
+def error_of(status: int, body: bytes, request_id: str) -> bytes:
+    """What an error of any other route is here."""
+    said, param = said_in(body)
+    return error_body(status, said, request_id, param)
 
 
 def said_in(body: bytes) -> tuple[str, str | None]:

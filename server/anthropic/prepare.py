@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from slipstream.server.anthropic.schema import ContentBlock, CountTokensBody, MessagesBody, PromptFields, Texts
+import msgspec
+
+from slipstream.server.anthropic.errors import PATH
+from slipstream.server.anthropic.schema import (
+    ContentBlock,
+    CountTokensBody,
+    MessageBatchBody,
+    MessagesBody,
+    PromptFields,
+    Texts,
+)
+from slipstream.server.batch.lines import RequestLine, model_of, one_line
+from slipstream.server.batch.lines import encode as encode_line
 from slipstream.server.body import Body, parse
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai import prepare as openai
 from slipstream.server.openai.schema import ChatBody
+from slipstream.server.openai.thinking import LEVEL
 from slipstream.server.openai.translated import add_message, chat_body
 from slipstream.server.prepared import Answered, Limits, Prepared
 from slipstream.server.text_model import TextModel
@@ -19,6 +32,8 @@ from slipstream.server.text_model import TextModel
 TOOL_FIELDS = {"type", "name", "description", "strict", "input_schema", "cache_control", "eager_input_streaming"}
 OFF = {"defer_loading": False, "allowed_callers": ["direct"], "input_examples": []}
 """Further fields of tools, with the values that ask for nothing."""
+USUAL_EFFORT = "high"
+"""Asks for nothing where a template has no levels."""
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -62,8 +77,41 @@ def count_message_tokens(text: TextModel, limits: Limits, raw: bytes) -> Answere
     return openai.answer(body.model, {"input_tokens": len(prompt)})
 
 
+@dataclass(frozen=True)
+class MessageBatch:
+    lines: bytes
+    """A file of requests, as batches have them."""
+    count: int
+    model: str | None
+    """That of the first request."""
+
+
+def message_batch(text: TextModel, limits: Limits, raw: bytes) -> MessageBatch:
+    """What the requests ask for is read when their turn comes. Raises InvalidRequestError."""
+    known: set[str] = set()
+    for index, request in enumerate(parse(MessageBatchBody, raw, "error").requests):
+        if request.custom_id in known:
+            param = f"requests.{index}.custom_id"
+            raise InvalidRequestError(f"{param}: an earlier request has this id", param=param)
+        known.add(request.custom_id)
+    requests = msgspec.json.decode(raw, type=_Requests).requests
+    lines = [RequestLine(each.custom_id, "POST", PATH, one_line(bytes(each.params))) for each in requests]
+    return MessageBatch(b"".join(encode_line(each) + b"\n" for each in lines), len(lines), model_of(lines[0].body))
+
+
+class _Request(msgspec.Struct):
+    custom_id: str
+    params: msgspec.Raw
+
+
+class _Requests(msgspec.Struct):
+    requests: list[_Request]
+
+
 def conversation(text: TextModel, limits: Limits, fields: dict[str, Any]) -> Prepared[ChatBody]:
     """Raises InvalidRequestError with the names of this dialect."""
+    if fields.get(LEVEL) == USUAL_EFFORT and (text.template is None or LEVEL not in text.template.text):
+        fields = {name: value for name, value in fields.items() if name != LEVEL}
     try:
         prepared = openai.conversation(text, limits, chat_body(fields, "messages"))
     except InvalidRequestError as error:
@@ -95,8 +143,11 @@ def chat_fields(body: PromptFields) -> dict[str, Any]:
     if form is not None:
         about = {"name": form.name or "answer", "schema": form.schema_, "strict": True}
         fields["response_format"] = {"type": "json_schema", "json_schema": about}
+    is_off = body.thinking is not None and body.thinking.type == "disabled"
     if body.thinking is not None and body.thinking.type != "adaptive":
         fields["thinking"] = {"type": body.thinking.type}
+    if body.output_config is not None and body.output_config.effort is not None and not is_off:
+        fields[LEVEL] = body.output_config.effort
     return fields
 
 
@@ -210,10 +261,15 @@ def renamed(param: str | None) -> str | None:
         return "output_config.format" + param.removeprefix("response_format").removeprefix(".json_schema")
     if param.startswith("tools."):
         return param.replace(".function.parameters", ".input_schema", 1).replace(".function", "", 1)
-    names = {"stop": "stop_sequences", "parallel_tool_calls": "tool_choice", "user": "metadata.user_id"}
+    names = {
+        LEVEL: "output_config.effort",
+        "stop": "stop_sequences",
+        "parallel_tool_calls": "tool_choice",
+        "user": "metadata.user_id",
+    }
     return names.get(param, param)
 
 
 JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {
-    job.__name__: job for job in (converse, count_message_tokens)
+    job.__name__: job for job in (converse, count_message_tokens, message_batch)
 }

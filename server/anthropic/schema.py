@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, StringConstraints, Tag
 
+from slipstream.server.batch.lines import MOST_ID_CHARS, MOST_LINES
 from slipstream.server.body import Body
 from slipstream.server.openai.fields import unsupported
 from slipstream.server.openai.schema import (
@@ -96,7 +97,7 @@ class OutputFormat(Body):
 
 class OutputConfig(Body):
     format: OutputFormat | None = None
-    effort: unsupported("high") = None  # type: ignore[valid-type]
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
 class PromptFields(ExtraFields):
@@ -146,4 +147,18 @@ class CountTokensBody(PromptFields):
     pass
 
 
-BODIES: tuple[type[Body], ...] = (MessagesBody, CountTokensBody)
+class RequestOfBatch(Body):
+    custom_id: Annotated[str, StringConstraints(min_length=1, max_length=MOST_ID_CHARS)]
+    params: dict[str, Any]
+    """A body of /v1/messages, which is read when its turn comes."""
+
+
+class MessageBatchBody(Body):
+    requests: Annotated[list[RequestOfBatch], Field(min_length=1, max_length=MOST_LINES, fail_fast=True)]
+
+
+class CancelMessageBatchBody(Body):
+    """No fields."""
+
+
+BODIES: tuple[type[Body], ...] = (MessagesBody, CountTokensBody, MessageBatchBody, CancelMessageBatchBody)

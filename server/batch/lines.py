@@ -228,6 +228,7 @@ class Progress:
     def __init__(self, output: Path, errors: Path) -> None:
         self.done: set[str] = set()
         self.counts = RequestCounts()
+        self.left = 0
         self.usage = UsageOfBatch()
         self._lock = threading.Lock()
         self._files = [self._open(path, is_error) for path, is_error in ((output, False), (errors, True))]
@@ -295,6 +296,7 @@ class Progress:
         if not is_error and answer.response is not None:
             found = decode_usage(answer.response.body).usage
         self.done.add(answer.custom_id)
+        self.left += answer.response is None
         if is_error:
             self.counts.failed += 1
         else:

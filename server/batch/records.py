@@ -75,6 +75,8 @@ class Batch(msgspec.Struct, kw_only=True):
     errors: list[LineProblem] = []
     counts: RequestCounts = msgspec.field(default_factory=RequestCounts)
     usage: UsageOfBatch = msgspec.field(default_factory=UsageOfBatch)
+    left: int = 0
+    """How many of the requests that failed were not answered at all."""
     model: str | None = None
     has_output: bool = False
     has_errors: bool = False

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from slipstream.server.asked import MAX_BODY_BYTES, body_of, only
 from slipstream.server.batch import answers
+from slipstream.server.batch.desk import BatchDesk, ask, page_size, said_of_all
 from slipstream.server.batch.records import Batch, StoredFile, fresh
-from slipstream.server.batch.runner import BatchRunner
 from slipstream.server.batch.schema import BODIES, KEPT_S, CancelBatchBody, CreateBatchBody, KeptAfter, UploadBody
-from slipstream.server.batch.store import BatchStore
-from slipstream.server.batch.upload import MULTIPART, RETRY_DISK_S, read_upload
+from slipstream.server.batch.upload import MULTIPART, read_upload
 from slipstream.server.body import BYTES, parse, read_body
-from slipstream.server.consent import DOMAIN_HEADER, LEVEL_HEADER, read_statement
+from slipstream.server.consent import read_statement
 from slipstream.server.description import describe, parameter
-from slipstream.server.errors import ConflictError, InvalidRequestError, UnavailableError
-from slipstream.server.headers import header_values
+from slipstream.server.errors import InvalidRequestError
 from slipstream.server.json_response import JSONBody
 from slipstream.server.principal import owner_of, principal_of
 from slipstream.server.service import Service
@@ -31,6 +27,7 @@ from slipstream.server.service import Service
 DESCRIBED = (*BODIES, *answers.ANSWERS)
 MOST_FILES, MOST_BATCHES = 10_000, 100
 MOST_NAME_CHARS = 255
+PREFIX = "batch_"
 PIECE_BYTES = 2**18
 PAGE = [parameter("limit", type="integer"), parameter("after", type="string")]
 FILES_PAGE = [
@@ -38,45 +35,17 @@ FILES_PAGE = [
     parameter("purpose", type="string"),
     parameter("order", type="string", enum=["asc", "desc"]),
 ]
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
 
 
-async def ask(method: Callable[Parameters, Result], *arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
-    """What a method of the store returns. Raises UnavailableError where the disk refuses."""
-    try:
-        return await asyncio.to_thread(method, *arguments, **named)
-    except (OSError, sqlite3.Error) as error:
-        raise UnavailableError(
-            f"--batch-folder cannot be used: {error}", code="storage_unusable", retry_after_s=RETRY_DISK_S
-        ) from error
-
-
-def batch_router(service: Service, app: ASGIApp) -> APIRouter:
-    """``app``, which has all routes, is asked for what batches consist of. Raises ConfigError for the folder."""
+def batch_router(service: Service, desk: BatchDesk) -> APIRouter:
     router = APIRouter(default_response_class=Response)
-    known, runner = None, None
-    if (folder := service.config.batch_folder) is not None:
-        known = BatchStore(Path(folder).expanduser(), service.config.max_stored_bytes)
-        runner = BatchRunner(service, known, app)
-        service.companions.add(runner)
-
-    def store_of() -> BatchStore:
-        """Raises ConflictError."""
-        if known is None:
-            raise ConflictError("this server has no batches; start it with --batch-folder FOLDER", code="no_batches")
-        return known
-
-    def wake() -> None:
-        if runner is not None:
-            runner.wake()
 
     @router.post(
         "/v1/files", openapi_extra=describe(answers.FileObject, 409, 503, bodies=[UploadBody], media_type=MULTIPART)
     )
     async def upload(request: Request) -> Response:
         """Keep a file of requests."""
-        store = store_of()
+        store = desk.store
         async with read_upload(request, service.config.max_file_bytes) as (found, body):
             now = int(time.time())
             stored = StoredFile(
@@ -94,7 +63,7 @@ def batch_router(service: Service, app: ASGIApp) -> APIRouter:
     @router.get("/v1/files", openapi_extra=describe(answers.FileList, 404, 409, 503, query=FILES_PAGE))
     async def list_files(request: Request) -> Response:
         """Your files, newest first."""
-        store = store_of()
+        store = desk.store
         query = only(request, "limit", "after", "purpose", "order")
         order = query.get("order", "desc")
         if order not in ("asc", "desc"):
@@ -108,26 +77,26 @@ def batch_router(service: Service, app: ASGIApp) -> APIRouter:
     @router.get("/v1/files/{name}/content", openapi_extra=describe(BYTES, 404, 409, 503))
     async def content(request: Request, name: str) -> Response:
         """What is in a file."""
-        store = store_of()
+        store = desk.store
         found = await ask(store.file, owner_of(request.scope), name)
         return FileBody(store.path(found.id), found.bytes)
 
     @router.get("/v1/files/{name}", openapi_extra=describe(answers.FileObject, 404, 409, 503))
     async def file(request: Request, name: str) -> Response:
         """What is known of a file."""
-        found = await ask(store_of().file, owner_of(request.scope), name)
+        found = await ask(desk.store.file, owner_of(request.scope), name)
         return JSONBody(found.shown())
 
     @router.delete("/v1/files/{name}", openapi_extra=describe(answers.FileDeleted, 404, 409, 503))
     async def delete(request: Request, name: str) -> Response:
         """Delete a file."""
-        await ask(store_of().delete_file, owner_of(request.scope), name)
+        await ask(desk.store.delete_file, owner_of(request.scope), name)
         return JSONBody({"id": name, "object": "file", "deleted": True})
 
     @router.post("/v1/batches", openapi_extra=describe(answers.BatchObject, 409, 429, 503, bodies=[CreateBatchBody]))
     async def create(request: Request) -> Response:
         """Have the requests of a file answered when there is time."""
-        store = store_of()
+        store = desk.store
         body = parse(
             CreateBatchBody, await read_body(request, min(service.config.max_body_bytes, MAX_BODY_BYTES)), "error"
         )
@@ -135,7 +104,7 @@ def batch_router(service: Service, app: ASGIApp) -> APIRouter:
         principal = principal_of(request.scope)
         now = int(time.time())
         batch = Batch(
-            id=fresh("batch_"),
+            id=fresh(PREFIX),
             owner=owner_of(request.scope),
             key=principal.key,
             headers=said_of_all(request),
@@ -150,21 +119,22 @@ def batch_router(service: Service, app: ASGIApp) -> APIRouter:
             metadata=body.metadata,
         )
         await ask(store.add_batch, batch)
-        wake()
+        desk.wake()
         return JSONBody(batch.shown())
 
     @router.get("/v1/batches", openapi_extra=describe(answers.BatchList, 404, 409, 503, query=PAGE))
     async def list_batches(request: Request) -> Response:
         """Your batches, newest first."""
-        store = store_of()
+        store = desk.store
         query = only(request, "limit", "after")
         limit = page_size(query, 20, MOST_BATCHES)
-        return JSONBody(page(*await ask(store.batches, owner_of(request.scope), query.get("after"), limit)))
+        owner = owner_of(request.scope)
+        return JSONBody(page(*await ask(store.batches, owner, PREFIX, query.get("after"), limit)))
 
     @router.get("/v1/batches/{name}", openapi_extra=describe(answers.BatchObject, 404, 409, 503))
     async def one_batch(request: Request, name: str) -> Response:
         """How far a batch is."""
-        return JSONBody((await ask(store_of().batch, owner_of(request.scope), name)).shown())
+        return JSONBody((await desk.batch(owner_of(request.scope), name, PREFIX)).shown())
 
     @router.post(
         "/v1/batches/{name}/cancel",
@@ -172,18 +142,9 @@ def batch_router(service: Service, app: ASGIApp) -> APIRouter:
     )
     async def cancel(request: Request, name: str) -> Response:
         """End a batch; what is answered by then is kept."""
-        store = store_of()
+        _ = desk.store  # a server that has none says so first
         await body_of(service, request, CancelBatchBody)
-
-        def become_cancelling(batch: Batch) -> None:
-            if batch.status in ("validating", "in_progress"):
-                batch.become("cancelling", time.time())
-            elif batch.status not in ("cancelling", "cancelled"):
-                raise ConflictError(f"{name} is {batch.status}, and cannot be cancelled", code="batch_not_cancellable")
-
-        batch = await ask(store.change, owner_of(request.scope), name, become_cancelling)
-        wake()
-        return JSONBody(batch.shown())
+        return JSONBody((await desk.cancel(owner_of(request.scope), name, PREFIX)).shown())
 
     return router
 
@@ -209,22 +170,8 @@ def seconds_kept(asked: KeptAfter | None) -> int:
     return asked.seconds if asked is not None else KEPT_S
 
 
-def said_of_all(request: Request) -> dict[str, str]:
-    """Headers of the request that makes a batch which count for all requests in it."""
-    found = {name: ", ".join(header_values(request.scope, name.lower())) for name in (LEVEL_HEADER, DOMAIN_HEADER)}
-    return {name: value for name, value in found.items() if value}
-
-
 def page(found: list[Any], has_more: bool) -> dict[str, Any]:
     ids = [each.id for each in found]
     shown = [each.shown() for each in found]
     first, last = (ids[0], ids[-1]) if ids else (None, None)
     return {"object": "list", "data": shown, "first_id": first, "last_id": last, "has_more": has_more}
-
-
-def page_size(query: dict[str, str], default: int, most: int) -> int:
-    """Raises InvalidRequestError."""
-    text = query.get("limit", str(default))
-    if not (text.isascii() and text.isdecimal() and len(text) < 6 and 1 <= int(text) <= most):
-        raise InvalidRequestError(f"limit: 1 to {most}, not {text[:60]!r}", param="limit")
-    return int(text)

@@ -327,6 +327,7 @@ class BatchRunner:
         def close(found: Batch) -> None:
             self._count(counted, found)
             found.has_output, found.has_errors = output > 0, errors > 0
+            found.left = progress.left
             if end == "failed":
                 found.errors = [LineProblem(code="input_file_lost", message=LOST)]
             found.become(end, now)

@@ -158,10 +158,24 @@ class BatchStore:
         with self._transaction(write=False) as database:
             return _batch(database, owner, batch_id)
 
-    def batches(self, owner: str, after: str | None, limit: int) -> tuple[list[Batch], bool]:
-        """A page, newest first, and whether there is more. Raises NotFoundError."""
+    def batches(
+        self, owner: str, kind: str, after: str | None, limit: int, newest_first: bool = True
+    ) -> tuple[list[Batch], bool]:
+        """A page of those whose names begin with ``kind``, and whether there is more. Raises NotFoundError."""
         with self._transaction(write=False) as database:
-            return _page(database, Batch, owner, after, limit, newest_first=True)
+            return _page(database, Batch, owner, after, limit, newest_first, "AND id GLOB ?", [f"{kind}*"])
+
+    def delete_batch(self, owner: str, batch_id: str) -> None:
+        """With its files. Raises NotFoundError, and ConflictError for one that has not ended."""
+        with self._transaction() as database:
+            batch = _batch(database, owner, batch_id)
+            if batch.status in OPEN:
+                raise ConflictError(f"{batch_id} has not ended; cancel it first", code="batch_not_ended")
+            database.execute("DELETE FROM batches WHERE id = ?", (batch_id,))
+            files = [batch.input_file_id, batch.output_id, batch.error_id]
+            database.executemany("DELETE FROM files WHERE id = ?", [(each,) for each in files])
+        for each in files:
+            self.path(each).unlink(missing_ok=True)
 
     def open_batches(self) -> list[Batch]:
         """Those of all tenants, oldest first."""
@@ -206,10 +220,14 @@ def _file(database: sqlite3.Connection, owner: str, file_id: str) -> StoredFile:
     return msgspec.json.decode(row[0], type=StoredFile)
 
 
+def no_batch(batch_id: str) -> NotFoundError:
+    return NotFoundError(f"there is no batch {batch_id[:100]!r}", code="batch_not_found")
+
+
 def _batch(database: sqlite3.Connection, owner: str, batch_id: str) -> Batch:
     row = database.execute("SELECT record FROM batches WHERE id = ? AND owner = ?", (batch_id, owner)).fetchone()
     if row is None:
-        raise NotFoundError(f"there is no batch {batch_id[:100]!r}", code="batch_not_found")
+        raise no_batch(batch_id)
     return msgspec.json.decode(row[0], type=Batch)
 
 

@@ -39,9 +39,7 @@ def thinking_variables(limits: Limits, body: ThinkingFields, template: str) -> d
     if len(set(wanted.values())) > 1:
         raise InvalidRequestError(f"{' and '.join(wanted)} contradict each other", param=next(iter(wanted)))
     if effort not in (None, "none") and LEVEL not in template:
-        raise unsupported(
-            LEVEL, f"the chat template of this model has no levels of it; only 'none' is accepted, not {effort!r}"
-        )
+        raise unsupported(LEVEL, f"the chat template of this model knows no levels of it, so not {effort!r} either")
     is_marked = (
         reasoning.recognized(template) if limits.reasoning_parser == "auto" else limits.reasoning_parser != "none"
     )

@@ -107,4 +107,9 @@ class ResponseDeleted(Answer):
     deleted: Literal[True]
 
 
-ANSWERS: tuple[type[Answer], ...] = (ResponseObject, ResponseEvent, ResponseDeleted)
+class ResponseInputTokens(Answer):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+ANSWERS: tuple[type[Answer], ...] = (ResponseObject, ResponseEvent, ResponseDeleted, ResponseInputTokens)

@@ -13,12 +13,13 @@ from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai import prepare as openai
 from slipstream.server.openai.schema import ChatBody
 from slipstream.server.openai.translated import add_message, chat_body, open_assistant
-from slipstream.server.prepared import Limits, Prepared
-from slipstream.server.respond.schema import Item, ItemPart, RespondBody
+from slipstream.server.prepared import Answered, Limits, Prepared
+from slipstream.server.respond.schema import CountInputTokensBody, Item, ItemPart, PromptFields, RespondBody
 from slipstream.server.text_model import TextModel
 
 LENGTH_BYTES = 8
 REFERENCE = "item_reference"
+WITHOUT_ESCAPES = "previous_response_id: write the name of this field without escapes"
 MAX_STORED_BYTES = 2**19
 """Most bytes of the input of a response that is kept."""
 
@@ -84,6 +85,45 @@ def respond(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
     """``raw`` is framed. Raises InvalidRequestError, RunElsewhereError."""
     before, referred, raw = unframed(raw)
     body = parse(RespondBody, raw, limits.unknown_fields)
+    given = items_of(body, referred)
+    kept = b"" if body.store is False else kept_items(given)
+    fields = chat_fields(body, before, given) | {
+        "max_completion_tokens": body.max_output_tokens,
+        "metadata": body.metadata,
+        "user": body.user,
+        "request_id": body.request_id,
+    }
+    prepared = conversation(text, limits, fields)
+    openai.require_fits(limits, len(prepared.prompts[0]), "input")
+    done = Responding(asked=body.model_copy(update={"input": ""}), chat=prepared.body, items=kept)
+    structure = prepared.structure
+    if structure is not None:
+        structure = replace(structure, param=renamed(structure.param) or structure.param)
+    return Prepared(done, prepared.prompts, [], prepared.ends, structure, prepared.speech)
+
+
+def count_input_tokens(text: TextModel, limits: Limits, raw: bytes) -> Answered:
+    """``raw`` is framed. Also of what does not fit. Raises InvalidRequestError, RunElsewhereError."""
+    before, referred, raw = unframed(raw)
+    body = parse(CountInputTokensBody, raw, limits.unknown_fields)
+    if body.previous_response_id is not None and b'"previous_response_id"' not in raw:
+        raise InvalidRequestError(WITHOUT_ESCAPES, param="previous_response_id")
+    [prompt] = conversation(text, limits, chat_fields(body, before, items_of(body, referred))).prompts
+    return openai.answer(body.model, {"object": "response.input_tokens", "input_tokens": len(prompt)})
+
+
+def conversation(text: TextModel, limits: Limits, fields: dict[str, Any]) -> Prepared[ChatBody]:
+    """Raises InvalidRequestError with the names of this dialect."""
+    try:
+        return openai.conversation(text, limits, chat_body(fields, "input"))
+    except InvalidRequestError as error:
+        name = renamed(error.param)
+        message = error.message.replace(error.param, name, 1) if error.param and name else error.message
+        raise type(error)(message, param=name, code=error.code) from None
+
+
+def items_of(body: PromptFields, referred: Sequence[Item]) -> list[Item]:
+    """Raises InvalidRequestError."""
     given = (
         [Item.model_validate({"role": "user", "content": body.input})]
         if isinstance(body.input, str)
@@ -91,22 +131,7 @@ def respond(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
     )
     if not given:
         raise InvalidRequestError("input: at least one item is needed", param="input")
-    kept = b"" if body.store is False else kept_items(given)
-    messages = messages_of(before, "previous_response_id") + messages_of(given, "input")
-    if body.instructions is not None:
-        messages.insert(0, {"role": "system", "content": body.instructions})
-    try:
-        prepared = openai.conversation(text, limits, chat_body(chat_fields(body, messages), "input"))
-    except InvalidRequestError as error:
-        name = renamed(error.param)
-        message = error.message.replace(error.param, name, 1) if error.param and name else error.message
-        raise type(error)(message, param=name, code=error.code) from None
-    openai.require_fits(limits, len(prepared.prompts[0]), "input")
-    done = Responding(asked=body.model_copy(update={"input": ""}), chat=prepared.body, items=kept)
-    structure = prepared.structure
-    if structure is not None:
-        structure = replace(structure, param=renamed(structure.param) or structure.param)
-    return Prepared(done, prepared.prompts, [], prepared.ends, structure, prepared.speech)
+    return given
 
 
 def with_referred(items: Sequence[Item], known: Mapping[str | None, Item]) -> list[Item]:
@@ -137,17 +162,17 @@ def kept_items(items: Sequence[Item]) -> bytes:
     return found
 
 
-def chat_fields(body: RespondBody, messages: list[dict[str, Any]]) -> dict[str, Any]:
+def chat_fields(body: PromptFields, before: Sequence[Item], given: Sequence[Item]) -> dict[str, Any]:
+    """Raises InvalidRequestError."""
+    messages = messages_of(before, "previous_response_id") + messages_of(given, "input")
+    if body.instructions is not None:
+        messages.insert(0, {"role": "system", "content": body.instructions})
     fields = body.shared() | {
         "messages": messages,
         "model": body.model,
-        "max_completion_tokens": body.max_output_tokens,
         "tools": [nested(tool) for tool in body.tools] if body.tools else None,
         "tool_choice": body.tool_choice,
         "parallel_tool_calls": body.parallel_tool_calls,
-        "metadata": body.metadata,
-        "user": body.user,
-        "request_id": body.request_id,
         "reasoning_effort": None if body.reasoning is None else body.reasoning.effort,
     }
     if body.text is not None and (form := body.text.format) is not None and form.type != "text":
@@ -230,4 +255,6 @@ def renamed(param: str | None) -> str | None:
     return param.replace(".function.", ".", 1) if param.startswith("tools.") else param
 
 
-JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {job.__name__: job for job in (referred_to, respond)}
+JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {
+    job.__name__: job for job in (referred_to, respond, count_input_tokens)
+}

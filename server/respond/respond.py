@@ -16,13 +16,13 @@ from slipstream.engine.messages import TrafficLevel
 from slipstream.server.body import parse, read_body
 from slipstream.server.consent import LEVELS, keeping_at_most
 from slipstream.server.errors import ApiError, InvalidRequestError, NotFoundError, TimedOutError
-from slipstream.server.generating import prepare_generation
+from slipstream.server.generating import answer_without_engine, prepare_generation
 from slipstream.server.generation import Generation
 from slipstream.server.json_response import JSONBody
 from slipstream.server.openai.chat import begin_chat
 from slipstream.server.prepared import Prepared
 from slipstream.server.principal import owner_of
-from slipstream.server.respond.prepare import Kept, Responding, framed
+from slipstream.server.respond.prepare import WITHOUT_ESCAPES, Kept, Responding, framed
 from slipstream.server.respond.schema import CancelResponseBody, RespondBody
 from slipstream.server.respond.store import ResponseStore, Stored
 from slipstream.server.respond.writer import ResponseWriter
@@ -51,20 +51,13 @@ class Responder:
 
         async def with_history(raw: bytes) -> bytes:
             nonlocal before, speakers
-            kept = Kept()
-            if b'"previous_response_id"' in raw or b'"item_reference"' in raw:
-                kept = await service.work.run("referred_to", raw)
-            if kept.response is not None:
-                before = self._before(owner, kept.response)
-            speakers = self._store.speakers(owner, kept.items)
-            return framed(before.history if before is not None else b"", self._store.items(owner, kept.items), raw)
+            before, speakers, found = await self._with_history(owner, raw)
+            return found
 
         prepared: Prepared[Responding] = await prepare_generation(service, request, "respond", with_history)
         asked = prepared.body.asked
         if asked.previous_response_id is not None and (before is None or before.id != asked.previous_response_id):
-            raise InvalidRequestError(
-                "previous_response_id: write the name of this field without escapes", param="previous_response_id"
-            )
+            raise InvalidRequestError(WITHOUT_ESCAPES, param="previous_response_id")
         # What was said earlier comes along, and with it what was said about keeping that.
         earlier = speakers if before is None else [before, *speakers]
         levels = [said.level for said in earlier if said.level is not None]
@@ -94,6 +87,27 @@ class Responder:
             task.add_done_callback(self._tasks.discard)
             return JSONBody(writer.response)
         return KeptResponse(self._store, stored, service, generation, writer, asked)
+
+    async def count(self, request: Request) -> Response:
+        owner = owner_of(request.scope)
+
+        async def with_history(raw: bytes) -> bytes:
+            return (await self._with_history(owner, raw))[2]
+
+        return await answer_without_engine(self._service, request, "count_input_tokens", with_history)
+
+    async def _with_history(self, owner: str, raw: bytes) -> tuple[Stored | None, list[Stored], bytes]:
+        """The response before, those that have said what a body refers to, and the body with all of that."""
+        kept = Kept()
+        if b'"previous_response_id"' in raw or b'"item_reference"' in raw:
+            kept = await self._service.work.run("referred_to", raw)
+        before = None if kept.response is None else self._before(owner, kept.response)
+        history = before.history if before is not None else b""
+        return (
+            before,
+            self._store.speakers(owner, kept.items),
+            framed(history, self._store.items(owner, kept.items), raw),
+        )
 
     def retrieve(self, request: Request, name: str) -> Response:
         if request.query_params.get("stream", "false").lower() not in ("false", "0"):

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from slipstream.server.description import describe
 from slipstream.server.respond import answers
 from slipstream.server.respond.respond import Responder
-from slipstream.server.respond.schema import BODIES, CancelResponseBody, RespondBody
+from slipstream.server.respond.schema import BODIES, CancelResponseBody, CountInputTokensBody, RespondBody
 from slipstream.server.service import Service
 
 DESCRIBED = (*BODIES, *answers.ANSWERS)
@@ -27,6 +27,14 @@ def respond_router(service: Service) -> APIRouter:
     async def create(request: Request) -> Response:
         """Continue a conversation of items."""
         return await responder.create(request)
+
+    @router.post(
+        "/v1/responses/input_tokens",
+        openapi_extra=describe(answers.ResponseInputTokens, *BUSY, bodies=[CountInputTokensBody]),
+    )
+    async def count(request: Request) -> Response:
+        """How many tokens a conversation has."""
+        return await responder.count(request)
 
     @router.get("/v1/responses/{name}", openapi_extra=describe(answers.ResponseObject, 404, 503))
     async def retrieve(request: Request, name: str) -> Response:

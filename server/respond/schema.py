@@ -83,7 +83,9 @@ class ReasoningOptions(Body):
     generate_summary: unsupported("auto") = None  # type: ignore[valid-type]
 
 
-class RespondBody(ExtraFields):
+class PromptFields(ExtraFields):
+    """What becomes the prompt."""
+
     model: str | None = None
     input: Annotated[
         Annotated[str, Tag("a text")] | Annotated[Items, Tag("a list")],
@@ -91,12 +93,25 @@ class RespondBody(ExtraFields):
     ]
     instructions: str | None = None
     previous_response_id: Label | None = None
-    max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
+
+    # Refused unless off.
+    truncation: unsupported("disabled") = None  # type: ignore[valid-type]
+    conversation: unsupported() = None  # type: ignore[valid-type]
+    context_management: unsupported([]) = None  # type: ignore[valid-type]
+    prompt: unsupported() = None  # type: ignore[valid-type]
+
+
+class CountInputTokensBody(PromptFields):
+    pass
+
+
+class RespondBody(PromptFields):
+    max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None
@@ -116,12 +131,8 @@ class RespondBody(ExtraFields):
     client_metadata: dict[str, Any] | None = Field(None, max_length=MAX_METADATA)
 
     # Refused unless off.
-    truncation: unsupported("disabled") = None  # type: ignore[valid-type]
     top_logprobs: unsupported(0) = None  # type: ignore[valid-type]
-    conversation: unsupported() = None  # type: ignore[valid-type]
-    context_management: unsupported([]) = None  # type: ignore[valid-type]
     moderation: unsupported() = None  # type: ignore[valid-type]
-    prompt: unsupported() = None  # type: ignore[valid-type]
     image: unsupported() = None  # type: ignore[valid-type]
     access_programs: unsupported() = None  # type: ignore[valid-type]
     background_options: unsupported() = None  # type: ignore[valid-type]
@@ -145,4 +156,4 @@ class CancelResponseBody(Body):
     """No fields."""
 
 
-BODIES: tuple[type[Body], ...] = (RespondBody, CancelResponseBody)
+BODIES: tuple[type[Body], ...] = (RespondBody, CountInputTokensBody, CancelResponseBody)

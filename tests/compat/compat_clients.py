@@ -128,15 +128,16 @@ def default_server() -> Iterator[tuple[str, str]]:
     from slipstream.server.config import ServerConfig
     from slipstream.server.testing import ServerThread
 
-    server = ServerThread(ServerConfig(), EngineConfig(kv_cache_memory="256MiB")).start()
-    try:
-        deadline = time.monotonic() + SECONDS
-        while server.service.ready()[0] != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        yield server.url, server.service.model_names[0]
-    finally:
-        server.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        server = ServerThread(ServerConfig(batch_folder=folder), EngineConfig(kv_cache_memory="256MiB")).start()
+        try:
+            deadline = time.monotonic() + SECONDS
+            while server.service.ready()[0] != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            yield server.url, server.service.model_names[0]
+        finally:
+            server.stop()
 
 
 def table(outcomes: dict[str, list[dict[str, Any]]]) -> str:

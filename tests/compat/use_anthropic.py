@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import anthropic
@@ -76,6 +77,25 @@ def count(url: str, model: str) -> None:
         assert "nobody" in error.message
     else:
         raise AssertionError("there is no such model")
+
+
+@feature("batches: results, list, cancel, delete")
+def batches(url: str, model: str) -> None:
+    batches = client(url).messages.batches
+    params: Any = {"model": model, "messages": MESSAGES, "max_tokens": 8}
+    batch = batches.create(requests=[{"custom_id": "a", "params": params}, {"custom_id": "b", "params": {"wrong": 1}}])  # type: ignore[typeddict-item, typeddict-unknown-key]
+    assert batch.id in [each.id for each in batches.list(limit=1)]
+    deadline = time.monotonic() + 600
+    while batches.retrieve(batch.id).processing_status != "ended":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    found = {each.custom_id: each.result for each in batches.results(batch.id)}
+    assert found["a"].type == "succeeded" and found["a"].message.content[0].type == "text"
+    assert found["b"].type == "errored" and found["b"].error.error.type == "invalid_request_error"
+    assert batches.delete(batch.id).id == batch.id
+    long: Any = {**params, "max_tokens": 1000}
+    batch = batches.create(requests=[{"custom_id": str(number), "params": long} for number in range(20)])
+    assert batches.cancel(batch.id).processing_status in ("canceling", "ended")
 
 
 if __name__ == "__main__":

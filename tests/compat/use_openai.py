@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any, Literal
 
 import openai
@@ -106,6 +107,30 @@ def responses_structured(url: str, model: str) -> None:
         [call] = stream.get_final_response().output
     assert call.type == "function_call"
     Weather.model_validate_json(call.arguments)
+
+
+@feature("files, batches")
+def batches(url: str, model: str) -> None:
+    made = client(url)
+    body = {"model": model, "messages": MESSAGES, "max_tokens": 8}
+    line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body})
+    file = made.files.create(file=("in.jsonl", line.encode()), purpose="batch")
+    batch = made.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    assert batch.id in [each.id for each in made.batches.list(limit=1)]
+    deadline = time.monotonic() + 600
+    while (batch := made.batches.retrieve(batch.id)).status != "completed":
+        assert time.monotonic() < deadline and batch.status in ("validating", "in_progress", "finalizing")
+        time.sleep(0.5)
+    [answer] = made.files.content(batch.output_file_id or "").text.splitlines()
+    assert json.loads(answer)["response"]["body"]["choices"][0]["message"]["content"]
+    assert made.files.delete(file.id).deleted
+
+
+@feature("responses: input_tokens")
+def input_tokens(url: str, model: str) -> None:
+    counted = client(url).responses.input_tokens.count(model=model, input=QUESTION)
+    asked = client(url).responses.create(model=model, input=QUESTION, max_output_tokens=1)
+    assert asked.usage and counted.input_tokens == asked.usage.input_tokens
 
 
 @feature("embeddings")

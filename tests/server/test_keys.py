@@ -13,6 +13,8 @@ FOR_USERS = {
     *("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}", "/tokenize", "/detokenize"),
     *("/v1/files", "/v1/files/{name}", "/v1/files/{name}/content"),
     *("/v1/batches", "/v1/batches/{name}", "/v1/batches/{name}/cancel"),
+    *("/v1/messages/batches", "/v1/messages/batches/{name}", "/v1/messages/batches/{name}/cancel"),
+    *("/v1/messages/batches/{name}/results", "/v1/responses/input_tokens"),
     *("/v1/responses", "/v1/responses/{name}", "/v1/responses/{name}/cancel"),
     *("/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings", "/tokenizer_info"),
     *("/v1/rollouts/prune", "/inference/v1/generate", "/v1/chat/completions/render", "/finish_session"),

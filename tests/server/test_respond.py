@@ -126,6 +126,27 @@ def test_a_conversation_goes_on_from_what_is_kept(server: Any, client: openai.Op
     assert status == 400 and b"previous_response_id" in found
 
 
+def test_tokens_of_the_input_are_counted(server: Any, client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny-model", "instructions": "Be brief.", "tools": [WEATHER]}
+    first = client.responses.create(input="Hello", max_output_tokens=4, **asked)
+    assert client.responses.input_tokens.count(input="Hello", **asked).input_tokens == first.usage.input_tokens  # type: ignore[union-attr]
+    later: Any = {"input": "Go on", "previous_response_id": first.id, **asked}
+    counted = client.responses.input_tokens.count(**later).input_tokens
+    assert counted == client.responses.create(max_output_tokens=4, **later).usage.input_tokens  # type: ignore[union-attr]
+    path = "/v1/responses/input_tokens"
+    status, found = server.post(path, {"input": "x" * 200_000})
+    assert status == 200 and found["object"] == "response.input_tokens" and found["input_tokens"] > 32_768
+    for body, param in (
+        ({}, "input"),
+        ({"input": "x", "max_output_tokens": 5}, "max_output_tokens"),
+        ({"input": "x", "previous_response_id": "resp_0"}, "previous_response_id"),
+        ({"input": "x", "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "x"}}}},
+         "text.format.schema.type"),
+    ):  # fmt: skip
+        status, found = server.post(path, body)
+        assert (status, found["error"]["param"]) == (400, param), found
+
+
 def test_items_that_are_kept_can_be_referred_to(server: Any) -> None:
     """As a client does that knows their ids and thinks that the server keeps them."""
     first = ask(server)

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from slipstream.server.anthropic.prepare import converse
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.prepare import chat
@@ -251,6 +252,22 @@ def test_thinking_that_would_not_come_is_refused(text: TextModel) -> None:
         with pytest.raises(InvalidRequestError) as refused:
             prepared(text, "-", **fields)
         assert refused.value.param == next(iter(fields))
+
+
+def test_effort_of_messages_is_a_level_of_the_template(text: TextModel) -> None:
+    def prompt(template: str, **fields: Any) -> str:
+        told = replace(text, template=ChatTemplate(template, text.tokenizer.special_tokens))
+        body = {"model": "tiny", "max_tokens": 1, "messages": MESSAGES, **fields}
+        [found] = converse(told, LIMITS, json.dumps(body).encode()).prompts
+        return text.tokenizer.decode(found)
+
+    with_levels = "{{ reasoning_effort | default('usual') }}"
+    for effort, level in (("low", "low"), ("high", "high"), (None, "usual")):
+        assert prompt(with_levels, output_config={"effort": effort}) == level
+    assert prompt("without", output_config={"effort": "high"}) == "without"
+    assert prompt(with_levels, output_config={"effort": "max"}, thinking={"type": "disabled"}) == "usual"
+    with pytest.raises(InvalidRequestError, match=r"output_config\.effort: .* 'medium'"):
+        prompt("without", output_config={"effort": "medium"})
 
 
 def test_special_tokens_that_mean_something_stay_in_the_text(text: TextModel) -> None:
