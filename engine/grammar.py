@@ -159,6 +159,7 @@ class Constraint:
             if self._has_ended:
                 break
             if self._endings is not None:
+                self._place(path)  # what follows is known from there
                 self.is_shortened = self.is_shortened or self._is_narrow(path)
             self._has_ended = token in self._stops
             if not self._has_ended:

@@ -37,7 +37,6 @@ from slipstream.engine.checkpoint.shapes import (
     FAMILIES,
     HEAD,
     canonical_names,
-    check_shapes,
     is_tied,
     of_decoder,
 )
@@ -140,7 +139,6 @@ class FolderCheckpoint(Checkpoint):
         found = {names.get(name, name): stored for name, stored in self._stored.items()}
         if self._is_tied and INPUT not in found and OUTPUT in found:  # saved under the other of its two names
             found[INPUT] = found.pop(OUTPUT)
-        check_shapes(self._config, {name: stored.shape for name, stored in found.items()})
         return found
 
     @cached_property

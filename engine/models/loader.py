@@ -15,6 +15,7 @@ import torch
 
 from slipstream.engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.checkpoint.shapes import check_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.limits import control_groups, free_memory, usable_cores
@@ -91,6 +92,8 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     device = find_device(config)
     _check_kind(checkpoint)
     shape = _shape(checkpoint.config)
+    if config.load_format != "dummy" and is_own(checkpoint.config):
+        check_shapes(checkpoint.config, checkpoint.tensor_shapes())
     _select_isa(config.isa)
     kind = _choose_compute(checkpoint, config, device)
     kind.set_threads(config.threads or usable_cores())

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -134,6 +134,7 @@ def test_stop_tokens_wait_for_min_tokens_unless_nothing_else_is_left(grammars: G
 @given(
     st.lists(WORDS, min_size=1, max_size=6), st.integers(0, 6), st.lists(st.integers(0, 99), min_size=12, max_size=12)
 )
+@example(["ab", "abab"], 0, [0] * 12)  # shortened from the first token on
 def test_who_ends_in_time_says_a_word_whenever_there_is_time_for_one(
     grammars: Grammars, words: list[str], more: int, picks: list[int]
 ) -> None:

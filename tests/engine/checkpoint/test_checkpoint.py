@@ -22,7 +22,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from slipstream.engine.checkpoint import Checkpoint, open_checkpoint
 from slipstream.engine.checkpoint.gguf_file import dequantised
 from slipstream.engine.checkpoint.shapes import parameter_shapes
+from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
+from slipstream.engine.models.loader import load_model
 from slipstream.kernels.stored import Stored
 
 Config = dict[str, Any]
@@ -358,9 +360,9 @@ def test_links_that_lead_nowhere_are_named(tiny: Callable[..., Config], write_fo
 def test_sizes_that_the_tensors_do_not_have_take_no_memory(
     tiny: Callable[..., Config], write_folder: Callable[..., Path], field: str, stated: int, message: str
 ) -> None:
-    """Told by who opens the files, before there is a model of that size."""
+    """Told before there is a model of that size."""
     folder = write_folder(tiny())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {field: stated}))
     with pytest.raises(ModelError, match=message):
-        open_checkpoint(folder).tensor_shapes()
+        load_model(EngineConfig(model=str(folder)))

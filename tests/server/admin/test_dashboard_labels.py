@@ -98,7 +98,10 @@ async def test_labels_are_true(server: Any, open_page: Callable[[], Any]) -> Non
     alone = evolving(version(1, "live"), live={"accept_length": 1.2, "predicted": 2.0, "drift": 0.6, "drifts": 0})
     seen: Any = {"points": [[10.0, 50.0, 3.5, 1, 1]], "accept_length": 1.2, "evolution": alone}
     assert await drawn.text("tile-accept", **seen) == "3.50 tokens/step"
-    assert await drawn.text("tile-accept-note", **seen) == "1.20 without lookups, 60 % of what the gate expected"
+    assert (
+        await drawn.text("tile-accept-note", **seen)
+        == "1.20 without lookups, 60 % of what the gate expected of first draft tokens"
+    )
 
     # A curve ends where nothing ran, goes on where requests ran without one that ended, and both charts have one time.
     rows = [[0, 9, 1.5], [2, 9, 0], [4, 9, 2.0], [6, 0, 0], [8, 0, 0], [10, 9, 1.8], [12, 0, 0], [14, 0, 0]]
