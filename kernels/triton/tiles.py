@@ -26,7 +26,7 @@ def row_tiles(head_dim: int, group: int, operand: torch.dtype, small: bool = Fal
     """Tiles for decode and verification, with ``group`` query heads per KV head; ``small`` for AMD's shared memory."""
     rows = max(16, triton.next_power_of_2(group))
     if operand is torch.float32:
-        return Tiles(rows, 32, 512, 16, 2)  # fewer warps have too few registers for products in float32
+        return Tiles(rows, 32, 512, 16, 3)  # fewer warps have too few registers for products in float32
     # Blocks have to be loaded before it is known where keys and values are: of five stages that leaves these two, so
     # that the next ones are on their way while a chunk is computed. With three there is one, and memory stands still.
     return Tiles(rows, 64 if head_dim <= 128 else 32, 512, 4, 3 if small else 5)
@@ -35,6 +35,6 @@ def row_tiles(head_dim: int, group: int, operand: torch.dtype, small: bool = Fal
 def prompt_tiles(head_dim: int, group: int, operand: torch.dtype) -> Tiles:
     """Tiles for chunks of prompts, with ``group`` query heads per KV head."""
     if operand is torch.float32:
-        return Tiles(max(16, triton.next_power_of_2(group)), 32, 0, 16, 2)
+        return Tiles(max(16, triton.next_power_of_2(group)), 32, 0, 16, 3)
     rows = max(64, triton.next_power_of_2(group))
     return Tiles(rows, 64 if head_dim <= 128 else 32, 0, 4 if head_dim <= 128 else 8, 3)
