@@ -66,6 +66,17 @@ def test_every_page_is_in_the_site() -> None:
     assert [str(page) for page in DOCS.rglob("*.md") if f": {page.relative_to(DOCS)}\n" not in config] == []
 
 
+def test_links_lead_to_files() -> None:
+    """The site is built with strict links, which takes packages that only `make docs` installs."""
+    wrong = [
+        f"{page.relative_to(DOCS)}: {target}"
+        for page in DOCS.rglob("*.md")
+        for target in re.findall(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)", page.read_text())
+        if not (page.parent / target).is_file()
+    ]
+    assert wrong == []
+
+
 @pytest.mark.slow
 def test_the_site_is_built_and_no_link_leads_nowhere(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="`make docs` installs it")
