@@ -209,6 +209,18 @@ void fill_panels(const Source& source, const uint8_t* rows, int64_t row_bytes, i
   }
 }
 
+// Where row `row` of a matrix is in a part: `first_panel` has its first 16 rows, and each `stride` further the next ones.
+struct Column {
+  uint8_t* group;
+  int panel, column;  // in the group, in the panel
+
+  Column(const SlipPart& part, const Layout& l, int k, int64_t row, int first_panel, int stride) {
+    const auto at = static_cast<int>(first_panel + stride * (row / 16));
+    group = static_cast<uint8_t*>(const_cast<void*>(part.data)) + at / 4 * l.group(k);
+    panel = at % 4, column = static_cast<int>(row % 16);
+  }
+};
+
 }  // namespace
 
 namespace slip {
@@ -235,14 +247,12 @@ void slip_pack(const char* format, const uint8_t* rows, int64_t row_bytes, int32
                int32_t first_row, int32_t first_panel, int32_t stride) {
   const Source& source = *find(format);
   const Layout l = layout(source.form);
-  auto* memory = static_cast<uint8_t*>(const_cast<void*>(part->data));
   Block block{};
   for (int i = 0; i < count; ++i) {
-    const int row = first_row + i, panel = first_panel + stride * (row / 16);
-    uint8_t* group = memory + panel / 4 * l.group(k);
+    const Column at(*part, l, k, first_row + i, first_panel, stride);
     for (int b = 0; b < k / 32; ++b) {
       source.read(rows + i * row_bytes, b, block);
-      write(l, block, group, b, panel % 4, row % 16);
+      write(l, block, at.group, b, at.panel, at.column);
     }
   }
 }
@@ -261,9 +271,8 @@ void slip_unpack(const SlipPart* part, int32_t k, const int64_t* rows, int32_t c
                  float* out) {
   const Layout l = layout(part->form);
   for (int i = 0; i < count; ++i) {
-    const auto panel = static_cast<int>(first_panel + stride * (rows[i] / 16));
-    const auto* group = static_cast<const uint8_t*>(part->data) + panel / 4 * l.group(k);
-    slip::unpack_column(part->form, group, panel % 4, static_cast<int>(rows[i] % 16), k, out + static_cast<size_t>(i) * k);
+    const Column at(*part, l, k, rows[i], first_panel, stride);
+    slip::unpack_column(part->form, at.group, at.panel, at.column, k, out + static_cast<size_t>(i) * k);
   }
 }
 
@@ -271,10 +280,9 @@ void slip_keep(const SlipPart* part, int32_t k, const int64_t* rows, int32_t cou
                uint8_t* out) {
   const Layout l = layout(part->form);
   for (int i = 0; i < count; ++i) {
-    const auto panel = static_cast<int>(first_panel + stride * (rows[i] / 16));
-    const auto* group = static_cast<const uint8_t*>(part->data) + panel / 4 * l.group(k);
+    const Column at(*part, l, k, rows[i], first_panel, stride);
     for (int b = 0; b < k / 32; ++b, out += sizeof(Block)) {
-      const Block block = read_back(l, group, b, panel % 4, static_cast<int>(rows[i] % 16));
+      const Block block = read_back(l, at.group, b, at.panel, at.column);
       std::memcpy(out, &block, sizeof(block));
     }
   }

@@ -17,10 +17,12 @@ struct Prepared {
 
 // Half bytes are masked where they are in the word, so that the first is a number, the second 16 times a number, …, and the last
 // one is shifted; inputs are divided by as much, which is exact.
-inline int field_input(int field) { return field % 2 ? 4 + field / 2 : field / 2; }
+constexpr int field_input(int field) { return field % 2 ? 4 + field / 2 : field / 2; }
+constexpr int input_field(int input) { return input < 4 ? 2 * input : 2 * (input - 4) + 1; }
+// What makes up for that, by field.
+constexpr float kShare[8] = {1.0f, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1.0f};
 
 inline void prepare_exact(const float* x, int k, float* fields, float* sums) {
-  static constexpr float kShare[8] = {1.0f, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1.0f};
   for (int i = 0; i < k; i += 8)
     for (int field = 0; field < 8; ++field) fields[i + field] = x[i + field_input(field)] * kShare[field];
   for (int b = 0; b < k / 32; ++b) sums[b] = vsum(vadd(vload(x + 32 * b), vload(x + 32 * b + 16)));
@@ -259,6 +261,20 @@ static void packed_rows(const uint8_t* group, const uint8_t* ahead, int first, i
     for (; panel < last; ++panel) packed_tile<Form, Math, R, 1>(group, ahead, panel, blocks, in, row, out);
 }
 
+// What f.operator()<form>() returns.
+template <class F>
+inline auto of_form(int form, const F& f) {
+  switch (form) {
+    case kFourCentred: return f.template operator()<kFourCentred>();
+    case kFour: return f.template operator()<kFour>();
+    case kEight: return f.template operator()<kEight>();
+    case kEightMinimum: return f.template operator()<kEightMinimum>();
+    case kFourSuper: return f.template operator()<kFourSuper>();
+    case kEightSuper: return f.template operator()<kEightSuper>();
+    default: return f.template operator()<kEightSixteen>();
+  }
+}
+
 using PackedRows = void (*)(const uint8_t*, const uint8_t*, int, int, int, const Prepared&, int, float*);
 
 template <class Math, int R = Math::kRows>
@@ -266,15 +282,7 @@ inline PackedRows packed_rows_of(int form, int rows) {
   if constexpr (R > 1) {
     if (rows < R) return packed_rows_of<Math, R - 1>(form, rows);
   }
-  switch (form) {
-    case kFourCentred: return packed_rows<kFourCentred, Math, R>;
-    case kFour: return packed_rows<kFour, Math, R>;
-    case kEight: return packed_rows<kEight, Math, R>;
-    case kEightMinimum: return packed_rows<kEightMinimum, Math, R>;
-    case kFourSuper: return packed_rows<kFourSuper, Math, R>;
-    case kEightSuper: return packed_rows<kEightSuper, Math, R>;
-    default: return packed_rows<kEightSixteen, Math, R>;
-  }
+  return of_form(form, []<int Form>() -> PackedRows { return packed_rows<Form, Math, R>; });
 }
 
 // Calls f(form, group, ahead, first, last, column) for panels first … last - 1 of every group of four, on the whole team: `column` is

@@ -13,15 +13,9 @@ inline void round_rows(Team& team, const float* x, int rows, size_t k, typename 
 template <class D, class X, class Epilogue>
 inline void project(Team& team, const SlipLinear& w, const typename X::row* x, int rows, void* scratch, const Epilogue& epilogue) {
   const size_t k = w.k;
+  const bool is_rounded = D::kPair == 2 && w.num_parts && w.arithmetic == SLIP_ROUNDED;
   if constexpr (std::is_same_v<X, F32>) {
-    if constexpr (D::kPair == 2) {
-      if (w.num_parts && w.arithmetic == SLIP_ROUNDED) {
-        auto* rounded = static_cast<typename D::row*>(scratch);
-        round_rows<D>(team, x, rows, k, rounded);
-        return rounded_matmul<D>(team, w, rounded, rows, epilogue);
-      }
-    }
-    if (w.num_parts) {
+    if (w.num_parts && !is_rounded) {
       const Prepared in = prepare(team, w, x, rows, scratch);
       if (w.arithmetic == SLIP_EXACT) return packed_matmul<Exact>(team, w, in, rows, epilogue);
       if (w.arithmetic == SLIP_INT8) return packed_matmul<Int8>(team, w, in, rows, epilogue);
@@ -33,6 +27,9 @@ inline void project(Team& team, const SlipLinear& w, const typename X::row* x, i
   } else {
     auto* rounded = static_cast<typename D::row*>(scratch);
     round_rows<D>(team, x, rows, k, rounded);
+    if constexpr (D::kPair == 2) {
+      if (is_rounded) return rounded_matmul<D>(team, w, rounded, rows, epilogue);
+    }
     matmul<D>(team, w, rounded, k, rows, epilogue);
   }
 }

@@ -8,9 +8,6 @@ constexpr int kRoundedRows = 6;  // as many share what was rounded in registers
 
 constexpr int rounded_panels(int rows) { return kExactRows == 1 ? 1 : rows <= 2 ? 4 : 2; }
 
-// Which field of a word has input i of eight.
-constexpr int input_field(int i) { return i < 4 ? 2 * i : 2 * (i - 4) + 1; }
-
 // Calls f(i, even, odd) for inputs 2 i and 2 i + 1 of block b, in their order.
 template <int Form, class F>
 [[gnu::always_inline]] inline void widen_block(const uint8_t* group, int b, int panel, const F& f) {
@@ -27,15 +24,9 @@ template <int Form, class F>
       else return vfma(v, by, minimum);
     };
     if constexpr (l.bits == 4) {
-      // Half bytes that are masked where they are in the word are so many times 16 too large.
-      const vec by[8] = {scale,
-                         vmul(scale, vset1(0x1p-4f)),
-                         vmul(scale, vset1(0x1p-8f)),
-                         vmul(scale, vset1(0x1p-12f)),
-                         vmul(scale, vset1(0x1p-16f)),
-                         vmul(scale, vset1(0x1p-20f)),
-                         vmul(scale, vset1(0x1p-24f)),
-                         scale};
+      vec by[8];  // the scale of each field
+#pragma GCC unroll 8
+      for (int field = 0; field < 8; ++field) by[field] = vmul(scale, vset1(kShare[field]));
 #pragma GCC unroll 1
       for (int word = 0; word < words_each; ++word) {
         const words w = load_words(at + word * 64);
@@ -109,26 +100,13 @@ static void lay_out_group(const uint8_t* group, int first, int last, int blocks,
       });
 }
 
-// Calls f.operator()<form>().
-template <class F>
-inline void of_form(int form, const F& f) {
-  switch (form) {
-    case kFourCentred: return f.template operator()<kFourCentred>();
-    case kFour: return f.template operator()<kFour>();
-    case kEight: return f.template operator()<kEight>();
-    case kEightMinimum: return f.template operator()<kEightMinimum>();
-    case kFourSuper: return f.template operator()<kFourSuper>();
-    case kEightSuper: return f.template operator()<kEightSuper>();
-    default: return f.template operator()<kEightSixteen>();
-  }
-}
-
 // A thread's room for one group that was laid out.
 template <class D>
 inline typename D::elem* room_for_group(int k) {
   static thread_local std::vector<typename D::elem> room;
   constexpr size_t kLine = 64 / sizeof(typename D::elem);
-  room.resize(static_cast<size_t>(k) * kGroup * 16 + kLine);
+  const size_t size = static_cast<size_t>(k) * kGroup * 16 + kLine;
+  if (room.size() < size) room.resize(size);  // what is added is filled with zeros, so it never gets smaller in between
   const auto begin = reinterpret_cast<uintptr_t>(room.data());
   return room.data() + ((begin + 63) / 64 * 64 - begin) / sizeof(typename D::elem);
 }
