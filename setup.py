@@ -22,12 +22,14 @@ CSRC = Path("kernels/csrc")
 COMMON_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-g0"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2]
+AVX512BF16 = [*AVX512, "-mavx512vnni", "-mavx512bf16"]
 ISA_FLAGS = {
     "x86_64": {
         "isa_avx2.cpp": AVX2,
         "isa_avx512.cpp": AVX512,
         "isa_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
-        "isa_avx512bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+        "isa_avx512bf16.cpp": AVX512BF16,
+        "isa_avx512amx.cpp": [*AVX512BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
     },
     "aarch64": {"isa_neon.cpp": []},
 }

@@ -1,12 +1,13 @@
 """Proves the compiled kernels on processors that this machine is not: by emulation, and by what was compiled.
 
-    python scripts/prove_kernels.py [--on native,aarch64,instructions] [--install]
+    python scripts/prove_kernels.py [--on native,amx,aarch64,instructions] [--install]
 
 Tests of the kernels run here first, and what they have the kernels do is recorded (tests/kernels/replay/). A small
 program without anything but the kernels then does the same again, compares the results, and looks that bits depend
 neither on the batch nor on the number of threads:
 
 - native: with every variant that this processor runs, which proves the program itself;
+- amx: with the variant for Intel's tiles, whose instructions trap here and are done by a program (replay/tiles.cpp);
 - aarch64: cross-compiled, under qemu's user-mode emulation of 64-bit ARM;
 - avx512, only if asked for, since it has not yet come to an end: booted with a kernel of Linux on Bochs, which emulates
   whole machines, as a Skylake and as an Ice Lake server;
@@ -80,10 +81,17 @@ def flags(target: Target) -> dict[Path, list[str]]:
     return {ROOT / path: [flag for flag in flags if flag != "-fPIC"] for path, flags in compiled.items()}
 
 
-def build(target: Target, folder: Path) -> Path:
-    """The program that replays recordings, in one file that needs nothing else."""
+def build(target: Target, folder: Path, traps: bool = False) -> Path:
+    """The program that replays recordings, in one file that needs nothing else.
+
+    ``traps``: with what does AMX's instructions where the processor has none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    sources = {**flags(target), REPLAY / "replay.cpp": ["-std=c++20", "-O2"]}
+    plain = ["-std=c++20", "-O2"]
+    sources = {**flags(target), REPLAY / "replay.cpp": plain}
+    if traps:
+        sources[REPLAY / "tiles.cpp"] = plain
+        sources[CSRC / "native.cpp"].append("-DSLIP_TRAPPED_TILES")
 
     def compiled(source: Path) -> Path:
         made = folder / f"{source.stem}.o"
@@ -151,6 +159,12 @@ def tell(title: str, output: str) -> None:
 
 def native(folder: Path, recording: Path) -> None:
     tell("on this processor", run([str(build(NATIVE, folder / "native")), str(recording)]))
+
+
+def amx(folder: Path, recording: Path) -> None:
+    """Needs a processor with AVX-512 BF16: what is not tiles is computed as it is."""
+    program = build(X86, folder / "amx", traps=True)
+    tell("tiles of AMX, trapped and emulated", run([str(program), str(recording), "avx512amx"]))
 
 
 def aarch64(folder: Path, recording: Path) -> None:
@@ -298,7 +312,14 @@ EXPECTED = {
         ("vfmadd231ps .*%zmm", "vpslld .*%zmm", "vpdpbusd .*%zmm"),
         ("vdpbf16ps", "vcvtneps2bf16", "vcvtne2ps2bf16"),
     ),
-    "isa_avx512bf16": (("vdpbf16ps .*%zmm", "vcvtneps2bf16 .*%zmm", "vpdpbusd .*%zmm"), ()),
+    "isa_avx512bf16": (("vdpbf16ps .*%zmm", "vcvtneps2bf16 .*%zmm", "vpdpbusd .*%zmm"), ("tdpbf16ps", "tdpbssd")),
+    "isa_avx512amx": (
+        (
+            *("ldtilecfg", "tileloadd", "tilestored", "tilezero", "tilerelease"),
+            *("tdpbf16ps", "tdpbssd", "vdpbf16ps .*%zmm", "vpdpbusd .*%zmm"),
+        ),
+        (),
+    ),
     "isa_neon": ((r"fmla\s+v\d+\.4s",), ("bfdot", "bfmmla", "sdot", "udot")),
 }
 """By object: instructions that must be there, and that must not, since not every processor of the variant has them."""
@@ -318,7 +339,7 @@ def instructions(folder: Path, recording: Path) -> None:
             tell(path.stem, ", ".join(f"{each} {count} times" for each, count in counts.items()))
 
 
-PROOFS = {"native": native, "aarch64": aarch64, "avx512": avx512, "instructions": instructions}
+PROOFS = {"native": native, "amx": amx, "aarch64": aarch64, "avx512": avx512, "instructions": instructions}
 
 
 def install(proofs: Sequence[str]) -> None:
@@ -330,7 +351,7 @@ def install(proofs: Sequence[str]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--on", default="native,aarch64,instructions", help="which proofs, by name")
+    parser.add_argument("--on", default="native,amx,aarch64,instructions", help="which proofs, by name")
     parser.add_argument("--install", action="store_true", help="install missing packages of Debian")
     parser.add_argument("--folder", type=Path, help="keeps what is made there; what is there already is not made again")
     options = parser.parse_args()

@@ -26,10 +26,12 @@ struct Backend {
 void unpack_column(int form, const uint8_t* group, int panel, int column, int k, float* out);
 
 #if defined(__x86_64__)
+extern const Backend kAvx512Amx;
 extern const Backend kAvx512Bf16;
 extern const Backend kAvx512Vnni;
 extern const Backend kAvx512;
 extern const Backend kAvx2;
+bool tiles_are_right();  // only where the processor has tiles, and the system lets them be used
 #elif defined(__aarch64__)
 extern const Backend kNeon;
 #endif

@@ -2,12 +2,14 @@
 // set, inside its namespace.
 //
 // A policy says how panels are stored (`elem`, kPair of them together), how rows that are multiplied with them are kept (`row`),
-// and how a step along the reduction is done: in kParts parts, each a vector of the panel and one number of the row.
+// and how a step along the reduction is done: in kParts parts, each a vector of the panel and one number of the row. With kTiles
+// whole blocks of rows and panels are multiplied at once (tiles.h).
 
 struct F32 {
   using elem = float;
   using row = float;
   static constexpr int kPair = 1, kParts = 1;
+  static constexpr bool kTiles = false;
   using wvec = vec;
   using xvec = vec;
   template <int Part>
@@ -27,6 +29,7 @@ struct Bf16 {
     float value;
   };
   static constexpr int kPair = 2, kParts = 2;
+  static constexpr bool kTiles = false;
   using wvec = vec;
   using xvec = vec;
   template <int Part>

@@ -93,6 +93,33 @@ inline void for_row_tiles(int rows, const F& f) {
   }
 }
 
+// The same where the processor multiplies tiles: each is 16 rows times a panel, two tiles of rows times two panels at a time. Few rows
+// are multiplied with all panels, which are asked for a little ahead; else pairs of panels stay in the first-level cache for all
+// rows, and the first of these share the asking for the group at `next`.
+template <class D, int P, class Epilogue>
+inline void tile_group(const typename D::row* x, size_t ldx, int rows, const typename D::elem* first, int k, int panel,
+                       const typename D::elem* next, const Epilogue& epilogue) {
+  constexpr int kPanel = 16 * D::kPair;
+  if (rows <= D::kTileRows) {
+    vec acc[D::kTileRows][P];
+    const char* soon = reinterpret_cast<const char*>(first) + kSoonBytes;
+    D::template multiply<P>(x, ldx, rows, first, k, P == kGroup ? soon : nullptr, acc);
+    return finish_rows(0, rows, panel, acc, epilogue);
+  }
+  constexpr int W = std::min(P, 2);
+  const int blocks = (rows + 2 * D::kTileRows - 1) / (2 * D::kTileRows);
+  vec acc[2 * D::kTileRows][W];
+  for (int p = 0; p < P; p += W) {
+    const char* ahead = next ? reinterpret_cast<const char*>(next + p * kPanel) : nullptr;
+    for (int i = 0, row = 0; i < blocks; ++i) {
+      const int height = rows / blocks + (i < rows % blocks);
+      D::template multiply<W>(x + row * ldx, ldx, height, first + p * kPanel, k, i ? nullptr : ahead, acc);
+      finish_rows(row, row + height, panel + p, acc, epilogue);
+      row += height;
+    }
+  }
+}
+
 // P panels from `first` on times all rows, tile after tile.
 //
 // Arithmetic and memory take turns unless memory is asked for early. One tile as wide as the group asks for the lines a little
@@ -101,6 +128,7 @@ inline void for_row_tiles(int rows, const F& f) {
 template <class D, int P, class Epilogue>
 inline void panel_group(const typename D::row* x, size_t ldx, int rows, const typename D::elem* first, int k, int panel,
                         const typename D::elem* next, const Epilogue& epilogue) {
+  if constexpr (D::kTiles) return tile_group<D, P>(x, ldx, rows, first, k, panel, next, epilogue);
   const typename D::elem* panels[P];
   for (int p = 0; p < P; ++p) panels[p] = first + p * 16 * D::kPair;
   const int steps = k / D::kPair;

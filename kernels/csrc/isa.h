@@ -23,6 +23,11 @@ namespace slip::SLIP_ISA {
 #ifndef SLIP_OWN_WORDS
 #include "words_portable.h"
 #endif
+#ifndef SLIP_TILES
+struct WholeTiles {  // there are none
+  static constexpr int kRows = 0;
+};
+#endif
 #include "packed.h"
 #include "rounded.h"
 #include "attention.h"

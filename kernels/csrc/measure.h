@@ -17,6 +17,12 @@ inline void read_once(Team& team, const float* memory, int64_t count) {
 // Multiplies and adds in registers on the whole team; returns how many operations that was.
 template <class D>
 inline double multiply_in_registers(Team& team, int64_t times) {
+  if constexpr (D::kTiles) {
+    std::atomic<double> operations = 0.0;
+    const Pass pass(team);
+    team.parallel(4 * team.size(), [&](int) { operations.fetch_add(D::multiply_in_tiles(times), std::memory_order_relaxed); });
+    return operations;
+  }
   constexpr int R = kMaxRows, P = tile_panels(kMaxRows);
   alignas(64) typename D::elem panel[16 * D::kPair] = {};
   typename D::row row[D::kPair] = {};

@@ -3,6 +3,12 @@
 #include <iterator>
 #include <memory>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "api.h"
 #include "backend.h"
 
@@ -31,7 +37,26 @@ bool has_avx512() {
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 
+#if defined(SLIP_TRAPPED_TILES)
+bool has_tiles() { return true; }  // instructions that the processor does not have are emulated (tests/kernels/replay)
+#elif defined(__linux__)
+// Tiles are memory of a thread that the system has to save, so a process asks for them first.
+bool has_tiles() {
+  unsigned a, b, c, d = 0;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  constexpr int kRequest = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kNeeded) == kNeeded && !syscall(SYS_arch_prctl, kRequest, kTileData);
+}
+#else
+bool has_tiles() { return false; }
+#endif
+bool has_avx512amx() {
+  static const bool found = has_avx512bf16() && has_tiles() && slip::tiles_are_right();
+  return found;
+}
+
 constexpr Variant kVariants[] = {
+    {&slip::kAvx512Amx, has_avx512amx},
     {&slip::kAvx512Bf16, has_avx512bf16},
     {&slip::kAvx512Vnni, has_avx512vnni},
     {&slip::kAvx512, has_avx512},

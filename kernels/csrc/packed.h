@@ -112,7 +112,7 @@ struct Block {
 };
 
 struct Exact {
-  static constexpr int kRows = kExactRows;
+  static constexpr int kRows = kExactRows, kTileRows = 0, kMost = kRows;
   static constexpr int panels(int rows) { return kRows == 1 ? 1 : rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
   // Sums of inputs times numbers over words First … Last - 1 of a block.
@@ -145,7 +145,8 @@ struct Exact {
 // are the same on every instruction set.
 template <int Bytes, int Rows>
 struct Whole {
-  static constexpr int kRows = Rows;
+  using Tiles = WholeTiles;
+  static constexpr int kBytes = Bytes, kRows = Rows, kTileRows = Tiles::kRows, kMost = kRows > kTileRows ? kRows : kTileRows;
   static constexpr int panels(int rows) { return kRows > 1 && rows == 1 ? 4 : 1; }
 
   static vec joined(const vec (&of_bytes)[Bytes]) {
@@ -253,12 +254,60 @@ inline void packed_tile(const uint8_t* group, const uint8_t* ahead, int panel, i
 // The same for panels first … last - 1 of a group.
 template <int Form, class Math, int R>
 static void packed_rows(const uint8_t* group, const uint8_t* ahead, int first, int last, int blocks, const Prepared& in, int row,
-                        float* out) {
+                        int, float* out) {
   constexpr int P = Math::panels(R);
   int panel = first;
   for (; panel + P <= last; panel += P) packed_tile<Form, Math, R, P>(group, ahead, panel, blocks, in, row, out);
   if constexpr (P > 1)
     for (; panel < last; ++panel) packed_tile<Form, Math, R, 1>(group, ahead, panel, blocks, in, row, out);
+}
+
+// The same for `height` rows, at most those of a tile of AMX: sums of whole numbers come from there.
+template <int Form, class Math>
+static void packed_rows_in_tiles(const uint8_t* group, const uint8_t* ahead, int first, int last, int blocks, const Prepared& in, int row,
+                                 int height, float* out) {
+  constexpr Layout l = layout(Form);
+  constexpr int parts = l.sixteen ? 2 : 1, inputs = 32 / parts, bytes = Math::kBytes;
+  const size_t ldx = bytes * in.ldx;
+  Math::Tiles::shape(height, inputs);
+  alignas(64) int32_t sums[bytes][Math::kTileRows][16];
+  alignas(64) uint8_t wide[8 * 64];  // of 4 bits
+  for (int panel = first; panel < last; ++panel) {
+    for (int r = 0; r < height; ++r) vstore(out + (r * 4 + panel) * 16, vzero());
+    for (int b = 0; b < blocks; ++b) {
+      if (ahead) {
+#pragma GCC unroll 16
+        for (int line = 0; line < l.words() + l.side(); line += 64)
+          __builtin_prefetch(ahead + l.block_at(b) + panel * (l.words() + l.side()) + line, 0, 2);
+      }
+      const uint8_t* quads = group + l.words_at(b, panel);
+      if constexpr (l.bits == 4) {
+        for (int word = 0; word < 4; ++word) {
+          const words w = load_words(quads + word * 64);
+          const words quad[2] = {low_halves(w), high_halves(w)};
+          __builtin_memcpy(wide + 2 * word * 64, quad, sizeof quad);
+        }
+        quads = wide;
+      }
+      const Block<Form> block(group, b, panel);
+      for (int part = 0; part < parts; ++part) {
+        const int8_t* x = in.q + row * ldx + 32 * bytes * static_cast<size_t>(b) + inputs * part;
+        Math::Tiles::template sum<bytes>(x, 32, ldx, quads + inputs * 16 * part, sums[0][0]);
+        const vec scale = block.scale(part);
+        vec minimum = vzero();
+        if constexpr (l.minimum != Minimum::kNone) minimum = block.minimum(scale);
+        for (int r = 0; r < height; ++r) {
+          vec of_bytes[bytes];
+          for (int h = 0; h < bytes; ++h) of_bytes[h] = to_float(load_words(reinterpret_cast<const uint8_t*>(sums[h][r])));
+          float* at = out + (r * 4 + panel) * 16;
+          vec total = vfma(Math::joined(of_bytes), Math::scaled(in, row + r, b, scale), vload(at));
+          if constexpr (l.minimum != Minimum::kNone) total = vfma(minimum, vset1(in.sums[(row + r) * in.ldb + b]), total);
+          vstore(at, total);
+        }
+      }
+    }
+  }
+  Math::Tiles::release();
 }
 
 // What f.operator()<form>() returns.
@@ -275,12 +324,16 @@ inline auto of_form(int form, const F& f) {
   }
 }
 
-using PackedRows = void (*)(const uint8_t*, const uint8_t*, int, int, int, const Prepared&, int, float*);
+using PackedRows = void (*)(const uint8_t*, const uint8_t*, int, int, int, const Prepared&, int, int, float*);
 
+// Of tiles of AMX if rows are too many for registers; whole sums are the same, so the bits are.
 template <class Math, int R = Math::kRows>
 inline PackedRows packed_rows_of(int form, int rows) {
   if constexpr (R > 1) {
     if (rows < R) return packed_rows_of<Math, R - 1>(form, rows);
+  }
+  if constexpr (Math::kTileRows > 0 && R == Math::kRows) {
+    if (rows > R) return of_form(form, []<int Form>() -> PackedRows { return packed_rows_in_tiles<Form, Math>; });
   }
   return of_form(form, []<int Form>() -> PackedRows { return packed_rows<Form, Math, R>; });
 }
@@ -332,15 +385,15 @@ inline void finish_panels(const float* out, int row, int height, int first, int 
 // Y = X W^T, as matmul does for panels in the model's dtype.
 template <class Math, class Epilogue>
 inline void packed_matmul(Team& team, const SlipLinear& w, const Prepared& in, int rows, const Epilogue& epilogue) {
-  const int tiles = (rows + Math::kRows - 1) / Math::kRows;
+  const int most = rows > Math::kRows ? Math::kMost : Math::kRows, tiles = (rows + most - 1) / most;
   const int low = rows / tiles, taller = rows % tiles;  // heights of tiles: low + 1 of the first ones, low of the others
   packed_groups(team, w, [&](int form, const uint8_t* group, const uint8_t* ahead, int first, int last, int column) {
     const PackedRows kernels[2] = {packed_rows_of<Math>(form, low), packed_rows_of<Math>(form, low + (taller > 0))};
     for (int tile = 0, row = 0; tile < tiles; ++tile) {
       const int height = low + (tile < taller);
-      alignas(64) float out[Math::kRows * 64];
+      alignas(64) float out[Math::kMost * 64];
       // The others find it in the cache.
-      kernels[tile < taller](group, tile ? nullptr : ahead, first, last, w.k / 32, in, row, out);
+      kernels[tile < taller](group, tile ? nullptr : ahead, first, last, w.k / 32, in, row, height, out);
       finish_panels(out, row, height, first, last, column, epilogue);
       row += height;
     }

@@ -115,6 +115,7 @@ inline typename D::elem* room_for_group(int k) {
 template <class D, int P, class Epilogue>
 inline void laid_out_panels(const typename D::row* x, size_t ldx, int rows, const typename D::elem* first, int k, int column,
                             const char* ahead, const char* end, const Epilogue& epilogue) {
+  if constexpr (D::kTiles) return tile_group<D, P>(x, ldx, rows, first, k, column, nullptr, epilogue);
   const typename D::elem* panels[P];
   for (int p = 0; p < P; ++p) panels[p] = first + p * 32;
   const int steps = k / 2;
@@ -137,7 +138,7 @@ inline void rounded_matmul(Team& team, const SlipLinear& w, const typename D::ro
   const int blocks = w.k / 32;
   const size_t ldx = w.k;
   packed_groups(team, w, [&](int form, const uint8_t* group, const uint8_t* ahead, int first, int last, int column) {
-    if (rows <= kRoundedRows) {
+    if (!D::kTiles && rows <= kRoundedRows) {
       alignas(64) float out[kRoundedRows * 64];
       of_form(form, [&]<int Form>() {
         tile_of<kRoundedRows>(rows, 0, [&]<int R>(int) { rounded_rows<Form, D, R>(group, ahead, first, last, blocks, x, ldx, out); });

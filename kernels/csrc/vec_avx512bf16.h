@@ -2,17 +2,18 @@
 #pragma once
 #include "vec_avx512.h"
 
-namespace slip::avx512bf16 {
+namespace slip::SLIP_ISA {
 
 // The register tile of the micro-kernel: up to kMaxRows rows times tile_panels(rows) panels, whose sums take 24 of the 32
 // registers.
 constexpr int kMaxRows = 6;
 constexpr int tile_panels(int) { return 4; }
 
-struct Bf16 {
+struct VectorBf16 {
   using elem = uint16_t;
   using row = uint16_t;
   static constexpr int kPair = 2, kParts = 1;
+  static constexpr bool kTiles = false;
   using wvec = __m512bh;
   using xvec = __m512bh;
   template <int Part>
@@ -34,5 +35,8 @@ struct Bf16 {
   static float widen(elem x) { return bf16_to_float(x); }
   static elem narrow(float x) { return bf16_of(x); }
 };
+#ifndef SLIP_TILES
+using Bf16 = VectorBf16;
+#endif
 
-}  // namespace slip::avx512bf16
+}  // namespace slip::SLIP_ISA

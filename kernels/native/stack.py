@@ -165,8 +165,9 @@ class NativeStack:
             self._cache = weakref.ref(memory)
 
 
-FAST_IN_BYTES = ("avx2", "avx512", "avx512vnni", "avx512bf16")
-"""Instruction sets with which products of bytes were measured to be faster than of other numbers."""
+FAST_IN_BYTES = ("avx2", "avx512", "avx512vnni", "avx512bf16", "avx512amx")
+"""Instruction sets with which products of bytes were measured to be faster than of other numbers; with tiles (AMX) few
+rows, which are what a head has, are computed as without."""
 FAST_AT_ROUNDING = ("avx512bf16",)
 """Those with which blocks that are rounded to bfloat16 in registers were measured to be faster than weights in it."""
 
