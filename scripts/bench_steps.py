@@ -73,6 +73,8 @@ class Bench:
     @torch.inference_mode()
     def seconds(self, segments: int, tokens: int) -> float:
         """A step over so many segments of so many positions that end at the context."""
+        if tokens > self.context:
+            raise SystemExit(f"{tokens} positions of one stream are more than its {self.context}: --context {tokens}")
         blocks = -(-self.context // self.block_size)
         if segments * blocks > self.runner.cache.num_blocks:
             raise SystemExit(f"the cache has no room for {segments} streams of {self.context} tokens: fewer --sizes")
@@ -102,13 +104,14 @@ def main() -> None:
     parser.add_argument(
         "--one-thread", action="store_true", help="by its processor time, in which others on the machine do not count"
     )
+    parser.add_argument("--chunks", action="store_true", help="positions of one stream only, as those of prompts")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     options = parser.parse_args()
     forms = options.forms.split(",")
     clock = time.thread_time if options.one_thread else time.perf_counter
     benches = {form: Bench(options.context, options.model, form, options.isa, clock) for form in forms}
     sizes = [int(size) for size in options.sizes.split(",")]
-    cases = [(form, *case) for form in forms for case in shapes(sizes)]
+    cases = [(form, *case) for form in forms for case in shapes(sizes, options.chunks)]
     found: dict[tuple[str, int, int], list[float]] = {case: [] for case in cases}
     random = Random(0)
     for turn in range(options.rounds + 2):  # the first ones are for warming up
@@ -128,7 +131,8 @@ def main() -> None:
         operations = 2 * often * benches[form].elements
         print(f"\n{form}: {loaded.weights}, {loaded.weights_bytes / 1e6:.0f} MB\n")
         print("| positions | " + " | ".join(map(str, sizes)) + " |\n|---" + "|---" * len(sizes) + "|")
-        for what, case in (("of one stream", lambda size: (1, size)), ("of as many streams", lambda size: (size, 1))):
+        rows = (("of one stream", lambda size: (1, size)), ("of as many streams", lambda size: (size, 1)))
+        for what, case in rows[: 1 if options.chunks else 2]:
             times = [median(found[form, *case(size)]) for size in sizes]
             print(f"| {what}, ms | " + " | ".join(f"{1e3 * seconds:.2f}" for seconds in times) + " |")
             print("| … relative to one | " + " | ".join(f"{seconds / one:.2f}" for seconds in times) + " |")
@@ -138,9 +142,9 @@ def main() -> None:
             print("| … share of the arithmetic | " + " | ".join(f"{share:.0%}" for share in computing) + " |")
 
 
-def shapes(sizes: list[int]) -> list[tuple[int, int]]:
-    """Streams, and positions of each."""
-    return [(1, size) for size in sizes] + [(size, 1) for size in sizes if size > 1]
+def shapes(sizes: list[int], chunks: bool) -> list[tuple[int, int]]:
+    """Streams, and positions of each; of one stream only if they are ``chunks``."""
+    return [(1, size) for size in {1, *sizes}] + [(size, 1) for size in sizes if size > 1 and not chunks]
 
 
 if __name__ == "__main__":
