@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from slipstream.drafter.routes import ADAPTER_ROUTE, DOMAIN_ROUTE, SHARED_ROUTE, TENANT_ROUTE
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.checkpoint import locate
+from slipstream.engine.checkpoint.gguf_file import PART
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.handle import EngineHandle, RequestStream
 from slipstream.engine.memory import trim
@@ -372,5 +373,7 @@ async def end(task: asyncio.Task[Any] | None) -> None:
 
 
 def default_model_name(path: Path) -> str:
-    resolved = path.resolve()
-    return resolved.stem if resolved.suffix == ".gguf" else resolved.name
+    if path.suffix.lower() == ".gguf":  # in a cache of the hub, a link to a file that has a number for its name
+        part = PART.fullmatch(path.name)
+        return path.stem if part is None else part["stem"]
+    return path.resolve().name

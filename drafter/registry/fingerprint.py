@@ -11,6 +11,7 @@ import msgspec
 
 from slipstream.engine.checkpoint import Checkpoint, open_checkpoint
 from slipstream.engine.checkpoint.checkpoint import locate
+from slipstream.engine.checkpoint.gguf_file import part_names
 from slipstream.engine.checkpoint.shapes import FAMILIES
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
@@ -67,7 +68,9 @@ def traffic_target(config: EngineConfig) -> str:
 def files_fingerprint(config: EngineConfig) -> str:
     """Tells the files of target models apart in no time: by sizes, beginnings and ends."""
     path = locate(config.model)
-    files = [path] if path.is_file() else sorted([path / "config.json", *path.glob("*.safetensors")])
+    is_file = path.is_file()
+    parts = [path.with_name(name) for name in part_names(path.name)] if is_file else path.glob("*.safetensors")
+    files = sorted(parts if is_file else [path / "config.json", *parts])
     digest = hashlib.blake2b(digest_size=16)
     if config.load_format == "dummy":
         digest.update(b"dummy %d" % config.seed)

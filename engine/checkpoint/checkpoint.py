@@ -10,20 +10,14 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slipstream.engine.checkpoint import hub
 from slipstream.engine.checkpoint.config_file import read_config
-from slipstream.engine.checkpoint.gguf_config import (
-    huggingface_name,
-    translate_config,
-    translate_generation_config,
-    unpermute_rope_rows,
-)
-from slipstream.engine.checkpoint.gguf_file import GGUFFile, dequantised
+from slipstream.engine.checkpoint.gguf_config import translate, translate_generation_config
+from slipstream.engine.checkpoint.gguf_file import PART, GGUFFile, dequantised
 from slipstream.engine.checkpoint.json_file import leads_nowhere, read_json_object
 from slipstream.engine.checkpoint.safetensors_files import (
     StoredTensor,
@@ -184,49 +178,36 @@ def _what_it_is(path: Path) -> str:
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A GGUF file of one of the architectures in gguf_config.ARCHITECTURES."""
+    """A GGUF file of one of the architectures in gguf_architectures.ARCHITECTURES."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = GGUFFile(path)
-        self.config = translate_config(self._file)
+        self.config, self._places = translate(self._file)
         self.generation_config = translate_generation_config(self._file)
-        names = {name: huggingface_name(name) for name in self._file.tensors}
-        self._originals = {translated: name for name, translated in names.items() if translated is not None}
-        """Names in the file, by those in Hugging Face form."""
-        permuted = self._file.metadata["general.architecture"] == "llama"
-        self._rope_heads = {
-            "q_proj": self.config["num_attention_heads"] if permuted else 0,
-            "k_proj": self.config["num_key_value_heads"] if permuted else 0,
-        }
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: self._file.tensors[original].shape for name, original in self._originals.items()}
+        return {name: place.shape for name, place in self._places.items()}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         import torch
 
-        for name in self._originals:
+        for name in self._places:
             yield name, torch.from_numpy(dequantised(self.stored(name)))
 
     def packed_tensors(self, takes: TakesBlocks) -> Iterator[tuple[str, torch.Tensor | Stored]]:
         import torch
 
-        for name, original in self._originals.items():
-            info = self._file.tensors[original]
-            stored = self.stored(name)
-            is_packed = info.type.block_elements > 1 and len(info.shape) == 2 and takes(info.type.name, *info.shape)
+        for name, place in self._places.items():
+            kind, shape, stored = place.info.type, place.shape, self.stored(name)
+            is_packed = kind.block_elements > 1 and len(shape) == 2 and takes(kind.name, *shape)
             yield name, stored if is_packed else torch.from_numpy(dequantised(stored))
 
     def formats(self) -> dict[str, str]:
-        return {name: self._file.tensors[original].type.name for name, original in self._originals.items()}
+        return {name: place.info.type.name for name, place in self._places.items()}
 
     def stored(self, name: str) -> Stored:
-        found = self._file.stored(self._originals[name])
-        if not (heads := self._rope_heads.get(name.split(".")[-2])):
-            return found
-        rows = unpermute_rope_rows(found.data.reshape(found.shape[0], -1), heads)  # of a bias, its numbers
-        return replace(found, data=rows.reshape(found.data.shape))
+        return self._places[name].stored(self._file)
 
     def tokenizer_data(self) -> Iterator[bytes]:
         for key, value in sorted(self._file.metadata.items()):
@@ -235,7 +216,8 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a Hugging Face folder, a .gguf file, or the installed model that the name ``default`` stands for."""
+    """Opens a Hugging Face folder, a .gguf file (of several parts the first), or the installed model that the name
+    ``default`` stands for."""
     found = locate(path)
     return FolderCheckpoint(found) if found.is_dir() else GGUFCheckpoint(found)
 
@@ -249,7 +231,9 @@ def locate(path: str | Path) -> Path:
         return _default_model()
     found = Path(path).expanduser()
     try:
-        if found.is_dir() or (found.is_file() and found.suffix.lower() == ".gguf"):
+        if found.is_dir():
+            return _only_gguf(found) or found
+        if found.is_file() and found.suffix.lower() == ".gguf":
             return found
         exists = found.exists()
     except OSError as error:
@@ -262,6 +246,15 @@ def locate(path: str | Path) -> Path:
         f"there is no model at {str(path)!r}. Give a Hugging Face model folder, a .gguf file, 'default', or the name "
         "of a model of the hub (OWNER/NAME) that `slipstream serve --model NAME` or `hf download NAME` has fetched."
     )
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The model of a folder that holds nothing but one in GGUF form: the file, or the first of its parts."""
+    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        return None
+    files = [path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj")]
+    found = [path for path in files if (part := PART.fullmatch(path.name)) is None or int(part["number"]) == 1]
+    return found[0] if len(found) == 1 else None
 
 
 def _default_model() -> Path:

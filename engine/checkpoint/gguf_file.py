@@ -1,4 +1,4 @@
-"""Reads GGUF files: metadata, tensor table and dequantised tensors.
+"""Reads GGUF files: metadata, tensor table and dequantised tensors. A model may lie in several, its parts.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. The header is
 parsed over a memory map, because gguf.GGUFReader makes numpy views of every string of the vocabulary (2 s and
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ LENGTH = struct.Struct("<Q")
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING = 8
 ARRAY = 9
+
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+"""Name of a file that holds one of several parts of a model; the first is number 1."""
+MOST_PARTS = 1000
 
 FLOATS = {"F32": "<f4", "F16": "<f2"}
 """As numpy calls them."""
@@ -125,22 +130,26 @@ class _Array:
 
 
 class GGUFFile:
-    """A parsed GGUF file."""
+    """A parsed GGUF file, with the parts that follow it if it is the first of several."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        try:
-            with self.path.open("rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise ModelError(f"cannot read the GGUF file {self.path}: {error}") from error
-        cursor = _Cursor(self._data, self.path)
-        try:
-            num_tensors, num_entries = cursor.preamble()
-            self.metadata = Metadata(cursor.metadata(num_entries), cursor)
-            self.tensors = cursor.tensor_table(num_tensors, self.metadata)
-        except UnicodeDecodeError as error:
-            raise cursor.broken("a string is not UTF-8") from error
+        whole = _Parsed(self.path)
+        self.metadata, self.tensors = whole.metadata, whole.tensors
+        self._data = dict.fromkeys(self.tensors, whole.data)
+        """The file that a tensor lies in, by its name."""
+        for number, part in enumerate(parts_of(self.path, whole.metadata)[1:], 1):
+            self._add(_Parsed(part), number)
+
+    def _add(self, part: _Parsed, number: int) -> None:
+        """A part, the first of which is number 0."""
+        stated = {"split.no": number, "split.count": self.metadata["split.count"]}
+        if any(part.metadata.get(key) != value for key, value in stated.items()) or part.tensors.keys() & self.tensors:
+            raise ModelError(
+                f"{part.path} is not part {number + 1} of the model that {self.path} begins. Download both again."
+            )
+        self.tensors |= part.tensors
+        self._data |= dict.fromkeys(part.tensors, part.data)
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """The named tensor dequantised to float32, as a fresh array."""
@@ -151,8 +160,61 @@ class GGUFFile:
         info = self.tensors.get(name)
         if info is None:
             raise ModelError(f"{self.path} has no tensor {name!r}")
-        data = memoryview(self._data)[info.offset : info.offset + info.num_bytes]
+        data = memoryview(self._data[name])[info.offset : info.offset + info.num_bytes]
         return in_rows(info.type.name, info.shape, data)
+
+
+class _Parsed:
+    """One file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise ModelError(f"cannot read the GGUF file {path}: {error}") from error
+        cursor = _Cursor(self.data, path)
+        try:
+            num_tensors, num_entries = cursor.preamble()
+            self.metadata = Metadata(cursor.metadata(num_entries), cursor)
+            self.tensors = cursor.tensor_table(num_tensors, self.metadata)
+        except UnicodeDecodeError as error:
+            raise cursor.broken("a string is not UTF-8") from error
+
+
+def parts_of(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
+    """The files of a model that this one begins, which is the only one in most cases.
+
+    Raises ModelError where it does not begin it, or another one is not there.
+    """
+    count = metadata.get("split.count")
+    if count in (None, 0, 1):  # 0 where parts were joined
+        return [path]
+    found = PART.fullmatch(path.name)
+    if not isinstance(count, int) or not 1 < count <= MOST_PARTS or found is None or int(found["count"]) != count:
+        raise ModelError(
+            f"{path} is one of {str(count)[:8]} parts, and not called as such are (NAME-00001-of-00003.gguf). Give "
+            "them the names that they were published with, or join them: `llama-gguf-split --merge FIRST WHOLE.gguf`"
+        )
+    parts = part_names(path.name)
+    if path.name != parts[0] or metadata.get("split.no") != 0:
+        raise ModelError(f"{path} is not the first of its {count} parts; give {path.with_name(parts[0])}")
+    if missing := [name for name in parts if not path.with_name(name).is_file()]:
+        raise ModelError(
+            f"{path} is one of {count} parts, of which {len(missing)} are not beside it, for example {missing[0]}. "
+            "Download them into the same folder."
+        )
+    return [path.with_name(name) for name in parts]
+
+
+def part_names(name: str) -> list[str]:
+    """Names of all parts of a model of which one file is called so; the name alone where it is none of a part."""
+    found = PART.fullmatch(name)
+    if found is None or not 1 <= int(found["count"]) <= MOST_PARTS:
+        return [name]
+    end = name[found.end("number") :]
+    return [f"{found['stem']}-{number:05d}{end}" for number in range(1, int(found["count"]) + 1)]
 
 
 def dequantised(stored: Stored) -> npt.NDArray[np.float32]:

@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+from slipstream.engine.checkpoint.gguf_file import part_names
 from slipstream.engine.errors import ModelError
 
 NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?P<file>/[\w][\w./-]*\.gguf)?")
@@ -67,8 +68,12 @@ def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
     found = NAME.fullmatch(name)
     assert found is not None
     repo, file = found["repo"], found["file"]
-    if file:
-        return Path(hf_hub_download(repo, file[1:], revision=revision, local_files_only=local_files_only))
+    if file:  # of several parts all, which lie in the same folder
+        parts = [
+            Path(hf_hub_download(repo, part, revision=revision, local_files_only=local_files_only))
+            for part in part_names(file[1:])
+        ]
+        return next(part for part in parts if part.name == Path(file).name)
     folder = snapshot_download(
         repo,
         revision=revision,

@@ -176,10 +176,9 @@ def build_model(
     config, dummy = checkpoint.config, options.load_format == "dummy"
     if not is_own(config):
         _refuse_deterministic(options, "models that run through transformers")
-        folder = None if dummy else checkpoint.path
         cache = cache_maker(config, options, formats, device)
-        found = TransformersModel(config, formats, device, folder, options.seed, cache)
-        stored = {} if dummy else checkpoint.formats()
+        found = TransformersModel(config, formats, device, None if dummy else checkpoint, options.seed, cache)
+        stored = checkpoint.formats() if checkpoint.path.is_dir() and not dummy else {}
         for name in found.weights.shapes:
             require_numbers(name, not stored.get(name, "F").startswith(("F", "BF")))
         return found

