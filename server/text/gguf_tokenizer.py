@@ -34,9 +34,27 @@ TEKKEN_WORDS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+GPT4O_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + GPT4O_ENDING + "|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + GPT4O_ENDING + "|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK_CODER_WORDS = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
+WORDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "dbrx", "smaug-bpe"), (LLAMA3_WORDS,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (QWEN2_WORDS,)),
+    **dict.fromkeys(("gpt-4o", "llama4"), (GPT4O_WORDS,)),
+    "tekken": (TEKKEN_WORDS,),
+    "deepseek-coder": DEEPSEEK_CODER_WORDS,
+}
+"""What a text is split at, one after the other, by the names of pre-tokenizers."""
+DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact")
+"""Those that split as GPT-2 does, and numbers into digits before."""
+AS_GPT2 = ("default", "gpt-2", "gpt2", "phi-2", "olmo")
 UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 """Tokens of Phi-3 after which spaces count."""
-LLAMA3_STYLE = ("llama3", "llama-v3", "llama-bpe", "tekken")
+LLAMA3_STYLE = ("llama3", "llama-v3", "llama-bpe", "falcon3", "tekken")
 """Pre-tokenizers of models that take a word that is a token as it is, without going through the merges, and whose
 texts begin with the bos token where the file does not say."""
 
@@ -97,30 +115,18 @@ def _byte_level(file: GGUFFile, vocab: dict[str, int]) -> Tokenizer:
 def _pre_tokenizer(file: GGUFFile, name: object) -> pre_tokenizers.PreTokenizer:
     """How text is split into words before the merges. Files from before the key mean GPT-2's way."""
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if name in ("default", "gpt-2", "gpt2"):
+    if name in AS_GPT2:
         return gpt2
-    if name == "smollm":
+    if name in DIGIT_BY_DIGIT:
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    patterns = {
-        "llama3": LLAMA3_WORDS,
-        "llama-v3": LLAMA3_WORDS,
-        "llama-bpe": LLAMA3_WORDS,
-        "qwen2": QWEN2_WORDS,
-        "deepseek-r1-qwen": QWEN2_WORDS,
-        "tekken": TEKKEN_WORDS,
-    }
-    if name not in patterns:
+    if name not in WORDS:
+        known = ", ".join((*DIGIT_BY_DIGIT, *AS_GPT2[1:], *WORDS))
         raise ModelError(
             f"{file.path}: the pre-tokenizer {name!r} (tokenizer.ggml.pre) is not known, so text would be split into "
-            f"other tokens than in training. Known are smollm, gpt-2, {', '.join(patterns)}. Use the Hugging Face "
-            "folder of this model."
+            f"other tokens than in training. Known are {known}. Use the Hugging Face folder of this model."
         )
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(patterns[str(name)]), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    splits = [pre_tokenizers.Split(Regex(each), behavior="isolated") for each in WORDS[str(name)]]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _sentencepiece(file: GGUFFile, tokens: list[str], vocab: dict[str, int], types: list[Any]) -> Tokenizer:

@@ -98,6 +98,20 @@ def test_gguf_sentencepiece_is_the_models_own_tokenizer(
         )
 
 
+def test_rows_of_spaces_that_are_tokens_of_gemma_come_first(
+    write_gguf: Any, sentencepiece_vocab: list[tuple[str, float, int]]
+) -> None:
+    """Converters write such tokens with spaces, where the model has ▁."""
+    vocab = [*sentencepiece_vocab, *((" " * count, -1000.0, 4) for count in (2, 3))]
+    tokens, scores, types = map(list, zip(*vocab, strict=True))
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_space_prefix": False}
+    found = load_tokenizer(write_gguf(tokens, types, model="llama", arch="gemma3", scores=scores, **ids))
+    two, three = len(vocab) - 2, len(vocab) - 1
+    encoded = found.encode("  a   b     c", add_special_tokens=False)
+    assert [token for token in encoded if token >= two] == [two, three, three, two]
+    assert found.decode(encoded) == "  a   b     c"
+
+
 @pytest.mark.parametrize("prefix_space", [True, False])
 def test_gguf_sentencepiece_round_trip(
     write_sentencepiece: Any, conversation_texts: list[str], prefix_space: bool
