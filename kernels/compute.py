@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from numpy.typing import NDArray
@@ -334,6 +334,13 @@ class Compute(ABC):
         None where that is as they are read.
         """
         return None
+
+    def numbers(self, rows: Stored) -> Tensor:
+        """What ``kept`` has told of a matrix, in the number format in which it is read."""
+        n, k = rows.shape
+        matrix = self.weight(n, k)
+        matrix.fill(cast(Tensor, rows))
+        return matrix.rows(torch.arange(n, device=self.device))
 
     def cache(self, shape: CacheShape, num_blocks: int) -> PagedKVCache:
         return self.cache_class(shape, num_blocks, self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import cast
 
@@ -27,6 +27,7 @@ from slipstream.kernels.adapter import ADAPTED, ADAPTED_MLP, Adapter, LayerMatri
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import Compute, LayerWeights
 from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.stored import Stored
 from slipstream.kernels.weight import Weight
 
 
@@ -80,6 +81,10 @@ class DecoderWeights:
         if len(self.shapes[name]) > 1:
             found = self._compute.kept(*self._part(name), self._rows(name, first_row, count))
         return self.read(name, first_row, count) if found is None else found
+
+    @property
+    def numbers(self) -> Callable[[Stored], Tensor]:
+        return self._compute.numbers
 
     @property
     def num_missing(self) -> int:

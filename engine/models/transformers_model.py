@@ -33,6 +33,7 @@ from slipstream.kernels.adapter import Adapter
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.compute import Formats
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
+from slipstream.kernels.stored import Stored
 from slipstream.kernels.torch_adapter import TorchAdapter, add_low_rank, runs_of
 
 EXPERTS = "experts"
@@ -116,6 +117,10 @@ class _ModuleWeights:
         return self.read(name, first_row, count)
 
     @property
+    def numbers(self) -> Callable[[Stored], Tensor]:
+        return _no_numbers
+
+    @property
     def num_missing(self) -> int:
         return self._expected.num_missing
 
@@ -124,6 +129,10 @@ class _ModuleWeights:
 
     def check_complete(self) -> None:
         self._expected.check_complete()
+
+
+def _no_numbers(rows: Stored) -> Tensor:
+    raise AssertionError("nothing is packed here")
 
 
 class TransformersModel:

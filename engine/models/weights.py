@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -75,6 +75,10 @@ class Weights(Protocol):
         """The same as it is kept, for other weights of the same model: packed, or as numbers that are ``exact``."""
 
     @property
+    def numbers(self) -> Callable[[Stored], Tensor]:
+        """Makes numbers of blocks that ``kept`` told; does not keep these weights from being released."""
+
+    @property
     def num_missing(self) -> int:
         """How many tensors have rows that have not come."""
 
@@ -95,22 +99,41 @@ class ReadableWeights(Protocol):
 
     def kept(self, name: str, first_row: int, count: int) -> Rows: ...
 
+    @property
+    def numbers(self) -> Callable[[Stored], Tensor]:
+        """Makes numbers of blocks that ``kept`` told; does not keep these weights from being released."""
+
 
 class HostCopy:
-    """A copy of weights in the memory of the host."""
+    """A copy of weights in the memory of the host, as they are kept."""
 
     def __init__(self, weights: ReadableWeights) -> None:
         self.shapes = dict(weights.shapes)
+        self.numbers = weights.numbers
         self.tensors = {
-            name: torch.cat([weights.read(name, first, count).cpu() for first, count in row_pieces(shape)])
+            name: _joined([_on_host(weights.kept(name, first, count)) for first, count in row_pieces(shape)])
             for name, shape in weights.shapes.items()
         }
 
     def read(self, name: str, first_row: int, count: int) -> Tensor:
-        return self.tensors[name][first_row : first_row + count]
+        rows = self.kept(name, first_row, count)
+        return self.numbers(rows) if isinstance(rows, Stored) else rows
 
     def kept(self, name: str, first_row: int, count: int) -> Rows:
-        return self.read(name, first_row, count)
+        rows = self.tensors[name]
+        return rows.rows(first_row, count) if isinstance(rows, Stored) else rows[first_row : first_row + count]
+
+
+def _on_host(rows: Rows) -> Rows:
+    return rows if isinstance(rows, Stored) else rows.cpu()
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    blocks = [part for part in parts if isinstance(part, Stored)]
+    if not blocks:
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    data = np.concatenate([part.data for part in blocks])
+    return Stored(blocks[0].format, (len(data), *blocks[0].shape[1:]), data)
 
 
 def load(model: CausalModel, tensors: Iterable[tuple[str, Rows]]) -> None:

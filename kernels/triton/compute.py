@@ -12,6 +12,7 @@ from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.attention.backend import AttentionBackend
 from slipstream.kernels.attention.choice import against, wanted
 from slipstream.kernels.compute import PACKED, Formats, LayerShape, LayerWeights, Stack
+from slipstream.kernels.kept import KeepsMatrices
 from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
 from slipstream.kernels.torch_stack import TorchCompute
 from slipstream.kernels.triton import launch
@@ -26,7 +27,7 @@ from slipstream.kernels.triton.stack import INVARIANT_TILE, TritonStack
 from slipstream.kernels.weight import Weight
 
 
-class TritonCompute(TorchCompute):
+class TritonCompute(KeepsMatrices, TorchCompute):
     cache_class = TritonKVCache
     can_be_batch_invariant = True
     makes_chains = True

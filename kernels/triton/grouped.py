@@ -16,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from slipstream.kernels.stored import Stored
-from slipstream.kernels.triton.blocks import READERS, Form, form_of
+from slipstream.kernels.triton.blocks import FORMS, READERS, Form, form_of
 from slipstream.kernels.triton.linear import Split, add_parts, store_tile, tile_of
 from slipstream.kernels.weight import Weight
 
 ROWS_AT_ONCE = 512
+KEPT = {f"grouped as {kind}": form for kind, form in FORMS.items()}
+"""What ``GroupedMatrix.kept`` tells is called."""
 
 
 def grouped_bytes(kind: str, n: int, k: int) -> int:
@@ -65,11 +67,48 @@ class GroupedMatrix:
         return self.data.nbytes + self.scale.nbytes + (0 if self.lowest is None else self.lowest.nbytes)
 
     def fill(self, stored: Stored, first_row: int = 0) -> None:
-        """Overwrites rows with blocks of a type of this form."""
-        count, groups = stored.shape[0], self.k // self.form.group
+        """Overwrites rows with blocks of a type of this form, or with what ``kept`` has told of another one."""
+        count = stored.shape[0]
+        data = torch.from_numpy(stored.data.copy()).to(self.data.device)
+        if stored.format in KEPT:
+            rows = slice(first_row, first_row + count)
+            widths = [part.shape[1] * part.itemsize for part in self._parts]
+            for part, held in zip(self._parts, data.split(widths, dim=1), strict=True):
+                part[rows] = held.contiguous().view(part.dtype)
+            return
         num_bytes, read = READERS[stored.format]
-        blocks = torch.from_numpy(stored.data.copy()).to(self.data.device).view(count, -1, num_bytes)
-        numbers, scale, lowest = read(blocks)
+        self._put(first_row, count, *read(data.view(count, -1, num_bytes)))
+
+    def pack(self, rows: Tensor, first_row: int = 0) -> None:
+        """Overwrites rows with the nearest to numbers [count, k] that the form has; of 8 bits all are used."""
+        form, count = self.form, len(rows)
+        x = rows.to(self.data.device, torch.float32).reshape(count, -1, form.group)
+        steps, least = (15, 0) if form.bits == 4 else (254, -127)
+        low, high, most = x.amin(-1), x.amax(-1), torch.finfo(form.scales).max
+
+        def kept(numbers: Tensor) -> Tensor:
+            return numbers.clamp(-most, most).to(form.scales).float()
+
+        # Without a lowest number 0 is in the middle.
+        scale = kept((high - low) / steps if form.has_lowest else torch.maximum(-low, high) / 127)
+        lowest = kept(low - least * scale) if form.has_lowest else None
+        inverse = torch.where(scale > torch.finfo(torch.float32).tiny, 1 / scale, 0.0)
+        above = x if lowest is None else x - lowest[..., None]
+        numbers = (above * inverse[..., None]).round().clamp(least, least + steps)
+        self._put(first_row, count, numbers.to(torch.uint8 if form.bits == 4 else torch.int8), scale, lowest)
+
+    @property
+    def _parts(self) -> list[Tensor]:
+        return [self.data, self.scale] if self.lowest is None else [self.data, self.scale, self.lowest]
+
+    def kept(self, indices: Tensor) -> Stored:
+        """Rows as they are, for ``fill``."""
+        data = torch.cat([part[indices].view(torch.uint8) for part in self._parts], dim=1)
+        [name, *_] = (name for name, form in KEPT.items() if form == self.form)
+        return Stored(name, (len(indices), self.k), data.cpu().numpy())
+
+    def _put(self, first_row: int, count: int, numbers: Tensor, scale: Tensor, lowest: Tensor | None) -> None:
+        groups = self.k // self.form.group
         numbers = numbers.reshape(count, groups, self.form.group)
         if self.form.bits == 4:
             numbers = torch.nn.functional.pad(numbers, (0, 0, 0, groups % 2)).view(count, -1, 2, self.form.group)
@@ -197,7 +236,8 @@ def grouped_linear(x: Tensor, matrix: GroupedMatrix, bias: Tensor | None = None,
 class GroupedWeight:
     """A ``Weight`` that is kept as it came: what comes as blocks that have a form stays so.
 
-    What comes as numbers, or as blocks of another form than those before, makes all of the matrix a dense one.
+    What comes as numbers, or as blocks of another form than those before, makes all of the matrix a dense one; unless
+    it was told a form in which numbers are packed (``take_forms``).
     """
 
     def __init__(
@@ -217,6 +257,21 @@ class GroupedWeight:
         self._bias = torch.zeros(n, dtype=dtype, device=device) if bias else None
         self._grouped: GroupedMatrix | None = None
         self._dense: Weight | None = None
+        self._form: Form | None = None
+        """What numbers are packed into."""
+
+    @property
+    def forms(self) -> Form | None:
+        return None if self._grouped is None else self._grouped.form
+
+    def take_forms(self, forms: Form | None) -> None:
+        self._form = forms
+
+    def widen(self) -> None:
+        self._made_dense()
+
+    def kept(self, indices: Tensor) -> Tensor | Stored:
+        return self._made_dense().rows(indices) if self._grouped is None else self._grouped.kept(indices)
 
     @property
     def num_bytes(self) -> int:
@@ -226,16 +281,17 @@ class GroupedWeight:
 
     def fill(self, rows: Tensor | Stored, first_row: int = 0) -> None:
         if isinstance(rows, Stored):
-            form = form_of(rows.format, self.k)
+            form = KEPT.get(rows.format) or form_of(rows.format, self.k)
             assert form is not None, "only blocks that have a form come as blocks"
-            if self._grouped is None and self._dense is None:
-                self._grouped = GroupedMatrix.empty(form, self.n, self.k, self._device)
-            if self._grouped is not None and self._grouped.form == form:
-                self._grouped.fill(rows, first_row)
+            if (grouped := self._made_grouped(form)) is not None and grouped.form == form:
+                grouped.fill(rows, first_row)
                 return
             part = GroupedMatrix.empty(form, rows.shape[0], self.k, self._device)
             part.fill(rows)
             rows = part.rows(torch.arange(part.n, device=self._device))
+        elif self._form is not None and (grouped := self._made_grouped(self._form)) is not None:
+            grouped.pack(rows, first_row)
+            return
         self._made_dense().fill(rows, first_row)
 
     def fill_bias(self, values: Tensor, first_row: int = 0) -> None:
@@ -257,6 +313,12 @@ class GroupedWeight:
         if self._grouped is None:
             return self._made_dense()(x)
         return grouped_linear(x.to(self._dtype), self._grouped, self._bias, self._tile_rows)
+
+    def _made_grouped(self, form: Form) -> GroupedMatrix | None:
+        """The packed matrix, of this form if there was none; None where it is a dense one."""
+        if self._grouped is None and self._dense is None:
+            self._grouped = GroupedMatrix.empty(form, self.n, self.k, self._device)
+        return self._grouped
 
     def _made_dense(self) -> Weight:
         if self._dense is None:

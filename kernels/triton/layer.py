@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -41,6 +41,7 @@ class FusedLayer:
         hidden, inner = shape.hidden, shape.intermediate
         self.q_width, self.kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         widths = self.q_width, self.kv_width, self.kv_width
+        self._is_joined = make.formats.weights != PACKED
         self.qkv, (q, k, v) = _joined(make, widths, shape.input_width, shape.qkv_bias)
         self.out = make.weight(hidden, self.q_width, shape.out_bias)
         self.mixture = None if shape.mixture is None else MixtureWeights(shape, make)
@@ -72,6 +73,12 @@ class FusedLayer:
             "k_norm": self.k_norm,
         }
         self._norms = {name: norm for name, norm in norms.items() if norm is not None}
+
+    @property
+    def matrices(self) -> Mapping[str, Weight]:
+        """Those that are in memory by themselves, as packed ones are."""
+        found = {} if self._is_joined else self._places
+        return {("self_attn." if name[0] in "qkvo" else "mlp.") + name: weight for name, (weight, _) in found.items()}
 
     @property
     def num_bytes(self) -> int:

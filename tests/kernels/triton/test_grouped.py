@@ -113,6 +113,32 @@ def test_numbers_and_blocks_of_other_forms_make_a_matrix_dense() -> None:
         torch.testing.assert_close(made(x), x @ expected.T + bias, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", FORMS)
+def test_numbers_are_packed_in_the_form_that_it_was_told(kind: str) -> None:
+    """As nearly as the form can have them, in parts and in any order; what was told of rows comes back to the bit."""
+    form, generator = FORMS[kind], torch.Generator().manual_seed(3)
+    x = torch.randn(6, 256 if form.block == 256 else 96, generator=generator).to(DEVICE) + 0.3
+    x[1, :40] = 0.0
+    made, other = weight(6, x.shape[1]), weight(6, x.shape[1])
+    made.take_forms(form)
+    made.fill(x[4:], 4)
+    made.fill(x[:4])
+    assert made.forms == form and made.num_bytes == grouped_bytes(kind, *x.shape)
+    rows = torch.arange(6, device=DEVICE)
+    groups = x.view(6, -1, form.group)
+    low, high = groups.amin(-1), groups.amax(-1)
+    step = (high - low) / (15 if form.bits == 4 else 254) if form.has_lowest else torch.maximum(high, -low) / 127
+    off = (made.rows(rows).view_as(groups) - groups).abs().amax(-1)
+    assert bool((off <= 0.51 * step + 1e-3 * groups.abs().amax(-1)).all())
+    for some in (rows[3:], rows[:3]):
+        other.fill(made.kept(some), int(some[0]))
+    assert torch.equal(other.rows(rows), made.rows(rows)) and other.num_bytes == made.num_bytes
+    made.widen()
+    made.fill(x[2:3], 2)
+    assert torch.equal(made.rows(rows[2:3]), x[2:3]) and torch.equal(made.rows(rows[3:]), other.rows(rows[3:]))
+    assert isinstance(made.kept(rows), Tensor)
+
+
 def test_matrices_under_one_another_are_one_product() -> None:
     parts = [weight(4, 64), weight(3, 64)]
     blocks = stored("Q5_0", 4, 64), stored("Q4_0", 3, 64)
