@@ -5,6 +5,7 @@ What each operation does is said where it is called (``ops``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -166,18 +167,27 @@ def route(scores: Tensor, top: int, renormalize: bool) -> tuple[Tensor, Tensor]:
 
 
 def experts_mlp(x: Tensor, experts: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """``mixed`` of gated networks: [experts, 2 * inner, hidden], gate then up, and [experts, hidden, inner]."""
+
+    def network(expert: int, rows: Tensor) -> Tensor:
+        gate, up = functional.linear(rows, gate_up[expert]).chunk(2, dim=-1)
+        return functional.linear(functional.silu(gate) * up, down[expert])
+
+    return mixed(x, experts, shares, network)
+
+
+def mixed(x: Tensor, experts: Tensor, shares: Tensor, network: Callable[[int, Tensor], Tensor]) -> Tensor:
     """The shares' weighted sum of what each row's experts make of it: [rows, hidden], in the format of x.
 
-    Products with shares are rounded to that format, and added in float32 in the order of the experts of the row; an
-    expert of -1 is none. Expert by expert, so it waits for the device.
+    ``network`` computes some rows with an expert. Products with shares are rounded to that format, and added in
+    float32 in the order of the experts of the row; an expert of -1 is none. Expert by expert, so it waits for the
+    device.
     """
     made = x.new_zeros(*experts.shape, x.shape[1])
     for expert in sorted(set(experts.flatten().tolist())):
         if expert >= 0:
             row, place = torch.where(experts == expert)
-            gate, up = functional.linear(x[row], gate_up[expert]).chunk(2, dim=-1)
-            one = functional.linear(functional.silu(gate) * up, down[expert])
-            made[row, place] = one * shares[row, place, None].to(x.dtype)
+            made[row, place] = network(expert, x[row]) * shares[row, place, None].to(x.dtype)
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for part in made.unbind(1):
         total += part.float()

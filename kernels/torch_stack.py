@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,19 @@ from torch import Tensor
 from slipstream.kernels import ops
 from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.batch import Int32, RaggedBatch
-from slipstream.kernels.compute import ChainInputs, Chains, Compute, Formats, Forward, LayerShape, LayerWeights, Stack
+from slipstream.kernels.compute import (
+    PACKED,
+    ChainInputs,
+    Chains,
+    Compute,
+    Formats,
+    Forward,
+    LayerShape,
+    LayerWeights,
+    Stack,
+)
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
-from slipstream.kernels.mixture import MixtureWeights
+from slipstream.kernels.mixture import ExpertMatrices, MixtureWeights
 from slipstream.kernels.torch_adapter import TorchAdapter, add_low_rank, runs_of
 from slipstream.kernels.weight import DenseWeight, Weight
 
@@ -112,7 +122,9 @@ class TorchLayer:
             "v": make.weight(kv_width, shape.input_width, shape.qkv_bias),
             "out": make.weight(hidden, q_width, shape.out_bias),
         }
-        self._mixture = None if shape.mixture is None else MixtureWeights(shape, make)
+        self._mixture: MixtureWeights | ExpertMatrices | None = None
+        if shape.mixture is not None:
+            self._mixture = (ExpertMatrices if make.formats.weights == PACKED else MixtureWeights)(shape, make)
         if self._mixture is None:
             matrices |= {
                 "gate": make.weight(inner, hidden, shape.mlp_bias),
@@ -148,6 +160,12 @@ class TorchLayer:
             out_norm=norm("post_attention_layernorm") if shape.is_gemma else None,
             down_norm=norm("post_feedforward_layernorm") if shape.is_gemma else None,
         )
+
+    @property
+    def matrices(self) -> dict[str, Weight]:
+        """By their names, without ``.weight``; of a mixture those that are in memory by themselves."""
+        of_experts = self._mixture.matrices if isinstance(self._mixture, ExpertMatrices) else {}
+        return self._matrices | of_experts
 
     @property
     def num_bytes(self) -> int:
@@ -285,7 +303,7 @@ def embedding_scale(shape: LayerShape, dtype: torch.dtype) -> float | None:
 
 
 class TorchCompute(Compute):
-    cache_class = TorchKVCache
+    cache_class: ClassVar[type[PagedKVCache]] = TorchKVCache
     takes_latest = True
 
     def __init__(self, formats: Formats, device: torch.device) -> None:

@@ -33,6 +33,7 @@ from slipstream.kernels.attention.choice import backend
 from slipstream.kernels.compute import PACKED, Compute, Formats, LayerShape
 from slipstream.kernels.machine import FORMATS, describe_speed, fast_dtype
 from slipstream.kernels.native import library
+from slipstream.kernels.native.piecewise import PiecewiseCompute
 from slipstream.kernels.native.stack import NativeCompute
 from slipstream.kernels.torch_stack import TorchCompute
 from slipstream.kernels.triton import launch
@@ -240,6 +241,9 @@ def _choose_compute(checkpoint: Checkpoint, options: EngineConfig, device: torch
                 f"--kernels triton: Triton's kernels do not run here: {_without_triton(device, layer)}; "
                 "use --kernels auto"
             )
+    stays_packed = options.weights == PACKED or options.packed_arithmetic != "auto"
+    if stays_packed and not NativeCompute.supports(layer, device) and PiecewiseCompute.supports(layer, device):
+        return PiecewiseCompute
     return next(compute for compute in COMPUTES.values() if compute.supports(layer, device))
 
 
@@ -250,7 +254,7 @@ def _without_triton(device: torch.device, layer: LayerShape) -> str:
 def _made(
     kind: type[Compute], config: dict[str, Any], formats: Formats, device: torch.device, options: EngineConfig
 ) -> Compute:
-    if kind in COMPUTES.values():
+    if kind in (*COMPUTES.values(), PiecewiseCompute):
         _refuse_backend(options, kind)
         return kind(formats, device)
     from slipstream.kernels.triton.compute import TritonCompute
@@ -262,8 +266,8 @@ def _made(
 
 
 def _refuse_backend(options: EngineConfig, kind: type[Compute]) -> None:
-    own = "compiled" if kind is COMPUTES["native"] else "torch's"
-    if options.attention_backend not in (("auto",) if kind is COMPUTES["native"] else ("auto", "torch")):
+    own = "torch's" if kind is TorchCompute else "compiled"
+    if options.attention_backend not in (("auto", "torch") if kind is TorchCompute else ("auto",)):
         raise ConfigError(
             f"--attention-backend {options.attention_backend}: {own} kernels run here, which have an attention of "
             "their own; others are for Triton's kernels, on a GPU"

@@ -14,10 +14,13 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.models.config import decoder_config, is_own
 from slipstream.kernels.compute import PACKED, Arithmetic, Compute, Formats
+from slipstream.kernels.native.piecewise import PiecewiseCompute
 from slipstream.kernels.native.stack import NativeCompute
 from slipstream.kernels.torch_stack import TorchCompute
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+COMPILED: tuple[type[Compute], ...] = (NativeCompute, PiecewiseCompute)
+"""Those whose matrices are the compiled kernels'."""
 ARITHMETIC: Arithmetic = "int16"
 """What --packed-arithmetic auto is: tokens are those of exact arithmetic more often than with weights in bfloat16."""
 
@@ -44,9 +47,9 @@ def choose_formats(
     asked = f"--weights {PACKED}" if config.weights == PACKED else f"--packed-arithmetic {config.packed_arithmetic}"
     if kind is TorchCompute:
         raise ConfigError(f"{asked}: torch does not compute with quantised weights; use --kernels auto")
-    default: Arithmetic = ARITHMETIC if kind is NativeCompute else "exact"
+    default: Arithmetic = ARITHMETIC if kind in COMPILED else "exact"
     arithmetic = default if config.packed_arithmetic == "auto" else config.packed_arithmetic
-    if arithmetic != "exact" and kind is not NativeCompute:
+    if arithmetic != "exact" and kind not in COMPILED:
         raise ConfigError(f"--packed-arithmetic {arithmetic}: a GPU computes exactly with quantised weights")
     if arithmetic == "bfloat16" and dtype != torch.bfloat16:
         raise ConfigError(
@@ -55,7 +58,7 @@ def choose_formats(
     if not packed_formats(checkpoint, config, kind):
         raise ConfigError(
             f"{asked}: {checkpoint.path} has no quantised weights that can be kept so; GGUF files of the "
-            "types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K have, but for mixtures of experts"
+            "types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K have, but for mixtures of experts on a GPU"
         )
     return replace(formats, weights=PACKED, arithmetic=arithmetic), asked
 
