@@ -90,6 +90,11 @@ class EngineConfig:
     max_running: int = option(128, "Requests that may run at once.")
     max_step_tokens: int = option(512, "Most tokens computed in one step.")
     block_size: int = option(16, "Tokens per KV-cache block.")
+    kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3"] = option(
+        "auto",
+        "Format of keys and values: auto is that of --dtype; 'int8' and 'fp8' (e4m3) take half the memory of bfloat16, "
+        "with a scale for each token and KV head, and a little precision.",
+    )
     kv_cache_memory: str | None = option(
         None,
         "Size of the KV cache, for example 512MiB or 2GiB; default a quarter of the free memory, at most 2GiB; on a "

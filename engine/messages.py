@@ -295,7 +295,9 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
     vocab_size: int
     max_model_len: int
     dtype: str
-    """Number format of the cache, and of weights that are not packed."""
+    """Number format of weights that are not packed, and of the cache unless it has another."""
+    kv_cache_dtype: str
+    """That of the cache: as ``dtype``, or ``int8`` or ``fp8``."""
     weights: str
     """How weights are kept, for example ``bfloat16`` or ``packed (Q4_1, Q8_0), int8``."""
     weights_because: str

@@ -106,9 +106,9 @@ class Engine:
             loaded.scratch_blocks,
             grammars,
         )
-        cost = StepCost()
+        device, cost = self.runner.cache.device, StepCost()
         calibrate(cost, self.runner.profile, loaded.max_model_len, config.max_step_tokens)
-        if self.runner.cache.device.type == "cpu":  # there, blocks that were written take memory
+        if device.type == "cpu":  # there, blocks that were written take memory
             self.runner.cache.release()
             self.runner.cache.restore()
         else:
@@ -123,20 +123,17 @@ class Engine:
             listeners=self.listeners,
         )
         self.constrained = ConstrainedRequests(grammars, self.scheduler)
-        pipeline = config.pipeline == "on" or (
-            config.pipeline == "auto" and self.runner.cache.device.type == "cuda" and not drafters
-        )
+        on_gpu = device.type == "cuda"
+        pipeline = config.pipeline == "on" or (config.pipeline == "auto" and on_gpu and not drafters)
         drafter_stats = self.runner.speculator.stats
         self.core = EngineCore(self.scheduler, self.runner, deliver, pipeline, drafter_stats, self.listeners.stats)
         self.background = Background(self.core.drain)
-        self._profiler = StepProfiler(self.core, self.runner.cache.device.type == "cuda")
-        self.adapters = Adapters(loaded.model, self.runner.cache.device, self.background)
-        self._target = TargetUpdates(
-            loaded.model, self.runner.cache.device, loaded.update_bytes, self.background, self._prepare_target
-        )
+        self._profiler = StepProfiler(self.core, on_gpu)
+        self.adapters = Adapters(loaded.model, device, self.background)
+        self._target = TargetUpdates(loaded.model, device, loaded.update_bytes, self.background, self._prepare_target)
         self._sleeper = Sleeper(
             *(self.runner, self.scheduler, self._target, self.background, self._prepare_target),
-            lambda: file_tensors(config, loaded.model, self.runner.cache.device),
+            lambda: file_tensors(config, loaded.model, device),
         )
 
     def ready(self) -> EngineReady:
@@ -146,6 +143,7 @@ class Engine:
             vocab_size=model.shape.vocab_size,
             max_model_len=loaded.max_model_len,
             dtype=model.formats.numbers,
+            kv_cache_dtype=model.formats.cache,
             weights=loaded.weights,
             weights_because=loaded.weights_because,
             device=self.runner.cache.device.type,

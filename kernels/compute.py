@@ -53,6 +53,11 @@ class Formats:
         return cls(str(dtype).removeprefix("torch."), dtype, dtype)
 
     @property
+    def cache(self) -> str:
+        """Name of the format of keys and values, for example ``bfloat16``, ``int8`` or ``fp8``."""
+        return "fp8" if self.kv is torch.float8_e4m3fn else str(self.kv).removeprefix("torch.")
+
+    @property
     def numbers(self) -> str:
         """Name of the number format in which weights are told to others, and compared with theirs."""
         return str(self.compute).removeprefix("torch.") if self.weights == PACKED else self.weights

@@ -18,6 +18,11 @@ from slipstream.kernels import reference
 from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.memory import reserved_zeros
 
+SCALES = torch.bfloat16
+"""Format of the scales of what is kept in 8 bits."""
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""What the largest number of a head becomes in a format of 8 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
@@ -28,6 +33,13 @@ class CacheShape:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    """A format of 8 bits (``LARGEST``) keeps a scale for each token and KV head, too."""
+    compute: torch.dtype | None = None
+    """In which format what is kept in 8 bits is computed with; where a layout depends on it."""
+
+    @property
+    def has_scales(self) -> bool:
+        return self.dtype.itemsize == 1
 
 
 class AttentionPlan(ABC):
@@ -98,10 +110,34 @@ class PagedKVCache(ABC):
         """Takes memory again after ``release``, for as many blocks, with nothing in it."""
 
 
+def bits(stored: Tensor) -> Tensor:
+    """The same memory as bytes where torch does little with the format itself."""
+    return stored.view(torch.uint8) if stored.dtype is torch.float8_e4m3fn else stored
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [..., head_dim] in 8 bits, and the scales [..., 1] to multiply that with: the specification.
+
+    A scale is rounded upwards, so that the largest number fits; if that is infinite or NaN, so is the scale.
+    """
+    x = x.float()
+    wanted = x.abs().amax(-1, keepdim=True) / LARGEST[dtype]
+    rounded = (wanted.view(torch.int32) + 0xFFFF >> 16 << 16).view(torch.float32)
+    scale = torch.where(wanted.isnan(), wanted, rounded)
+    divided = x / scale
+    divided = torch.where(divided.isfinite(), divided, 0.0)
+    return (divided.round() if dtype is torch.int8 else divided).to(dtype), scale.to(SCALES)
+
+
 class DenseKVCache(PagedKVCache):
-    """All blocks in one tensor: [layers, 2 (keys, values), num_blocks, block_size * kv_heads * head_dim]."""
+    """All blocks in one tensor: [layers, 2 (keys, values), num_blocks, block_size * kv_heads * head_dim].
+
+    Scales, where there are any, lie in another one.
+    """
 
     _data: Tensor
+    _scales: Tensor
+    """[layers, 2, num_blocks, block_size * kv_heads] bfloat16; the last is 0 without scales."""
 
     @property
     def memory(self) -> Tensor:
@@ -110,28 +146,33 @@ class DenseKVCache(PagedKVCache):
 
     @classmethod
     def block_bytes(cls, shape: CacheShape) -> int:
-        return shape.num_layers * 2 * shape.block_size * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+        of_a_head = shape.head_dim * shape.dtype.itemsize + shape.has_scales * SCALES.itemsize
+        return shape.num_layers * 2 * shape.block_size * shape.kv_heads * of_a_head
 
     @property
     def num_bytes(self) -> int:
-        return self._data.numel() * self._data.itemsize
+        return sum(each.numel() * each.itemsize for each in (self._data, self._scales))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         source, destination = zip(*pairs, strict=True)
-        self._data[:, :, list(destination)] = self._data[:, :, list(source)]
+        for each in (bits(self._data), self._scales):
+            each[:, :, list(destination)] = each[:, :, list(source)]
 
     def release(self) -> None:
-        self._data = self._data.new_empty(0)
+        self._data, self._scales = self._data.new_empty(0), self._scales.new_empty(0)
 
     def restore(self) -> None:
         shape = self.shape
-        width = shape.block_size * shape.kv_heads * shape.head_dim
-        # Zeros, not garbage: a masked position contributes 0 * value, which must not be NaN.
-        sizes = (shape.num_layers, 2, self.num_blocks, width)
+        heads = shape.block_size * shape.kv_heads
+        self._data = self._zeros(heads * shape.head_dim, shape.dtype)
+        self._scales = self._zeros(heads * shape.has_scales, SCALES)
+
+    def _zeros(self, width: int, dtype: torch.dtype) -> Tensor:
+        """Not garbage: a masked position contributes 0 * value, which must not be NaN."""
+        sizes = (self.shape.num_layers, 2, self.num_blocks, width)
         if self.device.type == "cpu":  # blocks that no sequence has had yet take no memory
-            self._data = reserved_zeros(sizes, shape.dtype, self.num_blocks * width * shape.dtype.itemsize)
-        else:
-            self._data = torch.zeros(*sizes, dtype=shape.dtype, device=self.device)
+            return reserved_zeros(sizes, dtype, self.num_blocks * width * dtype.itemsize)
+        return torch.zeros(*sizes, dtype=dtype, device=self.device)
 
 
 class TorchKVCache(DenseKVCache):
@@ -139,21 +180,22 @@ class TorchKVCache(DenseKVCache):
 
     def copy_cells(self, pairs: Sequence[tuple[int, int]]) -> None:
         source, destination = zip(*pairs, strict=True)
-        cells = self._data.view(len(self._data), 2, -1, self.shape.kv_heads * self.shape.head_dim)
-        cells[:, :, list(destination)] = cells[:, :, list(source)]
+        for each in (bits(self._data), self._scales):
+            cells = each.view(len(each), 2, self.num_blocks * self.shape.block_size, -1)
+            cells[:, :, list(destination)] = cells[:, :, list(source)]
 
     def plan(self, batch: RaggedBatch) -> AttentionPlan:
-        return _TorchPlan(self._data, self.shape, batch)
+        return _TorchPlan(self._data, self._scales, self.shape, batch)
 
 
 class _TorchPlan(AttentionPlan):
     """Segment after segment, by the plain formula: the specification."""
 
-    def __init__(self, data: Tensor, shape: CacheShape, batch: RaggedBatch) -> None:
+    def __init__(self, data: Tensor, scales: Tensor, shape: CacheShape, batch: RaggedBatch) -> None:
         self._shape = shape
         self._blocks = data.view(len(data), 2, -1, shape.block_size, shape.kv_heads, shape.head_dim)
-        self._cells = data.view(len(data), 2, -1, shape.kv_heads, shape.head_dim)
         size = shape.block_size
+        self._scales = scales.view(*self._blocks.shape[:-1], -1)  # [..., 1], or [..., 0] without any
         row = batch.table_row.repeat(batch.q_start[1:] - batch.q_start[:-1])
         block = batch.block_tables[row, batch.positions // size]
         cells = block.astype("int64") * size + batch.positions % size
@@ -174,12 +216,17 @@ class _TorchPlan(AttentionPlan):
             self._segments.append((slice(begin, end), index, length))
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        for cells, new in zip(self._cells[layer], (k, v), strict=True):
-            new = new.to(cells.dtype)
-            cells[self._tokens] = new
-            if self._mirrored is not None:
-                token, cell = self._mirrored
-                cells[cell] = new[token]
+        for blocks, scales, given in zip(self._blocks[layer], self._scales[layer], (k, v), strict=True):
+            parts = [(blocks, given.to(blocks.dtype))]
+            if self._shape.has_scales:
+                new, scale = quantise(given, blocks.dtype)
+                parts = [(blocks, new), (scales, scale)]
+            for into, each in parts:
+                cells, written = bits(into.flatten(0, 1)), bits(each)
+                cells[self._tokens] = written
+                if self._mirrored is not None:
+                    token, cell = self._mirrored
+                    cells[cell] = written[token]
 
     def attend(
         self,
@@ -191,8 +238,15 @@ class _TorchPlan(AttentionPlan):
         sinks: Tensor | None = None,
     ) -> Tensor:
         out = torch.empty_like(q)
-        keys, values = self._blocks[layer]
         for tokens, blocks, length in self._segments:
-            k, v = keys[blocks].flatten(0, 1)[:length], values[blocks].flatten(0, 1)[:length]
+            k, v = (self._read(layer, which, blocks, length) for which in (0, 1))
             out[tokens] = reference.attention(q[tokens], k, v, scale, window, softcap, sinks)
         return out
+
+    def _read(self, layer: int, which: int, blocks: Tensor, length: int) -> Tensor:
+        """Keys or values [length, kv_heads, head_dim] of a sequence with these blocks."""
+        stored = self._blocks[layer, which]
+        found = bits(stored)[blocks].view(stored.dtype).flatten(0, 1)[:length]
+        if not self._shape.has_scales:
+            return found
+        return found.float() * self._scales[layer, which][blocks].flatten(0, 1)[:length].float()

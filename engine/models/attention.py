@@ -40,7 +40,7 @@ def attention_wanted(config: dict[str, Any], options: EngineConfig, formats: For
             "softcap": bool(getattr(settings, "attn_logit_softcapping", None)),
             "sinks": settings.model_type == "gpt_oss",
         }
-    kept = cache_shape(shape, options.block_size, formats.kv)
+    kept = cache_shape(shape, options.block_size, formats)
     return wanted(kept, formats.compute, device, deterministic=options.deterministic, **more)
 
 

@@ -10,10 +10,9 @@ from slipstream.engine.errors import ModelError
 from slipstream.engine.models.rope import context_length, is_nested, rope_parameters, switch_length
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from slipstream.kernels.compute import LayerShape
+    from slipstream.kernels.compute import Formats, LayerShape
     from slipstream.kernels.kv_cache import CacheShape
 
 
@@ -96,11 +95,11 @@ class DecoderConfig:
         )
 
 
-def cache_shape(shape: ModelShape, block_size: int, dtype: torch.dtype) -> CacheShape:
-    """What the model's cache keeps, in this format."""
+def cache_shape(shape: ModelShape, block_size: int, formats: Formats) -> CacheShape:
+    """What the model's cache keeps, in these formats."""
     from slipstream.kernels.kv_cache import CacheShape  # not above: it imports torch
 
-    return CacheShape(shape.num_layers, block_size, shape.kv_heads, shape.head_dim, dtype)
+    return CacheShape(shape.num_layers, block_size, shape.kv_heads, shape.head_dim, formats.kv, formats.compute)
 
 
 def model_shape(config: dict[str, Any]) -> ModelShape:

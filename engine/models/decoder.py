@@ -192,7 +192,7 @@ class Decoder:
         return checkpoint.packed_tensors(partial(self.compute.takes_blocks, self.config.layer))
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        return self.compute.cache(cache_shape(self.shape, block_size, self.formats.kv), num_blocks)
+        return self.compute.cache(cache_shape(self.shape, block_size, self.formats), num_blocks)
 
     def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
         return self._stack.forward(batch, cache, taps=taps)

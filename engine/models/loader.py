@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -101,7 +101,7 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     dtype = _choose_dtype(checkpoint, config, device, kind)
     formats, because = choose_formats(checkpoint, config, kind, dtype)
     size = weights_bytes(checkpoint, config, formats, kind)
-    block_bytes = kind.cache_class.block_bytes(cache_shape(shape, config.block_size, formats.kv))
+    block_bytes = kind.cache_class.block_bytes(cache_shape(shape, config.block_size, formats))
     scratch_blocks = SCRATCH_BLOCKS if branches else 0
     on_gpu = has_own_memory(device)
     drafts = _drafting(config, formats, device, block_bytes // shape.num_layers) if on_gpu else NO_DRAFTS
@@ -190,7 +190,7 @@ def build_model(
             "processor, a GPU, or sizes that are not multiples of 16); use --kernels auto"
         )
     if kind is TorchCompute and formats.weights == PACKED:  # of a drafter; the model has others
-        formats = Formats.of(formats.compute)
+        formats = replace(Formats.of(formats.compute), kv=formats.kv)
     if not kind.can_be_batch_invariant:
         _refuse_deterministic(options, "torch's kernels, which run here instead of the compiled ones,")
     model = Decoder(decoder_config(config), _made(kind, config, formats, device, options), max_length)
@@ -362,7 +362,7 @@ def _drafting(config: EngineConfig, formats: Formats, device: torch.device, laye
     checkpoint = open_checkpoint(config.draft_model)
     kind = _choose_compute(checkpoint, config, device)
     size = weights_bytes(checkpoint, config, Formats.of(formats.compute), kind)
-    per_block = kind.cache_class.block_bytes(cache_shape(_shape(checkpoint.config), config.block_size, formats.kv))
+    per_block = kind.cache_class.block_bytes(cache_shape(_shape(checkpoint.config), config.block_size, formats))
     return _Drafts(size + parse_size(config.graph_memory, "graph-memory"), head + per_block)
 
 

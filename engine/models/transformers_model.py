@@ -225,7 +225,7 @@ class TransformersModel:
         self._hooks = [self._linear[name].register_forward_hook(partial(_add_adapted, name)) for name in names]
 
     def new_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
-        return self._make_cache(cache_shape(self.shape, block_size, self.formats.kv), num_blocks, self._device)
+        return self._make_cache(cache_shape(self.shape, block_size, self.formats), num_blocks, self._device)
 
     def forward(self, batch: RaggedBatch, cache: PagedKVCache, taps: tuple[int, ...] = ()) -> Forward:
         assert not taps

@@ -21,6 +21,8 @@ from slipstream.kernels.torch_stack import TorchCompute
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COMPILED: tuple[type[Compute], ...] = (NativeCompute, PiecewiseCompute)
 """Those whose matrices are the compiled kernels'."""
+CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
+"""What --kv-cache-dtype asks for, beside the format of --dtype."""
 ARITHMETIC: Arithmetic = "int16"
 """What --packed-arithmetic auto is: tokens are those of exact arithmetic more often than with weights in bfloat16."""
 
@@ -28,11 +30,11 @@ ARITHMETIC: Arithmetic = "int16"
 def choose_formats(
     checkpoint: Checkpoint, config: EngineConfig, kind: type[Compute], dtype: torch.dtype
 ) -> tuple[Formats, str]:
-    """``dtype`` of activations and cache. Also says why, for people.
+    """``dtype`` of activations, and of the cache unless there is another for it. Also says why, for people.
 
     Raises ConfigError for what this model or these kernels do not have.
     """
-    formats = Formats.of(dtype)
+    formats = replace(Formats.of(dtype), kv=CACHE_DTYPES.get(config.kv_cache_dtype, dtype))
     if config.weights in DTYPES and config.weights != formats.weights:
         raise ConfigError(f"--weights {config.weights}: does not go with --dtype {config.dtype}; leave one of them out")
     if config.weights in DTYPES:

@@ -86,6 +86,10 @@ TABLE: tuple[Entry, ...] = (
         (
             Limit("Triton runs no kernels on this device", lambda wanted: not launch.runs_on(wanted.device.type)),
             Limit(
+                "there are no such numbers before compute capability 8.9: use --kv-cache-dtype int8",
+                lambda wanted: wanted.kv_dtype is torch.float8_e4m3fn and 0 < wanted.capability < 89,
+            ),
+            Limit(
                 "it has heads of an even size up to 256",
                 lambda wanted: wanted.head_dim > 256 or wanted.head_dim % 2 > 0,
             ),

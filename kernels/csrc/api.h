@@ -5,7 +5,8 @@
 // [k][16]. Weights are panels of rows of the [n, k] matrix, four of them interleaved step by step, so that what is read
 // together lies together; the K cache of 16 tokens is a panel per KV head (columns = tokens, reduction = head_dim); the V
 // cache of 16 tokens is head_dim/16 panels per KV head (columns = head_dim, reduction = tokens). One micro-kernel
-// therefore serves linear layers, scores and weighted values.
+// therefore serves linear layers, scores and weighted values. Keys and values of 8 bits lie as those of the dtype would, byte by
+// byte, and their scales apart.
 //
 // Row results do not depend on the other rows: every output element is reduced over k in one fixed sequence.
 #pragma once
@@ -40,6 +41,10 @@ struct SlipLinear {
   int32_t arithmetic;
 };
 
+// How keys and values are kept: in the model's dtype; or in 8 bits, divided by a bfloat16 for each token and KV head, as whole
+// numbers from -127 to 127 or as e4m3 (Micikevicius et al. 2022).
+enum SlipCacheForm : int32_t { SLIP_CACHE_PLAIN = 0, SLIP_CACHE_INT8 = 1, SLIP_CACHE_FP8 = 2 };
+
 enum SlipMatrix : int32_t { SLIP_QKV = 0, SLIP_OUT = 1, SLIP_GATE_UP = 2, SLIP_DOWN = 3 };
 
 // What an adapter adds to the matrices of a layer: x A^T B^T.
@@ -60,8 +65,10 @@ struct SlipLayer {
   const float* mlp_norm;   // [hidden]
   const float* q_norm;     // [head_dim] or null
   const float* k_norm;     // [head_dim] or null
-  void* k_cache;           // [tiles][kv_heads][head_dim * 16]
+  void* k_cache;           // [tiles][kv_heads][head_dim * 16] of the dtype, or bytes
   void* v_cache;
+  uint16_t* k_scales;      // [tiles][kv_heads][16] bfloat16 of tokens kept in 8 bits, else null
+  uint16_t* v_scales;
   int32_t window;          // attend to the last `window` tokens; 0 = all
   int32_t reserved;
   const SlipAdapter* adapters;
@@ -88,6 +95,8 @@ struct SlipModel {
   int32_t adapter_rank;   // the largest down.n of all adapters; 0 where there are none
   const int32_t* taps;   // [num_taps] ascending: the input of these layers (num_layers: the output of the last) …
   float* features;       // … goes here, [tokens][num_taps][hidden]
+  int32_t cache_form;
+  int32_t reserved;
 };
 
 // A ragged batch: segment s holds tokens [q_start[s], q_start[s+1]) of one sequence whose length, these tokens
@@ -114,6 +123,10 @@ struct SlipAttention {
   int32_t head_dim;
   int32_t window;
   float scale;
+  int32_t cache_form;
+  int32_t reserved;
+  uint16_t* k_scales;  // as those of a layer
+  uint16_t* v_scales;
 };
 
 #define SLIP_API __attribute__((visibility("default")))

@@ -1,4 +1,4 @@
-// Causal attention over the paged cache, and the cache writes. Included once per instruction set, inside its namespace.
+// Causal attention over the paged cache. Included once per instruction set, inside its namespace.
 //
 // Keys are visited in chunks of kChunk positions counted from the beginning of the sequence. Each chunk has a softmax of its
 // own, and these are joined in order (Milakov & Gimelshein 2018), by the thread that computes them or by another one where
@@ -8,44 +8,6 @@
 constexpr int kChunk = 128;
 constexpr int kChunkTiles = kChunk / 16;
 constexpr int kMaxQueryRows = 32;    // query heads x queries that share one pass over the keys
-constexpr int kMaxHeadDim = 256;
-
-template <class D>
-struct Cache {
-  const SlipAttention& a;
-  const SlipBatch& b;
-  size_t tile_elems() const { return static_cast<size_t>(a.head_dim) * 16; }
-  int tile(int segment, int index) const {
-    const int32_t* table = b.block_tables + static_cast<size_t>(b.table_row[segment]) * b.table_stride;
-    return table[index / b.tiles_per_block] * b.tiles_per_block + index % b.tiles_per_block;
-  }
-  template <class T>
-  T* at(T* cache, int tile_index, int kv_head) const {
-    return cache + (static_cast<size_t>(tile_index) * a.kv_heads + kv_head) * tile_elems();
-  }
-};
-
-// Writes k, v [head_dim] of one token and head at its place in the tile.
-template <class D>
-inline void store_token(typename D::elem* k_tile, typename D::elem* v_tile, int slot, const float* k, const float* v,
-                        int head_dim) {
-  constexpr int kPair = D::kPair;
-  for (int d = 0; d < head_dim; ++d) k_tile[(d / kPair) * 16 * kPair + slot * kPair + d % kPair] = D::narrow(k[d]);
-  for (int d = 0; d < head_dim; ++d)
-    v_tile[static_cast<size_t>(d / 16) * 256 + (slot / kPair) * 16 * kPair + (d % 16) * kPair + slot % kPair] =
-        D::narrow(v[d]);
-}
-
-// Writes k, v [kv_heads, head_dim] of one token where the mirror (token, block, offset) says.
-template <class D>
-inline void store_mirror(const Cache<D>& cache, typename D::elem* k_cache, typename D::elem* v_cache, const int32_t* mirror,
-                         const float* k, const float* v) {
-  const int head_dim = cache.a.head_dim;
-  const int tile = mirror[1] * cache.b.tiles_per_block + mirror[2] / 16;
-  for (int h = 0; h < cache.a.kv_heads; ++h)
-    store_token<D>(cache.at(k_cache, tile, h), cache.at(v_cache, tile, h), mirror[2] % 16, k + h * head_dim,
-                   v + h * head_dim, head_dim);
-}
 
 inline int segment_of(const SlipBatch& b, int token) {
   int low = 0, high = b.num_segments - 1;
@@ -69,6 +31,7 @@ struct QueryTile {
   alignas(64) typename D::row q[kMaxQueryRows * kMaxHeadDim];
   alignas(64) float scores[kMaxQueryRows * kChunk];
   alignas(64) typename D::row probs[kMaxQueryRows * kChunk];
+  alignas(64) float scales[kChunk];  // of keys, then of values, that are kept in 8 bits
   int position[kMaxQueryRows];
   // Of the chunks so far: values times their weights, the weights' sums, and the largest scores, to which weights relate.
   alignas(64) float acc[kMaxQueryRows * kMaxHeadDim];
@@ -99,9 +62,9 @@ struct QueryTile {
 
 // Tiles that are asked for while others are computed with, at the pace at which these are read: they lie scattered, which the
 // hardware does not foresee, and what is asked for all at once is waited for.
-template <class T>
 struct Soon {
-  const T* tiles[kChunkTiles];
+  const char* tiles[kChunkTiles];
+  const uint16_t* scales[kChunkTiles];  // of tiles of 8 bits
   int count = 0;
 
   // Asks for lines [first, first + lines) of P tiles from `tile` on.
@@ -109,16 +72,17 @@ struct Soon {
   void ask(int tile, int first, int lines) const {
     for (int p = 0; p < P; ++p) {
       if (tile + p >= count) return;
-      const char* from = reinterpret_cast<const char*>(tiles[tile + p]) + 64 * first;
+      const char* from = tiles[tile + p] + 64 * first;
       for (int line = 0; line < lines; ++line) __builtin_prefetch(from + 64 * line, 0, 3);
     }
   }
 };
 constexpr int kPace = 8;  // steps between two times of asking
 
+// `scaled`: scores are multiplied by t.scales.
 template <class D, int R>
-inline void score_rows(QueryTile<D>& t, int row, const typename D::elem* const* k_tiles, int tiles, int head_dim,
-                       const Soon<typename D::elem>* soon) {
+inline void score_rows(QueryTile<D>& t, int row, const typename D::elem* const* k_tiles, int tiles, int head_dim, bool scaled,
+                       const Soon* soon) {
   const typename D::row* q = t.q + row * head_dim;
   const auto score = [&]<int P>(int j) {
     vec acc[R][P];
@@ -132,7 +96,10 @@ inline void score_rows(QueryTile<D>& t, int row, const typename D::elem* const* 
       for (int p = 0; p < P; ++p) at[p] += kPace * 16 * D::kPair;
     }
     for (int r = 0; r < R; ++r)
-      for (int p = 0; p < P; ++p) vstore(t.scores + (row + r) * kChunk + (j + p) * 16, acc[r][p]);
+      for (int p = 0; p < P; ++p) {
+        const vec score = scaled ? vmul(acc[r][p], vload(t.scales + (j + p) * 16)) : acc[r][p];
+        vstore(t.scores + (row + r) * kChunk + (j + p) * 16, score);
+      }
   };
   constexpr int P = tile_panels(R);
   int j = 0;
@@ -158,7 +125,7 @@ inline void copy_first_values(const typename D::elem* tile, int count, int head_
 // P panels of 16 head dimensions at `d`, over all tiles of the chunk.
 template <class D, int R, int P>
 inline void weigh_rows(QueryTile<D>& t, int row, const typename D::elem* const* v_tiles, int tiles, int head_dim, int d,
-                       const Soon<typename D::elem>* soon) {
+                       const Soon* soon) {
   vec acc[R][P];
   clear(acc);
   float* out = t.acc + row * head_dim + d;
@@ -187,9 +154,10 @@ inline vec visible(vec x, int base, int position, int window, float fill) {
   return vload(lanes);
 }
 
-// Softmax numerators of one row for the chunk that begins at `base`.
+// Softmax numerators of one row for the chunk that begins at `base`; what values are multiplied with are these, `scaled` by
+// t.scales.
 template <class D>
-inline void soften_row(QueryTile<D>& t, int row, int base, int tiles, int window, float scale) {
+inline void soften_row(QueryTile<D>& t, int row, int base, int tiles, int window, float scale, bool scaled) {
   const int position = t.position[row];
   float* scores = t.scores + row * kChunk;
   // Tiles before `whole` are seen whole, unless a window begins here.
@@ -211,6 +179,10 @@ inline void soften_row(QueryTile<D>& t, int row, int base, int tiles, int window
     vec p = vexp(vfma(vload(scores + j * 16), factor, shift));
     if (j >= whole) p = visible(p, base + j * 16, position, window, 0.0f);
     sum = vadd(sum, p);
+    if (scaled) {
+      p = vmul(p, vload(t.scales + j * 16));
+      if (j >= whole) p = visible(p, base + j * 16, position, window, 0.0f);  // scales that nobody wrote may be no numbers
+    }
     D::store(probs + j * 16, p);
   }
   t.join(row, top, sum);
@@ -264,8 +236,8 @@ inline void join_partials(const AttentionWork& work, const AttentionWork::Tile& 
 // first keys are asked for before this one is done. Nobody did that for a `first` one.
 template <class D, class Q, class O>
 inline void attend(const Cache<D>& cache, const AttentionWork& work, const AttentionWork::Item& item,
-                   const AttentionWork::Item* after, bool first, const Q* q, const typename D::elem* k_cache,
-                   const typename D::elem* v_cache, O* out) {
+                   const AttentionWork::Item* after, bool first, const Q* q, const void* k_cache, const void* v_cache, O* out) {
+  using elem = typename D::elem;
   const SlipAttention& a = cache.a;
   const SlipBatch& b = cache.b;
   const int head_dim = a.head_dim;
@@ -273,12 +245,18 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, const Atten
   const int head0 = tile.kv_head * work.heads_per_kv + tile.group * work.heads_per_tile;
   const int heads = std::min(work.heads_per_tile, work.heads_per_kv - tile.group * work.heads_per_tile);
 
-  const int lines = head_dim / D::kPair;  // of a tile
-  Soon<typename D::elem> keys, values, next;
-  const auto find = [&](const typename D::elem* in, const AttentionWork::Tile& of, int chunk, Soon<typename D::elem>& found) {
+  const bool scaled = a.cache_form != SLIP_CACHE_PLAIN;
+  const size_t tile_bytes = cache.tile_elems() * (scaled ? 1 : sizeof(elem));
+  const int lines = static_cast<int>(tile_bytes / 64);
+  Soon keys, values, next;
+  const auto find = [&](const void* in, const uint16_t* scales, const AttentionWork::Tile& of, int chunk, Soon& found) {
     const int last = position_of(b, of.segment, of.end - 1);
     found.count = std::min(kChunkTiles, (last - chunk * kChunk) / 16 + 1);
-    for (int j = 0; j < found.count; ++j) found.tiles[j] = cache.at(in, cache.tile(of.segment, chunk * kChunkTiles + j), of.kv_head);
+    for (int j = 0; j < found.count; ++j) {
+      const int index = cache.tile(of.segment, chunk * kChunkTiles + j);
+      found.tiles[j] = static_cast<const char*>(in) + (static_cast<size_t>(index) * a.kv_heads + of.kv_head) * tile_bytes;
+      if (scaled) __builtin_prefetch(found.scales[j] = scales + cache.scales(index, of.kv_head));
+    }
   };
   const auto first_seen = [&](const AttentionWork::Tile& of) {
     const int lowest = position_of(b, of.segment, of.begin);
@@ -287,7 +265,7 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, const Atten
   const auto first_of = [&](const AttentionWork::Item& of) { return std::max(of.first_chunk, first_seen(work.tiles[of.tile])); };
   int chunk = first_of(item);
   if (chunk < item.end_chunk) {
-    find(k_cache, tile, chunk, keys);
+    find(k_cache, a.k_scales, tile, chunk, keys);
     if (first) keys.template ask<kChunkTiles>(0, 0, lines);
   }
 
@@ -307,27 +285,45 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, const Atten
   t.clear(rows, head_dim);
 
   const int highest = t.position[rows - 1];
-  alignas(64) typename D::elem last_values[16 * kMaxHeadDim];
+  alignas(64) elem last_values[16 * kMaxHeadDim];
+  alignas(64) elem widened[kChunk * kMaxHeadDim];
+  const elem* panels[kChunkTiles];
+  // What is computed with: the tiles, or what their bytes are widened to, while others are asked for.
+  const auto take = [&](const Soon& found, const Soon& soon) {
+    for (int j = 0; j < found.count; ++j) {
+      panels[j] = reinterpret_cast<const elem*>(found.tiles[j]);
+      if (!scaled) continue;
+      soon.template ask<1>(j, 0, lines);
+      elem* to = widened + j * cache.tile_elems();
+      widen_tile<D>(a.cache_form, reinterpret_cast<const uint8_t*>(found.tiles[j]), cache.tile_elems(), to);
+      panels[j] = to;
+      vstore(t.scales + j * 16, vhalves(found.scales[j]));
+    }
+  };
   for (; chunk < item.end_chunk; ++chunk) {
     const int base = chunk * kChunk, tiles = keys.count;
-    find(v_cache, tile, chunk, values);
+    find(v_cache, a.v_scales, tile, chunk, values);
     next.count = 0;
-    if (chunk + 1 < item.end_chunk) find(k_cache, tile, chunk + 1, next);
-    else if (after && first_of(*after) < after->end_chunk) find(k_cache, work.tiles[after->tile], first_of(*after), next);
-    for_row_tiles(rows, [&]<int R>(int row) { score_rows<D, R>(t, row, keys.tiles, tiles, head_dim, row ? nullptr : &values); });
-    for (int row = 0; row < rows; ++row) soften_row<D>(t, row, base, tiles, a.window, a.scale);
+    if (chunk + 1 < item.end_chunk) find(k_cache, a.k_scales, tile, chunk + 1, next);
+    else if (after && first_of(*after) < after->end_chunk) find(k_cache, a.k_scales, work.tiles[after->tile], first_of(*after), next);
+    take(keys, values);
+    for_row_tiles(rows, [&]<int R>(int row) {
+      score_rows<D, R>(t, row, panels, tiles, head_dim, scaled, row || scaled ? nullptr : &values);
+    });
+    take(values, next);
+    for (int row = 0; row < rows; ++row) soften_row<D>(t, row, base, tiles, a.window, a.scale, scaled);
     const int seen = highest % 16 + 1;  // of the last tile
-    if (base + kChunk > highest && seen < 16) {
-      copy_first_values<D>(values.tiles[tiles - 1], seen, head_dim, last_values);
-      values.tiles[tiles - 1] = last_values;
+    if (!scaled && base + kChunk > highest && seen < 16) {  // bytes are numbers, whoever left them
+      copy_first_values<D>(panels[tiles - 1], seen, head_dim, last_values);
+      panels[tiles - 1] = last_values;
     }
     for_row_tiles(rows, [&]<int R>(int row) {
       constexpr int P = tile_panels(R);
       int d = 0;
-      const auto* soon = row ? nullptr : &next;
-      for (; d + 16 * P <= head_dim; d += 16 * P) weigh_rows<D, R, P>(t, row, values.tiles, tiles, head_dim, d, soon);
+      const auto* soon = row || scaled ? nullptr : &next;
+      for (; d + 16 * P <= head_dim; d += 16 * P) weigh_rows<D, R, P>(t, row, panels, tiles, head_dim, d, soon);
       if constexpr (P > 1)
-        for (; d < head_dim; d += 16) weigh_rows<D, R, 1>(t, row, values.tiles, tiles, head_dim, d, soon);
+        for (; d < head_dim; d += 16) weigh_rows<D, R, 1>(t, row, panels, tiles, head_dim, d, soon);
     });
     next.template ask<kChunkTiles>(tiles, 0, lines);
     std::swap(keys, next);
@@ -344,8 +340,8 @@ inline void attend(const Cache<D>& cache, const AttentionWork& work, const Atten
 }
 
 template <class D, class Q, class O>
-inline void attend_all(Team& team, const Cache<D>& cache, const AttentionWork& work, const Q* q,
-                       const typename D::elem* k_cache, const typename D::elem* v_cache, O* out) {
+inline void attend_all(Team& team, const Cache<D>& cache, const AttentionWork& work, const Q* q, const void* k_cache,
+                       const void* v_cache, O* out) {
   const auto& items = work.items;
   const size_t stride = team.size();
   team.parallel(static_cast<int>(items.size()), [&](size_t item) {

@@ -102,14 +102,12 @@ struct Workspace {
 template <class D, class X>
 inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer, const SlipBatch& b, const AttentionWork& work,
                           const Workspace<D, X>& ws, const SlipLinear& next, float* hidden) {
-  using elem = typename D::elem;
   const int tokens = b.num_tokens;
   const int q_width = m.heads * m.head_dim;
   const int qkv_width = (m.heads + 2 * m.kv_heads) * m.head_dim;
-  const SlipAttention a{m.dtype, m.heads, m.kv_heads, m.head_dim, layer.window, 1.0f / std::sqrt(static_cast<float>(m.head_dim))};
+  const SlipAttention a{m.dtype, m.heads, m.kv_heads, m.head_dim, layer.window, 1.0f / std::sqrt(static_cast<float>(m.head_dim)),
+                        m.cache_form, 0, layer.k_scales, layer.v_scales};
   const Cache<D> cache{a, b};
-  auto* k_cache = static_cast<elem*>(layer.k_cache);
-  auto* v_cache = static_cast<elem*>(layer.v_cache);
   const auto added = [&](SlipMatrix matrix) {
     return Additions<D>{b.adapters, layer.adapters, matrix, ws.inner, static_cast<size_t>(m.adapter_rank)};
   };
@@ -142,16 +140,15 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
     for (int h = 0; h < m.kv_heads; ++h) {
       float* k = qkv + q_width + h * m.head_dim;
       rotate_head(k, m.head_dim, layer.k_norm, m.norm_eps, cos, sin);
-      store_token<D>(cache.at(k_cache, tile, h), cache.at(v_cache, tile, h), position % 16, k, k + m.kv_heads * m.head_dim,
-                     m.head_dim);
+      store_head<D>(cache, layer.k_cache, layer.v_cache, tile, h, position % 16, k, k + m.kv_heads * m.head_dim);
     }
   });
   for_each(team, b.num_mirrors, 4, [&](int i) {
     const int32_t* mirror = b.mirrors + 3 * static_cast<size_t>(i);
     const float* kv = ws.qkv + static_cast<size_t>(mirror[0]) * qkv_width + q_width;
-    store_mirror<D>(cache, k_cache, v_cache, mirror, kv, kv + m.kv_heads * m.head_dim);
+    store_mirror<D>(cache, layer.k_cache, layer.v_cache, mirror, kv, kv + m.kv_heads * m.head_dim);
   });
-  attend_all<D>(team, cache, work, ws.q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), ws.values);
+  attend_all<D>(team, cache, work, ws.q, layer.k_cache, layer.v_cache, ws.values);
 
   read_ahead(team, layer.gate_up);
   project_adapted<D, X>(team, layer.out, added(SLIP_OUT), ws.values, tokens, ws.scratch,
@@ -168,7 +165,7 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
 template <class D, class X>
 inline void forward_as(Team& team, const SlipModel& m, const SlipBatch& b, float* hidden, void* memory) {
   const Workspace<D, X> ws(m, b.num_tokens, memory);
-  const SlipAttention shape{m.dtype, m.heads, m.kv_heads, m.head_dim, 0, 1.0f};
+  const SlipAttention shape{.heads = m.heads, .kv_heads = m.kv_heads, .head_dim = m.head_dim};
   const AttentionWork work(shape, b, team.size());
   const Pass pass(team);
   if (!m.given_hidden)
@@ -236,7 +233,6 @@ inline void linear(Team& team, const SlipLinear& w, const float* x, int rows, fl
 template <class D>
 inline void store_kv(Team& team, const SlipAttention& a, const SlipBatch& b, const float* k, const float* v, void* k_cache,
                      void* v_cache) {
-  using elem = typename D::elem;
   const Cache<D> cache{a, b};
   const size_t width = static_cast<size_t>(a.kv_heads) * a.head_dim;
   const Pass pass(team);
@@ -246,23 +242,21 @@ inline void store_kv(Team& team, const SlipAttention& a, const SlipBatch& b, con
     const int tile = cache.tile(segment, position / 16);
     for (int h = 0; h < a.kv_heads; ++h) {
       const size_t from = token * width + static_cast<size_t>(h) * a.head_dim;
-      store_token<D>(cache.at(static_cast<elem*>(k_cache), tile, h), cache.at(static_cast<elem*>(v_cache), tile, h),
-                     position % 16, k + from, v + from, a.head_dim);
+      store_head<D>(cache, k_cache, v_cache, tile, h, position % 16, k + from, v + from);
     }
   });
   for_each(team, b.num_mirrors, 4, [&](int i) {
     const int32_t* mirror = b.mirrors + 3 * static_cast<size_t>(i);
     const size_t from = mirror[0] * width;
-    store_mirror<D>(cache, static_cast<elem*>(k_cache), static_cast<elem*>(v_cache), mirror, k + from, v + from);
+    store_mirror<D>(cache, k_cache, v_cache, mirror, k + from, v + from);
   });
 }
 
 template <class D>
 inline void attention(Team& team, const SlipAttention& a, const SlipBatch& b, const float* q, const void* k_cache,
                       const void* v_cache, float* out) {
-  using elem = typename D::elem;
   const Cache<D> cache{a, b};
   const AttentionWork work(a, b, team.size());
   const Pass pass(team);
-  attend_all<D>(team, cache, work, q, static_cast<const elem*>(k_cache), static_cast<const elem*>(v_cache), out);
+  attend_all<D>(team, cache, work, q, k_cache, v_cache, out);
 }

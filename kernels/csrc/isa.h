@@ -30,6 +30,7 @@ struct WholeTiles {  // there are none
 #endif
 #include "packed.h"
 #include "rounded.h"
+#include "cache.h"
 #include "attention.h"
 #include "project.h"
 #include "decoder.h"

@@ -95,6 +95,29 @@ inline wide wxor(wide a, wide b) { return _mm256_xor_si256(a, b); }
 inline wide wproduct(wide a, wide b) { return _mm256_mul_epu32(a, b); }
 inline wide whigh(wide a) { return _mm256_srli_epi64(a, 32); }
 
+// 16 numbers of 8 bits: whole ones, and e4m3 (cache.h).
+inline __m256i bytes8(const uint8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+inline vec vint8(const uint8_t* p) { return {_mm256_cvtepi32_ps(bytes8(p)), _mm256_cvtepi32_ps(bytes8(p + 8))}; }
+inline vec vfp8(const uint8_t* p) {
+  const auto half = [](__m256i x) {
+    const __m256i bits = _mm256_and_si256(_mm256_slli_epi32(x, 20), _mm256_set1_epi32(static_cast<int>(0x87f00000u)));
+    return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0x1p120f));
+  };
+  return {half(bytes8(p)), half(bytes8(p + 8))};
+}
+// 16 bfloat16 that lie one behind the other; and numbers that are rounded already as such.
+inline vec vhalves(const uint16_t* p) {
+  const auto half = [](const uint16_t* q) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  };
+  return {half(p), half(p + 8)};
+}
+inline void vstore_halves(uint16_t* p, vec a) {
+  const __m256i lo = _mm256_srli_epi32(_mm256_castps_si256(a.lo), 16), hi = _mm256_srli_epi32(_mm256_castps_si256(a.hi), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8));
+}
+
 // 16 pairs of bfloat16: the first of each, the second of each. Read twice, since one register more would not fit beside the sums.
 inline vec vfirst(const uint16_t* p) {
   const __m256i* q = reinterpret_cast<const __m256i*>(p);

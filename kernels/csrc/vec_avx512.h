@@ -65,6 +65,21 @@ inline wide wxor(wide a, wide b) { return _mm512_xor_si512(a, b); }
 inline wide wproduct(wide a, wide b) { return _mm512_mul_epu32(a, b); }
 inline wide whigh(wide a) { return _mm512_srli_epi64(a, 32); }
 
+// 16 numbers of 8 bits: whole ones, and e4m3 (cache.h).
+inline __m512i vbytes(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline vec vint8(const uint8_t* p) { return _mm512_cvtepi32_ps(vbytes(p)); }
+inline vec vfp8(const uint8_t* p) {
+  const __m512i bits = _mm512_and_si512(_mm512_slli_epi32(vbytes(p), 20), _mm512_set1_epi32(static_cast<int>(0x87f00000u)));
+  return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
+}
+// 16 bfloat16 that lie one behind the other; and numbers that are rounded already as such.
+inline vec vhalves(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+inline void vstore_halves(uint16_t* p, vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a), 16)));
+}
+
 // 16 pairs of bfloat16: the first of each, the second of each.
 inline vec vfirst(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_load_si512(p), 16)); }
 inline vec vsecond(const uint16_t* p) {

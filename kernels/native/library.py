@@ -22,6 +22,8 @@ LIBRARY = Path(__file__).parent.parent / "_native.so"
 ISA_VARIABLE = "SLIPSTREAM_ISA"
 """Environment variable: the variant to use instead of the best, to try what other machines run; --isa comes first."""
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+CACHE_FORMS = {torch.int8: 1, torch.float8_e4m3fn: 2}
+"""Those of a cache in another format than its model's."""
 
 
 class IsaError(ValueError):
@@ -76,6 +78,8 @@ class CLayer(Structure):
         ("k_norm", c_void_p),
         ("k_cache", c_void_p),
         ("v_cache", c_void_p),
+        ("k_scales", c_void_p),
+        ("v_scales", c_void_p),
         ("window", c_int32),
         ("reserved", c_int32),
         ("adapters", POINTER(CAdapter)),
@@ -104,6 +108,8 @@ class CModel(Structure):
         ("adapter_rank", c_int32),
         ("taps", c_void_p),
         ("features", c_void_p),
+        ("cache_form", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -132,13 +138,17 @@ class CAttention(Structure):
         ("head_dim", c_int32),
         ("window", c_int32),
         ("scale", c_float),
+        ("cache_form", c_int32),
+        ("reserved", c_int32),
+        ("k_scales", c_void_p),
+        ("v_scales", c_void_p),
     )
 
 
 LAYOUT = functools.reduce(
     lambda found, struct: found * 131 + ctypes.sizeof(struct),
     (CPart, CLinear, CAdapter, CLayer, CModel, CBatch, CAttention),
-    2,
+    3,
 )
 """As slip_layout, which begins with the same number: any other is that of a library that was built of other sources."""
 

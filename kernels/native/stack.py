@@ -30,6 +30,7 @@ from slipstream.kernels.native.adapter import NativeAdapter
 from slipstream.kernels.native.kv_cache import NativeKVCache
 from slipstream.kernels.native.layer import NativeLayer, matrix_shapes
 from slipstream.kernels.native.library import (
+    CACHE_FORMS,
     DTYPE_CODES,
     CAdapter,
     CLayer,
@@ -158,10 +159,14 @@ class NativeStack:
 
     def _bind(self, cache: PagedKVCache) -> None:
         assert isinstance(cache, NativeKVCache)
-        memory = cache.layers
+        memory, scales = cache.layers, cache.scales
         if self._cache is None or memory is not self._cache():
             for c, (keys, values) in zip(self._c_layers, memory, strict=True):
                 c.k_cache, c.v_cache = address(keys), address(values)
+            if scales is not None:
+                for c, (keys, values) in zip(self._c_layers, scales, strict=True):
+                    c.k_scales, c.v_scales = address(keys), address(values)
+            self._c.cache_form = CACHE_FORMS.get(cache.shape.dtype, 0)
             self._cache = weakref.ref(memory)
 
 
@@ -184,8 +189,9 @@ class NativeCompute(Compute):
 
     def __init__(self, formats: Formats, device: torch.device) -> None:
         known = PACKED if formats.weights == PACKED else formats.numbers
-        expected = replace(Formats.of(formats.compute), weights=known, arithmetic=formats.arithmetic)
-        assert formats == expected, "the compiled kernels have one format for everything that is not packed"
+        kv = formats.kv if formats.kv in CACHE_FORMS else formats.compute
+        expected = replace(Formats.of(formats.compute), weights=known, kv=kv, arithmetic=formats.arithmetic)
+        assert formats == expected, "the compiled kernels have one format for all but packed weights and 8-bit caches"
         super().__init__(formats, device)
 
     @classmethod

@@ -53,7 +53,8 @@ def attend_tile(
     kv_len,
     table_row,
     block_tables,
-    scales,
+    key_scales,
+    value_scales,
     sinks,
     num_segments,
     q_stride,
@@ -118,30 +119,29 @@ def attend_tile(
     queries = tl.load(q + (token * q_stride + head * HEAD_DIM)[:, None] + d[None, :], mask=inside, other=0.0)
     queries = queries.to(OPERAND)
     table = block_tables + tl.load(table_row + segment).to(tl.int64) * table_stride
-    if HAS_SCALES:
-        scale *= tl.load(scales)
     at = token * HEADS + head
     stored = live[:, None] & inside
     if APART and SEVERAL:
         for each in tl.range(split, tl.cdiv(last, SPLIT), tl.num_programs(1)):
             best, total, acc = visit_keys(
                 queries, position, tl.maximum(low, each * SPLIT), tl.minimum(last, each * SPLIT + SPLIT),
-                keys, values, table, kv_head, scale, softcap, window,
-                BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP,
+                keys, values, key_scales, value_scales, table, kv_head, scale, softcap, window,
+                BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP, HAS_SCALES,
             )  # fmt: skip
             store_part(parts, part_stats, at * splits + each, best, total, acc, live, stored, HEAD_DIM)
     elif APART:  # a loop takes registers, and with them the room of another program
         best, total, acc = visit_keys(
             queries, position, tl.maximum(low, split * SPLIT), tl.minimum(last, split * SPLIT + SPLIT),
-            keys, values, table, kv_head, scale, softcap, window,
-            BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP,
+            keys, values, key_scales, value_scales, table, kv_head, scale, softcap, window,
+            BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP, HAS_SCALES,
         )  # fmt: skip
         store_part(parts, part_stats, at * splits + split, best, total, acc, live, stored, HEAD_DIM)
     else:
         if SPLIT == 0:
             best, total, acc = visit_keys(
-                queries, position, low, last, keys, values, table, kv_head, scale, softcap, window,
-                BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP,
+                queries, position, low, last,
+                keys, values, key_scales, value_scales, table, kv_head, scale, softcap, window,
+                BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP, HAS_SCALES,
             )  # fmt: skip
         else:
             best = tl.full([ROWS], -float("inf"), tl.float32)
@@ -150,16 +150,14 @@ def attend_tile(
             for border in tl.range(low // SPLIT * SPLIT, last, SPLIT):
                 best_next, total_next, acc_next = visit_keys(
                     queries, position, tl.maximum(low, border), tl.minimum(last, border + SPLIT),
-                    keys, values, table, kv_head, scale, softcap, window,
-                    BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP,
+                    keys, values, key_scales, value_scales, table, kv_head, scale, softcap, window,
+                    BLOCK_SIZE, KV_HEADS, HEAD_DIM, OPERAND, CHUNK, HAS_WINDOW, HAS_SOFTCAP, HAS_SCALES,
                 )  # fmt: skip
                 best, total, acc = join(best, total, acc, best_next, total_next, acc_next)
         sink = 0.0
         if HAS_SINKS:
             sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
         acc = finish(best, total, acc, sink, HAS_SINKS)
-        if HAS_SCALES:
-            acc *= tl.load(scales + 1)
         tl.store(out + (at * HEAD_DIM)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=stored)
 
 
@@ -170,7 +168,6 @@ def combine_splits(
     out,
     q_start,
     kv_len,
-    scales,
     sinks,
     num_segments,
     window,
@@ -183,7 +180,6 @@ def combine_splits(
     SPLIT: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
 ):
     """The splits that one token sees, one after the other, for the query heads of one KV head."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -218,8 +214,6 @@ def combine_splits(
     if HAS_SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
     acc = finish(best, total, acc, sink, HAS_SINKS)
-    if HAS_SCALES:
-        acc *= tl.load(scales + 1)
     stored = (row < GROUP)[:, None] & inside
     tl.store(out + (at * HEAD_DIM)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=stored)
 
@@ -235,7 +229,7 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    scales: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
     prompt: bool = False,
     row_tokens: int | None = None,
     rows: Tiles | None = None,
@@ -244,10 +238,10 @@ def attention(
 
     Args:
         q: [tokens, heads, head_dim] float32, bfloat16 or float16; tokens may be any distance apart.
-        keys, values: [cells, kv_heads, head_dim] of one layer, contiguous, in those formats or float8_e4m3fn.
+        keys, values: [cells, kv_heads, head_dim] of one layer, contiguous, in those formats, int8 or float8_e4m3fn.
         scale, window, softcap, sinks: as in ``reference.attention``.
         max_context: no sequence is longer, or none of those that are computed as rows.
-        scales: [2] float32, what keys and values were divided by when they were stored; None for 1.
+        scales: [cells * kv_heads] bfloat16 each, what keys and what values were divided by; None for 1.
         prompt: whether segments of more than ``LONGEST_ROWS`` tokens are computed as prompts. Without it all bits are
             those of rows.
         row_tokens: where prompts are, segments of at most ``LONGEST_ROWS`` tokens lie within so many first tokens of
@@ -274,8 +268,8 @@ def attention(
         "SEGMENTS": max(FEWEST_SEGMENTS, triton.next_power_of_2(batch.num_segments)),
         "HAS_WINDOW": window > 0,
         "HAS_SINKS": sinks is not None,
-        "HAS_SCALES": scales is not None,
     }
+    key_scales, value_scales = scales or (None, None)
 
     def attend(
         tiles: Tiles, covered: int, lengths: tuple[int, int], parts: Tensor | None, stats: Tensor | None, splits: int
@@ -284,7 +278,8 @@ def attention(
         beside = min(splits, triton.cdiv(ENOUGH_PROGRAMS, programs))
         attend_tile[programs, beside](
             *(q, keys, values, out, parts, stats),
-            *(batch.q_start, batch.kv_len, batch.table_row, batch.block_tables, scales, sinks),
+            *(batch.q_start, batch.kv_len, batch.table_row, batch.block_tables),
+            *(key_scales, value_scales, sinks),
             *(batch.num_segments, q.stride(0), batch.block_tables.stride(0), scale, softcap, window, splits, *lengths),
             **shared,
             BLOCK_SIZE=batch.block_size,
@@ -295,6 +290,7 @@ def attention(
             APART=parts is not None,
             SEVERAL=beside < splits,
             HAS_SOFTCAP=softcap > 0,
+            HAS_SCALES=scales is not None,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
@@ -315,7 +311,7 @@ def attention(
         attend(rows, covered, (1, longest), parts, stats, splits)
         elements = triton.next_power_of_2(group) * triton.next_power_of_2(head_dim)
         combine_splits[covered, kv_heads](
-            *(parts, stats, out, batch.q_start, batch.kv_len, scales, sinks),
+            *(parts, stats, out, batch.q_start, batch.kv_len, sinks),
             *(batch.num_segments, window, splits, longest),
             **shared,
             SPLIT=rows.split,

@@ -92,6 +92,24 @@ def load_halves(base, weight, eps, h, HALF: tl.constexpr, HAS_NORM: tl.constexpr
     return a, b
 
 
+@triton.jit
+def scale_of(largest, missing, dtype: tl.constexpr):
+    """What numbers up to ``largest`` are divided by: a bfloat16, rounded upwards, as in ``kv_cache.quantise``."""
+    wanted = tl.div_rn(largest, 127.0 if dtype == tl.int8 else 448.0)
+    rounded = ((wanted.to(tl.int32, bitcast=True) + 0xFFFF) >> 16) << 16
+    return tl.where(missing > 0, float("nan"), rounded.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def narrowed(x, scale, dtype: tl.constexpr):
+    """x divided by its scale, as a number of ``dtype``."""
+    x = tl.div_rn(x, scale)
+    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    if dtype == tl.int8:  # which leaves digits behind the point away, and that sum has none
+        x = (x + 12582912.0) - 12582912.0
+    return x.to(dtype)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def store_token(
     q,
@@ -107,7 +125,8 @@ def store_token(
     q_norm,
     k_norm,
     eps,
-    scales,
+    key_scales,
+    value_scales,
     num_tokens,
     q_stride,
     k_stride,
@@ -148,20 +167,28 @@ def store_token(
             g = tl.arange(0, triton.next_power_of_2(GROUP))[:, None]
             base = q + token * q_stride + (kv_head * GROUP + tl.minimum(g, GROUP - 1)) * HEAD_DIM
             first, second = load_halves(base, q_norm, eps, h, HALF, HAS_NORM, PLUS_ONE)
-            stored = (g < GROUP) & inside
+            written = (g < GROUP) & inside
             tl.debug_barrier()  # all threads have read before any of them writes to the same place
-            tl.store(base + h, (first * c - second * s).to(q.dtype.element_ty), mask=stored)
-            tl.store(base + HALF + h, (second * c + first * s).to(q.dtype.element_ty), mask=stored)
+            tl.store(base + h, (first * c - second * s).to(q.dtype.element_ty), mask=written)
+            tl.store(base + HALF + h, (second * c + first * s).to(q.dtype.element_ty), mask=written)
         kind: tl.constexpr = k.dtype.element_ty  # rounded to it before the cache's, as where the two are apart
         a, b = (a * c - b * s).to(kind).to(tl.float32), (b * c + a * s).to(kind).to(tl.float32)
     d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     value = tl.load(v + token * v_stride + kv_head * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+    stored: tl.constexpr = keys.dtype.element_ty
     if HAS_SCALES:
-        a, b = a / tl.load(scales), b / tl.load(scales)
-        value = value / tl.load(scales + 1)
-    tl.store(keys + to + h, a.to(keys.dtype.element_ty), mask=inside)
-    tl.store(keys + to + HALF + h, b.to(keys.dtype.element_ty), mask=inside)
-    tl.store(values + to + d, value.to(values.dtype.element_ty), mask=d < HEAD_DIM)
+        largest = tl.maximum(tl.max(tl.abs(a), 1), tl.max(tl.abs(b), 1))
+        missing = tl.sum((a != a).to(tl.int32) + (b != b).to(tl.int32), 1)
+        of_key = scale_of(largest, missing, stored)
+        of_value = scale_of(tl.max(tl.abs(value), 0), tl.sum((value != value).to(tl.int32), 0), stored)
+        place = cell.to(tl.int64) * KV_HEADS + kv_head
+        tl.store(key_scales + place + tl.zeros([1], tl.int32), of_key.to(tl.bfloat16))
+        tl.store(value_scales + place, of_value.to(tl.bfloat16))
+        a, b = narrowed(a, of_key[:, None], stored), narrowed(b, of_key[:, None], stored)
+        value = narrowed(value, of_value, stored)
+    tl.store(keys + to + h, a.to(stored), mask=inside)
+    tl.store(keys + to + HALF + h, b.to(stored), mask=inside)
+    tl.store(values + to + d, value.to(stored), mask=d < HEAD_DIM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +213,7 @@ def store(
     v: Tensor,
     keys: Tensor,
     values: Tensor,
-    scales: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
     q: Tensor | None = None,
     rotation: Rotation | None = None,
 ) -> None:
@@ -196,7 +223,7 @@ def store(
         batch: placed.
         k, v: [tokens, kv_heads, head_dim]; tokens may be any distance apart. They stay as they are.
         keys, values: [cells, kv_heads, head_dim] of one layer, contiguous.
-        scales: [2] float32, what keys and values are divided by before they are stored; None for 1.
+        scales: [cells * kv_heads] bfloat16 each, for what keys and what values are divided by; where they have 8 bits.
         q: [tokens, heads, head_dim] in the dtype of k, which is rotated in place.
         rotation: of q, and of what is stored of k; both or neither are given.
     """
@@ -210,7 +237,7 @@ def store(
     store_token[batch.num_tokens + len(batch.mirrors), kv_heads](
         *(q, k, v, keys, values, batch.cells, batch.mirrors, batch.positions),
         *((None,) * 4 if rotation is None else (rotation.cos, rotation.sin, rotation.q_norm, rotation.k_norm)),
-        *(0.0 if rotation is None else rotation.eps, scales, batch.num_tokens),
+        *(0.0 if rotation is None else rotation.eps, *(scales or (None, None)), batch.num_tokens),
         *(0 if q is None else q.stride(0), k.stride(0), v.stride(0)),
         GROUP=group,
         KV_HEADS=kv_heads,
@@ -240,10 +267,10 @@ def copy_rows(data: Tensor, pairs: Tensor) -> None:
     """Copies rows in all layers, for keys and values: blocks or cells, by the view of data.
 
     Args:
-        data: [layers, 2, rows, width], contiguous; a row takes a multiple of 4 bytes.
+        data: [layers, 2, rows, width], contiguous; a row takes a multiple of 2 bytes.
         pairs: [n, 2] int32, (source, destination) each; a source of -1 for none. No destination is a source as well.
     """
-    words = data.view(torch.int32)
+    words = data.view(torch.int16 if data.shape[3] * data.itemsize % 4 else torch.int32)
     layers, _, rows, width = words.shape
     part = min(1024, triton.next_power_of_2(width))
     copy_row[len(pairs), layers * 2, triton.cdiv(width, part)](

@@ -17,11 +17,10 @@ from slipstream.kernels.triton import cache
 from slipstream.kernels.triton.attention import LONGEST_ROWS, attention
 from slipstream.kernels.triton.cache import Rotation
 from slipstream.kernels.triton.device_batch import DeviceBatch
-from slipstream.kernels.triton.launch import capability
 
 
 class TritonKVCache(TorchKVCache):
-    """Keys and values in float32, bfloat16, float16 or, with a scale for each of them per layer, float8_e4m3fn."""
+    """Keys and values in float32, bfloat16, float16, int8 or, from compute capability 8.9 on, float8_e4m3fn."""
 
     def __init__(
         self,
@@ -35,17 +34,8 @@ class TritonKVCache(TorchKVCache):
 
         ``prompt``: whether ``plan`` may compute long segments as prompts, whose bits are others.
         """
-        if shape.dtype.itemsize == 1 and 0 < capability(device) < 89:
-            raise ValueError(
-                f"a cache in {shape.dtype} needs compute capability 8.9 or newer; this device has "
-                f"{capability(device) / 10}"
-            )
         super().__init__(shape, num_blocks, device)
         self._attention, self._prompt = attention, prompt
-        self.scales: Tensor | None = None
-        """[layers, 2] float32: keys and values are stored divided by these; only where the format is of 8 bits."""
-        if shape.dtype.itemsize == 1:  # layers are 16 bytes apart, since kernels are compiled for how pointers align
-            self.scales = torch.ones(shape.num_layers, 4, device=device)[:, :2]
 
     @property
     def is_recordable(self) -> bool:
@@ -63,12 +53,15 @@ class TritonKVCache(TorchKVCache):
 
         No destination is a source as well.
         """
-        cache.copy_rows(self._data, pairs)
+        self._copy_rows(self.num_blocks, pairs)
 
     def copy_cells_on_device(self, pairs: Tensor) -> None:
         """``copy_cells`` for pairs [n, 2] int32 on the device, as ``copy_blocks_on_device``."""
-        width = self.shape.kv_heads * self.shape.head_dim
-        cache.copy_rows(self._data.view(len(self._data), 2, -1, width), pairs)
+        self._copy_rows(self.num_blocks * self.shape.block_size, pairs)
+
+    def _copy_rows(self, rows: int, pairs: Tensor) -> None:
+        for each in (self._data, self._scales)[: 1 + self.shape.has_scales]:
+            cache.copy_rows(each.view(len(each), 2, rows, -1), pairs)
 
     def plan(self, batch: RaggedBatch) -> AttentionPlan:
         """Without ``prompt``, all segments are computed as rows: bits do not depend on how a sequence is cut."""
@@ -103,7 +96,7 @@ class TritonKVCache(TorchKVCache):
         other = None
         if host is not None and self._attention is not None:
             other = self._attention.name, self._attention.plan(Step(host, batch, self.shape))
-        return TritonPlan(self._data, self.shape, self.scales, batch, max_context, prompt, row_tokens, other)
+        return TritonPlan(self._data, self._scales, self.shape, batch, max_context, prompt, row_tokens, other)
 
     def _staged(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
         return sent(np.array(pairs, np.int32).reshape(-1, 2), self.device)
@@ -115,8 +108,8 @@ class TritonPlan(AttentionPlan):
     def __init__(
         self,
         data: Tensor,
+        scales: Tensor,
         shape: CacheShape,
-        scales: Tensor | None,
         batch: DeviceBatch,
         max_context: int,
         prompt: bool,
@@ -126,7 +119,7 @@ class TritonPlan(AttentionPlan):
         """``other``: what computes attention instead, with its name, where it covers it."""
         self._cells = data.view(len(data), 2, -1, shape.kv_heads, shape.head_dim)
         self._block_size, self._other = shape.block_size, other
-        self._scales = scales
+        self._scales = scales if shape.has_scales else None
         self._batch = batch
         self._max_context, self._prompt, self._row_tokens = max_context, prompt, row_tokens
 
@@ -165,5 +158,6 @@ class TritonPlan(AttentionPlan):
             row_tokens=self._row_tokens,
         )
 
-    def _scales_of(self, layer: int) -> Tensor | None:
-        return None if self._scales is None else self._scales[layer]
+    def _scales_of(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Those of keys and of values; a layer's begin at a multiple of 16 bytes, as kernels are compiled for."""
+        return None if self._scales is None else (self._scales[layer, 0], self._scales[layer, 1])

@@ -38,6 +38,8 @@ def visit_keys(
     high,
     keys,
     values,
+    key_scales,
+    value_scales,
     table,
     kv_head,
     scale,
@@ -50,6 +52,7 @@ def visit_keys(
     CHUNK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
 ):
     """Attention over the keys low … high - 1, where low is a multiple of CHUNK.
 
@@ -66,9 +69,12 @@ def visit_keys(
         key = base + tl.arange(0, CHUNK)
         there = key < high
         block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-        at = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
+        place = (block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head
+        at = place * HEAD_DIM
         k = tl.load(keys + at[None, :] + d[:, None], mask=there[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
         scores = tl.dot(queries, k.to(OPERAND), input_precision="ieee")
+        if HAS_SCALES:
+            scores *= tl.load(key_scales + place, mask=there, other=0.0).to(tl.float32)[None, :]
         if HAS_SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
             scores = (softcap * LOG2_E) * (1.0 - 2.0 / (tl.exp2(scores * (scale * 2.0 * LOG2_E / softcap)) + 1.0))
         else:
@@ -83,6 +89,8 @@ def visit_keys(
         fade = tl.exp2(best - safe)
         total = tl.fma(total, fade, tl.sum(weights, 1))
         v = tl.load(values + at[:, None] + d[None, :], mask=there[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        if HAS_SCALES:
+            weights *= tl.load(value_scales + place, mask=there, other=0.0).to(tl.float32)[None, :]
         acc = tl.dot(weights.to(OPERAND), v.to(OPERAND), acc * fade[:, None], input_precision="ieee")
         best = highest
     return best, total, acc

@@ -36,6 +36,7 @@ async def status(service: Service) -> dict[str, Any]:
     found["server"] |= {
         "device": ready.device,
         "dtype": ready.dtype,
+        "kv_cache_dtype": ready.kv_cache_dtype,
         "weights": ready.weights,
         "weights_because": ready.weights_because,
         "kernels": ready.kernels,

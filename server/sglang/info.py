@@ -58,6 +58,7 @@ def server_info(service: Service) -> dict[str, Any]:
         "stream_interval": service.config.stream_interval,
         "speculative_algorithm": None if service.engine_config.speculation == "off" else "AUTO",
         "dtype": ready.dtype,
+        "kv_cache_dtype": ready.kv_cache_dtype,
         "device": ready.device.partition(":")[0],
         "context_length": ready.max_model_len,
         "page_size": ready.block_size,

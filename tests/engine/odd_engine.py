@@ -31,6 +31,7 @@ READY = EngineReady(
     weights="bfloat16",
     weights_because="it is odd",
     dtype="float32",
+    kv_cache_dtype="float32",
     device="cpu",
     kernels="none",
     kv_cache_bytes=0,

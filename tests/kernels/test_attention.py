@@ -6,67 +6,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cached import BF16, F32, FP8, INT8, KEPT, KINDS, Kept, Sequences, new_cache, shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream.kernels import reference
-from slipstream.kernels.batch import RaggedBatch, make_batch
-from slipstream.kernels.kv_cache import CacheShape, DenseKVCache, PagedKVCache, TorchKVCache
+from slipstream.kernels.batch import make_batch
+from slipstream.kernels.kv_cache import DenseKVCache, PagedKVCache, bits
 from slipstream.kernels.native import library
 from slipstream.kernels.native.kv_cache import NativeKVCache
 from slipstream.kernels.triton import launch
 
-KINDS: list[Any] = [TorchKVCache] + ([NativeKVCache] if library.load() is not None else [])
 INTERPRETED: list[Any] = []
 """Its kernels take seconds for what the others do in milliseconds, so it gets smaller examples, and fewer."""
 if launch.runs_on("cpu"):
     from slipstream.kernels.triton.kv_cache import TritonKVCache
 
     INTERPRETED.append(TritonKVCache)
+ERRORS = {F32: 2e-5, BF16: 0.06, INT8: 0.1, FP8: 0.3}
 few = settings(max_examples=2)
 small_shapes = st.sampled_from([(4, 1, 16), (3, 1, 24)])
-CPU = torch.device("cpu")
-
-
-class Sequences:
-    """Random sequences whose blocks lie scattered in the cache."""
-
-    def __init__(
-        self, lengths: list[int], heads: int, kv_heads: int, head_dim: int, block_size: int, seed: int
-    ) -> None:
-        rng = np.random.default_rng(seed)
-        generator = torch.Generator().manual_seed(seed)
-        self.lengths, self.block_size = lengths, block_size
-        self.q = [torch.randn(length, heads, head_dim, generator=generator) for length in lengths]
-        self.k = [torch.randn(length, kv_heads, head_dim, generator=generator) for length in lengths]
-        self.v = [torch.randn(length, kv_heads, head_dim, generator=generator) for length in lengths]
-        widest = max(-(-length // block_size) for length in lengths)
-        self.num_blocks = widest * len(lengths) + 3
-        blocks = rng.permutation(self.num_blocks)[: widest * len(lengths)]
-        self.tables = blocks.reshape(len(lengths), widest).astype(np.int32)
-
-    def batch(self, rows: list[int], starts: list[int], ends: list[int]) -> RaggedBatch:
-        counts = np.array(ends, np.int32) - np.array(starts, np.int32)
-        ids = np.zeros(int(counts.sum()), np.int32)
-        return make_batch(ids, counts, np.array(ends, np.int32), self.tables, np.array(rows, np.int32), self.block_size)
-
-    def run(
-        self, cache: PagedKVCache, rows: list[int], starts: list[int], ends: list[int], window: int
-    ) -> torch.Tensor:
-        def cut(tensors: list[torch.Tensor]) -> torch.Tensor:
-            return torch.cat([tensors[row][s:e] for row, s, e in zip(rows, starts, ends, strict=True)])
-
-        plan = cache.plan(self.batch(rows, starts, ends))
-        plan.store(0, cut(self.k), cut(self.v))
-        return plan.attend(0, cut(self.q), 0.125, window)
-
-
-def new_cache(kind: type[DenseKVCache], s: Sequences, dtype: torch.dtype) -> DenseKVCache:
-    kv_heads, head_dim = s.k[0].shape[1:]
-    return kind(CacheShape(1, s.block_size, kv_heads, head_dim, dtype), s.num_blocks, CPU)
-
-
-shapes = st.sampled_from([(9, 3, 64), (4, 4, 32), (8, 1, 128), (40, 1, 32), (6, 2, 96), (2, 1, 256)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,7 +35,7 @@ shapes = st.sampled_from([(9, 3, 64), (4, 4, 32), (8, 1, 128), (40, 1, 32), (6, 
     shape=shapes,
     block_size=st.sampled_from([16, 32]),
     window=st.sampled_from([0, 0, 5, 130]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    kept=st.sampled_from(KEPT),
     seed=st.integers(0, 99),
 )
 def test_prefill_equals_the_formula(
@@ -86,10 +45,10 @@ def test_prefill_equals_the_formula(
     shape: tuple[int, int, int],
     block_size: int,
     window: int,
-    dtype: torch.dtype,
+    kept: Kept,
     seed: int,
 ) -> None:
-    prefill(kind, lengths, shape, block_size, window, dtype, seed)
+    prefill(kind, lengths, shape, block_size, window, kept, seed)
 
 
 @pytest.mark.parametrize("kind", INTERPRETED)
@@ -98,12 +57,12 @@ def test_prefill_equals_the_formula(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     shape=small_shapes,
     window=st.sampled_from([0, 5]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    kept=st.sampled_from(KEPT),
 )
 def test_prefill_on_a_gpu_equals_the_formula(
-    kind: type[DenseKVCache], lengths: list[int], shape: tuple[int, int, int], window: int, dtype: torch.dtype
+    kind: type[DenseKVCache], lengths: list[int], shape: tuple[int, int, int], window: int, kept: Kept
 ) -> None:
-    prefill(kind, lengths, shape, 16, window, dtype, 1)
+    prefill(kind, lengths, shape, 16, window, kept, 1)
 
 
 def prefill(
@@ -112,13 +71,13 @@ def prefill(
     shape: tuple[int, int, int],
     block_size: int,
     window: int,
-    dtype: torch.dtype,
+    kept: Kept,
     seed: int,
 ) -> None:
     s = Sequences(lengths, *shape, block_size, seed)
-    out = s.run(new_cache(kind, s, dtype), list(range(len(lengths))), [0] * len(lengths), lengths, window)
+    out = s.run(new_cache(kind, s, kept), list(range(len(lengths))), [0] * len(lengths), lengths, window)
     expected = torch.cat([reference.attention(q, k, v, 0.125, window) for q, k, v in zip(s.q, s.k, s.v, strict=True)])
-    assert (out - expected).abs().max() < (2e-5 if dtype is torch.float32 else 0.06)
+    assert (out - expected).abs().max() < ERRORS[kept[0]]
 
 
 @pytest.mark.skipif(NativeKVCache not in KINDS, reason="no native kernels on this machine")
@@ -127,14 +86,14 @@ def prefill(
     cuts=st.lists(st.integers(1, 399), max_size=6, unique=True),
     shape=shapes,
     window=st.sampled_from([0, 0, 5, 130]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    kept=st.sampled_from(KEPT),
 )
 def test_cutting_a_sequence_into_steps_changes_no_bit(
-    isa: str, cuts: list[int], shape: tuple[int, int, int], window: int, dtype: torch.dtype
+    isa: str, cuts: list[int], shape: tuple[int, int, int], window: int, kept: Kept
 ) -> None:
     s = Sequences([400, 77], *shape, 16, seed=1)
-    whole = s.run(new_cache(NativeKVCache, s, dtype), [0, 1], [0, 0], [400, 77], window)[:400]
-    cache = new_cache(NativeKVCache, s, dtype)
+    whole = s.run(new_cache(NativeKVCache, s, kept), [0, 1], [0, 0], [400, 77], window)[:400]
+    cache = new_cache(NativeKVCache, s, kept)
     borders = [0, *sorted(cuts), 400]
     pieces = [s.run(cache, [0], [a], [b], window) for a, b in pairwise(borders)]
     assert torch.equal(torch.cat(pieces), whole)
@@ -145,7 +104,7 @@ def test_cutting_a_sequence_into_steps_changes_no_bit(
 @given(
     lengths=st.lists(st.integers(1, 40) | st.integers(120, 140), min_size=1, max_size=3),
     shape=shapes,
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    kept=st.sampled_from(KEPT),
     steps=st.booleans(),
 )
 def test_what_others_left_in_the_cache_does_not_matter(
@@ -153,10 +112,10 @@ def test_what_others_left_in_the_cache_does_not_matter(
     kind: type[DenseKVCache],
     lengths: list[int],
     shape: tuple[int, int, int],
-    dtype: torch.dtype,
+    kept: Kept,
     steps: bool,
 ) -> None:
-    left_behind(kind, lengths, shape, dtype, steps)
+    left_behind(kind, lengths, shape, kept, steps)
 
 
 @pytest.mark.parametrize("kind", INTERPRETED)
@@ -165,11 +124,11 @@ def test_what_others_left_in_the_cache_does_not_matter(
 def test_what_others_left_in_the_cache_of_a_gpu_does_not_matter(
     kind: type[DenseKVCache], lengths: list[int], shape: tuple[int, int, int], steps: bool
 ) -> None:
-    left_behind(kind, lengths, shape, torch.float32, steps)
+    left_behind(kind, lengths, shape, (F32, F32), steps)
 
 
 def left_behind(
-    kind: type[DenseKVCache], lengths: list[int], shape: tuple[int, int, int], dtype: torch.dtype, steps: bool
+    kind: type[DenseKVCache], lengths: list[int], shape: tuple[int, int, int], kept: Kept, steps: bool
 ) -> None:
     """Not even numbers that are none: blocks are handed on as they are."""
     s = Sequences(lengths, *shape, 16, seed=5)
@@ -181,16 +140,18 @@ def left_behind(
         s.run(cache, rows, [0] * len(rows), [max(length - 1, 1) for length in lengths], 0)
         return s.run(cache, rows, [length - 1 for length in lengths], lengths, 0)
 
-    clean, used = new_cache(kind, s, dtype), new_cache(kind, s, dtype)
-    clean._data.zero_()
-    used._data.fill_(float("nan"))
+    clean, used = new_cache(kind, s, kept), new_cache(kind, s, kept)
+    bits(clean._data).zero_()
+    used._data.view(torch.uint8).fill_(0x7F) if clean.shape.has_scales else used._data.fill_(float("nan"))
+    used._scales.fill_(float("nan"))
     assert torch.equal(run(used), run(clean))
 
 
 @pytest.mark.parametrize("kind", KINDS + INTERPRETED)
-def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[DenseKVCache]) -> None:
+@pytest.mark.parametrize("kept", [(BF16, BF16), (INT8, BF16), (FP8, F32)])
+def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[DenseKVCache], kept: Kept) -> None:
     s = Sequences([40], 4, 2, 64, 16, seed=3)
-    cache = new_cache(kind, s, torch.bfloat16)
+    cache = new_cache(kind, s, kept)
     first = s.run(cache, [0], [0], [40], 0)
     spare = next(block for block in range(s.num_blocks) if block not in s.tables)
     cache.copy_blocks([(int(s.tables[0, 2]), spare)])
@@ -205,7 +166,7 @@ def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[DenseKVCache]) 
     cut=st.integers(1, 47),
     shape=shapes,
     block_size=st.sampled_from([16, 32]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    kept=st.sampled_from(KEPT),
     mirrored=st.booleans(),
 )
 def test_mirrored_and_copied_tokens_are_those_stored_in_place(
@@ -214,10 +175,10 @@ def test_mirrored_and_copied_tokens_are_those_stored_in_place(
     cut: int,
     shape: tuple[int, int, int],
     block_size: int,
-    dtype: torch.dtype,
+    kept: Kept,
     mirrored: bool,
 ) -> None:
-    mirror(kind, cut, shape, block_size, dtype, mirrored)
+    mirror(kind, cut, shape, block_size, kept, mirrored)
 
 
 @pytest.mark.parametrize("kind", INTERPRETED)
@@ -226,7 +187,7 @@ def test_mirrored_and_copied_tokens_are_those_stored_in_place(
 def test_mirrored_and_copied_tokens_on_a_gpu_are_those_stored_in_place(
     kind: type[DenseKVCache], cut: int, shape: tuple[int, int, int], mirrored: bool
 ) -> None:
-    mirror(kind, cut, shape, 16, torch.bfloat16, mirrored)
+    mirror(kind, cut, shape, 16, (BF16, BF16), mirrored)
 
 
 def mirror(
@@ -234,13 +195,13 @@ def mirror(
     cut: int,
     shape: tuple[int, int, int],
     block_size: int,
-    dtype: torch.dtype,
+    kept: Kept,
     mirrored: bool,
 ) -> None:
     """A second sequence gets tokens cut … 47 of the first; what is before them it computes itself."""
     s = Sequences([48, 48], *shape, block_size, seed=5)
     s.q[1], s.k[1], s.v[1] = s.q[0], s.k[0], s.v[0]
-    cache = new_cache(kind, s, dtype)
+    cache = new_cache(kind, s, kept)
     positions = np.arange(cut, 48)
     cells = s.tables[:, positions // block_size] * block_size + positions % block_size
     ids = np.zeros(48 + cut, np.int32)
@@ -255,9 +216,12 @@ def mirror(
 
 
 @pytest.mark.parametrize("kind", KINDS + INTERPRETED)
-def test_a_cache_that_gave_its_memory_back_takes_it_again_with_nothing_in_it(kind: type[DenseKVCache]) -> None:
+@pytest.mark.parametrize("kept", [(F32, F32), (INT8, F32)])
+def test_a_cache_that_gave_its_memory_back_takes_it_again_with_nothing_in_it(
+    kind: type[DenseKVCache], kept: Kept
+) -> None:
     s = Sequences([40, 9], 4, 2, 64, 16, seed=3)
-    cache = new_cache(kind, s, torch.float32)
+    cache = new_cache(kind, s, kept)
     whole = cache.num_bytes
     assert whole == s.num_blocks * kind.block_bytes(cache.shape)
     before = s.run(cache, [0, 1], [0, 0], [40, 9], 0)
@@ -286,16 +250,16 @@ def test_softcap_bounds_the_scores() -> None:
     last=st.integers(1, 5),
     shape=shapes,
     window=st.sampled_from([0, 0, 5, 300]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    kept=st.sampled_from(KEPT),
     threads=st.sampled_from([1, 2, 3, 8]),
 )
 def test_what_few_queries_see_is_shared_among_threads_and_changes_no_bit(
-    isa: str, length: int, last: int, shape: tuple[int, int, int], window: int, dtype: torch.dtype, threads: int
+    isa: str, length: int, last: int, shape: tuple[int, int, int], window: int, kept: Kept, threads: int
 ) -> None:
     native = library.load()
     assert native is not None
     s = Sequences([length, 40, 40, 40, 40, 40], *shape, 16, seed=1)
-    cache = new_cache(NativeKVCache, s, dtype)
+    cache = new_cache(NativeKVCache, s, kept)
     first = max(length - last, 0)
     native.slip_set_threads(1)
     whole = s.run(cache, [0], [0], [length], window)[first:]

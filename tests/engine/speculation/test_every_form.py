@@ -31,6 +31,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "rounded": {"weights": "packed", "packed_arithmetic": "bfloat16", "dtype": "bfloat16"},
     "int16": {"weights": "packed", "packed_arithmetic": "int16", "dtype": "bfloat16"},
     "int8": {"weights": "packed", "packed_arithmetic": "int8", "dtype": "bfloat16"},
+    "cache in int8": {"weights": "bfloat16", "dtype": "bfloat16", "kv_cache_dtype": "int8"},
+    "cache in fp8": {"weights": "float32", "dtype": "float32", "kv_cache_dtype": "fp8"},
 }
 PROMPTS = [[1, 2, 3, 1, 2], [0, 1, 0, 1, 0, 1, 0], [4, 4, 4], [*range(7), 5, 3] * 5, [6, 5, 0, 2] * 20]
 SAMPLED: dict[str, dict[str, Any]] = {
@@ -64,7 +66,8 @@ def run(engine: Callable[..., LocalEngine], tiny: Path, packed: Path, isa: str, 
         **fields: Any,
     ) -> list[Completion]:
         if preempted:  # a cache that is too small for all of them at once
-            size = "96KiB" if form["dtype"] == "float32" else "48KiB"
+            bits = 8 if "kv_cache_dtype" in form else 32 if form["dtype"] == "float32" else 16
+            size = f"{3 * bits + 2 * (bits == 8)}KiB"  # beside 8 bits lie scales
             fields |= {"prefix_caching": False, "kv_cache_memory": size}
         local = engine(drafters, **(form | {"isa": isa, "model": str(model)} | fields))
         assert local.engine.ready().kernels == f"native-{isa}" and form["weights"] in local.engine.ready().weights

@@ -13,12 +13,13 @@ from ragged import DEVICE, cells_of, device_batch, scattered_tables
 from torch import Tensor
 
 from slipstream.kernels import reference
+from slipstream.kernels.kv_cache import quantise
 from slipstream.kernels.triton import attention as kernels
 from slipstream.kernels.triton.attention import LONGEST_ROWS, Tiles, attention
 
 SMALL = Tiles(rows=16, chunk=16, split=32, warps=4, stages=2)
 """Short sequences have several splits of several chunks."""
-FP8 = torch.float8_e4m3fn
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
 CLOSE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -46,8 +47,13 @@ class Case:
         self.q = [random(length, heads, head_dim).to(dtype) for length in lengths]
         self.sinks = random(heads)
         cells = num_blocks * block_size
-        self.keys, self.values = (random(cells, kv_heads, head_dim).to(stored or dtype) for _ in range(2))
-        self.scales = torch.tensor([0.5, 1.75], device=DEVICE) if stored is FP8 else None
+        keys, values = (random(cells, kv_heads, head_dim) for _ in range(2))
+        self.scales: tuple[Tensor, Tensor] | None = None
+        if stored in (FP8, INT8):
+            (self.keys, of_keys), (self.values, of_values) = (quantise(x, stored) for x in (keys, values))
+            self.scales = of_keys.flatten(), of_values.flatten()
+        else:
+            self.keys, self.values = (x.to(stored or dtype) for x in (keys, values))
 
     def attend(
         self,
@@ -82,7 +88,7 @@ class Case:
         cells = cells_of(self.tables, self.block_size, row, length)
         k, v = self.keys[cells].float(), self.values[cells].float()
         if self.scales is not None:
-            k, v = k * self.scales[0], v * self.scales[1]
+            k, v = (x * scales.view(-1, x.shape[1], 1)[cells] for x, scales in zip((k, v), self.scales, strict=True))
         q = self.q[row][length - count : length].float()
         return reference.attention(q, k, v, 0.25, **options)  # type: ignore[arg-type]
 
@@ -101,6 +107,8 @@ def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         (torch.float16, torch.float16),
         (torch.bfloat16, FP8),
         (torch.float16, FP8),
+        (torch.float32, INT8),
+        (torch.bfloat16, INT8),
     ],
 )
 @pytest.mark.parametrize("option", ["plain", "window", "softcap", "sinks", "all"])

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from ragged import DEVICE, cells_of, device_batch, on_device, scattered_tables
 from torch import Tensor
 
-from slipstream.kernels.kv_cache import CacheShape, TorchKVCache
+from slipstream.kernels.kv_cache import CacheShape, TorchKVCache, quantise
 from slipstream.kernels.reference import ReferenceOps
 from slipstream.kernels.triton.cache import Rotation, copy_rows, place, store, update_tables
 from slipstream.kernels.triton.kv_cache import TritonKVCache
 
-FP8 = torch.float8_e4m3fn
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
 REFERENCE = ReferenceOps()
 GENERATOR = torch.Generator().manual_seed(2)
 
@@ -65,6 +65,8 @@ def one_batch(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> t
         (torch.float16, torch.float16),
         (torch.float32, torch.bfloat16),
         (torch.bfloat16, FP8),
+        (torch.float32, INT8),
+        (torch.bfloat16, INT8),
     ],
 )
 @pytest.mark.parametrize("has_norm", [False, True])
@@ -82,7 +84,10 @@ def test_rotated_and_stored_is_what_the_operations_give(
     )
     place(batch)
     keys, values = torch.full((2, num_blocks * block_size, kv_heads, head_dim), 9.0, device=DEVICE).to(stored)
-    scales = torch.tensor([0.25, 2.0], device=DEVICE) if stored is FP8 else None
+    scales = None
+    if stored in (FP8, INT8):
+        of_keys, of_values = torch.ones(2, num_blocks * block_size * kv_heads, dtype=torch.bfloat16, device=DEVICE)
+        scales = of_keys, of_values
 
     position = batch.positions.long()
     wide = [x.float() for x in (q, k)]
@@ -102,20 +107,28 @@ def test_rotated_and_stored_is_what_the_operations_give(
     assert torch.equal(fused[:, width:], before[:, width:]), "k and v stay as they are"
     assert torch.equal(fused[live:], before[live:]), "there is no token"
     assert not torch.equal(fused[:live, :width], before[:live, :width])
-    ulp = max(ulp, torch.finfo(stored).eps)
+    ulp = max(ulp, 0.0 if stored is INT8 else torch.finfo(stored).eps)
     mirrored = [1 * block_size + 5, 1 * block_size + 15]
     cells = [*batch.cells[:live].tolist(), *mirrored]
     tokens = [*range(live), 2, 4]
-    for data, new, scale in ((keys, k_expected, 0.25), (values, v, 2.0)):
-        scale = scale if stored is FP8 else 1.0
-        assert torch.allclose(data[cells].float() * scale, new[tokens].float(), atol=4 * ulp * scale, rtol=2 * ulp)
-        assert torch.equal(data[mirrored].float(), data[cells][[2, 4]].float())
+    for which, (data, new) in enumerate(((keys, k_expected), (values, v))):
+        found, step = data.float(), 0.0
+        if scales is not None:
+            of = scales[which].float().view(-1, kv_heads, 1)
+            step, found = 0.6 * float(of[cells].max()), found * of
+        if stored is FP8:
+            step *= 2**-9
+        assert torch.allclose(found[cells], new[tokens].float(), atol=4 * ulp + step, rtol=2 * ulp)
+        assert torch.equal(found[mirrored], found[cells][[2, 4]])
         untouched = torch.ones(len(data), dtype=torch.bool, device=DEVICE)
         untouched[cells] = False
         assert (data[untouched].float() == 9.0).all()
-    assert torch.equal(
-        values[cells].float(), (v[tokens].float() / (2.0 if scales is not None else 1.0)).to(stored).float()
-    )
+    if scales is None:
+        assert torch.equal(values[cells].float(), v[tokens].to(stored).float())
+    else:
+        kept, of = quantise(v[tokens], stored)
+        assert torch.equal(values[cells].float(), kept.float())
+        assert torch.equal(scales[1].view(-1, kv_heads, 1)[cells], of)
 
 
 def test_stored_without_rotation_it_is_as_it_was() -> None:
@@ -131,30 +144,45 @@ def test_stored_without_rotation_it_is_as_it_was() -> None:
     assert int((keys != 0).any(-1).any(-1).sum()) == 6
 
 
-def test_too_large_for_8_bits_is_the_largest_number() -> None:
-    k = torch.tensor([[[1e4, -1e4, 1.0, 447.0]]], device=DEVICE)
-    tables, num_blocks = scattered_tables([1], 16)
-    batch = device_batch(tables, 16, [1], [1])
+@pytest.mark.parametrize("dtype", [FP8, INT8])
+def test_8_bits_are_those_of_the_specification(dtype: torch.dtype) -> None:
+    k = (
+        random(9, 2, 48)
+        * torch.tensor([1e-42, 1e-20, 1e-3, 1.0, 40.0, 1e4, 1e30, 0.0, 1.0], device=DEVICE)[:, None, None]
+    )
+    k[8, 0, 5], k[8, 1, 7] = torch.inf, torch.nan
+    tables, num_blocks = scattered_tables([9], 16)
+    batch = device_batch(tables, 16, [9], [9])
     place(batch)
-    keys, values = torch.zeros(2, num_blocks * 16, 1, 4, device=DEVICE).to(FP8)
-    store(batch, k, k, keys, values, torch.ones(2, device=DEVICE))
-    assert keys[int(batch.cells[0])].float().tolist() == [[448.0, -448.0, 1.0, 448.0]]
+    keys, values = torch.zeros(2, num_blocks * 16, 2, 48, device=DEVICE).to(dtype)
+    of_keys, of_values = torch.zeros(2, num_blocks * 16 * 2, dtype=torch.bfloat16, device=DEVICE)
+    store(batch, k, -k, keys, values, (of_keys, of_values))
+    cells = batch.cells.long()
+    for data, scales, x in ((keys, of_keys, k), (values, of_values, -k)):
+        kept, of = quantise(x, dtype)
+        found = scales.view(-1, 2, 1)[cells]
+        assert torch.equal(found[:8], of[:8]) and not found[8].isfinite().any()
+        assert torch.equal(data[cells[:8]].float(), kept[:8].float()) and data[cells].float().isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8, INT8])
 def test_blocks_and_cells_are_copied_in_all_layers(dtype: torch.dtype) -> None:
     shape = CacheShape(3, 16, 2, 40, dtype)
     ours, plain = TritonKVCache(shape, 9, DEVICE), TorchKVCache(shape, 9, DEVICE)
     ours._data.copy_(random(*ours._data.shape))
+    ours._scales.copy_(random(*ours._scales.shape))
     words = plain._data.view(torch.int32)
     words.copy_(ours._data.view(torch.int32))
+    plain._scales.copy_(ours._scales)
     blocks, cells = [(0, 5), (8, 2), (3, 1)], [(0, 100), (47, 33), (143, 5)]
     ours.copy_blocks(blocks)
     ours.copy_cells_on_device(on_device([(-1, 0), *cells, (-1, -1)]))
     for (source, destination), size in [(pair, 16) for pair in blocks] + [(pair, 1) for pair in cells]:
-        rows = words.view(3, 2, 9 * 16 // size, -1)
-        rows[:, :, destination] = rows[:, :, source]
+        for each in (words, plain._scales):
+            rows = each.view(3, 2, 9 * 16 // size, -1)
+            rows[:, :, destination] = rows[:, :, source]
     assert torch.equal(ours._data.view(torch.int32), words)
+    assert torch.equal(ours._scales, plain._scales)
 
 
 def test_a_row_wider_than_a_program_is_copied_whole() -> None:
