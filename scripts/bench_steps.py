@@ -41,6 +41,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "rounded": {"weights": "packed", "packed_arithmetic": "bfloat16"},
     "int16": {"weights": "packed", "packed_arithmetic": "int16"},
     "int8": {"weights": "packed", "packed_arithmetic": "int8"},
+    "kv-int8": {"weights": "bfloat16", "kv_cache_dtype": "int8"},
+    "kv-fp8": {"weights": "bfloat16", "kv_cache_dtype": "fp8"},
 }
 MULTIPLIED = {
     "float32": (torch.float32, 1),
@@ -49,6 +51,8 @@ MULTIPLIED = {
     "rounded": (torch.bfloat16, 1),
     "int16": (torch.int8, 2),
     "int8": (torch.int8, 1),
+    "kv-int8": (torch.bfloat16, 1),
+    "kv-fp8": (torch.bfloat16, 1),
 }
 """By form: as which numbers its weights are multiplied, and how often."""
 
@@ -69,6 +73,19 @@ class Bench:
         self.block_size = config.block_size
         self.columns = SamplingColumns(1)
         self.columns.enter(0, SamplingParams(max_tokens=1, temperature=0.0), 0, 1)
+        self._filled = 0
+
+    def _fill(self, blocks: int) -> None:
+        """Writes keys and values to the first blocks: what nobody wrote is one page of zeros, and read from a cache."""
+        if blocks <= self._filled:
+            return
+        count, size, cache = np.array([blocks * self.block_size], np.int32), self.block_size, self.runner.cache
+        table = np.arange(blocks, dtype=np.int32)[None]
+        plan = cache.plan(make_batch(np.zeros(count[0], np.int32), count, count, table, np.zeros(1, np.int32), size))
+        kv = torch.randn(2, count[0], cache.shape.kv_heads, cache.shape.head_dim)
+        for layer in range(cache.shape.num_layers):
+            plan.store(layer, *kv)
+        self._filled = blocks
 
     @torch.inference_mode()
     def seconds(self, segments: int, tokens: int) -> float:
@@ -78,6 +95,7 @@ class Bench:
         blocks = -(-self.context // self.block_size)
         if segments * blocks > self.runner.cache.num_blocks:
             raise SystemExit(f"the cache has no room for {segments} streams of {self.context} tokens: fewer --sizes")
+        self._fill(segments * blocks)
         batch = make_batch(
             np.zeros(segments * tokens, np.int32),
             np.full(segments, tokens, np.int32),

@@ -40,6 +40,7 @@ CSRC = ROOT / "kernels/csrc"
 RECORDED = (
     "tests/kernels/test_weight.py",
     "tests/kernels/test_attention.py",
+    "tests/kernels/test_eight_bits.py",
     "tests/kernels/test_sampling.py",
     "tests/kernels/test_quantised.py",
     "tests/engine/models/test_families.py",

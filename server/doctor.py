@@ -107,6 +107,7 @@ def weights(asked: Asked) -> Iterator[Fact]:
         yield Fact(config.model, "not known", str(error))
     else:
         yield Fact(config.model, f"{form}: {because}")
+    yield Fact("keys and values", "in the format of --dtype; --kv-cache-dtype int8 or fp8 takes about half of bfloat16")
 
 
 def gpu(asked: Asked) -> Iterator[Fact]:

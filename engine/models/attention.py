@@ -13,6 +13,7 @@ from slipstream.engine.errors import ConfigError
 from slipstream.engine.models.config import cache_shape, decoder_config, is_own, model_shape
 from slipstream.engine.models.transformers_files import settings_of, transformers_shape
 from slipstream.kernels.attention.choice import (
+    FROM_FP8,
     Choice,
     NoAttentionError,
     Wanted,
@@ -45,9 +46,15 @@ def attention_wanted(config: dict[str, Any], options: EngineConfig, formats: For
 
 
 def attention_choice(config: dict[str, Any], options: EngineConfig, formats: Formats, device: torch.device) -> Choice:
-    """Raises ConfigError where --attention-backend cannot be used."""
+    """Raises ConfigError where --attention-backend or --kv-cache-dtype cannot be used."""
+    asked = attention_wanted(config, options, formats, device)
+    if asked.kv_dtype is torch.float8_e4m3fn and 0 < asked.capability < FROM_FP8:
+        raise ConfigError(
+            f"--kv-cache-dtype {options.kv_cache_dtype}: a GPU of compute capability {asked.capability / 10} does not "
+            f"compute with such numbers, which came with {FROM_FP8 / 10}; use --kv-cache-dtype int8"
+        )
     try:
-        choice = choose(attention_wanted(config, options, formats, device), options.attention_backend)
+        choice = choose(asked, options.attention_backend)
     except NoAttentionError as error:
         raise ConfigError(str(error)) from error
     log.info("attention by %s: %s", choice.name, choice.because)

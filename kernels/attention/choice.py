@@ -17,6 +17,8 @@ from slipstream.kernels.triton import launch
 
 Name = Literal["triton", "flashinfer", "xformers", "torch"]
 HALVES = (torch.float16, torch.bfloat16)
+FROM_FP8 = 89
+"""Compute capability from which on Triton converts float8_e4m3fn."""
 EXTRA = "pip install 'slipstream[gpu]'"
 
 
@@ -86,8 +88,8 @@ TABLE: tuple[Entry, ...] = (
         (
             Limit("Triton runs no kernels on this device", lambda wanted: not launch.runs_on(wanted.device.type)),
             Limit(
-                "there are no such numbers before compute capability 8.9: use --kv-cache-dtype int8",
-                lambda wanted: wanted.kv_dtype is torch.float8_e4m3fn and 0 < wanted.capability < 89,
+                f"a cache in fp8 needs compute capability {FROM_FP8 / 10} or newer",
+                lambda wanted: wanted.kv_dtype is torch.float8_e4m3fn and 0 < wanted.capability < FROM_FP8,
             ),
             Limit(
                 "it has heads of an even size up to 256",

@@ -31,6 +31,13 @@ def join(best, total, acc, best_next, total_next, acc_next):
 
 
 @triton.jit
+def widened(x, dtype: tl.constexpr):
+    if x.dtype == tl.int8:  # by way of float32: not every conversion from whole numbers is there
+        x = x.to(tl.float32)
+    return x.to(dtype)
+
+
+@triton.jit
 def visit_keys(
     queries,
     position,
@@ -72,7 +79,7 @@ def visit_keys(
         place = (block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head
         at = place * HEAD_DIM
         k = tl.load(keys + at[None, :] + d[:, None], mask=there[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
-        scores = tl.dot(queries, k.to(OPERAND), input_precision="ieee")
+        scores = tl.dot(queries, widened(k, OPERAND), input_precision="ieee")
         if HAS_SCALES:
             scores *= tl.load(key_scales + place, mask=there, other=0.0).to(tl.float32)[None, :]
         if HAS_SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
@@ -91,7 +98,7 @@ def visit_keys(
         v = tl.load(values + at[:, None] + d[None, :], mask=there[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         if HAS_SCALES:
             weights *= tl.load(value_scales + place, mask=there, other=0.0).to(tl.float32)[None, :]
-        acc = tl.dot(weights.to(OPERAND), v.to(OPERAND), acc * fade[:, None], input_precision="ieee")
+        acc = tl.dot(weights.to(OPERAND), widened(v, OPERAND), acc * fade[:, None], input_precision="ieee")
         best = highest
     return best, total, acc
 

@@ -164,8 +164,21 @@ class Cache:
         }
         self.batch = call.struct(c, {getattr(CBatch, name).offset: blob for name, blob in arrays.items()})
 
-    def size(self, kv_heads: int, head_dim: int, dtype: int) -> int:
-        return self.tiles * kv_heads * head_dim * 16 * _size(dtype)
+    def size(self, kv_heads: int, head_dim: int, dtype: int, form: int) -> int:
+        return self.tiles * kv_heads * head_dim * 16 * (1 if form else _size(dtype))
+
+    def scales(self, kv_heads: int) -> int:
+        """Bytes of those of keys, or of values, that are kept in 8 bits."""
+        return self.tiles * kv_heads * 16 * 2
+
+
+def _settings(call: Call, shape: CAttention, cache: Cache, kind: int) -> int:
+    """``kind`` of what is written to scales; -1 where they are read."""
+    places = {name: getattr(CAttention, name).offset for name in ("k_scales", "v_scales")}
+    return call.struct(
+        shape,
+        {at: call.writes(getattr(shape, name), cache.scales(shape.kv_heads), kind) for name, at in places.items()},
+    )
 
 
 def linear(call: Call, dtype: int, w: Any, x: int, rows: int, out: int, ld: int) -> None:
@@ -181,23 +194,24 @@ def linear(call: Call, dtype: int, w: Any, x: int, rows: int, out: int, ld: int)
 def store_kv(call: Call, a: Any, b: Any, k: int, v: int, k_cache: int, v_cache: int) -> None:
     shape, batch = _at(CAttention, a), _at(CBatch, b)
     cache = Cache(call, batch)
-    call.pointer(call.struct(shape, {}))
+    call.pointer(_settings(call, shape, cache, EXACT))
     call.pointer(cache.batch)
     for each in (k, v):
         call.pointer(call.reads(each, 4 * batch.num_tokens * shape.kv_heads * shape.head_dim))
     for each in (k_cache, v_cache):
-        call.pointer(call.writes(each, cache.size(shape.kv_heads, shape.head_dim, shape.dtype), EXACT))
+        size = cache.size(shape.kv_heads, shape.head_dim, shape.dtype, shape.cache_form)
+        call.pointer(call.writes(each, size, EXACT))
 
 
 def attention(call: Call, a: Any, b: Any, q: int, k_cache: int, v_cache: int, out: int) -> None:
     shape, batch = _at(CAttention, a), _at(CBatch, b)
     cache = Cache(call, batch)
     rows = 4 * batch.num_tokens * shape.heads * shape.head_dim
-    call.pointer(call.struct(shape, {}))
+    call.pointer(_settings(call, shape, cache, -1))
     call.pointer(cache.batch)
     call.pointer(call.reads(q, rows))
     for each in (k_cache, v_cache):
-        call.pointer(call.reads(each, cache.size(shape.kv_heads, shape.head_dim, shape.dtype)))
+        call.pointer(call.reads(each, cache.size(shape.kv_heads, shape.head_dim, shape.dtype, shape.cache_form)))
     call.pointer(call.writes(out, rows, FLOAT, ROUNDED[shape.dtype]))
 
 
@@ -242,10 +256,13 @@ def _layers(call: Call, m: CModel, layers: list[CLayer], cache: Cache | None) ->
             else:
                 pointers |= dict(_linear(call, getattr(layer, name), m.dtype, offset))
         for name in ("k_cache", "v_cache"):
-            size = 0 if cache is None else cache.size(m.kv_heads, m.head_dim, m.dtype)
-            kind = HALF if m.dtype == BF16 else FLOAT
+            size = 0 if cache is None else cache.size(m.kv_heads, m.head_dim, m.dtype, m.cache_form)
+            kind = -1 if m.cache_form else HALF if m.dtype == BF16 else FLOAT  # a sum may be at the border of two bytes
             blob = call.writes(getattr(layer, name), size, kind, DEEP[m.dtype]) if size else None
             pointers[at + getattr(CLayer, name).offset] = blob
+        for name in ("k_scales", "v_scales"):
+            size = 0 if cache is None else cache.scales(m.kv_heads)
+            pointers[at + getattr(CLayer, name).offset] = call.reads(getattr(layer, name), size) if size else None
     return call.struct(b"".join(map(bytes, layers)), pointers)
 
 
