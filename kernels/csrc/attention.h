@@ -7,7 +7,9 @@
 
 constexpr int kChunk = 128;
 constexpr int kChunkTiles = kChunk / 16;
-constexpr int kMaxQueryRows = 32;    // query heads x queries that share one pass over the keys
+// Query heads x queries that share one pass over the keys, which takes longer where these are widened first.
+constexpr int kMaxQueryRows = 64;
+constexpr int most_rows(int cache_form) { return cache_form == SLIP_CACHE_PLAIN ? 32 : kMaxQueryRows; }
 
 inline int segment_of(const SlipBatch& b, int token) {
   int low = 0, high = b.num_segments - 1;

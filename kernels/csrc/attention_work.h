@@ -24,10 +24,10 @@ struct AttentionWork {
 
   AttentionWork(const SlipAttention& a, const SlipBatch& b, int threads) {
     heads_per_kv = a.heads / a.kv_heads;
-    heads_per_tile = std::min(heads_per_kv, kMaxQueryRows);
+    heads_per_tile = std::min(heads_per_kv, most_rows(a.cache_form));
     row_floats = a.head_dim + 32;
     const int groups = (heads_per_kv + heads_per_tile - 1) / heads_per_tile;
-    const int most = kMaxQueryRows / heads_per_tile;
+    const int most = most_rows(a.cache_form) / heads_per_tile;
     std::vector<int> order(b.num_segments);
     std::iota(order.begin(), order.end(), 0);
     const auto queries = [&](int s) { return b.q_start[s + 1] - b.q_start[s]; };

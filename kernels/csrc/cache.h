@@ -34,8 +34,8 @@ inline uint8_t fp8_of(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x), size = bits & 0x7fffffff;
   const uint32_t nearest = ((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3);
   const uint32_t small = whole_of(__builtin_bit_cast(float, size) * 512.0f);
-  const uint32_t code = size < 0x3c800000 ? small : size < 0x7f800000 ? nearest : 0;
-  return static_cast<uint8_t>(code | bits >> 24 & 0x80);
+  const uint32_t code = (size < 0x3c800000 ? small : nearest) | (bits >> 24 & 0x80);
+  return static_cast<uint8_t>(size < 0x7f800000 ? code : 0);
 }
 
 // The bytes of a head x [head_dim], and the scale to multiply them with.
@@ -63,10 +63,7 @@ inline uint16_t quantise_head(int form, const float* x, int head_dim, uint8_t* b
 template <class D>
 inline void widen_tile(int form, const uint8_t* bytes, size_t count, typename D::elem* out) {
   const auto widen = [&](const auto& load) {
-    for (size_t i = 0; i < count; i += 16) {
-      if constexpr (std::is_same_v<typename D::elem, float>) vstore(out + i, load(bytes + i));
-      else vstore_halves(out + i, load(bytes + i));
-    }
+    for (size_t i = 0; i < count; i += 32) D::store_exact(out + i, load(bytes + i), load(bytes + i + 16));
   };
   if (form == SLIP_CACHE_INT8) widen([](const uint8_t* p) { return vint8(p); });
   else widen([](const uint8_t* p) { return vfp8(p); });

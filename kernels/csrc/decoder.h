@@ -165,7 +165,7 @@ inline void decoder_layer(Team& team, const SlipModel& m, const SlipLayer& layer
 template <class D, class X>
 inline void forward_as(Team& team, const SlipModel& m, const SlipBatch& b, float* hidden, void* memory) {
   const Workspace<D, X> ws(m, b.num_tokens, memory);
-  const SlipAttention shape{.heads = m.heads, .kv_heads = m.kv_heads, .head_dim = m.head_dim};
+  const SlipAttention shape{.heads = m.heads, .kv_heads = m.kv_heads, .head_dim = m.head_dim, .cache_form = m.cache_form};
   const AttentionWork work(shape, b, team.size());
   const Pass pass(team);
   if (!m.given_hidden)

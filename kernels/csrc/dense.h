@@ -17,6 +17,7 @@ struct F32 {
   static xvec broadcast(const row* p) { return vset1(*p); }
   static vec dot(vec acc, xvec x, wvec w) { return vfma(x, w, acc); }
   static void store(row* p, vec a) { vstore(p, a); }
+  static void store_exact(elem* p, vec a, vec b) { vstore(p, a), vstore(p + 16, b); }
   static float widen(elem x) { return x; }
   static elem narrow(float x) { return x; }
 };
@@ -37,6 +38,8 @@ struct Bf16 {
   static xvec broadcast(const row* p) { return vset1(p->value); }
   static vec dot(vec acc, xvec x, wvec w) { return vfma(x, w, acc); }
   static void store(row* p, vec a) { vstore(&p->value, vround(a)); }
+  // 32 numbers that bfloat16 has, one behind the other.
+  static void store_exact(elem* p, vec a, vec b) { vstore_halves(p, a), vstore_halves(p + 16, b); }
   // Two neighbours along the reduction, of 16 columns, rounded: for `dot`, and as panels hold them.
   static void rounded(vec even, vec odd, wvec (&out)[kParts]) { out[0] = vround(even), out[1] = vround(odd); }
   static void store_rounded(elem* p, vec even, vec odd) { vstore_pairs(p, vround(even), vround(odd)); }

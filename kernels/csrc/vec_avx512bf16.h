@@ -21,6 +21,8 @@ struct VectorBf16 {
   static xvec broadcast(const row* p) { return (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(p)); }
   static vec dot(vec acc, xvec x, wvec w) { return _mm512_dpbf16_ps(acc, x, w); }
   static void store(row* p, vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a)); }
+  // 32 numbers that bfloat16 has, one behind the other.
+  static void store_exact(elem* p, vec a, vec b) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a)); }
   // Two neighbours along the reduction, of 16 columns, rounded: for `dot`, and as panels hold them.
   static void rounded(vec even, vec odd, wvec (&out)[kParts]) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -112,6 +112,19 @@ def test_tokens_are_those_of_torch(tiny: str, options: dict[str, Any], monkeypat
         expected.close()
 
 
+@pytest.mark.parametrize("dtype", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_so_they_are_with_a_cache_of_8_bits(tiny: str, dtype: str) -> None:
+    """Scales are copied with branches of trees."""
+    options = HEAD | {"draft_width": 2, "kv_cache_dtype": dtype, "speculation_policy": "fixed", "max_draft_tokens": 3}
+    expected, found = (engine(tiny, kernels, **options) for kernels in ("torch", "triton"))
+    try:
+        assert found.engine.ready().kv_cache_dtype == dtype
+        assert answers(found) == answers(expected)
+    finally:
+        found.close()
+        expected.close()
+
+
 def test_what_is_recorded_to_measure_steps_serves_requests(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step is measured as it is served: not by what compiling and recording take, and by the graph of its size."""
     monkeypatch.setattr(graphs, "GraphPool", RecordingPool)

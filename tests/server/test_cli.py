@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from typer.testing import CliRunner
 
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.server import __main__ as entry
-from slipstream.server.cli import build
+from slipstream.server.cli import app, build
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.launch import listen, unknown_settings
@@ -143,6 +144,13 @@ def test_ctrl_c_before_anything_is_imported_shows_no_trace(monkeypatch: pytest.M
     with pytest.raises(SystemExit) as ended:
         entry.main()
     assert ended.value.code == 130
+
+
+@pytest.mark.parametrize("asked", ["fp8_e5m2", "int4"])
+def test_formats_that_there_are_not_are_refused_with_those_that_there_are(asked: str) -> None:
+    done = CliRunner().invoke(app, ["serve", "--kv-cache-dtype", asked])
+    assert done.exit_code == 2
+    assert all(word in done.output for word in (asked, "is not one of", "int8", "fp8_e4m3"))
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
