@@ -107,7 +107,6 @@ def weights(asked: Asked) -> Iterator[Fact]:
         yield Fact(config.model, "not known", str(error))
     else:
         yield Fact(config.model, f"{form}: {because}")
-    yield Fact("keys and values", "in the format of --dtype; --kv-cache-dtype int8 or fp8 takes about half of bfloat16")
 
 
 def gpu(asked: Asked) -> Iterator[Fact]:
@@ -150,12 +149,13 @@ def attention(asked: Asked) -> Iterator[Fact]:
     from slipstream.engine.checkpoint.checkpoint import open_checkpoint
     from slipstream.engine.config import EngineConfig
     from slipstream.engine.models.attention import attention_wanted
-    from slipstream.kernels.attention.choice import NoAttentionError, choose, wanted
+    from slipstream.kernels.attention.choice import NoAttentionError, against, choose, wanted
     from slipstream.kernels.compute import Formats
     from slipstream.kernels.kv_cache import CacheShape
 
     if asked.device.type != "cuda":
         yield Fact("chosen", "that of the kernels for the CPU, which go with their layout of the cache")
+        yield Fact("caches of 8 bits", "int8 and fp8 (--kv-cache-dtype)")
         return
     of = wanted(CacheShape(1, 16, 8, 128, torch.bfloat16), torch.bfloat16, asked.device)
     if asked.model is not None:
@@ -165,6 +165,9 @@ def attention(asked: Asked) -> Iterator[Fact]:
     yield Fact("chosen", f"{choice.name}: {choice.because}")
     for name, why in choice.others.items():
         yield Fact(f"not {name}", why)
+    for name, kept in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        why = "; ".join(against("triton", replace(of, kv_dtype=kept)))
+        yield Fact(f"with --kv-cache-dtype {name}", f"refused: {why}" if why else "triton")
     try:
         yield Fact("with --deterministic", choose(replace(of, deterministic=True)).name)
     except NoAttentionError as error:

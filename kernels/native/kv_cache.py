@@ -95,9 +95,11 @@ class _NativePlan(AttentionPlan):
         return out.to(q.dtype)
 
     def _settings(self, layer: int, heads: int, scale: float, window: int) -> CAttention:
-        shape, scales = self._shape, (None, None)
+        shape = self._shape
+        scales: tuple[int | None, int | None] = (None, None)
         if shape.has_scales:
-            scales = tuple(map(address, self._scales[layer]))
+            keys, values = self._scales[layer]
+            scales = address(keys), address(values)
         return CAttention(
             *(DTYPE_CODES[_computed(shape)], heads, shape.kv_heads, shape.head_dim, window, scale),
             *(CACHE_FORMS.get(shape.dtype, 0), 0, *scales),

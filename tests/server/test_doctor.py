@@ -53,4 +53,6 @@ def test_on_a_gpu_it_says_what_computes_attention_and_why_the_others_do_not(monk
     facts = {fact.name: fact.value for fact in attention(Asked(None, torch.device("cuda")))}
     assert facts["chosen"].startswith("triton: ") and facts["not xformers"] == "xformers is not installed"
     assert facts["not flashinfer"] and facts["with --deterministic"] == "triton"
+    kept = {"with --kv-cache-dtype int8", "with --kv-cache-dtype fp8"}
+    assert {facts.pop(name) for name in kept} == {"triton"}
     assert set(facts) == {"chosen", "not flashinfer", "not xformers", "not torch", "with --deterministic"}
