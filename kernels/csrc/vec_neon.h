@@ -89,20 +89,20 @@ inline wide wproduct(wide a, wide b) { return vmull_u32(vmovn_u64(a), vmovn_u64(
 inline wide whigh(wide a) { return vshrq_n_u64(a, 32); }
 
 // 16 numbers of 8 bits: whole ones, and e4m3 (cache.h).
-struct words {
+struct wholes {
   int32x4_t q[4];
 };
-inline words vbytes(const uint8_t* p) {
+inline wholes vbytes(const uint8_t* p) {
   const int8x16_t x = vreinterpretq_s8_u8(vld1q_u8(p));
   const int16x8_t low = vmovl_s8(vget_low_s8(x)), high = vmovl_high_s8(x);
   return {{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)}};
 }
 inline vec vint8(const uint8_t* p) {
-  const words x = vbytes(p);
+  const wholes x = vbytes(p);
   return each([&](int i) { return vcvtq_f32_s32(x.q[i]); });
 }
 inline vec vfp8(const uint8_t* p) {
-  const words x = vbytes(p);
+  const wholes x = vbytes(p);
   return each([&](int i) {
     const uint32x4_t bits = vandq_u32(vreinterpretq_u32_s32(vshlq_n_s32(x.q[i], 20)), vdupq_n_u32(0x87f00000u));
     return vmulq_f32(vreinterpretq_f32_u32(bits), vdupq_n_f32(0x1p120f));
