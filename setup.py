@@ -26,12 +26,17 @@ AVX512BF16 = [*AVX512, "-mavx512vnni", "-mavx512bf16"]
 ISA_FLAGS = {
     "x86_64": {
         "isa_avx2.cpp": AVX2,
+        "isa_avx2vnni.cpp": [*AVX2, "-mavxvnni"],
         "isa_avx512.cpp": AVX512,
         "isa_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
         "isa_avx512bf16.cpp": AVX512BF16,
         "isa_avx512amx.cpp": [*AVX512BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
     },
-    "aarch64": {"isa_neon.cpp": []},
+    "aarch64": {
+        "isa_neon.cpp": [],
+        "isa_neondot.cpp": ["-march=armv8.2-a+dotprod"],
+        "isa_neonbf16.cpp": ["-march=armv8.2-a+dotprod+bf16"],
+    },
 }
 """Instruction sets of each architecture; their sources are not for the others.
 

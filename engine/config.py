@@ -68,7 +68,9 @@ class EngineConfig:
         "Kernels: compiled ones for the CPU, Triton's for a GPU, or the torch reference; auto takes what is made for "
         "the device.",
     )
-    isa: Literal["auto", "avx512amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "neon"] = option(
+    isa: Literal[
+        "auto", "avx512amx", "avx512bf16", "avx512vnni", "avx512", "avx2vnni", "avx2", "neonbf16", "neondot", "neon"
+    ] = option(
         "auto",
         "Instructions that the compiled kernels use: of the model, and of sampling; auto takes the best that the "
         "processor has. 'slipstream doctor' says which there are.",

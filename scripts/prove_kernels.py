@@ -305,6 +305,10 @@ def boot(folder: Path, model: str, disk: Path) -> str:
 
 EXPECTED = {
     "isa_avx2": (("vfmadd231ps .*%ymm",), (r"%zmm", "vdpbf16ps", "vpdpbusd")),
+    "isa_avx2vnni": (
+        ("vfmadd231ps .*%ymm", r"\{vex\} vpdpbusd .*%ymm"),
+        (r"%zmm", r"%[xy]mm(1[6-9]|[23]\d)", r"%k\d", "vdpbf16ps"),
+    ),
     "isa_avx512": (
         ("vfmadd231ps .*%zmm", "vpslld .*%zmm"),
         ("vdpbf16ps", "vcvtneps2bf16", "vcvtne2ps2bf16", "vpdpbusd"),
@@ -321,7 +325,9 @@ EXPECTED = {
         ),
         (),
     ),
-    "isa_neon": ((r"fmla\s+v\d+\.4s",), ("bfdot", "bfmmla", "sdot", "udot")),
+    "isa_neon": ((r"fmla\s+v\d+\.4s",), ("bfdot", "bfmmla", "bfcvt", "sdot", "udot", "smmla", "fmla.*8h")),
+    "isa_neondot": ((r"fmla\s+v\d+\.4s", r"sdot\s+v\d+\.4s"), ("bfdot", "bfmmla", "bfcvt", "smmla", "fmla.*8h")),
+    "isa_neonbf16": ((r"bfdot\s+v\d+\.4s", r"sdot\s+v\d+\.4s", "bfcvtn2"), ("bfmmla", "smmla", "fmla.*8h")),
 }
 """By object: instructions that must be there, and that must not, since not every processor of the variant has them."""
 

@@ -30,9 +30,12 @@ extern const Backend kAvx512Amx;
 extern const Backend kAvx512Bf16;
 extern const Backend kAvx512Vnni;
 extern const Backend kAvx512;
+extern const Backend kAvx2Vnni;
 extern const Backend kAvx2;
 bool tiles_are_right();  // only where the processor has tiles, and the system lets them be used
 #elif defined(__aarch64__)
+extern const Backend kNeonBf16;
+extern const Backend kNeonDot;
 extern const Backend kNeon;
 #endif
 

@@ -12,6 +12,14 @@
 #include "api.h"
 #include "backend.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace {
 
 using slip::Backend;
@@ -29,6 +37,11 @@ struct Variant {
 bool has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+// Asked for here, since not every compiler's library knows it. Registers are those of AVX2.
+bool has_avx2vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -60,10 +73,31 @@ constexpr Variant kVariants[] = {
     {&slip::kAvx512Bf16, has_avx512bf16},
     {&slip::kAvx512Vnni, has_avx512vnni},
     {&slip::kAvx512, has_avx512},
+    {&slip::kAvx2Vnni, has_avx2vnni},
     {&slip::kAvx2, has_avx2},
 };
 #elif defined(__aarch64__)
-constexpr Variant kVariants[] = {{&slip::kNeon, [] { return true; }}};  // which every such processor has
+#if defined(__linux__)
+bool has_dot() { return getauxval(AT_HWCAP) >> 20 & 1; }  // HWCAP_ASIMDDP
+bool has_bf16() { return getauxval(AT_HWCAP2) >> 14 & 1; }  // HWCAP2_BF16
+#elif defined(__APPLE__)
+bool has_feature(const char* name) {
+  int there = 0;
+  size_t size = sizeof there;
+  return sysctlbyname(name, &there, &size, nullptr, 0) == 0 && there;
+}
+bool has_dot() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_bf16() { return has_feature("hw.optional.arm.FEAT_BF16"); }
+#else
+bool has_dot() { return false; }
+bool has_bf16() { return false; }
+#endif
+
+constexpr Variant kVariants[] = {
+    {&slip::kNeonBf16, [] { return has_dot() && has_bf16(); }},
+    {&slip::kNeonDot, has_dot},
+    {&slip::kNeon, [] { return true; }},  // which every such processor has
+};
 #else
 #error "there are no kernels for this architecture"
 #endif

@@ -1,4 +1,4 @@
-// 16 float lanes as two AVX2 registers.
+// 16 float lanes as two AVX2 registers: what all variants without AVX-512 share.
 #pragma once
 #include <immintrin.h>
 
@@ -6,7 +6,7 @@
 
 #include "bf16.h"
 
-namespace slip::avx2 {
+namespace slip::SLIP_ISA {
 
 // The register tile of the micro-kernel: up to kMaxRows rows times tile_panels(rows) panels. Of the 16 registers two for each
 // row and panel are sums, so that no sum waits for itself from as many as eight on.
@@ -146,4 +146,4 @@ inline void vstore_pairs(uint16_t* p, vec first, vec second) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(p) + 1, pairs(first.hi, second.hi));
 }
 
-}  // namespace slip::avx2
+}  // namespace slip::SLIP_ISA

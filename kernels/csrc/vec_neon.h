@@ -1,4 +1,4 @@
-// 16 float lanes as four NEON registers, for 64-bit ARM.
+// 16 float lanes as four NEON registers, for 64-bit ARM: what all its variants share.
 #pragma once
 #include <arm_neon.h>
 
@@ -6,7 +6,7 @@
 
 #include "bf16.h"
 
-namespace slip::neon {
+namespace slip::SLIP_ISA {
 
 // The register tile of the micro-kernel: up to kMaxRows rows times tile_panels(rows) panels. Of the 32 registers four for each
 // row and panel are sums.
@@ -137,4 +137,4 @@ inline void vstore_pairs(uint16_t* p, vec first, vec second) {
   }
 }
 
-}  // namespace slip::neon
+}  // namespace slip::SLIP_ISA

@@ -1,4 +1,4 @@
-// 16 words of 32 bits, in which quantised weights come (packed.h), as two AVX2 registers.
+// 16 words of 32 bits, in which quantised weights come (packed.h), as two AVX2 registers; with VNNI where the variant has it.
 #pragma once
 #include <immintrin.h>
 
@@ -6,7 +6,7 @@
 
 #include "vec_avx2.h"
 
-namespace slip::avx2 {
+namespace slip::SLIP_ISA {
 
 // Rows of a tile at most: for each row, and each byte of its inputs, there are two accumulators among the 16 registers.
 constexpr int kExactRows = 6, kInt8Rows = 4, kInt16Rows = 2;
@@ -67,6 +67,26 @@ inline __m256i quad(const int8_t* x) {
   return _mm256_set1_epi32(bits);
 }
 
+#ifdef __AVXVNNI__
+// Bytes without signs times bytes with signs, four of them in each word.
+using small_sums = words;
+inline small_sums small_zero() { return zero_words(); }
+inline small_sums dot_small(small_sums acc, words w, const int8_t* x) {
+  const __m256i q = quad(x);
+  return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, q), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, q)};
+}
+inline vec small_total(small_sums acc) { return to_float(acc); }
+
+// The instruction takes one factor without signs: weights with 128 added. Sums start with what that is too much.
+using signed_words = words;
+inline words signed_zero(const int32_t* start) { return {_mm256_set1_epi32(*start), _mm256_set1_epi32(*start)}; }
+inline signed_words load_signed(const uint8_t* p) {
+  const words w = load_words(p);
+  const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80));
+  return {_mm256_xor_si256(w.lo, sign), _mm256_xor_si256(w.hi, sign)};
+}
+inline words dot_signed(words acc, signed_words w, const int8_t* x) { return dot_small(acc, w, x); }
+#else
 // Sums of at most eight products of quads, of bytes 0 … 15 with -127 … 127: 16 bits hold 8 * 2 * 15 * 127.
 using small_sums = words;
 inline small_sums small_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
@@ -94,5 +114,6 @@ inline words dot_signed(words acc, const signed_words& w, const int8_t* x) {
   const __m256i hi = _mm256_maddubs_epi16(w.size.hi, _mm256_sign_epi8(q, w.w.hi));
   return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(lo, ones)), _mm256_add_epi32(acc.hi, _mm256_madd_epi16(hi, ones))};
 }
+#endif
 
-}  // namespace slip::avx2
+}  // namespace slip::SLIP_ISA

@@ -170,7 +170,7 @@ class NativeStack:
             self._cache = weakref.ref(memory)
 
 
-FAST_IN_BYTES = ("avx2", "avx512", "avx512vnni", "avx512bf16", "avx512amx")
+FAST_IN_BYTES = ("avx2", "avx2vnni", "avx512", "avx512vnni", "avx512bf16", "avx512amx")
 """Instruction sets with which products of bytes were measured to be faster than of other numbers; with tiles (AMX) few
 rows, which are what a head has, are computed as without."""
 FAST_AT_ROUNDING = ("avx512bf16",)
