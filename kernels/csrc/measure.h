@@ -51,27 +51,28 @@ inline double multiply_in_registers(Team& team, int64_t times) {
 
 // The same with bytes times bytes, as quantised matrices are multiplied.
 inline double multiply_bytes(Team& team, int64_t times) {
-  constexpr int R = 8;
+  constexpr int R = kInt8Rows;
   alignas(64) uint8_t panel[64] = {};
   const int8_t row[4] = {};
   const int items = 4 * team.size();
   const Pass pass(team);
   team.parallel(items, [&](int) {
     small_sums acc[R];
-    for (small_sums& sum : acc) {
-      sum = small_zero();
-      keep(sum);  // each as a sum of its own
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      acc[r] = small_zero();
+      keep(acc[r]);  // each as a sum of its own
     }
-    const words read = load_words(panel);
+    words w = load_words(panel);
     for (int64_t i = 0; i < times; ++i) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        words w = read;
         keep(w);  // else a product would be made once for all
         acc[r] = dot_small(acc[r], w, row);
       }
     }
-    for (small_sums& sum : acc) keep(sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) keep(acc[r]);
   });
   return 2.0 * 64 * R * items * static_cast<double>(times);
 }

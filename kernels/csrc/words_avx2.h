@@ -8,8 +8,13 @@
 
 namespace slip::SLIP_ISA {
 
-// Rows of a tile at most: for each row, and each byte of its inputs, there are two accumulators among the 16 registers.
+// Rows of a tile at most: for each row, and each byte of its inputs, there are two accumulators among the 16 registers. Without VNNI
+// a product takes registers, too.
+#ifdef __AVXVNNI__
+constexpr int kExactRows = 6, kInt8Rows = 6, kInt16Rows = 3;
+#else
 constexpr int kExactRows = 6, kInt8Rows = 4, kInt16Rows = 2;
+#endif
 
 struct words {
   __m256i lo, hi;
