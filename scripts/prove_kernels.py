@@ -8,7 +8,8 @@ neither on the batch nor on the number of threads:
 
 - native: with every variant that this processor runs, which proves the program itself;
 - amx: with the variant for Intel's tiles, whose instructions trap here and are done by a program (replay/tiles.cpp);
-- aarch64: cross-compiled, under qemu's user-mode emulation of 64-bit ARM;
+- aarch64: cross-compiled, under qemu's user-mode emulation of three 64-bit ARM processors, each of which must choose
+  a variant of its own;
 - avx512, only if asked for, since it has not yet come to an end: booted with a kernel of Linux on Bochs, which emulates
   whole machines, as a Skylake and as an Ice Lake server;
 - instructions: what each variant was compiled to is disassembled, for the instructions that it must and must not have.
@@ -55,6 +56,8 @@ PACKAGES = {
 }
 """Debian's packages that a proof needs, besides a compiler; and that of a small kernel, KERNEL."""
 KERNEL = "linux-image-cloud-amd64"
+ARM_PROCESSORS = {"cortex-a53": "neon", "neoverse-n1": "neondot", "max": "neonbf16"}
+"""Processors that qemu emulates, and the variant that must be chosen on each."""
 MACHINES = {"corei7_skylake_x": "avx512", "corei7_icelake_u": "avx512vnni"}
 """Processors that Bochs emulates, and the variant that must be chosen on each."""
 
@@ -170,7 +173,12 @@ def amx(folder: Path, recording: Path) -> None:
 
 def aarch64(folder: Path, recording: Path) -> None:
     program = build(ARM, folder / "aarch64")
-    tell("64-bit ARM, emulated by qemu", run(["qemu-aarch64-static", str(program), str(recording)]))
+    for processor, variant in ARM_PROCESSORS.items():
+        command = ["qemu-aarch64-static", "-cpu", processor, str(program), str(recording), variant]
+        output = run(command)
+        if not output.startswith(f"chosen: {variant}\n"):
+            raise NotProvedError(f"{processor}: {output.splitlines()[0]}, not {variant}")
+        tell(f"64-bit ARM, {processor} emulated by qemu", output)
 
 
 # Bochs --------------------------------------------------------------------------------------------------------------

@@ -1,23 +1,28 @@
 // Chooses the instruction set at run time and owns the team of threads.
 #include <cstring>
-#include <iterator>
 #include <memory>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "api.h"
 #include "backend.h"
 
 #if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(__aarch64__) && defined(__APPLE__)
-#include <sys/sysctl.h>
+namespace slip {
+// Null where the assembler did not know their instructions yet (setup.py).
+[[gnu::weak, gnu::visibility("hidden")]] extern const Backend kAvx2Vnni, kAvx512Amx;
+[[gnu::weak, gnu::visibility("hidden")]] bool tiles_are_right();
+}  // namespace slip
 #endif
 
 namespace {
@@ -27,7 +32,7 @@ using slip::Backend;
 const Backend* g_backend = nullptr;
 std::unique_ptr<slip::Team> g_team;
 
-// All that were compiled, the best one first.
+// All that there are, the best one first; null, if they were not compiled.
 struct Variant {
   const Backend* backend;
   bool (*runs_here)();
@@ -116,7 +121,7 @@ int64_t slip_layout(void) {
 
 const char* slip_init(int32_t threads) {
   for (const auto& [backend, runs_here] : kVariants) {
-    if (!runs_here()) continue;
+    if (!backend || !runs_here()) continue;
     g_backend = backend;
     slip_set_threads(threads);
     return backend->name;
@@ -127,14 +132,17 @@ const char* slip_init(int32_t threads) {
 const char* slip_isa(void) { return g_backend->name; }
 
 const char* slip_variant(int32_t index, int32_t* runs_here) {
-  if (index < 0 || index >= static_cast<int32_t>(std::size(kVariants))) return nullptr;
-  *runs_here = kVariants[index].runs_here();
-  return kVariants[index].backend->name;
+  for (const auto& [backend, runs] : kVariants) {
+    if (!backend || index-- > 0) continue;
+    *runs_here = runs();
+    return backend->name;
+  }
+  return nullptr;
 }
 
 int32_t slip_select(const char* isa) {
   for (const auto& [backend, runs_here] : kVariants) {
-    if (std::strcmp(backend->name, isa) == 0 && runs_here()) {
+    if (backend && std::strcmp(backend->name, isa) == 0 && runs_here()) {
       g_backend = backend;
       return 0;
     }

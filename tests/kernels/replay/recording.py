@@ -24,8 +24,8 @@ import pytest
 from slipstream.kernels.native import library
 from slipstream.kernels.native.library import CAttention, CBatch, CLayer, CLinear, CModel, CPart
 
-CALLS_EACH = 10
-"""Calls of one function by one test; properties draw more examples than say something new."""
+CALLS_EACH = 5
+"""Calls of one function by one test with the same parameters; properties draw more examples than say something new."""
 LARGEST, LARGEST_FORWARD = 1 << 18, 1 << 21
 """Bytes of a call, and of one of a whole model; larger ones take long under emulation."""
 F32, BF16 = 0, 1
@@ -331,6 +331,13 @@ DESCRIBED: tuple[Callable[..., None], ...] = (
 )
 
 
+def running() -> str:
+    """The test that runs, with its parameters but for the variant: what it does is done again with each of them."""
+    test, _, parameters = os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" ", 1)[0].partition("[")
+    kept = [each for each in parameters.rstrip("]").split("-") if each not in library.variants()]
+    return "-".join(filter(None, [test.split("/")[-1], *kept]))
+
+
 class Recorder:
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -338,7 +345,7 @@ class Recorder:
 
     def around(self, name: str, function: Callable[..., Any], describe: Callable[..., None]) -> Callable[..., Any]:
         def called(*arguments: Any) -> Any:
-            test = os.environ.get("PYTEST_CURRENT_TEST", "").split("[")[0].split(" ")[0].split("/")[-1]
+            test = running()
             key = name, test
             if not test or self._count[key] >= CALLS_EACH:
                 return function(*arguments)

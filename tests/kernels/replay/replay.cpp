@@ -330,7 +330,9 @@ bool replay(const Call& call, Tally& tally) {
 
 int main(int count, char** arguments) {
   if (count < 2) return std::fprintf(stderr, "replay FILE [VARIANT …]\n"), 2;
-  if (!slip_init(2)) return std::fprintf(stderr, "this processor runs none of the variants\n"), 2;
+  const char* chosen = slip_init(2);
+  if (!chosen) return std::fprintf(stderr, "this processor runs none of the variants\n"), 2;
+  std::printf("chosen: %s\n", chosen);
   std::vector<std::string> variants(arguments + 2, arguments + count);
   int32_t runs;
   if (variants.empty())
