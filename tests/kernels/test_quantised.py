@@ -147,6 +147,18 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(isa: str, kind: str, ari
         assert torch.equal(weight(x[:rows]), alone[:rows])
 
 
+@pytest.mark.parametrize("arithmetic", ["int16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_numbers_give_the_same_bits_on_every_variant(isa: str, kind: str, arithmetic: Arithmetic) -> None:
+    """Whatever multiplies bytes there, in tiles however tall."""
+    weight = packed(random_blocks(kind, 176, 512), arithmetic)
+    x = torch.randn(17, 512, generator=torch.Generator().manual_seed(0))
+    results = weight(x)
+    library.select(next(iter(reversed(library.variants()))))
+    assert same_bits(results, weight(x)), isa
+    library.select(isa)
+
+
 @pytest.mark.parametrize("arithmetic", [*ARITHMETIC, "bfloat16"])
 def test_what_is_not_finite_is_not_finite_afterwards(isa: str, arithmetic: Arithmetic) -> None:
     weight = packed(random_blocks("Q4_1", 48, 64), arithmetic)
