@@ -45,6 +45,7 @@ RECORDED = (
     "tests/kernels/test_sampling.py",
     "tests/kernels/test_quantised.py",
     "tests/engine/models/test_families.py",
+    "tests/engine/speculation/test_every_form.py",
 )
 """Tests of whatever calls the compiled kernels; those of whole models call them as the engine does."""
 CHOSEN = "not (test_families or triton or gpu) or Llama or Qwen or Mistral"
@@ -149,8 +150,9 @@ def check_shared(objects: Sequence[Path], tool: str) -> None:
         defined[path] = {line.split(maxsplit=2)[2] for line in lines if re.match(r"\S+ [WVu] ", line)}
     first = objects[0]
     for path in objects[1:]:
-        own = f"slip::{path.stem.removeprefix('isa_')}"
-        if strange := [name for name in defined[path] - defined[first] if own not in name]:
+        space = path.stem.removeprefix("isa_")
+        own = f"slip::{space}", f"NS_{len(space)}{space}"  # the tool does not read every name
+        if strange := [name for name in defined[path] - defined[first] if not any(map(name.__contains__, own))]:
             raise NotProvedError(
                 f"{path.stem} may be used by processors that do not run it: {', '.join(sorted(strange)[:5])}"
             )

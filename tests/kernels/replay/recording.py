@@ -24,7 +24,7 @@ import pytest
 from slipstream.kernels.native import library
 from slipstream.kernels.native.library import CAttention, CBatch, CLayer, CLinear, CModel, CPart
 
-CALLS_EACH = 5
+CALLS_EACH = 8
 """Calls of one function by one test with the same parameters; properties draw more examples than say something new."""
 LARGEST, LARGEST_FORWARD = 1 << 18, 1 << 21
 """Bytes of a call, and of one of a whole model; larger ones take long under emulation."""
