@@ -9,6 +9,7 @@ struct Bf16 {
   using elem = uint16_t;
   using row = uint16_t;
   static constexpr int kPair = 2, kParts = 1;
+  static constexpr bool kTiles = false;
   struct wvec {
     bfloat16x8_t q[4];
   };
