@@ -19,6 +19,8 @@ from slipstream.engine.checkpoint.config_file import read_config
 from slipstream.engine.checkpoint.gguf_config import translate, translate_generation_config
 from slipstream.engine.checkpoint.gguf_file import PART, GGUFFile, dequantised
 from slipstream.engine.checkpoint.json_file import leads_nowhere, read_json_object
+from slipstream.engine.checkpoint.quantised.matrix import Matrix
+from slipstream.engine.checkpoint.quantised.schemes import Scheme, assembled, find_scheme, without_empty_biases
 from slipstream.engine.checkpoint.safetensors_files import (
     StoredTensor,
     are_equal,
@@ -67,7 +69,7 @@ class Checkpoint(ABC):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, tensor) pairs, read one at a time.
 
-        Tensors have the type they are stored in, those of GGUF files float32. They may share memory with the file:
+        Tensors have the type they are stored in, quantised ones float32. They may share memory with the file:
         copy or convert them, never write to them.
         """
 
@@ -93,7 +95,7 @@ class Checkpoint(ABC):
 
 
 class FolderCheckpoint(Checkpoint):
-    """A Hugging Face folder: config.json, optional generation_config.json, safetensors files."""
+    """A Hugging Face folder: config.json, optional generation_config.json, safetensors files, quantised or not."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -111,7 +113,7 @@ class FolderCheckpoint(Checkpoint):
             output, embedding = (self._tensors.get(name) for name in (OUTPUT, INPUT))
         except ModelError:  # no weights, or damaged ones: that is told to who wants them
             return self._config
-        own = self._is_tied and output is not None and embedding is not None and not are_equal(output, embedding)
+        own = self._is_tied and output is not None and embedding is not None and not _are_equal(output, embedding)
         return self._config | {"tie_word_embeddings": False} if own else self._config
 
     @property
@@ -125,7 +127,12 @@ class FolderCheckpoint(Checkpoint):
         return read_json_object(path) if path.is_file() else {}
 
     @cached_property
-    def _tensors(self) -> dict[str, StoredTensor]:
+    def scheme(self) -> Scheme | None:
+        """How its weights are quantised, if they are; ModelError where they cannot be read so."""
+        return find_scheme(self._config, self.path)
+
+    @cached_property
+    def _tensors(self) -> dict[str, StoredTensor | Matrix]:
         """The stored tensors by Hugging Face name."""
         if self._config.get("model_type") not in FAMILIES:
             return self._stored
@@ -133,33 +140,53 @@ class FolderCheckpoint(Checkpoint):
         found = {names.get(name, name): stored for name, stored in self._stored.items()}
         if self._is_tied and INPUT not in found and OUTPUT in found:  # saved under the other of its two names
             found[INPUT] = found.pop(OUTPUT)
-        return found
+        return found if self.scheme is None else without_empty_biases(found, self._config)
 
     @cached_property
-    def _stored(self) -> dict[str, StoredTensor]:
+    def _stored(self) -> dict[str, StoredTensor | Matrix]:
         """Those of the files that the configuration is of."""
-        found = find_tensors(self.path)
+        files = find_tensors(self.path)
+        found: dict[str, StoredTensor | Matrix] = {**files}
+        if self.scheme is not None:
+            found = assembled(files, self.scheme)
         return {name: found[name] for name in of_decoder(found)} if self._is_part else found
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._tensors.items()}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self.packed_tensors(lambda kind, n, k: False):
+            assert not isinstance(tensor, Stored)
+            yield name, tensor
+
+    def packed_tensors(self, takes: TakesBlocks) -> Iterator[tuple[str, torch.Tensor | Stored]]:
         names = {id(stored): name for name, stored in self._tensors.items()}
-        for name, tensor in read_tensors(self._stored):
-            yield names[id(self._stored[name])], tensor
+        numbers = {name: each for name, each in self._stored.items() if isinstance(each, StoredTensor)}
+        for name, tensor in read_tensors({name: each for name, each in numbers.items() if id(each) in names}):
+            yield names[id(numbers[name])], tensor
+        for name, found in self._tensors.items():
+            if isinstance(found, Matrix):
+                yield name, found.stored() if takes(found.format, *found.shape) else found.numbers()
 
     def formats(self) -> dict[str, str]:
-        return {name: stored.dtype for name, stored in self._tensors.items()}
+        return {
+            name: found.format if isinstance(found, Matrix) else found.dtype for name, found in self._tensors.items()
+        }
 
     def stored(self, name: str) -> Stored:
-        return read_stored(self._tensors[name])
+        found = self._tensors[name]
+        return found.stored() if isinstance(found, Matrix) else read_stored(found)
 
     def tokenizer_data(self) -> Iterator[bytes]:
         whole = self.path / TOKENIZER_FILES[0]
         for path in [whole] if whole.is_file() else [self.path / name for name in TOKENIZER_FILES]:
             if path.is_file():
                 yield path.read_bytes()
+
+
+def _are_equal(one: StoredTensor | Matrix, other: StoredTensor | Matrix) -> bool:
+    """A quantised matrix is another one than any."""
+    return isinstance(one, StoredTensor) and isinstance(other, StoredTensor) and are_equal(one, other)
 
 
 def _what_it_is(path: Path) -> str:

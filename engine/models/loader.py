@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from slipstream.engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from slipstream.engine.checkpoint.checkpoint import Checkpoint, FolderCheckpoint, open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.checkpoint.shapes import check_shapes
 from slipstream.engine.config import EngineConfig
@@ -152,22 +152,21 @@ def _select_isa(isa: str) -> None:
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:
-    """Refuses quantised weights, and models that are made for other things than generating text."""
+    """Refuses quantised weights that cannot be read, and models that are made for other things than generating text."""
     config = checkpoint.config
-    of_text = config.get("text_config")
-    for part in (config, of_text if isinstance(of_text, dict) else {}):
-        scheme = part.get("quantization_config") or part.get("compression_config")
-        if not scheme:
-            continue
-        method = scheme.get("quant_method", "an unnamed method") if isinstance(scheme, dict) else scheme
-        raise ModelError(
-            f"{checkpoint.path}: its weights are quantised ({method}), which cannot be read; "
-            "serve the model's bfloat16 weights, or a GGUF file of it"
-        )
+    _check_scheme(checkpoint)
     stated = config.get("architectures")
     names = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
     if names and all("For" in name and not GENERATES.search(name) for name in names):
         raise ModelError(f"{checkpoint.path} holds a {names[0]}, which does not generate text")
+
+
+def _check_scheme(checkpoint: Checkpoint) -> None:
+    if isinstance(checkpoint, FolderCheckpoint) and checkpoint.scheme is not None and not is_own(checkpoint.config):
+        raise ModelError(
+            f"{checkpoint.path}: its weights are quantised, which are read for models that run natively, and "
+            f"{checkpoint.config.get('model_type')!r} models as this one do not; serve the model's bfloat16 weights"
+        )
 
 
 def build_model(
@@ -176,6 +175,7 @@ def build_model(
     """The fastest implementation that covers this model, with its weights loaded."""
     config, dummy = checkpoint.config, options.load_format == "dummy"
     if not is_own(config):
+        _check_scheme(checkpoint)
         _refuse_deterministic(options, "models that run through transformers")
         cache = cache_maker(config, options, formats, device)
         found = TransformersModel(config, formats, device, None if dummy else checkpoint, options.seed, cache)

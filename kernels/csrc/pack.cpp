@@ -1,4 +1,4 @@
-// Packs the rows of GGUF tensors, as they lie in the file, into the forms of forms.h, or into panels of numbers; and unpacks forms to
+// Packs the rows of quantised tensors, as they lie in GGUF files or are made of safetensors files, into the forms of forms.h, or into panels of numbers; and unpacks forms to
 // floats.
 #include <algorithm>
 #include <cmath>
@@ -15,7 +15,7 @@ namespace {
 // 32 inputs of one row: numbers, and whatever scales and minima the form has of them.
 struct Block {
   int8_t q[32];
-  uint16_t scale, minimum;         // float16
+  uint16_t scale, minimum;         // float16; the second may be a zero
   int8_t whole_scale[2], whole_minimum;
 };
 static_assert(sizeof(Block) == SLIP_KEPT_BYTES);
@@ -55,6 +55,11 @@ void q8_0(const uint8_t* row, int b, Block& out) {
   const uint8_t* at = row + static_cast<size_t>(b) * 34;
   out.scale = word(at);
   std::memcpy(out.q, at + 2, 32);
+}
+void int8_zero(const uint8_t* row, int b, Block& out) {
+  const uint8_t* at = row + static_cast<size_t>(b) * 36;
+  out.scale = word(at), out.minimum = word(at + 2);
+  std::memcpy(out.q, at + 4, 32);
 }
 
 // Scale and minimum of block j of 8, of 6 bits each, from the 12 bytes that Q4_K and Q5_K keep them in.
@@ -110,9 +115,13 @@ constexpr Source kSources[] = {
     {"Q4_0", kFourCentred, 32, q4_0},  {"Q4_1", kFour, 32, q4_1},        {"Q5_0", kEight, 32, q5_0},
     {"Q5_1", kEightMinimum, 32, q5_1}, {"Q8_0", kEight, 32, q8_0},       {"Q4_K", kFourSuper, 256, q4_k},
     {"Q5_K", kEightSuper, 256, q5_k},  {"Q6_K", kEightSixteen, 256, q6_k},
+    // What safetensors files hold by groups is made blocks of (engine/checkpoint/quantised).
+    {"INT4", kFourCentred, 32, q4_0},  {"INT4_ZERO", kFourZero, 32, q4_1},
+    {"INT8", kEight, 32, q8_0},        {"INT8_ZERO", kEightZero, 32, int8_zero},
     // What is in no file: blocks of a form as they are kept, and numbers that become some.
     SLIP_OF_FORM("1", kFourCentred), SLIP_OF_FORM("2", kFour), SLIP_OF_FORM("3", kEight), SLIP_OF_FORM("4", kEightMinimum),
-    SLIP_OF_FORM("5", kFourSuper), SLIP_OF_FORM("6", kEightSuper), SLIP_OF_FORM("7", kEightSixteen),
+    SLIP_OF_FORM("5", kFourSuper), SLIP_OF_FORM("6", kEightSuper), SLIP_OF_FORM("7", kEightSixteen), SLIP_OF_FORM("8", kFourZero),
+    SLIP_OF_FORM("9", kEightZero),
 };
 
 const Source* find(const char* name) {
@@ -126,14 +135,14 @@ void set_half(uint8_t* at, int column, uint16_t bits) {
 }
 
 void write(const Layout& l, const Block& from, uint8_t* group, int b, int panel, int column) {
-  const bool stored = l.minimum == Minimum::kStored;
+  const bool second = l.second();
   uint8_t* side = group + l.side_at(b, panel);
   uint8_t* halves = l.super ? group + l.header_at(b, panel) : side;
   set_half(halves, column, from.scale);
-  if (stored) set_half(halves + 32, column, from.minimum);
+  if (second) set_half(halves + 32, column, from.minimum);
   if (l.super) {
     side[column] = static_cast<uint8_t>(from.whole_scale[0]);
-    side[16 + column] = static_cast<uint8_t>(stored ? from.whole_minimum : from.whole_scale[1]);
+    side[16 + column] = static_cast<uint8_t>(second ? from.whole_minimum : from.whole_scale[1]);
   }
   uint8_t* words = group + l.words_at(b, panel) + column * 4;
   if (l.bits == 4) {
@@ -149,14 +158,14 @@ void write(const Layout& l, const Block& from, uint8_t* group, int b, int panel,
 // What was written.
 Block read_back(const Layout& l, const uint8_t* group, int b, int panel, int column) {
   Block to{};
-  const bool stored = l.minimum == Minimum::kStored;
+  const bool second = l.second();
   const uint8_t* side = group + l.side_at(b, panel);
   const uint8_t* halves = l.super ? group + l.header_at(b, panel) : side;
   to.scale = word(halves + 2 * column);
-  if (stored) to.minimum = word(halves + 32 + 2 * column);
+  if (second) to.minimum = word(halves + 32 + 2 * column);
   if (l.super) {
     to.whole_scale[0] = static_cast<int8_t>(side[column]);
-    (stored ? to.whole_minimum : to.whole_scale[1]) = static_cast<int8_t>(side[16 + column]);
+    (second ? to.whole_minimum : to.whole_scale[1]) = static_cast<int8_t>(side[16 + column]);
   }
   const uint8_t* words = group + l.words_at(b, panel) + column * 4;
   if (l.bits == 4) {
@@ -170,7 +179,7 @@ Block read_back(const Layout& l, const uint8_t* group, int b, int panel, int col
 // The numbers that a block stands for.
 void numbers(const Layout& l, const Block& from, float* out) {
   const bool stored = l.minimum == Minimum::kStored;
-  const int centre = l.minimum == Minimum::kCentred ? 8 : 0;
+  const float zero = l.minimum == Minimum::kCentred ? 8.0f : l.minimum == Minimum::kZero ? half_to_float(from.minimum) : 0.0f;
   float scale[2], minimum = stored ? half_to_float(from.minimum) : 0.0f;
   scale[0] = scale[1] = half_to_float(from.scale);
   if (l.super) {
@@ -178,7 +187,7 @@ void numbers(const Layout& l, const Block& from, float* out) {
     scale[0] *= static_cast<float>(from.whole_scale[0]);
     minimum = -(minimum * static_cast<float>(from.whole_minimum));
   }
-  for (int i = 0; i < 32; ++i) out[i] = scale[i / 16] * static_cast<float>(from.q[i] - centre);
+  for (int i = 0; i < 32; ++i) out[i] = scale[i / 16] * (static_cast<float>(from.q[i]) - zero);
   if (stored)
     for (int i = 0; i < 32; ++i) out[i] += minimum;
 }

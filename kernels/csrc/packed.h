@@ -106,6 +106,7 @@ struct Block {
   }
   vec minimum(vec scale) const {
     if constexpr (kLayout.minimum == Minimum::kCentred) return vmul(scale, vset1(-8.0f));
+    else if constexpr (kLayout.minimum == Minimum::kZero) return vsub(vzero(), vmul(scale, halves16(side + 32)));
     else if constexpr (kLayout.super) return vsub(vzero(), vmul(halves16(header + 32), signed16(side + 16)));
     else return halves16(side + 32);
   }
@@ -320,6 +321,8 @@ inline auto of_form(int form, const F& f) {
     case kEightMinimum: return f.template operator()<kEightMinimum>();
     case kFourSuper: return f.template operator()<kFourSuper>();
     case kEightSuper: return f.template operator()<kEightSuper>();
+    case kFourZero: return f.template operator()<kFourZero>();
+    case kEightZero: return f.template operator()<kEightZero>();
     default: return f.template operator()<kEightSixteen>();
   }
 }

@@ -79,6 +79,15 @@ void quantised(const uint8_t* row, int b, Block& out) {
     const Range found = range(x);
     out.scale = half_of((-found.low > found.high ? found.low : found.high) / -8.0f);
     whole_numbers(x, 32, inverse_of(half_to_float(out.scale)), 8.0f, 0.0f, 15.0f, out.q);
+  } else if constexpr (l.minimum == Minimum::kZero) {  // which is one of the numbers
+    constexpr float kSteps = l.bits == 4 ? 15.0f : 254.0f, kLeast = l.bits == 4 ? 0.0f : -127.0f;
+    const Range found = range(x);
+    const float low = std::min(found.low, 0.0f), high = std::max(found.high, 0.0f);
+    out.scale = half_of((high - low) / kSteps);
+    const float inverse = inverse_of(half_to_float(out.scale));
+    const float zero = std::clamp(kLeast + std::round(-low * inverse), kLeast, kLeast + kSteps);
+    out.minimum = half_of(zero);
+    whole_numbers(x, 32, inverse, zero, kLeast, kLeast + kSteps, out.q);
   } else if constexpr (!l.super) {
     constexpr float kSteps = l.bits == 4 ? 15.0f : 254.0f, kLeast = l.bits == 4 ? 0.0f : -127.0f;
     const Range found = range(x);

@@ -1,0 +1,1 @@
+"""Quantised weights of safetensors files: what several tensors of a module hold together, as one matrix."""
