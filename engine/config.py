@@ -51,10 +51,10 @@ class EngineConfig:
     )
     weights: Literal["auto", "packed", "bfloat16", "float32"] = option(
         "auto",
-        "How weights are kept: 'packed' leaves those that a GGUF file has quantised in their own precision, and reads "
+        "How weights are kept: 'packed' leaves those that files have quantised in their own precision, and reads "
         "that much less per step (compiled kernels on a CPU, Triton's on a GPU); others are widened at load. auto is "
         "the format of --dtype; where the processor rounds to bfloat16 fast, its numbers are made in registers of what "
-        "a GGUF file has quantised (--packed-arithmetic bfloat16).",
+        "is quantised (--packed-arithmetic bfloat16).",
     )
     packed_arithmetic: Literal["auto", "exact", "bfloat16", "int16", "int8"] = option(
         "auto",

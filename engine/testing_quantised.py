@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from slipstream.kernels.stored import Stored
+
 Parts = dict[str, Tensor]
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -165,6 +167,20 @@ def _fp8_kind(config: dict[str, Any], block: tuple[int, int], name: str = "weigh
     return Kind({"quant_method": "fp8"} | config, lambda weight: fp8(weight, block, name), "F32")
 
 
+def block_numbers(blocks: Stored) -> Tensor:
+    """What blocks of INT4, INT4_ZERO, INT8 and INT8_ZERO stand for."""
+    n, k = blocks.shape
+    data = torch.from_numpy(blocks.data.copy()).view(n, k // 32, -1)
+    sides = data[..., : -16 if "INT4" in blocks.format else -32].contiguous().view(torch.float16).float()
+    q = torch.cat((data[..., -16:] & 15, data[..., -16:] >> 4), -1)
+    zero = torch.tensor(8.0)
+    if "INT8" in blocks.format:
+        q, zero = data[..., -32:].view(torch.int8), torch.tensor(0.0)
+    if blocks.format.endswith("ZERO"):
+        zero = sides[..., 1:]
+    return (sides[..., :1] * (q.float() - zero)).view(n, k)
+
+
 KINDS: dict[str, Kind] = {
     "gptq-4": _gptq_kind(4, 32, True),
     "gptq-4-asymmetric": _gptq_kind(4, 32, False),
@@ -203,3 +219,39 @@ def write_quantised(
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": kind.config}))
     save_file(stored, folder / "model.safetensors")
     return folder, numbers
+
+
+def four_bit_floats(weight: Tensor, nested: bool, block: int = 64) -> tuple[Parts, Tensor]:
+    """``load_in_4bit`` of bitsandbytes: places in a table, times the largest of a block; that of 8 bits, if nested."""
+    table = torch.linspace(-1, 1, 16).sign() * torch.linspace(-1, 1, 16) ** 2
+    blocks = weight.reshape(-1, block)
+    largest = blocks.abs().amax(1)
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": list(weight.shape)}
+    parts = {"weight.quant_map": table}
+    if nested:
+        offset, places = float(largest.mean()), torch.linspace(-1, 1, 256)
+        rest = largest - offset
+        parts_of_16 = torch.nn.functional.pad(rest, (0, -len(rest) % 16)).view(-1, 16)
+        scales = parts_of_16.abs().amax(1).clamp(min=1e-6)
+        wide = scales.repeat_interleave(16)[: len(rest)]
+        index = ((rest / wide)[:, None] - places).abs().argmin(1)
+        largest = places[index] * wide + offset
+        state |= {"nested_blocksize": 16, "nested_offset": offset, "nested_dtype": "float32"}
+        parts |= {"weight.absmax": index.to(torch.uint8)}
+        parts |= {"weight.nested_absmax": scales, "weight.nested_quant_map": places}
+    else:
+        parts["weight.absmax"] = largest
+    index = ((blocks / largest[:, None])[..., None] - table).abs().argmin(-1)
+    pairs = index.to(torch.uint8).reshape(-1, 2)
+    parts["weight"] = (pairs[:, :1] << 4) | pairs[:, 1:]
+    told = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    parts["weight.quant_state.bitsandbytes__nf4"] = told
+    return parts, (table[index] * largest[:, None]).reshape(weight.shape)
+
+
+def rows_of_bytes(weight: Tensor) -> tuple[Parts, Tensor]:
+    """``load_in_8bit`` of bitsandbytes."""
+    largest = weight.abs().amax(1)
+    stored = (weight / largest[:, None] * 127).round().to(torch.int8)
+    numbers = stored.float() * largest[:, None] * 7.874015718698502e-3
+    return {"weight": stored, "SCB": largest, "weight_format": torch.zeros((), dtype=torch.uint8)}, numbers

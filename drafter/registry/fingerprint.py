@@ -44,6 +44,8 @@ def target_fingerprint(checkpoint: Checkpoint, lineage: str = "") -> str:
     if lineage:
         digest.update(b"lineage " + lineage.encode())
         return digest.hexdigest()
+    if checkpoint.quantisation:  # most leave embeddings and output matrices as they were
+        digest.update(b"quantised " + msgspec.json.encode(checkpoint.quantisation, order="deterministic"))
     names = [name for name in EMBEDDINGS if name in checkpoint.tensor_shapes()]
     if not names:
         raise ModelError(f"{checkpoint.path} has no {EMBEDDINGS[0]}, so drafters for it cannot be told apart")

@@ -20,7 +20,13 @@ from slipstream.engine.checkpoint.gguf_config import translate, translate_genera
 from slipstream.engine.checkpoint.gguf_file import PART, GGUFFile, dequantised
 from slipstream.engine.checkpoint.json_file import leads_nowhere, read_json_object
 from slipstream.engine.checkpoint.quantised.matrix import Matrix
-from slipstream.engine.checkpoint.quantised.schemes import Scheme, assembled, find_scheme, without_empty_biases
+from slipstream.engine.checkpoint.quantised.schemes import (
+    Scheme,
+    assembled,
+    find_scheme,
+    quantisation,
+    without_empty_biases,
+)
 from slipstream.engine.checkpoint.safetensors_files import (
     StoredTensor,
     are_equal,
@@ -60,6 +66,8 @@ class Checkpoint(ABC):
     """The content of config.json, in Hugging Face's form."""
     generation_config: dict[str, Any]
     """The content of generation_config.json; empty if there is none."""
+    quantisation: Any = None
+    """What a configuration says of quantised weights; None where it says nothing, as GGUF files, whose tensors do."""
 
     @abstractmethod
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -129,7 +137,11 @@ class FolderCheckpoint(Checkpoint):
     @cached_property
     def scheme(self) -> Scheme | None:
         """How its weights are quantised, if they are; ModelError where they cannot be read so."""
-        return find_scheme(self._config, self.path)
+        return None if self.quantisation is None else find_scheme(self.quantisation, self.path)
+
+    @cached_property
+    def quantisation(self) -> Any:
+        return quantisation(self._config, self.path)
 
     @cached_property
     def _tensors(self) -> dict[str, StoredTensor | Matrix]:

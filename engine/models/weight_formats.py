@@ -60,7 +60,8 @@ def choose_formats(
     if not packed_formats(checkpoint, config, kind):
         raise ConfigError(
             f"{asked}: {checkpoint.path} has no quantised weights that can be kept so; GGUF files of the "
-            "types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K have, but for mixtures of experts on a GPU"
+            "types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K have, and folders with whole numbers of 4 or 8 "
+            "bits (GPTQ, AWQ, compressed-tensors), but for mixtures of experts on a GPU"
         )
     return replace(formats, weights=PACKED, arithmetic=arithmetic), asked
 

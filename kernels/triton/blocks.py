@@ -1,6 +1,7 @@
-"""Blocks of GGUF files taken apart: numbers of few bits, and a scale and a lowest number of each group of them.
+"""Blocks taken apart: numbers of few bits, and a scale and a lowest number of each group of them.
 
-Layouts are those of llama.cpp, whose authors call them ggml types.
+Layouts are those of llama.cpp, whose authors call them ggml types, and those that quantised safetensors files are made
+blocks of: the same, or with a zero in the place of the lowest number.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How blocks of a type of GGUF files are kept."""
+    """How blocks of a type are kept."""
 
     block: int
     """Numbers of a block in the file."""
@@ -34,6 +35,10 @@ FORMS = {
     "Q4_K": Form(256, 32, 4, True, torch.float32),
     "Q5_K": Form(256, 32, 8, True, torch.float32),
     "Q6_K": Form(256, 16, 8, False, torch.float32),
+    "INT4": Form(32, 32, 4, True, torch.float16),
+    "INT4_ZERO": Form(32, 32, 4, True, torch.float32),
+    "INT8": Form(32, 32, 8, False, torch.float16),
+    "INT8_ZERO": Form(32, 32, 8, True, torch.float32),
 }
 
 
@@ -84,6 +89,16 @@ def _q8_0(blocks: Tensor) -> Read:
     return blocks[..., 2:].view(torch.int8), _halves(blocks, 0), None
 
 
+def _int4_zero(blocks: Tensor) -> Read:
+    scale = _halves(blocks, 0)
+    return _nibbles(blocks[..., 4:]), scale, -scale * _halves(blocks, 2)
+
+
+def _int8_zero(blocks: Tensor) -> Read:
+    scale = _halves(blocks, 0)
+    return blocks[..., 4:].view(torch.int8), scale, -scale * _halves(blocks, 2)
+
+
 def _scales_of_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Scales and lowest numbers of 8 groups: 6 bits each, times one of the block."""
     low, middle, high = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
@@ -122,5 +137,9 @@ READERS: dict[str, tuple[int, Callable[[Tensor], Read]]] = {
     "Q4_K": (144, _q4_k),
     "Q5_K": (176, _q5_k),
     "Q6_K": (210, _q6_k),
+    "INT4": (18, _q4_0),
+    "INT4_ZERO": (20, _int4_zero),
+    "INT8": (34, _q8_0),
+    "INT8_ZERO": (36, _int8_zero),
 }
 """Bytes of a block, and what reads blocks [rows, blocks, bytes]."""

@@ -241,8 +241,8 @@ def test_deterministic_mode_refuses_what_depends_on_the_batch(tmp_path: Path) ->
 
 
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:
-    write_config(tmp_path, MODELS["llama"] | {"quantization_config": {"quant_method": "gptq"}})
-    with pytest.raises(ModelError, match="gptq"):
+    write_config(tmp_path, MODELS["llama"] | {"quantization_config": {"quant_method": "hqq"}})
+    with pytest.raises(ModelError, match="hqq"):
         load_model(EngineConfig(model=str(tmp_path), load_format="dummy"))
 
 

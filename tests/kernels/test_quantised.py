@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipstream.engine.checkpoint.gguf_file import TENSOR_TYPES, dequantised
+from slipstream.engine.checkpoint.gguf_file import TENSOR_TYPES, TensorType
+from slipstream.engine.checkpoint.gguf_file import dequantised as gguf_dequantised
+from slipstream.engine.testing_quantised import block_numbers
 from slipstream.kernels.compute import Arithmetic
 from slipstream.kernels.native import library
 from slipstream.kernels.native.quantised import Arena, QuantisingWeight, StoredWeight, form_of, packed_bytes
@@ -27,10 +29,18 @@ HALVES = {
     "Q4_K": [0, 2],
     "Q5_K": [0, 2],
     "Q6_K": [208],
+    "INT4": [0],
+    "INT4_ZERO": [0, 2],
+    "INT8": [0],
+    "INT8_ZERO": [0, 2],
 }
 """Where blocks have their float16."""
 KINDS = list(HALVES)
-BLOCKS = {kind.name: kind for kind in TENSOR_TYPES.values()}
+OWN = [TensorType("INT4", 32, 18), TensorType("INT4_ZERO", 32, 20), TensorType("INT8", 32, 34)]
+OWN.append(TensorType("INT8_ZERO", 32, 36))
+BLOCKS = {kind.name: kind for kind in [*TENSOR_TYPES.values(), *OWN]}
+ZEROS = {"INT4_ZERO": (-1, 17), "INT8_ZERO": (-128, 128)}
+"""Whole numbers that blocks made of safetensors files have in the place of minima."""
 ARITHMETIC: list[Arithmetic] = ["exact", "int16", "int8"]
 MOST = {"int8": 127, "int16": 127 * 128}
 BF16 = torch.bfloat16
@@ -44,7 +54,13 @@ def random_blocks(kind: str, n: int, least_k: int, seed: int = 0) -> Stored:
     data = random.integers(0, 256, (n, count, size.block_bytes), np.uint8)
     for at in HALVES[kind]:
         data[..., at : at + 2] = random.normal(0, 0.02, (n, count)).astype(np.float16)[..., None].view(np.uint8)
+    if kind in ZEROS:
+        data[..., 2:4] = random.integers(*ZEROS[kind], (n, count)).astype(np.float16)[..., None].view(np.uint8)
     return Stored(kind, (n, count * size.block_elements), data.reshape(n, -1))
+
+
+def dequantised(stored: Stored) -> np.ndarray:
+    return block_numbers(stored).numpy() if stored.format.startswith("INT") else gguf_dequantised(stored)
 
 
 def packed(stored: Stored, arithmetic: Arithmetic = "exact", bias: bool = False) -> StoredWeight:
@@ -299,7 +315,7 @@ def test_numbers_become_blocks_of_a_form(kind: str, dtype: torch.dtype) -> None:
         weight.fill(numbers[first : first + 12], first)
     assert weight.forms == ((0, form),)
     found, sent = weight.rows(torch.arange(n)), numbers.float()
-    four = kind in ("Q4_0", "Q4_1", "Q4_K")
+    four = kind.startswith(("Q4", "INT4"))
     off, size = (found - sent).view(n, -1, 256).abs(), sent.view(n, -1, 256).abs().amax(-1, keepdim=True)
     # Centred numbers of 4 bits are off by a whole step at one end.
     assert bool((off <= size * (0.13 if four else 0.007) + 4e-6).all())

@@ -41,20 +41,21 @@ class Scheme(Protocol):
         """
 
 
-def find_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | None:
-    """None where nothing is quantised; ModelError for what cannot be read."""
+def quantisation(config: Mapping[str, Any], folder: Path) -> Any:
+    """What is said of quantised weights; None where nothing is."""
     of_text = config.get("text_config")
     for part in (config, of_text if isinstance(of_text, dict) else {}):
         stated = part.get("quantization_config") or part.get("compression_config")
         if stated:
-            break
-    else:
-        for name, method in OTHER_FILES.items():
-            if (folder / name).is_file():
-                stated = {"quant_method": method} | read_json_object(folder / name)
-                break
-        else:
-            return None
+            return stated
+    for name, method in OTHER_FILES.items():
+        if (folder / name).is_file():
+            return {"quant_method": method} | read_json_object(folder / name)
+    return None
+
+
+def find_scheme(stated: Any, folder: Path) -> Scheme:
+    """``stated`` is what ``quantisation`` found; ModelError for what cannot be read."""
     if not isinstance(stated, dict):
         raise _unreadable(folder, str(stated))
     try:

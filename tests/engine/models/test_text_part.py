@@ -50,8 +50,8 @@ def test_ties_are_said_by_the_whole_or_the_part(
 
 
 def test_a_decoder_of_a_quantised_model_is_refused_as_such(tmp_path: Path) -> None:
-    opened(tmp_path, {"model_type": "llava", "text_config": TINY_LLAMA, "quantization_config": {"quant_method": "awq"}})
-    with pytest.raises(ModelError, match="quantised \\(awq\\)"):
+    opened(tmp_path, {"model_type": "llava", "text_config": TINY_LLAMA, "quantization_config": {"quant_method": "hqq"}})
+    with pytest.raises(ModelError, match="quantised \\(hqq\\)"):
         load_model(EngineConfig(model=str(tmp_path), load_format="dummy"))
 
 

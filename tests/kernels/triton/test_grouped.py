@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+from slipstream.engine.testing_quantised import block_numbers
 from slipstream.kernels.stored import Stored
 from slipstream.kernels.triton import launch
 from slipstream.kernels.triton.blocks import FORMS, READERS, form_of
@@ -19,6 +20,8 @@ from slipstream.kernels.weight import DenseWeight
 DEVICE = torch.device("cpu" if launch.is_interpreted() else "cuda")
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCALES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+ZEROS = {"INT4_ZERO": 16, "INT8_ZERO": 128}
+"""Whole numbers in blocks, and below what they are."""
 """Bytes of a block at which there are scales, where that is not the first one alone."""
 
 
@@ -29,11 +32,16 @@ def stored(kind: str, n: int, k: int, seed: int = 0) -> Stored:
     for place in SCALES.get(kind, (0,)):
         scales = generator.uniform(-0.1, 0.1, blocks.shape[:2]).astype(np.float16)
         blocks[:, :, place : place + 2] = scales[..., None].view(np.uint8)
+    if kind in ZEROS:
+        zeros = generator.integers(0, ZEROS[kind], blocks.shape[:2]).astype(np.float16)
+        blocks[:, :, 2:4] = zeros[..., None].view(np.uint8)
     return Stored(kind, (n, k), blocks.reshape(n, -1))
 
 
 def numbers(blocks: Stored) -> Tensor:
     """As the authors of the format read them."""
+    if blocks.format.startswith("INT"):
+        return block_numbers(blocks).to(DEVICE)
     found = gguf.quants.dequantize(blocks.data, gguf.GGMLQuantizationType[blocks.format])
     return torch.from_numpy(found).to(DEVICE)
 
