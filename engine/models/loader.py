@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from slipstream.engine.checkpoint.checkpoint import Checkpoint, FolderCheckpoint, open_checkpoint
+from slipstream.engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
+from slipstream.engine.checkpoint.quantised.schemes import find_scheme
 from slipstream.engine.checkpoint.shapes import check_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
@@ -24,7 +25,7 @@ from slipstream.engine.models.config import ModelShape, cache_shape, decoder_con
 from slipstream.engine.models.decoder import Decoder
 from slipstream.engine.models.gpu_memory import budget, has_own_memory, step_bytes
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.models.transformers_files import transformers_shape
+from slipstream.engine.models.transformers_files import is_of_transformers, transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
 from slipstream.engine.models.weight_formats import DTYPES, choose_formats, describe, weights_bytes
 from slipstream.engine.models.weights import Rows, ahead, load, require_numbers
@@ -154,19 +155,12 @@ def _select_isa(isa: str) -> None:
 def _check_kind(checkpoint: Checkpoint) -> None:
     """Refuses quantised weights that cannot be read, and models that are made for other things than generating text."""
     config = checkpoint.config
-    _check_scheme(checkpoint)
+    if checkpoint.quantisation is not None:
+        find_scheme(checkpoint.quantisation, checkpoint.path)
     stated = config.get("architectures")
     names = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
     if names and all("For" in name and not GENERATES.search(name) for name in names):
         raise ModelError(f"{checkpoint.path} holds a {names[0]}, which does not generate text")
-
-
-def _check_scheme(checkpoint: Checkpoint) -> None:
-    if isinstance(checkpoint, FolderCheckpoint) and checkpoint.scheme is not None and not is_own(checkpoint.config):
-        raise ModelError(
-            f"{checkpoint.path}: its weights are quantised, which are read for models that run natively, and "
-            f"{checkpoint.config.get('model_type')!r} models as this one do not; serve the model's bfloat16 weights"
-        )
 
 
 def build_model(
@@ -175,11 +169,10 @@ def build_model(
     """The fastest implementation that covers this model, with its weights loaded."""
     config, dummy = checkpoint.config, options.load_format == "dummy"
     if not is_own(config):
-        _check_scheme(checkpoint)
         _refuse_deterministic(options, "models that run through transformers")
         cache = cache_maker(config, options, formats, device)
         found = TransformersModel(config, formats, device, None if dummy else checkpoint, options.seed, cache)
-        stored = checkpoint.formats() if checkpoint.path.is_dir() and not dummy else {}
+        stored = checkpoint.formats() if is_of_transformers(checkpoint) and not dummy else {}
         for name in found.weights.shapes:
             require_numbers(name, not stored.get(name, "F").startswith(("F", "BF")))
         return found

@@ -17,6 +17,7 @@ from slipstream.engine.models.weights import is_buffer, unknown
 
 SIZES = ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "head_dim")
 ROPE = ("rope_parameters", "original_max_position_embeddings", "rope_local_base_freq")
+QUANTISATION = ("quantization_config", "compression_config")
 ERRORS = (
     *(ValueError, LookupError, ImportError, AttributeError, TypeError, OSError, RuntimeError, ArithmeticError),
     *(AssertionError, SafetensorError, StrictDataclassError),
@@ -79,6 +80,11 @@ def transformers_switch_length(config: dict[str, Any]) -> int:
     return switch_length(known, stated_positions(positions)) if known else 0
 
 
+def is_of_transformers(checkpoint: Checkpoint) -> bool:
+    """Whether transformers reads these files: quantised ones take packages, and often a GPU."""
+    return checkpoint.path.is_dir() and checkpoint.quantisation is None
+
+
 def build_module(config: dict[str, Any], dtype: torch.dtype, checkpoint: Checkpoint | None, seed: int) -> Any:
     """The module with the weights of a checkpoint, or random ones; its attention is paged_attention."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -95,12 +101,13 @@ def build_module(config: dict[str, Any], dtype: torch.dtype, checkpoint: Checkpo
         if checkpoint is None:
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **options)
-        if checkpoint.path.is_dir():
+        weights: dict[str, torch.Tensor] = {}
+        if is_of_transformers(checkpoint):
             module, info = AutoModelForCausalLM.from_pretrained(
                 checkpoint.path, local_files_only=True, output_loading_info=True, **options
             )
-        else:  # no file of transformers'
-            settings = AutoConfig.for_model(**config)
+        else:  # widened by the project's own readers
+            settings = AutoConfig.for_model(**{key: config[key] for key in config if key not in QUANTISATION})
             weights = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors()}
             module, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].from_pretrained(
                 None, config=settings, state_dict=weights, output_loading_info=True, **options
@@ -115,6 +122,9 @@ def build_module(config: dict[str, Any], dtype: torch.dtype, checkpoint: Checkpo
     if missing := sorted(info["missing_keys"]):
         some = ", ".join(missing[:3])
         raise ModelError(f"the checkpoint in {checkpoint.path} lacks {len(missing)} tensors, for example {some}")
-    if extra := sorted(name for name in info["unexpected_keys"] if not is_buffer(name)):
+    extra = sorted(name for name in info["unexpected_keys"] if not is_buffer(name))
+    # Some quantisers add biases of nothing but zeros.
+    extra = [name for name in extra if not name.endswith(".bias") or name not in weights or weights[name].any()]
+    if extra:
         raise unknown(extra[0], type(module).__name__)
     return module

@@ -41,7 +41,7 @@ def unknown(name: str, owner: str) -> ModelError:
     """What is wrong with a checkpoint that has a tensor of this name, which ``owner`` has not."""
     if QUANTISED.search(name):
         return ModelError(
-            f"the checkpoint holds {name!r}: its weights are quantised, which cannot be read; "
+            f"the checkpoint holds {name!r}: its weights are quantised, and no quantization_config says how; "
             "serve the model's bfloat16 weights, or a GGUF file of it"
         )
     return ModelError(f"the checkpoint holds a tensor {name!r} that {owner} does not have")

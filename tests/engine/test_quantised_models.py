@@ -66,6 +66,20 @@ def test_every_family_reads_them(tmp_path: Path, family: str) -> None:
     assert said(folder, kernels="torch") == expected
 
 
+@pytest.mark.parametrize("name", ["gptq-4-act-order", "w4a16", "fp8-blocks"])
+def test_models_that_run_through_transformers_read_them_widened(tmp_path: Path, name: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = POLICY | {"model_type": "olmo2"}
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    tensors = {key: each * (10 if each.ndim == 2 else 1) for key, each in made.state_dict().items()}
+    empty = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
+    folder, numbers = write_quantised(tmp_path / "few", tensors, config, KINDS[name], empty)
+    expected = said(write_policy(tmp_path / "dense", numbers, config))
+    assert said(folder) == expected and len({token for text in expected for token in text}) > 1
+
+
 @needs_native
 @pytest.mark.parametrize("name", KINDS)
 def test_they_say_what_their_numbers_say(tmp_path: Path, name: str) -> None:

@@ -248,10 +248,3 @@ def test_what_cannot_be_read_is_refused_before_anything_is(tmp_path: Path, schem
     (tmp_path / "config.json").write_text(json.dumps(POLICY | {"quantization_config": scheme}))
     with pytest.raises(ModelError, match=message):
         load_model(EngineConfig(model=str(tmp_path)))
-
-
-def test_models_that_run_through_transformers_are_refused(tmp_path: Path) -> None:
-    config = POLICY | {"model_type": "gemma2", "quantization_config": KINDS["gptq-4"].config}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"'gemma2' models as this one do not; serve the model's bfloat16 weights"):
-        load_model(EngineConfig(model=str(tmp_path)))
