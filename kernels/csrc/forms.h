@@ -1,14 +1,16 @@
 // How quantised weights lie in memory: what packing writes and every instruction set reads. Included inside a namespace of each, for
 // units that are compiled for different instruction sets must not share code.
 //
-// The types of GGUF files, and those that safetensors files are made blocks of, become a few forms, without a bit of the numbers they stand for being lost. A weight is
-// scale * q + minimum; q is 4 bits without or 8 bits with a sign; scale and minimum belong to 32 inputs of one output, the scale
-// of one form to 16. They are float16 as in the file, or, as in the file too, whole numbers times a float16 per 256 inputs.
+// The types of GGUF files, and those that quantised safetensors files are made blocks of, become a few forms, without a bit of the
+// numbers they stand for being lost. A weight is scale * q + minimum; q is 4 bits without or 8 bits with a sign; scale and minimum
+// belong to 32 inputs of one output, the scale of one form to 16. They are float16 as in the file, or, as in the file too, whole
+// numbers times a float16 per 256 inputs; or the minimum is a whole number, the zero, times the scale, which float32 has exactly.
 //
 //   form                  from            bits  scale per   minimum
 //   kFourCentred          Q4_0, INT4      4     32          -8 * scale
 //   kFour                 Q4_1            4     32          of its own
-//   kEight          Q5_0, Q8_0, INT8      8     32          none
+//   kEight                Q5_0, Q8_0,     8     32          none
+//                         INT8
 //   kEightMinimum         Q5_1            8     32          of its own
 //   kFourSuper            Q4_K            4     32 of 256   of its own
 //   kEightSuper           Q5_K            8     32 of 256   of its own
@@ -26,7 +28,9 @@
 //            words, of 4 bits: [4 octets of inputs][16 columns] of 32 bits: byte b has input b in its low half, 4 + b in the high one
 //              of 8 bits: [8 quads of inputs][16 columns] of 32 bits: byte b is input b
 
-enum Form : int32_t { kFourCentred = 1, kFour, kEight, kEightMinimum, kFourSuper, kEightSuper, kEightSixteen, kFourZero, kEightZero, kForms };
+enum Form : int32_t {
+  kFourCentred = 1, kFour, kEight, kEightMinimum, kFourSuper, kEightSuper, kEightSixteen, kFourZero, kEightZero, kForms
+};
 
 enum class Minimum { kNone, kStored, kCentred, kZero };
 

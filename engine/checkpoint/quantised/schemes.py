@@ -164,5 +164,9 @@ def assembled(tensors: Mapping[str, StoredTensor], scheme: Scheme) -> Quantised:
         if (matrix := scheme.matrix(module)) is not None:
             made[f"{name}.weight"] = matrix
             gone.update(parts.values())
-    plain = {name: stored for name, stored in tensors.items() if name not in gone and not ACTIVATIONS.search(name)}
-    return {**plain, **made}
+    plain: Quantised = {
+        name: stored for name, stored in tensors.items() if name not in gone and not ACTIVATIONS.search(name)
+    }
+    if twice := plain.keys() & made.keys():
+        raise ModelError(f"the checkpoint holds {min(twice)!r} both as numbers and quantised")
+    return plain | made

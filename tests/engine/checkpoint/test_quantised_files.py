@@ -210,6 +210,7 @@ def put(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Pa
         ("w4a16", put("weight_packed", lambda t: t[:, :-2]), r"q_proj.weight_packed' has shape \[64, 6\]"),
         ("w4a16-asymmetric", put("weight_zero_point", lambda t: t[:-1]), r"q_proj.weight_zero_point' has shape"),
         ("w8a8", put("weight_scale", lambda t: t[:-1]), r"q_proj.weight_scale' has shape"),
+        ("awq", lambda parts: parts.update(weight=torch.ones(64, 64)), r"q_proj.weight' both as numbers and quantised"),
         ("fp8", drop("weight_scale"), r"lacks '.*q_proj.weight_scale'"),
         ("fp8-blocks", put("weight_scale_inv", lambda t: t[:-1]), r"q_proj.weight_scale_inv' has shape"),
     ],
