@@ -75,6 +75,11 @@ class Context:
         self._deadline = deadline
 
     @property
+    def streams_s(self) -> float:
+        """Streams that are measured are given so long for their prompts, and so long again for their steps."""
+        return math.inf if self.dry_run else 15.0
+
+    @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 

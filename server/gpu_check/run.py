@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -214,6 +215,7 @@ class Running:
     def _work(self, connection: Connection) -> None:
         """In the process of the stage."""
         os.setpgid(0, 0)
+        gc.freeze()  # what is imported stays, and need not be looked through with every engine that ends
         if self._check.options.dry_run:
             torch.set_num_threads(1)  # tiny shapes are not worth a second one
         send = connection.send

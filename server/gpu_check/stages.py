@@ -1,6 +1,8 @@
 """The stages, in the order of their value."""
 
+from dataclasses import replace
 from functools import partial
+from math import inf
 
 from slipstream.server.gpu_check import attention, drafting, equality, kernels, machine, peers, real, steps, throughput
 from slipstream.server.gpu_check.context import Stage
@@ -22,3 +24,8 @@ STAGES = (
     Stage("32B", "tokens per second, 32B shape", partial(throughput.of_shape, "32B"), 40, 110),
 )
 """The first one says on what; without it there is nothing to do."""
+
+
+def unhurried(stage: Stage) -> Stage:
+    """Without limits of its own: those are what it takes on a GPU, and say nothing of how busy another machine is."""
+    return replace(stage, least_s=0, most_s=inf, part_s=inf)

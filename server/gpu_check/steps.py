@@ -22,7 +22,7 @@ from slipstream.server.gpu_check.engines import (
     prompts,
     synchronize,
 )
-from slipstream.server.gpu_check.throughput import PART_S, dummy_engine
+from slipstream.server.gpu_check.throughput import dummy_engine
 from slipstream.server.gpu_check.trace import watch
 
 STEPS = 20
@@ -68,8 +68,8 @@ def _watch(
     steps = 4 if context.dry_run else STEPS
     vocab = local.engine.loaded.model.shape.vocab_size
     longest = local.engine.loaded.max_model_len - prompt - 1
-    with decoding(local, prompts(count, prompt, vocab, count), longest, PART_S, adapters) as running:
-        plain = measure(local, running, steps, PART_S / 2)
+    with decoding(local, prompts(count, prompt, vocab, count), longest, context.streams_s, adapters) as running:
+        plain = measure(local, running, steps, context.streams_s / 2)
         found = watch(lambda: _run(local, steps), context.scratch / f"{model}-{count}.json")
         waits = _synchronisations(context, local, steps)
     if not context.on_gpu and not found.operations:
@@ -133,8 +133,10 @@ def _memory(context: Context) -> None:
         loaded = local.engine.loaded
         made, beside = _reserved(context), _outside(context)
         for count in counts:  # whatever is recorded for sizes of steps is recorded now
-            with decoding(local, prompts(count, prompt, loaded.model.shape.vocab_size), 40, PART_S) as running:
-                measure(local, running, 2, PART_S)
+            with decoding(
+                local, prompts(count, prompt, loaded.model.shape.vocab_size), 40, context.streams_s
+            ) as running:
+                measure(local, running, 2, context.streams_s)
             synchronize(local)
             local.engine.runner.profile(count, 1, longest)  # and for sequences of any length
         outside = _outside(context) - beside

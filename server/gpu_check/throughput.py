@@ -22,8 +22,6 @@ PROMPT, STEPS = 128, 64
 LONG_PROMPT, LONG_ANSWER = 1024, 1024
 SPARE_BYTES = 4 << 30
 """Memory of the device that is left for activations and graphs."""
-PART_S = 15.0
-"""Streams that are measured are given so long for their prompts, and so long again for their steps."""
 WANTED_SHARE = 0.8
 
 
@@ -73,8 +71,8 @@ def of_shape(name: str, context: Context) -> Iterator[Part]:
 def _measure(context: Context, name: str, local: LocalEngine, count: int, prompt: int, steps: int) -> None:
     shape = models.shape(context, name)
     texts = prompts(count, prompt, shape["vocab_size"], count)
-    with decoding(local, texts, steps + 2 * WARM_UP, PART_S) as running:
-        speed = measure(local, running, steps, PART_S)
+    with decoding(local, texts, steps + 2 * WARM_UP, context.streams_s) as running:
+        speed = measure(local, running, steps, context.streams_s)
     itemsize = 2 if context.on_gpu else 4
     read = models.weights_bytes(shape, itemsize) + count * prompt * models.kv_bytes(shape, itemsize)
     share = read / copied_per_s(context) / (speed.seconds / speed.steps)
@@ -110,9 +108,9 @@ def _deterministic(context: Context) -> None:
             made = dummy_engine(context, name, count * longest, max_model_len=longest, deterministic=demanded)
             with (
                 made as local,
-                decoding(local, prompts(count, prompt, shape["vocab_size"]), longest, PART_S) as running,
+                decoding(local, prompts(count, prompt, shape["vocab_size"]), longest, context.streams_s) as running,
             ):
-                found[demanded] = measure(local, running, steps, PART_S).tokens_per_s
+                found[demanded] = measure(local, running, steps, context.streams_s).tokens_per_s
         except ConfigError as error:
             raise NotThere(str(error)) from None
     context.row(

@@ -22,7 +22,7 @@ from slipstream.engine.speculation.tree import Tree
 from slipstream.kernels import ops
 from slipstream.server.gpu_check import run as running
 from slipstream.server.gpu_check.context import Context, NotThere, Options, Part, Stage
-from slipstream.server.gpu_check.stages import STAGES
+from slipstream.server.gpu_check.stages import STAGES, unhurried
 
 AMPLE_S = 9000.0
 
@@ -102,14 +102,14 @@ def wrong_kernel() -> tuple[Stage, ...]:
     """What it computes is off by a thousandth."""
     right = ops.silu_mul
     ops.silu_mul = lambda gate, up: right(gate, up) * 1.001
-    return only("kernels")
+    return only("kernels", "silu_mul")
 
 
 def wrong_acceptance() -> tuple[Stage, ...]:
     """The first draft token is taken for right, whatever was sampled at its place."""
     right = Tree.accepted
     Tree.accepted = lambda self, sampled: right(self, sampled) or [0]  # type: ignore[method-assign]
-    return only("equality")
+    return only("equality", "with a head")
 
 
 def spawned() -> tuple[Stage, ...]:
@@ -117,9 +117,14 @@ def spawned() -> tuple[Stage, ...]:
     return (STAGES[0], stage("wrong", wrong), stage("broken", broken))
 
 
-def only(name: str) -> tuple[Stage, ...]:
-    """With all the time that a busy machine may take."""
-    return (STAGES[0], *(replace(each, most_s=AMPLE_S) for each in STAGES if each.name == name))
+def only(name: str, part: str) -> tuple[Stage, ...]:
+    """One stage, and of that the parts of this name, whatever follows a comma in it."""
+    [found] = (unhurried(each) for each in STAGES if each.name == name)
+
+    def parts(context: Context) -> Iterator[Part]:
+        yield from (each for each in found.parts(context) if each.name.split(",")[0] == part)
+
+    return STAGES[0], replace(found, parts=parts)
 
 
 def twice() -> tuple[Stage, ...]:
