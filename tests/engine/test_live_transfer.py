@@ -41,6 +41,8 @@ LEVELS: list[tuple[tuple[MemoryTag, ...], bool]] = [
     (("kv_cache", "weights"), True),
     (("kv_cache", "weights"), False),
 ]
+ARENAS = 128 << 20
+"""What glibc's allocator reserves for threads that begin meanwhile: 64 MiB each."""
 TRAINER = """
 import json, sys, torch, torch.distributed as dist
 from datetime import timedelta
@@ -88,19 +90,22 @@ def test_memory_returns_to_the_system(real_prompts: Callable[..., list[list[int]
         process, ready = psutil.Process(client.pid), client.ready
         before = await say(client, prompts)
         assert before[1] > 0 and before[2]
-        awake = process.memory_info().rss
+        awake = process.memory_info()
         for number in range(3):
             for tags, keep in LEVELS:
+                reserved = process.memory_info().vms
                 await client.call(ReleaseMemory(tags, keep))
-                asleep = process.memory_info().rss
-                freed = ready.kv_cache_bytes + (0 if keep else ready.weights_bytes)
+                asleep = process.memory_info()
                 await client.call(ResumeMemory(tags))
                 assert await say(client, prompts) == before
-                again = process.memory_info().rss
+                again = process.memory_info()
                 what = f"round {number}, {' and '.join(tags)}{'' if keep else ', discarded'}"
-                sizes = [size >> 20 for size in (awake, asleep, awake - freed, again)]
-                print(f"{what}: MiB awake {sizes[0]}, asleep {sizes[1]} (expected {sizes[2]}), again {sizes[3]}")
-                assert asleep <= 1.05 * (awake - freed) and abs(again - awake) <= 0.05 * awake
+                sizes = [f"{size.rss >> 20} of {size.vms >> 20}" for size in (awake, asleep, again)]
+                print(f"{what}: MiB resident awake {sizes[0]}, asleep {sizes[1]}, again {sizes[2]}")
+                # Of the cache only what has been written is resident: that all is gone shows in what is reserved.
+                assert asleep.vms <= reserved - ready.kv_cache_bytes + ARENAS
+                assert asleep.rss <= 1.05 * (awake.rss - (0 if keep else ready.weights_bytes))
+                assert asleep.rss < awake.rss and abs(again.rss - awake.rss) <= 0.05 * awake.rss
         await client.call(CheckIntegrity())
         await client.close()
 
