@@ -48,7 +48,7 @@ import json, sys, torch, torch.distributed as dist
 from datetime import timedelta
 from torch.distributed import distributed_c10d as c10d
 port, shapes = int(sys.argv[1]), json.loads(sys.argv[2])
-limit = timedelta(seconds=100)
+limit = timedelta(seconds=1000)
 store, rank, size = next(dist.rendezvous(f"tcp://127.0.0.1:{port}", 0, 2, timeout=limit))
 group, _ = c10d._new_process_group_helper(
     size, rank, [], c10d.Backend("gloo"), c10d.PrefixStore("weights", store), group_name="weights", timeout=limit

@@ -33,7 +33,7 @@ class Model(torch.nn.Module):
 
 def main() -> None:
     url, own, other, port = sys.argv[1:]
-    client = VLLMClient(base_url=url, group_port=int(port), connection_timeout=60)
+    client = VLLMClient(base_url=url, group_port=int(port), connection_timeout=600)
     greedy = {"temperature": 0.0, "max_tokens": 6, "generation_kwargs": {"ignore_eos": True}}
     found: dict[str, Any] = {"model": client.model, "world_size": client.get_world_size()}
     found["info"] = client.get_server_info()
