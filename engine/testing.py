@@ -56,9 +56,9 @@ POLICY: dict[str, Any] = {
 """config.json of a model that is smaller still, for tests in which a trainer changes its weights."""
 
 
-def policy(seed: int, config: dict[str, Any] = POLICY) -> dict[str, Tensor]:
+def policy(seed: int, config: dict[str, Any] = POLICY, times: int = 10) -> dict[str, Tensor]:
     """Weights that are large, so that the next token depends on those before it, and on the seed."""
-    return {name: tensor * (10 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(config, seed)}
+    return {name: tensor * (times if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(config, seed)}
 
 
 def telling_policy(version: int) -> dict[str, Tensor]:

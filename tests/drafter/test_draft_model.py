@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
 
 from slipstream.drafter.choice import make_drafters
 from slipstream.drafter.draft_model import MOST_AT_ONCE
@@ -18,7 +16,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.speculation.protocol import DraftRow, Proposal
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing import LocalEngine, policy, write_policy
 from slipstream.engine.testing_gguf import write_gguf
 from slipstream.kernels.native.library import isa
 
@@ -36,11 +34,7 @@ TARGET = {
 
 
 def write(folder: Path, config: dict[str, Any]) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(config, 0)}
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    return write_policy(folder, policy(0, config, 8), config)
 
 
 def engine(target: Path, draft: Path, **fields: Any) -> LocalEngine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,13 +18,12 @@ from slipstream.drafter.head.config import LAYER, HeadConfig
 from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
 from slipstream.drafter.training.target import Target
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.speculation.protocol import DraftRow, Proposal
-from slipstream.engine.testing import TINY_LLAMA, LocalEngine
+from slipstream.engine.testing import TINY_LLAMA, LocalEngine, policy, write_policy
 from slipstream.kernels import random
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.native.library import isa
@@ -37,11 +34,7 @@ KERNELS = ["torch", *(["native"] if isa() else [])]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target")
-    (path / "config.json").write_text(json.dumps(TARGET))
-    tensors = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(TARGET, 0)}
-    save_file(tensors, path / "model.safetensors")
-    return path
+    return write_policy(tmp_path_factory.mktemp("target"), policy(0, TARGET, 8), TARGET)
 
 
 def first_head(target: DecoderConfig) -> FirstHead:
@@ -334,18 +327,8 @@ def test_a_head_that_the_kernels_of_its_model_do_not_compute_is_refused(folder: 
     LocalEngine(EngineConfig(model=str(folder), kv_cache_memory="4MiB", kernels="torch"), [HeadDrafter(make)])
 
 
-def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path) -> None:
-    neox = {
-        "model_type": "gpt_neox",
-        "vocab_size": 96,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 128,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(neox))
-    config = EngineConfig(model=str(tmp_path), load_format="dummy", kv_cache_memory="4MiB")
+def test_a_model_that_does_not_show_its_states_is_refused(opaque: Path) -> None:
+    config = EngineConfig(model=str(opaque), load_format="dummy", kv_cache_memory="4MiB")
     with pytest.raises(ConfigError, match="gpt_neox"):
         LocalEngine(config, [HeadDrafter(first_head)])
 

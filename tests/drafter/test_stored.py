@@ -18,18 +18,9 @@ from safetensors.torch import load, save, save_file
 from slipstream.drafter.head import layout, stored
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
+from slipstream.engine.testing import TINY_LLAMA
 
-TARGET = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-}
+TARGET = TINY_LLAMA | {"num_hidden_layers": 8}
 CONFIG = layout.config_for(decoder_config(TARGET), 48)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -20,13 +20,12 @@ from slipstream.drafter.registry.exchange import import_head
 from slipstream.drafter.registry.fingerprint import served_fingerprint
 from slipstream.drafter.registry.registry import Registry
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, MisfitError, ModelError, SlipstreamError, SupersededError
 from slipstream.engine.messages import DrafterStats, SamplingParams, TokenDelta
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.operations import DropDrafter, SwapDrafter, SwapReport
-from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine
+from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine, policy, write_policy
 from slipstream.kernels.native.library import isa
 
 TARGET = TINY_LLAMA | {"max_position_embeddings": 512, "tie_word_embeddings": True}
@@ -36,20 +35,13 @@ KERNELS = ["torch", *(["native"] if isa() else [])]
 @pytest.fixture(scope="module")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small weights and tied embeddings: it repeats the last token, which its own last layer sees coming."""
-    path = tmp_path_factory.mktemp("echo")
-    (path / "config.json").write_text(json.dumps(TARGET))
-    save_file(dict(dummy_tensors(TARGET, 0)), path / "model.safetensors")
-    return path
+    return write_policy(tmp_path_factory.mktemp("echo"), policy(0, TARGET, 1), TARGET)
 
 
 @pytest.fixture(scope="module")
 def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large weights: what it says depends on everything before."""
-    path = tmp_path_factory.mktemp("lively")
-    (path / "config.json").write_text(json.dumps(TARGET))
-    tensors = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(TARGET, 0)}
-    save_file(tensors, path / "model.safetensors")
-    return path
+    return write_policy(tmp_path_factory.mktemp("lively"), policy(0, TARGET, 8), TARGET)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.core import MOST_FAILURES
 from slipstream.engine.listening import EndedRequest, Listener
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams, TrafficStats
 from slipstream.engine.models.protocol import CausalModel, Forward
 from slipstream.engine.speculation.protocol import Computed, Drafter, DraftRow, Proposal
-from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine
+from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine, policy, write_policy
 
 VOCAB = TINY_LLAMA["vocab_size"]
 BROKEN = VOCAB - 1
@@ -30,13 +27,9 @@ Make = Callable[..., LocalEngine]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    (path / "config.json").write_text(json.dumps(TINY_LLAMA))
-    # Large weights, so that the next token depends on those before it.
-    tensors = {name: tensor * (20 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(TINY_LLAMA, 0)}
+    tensors = policy(0, TINY_LLAMA, 20)
     tensors["model.embed_tokens.weight"][BROKEN] = float("nan")
-    save_file(tensors, path / "model.safetensors")
-    return path
+    return write_policy(tmp_path_factory.mktemp("model"), tensors, TINY_LLAMA)
 
 
 @pytest.fixture(scope="module", params=["native", "torch"])

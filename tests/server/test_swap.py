@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,19 +11,17 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
-from safetensors.torch import save_file
 
 from slipstream.drafter.head import layout
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.client import EngineClient
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError, SlipstreamError
 from slipstream.engine.messages import NewRequest, SamplingParams, TokenDelta
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.operations import CheckIntegrity, DropDrafter, SwapDrafter
-from slipstream.engine.testing import TINY_LLAMA
+from slipstream.engine.testing import TINY_LLAMA, policy, write_policy
 from slipstream.server.app import build_app
 from slipstream.server.config import ServerConfig
 from slipstream.server.service import Service
@@ -36,11 +33,7 @@ STREAMS = 32
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    (path / "config.json").write_text(json.dumps(TINY))
-    tensors = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(TINY, 0)}
-    save_file(tensors, path / "model.safetensors")
-    return path
+    return write_policy(tmp_path_factory.mktemp("tiny"), policy(0, TINY, 8), TINY)
 
 
 def write_heads(model: str | Path, folder: Path, draft_vocab_size: int) -> list[Path]:

@@ -15,18 +15,9 @@ from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.registry.registry import Registry
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.models.config import decoder_config
+from slipstream.engine.testing import TINY_LLAMA
 
-TARGET = {
-    "model_type": "llama",
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-}
+TARGET = TINY_LLAMA | {"num_hidden_layers": 8}
 Head = tuple[HeadConfig, dict[str, Tensor]]
 
 

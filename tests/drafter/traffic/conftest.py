@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,27 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from slipstream.drafter.traffic.store import Sample, TrafficStore
 from slipstream.drafter.traffic.tap import TrafficTap
 from slipstream.drafter.traffic.writer import TrafficWriter
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.speculation.protocol import Drafter
-from slipstream.engine.testing import TINY_LLAMA, LocalEngine
+from slipstream.engine.testing import TINY_LLAMA, LocalEngine, policy, write_policy
 
 TARGET = TINY_LLAMA | {"num_hidden_layers": 6, "max_position_embeddings": 512}
 
 
 @pytest.fixture(scope="session")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("traffic-target")
-    (path / "config.json").write_text(json.dumps(TARGET))
-    tensors = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(TARGET, 0)}
-    save_file(tensors, path / "model.safetensors")
-    return path
+    return write_policy(tmp_path_factory.mktemp("traffic-target"), policy(0, TARGET, 8), TARGET)
 
 
 @pytest.fixture(scope="session")

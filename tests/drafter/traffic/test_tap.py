@@ -250,20 +250,8 @@ def test_long_requests_keep_the_features_of_their_end(
     assert kept == {300: 100, 90: 100, 40: 100}
 
 
-def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path, tapped_engine: Any) -> None:
-    import json
-
-    neox = {
-        "model_type": "gpt_neox",
-        "vocab_size": 96,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 128,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(neox))
-    config = EngineConfig(model=str(tmp_path), load_format="dummy", kv_cache_memory="4MiB")
+def test_a_model_that_does_not_show_its_states_is_refused(tmp_path: Path, opaque: Path, tapped_engine: Any) -> None:
+    config = EngineConfig(model=str(opaque), load_format="dummy", kv_cache_memory="4MiB")
     with pytest.raises(ConfigError, match="--traffic-log tokens"):
         tapped_engine(tmp_path / "t", config)
 

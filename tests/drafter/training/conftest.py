@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from slipstream.drafter.head import layout
@@ -29,25 +28,15 @@ from slipstream.drafter.training.checkpoint import Checkpoint
 from slipstream.drafter.training.network import TrainableHead
 from slipstream.drafter.training.packing import Example
 from slipstream.engine.checkpoint import open_checkpoint
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.models.loader import build_model, find_device
+from slipstream.engine.testing import TINY_LLAMA, policy, write_policy
 from slipstream.kernels.compute import Formats
 from tests.forking import Forks
 
 VOCAB, HIDDEN = 96, 64
-TARGET = {
-    "model_type": "llama",
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 96,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-}
+TARGET = TINY_LLAMA | {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 8}
 MakeHead = Callable[..., TrainableHead]
 MakeExample = Callable[..., Example]
 
@@ -144,11 +133,7 @@ class Traffic:
 @pytest.fixture(scope="session")
 def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The target as files, with weights."""
-    path = tmp_path_factory.mktemp("training-target")
-    (path / "config.json").write_text(json.dumps(TARGET))
-    tensors = {name: tensor * (8 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(TARGET, 0)}
-    save_file(tensors, path / "model.safetensors")
-    return path
+    return write_policy(tmp_path_factory.mktemp("training-target"), policy(0, TARGET, 8), TARGET)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.models.decoder import Decoder
 from slipstream.engine.models.loader import COMPUTES
@@ -19,6 +18,7 @@ from slipstream.engine.models.weights import load
 from slipstream.engine.runner.trees import BranchSegments
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.engine.speculation.tree import Tree, affordable, branches, depths
+from slipstream.engine.testing import policy
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.compute import Formats
 from slipstream.kernels.native.library import isa
@@ -77,7 +77,7 @@ def model(request: pytest.FixtureRequest) -> CausalModel:
     config = decoder_config(CONFIG)
     compute = COMPUTES[request.param](Formats.of(torch.float32), torch.device("cpu"))
     made = Decoder(config, compute, 512)
-    load(made, ((name, tensor * (10 if tensor.ndim == 2 else 1)) for name, tensor in dummy_tensors(CONFIG, 0)))
+    load(made, policy(0, CONFIG).items())
     return made
 
 

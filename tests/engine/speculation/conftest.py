@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.operations import UseVocabulary
 from slipstream.engine.speculation.protocol import Drafter
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing import LocalEngine, policy, write_policy
 from slipstream.engine.testing_gguf import write_gguf
 
 CONFIG = {
@@ -33,19 +30,13 @@ TOKENS = [b"a", b"b", b"ab", b"ba", b"(", b")", b"()", b"<end>"]
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    # Large weights, so that the next token depends on those before it.
-    tensors = {name: tensor * (20 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(CONFIG, 0)}
-    save_file(tensors, path / "model.safetensors")
-    return path
+    return write_policy(tmp_path_factory.mktemp("tiny"), policy(0, CONFIG, 20), CONFIG)
 
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with weights that are quantised, in all kinds of forms."""
-    tensors = {name: tensor * (20 if tensor.ndim == 2 else 1) for name, tensor in dummy_tensors(CONFIG, 0)}
-    return write_gguf(tmp_path_factory.mktemp("packed") / "tiny.gguf", tensors, CONFIG)
+    return write_gguf(tmp_path_factory.mktemp("packed") / "tiny.gguf", policy(0, CONFIG, 20), CONFIG)
 
 
 @pytest.fixture(scope="session")
