@@ -106,7 +106,7 @@ def _read_head(
 ) -> tuple[layout.HeadConfig, Mapping[str, Tensor]]:
     if not (folder / MANIFEST_FILE).is_file():
         return layout.read(folder, target)
-    head, tensors = read_folder(folder, fingerprint, target_name(config.model, config.target_lineage))
+    head, tensors = read_folder(folder, fingerprint, target_name(config.model, config.target_lineage, config.quantize))
     if manifests.read(folder).training.shares_output:  # the target's weights may be others than when it was trained
         tensors.pop(OUTPUT)
     return head, tensors

@@ -41,6 +41,11 @@ def breathe() -> None:
         background.breathe()
 
 
+def is_beside_steps() -> bool:
+    """Whether this is work in the background, which has to come in such pieces."""
+    return getattr(_current, "background", None) is not None
+
+
 def done(result: Any) -> Future[Any]:
     """The future of what needed no background."""
     future: Future[Any] = Future()

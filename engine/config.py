@@ -56,6 +56,12 @@ class EngineConfig:
         "the format of --dtype; where the processor rounds to bfloat16 fast, its numbers are made in registers of what "
         "is quantised (--packed-arithmetic bfloat16).",
     )
+    quantize: Literal["none", "q8", "q4"] = option(
+        "none",
+        "Quantise weights that come as numbers (bfloat16, float16, float32) when they are loaded or updated, and keep "
+        "them packed: all matrices in 8 bits, or those of layers in 4; for the compiled kernels on a CPU and Triton's "
+        "on a GPU.",
+    )
     packed_arithmetic: Literal["auto", "exact", "bfloat16", "int16", "int8"] = option(
         "auto",
         "How packed weights are computed with: 'exact' widens them in registers; 'bfloat16' rounds them there, which "

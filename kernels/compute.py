@@ -19,7 +19,7 @@ from torch import Tensor
 from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
-from slipstream.kernels.stored import Stored
+from slipstream.kernels.stored import Quantize, Stored
 from slipstream.kernels.weight import Weight
 
 Reads = Literal["normed", "both", "plain"]
@@ -32,6 +32,11 @@ Arithmetic = Literal["exact", "bfloat16", "int16", "int8"]
 activations quantised by blocks of 32."""
 PACKED = "packed"
 """Format of matrices that are kept as they came, quantised ones in their own precision."""
+EIGHT_BITS, FOUR_BITS = "Q8_0", "Q4_1"
+"""The types of GGUF files whose blocks they become: of 8 bits, or of 4 where q4 has them."""
+KEPT_IN_EIGHT = ("", "v_proj", "gate")
+"""Where q4 has 8 bits: outside of layers; for values, which are few, and by which most is lost; and for what chooses
+among experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,8 @@ class Formats:
     """Format of keys and values in the cache."""
     arithmetic: Arithmetic = "exact"
     """How quantised matrices are computed."""
+    quantize: Quantize = "none"
+    """What numbers of packed matrices become."""
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Formats:
@@ -61,6 +68,15 @@ class Formats:
     def numbers(self) -> str:
         """Name of the number format in which weights are told to others, and compared with theirs."""
         return str(self.compute).removeprefix("torch.") if self.weights == PACKED else self.weights
+
+    def blocks_of_numbers(self, module: str = "") -> str:
+        """The type of GGUF files whose blocks numbers of a matrix become; empty if they stay.
+
+        ``module``: the last part of its name where it is of a layer, for example ``v_proj``.
+        """
+        if self.quantize == "none":
+            return ""
+        return EIGHT_BITS if self.quantize == "q8" or module in KEPT_IN_EIGHT else FOUR_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,8 +308,8 @@ class Compute(ABC):
         return self
 
     @abstractmethod
-    def weight(self, n: int, k: int, bias: bool = False) -> Weight:
-        """A matrix to be filled."""
+    def weight(self, n: int, k: int, bias: bool = False, module: str = "") -> Weight:
+        """A matrix to be filled; ``module`` as in ``Formats.blocks_of_numbers``."""
 
     @abstractmethod
     def norm(self, width: int) -> Tensor:

@@ -75,7 +75,8 @@ class ExpertMatrices:
         sizes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
         self.router = make.weight(self.settings.experts, hidden)
         self._experts = [
-            {matrix: make.weight(n, k) for matrix, (n, k) in sizes.items()} for _ in range(self.settings.experts)
+            {matrix: make.weight(n, k, module=f"{matrix}_proj") for matrix, (n, k) in sizes.items()}
+            for _ in range(self.settings.experts)
         ]
 
     @property

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+Quantize = Literal["none", "q8", "q4"]
+"""What matrices that come as numbers are quantised to when they come."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

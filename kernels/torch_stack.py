@@ -117,19 +117,19 @@ class TorchLayer:
         q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         hidden, inner = shape.hidden, shape.intermediate
         matrices = {
-            "q": make.weight(q_width, shape.input_width, shape.qkv_bias),
-            "k": make.weight(kv_width, shape.input_width, shape.qkv_bias),
-            "v": make.weight(kv_width, shape.input_width, shape.qkv_bias),
-            "out": make.weight(hidden, q_width, shape.out_bias),
+            "q": make.weight(q_width, shape.input_width, shape.qkv_bias, "q_proj"),
+            "k": make.weight(kv_width, shape.input_width, shape.qkv_bias, "k_proj"),
+            "v": make.weight(kv_width, shape.input_width, shape.qkv_bias, "v_proj"),
+            "out": make.weight(hidden, q_width, shape.out_bias, "o_proj"),
         }
         self._mixture: MixtureWeights | ExpertMatrices | None = None
         if shape.mixture is not None:
             self._mixture = (ExpertMatrices if make.formats.weights == PACKED else MixtureWeights)(shape, make)
         if self._mixture is None:
             matrices |= {
-                "gate": make.weight(inner, hidden, shape.mlp_bias),
-                "up": make.weight(inner, hidden, shape.mlp_bias),
-                "down": make.weight(hidden, inner, shape.mlp_bias),
+                "gate": make.weight(inner, hidden, shape.mlp_bias, "gate_proj"),
+                "up": make.weight(inner, hidden, shape.mlp_bias, "up_proj"),
+                "down": make.weight(hidden, inner, shape.mlp_bias, "down_proj"),
             }
         self._matrices = {MATRICES[field]: weight for field, weight in matrices.items()}
         self._norms: dict[str, Tensor] = {}
@@ -319,7 +319,7 @@ class TorchCompute(Compute):
     def name(self) -> str:
         return f"torch-{self.device.type}"
 
-    def weight(self, n: int, k: int, bias: bool = False) -> Weight:
+    def weight(self, n: int, k: int, bias: bool = False, module: str = "") -> Weight:
         return WEIGHTS[self.formats.weights](n, k, self.device, bias)
 
     def norm(self, width: int) -> Tensor:

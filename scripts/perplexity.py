@@ -31,13 +31,19 @@ FORMS: dict[str, dict[str, Any]] = {
     "exact": {"weights": "packed", "packed_arithmetic": "exact"},
     "int16": {"weights": "packed", "packed_arithmetic": "int16"},
     "int8": {"weights": "packed", "packed_arithmetic": "int8"},
+    **{
+        f"{bits}-{arithmetic}": {"quantize": bits, "packed_arithmetic": arithmetic}
+        for bits in ("q8", "q4")
+        for arithmetic in ("exact", "bfloat16", "int16", "int8")
+    },
     "exact-float32": {"weights": "packed", "packed_arithmetic": "exact", "dtype": "float32"},
     "int16-float32": {"weights": "packed", "packed_arithmetic": "int16", "dtype": "float32"},
     "int8-float32": {"weights": "packed", "packed_arithmetic": "int8", "dtype": "float32"},
     "kv-int8": {"weights": "bfloat16", "kv_cache_dtype": "int8"},
     "kv-fp8": {"weights": "bfloat16", "kv_cache_dtype": "fp8"},
 }
-"""float32 as dtype is about the cache and attention, where weights are packed."""
+"""float32 as dtype is about the cache and attention, where weights are packed. Those that begin with q8 and q4 are for
+checkpoints of numbers (--quantize), others than float32 and bfloat16 for what is quantised in its files."""
 BLOCK, AT_ONCE = 16, 128
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from slipstream.kernels.stored import Quantize
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,19 +33,21 @@ class Asked:
 
     model: str | None
     device: torch.device
+    quantize: Quantize = "none"
 
 
 def doctor(
     model: Annotated[
         str | None, typer.Option(help="For this model, as for serve; by default for one of Llama's shape in bfloat16.")
     ] = None,
+    quantize: Annotated[Quantize, typer.Option(help="As for serve.")] = "none",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what would run on this machine, why, and what is missing."""
     from slipstream.engine.config import EngineConfig
     from slipstream.engine.models.loader import find_device  # imports torch
 
-    asked = Asked(model, find_device(EngineConfig()))
+    asked = Asked(model, find_device(EngineConfig()), quantize)
     found = {title: list(facts(asked)) for title, facts in SECTIONS.items()}
     if as_json:
         print(json.dumps({title: [asdict(fact) for fact in facts] for title, facts in found.items()}, indent=2))
@@ -100,7 +104,7 @@ def weights(asked: Asked) -> Iterator[Fact]:
     from slipstream.engine.errors import SlipstreamError
     from slipstream.engine.models.loader import weights_here
 
-    config = EngineConfig(model=asked.model) if asked.model else EngineConfig()
+    config = EngineConfig(model=asked.model or EngineConfig().model, quantize=asked.quantize)
     try:
         form, because = weights_here(config)
     except SlipstreamError as error:

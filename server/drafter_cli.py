@@ -12,6 +12,7 @@ import typer
 
 from slipstream.drafter.registry.registry import Registry, default_folder
 from slipstream.drafter.registry.states import Version
+from slipstream.kernels.stored import Quantize
 from slipstream.server.evolution.config import check_version_route
 from slipstream.server.tables import cell, new_table, show_table
 
@@ -44,6 +45,8 @@ Lineage = Annotated[
         envvar="SLIPSTREAM_TARGET_LINEAGE",
     ),
 ]
+
+Quantized = Annotated[Quantize, typer.Option(help="The --quantize of that server.", envvar="SLIPSTREAM_QUANTIZE")]
 
 
 def open_registry(folder: Path) -> Registry:
@@ -180,6 +183,7 @@ def import_folder(
     folder: Annotated[Path, typer.Argument(help="An EAGLE head, or a version folder of another registry.")],
     target: Model = "default",
     target_lineage: Lineage = "",
+    quantize: Quantized = "none",
     route: Route = "",
     note: Annotated[str, typer.Option(help="Kept in the manifest.")] = "",
     as_json: AsJson = False,
@@ -190,7 +194,8 @@ def import_folder(
 
     check_version_route(route, "route")
     checkpoint = open_checkpoint(target)
-    added = import_head(Registry(registry), folder, checkpoint, lineage=target_lineage, route=route, note=note)
+    known = {"lineage": target_lineage, "quantize": quantize}
+    added = import_head(Registry(registry), folder, checkpoint, **known, route=route, note=note)
     report(added, "is a candidate", as_json)
 
 

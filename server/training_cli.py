@@ -21,6 +21,7 @@ from slipstream.server.drafter_cli import (
     Folder,
     Lineage,
     Model,
+    Quantized,
     open_registry,
     print_json,
 )
@@ -54,6 +55,7 @@ def train(
     ] = None,
     model: Model = "default",
     target_lineage: Lineage = "",
+    quantize: Quantized = "none",
     route: TrainedRoute = "",
     loss: Annotated[
         Literal["auto", "ce", "kl", "rkl", "jsd", "tv", "tvpp", "nla", "lk", "race"],
@@ -96,6 +98,7 @@ def train(
     options = WorkerOptions(
         model=model,
         lineage=target_lineage,
+        quantize=quantize,
         traffic=str(traffic_folder),
         registry=str(registry),
         routes=(route,),
@@ -165,6 +168,7 @@ def evaluate_head(
     traffic_folder: Traffic,
     model: Model = "default",
     target_lineage: Lineage = "",
+    quantize: Quantized = "none",
     route: TrainedRoute = "",
     texts: Annotated[int, typer.Option(min=1, help="How many, the latest ones.")] = 200,
     depth: Annotated[int, typer.Option(min=1, max=15, help="Draft tokens in a row.")] = 3,
@@ -188,6 +192,7 @@ def evaluate_head(
     options = WorkerOptions(
         model=model,
         lineage=target_lineage,
+        quantize=quantize,
         traffic=str(traffic_folder),
         registry=str(registry),
         routes=(route,),

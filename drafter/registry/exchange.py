@@ -55,7 +55,7 @@ def export_version(registry: Registry, version: int, folder: Path) -> Sequence[s
     return cautions
 
 
-def check_import(folder: Path, target: Checkpoint, *, lineage: str = "") -> HeadConfig:
+def check_import(folder: Path, target: Checkpoint, *, lineage: str = "", quantize: str = "none") -> HeadConfig:
     """What is to be imported, as far as can be told without numpy; raises ModelError as ``import_head`` does.
 
     Of a published head, whose numbers may be anything, only small files are read; of a version all bytes.
@@ -63,7 +63,8 @@ def check_import(folder: Path, target: Checkpoint, *, lineage: str = "") -> Head
     decoder = decoder_config(target.config)
     if (folder / MANIFEST_FILE).is_file():
         manifest = manifests.read(folder)
-        check_fit(manifest, target_fingerprint(target, lineage), target_name(target.path.name, lineage))
+        fingerprint = target_fingerprint(target, lineage, quantize)
+        check_fit(manifest, fingerprint, target_name(target.path.name, lineage, quantize))
         intact(folder, manifest)
         config = head_config(manifest)
     else:
@@ -75,7 +76,14 @@ def check_import(folder: Path, target: Checkpoint, *, lineage: str = "") -> Head
 
 
 def import_head(
-    registry: Registry, folder: Path, target: Checkpoint, *, lineage: str = "", route: str = "", note: str = ""
+    registry: Registry,
+    folder: Path,
+    target: Checkpoint,
+    *,
+    lineage: str = "",
+    quantize: str = "none",
+    route: str = "",
+    note: str = "",
 ) -> Version:
     """Adds a published head, or a version folder of another registry, as a candidate for a target.
 
@@ -85,7 +93,7 @@ def import_head(
     """
     from slipstream.drafter.head import stored  # imports numpy
 
-    config = check_import(folder, target, lineage=lineage)
+    config = check_import(folder, target, lineage=lineage, quantize=quantize)
     decoder = decoder_config(target.config)
     weights: Weights
     if (folder / MANIFEST_FILE).is_file():
@@ -108,8 +116,8 @@ def import_head(
     return registry.add(
         config,
         weights,
-        target=target_fingerprint(target, lineage),
-        target_name=target_name(target.path.name, lineage),
+        target=target_fingerprint(target, lineage, quantize),
+        target_name=target_name(target.path.name, lineage, quantize),
         origin=origin,
         route=route,
         training=training,

@@ -26,7 +26,7 @@ END_BYTES = 1 << 20
 """Read of a file where it is only to be told from others."""
 
 
-def target_fingerprint(checkpoint: Checkpoint, lineage: str = "") -> str:
+def target_fingerprint(checkpoint: Checkpoint, lineage: str = "", quantize: str = "none") -> str:
     """Hash over architecture, tokenizer, and embedding and output weights as they are stored.
 
     The same weights in another format or quantisation are another model.
@@ -34,6 +34,7 @@ def target_fingerprint(checkpoint: Checkpoint, lineage: str = "") -> str:
     Args:
         lineage: a name that stands for the weights, where these change while the drafter goes on to fit: the steps of
             a reinforcement-learning run.
+        quantize: what numbers become when they are loaded, as in ``EngineConfig``.
 
     Raises ModelError if the checkpoint is damaged or has no weights of these names.
     """
@@ -51,6 +52,7 @@ def target_fingerprint(checkpoint: Checkpoint, lineage: str = "") -> str:
         raise ModelError(f"{checkpoint.path} has no {EMBEDDINGS[0]}, so drafters for it cannot be told apart")
     for name in names:
         _update_with_tensor(digest, checkpoint.stored(name).data.reshape(-1).data)
+    digest.update(_of_quantize(quantize))
     return digest.hexdigest()
 
 
@@ -59,7 +61,7 @@ def served_fingerprint(config: EngineConfig) -> str:
     lineage = config.target_lineage
     if not lineage and config.load_format == "dummy":
         lineage = f"dummy weights {config.seed}"
-    return target_fingerprint(open_checkpoint(config.model), lineage)
+    return target_fingerprint(open_checkpoint(config.model), lineage, config.quantize)
 
 
 def traffic_target(config: EngineConfig) -> str:
@@ -83,12 +85,15 @@ def files_fingerprint(config: EngineConfig) -> str:
             for begin in (0, max(size - END_BYTES, 0)):
                 content.seek(begin)
                 digest.update(content.read(END_BYTES))
+    digest.update(_of_quantize(config.quantize))
     return digest.hexdigest()
 
 
-def target_name(model: str, lineage: str) -> str:
+def target_name(model: str, lineage: str, quantize: str = "none") -> str:
     """How people are told which target a drafter is for."""
-    return f"{model}, lineage {lineage!r}" if lineage else model
+    if lineage:
+        return f"{model}, lineage {lineage!r}"
+    return model if quantize == "none" else f"{model}, quantised to {quantize}"
 
 
 def _architecture(checkpoint: Checkpoint) -> bytes:
@@ -101,6 +106,10 @@ def _architecture(checkpoint: Checkpoint) -> bytes:
         if not decoder[later]:
             del decoder[later]
     return msgspec.json.encode(decoder | {"parameters": None}, order="deterministic")
+
+
+def _of_quantize(quantize: str) -> bytes:
+    return b"" if quantize == "none" else b"quantize " + quantize.encode()
 
 
 def _update_with_tensor(digest: hashlib._Hash, data: memoryview) -> None:

@@ -20,6 +20,7 @@ from slipstream.drafter.training.losses import LossName, default_loss
 from slipstream.drafter.training.packing import Example
 from slipstream.drafter.training.target import Target, Unusable
 from slipstream.drafter.training.trainer import Trainer, TrainOptions
+from slipstream.kernels.stored import Quantize
 
 LONGER_STEPS_FROM, LONGER_STEPS = 100, 2
 """Rounds that begin after so many steps of a head's training take so many times as many positions per step:
@@ -37,6 +38,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Routes to train heads for; see ``belongs``."""
     lineage: str = ""
     """Name of the target's lineage, where its weights change (RL); see drafter.registry.fingerprint."""
+    quantize: Quantize = "none"
+    """What the server quantises the target's numbers to."""
     loss: LossName | None = None
     """None: what suits the traffic."""
     depth: int = 3

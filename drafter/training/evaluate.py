@@ -42,7 +42,11 @@ def evaluate(
     store = TrafficStore(options.traffic, create=False)
     place = options.place()
     place.enter()
-    target = Target(options.model, options.draft_vocab_size, options.longest + 1, options.lineage, place=place)
+    target = Target(
+        *(options.model, options.draft_vocab_size, options.longest + 1, options.lineage),
+        place=place,
+        quantize=options.quantize,
+    )
     target.follow(store)
     trainable = _open(head, target, registry)
     course = Course(options, route, target, store)

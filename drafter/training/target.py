@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
@@ -26,8 +26,9 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.models.loader import build_model
-from slipstream.kernels.compute import Formats
+from slipstream.kernels.compute import PACKED, Arithmetic, Formats
 from slipstream.kernels.machine import fast_dtype
+from slipstream.kernels.stored import Quantize
 
 Unusable = Literal["other weights", "no features"]
 RECOMPUTING_BYTES = 1 << 30
@@ -68,12 +69,14 @@ class Target:
         lineage: str = "",
         between: Callable[[], object] = lambda: None,
         place: Place | None = None,
+        quantize: Quantize = "none",
     ) -> None:
         """
         Args:
             max_length: in tokens, of texts whose features are recomputed.
             between: called now and then while heads and the model compute.
             place: where heads are trained and scored, which read the embeddings there; the CPU if not told.
+            quantize: what the server quantises numbers to; features are recomputed likewise.
 
         Raises ModelError.
         """
@@ -81,11 +84,11 @@ class Target:
         self._place = place or Place()
         self.device = self._place.device
         self._checkpoint = open_checkpoint(model)
-        self._model = EngineConfig(model=model, target_lineage=lineage, graph_memory="0")
+        self._model = EngineConfig(model=model, target_lineage=lineage, graph_memory="0", quantize=quantize)
         self._traffic_target = traffic_target(self._model)
         self.config = decoder_config(self._checkpoint.config)
-        self.fingerprint = target_fingerprint(self._checkpoint, lineage)
-        self.name = target_name(Path(self._checkpoint.path).name, lineage)
+        self.fingerprint = target_fingerprint(self._checkpoint, lineage, quantize)
+        self.name = target_name(Path(self._checkpoint.path).name, lineage, quantize)
         self.lineage = lineage
         self.serving = Serving()
         self.dtype = fast_dtype(self.device)
@@ -199,6 +202,10 @@ class Target:
         if self._recompute is None:
             size = self._checkpoint.weights_bytes(torch.bfloat16) + RECOMPUTING_BYTES
             device = self.device if self._place.has_room_for(size) else CPU
-            model = build_model(self._checkpoint, self._model, Formats.of(torch.bfloat16), device, self._max_length)
+            formats = Formats.of(torch.bfloat16)
+            if (bits := self._model.quantize) != "none":
+                arithmetic: Arithmetic = "bfloat16" if device.type == "cpu" else "exact"
+                formats = replace(formats, weights=PACKED, arithmetic=arithmetic, quantize=bits)
+            model = build_model(self._checkpoint, self._model, formats, device, self._max_length)
             self._recompute = Recompute(model, self.taps, self._max_length, between=self._between)
         return self._recompute

@@ -73,6 +73,7 @@ class Worker:
             options.lineage,
             self._stand_by.wait,
             self._place,
+            options.quantize,
         )
         self._arithmetic = self._place.describe(self._target.dtype)
         self._unreadable = ""

@@ -33,7 +33,7 @@ def find(config: EngineConfig) -> Path | None:
     files = sorted(FOLDER.glob("*.safetensors"))
     if not files or config.load_format == "dummy":
         return None
-    fingerprint = target_fingerprint(open_checkpoint(config.model))
+    fingerprint = target_fingerprint(open_checkpoint(config.model), quantize=config.quantize)
     return next((file for file in files if _metadata(file).get("target") == fingerprint), None)
 
 

@@ -64,7 +64,7 @@ class LoadedModel:
     block_bytes: int
     weights_bytes: int
     update_bytes: int
-    """What another set of weights takes that comes as numbers, as updates do."""
+    """What another set of weights takes that comes as numbers, as updates do; with --quantize they become blocks."""
     weights: str
     """In which form the weights are kept, for people."""
     weights_because: str
@@ -118,7 +118,8 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
         besides += step + parse_size(config.graph_memory, "graph-memory")
         num_blocks, max_model_len = room(besides, available, on_gpu)
     seconds = time.monotonic() - began
-    update_bytes = weights_bytes(checkpoint, config, Formats.of(formats.compute), kind)
+    as_sent = formats if formats.quantize != "none" else Formats.of(formats.compute)
+    update_bytes = weights_bytes(checkpoint, config, as_sent, kind)
     description = describe(checkpoint, config, formats, kind)
     return LoadedModel(
         *(model, max_model_len, num_blocks, scratch_blocks, block_bytes, size, update_bytes),

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slipstream.engine.background import breathe
+from slipstream.engine.background import breathe, is_beside_steps
 from slipstream.engine.errors import ModelError
 from slipstream.kernels.stored import Stored
 
@@ -35,6 +35,8 @@ QUANTISED = re.compile(
 PIECE_ELEMS, PIECE_ROWS = 1 << 16, 64
 """Elements and rows of a matrix that are laid out between two moments at which steps may go first: so many elements, in
 whole groups of rows."""
+LARGE_PIECE_ELEMS = 1 << 23
+"""The same where there are no steps: enough for all threads (csrc/pack.cpp), and little beside a model."""
 
 
 def unknown(name: str, owner: str) -> ModelError:
@@ -155,9 +157,9 @@ def ahead(tensors: Iterable[tuple[str, Rows]]) -> Iterator[tuple[str, Rows]]:
             yield found
 
 
-def row_pieces(shape: tuple[int, ...], first_row: int = 0) -> Iterator[tuple[int, int]]:
+def row_pieces(shape: tuple[int, ...], first_row: int = 0, elems: int = PIECE_ELEMS) -> Iterator[tuple[int, int]]:
     """First row and number of rows of parts of a tensor that are laid out in about a millisecond each."""
-    size = max(PIECE_ELEMS // max(math.prod(shape[1:]), 1) // PIECE_ROWS, 1) * PIECE_ROWS
+    size = max(elems // max(math.prod(shape[1:]), 1) // PIECE_ROWS, 1) * PIECE_ROWS
     for first in range(0, shape[0], size):
         yield first_row + first, min(size, shape[0] - first)
 
@@ -219,7 +221,8 @@ def pieces(rows: AnyRows, first_row: int = 0) -> Iterator[tuple[int, AnyRows]]:
     if len(rows.shape) < 2:
         yield first_row, rows
         return
-    for first, count in row_pieces(tuple(rows.shape), first_row):
+    elems = PIECE_ELEMS if is_beside_steps() else LARGE_PIECE_ELEMS
+    for first, count in row_pieces(tuple(rows.shape), first_row, elems):
         breathe()
         begin = first - first_row
         yield first, rows.rows(begin, count) if isinstance(rows, Stored) else rows[begin : begin + count]

@@ -21,6 +21,9 @@ struct Backend {
   double (*multiply)(Team&, int32_t, int64_t);
 };
 
+// The threads that compute.
+Team& team();
+
 // The weights of one column of a panel of a quantised part (forms.h); `group` is where the panel's group begins, of `form`. The same
 // floats whatever the instruction set.
 void unpack_column(int form, const uint8_t* group, int panel, int column, int k, float* out);

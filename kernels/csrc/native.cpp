@@ -109,6 +109,10 @@ constexpr Variant kVariants[] = {
 
 }  // namespace
 
+namespace slip {
+Team& team() { return *g_team; }
+}  // namespace slip
+
 extern "C" {
 
 int64_t slip_layout(void) {

@@ -230,6 +230,9 @@ struct Column {
   }
 };
 
+// So many numbers are packed by all threads: those of a model that is loaded. Others come while steps run, which have the threads then.
+constexpr int64_t kShared = 1 << 22;
+
 }  // namespace
 
 namespace slip {
@@ -256,14 +259,22 @@ void slip_pack(const char* format, const uint8_t* rows, int64_t row_bytes, int32
                int32_t first_row, int32_t first_panel, int32_t stride) {
   const Source& source = *find(format);
   const Layout l = layout(source.form);
-  Block block{};
-  for (int i = 0; i < count; ++i) {
-    const Column at(*part, l, k, first_row + i, first_panel, stride);
+  const auto pack = [&](int row) {
+    Block block{};
+    const Column at(*part, l, k, first_row + row, first_panel, stride);
     for (int b = 0; b < k / 32; ++b) {
-      source.read(rows + i * row_bytes, b, block);
+      source.read(rows + row * row_bytes, b, block);
       write(l, block, at.group, b, at.panel, at.column);
     }
+  };
+  if (static_cast<int64_t>(count) * k < kShared) {
+    for (int row = 0; row < count; ++row) pack(row);
+    return;
   }
+  slip::Pass pass(slip::team());
+  slip::team().parallel((count + 15) / 16, [&](int some) {
+    for (int row = 16 * some; row < std::min(16 * some + 16, count); ++row) pack(row);
+  });
 }
 
 void slip_dequantise(const char* format, const uint8_t* rows, int64_t row_bytes, int32_t count, int32_t dtype, void* panels,

@@ -116,8 +116,10 @@ class MatrixShape:
     n: int
     k: int
     bias: bool
+    modules: tuple[str, ...]
+    """The matrices that lie behind each other in it, by the last parts of their names; gate stands for up, too."""
     segments: tuple[int, ...] = (0,)
-    """First panels of the matrices that lie behind each other in it."""
+    """Their first panels."""
 
 
 def matrix_shapes(shape: LayerShape) -> list[MatrixShape]:
@@ -125,8 +127,8 @@ def matrix_shapes(shape: LayerShape) -> list[MatrixShape]:
     q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     qkv = (0, q_width // PANEL, (q_width + kv_width) // PANEL)
     return [
-        MatrixShape(q_width + 2 * kv_width, shape.input_width, shape.qkv_bias, qkv),
-        MatrixShape(shape.hidden, q_width, shape.out_bias),
-        MatrixShape(2 * shape.intermediate, shape.hidden, shape.mlp_bias),
-        MatrixShape(shape.hidden, shape.intermediate, shape.mlp_bias),
+        MatrixShape(q_width + 2 * kv_width, shape.input_width, shape.qkv_bias, ("q_proj", "k_proj", "v_proj"), qkv),
+        MatrixShape(shape.hidden, q_width, shape.out_bias, ("o_proj",)),
+        MatrixShape(2 * shape.intermediate, shape.hidden, shape.mlp_bias, ("gate_proj",)),
+        MatrixShape(shape.hidden, shape.intermediate, shape.mlp_bias, ("down_proj",)),
     ]

@@ -54,12 +54,15 @@ class PiecewiseCompute(KeepsMatrices, TorchCompute):
     def name(self) -> str:
         return f"native-{isa()}-piecewise"
 
-    def weight(self, n: int, k: int, bias: bool = False) -> Weight:
+    def weight(self, n: int, k: int, bias: bool = False, module: str = "") -> Weight:
         formats = self.formats
         if formats.weights != PACKED:
             return super().weight(n, k, bias)
-        return _Matrix(n, k, formats.compute, bias, arithmetic=formats.arithmetic, arena=self._arena)
+        as_blocks = (formats.blocks_of_numbers(module),)
+        return _Matrix(
+            n, k, formats.compute, bias, arithmetic=formats.arithmetic, arena=self._arena, numbers_as=as_blocks
+        )
 
     def take_forms(self, part: Weight | LayerWeights, forms: Hashable) -> None:
-        if self.formats.arithmetic != "bfloat16":  # else blocks are only how numbers of bfloat16 came
+        if self.formats.arithmetic != "bfloat16" or self.formats.quantize != "none":  # as in ``NativeCompute``
             super().take_forms(part, forms)

@@ -19,7 +19,7 @@ ARITHMETIC_CODES: dict[Arithmetic, int] = {"exact": 0, "int8": 1, "int16": 2, "b
 ALIGNMENT = 64
 ARENA_BYTES = 32 << 20
 ROWS_AT_ONCE = 512
-EIGHT_BITS, BLOCK = "Q8_0", 32
+BLOCK = 32
 NUMBERS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 KEPT_BYTES = 40
 """SLIP_KEPT_BYTES of csrc/api.h: a block of 32 numbers, whatever its form."""
@@ -112,8 +112,8 @@ class StoredWeight(PanelWeight):
     """A ``Weight`` that is kept as it came.
 
     What comes as blocks that there is a form for stays quantised, and is read at that size. What comes as numbers is
-    kept in ``dtype``, as in a ``PackedWeight``, and then the whole matrix is; unless it was told forms in which numbers
-    are packed (``take_forms``).
+    kept in ``dtype``, as in a ``PackedWeight``, and then the whole matrix is; unless it is to become blocks of a type
+    (``numbers_as``), or was told forms in which numbers are packed (``take_forms``).
     """
 
     def __init__(
@@ -125,8 +125,13 @@ class StoredWeight(PanelWeight):
         segments: Sequence[int] = (0,),
         arithmetic: Arithmetic = "exact",
         arena: Arena | None = None,
+        numbers_as: Sequence[str] = (),
     ) -> None:
-        """``segments``: first panels of matrices that may have formats of their own, ascending."""
+        """
+        Args:
+            segments: first panels of matrices that may have formats of their own, ascending.
+            numbers_as: for each segment a type of GGUF files, of whose form numbers become where rows are whole blocks.
+        """
         super().__init__(n, k, dtype, bias)
         self._borders = [*segments, self.num_panels]
         self._arithmetic: Arithmetic = arithmetic
@@ -134,6 +139,7 @@ class StoredWeight(PanelWeight):
         self._parts: dict[int, _Part] = {}
         """By first panels."""
         self._forms: Forms = ()
+        self._own_forms = {at: form_of(kind, k) for at, kind in zip(segments, numbers_as, strict=bool(numbers_as))}
         self._dense: PackedWeight | None = None
         self._c_parts: ctypes.Array[CPart] | None = None
 
@@ -143,16 +149,21 @@ class StoredWeight(PanelWeight):
 
     @property
     def num_bytes(self) -> int:
-        """As long as nothing came, of numbers in ``dtype``."""
+        """As long as nothing came, of numbers."""
         matrix = sum(part.memory.nbytes for part in self._parts.values())
+        own = self._own_forms
+        if not matrix and self._dense is None and own and all(own.values()):
+            sizes = ((form, self._segment(first)[1]) for first, form in own.items())
+            matrix = sum(part_bytes(form, panels, self.k) for form, panels in sizes)
         dense = panels_elems(self.n, self.k) * self.dtype.itemsize
         return (matrix or dense) + (0 if self.bias is None else self.bias.nbytes)
 
     def fill(self, rows: Tensor | Stored, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
+        blocks = rows if isinstance(rows, Stored) else None
         if isinstance(rows, Tensor) and (form := self._form_of_numbers(first_panel)):
-            rows = as_form(rows, form)
-        if isinstance(rows, Stored) and self._dense is None and (part := self._part_for(rows.format, first_panel)):
-            part.pack(rows, first_row, first_panel, stride)
+            blocks = as_form(rows, form)
+        if blocks is not None and self._dense is None and (part := self._part_for(blocks.format, first_panel)):
+            part.pack(blocks, first_row, first_panel, stride)
             return
         self._made_dense().fill(rows, first_row, first_panel, stride)
 
@@ -196,7 +207,11 @@ class StoredWeight(PanelWeight):
             return 0
         first, _ = self._segment(panel)
         part = self._parts.get(first)
-        return part.form if part is not None and self._forms else dict(self._forms).get(first, 0)
+        return (
+            part.form
+            if part is not None and self._forms
+            else dict(self._forms).get(first, self._own_forms.get(first, 0))
+        )
 
     def _part_for(self, kind: str, panel: int) -> _Part | None:
         """Where matrices of this format go; None if it cannot be quantised there."""
@@ -216,20 +231,6 @@ class StoredWeight(PanelWeight):
                     self._dense.fill(numbers, int(rows[0]), part.first_panel)
             self._parts.clear()
         return self._dense
-
-
-class QuantisingWeight(StoredWeight):
-    """A ``StoredWeight`` that keeps numbers as blocks of 8 bits, too: off by 1/254 of a block's largest at most."""
-
-    def fill(self, rows: Tensor | Stored, first_row: int = 0, first_panel: int = 0, stride: int = 1) -> None:
-        if isinstance(rows, Tensor) and self.k % BLOCK == 0:
-            rows = as_form(rows, form_of(EIGHT_BITS, self.k))
-        super().fill(rows, first_row, first_panel, stride)
-
-    @property
-    def num_bytes(self) -> int:
-        form = form_of(EIGHT_BITS, self.k)
-        return super().num_bytes if self._parts or not form else part_bytes(form, self.num_panels, self.k)
 
 
 def as_form(rows: Tensor, form: int) -> Stored:

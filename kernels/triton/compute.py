@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.attention.backend import AttentionBackend
 from slipstream.kernels.attention.choice import against, wanted
-from slipstream.kernels.compute import PACKED, Formats, LayerShape, LayerWeights, Stack
+from slipstream.kernels.compute import PACKED, Compute, Formats, LayerShape, LayerWeights, Stack
 from slipstream.kernels.kept import KeepsMatrices
 from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
 from slipstream.kernels.torch_stack import TorchCompute
@@ -61,13 +62,24 @@ class TritonCompute(KeepsMatrices, TorchCompute):
     def packed_bytes(cls, shape: LayerShape, kind: str, n: int, k: int) -> int:
         return 0 if shape.mixture is not None else grouped_bytes(kind, n, k)
 
-    def weight(self, n: int, k: int, bias: bool = False) -> Weight:
+    def weight(self, n: int, k: int, bias: bool = False, module: str = "") -> Weight:
         packed = self.formats.weights == PACKED
         dtype = self.formats.compute if packed else getattr(torch, self.formats.weights)
         dense = InvariantWeight if self.is_batch_invariant else SingleWeight
         make = partial(dense, n, k, dtype, self.device, bias)
         tile_rows = INVARIANT_TILE if self.is_batch_invariant else 0
-        return GroupedWeight(n, k, self.device, make, dtype, bias, tile_rows) if packed else make()
+        if not packed:
+            return make()
+        as_blocks = self.formats.blocks_of_numbers(module)
+        return GroupedWeight(n, k, self.device, make, dtype, bias, tile_rows, as_blocks)
+
+    @property
+    def for_drafts(self) -> Compute:
+        """In 4 bits heads would draft worse than in 8."""
+        if self.formats.quantize != "q4":
+            return self
+        formats = replace(self.formats, quantize="q8")
+        return TritonCompute(formats, self.device, self.graphs, self._attention, self.is_batch_invariant)
 
     def cache(self, shape: CacheShape, num_blocks: int) -> PagedKVCache:
         """The backend may cover a model, and not a drafter beside it."""

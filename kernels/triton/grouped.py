@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slipstream.kernels.compute import FOUR_BITS
 from slipstream.kernels.stored import Stored
+from slipstream.kernels.triton.becoming import of_four_bits
 from slipstream.kernels.triton.blocks import FORMS, READERS, Form, form_of
 from slipstream.kernels.triton.linear import Split, add_parts, store_tile, tile_of
 from slipstream.kernels.weight import Weight
@@ -82,6 +84,9 @@ class GroupedMatrix:
     def pack(self, rows: Tensor, first_row: int = 0) -> None:
         """Overwrites rows with the nearest to numbers [count, k] that the form has; of 8 bits all are used."""
         form, count = self.form, len(rows)
+        if form == FORMS[FOUR_BITS]:
+            self._put(first_row, count, *of_four_bits(rows.to(self.data.device, torch.float32)))
+            return
         x = rows.to(self.data.device, torch.float32).reshape(count, -1, form.group)
         steps, least = (15, 0) if form.bits == 4 else (254, -127)
         low, high, most = x.amin(-1), x.amax(-1), torch.finfo(form.scales).max
@@ -249,15 +254,16 @@ class GroupedWeight:
         dtype: torch.dtype,
         bias: bool = False,
         tile_rows: int = 0,
+        numbers_as: str = "",
     ) -> None:
         """``make_dense`` makes the same matrix in ``dtype``, the format of activations; ``tile_rows`` as in
-        ``grouped_linear``."""
+        ``grouped_linear``; ``numbers_as`` is the type of blocks that numbers become, where rows are whole ones."""
         self.n, self.k = n, k
         self._device, self._make_dense, self._dtype, self._tile_rows = device, make_dense, dtype, tile_rows
         self._bias = torch.zeros(n, dtype=dtype, device=device) if bias else None
         self._grouped: GroupedMatrix | None = None
         self._dense: Weight | None = None
-        self._form: Form | None = None
+        self._form: Form | None = form_of(numbers_as, k)
         """What numbers are packed into."""
 
     @property
@@ -265,7 +271,7 @@ class GroupedWeight:
         return None if self._grouped is None else self._grouped.form
 
     def take_forms(self, forms: Form | None) -> None:
-        self._form = forms
+        self._form = forms or self._form
 
     def widen(self) -> None:
         self._made_dense()
@@ -275,8 +281,10 @@ class GroupedWeight:
 
     @property
     def num_bytes(self) -> int:
-        """As long as nothing came, of numbers in ``dtype``."""
+        """As long as nothing came, of numbers."""
         matrix = self.n * self.k * self._dtype.itemsize if self._grouped is None else self._grouped.num_bytes
+        if self._grouped is None and self._dense is None and self._form is not None:
+            matrix = grouped_bytes(next(kind for kind, form in FORMS.items() if form == self._form), self.n, self.k)
         return matrix + (0 if self._bias is None else self._bias.nbytes)
 
     def fill(self, rows: Tensor | Stored, first_row: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -22,14 +22,16 @@ class Matrix(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-def _joined(make: Compute, widths: Sequence[int], k: int, bias: bool) -> tuple[Matrix, list[tuple[Weight, int]]]:
+def _joined(make: Compute, modules: dict[str, int], k: int, bias: bool) -> tuple[Matrix, list[tuple[Weight, int]]]:
     """Matrices that share their input as one; and where each of them is filled, a weight and its first row there.
 
-    They are one in memory, too, unless they are packed, where each has a form of its own.
+    ``modules`` are their widths, by the last parts of their names. They are one in memory, too, unless they are packed,
+    where each has a form of its own.
     """
     if make.formats.weights == PACKED:
-        parts = [make.weight(n, k, bias) for n in widths]
+        parts = [make.weight(n, k, bias, name) for name, n in modules.items()]
         return JoinedWeight(parts), [(part, 0) for part in parts]
+    widths = list(modules.values())
     whole = make.weight(sum(widths), k, bias)
     return whole, [(whole, sum(widths[:at])) for at in range(len(widths))]
 
@@ -40,17 +42,17 @@ class FusedLayer:
     def __init__(self, shape: LayerShape, make: Compute) -> None:
         hidden, inner = shape.hidden, shape.intermediate
         self.q_width, self.kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        widths = self.q_width, self.kv_width, self.kv_width
+        widths = {"q_proj": self.q_width, "k_proj": self.kv_width, "v_proj": self.kv_width}
         self._is_joined = make.formats.weights != PACKED
         self.qkv, (q, k, v) = _joined(make, widths, shape.input_width, shape.qkv_bias)
-        self.out = make.weight(hidden, self.q_width, shape.out_bias)
+        self.out = make.weight(hidden, self.q_width, shape.out_bias, "o_proj")
         self.mixture = None if shape.mixture is None else MixtureWeights(shape, make)
         self.gate_up: Matrix | None = None
         self.down: Weight | None = None
         gate = up = down = None
         if self.mixture is None:
-            self.gate_up, (gate, up) = _joined(make, (inner, inner), hidden, shape.mlp_bias)
-            self.down = make.weight(hidden, inner, shape.mlp_bias)
+            self.gate_up, (gate, up) = _joined(make, {"gate_proj": inner, "up_proj": inner}, hidden, shape.mlp_bias)
+            self.down = make.weight(hidden, inner, shape.mlp_bias, "down_proj")
             down = self.down, 0
         self.attn_norm = make.norm(hidden) if shape.reads != "plain" else None
         self.embed_norm = make.norm(hidden) if shape.reads == "both" else None

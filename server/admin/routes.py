@@ -152,9 +152,10 @@ def admin_router(service: Service) -> APIRouter:
         given = {name: value for name, value in body.model_dump().items() if value is not None and name != "folder"}
         await ask(registry.count)  # whether there is one that can be used
         served = service.engine_config
-        options = {"target": served.model, "target_lineage": served.target_lineage} | given
+        options = {"target": served.model, "target_lineage": served.target_lineage, "quantize": served.quantize} | given
         with naming(body, "target", default="folder"):
-            await asyncio.to_thread(check_import, body.folder, options["target"], options["target_lineage"])
+            known = options["target"], options["target_lineage"], options["quantize"]
+            await asyncio.to_thread(check_import, body.folder, *known)
             return JSONBody({"drafter": await commands.run(registry.folder, "import", body.folder, **options)})
 
     @router.post(
@@ -232,10 +233,10 @@ def naming(body: Body, field: str, default: str | None) -> Iterator[None]:
         raise
 
 
-def check_import(folder: str, target: str, lineage: str) -> None:
+def check_import(folder: str, target: str, lineage: str, quantize: str) -> None:
     """Raises InvalidRequestError at once for what the command would refuse after it has begun and looked."""
     try:
-        exchange.check_import(Path(folder), open_checkpoint(target), lineage=lineage)
+        exchange.check_import(Path(folder), open_checkpoint(target), lineage=lineage, quantize=quantize)
     except (ModelError, OSError) as error:
         raise InvalidRequestError(f"import: {error}") from None
 

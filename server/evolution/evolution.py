@@ -256,6 +256,7 @@ class Evolution:
         return {
             "model": engine.model,
             "lineage": engine.target_lineage,
+            "quantize": engine.quantize,
             "traffic": str(Path(traffic.traffic_folder).absolute()),
             "registry": str(Path(config.registry or "").absolute()),
             "mode": config.evolve,

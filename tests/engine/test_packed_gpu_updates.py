@@ -53,6 +53,8 @@ def is_near(found: Tensor, sent: Tensor, steps: int) -> bool:
     blocks = sent.view(len(sent), -1, 32)
     step = (blocks.amax(-1) - blocks.amin(-1)).clamp(min=2 * blocks.abs().amax(-1) if steps == 254 else 0) / steps
     off = (found.view_as(blocks) - blocks).abs().amax(-1)
+    if steps == 15:  # a few numbers are cut off, so that the others are nearer
+        off = (found - sent).view(blocks.shape).square().mean(-1).sqrt() / 0.6
     return bool((off <= 0.51 * step + 0.005 * blocks.abs().amax(-1)).all())
 
 

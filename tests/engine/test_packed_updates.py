@@ -76,11 +76,13 @@ def update(version: int, tensors: dict[str, Tensor], **finish: Any) -> list[Oper
 
 
 def is_near(found: Tensor, sent: Tensor, steps: int) -> bool:
-    """Half a step of its block away at most, but for what scales in 16 bits are off."""
+    """Half a step of its block away at most, but for what scales in 16 bits are off; with 15 steps, on average."""
     blocks = sent.view(len(sent), -1, 32)
     width = blocks.amax(-1, True) - blocks.amin(-1, True)
     step = (2 * blocks.abs().amax(-1, True) if steps in (8, 254) else width) / (2 * steps if steps == 8 else steps)
     off = (found - sent).view(blocks.shape).abs()
+    if steps == 15:  # a few numbers are cut off, so that the others are nearer
+        return bool((off.square().mean(-1, True).sqrt() <= 0.3 * step).all())
     # Of 16 steps that begin with the largest number, the other end may be cut off by a whole one.
     return bool((off <= step * (1.01 if steps == 8 else 0.51) + 1e-3 * blocks.abs().amax(-1, True)).all())
 

@@ -54,6 +54,17 @@ def test_what_it_depends_on(target: Path, change: Callable[[Path], None], differ
     assert (of(target) != before) == differs
 
 
+def test_what_numbers_are_quantised_to_makes_another_model(target: Path) -> None:
+    """But for a lineage, which stands for whatever serves."""
+    found = {served_fingerprint(EngineConfig(model=str(target), quantize=bits)) for bits in ("none", "q8", "q4")}
+    assert len(found) == 3 and of(target) in found
+    lineage = {
+        served_fingerprint(EngineConfig(model=str(target), quantize=bits, target_lineage="run 7"))
+        for bits in ("none", "q4")
+    }
+    assert lineage == {of(target, "run 7")}
+
+
 def test_a_lineage_stands_for_the_weights(target: Path) -> None:
     before = of(target, "run 7")
     assert before != of(target)

@@ -33,6 +33,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8": {"weights": "packed", "packed_arithmetic": "int8", "dtype": "bfloat16"},
     "cache in int8": {"weights": "bfloat16", "dtype": "bfloat16", "kv_cache_dtype": "int8"},
     "cache in fp8": {"weights": "float32", "dtype": "float32", "kv_cache_dtype": "fp8"},
+    "q8": {"quantize": "q8", "packed_arithmetic": "int16", "dtype": "bfloat16"},
+    "q4": {"quantize": "q4", "packed_arithmetic": "bfloat16", "dtype": "bfloat16"},
 }
 PROMPTS = [[1, 2, 3, 1, 2], [0, 1, 0, 1, 0, 1, 0], [4, 4, 4], [*range(7), 5, 3] * 5, [6, 5, 0, 2] * 20]
 SAMPLED: dict[str, dict[str, Any]] = {
@@ -55,7 +57,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def run(engine: Callable[..., LocalEngine], tiny: Path, packed: Path, isa: str, request: pytest.FixtureRequest) -> Run:
     """Runs all prompts in the form that the test is for, ``rounds`` times; the last answers."""
     form = FORMS[request.getfixturevalue("form")]
-    model = packed if form["weights"] == "packed" else tiny
+    kept = form.get("weights", "packed")
+    model = packed if form.get("weights") == "packed" else tiny
 
     def run(
         sampled: str,
@@ -70,7 +73,7 @@ def run(engine: Callable[..., LocalEngine], tiny: Path, packed: Path, isa: str, 
             size = f"{3 * bits + 2 * (bits == 8)}KiB"  # beside 8 bits lie scales
             fields |= {"prefix_caching": False, "kv_cache_memory": size}
         local = engine(drafters, **(form | {"isa": isa, "model": str(model)} | fields))
-        assert local.engine.ready().kernels == f"native-{isa}" and form["weights"] in local.engine.ready().weights
+        assert local.engine.ready().kernels == f"native-{isa}" and kept in local.engine.ready().weights
         params = SamplingParams(**({"max_tokens": 48, "logprobs": 2, "logit_bias": {7: -100.0}} | SAMPLED[sampled]))
         for _ in range(rounds):
             found = local.generate([prompt for prompt in PROMPTS for _ in range(copies)], params)
@@ -122,7 +125,7 @@ def test_all_at_once_is_as_alone(run: Run, form: str) -> None:
 def test_rows_with_adapters_are_as_alone(
     engine: Callable[..., LocalEngine], tiny: Path, packed: Path, isa: str, form: str, tmp_path: Path
 ) -> None:
-    model = packed if FORMS[form]["weights"] == "packed" else tiny
+    model = packed if FORMS[form].get("weights") == "packed" else tiny
     local = engine([NGramDrafter()], **(FORMS[form] | {"isa": isa, "model": str(model), "prefix_caching": False}))
     decoder = local.engine.loaded.model.decoder
     assert decoder is not None
