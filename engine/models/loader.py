@@ -235,7 +235,7 @@ def _choose_compute(checkpoint: Checkpoint, options: EngineConfig, device: torch
                 f"--kernels triton: Triton's kernels do not run here: {_without_triton(device, layer)}; "
                 "use --kernels auto"
             )
-    stays_packed = options.weights == PACKED or options.packed_arithmetic != "auto"
+    stays_packed = options.weights == PACKED or options.packed_arithmetic != "auto" or options.quantize != "none"
     if stays_packed and not NativeCompute.supports(layer, device) and PiecewiseCompute.supports(layer, device):
         return PiecewiseCompute
     return next(compute for compute in COMPUTES.values() if compute.supports(layer, device))
