@@ -18,7 +18,7 @@ run: install
 	@exec $(VENV)/bin/slipstream serve --port $(PORT) $(ARGS)
 
 test: install-dev
-	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not images"
+	$(VENV)/bin/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not images"
 
 test-slow: install-dev
 	$(VENV)/bin/pytest -m "(slow or hypothesis) and not gpu and not images" --hypothesis-profile=anew

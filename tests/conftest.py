@@ -74,6 +74,7 @@ LONG_FILES = (
     "engine/test_triton_engine.py",
     "kernels/triton/test_compiled.py",
     "engine/test_greedy.py",
+    "engine/test_quantize.py",
     "server/evolution/test_trials.py",
     "kernels/triton/test_stack.py",
     "server/test_lifecycle.py",
