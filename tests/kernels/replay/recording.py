@@ -223,9 +223,8 @@ def _model(call: Call, m: CModel, cache: Cache | None, tokens: int) -> int:
     pointers = dict.fromkeys(
         getattr(CModel, name).offset for name, kind in CModel._fields_ if kind in (ctypes.c_void_p,) or name == "layers"
     )
-    for name in ("embed", "lm_head"):
-        pointers |= _no_linear(getattr(CModel, name).offset)
     if cache is None:
+        pointers |= _no_linear(CModel.embed.offset)
         pointers |= dict(_linear(call, m.lm_head, m.dtype, CModel.lm_head.offset))
         pointers[CModel.final_norm.offset] = call.reads(m.final_norm, 4 * m.hidden)
         layers = [m.layers[0]] if m.num_layers else []
@@ -233,6 +232,8 @@ def _model(call: Call, m: CModel, cache: Cache | None, tokens: int) -> int:
         return call.struct(m, pointers)
     layers = [m.layers[i] for i in range(m.num_layers)]
     pointers |= dict(_linear(call, m.embed, m.dtype, CModel.embed.offset))
+    # Threads without work read its beginning, if it is quantised, when the last layer is done.
+    pointers |= dict(_linear(call, m.lm_head, m.dtype, CModel.lm_head.offset))
     angles = 4 * cache.positions * (m.head_dim // 2)
     pointers[CModel.rope_cos.offset] = call.reads(m.rope_cos, angles)
     pointers[CModel.rope_sin.offset] = call.reads(m.rope_sin, angles)
