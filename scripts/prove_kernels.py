@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -143,16 +144,18 @@ def run(command: Sequence[str], **options: Any) -> str:
 
 
 def check_shared(objects: Sequence[Path], tool: str) -> None:
-    """What instruction sets have in common, templates of the standard library, must be taken from the first of them."""
+    """What several of them have in common, templates of the standard library, must be taken from the first of all."""
     defined: dict[Path, set[str]] = {}
     for path in objects:
         lines = run([tool, "--defined-only", "-C", str(path)]).splitlines()
         defined[path] = {line.split(maxsplit=2)[2] for line in lines if re.match(r"\S+ [WVu] ", line)}
     first = objects[0]
+    users = Counter(name for names in defined.values() for name in names)
     for path in objects[1:]:
         space = path.stem.removeprefix("isa_")
         own = f"slip::{space}", f"NS_{len(space)}{space}"  # the tool does not read every name
-        if strange := [name for name in defined[path] - defined[first] if not any(map(name.__contains__, own))]:
+        shared = (name for name in defined[path] - defined[first] if users[name] > 1)
+        if strange := [name for name in shared if not any(map(name.__contains__, own))]:
             raise NotProvedError(
                 f"{path.stem} may be used by processors that do not run it: {', '.join(sorted(strange)[:5])}"
             )

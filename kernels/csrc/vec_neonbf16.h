@@ -28,6 +28,8 @@ struct Bf16 {
   static void store(row* p, vec a) {
     for (int i = 0; i < 4; i += 2) vst1q_u16(p + 4 * i, vreinterpretq_u16_bf16(joined(a.q[i], a.q[i + 1])));
   }
+  // 32 numbers that bfloat16 has, one behind the other.
+  static void store_exact(elem* p, const vec& a, const vec& b) { store(p, a), store(p + 16, b); }
   // Two neighbours along the reduction, of 16 columns, rounded: for `dot`, and as panels hold them.
   static void rounded(const vec& even, const vec& odd, wvec (&out)[kParts]) {
     for (int i = 0; i < 4; ++i) {
