@@ -1,5 +1,6 @@
 """Which variant of the compiled kernels is used."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,16 @@ def test_a_library_that_was_built_of_other_sources_is_not_called(monkeypatch: py
     assert library.load.__wrapped__() is not None
     monkeypatch.setattr(library, "LAYOUT", library.LAYOUT + 8)
     assert library.load.__wrapped__() is None
+
+
+def test_policies_of_bfloat16_have_the_same_functions() -> None:
+    """Those of other processors are not compiled here; one that lacks something would be left out of the library."""
+
+    def functions(file: str, name: str) -> set[str]:
+        text = (Path(library.__file__).parents[1] / "csrc" / file).read_text()
+        policy = text.split(f"struct {name} {{", 1)[1].split("\n private:", 1)[0].split("\n};", 1)[0]
+        return set(re.findall(r"^  static [^(=]*?\b(\w+)\(", policy, re.MULTILINE))
+
+    expected = functions("dense.h", "Bf16")
+    assert {"dot", "store", "rounded"} <= expected
+    assert functions("vec_avx512bf16.h", "VectorBf16") == functions("vec_neonbf16.h", "Bf16") == expected
