@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from slipstream.engine.models.loader import load_model, weights_here
 from slipstream.engine.models.weights import copy_missing
 from slipstream.engine.testing import LocalEngine
 from slipstream.engine.testing_gguf import EXPERT_TYPES, write_gguf
-from slipstream.kernels.batch import make_batch
+from slipstream.engine.testing_logits import prompt_logits
 from slipstream.kernels.native.library import isa
 
 pytestmark = pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
@@ -65,13 +64,8 @@ def options(model: Path, **fields: Any) -> EngineConfig:
     return EngineConfig(model=str(model), **(known | fields))  # type: ignore[arg-type]
 
 
-@torch.inference_mode()
 def logits(model: Path, **fields: Any) -> Tensor:
-    loaded, ids = load_model(options(model, **fields)).model, np.random.default_rng(1).integers(0, 64, 48)
-    counts, table = np.array([48], np.int32), np.arange(3, dtype=np.int32)[None]
-    batch = make_batch(ids.astype(np.int32), counts, counts, table, np.zeros(1, np.int32), 16)
-    hidden = loaded.forward(batch, loaded.new_cache(3, 16)).hidden
-    return loaded.logits(hidden, np.arange(48, dtype=np.int32)).clone()
+    return prompt_logits(options(model, **fields), vocab=64)
 
 
 def test_exact_is_what_dequantising_gives(file: Path) -> None:

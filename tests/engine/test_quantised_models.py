@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
@@ -19,8 +18,8 @@ from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.loader import load_model, weights_here
 from slipstream.engine.operations import BeginTargetUpdate, FillTarget, FinishTargetUpdate
 from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
+from slipstream.engine.testing_logits import prompt_logits
 from slipstream.engine.testing_quantised import KINDS, write_quantised
-from slipstream.kernels.batch import make_batch
 from slipstream.kernels.native.library import isa
 from slipstream.kernels.native.stack import NativeCompute
 from slipstream.kernels.triton import launch
@@ -46,13 +45,8 @@ def said(model: Path, **fields: Any) -> list[list[int]]:
         local.close()
 
 
-@torch.inference_mode()
 def logits(model: Path, **fields: Any) -> torch.Tensor:
-    loaded, ids = load_model(options(model, **fields)).model, np.random.default_rng(1).integers(0, 32, 48)
-    counts, table = np.array([48], np.int32), np.arange(3, dtype=np.int32)[None]
-    batch = make_batch(ids.astype(np.int32), counts, counts, table, np.zeros(1, np.int32), 16)
-    hidden = loaded.forward(batch, loaded.new_cache(3, 16)).hidden
-    return loaded.logits(hidden, np.arange(48, dtype=np.int32)).clone()
+    return prompt_logits(options(model, **fields))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "qwen3_moe"])

@@ -6,7 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slipstream.engine.checkpoint.quantised.matrix import FLOATS, Grouped, Matrix, Module, Whole, group_size, unpacked
+from slipstream.engine.checkpoint.quantised.matrix import (
+    Grouped,
+    Matrix,
+    Module,
+    Whole,
+    group_size,
+    unpacked,
+    words_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,15 +30,8 @@ class AWQ:
     parts: str = r"(.+)\.(qweight|qzeros|scales)"
 
     def matrix(self, module: Module) -> Matrix:
-        words, scales, zeros = (
-            module.need(part, *kinds) for part, kinds in (("qweight", ["I32"]), ("scales", FLOATS), ("qzeros", ["I32"]))
-        )
-        if len(words.shape) != 2 or 0 in words.shape:
-            raise module.misfit("qweight")
-        k, n = words.shape[0], words.shape[1] * 8
-        if len(scales.shape) != 2 or scales.shape[1] != n:
-            raise module.misfit("scales")
-        groups = scales.shape[0]
+        words, n, groups, zeros = words_of(module, per_word=8)
+        k = words.shape[0]
         if zeros.shape != (groups, n // 8):
             raise module.misfit("qzeros")
         parts = Whole(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slipstream.engine.checkpoint.quantised.matrix import (
-    FLOATS,
     Grouped,
     Matrix,
     Module,
@@ -16,6 +15,7 @@ from slipstream.engine.checkpoint.quantised.matrix import (
     group_size,
     groups_of_inputs,
     unpacked,
+    words_of,
 )
 from slipstream.engine.errors import ModelError
 
@@ -39,15 +39,7 @@ class GPTQ:
     parts: str = r"(.+)\.(qweight|qzeros|scales|g_idx)"
 
     def matrix(self, module: Module) -> Matrix:
-        words, scales, zeros = (
-            module.need(part, *kinds) for part, kinds in (("qweight", ["I32"]), ("scales", FLOATS), ("qzeros", ["I32"]))
-        )
-        if len(words.shape) != 2 or 0 in words.shape:
-            raise module.misfit("qweight")
-        n = words.shape[1]
-        if len(scales.shape) != 2 or scales.shape[1] != n:
-            raise module.misfit("scales")
-        groups = scales.shape[0]
+        words, n, groups, zeros = words_of(module, per_word=1)
         if len(zeros.shape) != 2 or zeros.shape[0] != groups or zeros.shape[1] * 32 % n:
             raise module.misfit("qzeros")
         bits = zeros.shape[1] * 32 // n

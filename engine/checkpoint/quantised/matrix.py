@@ -199,6 +199,18 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
     return out.view(len(words), -1)
 
 
+def words_of(module: Module, per_word: int) -> tuple[StoredTensor, int, int, StoredTensor]:
+    """``qweight`` [any, n / per_word], n, the number of groups, and ``qzeros``, as GPTQ and AWQ have them, beside
+    ``scales`` [groups, n]; ModelError where words and scales do not fit each other."""
+    words, scales, zeros = module.need("qweight", "I32"), module.need("scales", *FLOATS), module.need("qzeros", "I32")
+    if len(words.shape) != 2 or 0 in words.shape:
+        raise module.misfit("qweight")
+    n = words.shape[1] * per_word
+    if len(scales.shape) != 2 or scales.shape[1] != n:
+        raise module.misfit("scales")
+    return words, n, scales.shape[0], zeros
+
+
 def group_size(module: Module, part: str, stated: int, k: int, groups: int) -> int:
     """Inputs of a group, where ``part`` has one number for each of so many groups; ModelError if they do not fit."""
     size = k if stated <= 0 else stated
