@@ -11,8 +11,10 @@ of them with all positions.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
+from collections.abc import Mapping
 from random import Random
 from statistics import median
 from typing import Any
@@ -21,8 +23,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in the engine process, 
 
 import numpy as np
 import torch
+from perplexity import FORMS
 
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
+from slipstream.engine.checkpoint.shapes import parameter_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.limits import usable_cores
 from slipstream.engine.messages import SamplingParams
@@ -34,41 +38,34 @@ from slipstream.kernels.native import library, limits
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64)
 
 
-FORMS: dict[str, dict[str, Any]] = {
-    "float32": {"weights": "float32"},
-    "bfloat16": {"weights": "bfloat16"},
-    "exact": {"weights": "packed", "packed_arithmetic": "exact"},
-    "rounded": {"weights": "packed", "packed_arithmetic": "bfloat16"},
-    "int16": {"weights": "packed", "packed_arithmetic": "int16"},
-    "int8": {"weights": "packed", "packed_arithmetic": "int8"},
-    "kv-int8": {"weights": "bfloat16", "kv_cache_dtype": "int8"},
-    "kv-fp8": {"weights": "bfloat16", "kv_cache_dtype": "fp8"},
-}
-MULTIPLIED = {
+FORMS["rounded"] = {"weights": "packed", "packed_arithmetic": "bfloat16"}
+ARITHMETIC = {
     "float32": (torch.float32, 1),
     "bfloat16": (torch.bfloat16, 1),
     "exact": (torch.float32, 1),
-    "rounded": (torch.bfloat16, 1),
     "int16": (torch.int8, 2),
     "int8": (torch.int8, 1),
-    "kv-int8": (torch.bfloat16, 1),
-    "kv-fp8": (torch.bfloat16, 1),
 }
-"""By form: as which numbers its weights are multiplied, and how often."""
+"""As which numbers weights are multiplied, and how often."""
 
 
 NO_TOKENS = np.zeros(0, np.int32)
 
 
+def multiplied(form: str) -> tuple[torch.dtype, int]:
+    options = FORMS[form]
+    return ARITHMETIC[options.get("packed_arithmetic") or options["weights"]]
+
+
 class Bench:
-    def __init__(self, context: int, model: str, form: str, isa: str, clock: limits.Clock) -> None:
+    def __init__(self, context: int, model: Mapping[str, Any], form: str, isa: str, clock: limits.Clock) -> None:
         threads = 0 if clock is time.perf_counter else 1
         options: dict[str, Any] = {"kv_cache_memory": "1GiB", "speculation": "off", "threads": threads, "isa": isa}
-        config = EngineConfig(model=model, **options, **FORMS[form])
+        config = EngineConfig(**model, **options, **FORMS[form])
         self.clock = clock
         engine = LocalEngine(config).engine
         self.runner, self.loaded = engine.runner, engine.loaded
-        self.elements = open_checkpoint(model).weights_bytes(torch.int8)
+        self.elements = sum(math.prod(shape) for _, shape in parameter_shapes(open_checkpoint(model["model"]).config))
         self.context = context
         self.block_size = config.block_size
         self.columns = SamplingColumns(1)
@@ -117,6 +114,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--model", default="default")
+    parser.add_argument("--load-format", default="auto", help="dummy: random weights, for a folder of config.json only")
     parser.add_argument("--forms", default="bfloat16,rounded,exact,int16,int8", help=f"of {', '.join(FORMS)}")
     parser.add_argument("--isa", default="auto")
     parser.add_argument(
@@ -127,7 +125,8 @@ def main() -> None:
     options = parser.parse_args()
     forms = options.forms.split(",")
     clock = time.thread_time if options.one_thread else time.perf_counter
-    benches = {form: Bench(options.context, options.model, form, options.isa, clock) for form in forms}
+    model = {"model": options.model, "load_format": options.load_format}
+    benches = {form: Bench(options.context, model, form, options.isa, clock) for form in forms}
     sizes = [int(size) for size in options.sizes.split(",")]
     cases = [(form, *case) for form in forms for case in shapes(sizes, options.chunks)]
     found: dict[tuple[str, int, int], list[float]] = {case: [] for case in cases}
@@ -139,13 +138,13 @@ def main() -> None:
             if turn >= 2:
                 found[form, segments, tokens].append(seconds)
     bandwidth = limits.read_bandwidth(clock)
-    peaks = {dtype: limits.peak_flops(dtype, clock) for dtype, _ in map(MULTIPLIED.__getitem__, forms)}
+    peaks = {dtype: limits.peak_flops(dtype, clock) for dtype, _ in map(multiplied, forms)}
     computes = ", ".join(f"{peak / 1e9:.0f} of {str(dtype).removeprefix('torch.')}" for dtype, peak in peaks.items())
     most = f"reads {bandwidth / 1e9:.1f} GB/s, computes 10^9 operations per second: {computes}"
     print(f"{library.isa()}, {1 if options.one_thread else usable_cores()} threads, at most: {most}")
     for form in forms:
         one = median(found[form, 1, 1])
-        loaded, (dtype, often) = benches[form].loaded, MULTIPLIED[form]
+        loaded, (dtype, often) = benches[form].loaded, multiplied(form)
         operations = 2 * often * benches[form].elements
         print(f"\n{form}: {loaded.weights}, {loaded.weights_bytes / 1e6:.0f} MB\n")
         print("| positions | " + " | ".join(map(str, sizes)) + " |\n|---" + "|---" * len(sizes) + "|")
