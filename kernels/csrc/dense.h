@@ -40,9 +40,9 @@ struct Bf16 {
   static void store(row* p, vec a) { vstore(&p->value, vround(a)); }
   // 32 numbers that bfloat16 has, one behind the other.
   static void store_exact(elem* p, vec a, vec b) { vstore_halves(p, a), vstore_halves(p + 16, b); }
-  // Two neighbours along the reduction, of 16 columns, rounded: for `dot`, and as panels hold them.
+  // Two neighbours along the reduction, of 16 columns, rounded for `dot`; and stored as panels hold them.
   static void rounded(vec even, vec odd, wvec (&out)[kParts]) { out[0] = vround(even), out[1] = vround(odd); }
-  static void store_rounded(elem* p, vec even, vec odd) { vstore_pairs(p, vround(even), vround(odd)); }
+  static void store_pairs(elem* p, const wvec (&pairs)[kParts]) { vstore_pairs(p, pairs[0], pairs[1]); }
   static float widen(elem x) { return bf16_to_float(x); }
   static elem narrow(float x) { return bf16_of(x); }
 };

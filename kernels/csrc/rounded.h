@@ -8,21 +8,30 @@ constexpr int kRoundedRows = 6;  // as many share what was rounded in registers
 
 constexpr int rounded_panels(int rows) { return kExactRows == 1 ? 1 : rows <= 2 ? 4 : 2; }
 
-// Calls f(i, even, odd) for inputs 2 i and 2 i + 1 of block b, in their order.
-template <int Form, class F>
+// Whether D takes bytes apart so that pairs of inputs lie as `dot` wants them, with the columns of a panel in an order of its own.
+template <int Form, class D>
+constexpr bool kOwnOrder = layout(Form).bits == 8 && requires { D::in_order; };
+
+// Calls f(i, w) with inputs 2 i and 2 i + 1 of block b, rounded, as D multiplies them; in D's own order where it has one.
+template <int Form, class D, class F>
 [[gnu::always_inline]] inline void widen_block(const uint8_t* group, int b, int panel, const F& f) {
   constexpr Layout l = layout(Form);
   const Block<Form> block(group, b, panel);
   const uint8_t* at = group + l.words_at(b, panel);
   constexpr int parts = l.sixteen ? 2 : 1, words_each = l.bits / parts;
+  const auto number = [](vec v, vec by, vec minimum) {
+    if constexpr (l.minimum == Minimum::kNone) return vmul(v, by);
+    else return vfma(v, by, minimum);
+  };
+  const auto give = [&](int i, vec even, vec odd) __attribute__((always_inline)) {
+    typename D::wvec w[D::kParts];
+    D::rounded(even, odd, w);
+    f(i, w);
+  };
   unrolled<parts>([&]<int Part>() {
     const vec scale = block.scale(Part);
     vec minimum = vzero();
     if constexpr (l.minimum != Minimum::kNone) minimum = block.minimum(scale);
-    const auto number = [&](vec v, vec by) {
-      if constexpr (l.minimum == Minimum::kNone) return vmul(v, by);
-      else return vfma(v, by, minimum);
-    };
     if constexpr (l.bits == 4) {
       vec by[8];  // the scale of each field
 #pragma GCC unroll 8
@@ -32,7 +41,21 @@ template <int Form, class F>
         const words w = load_words(at + word * 64);
         unrolled<4>([&]<int Pair>() {
           constexpr int even = input_field(2 * Pair), odd = input_field(2 * Pair + 1);
-          f(word * 4 + Pair, number(half_byte<even>(w), by[even]), number(half_byte<odd>(w), by[odd]));
+          give(word * 4 + Pair, number(half_byte<even>(w), by[even], minimum), number(half_byte<odd>(w), by[odd], minimum));
+        });
+      }
+    } else if constexpr (kOwnOrder<Form, D>) {
+      vec by[2], least[2];
+      D::apart(vmul(scale, vset1(D::kByte)), by);
+      D::apart(minimum, least);
+#pragma GCC unroll 1
+      for (int word = Part * words_each; word < (Part + 1) * words_each; ++word) {
+        const words w = load_words(at + word * 64);
+        unrolled<2>([&]<int Pair>() {
+          vec some[2];
+          D::template signed_pairs<Pair>(w, some);
+          typename D::wvec pairs[1] = {D::joined(number(some[0], by[0], least[0]), number(some[1], by[1], least[1]))};
+          f(word * 2 + Pair, pairs);
         });
       }
     } else {
@@ -40,7 +63,7 @@ template <int Form, class F>
       for (int word = Part * words_each; word < (Part + 1) * words_each; ++word) {
         const words w = load_words(at + word * 64);
         unrolled<2>([&]<int Pair>() {
-          f(word * 2 + Pair, number(signed_byte<2 * Pair>(w), scale), number(signed_byte<2 * Pair + 1>(w), scale));
+          give(word * 2 + Pair, number(signed_byte<2 * Pair>(w), scale, minimum), number(signed_byte<2 * Pair + 1>(w), scale, minimum));
         });
       }
     }
@@ -62,9 +85,7 @@ inline void rounded_tile(const uint8_t* group, const uint8_t* ahead, int panel, 
     }
     const typename D::row* from = x + 32 * static_cast<size_t>(b);
     unrolled<P>([&]<int I>() {
-      widen_block<Form>(group, b, panel + I, [&](int pair, vec even, vec odd) __attribute__((always_inline)) {
-        typename D::wvec w[D::kParts];
-        D::rounded(even, odd, w);
+      widen_block<Form, D>(group, b, panel + I, [&](int pair, const auto& w) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -76,7 +97,10 @@ inline void rounded_tile(const uint8_t* group, const uint8_t* ahead, int panel, 
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) vstore(out + (r * 4 + panel + p) * 16, total[r][p]);
+    for (int p = 0; p < P; ++p) {
+      if constexpr (kOwnOrder<Form, D>) total[r][p] = D::in_order(total[r][p]);
+      vstore(out + (r * 4 + panel + p) * 16, total[r][p]);
+    }
 }
 
 // The same for panels first … last - 1 of a group, and all rows.
@@ -95,8 +119,10 @@ template <int Form, class D>
 static void lay_out_group(const uint8_t* group, int first, int last, int blocks, typename D::elem* out) {
   for (int b = 0; b < blocks; ++b)
     for (int panel = first; panel < last; ++panel)
-      widen_block<Form>(group, b, panel, [&](int pair, vec even, vec odd) __attribute__((always_inline)) {
-        D::store_rounded(out + (static_cast<size_t>(16 * b + pair) * kGroup + panel) * 32, even, odd);
+      widen_block<Form, D>(group, b, panel, [&](int pair, const auto& w) __attribute__((always_inline)) {
+        typename D::elem* to = out + (static_cast<size_t>(16 * b + pair) * kGroup + panel) * 32;
+        if constexpr (kOwnOrder<Form, D>) D::store_in_order(to, w[0]);
+        else D::store_pairs(to, w);
       });
 }
 

@@ -30,16 +30,14 @@ struct Bf16 {
   }
   // 32 numbers that bfloat16 has, one behind the other.
   static void store_exact(elem* p, const vec& a, const vec& b) { store(p, a), store(p + 16, b); }
-  // Two neighbours along the reduction, of 16 columns, rounded: for `dot`, and as panels hold them.
+  // Two neighbours along the reduction, of 16 columns, rounded for `dot`; and stored as panels hold them.
   static void rounded(const vec& even, const vec& odd, wvec (&out)[kParts]) {
     for (int i = 0; i < 4; ++i) {
       const uint16x8_t both = vreinterpretq_u16_bf16(joined(even.q[i], odd.q[i]));
       out[0].q[i] = vreinterpretq_bf16_u16(vzip1q_u16(both, vextq_u16(both, both, 4)));
     }
   }
-  static void store_rounded(elem* p, const vec& even, const vec& odd) {
-    wvec pairs[kParts];
-    rounded(even, odd, pairs);
+  static void store_pairs(elem* p, const wvec (&pairs)[kParts]) {
     for (int i = 0; i < 4; ++i) vst1q_u16(p + 8 * i, vreinterpretq_u16_bf16(pairs[0].q[i]));
   }
   static float widen(elem x) { return bf16_to_float(x); }
