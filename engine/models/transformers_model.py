@@ -169,9 +169,10 @@ class TransformersModel:
         self._linear = {
             f"{prefix}.{name}.weight": part
             for name, part in self._body.named_modules()
-            if isinstance(part, torch.nn.Linear) and EXPERTS not in name.split(".")
+            # A subclass may return something else: Phi-3.5-MoE's router, which experts it chose.
+            if type(part).forward is torch.nn.Linear.forward and EXPERTS not in name.split(".")
         }
-        """Matrices that adapters may add to, by the names of their weights."""
+        """Matrices that adapters may add to, by the names of their weights; their modules return the product itself."""
         self._given = _GivenOutput()
         setattr(module, prefix, self._given)
         self._windows: dict[int, int] = {}
