@@ -98,9 +98,9 @@ def test_int8_says_the_same_in_every_way(real_prompts: Prompts) -> None:
 
 
 @pytest.mark.slow
-def test_greedy_equals_transformers_on_fifty_prompts(real_prompts: Prompts, reference_model: Any) -> None:
-    check_every_way(real_prompts(50), 128, reference_model)
-    check_every_way(real_prompts(50), 128, reference_model, FORMS[1])
+@pytest.mark.parametrize("form", FORMS, ids=["float32", "exact"])
+def test_long_answers_equal_transformers(real_prompts: Prompts, reference_model: Any, form: dict[str, Any]) -> None:
+    check_every_way(real_prompts(16), 128, reference_model, form)
 
 
 def test_the_replay_notices_a_wrong_token(real_prompts: Prompts, reference_model: Any) -> None:
