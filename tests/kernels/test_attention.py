@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from cached import BF16, F32, FP8, INT8, KEPT, KINDS, Kept, Sequences, new_cache, shapes
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slipstream.kernels import reference
 from slipstream.kernels.batch import make_batch
-from slipstream.kernels.kv_cache import DenseKVCache, PagedKVCache, bits
+from slipstream.kernels.kv_cache import LARGEST, DenseKVCache, PagedKVCache, bits, quantise
 from slipstream.kernels.native import library
 from slipstream.kernels.native.kv_cache import NativeKVCache
 from slipstream.kernels.triton import launch
@@ -23,7 +23,8 @@ if launch.runs_on("cpu"):
     from slipstream.kernels.triton.kv_cache import TritonKVCache
 
     INTERPRETED.append(TritonKVCache)
-ERRORS = {F32: 2e-5, BF16: 0.06, INT8: 0.1, FP8: 0.3}
+ERRORS = {F32: 2e-5, BF16: 0.06}
+"""Largest difference from the formula over what is kept, by the format that is computed with."""
 few = settings(max_examples=2)
 small_shapes = st.sampled_from([(4, 1, 16), (3, 1, 24)])
 
@@ -38,6 +39,8 @@ small_shapes = st.sampled_from([(4, 1, 16), (3, 1, 24)])
     kept=st.sampled_from(KEPT),
     seed=st.integers(0, 99),
 )
+# Numbers that 8 bits make something else of: the formula over what was not rounded differs by 0.36.
+@example(lengths=[1, 124, 195, 300], shape=(2, 1, 256), block_size=16, window=0, kept=(FP8, F32), seed=0)
 def test_prefill_equals_the_formula(
     isa: str,
     kind: type[DenseKVCache],
@@ -76,8 +79,17 @@ def prefill(
 ) -> None:
     s = Sequences(lengths, *shape, block_size, seed)
     out = s.run(new_cache(kind, s, kept), list(range(len(lengths))), [0] * len(lengths), lengths, window)
-    expected = torch.cat([reference.attention(q, k, v, 0.125, window) for q, k, v in zip(s.q, s.k, s.v, strict=True)])
-    assert (out - expected).abs().max() < ERRORS[kept[0]]
+    k, v = ([as_kept(each, kept[0]) for each in of_all] for of_all in (s.k, s.v))
+    expected = torch.cat([reference.attention(*each, 0.125, window) for each in zip(s.q, k, v, strict=True)])
+    assert (out - expected).abs().max() < ERRORS[kept[1]]
+
+
+def as_kept(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a cache keeps of keys or values, in float32. What is lost in 8 bits is the subject of test_eight_bits.py."""
+    if dtype not in LARGEST:
+        return x.to(dtype).float()
+    numbers, scales = quantise(x, dtype)
+    return numbers.float() * scales.float()
 
 
 @pytest.mark.skipif(NativeKVCache not in KINDS, reason="no native kernels on this machine")
