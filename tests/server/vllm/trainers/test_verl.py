@@ -22,7 +22,7 @@ PACKAGES += [
     "jsonschema",
     "jsonschema-specifications",
 ]
-PACKAGES += ["referencing", "rpds-py", "msgpack", "protobuf"]
+PACKAGES += ["referencing", "rpds-py", "msgpack", "protobuf", "cachetools"]
 
 
 def test_its_rollout(
