@@ -1,11 +1,13 @@
 """Train a small policy by GRPO with TRL on a CPU; a Slipstream server samples for it, with the weights of every step.
 
-    python train_with_trl.py MODEL_FOLDER [--steps 30] [--report report.json]
+    python train_with_trl.py MODEL_FOLDER [--steps 30] [--quantize q8] [--kv-cache-dtype fp8] [--report report.json]
 
 Runs in an environment with trl, reasoning-gym and this project; vLLM need not be there. MODEL_FOLDER is a model in
 Hugging Face form, for example one made by gguf_to_hf.py with --dtype float32. The server is started with float32
 weights, so that log-probabilities can be compared: TRL measures how far its own are from those of the server, token by
-token. At the end the weights that serve are compared with the trainer's by their checksums. See docs/trainers/trl.md.
+token. Each step, what the server told of its samples is held against its own scores of them. Last, the weights that
+serve are compared by their checksums with the trainer's, or, where the server packs them, with those of a server that
+starts with what the trainer saved. See docs/trainers/trl.md.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import hashlib
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -27,8 +30,10 @@ from typing import Any
 from slipstream.clients.adapters.trl import connect
 
 START_S = 300.0
-MOST_DIFFERENCE = 1e-3
-"""Mean difference of log-probabilities, |trainer - server|, over the sampled tokens of a step."""
+MOST_DIFFERENCE = {"exact": 1e-3, "8 bits": 0.2, "q4": 1.0}
+"""By what the server keeps: mean of |trainer - server| over log-probabilities of the sampled tokens of a step."""
+MOST_OWN_DIFFERENCE = 1e-3
+"""Of any token, |told when it was sampled - scored as part of a prompt|, both by the server."""
 
 
 def free_port() -> int:
@@ -44,11 +49,11 @@ def ask(url: str, path: str, body: Any = None) -> Any:
 
 
 @contextmanager
-def server(model: Path, log: Path) -> Iterator[str]:
-    """Its address, when it is ready."""
+def server(model: Path, log: Path, *given: str) -> Iterator[str]:
+    """Its address, when it is ready. ``given`` are further options."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [sys.executable, "-P", "-m", "slipstream.server", "serve", "--model", str(model), "--port", str(port)]
-    options = ["--dtype", "float32", "--logprobs-mode", "processed", "--kv-cache-memory", "128MiB"]
+    options = ["--dtype", "float32", "--logprobs-mode", "processed", "--kv-cache-memory", "128MiB", *given]
     with log.open("w") as output:
         process = subprocess.Popen([*command, *options], stdout=output, stderr=subprocess.STDOUT)
     try:
@@ -93,8 +98,10 @@ def train(url: str, arguments: argparse.Namespace, folder: Path) -> dict[str, An
     scorer, rows = tasks(arguments.steps * arguments.prompts, arguments.seed)
 
     def reward(completions: list[Any], entry: list[str], **_: Any) -> list[float]:
-        said = [last_number(completion[0]["content"]) for completion in completions]
-        return [scorer.score_answer(text, json.loads(one)) for text, one in zip(said, entry, strict=True)]
+        said = [completion[0]["content"] for completion in completions]
+        if arguments.reward == "letters":
+            return [text.count("e") / max(len(text), 1) for text in said]
+        return [scorer.score_answer(last_number(text), json.loads(one)) for text, one in zip(said, entry, strict=True)]
 
     config = GRPOConfig(
         output_dir=str(folder),
@@ -123,6 +130,8 @@ def train(url: str, arguments: argparse.Namespace, folder: Path) -> dict[str, An
     trainer = GRPOTrainer(
         model=str(arguments.model), reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows)
     )
+    own: list[float] = []
+    watch(trainer, url, own)
     began = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - began
@@ -136,30 +145,78 @@ def train(url: str, arguments: argparse.Namespace, folder: Path) -> dict[str, An
         "updates_of_steps": int(before),
         "rewards": [round(entry["reward"], 4) for entry in steps],
         "logp_differences": [entry["sampling/sampling_logp_difference/mean"] for entry in steps],
-        "weights_differ": differing(url, trainer.model),
+        "own_differences": own,
+        "gradients": [float(entry["grad_norm"]) for entry in steps],
+        "weights_differ": differing(url, trainer, arguments, folder),
     }
 
 
-def differing(url: str, model: Any) -> list[str]:
-    """The parameters whose checksums at the server are not those of the trainer's."""
-    served = ask(url, "/weight_checker", {"action": "checksum"})["checksums"]
-    found = []
-    for name, tensor in model.named_parameters():
-        numbers = tensor.detach().contiguous().numpy().tobytes()
-        if served.get(name) != hashlib.sha256(numbers).hexdigest():
-            found.append(name)
+def watch(trainer: Any, url: str, own: list[float]) -> None:
+    """Adds to ``own``, each time that the trainer has sampled: the largest difference between a log-probability that
+    was told of a sample, and what the server says of the same token where it is part of a prompt.
+    """
+    sampling = trainer.vllm_generation.generate
+
+    def generate(prompts: list[list[int]], *arguments: Any, **named: Any) -> Any:
+        found = sampling(prompts, *arguments, **named)
+        worst = 0.0
+        for prompt, tokens, told in zip(prompts, found[1], found[2], strict=True):
+            body = {"input_ids": prompt + tokens, "sampling_params": {"max_new_tokens": 0}}
+            body |= {"return_logprob": True, "logprob_start_len": len(prompt)}
+            scored = [entry[0] for entry in ask(url, "/generate", body)["meta_info"]["input_token_logprobs"]]
+            worst = max(worst, *(abs(one[0] - other) for one, other in zip(told, scored, strict=True)))
+        own.append(worst)
+        return found
+
+    trainer.vllm_generation.generate = generate
+
+
+def differing(url: str, trainer: Any, arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """The parameters whose checksums at the server are not those of what the trainer has."""
+    served = checksums(url)
+    if arguments.quantize == "none":
+        expected = {
+            name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+            for name, tensor in trainer.model.named_parameters()
+        }
+    else:
+        trainer.save_model(str(folder / "trained"))
+        with server(folder / "trained", folder / "fresh.log", *formats(arguments)) as fresh:
+            expected = checksums(fresh)
+    return [name for name, checksum in expected.items() if served.get(name) != checksum]
+
+
+def checksums(url: str) -> dict[str, str]:
+    found: dict[str, str] = ask(url, "/weight_checker", {"action": "checksum"})["checksums"]
     return found
 
 
-def judge(report: dict[str, Any]) -> list[str]:
-    """What is not as it should be."""
+def formats(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The server's options of what it keeps weights, keys and values in."""
+    return "--quantize", arguments.quantize, "--kv-cache-dtype", arguments.kv_cache_dtype
+
+
+def kept(arguments: argparse.Namespace) -> str:
+    if arguments.quantize == "q4":
+        return "q4"
+    return "exact" if (arguments.quantize, arguments.kv_cache_dtype) == ("none", "auto") else "8 bits"
+
+
+def judge(report: dict[str, Any], most: float) -> list[str]:
+    """What is not as it should be. ``most``: see MOST_DIFFERENCE."""
     wrong = []
     if report["updates_of_steps"] < report["steps"]:
         wrong.append(f"{report['updates_of_steps']} updates for {report['steps']} steps")
     if report["weights_differ"]:
         wrong.append(f"other weights serve than were sent: {report['weights_differ'][:3]}")
-    if (worst := max(report["logp_differences"])) >= MOST_DIFFERENCE:
+    if (worst := max(report["logp_differences"])) >= most:
         wrong.append(f"log-probabilities differ by {worst:.2e} in the mean")
+    if len(report["own_differences"]) < report["steps"]:
+        wrong.append(f"of {report['steps']} steps, {len(report['own_differences'])} were scored by the server")
+    elif (worst := max(report["own_differences"])) >= MOST_OWN_DIFFERENCE:
+        wrong.append(
+            f"the server told log-probabilities of its samples that are off by {worst:.2e} from its own scores"
+        )
     third = max(len(report["rewards"]) // 3, 1)
     first, last = (sum(part) / len(part) for part in (report["rewards"][:third], report["rewards"][-third:]))
     report["reward_first_third"], report["reward_last_third"] = round(first, 4), round(last, 4)
@@ -177,13 +234,18 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=16, help="most tokens of an answer")
     parser.add_argument("--learning-rate", type=float, default=3e-5)
     parser.add_argument("--seed", type=int, default=0)
+    rewards = {"choices": ("sums", "letters"), "default": "sums"}
+    parser.add_argument("--reward", **rewards, help="letters: the share of e, for policies that cannot add")
+    parser.add_argument("--quantize", choices=("none", "q8", "q4"), default="none", help="the server's")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "int8", "fp8"), default="auto", help="the server's")
     parser.add_argument("--report", type=Path, default=Path("report.json"))
     parser.add_argument("--folder", type=Path, default=Path("trl-output"), help="for the server's log")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends, too
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    with server(arguments.model, arguments.folder / "server.log") as url:
+    with server(arguments.model, arguments.folder / "server.log", *formats(arguments)) as url:
         report = train(url, arguments, arguments.folder)
-    wrong = judge(report)
+    wrong = judge(report, MOST_DIFFERENCE[kept(arguments)])
     arguments.report.write_text(json.dumps(report | {"wrong": wrong}, indent=1))
     print(json.dumps(report))
     for text in wrong:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from slipstream.server.testing import write_tiny_model
 from tests.ports import free_port
 
 TRL = ("trl==1.16.0", "requests", "reasoning-gym==0.1.25")
@@ -54,3 +55,21 @@ def test_a_training_sends_weights_every_step(run: Any, environment: Callable[...
     told = json.loads(report.read_text())
     assert told["steps"] == 30 and told["updates_of_steps"] >= 30 and told["weights_differ"] == []
     assert told["reward_last_third"] > told["reward_first_third"]
+
+
+@pytest.mark.parametrize("kept", [("q8", "fp8"), ("q8", "auto"), ("none", "fp8")], ids="-".join)
+def test_a_training_of_what_a_server_keeps_in_8_bits(
+    run: Any, environment: Callable[..., str], tmp_path: Path, kept: tuple[str, str]
+) -> None:
+    python, policy, report = environment("trl", *TRL), tmp_path / "policy", tmp_path / "report.json"
+    policy.mkdir()
+    write_tiny_model(policy, architectures=["LlamaForCausalLM"])
+    sizes = ["--steps", "3", "--prompts", "2", "--samples", "4", "--tokens", "8"]
+    options = ["--quantize", kept[0], "--kv-cache-dtype", kept[1], "--learning-rate", "0.01"]
+    options += ["--reward", "letters"]
+    arguments = [str(policy), "--report", str(report), "--folder", str(tmp_path / "output"), *sizes, *options]
+    run(python, "scripts/train_with_trl.py", *arguments)
+    told = json.loads(report.read_text())
+    assert told["steps"] == len(told["own_differences"]) == 3 and told["updates_of_steps"] >= 3
+    assert max(told["gradients"]) > 0, "there was something to send"
+    assert told["weights_differ"] == [] and max(told["own_differences"]) < 1e-3
