@@ -57,7 +57,7 @@ async def test_of_the_chat_page(shown: Any, open_page: Callable[[], Any], folder
             f"document.querySelector('#question').value = {question!r}; document.querySelector('#send').click()"
         )
         await page.wait(
-            f"document.querySelectorAll('.turn').length === {2 * number} && "
+            f"document.querySelectorAll('.turn:not([hidden])').length === {2 * number} && "
             "document.querySelector('#send').innerText === 'Send'"
         )
     speeds = await page.ask("[...document.querySelectorAll('.speed')].map(note => note.innerText)")
