@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slipstream.kernels import ops, reference
 from slipstream.kernels.batch import RaggedBatch, make_batch
-from slipstream.kernels.kv_cache import CacheShape, PagedKVCache, TorchKVCache
+from slipstream.kernels.kv_cache import CacheShape, PagedKVCache, TorchKVCache, as_kept
 from slipstream.kernels.triton import launch
 
 Outputs = tuple[Tensor, ...]
@@ -142,15 +142,15 @@ def cases(device: torch.device) -> Iterator[Case]:
             yield from operations(backend.name)
     yield from attention(TorchKVCache)
     if launch.runs_on(device.type):
-        yield from triton_cases()
+        yield from triton_cases(device)
 
 
-def triton_cases() -> Iterator[Case]:
+def triton_cases(device: torch.device) -> Iterator[Case]:
     """Those of Triton's kernels, which are imported for that."""
     from slipstream.kernels.triton import cache_cases, linear_cases, row_cases
 
     yield from operations(TRITON)
-    yield from cache_cases.cases()
+    yield from cache_cases.cases(device)
     yield from row_cases.cases()
     yield from linear_cases.cases()
 
@@ -289,6 +289,8 @@ class Attended:
     softcap: float = 0.0
     is_shared: bool = False
     """Whether the first half of all sequences is the same, and lies in the same blocks."""
+    kept: torch.dtype | None = None
+    """Format of keys and values in the cache; by default that of queries."""
 
 
 def _mixed(sizes: Sizes) -> tuple[list[int], list[int]]:
@@ -329,7 +331,7 @@ def attention_case(name: str, make: MakeCache, attended: Attended) -> Case:
 def _attention(make: MakeCache, attended: Attended, source: Source, sizes: Sizes) -> Prepared:
     counts, lengths = attended.segments(sizes)
     whole, blocks = source.batch(lengths, lengths, sizes.block_size)
-    cache = _cache(make, source, sizes, blocks)
+    cache = _cache(make, source, sizes, blocks, attended.kept)
     keys, values = (source.normal(sum(lengths), sizes.kv_heads, sizes.head_dim) for _ in range(2))
     shared = 0
     if attended.is_shared:
@@ -353,7 +355,8 @@ def _attention(make: MakeCache, attended: Attended, source: Source, sizes: Sizes
     plan = cache.plan(step)
 
     def expected() -> Outputs:
-        parts = zip(*(x.split_with_sizes(n) for x, n in ((q, counts), (keys, lengths), (values, lengths))), strict=True)
+        wide = (as_kept(x, attended.kept).split_with_sizes(lengths) for x in (keys, values))
+        parts = zip(q.split_with_sizes(counts), *wide, strict=True)
         window, softcap = attended.window, attended.softcap
         return (torch.cat([reference.attention(q.float(), k, v, scale, window, softcap) for q, k, v in parts]),)
 
@@ -361,7 +364,7 @@ def _attention(make: MakeCache, attended: Attended, source: Source, sizes: Sizes
     seen = [min(length, (attended.window or length) + count - 1) for count, length in zip(counts, lengths, strict=True)]
     pairs = sum(count * length - count * (count - 1) // 2 for count, length in zip(counts, seen, strict=True))
     kept = sum(seen) - shared * (len(lengths) - 1)
-    moved = 2 * size(q) + 2 * kept * sizes.kv_heads * sizes.head_dim * source.dtype.itemsize
+    moved = 2 * size(q) + kept * type(cache).block_bytes(cache.shape) // sizes.block_size
     flops = 4 * sizes.heads * sizes.head_dim * pairs
 
     def found() -> Outputs:
@@ -373,7 +376,7 @@ def _attention(make: MakeCache, attended: Attended, source: Source, sizes: Sizes
 def _store(kind: MakeCache, source: Source, sizes: Sizes) -> Prepared:
     """The keys and values that a step stores, read by attention of one token to itself."""
     batch, blocks = source.batch([sizes.tokens], [sizes.tokens], sizes.block_size)
-    cache = _cache(kind, source, sizes, blocks)
+    cache = _cache(kind, source, sizes, blocks, None)
     k, v = (source.normal(sizes.tokens, sizes.kv_heads, sizes.head_dim) for _ in range(2))
     q = source.normal(sizes.tokens, sizes.heads, sizes.head_dim)
     plan = cache.plan(batch)
@@ -388,6 +391,6 @@ def _store(kind: MakeCache, source: Source, sizes: Sizes) -> Prepared:
     return Prepared(lambda: plan.store(0, k, v), found, expected, 4 * size(k))
 
 
-def _cache(make: MakeCache, source: Source, sizes: Sizes, blocks: int) -> PagedKVCache:
-    shape = CacheShape(1, sizes.block_size, sizes.kv_heads, sizes.head_dim, source.dtype)
+def _cache(make: MakeCache, source: Source, sizes: Sizes, blocks: int, kept: torch.dtype | None) -> PagedKVCache:
+    shape = CacheShape(1, sizes.block_size, sizes.kv_heads, sizes.head_dim, kept or source.dtype)
     return make(shape, blocks, source.device)

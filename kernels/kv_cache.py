@@ -129,6 +129,12 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (divided.round() if dtype is torch.int8 else divided).to(dtype), scale.to(SCALES)
 
 
+def as_kept(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What a cache of this format, by default that of x, makes of x [..., head_dim]."""
+    numbers, scales = (x, x.new_ones(1)) if dtype is None else quantise(x, dtype)
+    return numbers.float() * scales.float()
+
+
 class DenseKVCache(PagedKVCache):
     """All blocks in one tensor: [layers, 2 (keys, values), num_blocks, block_size * kv_heads * head_dim].
 

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,28 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from slipstream.drafter.choice import make_drafters
+from slipstream.engine.background import Background, done
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.testing import POLICY, LocalEngine, policy
+from slipstream.engine.operations import (
+    BeginTargetUpdate,
+    FillTarget,
+    FinishTargetUpdate,
+    MemoryTag,
+    ReleaseMemory,
+    ResumeMemory,
+)
+from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
 from slipstream.engine.testing_gguf import write_gguf
+from slipstream.engine.testing_quantised import KINDS, write_quantised
 
 CAPABILITY = 90
+TABLE = ("| run | |", "|---|---|")
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 64}
 LLAMA |= {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 LLAMA |= {"num_hidden_layers": 1, "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "head_dim": 16}
@@ -49,17 +61,65 @@ MIXTURE = LLAMA | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen
 MIXTURE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True, "decoder_sparse_step": 1}
 MIXTURE |= {"mlp_only_layers": []}
 HEAD = {"speculation": "head", "drafter": "cold", "speculation_policy": "fixed", "max_draft_tokens": 3}
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "a head, chains": (LLAMA, HEAD),
-    "a head, chains, launched ahead": (LLAMA, HEAD | {"pipeline": "on"}),
-    "no drafter, in chunks": (LLAMA, {"max_step_tokens": 4}),
-    "n-grams": (LLAMA, HEAD | {"speculation": "ngram"}),
-    "a head, trees": (LLAMA, HEAD | {"draft_width": 2}),
-    "a mixture of experts": (MIXTURE, {}),
-    "without graphs": (LLAMA, HEAD | {"graph_memory": "0"}),
-    "deterministic": (LLAMA, {"deterministic": True}),
-    "one stream after the other, bfloat16": (LLAMA, {"dtype": "bfloat16", "max_running": 1}),
-    "a GGUF file's packed weights": (POLICY, {"weights": "packed", "load_format": "auto"}),
+PACKED = {"weights": "packed", "load_format": "auto"}
+FROM_NUMBERS = {"load_format": "auto", "quantize": "q4"}
+COMPILED = {"kernels": "native", "packed_arithmetic": "exact"}
+SLEEP_TAGS: tuple[MemoryTag, ...] = ("kv_cache", "weights")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An engine on the GPU, and how its weights come."""
+
+    model: dict[str, Any]
+    options: dict[str, Any]
+    files: str = "none"
+    """What the weights are in: none, numbers, gguf, or a kind of quantised checkpoint."""
+    on_cpu: dict[str, Any] = field(default_factory=dict)
+    """What the engine on the CPU has that gives the expected tokens, besides the options that both have."""
+    is_changed: bool = False
+    """Whether requests come again after some weights were updated, and again after it has slept."""
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir()
+        if self.files == "none":
+            (folder / "config.json").write_text(json.dumps(self.model))
+            return folder
+        if self.files == "numbers":
+            return write_policy(folder, policy(0))
+        if self.files == "gguf":
+            return write_gguf(folder / "policy.gguf", policy(0), self.model)
+        return write_quantised(folder, policy(0), self.model, KINDS[self.files])[0]
+
+    @property
+    def expected(self) -> dict[str, Any]:
+        of_gpus = ("deterministic", "graph_memory", *(() if self.on_cpu else ("weights",)))
+        return {name: value for name, value in self.options.items() if name not in of_gpus} | self.on_cpu
+
+
+CASES = {
+    "a head, chains": Run(LLAMA, HEAD),
+    "a head, chains, launched ahead": Run(LLAMA, HEAD | {"pipeline": "on"}),
+    "no drafter, in chunks": Run(LLAMA, {"max_step_tokens": 4}),
+    "n-grams": Run(LLAMA, HEAD | {"speculation": "ngram"}),
+    "a head, trees": Run(LLAMA, HEAD | {"draft_width": 2}),
+    "a mixture of experts": Run(MIXTURE, {}),
+    "without graphs": Run(LLAMA, HEAD | {"graph_memory": "0"}),
+    "deterministic": Run(LLAMA, {"deterministic": True}),
+    "one stream after the other, bfloat16": Run(LLAMA, {"dtype": "bfloat16", "max_running": 1}),
+    "a cache in int8, a head's trees": Run(LLAMA, HEAD | {"draft_width": 2, "kv_cache_dtype": "int8"}),
+    "a cache in int8, in chunks, launched ahead": Run(
+        LLAMA, HEAD | {"max_step_tokens": 4, "pipeline": "on", "kv_cache_dtype": "int8"}
+    ),
+    "a cache in fp8, a head, chains": Run(LLAMA, HEAD | {"kv_cache_dtype": "fp8"}),
+    "a cache in fp8, without graphs": Run(LLAMA, {"kv_cache_dtype": "fp8", "graph_memory": "0"}),
+    "a GGUF file's packed weights": Run(POLICY, PACKED, "gguf"),
+    "GPTQ, 8 bits with a zero": Run(POLICY, PACKED, "gptq-8-asymmetric"),
+    "AWQ, 4 bits with a zero": Run(POLICY, PACKED, "awq"),
+    "--quantize q8, a head, chains": Run(POLICY, HEAD | FROM_NUMBERS | {"quantize": "q8"}, "numbers", COMPILED),
+    "--quantize q4, a cache in int8": Run(POLICY, FROM_NUMBERS | {"kv_cache_dtype": "int8"}, "numbers", COMPILED),
+    "--quantize q4, updated and asleep": Run(POLICY, FROM_NUMBERS, "numbers", COMPILED, is_changed=True),
+    "packed weights, updated and asleep": Run(POLICY, PACKED, "gguf", COMPILED, is_changed=True),
 }
 PROMPTS = ([5, 9, 5, 9, 5, 9, 5], [30, 31, 3], [7, 7, 8, 7, 7])
 PARAMS = (
@@ -93,6 +153,13 @@ class Inline:
         call(*given)
 
     def shutdown(self) -> None: ...
+
+
+def at_once(background: Background, prepare: Callable[[], Callable[[], Any]], key: Any = None) -> Any:
+    """What would be prepared in another thread, in this one."""
+    land = prepare()
+    background._settle()
+    return done(land())
 
 
 class Graph:
@@ -141,6 +208,10 @@ def emulated() -> Iterator[Any]:
             setattr(torch.cuda, name, answer)
         vars(importlib.import_module("slipstream.kernels.triton.graphs"))["CudaGraph"] = Graph
         vars(importlib.import_module("slipstream.engine.core"))["ThreadPoolExecutor"] = Inline
+        Background.start = at_once  # type: ignore[method-assign]
+        # How long steps take is of no interest here.
+        calibration = importlib.import_module("slipstream.engine.scheduling.calibration")
+        vars(calibration).update(PROFILE_TOKENS=(1,), PROBE_TOKENS=1, PROBE_CONTEXT=16)
         yield session
 
 
@@ -182,7 +253,8 @@ def planted() -> list[tuple[str, str]]:
     return told
 
 
-def answers(model: Path, device: str, kernels: Any, **options: Any) -> tuple[list[list[int]], str]:
+def answers(model: Path, device: str, options: dict[str, Any], is_changed: bool) -> tuple[list[list[int]], str]:
+    """Tokens of all requests, and the name of the kernels that computed them."""
     fields: dict[str, Any] = {
         "load_format": "dummy",
         "device": device,
@@ -191,63 +263,72 @@ def answers(model: Path, device: str, kernels: Any, **options: Any) -> tuple[lis
         "threads": 1,
         "pipeline": "off",
     }
-    config = EngineConfig(model=str(model), kernels=kernels, **(fields | options))
+    config = EngineConfig(model=str(model), **(fields | options))
     made = LocalEngine(config, make_drafters(config) if options.get("speculation") else ())
     try:
-        asked = [made.submit(list(ids), params) for ids, params in zip(PROMPTS, PARAMS, strict=True)]
-        made.finish()
-        return [each.tokens for each in asked], made.engine.runner.model.kernels
+        found = said(made)
+        if is_changed:
+            sent = {name: tensor for name, tensor in policy(1).items() if "layers.0" in name or "lm_head" in name}
+            made.operate(BeginTargetUpdate(1, "recompute"), FillTarget(1, save(sent)))
+            made.operate(FinishTargetUpdate(1, keep_rest=True))
+            found += said(made)
+            made.operate(ReleaseMemory(SLEEP_TAGS), ResumeMemory(SLEEP_TAGS))
+            found += said(made)
+        return found, made.engine.runner.model.kernels
     finally:
         made.close()
+
+
+def page(lines: list[str], before: str) -> str:
+    """The log of these lines, and of what an earlier log has of other runs by the same versions."""
+    head = f"Written by `python -P scripts/emulate_gpu.py` with ttsem {version('ttsem')}, Triton {version('triton')} "
+    head += f"and torch {torch.__version__}, on a CPU, for compute capability {CAPABILITY / 10}."
+    earlier = (
+        [line for line in before.splitlines() if line.startswith("| ") and line not in TABLE] if head in before else []
+    )
+    rows = {line.split(" | ")[0]: line for line in (*earlier, *lines)}
+    order = {f"| {name}": at for at, name in enumerate(CASES)}  # planted faults first
+    told = sorted(rows.items(), key=lambda row: order.get(row[0], -1))
+    return "\n".join(["# The engine on an emulated GPU", "", head, "", *TABLE, *(line for _, line in told), ""])
+
+
+def said(local: LocalEngine) -> list[list[int]]:
+    asked = [local.submit(list(ids), params) for ids, params in zip(PROMPTS, PARAMS, strict=True)]
+    local.finish()
+    return [each.tokens for each in asked]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=list(CASES), help="default all")
-    parser.add_argument("--markdown", type=Path, help="write the log to this file")
+    parser.add_argument("--markdown", type=Path, help="write the log to this file, or to what it has of other runs")
     asked = parser.parse_args()
     cases = {name: CASES[name] for name in asked.only or CASES}
     with tempfile.TemporaryDirectory() as folder:
-        models = {}
-        for name, (config, _) in cases.items():
-            models[name] = Path(folder) / str(list(CASES).index(name))
-            models[name].mkdir()
-            if config is POLICY:
-                models[name] = write_gguf(models[name] / "policy.gguf", policy(0), POLICY)
-            else:
-                (models[name] / "config.json").write_text(json.dumps(config))
+        models = {name: run.write(Path(folder) / str(at)) for at, (name, run) in enumerate(cases.items())}
         expected = {}
-        for name, (_, options) in cases.items():  # before the session: inside it every tensor says it is CUDA's
-            there = {
-                key: value for key, value in options.items() if key not in ("deterministic", "graph_memory", "weights")
-            }
-            expected[name] = answers(models[name], "cpu", "torch", **there)[0]
+        for name, run in cases.items():  # before the session: inside it every tensor says it is CUDA's
+            expected[name] = answers(models[name], "cpu", {"kernels": "torch"} | run.expected, run.is_changed)[0]
         lines, fine = [], True
         with emulated() as session:
             for name, told in planted():
                 fine &= bool(told)
                 lines.append(f"| planted: {name} | {told or '**not found**'} |")
                 print(lines[-1], flush=True)
-            for name, (_, options) in cases.items():
+            for name, run in cases.items():
                 began, launches = time.monotonic(), session.launches
-                found, kernels = answers(models[name], "cuda", "triton", **options)
+                found, kernels = answers(models[name], "cuda", {"kernels": "triton"} | run.options, run.is_changed)
                 same = found == expected[name]
                 fine &= same and kernels == "triton-cuda"
                 count = sum(map(len, found))
-                said = f"{count} of {count} tokens are the CPU's" if same else f"**{found}, and not {expected[name]}**"
-                said += f"; {session.launches - launches} launches, none out of bounds, no race"
-                lines.append(f"| {name} | {said} |")
+                told = f"{count} of {count} tokens are the CPU's" if same else f"**{found}, and not {expected[name]}**"
+                told += f"; {session.launches - launches} launches, none out of bounds, no race"
+                lines.append(f"| {name} | {told} |")
                 print(lines[-1], f"{time.monotonic() - began:.0f} s", flush=True)
         if session.races_unchecked:
             lines.append(f"| | {session.races_unchecked} launches were too large to look for races in |")
     if asked.markdown:
-        head = (
-            f"Written by `python -P scripts/emulate_gpu.py` with ttsem {version('ttsem')}, Triton {version('triton')} "
-        )
-        head += f"and torch {torch.__version__}, on a CPU, for compute capability {CAPABILITY / 10}."
-        asked.markdown.write_text(
-            "\n".join(["# The engine on an emulated GPU", "", head, "", "| run | |", "|---|---|", *lines, ""])
-        )
+        asked.markdown.write_text(page(lines, asked.markdown.read_text() if asked.markdown.exists() else ""))
     sys.exit(not fine)
 
 

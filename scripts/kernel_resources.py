@@ -1,6 +1,7 @@
 """Compiles every launch of Triton's kernels for GPUs that are not here: registers, spills and shared memory of each.
 
-    python scripts/kernel_resources.py [--target sm_90 …] [--important] [--all-formats] [--json FILE] [--markdown FILE]
+    python scripts/kernel_resources.py [--target sm_90 …] [--important] [--all-formats] [--only TEXT …] [--json FILE]
+        [--markdown FILE]
 
 Kernels are called as a step calls them, with tensors of an 8B model's sizes, in steps of several sizes; a driver
 that has no device compiles each launch and runs nothing. The exit status is 1 where a kernel spills registers on sm_90
@@ -55,6 +56,7 @@ def main() -> None:
         help="the largest kernels alone, for few sizes",
     )
     parser.add_argument("--all-formats", action="store_true", help="not only the number format that matters most")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="cases whose names contain this; default all")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     options = parser.parse_args()
@@ -93,7 +95,9 @@ def rows_for(target: Target, options: argparse.Namespace) -> list[Row]:
 
     compiled = Compiled(target, PACKAGE)
     rows: list[Row] = []
-    for case in triton_cases():
+    for case in triton_cases(torch.device("cpu")):
+        if options.only and not any(text in case.name for text in options.only):
+            continue
         for dtype in case.dtypes if options.all_formats else case.dtypes[:1]:
             for tokens in important_tokens(case.name) if options.important else TOKENS:
                 sizes = replace(LLAMA_8B.of_step(tokens), context=CONTEXT, streams=min(tokens, MOST_STREAMS))

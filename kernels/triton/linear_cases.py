@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -14,7 +15,7 @@ from slipstream.kernels.cases import Case, Prepared, Sizes, Source, called, size
 from slipstream.kernels.compute import LayerShape
 from slipstream.kernels.triton import grouped, linear, quantized, single
 from slipstream.kernels.triton.adapter import GATE_UP, MATRICES, AdapterTable, TritonAdapter
-from slipstream.kernels.triton.blocks import FORMS
+from slipstream.kernels.triton.blocks import FORMS, Form
 
 
 def cases() -> Iterator[Case]:
@@ -24,9 +25,17 @@ def cases() -> Iterator[Case]:
     yield Case("linear, int8", partial(_quantized, "int8"), (torch.bfloat16, torch.float16))
     yield Case("linear, fp8", partial(_quantized, "fp8"), (torch.bfloat16, torch.float16))
     yield Case("linear, int4", partial(_quantized, "int4"), (torch.bfloat16, torch.float16))
-    yield Case("linear, packed in 4 bits", partial(_packed, "Q4_K"), (torch.bfloat16, torch.float16))
-    yield Case("linear, packed in 8 bits", partial(_packed, "Q6_K"), (torch.bfloat16, torch.float16))
+    for kinds in _kinds_by_form():
+        yield Case(f"linear, packed as {', '.join(kinds)}", partial(_packed, kinds[0]), (torch.bfloat16, torch.float16))
     yield Case("low-rank products", _low_rank)
+
+
+def _kinds_by_form() -> list[list[str]]:
+    """Types of blocks; those that are one kernel are one entry."""
+    found: dict[Form, list[str]] = {}
+    for kind, form in FORMS.items():
+        found.setdefault(replace(form, block=0), []).append(kind)
+    return list(found.values())
 
 
 RANKS = (16, 64, 8, 16)
@@ -75,7 +84,8 @@ def _packed(kind: str, source: Source, sizes: Sizes) -> Prepared:
     x = source.normal(sizes.tokens, k)
     matrix = grouped.GroupedMatrix.empty(FORMS[kind], n, k, x.device)
     if not source.empty:
-        matrix.data.copy_(source.normal(*matrix.data.shape, scale=8).abs())
+        numbers = source.uniform(*matrix.data.shape)
+        matrix.data.copy_(numbers * 256 if matrix.data.dtype is torch.uint8 else numbers * 255 - 127)
         matrix.scale.copy_(source.normal(*matrix.scale.shape, scale=0.01))
         if matrix.lowest is not None:
             matrix.lowest.copy_(source.normal(*matrix.lowest.shape, scale=0.01))

@@ -25,7 +25,7 @@ from slipstream.kernels.cases import (
     attention_case,
     difference,
 )
-from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
+from slipstream.kernels.kv_cache import LARGEST, CacheShape, PagedKVCache
 from slipstream.kernels.triton import launch
 from slipstream.server.gpu_check.context import Context, NotThere, Part
 from slipstream.server.gpu_check.kernels import copied_per_s, mend_interpreter
@@ -33,8 +33,6 @@ from slipstream.server.gpu_check.timing import seconds
 
 COMPARED = (*(attended for attended in ATTENDED if not attended.window and not attended.softcap), SHARED)
 """What all of them do."""
-EIGHT_BITS = {torch.int8: 0.05, torch.float8_e4m3fn: 0.2}
-"""Formats of a cache of 8 bits, which Triton's attention alone reads, and what may be lost, as in ``TOLERANCE``."""
 
 
 def parts(context: Context) -> Iterator[Part]:
@@ -59,33 +57,35 @@ def parts(context: Context) -> Iterator[Part]:
     for attended in compared:
         for name in names:
             yield Part(f"{name}, {attended.name}, speed", partial(_time, context, name, attended, dtype))
-    for kept in EIGHT_BITS:
+    for kept in LARGEST:
         if why := "; ".join(against("triton", wanted(replace(shape, dtype=kept), dtype, context.device))):
             context.note(f"a cache in {kept}: {why}")
         elif "triton" in names:
             yield Part(f"triton, decode, cache in {kept}", partial(_eight_bits, context, kept, dtype))
 
 
-def _case(name: str, attended: Attended, kept: torch.dtype | None = None) -> Case:
-    """``kept``: the format of the cache, if it is not that of queries."""
+def _case(name: str, attended: Attended) -> Case:
     from slipstream.kernels.triton.kv_cache import TritonKVCache  # where Triton runs
 
     def make(shape: CacheShape, blocks: int, device: torch.device) -> PagedKVCache:
-        return TritonKVCache(replace(shape, dtype=kept or shape.dtype), blocks, device, backend(name), prompt=True)
+        return TritonKVCache(shape, blocks, device, backend(name), prompt=True)
 
     return attention_case(name, make, attended)
 
 
 def _eight_bits(context: Context, kept: torch.dtype, dtype: torch.dtype) -> None:
-    """Decode over a cache of 8 bits: what is lost, and what time it takes beside one in the format of queries."""
-    decode, name = COMPARED[0], str(kept).removeprefix("torch.")
-    prepared = _case("triton", decode, kept).prepare(Source(context.device, dtype), TINY if context.dry_run else MIDDLE)
-    found, most = difference(prepared.found(), prepared.expected()), EIGHT_BITS[kept]
+    """Decode over a cache of 8 bits, which Triton's attention alone reads: what that gives, and what time it takes
+    beside one in the format of queries."""
+    decode, name = replace(COMPARED[0], kept=kept), str(kept).removeprefix("torch.")
+    prepared = _case("triton", decode).prepare(Source(context.device, dtype), TINY if context.dry_run else MIDDLE)
+    found, most = difference(prepared.found(), prepared.expected()), TOLERANCE[dtype]
     context.check(
         f"triton, {decode.name}, cache in {name}", found <= most, f"differs by {found:.2g}", f"at most {most:.2g}"
     )
     sizes, most_s = (LLAMA_8B, 0.3) if context.on_gpu else (TINY, 0.0)
-    whole, ours = (_case("triton", decode, each).prepare(Source(context.device, dtype), sizes) for each in (None, kept))
+    whole, ours = (
+        _case("triton", each).prepare(Source(context.device, dtype), sizes) for each in (COMPARED[0], decode)
+    )
     plain, took = (seconds(each.run, context.device, most_s) for each in (whole, ours))
     context.row("cache in 8 bits", what=decode.name, cache=name, µs=took * 1e6, of_the_plain=took / plain)
 

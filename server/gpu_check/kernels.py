@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -29,19 +29,32 @@ WANTED_SHARE = 0.8
 """The share of the copy's bandwidth that attention of 32 streams over 8k tokens each is to reach."""
 
 
+@cache
 def mend_interpreter() -> None:
-    """With Triton 3.6, numpy 2.4 refuses the bound of a loop that was loaded, which is an array of one number."""
-    if not launch.is_interpreted() or not version("triton").startswith("3.6."):
+    """Has Triton's interpreter round to numbers of 8 bits as a GPU does, to the nearest even one.
+
+    With Triton 3.6, numpy 2.4 refuses the bound of a loop that was loaded, which is an array of one number.
+    """
+    if not launch.is_interpreted():
         return
+    from triton import language
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    patch, convert = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_fp_to_fp
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
-    interpreter._patch_lang_tensor = patch_tensor
+    def create_fp_to_fp(self: Any, source: Any, kind: Any, rounding: Any) -> Any:
+        if source.dtype.scalar != language.float32 or kind.scalar != language.float8e4nv:
+            return convert(self, source, kind, rounding)
+        rounded = torch.tensor(source.data).to(torch.float8_e4m3fn).view(torch.uint8)
+        return interpreter.TensorHandle(rounded.numpy(), kind.scalar)
+
+    if version("triton").startswith("3.6."):
+        interpreter._patch_lang_tensor = patch_tensor
+    interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
 def correctness(context: Context) -> Iterator[Part]:
