@@ -17,6 +17,8 @@ from slipstream.kernels.triton.graphs import GraphPool
 
 CPU = torch.device("cpu")
 SMALL = LayerShape(hidden=16, intermediate=48, heads=2, kv_heads=1, head_dim=16, norm_eps=1e-5)
+WHOLE = LayerShape(hidden=32, intermediate=64, heads=2, kv_heads=1, head_dim=16, norm_eps=1e-5)
+"""Whose rows are whole blocks of 32 numbers."""
 TABLES = np.array([[3, 1], [2, 5], [6, 7], [0, 4]], np.int32)
 VOCAB = 50
 
@@ -24,8 +26,9 @@ VOCAB = 50
 def names(shape: LayerShape) -> dict[str, tuple[int, ...]]:
     """Tensors of a layer, with their shapes."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    rows = {"q": q, "k": kv, "v": kv, "out": shape.hidden, "gate": 48, "up": 48, "down": shape.hidden}
-    columns = {"q": shape.input_width, "k": shape.input_width, "v": shape.input_width, "out": q, "down": 48}
+    inner, width = shape.intermediate, shape.input_width
+    rows = {"q": q, "k": kv, "v": kv, "out": shape.hidden, "gate": inner, "up": inner, "down": shape.hidden}
+    columns = {"q": width, "k": width, "v": width, "out": q, "down": inner}
     if shape.mixture is not None:
         rows = {name: n for name, n in rows.items() if name not in ("gate", "up", "down")}
     found: dict[str, tuple[int, ...]] = {
@@ -78,11 +81,12 @@ def batch(
     return RaggedBatch(**{name: getattr(made, name) for name in made.__slots__} | {"columns": columns})
 
 
-def recording() -> tuple[TritonCompute, list[RecordedGraph]]:
+def recording(formats: Formats | None = None) -> tuple[TritonCompute, list[RecordedGraph]]:
+    """``formats``: float32 by default."""
     made: list[RecordedGraph] = []
 
     def make() -> RecordedGraph:
         made.append(RecordedGraph())
         return made[-1]
 
-    return TritonCompute(Formats.of(torch.float32), CPU, GraphPool(CPU, 1 << 30, make)), made
+    return TritonCompute(formats or Formats.of(torch.float32), CPU, GraphPool(CPU, 1 << 30, make)), made

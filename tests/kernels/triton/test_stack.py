@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from recorded_graph import HostTraffic, NotRecordedError, RecordedGraph
-from stacks import CPU, SMALL, VOCAB, batch, built, names, recording
+from stacks import CPU, SMALL, VOCAB, WHOLE, batch, built, names, recording
 from torch import Tensor
 
 from slipstream.kernels.batch import RaggedBatch
-from slipstream.kernels.compute import ChainInputs, Compute, Formats, LayerShape, Mixture, Stack
-from slipstream.kernels.kv_cache import PagedKVCache
+from slipstream.kernels.compute import PACKED, ChainInputs, Compute, Formats, LayerShape, Mixture, Stack
+from slipstream.kernels.kv_cache import PagedKVCache, bits
 from slipstream.kernels.torch_stack import TorchCompute
 from slipstream.kernels.triton import attention, kv_cache
 from slipstream.kernels.triton.compute import TritonCompute
 from slipstream.kernels.triton.graphs import GraphPool
+from slipstream.kernels.triton.kv_cache import TritonKVCache
 
 PLAIN = LayerShape(hidden=32, intermediate=48, heads=4, kv_heads=2, head_dim=16, norm_eps=1e-5)
 SHAPES = {
@@ -78,10 +79,23 @@ def test_what_is_filled_is_read_again(name: str, kind: type[Compute]) -> None:
     assert layer.num_bytes == sum(4 * tensor.numel() for tensor in tensors.values())
 
 
-def test_a_graph_serves_every_batch_of_its_size() -> None:
-    eager, cache = built(TritonCompute(Formats.of(torch.float32), CPU), SMALL, (5,))
-    compute, graphs = recording()
-    replayed, other_cache = built(compute, SMALL, (5,))
+NUMBERS = Formats.of(torch.float32)
+KEPT = {
+    "numbers": (SMALL, NUMBERS),
+    "int8": (SMALL, replace(NUMBERS, kv=torch.int8)),
+    "fp8": (SMALL, replace(NUMBERS, kv=torch.float8_e4m3fn)),
+    "q8": (WHOLE, replace(NUMBERS, weights=PACKED, quantize="q8")),
+    "q4, int8": (WHOLE, replace(NUMBERS, weights=PACKED, quantize="q4", kv=torch.int8)),
+}
+"""How weights and the cache are kept."""
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_graph_serves_every_batch_of_its_size(kept: str) -> None:
+    shape, formats = KEPT[kept]
+    eager, cache = built(TritonCompute(formats, CPU), shape, (5,))
+    compute, graphs = recording(formats)
+    replayed, other_cache = built(compute, shape, (5,))
     for step in (
         batch([0, 1], [5, 3], [5, 3]),  # prompts
         batch([0, 1, 2], [1, 4, 2], [6, 7, 2]),  # decode, verification, and a prompt
@@ -90,14 +104,19 @@ def test_a_graph_serves_every_batch_of_its_size() -> None:
         one, other = eager.forward(step, cache, taps=(1,)), replayed.forward(step, other_cache, taps=(1,))
         assert torch.equal(one.hidden, other.hidden)
         assert one.features is not None and other.features is not None and torch.equal(one.features, other.features)
-    assert torch.equal(cache.memory, other_cache.memory)  # type: ignore[attr-defined]
-    assert len(graphs) == 1
+        logits = [stack.logits(done.hidden) for stack, done in ((eager, one), (replayed, other))]
+        assert torch.equal(*logits)
+    assert isinstance(cache, TritonKVCache) and isinstance(other_cache, TritonKVCache)
+    assert torch.equal(bits(cache.memory), bits(other_cache.memory)) and torch.equal(cache._scales, other_cache._scales)
+    assert len(graphs) == 1 and cache._scales.any() == formats.cache.startswith(("int", "fp8"))
 
 
-def test_nothing_of_a_batch_is_baked_into_a_graph() -> None:
+@pytest.mark.parametrize("kept", KEPT)
+def test_nothing_of_a_batch_is_baked_into_a_graph(kept: str) -> None:
     """Two graphs of a size, recorded of different batches, are the same."""
-    compute, graphs = recording()
-    stack, cache = built(compute, SMALL, (5,))
+    shape, formats = KEPT[kept]
+    compute, graphs = recording(formats)
+    stack, cache = built(compute, shape, (5,))
     steps = batch([0, 1], [2, 1], [2, 1]), batch([1, 0, 2], [1, 2, 1], [20, 11, 2], np.array([[0, 7, 3]], np.int32))
     for step in steps:
         stack.forward(step, cache)
@@ -265,11 +284,12 @@ def test_nothing_is_launched_for_rows_where_there_are_only_prompts(monkeypatch: 
     assert set(asked) == {(0, 1), (3, 3)}
 
 
-@pytest.mark.parametrize("tokens", [2, 5])
-def test_a_step_is_one_copy_to_the_device(tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "kept"), [(2, "numbers"), (5, "numbers"), (5, "q4, int8")])
+def test_a_step_is_one_copy_to_the_device(tokens: int, kept: str) -> None:
     """Whatever travels with it, and whether it is replayed or launched piece by piece."""
-    for compute in (recording()[0], TritonCompute(Formats.of(torch.float32), CPU)):
-        stack, cache = built(compute, SMALL, (0,))
+    shape, formats = KEPT[kept]
+    for compute in (recording(formats)[0], TritonCompute(formats, CPU)):
+        stack, cache = built(compute, shape, (0,))
         columns = np.array([tokens - 1], np.int32), np.array([0.5], np.float32), np.array([0.25], np.float64)
         step = batch([0], [tokens], [tokens], columns=columns)
         stack.forward(step, cache)
