@@ -27,6 +27,11 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
 COMPARED_ROWS = 256
+BITS = {
+    **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "BOOL": 8, "C64": 64},
+    **{"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8},
+}
+"""What a number of these formats takes; there are others (of less than a byte), which no model here reads."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,12 @@ def _data_end(path: Path, name: str, entry: Any) -> int:
         raise _damaged(path, f"the header entry of tensor {name!r} is malformed") from error
     if not all(isinstance(number, int) and number >= 0 for number in numbers) or end < begin:
         raise _damaged(path, f"the header entry of tensor {name!r} is malformed")
+    bits = BITS.get(entry["dtype"])
+    if bits is not None and math.prod(entry["shape"]) * bits != (end - begin) * 8:
+        shape = str(entry["shape"])[:60]
+        raise _damaged(
+            path, f"tensor {name!r} has {end - begin} bytes, which are not {shape} numbers of {entry['dtype']}"
+        )
     return int(end)
 
 

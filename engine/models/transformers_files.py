@@ -13,7 +13,7 @@ from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import ModelShape, model_shape, need, stated_positions
 from slipstream.engine.models.paged_attention import ATTENTION, register
 from slipstream.engine.models.rope import switch_length
-from slipstream.engine.models.weights import is_buffer, unknown
+from slipstream.engine.models.weights import is_buffer, require_numbers, unknown
 
 SIZES = ("vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "head_dim")
 ROPE = ("rope_parameters", "original_max_position_embeddings", "rope_local_base_freq")
@@ -108,7 +108,9 @@ def build_module(config: dict[str, Any], dtype: torch.dtype, checkpoint: Checkpo
             )
         else:  # widened by the project's own readers
             settings = AutoConfig.for_model(**{key: config[key] for key in config if key not in QUANTISATION})
-            weights = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors()}
+            for name, tensor in checkpoint.tensors():
+                require_numbers(name, not is_buffer(name) and not tensor.is_floating_point())
+                weights[name] = tensor.to(dtype)
             module, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].from_pretrained(
                 None, config=settings, state_dict=weights, output_loading_info=True, **options
             )

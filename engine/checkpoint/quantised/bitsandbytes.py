@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 STATE = "weight.quant_state.bitsandbytes__"
 HALF, SCALES = "weight.absmax", "SCB"
+TABLE, NESTED, NESTED_TABLE = "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"
+ORDER = "weight_format"
 ONE_127TH = 7.874015718698502e-3
 """As bitsandbytes has it."""
 
@@ -30,12 +32,18 @@ class BitsAndBytes:
     def matrix(self, module: Module) -> Matrix | None:
         if states := [part for part in module.parts if part.startswith(STATE)]:
             return _four_bits(module, states[0])
-        if SCALES not in module.parts:
+        if SCALES not in module.parts and ORDER not in module.parts:
             return None
         weight = module.need("weight", "I8")
-        if len(weight.shape) != 2 or module.need(SCALES, "F32").shape != weight.shape[:1]:
+        scales = module.need(SCALES, "F32")
+        if len(weight.shape) != 2 or scales.shape != weight.shape[:1]:
             raise module.misfit(SCALES)
         n, k = weight.shape
+        if (order := module.parts.get(ORDER)) is not None and read_stored(order).data.any():
+            raise ModelError(
+                f"{module.full(ORDER)} says that numbers lie in another order than by rows, which cannot be read; save "
+                "the model again with a newer bitsandbytes, or serve its bfloat16 weights"
+            )
         rows = lambda: module.tensor("weight").float().mul_(module.scales(SCALES)[:, None]).mul_(ONE_127TH)  # noqa: E731
         return Numbers((n, k), rows)
 
@@ -47,30 +55,38 @@ def _four_bits(module: Module, part: str) -> Matrix:
         block = int(state["blocksize"])
         is_nested = "nested_blocksize" in state
         nested = (int(state["nested_blocksize"]), float(state["nested_offset"])) if is_nested else None
+        if min(n, k, block, nested[0] if nested else 1) <= 0 or (nested and not math.isfinite(nested[1])):
+            raise ValueError("sizes have to be positive, and an offset finite")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{module.full(part)} does not say how numbers are kept ({error})") from error
-    count = n * k
-    if min(n, k, block) <= 0 or count % 2 or module.need("weight", "U8").num_elements != count // 2:
+    count, weight = n * k, module.need("weight")  # bytes, whatever format they are stored as (bnb_4bit_quant_storage)
+    if count % 2 or weight.end - weight.begin != count // 2:
         raise module.misfit("weight")
-    if math.prod(module.need("weight.quant_map", "F32").shape) != 16:
-        raise module.misfit("weight.quant_map")
-    if module.need(HALF, "U8" if nested else "F32").num_elements != -(-count // block):
-        raise module.misfit(HALF)
+    blocks = -(-count // block)
+    sizes = {TABLE: 16, HALF: blocks}
     if nested:
-        module.need("weight.nested_absmax", "F32"), module.need("weight.nested_quant_map", "F32")
+        sizes |= {NESTED: -(-blocks // nested[0]), NESTED_TABLE: 256}
+    for part_of, size in sizes.items():
+        if module.need(part_of, "U8" if nested and part_of == HALF else "F32").num_elements != size:
+            raise module.misfit(part_of)
     return Numbers((n, k), lambda: _looked_up(module, (n, k), block, nested))
 
 
 def _looked_up(module: Module, shape: tuple[int, int], block: int, nested: Any) -> Tensor:
     import torch
 
-    data = module.tensor("weight").reshape(-1)
-    numbers = module.scales("weight.quant_map").reshape(-1)[torch.stack((data >> 4, data & 15), 1).reshape(-1).int()]
+    data = module.bytes("weight").reshape(-1)
+    numbers = module.scales(TABLE).reshape(-1)[torch.stack((data >> 4, data & 15), 1).reshape(-1).int()]
     if nested is None:
         largest = module.scales(HALF).reshape(-1)
     else:
         size, offset = nested
-        table, scale = module.scales("weight.nested_quant_map").reshape(-1), module.scales("weight.nested_absmax")
+        table, scale = module.scales(NESTED_TABLE).reshape(-1), module.scales(NESTED)
         found = table[module.tensor(HALF).reshape(-1).int()]
-        largest = found * scale.reshape(-1).repeat_interleave(size)[: len(found)] + offset
-    return numbers.mul_(largest.repeat_interleave(block)[: len(numbers)]).reshape(shape)
+        largest = found * _each(scale.reshape(-1), size, len(found)) + offset
+    return numbers.mul_(_each(largest, block, len(numbers))).reshape(shape)
+
+
+def _each(numbers: Tensor, block: int, count: int) -> Tensor:
+    """Those of the blocks that ``count`` elements are in, one for each element; blocks may be larger than all of it."""
+    return numbers.repeat_interleave(min(block, count))[:count]

@@ -212,11 +212,14 @@ def words_of(module: Module, per_word: int) -> tuple[StoredTensor, int, int, Sto
 
 
 def group_size(module: Module, part: str, stated: int, k: int, groups: int) -> int:
-    """Inputs of a group, where ``part`` has one number for each of so many groups; ModelError if they do not fit."""
+    """Inputs of a group, where ``part`` has one number for each of so many groups: as stated, or as many as groups of
+    one size have, since modules may have another size than the model's; ModelError if they do not fit."""
     size = k if stated <= 0 else stated
-    if -(-k // size) != groups:
+    if -(-k // size) == groups:
+        return size
+    if not groups or k % groups:
         raise module.misfit(part)
-    return size
+    return k // groups
 
 
 def groups_of_inputs(module: Module, part: str, k: int, groups: int) -> Callable[[], Tensor]:
@@ -225,7 +228,11 @@ def groups_of_inputs(module: Module, part: str, k: int, groups: int) -> Callable
         raise module.misfit(part)
 
     def read() -> Tensor:
+        import torch
+
         found = module.tensor(part).long()
+        if bool((found == -1).all()) and k % groups == 0:  # compressed-tensors says so that they are in order
+            return torch.arange(k) // (k // groups)
         if not bool(((found >= 0) & (found < groups)).all()):
             raise ModelError(f"{module.full(part)} names groups that there are not; there are {groups}")
         return found

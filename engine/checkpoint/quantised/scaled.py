@@ -17,6 +17,7 @@ from slipstream.engine.checkpoint.quantised.matrix import (
     groups_of_inputs,
     unpacked,
 )
+from slipstream.engine.checkpoint.safetensors_files import read_stored
 from slipstream.engine.errors import ModelError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 SCALES = (*FLOATS, "F8_E8M0")
+AGAIN = "Convert the model again, or serve its bfloat16 weights"
 PACKED, ZERO, ORDER = "weight_packed", "weight_zero_point", "weight_g_idx"
 
 
@@ -34,6 +36,8 @@ class Scaled:
 
     block: tuple[int, int]
     """Outputs and inputs that share a scale, where a matrix has one for blocks of both."""
+    has_zeros: bool = False
+    """Whether whole numbers have zeros, where all do."""
     parts: str = r"(.+)\.(weight|weight_(?:packed|scale|scale_inv|zero_point|shape|g_idx))"
 
     def matrix(self, module: Module) -> Matrix | None:
@@ -50,13 +54,19 @@ class Scaled:
         if weight.dtype == "I8":
             return self._whole(module, (n, k), 8, lambda: module.bytes("weight") ^ 0x80)
         sizes = scales.shape
+        if (zeros := module.parts.get(ZERO)) is not None and read_stored(zeros).data.any():
+            raise ModelError(f"{module.full(ZERO)} is not 0, which FP8 weights have no use for. {AGAIN}")
         blocks = (-(-n // self.block[0]), -(-k // self.block[1]))
         # The sizes of blocks go first: a small matrix may be one block.
         if sizes == blocks:
             return Numbers((n, k), lambda: _by_blocks(module.tensor("weight"), module.scales(part), self.block))
-        if sizes not in ((), (1,), (1, 1), (n,), (n, 1)):
-            raise module.misfit(part)
-        return Numbers((n, k), lambda: module.tensor("weight").float().mul_(module.scales(part).view(-1, 1)))
+        groups = _groups(module, part, n, k)
+
+        def by_groups() -> Tensor:
+            numbers = module.tensor("weight").float().view(n, groups, -1)
+            return numbers.mul_(module.scales(part).view(-1, groups, 1)).view(n, k)
+
+        return Numbers((n, k), by_groups)
 
     def _packed(self, module: Module) -> Matrix:
         words, shape = module.need(PACKED, "I32"), module.need("weight_shape", "I64", "I32")
@@ -73,14 +83,8 @@ class Scaled:
 
     def _whole(self, module: Module, shape: tuple[int, int], bits: int, q: Callable[[], Tensor]) -> Matrix:
         n, k = shape
-        scales = module.need("weight_scale", *FLOATS)
-        sizes = scales.shape
-        if not (sizes in ((), (1,), (n,)) or (len(sizes) == 2 and sizes[0] in (1, n))):
-            raise module.misfit("weight_scale")
-        groups = sizes[1] if len(sizes) == 2 else 1
-        if not groups or k % groups:
-            raise module.misfit("weight_scale")
-        zeros = module.parts.get(ZERO)
+        sizes, groups = module.need("weight_scale", *FLOATS).shape, _groups(module, "weight_scale", n, k)
+        zeros = module.need(ZERO) if self.has_zeros else module.parts.get(ZERO)
         words = zeros is not None and module.need(ZERO, "I8", "I32").dtype == "I32"
         if zeros is not None and zeros.shape != ((-(-n * bits // 32), groups) if words else sizes):
             raise module.misfit(ZERO)
@@ -102,8 +106,17 @@ class Scaled:
         return Grouped(shape, bits, Whole(q, scale, zero, inputs))
 
 
+def _groups(module: Module, part: str, n: int, k: int) -> int:
+    """How many groups of inputs have a scale each: of all outputs or of each. ModelError for other shapes."""
+    sizes = module.parts[part].shape
+    groups = sizes[1] if len(sizes) == 2 else 1
+    if not groups or k % groups or not (sizes in ((), (1,), (n,)) or (len(sizes) == 2 and sizes[0] in (1, n))):
+        raise module.misfit(part)
+    return groups
+
+
 def _by_blocks(numbers: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    wide = scales.repeat_interleave(block[1], 1)[:, : numbers.shape[1]]
+    wide = scales.repeat_interleave(min(block[1], numbers.shape[1]), 1)[:, : numbers.shape[1]]
     found = numbers.float()
     for at in range(len(scales)):
         found[at * block[0] : (at + 1) * block[0]] *= wide[at]

@@ -17,14 +17,16 @@ from slipstream.engine.checkpoint.safetensors_files import StoredTensor, read_st
 from slipstream.engine.checkpoint.shapes import FAMILIES, parameter_shapes
 from slipstream.engine.errors import ModelError
 
-OTHER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Where older tools put it, and the method that such a file leaves out."""
+OTHER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+"""Where other tools put it, and the method that such a file leaves out."""
 ACTIVATIONS = re.compile(
     r"[._]((input|output|activation|q|k|v|kv|prob|attn_output)_(global_)?(scale|zero_point)|input_scale_ub)$"
 )
 """Scales of activations and of a KV cache: activations are computed with as they are, so these mean nothing."""
 COMPRESSED = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 """Formats of compressed-tensors that can be read."""
+AWQ_VERSIONS = ("gemm", "exllama", "ipex")
+"""What AWQ calls one and the same layout."""
 BLOCK = (128, 128)
 Quantised = dict[str, StoredTensor | Matrix]
 
@@ -50,7 +52,9 @@ def quantisation(config: Mapping[str, Any], folder: Path) -> Any:
             return stated
     for name, method in OTHER_FILES.items():
         if (folder / name).is_file():
-            return {"quant_method": method} | read_json_object(folder / name)
+            told = read_json_object(folder / name)
+            inner = told.get("quantization")  # of ModelOpt
+            return {"quant_method": method} | (inner if isinstance(inner, dict) else told)
     return None
 
 
@@ -74,9 +78,13 @@ def _scheme(stated: dict[str, Any], folder: Path) -> Scheme:
         case "gptq":
             return _gptq(stated, folder)
         case "awq":
-            version, bits = str(stated.get("version", "gemm")).lower(), stated.get("bits", stated.get("w_bit", 4))
-            if version not in ("gemm", "exllama", "ipex") or bits != 4:
-                raise _unreadable(folder, f"awq, {bits} bits, version {version!r}", "AWQ of 4 bits, version 'gemm'")
+            said = (
+                stated.get(name) for name in ("version", "checkpoint_format", "format")
+            )  # GPTQModel says the latter
+            versions, bits = {str(each).lower() for each in said if each}, stated.get("bits", stated.get("w_bit", 4))
+            if (wrong := versions.difference(AWQ_VERSIONS)) or bits != 4:
+                version = min(wrong or versions or {"gemm"})
+                raise _unreadable(folder, f"awq, {bits!r} bits, version {version!r}", "AWQ of 4 bits, version 'gemm'")
             return AWQ(int(stated.get("group_size", stated.get("q_group_size", 128))))
         case "compressed-tensors":
             return _compressed(stated, folder)
@@ -93,7 +101,7 @@ def _scheme(stated: dict[str, Any], folder: Path) -> Scheme:
 def _gptq(stated: dict[str, Any], folder: Path) -> GPTQ:
     bits, layout = stated.get("bits", 4), str(stated.get("checkpoint_format") or stated.get("format") or "gptq")
     if bits not in (4, 8):
-        raise _unreadable(folder, f"gptq, {bits} bits", "GPTQ of 4 or 8 bits")
+        raise _unreadable(folder, f"gptq, {bits!r} bits", "GPTQ of 4 or 8 bits")
     if layout not in ("gptq", "gptq_v2") or stated.get("is_marlin_format"):
         raise _unreadable(folder, f"gptq, format {layout!r}", "GPTQ in the format 'gptq' or 'gptq_v2'")
     return GPTQ(
@@ -112,7 +120,7 @@ def _compressed(stated: dict[str, Any], folder: Path) -> Scaled:
         raise _unreadable(folder, f"compressed-tensors, {min(wrong)}")
     if (stated.get("transform_config") or {}).get("config_groups"):
         raise _unreadable(folder, "compressed-tensors with transforms of activations")
-    block = BLOCK
+    block, has_zeros = BLOCK, list[bool]()
     for weights in (group.get("weights") for group in groups):
         if not weights:
             continue
@@ -120,7 +128,8 @@ def _compressed(stated: dict[str, Any], folder: Path) -> Scaled:
         if (kind, bits) not in (("int", 4), ("int", 8), ("float", 8)):
             raise _unreadable(folder, f"compressed-tensors, {kind} of {bits} bits", "int of 4 or 8 bits or float of 8")
         block = _pair(weights.get("block_structure"))
-    return Scaled(block)
+        has_zeros.append(weights.get("symmetric") is False)
+    return Scaled(block, bool(has_zeros) and all(has_zeros))
 
 
 def _pair(stated: Any) -> tuple[int, int]:
