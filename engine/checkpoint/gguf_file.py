@@ -380,7 +380,13 @@ class _Cursor:
                 raise self.broken(f"its data offset {offset} is not a multiple of {alignment}")
             found.append((name, TENSOR_TYPES[kind], shape, offset))
         data_start = -(-self.offset // alignment) * alignment
-        return {name: self.placed(name, kind, shape, data_start + offset) for name, kind, shape, offset in found}
+        placed = {name: self.placed(name, kind, shape, data_start + offset) for name, kind, shape, offset in found}
+        end, before = 0, ""
+        for info in sorted(placed.values(), key=lambda info: info.offset):
+            if info.offset < end:
+                raise self.broken(f"the tensors {before!r} and {info.name!r} lie in the same bytes")
+            end, before = info.offset + info.num_bytes, info.name
+        return placed
 
     def placed(self, name: str, kind: TensorType, shape: tuple[int, ...], offset: int) -> TensorInfo:
         num_bytes = math.prod(shape) // kind.block_elements * kind.block_bytes

@@ -51,10 +51,10 @@ class ModelMetadata:
         return next(iter(self.token_ids(name)), None)
 
     def token_ids(self, name: str) -> list[int]:
-        """One, several where the file has a list, or none."""
+        """One, several where the file has a list, or none, which some write as -1."""
         value = self.get(f"tokenizer.ggml.{name}")
         values = value if isinstance(value, list) else [value]
-        return [each for each in values if isinstance(each, int) and not isinstance(each, bool)]
+        return [each for each in values if isinstance(each, int) and not isinstance(each, bool) and each >= 0]
 
     def unsupported(self, what: str) -> ModelError:
         return ModelError(

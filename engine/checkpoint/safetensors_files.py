@@ -11,6 +11,7 @@ import math
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +97,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"{path} is truncated: the data of tensor {name!r} ends at byte {8 + length + end}, the file at byte "
                 f"{size}. Download the file again."
             )
-    names = sorted(ends, key=lambda name: ends[name])
     start = 8 + length
-    begins = {name: start + header[name]["data_offsets"][0] for name in names}
+    begins = {name: start + header[name]["data_offsets"][0] for name in ends}
+    names = sorted(ends, key=lambda name: (begins[name], ends[name]))
+    for one, other in pairwise(names):
+        if begins[other] < start + ends[one]:
+            raise _damaged(path, f"the tensors {one!r} and {other!r} lie in the same bytes")
     return {
         name: StoredTensor(path, tuple(entry["shape"]), begins[name], start + ends[name], entry["dtype"])
         for name in names

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from slipstream.engine.checkpoint.gguf_config import translate_generation_config
 from slipstream.engine.checkpoint.gguf_file import GGUFFile
+from slipstream.engine.checkpoint.json_file import again
 from slipstream.engine.errors import ModelError
 from slipstream.server.text.chat_template import TemplateError
 from slipstream.server.text.tokenizer_files import TokenizerParts
@@ -52,6 +53,8 @@ WORDS: dict[str, tuple[str, ...]] = {
 DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact")
 """Those that split as GPT-2 does, and numbers into digits before."""
 AS_GPT2 = ("default", "gpt-2", "gpt2", "phi-2", "olmo")
+LONGEST = 1024
+"""Characters of a token of SentencePiece's, 16 to 100 of which are usual: each is cut in all ways there are."""
 UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 """Tokens of Phi-3 after which spaces count."""
 LLAMA3_STYLE = ("llama3", "llama-v3", "llama-bpe", "falcon3", "tekken")
@@ -90,8 +93,8 @@ def build_from_gguf(file: GGUFFile) -> TokenizerParts:
         [AddedToken(tokens[i], normalized=False) for i, each in enumerate(types) if each == USER_DEFINED]
     )
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {role: meta.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
-    special = {role: tokens[index] for role, index in ids.items() if isinstance(index, int) and index < len(tokens)}
+    found = {role: _token(file, tokens, f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
+    special = {role: token for role, token in found.items() if token is not None}
     adds_bos = kind == "llama" or meta.get("tokenizer.ggml.pre") in LLAMA3_STYLE
     _add_boundaries(
         backend,
@@ -143,9 +146,13 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], vocab: dict[str, int], typ
         scores = _numbers(file, "scores", len(tokens))
         if scores is None:
             raise ModelError(f"{file.path} has neither tokenizer.ggml.scores nor merges. Convert the model again.")
+        if longest := next((token for token in tokens if len(token) > LONGEST), None):
+            raise ModelError(
+                f"{file.path}: the token {longest[:20]!r}… has {len(longest)} characters, which those of a vocabulary "
+                f"with scores do not ({LONGEST} at most). {again(file.path)}"
+            )
         merges = _merges_from_scores(vocab, scores)
-    unknown = file.metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    unknown_token = tokens[unknown] if isinstance(unknown, int) and unknown < len(tokens) else None
+    unknown_token = _token(file, tokens, "tokenizer.ggml.unknown_token_id", default=0)
     backend = Tokenizer(_bpe(file, vocab, merges, unk_token=unknown_token, fuse_unk=True, byte_fallback=True))
     if not prefix_space:
         backend.normalizer = normalizers.Replace(" ", "▁")
@@ -171,6 +178,12 @@ def _merges(file: GGUFFile) -> list[tuple[str, str]]:
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ModelError(f"{file.path} has no valid merges (tokenizer.ggml.merges). Convert the model again.")
     return [(left, right) for left, right in pairs]
+
+
+def _token(file: GGUFFile, tokens: list[str], key: str, default: int = -1) -> str | None:
+    """The token that a key names; None where there is none, which some files say with -1."""
+    index = file.metadata.get(key, default)
+    return tokens[index] if isinstance(index, int) and 0 <= index < len(tokens) else None
 
 
 def _merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 SCALES = (*FLOATS, "F8_E8M0")
+SCALE_PARTS = {"weight_scale", "weight_scale_inv"}
 AGAIN = "Convert the model again, or serve its bfloat16 weights"
 PACKED, ZERO, ORDER = "weight_packed", "weight_zero_point", "weight_g_idx"
 
@@ -45,6 +46,12 @@ class Scaled:
             return self._packed(module)
         weight = module.need("weight")
         if weight.dtype not in (*FP8, "I8"):
+            if weight.dtype in FLOATS and (beside := sorted(SCALE_PARTS.intersection(module.parts))):
+                raise ModelError(
+                    f"{module.full('weight')} has the format {weight.dtype}, with {module.full(beside[0])} beside it: "
+                    "the model was saved before its weights were quantised. Save it compressed, or serve its bfloat16 "
+                    "weights"
+                )
             return None
         if len(weight.shape) != 2 or 0 in weight.shape:
             raise module.misfit("weight")

@@ -142,6 +142,13 @@ def test_says_which_tensor_is_truncated(small: Path) -> None:
     expect_error(small, "truncated", "'weights'", f"the file at byte {small.stat().st_size}")
 
 
+def test_refuses_tensors_that_lie_in_the_same_bytes(tmp_path: Path) -> None:
+    data = packed("Q4_0")
+    path = write(tmp_path / "two.gguf", {"first": (data, "Q4_0"), "second": (data, "Q4_0")})
+    second = struct.pack("<IQ", 2, -(-data.nbytes // 32) * 32)
+    expect_error(patched(path, second, struct.pack("<IQ", 2, 32)), "'first' and 'second' lie in the same bytes")
+
+
 def test_says_where_the_header_is_cut(small: Path) -> None:
     small.write_bytes(small.read_bytes()[:60])
     expect_error(small, "metadata", "byte")

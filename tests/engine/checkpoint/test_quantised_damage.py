@@ -78,7 +78,7 @@ def headers(draw: Any, header: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(data=st.data(), name=st.sampled_from(sorted(MADE)))
 def test_whatever_a_header_says(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str) -> None:
     """It is read, or a ModelError tells, without much memory."""
@@ -92,7 +92,7 @@ def test_whatever_a_header_says(tmp_path_factory: pytest.TempPathFactory, data: 
     read_or_told(folder)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(data=st.data(), name=st.sampled_from(sorted(MADE)))
 def test_whatever_is_said_of_quantised_weights(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str
@@ -130,6 +130,19 @@ def read_or_told(folder: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < MOST_MEMORY
+
+
+def test_tensors_that_lie_in_the_same_bytes_are_told(tmp_path: Path) -> None:
+    scheme, parts = MADE["gptq-4"]
+    content = (written(tmp_path, parts, scheme) / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    begin, last = header[f"{Q}.scales"]["data_offsets"]
+    header[f"{Q}.qzeros"] |= {"data_offsets": [begin, last], "shape": [(last - begin) // 4]}
+    changed = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(changed).to_bytes(8, "little") + changed + content[end:])
+    with pytest.raises(ModelError, match=r"q_proj.\w+' and '.*q_proj.\w+' lie in the same bytes"):
+        numbers(tmp_path)
 
 
 def test_sizes_that_are_beyond_a_matrix_take_no_memory(tmp_path: Path) -> None:
@@ -219,6 +232,12 @@ def put(name: str, value: torch.Tensor) -> Change:
             KINDS["w8a8-asymmetric"].config,
             lambda parts: parts.pop("weight_zero_point"),
             r"lacks '.*q_proj.weight_zero_point'",
+        ),
+        (
+            KINDS["fp8"].quantise,
+            KINDS["fp8"].config,
+            put("weight", torch.ones(16, 64)),
+            "before its weights were quant",
         ),
         (KINDS["fp8"].quantise, KINDS["fp8"].config, put("weight_zero_point", torch.ones(1)), "zero_point' is not 0"),
     ],

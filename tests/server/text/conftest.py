@@ -105,7 +105,7 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
             elif isinstance(value, bool):
                 writer.add_bool(key, value)
             elif isinstance(value, int):
-                writer.add_uint32(key, value)
+                (writer.add_int32 if value < 0 else writer.add_uint32)(key, value)
             else:
                 writer.add_string(key, value)
         writer.write_header_to_file()

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from slipstream.engine.checkpoint.gguf_config import translate_generation_config
+from slipstream.engine.checkpoint.gguf_file import GGUFFile
+from slipstream.engine.errors import ModelError
 from slipstream.server.text import load_tokenizer
 
 TRICKY = [
@@ -124,3 +127,19 @@ def test_gguf_sentencepiece_round_trip(
     assert found.encode("a")[0] == found.bos_token_id == 1
     assert found.token_text(found.encode("\x00")[-1]) == "\x00"
     assert found.token_text(3 + 0xE4) == "\\xe4"
+
+
+def test_ids_that_name_no_token_are_none(write_sentencepiece: Any) -> None:
+    """Some files say so with -1, which was read as the last token of the vocabulary."""
+    path = write_sentencepiece(bos_token_id=-1, unknown_token_id=-1, padding_token_id=-1, add_bos_token=True)
+    found = load_tokenizer(path)
+    assert found.bos_token_id is None
+    assert found.decode(found.encode("ab"), skip_special_tokens=False) == "ab"
+    assert -1 not in translate_generation_config(GGUFFile(path)).values()
+
+
+def test_a_token_of_absurd_length_is_told(write_gguf: Any, sentencepiece_vocab: list[tuple[str, float, int]]) -> None:
+    """All ways to cut it would take its length's square of memory."""
+    tokens, scores, types = map(list, zip(*[*sentencepiece_vocab, ("ab" * 50_000, -5.0, 1)], strict=True))
+    with pytest.raises(ModelError, match=r"the token 'abab.* has 100000 characters"):
+        load_tokenizer(write_gguf(tokens, types, model="llama", scores=scores))
