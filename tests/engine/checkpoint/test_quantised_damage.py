@@ -218,7 +218,7 @@ def put(name: str, value: torch.Tensor) -> Change:
         (
             lambda w: four_bit_floats(w, True),
             NF4,
-            put("weight.nested_absmax", torch.ones(1)),
+            put("weight.nested_absmax", torch.ones(2)),
             r"nested_absmax' has shape",
         ),
         (
