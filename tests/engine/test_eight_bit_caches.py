@@ -76,7 +76,7 @@ def test_answers_are_the_same_however_work_is_cut(engine: Open, model: str) -> N
         again = cut.generate([*PROMPTS, *PROMPTS], plain)
         assert [each.tokens for each in again] == [*alone, *alone]
     assert again[1].num_cached_tokens >= 64
-    few = str(12 * cut.engine.loaded.block_bytes)
+    few = str(20 * cut.engine.loaded.block_bytes)
     tight = engine(MODELS[model], prefix_caching=False, kv_cache_memory=few)
     assert [each.tokens for each in tight.generate(PROMPTS[:1] * 8, plain)] == alone[:1] * 8
     assert tight.stats.preemptions  # they begin together, and there is no room for all of them to end
