@@ -27,7 +27,7 @@ from slipstream.engine.models.gpu_memory import budget, has_own_memory, step_byt
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.transformers_files import is_of_transformers, transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
-from slipstream.engine.models.weight_formats import DTYPES, choose_formats, describe, weights_bytes
+from slipstream.engine.models.weight_formats import DTYPES, choose_formats, describe, packed_formats, weights_bytes
 from slipstream.engine.models.weights import Rows, ahead, load, require_numbers
 from slipstream.engine.units import parse_size
 from slipstream.kernels.attention.choice import backend
@@ -235,10 +235,18 @@ def _choose_compute(checkpoint: Checkpoint, options: EngineConfig, device: torch
                 f"--kernels triton: Triton's kernels do not run here: {_without_triton(device, layer)}; "
                 "use --kernels auto"
             )
-    stays_packed = options.weights == PACKED or options.packed_arithmetic != "auto" or options.quantize != "none"
-    if stays_packed and not NativeCompute.supports(layer, device) and PiecewiseCompute.supports(layer, device):
+    in_pieces = not NativeCompute.supports(layer, device) and PiecewiseCompute.supports(layer, device)
+    if in_pieces and _stays_packed(checkpoint, options):
         return PiecewiseCompute
     return next(compute for compute in COMPUTES.values() if compute.supports(layer, device))
+
+
+def _stays_packed(checkpoint: Checkpoint, options: EngineConfig) -> bool:
+    """Whether matrices of layers that the compiled call does not cover are kept as blocks, not widened for torch."""
+    if options.weights == PACKED or options.packed_arithmetic != "auto" or options.quantize != "none":
+        return True
+    is_free = options.weights == "auto" and options.dtype != "float32"
+    return is_free and PiecewiseCompute.rounds_fast() and bool(packed_formats(checkpoint, options, PiecewiseCompute))
 
 
 def _without_triton(device: torch.device, layer: LayerShape) -> str:

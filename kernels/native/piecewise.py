@@ -12,7 +12,7 @@ from slipstream.kernels.compute import PACKED, Formats, LayerShape, LayerWeights
 from slipstream.kernels.kept import KeepsMatrices
 from slipstream.kernels.native.kv_cache import NativeKVCache
 from slipstream.kernels.native.library import isa, load, supports
-from slipstream.kernels.native.quantised import Arena, StoredWeight, packed_bytes
+from slipstream.kernels.native.quantised import Arena, StoredWeight, packed_bytes, rounds_fast
 from slipstream.kernels.torch_stack import TorchCompute
 from slipstream.kernels.weight import Weight
 
@@ -38,6 +38,10 @@ class PiecewiseCompute(KeepsMatrices, TorchCompute):
     def supports(cls, shape: LayerShape, device: torch.device) -> bool:
         inner = shape.intermediate if shape.mixture is None else shape.mixture.intermediate
         return device.type == "cpu" and load() is not None and supports(shape.head_dim, shape.hidden, inner)
+
+    @classmethod
+    def rounds_fast(cls) -> bool:
+        return rounds_fast()
 
     @classmethod
     def packed_bytes(cls, shape: LayerShape, kind: str, n: int, k: int) -> int:

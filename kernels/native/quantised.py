@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.compute import Arithmetic
-from slipstream.kernels.native.library import CLinear, CPart, address, load
+from slipstream.kernels.native.library import CLinear, CPart, address, isa, load
 from slipstream.kernels.native.weight import PANEL, Forms, PackedWeight, PanelWeight, panels_elems
 from slipstream.kernels.stored import Stored
 
@@ -21,6 +21,9 @@ ARENA_BYTES = 32 << 20
 ROWS_AT_ONCE = 512
 BLOCK = 32
 NUMBERS = {torch.float32: "F32", torch.bfloat16: "BF16"}
+FAST_AT_ROUNDING = ("avx512bf16",)
+"""Instruction sets with which blocks that are rounded to bfloat16 in registers were measured to be faster than weights
+in it."""
 KEPT_BYTES = 40
 """SLIP_KEPT_BYTES of csrc/api.h: a block of 32 numbers, whatever its form."""
 
@@ -41,6 +44,10 @@ def packed_bytes(kind: str, n: int, k: int) -> int:
     """What a matrix [n, k] of this type takes; 0 if there is no form for it."""
     form = form_of(kind, k)
     return part_bytes(form, -(-n // PANEL), k) if form else 0
+
+
+def rounds_fast() -> bool:
+    return isa() in FAST_AT_ROUNDING
 
 
 class Arena:

@@ -40,7 +40,7 @@ from slipstream.kernels.native.library import (
     load,
     supports,
 )
-from slipstream.kernels.native.quantised import Arena, StoredWeight, form_of, packed_bytes
+from slipstream.kernels.native.quantised import Arena, StoredWeight, form_of, packed_bytes, rounds_fast
 from slipstream.kernels.native.weight import PackedWeight, PanelWeight, panels_elems
 from slipstream.kernels.stored import Stored
 from slipstream.kernels.weight import Weight
@@ -172,8 +172,6 @@ class NativeStack:
 FAST_IN_BYTES = ("avx2", "avx2vnni", "avx512", "avx512vnni", "avx512bf16", "avx512amx")
 """Instruction sets with which products of bytes were measured to be faster than of other numbers; with tiles (AMX) few
 rows, which are what a head has, are computed as without."""
-FAST_AT_ROUNDING = ("avx512bf16",)
-"""Those with which blocks that are rounded to bfloat16 in registers were measured to be faster than weights in it."""
 
 
 class NativeCompute(Compute):
@@ -183,7 +181,7 @@ class NativeCompute(Compute):
 
     @classmethod
     def rounds_fast(cls) -> bool:
-        return isa() in FAST_AT_ROUNDING
+        return rounds_fast()
 
     def __init__(self, formats: Formats, device: torch.device) -> None:
         known = PACKED if formats.weights == PACKED else formats.numbers

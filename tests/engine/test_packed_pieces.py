@@ -20,6 +20,7 @@ from slipstream.engine.testing import LocalEngine
 from slipstream.engine.testing_gguf import EXPERT_TYPES, write_gguf
 from slipstream.engine.testing_logits import prompt_logits
 from slipstream.kernels.native.library import isa
+from slipstream.kernels.native.piecewise import PiecewiseCompute
 
 pytestmark = pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
@@ -89,13 +90,49 @@ def test_they_are_kept_small_and_say_so(file: Path) -> None:
         load_model(options(file, weights="packed", kernels="torch"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_answers_are_the_same_alone_in_a_batch_and_from_the_cache(file: Path, dtype: str) -> None:
-    local = LocalEngine(options(file, weights="packed", dtype=dtype))
+def test_auto_keeps_them_packed_where_that_is_faster(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(**fields: Any) -> tuple[str, str]:
+        config = options(file, **({"dtype": "auto"} | fields))
+        loaded = load_model(config)
+        assert weights_here(config) == (loaded.weights, loaded.weights_because)
+        return loaded.weights, loaded.model.kernels.split("-")[0]
+
+    monkeypatch.setattr(PiecewiseCompute, "rounds_fast", lambda: True)
+    for fields in ({}, {"dtype": "bfloat16"}, {"kv_cache_dtype": "int8"}):
+        form, kernels = chosen(**fields)
+        assert form.startswith("packed (") and form.endswith("), bfloat16") and kernels == "native"
+    assert chosen(dtype="float32") == chosen(weights="float32") == ("float32", "torch")
+    assert chosen(weights="bfloat16") == ("bfloat16", "torch")
+    assert chosen(kernels="torch")[1] == "torch"
+    monkeypatch.setattr(PiecewiseCompute, "rounds_fast", lambda: False)
+    form, kernels = chosen()
+    assert form in ("bfloat16", "float32") and kernels == "torch"
+
+
+def test_rounded_in_registers_they_are_weights_in_bfloat16(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the order of sums, and so for a last bit of activations here and there."""
+    monkeypatch.setattr(PiecewiseCompute, "rounds_fast", lambda: True)
+    rounded, dense = (load_model(options(file, weights=way, dtype="bfloat16")) for way in ("auto", "bfloat16"))
+    assert rounded.weights.endswith("), bfloat16") and dense.weights == "bfloat16"
+    for name, shape in dense.model.weights.shapes.items():
+        found = rounded.model.weights.read(name, 0, shape[0])
+        assert torch.equal(found.bfloat16(), dense.model.weights.read(name, 0, shape[0])), name
+    expected = logits(file, weights="float32")
+    off = [logits(file, weights=way, dtype="bfloat16") - expected for way in ("auto", "bfloat16")]
+    assert off[0].norm() < 1.5 * off[1].norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [("packed", "float32"), ("packed", "bfloat16"), ("auto", "bfloat16")])
+def test_answers_are_the_same_alone_in_a_batch_and_from_the_cache(
+    file: Path, weights: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PiecewiseCompute, "rounds_fast", lambda: True)
+    local = LocalEngine(options(file, weights=weights, dtype=dtype))
+    assert local.engine.ready().weights.startswith("packed (")
     together = [done.tokens for done in local.generate(PROMPTS, GREEDY)]
     assert [local.generate([prompt], GREEDY)[0].tokens for prompt in PROMPTS] == together
     local.close()
-    chunked = LocalEngine(options(file, weights="packed", dtype=dtype, max_step_tokens=16))
+    chunked = LocalEngine(options(file, weights=weights, dtype=dtype, max_step_tokens=16))
     assert [done.tokens for done in chunked.generate(PROMPTS, GREEDY)] == together
     chunked.close()
 
