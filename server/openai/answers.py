@@ -7,7 +7,7 @@ from typing import Literal
 from slipstream.server.description import Answer
 
 FinishReason = Literal["stop", "length", "abort"]
-ChatFinishReason = Literal["stop", "length", "abort", "tool_calls"]
+ChatFinishReason = Literal["stop", "length", "abort", "tool_calls", "function_call"]
 
 
 class PromptTokensDetails(Answer):
@@ -90,6 +90,7 @@ class ChatMessage(Answer):
     refusal: None
     reasoning_content: str | None = None
     tool_calls: list[ToolCallMade] | None = None
+    function_call: FunctionCalled | None = None
 
 
 class ChatChoice(Answer):
@@ -114,6 +115,7 @@ class ChatDelta(Answer):
     content: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCallMade] | None = None
+    function_call: FunctionCalled | None = None
 
 
 class ChatChunkChoice(Answer):

@@ -37,7 +37,9 @@ from slipstream.server.tools.formats import FORMATS
 from slipstream.server.tools.prompt import told_of_tools, with_results_told, without_calls
 from slipstream.server.vetting import is_known, vet
 
-TEMPLATE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}
+TEMPLATE_FIELDS = {"role", "content", "name", "tool_call_id", "reasoning_content", "reasoning"}
+SAME_ROLES = {"developer": "system", "function": "tool"}
+"""Roles that templates know by another name: a newer one, and the first one of what tools gave back."""
 STRUCTURED: dict[str, Any] = dict.fromkeys(StructuredFields.model_fields)
 """What nobody asks for once there is a grammar."""
 RENDERED: dict[str, Any] = {
@@ -70,7 +72,7 @@ def conversation(text: TextModel, limits: Limits, body: ChatBody) -> Prepared[Ch
     ends = text.turn_ends if template is text.template else short(text.tokenizer.turn_ends(template))
     asked, use = structure_asked(body), tool_use(body)
     said = body.messages[-1].text if body.continue_final_message else ""
-    calls = sum(len(message.tool_calls or ()) for message in body.messages)
+    calls = sum(len(message.calls) for message in body.messages)
     speech, found = plan_answer(limits, text.tokenizer, template.text, rendered, use, asked, said, calls)
     require_alone(body, found)
     done = body.model_copy(update=RENDERED)
@@ -214,13 +216,13 @@ def render(limits: Limits, body: TemplateBody, template: ChatTemplate) -> str:
             code="unsupported_parameter",
         )
     continued = bool(body.continue_final_message)
-    messages, tools = [as_template_sees_it(message) for message in body.messages], body.tools or None
+    messages, tools = [as_template_sees_it(message) for message in body.messages], body.offered or None
     form = tool_format(limits, template.text) or FORMATS["json"]
     if "tool_calls" not in template.text:
         messages = messages if template.shows_results else with_results_told(messages)
         messages = without_calls(messages, form)
     if tools and not template.shows_tools:
-        if body.tool_choice != "none":
+        if body.choice != "none":
             messages = told_of_tools(messages, tools, form, "system" if template.shows_system else "user")
         tools = None
     try:
@@ -285,8 +287,8 @@ def short(ends: TurnEnds) -> TurnEnds:
 
 def as_template_sees_it(message: Message) -> dict[str, Any]:
     fields = message.model_dump(include=TEMPLATE_FIELDS, exclude_none=True)
-    if not fields.get("tool_calls"):  # templates test for the key alone
-        fields.pop("tool_calls", None)
+    if message.calls:  # templates test for the key alone
+        fields["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.calls]
     for call in fields.get("tool_calls", ()):
         call.setdefault("type", "function")
         call.pop("index", None)
@@ -294,8 +296,7 @@ def as_template_sees_it(message: Message) -> dict[str, Any]:
         call["function"]["arguments"] = call["function"].get("arguments") or "{}"
     # Templates join contents to other text; an assistant that said nothing said the empty text.
     fields.setdefault("content", "")
-    if message.role == "developer":  # newer name of the same thing; templates know the old one
-        fields["role"] = "system"
+    fields["role"] = SAME_ROLES.get(message.role, message.role)
     return fields
 
 

@@ -22,7 +22,7 @@ from slipstream.server.openai.fields import unsupported
 from slipstream.server.openai.llama_cpp import LlamaCppFields
 from slipstream.server.openai.structured import StructuredFields
 from slipstream.server.openai.thinking import ThinkingFields
-from slipstream.server.openai.tools import ToolCall, ToolFields
+from slipstream.server.openai.tools import CalledFunction, ToolCall, ToolFields
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 512
@@ -216,7 +216,7 @@ class TextPart(Body):
 
 
 class Message(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: (
         Annotated[
             Annotated[str, Tag("a text")] | Annotated[Annotated[list[TextPart], Field(fail_fast=True)], Tag("a list")],
@@ -230,7 +230,7 @@ class Message(Body):
     reasoning: str | None = None
     """Another name of the same."""
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_CALLS, fail_fast=True)
-    function_call: unsupported() = None  # type: ignore[valid-type]
+    function_call: CalledFunction | None = None
     audio: unsupported() = None  # type: ignore[valid-type]
     refusal: unsupported("") = None  # type: ignore[valid-type]
     annotations: list[Any] | None = None
@@ -243,6 +243,13 @@ class Message(Body):
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The calls of tools, by whichever name they came."""
+        if self.function_call is not None:
+            return [ToolCall(function=self.function_call)]
+        return self.tool_calls or []
 
 
 class TemplateBody(ToolFields):
@@ -263,7 +270,12 @@ class TemplateBody(ToolFields):
                 "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
             )
         for index, message in enumerate(self.messages):
-            if message.content is None and message.role != "assistant":
+            if message.function_call is not None and message.tool_calls:
+                raise InvalidRequestError(
+                    "function_call is the older name of tool_calls; send only one of them",
+                    param=f"messages.{index}.function_call",
+                )
+            if message.content is None and message.role not in ("assistant", "function"):
                 raise InvalidRequestError(
                     f"a {message.role} message needs content",
                     param=f"messages.{index}.content",
@@ -278,8 +290,6 @@ class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
     top_logprobs: int | None = Field(None, ge=-1, lt=2**31)
 
     # Refused unless off.
-    functions: unsupported([]) = None  # type: ignore[valid-type]
-    function_call: unsupported("none") = None  # type: ignore[valid-type]
     modalities: unsupported(["text"]) = None  # type: ignore[valid-type]
     audio: unsupported() = None  # type: ignore[valid-type]
     prediction: unsupported() = None  # type: ignore[valid-type]

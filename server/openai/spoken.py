@@ -43,12 +43,17 @@ class SpokenAnswer:
         found: dict[str, Any] = {"content": "".join(content) if content or not calls else None}
         if reasoning:
             found["reasoning_content"] = "".join(reasoning)
-        if calls:
+        if calls and self._speech.as_functions:
+            [call] = calls
+            found["function_call"] = call["function"]
+        elif calls:
             found["tool_calls"] = calls
         return found
 
     def finish_reason(self, piece: Piece) -> str | None:
-        return "tool_calls" if piece.finish_reason == "stop" and self._parser.has_calls else piece.finish_reason
+        if piece.finish_reason != "stop" or not self._parser.has_calls:
+            return piece.finish_reason
+        return "function_call" if self._speech.as_functions else "tool_calls"
 
     def _delta(self, part: Part) -> dict[str, Any]:
         match part:
@@ -56,6 +61,10 @@ class SpokenAnswer:
                 return {"content": part.text}
             case Reasoning():
                 return {"reasoning_content": part.text}
+            case CallBegin() if self._speech.as_functions:
+                return {"function_call": self._call(part)["function"]}
+            case CallArguments() if self._speech.as_functions:
+                return {"function_call": {"arguments": part.text}}
             case CallBegin():
                 return {"tool_calls": [{"index": part.index, **self._call(part)}]}
             case CallArguments():

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from slipstream.server import reasoning
 from slipstream.server.body import Body
@@ -46,6 +46,30 @@ class ToolFields(Body):
     tools: list[dict[str, Any]] | None = Field(None, max_length=256, fail_fast=True)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    functions: list[dict[str, Any]] | None = Field(None, max_length=256, fail_fast=True)
+    """Tools as chats had them first: each alone, without a type, and an answer calls one of them at most."""
+    function_call: str | dict[str, Any] | None = None
+    """Which of them is to be called."""
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools, by whichever name they came."""
+        return self.tools or [{"type": "function", "function": function} for function in self.functions or ()]
+
+    @property
+    def choice(self) -> str | dict[str, Any] | None:
+        return self.function_call if self.functions else self.tool_choice
+
+    @model_validator(mode="after")
+    def _check_functions(self) -> ToolFields:
+        if self.functions and (self.tools or self.tool_choice is not None):
+            raise InvalidRequestError(
+                "functions and function_call are older names of tools and tool_choice; send only one kind",
+                param="functions",
+            )
+        if self.function_call not in (None, "none") and not self.functions:
+            raise wrong("function_call", "it needs functions")
+        return self
 
 
 @dataclass(frozen=True)
@@ -55,25 +79,37 @@ class ToolUse:
     """Those that may be called."""
     parallel: bool = True
     """Whether an answer may have several calls; not where the client has named the function that is to be called."""
+    as_functions: bool = False
+    """Whether the request calls them functions, and wants to be told of a call in that form."""
+
+    @property
+    def fields(self) -> tuple[str, str]:
+        """The names of the fields of the tools, and of the choice among them."""
+        return ("functions", "function_call") if self.as_functions else ("tools", "tool_choice")
 
 
 def tool_use(body: ToolFields) -> ToolUse:
     """Raises InvalidRequestError."""
-    tools = [read_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ())]
-    choice = body.tool_choice
-    parallel = body.parallel_tool_calls is not False
+    as_functions = bool(body.functions)
+    if as_functions:
+        tools = [read_function(function, f"functions.{index}") for index, function in enumerate(body.functions or ())]
+    else:
+        tools = [read_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ())]
+    param = "function_call" if as_functions else "tool_choice"
+    choice = body.choice
+    parallel = body.parallel_tool_calls is not False and not as_functions
     if isinstance(choice, str):
         if choice not in ("none", "auto", "required"):
-            raise wrong("tool_choice", f"none, auto, required, or a function, not {choice!r}")
+            raise wrong(param, f"none, auto, required, or a function, not {choice!r}")
         mode: Mode = choice  # type: ignore[assignment]  # it is one of them
     elif choice is None:
         mode = "auto" if tools else "none"
     else:
-        mode, tools = read_choice(choice, tools)
+        mode, tools = read_choice(choice, tools, param)
         parallel = parallel and choice.get("type") == ALLOWED_TOOLS
     if mode == "required" and not tools:
-        raise wrong("tool_choice", "it needs tools")
-    return ToolUse(mode if tools else "none", tools, parallel)
+        raise wrong(param, "it needs tools")
+    return ToolUse(mode if tools else "none", tools, parallel, as_functions)
 
 
 def read_tool(tool: dict[str, Any], param: str) -> Tool:
@@ -84,16 +120,20 @@ def read_tool(tool: dict[str, Any], param: str) -> Tool:
     function = tool.get("function")
     if not isinstance(function, dict):
         raise wrong(f"{param}.function", "an object with a name is needed")
+    return read_function(function, f"{param}.function")
+
+
+def read_function(function: dict[str, Any], param: str) -> Tool:
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise wrong(f"{param}.function.name", "1 to 128 letters, digits and ._:-")
+        raise wrong(f"{param}.name", "1 to 128 letters, digits and ._:-")
     if parameters is not None and not isinstance(parameters, dict):
-        raise wrong(f"{param}.function.parameters", "a JSON schema is needed")
-    require_well_formed(parameters or NO_PARAMETERS, f"{param}.function.parameters", f"the tool {name}")
+        raise wrong(f"{param}.parameters", "a JSON schema is needed")
+    require_well_formed(parameters or NO_PARAMETERS, f"{param}.parameters", f"the tool {name}")
     return Tool(name, parameters or NO_PARAMETERS, function.get("strict") is True)
 
 
-def read_choice(choice: dict[str, Any], tools: list[Tool]) -> tuple[Mode, list[Tool]]:
+def read_choice(choice: dict[str, Any], tools: list[Tool], param: str) -> tuple[Mode, list[Tool]]:
     """A choice that names tools."""
     mode: Any = "required"
     named: Any = [choice]
@@ -103,7 +143,7 @@ def read_choice(choice: dict[str, Any], tools: list[Tool]) -> tuple[Mode, list[T
     names = [_name(each) for each in named] if isinstance(named, list) else []
     known = [tool.name for tool in tools]
     if mode not in ("auto", "required") or not names or not all(name in known for name in names):
-        raise wrong("tool_choice", f"it has to name some of the tools: {', '.join(sorted(known)) or 'there are none'}")
+        raise wrong(param, f"it has to name some of the tools: {', '.join(sorted(known)) or 'there are none'}")
     return mode, [tool for tool in tools if tool.name in names]
 
 
@@ -139,11 +179,12 @@ def plan_answer(
     ``said`` what the assistant has said already where the answer goes on from there, ``calls_before`` how many calls
     the conversation has.
     """
+    tools_field, choice_field = use.fields
     form = tool_format(limits, template) if use.mode != "none" else None
     if form is None and use.mode != "none":
         raise InvalidRequestError(
             "tools are not supported by this server (--tool-call-parser none)",
-            param="tools",
+            param=tools_field,
             code="unsupported_parameter",
         )
     tags_name = reasoning.recognized(template) if limits.reasoning_parser == "auto" else limits.reasoning_parser
@@ -155,7 +196,7 @@ def plan_answer(
     if form is not None and (
         use.mode == "required" or structure or not use.parallel or any(t.strict for t in use.tools)
     ):
-        param = "tool_choice" if use.mode == "required" else "tools"
+        param = choice_field if use.mode == "required" else tools_field
         grammar = calls_grammar(
             form,
             use.tools,
@@ -182,6 +223,7 @@ def plan_answer(
             reasoning=tags_name if tags else None,
             is_open=is_open,
             calls_before=calls_before,
+            as_functions=use.as_functions,
             keeps_special=any("<[" in tokenizer.symbols(marker) for marker in markers if marker),
         ),
         structure,

@@ -36,6 +36,8 @@ class Speech:
     """What is looked for is written with special tokens, so they have to be in the text."""
     calls_before: int = 0
     """How many calls the conversation has already."""
+    as_functions: bool = False
+    """Whether the client knows calls by their first name only: one ``function_call`` in an answer."""
 
     def new_id(self, name: str, index: int) -> str:
         """An id for the ``index``-th call of an answer, which calls the tool ``name``."""

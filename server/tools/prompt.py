@@ -40,7 +40,7 @@ def with_results_told(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     for message in messages:
         said = message
         if message["role"] == "tool":
-            name = names.get(message.get("tool_call_id")) or message.get("name") or "the tool"
+            name = message.get("name") or names.get(message.get("tool_call_id")) or "the tool"
             said = {"role": "user", "content": f"Result of {name}:\n{text_of(message)}"}
         if before == "tool" and said["role"] == "user":
             said = {**said, "content": f"{found.pop()['content']}\n\n{text_of(said)}"}

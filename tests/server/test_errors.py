@@ -86,7 +86,7 @@ def test_both_endpoints_name_the_field(server: Any, field: str, value: Any, para
         ("messages", [{"role": "user", "content": {"type": "text", "text": "x"}}], "messages.0.content"),
         ("messages", [{"role": "assistant", "tool_calls": [{}]}], "messages.0.tool_calls.0.function"),
         ("tool_choice", "any", "tool_choice"),
-        ("functions", [{}], "functions"),
+        ("functions", [{}], "functions.0.name"),
         ("response_format", {"type": "xml"}, "response_format.type"),
         ("modalities", ["text", "audio"], "modalities"),
         ("audio", {}, "audio"),

@@ -16,6 +16,7 @@ from slipstream.server.prepared import Limits, Prepared
 from slipstream.server.text import ChatTemplate
 from slipstream.server.text_model import TextModel, load_text_model
 from slipstream.server.tools.formats import FORMATS
+from slipstream.server.tools.prompt import with_results_told
 
 CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}, "required": ["city"],
         "additionalProperties": False, "$defs": {"City": {"enum": ["Rome", "Bern"]}}}  # fmt: skip
@@ -104,6 +105,83 @@ def test_calls_and_results_in_the_history_reach_the_prompt(server: Any) -> None:
     assert "22 degrees" in prompt and '"description": "Now."' in prompt and "You can call these tools" in prompt
     assert "unseen" not in prompt
     assert server.chat(messages[0]["content"], messages=messages, max_tokens=3, tools=[WEATHER])
+
+
+def test_functions_are_tools_by_their_first_name(server: Any) -> None:
+    function = WEATHER["function"]
+    body = {"messages": MESSAGES, "max_tokens": 300, "temperature": 1.0, "seed": 4}
+    as_tool = body | {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    as_function = body | {"functions": [function], "function_call": {"name": "weather"}}
+    [expected] = server.post("/v1/chat/completions", as_tool)[1]["choices"]
+    status, reply = server.post("/v1/chat/completions", as_function)
+    assert status == 200, reply
+    [answer] = reply["choices"]
+    [call] = expected["message"]["tool_calls"]
+    assert answer["message"]["function_call"] == call["function"]
+    assert answer["message"]["content"] is None and "tool_calls" not in answer["message"]
+    assert answer["finish_reason"] == "function_call"
+
+    called: dict[str, str] = {}
+    for event in server.events("/v1/chat/completions", as_function)[:-1]:
+        [piece] = event["choices"]
+        assert "tool_calls" not in piece["delta"]
+        for name, said in piece["delta"].get("function_call", {}).items():
+            called[name] = called.get(name, "") + said
+    assert called == call["function"] and piece["finish_reason"] == "function_call"
+
+    [answer] = server.chat("Hello", max_tokens=12, functions=[function], function_call="none")["choices"]
+    assert "function_call" not in answer["message"] and answer["finish_reason"] in ("stop", "length")
+
+
+def test_functions_make_the_prompt_that_tools_make(server: Any) -> None:
+    function, call = WEATHER["function"], {"name": "weather", "arguments": '{"city": "Rome"}'}
+
+    def prompt(fields: dict[str, Any], called: dict[str, Any], *results: dict[str, Any]) -> str:
+        messages = [*MESSAGES, {"role": "assistant", "content": None, **called}, *results]
+        status, found = server.post("/tokenize", {"messages": messages, **fields})
+        assert status == 200, found
+        text: str = server.post("/detokenize", {"tokens": found["tokens"]})[1]["prompt"]
+        return text
+
+    said = {"content": "22 degrees"}
+    tools = prompt({"tools": [WEATHER]}, {"tool_calls": [{"id": "a", "function": call}]},
+                   {"role": "tool", "tool_call_id": "a", **said})  # fmt: skip
+    result = {"role": "function", "name": "weather", **said}
+    assert prompt({"functions": [function]}, {"function_call": call}, result) == tools
+    assert '{"name": "weather", "arguments": {"city": "Rome"}}' in tools and "22 degrees" in tools
+    nothing = {"role": "function", "name": "weather", "content": None}
+    assert prompt({"functions": [function]}, {"function_call": call}, nothing) == tools.replace("22 degrees", "")
+
+
+def test_results_without_ids_are_told_by_their_names() -> None:
+    messages = [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}, {"function": {"name": "g"}}]},
+                *({"role": "tool", "name": name, "content": "1"} for name in "fg")]  # fmt: skip
+    assert with_results_told(messages)[1:] == [{"role": "user", "content": "Result of f:\n1\n\nResult of g:\n1"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"functions": [{}]}, "functions.0.name"),
+        ({"functions": [{"name": "f", "parameters": [1]}]}, "functions.0.parameters"),
+        ({"functions": [{"name": "f", "parameters": {"type": "strng"}}]}, "functions.0.parameters.type"),
+        ({"functions": [WEATHER["function"]], "tools": [WEATHER]}, "functions"),
+        ({"functions": [WEATHER["function"]], "tool_choice": "none"}, "functions"),
+        ({"functions": [WEATHER["function"]], "function_call": {"name": "other"}}, "function_call"),
+        ({"functions": [WEATHER["function"]], "function_call": "maybe"}, "function_call"),
+        ({"functions": [WEATHER["function"]], "function_call": {"name": "weather"}, "bad_words": ["{"]}, "bad_words"),
+        ({"function_call": "auto"}, "function_call"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f", "x": 1}}]}, "messages.0.function_call.x"),
+        (
+            {"messages": [{"role": "assistant", "function_call": {"name": "f"},
+                           "tool_calls": [{"function": {"name": "f"}}]}]},
+            "messages.0.function_call",
+        ),
+    ],
+)  # fmt: skip
+def test_functions_that_make_no_sense_are_refused_by_name(server: Any, fields: dict[str, Any], param: str) -> None:
+    status, reply = server.post("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 5, **fields})
+    assert status == 400 and reply["error"]["param"] == param, reply
 
 
 @pytest.mark.parametrize(
