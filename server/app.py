@@ -38,6 +38,7 @@ from slipstream.server.vllm import control as vllm_control
 from slipstream.server.vllm import routes as vllm
 
 logger = logging.getLogger(__name__)
+API = "/v1/"
 METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 """Those that routes may have; HEAD and OPTIONS are answered for all of them."""
 
@@ -73,6 +74,7 @@ def build_app(service: Service) -> ASGIApp:
         app.include_router(router)
     for path in paths(generating):
         service.metrics.expect_failures(path)
+    offered = [path for path in paths([*generating, *batches]) if path.startswith(API) and "{" not in path]
 
     @app.get("/health", response_class=Response, openapi_extra=describe(Health, 503, errors=Health))
     async def health() -> Response:
@@ -109,7 +111,9 @@ def build_app(service: Service) -> ASGIApp:
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         where = f"{request.method} {request.url.path}"
         if error.status_code == 404:
-            return error_response(NotFoundError(f"there is no route {where}"))
+            meant = route_meant(request.url.path, offered)
+            hint = f"; there is {meant}: the base URL may have a part too many or too few" if meant else ""
+            return error_response(NotFoundError(f"there is no route {where}{hint}"))
         if error.status_code == 405:
             return refuse_method(request, where)
         return error_response(ApiError(str(error.detail)), status=error.status_code)
@@ -149,6 +153,17 @@ def paths(routers: Iterable[APIRouter]) -> list[str]:
                 raise TypeError(f"{route!r} is no route: register the router that it comes from by itself")
             found.append(route.path)
     return found
+
+
+def route_meant(path: str, offered: Iterable[str]) -> str | None:
+    """Which of the paths ``offered`` (beneath API) a client means whose base URL is wrong: its path ends alike."""
+
+    def parts_of(path: str) -> list[str]:
+        return [part for part in path.lower().split("/") if part not in ("", API.strip("/"))]
+
+    asked = parts_of(path)
+    fitting = [each for each in offered if asked[-len(parts_of(each)) :] == parts_of(each)]
+    return max(fitting, key=len, default=None)
 
 
 def refuse_method(request: Request, where: str) -> Response:

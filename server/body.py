@@ -24,6 +24,9 @@ MAX_DETAILS = 20
 MAX_NAME_CHARS = 200
 MAX_VALUE_CHARS = 60
 
+MEDIA = ("audio", "document", "file", "image", "video")
+"""What names of kinds of contents have in them that are no texts."""
+
 ONLY_NULL: dict[str, Any] = {"type": "null"}
 """The JSON schema of fields that nobody knows, where they are refused: a null field is an absent one."""
 
@@ -145,6 +148,8 @@ def take_unknown(model: Body, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 def invalid(details: list[ErrorDetails], body: bytes) -> InvalidRequestError:
     if details[0]["type"] == "json_invalid":
         hint = "" if is_utf8(body) else "; it must be UTF-8"
+        if "hex escape" in str(details[0]["ctx"]["error"]):
+            hint = "; half a pair of surrogates stands for no character"
         message = f"the body is not valid JSON: {details[0]['ctx']['error']}{hint}"
         return InvalidRequestError(message, code="invalid_json")
     data = from_json(body)
@@ -158,7 +163,14 @@ def invalid(details: list[ErrorDetails], body: bytes) -> InvalidRequestError:
     if detail["type"] == "unsupported":
         return InvalidRequestError(f"{where}: {detail['msg']}", param=param, code="unsupported_parameter")
     code = "invalid_type" if detail["type"].endswith("_type") else "invalid_value"
-    return InvalidRequestError(f"{where}: {detail['msg']}{got(detail)}", param=param, code=code)
+    hint = "; the model takes texts only" if is_medium(detail) else ""
+    return InvalidRequestError(f"{where}: {detail['msg']}{got(detail)}{hint}", param=param, code=code)
+
+
+def is_medium(detail: ErrorDetails) -> bool:
+    """Whether a content is of a kind such as ``image_url``."""
+    found = str(detail["input"]) if detail["type"] == "literal_error" and detail["loc"][-1] == "type" else ""
+    return any(medium in found[:MAX_VALUE_CHARS] for medium in MEDIA)
 
 
 def is_utf8(body: bytes) -> bool:

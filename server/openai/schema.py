@@ -215,15 +215,15 @@ class TextPart(Body):
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
+Content = Annotated[
+    Annotated[str, Tag("a text")] | Annotated[Annotated[list[TextPart], Field(fail_fast=True)], Tag("a list")],
+    Discriminator(kind_of_stop),
+]
+
+
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: (
-        Annotated[
-            Annotated[str, Tag("a text")] | Annotated[Annotated[list[TextPart], Field(fail_fast=True)], Tag("a list")],
-            Discriminator(kind_of_stop),
-        ]
-        | None
-    ) = None
+    content: Content | None = None
     name: Label | None = None
     tool_call_id: Label | None = None
     reasoning_content: str | None = None
@@ -250,6 +250,13 @@ class Message(Body):
         if self.function_call is not None:
             return [ToolCall(function=self.function_call)]
         return self.tool_calls or []
+
+
+class Prediction(Body):
+    """What its sender expects the answer to be."""
+
+    type: Literal["content"]
+    content: Content
 
 
 class TemplateBody(ToolFields):
@@ -289,10 +296,12 @@ class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
     logprobs: Annotated[bool | None, BeforeValidator(truth_of, bool | Literal[0, 1] | None)] = None
     top_logprobs: int | None = Field(None, ge=-1, lt=2**31)
 
+    # Accepted: it cannot change the answer.
+    prediction: Prediction | None = None
+
     # Refused unless off.
     modalities: unsupported(["text"]) = None  # type: ignore[valid-type]
     audio: unsupported() = None  # type: ignore[valid-type]
-    prediction: unsupported() = None  # type: ignore[valid-type]
     verbosity: unsupported("medium") = None  # type: ignore[valid-type]
     moderation: unsupported() = None  # type: ignore[valid-type]
     web_search_options: unsupported() = None  # type: ignore[valid-type]

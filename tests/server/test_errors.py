@@ -90,7 +90,7 @@ def test_both_endpoints_name_the_field(server: Any, field: str, value: Any, para
         ("response_format", {"type": "xml"}, "response_format.type"),
         ("modalities", ["text", "audio"], "modalities"),
         ("audio", {}, "audio"),
-        ("prediction", {}, "prediction"),
+        ("prediction", {}, "prediction.type"),
         ("reasoning_effort", "high", "reasoning_effort"),
         ("enable_thinking", True, "enable_thinking"),
         ("thinking", {"type": "enabled"}, "thinking"),
@@ -200,6 +200,57 @@ def test_routes(server: Any) -> None:
     assert (status, error_of(reply)["code"]) == (404, "unknown_route")
     status, reply = server.get(CHAT)
     assert (status, error_of(reply)["code"]) == (405, "method_not_allowed")
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", CHAT),
+        ("/v1/v1/chat/completions", CHAT),
+        ("//v1/chat/completions/", CHAT),
+        ("/openai/deployments/x/chat/completions", CHAT),
+        ("/v1/engines/x/completions", COMPLETE),
+        ("/V1/Messages", "/v1/messages"),
+        ("/models", "/v1/models"),
+        ("/api/generate", None),
+        ("/v1/images/generations", None),
+    ],
+)
+def test_a_wrong_base_url_is_told_the_right_one(server: Any, path: str, meant: str | None) -> None:
+    status, reply = server.post(path, {})
+    assert (status, error_of(reply)["code"]) == (404, "unknown_route")
+    said = error_of(reply)["message"]
+    assert said.startswith(f"there is no route POST {path}; there is {meant}: ") if meant else said.endswith(path)
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}),
+        ("/v1/messages", {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image", "source": {}}]}]}]}),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_is_refused_as_such(server: Any, route: str, body: dict[str, Any]) -> None:
+    status, reply = server.post(route, body)
+    assert status == 400 and reply["error"]["message"].endswith("; the model takes texts only"), reply
+    reply = server.post(CHAT, {"messages": [{"role": "user", "content": [{"type": "txt"}]}]})[1]
+    assert "texts only" not in error_of(reply)["message"]
+
+
+@pytest.mark.parametrize("said", [b"\\ud83d x", b"\\ud83d\\n", b"\\ude00"])
+def test_half_a_pair_of_surrogates_is_named(server: Any, said: bytes) -> None:
+    status, _, reply = server.request("POST", COMPLETE, b'{"prompt": "' + said + b'"}', JSON)
+    assert status == 400 and "surrogates" in error_of(json.loads(reply))["message"]
+
+
+def test_a_prediction_does_not_change_the_answer(server: Any) -> None:
+    asked = {"max_tokens": 8, "temperature": 0}
+    expected = server.chat("Hello", **asked)["choices"][0]["message"]["content"]
+    for content in ("Hello", [{"type": "text", "text": "Hello"}]):
+        said = server.chat("Hello", prediction={"type": "content", "content": content}, **asked)
+        assert said["choices"][0]["message"]["content"] == expected
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100_000])
