@@ -49,13 +49,26 @@ CLIENTS = {
     client.name: client
     for client in (
         CompatClient("openai", ("openai==3.57.0",), "use_openai.py"),
+        CompatClient("openai (before 1.0)", ("openai==0.28.1",), "use_openai_old.py"),
         CompatClient("openai (Node.js)", ("openai@6.49.0",), "use_openai_node.mjs"),
         CompatClient("anthropic", ("anthropic==2.14.0",), "use_anthropic.py"),
+        CompatClient("anthropic (Node.js)", ("@anthropic-ai/sdk@1.14.0",), "use_anthropic_node.mjs"),
+        CompatClient(
+            "AI SDK (Node.js)",
+            (
+                *("ai@6.0.326", "@ai-sdk/openai@3.0.141", "@ai-sdk/openai-compatible@2.0.92"),
+                *("@ai-sdk/anthropic@3.0.140", "zod@4.6.7"),
+            ),
+            "use_ai_sdk.mjs",
+        ),
         CompatClient("instructor", ("instructor==1.17.0",), "use_instructor.py"),
         CompatClient("pydantic-ai", ("pydantic-ai-slim[openai]==2.68.0",), "use_pydantic_ai.py"),
         CompatClient("openai-agents", ("openai-agents==0.24.0",), "use_openai_agents.py"),
         CompatClient("litellm", ("litellm==1.110.0",), "use_litellm.py"),
         CompatClient("langchain-openai", ("langchain-openai==1.7.4",), "use_langchain.py"),
+        CompatClient(
+            "langchain (Node.js)", ("@langchain/openai@1.5.8", "@langchain/core@1.4.0"), "use_langchain_node.mjs"
+        ),
         CompatClient(
             "llama-index",
             ("llama-index-llms-openai-like==0.8.1", "llama-index-embeddings-openai-like==0.4.0"),
@@ -96,7 +109,8 @@ def try_out(client: CompatClient, url: str, model: str) -> tuple[list[dict[str, 
     program = install(client)
     script = HERE / client.script
     if client.is_node:  # modules are looked for beside the script
-        script = Path(shutil.copy(script, client.folder / script.name))
+        shutil.copy(HERE / "checks.mjs", client.folder)
+        script = Path(shutil.copy(script, client.folder))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OPENAI"))}
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
@@ -143,7 +157,7 @@ def default_server() -> Iterator[tuple[str, str]]:
 def table(outcomes: dict[str, list[dict[str, Any]]]) -> str:
     lines = ["| client | what works |", "|---|---|"]
     for name, found in outcomes.items():
-        version = CLIENTS[name].requirements[0].replace("@", "==").partition("==")[2]
+        version = re.split("[=@]+", CLIENTS[name].requirements[0])[-1]
         works = "; ".join(each["feature"] for each in found if each["ok"])
         broken = "; ".join(each["feature"] for each in found if not each["ok"])
         lines.append(f"| {name} {version} | {works or 'nothing'}{f'. **Not:** {broken}' if broken else ''} |")
