@@ -34,9 +34,9 @@ PACKED = "packed"
 """Format of matrices that are kept as they came, quantised ones in their own precision."""
 EIGHT_BITS, FOUR_BITS = "Q8_0", "Q4_1"
 """The types of GGUF files whose blocks they become: of 8 bits, or of 4 where q4 has them."""
-KEPT_IN_EIGHT = ("", "v_proj", "gate")
-"""Where q4 has 8 bits: outside of layers; for values, which are few, and by which most is lost; and for what chooses
-among experts."""
+KEPT_IN_EIGHT = ("", "v_proj", "down_proj", "gate")
+"""Where q4 has 8 bits: outside of layers; for values, which are few, and the last matrices of MLPs, by which most is
+lost; and for what chooses among experts."""
 
 
 @dataclass(frozen=True, slots=True)

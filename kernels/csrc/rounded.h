@@ -10,7 +10,7 @@ constexpr int rounded_panels(int rows) { return kExactRows == 1 ? 1 : rows <= 2 
 
 // Whether D takes bytes apart so that pairs of inputs lie as `dot` wants them, with the columns of a panel in an order of its own.
 template <int Form, class D>
-constexpr bool kOwnOrder = layout(Form).bits == 8 && requires { D::in_order; };
+constexpr bool kOwnOrder = layout(Form).bits == 8 && requires { typename D::Bytes; };
 
 // Calls f(i, w) with inputs 2 i and 2 i + 1 of block b, rounded, as D multiplies them; in D's own order where it has one.
 template <int Form, class D, class F>
@@ -46,15 +46,15 @@ template <int Form, class D, class F>
       }
     } else if constexpr (kOwnOrder<Form, D>) {
       vec by[2], least[2];
-      D::apart(vmul(scale, vset1(D::kByte)), by);
-      D::apart(minimum, least);
+      D::Bytes::apart(vmul(scale, vset1(D::Bytes::kOne)), by);
+      D::Bytes::apart(minimum, least);
 #pragma GCC unroll 1
       for (int word = Part * words_each; word < (Part + 1) * words_each; ++word) {
         const words w = load_words(at + word * 64);
         unrolled<2>([&]<int Pair>() {
           vec some[2];
-          D::template signed_pairs<Pair>(w, some);
-          typename D::wvec pairs[1] = {D::joined(number(some[0], by[0], least[0]), number(some[1], by[1], least[1]))};
+          D::Bytes::template pairs<Pair>(w, some);
+          typename D::wvec pairs[1] = {D::Bytes::joined(number(some[0], by[0], least[0]), number(some[1], by[1], least[1]))};
           f(word * 2 + Pair, pairs);
         });
       }
@@ -98,7 +98,7 @@ inline void rounded_tile(const uint8_t* group, const uint8_t* ahead, int panel, 
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
-      if constexpr (kOwnOrder<Form, D>) total[r][p] = D::in_order(total[r][p]);
+      if constexpr (kOwnOrder<Form, D>) total[r][p] = D::Bytes::in_order(total[r][p]);
       vstore(out + (r * 4 + panel + p) * 16, total[r][p]);
     }
 }
@@ -121,7 +121,7 @@ static void lay_out_group(const uint8_t* group, int first, int last, int blocks,
     for (int panel = first; panel < last; ++panel)
       widen_block<Form, D>(group, b, panel, [&](int pair, const auto& w) __attribute__((always_inline)) {
         typename D::elem* to = out + (static_cast<size_t>(16 * b + pair) * kGroup + panel) * 32;
-        if constexpr (kOwnOrder<Form, D>) D::store_in_order(to, w[0]);
+        if constexpr (kOwnOrder<Form, D>) D::Bytes::store_in_order(to, w[0]);
         else D::store_pairs(to, w);
       });
 }

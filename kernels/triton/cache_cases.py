@@ -81,7 +81,8 @@ def _recorded_decode(source: Source, sizes: Sizes, kept: torch.dtype | None = No
     scale = sizes.head_dim**-0.5
 
     def expected() -> Tensor:
-        rows = zip(q.float().split(1), *(as_kept(x, kept).split(lengths) for x in (k, v)), strict=True)
+        keys, values = (as_kept(x, kept).split(lengths) for x in (k, v))
+        rows = zip(q.float().split(1), keys, values, strict=True)
         return torch.cat([reference.attention(*row, scale) for row in rows])
 
     flops = 4 * sizes.heads * sizes.head_dim * sum(lengths)

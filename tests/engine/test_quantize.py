@@ -82,7 +82,8 @@ def expected(quantize: Quantize, name: str, numbers: Tensor) -> Tensor:
     """What becomes of a tensor."""
     if numbers.dim() == 1:
         return numbers
-    kind = "Q8_0" if quantize == "q8" or name in (EMBEDDING, OUTPUT) or "v_proj" in name else "Q4_1"
+    in_eight = name in (EMBEDDING, OUTPUT) or any(part in name for part in ("v_proj", "down_proj"))
+    kind = "Q8_0" if quantize == "q8" or in_eight else "Q4_1"
     weight = StoredWeight(*numbers.shape, torch.float32, numbers_as=(kind,))
     weight.fill(numbers)
     assert weight.is_quantised
@@ -151,10 +152,10 @@ def test_updates_on_a_gpu_are_packed_too(folder: Path, kernels: str) -> None:
 def check_updates(local: LocalEngine) -> None:
     before, size, trained = served(local), sizes(local.engine.loaded.model), policy(1)
     tolerance = {"rtol": 0, "atol": 1e-6 if local.engine.ready().dtype == "float32" else 2e-3}
-    local.operate(*update(1, {name: trained[name] for name in (V, DOWN)}, keep_rest=True))
+    local.operate(*update(1, {name: trained[name] for name in (Q, V, DOWN)}, keep_rest=True))
     after = served(local)
     for name, tensor in after.items():
-        if name in (V, DOWN):
+        if name in (Q, V, DOWN):
             assert torch.allclose(tensor, expected("q4", name, trained[name]), **tolerance), name
         else:
             assert torch.equal(tensor, before[name]), "what was not sent keeps its bits"
