@@ -59,8 +59,8 @@ class EngineConfig:
     quantize: Literal["none", "q8", "q4"] = option(
         "none",
         "Quantise weights that come as numbers (bfloat16, float16, float32) when they are loaded or updated, and keep "
-        "them packed: all matrices in 8 bits, or those of layers in 4; for the compiled kernels on a CPU and Triton's "
-        "on a GPU.",
+        "them packed: all matrices in 8 bits, or most of those of layers in 4; for the compiled kernels on a CPU and "
+        "Triton's on a GPU.",
     )
     packed_arithmetic: Literal["auto", "exact", "bfloat16", "int16", "int8"] = option(
         "auto",
