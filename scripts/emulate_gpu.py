@@ -208,7 +208,7 @@ def emulated() -> Iterator[Any]:
             setattr(torch.cuda, name, answer)
         vars(importlib.import_module("slipstream.kernels.triton.graphs"))["CudaGraph"] = Graph
         vars(importlib.import_module("slipstream.engine.core"))["ThreadPoolExecutor"] = Inline
-        Background.start = at_once  # type: ignore[method-assign]
+        Background.start = at_once  # type: ignore[method-assign, assignment]
         # How long steps take is of no interest here.
         calibration = importlib.import_module("slipstream.engine.scheduling.calibration")
         vars(calibration).update(PROFILE_TOKENS=(1,), PROBE_TOKENS=1, PROBE_CONTEXT=16)

@@ -234,8 +234,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=16, help="most tokens of an answer")
     parser.add_argument("--learning-rate", type=float, default=3e-5)
     parser.add_argument("--seed", type=int, default=0)
-    rewards = {"choices": ("sums", "letters"), "default": "sums"}
-    parser.add_argument("--reward", **rewards, help="letters: the share of e, for policies that cannot add")
+    letters = "letters: the share of e, for policies that cannot add"
+    parser.add_argument("--reward", choices=("sums", "letters"), default="sums", help=letters)
     parser.add_argument("--quantize", choices=("none", "q8", "q4"), default="none", help="the server's")
     parser.add_argument("--kv-cache-dtype", choices=("auto", "int8", "fp8"), default="auto", help="the server's")
     parser.add_argument("--report", type=Path, default=Path("report.json"))
