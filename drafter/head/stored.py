@@ -82,10 +82,7 @@ def _tensor(name: str, entry: StoredTensor, data: memoryview) -> Stored:
     path = entry.file
     if entry.dtype not in TYPES:
         raise ModelError(f"the tensor {name!r} in {path} is of type {entry.dtype}; supported are {', '.join(TYPES)}")
-    kind = np.dtype(TYPES[entry.dtype])
-    if entry.end - entry.begin != math.prod(entry.shape) * kind.itemsize:
-        raise ModelError(f"{path} is damaged: the data of tensor {name!r} has not the size of its shape")
-    return Stored(entry.dtype, entry.shape, np.frombuffer(data[entry.begin : entry.end], kind))
+    return Stored(entry.dtype, entry.shape, np.frombuffer(data[entry.begin : entry.end], TYPES[entry.dtype]))
 
 
 def check(config: HeadConfig, tensors: Mapping[str, Stored]) -> None:

@@ -23,6 +23,8 @@ from slipstream.server.tools.tagged import kinds_of_arguments
 NAME = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 ALLOWED_TOOLS = "allowed_tools"
+FIELDS = {False: ("tools", "tool_choice"), True: ("functions", "function_call")}
+"""The names of the fields of tools and of the choice among them, by whether these are called functions."""
 Mode = Literal["none", "auto", "required"]
 
 
@@ -85,18 +87,15 @@ class ToolUse:
     @property
     def fields(self) -> tuple[str, str]:
         """The names of the fields of the tools, and of the choice among them."""
-        return ("functions", "function_call") if self.as_functions else ("tools", "tool_choice")
+        return FIELDS[self.as_functions]
 
 
 def tool_use(body: ToolFields) -> ToolUse:
     """Raises InvalidRequestError."""
-    as_functions = bool(body.functions)
-    if as_functions:
-        tools = [read_function(function, f"functions.{index}") for index, function in enumerate(body.functions or ())]
-    else:
-        tools = [read_tool(tool, f"tools.{index}") for index, tool in enumerate(body.tools or ())]
-    param = "function_call" if as_functions else "tool_choice"
-    choice = body.choice
+    as_functions, choice = bool(body.functions), body.choice
+    field, param = FIELDS[as_functions]
+    read = read_function if as_functions else read_tool
+    tools = [read(tool, f"{field}.{index}") for index, tool in enumerate(body.functions or body.tools or ())]
     parallel = body.parallel_tool_calls is not False and not as_functions
     if isinstance(choice, str):
         if choice not in ("none", "auto", "required"):

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from slipstream.clients.admin import AdminClient
 from slipstream.clients.errors import APIError
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
+from tests.server.vllm.sending import with_weights
 
 TEXT = "The quick brown fox"
 NORM = "model.norm.weight"
@@ -30,11 +31,7 @@ def policy(tiny_model: Path) -> Callable[[int], dict[str, Tensor]]:
 @pytest.fixture(scope="module")
 def expected(start_local: Callable[..., Any], tiny_model: Path, tmp_path_factory: Any, policy: Any) -> list[Any]:
     """What servers say that begin with one or the other weights; and the folder of the second."""
-    folder = tmp_path_factory.mktemp("other") / "tiny-model"
-    folder.mkdir()
-    for file in tiny_model.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    save_file(policy(1), folder / "model.safetensors")
+    folder = with_weights(tiny_model, tmp_path_factory.mktemp("other") / "tiny-model", policy(1))
     said = [start_local(model=str(model)).complete(TEXT, max_tokens=8)["choices"] for model in (tiny_model, folder)]
     assert said[0] != said[1]
     return [*said, folder]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save, save_file
 
 from slipstream.clients.admin import AdminClient
 from slipstream.clients.trainer import Trainer
+from tests.server.vllm.sending import PROMPT, post, send_shared, with_weights
 
-PROMPT = [504, 2365, 6354, 16438]
 FORMATS = [("q8", "fp8"), ("q8", "auto"), ("none", "fp8"), ("q4", "int8")]
 SAMPLED = {"max_new_tokens": 40, "temperature": 1.0, "sampling_seed": 5, "ignore_eos": True}
 
@@ -27,30 +25,19 @@ def formats(request: pytest.FixtureRequest) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def folder(tiny_model: Path, policy: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the weights of version 1."""
-    made: Path = tmp_path_factory.mktemp("other") / "tiny-model"
-    made.mkdir()
-    for file in tiny_model.iterdir():
-        (made / file.name).write_bytes(file.read_bytes())
-    save_file(policy(1), made / "model.safetensors")
-    return made
+    return with_weights(tiny_model, tmp_path_factory.mktemp("other") / "tiny-model", policy(1))
 
 
 def seen(server: Any) -> dict[str, Any]:
     """Checksums of what serves, and a sample with its log-probabilities; those are the server's own scores of it."""
     body = {"input_ids": PROMPT, "sampling_params": SAMPLED, "return_logprob": True}
-    told = ask(server, "/generate", body)["meta_info"]["output_token_logprobs"]
+    told = post(server, "/generate", body)["meta_info"]["output_token_logprobs"]
     tokens = [token for _, token, *_ in told]
     body = {"input_ids": PROMPT + tokens, "sampling_params": {"max_new_tokens": 0}, "return_logprob": True}
-    scored = ask(server, "/generate", body | {"logprob_start_len": len(PROMPT)})["meta_info"]["input_token_logprobs"]
+    scored = post(server, "/generate", body | {"logprob_start_len": len(PROMPT)})["meta_info"]["input_token_logprobs"]
     assert [entry[0] for entry in told] == pytest.approx([entry[0] for entry in scored], abs=1e-4)
-    checksums = ask(server, "/weight_checker", {"action": "checksum"})["checksums"]
+    checksums = post(server, "/weight_checker", {"action": "checksum"})["checksums"]
     return {"checksums": checksums, "tokens": tokens, "logprobs": [entry[0] for entry in told]}
-
-
-def ask(server: Any, path: str, body: Any) -> Any:
-    status, reply = server.post(path, body)
-    assert status == 200, reply
-    return reply
 
 
 async def test_after_an_update_it_is_what_starts_with_those_weights(
@@ -70,17 +57,10 @@ async def test_after_an_update_it_is_what_starts_with_those_weights(
 
 
 def by_sglang_from_disk(server: Any, weights: Any, folder: Path) -> None:
-    ask(server, "/update_weights_from_disk", {"model_path": str(folder)})
+    post(server, "/update_weights_from_disk", {"model_path": str(folder)})
 
 
 def by_vllm_from_memory(server: Any, weights: Any, folder: Path) -> None:
-    data = save(weights)
-    segment = shared_memory.SharedMemory(create=True, size=len(data))
-    try:
-        segment.buf[: len(data)] = data
-        ask(server, "/start_weight_update", {})
-        ask(server, "/update_weights", {"update_info": {"shared_memory": segment.name, "num_bytes": len(data)}})
-        ask(server, "/finish_weight_update", {})
-    finally:
-        segment.close()
-        segment.unlink()
+    post(server, "/start_weight_update")
+    send_shared(server, weights)
+    post(server, "/finish_weight_update")

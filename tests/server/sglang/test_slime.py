@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from slipstream.engine.checkpoint import open_checkpoint
@@ -27,7 +26,7 @@ from slipstream.engine.checkpoint.dummy import dummy_tensors
 from tests.ports import free_port
 from tests.server.sglang.calls import flattened, shared
 from tests.server.under_way import slow_steps
-from tests.server.vllm.sending import beside, broadcast, info, named_group, post
+from tests.server.vllm.sending import beside, broadcast, info, named_group, post, with_weights
 
 PROMPT = [504, 2632, 6354, 16438, 28]
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -44,14 +43,7 @@ def tensors(tiny_model: Path) -> Callable[[int], dict[str, Tensor]]:
 def policy(tmp_path_factory: Any, tiny_model: Path, tensors: Any) -> Callable[[int], Path]:
     """A folder with the weights of a step."""
 
-    def write(seed: int) -> Path:
-        folder: Path = tmp_path_factory.mktemp(f"weight_v{seed:06}")
-        for file in tiny_model.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-        save_file(tensors(seed), folder / "model.safetensors")
-        return folder
-
-    return write
+    return lambda seed: with_weights(tiny_model, tmp_path_factory.mktemp(f"weight_v{seed:06}"), tensors(seed))
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 from torch import Tensor
 
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
-from tests.server.vllm.sending import post, say
+from tests.server.vllm.sending import post, say, with_weights
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +24,7 @@ def policy(tiny_model: Path) -> Callable[[int], dict[str, Tensor]]:
 @pytest.fixture(scope="session")
 def other_model(tiny_model: Path, policy: Any, tmp_path_factory: Any) -> Path:
     """A folder with the weights of version 1."""
-    folder: Path = tmp_path_factory.mktemp("other") / "tiny-model"
-    folder.mkdir()
-    for file in tiny_model.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    save_file(policy(1), folder / "model.safetensors")
-    return folder
+    return with_weights(tiny_model, tmp_path_factory.mktemp("other") / "tiny-model", policy(1))
 
 
 @pytest.fixture(scope="package")

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import shared_memory
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from slipstream.clients.adapters.group import TrainerGroup
@@ -17,6 +18,15 @@ from tests.ports import free_port
 
 PROMPT = [504, 2365, 6354, 16438]
 Weights = dict[str, Tensor]
+
+
+def with_weights(model: Path, folder: Path, weights: Weights) -> Path:
+    """The model with other weights, in a new folder."""
+    folder.mkdir(exist_ok=True)
+    for file in model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    save_file(weights, folder / "model.safetensors")
+    return folder
 
 
 def post(server: Any, path: str, body: Any = None, *, status: int = 200) -> Any:
