@@ -182,7 +182,7 @@ def main(early: EarlyProcess | None = None) -> None:
         forget_service_links()
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="slipstream", standalone_mode=False, obj=early))
     except UsageError as error:
-        said = error.format_message()
+        said = error.format_message().replace("Value error, ", "")  # pydantic's word, not the user's
         # As other servers have it: serve MODEL.
         serving = error.ctx is not None and error.ctx.info_name == "serve"
         hint = "; the model is an option here: --model" if serving and "unexpected extra argument" in said else ""

@@ -224,6 +224,8 @@ class Running:
             return
         context = Context(self._check.options, send, self._deadline, self._check.kept, self._scratch)
         try:
+            if context.on_gpu and not torch.cuda.is_available():
+                raise NotThere("torch sees no GPU")
             for part in self._stage.parts(context):
                 if part.name in self._found.done:
                     continue

@@ -99,4 +99,5 @@ def test_without_a_gpu_there_is_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("slipstream: gpu-check needs a GPU, and torch sees none here; --dry-run")
+    assert "Traceback" not in done.stdout
     assert not (tmp_path / "out").exists()
