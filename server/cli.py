@@ -154,7 +154,7 @@ OF_ANOTHER_ROOM: dict[str, Any] = {
 
 @app.command(**OF_ANOTHER_ROOM)
 def demo(context: typer.Context) -> Any:
-    """Watch a server learn: starts one with a cold drafter, replays real prompts, measures before and after."""
+    """Watch a server learn: starts one, by default with a cold drafter, replays prompts, measures before and after."""
     from slipstream.loadtest.demo.cli import app as demo_app
 
     return demo_app(args=context.args, prog_name="slipstream demo", standalone_mode=False)

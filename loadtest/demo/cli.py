@@ -28,13 +28,16 @@ def demo(
     ] = Path("demo.svg"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the server, on 127.0.0.1; 0 takes a free one.")] = 0,
     model: Annotated[str, typer.Option(help="Hugging Face folder, GGUF file, or 'default'.")] = "default",
+    drafter: Annotated[
+        str, typer.Option(help="Where learning begins: cold, warm (the default model's head), or a head's folder.")
+    ] = "cold",
     evolve: Annotated[str, typer.Option(help="Train in idle time only (idle) or always.")] = "idle",
     streams: Annotated[int, typer.Option(min=1, help="Of the traffic to learn from.")] = 32,
     output_tokens: Annotated[int, typer.Option(min=16, help="max_tokens of each request.")] = 128,
     seed: Seed = 0,
     dataset: Dataset = None,
 ) -> None:
-    """Watch a server learn: starts one with a cold drafter, replays real prompts, measures before and after."""
+    """Watch a server learn: starts one, by default with a cold drafter, replays prompts, measures before and after."""
     need_aiohttp()
     from slipstream.loadtest.children import free_port
     from slipstream.loadtest.demo.plan import DemoOptions
@@ -51,6 +54,7 @@ def demo(
                     plot=plot,
                     port=port or free_port(),
                     model=model,
+                    drafter=drafter,
                     evolve=evolve,  # type: ignore[arg-type]
                     streams=streams,
                     output_tokens=output_tokens,

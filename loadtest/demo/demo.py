@@ -56,7 +56,7 @@ class Demo:
 
     async def _run(self) -> Result:
         options = self._options
-        before_depth, _ = await self._probe("cold")
+        before_depth, _ = await self._probe(options.drafter, "before")
         self._say(f"before: accept length {before_depth.accept_length:.2f} with {options.heldout} held-out prompts")
         async with (
             self._server(options.serve(), "server"),
@@ -64,7 +64,7 @@ class Demo:
             connect(self._url, timeout=600, headers=NOT_KEPT) as unseen,
             AdminClient(self._url, timeout=30) as admin,
         ):
-            self._enter("measuring the cold head")
+            self._enter(f"measuring the {self._first_head}")
             before = await self._measure(unseen, before_depth)
             self._glances.append(self._glance_of(before.head))
             # Afterwards it will take as long again.
@@ -86,7 +86,7 @@ class Demo:
             await watch.look()
         offline = None
         if watch.live:
-            after_depth, traffic = await self._probe(str(options.version_folder(watch.live).absolute()))
+            after_depth, traffic = await self._probe(str(options.version_folder(watch.live).absolute()), "after")
             after = Measured(after.off, after.head, after_depth)
             self._enter("scoring the same answers offline")
             try:
@@ -113,10 +113,14 @@ class Demo:
         off, head = await self._heldout.compare(target)
         return Measured(off, head, depth)
 
-    async def _probe(self, drafter: str) -> tuple[Answers, Path]:
+    @property
+    def _first_head(self) -> str:
+        return f"{self._options.drafter} head" if self._options.drafter in ("cold", "warm") else "head that was given"
+
+    async def _probe(self, drafter: str, when: str) -> tuple[Answers, Path]:
         """The accept length of a head that always drafts, and where its answers are kept."""
-        traffic = self._options.folder / ("heldout-before" if drafter == "cold" else "heldout-after")
-        self._enter(f"measuring the accept length of {'a cold head' if drafter == 'cold' else 'the evolved head'}")
+        traffic = self._options.folder / f"heldout-{when}"
+        self._enter(f"measuring the accept length of the {self._first_head if when == 'before' else 'evolved head'}")
         async with self._server(self._options.probe(drafter, traffic), "probe"), self._connect() as target:
             if not self._heldout.requests:
                 await self._draw()
@@ -260,7 +264,11 @@ class Demo:
             if not self._hoped and watch.machine and watch.arithmetic:
                 self._hoped = True
                 self._say(hope(watch.machine, watch.arithmetic))
-            parts += [f"worker {worker}", f"version {watch.live or 'cold'}", f"{watch.kept:,} tokens kept"]
+            parts += [
+                f"worker {worker}",
+                f"version {watch.live or self._options.drafter}",
+                f"{watch.kept:,} tokens kept",
+            ]
         if self._glances:
             parts.append(f"accept length {self._glances[-1].accept_length:.2f}")
         self._status.update(" · ".join(parts))

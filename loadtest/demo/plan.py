@@ -35,6 +35,9 @@ class DemoOptions:
     plot: Path
     port: int
     model: str = "default"
+    drafter: str = "cold"
+    """Where learning begins: a head that has learned nothing, ``warm``, the one that comes with the default model, or a
+    folder."""
     evolve: Literal["idle", "always"] = "idle"
     streams: int = 32
     """Streams of the traffic."""
@@ -53,7 +56,7 @@ class DemoOptions:
             raise ValueError(f"--minutes {self.minutes:g}: nothing is learned in less than one")
         require_plot(self.plot)
         if (self.folder / "registry").exists() or (self.folder / "traffic").exists():
-            raise ValueError(f"--folder {self.folder} holds an earlier demo: it would not start cold")
+            raise ValueError(f"--folder {self.folder} holds an earlier demo: it would not begin anew")
 
     @property
     def heldout(self) -> int:
@@ -98,7 +101,7 @@ class DemoOptions:
             "--evolve-round-tokens": self.round_tokens,
             "--canary-share": 0.5,
             "--canary-requests": 20,
-            "--drafter": "cold",
+            "--drafter": self.drafter,
             "--speculation": "auto",
             "--max-draft-tokens": DEPTH,
             "--kv-cache-memory": "512MiB",

@@ -74,6 +74,7 @@ class Result:
             "minutes": round(self.minutes, 2),
             "workload": options.workload,
             "evolve": options.evolve,
+            "drafter": options.drafter,
             "heldout_prompts": options.heldout,
             "before": _fields(self.before),
             "after": _fields(self.after),
@@ -127,7 +128,7 @@ def print_result(result: Result, console: Console) -> None:
         table.add_row("accept length the gate saw on its traffic", "", f"{fields['gate_accept_length']:.2f}")
     console.print(table)
     outcomes = Table(show_header=False)
-    live = " → ".join(["cold", *(str(swap.version) for swap in result.watch.swaps)])
+    live = " → ".join([result.options.drafter, *(str(swap.version) for swap in result.watch.swaps)])
     outcomes.add_row("live versions", live)
     outcomes.add_row("versions by state", _counts(fields["versions"]))
     outcomes.add_row("rounds of training", _counts(fields["rounds"]))

@@ -29,8 +29,14 @@ def test_impossible_options_are_refused(given, tmp_path, change, message):
 
 def test_an_earlier_demo_is_not_gone_on_with(given, tmp_path):
     (tmp_path / "registry").mkdir()
-    with pytest.raises(ValueError, match="would not start cold"):
+    with pytest.raises(ValueError, match="would not begin anew"):
         DemoOptions(**given)
+
+
+def test_both_servers_begin_with_the_head_that_was_asked_for(given, tmp_path):
+    options = DemoOptions(**given, drafter="warm")
+    for command in (options.serve(), options.probe(options.drafter, tmp_path)):
+        assert command[command.index("--drafter") + 1] == "warm"
 
 
 def test_more_time_means_more_of_everything_up_to_a_limit(given):
