@@ -34,10 +34,10 @@ class EngineConfig:
 
     model: str = option(
         "default",
-        "Hugging Face folder, GGUF file, name of a model of the hub (OWNER/NAME, or OWNER/NAME/FILE.gguf), which is "
-        "fetched, or 'default' for the embedded model.",
+        "Hugging Face folder, GGUF file, a model of the Hub (OWNER/NAME, or OWNER/NAME/FILE.gguf), which is "
+        "downloaded, or 'default' for the embedded model.",
     )
-    revision: str | None = option(None, "Branch, tag or commit of a model of the hub; default its main branch.")
+    revision: str | None = option(None, "Branch, tag or commit of a model of the Hub; default its main branch.")
     target_lineage: str = option(
         "",
         "Name that stands for the model's weights where these change, as in RL: drafters of this lineage fit them all. "
@@ -46,53 +46,54 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = option("auto", "'dummy' fills the model with random weights.")
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto",
-        "KV cache, and weights that are not packed; auto is bfloat16, but float32 where torch's kernels run on a CPU "
-        "that is slow at it.",
+        "Format of the KV cache and of weights that are not packed; auto is bfloat16, or float32 where torch's kernels "
+        "run on a CPU that is slow at bfloat16.",
     )
     weights: Literal["auto", "packed", "bfloat16", "float32"] = option(
         "auto",
-        "How weights are kept: 'packed' leaves those that files have quantised in their own precision, and reads "
-        "that much less per step (compiled kernels on a CPU, Triton's on a GPU); others are widened at load. auto is "
-        "the format of --dtype; where the processor rounds to bfloat16 fast, its numbers are made in registers of what "
-        "is quantised (--packed-arithmetic bfloat16).",
+        "How weights are kept: 'packed' keeps quantised weights in their own precision, which reads that much less per "
+        "step (compiled kernels on a CPU, Triton's on a GPU); the others dequantise them at load. auto is the format "
+        "of --dtype; where the processor rounds to bfloat16 fast, these numbers are made in registers from the "
+        "quantised ones (--packed-arithmetic bfloat16).",
     )
     quantize: Literal["none", "q8", "q4"] = option(
         "none",
-        "Quantise weights that come as numbers (bfloat16, float16, float32) when they are loaded or updated, and keep "
-        "them packed: all matrices in 8 bits, or most of those of layers in 4; for the compiled kernels on a CPU and "
+        "Quantise bfloat16, float16 and float32 weights when they are loaded or updated, and keep them packed: all "
+        "matrices in 8 bits (q8), or most matrices of layers in 4 (q4); with the compiled kernels on a CPU and "
         "Triton's on a GPU.",
     )
     packed_arithmetic: Literal["auto", "exact", "bfloat16", "int16", "int8"] = option(
         "auto",
-        "How packed weights are computed with: 'exact' widens them in registers; 'bfloat16' rounds them there, which "
-        "gives the tokens of --weights bfloat16; 'int16' and 'int8' quantise activations, too, by blocks of 32, which "
-        "is faster on a CPU, and less exact with 'int8'. auto is int16 there, and exact on a GPU.",
+        "How packed weights are computed: 'exact' widens them in registers; 'bfloat16' rounds them there, which gives "
+        "the tokens of --weights bfloat16; 'int16' and 'int8' also quantise activations in blocks of 32, which is "
+        "faster, and less exact with 'int8'. auto is exact on a GPU; on a CPU int16 with --weights packed, otherwise "
+        "bfloat16 where the processor rounds to it fast, else int16.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs; auto takes a GPU if there is one.")
     kernels: Literal["auto", "native", "triton", "torch"] = option(
         "auto",
-        "Kernels: compiled ones for the CPU, Triton's for a GPU, or the torch reference; auto takes what is made for "
-        "the device.",
+        "Kernels: compiled ones for the CPU, Triton's for a GPU, or the torch reference; auto takes those made for the "
+        "device.",
     )
     isa: Literal[
         "auto", "avx512amx", "avx512bf16", "avx512vnni", "avx512", "avx2vnni", "avx2", "neonbf16", "neondot", "neon"
     ] = option(
         "auto",
-        "Instructions that the compiled kernels use: of the model, and of sampling; auto takes the best that the "
-        "processor has. 'slipstream doctor' says which there are.",
+        "Instruction set of the compiled kernels (model and sampling); auto takes the best that the processor has. "
+        "'slipstream doctor' lists them.",
     )
     attention_backend: Literal["auto", "triton", "flashinfer", "xformers", "torch"] = option(
         "auto",
-        "What computes attention on a GPU; auto takes what is best known for the device among what is installed and "
-        "covers the model. 'slipstream doctor' says what that is, and why.",
+        "What computes attention on a GPU; auto takes the first in order of preference that is installed and covers "
+        "the model. 'slipstream doctor' says which that is, and why.",
     )
     graph_memory: str = option(
-        "2GiB", "What graphs of small steps may take of a GPU's memory, for example 512MiB; 0 launches kernels singly."
+        "2GiB", "GPU memory for recorded graphs of small steps, for example 512MiB; 0 launches kernels one by one."
     )
     threads: int = option(
         0,
-        "Compute threads on the CPU; 0 takes every core this process may use, and no more than its control group "
-        "has time for.",
+        "Compute threads on the CPU; 0 takes every core this process may use, up to the CPU limit of its control "
+        "group.",
     )
     max_model_len: int | None = option(None, "Longest prompt plus output in tokens; default from the model.")
     max_running: int = option(128, "Requests that may run at once.")
@@ -101,38 +102,37 @@ class EngineConfig:
     kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3"] = option(
         "auto",
         "Format of keys and values: auto is that of --dtype; 'int8' and 'fp8' (e4m3) take half the memory of bfloat16, "
-        "with a scale for each token and KV head, and a little precision.",
+        "with a scale per token and KV head, and cost a little precision.",
     )
     kv_cache_memory: str | None = option(
         None,
-        "Size of the KV cache, for example 512MiB or 2GiB; default a quarter of the free memory, at most 2GiB; on a "
-        "GPU all that is left.",
+        "Size of the KV cache, for example 512MiB or 2GiB; by default a quarter of the free memory, at most 2GiB; on a "
+        "GPU, all that is left.",
     )
     gpu_memory_utilization: float = option(
-        0.9, "Share of a GPU's memory to use for weights, cache and everything else; other programs may have the rest."
+        0.9, "Share of a GPU's memory to use for weights, cache and everything else; the rest is for other programs."
     )
-    prefix_caching: bool = option(True, "Reuse the KV cache of equal prompt beginnings.")
+    prefix_caching: bool = option(True, "Reuse the KV cache of equal prompt prefixes.")
     prefix_cache_scope: Literal["tenant", "server"] = option(
         "tenant",
-        "Who shares cached beginnings: requests of one tenant, or all. Where all do, timing and cached_tokens tell "
-        "whether somebody else has sent the same beginning.",
+        "Who shares cached prefixes: requests of one tenant, or all. Where all do, timing and cached_tokens reveal "
+        "whether somebody else has sent the same prefix.",
     )
     chunked_prefill: bool = option(True, "Split long prompts so that they do not stall running streams.")
-    step_latency_ms: float = option(25.0, "Step time to hold while streams run; long prompts are split to fit.")
+    step_latency_ms: float = option(25.0, "Target step time while streams run; long prompts are split to fit.")
     priority_step_s: float = option(30.0, "Head start in seconds that one level of request priority is worth.")
     offline_share: float = option(
-        0.1, "Share of their time by which requests of batches may prolong steps of others, on average."
+        0.1, "Share by which requests of batches may prolong the steps of others, on average."
     )
     offline_step_ms: float = option(
-        100.0, "About how long steps may take while only requests of batches run: who comes then waits for one."
+        100.0, "Approximate step time while only requests of batches run; a request that comes then waits for one step."
     )
     pipeline: Literal["auto", "on", "off"] = option(
         "auto",
-        "Plan the next step while the device runs this one, or not; auto does on a GPU, whose host is idle then, where "
-        "no drafter runs.",
+        "Whether to plan the next step while the device runs this one; auto does so on a GPU where no drafter runs.",
     )
     deterministic: bool = option(
-        False, "Start only where the result of a request cannot depend on what else is in the batch, to the bit."
+        False, "Start only if the bits of a request's result cannot depend on what else is in the batch."
     )
     speculation: str = option(
         "auto", "Drafters that may propose tokens, by name (ngram,suffix), 'auto' for all there are, or 'off'."
@@ -140,8 +140,8 @@ class EngineConfig:
     drafter: str | None = option(
         None,
         "Folder of a learned drafter (a registry, a version of one, or an EAGLE head), 'warm' for the one that comes "
-        "with Slipstream for the default model, 'cold' for one made of the model's own last layer, or 'random' for an "
-        "untrained one; none by default.",
+        "with Slipstream for the default model, 'cold' for one made from the model's own last layer, or 'random' for "
+        "an untrained one; none by default.",
     )
     max_drafters: int = option(
         4, "Versions of the learned drafter that may be loaded at once, one per route; each takes memory of its own."
@@ -151,7 +151,7 @@ class EngineConfig:
     )
     max_draft_tokens: int = option(8, "Most draft tokens per request and step.")
     draft_width: int = option(
-        1, "Draft tokens at the same place that a head or draft model may propose, as branches; 1 drafts chains."
+        1, "Draft tokens that a head or draft model may propose for the same position, as branches; 1 drafts chains."
     )
     speculation_policy: Literal["throughput", "bandit", "fixed"] = option(
         "throughput",

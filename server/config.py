@@ -19,7 +19,8 @@ class ServerConfig:
     """What the HTTP side needs to know. Times are in seconds, sizes in what their names say."""
 
     host: str = option(
-        "127.0.0.1", "Address to listen on; 0.0.0.0 for every interface (in a container, say), :: also by IPv6."
+        "127.0.0.1",
+        "Address to listen on; 0.0.0.0 for every interface (for example in a container), :: for IPv6 as well.",
     )
     port: int = option(8000, "Port to listen on; 0 takes a free one.")
     served_model_name: tuple[str, ...] = option(
@@ -27,13 +28,13 @@ class ServerConfig:
     )
     lora_modules: tuple[str, ...] = option(
         (),
-        "NAME=FOLDER: a LoRA, as PEFT writes it, beside the model for requests whose field model is NAME; repeat for "
-        "several. See POST /v1/load_lora_adapter for more of them later.",
+        "NAME=FOLDER: a LoRA in PEFT's format beside the model, for requests whose field model is NAME; repeat for "
+        "several. POST /v1/load_lora_adapter loads more later.",
     )
     max_loras: int = option(
         32,
-        "Most LoRAs beside the model. One more that is loaded while the server runs takes the place of the one that "
-        "was loaded so, is in no request, and was named longest ago.",
+        "Most LoRAs beside the model. Loading one more evicts, of those loaded while the server runs and in no "
+        "request, the one that was named longest ago.",
     )
     api_key: tuple[str, ...] = option(
         (),
@@ -42,8 +43,8 @@ class ServerConfig:
     )
     admin_key: tuple[str, ...] = option(
         (),
-        "Key for the admin API and the dashboard's data; repeat for several. Without one they answer only to clients "
-        "on this machine, and that only with a loopback --host, without --api-key and without --behind-proxy.",
+        "Key for the admin API and the dashboard's data; repeat for several. Without one they answer only clients on "
+        "this machine, and only with a loopback --host, without --api-key and without --behind-proxy.",
     )
     keys_file: str | None = option(
         None,
@@ -52,8 +53,8 @@ class ServerConfig:
     )
     behind_proxy: bool = option(
         False,
-        "A proxy or router on this machine passes requests of others on: whoever comes from a loopback address is "
-        "nobody in particular, so the admin API needs --admin-key.",
+        "A proxy or router on this machine forwards requests of others: clients on loopback addresses are not trusted, "
+        "so the admin API needs --admin-key.",
     )
     allowed_host: tuple[str, ...] = option(
         (),
@@ -66,10 +67,10 @@ class ServerConfig:
         "any. Others are refused.",
     )
     most_urgent_priority: int = option(
-        0, "Lowest value of the field priority that requests may have; at 0 they can only step back behind others."
+        0, "Lowest value of the field priority that requests may have; at 0 they can only make themselves less urgent."
     )
     unknown_fields: Literal["error", "warn"] = option(
-        "error", "A request field this server does not know: refuse the request, or log the name and go on."
+        "error", "What to do with unknown request fields: refuse the request, or log the name and continue."
     )
     generation_config: Literal["none", "auto"] = option(
         "none",
@@ -77,8 +78,8 @@ class ServerConfig:
     )
     stream_interval: int = option(
         1,
-        "Tokens that an event of a stream has at least, but for the first and the last of an answer: fewer events take "
-        "less of the processor. Requests of the dialects of vLLM and SGLang may name another number.",
+        "Least number of tokens per stream event, except the first and last of an answer: fewer events take less "
+        "processor time. Requests in vLLM's and SGLang's dialects may set another number.",
     )
     chat_template: str | None = option(None, "File with a Jinja chat template to use instead of the model's own.")
     tool_call_parser: Literal[
@@ -113,7 +114,7 @@ class ServerConfig:
         "pythonic",
         "qwen3_coder",
         "seed_oss",
-    ] = option("auto", "How the model calls tools; auto for what its chat template tells, none to refuse tools.")
+    ] = option("auto", "How the model calls tools; auto takes it from the chat template, none refuses tools.")
     reasoning_parser: Literal[
         "auto",
         "none",
@@ -128,8 +129,7 @@ class ServerConfig:
         "longcat",
     ] = option(
         "auto",
-        "Tags around what the model thinks before it answers, which becomes reasoning_content; auto for those of its "
-        "chat template.",
+        "Tags around the model's reasoning, which becomes reasoning_content; auto takes them from the chat template.",
     )
     trust_request_chat_template: bool = option(
         False, "Accept the request field chat_template; a hostile template can keep a core busy."
@@ -143,25 +143,25 @@ class ServerConfig:
     max_body_bytes: int = option(16 * 2**20, "Largest request body; larger ones get 413.")
     max_queued_requests: int = option(
         1024,
-        "Sequences that may wait beyond those that run; a request that finds no room gets 429. Holders of different "
+        "Sequences that may wait besides the running ones; a request that finds no room gets 429. Holders of different "
         "keys share the room fairly.",
     )
     max_queued_tokens: int = option(
-        0, "Prompt tokens that may wait; a request that finds no room gets 429. 0 for any number."
+        0, "Prompt tokens that may wait; a request that finds no room gets 429. 0 for no limit."
     )
     request_timeout_s: float = option(
         0.0, "Time a request may take, from reading it to the end of its answer; then 504. 0 for no limit."
     )
     batch_folder: str | None = option(
         None,
-        "Folder for files and batches (/v1/files, /v1/batches, /v1/messages/batches), which go on where they were "
-        "when the server is started again; without it there are none. "
+        "Folder for files and batches (/v1/files, /v1/batches, /v1/messages/batches), which continue when the server "
+        "is restarted; without it there are none. "
         "Servers may share it: one of them runs the batches.",
     )
     max_file_bytes: int = option(200 * 2**20, "Largest file of /v1/files.")
-    max_stored_bytes: int = option(2 * 2**30, "Bytes of all files of one key, with which it may upload no more.")
+    max_stored_bytes: int = option(2 * 2**30, "Bytes of all files of one key beyond which it may not upload more.")
     write_timeout_s: float = option(
-        30.0, "How long a client may leave waiting what the server has for it before it is disconnected."
+        30.0, "How long a client may go without reading what waits for it before it is disconnected."
     )
     max_connections: int = option(
         0, "Most connections at a time; further ones get 503. 0 for as many as the system's limit on open files allows."
@@ -169,11 +169,11 @@ class ServerConfig:
     health_stall_s: float = option(30.0, "/health is 503 when there is work and no step has ended for this long.")
     engine_restarts: int = option(
         30,
-        "How often an engine process that has died is replaced within --engine-restart-window-s; after that the server "
-        "ends with status 3. 0 to end at once.",
+        "How often a dead engine process is replaced within --engine-restart-window-s; beyond that the server exits "
+        "with status 3. 0 to exit at once.",
     )
     engine_restart_window_s: float = option(
-        600.0, "Seconds of serving within which --engine-restarts are counted; the time that starts take is left out."
+        600.0, "Seconds of serving within which --engine-restarts are counted, not including start-up time."
     )
     engine_hang_s: float = option(
         120.0, "An engine process that has given no sign of life for this long is killed and replaced; 0 for never."
@@ -181,7 +181,7 @@ class ServerConfig:
     drain_timeout_s: float = option(30.0, "Time running requests get to finish on shutdown.")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "What goes to the log on stderr.")
     log_format: Literal["text", "json"] = option(
-        "text", "Lines of the log: for people, or as JSON objects with the request they are about."
+        "text", "Format of log lines: for people, or JSON objects that name the request they are about."
     )
     access_log: bool = option(False, "Log a line for every HTTP request.")
     traces: str | None = option(
@@ -190,7 +190,7 @@ class ServerConfig:
         "HTTP), or a file. They hold no text. Needs slipstream[otel].",
     )
     metrics_alias: Literal["none", "vllm"] = option(
-        "none", "Show metrics under the names of another engine, too, for what reads those: vllm."
+        "none", "Also show metrics under the names of another engine (vllm), for tools that expect those."
     )
 
     def __post_init__(self) -> None:

@@ -20,15 +20,15 @@ class TrafficConfig:
 
     traffic_log: Literal["off", "tokens", "features"] = option(
         "off",
-        "What is kept of requests for the drafter to learn from: nothing, their tokens, or hidden states of the model "
-        "too. A request may ask for less with the header X-Slipstream-Traffic.",
+        "What is kept of requests for the drafter to learn from: nothing, their tokens, or also hidden states of the "
+        "model. A request may ask for less with the header X-Slipstream-Traffic.",
     )
     traffic_consent: Literal["opt-out", "opt-in"] = option(
         "opt-out", "Requests that say nothing about being kept are kept (opt-out), or not (opt-in)."
     )
-    traffic_folder: str | None = option(None, "Where it is kept; readable by the owner only.")
-    traffic_max_bytes: str = option("2GiB", "The oldest traffic goes when there is more of it than this.")
-    traffic_max_age: str = option("7d", "Traffic goes when it is older than this: 30min, 12h, 7d.")
+    traffic_folder: str | None = option(None, "Where traffic is kept; readable by the owner only.")
+    traffic_max_bytes: str = option("2GiB", "The oldest traffic is deleted when there is more than this.")
+    traffic_max_age: str = option("7d", "Traffic older than this is deleted: 30min, 12h, 7d.")
     traffic_topk: int = option(
         0, "Also keep the model's k most likely tokens wherever one is sampled; costs a pass over the logits. 0: none."
     )

@@ -26,11 +26,11 @@ class EvolutionConfig:
     )
     evolve: Literal["off", "idle", "always"] = option(
         "off",
-        "Train the drafter on the traffic that --traffic-log keeps: while no request runs (idle), or with whatever the "
-        "processor has left (always).",
+        "Train the drafter on the traffic that --traffic-log keeps: while no request runs (idle), or with the "
+        "processor time that requests leave (always).",
     )
     evolve_route: tuple[str, ...] = option(
-        (), "Also train a version of its own for tenant:NAME or domain:NAME; repeat for several."
+        (), "Also train a separate version for tenant:NAME or domain:NAME; repeat for several."
     )
     evolve_loss: Literal["auto", "ce", "kl", "rkl", "jsd", "tv", "tvpp", "nla", "lk", "race"] = option(
         "auto", "What the drafter is trained for; auto: cross-entropy for greedy traffic, forward KL for sampled."
@@ -40,10 +40,10 @@ class EvolutionConfig:
     evolve_threads: int = option(0, "Threads of the training worker; 0 takes every core.")
     evolve_device: str = option(
         "auto",
-        "Where training computes: cpu, cuda (a GPU with room for it), cuda:1 (that one), or auto. auto is the CPU, but "
-        "where the model runs on a GPU another one, or with --evolve idle the same one, if it has room.",
+        "Where training computes: cpu, cuda (a GPU with room for it), cuda:1 (that one), or auto: the CPU; where the "
+        "model runs on a GPU, another one with room, or with --evolve idle the same one.",
     )
-    canary_share: float = option(0.2, "Share of the requests on which a new version has to prove itself.")
+    canary_share: float = option(0.2, "Share of the requests that try a new version.")
     canary_requests: int = option(200, "Requests after which a trial ends at the latest.")
 
     def __post_init__(self) -> None:
