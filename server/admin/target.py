@@ -29,6 +29,7 @@ from slipstream.server.body import Body, read_body
 from slipstream.server.description import describe, parameter
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.json_response import JSONBody
+from slipstream.server.rollout import sources
 from slipstream.server.rollout.control import ALL_MEMORY
 from slipstream.server.service import Service
 
@@ -101,22 +102,22 @@ def target_router(service: Service) -> APIRouter:
         """Send tensors of an update, or rows of them, as a safetensors file."""
         version = version_of(request)
         data = await read_body(request, service.config.max_body_bytes, media_type=TENSORS)
-        return filled(version, await control.fill(str(version), data, first_rows(data)))
+        return filled(version, await control.fill(str(version), sources.from_bytes(data, first_rows(data))))
 
     @router.post("/target/read", openapi_extra=describe(answers.Filled, 409, 503, bodies=[ReadBody]))
     @turns.holds
     async def read(request: Request) -> Response:
         """Have the server read tensors of an update from its files."""
         asked = await body_of(service, request, ReadBody)
-        return filled(asked.version, await control.read(str(asked.version), asked.path))
+        return filled(asked.version, await control.fill(str(asked.version), sources.from_disk(asked.path)))
 
     @router.post("/target/shared", openapi_extra=describe(answers.Filled, 409, 503, bodies=[SharedBody]))
     @turns.holds
     async def shared(request: Request) -> Response:
         """Have the server read tensors of an update from shared memory of its machine."""
         asked = await body_of(service, request, SharedBody)
-        missing = await control.fill_shared(str(asked.version), asked.segment, asked.num_bytes)
-        return filled(asked.version, missing)
+        source = sources.from_shared_memory(asked.segment, asked.num_bytes)
+        return filled(asked.version, await control.fill(str(asked.version), source))
 
     @router.post("/target/receive", openapi_extra=describe(answers.Filled, 409, 503, bodies=[ReceiveBody]))
     @turns.holds
@@ -124,10 +125,8 @@ def target_router(service: Service) -> APIRouter:
         """Have the server take tensors of an update that are broadcast in a group."""
         asked = await body_of(service, request, ReceiveBody, TENSORS_BYTES)
         tensors = [(each.name, each.dtype, each.shape) for each in asked.tensors]
-        missing = await control.fill_from_group(
-            str(asked.version), asked.group, tensors, buffer_bytes=asked.buffer_bytes
-        )
-        return filled(asked.version, missing)
+        source = sources.from_group(asked.group, tensors, asked.buffer_bytes)
+        return filled(asked.version, await control.fill(str(asked.version), source))
 
     @router.post("/target/finish", openapi_extra=describe(answers.Updated, 409, 503, bodies=[FinishBody]))
     @turns.holds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -13,22 +13,17 @@ from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.operations import (
     BeginTargetUpdate,
     CancelTargetUpdate,
-    FillTarget,
-    FillTargetHandles,
-    FillTargetShared,
     FindSender,
     FinishTargetUpdate,
     JoinGroup,
     LeaveGroup,
     Operation,
-    ReadTarget,
-    ReceiveTarget,
     TargetUpdated,
-    TensorSpec,
     UpdateMode,
 )
 from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError
 from slipstream.server.rollout.serving import Host, Serving
+from slipstream.server.rollout.sources import Source, from_disk, from_handles
 from slipstream.server.rollout.turns import Turns
 from slipstream.server.rollout.versions import Called, UnderWay, Versions
 
@@ -124,29 +119,12 @@ class WeightControl(Serving):
         self._update = UnderWay(number, Called(name, version is not None), is_whole)
         return name
 
-    async def fill(self, version: str, tensors: bytes, first_rows: dict[str, int] | None = None) -> int:
-        """Sends tensors of the update under way, as a safetensors file; how many have not come completely."""
-        return await self._fill(FillTarget(self._number(version), tensors, first_rows or {}))
+    async def fill(self, version: str, source: Source) -> int:
+        """Has the engine take tensors of the update under way; how many have not come completely then.
 
-    async def read(self, version: str, path: str) -> int:
-        """Has the engine read tensors of the update under way from a path; see ``fill``."""
-        return await self._fill(ReadTarget(self._number(version), path))
-
-    async def fill_shared(self, version: str, segment: str, num_bytes: int) -> int:
-        """Has the engine read tensors of the update under way from shared memory; see ``fill``."""
-        return await self._fill(FillTargetShared(self._number(version), segment, num_bytes))
-
-    async def fill_from_group(
-        self,
-        version: str,
-        group: str,
-        tensors: Iterable[tuple[str, str, Iterable[int]]],
-        buffer_bytes: int | None = None,
-        barrier: bool = False,
-    ) -> int:
-        """Has the engine take tensors of the update under way that a trainer broadcasts; see ``receive``, ``fill``."""
-        specs = _specs(tensors)
-        return await self._fill(ReceiveTarget(self._number(version), group, specs, buffer_bytes, barrier))
+        Raises InvalidRequestError unless that update has this name.
+        """
+        return await self._fill(source(self._number(version)))
 
     async def finish_update(
         self,
@@ -227,59 +205,70 @@ class WeightControl(Serving):
         self._update = None
         await self.operate(CancelTargetUpdate(number))
 
+    async def send(
+        self,
+        source: Source,
+        version: str | None = None,
+        mode: UpdateMode = "keep",
+        finish: Finish = "complete",
+        lora_scale: float | None = None,
+        is_whole: bool = False,
+    ) -> Sent:
+        """Has the engine take tensors, for the update under way or a new one; ``is_whole``: for one by themselves.
+
+        An update of another version than that under way is a new one, unless that has no name yet. A failure gives the
+        update up.
+        """
+        async with self._beginning:  # tensors that come at the same time are of one update
+            before, lost = self._update, None
+            if before is not None and before.is_whole and not is_whole:
+                raise ConflictError("other weights are being read from files: send these after them", code="conflict")
+            if before is not None and version is not None and not is_whole:
+                before.called.give(version)
+            if before is None or is_whole or version not in (None, before.called.name):
+                if before is not None:  # of which more may come
+                    lost = f"those of version {before.called.name} were given up for others"
+                    self._lost = self._lost or lost
+                await self._begin(version, mode, is_whole)
+            update = self._update
+            assert update is not None
+        try:
+            missing = await self._fill(source(update.number))
+            done = None
+            if finish == "yes" or (finish == "complete" and not missing):
+                done = await self.finish_update(update.called.name, lora_scale=lora_scale)
+                self._lost = lost
+        except (ApiError, asyncio.CancelledError) as error:
+            if self._update is update:
+                self._update = None
+                if not is_whole:
+                    self._lost = str(error) or "nobody waited for them"
+                task = asyncio.create_task(self._give_up(update.number))
+                self._giving_up.add(task)
+                task.add_done_callback(self._giving_up.discard)
+            raise
+        return Sent(missing, done)
+
     async def update_from_disk(
         self, path: str, version: str | None = None, mode: UpdateMode = "keep", is_lora: bool = False
     ) -> TargetUpdated:
-        """Serves with the weights in a folder or file of the engine's machine: a whole model, or a LoRA.
+        """Serves with the weights of ``sources.from_disk``, which are an update by themselves.
 
-        An update that is under way is given up. ``is_lora``: nothing but a LoRA is meant.
+        An update that is under way is given up.
         """
-        sent = await self._send(lambda number: ReadTarget(number, path, is_lora), version, mode, "yes", is_whole=True)
+        sent = await self.send(from_disk(path, is_lora), version, mode, "yes", is_whole=True)
         assert sent.finished is not None
         return sent.finished
 
-    async def update_from_tensors(
-        self,
-        tensors: bytes,
-        version: str | None = None,
-        mode: UpdateMode = "keep",
-        finish: Finish = "complete",
-        keep_rest: bool = False,
-        lora_scale: float | None = None,
-    ) -> Sent:
-        """Takes tensors as a safetensors file, for the update under way or a new one.
-
-        An update of another version than that under way is a new one, unless that has no name yet. Here as in all
-        ``update_from`` and ``receive``, a failure gives the update up.
-        """
-        return await self._send(
-            lambda number: FillTarget(number, tensors), version, mode, finish, keep_rest, lora_scale
-        )
-
-    async def update_from_shared_memory(
-        self,
-        segment: str,
-        num_bytes: int,
-        version: str | None = None,
-        mode: UpdateMode = "keep",
-        finish: Finish = "complete",
-        keep_rest: bool = False,
-    ) -> Sent:
-        """As ``update_from_tensors``, from a shared-memory segment on the engine's machine."""
-        return await self._send(
-            lambda number: FillTargetShared(number, segment, num_bytes), version, mode, finish, keep_rest
-        )
-
-    async def update_from_handles(
+    async def send_handles(
         self,
         pickled: bytes,
         names: Collection[str] = (),
         version: str | None = None,
         mode: UpdateMode = "keep",
         finish: Finish = "complete",
-        keep_rest: bool = False,
     ) -> Sent:
-        """As ``update_from_tensors``, from tensors that a process of the engine's machine shares; FillTargetHandles.
+        """``send`` of ``sources.from_handles``, whose sender the engine can see.
 
         What one has sent that has ended since is given up, if the update serves as soon as it is whole.
         """
@@ -287,9 +276,7 @@ class WeightControl(Serving):
         is_gone = before and finish == "complete" and await self.operate(FindSender(before.number)) is False
         if is_gone and self._update is before:
             await self.cancel_update()
-        return await self._send(
-            lambda number: FillTargetHandles(number, pickled, tuple(names)), version, mode, finish, keep_rest
-        )
+        return await self.send(from_handles(pickled, names), version, mode, finish)
 
     async def join_group(
         self,
@@ -307,70 +294,6 @@ class WeightControl(Serving):
 
     async def leave_group(self, name: str) -> None:
         await self.operate(LeaveGroup(name))
-
-    async def receive(
-        self,
-        group: str,
-        tensors: Iterable[tuple[str, str, Iterable[int]]],
-        version: str | None = None,
-        mode: UpdateMode = "keep",
-        finish: Finish = "complete",
-        keep_rest: bool = False,
-        buffer_bytes: int | None = None,
-        barrier: bool = False,
-        lora_scale: float | None = None,
-    ) -> Sent:
-        """As ``update_from_tensors``, from what the trainer broadcasts: name, number format and shape of each tensor.
-
-        See ReceiveTarget.
-        """
-        specs = _specs(tensors)
-
-        def receive(number: int) -> ReceiveTarget:
-            return ReceiveTarget(number, group, specs, buffer_bytes, barrier)
-
-        return await self._send(receive, version, mode, finish, keep_rest, lora_scale)
-
-    async def _send(
-        self,
-        fill: Callable[[int], Operation[int]],
-        version: str | None,
-        mode: UpdateMode,
-        finish: Finish,
-        keep_rest: bool = False,
-        lora_scale: float | None = None,
-        is_whole: bool = False,
-    ) -> Sent:
-        """``is_whole``: it is an update by itself."""
-        async with self._beginning:  # tensors that come at the same time are of one update
-            before, lost = self._update, None
-            if before is not None and before.is_whole and not is_whole:
-                raise ConflictError("other weights are being read from files: send these after them", code="conflict")
-            if before is not None and version is not None and not is_whole:
-                before.called.give(version)
-            if before is None or is_whole or version not in (None, before.called.name):
-                if before is not None:  # of which more may come
-                    lost = f"those of version {before.called.name} were given up for others"
-                    self._lost = self._lost or lost
-                await self._begin(version, mode, is_whole)
-            update = self._update
-            assert update is not None
-        try:
-            missing = await self._fill(fill(update.number))
-            done = None
-            if finish == "yes" or (finish == "complete" and not missing):
-                done = await self.finish_update(update.called.name, keep_rest, lora_scale=lora_scale)
-                self._lost = lost
-        except (ApiError, asyncio.CancelledError) as error:
-            if self._update is update:
-                self._update = None
-                if not is_whole:
-                    self._lost = str(error) or "nobody waited for them"
-                task = asyncio.create_task(self._give_up(update.number))
-                self._giving_up.add(task)
-                task.add_done_callback(self._giving_up.discard)
-            raise
-        return Sent(missing, done)
 
     async def _fill(self, operation: Operation[int]) -> int:
         """How many tensors have not come completely then."""
@@ -391,7 +314,3 @@ class WeightControl(Serving):
             what = "none" if self._update is None else f"one to version {self._update.called.name}"
             raise InvalidRequestError(f"no update to version {version} is under way, but {what}: begin it first")
         return self._update.number
-
-
-def _specs(tensors: Iterable[tuple[str, str, Iterable[int]]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in tensors)

@@ -14,6 +14,7 @@ from slipstream.server.description import describe
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.json_response import JSONBody
 from slipstream.server.responses import LargeResponse
+from slipstream.server.rollout import sources
 from slipstream.server.service import Service
 from slipstream.server.sglang import answers
 from slipstream.server.sglang.asking import body_of, described, outcome, shared_handles, telling_failures
@@ -64,7 +65,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
             asked = await body_of(service, request, SGLangTensorBody)
             pickled = shared_handles(asked.serialized_named_tensors[0], "serialized_named_tensors.0")
             mode = await updates.prepare(asked)
-            await control.update_from_handles(pickled, version=asked.weight_version, mode=mode)
+            await control.send_handles(pickled, version=asked.weight_version, mode=mode)
         return outcome(updates.took_bucket())
 
     @router.post("/init_weights_update_group", openapi_extra=described(SGLangGroupBody))
@@ -104,7 +105,7 @@ def add_weight_routes(router: APIRouter, service: Service, updates: Updates) -> 
             tensors = list(zip(asked.names, asked.dtypes, asked.shapes, strict=True))
             packed = TOGETHER if asked.load_format == "flattened_bucket" else None
             group = asked.group_name or DEFAULT_GROUP
-            await control.receive(group, tensors, asked.weight_version, mode, buffer_bytes=packed)
+            await control.send(sources.from_group(group, tensors, packed), asked.weight_version, mode)
         return outcome(updates.took_bucket())
 
     @router.post("/begin_weight_update", openapi_extra=described(SGLangSessionBody))

@@ -14,6 +14,7 @@ from typing import Any
 
 from slipstream.engine.operations import UpdateMode
 from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError
+from slipstream.server.rollout import sources
 from slipstream.server.rollout.control import Control
 from slipstream.server.rollout.weights import Finish
 from slipstream.server.service import Service
@@ -113,17 +114,18 @@ class Transfer:
             )
         for info in infos:
             if info.shared_memory is not None and info.num_bytes is not None:
-                await self._control.update_from_shared_memory(info.shared_memory, info.num_bytes, finish=finish)
+                source = sources.from_shared_memory(info.shared_memory, info.num_bytes)
+                await self._control.send(source, finish=finish)
             elif info.ipc_handles_pickled is not None:
                 pickled = decoded(info.ipc_handles_pickled)
-                await self._control.update_from_handles(pickled, info.names or (), finish=finish)
+                await self._control.send_handles(pickled, info.names or (), finish=finish)
             else:
                 packed = self._packed
                 if info.packed is not None:  # as before vLLM 0.28
                     size = info.packed_buffer_size_bytes or self._packed or PACKED_BYTES
                     packed = size if info.packed else None
                 tensors = list(zip(info.names or (), info.dtype_names or (), info.shapes or (), strict=True))
-                await self._control.receive(GROUP, tensors, finish=finish, buffer_bytes=packed)
+                await self._control.send(sources.from_group(GROUP, tensors, packed), finish=finish)
 
     async def finish(self, version: str | None = None) -> None:
         """What has come serves from now on, beside what has not. Raises ConflictError if no update is under way."""
@@ -157,7 +159,7 @@ class Transfer:
         if (announced := self.announced) is None:
             raise ConflictError("no tensors are announced: send their names first", code="no_update")
         self.announced = None
-        await self._control.receive(announced.group, announced.tensors, mode=self.mode)
+        await self._control.send(sources.from_group(announced.group, announced.tensors), mode=self.mode)
         return announced
 
     async def receive_lora(self, name: str, scale: float) -> None:
@@ -166,7 +168,8 @@ class Transfer:
             raise ConflictError("no tensors are announced: send their names first", code="no_update")
         self.announced = None
         await self._control.cancel_update()
-        await self._control.receive(announced.group, announced.tensors, name, self.mode, "yes", lora_scale=scale)
+        source = sources.from_group(announced.group, announced.tensors)
+        await self._control.send(source, name, self.mode, "yes", lora_scale=scale)
 
     @property
     def mode(self) -> UpdateMode:
@@ -203,8 +206,8 @@ class Transfer:
 
         async def receive() -> None:
             if tensors[:-1]:
-                await control.receive(TRL_GROUP, tensors[:-1])
-            await control.receive(TRL_GROUP, tensors[-1:], barrier=True)
+                await control.send(sources.from_group(TRL_GROUP, tensors[:-1]))
+            await control.send(sources.from_group(TRL_GROUP, tensors[-1:], barrier=True))
 
         self._run(receive())
 

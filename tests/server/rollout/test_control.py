@@ -18,6 +18,7 @@ from slipstream.engine.messages import NewRequest, SamplingParams
 from slipstream.engine.operations import PauseMode
 from slipstream.server.errors import ConflictError, InvalidRequestError
 from slipstream.server.generation import Generation, OutputOptions, Sequence, WeightSpan
+from slipstream.server.rollout import sources
 from slipstream.server.rollout.control import Control
 from tests.server.under_way import SHORT, generated, slow_steps, wait_for_tokens
 
@@ -56,7 +57,7 @@ def a_pause(server: Any, policy: Any) -> None:
 
 
 def an_update(server: Any, policy: Any) -> None:
-    server.run(server.service.control.update_from_tensors(save(policy(1)), "other", "abort"))
+    server.run(server.service.control.send(sources.from_bytes(save(policy(1))), "other", "abort"))
 
 
 def sleep(server: Any, policy: Any) -> None:
@@ -148,7 +149,7 @@ def test_an_update_in_a_pause_makes_two_spans(server: Any, control: Control, pol
     async def interrupt() -> None:
         await control.pause(mode)
         await asyncio.sleep(0.05)
-        await control.update_from_tensors(save(policy(1)), "v9")
+        await control.send(sources.from_bytes(save(policy(1))), "v9")
         assert control.weight_version == "v9"
         await control.resume()
 
@@ -180,7 +181,7 @@ def test_a_name_for_weights_that_had_only_a_number_is_that_of_all_their_tokens(
     async def name() -> None:
         control.set_weight_version("named")
 
-    server.run(control.update_from_tensors(save(policy(1))))
+    server.run(control.send(sources.from_bytes(save(policy(1)))))
     assert control.weight_version == str(server.service.engine.stats.target_version)
     assert server.run(generate(server, [1, 2, 3], 100, 10, name)).weight_spans == [WeightSpan(0, "named")]
 
@@ -188,7 +189,7 @@ def test_a_name_for_weights_that_had_only_a_number_is_that_of_all_their_tokens(
 def test_versions_are_what_trainers_call_them_and_may_come_again(server: Any, control: Control, policy: Any) -> None:
     numbers = []
     for name in ("7", "3", "step-4", "7", None):
-        sent = server.run(control.update_from_tensors(save(policy(2)), name))
+        sent = server.run(control.send(sources.from_bytes(save(policy(2))), name))
         assert sent.missing == 0 and sent.finished is not None
         numbers.append(server.service.engine.stats.target_version)
         assert control.weight_version == (name or str(numbers[-1]))
@@ -201,7 +202,7 @@ def test_the_files_keep_their_name_after_many_updates(
     monkeypatch.setattr("slipstream.server.rollout.versions.MOST_NAMES", 2)
     files = control.called(0).name
     for name in "abc":
-        server.run(control.update_from_tensors(save(policy(1)), name))
+        server.run(control.send(sources.from_bytes(save(policy(1))), name))
     server.run(control.release_memory(keep_weights=False))
     server.run(control.resume_memory())
     assert control.weight_version == files != "0"
@@ -217,16 +218,17 @@ def test_an_update_is_finished_when_it_is_complete_or_when_somebody_says_so(
     half = len(tensors) // 2
     first, second = save(dict(tensors[:half])), save(dict(tensors[half:]))
     before, started = server.run(control.checksums()), control.weight_version
-    sent = server.run(control.update_from_tensors(first, "a"))
+    sent = server.run(control.send(sources.from_bytes(first), "a"))
     assert sent.missing == len(tensors) - half and sent.finished is None and control.updating == "a"
     assert server.run(control.checksums()) == before and control.weight_version == started
-    sent = server.run(control.update_from_tensors(second))
+    sent = server.run(control.send(sources.from_bytes(second)))
     assert sent.finished is not None and control.updating is None and control.weight_version == "a"
     server.run(control.snapshot_weights())
-    sent = server.run(control.update_from_tensors(save(dict([tensors[0]])), "b", finish="yes", keep_rest=True))
-    assert sent.finished is not None and server.run(control.differing_weights()) == []
+    server.run(control.send(sources.from_bytes(save(dict([tensors[0]]))), "b", finish="no"))
+    server.run(control.finish_update("b", keep_rest=True))
+    assert server.run(control.differing_weights()) == []
     name = tensors[0][0]
-    server.run(control.update_from_tensors(save({name: tensors[0][1] + 1}), "c", finish="no"))
+    server.run(control.send(sources.from_bytes(save({name: tensors[0][1] + 1})), "c", finish="no"))
     assert control.weight_version == "b"
     server.run(control.finish_update("c", keep_rest=True, name="d"))
     assert control.weight_version == "d" and server.run(control.differing_weights()) == [name]
@@ -235,19 +237,19 @@ def test_an_update_is_finished_when_it_is_complete_or_when_somebody_says_so(
 @pytest.mark.parametrize("way", ["with a later bucket", "apart"])
 def test_an_update_may_be_named_late(server: Any, control: Control, policy: Any, way: str) -> None:
     tensors = list(policy(1).items())
-    server.run(control.update_from_tensors(save(policy(1)), "first"))
+    server.run(control.send(sources.from_bytes(save(policy(1))), "first"))
     server.run(control.snapshot_weights())
-    server.run(control.update_from_tensors(save(policy(2)), "second"))
-    sent = server.run(control.update_from_tensors(save(dict(tensors[:3]))))
+    server.run(control.send(sources.from_bytes(save(policy(2))), "second"))
+    sent = server.run(control.send(sources.from_bytes(save(dict(tensors[:3])))))
     assert sent.finished is None
     if way == "apart":
         control.set_weight_version("late")
     name = None if way == "apart" else "late"
-    sent = server.run(control.update_from_tensors(save(dict(tensors[3:])), name))
+    sent = server.run(control.send(sources.from_bytes(save(dict(tensors[3:]))), name))
     assert sent.finished is not None and control.weight_version == "late" and control.updating is None
     assert server.run(control.differing_weights()) == [], "nothing that had come before is lost"
-    server.run(control.update_from_tensors(save(dict(tensors[:3])), "one"))
-    server.run(control.update_from_tensors(save(dict(tensors[3:])), "another"))
+    server.run(control.send(sources.from_bytes(save(dict(tensors[:3]))), "one"))
+    server.run(control.send(sources.from_bytes(save(dict(tensors[3:]))), "another"))
     assert control.updating == "another" and control.weight_version == "late"
     server.run(control.cancel_update())
 
@@ -255,7 +257,7 @@ def test_an_update_may_be_named_late(server: Any, control: Control, policy: Any,
 def test_files_are_an_update_by_themselves(server: Any, control: Control, policy: Any, tmp_path: Path) -> None:
     names = list(policy(1))
     save_file({name: policy(1)[name] for name in names[3:]}, tmp_path / "some.safetensors")
-    server.run(control.update_from_tensors(save({name: policy(1)[name] for name in names[:3]})))
+    server.run(control.send(sources.from_bytes(save({name: policy(1)[name] for name in names[:3]}))))
     with pytest.raises(InvalidRequestError, match="lacks"):
         server.run(control.update_from_disk(str(tmp_path / "some.safetensors"), "files alone"))
     assert control.updating is None and control.weight_version != "files alone"
@@ -265,24 +267,24 @@ def test_tensors_that_come_at_the_same_time_are_of_one_update(server: Any, contr
     parts = [save({name: tensor}) for name, tensor in policy(1).items()]
 
     async def send() -> list[Any]:
-        return await asyncio.gather(*(control.update_from_tensors(part, "together") for part in parts))
+        return await asyncio.gather(*(control.send(sources.from_bytes(part), "together") for part in parts))
 
     sent = server.run(send())
     assert [each.finished is not None for each in sent].count(True) == 1 and control.weight_version == "together"
     server.run(control.snapshot_weights())
-    server.run(control.update_from_tensors(save(policy(1)), "whole"))
+    server.run(control.send(sources.from_bytes(save(policy(1))), "whole"))
     assert server.run(control.differing_weights()) == []
 
 
 def test_an_update_that_fails_is_given_up(server: Any, control: Control, policy: Any) -> None:
     before = control.weight_version
     for send in (
-        lambda: control.update_from_tensors(b"nothing", "x"),
-        lambda: control.update_from_tensors(save(dict(list(policy(1).items())[:2])), "x", finish="yes"),
+        lambda: control.send(sources.from_bytes(b"nothing"), "x"),
+        lambda: control.send(sources.from_bytes(save(dict(list(policy(1).items())[:2]))), "x", finish="yes"),
         lambda: control.update_from_disk("/nowhere/at/all", "x"),
-        lambda: control.update_from_shared_memory("no-such-segment", 10, "x"),
-        lambda: control.update_from_handles(b"", (), "x"),
-        lambda: control.receive("nobody", [("a", "float32", [1])], "x"),
+        lambda: control.send(sources.from_shared_memory("no-such-segment", 10), "x"),
+        lambda: control.send_handles(b"", (), "x"),
+        lambda: control.send(sources.from_group("nobody", [("a", "float32", [1])]), "x"),
     ):
         with pytest.raises(InvalidRequestError):
             server.run(send())
@@ -299,7 +301,7 @@ def test_weights_come_through_shared_memory(server: Any, control: Control, polic
     segment = SharedMemory(create=True, size=len(data))
     try:
         segment.buf[: len(data)] = data
-        sent = server.run(control.update_from_shared_memory(segment.name, len(data), "shared"))
+        sent = server.run(control.send(sources.from_shared_memory(segment.name, len(data)), "shared"))
     finally:
         segment.close()
         segment.unlink()

@@ -20,6 +20,7 @@ from torch import Tensor
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.target_senders import processes
+from slipstream.server.rollout import sources
 from slipstream.server.rollout.control import Control
 from tests.forking import Forks
 from tests.ports import free_port
@@ -67,7 +68,7 @@ def server(start_local: Callable[..., Any]) -> Any:
 @pytest.fixture
 def control(server: Any, weights: Any) -> Iterator[Control]:
     control: Control = server.service.control
-    server.run(control.update_from_tensors(save(weights(0)), finish="yes"))
+    server.run(control.send(sources.from_bytes(save(weights(0))), finish="yes"))
     server.run(control.snapshot_weights())
     yield control
     server.run(control.cancel_update())
@@ -224,7 +225,7 @@ def test_a_trainer_that_was_started_again_begins_anew(
             second.send(part)
     assert control.updating is None
     found = server.run(control.checksums())
-    server.run(control.update_from_tensors(save(weights(2)), finish="yes"))
+    server.run(control.send(sources.from_bytes(save(weights(2))), finish="yes"))
     assert server.run(control.checksums()) == found, "no tensor is of the first"
 
 

@@ -20,6 +20,7 @@ from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.operations import FillTargetShared, ReadTarget
 from slipstream.server.errors import ConflictError
+from slipstream.server.rollout import sources
 from slipstream.server.rollout.control import Control
 from tests.server.sglang.calls import shared
 
@@ -109,7 +110,7 @@ def test_what_is_left_of_an_update_does_not_serve_alone(
     assert control.updating is None and server.run(control.differing_weights())
     send(server, {NORM: weights(0)[NORM]})
     post(server, end)
-    server.run(control.update_from_tensors(save(weights(0)), finish="yes"))
+    server.run(control.send(sources.from_bytes(save(weights(0))), finish="yes"))
     assert server.run(control.differing_weights()) == []
 
 
@@ -166,7 +167,7 @@ def test_nothing_joins_or_ends_an_update_from_files(
         assert update.result(300)["success"] is True
     assert control.weight_version == "files"
     found = server.run(control.checksums())
-    server.run(control.update_from_tensors(save(weights(1)), finish="yes"))
+    server.run(control.send(sources.from_bytes(save(weights(1))), finish="yes"))
     assert server.run(control.checksums()) == found
 
 
