@@ -15,7 +15,7 @@ from torch import Tensor
 from slipstream.engine.background import Background, done
 from slipstream.engine.errors import ConfigError, ModelError, SupersededError
 from slipstream.engine.lora import plain_name
-from slipstream.engine.models.loader import SPARE_BYTES, available_memory, human_size
+from slipstream.engine.models.loader import SPARE_BYTES, available_memory
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import (
     Digests,
@@ -58,6 +58,7 @@ from slipstream.engine.target_sources import (
     require_lora_scale,
     unpack,
 )
+from slipstream.engine.units import human_size
 from slipstream.kernels.compute import PACKED
 from slipstream.kernels.stored import Stored
 

@@ -26,6 +26,7 @@ from slipstream.engine.models.loader import SPARE_BYTES, available_memory
 from slipstream.engine.models.protocol import CausalModel, DecoderModel
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.speculation.protocol import Coming, Computed, DraftHost, DraftRow, LearnedDrafter, Proposal
+from slipstream.engine.units import human_size
 from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.kv_cache import PagedKVCache
 
@@ -254,7 +255,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         needed, free = self._route_bytes, available_memory(self._target.compute.device)
         if free < needed + SPARE_BYTES:
             raise NoPlaceError(
-                f"one more drafter takes {needed >> 20} MiB, and only {free >> 20} MiB of memory are free"
+                f"one more drafter takes {human_size(needed)}, and only {human_size(free)} of memory are free"
             )
         return self._make_network()
 

@@ -20,6 +20,7 @@ from slipstream.drafter.head.config import OUTPUT
 from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.errors import ConfigError, SlipstreamError
 from slipstream.engine.models.config import decoder_config
+from slipstream.engine.units import human_size
 from slipstream.kernels.machine import describe_speed
 
 CPU = torch.device("cpu")
@@ -67,7 +68,9 @@ class Place:
         """What it computes in and where, for people."""
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
-            return f"{str(dtype).removeprefix('torch.')} on {self.device} ({name}), at most {_gib(self.memory or 0)}"
+            return (
+                f"{str(dtype).removeprefix('torch.')} on {self.device} ({name}), at most {human_size(self.memory or 0)}"
+            )
         return describe_speed(dtype) + (f"; not on a GPU: {self.because}" if self.because else "")
 
 
@@ -113,7 +116,7 @@ def find_place(
         if memory >= needed:
             return Place(torch.device("cuda", gpu), memory, needed)
         lower = ", which a lower --gpu-memory-utilization makes more" if serves_there and gpu == SERVES else ""
-        why.append(f"cuda:{gpu} has {_gib(memory)} for training, which takes up to {_gib(needed)}{lower}")
+        why.append(f"cuda:{gpu} has {human_size(memory)} for training, which takes up to {human_size(needed)}{lower}")
     if asked == "cuda":
         raise ConfigError(f"no GPU for training: {'; '.join(why)}")
     return Place(because="; ".join(why))
@@ -163,10 +166,6 @@ def memory_errors() -> Iterator[None]:
             f"the GPU's memory is not enough for training ({str(error).partition('. ')[0]}): leave more free, beside "
             "an engine by a lower --gpu-memory-utilization, or train on the CPU"
         ) from None
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
 
 
 if __name__ == "__main__":

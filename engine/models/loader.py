@@ -29,7 +29,7 @@ from slipstream.engine.models.transformers_files import is_of_transformers, tran
 from slipstream.engine.models.transformers_model import TransformersModel
 from slipstream.engine.models.weight_formats import DTYPES, choose_formats, describe, packed_formats, weights_bytes
 from slipstream.engine.models.weights import Rows, ahead, load, require_numbers
-from slipstream.engine.units import parse_size
+from slipstream.engine.units import human_size, parse_size
 from slipstream.kernels.attention.choice import backend
 from slipstream.kernels.compute import PACKED, Compute, Formats, LayerShape
 from slipstream.kernels.machine import FORMATS, describe_speed, fast_dtype
@@ -72,6 +72,19 @@ class LoadedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class _Choice:
+    """How a model is computed here."""
+
+    checkpoint: Checkpoint
+    device: torch.device
+    shape: ModelShape
+    kind: type[Compute]
+    formats: Formats
+    because: str
+    """Why in these, for people."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Drafts:
     """Bytes that drafters take of a GPU: once, and for each block of the cache."""
 
@@ -90,17 +103,9 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
         ConfigError: an option does not fit the model or the machine.
     """
     began = time.monotonic()
-    checkpoint = open_checkpoint(config.model)
-    device = find_device(config)
-    _check_kind(checkpoint)
-    shape = _shape(checkpoint.config)
-    if config.load_format != "dummy" and is_own(checkpoint.config):
-        check_shapes(checkpoint.config, checkpoint.tensor_shapes())
-    _select_isa(config.isa)
-    kind = _choose_compute(checkpoint, config, device)
-    kind.set_threads(config.threads or usable_cores())
-    dtype = _choose_dtype(checkpoint, config, device, kind)
-    formats, because = choose_formats(checkpoint, config, kind, dtype)
+    choice = _choose(config)
+    checkpoint, device, shape, kind = choice.checkpoint, choice.device, choice.shape, choice.kind
+    formats = choice.formats
     size = weights_bytes(checkpoint, config, formats, kind)
     block_bytes = kind.cache_class.block_bytes(cache_shape(shape, config.block_size, formats))
     scratch_blocks = SCRATCH_BLOCKS if branches else 0
@@ -117,25 +122,38 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
         )
         besides += step + parse_size(config.graph_memory, "graph-memory")
         num_blocks, max_model_len = room(besides, available, on_gpu)
-    seconds = time.monotonic() - began
     as_sent = formats if formats.quantize != "none" else Formats.of(formats.compute)
-    update_bytes = weights_bytes(checkpoint, config, as_sent, kind)
-    description = describe(checkpoint, config, formats, kind)
     return LoadedModel(
-        *(model, max_model_len, num_blocks, scratch_blocks, block_bytes, size, update_bytes),
-        *(description, because, seconds),
+        model=model,
+        max_model_len=max_model_len,
+        num_blocks=num_blocks,
+        scratch_blocks=scratch_blocks,
+        block_bytes=block_bytes,
+        weights_bytes=size,
+        update_bytes=weights_bytes(checkpoint, config, as_sent, kind),
+        weights=describe(checkpoint, config, formats, kind),
+        weights_because=choice.because,
+        seconds=time.monotonic() - began,
     )
 
 
 def weights_here(config: EngineConfig) -> tuple[str, str]:
     """How the weights of a model would be kept on this machine, and why, for people; raises as ``load_model`` does."""
+    choice = _choose(config)
+    return describe(choice.checkpoint, config, choice.formats, choice.kind), choice.because
+
+
+def _choose(config: EngineConfig) -> _Choice:
     checkpoint, device = open_checkpoint(config.model), find_device(config)
     _check_kind(checkpoint)
-    _shape(checkpoint.config)
+    shape = _shape(checkpoint.config)
+    if config.load_format != "dummy" and is_own(checkpoint.config):
+        check_shapes(checkpoint.config, checkpoint.tensor_shapes())
     _select_isa(config.isa)
     kind = _choose_compute(checkpoint, config, device)
+    kind.set_threads(config.threads or usable_cores())  # first: torch's speed in number formats is measured with them
     formats, because = choose_formats(checkpoint, config, kind, _choose_dtype(checkpoint, config, device, kind))
-    return describe(checkpoint, config, formats, kind), because
+    return _Choice(checkpoint, device, shape, kind, formats, because)
 
 
 def _shape(config: dict[str, Any]) -> ModelShape:
@@ -366,7 +384,3 @@ def _drafting(config: EngineConfig, formats: Formats, device: torch.device, laye
     size = weights_bytes(checkpoint, config, Formats.of(formats.compute), kind)
     per_block = kind.cache_class.block_bytes(cache_shape(_shape(checkpoint.config), config.block_size, formats))
     return _Drafts(size + parse_size(config.graph_memory, "graph-memory"), head + per_block)
-
-
-def human_size(size: int) -> str:
-    return f"{size / (1 << 30):.2f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"

@@ -38,14 +38,16 @@ def choose_formats(
     Raises ConfigError for what this model or these kernels do not have.
     """
     formats = replace(Formats.of(dtype), kv=CACHE_DTYPES.get(config.kv_cache_dtype, dtype))
-    if config.weights in DTYPES and config.weights != formats.weights:
-        raise ConfigError(f"--weights {config.weights}: does not go with --dtype {config.dtype}; leave one of them out")
-    if config.weights in DTYPES and config.quantize != "none":
-        raise ConfigError(
-            f"--quantize {config.quantize}: does not go with --weights {config.weights}, which keeps all weights as "
-            "numbers; leave one of them out"
-        )
     if config.weights in DTYPES:
+        if config.weights != formats.weights:
+            raise ConfigError(
+                f"--weights {config.weights}: does not go with --dtype {config.dtype}; leave one of them out"
+            )
+        if config.quantize != "none":
+            raise ConfigError(
+                f"--quantize {config.quantize}: does not go with --weights {config.weights}, which keeps all weights "
+                "as numbers; leave one of them out"
+            )
         return formats, f"--weights {config.weights}"
     is_free = config.weights == "auto" and config.packed_arithmetic == "auto"
     rounds = is_free and dtype == torch.bfloat16 and kind.rounds_fast()

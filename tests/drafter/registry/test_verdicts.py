@@ -54,7 +54,7 @@ def test_what_says_nothing_about_a_version_is_no_verdict_on_it(
         swap(local, tmp_path / "other")
     with monkeypatch.context() as patch:
         patch.setattr("slipstream.drafter.head.drafter.available_memory", lambda device: 0)
-        with pytest.raises(NoPlaceError, match="only 0 MiB of memory are free"):
+        with pytest.raises(NoPlaceError, match="only 0 B of memory are free"):
             swap(local, tmp_path / "same", "canary")
     swap(local, tmp_path / "same", "canary")
     with pytest.raises(NoPlaceError, match="2 drafters are loaded"):
