@@ -7,6 +7,7 @@ recomputation after a preemption differ only in the number of positions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +117,20 @@ class StepPlan:
         return work
 
 
+class FirstDraft(NamedTuple):
+    """The first draft token that a learned drafter had proposed, verified or not.
+
+    That is what a version can be judged by at any load, because it does not matter how many are verified.
+    """
+
+    version: int = 0
+    """The drafter's; 0 if none had proposed anything."""
+    is_right: bool = False
+
+
+NO_DRAFT = FirstDraft()
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """Parallel to the plan's rows."""
@@ -147,6 +162,5 @@ class StepResult:
     """Row indices whose output could not go on as its grammar wants because of max_tokens; see Constraint."""
     pooled: dict[int, Float64] = field(default_factory=dict)
     """By row index, for requests that want an embedding: the sum over positions of this step that count."""
-    proposals: dict[int, tuple[int, bool]] = field(default_factory=dict)
-    """By row index: the version of a learned drafter that had proposed what came, whether or not that was verified, and
-    whether its first draft token was right."""
+    first_drafts: dict[int, FirstDraft] = field(default_factory=dict)
+    """By row index, where a learned drafter had proposed something."""

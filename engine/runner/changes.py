@@ -103,11 +103,15 @@ class Changes:
         at = np.flatnonzero(self.rows == i)
         mine = np.isin(self.place, at)
         return Changes(
-            np.zeros(len(at), np.int32),
-            np.zeros(int(mine.sum()), np.int32),
-            *(self.tokens[mine], self.added[mine], self.counts[mine]),
-            *(self.repetition[at], self.frequency[at], self.presence[at]),
-            {0: self.allowed[i]} if i in self.allowed else {},
+            rows=np.zeros(len(at), np.int32),
+            place=np.zeros(int(mine.sum()), np.int32),
+            tokens=self.tokens[mine],
+            added=self.added[mine],
+            counts=self.counts[mine],
+            repetition=self.repetition[at],
+            frequency=self.frequency[at],
+            presence=self.presence[at],
+            allowed={0: self.allowed[i]} if i in self.allowed else {},
         )
 
     def columns(self, rows: int) -> tuple[NDArray[Any], ...]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
-from torch import Tensor
 
 from slipstream.engine.models.protocol import Forward
 from slipstream.engine.runner.inputs import StepInputs
 from slipstream.engine.runner.rows import RowTable
 from slipstream.engine.runner.sampler import Sampling
 from slipstream.engine.runner.speculator import Speculator
+from slipstream.engine.runner.standing import Standing
 from slipstream.engine.speculation.protocol import Begun, Coming
 from slipstream.engine.speculation.tree import Tree, is_chain
 from slipstream.kernels.batch import Int32
@@ -36,10 +36,10 @@ class Following:
             begun.tell(each)
         return 0.0 if self.watch is None else self.watch.seconds
 
-    def tree(self, slot: int, most: int, stride: int) -> Tree:
-        """At most so many draft tokens of a row, which only the device knows: see ``Standing``."""
+    def tree(self, slot: int, most: int, standing: Standing) -> Tree:
+        """At most so many draft tokens of a row, which only the device knows."""
         count = min(most, self.made[slot])
-        return Tree([-3 - slot * stride - node for node in range(count)], list(range(-1, count - 1)))
+        return Tree(standing.drafts(slot, count), list(range(-1, count - 1)))
 
     def settle(self, behind: StepInputs, missed: Mapping[int, int]) -> None:
         """Tells a step that was launched behind this one what this one brought; ``missed`` by slot: what was wrong."""
@@ -72,13 +72,13 @@ def follow(
     computed: Forward,
     sampling: Sampling | None,
     speculator: Speculator,
-    standing: Tensor,
+    standing: Standing,
     can_go_on: bool,
 ) -> Following:
     """Has the device go on after a step, and one copy bring back what comes of both.
 
-    The last columns of the step's batch are those that it takes, and for each the slots. For these ``standing``
-    [slots + 1, 2 + n] is brought up to date; ``can_go_on``: whether the next step may begin from there.
+    The last columns of the step's batch are those that it takes, and for each the slots. For these ``standing`` is
+    brought up to date; ``can_go_on``: whether the next step may begin from there.
     """
     if sampling is None:
         return Following()
@@ -95,8 +95,8 @@ def follow(
         if (found := speculator.follow(each, mine, computed.features, samples)) is not None:
             done.append(each)
             told.append(found[0])
-            rows = found[1][:, : standing.shape[1]]
-            standing[:, : rows.shape[1]].index_copy_(0, slots, rows)
+            rows = found[1][:, : standing.rows.shape[1]]
+            standing.rows[:, : rows.shape[1]].index_copy_(0, slots, rows)
             made |= dict.fromkeys(each.slots, rows.shape[1] - 2)
     watch.stop()
     sampling.send(told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -125,63 +126,73 @@ def prepare(
     else:
         rows = zip(plan.slots, starts.tolist(), ends.tolist(), strict=True)
         token_ids = np.concatenate([table.tokens[slot, start:end] for slot, start, end in rows])
-    size = scratch.block_size
-    whose = None if missed is None else _whose(slots, late, len(missed) - 1)
-    if not trees:
+    segment_slots = table_rows = slots
+    mirrors = NO_MIRRORS
+    placed: dict[int, PlacedTree] = {}
+    copies: list[tuple[int, int]] = []
+    if trees:
+        roots = (np.cumsum(counts) - counts + known - 1).tolist()
+        scratch.reset()
+        added = BranchSegments(scratch, len(token_ids))
+        placed = {
+            row: added.place(tree, paths[row], plan.slots[row], int(starts[row]), int(lengths[row]), roots[row])
+            for row, tree in trees.items()
+        }
+        copies = added.copies
+        logits_rows, first_samples, sampling, sampled_slots = _samples(plan, placed, roots, table)
+        token_ids = np.append(token_ids, np.array(added.token_ids, np.int32))
+        counts = np.append(counts, np.array(added.counts, np.int32))
+        ends = np.append(ends, np.array(added.ends, np.int32))
+        lengths = np.append(lengths, np.array(added.ends, np.int32))
+        segment_slots = np.append(slots, np.array(added.slots, np.int32))
+        table_rows = np.append(slots, np.array(added.table_rows, np.int32))
+        if added.mirrors:
+            mirrors = np.array(added.mirrors, np.int32)
+    else:
         sampling_rows = samples.nonzero()[0]
-        last = np.cumsum(counts, dtype=np.int32)[sampling_rows] - 1
-        mine = slots[sampling_rows]
-        sampling = table.sampling.take(mine, lengths[sampling_rows], lambda i: table.known(int(mine[i])))
+        logits_rows = np.cumsum(counts, dtype=np.int32)[sampling_rows] - 1
+        sampled_slots = slots[sampling_rows]
+        history = partial(_known, table, sampled_slots)
+        sampling = table.sampling.take(sampled_slots, lengths[sampling_rows], history)
         first_samples = list(zip(sampling_rows.tolist(), range(len(sampling_rows)), strict=True))
-        is_free = _is_free(plan, table, sampling, latest)
-        expecting = mine if is_free else None
-        shift = None if whose is None else whose[sampling_rows]
-        columns, adapters = _columns(last, sampling, expecting, shift), _adapters(table, slots, counts)
-        batch = make_batch(
-            *(token_ids, counts, ends, table.blocks, slots, size),
-            *(NO_MIRRORS, lengths, columns, latest, adapters),
-            missed=missed,
-            whose=whose,
-        )
-        given = last, first_samples, sampling, expecting, is_free, _is_moved(shift, sampling)
-        return StepInputs(plan, starts, batch, {}, [], *given)
-    roots = (np.cumsum(counts) - counts + known - 1).tolist()
-    scratch.reset()
-    added = BranchSegments(scratch, len(token_ids))
-    placed = {
-        row: added.place(tree, paths[row], plan.slots[row], int(starts[row]), int(lengths[row]), roots[row])
-        for row, tree in trees.items()
-    }
-    all_counts = np.append(counts, np.array(added.counts, np.int32))
-    of_segments = np.append(slots, np.array(added.slots, np.int32))
-    logits_rows, first_samples, sampling, sampled_slots = _samples(plan, placed, roots, table)
-    shift = None if missed is None else _whose(sampled_slots, late, len(missed) - 1)
+    is_free = latest is not None and not sampling.reads_history and table.constraints.keys().isdisjoint(plan.slots)
+    expecting = sampled_slots if is_free and not trees else None
+    whose = shift = None
+    if missed is not None:
+        whose = _whose(segment_slots, late, len(missed) - 1)
+        shift = _whose(sampled_slots, late, len(missed) - 1) if len(sampling.random) else None
     batch = make_batch(
-        np.append(token_ids, np.array(added.token_ids, np.int32)),
-        all_counts,
-        np.append(ends, np.array(added.ends, np.int32)),
+        token_ids,
+        counts,
+        ends,
         table.blocks,
-        np.append(slots, np.array(added.table_rows, np.int32)),
-        size,
-        np.array(added.mirrors, np.int32).reshape(-1, 3) if added.mirrors else NO_MIRRORS,
-        known=np.append(lengths, np.array(added.ends, np.int32)),
-        columns=_columns(logits_rows, sampling, whose=shift),
+        table_rows,
+        scratch.block_size,
+        mirrors,
+        known=lengths,
+        columns=_columns(logits_rows, sampling, expecting, shift),
         latest=latest,
-        adapters=_adapters(table, of_segments, all_counts),
+        adapters=_adapters(table, segment_slots, counts),
         missed=missed,
-        whose=None if missed is None else _whose(of_segments, late, len(missed) - 1),
+        whose=whose,
     )
-    is_free = _is_free(plan, table, sampling, latest)
-    given = logits_rows, first_samples, sampling, None, is_free, _is_moved(shift, sampling)
-    return StepInputs(plan, starts, batch, placed, added.copies, *given)
+    return StepInputs(
+        plan=plan,
+        starts=starts,
+        batch=batch,
+        trees=placed,
+        copies=copies,
+        logits_rows=logits_rows,
+        first_samples=first_samples,
+        sampling=sampling,
+        expecting=expecting,
+        is_free=is_free,
+        is_moved=shift is not None,
+    )
 
 
-def _is_free(plan: StepPlan, table: RowTable, sampling: SamplingBatch, latest: Tensor | None) -> bool:
-    return latest is not None and not sampling.reads_history and table.constraints.keys().isdisjoint(plan.slots)
-
-
-def _is_moved(whose: Int32 | None, sampling: SamplingBatch) -> bool:
-    return whose is not None and len(sampling.random) > 0
+def _known(table: RowTable, slots: Int32, i: int) -> Int32:
+    return table.known(int(slots[i]))
 
 
 def _whose(slots: Int32, late: Collection[int], nobody: int) -> Int32:
@@ -198,13 +209,13 @@ def _adapters(table: RowTable, slots: Int32, counts: Int32) -> Int32 | None:
 
 
 def _columns(
-    logits_rows: Int32, sampling: SamplingBatch, expecting: Int32 | None = None, whose: Int32 | None = None
+    logits_rows: Int32, sampling: SamplingBatch, expecting: Int32 | None, whose: Int32 | None
 ) -> tuple[NDArray[Any], ...]:
     """So that everything a step needs goes to the device at once."""
     if not len(logits_rows):
         return ()
     slots = () if expecting is None else (expecting,)
-    shift = () if whose is None or not len(sampling.random) else (whose[sampling.random],)
+    shift = () if whose is None else (whose[sampling.random],)
     return logits_rows, *slots, *shift, *sampling.columns
 
 

@@ -61,22 +61,25 @@ class RowTable:
         found = [self.constraints.get(slot) for slot in slots] if self.constraints else []
         return frozenset(row for row, each in enumerate(found) if each is not None and each.is_shortened)
 
-    def expect(self, slots: Int32, counts: Int32 | int, stride: int) -> None:
+    def expect(self, slots: Int32, counts: Int32 | int, last: Int32) -> None:
         """Each of these rows gets so many tokens at most that only the device knows yet.
 
-        The last of them lies at ``slot * stride + 1`` there: see ``RaggedBatch.latest``.
+        ``last`` stand for the last of them, see ``Standing.sampled``.
         """
         self.lengths[slots] += counts
-        self.tokens[slots, self.lengths[slots] - 1] = -2 - slots * stride
+        self.tokens[slots, self.lengths[slots] - 1] = last
 
-    def arrive(self, slot: int, at: int, tokens: Sequence[int], missed: int, stride: int) -> None:
-        """Tokens that were expected from ``at`` on are known, and that ``missed`` of them never come."""
+    def arrive(self, slot: int, at: int, tokens: Sequence[int], missed: int, last: int) -> None:
+        """Tokens that were expected from ``at`` on are known, and that ``missed`` of them never come.
+
+        ``last`` as in ``expect``.
+        """
         end = at + len(tokens)
         self.tokens[slot, at:end] = tokens
         self.lengths[slot] -= missed
         self.drafts(slot).draft.length = end
         if self.lengths[slot] > end:  # a step behind this one expects some, too
-            self.tokens[slot, self.lengths[slot] - 1] = -2 - slot * stride
+            self.tokens[slot, self.lengths[slot] - 1] = last
 
     def drafts(self, slot: int) -> RowDrafts:
         found = self._drafts[slot]

@@ -16,7 +16,7 @@ from slipstream.engine.grammar import Grammars
 from slipstream.engine.listening import Listeners
 from slipstream.engine.messages import TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel, Forward
-from slipstream.engine.plan import Float64, StepPlan, StepResult
+from slipstream.engine.plan import FirstDraft, Float64, StepPlan, StepResult
 from slipstream.engine.runner.following import Following, begin, follow, slots_of
 from slipstream.engine.runner.inputs import Accepted, StepInputs, prepare
 from slipstream.engine.runner.prompts import pooled_of, prompt_logprobs_of
@@ -31,6 +31,7 @@ from slipstream.engine.runner.sampler import (
     sample_apart,
 )
 from slipstream.engine.runner.speculator import Speculator
+from slipstream.engine.runner.standing import Standing
 from slipstream.engine.speculation.protocol import Computed, DraftHost, take
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.kernels.batch import make_batch
@@ -89,12 +90,9 @@ class ModelRunner:
         self._table = RowTable(max_running, longest, blocks, scratch_blocks)
         self._scratch = Scratch(self._table.blocks, num_blocks, scratch_blocks, block_size)
         device = self.cache.device
-        self._standing = torch.zeros(max_running + 1, 2 + speculator.most, dtype=torch.int32, device=device)
-        """By slot, as long as nobody has read it: how many draft tokens of the last step were wrong, the token that was
-        sampled last, and draft tokens that follow it. Nothing but 0 in the last row."""
-        self._latest, self._missed = self._standing.view(-1), self._standing[:, 0]
+        self._standing = Standing(max_running, speculator.most, device)
         host = model, self._table.blocks, num_blocks + scratch_blocks, block_size, self._scratch
-        speculator.attach(DraftHost(*host, self._latest, self._missed))
+        speculator.attach(DraftHost(*host, self._standing.latest, self._standing.missed))
         self._grammars = grammars or Grammars()
         self._listeners = listeners
         self._taps = listeners.taps(model, speculator.taps)
@@ -131,29 +129,37 @@ class ModelRunner:
         pooled = pooled_of(self.model, self._table, inputs, computed.hidden)
         if inputs.expecting is not None and sampling is not None:
             slots = computed.columns[1].long()
-            self._standing[:, 1].index_copy_(0, slots, sampling.tokens.clamp(min=0).int())
-            self._table.expect(inputs.expecting, 1, self._stride)
+            self._standing.rows[:, 1].index_copy_(0, slots, sampling.tokens.clamp(min=0).int())
+            self._table.expect(inputs.expecting, 1, self._standing.sampled(inputs.expecting))
         elif following.made:
-            verified = np.array(inputs.drafted, np.int32)
-            self._table.expect(np.array(plan.slots, np.int32), verified + 1, self._stride)
+            expecting, verified = np.array(plan.slots, np.int32), np.array(inputs.drafted, np.int32)
+            self._table.expect(expecting, verified + 1, self._standing.sampled(expecting))
         cpu_seconds = time.thread_time() - cpu_began - (time.thread_time() - model_cpu_began)
         rows = [self._table.drafts(slot) for slot in plan.slots]
         launched = Launched(
-            *(plan, inputs, rows, computed, sampling, following, top, prompt_logprobs, errors, pooled),
-            *(began, model_began, cpu_seconds),
+            plan=plan,
+            inputs=inputs,
+            rows=rows,
+            computed=computed,
+            sampling=sampling,
+            following=following,
+            top=top,
+            prompt_logprobs=prompt_logprobs,
+            errors=errors,
+            pooled=pooled,
+            began=began,
+            model_began=model_began,
+            cpu_seconds=cpu_seconds,
         )
         self._open.append(launched)
         return launched
 
     @property
     def _there(self) -> tuple[Tensor | None, Tensor | None]:
-        """What batches may refer to, see ``RaggedBatch``."""
-        latest = self._latest if self.runs_ahead else None
-        return latest, self._missed if self.runs_ahead and self.speculator.begins and self.cache.is_recordable else None
-
-    @property
-    def _stride(self) -> int:
-        return self._standing.shape[1]
+        """What batches may refer to: ``latest`` and ``missed`` of ``RaggedBatch``."""
+        latest = self._standing.latest if self.runs_ahead else None
+        may_miss = self.runs_ahead and self.speculator.begins and self.cache.is_recordable
+        return latest, self._standing.missed if may_miss else None
 
     def _can_go_on(self, plan: StepPlan) -> bool:
         """Whether what follows the step is all that can be proposed after it, and nothing but the noise of its rows
@@ -176,16 +182,15 @@ class ModelRunner:
         errors = launched.errors
         sampled, told = (Sampled([]), []) if launched.sampling is None else launched.sampling.wait()
         ready, cpu_began = time.perf_counter(), time.thread_time()
-        computing = ready - max(
-            launched.model_began, self._ready
-        )  # which is short where nobody read the last one early
+        # Short where nobody read the last step early.
+        computing = ready - max(launched.model_began, self._ready)
         drafting = min(launched.following.tell(told), computing)
         model_seconds = computing - drafting
         began, self._ready = max(launched.began, self._ready), ready
 
         tokens: list[list[int]] = [[] for _ in plan.slots]
         logprobs: dict[int, list[TokenLogprobs]] = {}
-        proposals: dict[int, tuple[int, bool]] = {}
+        first_drafts: dict[int, FirstDraft] = {}
         behind: dict[int, int] = {}
         accepted, drafted = inputs.accept(sampled.tokens), inputs.drafted
         refused: set[int] = set()
@@ -203,10 +208,10 @@ class ModelRunner:
                 self._table.append(slot, tokens[row])
             elif self._table.drafts(slot) is drafts:  # else another request has the row by now
                 missed = drafted[row] + 1 - len(tokens[row])
-                self._table.arrive(slot, at, tokens[row], missed, self._stride)
+                self._table.arrive(slot, at, tokens[row], missed, self._standing.sampled(slot))
                 behind |= {slot: missed}
-            if proposal := self.speculator.verified(drafts, drafted[row], tokens[row]):
-                proposals[row] = proposal
+            if (first_draft := self.speculator.verified(drafts, drafted[row], tokens[row])) is not None:
+                first_drafts[row] = first_draft
             if each.samples[0] in sampled.logprobs:
                 logprobs[row] = [sampled.logprobs[at] for at in each.samples]
         if launched.following.made and self._open:
@@ -234,7 +239,7 @@ class ModelRunner:
             overhead_cpu_seconds=launched.cpu_seconds + time.thread_time() - cpu_began,
             refused=frozenset(refused),
             shortened=self._table.shortened(plan.slots),
-            proposals=proposals,
+            first_drafts=first_drafts,
         )
 
     @torch.inference_mode()
@@ -298,7 +303,7 @@ class ModelRunner:
         trees = {}
         for row, (slot, most) in enumerate(zip(plan.slots, plan.drafts, strict=True)):
             if most and slot in before.made:
-                trees[row] = before.tree(slot, most, self._stride)
+                trees[row] = before.tree(slot, most, self._standing)
             elif most and (tree := self.speculator.draft_tree(self._table.drafts(slot), most)):
                 trees[row] = tree
         latest, missed = self._there
@@ -316,7 +321,7 @@ class ModelRunner:
             columns = columns[1:]
         if inputs.is_moved:  # the seventh is the index of the token
             shift, *columns = columns
-            columns[6] = columns[6] - self._missed.index_select(0, shift)
+            columns[6] = columns[6] - self._standing.missed.index_select(0, shift)
         logits, top = self.model.logits(computed.hidden, rows), None
         sampling = (self._table.drafts(inputs.plan.slots[row]).draft for row, _ in inputs.first_samples)
         if count := self._listeners.top_k(sampling):

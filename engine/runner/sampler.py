@@ -70,9 +70,18 @@ class SamplingColumns:
         faults: dict[int, Exception] = {}
         if self.faults:
             faults = {i: self.faults[slot] for i, slot in enumerate(slots.tolist()) if slot in self.faults}
-        numbers = self._temperature[slots], self._top_k[slots], self._min_p[slots], self._top_p[slots]
-        changes = Changes.of(special, num_output, history, faults) if special else NO_CHANGES
-        return SamplingBatch(*numbers, self.seeds[slots], num_output, special, faults, history, changes)
+        return SamplingBatch(
+            temperature=self._temperature[slots],
+            top_k=self._top_k[slots],
+            min_p=self._min_p[slots],
+            top_p=self._top_p[slots],
+            seeds=self.seeds[slots],
+            num_output=num_output,
+            special=special,
+            faults=faults,
+            history=history,
+            changes=Changes.of(special, num_output, history, faults) if special else NO_CHANGES,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +143,17 @@ class SamplingBatch:
         """Row i by itself."""
         rows = slice(i, i + 1)
         return SamplingBatch(
-            *(self.temperature[rows], self.top_k[rows], self.min_p[rows], self.top_p[rows]),
-            *(self.seeds[rows], self.num_output[rows]),
-            {0: self.special[i]} if i in self.special else {},
-            {0: self.faults[i]} if i in self.faults else {},
-            lambda _: self.history(i),
-            self.changes.alone(i),
-            {0: self.masks[i]} if i in self.masks else {},
+            temperature=self.temperature[rows],
+            top_k=self.top_k[rows],
+            min_p=self.min_p[rows],
+            top_p=self.top_p[rows],
+            seeds=self.seeds[rows],
+            num_output=self.num_output[rows],
+            special={0: self.special[i]} if i in self.special else {},
+            faults={0: self.faults[i]} if i in self.faults else {},
+            history=lambda _: self.history(i),
+            changes=self.changes.alone(i),
+            masks={0: self.masks[i]} if i in self.masks else {},
         )
 
 

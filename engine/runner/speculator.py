@@ -14,7 +14,7 @@ from slipstream.engine.errors import ConfigError, NoPlaceError
 from slipstream.engine.faults import Faults
 from slipstream.engine.messages import DrafterStats, VersionStats
 from slipstream.engine.models.weights import Weights
-from slipstream.engine.plan import NewRow
+from slipstream.engine.plan import FirstDraft, NewRow
 from slipstream.engine.runner.acceptance import Acceptance, chances
 from slipstream.engine.runner.row_drafts import RatedProposal, RowDrafts
 from slipstream.engine.speculation.protocol import (
@@ -229,11 +229,10 @@ class Speculator:
             return None
         return Tree(row.best.tree.tokens[:most], row.best.tree.parents[:most])
 
-    def verified(self, row: RowDrafts, drafted: int, sampled: Sequence[int]) -> tuple[int, bool] | None:
+    def verified(self, row: RowDrafts, drafted: int, sampled: Sequence[int]) -> FirstDraft | None:
         """``drafted`` draft tokens were verified, and the tokens ``sampled`` came of it.
 
-        Returns the version of the learned drafter whose proposal this was, and whether its first draft token was right:
-        what a version can be judged by at any load, because it does not matter how many draft tokens were verified.
+        None unless a learned drafter had proposed them.
         """
         if row.best is None:
             return None
@@ -251,7 +250,7 @@ class Speculator:
                 version.accepted_tokens += accepted
             for position in range(accepted):
                 stats.accepted_per_position[position] += 1
-        return (proposal.version, depth > 0) if proposal.version else None
+        return FirstDraft(proposal.version, depth > 0) if proposal.version else None
 
     def _learn(self, row: RowDrafts, proposal: RatedProposal, sampled: Sequence[int]) -> int:
         """Holds draft tokens against the tokens that came at their places, also those that were not verified.

@@ -8,7 +8,7 @@ from random import SystemRandom
 import numpy as np
 
 from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, TokenLogprobs
-from slipstream.engine.plan import PLAIN, Float64, LoadedAdapter, NewRow
+from slipstream.engine.plan import NO_DRAFT, PLAIN, FirstDraft, Float64, LoadedAdapter, NewRow
 from slipstream.engine.scheduling.kv import prefix
 from slipstream.engine.scheduling.kv.pool import BlockHash
 
@@ -222,7 +222,7 @@ class Request:
         is_refused: bool = False,
         num_drafted: int = 0,
         num_accepted: int = 0,
-        proposal: tuple[int, bool] = (0, False),
+        first_draft: FirstDraft = NO_DRAFT,
         is_shortened: bool = False,
     ) -> TokenDelta:
         """What there is to tell; the first one tells how the request began, and so does the last."""
@@ -245,8 +245,8 @@ class Request:
             num_drafted=num_drafted,
             num_accepted=num_accepted,
             target_version=target_version,
-            drafter_version=proposal[0],
-            first_right=proposal[1],
+            drafter_version=first_draft.version,
+            first_right=first_draft.is_right,
             embedding=self._embedding() if finish in ("stop", "length") else b"",
         )
 

@@ -13,7 +13,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.listening import EndedRequest, Listeners
 from slipstream.engine.messages import EngineStats, FinishReason, NewRequest, TokenDelta
 from slipstream.engine.operations import PauseMode, UpdateMode
-from slipstream.engine.plan import PLAIN, LoadedAdapter, StepPlan, StepResult
+from slipstream.engine.plan import NO_DRAFT, PLAIN, LoadedAdapter, StepPlan, StepResult
 from slipstream.engine.scheduling.controller import Decision
 from slipstream.engine.scheduling.draft_planner import DraftPlanner
 from slipstream.engine.scheduling.kv.manager import Admission, KVManager, Wait
@@ -355,8 +355,8 @@ class Scheduler:
     def _take_tokens(self, request: Request, row: int, result: StepResult) -> TokenDelta:
         """Appends what a step sampled, up to where the request ends."""
         sampled, logprobs = result.tokens[row], result.logprobs.get(row)
-        proposal = result.proposals.get(row, (0, False))
-        request.drafter_version = proposal[0] or request.drafter_version
+        first_draft = result.first_drafts.get(row, NO_DRAFT)
+        request.drafter_version = first_draft.version or request.drafter_version
         if request.message.params.max_tokens == 0:
             self._end(request, "length")
             return request.delta(self.target_version, [], "length")
@@ -374,7 +374,7 @@ class Scheduler:
             logprobs[:taken] if logprobs else None,
             num_drafted=result.drafted[row],
             num_accepted=min(taken, len(sampled) - 1),
-            proposal=proposal,
+            first_draft=first_draft,
             is_shortened=finish == "stop" and row in result.shortened,
         )
 
