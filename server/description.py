@@ -20,6 +20,8 @@ LOOSE = "Loosely"
 ANYWHERE = (400, 401, 403, 408, 431, 500)
 """Status codes of HTTP itself, of the gate, and of what nobody foresaw: any route answers so."""
 WITH_BODY = (413, 415)
+BUSY = (404, 429, 503, 504)
+"""What generating routes answer too: another model, the queue is full, requests are not taken now, it took too long."""
 
 
 class Answer(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from slipstream.server.body import Body
-from slipstream.server.description import describe
+from slipstream.server.description import BUSY, describe
 from slipstream.server.generating import prepare
 from slipstream.server.json_response import JSONBody
 from slipstream.server.openai import answers
@@ -39,8 +39,6 @@ BODIES: tuple[type[Body], ...] = (
     PruneRolloutsBody,
 )
 DESCRIBED = (*BODIES, *answers.ANSWERS)
-BUSY = (404, 429, 503, 504)
-"""Another model, the queue is full, requests are not taken now, or it took too long."""
 
 
 def openai_router(service: Service) -> APIRouter:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.description import describe
+from slipstream.server.description import BUSY, describe
 from slipstream.server.respond import answers
 from slipstream.server.respond.respond import Responder
 from slipstream.server.respond.schema import BODIES, CancelResponseBody, CountInputTokensBody, RespondBody
 from slipstream.server.service import Service
 
 DESCRIBED = (*BODIES, *answers.ANSWERS)
-BUSY = (404, 429, 503, 504)
 
 
 def respond_router(service: Service) -> APIRouter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from slipstream.server.body import Body
-from slipstream.server.description import describe
+from slipstream.server.description import BUSY, describe
 from slipstream.server.generating import answer_without_engine
 from slipstream.server.json_response import JSONBody
 from slipstream.server.service import Service
@@ -24,7 +24,6 @@ from slipstream.server.vllm.trl import trl_chat, trl_generate, trl_score
 
 BODIES: tuple[type[Body], ...] = (TokensInBody, TrlGenerateBody, TrlChatBody, TrlScoreBody, VllmRenderBody, NoBody)
 DESCRIBED = (*BODIES, *answers.ANSWERS)
-BUSY = (404, 429, 503, 504)
 
 
 def vllm_router(service: Service) -> APIRouter:
