@@ -31,30 +31,40 @@ WANTED_SHARE = 0.8
 
 @cache
 def mend_interpreter() -> None:
-    """Has Triton's interpreter round to numbers of 8 bits as a GPU does, to the nearest even one.
+    """Has Triton's interpreter, where it stands in for a GPU, do two things that it does wrong or not at all."""
+    if launch.is_interpreted():
+        _round_to_nearest()
+        if version("triton").startswith("3.6."):
+            _take_loaded_bounds()
 
-    With Triton 3.6, numpy 2.4 refuses the bound of a loop that was loaded, which is an array of one number.
-    """
-    if not launch.is_interpreted():
-        return
+
+def _round_to_nearest() -> None:
+    """Numbers of 8 bits are rounded as a GPU does it: to the nearest one, the even one of two."""
     from triton import language
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    patch, convert = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_fp_to_fp
-
-    def patch_tensor(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+    convert = InterpreterBuilder.create_fp_to_fp
 
     def create_fp_to_fp(self: Any, source: Any, kind: Any, rounding: Any) -> Any:
         if source.dtype.scalar != language.float32 or kind.scalar != language.float8e4nv:
             return convert(self, source, kind, rounding)
         rounded = torch.tensor(source.data).to(torch.float8_e4m3fn).view(torch.uint8)
-        return interpreter.TensorHandle(rounded.numpy(), kind.scalar)
+        return TensorHandle(rounded.numpy(), kind.scalar)
 
-    if version("triton").startswith("3.6."):
-        interpreter._patch_lang_tensor = patch_tensor
-    interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+
+
+def _take_loaded_bounds() -> None:
+    """A loop may have a bound that was loaded: an array of one number, which numpy 2.4 does not take for a number."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def correctness(context: Context) -> Iterator[Part]:
