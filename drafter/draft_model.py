@@ -37,7 +37,7 @@ class ModelDrafter(AutoregressiveDrafter):
         if ours.vocab_size != theirs.vocab_size:
             raise ModelError(
                 f"the draft model does not share the tokenizer: its vocabulary is {ours.vocab_size}, the model's "
-                f"{theirs.vocab_size}"
+                f"{theirs.vocab_size}; name one of its family with --draft-model"
             )
         self._cache = self._model.new_cache(host.num_blocks, host.block_size)
 

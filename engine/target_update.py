@@ -360,7 +360,8 @@ class TargetUpdates:
         if not 0 <= asked.first_row < shape[0] or asked.rows < 1:
             raise ModelError(f"tensor {asked.name!r} has {shape[0]} rows, none of which was asked for")
         count = min(asked.rows, shape[0] - asked.first_row)
-        if 4 * count * max(torch.Size(shape[1:]).numel(), 1) > MOST_READ_BYTES:
-            raise ModelError(f"{count} rows of {asked.name!r} are too many to be read at once")
+        most = MOST_READ_BYTES // (4 * max(torch.Size(shape[1:]).numel(), 1))
+        if count > most:
+            raise ModelError(f"{count} rows of {asked.name!r} are too many to be read at once: ask for {most} at most")
         rows = weights.read(name, asked.first_row, count).to("cpu", torch.float32).contiguous()
         return TensorRows(shape, rows.numpy().tobytes())

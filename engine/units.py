@@ -20,9 +20,13 @@ def parse_size(text: str, option: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def human_size(size: int) -> str:
-    """Bytes as "1.50 GiB", "512.0 MiB", "24.0 KiB" or "12 B". Rounded up: an option that is set to that is enough."""
+def human_size(size: int, least: bool = False) -> str:
+    """Bytes as "1.50 GiB", "512.0 MiB", "24.0 KiB" or "12 B".
+
+    Rounded down, so that as much is there; up where it is the ``least`` that is asked for, so that it is enough.
+    """
     for unit, factor, parts in SHOWN:
         if size >= factor:
-            return f"{math.ceil(size / factor * parts) / parts:.{len(str(parts)) - 1}f} {unit}"
+            shown = math.ceil(size / factor * parts) if least else size * parts // factor
+            return f"{shown / parts:.{len(str(parts)) - 1}f} {unit}"
     return f"{size} B"

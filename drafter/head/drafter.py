@@ -255,7 +255,7 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
         needed, free = self._route_bytes, available_memory(self._target.compute.device)
         if free < needed + SPARE_BYTES:
             raise NoPlaceError(
-                f"one more drafter takes {human_size(needed)}, and only {human_size(free)} of memory are free"
+                f"one more drafter takes {human_size(needed)}, and only {human_size(free)} of memory are free: drop one"
             )
         return self._make_network()
 

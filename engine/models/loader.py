@@ -336,10 +336,12 @@ def _fit(
         raise ConfigError(f"--max-model-len {wanted}: the model was made for {shape.max_positions} positions at most")
     least = -(-wanted // config.block_size) * block_bytes if config.max_model_len else 16 * block_bytes
     if left < least:
+        shorter = ", or lower --max-model-len" if config.max_model_len else ""
         raise ModelError(
             f"the model does not fit: it needs {human_size(weights_bytes + least + besides)} of memory (weights "
             f"{human_size(weights_bytes)}, the smallest useful KV cache {human_size(least)}, everything else "
-            f"{human_size(besides)}), and {human_size(available)} are free{_limit(config, on_gpu)}"
+            f"{human_size(besides)}), and {human_size(available)} are free{_limit(config, on_gpu)}; "
+            f"free some, try a smaller model or --quantize q8 or q4{shorter}"
         )
     if config.kv_cache_memory is None:
         size = left if on_gpu else max(min(left // DEFAULT_CACHE_SHARE, DEFAULT_CACHE_BYTES), least)
@@ -353,7 +355,8 @@ def _fit(
             )
         if size < least:
             raise ConfigError(
-                f"--kv-cache-memory {config.kv_cache_memory} is too small; at least {human_size(least)} are needed"
+                f"--kv-cache-memory {config.kv_cache_memory} is too small; at least "
+                f"{human_size(least, least=True)} are needed"
             )
     num_blocks = size // block_bytes
     return num_blocks, min(wanted, num_blocks * config.block_size)

@@ -142,7 +142,7 @@ def test_what_does_not_fit_says_what_it_needs_and_what_keeps_it(
     config = EngineConfig(model=str(tmp_path), load_format="dummy")
     monkeypatch.setattr(loader, "control_groups", lambda: Limits(700 * MIB, 350 * MIB))
     monkeypatch.setattr(loader, "available_memory", lambda _: 350 * MIB)
-    said = r"needs 400\.\d MiB .*everything else 400\.0 MiB.*350\.0 MiB are free .*group is limited to 700\.0 MiB"
+    said = r"needs 400\.\d MiB .*else 400\.0 MiB.*350\.0 MiB are free .*is limited to 700\.0 MiB.*--quantize"
     with pytest.raises(ModelError, match=said):
         loader.load_model(config)
     monkeypatch.setattr(loader, "available_memory", lambda _: 500 * MIB)

@@ -142,6 +142,13 @@ def test_what_a_gpu_has_no_room_for_is_said_with_numbers(folder: Path, as_a_gpu:
         config(folder, graph_memory="much")
 
 
+def test_the_least_cache_that_is_named_is_enough(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--kv-cache-memory 1KiB is too small; at least \d+\.\d KiB") as refused:
+        load_model(config(folder, kv_cache_memory="1KiB", max_model_len=32))
+    named = str(refused.value).partition("at least ")[2].removesuffix(" are needed")
+    assert load_model(config(folder, kv_cache_memory=named, max_model_len=32)).max_model_len == 32
+
+
 def test_the_next_tensor_is_made_while_one_is_used_and_errors_reach_whoever_loads() -> None:
     second = threading.Event()
 
