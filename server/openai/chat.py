@@ -37,7 +37,7 @@ def begin_chat(
     ``prefix`` stands before the request's id in the id of the answer. Raises what start_generation raises, and
     InvalidRequestError for what is too much.
     """
-    [prompt], ends = prepared.prompts, prepared.ends
+    [prompt] = prepared.prompts
     principal = principal_of(request.scope)
     model = service.require_model(body.model)
     require_choices(service, principal, body.n or 1)
@@ -47,25 +47,9 @@ def begin_chat(
     logprobs = logprobs_asked(service, principal, body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
     prompt_logprobs = logprobs_asked(service, principal, body.prompt_logprobs, "prompt_logprobs")
     params = sampling_params(
-        service,
-        body,
-        max_tokens=asked or room,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        ends=ends,
-        structure=prepared.structure,
+        service, body, prepared, max_tokens=asked or room, logprobs=logprobs, prompt_logprobs=prompt_logprobs
     )
     generation = make_generation(
-        service,
-        request,
-        body,
-        prefix=prefix,
-        param="messages",
-        prompts=[prompt],
-        params=[params],
-        arrival=arrival,
-        ends=ends,
-        structure=prepared.structure,
-        keeps_special=prepared.speech is not None and prepared.speech.keeps_special,
+        service, request, body, prepared, prefix=prefix, param="messages", params=[params], arrival=arrival
     )
     return generation, answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)

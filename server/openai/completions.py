@@ -37,21 +37,20 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
     params = sampling_params(
         service,
         body,
+        prepared,
         max_tokens=min(asked, *rooms),
         logprobs=logprobs,
         prompt_logprobs=max(of_prompt, default=None),
-        structure=prepared.structure,
     )
     generation = make_generation(
         service,
         request,
         body,
+        prepared,
         prefix="cmpl-",
         param="prompt",
-        prompts=prompts,
         params=[msgspec.structs.replace(params, max_tokens=min(asked, room)) for room in rooms],
         arrival=arrival,
-        structure=prepared.structure,
     )
     echo = None
     if body.echo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 from fastapi import Request
 
@@ -12,35 +13,31 @@ from slipstream.server.generation import Generation
 from slipstream.server.openai.sampling import output_options
 from slipstream.server.openai.schema import GenerationBody, RolloutBody, Speculation
 from slipstream.server.openai.writers import AnswerOptions
-from slipstream.server.prepared import Structure
+from slipstream.server.prepared import Prepared
 from slipstream.server.rollout.groups import Rollout
 from slipstream.server.service import Service
-from slipstream.server.text import TurnEnds
 
 
 def make_generation(
     service: Service,
     request: Request,
     body: GenerationBody,
+    prepared: Prepared[Any],
     *,
     prefix: str,
     param: str,
-    prompts: list[list[int]],
     params: SequenceOf[SamplingParams],
     arrival: float,
-    ends: TurnEnds | None = None,
-    structure: Structure | None = None,
-    keeps_special: bool = False,
 ) -> Generation:
-    """``params`` of each prompt, which differ in ``max_tokens`` only; ``ends`` of a conversation.
+    """``params`` of each prompt, which differ in ``max_tokens`` only; ``param`` is the field of the prompts.
 
-    Raises what start_generation raises.
+    ``prefix`` stands before the request's id in the id of the answer. Raises what start_generation raises.
     """
     asked = GenerationRequest(
-        prompts=prompts,
+        prompts=prepared.prompts,
         params=params,
         param=param,
-        output=output_options(body, ends, structure, keeps_special),
+        output=output_options(body, prepared),
         choices=body.n or 1,
         seed=body.seed,
         speculation=speculation_params(body.speculation),

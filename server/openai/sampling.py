@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from slipstream.engine.messages import SamplingParams
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generation import OutputOptions
 from slipstream.server.openai.schema import CompletionBody, SamplingBody
-from slipstream.server.prepared import Structure
+from slipstream.server.prepared import Prepared
 from slipstream.server.service import Service
-from slipstream.server.text import TurnEnds
 
 
 def sampling_params(
     service: Service,
     body: SamplingBody,
+    prepared: Prepared[Any],
     *,
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
-    ends: TurnEnds | None = None,
-    structure: Structure | None = None,
 ) -> SamplingParams:
-    """``max_tokens`` and the numbers of log-probabilities as resolved for the endpoint; ``ends`` of a conversation with
-    a template of its own.
+    """``max_tokens`` and the numbers of log-probabilities as resolved for the endpoint.
 
     Raises:
         InvalidRequestError: min_tokens is more than max_tokens, the constraints can forbid every token, or the model
             cannot end an answer where its structure does.
     """
-    text = service.text
+    text, structure = service.text, prepared.structure
     default = text.sampling_defaults.get
     top_p = first_set(body.top_p, default("top_p"), 1.0)
     top_k = int(first_set(body.top_k, default("top_k"), 0))
@@ -45,7 +43,7 @@ def sampling_params(
     if not body.ignore_eos:
         # Files and templates may name tokens that the model does not have; TextModel.fit has said so.
         known = range(service.engine.ready.vocab_size)
-        found = [*text.tokenizer.eos_token_ids, *(ends or text.turn_ends).token_ids]
+        found = [*text.tokenizer.eos_token_ids, *(prepared.ends or text.turn_ends).token_ids]
         stop |= dict.fromkeys(token for token in found if token in known)
     if structure is not None and not stop:
         raise InvalidRequestError(
@@ -76,10 +74,9 @@ def sampling_params(
     )
 
 
-def output_options(
-    body: SamplingBody, ends: TurnEnds | None, structure: Structure | None = None, keeps_special: bool = False
-) -> OutputOptions:
-    """``ends``: of a conversation; ``keeps_special``: special tokens mean something to who reads the text."""
+def output_options(body: SamplingBody, prepared: Prepared[Any]) -> OutputOptions:
+    ends, structure, speech = prepared.ends, prepared.structure, prepared.speech
+    keeps_special = speech is not None and speech.keeps_special
     return OutputOptions(
         structure_param=None if structure is None else structure.param,
         end_texts=() if ends is None or body.ignore_eos else ends.stops,

@@ -45,10 +45,10 @@ async def generate_tokens(service: Service, request: Request) -> GenerationRespo
     params = sampling_params(
         service,
         wanted,
+        prepared,
         max_tokens=room if wanted.max_tokens is None else min(wanted.max_tokens, room),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        structure=prepared.structure,
     )
     generation = start_generation(
         service,
@@ -57,7 +57,7 @@ async def generate_tokens(service: Service, request: Request) -> GenerationRespo
             prompts=[prompt],
             params=[params],
             param="token_ids",
-            output=replace(output_options(wanted, None, prepared.structure), interval=wanted.stream_interval or 0),
+            output=replace(output_options(wanted, prepared), interval=wanted.stream_interval or 0),
             choices=wanted.n or 1,
             seed=wanted.seed,
             priority=body.priority or 0,

@@ -60,17 +60,16 @@ async def answer(service: Service, request: Request, job: str, param: str) -> Ge
     params = sampling_params(
         service,
         wanted,
+        prepared,
         max_tokens=min(asked, *rooms),
         logprobs=logprobs_asked(service, principal, wanted.logprobs, "logprobs"),
         prompt_logprobs=None,
-        ends=prepared.ends,
-        structure=prepared.structure,
     )
     asked_for = GenerationRequest(
         prompts=prompts,
         params=[msgspec.structs.replace(params, max_tokens=min(asked, room)) for room in rooms],
         param=param,
-        output=output_options(wanted, prepared.ends, prepared.structure),
+        output=output_options(wanted, prepared),
         choices=choices,
         seed=wanted.seed,
         arrival=arrival,
@@ -123,7 +122,7 @@ async def trl_score(service: Service, request: Request) -> GenerationResponse:
         fit_context(service, len(sequence), 0, "sequences")
     top = logprobs_asked(service, principal, body.top_logprobs, "top_logprobs")
     assert top is not None
-    params = sampling_params(service, PLAIN, max_tokens=0, logprobs=None, prompt_logprobs=top)
+    params = sampling_params(service, PLAIN, prepared, max_tokens=0, logprobs=None, prompt_logprobs=top)
     asked = GenerationRequest(
         prompts=sequences,
         params=[params] * len(sequences),
