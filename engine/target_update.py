@@ -168,6 +168,10 @@ class TargetUpdates:
             raise ConfigError(f"a version of the target is a number from 1 on (0: those of its files), not {version}")
         if self._update is not None:
             self._give_up(self._update, f"an update to version {name or version} was begun instead")
+        if (
+            self._device.type == "cuda"
+        ):  # where weights that nobody has any more are torch's, until it is asked for them
+            torch.cuda.empty_cache()
         needed, free = self._weights_bytes, available_memory(self._device)
         if free < needed + SPARE_BYTES:
             sizes = f"take {human_size(needed)} beside those that serve, and only {human_size(free)} of memory are free"

@@ -117,9 +117,10 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     num_blocks, max_model_len = room(besides, available, on_gpu)
     model = build_model(checkpoint, config, formats, device, max_model_len)
     if on_gpu:
-        step = step_bytes(
-            *(model, device, config.max_step_tokens, config.max_running, max_model_len, config.block_size)
-        )
+        rows = config.max_running * (1 + (config.max_draft_tokens if config.speculation != "off" else 0))
+        # Draft tokens of all requests together may be more than the prompts of a step.
+        tokens = max(config.max_step_tokens, rows)
+        step = step_bytes(model, device, tokens, rows, max_model_len, config.block_size)
         besides += step + parse_size(config.graph_memory, "graph-memory")
         num_blocks, max_model_len = room(besides, available, on_gpu)
     as_sent = formats if formats.quantize != "none" else Formats.of(formats.compute)

@@ -6,16 +6,22 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from slipstream.drafter.choice import make_drafters
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
+from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models import loader
+from slipstream.engine.models.decoder import Decoder
 from slipstream.engine.models.loader import load_model
 from slipstream.engine.models.weights import ahead
-from slipstream.engine.testing import TINY_LLAMA
+from slipstream.engine.testing import TINY_LLAMA, LocalEngine
+from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.native.library import isa
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -112,6 +118,40 @@ def test_a_gpu_is_filled_with_cache(folder: Path, as_a_gpu: None, kernels: str) 
     left = 80 * MIB - 20 * MIB - loaded.weights_bytes - 7 * MIB - 4 * MIB - 5 * MIB
     assert loaded.num_blocks == left // loaded.block_bytes
     assert load_model(config(folder, **(options | {"kv_cache_memory": "1MiB"}))).num_blocks == MIB // loaded.block_bytes
+
+
+@pytest.mark.parametrize("speculation", ["off", "ngram"])
+def test_no_step_on_a_gpu_is_larger_than_the_one_that_was_tried(
+    folder: Path, as_a_gpu: None, monkeypatch: pytest.MonkeyPatch, speculation: str
+) -> None:
+    """In tokens, and in rows of logits: with draft tokens a request has several of both."""
+    sizes: list[tuple[int, int]] = []
+    forward, logits = Decoder.forward, Decoder.logits
+
+    def seen(model: Decoder, batch: RaggedBatch, *others: Any, **more: Any) -> Any:
+        sizes.append((batch.num_tokens, 0))
+        return forward(model, batch, *others, **more)
+
+    def asked(model: Decoder, hidden: Tensor, rows: Any) -> Tensor:
+        sizes.append((0, len(rows)))
+        return logits(model, hidden, rows)
+
+    monkeypatch.setattr(Decoder, "forward", seen)
+    monkeypatch.setattr(Decoder, "logits", asked)
+    options: dict[str, object] = {"max_running": 4, "max_step_tokens": 12, "max_draft_tokens": 6}
+    options |= {"speculation": speculation, "speculation_policy": "fixed", "graph_memory": "0"}
+    asked_for = config(folder, **options)
+    load_model(asked_for)
+    tried = [max(column) for column in zip(*sizes, strict=True)]
+    local = LocalEngine(asked_for, make_drafters(asked_for) if speculation != "off" else ())
+    sizes.clear()
+    for _ in range(4):
+        local.submit([1, 2, 3] * 6, SamplingParams(max_tokens=12, temperature=0.0))
+    local.finish()
+    local.close()
+    largest = [max(column) for column in zip(*sizes, strict=True)]
+    assert largest[0] <= tried[0] and largest[1] <= tried[1]
+    assert largest[1] > 4 or speculation == "off", "no draft token was verified"
 
 
 def test_drafters_have_room_on_a_gpu_beside_the_cache(folder: Path, as_a_gpu: None) -> None:
