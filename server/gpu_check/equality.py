@@ -45,6 +45,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "with a head, in chunks, planned ahead": HEAD | {"max_step_tokens": 16, "pipeline": "on"},
 }
 """What is changed of an engine that computes all requests together, by what that is to prove."""
+EXACT = {"packed_arithmetic": "exact"}
+KEPT: dict[str, dict[str, Any]] = {
+    "a cache in int8": {"kv_cache_dtype": "int8"},
+    "a cache in fp8": {"kv_cache_dtype": "fp8"},
+    "weights in 8 bits": EXACT | {"quantize": "q8"},
+    "weights in 4 bits, a cache in int8": EXACT | {"quantize": "q4", "kv_cache_dtype": "int8"},
+}
+"""How keys, values and weights are kept in few bits; answers are compared with those of engines that keep them so."""
+KEPT_VARIANTS = ("with a head's trees", "with a head, in chunks, planned ahead")
 ROUNDED = ("in a batch", "in chunks")
 """Variants that are also tried in bfloat16, and in it where results must not depend on the batch."""
 REQUESTS, PROMPT = 8, 45
@@ -65,6 +74,16 @@ def parts(context: Context) -> Iterator[Part]:
         yield Part(f"{name}, with LoRAs", partial(compare.judge, name, VARIANTS[name], "float32", LORAS))
         exact = VARIANTS[name] | {"deterministic": True}
         yield Part(f"{name}, deterministic", partial(compare.judge, f"{name}, deterministic", exact, "bfloat16"))
+    for kept in KEPT:
+        for name in KEPT_VARIANTS:
+            yield Part(f"{name}, {kept}", partial(compare.judge, name, VARIANTS[name], "float32", kept=kept))
+        if "4 bits" not in kept:  # whose scales may be others, as sums over a block are in another order
+            cpu = {"device": "cpu", "kernels": "native" if "quantize" in KEPT[kept] else "torch"}
+            yield Part(f"on the CPU, {kept}", partial(compare.judge, "on the CPU", cpu, "float32", kept=kept))
+        else:  # blocks are made again, and then lie in the host's memory
+            both = (*compare.changes["after an update"], *compare.changes["after sleep"])
+            name = "after an update and sleep"
+            yield Part(f"{name}, {kept}", partial(compare.judge, name, HEAD, "float32", operations=both, kept=kept))
 
 
 class Comparison:
@@ -98,9 +117,11 @@ class Comparison:
         dtype: str,
         loras: tuple[str, ...] = ("",),
         operations: tuple[Operation[Any], ...] = (),
+        kept: str = "",
     ) -> None:
-        alone, invariant = self._alone(dtype, bool(options.get("deterministic")), loras)
-        with self._engine(options, dtype, loras) as local:
+        """``kept``: a name of ``KEPT``, if anything is kept in few bits."""
+        alone, invariant = self._alone(dtype, bool(options.get("deterministic")), loras, kept)
+        with self._engine(KEPT.get(kept, {}) | options, dtype, loras) as local:
             if operations:
                 for i in range(len(self._texts)):
                     self._submit(local, i, loras)
@@ -108,9 +129,12 @@ class Comparison:
                 local.operate(*operations)
             together = [self._submit(local, i, loras) for i in range(len(self._texts))]
             local.finish()
+        if kept:
+            name += f", {kept}"
         if any(loras):
             name += ", with LoRAs"
-            changed = sum(one != other for one, other in zip(alone, self._alone(dtype, False, ("",))[0], strict=True))
+            plain = self._alone(dtype, False, ("",), "")[0]
+            changed = sum(one != other for one, other in zip(alone, plain, strict=True))
             self._context.check(f"other tokens {name}", changed > 0, f"{changed} answers", "some")
         equal = [self._same(one, other) for one, other in zip(alone, together, strict=True)]
         right = sum(length == len(one) for length, one in zip(equal, alone, strict=True))
@@ -134,11 +158,14 @@ class Comparison:
         if "speculation" in options:
             self._context.check(f"draft tokens were accepted {name}", accepted > 0, f"{accepted} of {drafted}", "some")
 
-    def _compute_alone(self, dtype: str, deterministic: bool, loras: tuple[str, ...]) -> tuple[list[list[int]], bool]:
+    def _compute_alone(
+        self, dtype: str, deterministic: bool, loras: tuple[str, ...], kept: str
+    ) -> tuple[list[list[int]], bool]:
         """Answers, and whether this engine promises the same bits in any batch."""
         with ExitStack() as stack:
             try:
-                local = stack.enter_context(self._engine({"deterministic": deterministic}, dtype, loras))
+                options = KEPT.get(kept, {}) | {"deterministic": deterministic}
+                local = stack.enter_context(self._engine(options, dtype, loras))
             except ConfigError as error:
                 raise NotThere(str(error)) from None
             found = []

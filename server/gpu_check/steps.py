@@ -46,20 +46,22 @@ def parts(context: Context) -> Iterator[Part]:
         load_loras(context, local, LORAS[1:], size=0.001)
         count = counts[1]
         yield Part(f"{streams_of(count)} with LoRAs", partial(_watch, context, local, "8B shape", count, prompt, LORAS))
-    head = _head(context, longest)
-    yield Part("4 streams with a head", partial(_with_head, context, head, prompt))
+    yield Part("4 streams with a head", partial(_with_head, context, _head(context, longest), "a head", prompt))
+    in_bits = _head(context, longest, quantize="q8", kv_cache_dtype="int8")
+    what = "a head, weights and cache in 8 bits"
+    yield Part(f"4 streams with {what}", partial(_with_head, context, in_bits, what, prompt))
 
 
-def _head(context: Context, longest: int) -> Any:
+def _head(context: Context, longest: int, **more: Any) -> Any:
     name = "1B"
     path = models.folder(context, name, models.shape(context, name))
     options = {"speculation": "head", "drafter": "random", "speculation_policy": "fixed", "max_draft_tokens": 4}
-    return config(context, path, load_format="dummy", max_model_len=2 * longest, **options)
+    return config(context, path, load_format="dummy", max_model_len=2 * longest, **options, **more)
 
 
-def _with_head(context: Context, options: Any, prompt: int) -> None:
+def _with_head(context: Context, options: Any, what: str, prompt: int) -> None:
     with engine(options) as local:
-        _watch(context, local, "1B shape with a head", 2 if context.dry_run else 4, prompt)
+        _watch(context, local, f"1B shape with {what}", 2 if context.dry_run else 4, prompt)
 
 
 def _watch(

@@ -23,6 +23,13 @@ LONG_PROMPT, LONG_ANSWER = 1024, 1024
 SPARE_BYTES = 4 << 30
 """Memory of the device that is left for activations and graphs."""
 WANTED_SHARE = 0.8
+FEW_BITS: dict[str, dict[str, Any]] = {
+    "numbers": {},
+    "a cache in int8": {"kv_cache_dtype": "int8"},
+    "a cache in fp8": {"kv_cache_dtype": "fp8"},
+    "weights in 8 bits": {"quantize": "q8"},
+    "weights in 4 bits": {"quantize": "q4"},
+}
 
 
 def streams(context: Context) -> tuple[int, ...]:
@@ -90,6 +97,38 @@ def _measure(context: Context, name: str, local: LocalEngine, count: int, prompt
     if name == "8B" and count == 1:
         what = "8B shape, 1 stream: share of the bandwidth of a copy at which weights are read"
         context.target(what, share, at_least=WANTED_SHARE)
+
+
+def few_bits(context: Context) -> Iterator[Part]:
+    """What weights and caches of few bits bring."""
+    for name in FEW_BITS:
+        yield Part(f"8B shape, {name}", partial(_few_bits, context, name))
+
+
+def _few_bits(context: Context, kept: str) -> None:
+    vocab = models.shape(context, "8B")["vocab_size"]
+    prompt, steps = (20, 8) if context.dry_run else (LONG_PROMPT, STEPS)
+    counts = (1, 3) if context.dry_run else (1, 32)
+    longest = prompt + steps + 2 * WARM_UP + 2
+    with ExitStack() as stack:
+        try:
+            made = dummy_engine(context, "8B", counts[-1] * longest, max_model_len=longest, **FEW_BITS[kept])
+            local = stack.enter_context(made)
+        except ConfigError as error:
+            raise NotThere(str(error)) from None
+        for count in counts:
+            with decoding(local, prompts(count, prompt, vocab), longest, context.streams_s) as running:
+                speed = measure(local, running, steps, context.streams_s)
+            context.row(
+                "few bits",
+                model="8B shape",
+                kept=kept,
+                weights_GB=local.engine.loaded.weights_bytes / 1e9,
+                streams=count,
+                prompt=prompt,
+                tokens_per_s=speed.tokens_per_s,
+                ms_per_step=speed.step_ms,
+            )
 
 
 def deterministic(context: Context) -> Iterator[Part]:

@@ -11,6 +11,7 @@ import msgspec
 
 from slipstream.server.gpu_check.report import Report
 from slipstream.server.gpu_check.stages import STAGES
+from slipstream.server.gpu_check.throughput import FEW_BITS
 
 MINUTES = 60
 """Far more than it takes on a busy machine."""
@@ -60,5 +61,10 @@ def test_every_stage_runs(tmp_path: Path) -> None:
     assert all(row["operations of torch"] for row in steps)
     assert {"8B shape", "8B shape with LoRAs"} <= {row["model"] for row in steps}
     assert "the same tokens in chunks, with LoRAs, float32" in {check.name for check in stages["equality"].checks}
+    assert "the same tokens on the CPU, weights in 8 bits, float32" in {
+        check.name for check in stages["equality"].checks
+    }
+    kept = {(row["kept"], row["streams"]) for row in stages["few bits"].tables["few bits"]}
+    assert kept == {(name, count) for name in FEW_BITS for count in (1, 3)}
     programs = {row["program"] for row in stages["peers"].tables["other programs, decoding"]}
     assert programs == {"transformers"}
