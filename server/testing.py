@@ -145,8 +145,10 @@ class ServerThread(logging.Handler):
 
 
 FORKING = """
-import json, os, sys, tempfile
+import gc, json, os, sys, tempfile
 from slipstream.server import cli, launch
+gc.collect()
+gc.freeze()  # or each fork would look through all that was imported, and have its pages copied for that
 for line in sys.stdin:
     arguments, environment = json.loads(line)
     files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
