@@ -24,9 +24,14 @@ NOT_NEEDED = (
     "prometheus_client",
     "aiohttp",
 )
+KERNELS = Path(__file__).parents[2] / "kernels/triton"
 RUN = f"""
-import sys
+import importlib.util, sys
 sys.modules.update(dict.fromkeys({NOT_NEEDED!r}))  # to import them is an error
+if importlib.util.find_spec("triton"):
+    sys.path.append({str(KERNELS)!r})
+    import quick_interpreter
+    sys.path.pop()
 sys.argv[0] = "slipstream"
 from slipstream.server.cli import main
 main()
