@@ -192,9 +192,10 @@ def plan_answer(
     if form is None and tags is None:
         return None, structure
 
-    if form is not None and (
+    by_grammar = form is not None and bool(
         use.mode == "required" or structure or not use.parallel or any(t.strict for t in use.tools)
-    ):
+    )
+    if form is not None and by_grammar:
         param = choice_field if use.mode == "required" else tools_field
         grammar = calls_grammar(
             form,
@@ -221,6 +222,7 @@ def plan_answer(
             most_calls=None if use.parallel else 1,
             reasoning=tags_name if tags else None,
             is_open=is_open,
+            by_grammar=by_grammar,
             calls_before=calls_before,
             as_functions=use.as_functions,
             keeps_special=any("<[" in tokenizer.symbols(marker) for marker in markers if marker),

@@ -9,8 +9,9 @@ from slipstream.server.reasoning import TAGS, ReasoningParser
 from slipstream.server.tools.calls import CallParser
 from slipstream.server.tools.channels import ChannelParser
 from slipstream.server.tools.formats import FORMATS
-from slipstream.server.tools.parts import Content, Part
+from slipstream.server.tools.parts import Content, Part, Reasoning
 from slipstream.server.tools.tagged import Kinds
+from slipstream.server.tools.thoughts import CallsInThought
 
 CHANNELS = "harmony"
 """The reasoning whose tags also tell of calls."""
@@ -34,6 +35,8 @@ class Speech:
     """See reasoning.is_open."""
     keeps_special: bool = False
     """What is looked for is written with special tokens, so they have to be in the text."""
+    by_grammar: bool = False
+    """A grammar tells where calls stand: what models write elsewhere by mistake is none."""
     calls_before: int = 0
     """How many calls the conversation has already."""
     as_functions: bool = False
@@ -52,15 +55,19 @@ class AnswerParser:
         tags = TAGS[speech.reasoning] if speech.reasoning else None
         self._channels = ChannelParser(speech.tool_names, speech.most_calls) if speech.reasoning == CHANNELS else None
         self._reasoning = self._channels or (ReasoningParser(tags, speech.is_open) if tags else None)
-        self._calls = (
-            CallParser(FORMATS[speech.tool_format], speech.tool_names, speech.most_calls, speech.kinds)
-            if speech.tool_format
-            else None
-        )
+        form = FORMATS[speech.tool_format] if speech.tool_format else None
+
+        def new_parser() -> CallParser:
+            assert form is not None
+            return CallParser(form, speech.tool_names, speech.most_calls, speech.kinds, speech.by_grammar)
+
+        self._calls = new_parser() if form else None
+        looks_in_thoughts = tags is not None and self._channels is None and not speech.by_grammar
+        self._thoughts = CallsInThought(new_parser) if form and form.begins and looks_in_thoughts else None
 
     @property
     def has_calls(self) -> bool:
-        return any(parser is not None and parser.num_calls for parser in (self._calls, self._channels))
+        return any(parser is not None and parser.num_calls for parser in (self._calls, self._thoughts, self._channels))
 
     def push(self, text: str) -> list[Part]:
         pieces = [text[at : at + PIECE_CHARS] for at in range(0, len(text), PIECE_CHARS)]
@@ -71,6 +78,7 @@ class AnswerParser:
 
     def finish(self) -> list[Part]:
         found = self._look_for_calls(self._reasoning.finish() if self._reasoning else [])
+        found += self._thoughts.finish() if self._thoughts else []
         return found + (self._calls.finish() if self._calls else [])
 
     def _look_for_calls(self, parts: list[Part]) -> list[Part]:
@@ -79,7 +87,10 @@ class AnswerParser:
         found: list[Part] = []
         for part in parts:
             if isinstance(part, Content) and not (self._channels and self._channels.num_calls):
+                found += self._thoughts.give_up() if self._thoughts else []
                 found += self._calls.push(part.text)
+            elif isinstance(part, Reasoning) and self._thoughts:
+                found += self._thoughts.push(part.text)
             else:
                 found.append(part)
         return found

@@ -30,13 +30,16 @@ class CallParser(StepParser):
         names: Collection[str],
         most: int | None = None,
         kinds: Mapping[str, Mapping[str, Kinds]] | None = None,
+        by_grammar: bool = False,
     ) -> None:
         """``names`` of the tools; calls beyond the first ``most`` are left out. ``kinds`` of their arguments, where
-        these are no JSON."""
+        these are no JSON. ``by_grammar``: what is forgotten before a call makes it none, see Speech."""
         super().__init__(self._start if form.is_bare else self._find)
         self._form, self._names, self._most, self._kinds = form, names, most, kinds or {}
         self._ends = tuple(each for each in (form.after.strip(BETWEEN),) if each)
         self._markers = (*form.begins, *self._ends, *form.loose)
+        self.sought = (*form.begins, form.alone) if form.alone and not by_grammar else form.begins
+        """What begins calls in the midst of text."""
         self._raw: list[str] = []
         """What was digested since the last content or call, in case it turns out to be content."""
         self._scanner: Scanner = self._new_scanner()
@@ -83,15 +86,19 @@ class CallParser(StepParser):
 
     def _find(self) -> bool:
         """Looks for what begins calls."""
-        begins = self._form.begins
-        at, begin = min(((at, each) for each in begins if (at := self._text.find(each)) >= 0), default=(-1, ""))
+        sought = self.sought
+        at, begin = min(((at, each) for each in sought if (at := self._text.find(each)) >= 0), default=(-1, ""))
         if at < 0:
-            at = beginning_of(self._text, begins) if begins else len(self._text)
+            at = beginning_of(self._text, sought) if sought else len(self._text)
         self._tell_content(self._text[:at])
-        self._text = self._text[at + len(begin) :]
-        if begin:
+        if begin in self._form.begins:
+            self._text = self._text[at + len(begin) :]
             self._raw.append(begin)
             self._step = self._between
+        else:
+            self._text = self._text[at:]
+            if begin:
+                self._begin_call()
         return bool(begin)
 
     def _between(self) -> bool:
@@ -109,15 +116,27 @@ class CallParser(StepParser):
         if any(marker.startswith(rest) for marker in self._markers):
             return False
         if found := MEANS_NOTHING.match(rest):
+            end = self._end_before_marker(rest, found.end())
             if not self._follows_a_call:
-                self._raw.append(found[0])
-            self._text = rest[found.end() :]
+                self._raw.append(rest[:end])
+            self._text = rest[end:]
             return True
         if self._may_begin(rest[0]):
-            self._scanner, self._is_told, self._step = self._new_scanner(), False, self._call
+            self._begin_call()
         else:
             self._leave()
         return True
+
+    def _end_before_marker(self, rest: str, end: int) -> int:
+        """Where a marker begins, or may begin, within the first ``end`` characters, which mean nothing; else that."""
+        begins = (at for at in range(1, end) if any(each[0] == rest[at] for each in self._markers))
+        for at in begins:
+            if any(rest.startswith(each, at) or each.startswith(rest[at : at + len(each)]) for each in self._markers):
+                return at
+        return end
+
+    def _begin_call(self) -> None:
+        self._scanner, self._is_told, self._step = self._new_scanner(), False, self._call
 
     def _may_begin(self, first: str) -> bool:
         """Whether a call may begin with this; some models write several behind one beginning."""

@@ -31,6 +31,8 @@ class ToolFormat:
     """Before the name, before the arguments, and after them."""
     loose: tuple[str, ...] = ()
     """What may stand between calls besides, and means nothing."""
+    alone: str = ""
+    """What a call begins with that tells it also where its model has forgotten ``begin``, as some do now and then."""
     is_bare: bool = False
     """Whether an answer that begins with a call calls a tool without ``begin``."""
     header: str = ""
@@ -70,6 +72,7 @@ HERMES = ToolFormat(
     before="\n",
     after="\n</tool_call>",
     begins_each=True,
+    loose=("}",),  # a bracket too many
     tells=("<tool_call>",),
 )
 QWEN3_CODER = ToolFormat(
@@ -79,6 +82,7 @@ QWEN3_CODER = ToolFormat(
     after="\n</tool_call>",
     begins_each=True,
     call=("<function=", ">\n", "</function>"),
+    alone="<function=",
     parameter=("<parameter=", ">\n", "\n</parameter>\n"),
     tells=("<parameter=",),
 )
@@ -133,6 +137,7 @@ DEEPSEEK_V3 = ToolFormat(
     after="<｜tool▁calls▁end｜>",
     call=("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>"),
     loose=("```", "<｜tool▁call▁end｜>"),
+    alone="<｜tool▁call▁begin｜>",
     header=r"(<｜tool▁call▁begin｜>)?\s*(\w*\s*<｜tool▁sep｜>)?\s*(?P<name>[^\s<]+)\s*(```(json)?)?",
     tells=(("<｜tool▁calls▁begin｜>", "```json"),),
 )
@@ -143,6 +148,7 @@ DEEPSEEK_V31 = ToolFormat(
     separator="",
     call=("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
     loose=("<｜tool▁call▁end｜>",),
+    alone="<｜tool▁call▁begin｜>",
     header=r"(<｜tool▁call▁begin｜>)?\s*(?P<name>[^\s<]+)\s*(<｜tool▁sep｜>)?",
     tells=("<｜tool▁calls▁begin｜>",),
 )
@@ -155,6 +161,7 @@ DEEPSEEK_V32 = ToolFormat(
     separator="",
     loose=("</｜DSML｜tool_calls>",),
     call=('<｜DSML｜invoke name="', '">\n', "</｜DSML｜invoke>\n"),
+    alone='<｜DSML｜invoke name="',
     parameter=('<｜DSML｜parameter name="', f'" string="{IN_TAGS}">', "</｜DSML｜parameter>\n"),
     tells=("｜DSML｜",),
 )
@@ -165,6 +172,7 @@ KIMI_K2 = ToolFormat(
     separator="",
     call=("<|tool_call_begin|>functions.", ":0<|tool_call_argument_begin|>", "<|tool_call_end|>"),
     loose=("<|tool_call_end|>",),
+    alone="<|tool_call_begin|>",
     header=r"(<\|tool_call_begin\|>)?\s*(functions\.)?(?P<name>[^\s<]+?)(:\d+)?\s*(<\|tool_call_argument_begin\|>)?",
     tells=("<|tool_calls_section_begin|>", ("tool_declare", "<|im_middle|>")),
     id_layout="functions.{name}:{index}",
@@ -280,6 +288,7 @@ MINIMAX_M2 = ToolFormat(
     after="</minimax:tool_call>",
     separator="",
     call=('<invoke name="', '">\n', "</invoke>\n"),
+    alone='<invoke name="',
     parameter=('<parameter name="', '">', "</parameter>\n"),
     tells=("<minimax:tool_call>",),
 )
@@ -290,6 +299,7 @@ SEED_OSS = ToolFormat(
     after="\n</seed:tool_call>",
     begins_each=True,
     call=("<function=", ">\n", "</function>"),
+    alone="<function=",
     parameter=("<parameter=", ">", "</parameter>\n"),
     tells=("<seed:tool_call>",),
 )

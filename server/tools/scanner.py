@@ -12,6 +12,7 @@ from slipstream.server.tools.formats import ToolFormat
 NAMES = ("name", "tool_name")
 ARGUMENTS = ("arguments", "parameters")
 IN_TEXT = re.compile(r'["\\]')
+CONTROL = re.compile(r"[\x00-\x1f]")
 BETWEEN_TEXTS = re.compile(r'["{}\[\]:,]')
 MOST_HEADER_CHARS = 512
 """Before the arguments of a call whose name stands before them; names have 128 characters at most."""
@@ -138,7 +139,7 @@ class CallScanner(Scanner):
         if depth == 1 and not self._in_value:
             self._in_key(said, sign)
         elif depth >= 1:
-            self._add(said)
+            self._add(said, was_text)
         if self._streams and depth == 2 and self._signs.depth == 1 and not was_text:
             self._streams, self._has_arguments = False, True
         if not inner and depth == 1:
@@ -159,15 +160,15 @@ class CallScanner(Scanner):
         elif sign and sign in "{[":  # a value without a key
             self._in_value, self._said = True, [said]
 
-    def _add(self, said: str) -> None:
-        """More of a value."""
+    def _add(self, said: str, was_text: bool) -> None:
+        """More of a value; ``was_text``: of a text within it."""
         if not self._said and not self._streams:
             said = said.lstrip()
             if said and self._key in ARGUMENTS and self._given is None and not self._has_arguments:
                 self._streams = said[0] == "{"
                 self._given = "{" if self._streams else None
         if self._streams:
-            self._new.append(said)
+            self._new.append(_in_json(said) if was_text else said)
         elif said:
             self._said.append(said)
 
@@ -214,11 +215,11 @@ class FramedScanner(Scanner):
         at = 0
         if self.name is None:
             at = self._read_header(text)
-        first = at
         while at < len(text) and not (self.is_done or self.is_wrong):
+            first, was_text = at, self._signs.in_text
             at, _ = self._signs.next(text, at)
+            self._new.append(_in_json(text[first:at]) if was_text else text[first:at])
             self.is_done = self._signs.depth == 0
-        self._new.append(text[first:at])
         return text[at:]
 
     def _read_header(self, text: str) -> int:
@@ -247,6 +248,11 @@ class FramedScanner(Scanner):
 def scan_object(form: ToolFormat, names: Collection[str]) -> Scanner:
     """For calls in JSON, as a whole or behind their name."""
     return FramedScanner(form, names) if form.header else CallScanner(names)
+
+
+def _in_json(said: str) -> str:
+    """A piece of a text in JSON. Models write the ends of lines there as they are, which JSON does not allow."""
+    return CONTROL.sub(lambda found: json.dumps(found[0])[1:-1], said)
 
 
 def _text(value: str) -> str | None:

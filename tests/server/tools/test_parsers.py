@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -62,6 +63,7 @@ def speech(form: str, **fields: Any) -> Speech:
 
 WEATHER = '{"city": "Paris \\"x\\" }", "days": [1, {"a": "]"}]}'
 ADD = '{"a": 1, "b": 2}'
+HERMES_ADD = f'<tool_call>{{"name": "add", "arguments": {ADD}}}</tool_call>'
 CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", "Just text with < and <tool", "Just text with < and <tool", []),
     (
@@ -148,6 +150,23 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ),
     ("qwen3_coder", "<tool_call>\n<function=rm>\n</function>\n</tool_call>", None, []),  # type: ignore[list-item]
     ("qwen3_coder", "<tool_call>\n<funny>", "<tool_call>\n<funny>", []),
+    # What stands before a call, or between two, is forgotten.
+    (
+        "qwen3_coder",
+        f"I add.\n\n{(bare := '<function=add>' + chr(10) + '<parameter=a>1</parameter></function>')}\n</tool_call>",
+        "I add.\n\n",
+        [("add", '{"a": 1}')],
+    ),
+    ("qwen3_coder", f"<tool_call>{bare}\n{bare}</tool_call> Done", "Done", [("add", '{"a": 1}')] * 2),
+    ("qwen3_coder", "Say <function=rm> or <function=", "Say <function=rm> or <function=", []),
+    ("minimax_m2", 'So\n<invoke name="add">\n</invoke>\n</minimax:tool_call>', "So\n", [("add", "{}")]),
+    ("kimi_k2", f"So<|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>{ADD}", "So", [("add", ADD)]),
+    ("deepseek_v31", f"So<｜tool▁call▁begin｜>add<｜tool▁sep｜>{ADD}<｜tool▁call▁end｜>", "So", [("add", ADD)]),
+    ("mistral", f'{(one := f"""[TOOL_CALLS][{{"name": "add", "arguments": {ADD}}}]""")}{one}', "", [("add", ADD)] * 2),
+    # There is too much of it: a bracket, and the ends of lines in JSON, which they end.
+    ("hermes", f'<tool_call>{{"name": "add", "arguments": {ADD}}}}}</tool_call>', "", [("add", ADD)]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": {"a": "\n\t"}}</tool_call>', "", [("add", '{"a": "\\n\\t"}')]),
+    ("mistral_args", '[TOOL_CALLS]add[ARGS]{\n"a": "\n"}', "", [("add", '{\n"a": "\\n"}')]),
     (
         "glm45",
         "Well.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Rome\n</arg_value>\n<arg_key>days</arg_key>"
@@ -270,10 +289,33 @@ def test_what_a_format_with_tags_writes_it_reads(form: str, calls: list[dict[str
             None,
             ("a", "", [("add", ADD)]),
         ),
+        # Calls that the model has not ended its reasoning for, and such as it only thinks of.
+        (f"hm\n{(call := HERMES_ADD)}\n", True, ("hm", "", [("add", ADD)])),
+        (f"hm {call}\n{call}</think>\n", True, ("hm", "", [("add", ADD)] * 2)),
+        (f"hm {call} no {call}", True, (f"hm {call} no", "", [("add", ADD)])),
+        (f"hm {call} no</think>", True, (f"hm {call} no", "", [])),
+        (f"hm {call}</think>Yes", True, (f"hm {call}", "Yes", [])),
+        (f"hm {call}</think>{call}", True, (f"hm {call}", "", [("add", ADD)])),
+        (f"a <tool_call> is <tool_call>{call[11:30]}", True, (f"a <tool_call> is <tool_call>{call[11:30]}", "", [])),
     ],
 )
 def test_reasoning(text: str, is_open: bool | None, expected: Whole) -> None:
     assert parse(speech("hermes", reasoning="think", is_open=is_open), text) == expected
+
+
+def test_where_a_grammar_tells_of_calls_there_are_no_others() -> None:
+    text = "<function=add>\n</function>"
+    assert parse(speech("qwen3_coder", by_grammar=True), text) == ("", text, [])
+    asked = speech("hermes", reasoning="think", is_open=True, by_grammar=True)
+    assert parse(asked, HERMES_ADD) == (HERMES_ADD, "", [])
+
+
+def test_what_may_be_a_call_in_reasoning_takes_no_long_time() -> None:
+    text = '<tool_call>{"name": "add", "arguments": {"a": "' + "<tool_call>x" * 4000 + '"}} no'
+    asked = speech("hermes", reasoning="think", is_open=True)
+    started = time.process_time()
+    assert parse(asked, text, list(range(0, len(text), 3))) == (text, "", [])
+    assert time.process_time() - started < 5
 
 
 def test_templates_tell_the_format() -> None:
