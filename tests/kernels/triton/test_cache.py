@@ -185,6 +185,25 @@ def test_blocks_and_cells_are_copied_in_all_layers(dtype: torch.dtype) -> None:
     assert torch.equal(ours._scales, plain._scales)
 
 
+def test_places_beyond_2_31_numbers_are_found() -> None:
+    """As large caches of 8 bits have them; on a CPU, memory that nobody writes takes none."""
+    shape = CacheShape(1, 16, 8, 128, INT8)
+    count = (1 << 31) // (16 * 8 * 128) + 3
+    k, v, q = random(5, 8, 128), random(5, 8, 128), random(5, 16, 128)
+    attended = []
+    for blocks, last in ((count, count - 1), (3, 2)):
+        cache = TritonKVCache(shape, blocks, DEVICE)
+        batch = device_batch(on_device([[last - 1, last]]), 16, [5], [20])
+        place(batch)
+        plan = cache.plan_on_device(batch, 20, prompt=False)
+        plan.store(0, k, v)
+        cache.copy_blocks([(last, last - 2)])
+        cache.copy_cells([(last * 16 + 3, (last - 1) * 16 + 2)])
+        assert cache._data[0, 1, last].any() and torch.equal(cache._data[0, :, last], cache._data[0, :, last - 2])
+        attended.append(plan.attend(0, q, 0.1))
+    assert attended[0].isfinite().all() and torch.equal(*attended)
+
+
 def test_a_row_wider_than_a_program_is_copied_whole() -> None:
     data = random(2, 2, 3, 2500)
     expected = data.clone()
