@@ -7,10 +7,9 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from slipstream.engine.models.gpu_memory import MOST_PENDING
 from slipstream.engine.speculation.protocol import Computed
 
-MOST_PENDING = 512
-"""Positions per request that wait for the head while nobody asks it; older ones are left out."""
 LOOSE = 32
 """Steps of which what waits is kept as it came; and positions of a request in a step that are no whole prompt."""
 
@@ -51,7 +50,9 @@ class Pending:
             if left_out == len(first):
                 self._packed.popleft()
             else:
-                self._packed[0] = first[left_out:]
+                rest = first[left_out:]
+                is_small = 2 * rest.nbytes <= first.untyped_storage().nbytes()  # of all that it would keep
+                self._packed[0] = rest.clone() if is_small else rest
             self.start += left_out
             self.count -= left_out
 

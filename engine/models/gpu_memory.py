@@ -5,8 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.kernels.batch import make_batch
+
+MOST_PENDING = 512
+"""Positions per request whose hidden states wait for a head while nobody asks it; older ones are left out."""
+PENDING_ROOM = 2
+"""What keeps them takes so many times as much at most: until others are left out, they are parts of larger pieces."""
+HEAD_TAPS, HEAD_VOCAB, HEAD_VERSIONS = 3, 1 << 15, 2
+"""What a head has mostly, layers that it reads and tokens that it drafts; and how many versions lie in memory."""
 
 
 def has_own_memory(device: torch.device) -> bool:
@@ -18,6 +26,19 @@ def budget(device: torch.device, utilization: float) -> int:
     """Bytes that this process may take: what is free, less the share of the whole that is to stay so."""
     free, total = torch.cuda.mem_get_info(device)
     return int(free - (1 - utilization) * total)
+
+
+def head_bytes(target: DecoderConfig, dtype: torch.dtype) -> int:
+    """What the weights of a head take."""
+    hidden, vocab = target.hidden, min(target.shape.vocab_size, HEAD_VOCAB)
+    q, kv = (count * target.shape.head_dim for count in (target.heads, target.shape.kv_heads))
+    layer = 2 * hidden * (q + 2 * kv) + q * hidden + 3 * hidden * target.intermediate
+    return HEAD_VERSIONS * (layer + HEAD_TAPS * hidden * hidden + vocab * hidden) * dtype.itemsize
+
+
+def pending_bytes(target: DecoderConfig, dtype: torch.dtype) -> int:
+    """What a position takes whose hidden states wait for a head."""
+    return PENDING_ROOM * HEAD_TAPS * target.hidden * dtype.itemsize
 
 
 @torch.inference_mode()

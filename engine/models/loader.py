@@ -23,7 +23,14 @@ from slipstream.engine.limits import control_groups, free_memory, usable_cores
 from slipstream.engine.models.attention import attention_choice, cache_maker
 from slipstream.engine.models.config import ModelShape, cache_shape, decoder_config, is_own, model_shape
 from slipstream.engine.models.decoder import Decoder
-from slipstream.engine.models.gpu_memory import budget, has_own_memory, step_bytes
+from slipstream.engine.models.gpu_memory import (
+    MOST_PENDING,
+    budget,
+    has_own_memory,
+    head_bytes,
+    pending_bytes,
+    step_bytes,
+)
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.transformers_files import is_of_transformers, transformers_shape
 from slipstream.engine.models.transformers_model import TransformersModel
@@ -88,11 +95,14 @@ class _Choice:
 class _Drafts:
     """Bytes that drafters take of a GPU: once, and for each block of the cache."""
 
-    fixed: int
-    per_block: int
+    fixed: int = 0
+    per_block: int = 0
+    waiting: int = 0
+    """What waits for a head of so many requests as may run, and for each block that is full of such positions."""
+    waiting_per_block: int = 0
 
 
-NO_DRAFTS = _Drafts(0, 0)
+NO_DRAFTS = _Drafts()
 
 
 def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
@@ -110,10 +120,11 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     block_bytes = kind.cache_class.block_bytes(cache_shape(shape, config.block_size, formats))
     scratch_blocks = SCRATCH_BLOCKS if branches else 0
     on_gpu = has_own_memory(device)
-    drafts = _drafting(config, formats, device, block_bytes // shape.num_layers) if on_gpu else NO_DRAFTS
+    layer_bytes = block_bytes // shape.num_layers
+    drafts = _drafting(checkpoint, config, formats, device, layer_bytes) if on_gpu else NO_DRAFTS
     besides = HEADROOM_BYTES + drafts.fixed + scratch_blocks * (block_bytes + drafts.per_block)
     available = budget(device, config.gpu_memory_utilization) if on_gpu else available_memory(device)
-    room = partial(_fit, config, shape, size, block_bytes, drafts.per_block)
+    room = partial(_fit, config, shape, size, block_bytes, drafts)
     num_blocks, max_model_len = room(besides, available, on_gpu)
     model = build_model(checkpoint, config, formats, device, max_model_len)
     if on_gpu:
@@ -319,7 +330,7 @@ def _fit(
     shape: ModelShape,
     weights_bytes: int,
     block_bytes: int,
-    draft_block_bytes: int,
+    drafts: _Drafts,
     besides: int,
     available: int,
     on_gpu: bool,
@@ -331,7 +342,11 @@ def _fit(
     """
     if config.block_size % 16:
         raise ConfigError(f"--block-size {config.block_size} must be a multiple of 16")
-    left = (available - weights_bytes - besides) * block_bytes // (block_bytes + draft_block_bytes)
+    left, of_a_block = available - weights_bytes - besides, block_bytes + drafts.per_block
+    left = max(
+        (left - drafts.waiting) * block_bytes // of_a_block,
+        left * block_bytes // (of_a_block + drafts.waiting_per_block),  # no more waits than there is in the cache
+    )
     wanted = config.max_model_len or shape.max_positions
     if wanted > shape.max_positions:
         raise ConfigError(f"--max-model-len {wanted}: the model was made for {shape.max_positions} positions at most")
@@ -376,15 +391,21 @@ def available_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
 
 
-def _drafting(config: EngineConfig, formats: Formats, device: torch.device, layer_bytes: int) -> _Drafts:
-    """What networks that draft take of a GPU: a head, ``layer_bytes`` per block; its weights are small."""
+def _drafting(
+    checkpoint: Checkpoint, config: EngineConfig, formats: Formats, device: torch.device, layer_bytes: int
+) -> _Drafts:
+    """What networks that draft take of a GPU: a head, ``layer_bytes`` per block; and a draft model."""
     if config.speculation == "off":
         return NO_DRAFTS
-    head = layer_bytes if config.drafter is not None else 0
-    if config.draft_model is None:
-        return _Drafts(0, head)
-    checkpoint = open_checkpoint(config.draft_model)
-    kind = _choose_compute(checkpoint, config, device)
-    size = weights_bytes(checkpoint, config, Formats.of(formats.compute), kind)
-    per_block = kind.cache_class.block_bytes(cache_shape(_shape(checkpoint.config), config.block_size, formats))
-    return _Drafts(size + parse_size(config.graph_memory, "graph-memory"), head + per_block)
+    fixed = per_block = waits = 0
+    if config.drafter is not None and is_own(checkpoint.config):
+        target = decoder_config(checkpoint.config)
+        fixed, per_block = head_bytes(target, formats.compute), layer_bytes
+        waits = pending_bytes(target, formats.compute)
+    if config.draft_model is not None:
+        draft = open_checkpoint(config.draft_model)
+        kind = _choose_compute(draft, config, device)
+        fixed += weights_bytes(draft, config, Formats.of(formats.compute), kind)
+        fixed += parse_size(config.graph_memory, "graph-memory")
+        per_block += kind.cache_class.block_bytes(cache_shape(_shape(draft.config), config.block_size, formats))
+    return _Drafts(fixed, per_block, config.max_running * MOST_PENDING * waits, config.block_size * waits)

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from slipstream.drafter.head import layout
 from slipstream.drafter.head.drafter import FirstHead, HeadDrafter
-from slipstream.drafter.head.network import HeadNetwork
-from slipstream.drafter.head.pending import LOOSE, MOST_PENDING, Pending
+from slipstream.drafter.head.network import HeadNetwork, HeadWeights
+from slipstream.drafter.head.pending import LOOSE, Pending
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams, SpeculationParams
-from slipstream.engine.models.config import DecoderConfig
+from slipstream.engine.models.config import DecoderConfig, decoder_config
+from slipstream.engine.models.gpu_memory import HEAD_TAPS, HEAD_VERSIONS, MOST_PENDING, head_bytes, pending_bytes
 from slipstream.engine.speculation.protocol import Computed, DraftRow
 from slipstream.engine.testing import TINY_LLAMA, LocalEngine
 
@@ -87,3 +88,28 @@ def test_the_last_positions_wait_in_their_order(counts: list[int], start: int) -
     kept = torch.cat(pending.parts()).flatten()
     assert len(kept) == pending.count == min(sum(counts), MOST_PENDING)
     assert torch.equal(kept, features.flatten()[-pending.count :]) and pending.start == start + int(kept[0])
+
+
+@given(st.lists(st.sampled_from([1, 1, 4, 33, 500, 700, 4000]), min_size=1, max_size=9), st.integers(1, 3))
+def test_a_head_takes_no_more_of_a_gpu_than_is_set_aside(prompts: list[int], requests: int) -> None:
+    """Whatever waits for it, with all memory that this keeps: of prompts in chunks, and of many steps since."""
+    hidden, waiting = 4, [Pending(0, torch.bfloat16) for _ in range(requests)]
+    row = DraftRow(0, "", 1, np.zeros(1, np.int32), 1, frozenset())
+    steps = [(count, True) for count in prompts] + [(1, False)] * 100
+    for count, is_prompt in steps:
+        features = torch.zeros(requests * count, HEAD_TAPS, hidden)
+        for at, pending in enumerate(waiting):
+            pending.add(Computed(row, pending.start + pending.count, features, range(at * count, (at + 1) * count)))
+            if is_prompt:
+                pending.pack()
+        parts = [part for pending in waiting for part in pending.parts()]
+        kept = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+        of_a_position = pending_bytes(decoder_config(TINY_LLAMA | {"hidden_size": hidden}), torch.bfloat16)
+        assert sum(kept.values()) <= requests * MOST_PENDING * of_a_position
+
+
+def test_two_versions_of_a_head_have_room(local: LocalEngine) -> None:
+    target = local.engine.loaded.model.decoder
+    assert target is not None
+    head = HeadWeights(first_head(target.config).config, target)
+    assert HEAD_VERSIONS * head.memory_bytes <= head_bytes(target.config, target.formats.compute)

@@ -18,6 +18,7 @@ from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models import loader
 from slipstream.engine.models.decoder import Decoder
+from slipstream.engine.models.gpu_memory import MOST_PENDING, head_bytes, pending_bytes
 from slipstream.engine.models.loader import load_model
 from slipstream.engine.models.weights import ahead
 from slipstream.engine.testing import TINY_LLAMA, LocalEngine
@@ -155,16 +156,24 @@ def test_no_step_on_a_gpu_is_larger_than_the_one_that_was_tried(
 
 
 def test_drafters_have_room_on_a_gpu_beside_the_cache(folder: Path, as_a_gpu: None) -> None:
-    """A draft model keeps as many tokens as the model, and has weights and graphs of its own; a head has a layer."""
-    options = {"kv_cache_memory": None, "graph_memory": "4MiB", "gpu_memory_utilization": 0.8}
+    """A draft model keeps as many tokens as the model, and has weights and graphs of its own; a head has a layer,
+    weights, and hidden states that wait for it."""
+    options = {"kv_cache_memory": None, "graph_memory": "4MiB", "gpu_memory_utilization": 0.8, "max_running": 4}
     alone = load_model(config(folder, **options, speculation="off", draft_model=str(folder)))
     left = 80 * MIB - 20 * MIB - alone.weights_bytes - 7 * MIB - 4 * MIB - 5 * MIB
     assert alone.num_blocks == left // alone.block_bytes
     layers, draft = alone.model.shape.num_layers, {"draft_model": str(folder)}
     twice = load_model(config(folder, **options, **draft))
     assert twice.num_blocks == (left - alone.weights_bytes - 4 * MIB) // (2 * alone.block_bytes)
-    headed = load_model(config(folder, **options, drafter="cold"))
-    assert headed.num_blocks == left * layers // (layers + 1) // headed.block_bytes
+    for requests in (1, 4, 1000):  # of many, no more waits than there is in the cache
+        headed = load_model(config(folder, **(options | {"max_running": requests}), drafter="cold"))
+        assert headed.model.decoder is not None
+        sizes = headed.model.decoder.config, headed.model.formats.compute
+        blocks = headed.num_blocks
+        waiting = min(requests * MOST_PENDING, blocks * 16) * pending_bytes(*sizes)
+        taken = blocks * headed.block_bytes * (layers + 1) // layers + waiting
+        over = headed.block_bytes * (layers + 1) // layers + 16 * pending_bytes(*sizes)
+        assert 0 <= left - head_bytes(*sizes) - taken < over
 
 
 def test_what_a_gpu_has_no_room_for_is_said_with_numbers(folder: Path, as_a_gpu: None) -> None:
