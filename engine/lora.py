@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slipstream.engine.background import breathe
 from slipstream.engine.errors import ModelError
+from slipstream.engine.models.sent_names import find_place
 from slipstream.engine.models.weights import ReadableWeights, row_pieces
 
 PREFIX = "base_model.model."
@@ -88,13 +89,14 @@ class Lora:
             if len(pair) != 2:
                 raise ModelError(f"of the LoRA for {name!r} only the matrix {'or'.join(pair)} has come")
             down, up = pair["A"], pair["B"]
-            shape = shapes.get(name)
+            place = find_place(name, shapes)
+            shape = place.shape(shapes)
             if shape != (len(up), down.shape[1]) or up.shape[1] != len(down):
                 raise ModelError(
                     f"the LoRA for {name!r} has the shapes {list(up.shape)} times {list(down.shape)}, and that is "
                     f"{'no weight of this model' if shape is None else list(shape)}"
                 )
-            yield name, (down, scale * up)
+            yield place.names[0], (down, scale * up)
 
     def merged(self, base: ReadableWeights, scale: float | None) -> Iterator[tuple[str, Tensor, int]]:
         """Rows of the weights that it changes, with the name of each and its first row.

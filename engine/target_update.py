@@ -24,6 +24,8 @@ from slipstream.engine.models.weights import (
     Weights,
     checksums,
     copy_missing,
+    fill_sent,
+    place_told,
     require_finite,
 )
 from slipstream.engine.operations import (
@@ -225,7 +227,7 @@ class TargetUpdates:
                     if isinstance(rows, Tensor):
                         require_finite(name, rows)
                     if isinstance(rows, Stored) or not lora.take(name, rows):
-                        weights.fill(plain_name(name), rows, firsts.get(name))
+                        fill_sent(weights, plain_name(name), rows, firsts.get(name))
                         if digests is not None and isinstance(rows, Tensor) and rows.dim() > 1:
                             digests.add(plain_name(name), rows, firsts.get(name, 0))
             except Exception as error:
@@ -333,12 +335,14 @@ class TargetUpdates:
     def _compare(self, update: Update, weights: Weights, expected: dict[str, str]) -> None:
         if not expected:
             return
+        places = {name: place_told(weights, name) for name in expected}
+        sizes = {name: place.shape(weights.shapes) or (0,) for name, place in places.items() if place.names}
         known = {}
         if update.digests is not None:
-            known = {name: update.digests.of(name, weights.shapes.get(name, (0,))[0]) for name in expected}
-        read = [name for name in expected if known.get(name) is None]
+            known = {name: update.digests.of(name, size[0]) for name, size in sizes.items()}
+        read = [name for name in sizes if known.get(name) is None]
         found = known | checksums(weights, self._model.formats.numbers, read)
-        if wrong := [name for name, checksum in expected.items() if found.get(name) != checksum]:
+        if wrong := [name for name in sizes if found.get(name) != expected[name]]:
             some = ", ".join(sorted(wrong)[:3])
             raise ModelError(f"{len(wrong)} tensors are not those whose checksums were told, for example {some}")
 
@@ -355,10 +359,8 @@ class TargetUpdates:
 
     def _read_tensor(self, asked: ReadTensor) -> TensorRows:
         weights = self._serving()
-        name = asked.name
-        if name == "lm_head.weight" and name not in weights.shapes:
-            name = "model.embed_tokens.weight"
-        shape = weights.shapes.get(name)
+        place = place_told(weights, asked.name)
+        shape = place.shape(weights.shapes)
         if shape is None:
             raise ModelError(f"the model has no tensor {asked.name!r}")
         if not 0 <= asked.first_row < shape[0] or asked.rows < 1:
@@ -367,5 +369,10 @@ class TargetUpdates:
         most = MOST_READ_BYTES // (4 * max(torch.Size(shape[1:]).numel(), 1))
         if count > most:
             raise ModelError(f"{count} rows of {asked.name!r} are too many to be read at once: ask for {most} at most")
-        rows = weights.read(name, asked.first_row, count).to("cpu", torch.float32).contiguous()
+        if place.per_row:
+            names = place.names[asked.first_row * place.per_row : (asked.first_row + count) * place.per_row]
+            read = [weights.read(name, 0, weights.shapes[name][0]) for name in names]
+        else:
+            read = [weights.read(place.names[0], asked.first_row, count)]
+        rows = torch.cat([part.to("cpu", torch.float32) for part in read])
         return TensorRows(shape, rows.numpy().tobytes())

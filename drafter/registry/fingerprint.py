@@ -102,6 +102,7 @@ def _architecture(checkpoint: Checkpoint) -> bytes:
     if need(config, "model_type") not in FAMILIES:
         return msgspec.json.encode(config, order="deterministic")
     decoder = dataclasses.asdict(decoder_config(config))
+    del decoder["sees"]
     for later in ("window_rope", "more"):  # fields that came later, without which fingerprints are as they were
         if not decoder[later]:
             del decoder[later]

@@ -44,6 +44,8 @@ NAMES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": 
 """Decoders that compute as those of another family: positions of height and width are those in time for text."""
 OF_THE_WHOLE = ("architectures", "quantization_config", "compression_config", "auto_map")
 TIES = "tie_word_embeddings"
+PART_OF = "part_of"
+"""A field of the decoder's configuration that names the family of the whole model; no file has it."""
 
 
 def text_part(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -65,7 +67,7 @@ def text_part(config: dict[str, Any]) -> dict[str, Any] | None:
     silent = SILENT[family] | SILENT_HERE.get(stated, {})
     if isinstance(rope := given.get("rope_parameters"), dict) and "rope_theta" in rope:
         silent.pop("rope_theta", None)
-    text = silent | given | {"model_type": family}
+    text = silent | given | {"model_type": family, PART_OF: kind}
     text |= {name: config[name] for name in OF_THE_WHOLE if name in config}
     # Where nothing is said they are tied: files that have both matrices say it themselves.
     said = [part[TIES] for part in (config, given) if isinstance(part.get(TIES), bool)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from slipstream.engine.checkpoint.shapes import FAMILIES, is_tied, num_experts, parameter_shapes
+from slipstream.engine.checkpoint.text_part import PART_OF
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.rope import context_length, is_nested, rope_parameters, switch_length
 
@@ -60,6 +61,8 @@ class DecoderConfig:
     """Hugging Face name and shape of every parameter."""
     window_rope: dict[str, Any] | None = None
     """Rotary parameters of layers with a window, where they have others."""
+    sees: bool = False
+    """Whether it is the decoder of a model that sees, whose other tensors are left."""
     more: dict[str, Any] = field(default_factory=dict)
     """What else of ``LayerShape`` is not as in Llama's layers, by the names there; a mixture as its fields."""
 
@@ -68,7 +71,7 @@ class DecoderConfig:
         ours, theirs = (
             {"vocab_size": each.shape.vocab_size, "head_dim": each.shape.head_dim}
             | {"kv_heads": each.shape.kv_heads, "layers": each.shape.num_layers}
-            | {one.name: getattr(each, one.name) for one in fields(each) if one.name != "shape"}
+            | {one.name: getattr(each, one.name) for one in fields(each) if one.name not in ("shape", "sees")}
             for each in (self, other)
         )
         return [(name, theirs[name]) for name in ours if ours[name] != theirs[name]]
@@ -162,6 +165,7 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         rope=_rope(config),
         parameters=parameters,
         window_rope=_window_rope(config),
+        sees=PART_OF in config,
         more=_more(config),
     )
 

@@ -21,6 +21,7 @@ from slipstream.engine.models.config import (
     window_rope_tables,
 )
 from slipstream.engine.models.protocol import DecoderModel, Forward
+from slipstream.engine.models.sent_names import SEES, Place
 from slipstream.engine.models.weights import ExpectedTensors, Rows, Weights, pieces
 from slipstream.kernels import ops
 from slipstream.kernels.adapter import ADAPTED, ADAPTED_MLP, Adapter, LayerMatrices
@@ -40,7 +41,7 @@ class DecoderWeights:
         self.output = self.embedding if config.tied else compute.weight(config.shape.vocab_size, config.hidden)
         self.layers = compute.layers(config.layer, config.shape.num_layers)
         self.norm = compute.norm(config.hidden)
-        self._compute, self._expected = compute, ExpectedTensors(config.parameters)
+        self._compute, self._expected, self._sees = compute, ExpectedTensors(config.parameters), config.sees
         for part, each in zip(self._parts, forms, strict=bool(forms)):
             compute.take_forms(part, each)
 
@@ -64,6 +65,9 @@ class DecoderWeights:
                 for row, part in pieces(rows, first_row or 0):
                     # Blocks come only where matrices take them, see ``Decoder.tensors``.
                     self._fill(name, cast(Tensor, part), row)
+
+    def place(self, name: str) -> Place:
+        return Place(()) if self._sees and SEES.search(name) else self._expected.place(name)
 
     def read(self, name: str, first_row: int, count: int) -> Tensor:
         rows = self._rows(name, first_row, count)

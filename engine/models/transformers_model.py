@@ -8,7 +8,7 @@ model computes from the whole row must be computed per sequence: rotary position
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from slipstream.engine.models.attention import CacheMaker
 from slipstream.engine.models.config import cache_shape
 from slipstream.engine.models.paged_attention import STEP, Probe, Step
 from slipstream.engine.models.protocol import Forward
+from slipstream.engine.models.sent_names import Place, experts_apart, find_place
 from slipstream.engine.models.transformers_files import (
     build_module,
     transformers_shape,
@@ -55,29 +56,38 @@ class _GivenOutput(torch.nn.Module):
 
 
 class _Parameters:
-    """The parameters of a module by name, of which some have several names."""
+    """What files have of a module, by name: its parameters, of which some have several names, and what it keeps
+    besides, as corrections of scores of experts."""
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        self.by_name = parameters
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.by_name: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        self.besides = {
+            name: each for name, each in module.state_dict(keep_vars=True).items() if name not in self.by_name
+        }
         self.first: dict[str, str] = {}
         """The first name of each parameter, by every name that it has."""
         names: dict[int, str] = {}
-        for name, parameter in parameters.items():
+        for name, parameter in self.by_name.items():
             self.first[name] = names.setdefault(id(parameter), name)
-        self._like = {name: torch.empty_like(parameters[name], device="meta") for name in names.values()}
-        self._device = next(iter(parameters.values())).device
+        self._like = {name: torch.empty_like(self.by_name[name], device="meta") for name in names.values()}
+        self._device = next(iter(self.by_name.values())).device
 
     def new_values(self) -> dict[str, Tensor]:
-        return {name: torch.empty_like(like, device=self._device) for name, like in self._like.items()}
+        values = {name: torch.empty_like(like, device=self._device) for name, like in self._like.items()}
+        return values | {name: value.detach().clone() for name, value in self.besides.items()}
 
     @property
     def values(self) -> dict[str, Tensor]:
         """Those that the module computes with."""
-        return {name: self.by_name[name].data for name in self._like}
+        return {name: self.by_name[name].data for name in self._like} | {
+            name: value.detach() for name, value in self.besides.items()
+        }
 
     def use(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.by_name.items():
             parameter.data = values[self.first[name]]
+        for name, value in self.besides.items():
+            value.data = values[name]
 
     def forget(self) -> None:
         for parameter in self.by_name.values():
@@ -87,10 +97,12 @@ class _Parameters:
 class _ModuleWeights:
     """Values for all parameters of a module; one that has several names needs to come under one of them."""
 
-    def __init__(self, names: Mapping[str, str], values: dict[str, Tensor]) -> None:
-        """``names``: the one of each value, by every name that it has."""
+    def __init__(self, names: Mapping[str, str], values: dict[str, Tensor], optional: Collection[str]) -> None:
+        """``names``: the one of each value, by every name that it has; ``optional``: values that need not come."""
         self._names, self.values = names, values
-        self._expected = ExpectedTensors({name: tuple(value.shape) for name, value in values.items()})
+        self._parts = experts_apart(values)
+        required = {name: tuple(part.shape) for name, part in self._parts.items()}
+        self._expected = ExpectedTensors(required, optional)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -100,17 +112,20 @@ class _ModuleWeights:
         assert isinstance(rows, Tensor), "nothing is packed here"
         name = self._names.get(name, name)
         if self._expected.take(name, rows, first_row):
-            value = self.values[name]
+            value = self._parts[name]
             if not value.dim():
                 value.copy_(rows.reshape(()))
                 return
             for row, part in pieces(rows, first_row or 0):
                 value[row : row + len(part)].copy_(part)
 
+    def place(self, name: str) -> Place:
+        return find_place(name, self.shapes, self._names)
+
     def read(self, name: str, first_row: int, count: int) -> Tensor:
         name = self._names.get(name, name)
         self._expected.check_rows(name, first_row, count)
-        value = self.values[name]
+        value = self._parts[name]
         return value[first_row : first_row + count] if value.dim() else value[None]
 
     def kept(self, name: str, first_row: int, count: int) -> Rows:
@@ -154,7 +169,7 @@ class TransformersModel:
         self.kernels, self.takes_latest = f"transformers-{device.type}", False
         self._device = device
         self._name = type(module).__name__
-        self._parameters = _Parameters(dict(module.named_parameters(remove_duplicate=False)))
+        self._parameters = _Parameters(module)
         self._head = module
         prefix = module.base_model_prefix if hasattr(module, module.base_model_prefix) else "model"
         self._body: Any = getattr(module, prefix, None)
@@ -187,10 +202,13 @@ class TransformersModel:
 
     @property
     def weights(self) -> _ModuleWeights:
-        return _ModuleWeights(self._parameters.first, self._parameters.values)
+        return self._weights_of(self._parameters.values)
 
     def new_weights(self) -> _ModuleWeights:
-        return _ModuleWeights(self._parameters.first, self._parameters.new_values())
+        return self._weights_of(self._parameters.new_values())
+
+    def _weights_of(self, values: dict[str, Tensor]) -> _ModuleWeights:
+        return _ModuleWeights(self._parameters.first, values, self._parameters.besides)
 
     def use(self, weights: Weights) -> None:
         assert isinstance(weights, _ModuleWeights)
@@ -203,8 +221,8 @@ class TransformersModel:
         if (theirs := checkpoint.config.get("model_type")) != self.shape.model_type:
             raise MisfitError(f"{checkpoint.path} is not the model that runs here: {theirs}")
         module = build_module(checkpoint.config, self.formats.compute, checkpoint, 0)
-        parameters: Iterable[tuple[str, Tensor]] = module.named_parameters(remove_duplicate=False)
-        return parameters
+        found = _Parameters(module)
+        return experts_apart(found.values).items()
 
     @property
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:

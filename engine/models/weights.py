@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slipstream.engine.background import breathe, is_beside_steps
 from slipstream.engine.errors import ModelError
+from slipstream.engine.models.sent_names import Place, find_place
 from slipstream.kernels.stored import Stored
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ class Weights(Protocol):
         matrix that is are packed again, in its form; or kept as numbers, if they are ``exact``, and all of it then.
         May run in another thread than the model. Raises ModelError for a name or a size that the model does not have.
         """
+
+    def place(self, name: str) -> Place:
+        """Where a tensor goes that a trainer calls so."""
 
     def read(self, name: str, first_row: int, count: int) -> Tensor:
         """Rows first_row, first_row + 1, … of a tensor as they are computed with, in some number format."""
@@ -147,6 +151,26 @@ def load(model: CausalModel, tensors: Iterable[tuple[str, Rows]]) -> None:
     model.use(weights)
 
 
+def fill_sent(weights: Weights, name: str, rows: Rows, first_row: int | None = None) -> None:
+    """Fills in a tensor as a trainer calls it; its rows are experts where it joins those of a layer."""
+    place = weights.place(name)
+    if not place.per_row:
+        for each in place.names:
+            weights.fill(each, rows, first_row)
+        return
+    size, begin = place.shape(weights.shapes), first_row or 0
+    assert size is not None
+    count = len(rows.shape) and rows.shape[0]
+    fits = count == size[0] if first_row is None else 0 <= begin <= begin + count <= size[0]
+    if not isinstance(rows, Tensor) or tuple(rows.shape[1:]) != size[1:] or not fits:
+        where = "" if first_row is None else f" from row {first_row} on"
+        raise ModelError(f"tensor {name!r} has shape {list(rows.shape)}{where}, the configuration needs {list(size)}")
+    for index, expert in enumerate(rows, begin):
+        names = place.names[index * place.per_row : (index + 1) * place.per_row]
+        for each, part in zip(names, expert.chunk(place.per_row), strict=True):
+            weights.fill(each, part)
+
+
 def ahead(tensors: Iterable[tuple[str, Rows]]) -> Iterator[tuple[str, Rows]]:
     """The same; while one is used, a thread makes the next."""
     left = iter(tensors)
@@ -175,19 +199,28 @@ def copy_missing(weights: Weights, source: ReadableWeights) -> None:
 def checksums(weights: Weights, dtype: str, names: Collection[str] | None = None) -> dict[str, str]:
     """SHA-256 of tensors by name: of their numbers in this format, row by row, each of them little-endian.
 
-    Of all tensors, or of those with these names that there are.
+    Of all tensors, or of those that there are of what a trainer calls so.
     """
     found = {}
-    for name, shape in weights.shapes.items():
-        if names is not None and name not in names:
+    for name in weights.shapes if names is None else names:
+        place = place_told(weights, name)
+        if place.shape(weights.shapes) is None:
             continue
         digest = hashlib.sha256()
-        for first, count in row_pieces(shape):
-            breathe()
-            rows = weights.read(name, first, count).to("cpu", getattr(torch, dtype)).contiguous()
-            digest.update(rows.view(torch.uint8).numpy().data)
+        for each in place.names:
+            for first, count in row_pieces(weights.shapes[each]):
+                breathe()
+                rows = weights.read(each, first, count).to("cpu", getattr(torch, dtype)).contiguous()
+                digest.update(rows.view(torch.uint8).numpy().data)
         found[name] = digest.hexdigest()
     return found
+
+
+def place_told(weights: Weights, name: str) -> Place:
+    """What is told of a tensor that somebody asks for: of a tied output matrix the embedding."""
+    place = weights.place(name)
+    tied = place.names == ("lm_head.weight",) and place.names[0] not in weights.shapes
+    return Place(("model.embed_tokens.weight",)) if tied else place
 
 
 class Digests:
@@ -249,10 +282,11 @@ class ExpectedTensors:
     Every row of every parameter has to come, with the right shape; other names must be known leftovers.
     """
 
-    def __init__(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, expected: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()) -> None:
+        """``optional``: names of those that need not come."""
         self.shapes = {name: size or (1,) for name, size in expected.items()}
         self._missing: dict[str, NDArray[np.bool_]] = {
-            name: np.ones(size[:1], np.bool_) for name, size in self.shapes.items()
+            name: np.ones(size[:1], np.bool_) for name, size in self.shapes.items() if name not in optional
         }
         """Rows that have not come, of tensors that are not complete."""
 
@@ -286,6 +320,9 @@ class ExpectedTensors:
             raise ModelError(f"the model has no tensor {name!r}")
         if not 0 <= first_row <= first_row + count <= size[0]:
             raise ModelError(f"tensor {name!r} has {size[0]} rows, not {count} from row {first_row} on")
+
+    def place(self, name: str) -> Place:
+        return find_place(name, self.shapes)
 
     @property
     def num_missing(self) -> int:
