@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import torch
 
 from slipstream.drafter.traffic.recompute import recompute
 from slipstream.drafter.traffic.store import Sample, TrafficStore
@@ -111,6 +113,8 @@ class Course:
         """The last version that came of it."""
         self.passed_over: Counter[Unusable] = Counter()
         """Texts that cannot be learned from, by the reason."""
+        self._damaged: set[int] = set()
+        """Ids of texts among these whose numbers are."""
         self._options = options
         self._target = target
         self._store = store
@@ -149,6 +153,7 @@ class Course:
             return
         self.curriculum = self._new_curriculum()
         self.passed_over.clear()
+        self._damaged.clear()
         self._credit, self._counted = 0.0, 0
 
     def described_passed_over(self) -> str:
@@ -158,6 +163,7 @@ class Course:
             "other weights": "were answered by weights that do not serve now",
             "no features": "have no hidden states, which cannot be computed again for weights that are not in the "
             "model's files (keep them with --traffic-log features)",
+            "damaged": "are damaged",
         }
         parts = [f"{self.passed_over[reason]:,} {said}" for reason, said in why.items() if self.passed_over[reason]]
         return f"{count:,} texts cannot be learned from: {', and '.join(parts)}." if count else ""
@@ -179,7 +185,20 @@ class Course:
             likely = (sample.topk[0].numpy(), sample.topk[1].float().numpy())
         example = Example(sample.tokens, sample.num_prompt, sample.start, sample.features, likely)
         example = example.cut(self._options.longest)
+        if not self._is_sound(example):
+            self.passed_over["damaged"] += sample.id not in self._damaged
+            self._damaged.add(sample.id)
+            return None
         return example if example.length > example.num_context else None
+
+    def _is_sound(self, example: Example) -> bool:
+        """Whether it has numbers that can be computed with: one text without would take every step along that it is
+        in, or end the worker, and again when that is started anew."""
+        if example.likely is not None:
+            ids, logprobs = example.likely
+            if (ids >= self._target.config.shape.vocab_size).any() or np.isnan(logprobs).any():
+                return False
+        return bool(torch.linalg.vector_norm(example.features, dtype=torch.float32).isfinite())
 
     def is_due(self, asked: bool) -> bool:
         """Whether there is enough to learn from; where it was asked for, also if little of it is new."""

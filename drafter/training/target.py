@@ -30,7 +30,7 @@ from slipstream.kernels.compute import PACKED, Arithmetic, Formats
 from slipstream.kernels.machine import fast_dtype
 from slipstream.kernels.stored import Quantize
 
-Unusable = Literal["other weights", "no features"]
+Unusable = Literal["other weights", "no features", "damaged"]
 RECOMPUTING_BYTES = 1 << 30
 """What recomputing features takes of a GPU's memory besides the model's weights."""
 
@@ -148,8 +148,11 @@ class Target:
 
     def unusable(self, sample: Sample) -> Unusable | None:
         """Why nothing can be learned from a sample, if so: it is of weights that do not serve, and no lineage says that
-        a drafter fits them all; or its features are not there, and cannot be computed again without its weights.
+        a drafter fits them all; or its features are not there, and cannot be computed again without its weights. Or it
+        is damaged: tokens are none of the model's.
         """
+        if len(sample.tokens) and not 0 <= sample.tokens.min() <= sample.tokens.max() < self.config.shape.vocab_size:
+            return "damaged"
         if not self.lineage and not self.serving.answered(sample):
             return "other weights"
         return None if self.has_features(sample) or self.serving.files_answered(sample) else "no features"

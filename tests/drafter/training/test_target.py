@@ -221,6 +221,34 @@ def test_features_that_redaction_took_are_not_computed_with_other_weights(
     assert course.prepare(dataclasses.replace(sample, features=None)) is None
 
 
+def test_damaged_texts_are_left_out_and_counted_once(
+    store: TrafficStore, target_folder: Path, traffic: Callable[..., list[Sample]]
+) -> None:
+    """Bits that have changed in a shard: one such text would end the worker, or lose all beside it."""
+    target = Target(str(target_folder), 64, 256)
+    course = Course(WorkerOptions(model=str(target_folder), traffic="", registry=""), "", target, store)
+    ids, logprobs = torch.zeros(34, 2, dtype=torch.int32), torch.zeros(34, 2, dtype=torch.float16)
+    changes: list[dict[str, Any]] = [{}, {"topk": (ids, logprobs)}]
+    for wrong in (float("nan"), float("inf"), 1e38):
+        kept = traffic(1)[0].features
+        assert kept is not None
+        features = kept.clone()
+        features[9, 0, 0] = wrong
+        changes.append({"features": features})
+    changes += [{"topk": (ids + 96, logprobs + 0)}, {"topk": (ids + 0, logprobs * float("nan"))}]
+    samples = [dataclasses.replace(sample, **each) for sample, each in zip(traffic(7), changes, strict=True)]
+    for token in (96, -1):
+        [sample] = traffic(1)
+        sample.tokens[20] = token
+        samples.append(sample)
+    store.append(samples)
+    course.look()
+    for _ in range(2):
+        assert [course.prepare(each) is not None for each in store.samples()] == [True] * 2 + [False] * 7
+    assert course.described_passed_over() == "7 texts cannot be learned from: 7 are damaged."
+    assert 96 not in course.curriculum.counts and -1 not in course.curriculum.counts
+
+
 def test_what_a_head_proposes_are_the_most_frequent_tokens(targets: dict[str, Target]) -> None:
     counts = {70: 3.0, 5: 1.0, 90: 2.0}
     assert targets[""].draft_tokens(counts, 2).tolist() == [70, 90]
