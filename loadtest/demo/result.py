@@ -141,8 +141,14 @@ def print_result(result: Result, console: Console) -> None:
     if result.watch.live:
         said = verdict(result.watch.machine, result.after.depth.accept_length, result.after.speedup)
         console.print(said, highlight=False)
-    else:
+    elif result.watch.rounds:
         console.print("No version passed the gate in this time: give it more --minutes.")
+    else:
+        console.print(
+            "No round of training ended in this time, since training gets what other programs leave of the processor: "
+            "give it more --minutes, or end what else runs on this machine.",
+            highlight=False,
+        )
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -24,7 +24,7 @@ async def test_a_cold_server_learns(tmp_path, workload):
         env=os.environ | {"SLIPSTREAM_SPECULATION": "off"},  # the demo has settings of its own
     )
     out, said = await asyncio.wait_for(process.communicate(), 7200)
-    assert process.returncode == 0, said.decode() + (folder / "server.log").read_text()
+    assert process.returncode == 0, said.decode() + out.decode() + (folder / "server.log").read_text()
     found = json.loads(out.splitlines()[-1])
     assert found["version"] >= 1
     assert found["swaps"][-1]["version"] == found["version"]

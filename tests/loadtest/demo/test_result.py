@@ -26,7 +26,10 @@ class Admin:
         return self.statuses.pop(0)
 
 
-def status(live, state="live", *, route="", swaps=1, worker="training", trial=None):
+ROUNDS = {"published": 1, "refused": 1}
+
+
+def status(live, state="live", *, route="", swaps=1, worker="training", trial=None, rounds=ROUNDS):
     version = {"version": live, "route": route, "state": state, "metrics": {}, "manifest": {"gate": {}}}
     if state == "live":
         version["metrics"] = {"trial": 1.0}
@@ -35,7 +38,7 @@ def status(live, state="live", *, route="", swaps=1, worker="training", trial=No
         "traffic": {"store_tokens": 5},
         "evolution": {
             "machine": {"step_seconds": {"1": 0.02, "4": 0.03}, "guess_seconds": 0.0},
-            "worker": {"report": {"state": worker}, "tokens": 7, "rounds": {"published": 1, "refused": 1}},
+            "worker": {"report": {"state": worker}, "tokens": 7, "rounds": rounds},
             "versions": [version] if live else [],
             "routes": {"": live or 1},
             "swaps": swaps,
@@ -106,6 +109,20 @@ async def test_what_went_wrong_is_no_success(tmp_path):
     changed = Measured(answers(50, 0), answers(60, 50, "another"), answers(60, 50))
     other = await result(tmp_path, after=changed)
     assert (other.differing, other.ok) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "said"),
+    [
+        ({"refused": 2}, "No version passed the gate in this time: give it more --minutes."),
+        ({}, "No round of training"),
+    ],
+)
+async def test_why_no_version_is_live_is_told(tmp_path, rounds, said):
+    found = await result(tmp_path, watch=await watched(status(0, rounds=rounds)), offline_accept_length=None)
+    out = io.StringIO()
+    print_result(found, Console(file=out, width=300))
+    assert out.getvalue().splitlines()[-1].startswith(said)
 
 
 async def test_the_plot_has_a_mark_for_every_swap(tmp_path):
