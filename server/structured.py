@@ -41,6 +41,8 @@ IN_REFERENCES = "#/%~:?&=+$,;@!'()*"
 """What stands in references as it is, besides letters, digits and ``_.-``."""
 LOOKS_AROUND = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bBZ1-9]")
 """What no pattern can have that is to be followed."""
+LITERAL_NAMES = re.compile(r"\^(?:\((?:\?:)?([\w |-]*)\)|([\w -]*))\$")
+"""A pattern of names that says which they are."""
 EBNF = re.compile(r"^[ \t]*([\w-]+)[ \t]*::=", re.MULTILINE)
 LARK = re.compile(r"^[ \t]*(?:%llguidance\b|[?!]*start\b.*:)", re.MULTILINE)
 """How a line begins that tells the notation."""
@@ -135,7 +137,28 @@ def readable(schema: Any, best_effort: bool) -> Any:
             found[name] = {key: readable(each, best_effort) for key, each in kept.items()}
         elif name != "pattern" or not best_effort or not isinstance(value, str) or not LOOKS_AROUND.search(value):
             found[name] = readable(value, best_effort)
-    return found
+    named, patterns = found.get("properties"), found.get("patternProperties")
+    return with_named_only_once(found, named, patterns) if isinstance(named, dict) and patterns else found
+
+
+def with_named_only_once(schema: dict[str, Any], named: dict[str, Any], patterns: dict[str, Any]) -> dict[str, Any]:
+    """A schema without patterns of nothing but names that its properties have: these follow them, too.
+
+    The library would have an object go on after all that it may have."""
+    named, patterns = dict(named), dict(patterns)
+    for pattern, rule in list(patterns.items()):
+        found = LITERAL_NAMES.fullmatch(pattern)
+        names = (found[1] or found[2] or "").split("|") if found else []
+        if not names or not all(name in named for name in names):
+            continue
+        del patterns[pattern]
+        for name in names:
+            known = named[name]
+            says_it = isinstance(known, dict) and isinstance(rule, dict) and rule.items() <= known.items()
+            named[name] = known if says_it or rule is True else {"allOf": [known, rule]}
+    kept = {key: value for key, value in schema.items() if key != "patternProperties"}
+    more = {"patternProperties": patterns} if patterns else {"additionalProperties": True}
+    return {**more, **kept, "properties": named}
 
 
 def regex_grammar(pattern: str, param: str) -> str:

@@ -11,7 +11,7 @@ from slipstream.server.generating import fit_context, logprobs_asked, prepare_ge
 from slipstream.server.openai.logprobs import LogprobFormatter
 from slipstream.server.openai.request import answer_options, make_generation
 from slipstream.server.openai.sampling import sampling_params
-from slipstream.server.openai.schema import CompletionBody
+from slipstream.server.openai.schema import ALL_ROOM, CompletionBody
 from slipstream.server.openai.writers import CompletionWriter
 from slipstream.server.prepared import Prepared
 from slipstream.server.principal import principal_of
@@ -29,8 +29,10 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
     model = service.require_model(body.model)
     require_choices(service, principal, body.n or 1, len(prompts))
 
-    rooms = [fit_context(service, len(prompt), body.max_tokens, "prompt") for prompt in prompts]
-    asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    asked = None if body.max_tokens == ALL_ROOM else body.max_tokens
+    rooms = [fit_context(service, len(prompt), asked, "prompt") for prompt in prompts]
+    if asked is None:
+        asked = max(rooms) if body.max_tokens == ALL_ROOM else DEFAULT_MAX_TOKENS
     logprobs = logprobs_asked(service, principal, body.logprobs, "logprobs")
     prompt_logprobs = logprobs_asked(service, principal, body.prompt_logprobs, "prompt_logprobs")
     of_prompt = [value for value in (prompt_logprobs, logprobs if body.echo else None) if value is not None]

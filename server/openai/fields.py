@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import ValidationInfo
-from pydantic.functional_validators import AfterValidator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
 
 
@@ -19,6 +20,21 @@ def unsupported(*off: Any) -> Any:
         raise PydanticCustomError("unsupported", "not supported by this server{hint}", {"hint": hint})
 
     return Annotated[Any, AfterValidator(check)]
+
+
+def _as_json(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
+Arguments = Annotated[str, BeforeValidator(_as_json, str | dict[str, Any])]
+"""Those of a call in the history: JSON as text, which is also given as the object itself."""
+
+
+def refusal_as_text(part: Any, kind: str) -> Any:
+    """What an assistant said instead of an answer is a text as well, here of that kind of part."""
+    if isinstance(part, dict) and part.get("type") == "refusal" and "refusal" in part:
+        return {"type": kind, "text": part["refusal"]}
+    return part
 
 
 def _check_media(value: Any) -> Any:

@@ -296,6 +296,7 @@ def as_template_sees_it(message: Message) -> dict[str, Any]:
         call["function"]["arguments"] = call["function"].get("arguments") or "{}"
     # Templates join contents to other text; an assistant that said nothing said the empty text.
     fields.setdefault("content", "")
+    fields["content"] = fields["content"] or message.refusal or fields["content"]
     fields["role"] = SAME_ROLES.get(message.role, message.role)
     return fields
 

@@ -18,7 +18,7 @@ from slipstream.engine.validation import BIAS_RANGE, RANGES
 from slipstream.server.body import Body
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.openai.fields import unsupported
+from slipstream.server.openai.fields import refusal_as_text, unsupported
 from slipstream.server.openai.llama_cpp import LlamaCppFields
 from slipstream.server.openai.structured import StructuredFields
 from slipstream.server.openai.thinking import ThinkingFields
@@ -35,11 +35,14 @@ MAX_MESSAGES = 4096
 MAX_METADATA = 256
 MAX_CALLS = 256
 MAX_DOCUMENTS = 256
+ALL_ROOM = -1
+"""As max_tokens, for llama.cpp and programs that are made for it: as many as the context has room for."""
 NO_SEED = -1
 """What llama.cpp, vLLM and programs that are made for them take for a seed that nobody has chosen."""
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
+MaxTokens = Annotated[int, Field(ge=ALL_ROOM, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Label = Annotated[str, Field(max_length=512)]
 CacheSalt = Annotated[str, Field(min_length=1, max_length=512)]
@@ -214,6 +217,11 @@ class TextPart(Body):
     cache_control: dict[str, Any] | None = None
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_refusal(cls, part: Any) -> Any:
+        return refusal_as_text(part, "text")
+
 
 Content = Annotated[
     Annotated[str, Tag("a text")] | Annotated[Annotated[list[TextPart], Field(fail_fast=True)], Tag("a list")],
@@ -223,6 +231,8 @@ Content = Annotated[
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    type: Literal["text", "message"] | None = None
+    """Accepted: lm-eval says it of messages in texts, others as in items of responses."""
     content: Content | None = None
     name: Label | None = None
     tool_call_id: Label | None = None
@@ -232,7 +242,8 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_CALLS, fail_fast=True)
     function_call: CalledFunction | None = None
     audio: unsupported() = None  # type: ignore[valid-type]
-    refusal: unsupported("") = None  # type: ignore[valid-type]
+    refusal: str | None = None
+    """What an assistant said instead of an answer."""
     annotations: list[Any] | None = None
     parsed: Any = None
     """What the OpenAI client has made of the content."""
@@ -242,7 +253,7 @@ class Message(Body):
     def text(self) -> str:
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content or self.refusal or ""
 
     @property
     def calls(self) -> list[ToolCall]:
@@ -291,8 +302,13 @@ class TemplateBody(ToolFields):
         return self
 
 
+ChatMaxTokens = Annotated[MaxTokens, AfterValidator(lambda tokens: None if tokens == ALL_ROOM else tokens)]
+"""All the room is what chats have anyway."""
+
+
 class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
-    max_completion_tokens: Count | None = None
+    max_tokens: ChatMaxTokens | None = None
+    max_completion_tokens: ChatMaxTokens | None = None
     logprobs: Annotated[bool | None, BeforeValidator(truth_of, bool | Literal[0, 1] | None)] = None
     top_logprobs: int | None = Field(None, ge=-1, lt=2**31)
 
@@ -328,6 +344,7 @@ class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
 
 class CompletionBody(GenerationBody):
     prompt: Prompt
+    max_tokens: MaxTokens | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=-1, lt=2**31)
     add_special_tokens: bool | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from slipstream.server import reasoning
 from slipstream.server.body import Body
 from slipstream.server.errors import InvalidRequestError
@@ -15,6 +17,8 @@ SWITCH, LEVEL = "enable_thinking", "reasoning_effort"
 
 class ThinkingSwitch(Body):
     type: Literal["enabled", "disabled"]
+    budget_tokens: int | None = Field(None, ge=1)
+    """Accepted: how long it thinks is the model's choice."""
 
 
 class ThinkingFields(Body):

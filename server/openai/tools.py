@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from slipstream.server import reasoning
 from slipstream.server.body import Body
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.openai.fields import Arguments
 from slipstream.server.prepared import Limits, Structure
 from slipstream.server.schema_form import require_well_formed
 from slipstream.server.structured import after_reasoning
@@ -30,7 +31,7 @@ Mode = Literal["none", "auto", "required"]
 
 class CalledFunction(Body):
     name: str
-    arguments: str | None = None
+    arguments: Arguments | None = None
     parsed_arguments: Any = None
     """What the OpenAI client has made of them; it sends it back with the message."""
 

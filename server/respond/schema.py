@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from slipstream.server.body import Body
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.openai.fields import unsupported
+from slipstream.server.openai.fields import Arguments, refusal_as_text, unsupported
 from slipstream.server.openai.schema import MAX_MESSAGES, MAX_METADATA, Label, RequestId, StreamOptions, kind_of_stop
 from slipstream.server.openai.structured import Schema
 from slipstream.server.openai.translated import ExtraFields
@@ -28,6 +28,11 @@ class ItemPart(Body):
     parsed: Any = None
     """What the OpenAI client has made of the text; it sends it back."""
     prompt_cache_breakpoint: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_refusal(cls, part: Any) -> Any:
+        return refusal_as_text(part, "output_text")
 
 
 Text = Annotated[
@@ -52,7 +57,7 @@ class Item(Body):
     content: Text | None = None
     call_id: Label | None = None
     name: Label | None = None
-    arguments: str | None = None
+    arguments: Arguments | None = None
     parsed_arguments: Any = None
     output: Text | None = None
     summary: list[ItemPart] | None = Field(None, max_length=MAX_MESSAGES, fail_fast=True)
