@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models import loader
 from slipstream.engine.runner.warming import warm_up
 from slipstream.engine.scheduling import calibration
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
 from slipstream.kernels import ops
 from slipstream.kernels.triton import graphs, launch
 
@@ -70,20 +71,10 @@ class RecordingPool(graphs.GraphPool):
         return MADE[-1]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, pytest.param(HEAD, marks=pytest.mark.slow), HEAD | {"draft_width": 2}],
-    ids=["no drafter", "chains", "trees"],
-)
-def test_tokens_are_those_of_torch(tiny: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By graphs, with draft tokens and without; a step of the target sends once, and reads once."""
-    monkeypatch.setattr(graphs, "GraphPool", RecordingPool)
-    policy = {"speculation_policy": "fixed", "max_draft_tokens": 3}
-    expected, found = engine(tiny, "torch", **options, **policy), engine(tiny, "triton", **options, **policy)
-    counted: list[tuple[int, int]] = []
-    drafted: list[int] = []
-    runner, traffic = found.engine.runner, [HostTraffic()]
-    launch, collect = runner.launch, runner.collect
+def watched(runner: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """What will be of every step: copies to the device, copies back, and draft tokens that were verified."""
+    found: list[tuple[int, int, int]] = []
+    launch, collect, traffic = runner.launch, runner.collect, [HostTraffic()]
 
     def launched(plan: Any) -> Any:
         traffic[0] = HostTraffic()
@@ -93,20 +84,50 @@ def test_tokens_are_those_of_torch(tiny: str, options: dict[str, Any], monkeypat
     def collected(step: Any) -> Any:
         with traffic[0]:
             result = collect(step)
-        counted.append((traffic[0].to_device, traffic[0].to_host))
-        drafted.extend(result.drafted)
+        found.append((traffic[0].to_device, traffic[0].to_host, sum(result.drafted)))
         return result
 
     monkeypatch.setattr(runner, "launch", launched)
     monkeypatch.setattr(runner, "collect", collected)
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param(HEAD, marks=pytest.mark.slow),
+        HEAD | {"draft_width": 2},
+        pytest.param(HEAD | {"kv_cache_dtype": "int8"}, marks=pytest.mark.slow),
+        pytest.param(HEAD | {"kv_cache_dtype": "fp8"}, marks=pytest.mark.slow),
+        {"quantize": "q8"},
+        pytest.param(HEAD | {"quantize": "q4", "kv_cache_dtype": "int8"}, marks=pytest.mark.slow),
+    ],
+    ids=["no drafter", "chains", "trees", "cache in int8", "cache in fp8", "q8", "q4 with chains, cache in int8"],
+)
+def test_tokens_are_those_of_the_cpu(
+    tiny: str, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By graphs, with draft tokens and without; a step of the target sends once, and reads once."""
+    monkeypatch.setattr(graphs, "GraphPool", RecordingPool)
+    MADE.clear()
+    model, kernels, more = tiny, "torch", {"speculation_policy": "fixed", "max_draft_tokens": 3}
+    if "quantize" in options:  # rows of whole blocks; the compiled kernels are others that compute with them
+        small = POLICY | {"num_hidden_layers": 1}
+        model, kernels = str(write_policy(tmp_path / "policy", policy(0, small), small)), "native"
+        more |= {"load_format": "auto", "packed_arithmetic": "exact"}
+    expected, found = (engine(model, each, **options, **more) for each in (kernels, "triton"))
+    has_chains = "speculation" in options and not options.get("draft_width")
+    steps = watched(found.engine.runner, monkeypatch)
     try:
-        with ops.use_backend("triton") if options == HEAD else nullcontext():  # recorded graphs know no others
+        with ops.use_backend("triton") if has_chains else nullcontext():  # recorded graphs know no others
             told = answers(found)
         assert told == answers(expected)
         assert found.engine.runner.model.kernels == "triton-cpu" and len(MADE) >= 2
-        assert bool(sum(drafted)) == bool(options)
+        assert found.engine.ready().weights.startswith("packed") == ("quantize" in options)
+        assert bool(sum(drafted for *_, drafted in steps)) == ("speculation" in options)
         if not options.get("draft_width"):
-            assert len(counted) > 3 and set(counted) == {(1, 1)}
+            assert len(steps) > 3 and {step[:2] for step in steps} == {(1, 1)}
     finally:
         found.close()
         expected.close()
