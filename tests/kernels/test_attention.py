@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cached import BF16, F32, FP8, INT8, KEPT, KINDS, Kept, Sequences, new_cache, shapes
+from cached import BF16, F32, FP8, INT8, KEPT, KINDS, Kept, Sequences, new_cache, shapes, with_variants
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ few = settings(max_examples=2)
 small_shapes = st.sampled_from([(4, 1, 16), (3, 1, 24)])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_variants(KINDS)
 @settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4),
@@ -111,7 +111,7 @@ def test_cutting_a_sequence_into_steps_changes_no_bit(
     assert torch.equal(torch.cat(pieces), whole)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_variants(KINDS)
 @settings(max_examples=15)
 @given(
     lengths=st.lists(st.integers(1, 40) | st.integers(120, 140), min_size=1, max_size=3),
@@ -159,7 +159,7 @@ def left_behind(
     assert torch.equal(run(used), run(clean))
 
 
-@pytest.mark.parametrize("kind", KINDS + INTERPRETED)
+@with_variants(KINDS + INTERPRETED)
 @pytest.mark.parametrize("kept", [(BF16, BF16), (INT8, BF16), (FP8, F32)])
 def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[DenseKVCache], kept: Kept) -> None:
     s = Sequences([40], 4, 2, 64, 16, seed=3)
@@ -172,7 +172,7 @@ def test_copied_blocks_hold_the_same_tokens(isa: str, kind: type[DenseKVCache], 
     assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@with_variants(KINDS)
 @settings(max_examples=20)
 @given(
     cut=st.integers(1, 47),

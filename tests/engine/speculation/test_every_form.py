@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def run(engine: Callable[..., LocalEngine], tiny: Path, packed: Path, isa: str, 
         rounds: int = 1,
         copies: int = 1,
         preempted: bool = False,
+        length: int = 48,
         **fields: Any,
     ) -> list[Completion]:
         if preempted:  # a cache that is too small for all of them at once
@@ -74,7 +76,7 @@ def run(engine: Callable[..., LocalEngine], tiny: Path, packed: Path, isa: str, 
             fields |= {"prefix_caching": False, "kv_cache_memory": size}
         local = engine(drafters, **(form | {"isa": isa, "model": str(model)} | fields))
         assert local.engine.ready().kernels == f"native-{isa}" and kept in local.engine.ready().weights
-        params = SamplingParams(**({"max_tokens": 48, "logprobs": 2, "logit_bias": {7: -100.0}} | SAMPLED[sampled]))
+        params = SamplingParams(**({"max_tokens": length, "logprobs": 2, "logit_bias": {7: -100.0}} | SAMPLED[sampled]))
         for _ in range(rounds):
             found = local.generate([prompt for prompt in PROMPTS for _ in range(copies)], params)
         assert not preempted or local.stats.preemptions
@@ -110,10 +112,11 @@ def random_head(target: DecoderConfig) -> FirstHead:
 @pytest.mark.parametrize("form", FORMS)
 def test_all_at_once_is_as_alone(run: Run, form: str) -> None:
     """Several ways in each run, so that there are few of them."""
+    run = partial(run, length=32)
     alone = run("sampled", max_running=1, prefix_caching=False)
     chain, trees = oracles(alone)
     drafters = [chain, NGramDrafter(), SuffixDrafter(10_000), HeadDrafter(random_head)]
-    again = run("sampled", drafters, rounds=2, copies=3, max_step_tokens=24, max_running=8)
+    again = run("sampled", drafters, rounds=2, copies=2, max_step_tokens=24, max_running=8)
     assert again[-1].num_cached_tokens >= 64 and accepted(again) > 10
     assert heard(again) == heard(alone)
     again = run("sampled", [trees], copies=3, draft_width=2, max_draft_tokens=7, preempted=True)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -12,11 +13,19 @@ from slipstream.kernels.native import library
 from slipstream.kernels.native.kv_cache import NativeKVCache
 
 KINDS: list[Any] = [TorchKVCache] + ([NativeKVCache] if library.load() is not None else [])
+ISAS = [name for name, runs in library.variants().items() if runs] or ["none"]
+"""Compiled variants that this processor can run."""
 CPU = torch.device("cpu")
 F32, BF16, INT8, FP8 = torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn
 Kept = tuple[torch.dtype, torch.dtype]
 """In which format keys and values are kept, and in which computed with."""
 KEPT: list[Kept] = [(F32, F32), (BF16, BF16), (INT8, F32), (INT8, BF16), (FP8, F32), (FP8, BF16)]
+
+
+def with_variants(kinds: list[Any]) -> Any:
+    """Parametrises a test by ``isa`` and ``kind``: compiled caches with each variant, others once."""
+    pairs = [(isa, kind) for isa in ISAS for kind in kinds if kind is NativeKVCache or isa == ISAS[-1]]
+    return pytest.mark.parametrize(("isa", "kind"), pairs, indirect=["isa"], scope="module")
 
 
 class Sequences:

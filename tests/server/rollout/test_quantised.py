@@ -12,7 +12,9 @@ from slipstream.clients.admin import AdminClient
 from slipstream.clients.trainer import Trainer
 from tests.server.vllm.sending import PROMPT, post, send_shared, with_weights
 
-FORMATS = [("q8", "fp8"), ("q8", "auto"), ("none", "fp8"), ("q4", "int8")]
+TOGETHER = [("q8", "fp8"), ("q4", "int8")]
+FORMATS = [*TOGETHER, *(pytest.param(each, marks=pytest.mark.slow) for each in (("q8", "auto"), ("none", "fp8")))]
+"""What the slow ones have alone, others have together."""
 SAMPLED = {"max_new_tokens": 40, "temperature": 1.0, "sampling_seed": 5, "ignore_eos": True}
 
 
