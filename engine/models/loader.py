@@ -19,8 +19,9 @@ from slipstream.engine.checkpoint.quantised.schemes import find_scheme
 from slipstream.engine.checkpoint.shapes import check_shapes
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError, ModelError
-from slipstream.engine.limits import control_groups, free_memory, usable_cores
+from slipstream.engine.limits import free_memory, usable_cores
 from slipstream.engine.models.attention import attention_choice, cache_maker
+from slipstream.engine.models.cache_size import NO_DRAFTS, Drafts, fit_cache
 from slipstream.engine.models.config import ModelShape, cache_shape, decoder_config, is_own, model_shape
 from slipstream.engine.models.decoder import Decoder
 from slipstream.engine.models.gpu_memory import (
@@ -49,8 +50,6 @@ from slipstream.kernels.triton import launch
 log = logging.getLogger(__name__)
 COMPUTES: dict[str, type[Compute]] = {"native": NativeCompute, "torch": TorchCompute}
 """Ways to run layers by the names that --kernels takes, preferred ones first; besides Triton's, which GPUs have."""
-DEFAULT_CACHE_SHARE = 4
-DEFAULT_CACHE_BYTES = 2 << 30
 SPARE_BYTES = 200 << 20
 """Memory that loading something more beside the model leaves free."""
 HEADROOM_BYTES = 400 << 20
@@ -91,20 +90,6 @@ class _Choice:
     """Why in these, for people."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Drafts:
-    """Bytes that drafters take of a GPU: once, and for each block of the cache."""
-
-    fixed: int = 0
-    per_block: int = 0
-    waiting: int = 0
-    """What waits for a head of so many requests as may run, and for each block that is full of such positions."""
-    waiting_per_block: int = 0
-
-
-NO_DRAFTS = _Drafts()
-
-
 def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     """Loads the weights and sizes the cache; ``branches``: with scratch blocks for those of draft trees.
 
@@ -124,7 +109,7 @@ def load_model(config: EngineConfig, branches: bool = False) -> LoadedModel:
     drafts = _drafting(checkpoint, config, formats, device, layer_bytes) if on_gpu else NO_DRAFTS
     besides = HEADROOM_BYTES + drafts.fixed + scratch_blocks * (block_bytes + drafts.per_block)
     available = budget(device, config.gpu_memory_utilization) if on_gpu else available_memory(device)
-    room = partial(_fit, config, shape, size, block_bytes, drafts)
+    room = partial(fit_cache, config, shape, size, block_bytes, drafts)
     num_blocks, max_model_len = room(besides, available, on_gpu)
     model = build_model(checkpoint, config, formats, device, max_model_len)
     if on_gpu:
@@ -325,67 +310,6 @@ def _choose_dtype(
     return torch.float32
 
 
-def _fit(
-    config: EngineConfig,
-    shape: ModelShape,
-    weights_bytes: int,
-    block_bytes: int,
-    drafts: _Drafts,
-    besides: int,
-    available: int,
-    on_gpu: bool,
-) -> tuple[int, int]:
-    """Number of cache blocks, and the longest sequence they and the model allow.
-
-    ``available`` bytes hold weights, cache and, ``besides``, everything else. Memory of a GPU is all for this. Drafters
-    take so much of it for each block.
-    """
-    if config.block_size % 16:
-        raise ConfigError(f"--block-size {config.block_size} must be a multiple of 16")
-    left, of_a_block = available - weights_bytes - besides, block_bytes + drafts.per_block
-    left = max(
-        (left - drafts.waiting) * block_bytes // of_a_block,
-        left * block_bytes // (of_a_block + drafts.waiting_per_block),  # no more waits than there is in the cache
-    )
-    wanted = config.max_model_len or shape.max_positions
-    if wanted > shape.max_positions:
-        raise ConfigError(f"--max-model-len {wanted}: the model was made for {shape.max_positions} positions at most")
-    least = -(-wanted // config.block_size) * block_bytes if config.max_model_len else 16 * block_bytes
-    if left < least:
-        shorter = ", or lower --max-model-len" if config.max_model_len else ""
-        raise ModelError(
-            f"the model does not fit: it needs {human_size(weights_bytes + least + besides)} of memory (weights "
-            f"{human_size(weights_bytes)}, the smallest useful KV cache {human_size(least)}, everything else "
-            f"{human_size(besides)}), and {human_size(available)} are free{_limit(config, on_gpu)}; "
-            f"free some, try a smaller model or --quantize q8 or q4{shorter}"
-        )
-    if config.kv_cache_memory is None:
-        size = left if on_gpu else max(min(left // DEFAULT_CACHE_SHARE, DEFAULT_CACHE_BYTES), least)
-    else:
-        size = parse_size(config.kv_cache_memory, "kv-cache-memory")
-        if size > left:
-            raise ModelError(
-                f"--kv-cache-memory {config.kv_cache_memory} does not fit: beside the weights "
-                f"({human_size(weights_bytes)}) and everything else ({human_size(besides)}) "
-                f"{human_size(max(left, 0))} of memory are left{_limit(config, on_gpu)}"
-            )
-        if size < least:
-            raise ConfigError(
-                f"--kv-cache-memory {config.kv_cache_memory} is too small; at least "
-                f"{human_size(least, least=True)} are needed"
-            )
-    num_blocks = size // block_bytes
-    return num_blocks, min(wanted, num_blocks * config.block_size)
-
-
-def _limit(config: EngineConfig, on_gpu: bool) -> str:
-    """What keeps the process from the memory of the machine, if anything does."""
-    if on_gpu:
-        return f" within --gpu-memory-utilization {config.gpu_memory_utilization:g}"
-    limits = control_groups()
-    return "" if limits.memory is None else f" (its control group is limited to {human_size(limits.memory)})"
-
-
 def available_memory(device: torch.device) -> int:
     """Bytes that this process can still have now."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
@@ -393,7 +317,7 @@ def available_memory(device: torch.device) -> int:
 
 def _drafting(
     checkpoint: Checkpoint, config: EngineConfig, formats: Formats, device: torch.device, layer_bytes: int
-) -> _Drafts:
+) -> Drafts:
     """What networks that draft take of a GPU: a head, ``layer_bytes`` per block; and a draft model."""
     if config.speculation == "off":
         return NO_DRAFTS
@@ -408,4 +332,4 @@ def _drafting(
         fixed += weights_bytes(draft, config, Formats.of(formats.compute), kind)
         fixed += parse_size(config.graph_memory, "graph-memory")
         per_block += kind.cache_class.block_bytes(cache_shape(_shape(draft.config), config.block_size, formats))
-    return _Drafts(fixed, per_block, config.max_running * MOST_PENDING * waits, config.block_size * waits)
+    return Drafts(fixed, per_block, config.max_running * MOST_PENDING * waits, config.block_size * waits)

@@ -19,7 +19,7 @@ from slipstream.engine import limits
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.limits import Limits, control_groups, free_memory, usable_cores
-from slipstream.engine.models import loader
+from slipstream.engine.models import cache_size, loader
 from slipstream.engine.testing import TINY_LLAMA
 
 MIB = 1 << 20
@@ -140,7 +140,7 @@ def test_what_does_not_fit_says_what_it_needs_and_what_keeps_it(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA))
     config = EngineConfig(model=str(tmp_path), load_format="dummy")
-    monkeypatch.setattr(loader, "control_groups", lambda: Limits(700 * MIB, 350 * MIB))
+    monkeypatch.setattr(cache_size, "control_groups", lambda: Limits(700 * MIB, 350 * MIB))
     monkeypatch.setattr(loader, "available_memory", lambda _: 350 * MIB)
     said = r"needs 400\.\d MiB .*else 400\.0 MiB.*350\.0 MiB are free .*is limited to 700\.0 MiB.*--quantize"
     with pytest.raises(ModelError, match=said):
