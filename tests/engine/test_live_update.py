@@ -87,11 +87,18 @@ class Stream:
         return [token for delta in self.deltas if delta.target_version == version for token in delta.tokens]
 
 
-async def send(client: EngineClient, version: int, weights: dict[str, Tensor], mode: UpdateMode) -> float:
-    """Seconds for which no step could run."""
+async def send(
+    client: EngineClient,
+    version: int,
+    weights: dict[str, Tensor],
+    mode: UpdateMode,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> float:
+    """Seconds for which no step could run. ``meanwhile`` is called after each bucket."""
     await client.call(BeginTargetUpdate(version, mode))
     for tensors, first_rows in buckets(weights):
         await client.call(FillTarget(version, tensors, first_rows))
+        meanwhile()
     report = await client.call(FinishTargetUpdate(version))
     print(f"{mode}: sent beside the steps in {report.prepare_seconds:.1f} s, steps stood still for", end=" ")
     print(f"{report.pause_seconds * 1e3:.1f} ms")
@@ -115,43 +122,51 @@ def test_an_update_by_buckets_under_32_streams(
     (tmp_path / "config.json").write_text(json.dumps(open_checkpoint("default").config))
     save_file(weights, tmp_path / "model.safetensors")
 
-    async def run() -> list[Stream]:
+    async def run() -> tuple[list[Stream], list[Stream]]:
+        """Those that began before the update was through, and afterwards."""
         client = await EngineClient.start(EngineConfig(dtype="bfloat16", **CONFIG))  # type: ignore[arg-type]
         streams = [Stream(client, prompt, 160) for prompt in prompts]
+
+        def ask_again() -> None:
+            """As many as have ended, so that sending may take longer than all answers."""
+            over = sum(stream.task.done() for stream in streams) + STREAMS - len(streams)
+            streams.extend(Stream(client, prompt, 160) for prompt in prompts[:over])
+
         while sum(map(bool, (stream.deltas for stream in streams))) < 16:
             await asyncio.sleep(0.05)
         broken = dict(list(weights.items())[:-1])
         with pytest.raises(ModelError, match="lacks 1 tensors"):
-            await send(client, 1, broken, mode)
+            await send(client, 1, broken, mode, ask_again)
         await client.call(CancelTargetUpdate(1))
         assert not any(stream.of_version(1) for stream in streams) and client.failure is None
-        await send(client, 1, weights, mode)
-        streams += [Stream(client, prompt, 24) for prompt in later]
-        await asyncio.gather(*(stream.task for stream in streams))
+        await send(client, 1, weights, mode, ask_again)
+        afterwards = [Stream(client, prompt, 24) for prompt in later]
+        await asyncio.gather(*(stream.task for stream in streams + afterwards))
         await client.call(CheckIntegrity())
         assert client.stats.blocks_used == 0
         await client.close()
-        return streams
+        return streams, afterwards
 
-    streams = asyncio.run(run())
-    waited = [stream for stream in streams[:STREAMS] if not stream.of_version(0)]
-    running = [stream for stream in streams[:STREAMS] if stream.of_version(0)]
-    assert running
+    streams, afterwards = asyncio.run(run())
+    waited = [stream for stream in streams if not stream.of_version(0)]
+    running = [stream for stream in streams if stream.of_version(0)]
+    mixed = [stream for stream in running if stream.of_version(1)]
     if mode == "abort":
-        assert all(s.deltas[-1].finish_reason in ("abort", "length") and not s.of_version(1) for s in streams[:STREAMS])
+        assert {stream.deltas[-1].finish_reason for stream in streams} <= {"abort", "length"}
+        assert any(stream.deltas[-1].finish_reason == "abort" for stream in running)
+        assert not any(stream.of_version(1) for stream in streams)
         waited = []
     else:
-        assert all(stream.deltas[-1].finish_reason == "length" for stream in streams)
-    asked = [*waited, *streams[STREAMS:]]
+        assert all(stream.deltas[-1].finish_reason == "length" for stream in streams + afterwards)
+        assert mixed and waited
+    asked = waited + afterwards
     for stream, tokens in zip(asked, fresh_answers(tmp_path, [s.prompt for s in asked], 160), strict=True):
         assert stream.of_version(1) == stream.tokens == tokens[: len(stream.tokens)]
     if mode == "recompute":
-        mixed = [stream for stream in running if stream.of_version(1)]
-        assert mixed
         found = fresh_answers(tmp_path, [[*s.prompt, *s.of_version(0)] for s in mixed], 160)
         for stream, tokens in zip(mixed, found, strict=True):
             assert stream.of_version(1) == tokens[: len(stream.of_version(1))]
-    gaps = [later - before for s in streams for before, later in zip(s.times, s.times[1:], strict=False)]
+    gaps = [later - before for s in streams + afterwards for before, later in zip(s.times, s.times[1:], strict=False)]
     print(
         f"{len(running)} ran, {len(waited)} waited; gaps: median {sorted(gaps)[len(gaps) // 2]:.3f} s, {max(gaps):.3f}"
     )
