@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,6 @@ def run(engine: Callable[..., LocalEngine], tiny: Path, packed: Path, isa: str, 
         rounds: int = 1,
         copies: int = 1,
         preempted: bool = False,
-        length: int = 48,
         **fields: Any,
     ) -> list[Completion]:
         if preempted:  # a cache that is too small for all of them at once
@@ -76,7 +74,7 @@ def run(engine: Callable[..., LocalEngine], tiny: Path, packed: Path, isa: str, 
             fields |= {"prefix_caching": False, "kv_cache_memory": size}
         local = engine(drafters, **(form | {"isa": isa, "model": str(model)} | fields))
         assert local.engine.ready().kernels == f"native-{isa}" and kept in local.engine.ready().weights
-        params = SamplingParams(**({"max_tokens": length, "logprobs": 2, "logit_bias": {7: -100.0}} | SAMPLED[sampled]))
+        params = SamplingParams(**({"max_tokens": 48, "logprobs": 2, "logit_bias": {7: -100.0}} | SAMPLED[sampled]))
         for _ in range(rounds):
             found = local.generate([prompt for prompt in PROMPTS for _ in range(copies)], params)
         assert not preempted or local.stats.preemptions
@@ -112,7 +110,6 @@ def random_head(target: DecoderConfig) -> FirstHead:
 @pytest.mark.parametrize("form", FORMS)
 def test_all_at_once_is_as_alone(run: Run, form: str) -> None:
     """Several ways in each run, so that there are few of them."""
-    run = partial(run, length=32)
     alone = run("sampled", max_running=1, prefix_caching=False)
     chain, trees = oracles(alone)
     drafters = [chain, NGramDrafter(), SuffixDrafter(10_000), HeadDrafter(random_head)]
