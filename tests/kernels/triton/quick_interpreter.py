@@ -35,7 +35,8 @@ def hasten() -> None:
     no_shape, one = core.tuple(()), core.constexpr(1)
 
     def init_block(self: Any, element_ty: Any, shape: Any) -> None:
-        sizes = tuple(core._unwrap_shape(shape))
+        shape = shape.value if isinstance(shape, core.constexpr) else shape
+        sizes = tuple([size.value if isinstance(size, core.constexpr) else size for size in shape])
         key = element_ty.name, getattr(element_ty, "address_space", None), sizes
         if key not in blocks:
             make_block(self, element_ty, shape)
