@@ -12,7 +12,7 @@ import torch
 from slipstream.engine.background import Background
 from slipstream.engine.memory import trim
 from slipstream.engine.models.protocol import CausalModel
-from slipstream.engine.models.weights import HostCopy, Rows
+from slipstream.engine.models.weights import HostCopy, Rows, fill_sent
 from slipstream.engine.operations import MemoryOperation, MemoryTag, ReleaseMemory, ResumeMemory
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.scheduling.scheduler import Scheduler
@@ -79,7 +79,10 @@ class Sleeper:
             return lambda: self._resume(asked.tags)
         weights, kept = self._model.new_weights(), self._kept
         for name, tensor in self._files() if kept is None else kept.tensors.items():
-            weights.fill(name, tensor, exact=kept is not None)
+            if kept is None:
+                fill_sent(weights, name, tensor)
+            else:
+                weights.fill(name, tensor, exact=True)
         weights.check_complete()
         follow = self._prepare_use(weights)
         version = 0 if kept is None else self._scheduler.target_version

@@ -146,7 +146,7 @@ def load(model: CausalModel, tensors: Iterable[tuple[str, Rows]]) -> None:
     """Has a model compute with these, which are all that it has; raises ModelError for a misfit or a gap."""
     weights = model.new_weights()
     for name, tensor in tensors:
-        weights.fill(name, tensor)
+        fill_sent(weights, name, tensor)
     weights.check_complete()
     model.use(weights)
 

@@ -25,6 +25,8 @@ from slipstream.engine.operations import (
     FinishTargetUpdate,
     ReadTarget,
     ReadTensor,
+    ReleaseMemory,
+    ResumeMemory,
 )
 from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
 
@@ -183,3 +185,17 @@ def test_a_lora_of_a_model_that_sees_changes_its_decoder(tiny_model: Make, tmp_p
 def test_names_inside_other_models(name: str, known: str) -> None:
     weights = {"model.layers.3.mlp.up_proj.weight": (4, 4), "model.norm.weight": (4,), "lm_head.weight": (8, 4)}
     assert find_place(name, weights).names == (known or name,)
+
+
+def test_files_may_have_what_modules_have(tiny_model: Make, tmp_path: Path) -> None:
+    """As a training that saves the state of its module itself writes them."""
+    model = tiny_model(FAMILIES["Qwen3-MoE"])
+    (tmp_path / "model.safetensors").unlink()
+    save_file({name: each.detach() for name, each in model.module.named_parameters()}, tmp_path / "model.safetensors")
+    local = engine(tmp_path)
+    asked, expected = SamplingParams(max_tokens=6, temperature=0.0), model.generate(PROMPT, 6)
+    assert local.generate([PROMPT], asked)[0].tokens == expected
+    local.operate(ReleaseMemory(("weights", "kv_cache"), keep_weights=False, abort=True))
+    local.operate(ResumeMemory(("weights", "kv_cache")))
+    assert local.generate([PROMPT], asked)[0].tokens == expected
+    local.close()
