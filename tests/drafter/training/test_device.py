@@ -212,9 +212,9 @@ def test_auto_goes_where_it_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -
     assert beside.device == CPU and "in turn" in beside.because
     assert find_place("cuda", needed, "auto", 0.9, "always").device == torch.device("cuda:0"), "it was asked for"
     small = find_place("auto", 9 * GIB, "cuda", 0.9, "idle")
-    assert small.device == CPU and "6.9 GiB" not in small.because and "up to 9.0 GiB" in small.because
+    assert small.device == CPU and "cuda:0 has 6.99 GiB" in small.because and "up to 9.00 GiB" in small.because
     assert "--gpu-memory-utilization" in small.because
-    with pytest.raises(ConfigError, match=r"up to 9\.0 GiB"):
+    with pytest.raises(ConfigError, match=r"up to 9\.00 GiB"):
         find_place("cuda", 9 * GIB, "cuda", 0.9, "idle")
 
     Gpus(monkeypatch, large, (3 * GIB, 80 * GIB), large)
