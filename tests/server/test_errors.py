@@ -37,7 +37,7 @@ def error_of(reply: Any) -> dict[str, Any]:
         ("n", 0, "n"),
         ("n", 129, "n"),
         ("n", 10**30, "n"),
-        ("max_tokens", -1, "max_tokens"),
+        ("max_tokens", -2, "max_tokens"),
         ("max_tokens", 1.5, "max_tokens"),
         ("min_tokens", 17, "min_tokens"),
         ("frequency_penalty", 3, "frequency_penalty"),

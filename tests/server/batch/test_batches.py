@@ -84,7 +84,7 @@ def without_ids(found: Any) -> Any:
 def test_requests_that_fail_have_a_file_of_their_own(server: Any, client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "x"}]
     wrong = [
-        request(1, messages=messages, max_tokens=-1),
+        request(1, messages=messages, max_tokens=-2),
         request(2, messages=messages, model="another"),
         request(3, messages=messages, stream=True),
     ]
