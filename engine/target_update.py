@@ -170,9 +170,7 @@ class TargetUpdates:
             raise ConfigError(f"a version of the target is a number from 1 on (0: those of its files), not {version}")
         if self._update is not None:
             self._give_up(self._update, f"an update to version {name or version} was begun instead")
-        if (
-            self._device.type == "cuda"
-        ):  # where weights that nobody has any more are torch's, until it is asked for them
+        if self._device.type == "cuda":  # torch keeps what weights took that nobody has any more, until it is asked
             torch.cuda.empty_cache()
         needed, free = self._weights_bytes, available_memory(self._device)
         if free < needed + SPARE_BYTES:
@@ -370,7 +368,7 @@ class TargetUpdates:
         if count > most:
             raise ModelError(f"{count} rows of {asked.name!r} are too many to be read at once: ask for {most} at most")
         if place.per_row:
-            names = place.names[asked.first_row * place.per_row : (asked.first_row + count) * place.per_row]
+            names = place.of_rows(asked.first_row, count)
             read = [weights.read(name, 0, weights.shapes[name][0]) for name in names]
         else:
             read = [weights.read(place.names[0], asked.first_row, count)]

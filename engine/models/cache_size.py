@@ -42,6 +42,10 @@ def fit_cache(
 
     ``available`` bytes hold weights, cache and, ``besides``, everything else. Memory of a GPU is all for this. Drafters
     take so much of it for each block.
+
+    Raises:
+        ConfigError: --block-size, --max-model-len or --kv-cache-memory is not possible with this model.
+        ModelError: the model, or the cache that is asked for, does not fit.
     """
     if config.block_size % 16:
         raise ConfigError(f"--block-size {config.block_size} must be a multiple of 16")

@@ -50,6 +50,10 @@ class Place:
             return one
         return (len(self.names) // self.per_row, self.per_row * one[0], *one[1:])
 
+    def of_rows(self, first: int, count: int) -> tuple[str, ...]:
+        """The weights in so many of its rows, where it joins those of all experts."""
+        return self.names[first * self.per_row : (first + count) * self.per_row]
+
 
 def find_place(name: str, shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str] | None = None) -> Place:
     """``aliases``: names by which some weights go, too. A name that is not known goes to a weight of this name."""

@@ -166,8 +166,7 @@ def fill_sent(weights: Weights, name: str, rows: Rows, first_row: int | None = N
         where = "" if first_row is None else f" from row {first_row} on"
         raise ModelError(f"tensor {name!r} has shape {list(rows.shape)}{where}, the configuration needs {list(size)}")
     for index, expert in enumerate(rows, begin):
-        names = place.names[index * place.per_row : (index + 1) * place.per_row]
-        for each, part in zip(names, expert.chunk(place.per_row), strict=True):
+        for each, part in zip(place.of_rows(index, 1), expert.chunk(place.per_row), strict=True):
             weights.fill(each, part)
 
 
