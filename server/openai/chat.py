@@ -30,11 +30,19 @@ async def chat(service: Service, request: Request) -> GenerationResponse:
 
 
 def begin_chat(
-    service: Service, request: Request, prepared: Prepared[Any], body: ChatBody, prefix: str, arrival: float
+    service: Service,
+    request: Request,
+    prepared: Prepared[Any],
+    body: ChatBody,
+    prefix: str,
+    arrival: float,
+    *,
+    offsets: bool = False,
 ) -> tuple[Generation, AnswerOptions]:
     """The generation of a conversation that was prepared, and what is asked of its answer.
 
-    ``prefix`` stands before the request's id in the id of the answer. Raises what start_generation raises, and
+    ``prefix`` stands before the request's id in the id of the answer; ``offsets``: pieces tell where tokens begin.
+    Raises what start_generation raises, and
     InvalidRequestError for what is too much.
     """
     [prompt] = prepared.prompts
@@ -50,6 +58,14 @@ def begin_chat(
         service, body, prepared, max_tokens=asked or room, logprobs=logprobs, prompt_logprobs=prompt_logprobs
     )
     generation = make_generation(
-        service, request, body, prepared, prefix=prefix, param="messages", params=[params], arrival=arrival
+        service,
+        request,
+        body,
+        prepared,
+        prefix=prefix,
+        param="messages",
+        params=[params],
+        arrival=arrival,
+        offsets=offsets,
     )
     return generation, answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)

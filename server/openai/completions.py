@@ -53,6 +53,7 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
         param="prompt",
         params=[msgspec.structs.replace(params, max_tokens=min(asked, room)) for room in rooms],
         arrival=arrival,
+        offsets=logprobs is not None,
     )
     echo = None
     if body.echo:

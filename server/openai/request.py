@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
@@ -28,8 +29,10 @@ def make_generation(
     param: str,
     params: SequenceOf[SamplingParams],
     arrival: float,
+    offsets: bool = False,
 ) -> Generation:
     """``params`` of each prompt, which differ in ``max_tokens`` only; ``param`` is the field of the prompts.
+    ``offsets``: pieces tell where tokens begin.
 
     ``prefix`` stands before the request's id in the id of the answer. Raises what start_generation raises.
     """
@@ -37,7 +40,7 @@ def make_generation(
         prompts=prepared.prompts,
         params=params,
         param=param,
-        output=output_options(body, prepared),
+        output=replace(output_options(body, prepared), offsets=offsets),
         choices=body.n or 1,
         seed=body.seed,
         speculation=speculation_params(body.speculation),

@@ -8,7 +8,7 @@ from typing import Any
 from slipstream.engine.messages import SamplingParams
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generation import OutputOptions
-from slipstream.server.openai.schema import CompletionBody, SamplingBody
+from slipstream.server.openai.schema import SamplingBody
 from slipstream.server.prepared import Prepared
 from slipstream.server.service import Service
 
@@ -85,7 +85,6 @@ def output_options(body: SamplingBody, prepared: Prepared[Any]) -> OutputOptions
         skip_special_tokens=body.skip_special_tokens is not False and not keeps_special,
         min_tokens=body.min_tokens or 0,
         stop_token_ids=frozenset(body.stop_token_ids or ()),
-        offsets=isinstance(body, CompletionBody) and body.logprobs is not None,
     )
 
 

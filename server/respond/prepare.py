@@ -92,6 +92,8 @@ def respond(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
         "metadata": body.metadata,
         "user": body.user,
         "request_id": body.request_id,
+        "logprobs": body.wants_logprobs,
+        "top_logprobs": body.top_logprobs,
     }
     prepared = conversation(text, limits, fields)
     openai.require_fits(limits, len(prepared.prompts[0]), "input")

@@ -61,7 +61,9 @@ class Responder:
         # What was said earlier comes along, and with it what was said about keeping that.
         earlier = speakers if before is None else [before, *speakers]
         levels = [said.level for said in earlier if said.level is not None]
-        generation, options = begin_chat(service, request, prepared, prepared.body.chat, "resp_", arrival)
+        generation, options = begin_chat(
+            service, request, prepared, prepared.body.chat, "resp_", arrival, offsets=asked.wants_logprobs
+        )
         for sequence in generation.sequences:
             sequence.request = keeping_at_most(sequence.request, levels)
         turns = (*(before.turns if before is not None else ()), prepared.body.items)
@@ -73,7 +75,7 @@ class Responder:
             stored.ended.set()
             if asked.store is not False and stored.is_wanted:
                 stored.body = encode(response)
-                stored.items = {item["id"]: encode(item) for item in response["output"]}
+                stored.items = {item["id"]: encode(without_logprobs(item)) for item in response["output"]}
                 stored.turns += tuple(stored.items.values())
                 self._store.put(stored)
 
@@ -170,6 +172,13 @@ class Responder:
         except Exception:
             logger.exception("response %s failed", generation.name)
             writer.fail(ApiError("internal error; see the server's log"))
+
+
+def without_logprobs(item: dict[str, Any]) -> dict[str, Any]:
+    """An item as the turns that follow need it."""
+    if item["type"] != "message":
+        return item
+    return item | {"content": [part | {"logprobs": []} for part in item["content"]]}
 
 
 class KeptResponse(GenerationResponse):

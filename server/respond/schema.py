@@ -14,8 +14,9 @@ from slipstream.server.openai.structured import Schema
 from slipstream.server.openai.translated import ExtraFields
 
 MAX_TOOLS = 256
-INCLUDED = ("reasoning.encrypted_content",)
-"""What may be asked for besides, and is nothing here: reasoning comes as it is."""
+LOGPROBS = "message.output_text.logprobs"
+INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
+"""What may be asked for besides; the second is nothing here: reasoning comes as it is."""
 
 
 class ItemPart(Body):
@@ -125,8 +126,10 @@ class RespondBody(PromptFields):
     user: Label | None = None
     request_id: RequestId | None = None
 
-    # Accepted: they cannot change the answer.
     include: list[str] | None = Field(None, max_length=MAX_TOOLS)
+    top_logprobs: int | None = Field(None, ge=-1, lt=2**31)
+
+    # Accepted: they cannot change the answer.
     max_tool_calls: int | None = Field(None, ge=1)
     service_tier: str | None = None
     safety_identifier: Label | None = None
@@ -136,11 +139,15 @@ class RespondBody(PromptFields):
     client_metadata: dict[str, Any] | None = Field(None, max_length=MAX_METADATA)
 
     # Refused unless off.
-    top_logprobs: unsupported(0) = None  # type: ignore[valid-type]
     moderation: unsupported() = None  # type: ignore[valid-type]
     image: unsupported() = None  # type: ignore[valid-type]
     access_programs: unsupported() = None  # type: ignore[valid-type]
     background_options: unsupported() = None  # type: ignore[valid-type]
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """A number of alternatives asks for them, too."""
+        return bool(self.top_logprobs) or LOGPROBS in (self.include or ())
 
     @model_validator(mode="after")
     def _check(self) -> RespondBody:
@@ -150,7 +157,7 @@ class RespondBody(PromptFields):
             raise InvalidRequestError("background and stream exclude each other on this server", param="background")
         if unknown := [name for name in self.include or () if name not in INCLUDED]:
             raise InvalidRequestError(
-                f"include: only {', '.join(INCLUDED)} is accepted, not {unknown[0][:60]!r}",
+                f"include: only {' and '.join(INCLUDED)} are accepted, not {unknown[0][:60]!r}",
                 param="include",
                 code="unsupported_parameter",
             )

@@ -12,6 +12,8 @@ import msgspec
 from slipstream.engine.messages import FinishReason
 from slipstream.server.errors import ApiError
 from slipstream.server.generation import Generation, Piece, Sequence
+from slipstream.server.openai.logprobs import LogprobFormatter
+from slipstream.server.respond.logprobs import TextLogprobs
 from slipstream.server.respond.schema import RespondBody
 from slipstream.server.text import Tokenizer
 from slipstream.server.tools.answer import Speech
@@ -35,6 +37,9 @@ class ResponseWriter:
     ) -> None:
         self._generation, self._tokenizer, self._on_end = generation, tokenizer, on_end
         self._blocks = Blocks(speech)
+        self._logprobs: TextLogprobs | None = None
+        if asked.wants_logprobs:
+            self._logprobs = TextLogprobs(LogprobFormatter(tokenizer, as_token_ids=False), asked.top_logprobs or 0)
         self._ids: list[str] = []
         """The ids of the items."""
         self._number = 0
@@ -50,8 +55,8 @@ class ResponseWriter:
 
     def chunk(self, sequence: Sequence, piece: Piece) -> bytes:
         told = b"" if self._is_open else self._begin()
-        for event in self._push(piece):
-            told += self._told(event)
+        for event, logprobs in self._push(piece):
+            told += self._told(event, logprobs)
         return told
 
     def end(self) -> bytes:
@@ -77,10 +82,16 @@ class ResponseWriter:
         self._on_end(self._response)
         return self._response
 
-    def _push(self, piece: Piece) -> list[BlockEvent]:
+    def _push(self, piece: Piece) -> list[tuple[BlockEvent, list[dict[str, Any]]]]:
+        """Events, and the log-probabilities that belong to them."""
         self._finish, self._is_shortened = piece.finish_reason, piece.is_shortened
-        found = self._blocks.push(piece.text, piece.finish_reason is not None)
-        self._ids += [PREFIXES[event.block.kind] + secrets.token_hex(16) for event in found if event.kind == "begin"]
+        found: list[tuple[BlockEvent, list[dict[str, Any]]]]
+        if self._logprobs is None:
+            found = [(event, []) for event in self._blocks.push(piece.text, piece.finish_reason is not None)]
+        else:
+            cut, told = self._logprobs.cut(piece), self._logprobs.told
+            found = [(event, told(event)) for text, is_last in cut for event in self._blocks.push(text, is_last)]
+        self._ids += [PREFIXES[each.block.kind] + secrets.token_hex(16) for each, _ in found if each.kind == "begin"]
         return found
 
     def _begin(self) -> bytes:
@@ -125,7 +136,8 @@ class ResponseWriter:
         found: dict[str, Any] = {"id": self._ids[block.index], "status": status}
         match block.kind:
             case "text":
-                return found | {"type": "message", "role": "assistant", "content": [text_part(block.text)]}
+                part = text_part(block.text, self._block_logprobs(block))
+                return found | {"type": "message", "role": "assistant", "content": [part]}
             case "reasoning":
                 content = [{"type": "reasoning_text", "text": block.text}]
                 return found | {"type": "reasoning", "summary": [], "content": content}
@@ -138,7 +150,10 @@ class ResponseWriter:
                     "arguments": arguments,
                 }
 
-    def _told(self, event: BlockEvent) -> bytes:
+    def _block_logprobs(self, block: Block) -> list[dict[str, Any]]:
+        return [] if self._logprobs is None else self._logprobs.blocks[block.index]
+
+    def _told(self, event: BlockEvent, logprobs: list[dict[str, Any]]) -> bytes:
         block = event.block
         where = {"output_index": block.index, "item_id": self._ids[block.index]}
         part = where | {"content_index": 0}
@@ -152,12 +167,12 @@ class ResponseWriter:
                 told = self._event("response.output_item.added", output_index=block.index, item=empty)
                 if block.kind == "call":
                     return told
-                begun = text_part("") if of_text else {"type": "reasoning_text", "text": ""}
+                begun = text_part("", []) if of_text else {"type": "reasoning_text", "text": ""}
                 return told + self._event("response.content_part.added", part=begun, **part)
             case "more":
                 if block.kind == "call":
                     return self._event("response.function_call_arguments.delta", delta=event.text, **where)
-                extra: dict[str, Any] = {"logprobs": []} if of_text else {}
+                extra: dict[str, Any] = {"logprobs": logprobs} if of_text else {}
                 return self._event(f"{name}.delta", delta=event.text, **extra, **part)
             case "end":
                 item = self._item(block, self._item_status(block))
@@ -165,7 +180,7 @@ class ResponseWriter:
                     about = {"arguments": item["arguments"], "name": block.name}
                     told = self._event("response.function_call_arguments.done", **about, **where)
                 else:
-                    extra = {"logprobs": []} if of_text else {}
+                    extra = {"logprobs": self._block_logprobs(block)} if of_text else {}
                     told = self._event(f"{name}.done", text=block.text, **extra, **part)
                     told += self._event("response.content_part.done", part=item["content"][0], **part)
                 return told + self._event("response.output_item.done", output_index=block.index, item=item)
@@ -176,8 +191,8 @@ class ResponseWriter:
         return b"event: " + kind.encode() + b"\ndata: " + encode(event) + b"\n\n"
 
 
-def text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def text_part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
 def about(asked: RespondBody, response_id: str, model: str) -> dict[str, Any]:
@@ -212,7 +227,7 @@ def about(asked: RespondBody, response_id: str, model: str) -> dict[str, Any]:
         },
         "tool_choice": asked.tool_choice or "auto",
         "tools": asked.tools or [],
-        "top_logprobs": 0,
+        "top_logprobs": asked.top_logprobs or 0,
         "top_p": asked.top_p,
         "truncation": "disabled",
         "usage": None,
