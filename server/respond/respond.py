@@ -79,7 +79,8 @@ class Responder:
                 stored.turns += tuple(stored.items.values())
                 self._store.put(stored)
 
-        writer = ResponseWriter(generation, asked, options.model, prepared.speech, service.text.tokenizer, on_end)
+        tokenizer = service.text.tokenizer
+        writer = ResponseWriter(generation, asked, options.model, prepared.speech, tokenizer, on_end, options.logprobs)
         stored.body = encode(writer.response)
         if asked.store is not False:
             self._store.put(stored)

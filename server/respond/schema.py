@@ -15,8 +15,18 @@ from slipstream.server.openai.translated import ExtraFields
 
 MAX_TOOLS = 256
 LOGPROBS = "message.output_text.logprobs"
-INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
-"""What may be asked for besides; the second is nothing here: reasoning comes as it is."""
+INCLUDED = (
+    LOGPROBS,
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+)
+"""What may be asked for besides. There is nothing of it here but the first: reasoning comes as it is, and answers have
+no calls of these tools."""
 
 
 class ItemPart(Body):
@@ -157,7 +167,7 @@ class RespondBody(PromptFields):
             raise InvalidRequestError("background and stream exclude each other on this server", param="background")
         if unknown := [name for name in self.include or () if name not in INCLUDED]:
             raise InvalidRequestError(
-                f"include: only {' and '.join(INCLUDED)} are accepted, not {unknown[0][:60]!r}",
+                f"include: only {', '.join(INCLUDED)} are accepted, not {unknown[0][:60]!r}",
                 param="include",
                 code="unsupported_parameter",
             )

@@ -24,7 +24,8 @@ PREFIXES = {"reasoning": "rs_", "text": "msg_", "call": "fc_"}
 
 
 class ResponseWriter:
-    """``on_end`` is told the whole response, as the client is, when it is complete or has failed."""
+    """``on_end`` is told the whole response, as the client is, when it is complete or has failed. With ``logprobs``,
+    each token of the text comes with so many alternatives; pieces tell where tokens begin."""
 
     def __init__(
         self,
@@ -34,12 +35,13 @@ class ResponseWriter:
         speech: Speech | None,
         tokenizer: Tokenizer,
         on_end: Callable[[dict[str, Any]], None],
+        logprobs: int | None = None,
     ) -> None:
         self._generation, self._tokenizer, self._on_end = generation, tokenizer, on_end
         self._blocks = Blocks(speech)
         self._logprobs: TextLogprobs | None = None
-        if asked.wants_logprobs:
-            self._logprobs = TextLogprobs(LogprobFormatter(tokenizer, as_token_ids=False), asked.top_logprobs or 0)
+        if logprobs is not None:
+            self._logprobs = TextLogprobs(LogprobFormatter(tokenizer, as_token_ids=False), logprobs)
         self._ids: list[str] = []
         """The ids of the items."""
         self._number = 0

@@ -236,7 +236,7 @@ def test_nobody_sees_those_of_another_key(small_server: Any) -> None:
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": {"verbosity": "high"}}, "text.verbosity"),
         ({"truncation": "auto"}, "truncation"),
-        ({"include": ["file_search_call.results"]}, "include"),
+        ({"include": ["everything"]}, "include"),
         ({"background": True, "store": False}, "store"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"input": "word " * 9000}, "input"),
@@ -254,7 +254,7 @@ def test_what_asks_for_nothing_is_taken(server: Any) -> None:
     fields = {
         "client_metadata": {"session_id": "1"},
         "prompt_cache_key": "k",
-        "include": ["reasoning.encrypted_content"],
+        "include": ["reasoning.encrypted_content", "web_search_call.action.sources"],
         "input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "prompt_cache_breakpoint": {}}]}],
     }
     assert ask(server, **fields, store=False, text={"verbosity": "medium"})["output"]

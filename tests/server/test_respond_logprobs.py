@@ -74,7 +74,7 @@ def test_they_belong_to_the_text_however_it_is_cut(answer: tuple[str, str | None
     generation: Any = SimpleNamespace(name="resp_1", count_tokens=lambda: (1, 0, len(tokens)))
     asked = RespondBody(input="x", include=INCLUDE)
     speech = Speech(reasoning="think")
-    writers = [ResponseWriter(generation, asked, "model", speech, TOKENIZER, lambda response: None) for _ in "ab"]
+    writers = [ResponseWriter(generation, asked, "model", speech, TOKENIZER, lambda response: None, 0) for _ in "ab"]
     told = b"".join(writers[0].chunk(generation, piece) for piece in pieces) + writers[0].end()
     events = [json.loads(each.partition(b"data: ")[2]) for each in told.split(b"\n\n")[:-1]]
     whole = Piece(text, tokens, entries, True, "stop", offsets=[at for piece in pieces for at in piece.offsets])
