@@ -31,7 +31,7 @@ class ThinkingFields(Body):
 
 
 def thinking_variables(limits: Limits, body: ThinkingFields, template: str) -> dict[str, Any]:
-    """What a chat template is told of it.
+    """What a chat template is told of it. Where it has no levels, any of them but none means that the model thinks.
 
     Raises InvalidRequestError where that would not bring what is asked for, or the fields contradict each other.
     """
@@ -42,15 +42,14 @@ def thinking_variables(limits: Limits, body: ThinkingFields, template: str) -> d
     wanted = {name: value for name, value in said.items() if value is not None}
     if len(set(wanted.values())) > 1:
         raise InvalidRequestError(f"{' and '.join(wanted)} contradict each other", param=next(iter(wanted)))
-    if effort not in (None, "none") and LEVEL not in template:
-        raise unsupported(LEVEL, f"the chat template of this model knows no levels of it, so not {effort!r} either")
     is_marked = (
         reasoning.recognized(template) if limits.reasoning_parser == "auto" else limits.reasoning_parser != "none"
     )
+    has_levels = LEVEL in template
     for name, value in wanted.items():
-        if value and name != LEVEL and SWITCH not in template and not is_marked:
+        if value and SWITCH not in template and not is_marked and not (name == LEVEL and has_levels):
             raise unsupported(name, "the chat template of this model knows of no thinking")
-    found: dict[str, Any] = {} if effort in (None, "none") else {LEVEL: effort}
+    found: dict[str, Any] = {LEVEL: effort} if wanted.get(LEVEL) and has_levels else {}
     return found | ({SWITCH: next(iter(wanted.values()))} if wanted and SWITCH in template else {})
 
 

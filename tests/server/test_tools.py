@@ -324,8 +324,16 @@ def test_templates_are_told_of_thinking(text: TextModel, fields: dict[str, Any],
     assert text.tokenizer.decode(prompt).endswith(f"[{opening}]")
 
 
+def test_a_level_makes_models_without_levels_think(text: TextModel) -> None:
+    template = "{{ messages[0].content }}[{{ 'on' if enable_thinking else 'off' }}]"
+    for effort, opening in (("low", "on"), ("minimal", "on"), ("none", "off")):
+        [prompt] = prepared(text, "", chat_template=template, reasoning_effort=effort).prompts
+        assert text.tokenizer.decode(prompt).endswith(f"[{opening}]")
+
+
 def test_thinking_that_would_not_come_is_refused(text: TextModel) -> None:
-    assert prepared(text, "<think>", think=True).prompts, "it is marked, so the model does it anyway"
+    for fields in ({"think": True}, {"reasoning_effort": "low"}):
+        assert prepared(text, "<think>", **fields).prompts, "it is marked, so the model does it anyway"
     for fields in ({"think": True}, {"reasoning_effort": "low"}, {"enable_thinking": True, "think": False}):
         with pytest.raises(InvalidRequestError) as refused:
             prepared(text, "-", **fields)
@@ -344,8 +352,9 @@ def test_effort_of_messages_is_a_level_of_the_template(text: TextModel) -> None:
         assert prompt(with_levels, output_config={"effort": effort}) == level
     assert prompt("without", output_config={"effort": "high"}) == "without"
     assert prompt(with_levels, output_config={"effort": "max"}, thinking={"type": "disabled"}) == "usual"
-    with pytest.raises(InvalidRequestError, match=r"output_config\.effort: .* 'medium'"):
+    with pytest.raises(InvalidRequestError, match=r"output_config\.effort: .* no thinking"):
         prompt("without", output_config={"effort": "medium"})
+    assert prompt("{{ enable_thinking }}", output_config={"effort": "medium"}) == "True"
 
 
 def test_special_tokens_that_mean_something_stay_in_the_text(text: TextModel) -> None:
