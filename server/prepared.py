@@ -103,8 +103,9 @@ class RunElsewhereError(Exception):
 
 
 def require_model(names: Sequence[str], name: str | None) -> str:
-    """The name to answer with; requests may leave it out, since there is only one model. Raises ModelNotFoundError."""
-    if name is None:
+    """The name to answer with; requests may leave it out, or name none (``""``), since there is only one model. Raises
+    ModelNotFoundError."""
+    if not name:
         return names[0]
     if name not in names:
         raise ModelNotFoundError(

@@ -30,11 +30,22 @@ Arguments = Annotated[str, BeforeValidator(_as_json, str | dict[str, Any])]
 """Those of a call in the history: JSON as text, which is also given as the object itself."""
 
 
+TEXT_KINDS = ("input_text", "output_text")
+"""What parts that are texts are called in responses."""
+
+
 def refusal_as_text(part: Any, kind: str) -> Any:
     """What an assistant said instead of an answer is a text as well, here of that kind of part."""
     if isinstance(part, dict) and part.get("type") == "refusal" and "refusal" in part:
         return {"type": kind, "text": part["refusal"]}
     return part
+
+
+def part_as_text(part: Any) -> Any:
+    """A part of a chat, which may be called as in responses; templates know ``text``."""
+    if isinstance(part, dict) and part.get("type") in TEXT_KINDS:
+        return part | {"type": "text"}
+    return refusal_as_text(part, "text")
 
 
 def _check_media(value: Any) -> Any:

@@ -18,7 +18,7 @@ from slipstream.engine.validation import BIAS_RANGE, RANGES
 from slipstream.server.body import Body
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.openai.fields import refusal_as_text, unsupported
+from slipstream.server.openai.fields import part_as_text, unsupported
 from slipstream.server.openai.llama_cpp import LlamaCppFields
 from slipstream.server.openai.structured import StructuredFields
 from slipstream.server.openai.thinking import ThinkingFields
@@ -219,8 +219,8 @@ class TextPart(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_refusal(cls, part: Any) -> Any:
-        return refusal_as_text(part, "text")
+    def _read_kind(cls, part: Any) -> Any:
+        return part_as_text(part)
 
 
 Content = Annotated[

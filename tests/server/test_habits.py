@@ -40,6 +40,27 @@ def test_a_message_may_say_that_it_is_one(server: Any) -> None:
     assert status == 400 and found["error"]["param"] == "messages.0.type"
 
 
+def test_parts_may_be_called_as_in_responses(server: Any) -> None:
+    """As vLLM takes them."""
+    expected = prompt(server, {"role": "assistant", "content": "Sun."}, QUESTION)
+    for kind in ("text", "input_text", "output_text"):
+        said = {"role": "assistant", "content": [{"type": kind, "text": "Sun."}]}
+        assert prompt(server, said, QUESTION) == expected
+    said = {"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}
+    status, found = server.post("/v1/chat/completions", {"messages": [said]})
+    assert status == 400 and "takes texts only" in found["error"]["message"]
+
+
+def test_an_empty_name_is_that_of_the_model(server: Any) -> None:
+    """Clients in whose settings it was left empty send it."""
+    chat, responses = {"messages": [QUESTION], "max_tokens": 1}, {"input": "x", "max_output_tokens": 1}
+    asked = {"/v1/chat/completions": chat, "/v1/messages": chat, "/v1/responses": responses}
+    asked |= {"/v1/completions": {"prompt": "x", "max_tokens": 1}, "/v1/embeddings": {"input": "x"}}
+    for route, body in asked.items():
+        status, found = server.post(route, body | {"model": ""})
+        assert status == 200 and found["model"] == server.get("/v1/models")[1]["data"][0]["id"], (route, found)
+
+
 @pytest.mark.parametrize(
     "said",
     [
