@@ -71,7 +71,7 @@ def build_app(service: Service) -> ASGIApp:
     desk = BatchDesk(service, app)
     batches = [batch.batch_router(service, desk), anthropic_batches.message_batches_router(service, desk)]
     for router in (*generating, *batches, *controls, admin.admin_router(service)):
-        app.include_router(router)
+        app.router.routes.extend(router.routes)  # included ones are built twice, and matched through a second layer
     for path in paths(generating):
         service.metrics.expect_failures(path)
     offered = [path for path in paths([*generating, *batches]) if path.startswith(API) and "{" not in path]

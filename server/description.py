@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -152,11 +153,8 @@ def finish(
         door_of: a path.
         asks: whether a door is locked on this server.
     """
-    all_models: list[type[BaseModel]] = [*models, ErrorAnswer]
-    _, found = models_json_schema([(model, "validation") for model in all_models], ref_template=REFERENCE)
     known = document.setdefault("components", {}).setdefault("schemas", {})
-    known.update(found["$defs"])
-    _loosen(known, [model.__name__ for model in models if model.model_config == LooseBody.model_config])
+    known.update(_schemas(tuple(models)))
     for name in ("HTTPValidationError", "ValidationError"):
         known.pop(name, None)
     document["components"]["securitySchemes"] = SCHEMES
@@ -166,6 +164,16 @@ def finish(
             operation["responses"].pop("422", None)
             operation["security"] = DOORS[door] if asks(door) else [*DOORS[door], NO_KEY]
     return document
+
+
+@cache  # they take a quarter of a second, for which nothing else would be answered
+def _schemas(models: tuple[type[BaseModel], ...]) -> dict[str, Any]:
+    """By name: those of bodies and answers, of their parts, and of errors. Shared: not to be changed."""
+    all_models: list[type[BaseModel]] = [*models, ErrorAnswer]
+    _, found = models_json_schema([(model, "validation") for model in all_models], ref_template=REFERENCE)
+    schemas: dict[str, Any] = found["$defs"]
+    _loosen(schemas, [model.__name__ for model in models if model.model_config == LooseBody.model_config])
+    return schemas
 
 
 def _loosen(schemas: dict[str, Any], names: list[str]) -> None:

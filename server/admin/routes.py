@@ -70,7 +70,7 @@ def admin_router(service: Service) -> APIRouter:
     router = APIRouter(default_response_class=Response)
     prefix = "/admin/v1"
     commands = DrafterCommands()
-    router.include_router(target_router(service))
+    router.routes.extend(target_router(service).routes)
     register_url_convertor("version", VersionConvertor())
     one = prefix + "/drafters/{version:version}"
 
