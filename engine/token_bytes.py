@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain, pairwise
 from typing import overload
 
 
@@ -28,6 +28,10 @@ class TokenBytes(Sequence[bytes]):
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
+
+    def __iter__(self) -> Iterator[bytes]:
+        for token, (begin, end) in enumerate(pairwise(self._bounds)):
+            yield b"" if token in self._hidden else self._data[begin:end]
 
     @overload
     def __getitem__(self, token: int) -> bytes: ...

@@ -30,6 +30,7 @@ from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.testing import Document, ServerThread, write_tiny_model
 from tests.ports import free_port
+from tests.server.once import _tokenizers_are_read_once, policy  # noqa: F401 - fixtures
 
 PATIENCE_S = 300.0
 workers.WALL_S = PATIENCE_S  # text workers give way to whatever else runs here: it may take more than a minute
@@ -176,13 +177,13 @@ class Client:
         connection.sendall(f"{head}{auth}\r\n\r\n".encode() + data)
         return connection
 
-    def metric(self, name: str, **labels: str) -> float:
-        """The sum over the series of that name which have these labels; 0 if there are none."""
-        total = 0.0
+    def metric(self, *names: str, **labels: str) -> float:
+        """The sum over the series of these names which have these labels; 0 if there are none."""
+        total, wanted = 0.0, {f"slipstream:{name}" for name in names}
         for line in self.get("/metrics")[1].splitlines():
             series, _, value = line.rpartition(" ")
             found, _, rest = series.partition("{")
-            if found == f"slipstream:{name}" and all(f'{key}="{text}"' in rest for key, text in labels.items()):
+            if found in wanted and all(f'{key}="{text}"' in rest for key, text in labels.items()):
                 total += float(value)
         return total
 
@@ -209,12 +210,7 @@ class Client:
         return {line.split('route="')[1].split('"')[0]: int(float(line.split()[-1])) for line in gauges}
 
     def wait_until_idle(self) -> None:
-        self.wait_until(
-            lambda: (
-                self.metric("num_requests_running") + self.metric("num_requests_waiting") == 0
-                and self.metric("kv_blocks_used") == 0
-            )
-        )
+        self.wait_until(lambda: self.metric("num_requests_running", "num_requests_waiting", "kv_blocks_used") == 0)
 
 
 class Server(Client):

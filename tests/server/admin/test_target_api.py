@@ -10,22 +10,13 @@ from typing import Any
 
 import pytest
 from safetensors.torch import save
-from torch import Tensor
 
 from slipstream.clients.admin import AdminClient
 from slipstream.clients.errors import APIError
-from slipstream.engine.checkpoint import open_checkpoint
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from tests.server.vllm.sending import with_weights
 
 TEXT = "The quick brown fox"
 NORM = "model.norm.weight"
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_model: Path) -> Callable[[int], dict[str, Tensor]]:
-    config = open_checkpoint(tiny_model).config
-    return lambda seed: dict(dummy_tensors(config, seed))
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
-from slipstream.engine.checkpoint import open_checkpoint
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.server.rollout.control import Control
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_model: Path) -> Callable[[int], dict[str, Tensor]]:
-    config = open_checkpoint(tiny_model).config
-    return lambda seed: dict(dummy_tensors(config, seed))
 
 
 @pytest.fixture(scope="module")

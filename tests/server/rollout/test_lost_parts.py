@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from slipstream.engine.checkpoint import open_checkpoint
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.operations import FillTargetShared, ReadTarget
 from slipstream.server.errors import ConflictError
 from slipstream.server.rollout import sources
@@ -27,12 +25,6 @@ from tests.server.sglang.calls import shared
 Part = dict[str, Tensor]
 NORM = "model.norm.weight"
 BAD: Part = {NORM: torch.zeros(3)}
-
-
-@pytest.fixture(scope="module")
-def weights(tiny_model: Path) -> Callable[[int], Part]:
-    config = open_checkpoint(tiny_model).config
-    return lambda seed: dict(dummy_tensors(config, seed))
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +79,9 @@ MALFORMED = dict.fromkeys((send_to_vllm, send_handles_to_vllm), "/update_weights
 @pytest.mark.parametrize("how", ["of another shape", "malformed"])
 @pytest.mark.parametrize("end", list(SEND))
 def test_what_is_left_of_an_update_does_not_serve_alone(
-    server: Any, control: Control, weights: Any, end: str, how: str
+    server: Any, control: Control, policy: Any, end: str, how: str
 ) -> None:
-    send, found, name = SEND[end], weights(1), control.weight_version
+    send, found, name = SEND[end], policy(1), control.weight_version
     names = list(found)
     server.run(control.snapshot_weights())
     send(server, {name: found[name] for name in names[:3]})
@@ -108,19 +100,19 @@ def test_what_is_left_of_an_update_does_not_serve_alone(
     send(server, {name: found[name] for name in names[:3]})
     send(server, {name: found[name] for name in names[3:]})
     assert control.updating is None and server.run(control.differing_weights())
-    send(server, {NORM: weights(0)[NORM]})
+    send(server, {NORM: policy(0)[NORM]})
     post(server, end)
-    server.run(control.send(sources.from_bytes(save(weights(0))), finish="yes"))
+    server.run(control.send(sources.from_bytes(save(policy(0))), finish="yes"))
     assert server.run(control.differing_weights()) == []
 
 
 @pytest.mark.parametrize("other", ["in buckets", "from files"])
 def test_two_trainers_at_once_make_no_mix(
-    server: Any, control: Control, weights: Any, tiny_model: Path, other: str
+    server: Any, control: Control, policy: Any, tiny_model: Path, other: str
 ) -> None:
     """They call their weights differently; the last of one comes after those of the other."""
-    parts = [dict(list(weights(1).items())[at::2]) for at in range(2)]
-    others = [dict(list(weights(2).items())[at::2]) for at in range(2)]
+    parts = [dict(list(policy(1).items())[at::2]) for at in range(2)]
+    others = [dict(list(policy(2).items())[at::2]) for at in range(2)]
     server.run(control.snapshot_weights())
 
     def send(part: Part, version: str) -> None:
@@ -144,9 +136,9 @@ def test_two_trainers_at_once_make_no_mix(
 
 @pytest.mark.parametrize("end", ["/areal_continue_generation", "/continue_generation"])
 def test_nothing_joins_or_ends_an_update_from_files(
-    server: Any, control: Control, weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+    server: Any, control: Control, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    (tmp_path / "model.safetensors").write_bytes(save(weights(1)))
+    (tmp_path / "model.safetensors").write_bytes(save(policy(1)))
     reading, go_on, operate = threading.Event(), threading.Event(), control.operate
 
     async def slowly(operation: Any) -> Any:
@@ -160,18 +152,18 @@ def test_nothing_joins_or_ends_an_update_from_files(
         body = {"model_path": str(tmp_path), "weight_version": "files"}
         update = threads.submit(post, server, "/update_weights_from_disk", body)
         assert reading.wait(300)
-        bucket = {"serialized_named_tensors": [shared(list(weights(2).items())[:2])]}
+        bucket = {"serialized_named_tensors": [shared(list(policy(2).items())[:2])]}
         assert post(server, "/update_weights_from_tensor", bucket, status=409)["error"]["code"] == "conflict"
         post(server, end)
         go_on.set()
         assert update.result(300)["success"] is True
     assert control.weight_version == "files"
     found = server.run(control.checksums())
-    server.run(control.send(sources.from_bytes(save(weights(1))), finish="yes"))
+    server.run(control.send(sources.from_bytes(save(policy(1))), finish="yes"))
     assert server.run(control.checksums()) == found
 
 
-def test_who_is_overtaken_is_told_so(server: Any, control: Control, weights: Any, monkeypatch: Any) -> None:
+def test_who_is_overtaken_is_told_so(server: Any, control: Control, policy: Any, monkeypatch: Any) -> None:
     """Another update begins while tensors of this one are on their way to the engine."""
     operate = control.operate
 
@@ -186,12 +178,12 @@ def test_who_is_overtaken_is_told_so(server: Any, control: Control, weights: Any
 
     post(server, "/start_weight_update")
     monkeypatch.setattr(control, "operate", overtaken)
-    send_to_vllm(server, weights(1), status=409)
+    send_to_vllm(server, policy(1), status=409)
     server.run(control.cancel_update())
 
 
-def test_tensors_that_are_sent_again_are_not_lost(server: Any, control: Control, weights: Any) -> None:
-    found = weights(1)
+def test_tensors_that_are_sent_again_are_not_lost(server: Any, control: Control, policy: Any) -> None:
+    found = policy(1)
     post(server, "/start_weight_update")
     post(server, "/update_weights", {"update_info": 5}, status=400)
     send_to_vllm(server, found)
@@ -200,9 +192,9 @@ def test_tensors_that_are_sent_again_are_not_lost(server: Any, control: Control,
 
 
 def test_who_joins_a_group_has_nothing_to_do_with_what_another_trainer_has_left(
-    server: Any, control: Control, weights: Any
+    server: Any, control: Control, policy: Any
 ) -> None:
-    send_to_sglang(server, {NORM: weights(1)[NORM]})  # and then it is killed
+    send_to_sglang(server, {NORM: policy(1)[NORM]})  # and then it is killed
     assert control.updating is not None
     group = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 0, "world_size": 2, "backend": "gloo"}
     post(server, "/init_weights_update_group", group, status=400)  # it has no rank 0

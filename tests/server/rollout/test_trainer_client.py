@@ -16,8 +16,6 @@ from torch import Tensor
 from slipstream.clients.admin import AdminClient
 from slipstream.clients.errors import APIError
 from slipstream.clients.trainer import Trainer, buckets, whole_buckets
-from slipstream.engine.checkpoint import open_checkpoint
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from tests.ports import free_port
 
 
@@ -30,12 +28,6 @@ def server(start_local: Callable[..., Any]) -> Any:
 async def admin(server: Any) -> AsyncIterator[AdminClient]:
     async with AdminClient(server.url) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_model: Path) -> Callable[[int], dict[str, Tensor]]:
-    config = open_checkpoint(tiny_model).config
-    return lambda seed: dict(dummy_tensors(config, seed))
 
 
 async def push(trainer: Trainer, way: str, tensors: dict[str, Tensor], folder: Path) -> Any:

@@ -21,8 +21,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from slipstream.engine.checkpoint import open_checkpoint
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from tests.ports import free_port
 from tests.server.sglang.calls import flattened, shared
 from tests.server.under_way import slow_steps
@@ -34,16 +32,10 @@ GROUP = "slime-pp_0"
 
 
 @pytest.fixture(scope="module")
-def tensors(tiny_model: Path) -> Callable[[int], dict[str, Tensor]]:
-    config = open_checkpoint(tiny_model).config
-    return lambda seed: dict(dummy_tensors(config, seed))
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: Any, tiny_model: Path, tensors: Any) -> Callable[[int], Path]:
+def saved(tmp_path_factory: Any, tiny_model: Path, policy: Any) -> Callable[[int], Path]:
     """A folder with the weights of a step."""
 
-    return lambda seed: with_weights(tiny_model, tmp_path_factory.mktemp(f"weight_v{seed:06}"), tensors(seed))
+    return lambda seed: with_weights(tiny_model, tmp_path_factory.mktemp(f"weight_v{seed:06}"), policy(seed))
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +102,11 @@ def said_after_reading(slime: Slime, folder: Path) -> list[int]:
     return list(slime.generate()["output_ids"])
 
 
-def test_weights_from_disk(start_local: Callable[..., Any], engine: Any, policy: Any) -> None:
+def test_weights_from_disk(start_local: Callable[..., Any], engine: Any, saved: Any) -> None:
     slime = Slime(engine)
     slime.discover()
     before = slime.generate()
-    folder = policy(1)
+    folder = saved(1)
     with slime.updating():
         answer = slime.post("/update_weights_from_disk", model_path=str(folder), load_format=None, weight_version="1")
         assert answer["success"] is True
@@ -126,9 +118,9 @@ def test_weights_from_disk(start_local: Callable[..., Any], engine: Any, policy:
     assert after["output_ids"] == fresh.generate()["output_ids"] != before["output_ids"]
 
 
-def test_an_update_outside_a_pause_waits_for_answers(engine: Any, policy: Any) -> None:
+def test_an_update_outside_a_pause_waits_for_answers(engine: Any, saved: Any) -> None:
     slime = Slime(engine)
-    old, folder = slime.version(), policy(5)
+    old, folder = slime.version(), saved(5)
     answers: list[Any] = []
     request = threading.Thread(target=lambda: answers.append(slime.generate(max_new_tokens=500)))
     with ThreadPoolExecutor(1) as threads:
@@ -146,11 +138,11 @@ def test_an_update_outside_a_pause_waits_for_answers(engine: Any, policy: Any) -
 
 
 @pytest.mark.parametrize(("mode", "flush"), [("in_place", False), ("retract", True)])
-def test_an_answer_tells_which_weights_sampled_which_tokens(engine: Any, policy: Any, mode: str, flush: bool) -> None:
+def test_an_answer_tells_which_weights_sampled_which_tokens(engine: Any, saved: Any, mode: str, flush: bool) -> None:
     slime = Slime(engine)
     old, answers = slime.version(), list[Any]()
     request = threading.Thread(target=lambda: answers.append(slime.generate(max_new_tokens=1500)))
-    before, folder = engine.metric("generation_tokens_total"), str(policy(7))
+    before, folder = engine.metric("generation_tokens_total"), str(saved(7))
     with slow_steps():
         request.start()
         engine.wait_until(lambda: engine.metric("generation_tokens_total") > before + 5)
@@ -216,9 +208,9 @@ def trainer(port: int, folder: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_weights_over_a_group(engine: Any, policy: Any, tensors: Any) -> None:
+def test_weights_over_a_group(engine: Any, saved: Any, policy: Any) -> None:
     slime = Slime(engine)
-    folder, port = policy(2), free_port()
+    folder, port = saved(2), free_port()
     before = slime.generate()["output_ids"]
     with trainer(port, folder) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -228,7 +220,7 @@ def test_weights_over_a_group(engine: Any, policy: Any, tensors: Any) -> None:
             **{"group_name": GROUP, "backend": "gloo"},
         )
         assert answer["success"] is True and process.stdout.readline() == "joined\n"
-        found = tensors(2)
+        found = policy(2)
         names = list(found)
         with slime.updating():
             for bucket in (names[: len(names) // 2], names[len(names) // 2 :]):
@@ -259,9 +251,9 @@ def test_weights_over_a_group(engine: Any, policy: Any, tensors: Any) -> None:
     assert after["output_ids"] == said_after_reading(slime, folder)
 
 
-def test_weights_over_a_group_in_one_broadcast(engine: Any, policy: Any, tensors: Any) -> None:
+def test_weights_over_a_group_in_one_broadcast(engine: Any, saved: Any, policy: Any) -> None:
     slime, port = Slime(engine), free_port()
-    found = tensors(3)
+    found = policy(3)
     told = {"master_address": "127.0.0.1", "master_port": str(port), "rank_offset": 1, "world_size": 2}
     with beside(post, engine, "/init_weights_update_group", told | {"group_name": "flat", "backend": "gloo"}):
         group = named_group(port, "flat")
@@ -274,12 +266,12 @@ def test_weights_over_a_group_in_one_broadcast(engine: Any, policy: Any, tensors
     with slime.updating(), beside(post, engine, "/update_weights_from_distributed", bucket):
         broadcast(group, flattened(found)["flattened_tensor"])
     slime.post("/destroy_weights_update_group", group_name="flat")
-    assert slime.generate()["output_ids"] == said_after_reading(slime, policy(3))
+    assert slime.generate()["output_ids"] == said_after_reading(slime, saved(3))
 
 
-def test_weights_that_are_shared_on_one_machine(engine: Any, policy: Any, tensors: Any) -> None:
+def test_weights_that_are_shared_on_one_machine(engine: Any, saved: Any, policy: Any) -> None:
     slime = Slime(engine)
-    folder, found, version = policy(6), tensors(6), slime.version()
+    folder, found, version = saved(6), policy(6), slime.version()
     names = list(found)
     pairs = [(name, found[name]) for name in names[:5]]
     bucket = flattened({name: found[name] for name in names[5:]})
@@ -301,48 +293,48 @@ def shared_bucket(names: list[str], found: dict[str, Tensor]) -> dict[str, Any]:
     return {"serialized_named_tensors": [shared([(name, found[name]) for name in names])]}
 
 
-def test_weights_that_are_named_after_they_have_come(engine: Any, policy: Any, tensors: Any) -> None:
+def test_weights_that_are_named_after_they_have_come(engine: Any, saved: Any, policy: Any) -> None:
     slime = Slime(engine)
-    slime.post("/update_weights_from_disk", model_path=str(policy(4)), weight_version="4")
-    names = list(tensors(8))
+    slime.post("/update_weights_from_disk", model_path=str(saved(4)), weight_version="4")
+    names = list(policy(8))
     with slime.updating():
-        slime.post("/update_weights_from_tensor", **shared_bucket(names[:2], tensors(8)))
+        slime.post("/update_weights_from_tensor", **shared_bucket(names[:2], policy(8)))
         slime.post("/update_weight_version", new_version="8", abort_all_requests=False)
     assert slime.version() == slime.generate()["meta_info"]["weight_version"] == "8"
     with slime.updating():
-        slime.post("/update_weights_from_tensor", **shared_bucket(names[2:4], tensors(8)))
-        slime.post("/update_weights_from_tensor", **shared_bucket(names[4:], tensors(8)), weight_version="whole")
+        slime.post("/update_weights_from_tensor", **shared_bucket(names[2:4], policy(8)))
+        slime.post("/update_weights_from_tensor", **shared_bucket(names[4:], policy(8)), weight_version="whole")
     assert slime.version() == "whole"
-    assert slime.generate()["output_ids"] == said_after_reading(slime, policy(8))
+    assert slime.generate()["output_ids"] == said_after_reading(slime, saved(8))
 
 
-def test_who_begins_has_nothing_to_do_with_what_another_has_left(engine: Any, policy: Any, tensors: Any) -> None:
-    slime, base = Slime(engine), policy(4)
+def test_who_begins_has_nothing_to_do_with_what_another_has_left(engine: Any, saved: Any, policy: Any) -> None:
+    slime, base = Slime(engine), saved(4)
     slime.post("/update_weights_from_disk", model_path=str(base))
     before = slime.generate()["output_ids"]
-    names = list(tensors(9))
-    slime.post("/update_weights_from_tensor", **shared_bucket(names[3:], tensors(9)))  # and then the trainer is gone
+    names = list(policy(9))
+    slime.post("/update_weights_from_tensor", **shared_bucket(names[3:], policy(9)))  # and then the trainer is gone
     slime.post("/begin_weight_update", selector="all")
-    slime.post("/update_weights_from_tensor", **shared_bucket(names[:3], tensors(4)), selector="target")
+    slime.post("/update_weights_from_tensor", **shared_bucket(names[:3], policy(4)), selector="target")
     slime.post("/end_weight_update")
     assert slime.generate()["output_ids"] == before
 
 
-def test_weights_of_a_drafter_are_not_taken_for_the_targets(engine: Any, tensors: Any) -> None:
+def test_weights_of_a_drafter_are_not_taken_for_the_targets(engine: Any, policy: Any) -> None:
     slime = Slime(engine)
     before = slime.generate()["output_ids"]
-    bucket = shared_bucket(list(tensors(9)), tensors(9)) | {"selector": "draft"}
+    bucket = shared_bucket(list(policy(9)), policy(9)) | {"selector": "draft"}
     for path, body in (("/update_weights_from_tensor", bucket), ("/begin_weight_update", {"selector": "draft"})):
         status, answer = engine.post(path, body)
         assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "selector", "unsupported_parameter")
     assert slime.generate()["output_ids"] == before
 
 
-def test_what_is_asked_about_weights(engine: Any, tensors: Any, policy: Any) -> None:
+def test_what_is_asked_about_weights(engine: Any, policy: Any, saved: Any) -> None:
     slime = Slime(engine)
-    slime.post("/update_weights_from_disk", model_path=str(policy(4)), weight_version="4")
+    slime.post("/update_weights_from_disk", model_path=str(saved(4)), weight_version="4")
     served = {"float32": torch.float32, "bfloat16": torch.bfloat16}[engine.get("/server_info")[1]["dtype"]]
-    expected = {name: tensor.to(served).float() for name, tensor in tensors(4).items()}
+    expected = {name: tensor.to(served).float() for name, tensor in policy(4).items()}
     rows = slime.post("/get_weights_by_name", name="model.embed_tokens.weight", truncate_size=3)
     assert rows == expected["model.embed_tokens.weight"][:3].tolist()
     assert slime.post("/get_weights_by_name", name="model.norm.weight") == expected["model.norm.weight"][:100].tolist()
@@ -351,7 +343,7 @@ def test_what_is_asked_about_weights(engine: Any, tensors: Any, policy: Any) -> 
     assert slime.post("/weights_checker", action="compare")["success"] is True
     sums = slime.post("/weights_checker", action="checksum")
     assert set(sums["ranks"][0]["checksums"]) == set(expected)
-    slime.post("/update_weights_from_disk", model_path=str(policy(1)), weight_version="1")
+    slime.post("/update_weights_from_disk", model_path=str(saved(1)), weight_version="1")
     status, answer = engine.post("/weights_checker", {"action": "compare"})
     assert (status, answer["success"]) == (400, False)
     assert slime.post("/weights_checker")["per_engine_checksum"] != sums["per_engine_checksum"]

@@ -7,18 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
-from slipstream.engine.checkpoint import open_checkpoint
-from slipstream.engine.checkpoint.dummy import dummy_tensors
 from tests.server.vllm.sending import post, say, with_weights
-
-
-@pytest.fixture(scope="session")
-def policy(tiny_model: Path) -> Callable[[int], dict[str, Tensor]]:
-    """The weights of a version; 0 are those of the files."""
-    config = open_checkpoint(tiny_model).config
-    return lambda seed: dict(dummy_tensors(config, seed))
 
 
 @pytest.fixture(scope="session")
