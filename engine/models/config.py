@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from slipstream.engine.checkpoint.shapes import FAMILIES, is_tied, num_experts, parameter_shapes
 from slipstream.engine.checkpoint.text_part import PART_OF
 from slipstream.engine.errors import ModelError
-from slipstream.engine.models.rope import context_length, is_nested, rope_parameters, switch_length
+from slipstream.engine.models.rope import FROM_ORIGINAL, context_length, is_nested, rope_parameters, switch_length
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -247,7 +247,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
         rope = _of_kind(config, "full_attention", config.get("rope_theta", GEMMA_THETA))
     elif is_nested(rope):
         raise ModelError(f"config.json has rotary parameters by kinds of layers, and all layers have the same: {rope}")
-    if rope["rope_type"] in ("yarn", "llama3"):
+    if rope["rope_type"] in FROM_ORIGINAL:
         rope.setdefault("original_max_position_embeddings", stated_positions(config))
     return rope
 

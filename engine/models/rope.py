@@ -17,12 +17,15 @@ from typing import Any
 EXTENDING = ("linear", "dynamic", "yarn")
 """Kinds whose factor multiplies the original context; other files state the context that results."""
 LONGROPE = ("longrope", "su")
+FROM_ORIGINAL = ("yarn", "llama3", *LONGROPE)
+"""Kinds that are computed from the original context."""
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Both spellings: rope_parameters of new config files, rope_theta and rope_scaling (``type``) of older ones.
 
-    Of a file with both, rope_scaling counts, as in transformers: somebody has put it into a newer file.
+    Of a file with both, rope_scaling counts, as in transformers: somebody has put it into a newer file. An original
+    length beside them goes before one that is in them, as there.
     """
     given = config.get("rope_parameters") or {}
     rope = dict(config.get("rope_scaling") or given)
@@ -31,6 +34,8 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
         rope.setdefault("rope_theta", theta)
     rope["rope_type"] = rope.get("rope_type") or kind or "default"
     rope.setdefault("rope_theta", 10000.0)
+    if rope["rope_type"] in FROM_ORIGINAL and (original := config.get("original_max_position_embeddings")):
+        rope["original_max_position_embeddings"] = original
     return rope
 
 
@@ -60,8 +65,7 @@ def switch_length(config: Mapping[str, Any], stated: int) -> int:
         if kind in LONGROPE:
             if rope.get("short_factor") == rope.get("long_factor") and "short_mscale" not in rope:
                 continue
-            # transformers lets the field beside the rope parameters go first.
-            original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings", 0)
+            original = rope.get("original_max_position_embeddings", 0)
         elif kind != "dynamic":
             continue
         if _is_number(original) and original < context_length(config, stated):

@@ -100,6 +100,27 @@ def test_ties_are_what_the_files_have(tiny_model: Any, family: str, stored: str)
     assert text(model.folder) == model.generate(PROMPT, 12)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "longrope", "short_factor": [1 + i / 8 for i in range(16)]},
+    ],
+    ids=["yarn", "twice", "llama3", "longrope"],
+)
+@pytest.mark.parametrize("beside", [{"original_max_position_embeddings": 16}, {}], ids=["beside", "not"])
+def test_the_original_length_may_stand_beside_the_rotary_parameters(
+    tiny_model: Any, rope: dict[str, Any], beside: dict[str, Any]
+) -> None:
+    """There it goes first in transformers; where it stands nowhere, it is the length that a file states."""
+    if rope["rope_type"] == "longrope":
+        rope = rope | {"long_factor": rope["short_factor"]}  # or transformers runs the model
+    model = tiny_model(TINY_LLAMA | {"rope_scaling": rope} | beside)
+    assert text(model.folder) == model.generate(PROMPT, 12)
+
+
 def test_another_activation_is_transformers_business(tiny_model: Any) -> None:
     model = tiny_model(TINY_LLAMA | {"hidden_act": "relu"})
     assert text(model.folder) == model.generate(PROMPT, 12)

@@ -24,6 +24,7 @@ FACTORS = {"short_factor": [1.0, 1.0], "long_factor": [2.0, 4.0]}
         ),
         (32768, {"rope_scaling": {"rope_type": "yarn", "type": "yarn", "factor": 4.0}}, 131072),
         (32768, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, 131072),
+        (32768, {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 8192}, 32768),
         # The length is stated after scaling: DeepSeek-V3, gpt-oss.
         (163840, {"rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}}, 163840),
         (
