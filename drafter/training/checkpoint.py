@@ -82,8 +82,18 @@ class Checkpoint:
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(self._path)
+            if self.error is not None:
+                logger.warning("training is saved again in %s", self._path)
             self.error = None
-        except (OSError, RuntimeError) as error:  # torch says RuntimeError of a full disk
+        except (OSError, RuntimeError) as raised:
+            # Of a full disk torch says in a RuntimeError that positions do not fit, the system says what it is.
+            error = raised.__context__ if isinstance(raised.__context__, OSError) else raised
+            if self.error is None:
+                logger.warning(
+                    "training cannot be saved in %s, so a restart would lose what it has learned since the last time; "
+                    "it goes on, and tries again: %s",
+                    *(self._path, error),
+                )
             self.error = error
             with suppress(OSError):
                 draft.unlink(missing_ok=True)

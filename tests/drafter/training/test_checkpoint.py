@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import threading
 from pathlib import Path
 
@@ -9,6 +12,15 @@ import pytest
 import torch
 
 from slipstream.drafter.training.checkpoint import Checkpoint
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk with room for little."""
+
+    def write(self, data: object) -> int:
+        if self.tell() > 1000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +56,24 @@ def test_two_that_write_at_once_write_whole_files(tmp_path: Path, monkeypatch: p
     found = Checkpoint(tmp_path, "shared").load()
     assert found is not None and any(torch.equal(found["weights"], state["weights"]) for state in states)
     assert [path.name for path in tmp_path.iterdir()] == ["shared.pt"]
+
+
+def test_a_full_disk_is_told_once_and_costs_only_what_was_learned_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    checkpoint, opened = Checkpoint(tmp_path, "shared"), Path.open
+    checkpoint.save({"step": 1}, wait=True)
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", lambda path, mode: FullDisk(path, mode) if mode == "wb" else opened(path, mode))
+        for step in (2, 3):
+            checkpoint.save({"step": step, "weights": torch.ones(10_000)}, wait=True)
+            assert isinstance(checkpoint.error, OSError) and checkpoint.error.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["shared.pt"] and checkpoint.load() == {"step": 1}
+    [told] = caplog.messages
+    assert str(tmp_path / "shared.pt") in told and "No space left on device" in told
+    checkpoint.save({"step": 4}, wait=True)
+    assert checkpoint.error is None and "again" in caplog.messages[1] and checkpoint.load() == {"step": 4}
 
 
 def test_what_was_left_half_written_goes(tmp_path: Path) -> None:
