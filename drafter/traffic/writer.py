@@ -48,6 +48,10 @@ class TrafficWriter:
         self._open_store = open_store
         self._store: TrafficStore | None = None
         self._failure = ""
+        self._is_failing = False
+        """Whether nothing could be written since the log was told why."""
+        self._lost_before = 0
+        """Samples that were lost when all went well."""
         self._redact = redact
         self._waiting: deque[Callable[[], Sample]] = deque()
         self._wake = threading.Event()
@@ -140,8 +144,9 @@ class TrafficWriter:
         """Serving goes on: the disk is full, say."""
         message = f"{type(error).__name__}: {error}"
         if message != self._failure:
-            log.error("traffic could not be kept: %s", message)
-        self._failure = message
+            where = f" in {self._store.index.folder}" if self._store is not None else ""
+            log.error("traffic cannot be kept%s: %s; samples are dropped and counted until it can", where, message)
+        self._failure, self._is_failing = message, True
         if isinstance(error, ConfigError) and self._store is not None:
             with contextlib.suppress(Exception):
                 self._store.close()
@@ -200,6 +205,12 @@ class TrafficWriter:
         self._totals = store.index.totals()
         if samples:
             self._failure = ""
+            if self._is_failing:
+                lost = self._failed - self._lost_before
+                log.warning("traffic is kept again in %s; samples lost meanwhile: %d", store.index.folder, lost)
+            self._is_failing = False
+        if not self._is_failing:
+            self._lost_before = self._failed
 
     def _prepare(self, sample: Sample) -> Sample | None:
         """What the redaction hook makes of it; its errors say nothing of the content."""

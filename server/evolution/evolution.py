@@ -195,6 +195,8 @@ class Evolution:
             try:
                 if self._service.engine.failure is None and self.drafts:
                     await self.follower.follow(await self.controller.wish())
+                    if self.error is not None:
+                        logger.warning("the drafter registry %s can be used again", self.registry.folder)
                     self.error = None
             except EngineDiedError:
                 pass  # the next one is asked when it is there
@@ -202,7 +204,12 @@ class Evolution:
                 told, self.error = self.error, str(error) or type(error).__name__
                 if self.error != told:
                     is_known = isinstance(error, SlipstreamError | OSError)
-                    logger.error("drafter registry: %s", self.error, exc_info=None if is_known else error)
+                    logger.error(
+                        "drafter registry: %s; what drafts now goes on, and the registry is tried again until it is "
+                        "mended or put back",
+                        self.error,
+                        exc_info=None if is_known else error,
+                    )
             await self._train(self.controller.in_control)
             if self.worker is not None and self.error is None and not self.controller.in_control:
                 self.worker.stand_by("Another server is in control of the registry, and trains.")

@@ -173,7 +173,12 @@ def test_a_transaction_that_cannot_be_committed(tmp_path: Path, make_sample: Any
 
 
 def test_a_damaged_store_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config_for: Any, tapped_engine: Any, prompts: Any
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    config_for: Any,
+    tapped_engine: Any,
+    prompts: Any,
 ) -> None:
     monkeypatch.setattr("slipstream.drafter.traffic.writer.REOPEN_S", 0.0)
     folder = tmp_path / "t"
@@ -189,8 +194,37 @@ def test_a_damaged_store_is_tried_again(
     (folder / "mended").write_bytes(whole)
     (folder / "mended").rename(index)
     wait_for(lambda: not tapped.writer.stats.failure)
+    assert [record.levelname for record in caplog.records] == ["ERROR"] and "until it can" in caplog.text
     tapped.submit(prompts(20)[0])
     assert len(tapped.samples()) == 1 and tapped.writer.stats.kept == 1
+    assert f"kept again in {folder}; samples lost meanwhile: 1" in caplog.messages[1]
+
+
+def test_the_log_says_which_folder_is_full_and_how_much_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, make_sample: Any
+) -> None:
+    """The error of a full disk names no file."""
+    monkeypatch.setattr("slipstream.drafter.traffic.writer.EVERY_S", 0.01)
+    writer = TrafficWriter(lambda: TrafficStore(tmp_path / "t"))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def is_done(count: int) -> bool:
+        return writer.stats.kept + writer.stats.dropped == count
+
+    for begun in (0, 4):  # of what was lost the first time it is not told again
+        with monkeypatch.context() as patch:
+            patch.setattr("slipstream.drafter.traffic.store.save_file", full)
+            for done in range(begun + 1, begun + 4):
+                writer.offer(make_sample)
+                wait_for(partial(is_done, done))
+        writer.offer(make_sample)
+        wait_for(partial(is_done, begun + 4))
+    writer.close()
+    failed, again = caplog.messages[::2], caplog.messages[1::2]
+    assert len(failed) == 2 and all(str(tmp_path / "t") in each and "No space left" in each for each in failed)
+    assert again == [f"traffic is kept again in {tmp_path / 't'}; samples lost meanwhile: 3"] * 2
 
 
 def test_what_is_being_kept_is_counted_once_all_of_it_is_known(

@@ -123,7 +123,8 @@ def test_following_a_registry_goes_on_whatever_is_in_it(
 
     damage("nonsense")
     asyncio.run(follow())
-    assert caplog.text.count("drafter registry:") == 1
+    assert caplog.text.count("drafter registry:") == 1 and "is tried again" in caplog.text
+    assert caplog.messages[-1] == f"the drafter registry {registry.folder} can be used again"
 
 
 def test_a_server_without_a_learned_drafter_decides_nothing(registry: Registry, add: Callable[[], int]) -> None:
