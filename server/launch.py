@@ -42,7 +42,7 @@ from slipstream.server.app import build_app
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.evolution.evolution import Evolution
-from slipstream.server.log import set_up_logging
+from slipstream.server.log import say, set_up_logging
 from slipstream.server.protocol import ConnectionLimits, HttpProtocol
 from slipstream.server.service import Service, StartEngine
 
@@ -266,7 +266,7 @@ async def serve(
             if config.log_format == "json":  # who reads lines of JSON reads both streams, mostly
                 logger.info("%s", said)
             else:
-                print(said, flush=True)
+                say(said)
             supervising = asyncio.create_task(service.keep_running())
             await asyncio.wait({serving, stopping, supervising}, return_when=asyncio.FIRST_COMPLETED)
             http.end_connections()

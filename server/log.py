@@ -2,12 +2,15 @@
 
 import json
 import logging
+import os
+import sys
 import traceback
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
+logger = logging.getLogger(__name__)
 LogFormat = Literal["text", "json"]
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The request that is being answered, where one is."""
@@ -23,6 +26,19 @@ def set_up_logging(level: str, form: LogFormat = "text") -> None:
     # What libraries say at these levels is not ours to vouch for: it may hold whatever they handle.
     for name in ("opentelemetry", "urllib3", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))
+
+
+def say(text: str) -> None:
+    """Writes it to standard output; or to the log where that cannot be written: on a full disk, or with nobody there
+    who reads it, a server serves all the same."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        logger.warning("standard output cannot be written: %s; it would say: %s", error.strerror, text)
+        # What is left in its buffer would make an end in good order look like a failure.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def formatter(form: LogFormat) -> logging.Formatter:

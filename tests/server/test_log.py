@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import re
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.server.log import OneLineFormatter, printable
+from slipstream.server.log import OneLineFormatter, printable, say
 
 BREAKS = ("\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
 pieces = st.text(st.characters(), max_size=8) | st.sampled_from([*BREAKS, "\x1b[2J", "\u202e", "\ud800", "\x00"])
@@ -51,3 +53,17 @@ def test_what_may_be_seen_stays_and_what_is_endless_is_cut() -> None:
     assert printable("Grüße, 日本 😀 'a' \\n") == "Grüße, 日本 😀 'a' \\n"
     assert printable("a\nb\x1b\u2028\ud800") == "a\\nb\\x1b\\u2028\\ud800"
     assert len(logged("%s", "x" * 10**6)) < 5000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no file on a full disk")
+def test_what_standard_output_does_not_take_goes_to_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say("it serves")
+    assert capsys.readouterr().out == "it serves\n" and not caplog.messages
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        say("it serves")
+        full.flush()  # as Python does at its end
+    [told] = caplog.messages
+    assert "No space left on device" in told and "it serves" in told
