@@ -194,7 +194,10 @@ class BatchRunner:
             try:
                 return await self._advance(batch)
             except* (OSError, sqlite3.Error) as errors:
-                logger.error("%s stands still: %s", batch.id, errors.exceptions[0])
+                logger.error(
+                    "%s stands still: %s; --batch-folder %s is tried again in %g s, and answers that it has are kept",
+                    *(batch.id, errors.exceptions[0], self._store.folder, LATEST_RETRY_S),
+                )
             except* Exception:
                 logger.exception("%s failed, and is tried again", batch.id)
             await asyncio.sleep(LATEST_RETRY_S)

@@ -125,6 +125,26 @@ def test_a_folder_that_was_gone_for_a_while_goes_on(
     assert "batches go on" in told[-1]
 
 
+def test_a_batch_on_a_full_disk_says_where_room_is_needed_and_when_it_goes_on(
+    start_local: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slipstream.server.batch.runner.LATEST_RETRY_S", 0.25)
+    write, failures = Progress.write, [OSError(28, "No space left on device")]
+
+    def full_at_first(progress: Progress, line: AnswerLine) -> None:
+        if failures:
+            raise failures.pop()
+        write(progress, line)
+
+    monkeypatch.setattr(Progress, "write", full_at_first)
+    server = start_local(batch_folder=str(tmp_path / "batches"))
+    with client_of(server) as client:
+        batch = ended(server, client, begin(client, requests(3, 1)).id)
+    assert (batch.status, batch.request_counts.completed) == ("completed", 3)
+    [told] = [line for line in server.log if "stands still" in line]
+    assert "No space left" in told and f"{tmp_path / 'batches'} is tried again in 0.25 s" in told
+
+
 def test_a_batch_whose_input_is_lost_fails_and_keeps_its_answers(
     start_local: Callable[..., Any], tmp_path: Path
 ) -> None:
