@@ -88,7 +88,7 @@ class AutoregressiveDrafter(Drafter):
     @property
     @abstractmethod
     def _vocabulary(self) -> Tensor | None:
-        """The target's tokens [n] int32 that columns of ``_scores`` stand for; None if these are all of them."""
+        """The target's tokens [n] int32 that columns of ``_scores`` stand for; None if these are its first ones."""
 
     @abstractmethod
     def _position(self, row: DraftRow) -> int:

@@ -16,6 +16,9 @@ from slipstream.kernels.kv_cache import PagedKVCache
 
 MOST_AT_ONCE = 256
 """Positions per request that the model catches up with in one step; a long prompt takes it several."""
+MOST_PADDING = 512
+"""Models of one family may have padded the vocabulary of one tokenizer to different sizes: Qwen2.5 has 151,936 tokens
+up to 3B and 152,064 above, Pythia 50,304 to 50,688."""
 
 Load = Callable[[CausalModel, int], CausalModel]
 """Loads the draft model for a target and sequences of so many tokens."""
@@ -34,7 +37,7 @@ class ModelDrafter(AutoregressiveDrafter):
         length = host.block_tables.shape[1] * host.block_size
         self._model = self._load(host.model, length)
         ours, theirs = self._model.shape, host.model.shape
-        if ours.vocab_size != theirs.vocab_size:
+        if abs(ours.vocab_size - theirs.vocab_size) > MOST_PADDING:
             raise ModelError(
                 f"the draft model does not share the tokenizer: its vocabulary is {ours.vocab_size}, the model's "
                 f"{theirs.vocab_size}; name one of its family with --draft-model"
@@ -65,7 +68,9 @@ class ModelDrafter(AutoregressiveDrafter):
         return self._model.forward(batch, self._cache).hidden
 
     def _scores(self, hidden: Tensor) -> Tensor:
-        return self._model.logits(hidden, np.arange(len(hidden), dtype=np.int32))
+        """Without the tokens that the target lacks."""
+        logits = self._model.logits(hidden, np.arange(len(hidden), dtype=np.int32))
+        return logits[:, : self._host.model.shape.vocab_size].contiguous()
 
     @property
     def _vocabulary(self) -> Tensor | None:
@@ -85,6 +90,7 @@ class ModelDrafter(AutoregressiveDrafter):
         starts = [self._computed(row) for row in rows]
         ends = np.array([min(start + most, row.length) for row, start in zip(rows, starts, strict=True)], np.int32)
         ids = np.concatenate([row.known[start:end] for row, start, end in zip(rows, starts, ends, strict=True)])
+        ids[ids >= self._model.shape.vocab_size] = 0  # what a padded vocabulary has more than ours stands for no text
         counts = ends - np.array(starts, np.int32)
         batch = self._batch(rows, ids, counts, ends, (last_of(counts),))
         computed = self._model.forward(batch, self._cache)
