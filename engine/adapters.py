@@ -14,14 +14,14 @@ from torch import Tensor
 
 from slipstream.engine.background import Background, breathe, done
 from slipstream.engine.errors import ModelError
-from slipstream.engine.lora import Lora, scale_of
 from slipstream.engine.models.loader import SPARE_BYTES, available_memory
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import require_finite
 from slipstream.engine.operations import AdapterOperation, LoadAdapter, LoadSharedAdapter
 from slipstream.engine.plan import PLAIN, LoadedAdapter
-from slipstream.engine.shared_handles import open_handles
-from slipstream.engine.target_sources import LORA_TENSORS, Tensors, read_lora, require_lora_scale
+from slipstream.engine.target.lora import Lora, scale_of
+from slipstream.engine.target.shared_handles import open_handles
+from slipstream.engine.target.sources import LORA_TENSORS, Tensors, read_lora, require_lora_scale
 from slipstream.engine.units import human_size
 from slipstream.kernels.adapter import Adapter
 

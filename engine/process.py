@@ -21,10 +21,10 @@ from slipstream.engine.adapters import Adapters
 from slipstream.engine.background import Background, done
 from slipstream.engine.child import keep_for_good
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.constrained import ConstrainedRequests
 from slipstream.engine.core import EngineCore
 from slipstream.engine.errors import ConfigError, ModelError, SlipstreamError, kind_of
-from slipstream.engine.grammar import Grammars
+from slipstream.engine.grammars.constrained import ConstrainedRequests
+from slipstream.engine.grammars.grammar import Grammars
 from slipstream.engine.listening import Listener, Listeners
 from slipstream.engine.memory import is_out_of_memory
 from slipstream.engine.messages import (
@@ -67,7 +67,7 @@ from slipstream.engine.scheduling.scheduler import Scheduler
 from slipstream.engine.scheduling.step_cost import StepCost
 from slipstream.engine.sleeping import Sleeper
 from slipstream.engine.speculation.protocol import Drafter, DraftNeeds
-from slipstream.engine.target_update import TargetUpdates
+from slipstream.engine.target.update import TargetUpdates
 from slipstream.engine.validation import problem
 from slipstream.engine.wire import EngineChannel, Undecodable
 

@@ -16,7 +16,7 @@ from slipstream.engine.models.weights import HostCopy, Rows, fill_sent
 from slipstream.engine.operations import MemoryOperation, MemoryTag, ReleaseMemory, ResumeMemory
 from slipstream.engine.runner.runner import ModelRunner
 from slipstream.engine.scheduling.scheduler import Scheduler
-from slipstream.engine.target_update import PrepareUse, TargetUpdates
+from slipstream.engine.target.update import PrepareUse, TargetUpdates
 
 Tensors = Iterable[tuple[str, Rows]]
 

@@ -21,8 +21,8 @@ from bench_tree import real_prompts
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.operations import LoadAdapter
-from slipstream.engine.testing import LocalEngine
-from slipstream.engine.testing_lora import random_lora, write_lora
+from slipstream.engine.testing.local import LocalEngine
+from slipstream.engine.testing.lora import random_lora, write_lora
 
 TOKENS = 64
 WAYS = ("none", "one", "own")

@@ -25,7 +25,7 @@ from slipstream.engine.plan import StepWork
 from slipstream.engine.scheduling.controller import Bandit, Fixed, Policy, Throughput
 from slipstream.engine.scheduling.draft_worth import PROBE_EVERY, Worth
 from slipstream.engine.speculation.oracles import OracleDrafter
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.loadtest.dataset import ShareGPT
 from slipstream.server.text import load_tokenizer
 

@@ -29,7 +29,7 @@ from bench_tree import real_prompts
 from slipstream.drafter.choice import make_drafters
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 
 OFF = "off"
 TOKENS = {1: 96, 8: 64}

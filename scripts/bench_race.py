@@ -35,7 +35,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.runner.speculator import Speculator
 from slipstream.engine.speculation.protocol import DraftRow
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.kernels import ops
 from slipstream.kernels.native.library import isa
 

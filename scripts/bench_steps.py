@@ -31,7 +31,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.limits import usable_cores
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.runner.sampler import SamplingColumns, sample
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.native import library, limits
 

@@ -22,7 +22,7 @@ from slipstream.drafter.choice import make_drafters
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.operations import UseVocabulary
-from slipstream.engine.testing import Completion, LocalEngine
+from slipstream.engine.testing.local import Completion, LocalEngine
 from slipstream.server.structured import json_grammar
 from slipstream.server.text import ChatTemplate, load_tokenizer
 

@@ -25,7 +25,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.operations import SwapDrafter, SwapReport
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.loadtest.dataset import ShareGPT
 from slipstream.server.text import load_tokenizer
 

@@ -19,7 +19,7 @@ from slipstream.drafter.choice import make_drafters
 from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.loadtest.dataset import ShareGPT
 from slipstream.server.text import ChatTemplate, load_tokenizer
 

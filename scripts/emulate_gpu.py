@@ -48,9 +48,9 @@ from slipstream.engine.operations import (
     ReleaseMemory,
     ResumeMemory,
 )
-from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
-from slipstream.engine.testing_gguf import PACKED_TYPES, write_gguf
-from slipstream.engine.testing_quantised import KINDS, write_quantised
+from slipstream.engine.testing.gguf import PACKED_TYPES, write_gguf
+from slipstream.engine.testing.local import POLICY, LocalEngine, policy, write_policy
+from slipstream.engine.testing.quantised import KINDS, write_quantised
 
 CAPABILITY = 90
 TABLE = ("| run | |", "|---|---|")

@@ -31,10 +31,10 @@ from slipstream.drafter.training.trainer import Trainer, TrainOptions
 from slipstream.engine.checkpoint.checkpoint import locate
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.loadtest.dataset import ShareGPT
 from slipstream.server.config import ServerConfig
-from slipstream.server.text_model import load_text_model
+from slipstream.server.preparing.text_model import load_text_model
 
 HELD_OUT = 100
 MOST_PROMPT, ANSWER = 1500, 256

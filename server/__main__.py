@@ -14,7 +14,7 @@ def main() -> None:
     serves = sys.argv[1:2] == ["serve"] and "--help" not in sys.argv
     try:
         with EarlyProcess(ENGINE_PROCESS) if serves else nullcontext() as early:
-            from slipstream.server.cli import main as run
+            from slipstream.server.commands.cli import main as run
 
             run(early)
     except KeyboardInterrupt:  # during the imports: later ones are the command line's

@@ -23,7 +23,7 @@ from slipstream.engine.handle import EngineHandle
 from slipstream.engine.messages import NewRequest
 from slipstream.engine.operations import LoadAdapter, LoadSharedAdapter, UnloadAdapter
 from slipstream.server.errors import ApiError, ConflictError, InvalidRequestError, ModelNotFoundError
-from slipstream.server.prepared import require_model
+from slipstream.server.preparing.prepared import require_model
 from slipstream.server.rollout.control import Control
 
 logger = logging.getLogger(__name__)

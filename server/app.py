@@ -14,6 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp
 
+from slipstream.server.access.deadline import Deadline
+from slipstream.server.access.gate import OPEN_PATHS, AdminPaths, guarded
 from slipstream.server.admin import profile
 from slipstream.server.admin import routes as admin
 from slipstream.server.anthropic import batches as anthropic_batches
@@ -21,18 +23,16 @@ from slipstream.server.anthropic import routes as anthropic
 from slipstream.server.anthropic.errors import TranslatedErrors
 from slipstream.server.batch import routes as batch
 from slipstream.server.batch.desk import BatchDesk
-from slipstream.server.deadline import Deadline
-from slipstream.server.description import Answer, Door, describe, finish
-from slipstream.server.edge import Edge
 from slipstream.server.errors import ApiError, MethodNotAllowedError, NotFoundError
-from slipstream.server.gate import OPEN_PATHS, AdminPaths, guarded
-from slipstream.server.json_response import JSONBody
-from slipstream.server.metrics import OPENMETRICS
+from slipstream.server.http.description import Answer, Door, describe, finish
+from slipstream.server.http.edge import Edge
+from slipstream.server.http.json_response import JSONBody
+from slipstream.server.http.page import CHAT, page_response
 from slipstream.server.openai import routes as openai
-from slipstream.server.page import CHAT, page_response
 from slipstream.server.respond import routes as respond
 from slipstream.server.service import Service
 from slipstream.server.sglang import routes as sglang
+from slipstream.server.telemetry.metrics import OPENMETRICS
 from slipstream.server.version import commit
 from slipstream.server.vllm import control as vllm_control
 from slipstream.server.vllm import routes as vllm

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import Request
 
-from slipstream.server.body import BodyType, parse, read_body
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import BodyType, parse, read_body
 from slipstream.server.service import Service
 
 MAX_BODY_BYTES = 32 * 2**10

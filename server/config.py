@@ -8,7 +8,7 @@ from typing import Literal
 
 from slipstream.engine.config import option
 from slipstream.engine.errors import ConfigError
-from slipstream.server.keys import Keys
+from slipstream.server.access.keys import Keys
 
 MAX_PRIORITY = 1000
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/]+/?", re.IGNORECASE)

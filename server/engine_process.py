@@ -12,7 +12,7 @@ from slipstream.drafter.choice import make_drafters
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.drafter.traffic.tap import make_listeners
 from slipstream.engine.process import main
-from slipstream.server.log import set_up_logging
+from slipstream.server.telemetry.log import set_up_logging
 
 if __name__ == "__main__":
     descriptor, config, log_level, log_format, traffic = sys.argv[1:]

@@ -16,18 +16,18 @@ from starlette.requests import ClientDisconnect, Request
 
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams
 from slipstream.engine.validation import foreign_token
-from slipstream.server import log
-from slipstream.server.body import read_body
+from slipstream.server.access.consent import read_statement
+from slipstream.server.access.principal import Principal, principal_of
 from slipstream.server.config import MAX_PRIORITY
-from slipstream.server.consent import read_statement
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.generation import Generation, OutputOptions, Sequence
-from slipstream.server.prepared import Answered, Prepared
-from slipstream.server.principal import Principal, principal_of
+from slipstream.server.http.body import read_body
+from slipstream.server.preparing.prepared import Answered, Prepared
+from slipstream.server.preparing.text_work import INLINE_BYTES
 from slipstream.server.responses import LargeResponse, cancelled_on_disconnect
 from slipstream.server.rollout.groups import Rollout
 from slipstream.server.service import Service
-from slipstream.server.text_work import INLINE_BYTES
+from slipstream.server.telemetry import log
 
 SEED_MASK = 2**63 - 1
 ANY_DRAFTER = SpeculationParams()
@@ -53,7 +53,7 @@ class GenerationRequest:
     user: str | None = None
     """The tenant, as the client calls it."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """May say about the request what headers say (server/consent.py)."""
+    """May say about the request what headers say (server/access/consent.py)."""
     answer_prefix: str = ""
     """Stands before the request's id in the id of the answer."""
     request_id: str | None = None

@@ -17,8 +17,8 @@ from slipstream.engine.messages import FinishReason, NewRequest, TokenDelta, Tok
 from slipstream.server.errors import GenerationFailedError, InvalidRequestError
 from slipstream.server.rollout.groups import Rollout
 from slipstream.server.rollout.versions import Called
-from slipstream.server.sequence_metrics import SequenceMetrics, sequences_metrics
 from slipstream.server.service import Service
+from slipstream.server.telemetry.sequence_metrics import SequenceMetrics, sequences_metrics
 from slipstream.server.text import IncrementalDetokenizer, OffsetDetokenizer, StopChecker
 
 ALL = 1 << 40

@@ -1,4 +1,4 @@
-"""What is done with a body before it is a request, in whatever dialect it came: the jobs of server/text_work.py."""
+"""What is done with a body before it is a request, in whatever dialect it came: the jobs of preparing/text_work.py."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from slipstream.server.anthropic import prepare as anthropic
-from slipstream.server.body import Body
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import Body
 from slipstream.server.openai import prepare as openai
-from slipstream.server.prepared import Limits
+from slipstream.server.preparing.prepared import Limits
+from slipstream.server.preparing.text_model import TextModel
 from slipstream.server.respond import prepare as respond
 from slipstream.server.sglang import prepare as sglang
-from slipstream.server.text_model import TextModel
 from slipstream.server.vllm import prepare as vllm
 
 MAX_OTHER_BYTES = 2**20

@@ -42,9 +42,9 @@ from slipstream.server.app import build_app
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.evolution.evolution import Evolution
-from slipstream.server.log import say, set_up_logging
-from slipstream.server.protocol import ConnectionLimits, HttpProtocol
+from slipstream.server.http.protocol import ConnectionLimits, HttpProtocol
 from slipstream.server.service import Service, StartEngine
+from slipstream.server.telemetry.log import say, set_up_logging
 
 logger = logging.getLogger("slipstream")
 

@@ -12,9 +12,9 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from slipstream.server.deadline import DEADLINE, LIMIT_S, TOO_LONG, shortest
+from slipstream.server.access.deadline import DEADLINE, LIMIT_S, TOO_LONG, shortest
+from slipstream.server.access.gate import send_error
 from slipstream.server.errors import ApiError, TimedOutError, UnavailableError
-from slipstream.server.gate import send_error
 from slipstream.server.generation import Generation, Piece, Sequence
 from slipstream.server.service import Service
 

@@ -19,23 +19,23 @@ from slipstream.engine.memory import trim
 from slipstream.engine.messages import NewRequest
 from slipstream.engine.operations import UseVocabulary
 from slipstream.engine.supervisor import EngineSupervisor, Restarts
-from slipstream.server.account import Account
+from slipstream.server.access.account import Account
+from slipstream.server.access.admission import Admission
+from slipstream.server.access.gate import key_ring
 from slipstream.server.adapters import Adapters
-from slipstream.server.admission import Admission
 from slipstream.server.companions import Companions
 from slipstream.server.config import ServerConfig
-from slipstream.server.disks import Disks
 from slipstream.server.errors import UnavailableError
 from slipstream.server.evolution.metrics import EvolutionCollector
 from slipstream.server.evolution.observer import Observer
-from slipstream.server.gate import key_ring
-from slipstream.server.held import HeldBytes
-from slipstream.server.metrics import PREFIX, Metrics
-from slipstream.server.prepared import Limits
+from slipstream.server.http.held import HeldBytes
+from slipstream.server.preparing.prepared import Limits
+from slipstream.server.preparing.text_model import TextModel, load_text_model
+from slipstream.server.preparing.text_work import TextWork
 from slipstream.server.rollout.control import Control
-from slipstream.server.sequence_metrics import SequenceMetrics
-from slipstream.server.text_model import TextModel, load_text_model
-from slipstream.server.text_work import TextWork
+from slipstream.server.telemetry.disks import Disks
+from slipstream.server.telemetry.metrics import PREFIX, Metrics
+from slipstream.server.telemetry.sequence_metrics import SequenceMetrics
 from slipstream.server.tracing import Tracing
 
 if TYPE_CHECKING:

@@ -27,15 +27,15 @@ from slipstream.drafter.traffic.tap import make_listeners
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.handle import EngineHandle
-from slipstream.engine.testing import TINY_LLAMA
-from slipstream.engine.testing_lora import random_lora, write_lora
+from slipstream.engine.testing.local import TINY_LLAMA
+from slipstream.engine.testing.lora import random_lora, write_lora
 from slipstream.engine.thread import start_thread
 from slipstream.server import app
 from slipstream.server.config import ServerConfig
-from slipstream.server.description import ErrorAnswer
 from slipstream.server.evolution.config import EvolutionConfig
+from slipstream.server.http.description import ErrorAnswer
 from slipstream.server.launch import address, listen, make_service, serve
-from slipstream.server.log import formatter
+from slipstream.server.telemetry.log import formatter
 from slipstream.server.text import load_tokenizer
 
 PATIENCE_S = 300.0
@@ -146,7 +146,8 @@ class ServerThread(logging.Handler):
 
 FORKING = """
 import gc, json, os, sys, tempfile
-from slipstream.server import cli, launch
+from slipstream.server import launch
+from slipstream.server.commands import cli
 gc.collect()
 gc.freeze()  # or each fork would look through all that was imported, and have its pages copied for that
 for line in sys.stdin:

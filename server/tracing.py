@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import FinishReason, NewRequest
+from slipstream.server.access.principal import principal_of
 from slipstream.server.errors import ApiError
-from slipstream.server.headers import header
-from slipstream.server.principal import principal_of
-from slipstream.server.sequence_metrics import SequenceMetrics, sequences_metrics
+from slipstream.server.http.headers import header
+from slipstream.server.telemetry.sequence_metrics import SequenceMetrics, sequences_metrics
 
 if TYPE_CHECKING:
     from starlette.types import Scope

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slipstream.engine.grammar import Constraint
+from slipstream.engine.grammars.grammar import Constraint
 from slipstream.engine.runner.acceptance import OwnAcceptance
 from slipstream.engine.speculation.protocol import DraftRow
 from slipstream.engine.speculation.tree import Tree

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from slipstream.engine.grammar import Constraint
+from slipstream.engine.grammars.grammar import Constraint
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.plan import NewRow
 from slipstream.engine.runner.row_drafts import RowDrafts

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.engine.endings import Mask
-from slipstream.engine.grammar import Grammars
+from slipstream.engine.grammars.endings import Mask
+from slipstream.engine.grammars.grammar import Grammars
 from slipstream.engine.listening import Listeners
 from slipstream.engine.messages import TokenLogprobs
 from slipstream.engine.models.protocol import CausalModel, Forward

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slipstream.engine.endings import Mask
 from slipstream.engine.errors import RequestError
+from slipstream.engine.grammars.endings import Mask
 from slipstream.engine.messages import SamplingParams, TokenLogprobs
 from slipstream.engine.runner.changes import NO_CHANGES, Changes, History, excludes, is_plain, reads_history
 from slipstream.engine.runner.reported import report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slipstream.server.description import Answer
+from slipstream.server.http.description import Answer
 
 JsonObject = dict[str, Any]
 

@@ -14,9 +14,9 @@ from pydantic import ConfigDict, Field
 from slipstream.engine.errors import SlipstreamError
 from slipstream.engine.operations import Profile
 from slipstream.server.asked import body_of
-from slipstream.server.body import Body
-from slipstream.server.description import Answer, describe
 from slipstream.server.errors import ConflictError, UnavailableError
+from slipstream.server.http.body import Body
+from slipstream.server.http.description import Answer, describe
 from slipstream.server.responses import LargeResponse
 from slipstream.server.service import Service
 

@@ -31,8 +31,6 @@ from slipstream.server.admin.schema import (
 from slipstream.server.admin.status import status
 from slipstream.server.admin.target import TARGET_BODIES, target_router
 from slipstream.server.asked import body_of, only
-from slipstream.server.body import Body
-from slipstream.server.description import describe, parameter
 from slipstream.server.errors import (
     ApiError,
     ConflictError,
@@ -43,8 +41,10 @@ from slipstream.server.errors import (
 )
 from slipstream.server.evolution.config import check_version_route
 from slipstream.server.evolution.evolution import Evolution
-from slipstream.server.json_response import JSONBody
-from slipstream.server.page import DASHBOARD, page_response
+from slipstream.server.http.body import Body
+from slipstream.server.http.description import describe, parameter
+from slipstream.server.http.json_response import JSONBody
+from slipstream.server.http.page import DASHBOARD, page_response
 from slipstream.server.service import Service
 
 BODIES: tuple[type[Body], ...] = (

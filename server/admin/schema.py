@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from slipstream.engine.operations import MemoryTag, PauseMode, UpdateMode
-from slipstream.server.body import Body
+from slipstream.server.http.body import Body
 
 NO_NUL = r"^[^\x00]*$"
 """What the operating system takes as an argument of a command."""

@@ -25,10 +25,10 @@ from slipstream.server.admin.schema import (
     WakeBody,
 )
 from slipstream.server.asked import body_of, only
-from slipstream.server.body import Body, read_body
-from slipstream.server.description import describe, parameter
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.json_response import JSONBody
+from slipstream.server.http.body import Body, read_body
+from slipstream.server.http.description import describe, parameter
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.rollout import sources
 from slipstream.server.rollout.control import ALL_MEMORY
 from slipstream.server.service import Service

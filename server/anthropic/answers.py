@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from slipstream.server.description import Answer
+from slipstream.server.http.description import Answer
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 

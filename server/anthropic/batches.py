@@ -14,6 +14,8 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
+from slipstream.server.access.consent import read_statement
+from slipstream.server.access.principal import owner_of, principal_of
 from slipstream.server.anthropic import answers
 from slipstream.server.anthropic.errors import PATH, error_of
 from slipstream.server.anthropic.prepare import MessageBatch
@@ -23,12 +25,10 @@ from slipstream.server.batch.desk import BatchDesk, ask, page_size, said_of_all
 from slipstream.server.batch.lines import AnswerLine, decode_answer, pieces
 from slipstream.server.batch.records import OPEN, Batch, RequestCounts, StoredFile, fresh
 from slipstream.server.batch.schema import KEPT_S
-from slipstream.server.consent import read_statement
-from slipstream.server.description import describe, parameter
 from slipstream.server.errors import ConflictError, InvalidRequestError
 from slipstream.server.generating import prepare
-from slipstream.server.json_response import JSONBody
-from slipstream.server.principal import owner_of, principal_of
+from slipstream.server.http.description import describe, parameter
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.service import Service
 
 PREFIX = "msgbatch_"

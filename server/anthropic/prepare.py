@@ -20,14 +20,14 @@ from slipstream.server.anthropic.schema import (
 )
 from slipstream.server.batch.lines import RequestLine, model_of, one_line
 from slipstream.server.batch.lines import encode as encode_line
-from slipstream.server.body import Body, parse
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import Body, parse
 from slipstream.server.openai import prepare as openai
 from slipstream.server.openai.schema import ChatBody
 from slipstream.server.openai.thinking import LEVEL
 from slipstream.server.openai.translated import add_message, chat_body
-from slipstream.server.prepared import Answered, Limits, Prepared
-from slipstream.server.text_model import TextModel
+from slipstream.server.preparing.prepared import Answered, Limits, Prepared
+from slipstream.server.preparing.text_model import TextModel
 
 TOOL_FIELDS = {"type", "name", "description", "strict", "input_schema", "cache_control", "eager_input_streaming"}
 OFF = {"defer_loading": False, "allowed_callers": ["direct"], "input_examples": []}

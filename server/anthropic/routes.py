@@ -11,10 +11,10 @@ from slipstream.server.anthropic.errors import error_event
 from slipstream.server.anthropic.prepare import Conversing
 from slipstream.server.anthropic.schema import BODIES, CountTokensBody, MessagesBody
 from slipstream.server.anthropic.writer import MessageWriter
-from slipstream.server.description import BUSY, describe
 from slipstream.server.generating import answer_without_engine, prepare_generation
+from slipstream.server.http.description import BUSY, describe
 from slipstream.server.openai.chat import begin_chat
-from slipstream.server.prepared import Prepared
+from slipstream.server.preparing.prepared import Prepared
 from slipstream.server.responses import GenerationResponse
 from slipstream.server.service import Service
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, StringConstraints, Tag
 
 from slipstream.server.batch.lines import MOST_ID_CHARS, MOST_LINES
-from slipstream.server.body import Body
+from slipstream.server.http.body import Body
 from slipstream.server.openai.fields import unsupported
 from slipstream.server.openai.schema import (
     MAX_MESSAGES,

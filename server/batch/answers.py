@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from slipstream.server.batch.records import BatchStatus
-from slipstream.server.description import Answer
+from slipstream.server.http.description import Answer
 
 
 class FileObject(Answer):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Scope
 
-from slipstream.server import log
-from slipstream.server.principal import SCOPE_ENTRY, Principal
+from slipstream.server.access.principal import SCOPE_ENTRY, Principal
+from slipstream.server.telemetry import log
 
 
 @dataclass

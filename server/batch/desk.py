@@ -12,13 +12,13 @@ from typing import ParamSpec, TypeVar
 from fastapi import Request
 from starlette.types import ASGIApp
 
+from slipstream.server.access.consent import DOMAIN_HEADER, LEVEL_HEADER
 from slipstream.server.batch.records import Batch
 from slipstream.server.batch.runner import BatchRunner
 from slipstream.server.batch.store import BatchStore, no_batch
 from slipstream.server.batch.upload import RETRY_DISK_S
-from slipstream.server.consent import DOMAIN_HEADER, LEVEL_HEADER
 from slipstream.server.errors import ConflictError, InvalidRequestError, UnavailableError
-from slipstream.server.headers import header_values
+from slipstream.server.http.headers import header_values
 from slipstream.server.service import Service
 
 Parameters = ParamSpec("Parameters")

@@ -10,18 +10,18 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.types import Receive, Scope, Send
 
+from slipstream.server.access.consent import read_statement
+from slipstream.server.access.principal import owner_of, principal_of
 from slipstream.server.asked import MAX_BODY_BYTES, body_of, only
 from slipstream.server.batch import answers
 from slipstream.server.batch.desk import BatchDesk, ask, page_size, said_of_all
 from slipstream.server.batch.records import Batch, StoredFile, fresh
 from slipstream.server.batch.schema import BODIES, KEPT_S, CancelBatchBody, CreateBatchBody, KeptAfter, UploadBody
 from slipstream.server.batch.upload import MULTIPART, read_upload
-from slipstream.server.body import BYTES, parse, read_body
-from slipstream.server.consent import read_statement
-from slipstream.server.description import describe, parameter
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.json_response import JSONBody
-from slipstream.server.principal import owner_of, principal_of
+from slipstream.server.http.body import BYTES, parse, read_body
+from slipstream.server.http.description import describe, parameter
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.service import Service
 
 DESCRIBED = (*BODIES, *answers.ANSWERS)

@@ -17,7 +17,8 @@ from functools import partial
 
 from starlette.types import ASGIApp
 
-from slipstream.server.account import Account, UsageLimits
+from slipstream.server.access.account import Account, UsageLimits
+from slipstream.server.access.principal import Principal
 from slipstream.server.batch.call import CallAnswer, call
 from slipstream.server.batch.lines import (
     AnswerLine,
@@ -42,7 +43,6 @@ from slipstream.server.batch.records import (
 )
 from slipstream.server.batch.store import BatchStore
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.principal import Principal
 from slipstream.server.service import Service
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,6 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from slipstream.server.batch.schema import UploadBody
-from slipstream.server.body import parse
 from slipstream.server.errors import (
     BodyTooLargeError,
     InvalidRequestError,
@@ -23,7 +22,8 @@ from slipstream.server.errors import (
     UnavailableError,
     UnsupportedMediaTypeError,
 )
-from slipstream.server.headers import content_length
+from slipstream.server.http.body import parse
+from slipstream.server.http.headers import content_length
 
 MULTIPART = "multipart/form-data"
 UPLOAD_TIMEOUT_S = 600.0

@@ -15,7 +15,7 @@ from slipstream.drafter.registry.control import Control, NotInControlError
 from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import Event, RegistryError, Version
 from slipstream.drafter.routes import CANARY_ROUTE, SHARED_ROUTE
-from slipstream.server.canary import Canary
+from slipstream.server.evolution.canary import Canary
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.evolution.wish import Outcome, Refusal, Trial, Wish
 

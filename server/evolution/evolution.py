@@ -29,7 +29,7 @@ from slipstream.server.evolution.observer import Observer
 from slipstream.server.evolution.progress import Progress
 from slipstream.server.evolution.served import Served
 from slipstream.server.evolution.worker import WorkerProcess
-from slipstream.server.sequence_metrics import SequenceMetrics
+from slipstream.server.telemetry.sequence_metrics import SequenceMetrics
 
 logger = logging.getLogger(__name__)
 HEAD = "head"

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from slipstream.engine.messages import EngineStats
-from slipstream.server.sequence_metrics import SequenceMetrics
+from slipstream.server.telemetry.sequence_metrics import SequenceMetrics
 
 POINTS = 720
 FIRST_INTERVAL = 2.0

@@ -23,7 +23,7 @@ from slipstream.drafter.training.packing import Example
 from slipstream.drafter.training.target import Target
 from slipstream.drafter.training.trainer import Trainer, TrainOptions
 from slipstream.engine.operations import SwapDrafter
-from slipstream.engine.testing import Completion, LocalEngine
+from slipstream.engine.testing.local import Completion, LocalEngine
 from slipstream.server.gpu_check.context import Context, Part
 from slipstream.server.gpu_check.engines import config, engine
 from slipstream.server.gpu_check.real import RealModel

@@ -18,8 +18,8 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.operations import LoadAdapter
 from slipstream.engine.sleeping import give_back
-from slipstream.engine.testing import Completion, LocalEngine
-from slipstream.engine.testing_lora import random_lora, write_lora
+from slipstream.engine.testing.local import Completion, LocalEngine
+from slipstream.engine.testing.lora import random_lora, write_lora
 from slipstream.server.gpu_check.context import Context
 
 WARM_UP = 5

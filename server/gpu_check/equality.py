@@ -22,7 +22,7 @@ from slipstream.engine.operations import (
     ReleaseMemory,
     ResumeMemory,
 )
-from slipstream.engine.testing import Completion, LocalEngine
+from slipstream.engine.testing.local import Completion, LocalEngine
 from slipstream.server.gpu_check import models
 from slipstream.server.gpu_check.context import Context, NotThere, Part
 from slipstream.server.gpu_check.engines import config, engine, load_loras, prompts

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from slipstream.engine.checkpoint.dummy import INIT_STD, dummy_tensors
 from slipstream.engine.checkpoint.shapes import parameter_shapes
-from slipstream.engine.testing import TINY_LLAMA
+from slipstream.engine.testing.local import TINY_LLAMA
 from slipstream.server.gpu_check.context import Context
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.server.gpu_check import models
 from slipstream.server.gpu_check.context import Context, NotThere, Part, streams_of
 from slipstream.server.gpu_check.engines import (

@@ -11,7 +11,7 @@ from typing import Any
 from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.loader import available_memory
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.server.gpu_check import models
 from slipstream.server.gpu_check.context import Context, NotThere, Part, streams_of
 from slipstream.server.gpu_check.engines import WARM_UP, config, decoding, engine, measure, prompts

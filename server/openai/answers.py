@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from slipstream.server.description import Answer
+from slipstream.server.http.description import Answer
 
 FinishReason = Literal["stop", "length", "abort"]
 ChatFinishReason = Literal["stop", "length", "abort", "tool_calls", "function_call"]

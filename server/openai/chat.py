@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import Request
 
+from slipstream.server.access.principal import principal_of
 from slipstream.server.generating import fit_context, logprobs_asked, prepare_generation, require_choices
 from slipstream.server.generation import Generation
 from slipstream.server.openai.logprobs import LogprobFormatter
@@ -14,8 +15,7 @@ from slipstream.server.openai.request import answer_options, make_generation
 from slipstream.server.openai.sampling import sampling_params
 from slipstream.server.openai.schema import ChatBody
 from slipstream.server.openai.writers import AnswerOptions, ChatWriter
-from slipstream.server.prepared import Prepared
-from slipstream.server.principal import principal_of
+from slipstream.server.preparing.prepared import Prepared
 from slipstream.server.responses import GenerationResponse
 from slipstream.server.service import Service
 

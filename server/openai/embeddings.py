@@ -14,7 +14,8 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from slipstream.engine.messages import SamplingParams
-from slipstream.server.deadline import LIMIT_S
+from slipstream.server.access.deadline import LIMIT_S
+from slipstream.server.access.principal import principal_of
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generating import (
     GenerationRequest,
@@ -25,8 +26,7 @@ from slipstream.server.generating import (
 )
 from slipstream.server.generation import OutputOptions, Sequence
 from slipstream.server.openai.schema import EmbeddingsBody
-from slipstream.server.prepared import Prepared
-from slipstream.server.principal import principal_of
+from slipstream.server.preparing.prepared import Prepared
 from slipstream.server.responses import LargeResponse, cancelled_on_disconnect, require_whole
 from slipstream.server.service import Service
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slipstream.server.body import Body
+from slipstream.server.http.body import Body
 from slipstream.server.openai.fields import unsupported
 
 

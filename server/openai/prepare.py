@@ -1,7 +1,7 @@
 """From the bytes of a body to what the engine needs: parsed, rendered and tokenized.
 
-These are functions of a body alone, so that server/text_work.py can choose where they run: on the event loop, in a
-thread, or in a process of their own. Nothing here imports more than such a process needs.
+These are functions of a body alone, so that server/preparing/text_work.py can choose where they run: on the event
+loop, in a thread, or in a process of their own. Nothing here imports more than such a process needs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 from pydantic_core import from_json
 
-from slipstream.server.body import parse
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
+from slipstream.server.http.body import parse
 from slipstream.server.openai.schema import (
     MAX_STOP_CHARS,
     ChatBody,
@@ -30,12 +30,12 @@ from slipstream.server.openai.schema import (
 from slipstream.server.openai.structured import StructuredFields
 from slipstream.server.openai.thinking import thinking_variables
 from slipstream.server.openai.tools import ToolFields, plan_answer, tool_format, tool_use
-from slipstream.server.prepared import Answered, Limits, Prepared, RunElsewhereError, Structure
+from slipstream.server.preparing.prepared import Answered, Limits, Prepared, RunElsewhereError, Structure
+from slipstream.server.preparing.text_model import TextModel
+from slipstream.server.preparing.vetting import is_known, vet
 from slipstream.server.text import RESERVED_VARIABLES, ChatTemplate, TemplateError, TurnEnds
-from slipstream.server.text_model import TextModel
 from slipstream.server.tools.formats import FORMATS
 from slipstream.server.tools.prompt import told_of_tools, with_results_told, without_calls
-from slipstream.server.vetting import is_known, vet
 
 TEMPLATE_FIELDS = {"role", "content", "name", "tool_call_id", "reasoning_content", "reasoning"}
 SAME_ROLES = {"developer": "system", "function": "tool"}

@@ -14,7 +14,7 @@ from slipstream.server.generation import Generation
 from slipstream.server.openai.sampling import output_options
 from slipstream.server.openai.schema import GenerationBody, RolloutBody, Speculation
 from slipstream.server.openai.writers import AnswerOptions
-from slipstream.server.prepared import Prepared
+from slipstream.server.preparing.prepared import Prepared
 from slipstream.server.rollout.groups import Rollout
 from slipstream.server.service import Service
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.body import Body
-from slipstream.server.description import BUSY, describe
+from slipstream.server.access.principal import principal_of
 from slipstream.server.generating import prepare
-from slipstream.server.json_response import JSONBody
+from slipstream.server.http.body import Body
+from slipstream.server.http.description import BUSY, describe
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.openai import answers
 from slipstream.server.openai.chat import chat
 from slipstream.server.openai.completions import complete
@@ -25,7 +26,6 @@ from slipstream.server.openai.schema import (
     TokenizeTextBody,
 )
 from slipstream.server.openai.tokens import detokenize, tokenize, told_of_tokenizer
-from slipstream.server.principal import principal_of
 from slipstream.server.responses import LargeResponse
 from slipstream.server.service import Service
 

@@ -9,7 +9,7 @@ from slipstream.engine.messages import SamplingParams
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generation import OutputOptions
 from slipstream.server.openai.schema import SamplingBody
-from slipstream.server.prepared import Prepared
+from slipstream.server.preparing.prepared import Prepared
 from slipstream.server.service import Service
 
 

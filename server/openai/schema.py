@@ -15,9 +15,9 @@ from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from slipstream.engine.messages import LogprobsMode
 from slipstream.engine.validation import BIAS_RANGE, RANGES
-from slipstream.server.body import Body
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import Body
 from slipstream.server.openai.fields import part_as_text, unsupported
 from slipstream.server.openai.llama_cpp import LlamaCppFields
 from slipstream.server.openai.structured import StructuredFields

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from slipstream.server.body import Body
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import Body
 from slipstream.server.openai.fields import unsupported
 from slipstream.server.structured import (
     ANY_OBJECT,

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from slipstream.server import reasoning
-from slipstream.server.body import Body
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.prepared import Limits
+from slipstream.server.http.body import Body
+from slipstream.server.preparing.prepared import Limits
+from slipstream.server.tools import reasoning
 
 SWITCH, LEVEL = "enable_thinking", "reasoning_effort"
 """What chat templates call them."""

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from slipstream.server import reasoning
-from slipstream.server.body import Body
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import Body
 from slipstream.server.openai.fields import Arguments
-from slipstream.server.prepared import Limits, Structure
+from slipstream.server.preparing.prepared import Limits, Structure
 from slipstream.server.schema_form import require_well_formed
 from slipstream.server.structured import after_reasoning
 from slipstream.server.text import Tokenizer
+from slipstream.server.tools import reasoning
 from slipstream.server.tools.answer import Speech
 from slipstream.server.tools.formats import FORMATS, ToolFormat, recognized
 from slipstream.server.tools.grammar import Tool, calls_grammar

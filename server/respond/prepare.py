@@ -8,14 +8,14 @@ from typing import Any
 
 import msgspec
 
-from slipstream.server.body import Body, parse
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import Body, parse
 from slipstream.server.openai import prepare as openai
 from slipstream.server.openai.schema import ChatBody
 from slipstream.server.openai.translated import add_message, chat_body, open_assistant
-from slipstream.server.prepared import Answered, Limits, Prepared
+from slipstream.server.preparing.prepared import Answered, Limits, Prepared
+from slipstream.server.preparing.text_model import TextModel
 from slipstream.server.respond.schema import CountInputTokensBody, Item, ItemPart, PromptFields, RespondBody
-from slipstream.server.text_model import TextModel
 
 LENGTH_BYTES = 8
 REFERENCE = "item_reference"

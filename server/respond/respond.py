@@ -13,15 +13,15 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from slipstream.engine.messages import TrafficLevel
-from slipstream.server.body import parse, read_body
-from slipstream.server.consent import LEVELS, keeping_at_most
+from slipstream.server.access.consent import LEVELS, keeping_at_most
+from slipstream.server.access.principal import owner_of
 from slipstream.server.errors import ApiError, InvalidRequestError, NotFoundError, TimedOutError
 from slipstream.server.generating import answer_without_engine, prepare_generation
 from slipstream.server.generation import Generation
-from slipstream.server.json_response import JSONBody
+from slipstream.server.http.body import parse, read_body
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.openai.chat import begin_chat
-from slipstream.server.prepared import Prepared
-from slipstream.server.principal import owner_of
+from slipstream.server.preparing.prepared import Prepared
 from slipstream.server.respond.prepare import WITHOUT_ESCAPES, Kept, Responding, framed
 from slipstream.server.respond.schema import CancelResponseBody, RespondBody
 from slipstream.server.respond.store import ResponseStore, Stored

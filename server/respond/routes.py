@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.description import BUSY, describe
+from slipstream.server.http.description import BUSY, describe
 from slipstream.server.respond import answers
 from slipstream.server.respond.respond import Responder
 from slipstream.server.respond.schema import BODIES, CancelResponseBody, CountInputTokensBody, RespondBody

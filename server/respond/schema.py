@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from slipstream.server.body import Body
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import Body
 from slipstream.server.openai.fields import Arguments, refusal_as_text, unsupported
 from slipstream.server.openai.schema import MAX_MESSAGES, MAX_METADATA, Label, RequestId, StreamOptions, kind_of_stop
 from slipstream.server.openai.structured import Schema

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.body import LooseBody, read_body
-from slipstream.server.description import Answer, describe
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import LooseBody, read_body
+from slipstream.server.http.description import Answer, describe
 
 
 class RefusedBody(LooseBody):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import RootModel
 
-from slipstream.server.description import Answer, Problem
+from slipstream.server.http.description import Answer, Problem
 
 Entry = tuple[float | None, int, str | None]
 """Log-probability, token id, text."""

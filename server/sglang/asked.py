@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from slipstream.engine.messages import LogprobsMode, SamplingParams
-from slipstream.server.body import shown
+from slipstream.server.access.principal import Principal
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generating import fit_context, logprobs_asked, require_choices
 from slipstream.server.generation import OutputOptions
-from slipstream.server.prepared import Prepared, Structure
-from slipstream.server.principal import Principal
+from slipstream.server.http.body import shown
+from slipstream.server.preparing.prepared import Prepared, Structure
 from slipstream.server.service import Service
 from slipstream.server.sglang.schema import (
     ALL_TOKENS,

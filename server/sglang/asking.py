@@ -11,10 +11,10 @@ import msgspec
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from slipstream.server.body import Body, BodyType, parse, read_body
-from slipstream.server.description import describe
 from slipstream.server.errors import ApiError, InvalidRequestError
-from slipstream.server.json_response import JSONBody
+from slipstream.server.http.body import Body, BodyType, parse, read_body
+from slipstream.server.http.description import describe
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.service import Service
 from slipstream.server.sglang.answers import SGLangFailure, SGLangOutcome
 

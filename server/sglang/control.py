@@ -11,9 +11,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from slipstream.engine.operations import PauseMode
-from slipstream.server.description import describe, parameter
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.json_response import JSONBody
+from slipstream.server.http.description import describe, parameter
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.service import Service
 from slipstream.server.sglang import answers
 from slipstream.server.sglang.asking import body_of

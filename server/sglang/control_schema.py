@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from slipstream.server.body import Body, LooseBody
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import Body, LooseBody
 from slipstream.server.openai.fields import unsupported
 from slipstream.server.openai.schema import Count
 from slipstream.server.sglang.schema import MAX_LIST

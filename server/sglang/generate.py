@@ -6,10 +6,10 @@ import time
 
 from fastapi import Request
 
-from slipstream.server.consent import LEVEL_KEY
+from slipstream.server.access.consent import LEVEL_KEY
+from slipstream.server.access.principal import principal_of
 from slipstream.server.generating import GenerationRequest, prepare_generation, start_generation
-from slipstream.server.prepared import Prepared
-from slipstream.server.principal import principal_of
+from slipstream.server.preparing.prepared import Prepared
 from slipstream.server.responses import GenerationResponse
 from slipstream.server.service import Service
 from slipstream.server.sglang.asked import read_asked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.json_response import JSONBody
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.service import Service
 from slipstream.server.sglang import answers
 from slipstream.server.sglang.asking import body_of, described, shared_handles, telling_failures

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from slipstream.server.body import parse
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import parse
 from slipstream.server.openai.prepare import encode, require_fits, tried
-from slipstream.server.prepared import Limits, Prepared, Structure
+from slipstream.server.preparing.prepared import Limits, Prepared, Structure
+from slipstream.server.preparing.text_model import TextModel
 from slipstream.server.sglang.schema import SGLangGenerateBody, SGLangSamplingParams
-from slipstream.server.text_model import TextModel
 
 
 def sglang_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[SGLangGenerateBody]:

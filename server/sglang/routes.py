@@ -7,9 +7,9 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 
 from slipstream.engine.messages import NewRequest, SamplingParams
-from slipstream.server.description import describe, parameter
 from slipstream.server.errors import ApiError, InvalidRequestError, OverloadedError
-from slipstream.server.json_response import JSONBody
+from slipstream.server.http.description import describe, parameter
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.rollout.refused import refusing_router
 from slipstream.server.service import Service
 from slipstream.server.sglang import answers, info

@@ -13,9 +13,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from slipstream.engine.messages import LogprobsMode
 from slipstream.engine.validation import BIAS_RANGE
-from slipstream.server.body import Body, shown
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import Body, shown
 from slipstream.server.openai.fields import NoMedia, unsupported
 from slipstream.server.openai.schema import (
     MAX_LOGIT_BIAS,

@@ -10,9 +10,9 @@ from contextlib import AsyncExitStack
 from fastapi import APIRouter, Request, Response
 
 from slipstream.engine.operations import PauseMode, TensorRows
-from slipstream.server.description import describe
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.json_response import JSONBody
+from slipstream.server.http.description import describe
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.responses import LargeResponse
 from slipstream.server.rollout import sources
 from slipstream.server.service import Service

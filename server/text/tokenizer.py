@@ -15,7 +15,7 @@ import tokenizers
 from slipstream.engine.checkpoint import locate
 from slipstream.engine.checkpoint.gguf_file import GGUFFile
 from slipstream.engine.errors import ModelError
-from slipstream.engine.token_bytes import TokenBytes
+from slipstream.engine.grammars.token_bytes import TokenBytes
 from slipstream.server.text.chat_template import ChatTemplate
 from slipstream.server.text.gguf_tokenizer import build_from_gguf
 from slipstream.server.text.tokenizer_files import TokenizerParts, read_folder

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from slipstream.server.reasoning import TAGS, ReasoningParser
 from slipstream.server.tools.calls import CallParser
 from slipstream.server.tools.channels import ChannelParser
 from slipstream.server.tools.formats import FORMATS
 from slipstream.server.tools.parts import Content, Part, Reasoning
+from slipstream.server.tools.reasoning import TAGS, ReasoningParser
 from slipstream.server.tools.tagged import Kinds
 from slipstream.server.tools.thoughts import CallsInThought
 

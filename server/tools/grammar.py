@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from slipstream.engine.compiling import OWNER
+from slipstream.engine.grammars.compiling import OWNER
 from slipstream.server.structured import IN_REFERENCES, JSON_OPTIONS, bounded, closed, readable, several
 from slipstream.server.tools.formats import ToolFormat
 from slipstream.server.tools.literal import literal_rules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from slipstream.server.description import Answer
+from slipstream.server.http.description import Answer
 from slipstream.server.openai.answers import ChatLogprobs, FinishReason, PromptLogprobs, Usage
 
 

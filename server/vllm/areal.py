@@ -6,9 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.body import Body
-from slipstream.server.description import describe
-from slipstream.server.json_response import JSONBody
+from slipstream.server.http.body import Body
+from slipstream.server.http.description import describe
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.service import Service
 from slipstream.server.vllm import control_schema as schema
 from slipstream.server.vllm.asked import body_of

@@ -6,8 +6,8 @@ from typing import Literal, TypeVar
 
 from fastapi import Request
 
-from slipstream.server.body import BodyType, parse, read_body
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import BodyType, parse, read_body
 from slipstream.server.service import Service
 from slipstream.server.vllm.prepare import UNKNOWN
 

@@ -9,10 +9,10 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from slipstream.engine.operations import MemoryTag
-from slipstream.server.body import Body, parse
-from slipstream.server.description import Answer, describe, parameter
 from slipstream.server.errors import InvalidRequestError
-from slipstream.server.json_response import JSONBody
+from slipstream.server.http.body import Body, parse
+from slipstream.server.http.description import Answer, describe, parameter
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.rollout import refused
 from slipstream.server.rollout.control import ALL_MEMORY
 from slipstream.server.service import Service

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from slipstream.server.body import LooseBody
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import LooseBody
 
 MAX_TENSORS = 2**16
 MAX_NAME_CHARS = 1024

@@ -10,6 +10,7 @@ import msgspec
 from fastapi import Request
 
 from slipstream.engine.messages import TokenLogprobs
+from slipstream.server.access.principal import principal_of
 from slipstream.server.generating import (
     GenerationRequest,
     fit_context,
@@ -22,8 +23,7 @@ from slipstream.server.generation import Generation, Piece, Sequence
 from slipstream.server.openai.logprobs import LOWEST, LogprobFormatter
 from slipstream.server.openai.sampling import output_options, sampling_params
 from slipstream.server.openai.writers import usage
-from slipstream.server.prepared import Prepared
-from slipstream.server.principal import principal_of
+from slipstream.server.preparing.prepared import Prepared
 from slipstream.server.responses import DONE, GenerationResponse
 from slipstream.server.service import Service
 from slipstream.server.vllm.schema import TokensInBody

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.description import describe
+from slipstream.server.http.description import describe
 from slipstream.server.service import Service
 from slipstream.server.vllm.asked import body_of
 from slipstream.server.vllm.control_schema import LoraBody, LoraNameBody

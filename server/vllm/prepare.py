@@ -6,8 +6,8 @@ import uuid
 from collections.abc import Callable
 from typing import Any, Literal
 
-from slipstream.server.body import parse
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import parse
 from slipstream.server.openai import prepare as openai
 from slipstream.server.openai.prepare import (
     STRUCTURED,
@@ -19,8 +19,8 @@ from slipstream.server.openai.prepare import (
 )
 from slipstream.server.openai.schema import ChatBody, SamplingBody, TemplateBody
 from slipstream.server.openai.structured import StructuredFields
-from slipstream.server.prepared import Answered, Limits, Prepared
-from slipstream.server.text_model import TextModel
+from slipstream.server.preparing.prepared import Answered, Limits, Prepared
+from slipstream.server.preparing.text_model import TextModel
 from slipstream.server.vllm.schema import (
     TokensInBody,
     TrlChatBody,

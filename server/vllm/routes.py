@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.body import Body
-from slipstream.server.description import BUSY, describe
 from slipstream.server.generating import answer_without_engine
-from slipstream.server.json_response import JSONBody
+from slipstream.server.http.body import Body
+from slipstream.server.http.description import BUSY, describe
+from slipstream.server.http.json_response import JSONBody
 from slipstream.server.service import Service
 from slipstream.server.vllm import answers
 from slipstream.server.vllm.asked import body_of

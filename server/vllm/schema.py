@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from slipstream.server.body import LooseBody
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import LooseBody
 from slipstream.server.openai.fields import unsupported
 from slipstream.server.openai.schema import (
     MAX_MESSAGES,

@@ -12,6 +12,7 @@ import msgspec
 from fastapi import Request
 
 from slipstream.engine.messages import TokenLogprobs
+from slipstream.server.access.principal import principal_of
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.generating import (
     GenerationRequest,
@@ -24,8 +25,7 @@ from slipstream.server.generating import (
 from slipstream.server.generation import Generation, OutputOptions, Piece, Sequence
 from slipstream.server.openai.logprobs import LOWEST
 from slipstream.server.openai.sampling import output_options, sampling_params
-from slipstream.server.prepared import Prepared
-from slipstream.server.principal import principal_of
+from slipstream.server.preparing.prepared import Prepared
 from slipstream.server.responses import GenerationResponse
 from slipstream.server.service import Service
 from slipstream.server.vllm.schema import TrlScoreBody, VllmSampling

@@ -11,7 +11,7 @@ from slipstream.drafter.head import layout
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
-from slipstream.engine.testing import TINY_LLAMA as TARGET
+from slipstream.engine.testing.local import TINY_LLAMA as TARGET
 
 
 @pytest.mark.parametrize(

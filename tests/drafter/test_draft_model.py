@@ -17,8 +17,8 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.speculation.protocol import DraftRow, Proposal
-from slipstream.engine.testing import LocalEngine, policy, write_policy
-from slipstream.engine.testing_gguf import write_gguf
+from slipstream.engine.testing.gguf import write_gguf
+from slipstream.engine.testing.local import LocalEngine, policy, write_policy
 from slipstream.kernels.native.library import isa
 
 TARGET = {

@@ -23,7 +23,7 @@ from slipstream.engine.errors import ConfigError, ModelError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.speculation.protocol import DraftRow, Proposal
-from slipstream.engine.testing import TINY_LLAMA, LocalEngine, policy, write_policy
+from slipstream.engine.testing.local import TINY_LLAMA, LocalEngine, policy, write_policy
 from slipstream.kernels import random
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.native.library import isa

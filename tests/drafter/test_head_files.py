@@ -17,7 +17,7 @@ from slipstream.drafter.head import layout
 from slipstream.drafter.head.layout import HeadConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import DecoderConfig, decoder_config
-from slipstream.engine.testing import TINY_LLAMA
+from slipstream.engine.testing.local import TINY_LLAMA
 
 TARGET = TINY_LLAMA
 

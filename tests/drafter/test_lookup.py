@@ -18,7 +18,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.speculation.protocol import DraftRow
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 
 texts = st.lists(st.integers(0, 3), max_size=60)
 

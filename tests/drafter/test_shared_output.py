@@ -17,7 +17,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.operations import SwapDrafter
-from slipstream.engine.testing import TINY_LLAMA, LocalEngine
+from slipstream.engine.testing.local import TINY_LLAMA, LocalEngine
 from slipstream.kernels.native.library import isa
 
 # Small weights and tied embeddings: it repeats the last token, which its own last layer sees coming.

@@ -18,7 +18,7 @@ from safetensors.torch import load, save, save_file
 from slipstream.drafter.head import layout, stored
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
-from slipstream.engine.testing import TINY_LLAMA
+from slipstream.engine.testing.local import TINY_LLAMA
 
 TARGET = TINY_LLAMA | {"num_hidden_layers": 8}
 CONFIG = layout.config_for(decoder_config(TARGET), 48)

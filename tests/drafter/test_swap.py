@@ -25,7 +25,7 @@ from slipstream.engine.errors import ConfigError, MisfitError, ModelError, Slips
 from slipstream.engine.messages import DrafterStats, SamplingParams, TokenDelta
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.operations import DropDrafter, SwapDrafter, SwapReport
-from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine, policy, write_policy
+from slipstream.engine.testing.local import TINY_LLAMA, Completion, LocalEngine, policy, write_policy
 from slipstream.kernels.native.library import isa
 
 TARGET = TINY_LLAMA | {"max_position_embeddings": 512, "tie_word_embeddings": True}

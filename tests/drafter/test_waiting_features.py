@@ -20,7 +20,7 @@ from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.models.gpu_memory import HEAD_TAPS, HEAD_VERSIONS, MOST_PENDING, head_bytes, pending_bytes
 from slipstream.engine.speculation.protocol import Computed, DraftRow
-from slipstream.engine.testing import TINY_LLAMA, LocalEngine
+from slipstream.engine.testing.local import TINY_LLAMA, LocalEngine
 
 
 def first_head(target: DecoderConfig) -> FirstHead:

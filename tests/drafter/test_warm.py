@@ -16,9 +16,9 @@ from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.server.config import ServerConfig
-from slipstream.server.text_model import load_text_model
+from slipstream.server.preparing.text_model import load_text_model
 
 QUESTIONS = ("How do I boil an egg?", "What is the difference between TCP and UDP?", "Write a poem about the sea.")
 

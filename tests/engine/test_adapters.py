@@ -28,8 +28,8 @@ from slipstream.engine.operations import (
 )
 from slipstream.engine.scheduling import calibration
 from slipstream.engine.speculation.oracles import TreeOracleDrafter
-from slipstream.engine.testing import POLICY, Completion, LocalEngine, policy, write_policy
-from slipstream.engine.testing_lora import random_lora, write_lora
+from slipstream.engine.testing.local import POLICY, Completion, LocalEngine, policy, write_policy
+from slipstream.engine.testing.lora import random_lora, write_lora
 from slipstream.kernels.adapter import ADAPTED, ADAPTED_MLP
 from slipstream.kernels.triton import launch
 

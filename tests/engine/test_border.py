@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.testing import TINY_LLAMA, LocalEngine
+from slipstream.engine.testing.local import TINY_LLAMA, LocalEngine
 
 LENGTH = 256
 

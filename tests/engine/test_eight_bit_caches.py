@@ -21,7 +21,7 @@ from slipstream.engine.operations import (
     ResumeMemory,
 )
 from slipstream.engine.speculation.protocol import Drafter
-from slipstream.engine.testing import POLICY, Completion, LocalEngine, policy, write_policy
+from slipstream.engine.testing.local import POLICY, Completion, LocalEngine, policy, write_policy
 
 WINDOWED = POLICY | {"model_type": "mistral", "sliding_window": 40}
 GEMMA = POLICY | {

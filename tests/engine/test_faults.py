@@ -16,7 +16,7 @@ from slipstream.engine.listening import EndedRequest, Listener
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams, TrafficStats
 from slipstream.engine.models.protocol import CausalModel, Forward
 from slipstream.engine.speculation.protocol import Computed, Drafter, DraftRow, Proposal
-from slipstream.engine.testing import TINY_LLAMA, Completion, LocalEngine, policy, write_policy
+from slipstream.engine.testing.local import TINY_LLAMA, Completion, LocalEngine, policy, write_policy
 
 VOCAB = TINY_LLAMA["vocab_size"]
 BROKEN = VOCAB - 1

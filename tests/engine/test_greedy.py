@@ -17,7 +17,7 @@ import torch
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.testing import Completion, LocalEngine
+from slipstream.engine.testing.local import Completion, LocalEngine
 from slipstream.kernels.native import library
 
 Prompts = Callable[..., list[list[int]]]

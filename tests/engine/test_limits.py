@@ -20,7 +20,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.limits import Limits, control_groups, free_memory, usable_cores
 from slipstream.engine.models import cache_size, loader
-from slipstream.engine.testing import TINY_LLAMA
+from slipstream.engine.testing.local import TINY_LLAMA
 
 MIB = 1 << 20
 NONE_OF_VERSION_1 = "9223372036854771712"

@@ -28,7 +28,7 @@ from slipstream.engine.operations import (
     FinishTargetUpdate,
     UpdateMode,
 )
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 
 pytestmark = pytest.mark.slow
 STREAMS, BUCKET_BYTES = 32, 8 << 20

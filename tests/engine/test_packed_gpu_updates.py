@@ -15,8 +15,8 @@ from slipstream.engine.models.decoder import DecoderWeights
 from slipstream.engine.models.loader import load_model
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import HostCopy, copy_missing
-from slipstream.engine.testing import POLICY, policy
-from slipstream.engine.testing_gguf import write_gguf
+from slipstream.engine.testing.gguf import write_gguf
+from slipstream.engine.testing.local import POLICY, policy
 from slipstream.kernels.stored import Stored
 from slipstream.kernels.triton import launch
 

@@ -16,9 +16,9 @@ from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.loader import load_model, weights_here
 from slipstream.engine.models.weights import copy_missing
-from slipstream.engine.testing import LocalEngine
-from slipstream.engine.testing_gguf import EXPERT_TYPES, write_gguf
-from slipstream.engine.testing_logits import prompt_logits
+from slipstream.engine.testing.gguf import EXPERT_TYPES, write_gguf
+from slipstream.engine.testing.local import LocalEngine
+from slipstream.engine.testing.logits import prompt_logits
 from slipstream.kernels.native.library import isa
 from slipstream.kernels.native.piecewise import PiecewiseCompute
 

@@ -29,8 +29,8 @@ from slipstream.engine.operations import (
     ReleaseMemory,
     ResumeMemory,
 )
-from slipstream.engine.testing import POLICY, LocalEngine, policy
-from slipstream.engine.testing_gguf import write_gguf
+from slipstream.engine.testing.gguf import write_gguf
+from slipstream.engine.testing.local import POLICY, LocalEngine, policy
 from slipstream.kernels.native.library import isa
 
 pytestmark = pytest.mark.skipif(isa() is None, reason="no native kernels on this machine")

@@ -16,9 +16,9 @@ from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models import weight_formats
 from slipstream.engine.models.loader import load_model, weights_here
 from slipstream.engine.operations import BeginTargetUpdate, FillTarget, FinishTargetUpdate, ReleaseMemory, ResumeMemory
-from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
-from slipstream.engine.testing_gguf import PACKED_TYPES, write_gguf
-from slipstream.engine.testing_logits import prompt_logits
+from slipstream.engine.testing.gguf import PACKED_TYPES, write_gguf
+from slipstream.engine.testing.local import POLICY, LocalEngine, policy, write_policy
+from slipstream.engine.testing.logits import prompt_logits
 from slipstream.kernels.native.library import isa
 from slipstream.kernels.native.stack import NativeCompute
 from slipstream.kernels.triton import launch

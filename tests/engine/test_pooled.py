@@ -11,7 +11,7 @@ from safetensors.torch import save
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.operations import BeginTargetUpdate, FillTarget, FinishTargetUpdate, Pause, Resume, UpdateMode
-from slipstream.engine.testing import LocalEngine, policy, write_policy
+from slipstream.engine.testing.local import LocalEngine, policy, write_policy
 from slipstream.kernels.native import library
 
 PROMPTS = [[(7 * i + seed) % 32 for i in range(90 + seed)] for seed in range(4)]

@@ -17,9 +17,9 @@ from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models.loader import load_model, weights_here
 from slipstream.engine.operations import BeginTargetUpdate, FillTarget, FinishTargetUpdate
-from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
-from slipstream.engine.testing_logits import prompt_logits
-from slipstream.engine.testing_quantised import KINDS, write_quantised
+from slipstream.engine.testing.local import POLICY, LocalEngine, policy, write_policy
+from slipstream.engine.testing.logits import prompt_logits
+from slipstream.engine.testing.quantised import KINDS, write_quantised
 from slipstream.kernels.native.library import isa
 from slipstream.kernels.native.stack import NativeCompute
 from slipstream.kernels.triton import launch

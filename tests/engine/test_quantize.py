@@ -27,8 +27,8 @@ from slipstream.engine.operations import (
     ReleaseMemory,
     ResumeMemory,
 )
-from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
-from slipstream.engine.testing_gguf import PACKED_TYPES, write_gguf
+from slipstream.engine.testing.gguf import PACKED_TYPES, write_gguf
+from slipstream.engine.testing.local import POLICY, LocalEngine, policy, write_policy
 from slipstream.kernels.native.library import isa
 from slipstream.kernels.native.quantised import StoredWeight
 from slipstream.kernels.native.stack import NativeCompute

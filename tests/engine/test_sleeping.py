@@ -31,7 +31,7 @@ from slipstream.engine.operations import (
     ResumeMemory,
     SwapDrafter,
 )
-from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
+from slipstream.engine.testing.local import POLICY, LocalEngine, policy, write_policy
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
 LONG = SamplingParams(max_tokens=100, temperature=0.0)

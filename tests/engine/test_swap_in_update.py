@@ -26,7 +26,7 @@ from slipstream.engine.operations import (
     ResumeMemory,
     SwapDrafter,
 )
-from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
+from slipstream.engine.testing.local import POLICY, LocalEngine, policy, write_policy
 
 
 @pytest.mark.parametrize("at", range(4))

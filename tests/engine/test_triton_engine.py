@@ -20,7 +20,7 @@ from slipstream.engine.messages import SamplingParams
 from slipstream.engine.models import loader
 from slipstream.engine.runner.warming import warm_up
 from slipstream.engine.scheduling import calibration
-from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
+from slipstream.engine.testing.local import POLICY, LocalEngine, policy, write_policy
 from slipstream.kernels import ops
 from slipstream.kernels.triton import graphs, launch
 

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.operations import BeginTargetUpdate, FillTarget, FinishTargetUpdate
-from slipstream.engine.testing import LocalEngine, policy, write_policy
+from slipstream.engine.testing.local import LocalEngine, policy, write_policy
 
 
 def test_updates_follow_each_other_where_there_is_room_for_two_sets(

@@ -24,7 +24,7 @@ from slipstream.engine.operations import (
     Resume,
     UpdateMode,
 )
-from slipstream.engine.testing import POLICY, Completion, LocalEngine, telling_policy, write_policy
+from slipstream.engine.testing.local import POLICY, Completion, LocalEngine, telling_policy, write_policy
 
 SIZE = POLICY["vocab_size"]
 SHARED = [1, 2, 3, 4] * 8

@@ -37,7 +37,7 @@ FAULTS: dict[str, tuple[Plant, str, str]] = {
         "the wheel has no native kernels",
     ),
     "a metric by another name": (
-        replace("server/metrics.py", '"kv_cache_usage_perc"', '"kv_cache_usage_percent"'),
+        replace("server/telemetry/metrics.py", '"kv_cache_usage_perc"', '"kv_cache_usage_percent"'),
         "test_stack.py::test_every_query_finds_data",
         "kv_cache_usage_perc",
     ),

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.server.app import build_app
-from slipstream.server.cli import app as command_line
+from slipstream.server.commands.cli import app as command_line
 from slipstream.server.config import ServerConfig
 from slipstream.server.launch import start_process
-from slipstream.server.metrics import PREFIX
 from slipstream.server.service import Service
+from slipstream.server.telemetry.metrics import PREFIX
 
 pytestmark = pytest.mark.images
 

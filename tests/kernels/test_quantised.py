@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slipstream.engine.checkpoint.gguf_file import TENSOR_TYPES, TensorType
 from slipstream.engine.checkpoint.gguf_file import dequantised as gguf_dequantised
-from slipstream.engine.testing_quantised import block_numbers
+from slipstream.engine.testing.quantised import block_numbers
 from slipstream.kernels.compute import Arithmetic
 from slipstream.kernels.native import library
 from slipstream.kernels.native.quantised import Arena, StoredWeight, form_of, packed_bytes

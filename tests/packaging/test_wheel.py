@@ -64,4 +64,4 @@ def test_only_slipstream_is_at_the_top(contents: set[str]) -> None:
 def test_data_files_are_in_it(contents: set[str]) -> None:
     assert "slipstream/kernels/py.typed" in contents
     assert "slipstream/kernels/csrc/api.h" in contents
-    assert {"slipstream/server/chat.html", "slipstream/server/admin/dashboard.html"} <= set(contents)
+    assert {"slipstream/server/http/chat.html", "slipstream/server/admin/dashboard.html"} <= set(contents)

@@ -25,9 +25,9 @@ from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.operations import CheckIntegrity, Operation
 from slipstream.engine.scheduling.scheduler import Scheduler
-from slipstream.server import workers
 from slipstream.server.config import ServerConfig
 from slipstream.server.evolution.config import EvolutionConfig
+from slipstream.server.preparing import workers
 from slipstream.server.testing import Document, ServerThread, write_tiny_model
 from tests.ports import free_port
 from tests.server.once import _tokenizers_are_read_once, policy  # noqa: F401 - fixtures

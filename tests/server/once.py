@@ -40,5 +40,5 @@ def _tokenizers_are_read_once() -> Iterator[None]:
         return read(str(path), tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slipstream.server.text_model.load_tokenizer", find)
+        patch.setattr("slipstream.server.preparing.text_model.load_tokenizer", find)
         yield

@@ -16,7 +16,7 @@ import uvicorn
 from rolling import Address, ServiceProxy, roll
 
 from slipstream.server import launch
-from slipstream.server.protocol import HttpProtocol
+from slipstream.server.http.protocol import HttpProtocol
 
 CLIENTS = 6
 TOKENS = 30

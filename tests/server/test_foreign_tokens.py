@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from slipstream.engine.checkpoint.dummy import dummy_tensors
-from slipstream.engine.testing import TINY_LLAMA
+from slipstream.engine.testing.local import TINY_LLAMA
 
 END, PAD, BEGIN = 256, 257, 258
 VOCAB = PAD

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from slipstream.engine.compiling import compile_grammar, vocabulary
 from slipstream.engine.errors import RequestError
+from slipstream.engine.grammars.compiling import compile_grammar, vocabulary
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.structured import choice_grammar, context_free_grammar, json_grammar
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slipstream.drafter.traffic.store import TrafficStore
-from slipstream.server.consent import LEVEL_KEY
+from slipstream.server.access.consent import LEVEL_KEY
 
 OFF = {"X-Slipstream-Traffic": "off"}
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream.engine.validation import BIAS_RANGE, RANGES
-from slipstream.server.body import Body, parse
 from slipstream.server.errors import InvalidRequestError
+from slipstream.server.http.body import Body, parse
 from slipstream.server.openai.schema import (
     ChatBody,
     CompletionBody,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from slipstream.engine.compiling import compile_grammar, vocabulary
 from slipstream.engine.errors import RequestError
+from slipstream.engine.grammars.compiling import compile_grammar, vocabulary
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.schema_form import require_well_formed
 from slipstream.server.structured import JSON_OPTIONS, json_grammar

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from slipstream.server.description import PARTS
+from slipstream.server.http.description import PARTS
 
 pytest.importorskip("schemathesis")
 

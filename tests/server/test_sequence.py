@@ -18,8 +18,8 @@ from slipstream.engine.handle import RequestStream
 from slipstream.engine.messages import NewRequest, SamplingParams, TokenDelta, TokenLogprobs
 from slipstream.server.errors import GenerationFailedError, UnavailableError
 from slipstream.server.generation import OutputOptions, Piece, Sequence
-from slipstream.server.metrics import Metrics
 from slipstream.server.rollout.versions import Called
+from slipstream.server.telemetry.metrics import Metrics
 from slipstream.server.text import Tokenizer, load_tokenizer
 from slipstream.server.text.tokenizer_files import TokenizerParts
 

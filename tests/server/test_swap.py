@@ -21,7 +21,7 @@ from slipstream.engine.errors import ModelError, SlipstreamError
 from slipstream.engine.messages import NewRequest, SamplingParams, TokenDelta
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.operations import CheckIntegrity, DropDrafter, SwapDrafter
-from slipstream.engine.testing import TINY_LLAMA, policy, write_policy
+from slipstream.engine.testing.local import TINY_LLAMA, policy, write_policy
 from slipstream.server.app import build_app
 from slipstream.server.config import ServerConfig
 from slipstream.server.service import Service

@@ -11,8 +11,8 @@ import pytest
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.prepare import chat
-from slipstream.server.prepared import Limits
-from slipstream.server.text_model import TextModel, load_text_model
+from slipstream.server.preparing.prepared import Limits
+from slipstream.server.preparing.text_model import TextModel, load_text_model
 
 STRICT_TURNS = """{% for m in messages -%}
 {% if m.role == 'system' %}{{ raise_exception('there is no system') }}{% endif -%}

@@ -12,9 +12,9 @@ from slipstream.server.anthropic.prepare import converse
 from slipstream.server.config import ServerConfig
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.openai.prepare import chat
-from slipstream.server.prepared import Limits, Prepared
+from slipstream.server.preparing.prepared import Limits, Prepared
+from slipstream.server.preparing.text_model import TextModel, load_text_model
 from slipstream.server.text import ChatTemplate
-from slipstream.server.text_model import TextModel, load_text_model
 from slipstream.server.tools.formats import FORMATS
 from slipstream.server.tools.prompt import with_results_told
 

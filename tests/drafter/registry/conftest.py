@@ -15,7 +15,7 @@ from slipstream.drafter.head.layout import HeadConfig
 from slipstream.drafter.registry.registry import Registry
 from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.models.config import decoder_config
-from slipstream.engine.testing import TINY_LLAMA
+from slipstream.engine.testing.local import TINY_LLAMA
 
 TARGET = TINY_LLAMA | {"num_hidden_layers": 8}
 Head = tuple[HeadConfig, dict[str, Tensor]]

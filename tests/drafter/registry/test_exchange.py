@@ -23,7 +23,7 @@ from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 
 VOCAB, DRAFT_VOCAB = 96, 48
 

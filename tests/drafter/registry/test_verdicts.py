@@ -26,7 +26,7 @@ from slipstream.engine.errors import (
     kind_of,
 )
 from slipstream.engine.operations import SwapDrafter
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 
 
 def swap(local: LocalEngine, path: Path, route: str = "") -> None:

@@ -17,7 +17,7 @@ from slipstream.drafter.traffic.writer import TrafficWriter
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.speculation.protocol import Drafter
-from slipstream.engine.testing import TINY_LLAMA, LocalEngine, policy, write_policy
+from slipstream.engine.testing.local import TINY_LLAMA, LocalEngine, policy, write_policy
 
 TARGET = TINY_LLAMA | {"num_hidden_layers": 6, "max_position_embeddings": 512}
 

@@ -27,7 +27,7 @@ from slipstream.engine.messages import NewRequest, SamplingParams
 from slipstream.engine.models.loader import load_model
 from slipstream.engine.speculation.oracles import OracleDrafter
 from slipstream.engine.speculation.protocol import Computed, DraftRow
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.kernels.native.library import isa
 
 TAPS = (2, 3)

@@ -31,7 +31,7 @@ from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.models.config import DecoderConfig, decoder_config
 from slipstream.engine.models.loader import build_model, find_device
-from slipstream.engine.testing import TINY_LLAMA, policy, write_policy
+from slipstream.engine.testing.local import TINY_LLAMA, policy, write_policy
 from slipstream.kernels.compute import Formats
 from tests.forking import Forks
 

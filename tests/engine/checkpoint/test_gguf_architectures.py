@@ -16,7 +16,7 @@ from slipstream.engine.checkpoint.gguf_architectures import ARCHITECTURES
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.loader import load_model
-from slipstream.engine.testing_gguf import write_gguf
+from slipstream.engine.testing.gguf import write_gguf
 from slipstream.kernels.batch import make_batch
 
 SIZES: dict[str, Any] = {

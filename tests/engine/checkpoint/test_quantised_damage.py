@@ -19,8 +19,8 @@ from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.loader import load_model
-from slipstream.engine.testing import POLICY
-from slipstream.engine.testing_quantised import KINDS, Parts, compressed, four_bit_floats, gptq, quantise, rows_of_bytes
+from slipstream.engine.testing.local import POLICY
+from slipstream.engine.testing.quantised import KINDS, Parts, compressed, four_bit_floats, gptq, quantise, rows_of_bytes
 
 Q = "model.layers.0.self_attn.q_proj"
 NF4, LLM_INT8 = ({"quant_method": "bitsandbytes", f"load_in_{bits}bit": True} for bits in (4, 8))

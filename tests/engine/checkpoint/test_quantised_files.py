@@ -17,8 +17,8 @@ from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.loader import load_model
-from slipstream.engine.testing import POLICY, policy
-from slipstream.engine.testing_quantised import (
+from slipstream.engine.testing.local import POLICY, policy
+from slipstream.engine.testing.quantised import (
     KINDS,
     Parts,
     Whole,

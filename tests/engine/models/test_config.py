@@ -13,7 +13,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.models.transformers_files import transformers_switch_length
-from slipstream.engine.testing import TINY_LLAMA, LocalEngine
+from slipstream.engine.testing.local import TINY_LLAMA, LocalEngine
 
 MIXTURE = {"num_experts": 4, "moe_intermediate_size": 32}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 16}

@@ -20,7 +20,7 @@ import pytest
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.messages import SamplingParams
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 
 DOCS = Path(__file__).parents[3] / "docs" / "models.md"
 BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->"

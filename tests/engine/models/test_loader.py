@@ -21,7 +21,7 @@ from slipstream.engine.models.decoder import Decoder
 from slipstream.engine.models.gpu_memory import MOST_PENDING, head_bytes, pending_bytes
 from slipstream.engine.models.loader import load_model
 from slipstream.engine.models.weights import ahead
-from slipstream.engine.testing import TINY_LLAMA, LocalEngine
+from slipstream.engine.testing.local import TINY_LLAMA, LocalEngine
 from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.native.library import isa
 

@@ -11,7 +11,7 @@ import pytest
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import SamplingParams
 from slipstream.engine.speculation.oracles import OracleDrafter
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 
 ORIGINAL = 64
 PHI3 = {

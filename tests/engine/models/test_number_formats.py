@@ -11,7 +11,7 @@ from slipstream.engine.checkpoint.dummy import dummy_tensors
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.models.decoder import Decoder
 from slipstream.engine.models.weights import load
-from slipstream.engine.testing import TINY_LLAMA
+from slipstream.engine.testing.local import TINY_LLAMA
 from slipstream.kernels import torch_stack
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.compute import Formats

@@ -28,7 +28,7 @@ from slipstream.engine.operations import (
     ReleaseMemory,
     ResumeMemory,
 )
-from slipstream.engine.testing import POLICY, LocalEngine, policy, write_policy
+from slipstream.engine.testing.local import POLICY, LocalEngine, policy, write_policy
 
 FAMILIES = {
     entry["family"]: entry["config"] for entry in json.loads(Path(__file__).with_name("families.json").read_text())

@@ -14,7 +14,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.config import decoder_config
 from slipstream.engine.models.loader import load_model
-from slipstream.engine.testing import TINY_LLAMA
+from slipstream.engine.testing.local import TINY_LLAMA
 
 
 def opened(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from slipstream.engine.models.weights import load
 from slipstream.engine.runner.trees import BranchSegments
 from slipstream.engine.speculation.scratch import Scratch
 from slipstream.engine.speculation.tree import Tree, affordable, branches, depths
-from slipstream.engine.testing import policy
+from slipstream.engine.testing.local import policy
 from slipstream.kernels.batch import make_batch
 from slipstream.kernels.compute import Formats
 from slipstream.kernels.native.library import isa

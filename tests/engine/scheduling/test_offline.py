@@ -9,7 +9,7 @@ import pytest
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.plan import StepPlan, StepWork
 from slipstream.engine.scheduling.step_cost import StepCost
-from slipstream.engine.testing import SimulatedLoop
+from slipstream.engine.testing.local import SimulatedLoop
 
 VOCAB = 40
 CONFIG = EngineConfig(max_running=8, max_step_tokens=64, block_size=16)

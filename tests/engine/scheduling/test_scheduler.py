@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.messages import NewRequest, SamplingParams, SpeculationParams
 from slipstream.engine.plan import StepWork
-from slipstream.engine.testing import SimulatedLoop, simulated_answer
+from slipstream.engine.testing.local import SimulatedLoop, simulated_answer
 
 VOCAB = 40
 CONFIG = EngineConfig(max_running=8, max_step_tokens=64, block_size=16)

@@ -12,7 +12,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.plan import StepWork
 from slipstream.engine.scheduling import shares
 from slipstream.engine.scheduling.prompts import SHARED_STEP_S, STANDING_BACK
-from slipstream.engine.testing import SimulatedLoop
+from slipstream.engine.testing.local import SimulatedLoop
 
 VOCAB = 40
 CONFIG = EngineConfig(max_running=2, max_step_tokens=64, block_size=16)

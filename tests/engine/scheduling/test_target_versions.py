@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.operations import PauseMode, UpdateMode
-from slipstream.engine.testing import SimulatedLoop, simulated_token
+from slipstream.engine.testing.local import SimulatedLoop, simulated_token
 
 VOCAB = 40
 UPDATE_MODES, PAUSE_MODES = get_args(UpdateMode), get_args(PauseMode)

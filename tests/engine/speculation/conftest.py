@@ -11,8 +11,8 @@ import pytest
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.operations import UseVocabulary
 from slipstream.engine.speculation.protocol import Drafter
-from slipstream.engine.testing import LocalEngine, policy, write_policy
-from slipstream.engine.testing_gguf import write_gguf
+from slipstream.engine.testing.gguf import write_gguf
+from slipstream.engine.testing.local import LocalEngine, policy, write_policy
 
 CONFIG = {
     "model_type": "llama",

@@ -18,8 +18,8 @@ from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.operations import LoadAdapter
 from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter
-from slipstream.engine.testing import Completion, LocalEngine
-from slipstream.engine.testing_lora import random_lora, write_lora
+from slipstream.engine.testing.local import Completion, LocalEngine
+from slipstream.engine.testing.lora import random_lora, write_lora
 from slipstream.kernels.native import library
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="no native kernels on this machine")

@@ -34,7 +34,7 @@ from slipstream.engine.runner.sampler import Sampling, SamplingBatch, sample
 from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter
 from slipstream.engine.speculation.tree import Tree, branches
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.kernels import ops
 from slipstream.kernels.compute import Formats
 

@@ -16,7 +16,7 @@ from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.engine.models.config import DecoderConfig
 from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.kernels.native.library import isa
 
 Engine = Callable[..., LocalEngine]

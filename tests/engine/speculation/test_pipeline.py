@@ -29,7 +29,7 @@ from slipstream.engine.plan import StepPlan, StepResult, StepWork
 from slipstream.engine.runner.runner import Launched
 from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter, DraftRow
-from slipstream.engine.testing import Completion, LocalEngine
+from slipstream.engine.testing.local import Completion, LocalEngine
 from slipstream.kernels.compute import Formats
 
 Engine = Callable[..., LocalEngine]

@@ -21,7 +21,7 @@ from slipstream.engine.models.loader import build_model
 from slipstream.engine.runner.row_drafts import RowDrafts
 from slipstream.engine.runner.speculator import Speculator
 from slipstream.engine.speculation.protocol import DraftRow
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.kernels.compute import Formats
 
 Engine = Callable[..., LocalEngine]

@@ -19,7 +19,7 @@ from slipstream.engine.messages import SamplingParams
 from slipstream.engine.operations import ResetPrefixCache, SwapDrafter
 from slipstream.engine.speculation.oracles import OracleDrafter, TreeOracleDrafter
 from slipstream.engine.speculation.protocol import Drafter
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.kernels.native.library import isa
 
 LENGTH = 128

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from slipstream.engine.testing_quantised import block_numbers
+from slipstream.engine.testing.quantised import block_numbers
 from slipstream.kernels.stored import Stored
 from slipstream.kernels.triton import launch
 from slipstream.kernels.triton.blocks import FORMS, READERS, form_of

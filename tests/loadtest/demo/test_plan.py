@@ -68,7 +68,7 @@ def test_answers_come_early_and_are_learned_more_often_in_the_end(given):
 def test_the_server_takes_the_options(given):
     from typer.testing import CliRunner
 
-    from slipstream.server.cli import app
+    from slipstream.server.commands.cli import app
 
     options = DemoOptions(**given)
     for command in (options.serve(), options.probe("cold", given["folder"] / "probe")):

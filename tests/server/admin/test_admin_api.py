@@ -12,8 +12,8 @@ import pytest
 
 from slipstream.clients.admin import AdminClient
 from slipstream.clients.errors import APIError
-from slipstream.server.gate import is_local
-from slipstream.server.headers import is_loopback
+from slipstream.server.access.gate import is_local
+from slipstream.server.http.headers import is_loopback
 
 KEY = "an-admin-key"
 

@@ -10,7 +10,7 @@ import pytest
 from slipstream.drafter.choice import make_drafters
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
-from slipstream.engine.testing import LocalEngine
+from slipstream.engine.testing.local import LocalEngine
 from slipstream.server.evolution.config import EvolutionConfig, check_version_route
 from slipstream.server.launch import with_live_drafter
 

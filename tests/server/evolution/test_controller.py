@@ -18,7 +18,7 @@ from slipstream.drafter.registry.registry import DATABASE_FILE, Registry
 from slipstream.drafter.traffic.config import TrafficConfig
 from slipstream.engine.messages import EngineStats
 from slipstream.engine.models.config import decoder_config
-from slipstream.engine.testing import TINY_LLAMA
+from slipstream.engine.testing.local import TINY_LLAMA
 from slipstream.server.evolution import evolution as evolutions
 from slipstream.server.evolution import observer as observers
 from slipstream.server.evolution.config import EvolutionConfig

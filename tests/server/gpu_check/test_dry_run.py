@@ -33,7 +33,7 @@ if importlib.util.find_spec("triton"):
     import quick_interpreter
     sys.path.pop()
 sys.argv[0] = "slipstream"
-from slipstream.server.cli import main
+from slipstream.server.commands.cli import main
 main()
 """
 

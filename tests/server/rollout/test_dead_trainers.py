@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slipstream.engine.checkpoint import open_checkpoint
 from slipstream.engine.checkpoint.dummy import dummy_tensors
-from slipstream.engine.target_senders import processes
+from slipstream.engine.target.senders import processes
 from slipstream.server.rollout import sources
 from slipstream.server.rollout.control import Control
 from tests.forking import Forks
@@ -197,7 +197,7 @@ def control_names(control: Control, server: Any) -> dict[str, str]:
 def test_a_trainer_that_is_there_may_send_a_few_tensors(
     server: Any, control: Control, file: Path, sending: Sending, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slipstream.engine.target_senders.ANSWER_S", 300.0)
+    monkeypatch.setattr("slipstream.engine.target.senders.ANSWER_S", 300.0)
     names = list(control_names(control, server))[:3]
     with sending(kind, file) as sender:
         for name in names[:2]:

@@ -14,9 +14,9 @@ from tokenizers import decoders, models
 
 from slipstream.engine.errors import ConfigError
 from slipstream.server.config import ServerConfig
+from slipstream.server.preparing.text_model import load_template, load_text_model
 from slipstream.server.text import ChatTemplate, TemplateError, Tokenizer, load_tokenizer
 from slipstream.server.text.tokenizer_files import TokenizerParts
-from slipstream.server.text_model import load_template, load_text_model
 
 SPECIAL = ("</s>", "<|im_end|>", "<|im_end|>x", "<|eot|>")
 END = {

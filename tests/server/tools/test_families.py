@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream.server import reasoning
+from slipstream.server.tools import reasoning
 from slipstream.server.tools.answer import AnswerParser
 from slipstream.server.tools.formats import FORMATS, ToolFormat, recognized
 from slipstream.server.tools.written import all_written

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slipstream.engine.compiling import compile_grammar, vocabulary
 from slipstream.engine.errors import RequestError
+from slipstream.engine.grammars.compiling import compile_grammar, vocabulary
 from slipstream.server.structured import JSON_OPTIONS, after_reasoning, json_grammar
 from slipstream.server.tools.answer import Speech
 from slipstream.server.tools.formats import FORMATS, ToolFormat

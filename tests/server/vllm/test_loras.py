@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from slipstream.engine.testing_lora import random_lora, write_lora
+from slipstream.engine.testing.lora import random_lora, write_lora
 from tests.ports import free_port
 from tests.server.vllm.sending import PROMPT, beside, broadcast, info, named_group, post, say
 

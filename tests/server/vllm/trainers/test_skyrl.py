@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save
 
-from slipstream.engine.testing_lora import random_lora, write_lora
+from slipstream.engine.testing.lora import random_lora, write_lora
 
 pytestmark = pytest.mark.slow
 PROMPT = [504, 2365, 6354, 16438]

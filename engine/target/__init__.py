@@ -1,0 +1,1 @@
+"""New weights for the target while it serves."""

@@ -1,0 +1,1 @@
+"""What tests and experiments of every room are made with."""

@@ -1,0 +1,1 @@
+"""HTTP itself: its protocol, heads and bodies, and how routes and pages are described and sent."""
