@@ -67,6 +67,10 @@ class _Job:
     """Once it is its turn; it is done before the thread gives up the turn in which it ended."""
     unneeded: bool = False
 
+    @property
+    def is_prepared(self) -> bool:
+        return self.prepared is not None and self.prepared.done()
+
 
 class Background:
     """One job after the other, in the order of their arrival; of those with the same key only the latest.
@@ -134,8 +138,8 @@ class Background:
                 self._turn.notify_all()
         if is_busy and self._jobs:
             self._grant(self._jobs[0], step)
-        while self._jobs and (prepared := self._jobs[0].prepared) is not None and prepared.done():
-            self._land(self._jobs.pop(0), prepared)
+        while self._jobs and self._jobs[0].is_prepared:
+            self._land(self._jobs.pop(0))
             self._prepare_next()
         self._resumed = self._clock()
 
@@ -166,7 +170,7 @@ class Background:
         share = FIRST_SHARE * 2 ** min((now - job.since) / DOUBLING_S, FULL_AFTER)
         seconds = min(share, 1.0) * step
         with self._turn:
-            if job.prepared is not None and job.prepared.done():
+            if job.is_prepared:
                 return
             self._until, self._has_turn = now + seconds, True
             self._turn.notify_all()
@@ -176,12 +180,14 @@ class Background:
         """Waits until the thread has used its turn or has nothing more to do."""
         self._turn.wait_for(lambda: not self._has_turn, seconds)
 
-    def _land(self, job: _Job, prepared: Future[Land]) -> None:
+    def _land(self, job: _Job) -> None:
+        assert job.prepared is not None
         self._settle()
         try:
-            job.done.set_result(prepared.result()())
+            job.done.set_result(job.prepared.result()())
         except Exception as error:
             job.done.set_exception(error)
+        del job  # an error knows this frame: they would keep each other, and all that the job refers to
 
     def _prepare_next(self) -> None:
         if self._jobs and self._jobs[0].prepared is None:
@@ -195,6 +201,7 @@ class Background:
         self._begin()
         while (job := self._queue.get()) is not None:
             self._prepare(job)
+            del job, _current.job  # half of a model's weights may be in it, which nobody else may want any more
 
     def _prepare(self, job: _Job) -> None:
         assert job.prepared is not None
@@ -213,6 +220,7 @@ class Background:
                 job.prepared.set_exception(failed)
             self._has_turn, self._until = False, 0.0  # the next job waits for a turn of its own
             self._turn.notify_all()
+        del failed, job  # as in _land
 
     def _let_begin(self) -> None:
         import torch  # not above: breathe is also for tools that have no other need of it

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
@@ -79,6 +81,38 @@ def test_whatever_fails_is_told_and_the_next_job_runs(background: Background) ->
     poll_until(background, third.done)
     assert isinstance(first.exception(), RuntimeError) and isinstance(second.exception(), RuntimeError)
     assert third.result() == 7
+
+
+@pytest.mark.parametrize("fails", ["never", "prepared", "landing"])
+def test_nothing_of_a_job_is_kept_when_it_is_over(background: Background, fails: str) -> None:
+    """Weights of an update that was given up: they would be there until the next job, or Python's next collection."""
+
+    class Weights: ...
+
+    def start() -> tuple[Future[Any], ReferenceType[Weights]]:
+        weights = Weights()
+
+        def land() -> str:
+            if fails == "landing":
+                raise ValueError(weights)
+            return str(weights)
+
+        def prepare() -> Callable[[], str]:
+            if fails == "prepared":
+                raise ValueError(weights)
+            return land
+
+        return background.start(prepare), ref(weights)
+
+    gc.disable()
+    try:
+        told, weights = start()
+        poll_until(background, lambda: not background.has_work)  # told.done would be kept by the frames of an error
+        assert (told.exception() is None) == (fails == "never")
+        del told
+        until(lambda: weights() is None)
+    finally:
+        gc.enable()
 
 
 def test_without_a_job_there_is_no_thread(background: Background) -> None:
