@@ -149,4 +149,6 @@ def test_trainers_that_are_killed_half_way(real_prompts: Callable[..., list[list
 
     memory = asyncio.run(run())
     print("MiB after each killed trainer:", [size >> 20 for size in memory])
-    assert max(memory) < memory[0] + (20 << 20)
+    # What is free at the end of a thread's arena, up to 64 MiB, is not given back by malloc_trim; what two more
+    # trainers have sent would be all of the weights, 97 MB of blocks at least.
+    assert memory[-1] < memory[0] + (80 << 20)
