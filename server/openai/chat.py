@@ -42,8 +42,7 @@ def begin_chat(
     """The generation of a conversation that was prepared, and what is asked of its answer.
 
     ``prefix`` stands before the request's id in the id of the answer; ``offsets``: pieces tell where tokens begin.
-    Raises what start_generation raises, and
-    InvalidRequestError for what is too much.
+    Raises what start_generation raises, and InvalidRequestError for what is too much.
     """
     [prompt] = prepared.prompts
     principal = principal_of(request.scope)

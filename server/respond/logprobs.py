@@ -32,14 +32,17 @@ class TextLogprobs:
     def cut(self, piece: Piece) -> Iterator[tuple[str, bool]]:
         """The text token by token, and whether this is the last of it; ``told`` is asked of each before the next."""
         self._waiting += zip(piece.offsets, piece.logprobs, strict=True)
+        self._waiting.sort(key=lambda each: each[0])  # as they are, so that each is looked at once
         start, last = self._end, self._end + len(piece.text)
-        begin = start
+        begin, taken = start, 0
         for end in [*sorted({offset for offset, _ in self._waiting if start < offset < last}), last]:
-            self._untold += [each for each in self._waiting if each[0] < end]
-            self._waiting = [each for each in self._waiting if each[0] >= end]
+            while taken < len(self._waiting) and self._waiting[taken][0] < end:
+                self._untold.append(self._waiting[taken])
+                taken += 1
             self._end = end
             yield piece.text[begin - start : end - start], end == last and piece.finish_reason is not None
             begin = end
+        del self._waiting[:taken]
 
     def told(self, event: BlockEvent) -> list[dict[str, Any]]:
         """What belongs to an event of text; empty for another."""
