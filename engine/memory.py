@@ -13,6 +13,14 @@ M_ARENA_MAX = -8
 def trim() -> None:
     """Has the allocator give memory that is free to the system, for example after a start."""
     gc.collect()
+    give_back_free()
+
+
+def give_back_free() -> None:
+    """The same of what is free already, without a search for more of it: others can run meanwhile.
+
+    Between pieces in use the allocator keeps what is free otherwise: hundreds of MiB after weights were replaced.
+    """
     with suppress(OSError, AttributeError):  # what is not glibc keeps less of what is free, or has no such call
         ctypes.CDLL(None).malloc_trim(0)
 

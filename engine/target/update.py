@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slipstream.engine.background import Background, done
 from slipstream.engine.errors import ConfigError, ModelError, SupersededError
+from slipstream.engine.memory import give_back_free
 from slipstream.engine.models.loader import SPARE_BYTES, available_memory
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import (
@@ -199,6 +200,16 @@ class TargetUpdates:
     def _give_up(self, update: Update, why: str) -> None:
         update.end(why)
         self._update = None
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Once what is under way has let go of them, gives the memory of weights that nobody has to the system."""
+
+        def prepare() -> Callable[[], None]:
+            give_back_free()
+            return lambda: None
+
+        self._background.start(prepare, key="give back")
 
     def _serving(self) -> Weights:
         if not self.has_weights:
@@ -353,6 +364,7 @@ class TargetUpdates:
         self.use(weights, update.version, update.mode, follow)
         update.end("it serves already")  # what comes late must not be laid into weights that serve
         self._update, self._base = None, base
+        self._give_back()
         return TargetUpdated(update.version, began - update.began, time.perf_counter() - began)
 
     def _read_tensor(self, asked: ReadTensor) -> TensorRows:
