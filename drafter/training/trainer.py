@@ -74,7 +74,7 @@ class Trainer:
         self.options = options
         """The loss may be replaced between steps."""
         self.step = 0
-        self._is_cold = is_cold
+        self.is_cold = is_cold
         self._threads = threads or Threads()
         matrices = [name for name in head.trained if head.weights[name].dim() == 2]
         vectors = [name for name in head.trained if head.weights[name].dim() == 1]
@@ -146,7 +146,7 @@ class Trainer:
         """All that training needs to go on as if it had not stopped; frozen weights are not part of it."""
         return {
             "step": self.step,
-            "is_cold": self._is_cold,
+            "is_cold": self.is_cold,
             "weights": {name: self.head.weights[name].detach() for name in self.head.trained},
             "average": self._average,
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
@@ -154,7 +154,7 @@ class Trainer:
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Goes on from what ``state`` returned."""
-        self.step, self._is_cold = state["step"], state.get("is_cold", False)
+        self.step, self.is_cold = state["step"], state.get("is_cold", False)
         with torch.no_grad():
             for name in self.head.trained:
                 self.head.weights[name].copy_(state["weights"][name])
@@ -166,7 +166,7 @@ class Trainer:
     def _rate(self) -> float:
         options = self.options
         rate = options.learning_rate
-        if self._is_cold:
+        if self.is_cold:
             rate = max(rate, options.first_rate / math.sqrt(1 + self.step / options.fall))
         return rate * min((self.step + 1) / options.warmup, 1.0)
 

@@ -22,7 +22,7 @@ from slipstream.drafter.registry.registry import Registry
 from slipstream.drafter.registry.states import UnknownVersionError
 from slipstream.drafter.traffic.store import TrafficStore
 from slipstream.drafter.training.control import Control, Report, ServerGoneError, StandBy
-from slipstream.drafter.training.course import LONGER_STEPS, LONGER_STEPS_FROM, Course, WorkerOptions
+from slipstream.drafter.training.course import LIVE_RATE, LONGER_STEPS, LONGER_STEPS_FROM, Course, WorkerOptions
 from slipstream.drafter.training.device import memory_errors
 from slipstream.drafter.training.gate import LEAST_TEXTS, Score, Verdict, judge, score
 from slipstream.drafter.training.held_out import HeldOut
@@ -168,7 +168,7 @@ class Worker:
         first_step, first_learned = trainer.step, course.learned
         size = min(max(int(FIRST_ROUND * options.round_tokens), course.learned), options.round_tokens)
         looked, busy = time.monotonic(), self._busy
-        rows = self._rows(trainer.step)
+        rows = self._rows(trainer)
         groups = fill(course.curriculum.draw(), self._part_rows(rows), options.longest)
         self._control.round_ends = False
         while (done := course.learned - first_learned) < size and not self._ends:
@@ -219,9 +219,10 @@ class Worker:
             size += self._part_rows(rows)
             yield group
 
-    def _rows(self, step: int) -> int:
-        """Positions for this step of the optimizer."""
-        return self._options.rows * (LONGER_STEPS if step >= LONGER_STEPS_FROM else 1)
+    def _rows(self, trainer: Trainer) -> int:
+        """Positions for its next steps of the optimizer."""
+        has_come_far = trainer.step >= LONGER_STEPS_FROM or not trainer.is_cold
+        return self._options.rows * (LONGER_STEPS if has_come_far else 1)
 
     def _part_rows(self, rows: int) -> int:
         """Positions for one thread at once."""
@@ -234,7 +235,10 @@ class Worker:
             course.restart()
         if course.trainer is None:
             trainer = self._new_trainer(course)
-            course.trainer = trainer if course.resume(trainer) else self._new_trainer(course)
+            if not course.resume(trainer):
+                trainer = self._new_trainer(course)
+                course.rate = 1.0 if trainer.is_cold else LIVE_RATE
+            course.trainer = trainer
         trainer, counts = course.trainer, course.curriculum.counts
         trainer.options = course.options()
         trainer.head.read_from(self._target.embedding)
@@ -277,6 +281,12 @@ class Worker:
         config, tensors = trainer.head.config, layout.stored(trainer.published())
         candidate = self._target.trainable(config, tensors, training.shares_output)
         verdict = self._verdict(course, candidate, self._held_out(course))
+        if course.steps_back(verdict, training.tokens):
+            said = f"{verdict.describe()}: learning goes on from what is live, in smaller steps"
+            self._report("refused", gate=verdict.metrics(), message=said)
+            course.restart()
+            course.trainer = self._new_trainer(course)
+            return
         if not verdict.passes:
             self._report("refused", gate=verdict.metrics(), message=verdict.describe())
             return

@@ -170,6 +170,8 @@ class Demo:
             self._enter("training")
             while not over() and watch.rounds == rounds and not self._starved(watch, began):
                 await asyncio.sleep(0.5)
+            if watch.rounds > rounds:
+                self._say(watch.verdict)
             # What was published is put on trial within the next second.
             await asyncio.sleep(2)
             await self._trial(watch, replay, until)

@@ -98,6 +98,12 @@ class Watch:
         return sum(self.evolution.get("worker", {}).get("rounds", {}).values())
 
     @property
+    def verdict(self) -> str:
+        """What the gate said last, for people."""
+        verdict = self.evolution.get("worker", {}).get("verdict", {})
+        return f"{verdict['state']}: {verdict['message']}" if verdict else ""
+
+    @property
     def versions(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.evolution.get("versions", [])
         return found

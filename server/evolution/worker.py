@@ -97,6 +97,8 @@ class WorkerProcess:
             while (report := await _next_report(self._process.stdout)) is not None:
                 if report["state"] == "failed":
                     logger.error("the training worker says: %s", report.get("message"))
+                if report["state"] in ("published", "refused"):
+                    logger.info("drafter trained: %s (%s)", report["state"], report.get("message"))
                 self._take(report)
             return await self._process.wait()
         finally:

@@ -256,6 +256,11 @@ def test_what_a_head_proposes_are_the_most_frequent_tokens(targets: dict[str, Ta
     assert targets[""].draft_tokens(counts, 6, [9, 70, 80]).tolist() == [0, 5, 9, 70, 80, 90]
 
 
+def test_what_a_head_proposed_before_stays_unless_others_come_much_more_often(targets: dict[str, Target]) -> None:
+    counts = {70: 4.0, 5: 2.0, 90: 9.0}
+    assert targets[""].draft_tokens(counts, 3, [9, 5, 80]).tolist() == [5, 9, 90]
+
+
 def test_frozen_matrices_are_held_once(targets: dict[str, Target]) -> None:
     """In the numbers that are computed with, not also in those of the files."""
     target = targets[""]
