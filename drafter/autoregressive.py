@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slipstream.drafter.choosing import EVIDENCE_BORDERS, Draft, parameters_of, raced
+from slipstream.drafter.choosing import EVIDENCE_BORDERS, RUNNERS, SHARPNESS, Draft, parameters_of, raced
 from slipstream.engine.speculation.protocol import Drafter, DraftHost, DraftNeeds, DraftRow, Proposal
 from slipstream.kernels import ops
 from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
+from slipstream.kernels.host_chains import HostChains, MadeChains
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.readback import sent
 
@@ -101,9 +102,40 @@ class AutoregressiveDrafter(Drafter):
         hidden = self._catch_up(live)
         self._host.scratch.reset()
         drafts = [Draft(row, self._host.scratch.count // len(live)) for row in live]
-        self._draft_by_depth(drafts, hidden)
+        if self._width > 1 or not self._draft_at_once(drafts, hidden):
+            self._draft_by_depth(drafts, hidden)
         proposals = {id(draft.row): draft.proposal() for draft in drafts}
         return [proposals.get(id(row)) for row in rows]
+
+    def _at_once(self, asked: HostChains, hidden: Tensor) -> MadeChains | None:
+        """See ``Stack.draft``; None without having done anything where the network has no such call."""
+        return None
+
+    def _draft_at_once(self, drafts: list[Draft], hidden: Tensor) -> bool:
+        """Chains alone; whether it could."""
+        rows, host = [draft.row for draft in drafts], self._host
+        *filters, seeds, indices = parameters_of(rows, [row.index for row in rows])
+        asked = HostChains(
+            host.block_tables,
+            np.array([row.slot for row in rows], np.int32),
+            host.block_size,
+            np.array([self._position(row) for row in rows], np.int32),
+            np.array([row.mapped for row in rows], np.int32),
+            np.array([row.most for row in rows], np.int32),
+            self._stop_below,
+            self._vocabulary,
+            (filters[0], filters[1], filters[2], filters[3]),
+            seeds,
+            indices,
+            RUNNERS,
+            SHARPNESS,
+        )
+        if (made := self._at_once(asked, hidden)) is None:
+            return False
+        for place, draft in enumerate(drafts):
+            for node, (token, likely) in enumerate(zip(*made.of(place), strict=True)):
+                draft.add(node - 1, [token], [likely])
+        return True
 
     def _draft_by_depth(self, drafts: list[Draft], hidden: Tensor) -> None:
         live = [draft.row for draft in drafts]

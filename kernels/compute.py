@@ -18,6 +18,7 @@ from torch import Tensor
 
 from slipstream.kernels.adapter import Adapter, LayerMatrices
 from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.host_chains import HostChains, MadeChains
 from slipstream.kernels.kv_cache import CacheShape, PagedKVCache
 from slipstream.kernels.stored import Quantize, Stored
 from slipstream.kernels.weight import Weight
@@ -246,6 +247,12 @@ class Stack(Protocol):
 
     def chains(self, given: ChainInputs, cache: PagedKVCache) -> Chains | None:
         """Prepares to make draft tokens, each fed back, behind a step; None where it cannot do that."""
+
+    def draft(self, asked: HostChains, cache: PagedKVCache, hidden: Tensor) -> MadeChains | None:
+        """Makes draft tokens, each fed back, behind ``hidden`` [sequences, hidden] float32, which is overwritten.
+
+        None where that is no faster than ``logits`` and ``forward`` in turn.
+        """
 
     def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:
         """[rows, outputs] float32 of some rows of hidden, or of all; valid until the next call.

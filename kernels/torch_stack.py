@@ -24,6 +24,7 @@ from slipstream.kernels.compute import (
     LayerWeights,
     Stack,
 )
+from slipstream.kernels.host_chains import HostChains, MadeChains
 from slipstream.kernels.kv_cache import PagedKVCache, TorchKVCache
 from slipstream.kernels.mixture import ExpertMatrices, MixtureWeights
 from slipstream.kernels.torch_adapter import TorchAdapter, add_low_rank, runs_of
@@ -267,6 +268,9 @@ class TorchStack:
         return Forward(x, torch.stack(tapped, dim=1).float() if tapped else None, columns)
 
     def chains(self, given: ChainInputs, cache: PagedKVCache) -> Chains | None:
+        return None
+
+    def draft(self, asked: HostChains, cache: PagedKVCache, hidden: Tensor) -> MadeChains | None:
         return None
 
     def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:

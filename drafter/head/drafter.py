@@ -28,6 +28,7 @@ from slipstream.engine.models.weights import Weights
 from slipstream.engine.speculation.protocol import Coming, Computed, DraftHost, DraftRow, LearnedDrafter, Proposal
 from slipstream.engine.units import human_size
 from slipstream.kernels.batch import RaggedBatch
+from slipstream.kernels.host_chains import HostChains, MadeChains
 from slipstream.kernels.kv_cache import PagedKVCache
 
 SHARED = ""
@@ -376,6 +377,9 @@ class HeadDrafter(AutoregressiveDrafter, LearnedDrafter):
 
     def _advance(self, batch: RaggedBatch, hidden: Tensor) -> Tensor:
         return self._network.forward(batch, hidden)
+
+    def _at_once(self, asked: HostChains, hidden: Tensor) -> MadeChains | None:
+        return self._network.draft(asked, hidden)
 
     def _scores(self, hidden: Tensor) -> Tensor:
         return self._network.logits(hidden)

@@ -14,6 +14,7 @@ from slipstream.engine.models.protocol import DecoderModel
 from slipstream.engine.models.weights import pieces
 from slipstream.kernels.batch import RaggedBatch
 from slipstream.kernels.compute import ChainInputs, Chains
+from slipstream.kernels.host_chains import HostChains, MadeChains
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.readback import sent
 from slipstream.kernels.weight import Weight
@@ -161,6 +162,10 @@ class HeadNetwork:
     def chains(self, given: ChainInputs) -> Chains | None:
         """See ``Stack.chains``; ``forward`` and ``logits`` for several draft tokens at once."""
         return self._stack.chains(given, self.cache)
+
+    def draft(self, asked: HostChains, hidden: Tensor) -> MadeChains | None:
+        """See ``Stack.draft``; ``logits`` and ``forward`` in turn, in one call."""
+        return self._stack.draft(asked, self.cache, hidden) if self._is_third else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, draft vocabulary] float32; valid until the next call."""

@@ -129,6 +129,30 @@ struct SlipAttention {
   uint16_t* v_scales;
 };
 
+// Chains of draft tokens: of each sequence so many, each drawn from the model's logits behind the one before. A token is the most
+// likely one (slip_argmax) where the temperature is 0, else the first of a race (slip_distribution, slip_race); its probability is
+// then its share in the scores of the first `runners`, each to the power of `sharpness`.
+struct SlipChains {
+  int32_t columns;            // of the logits
+  int32_t runners;
+  double sharpness;
+  double stop_below;          // a chain ends where the product of its probabilities is less
+  const int32_t* vocabulary;  // [columns] the token that each column stands for; null: the column itself
+  const int32_t* most;        // [sequences] tokens, at most; 1 at least
+  const int32_t* mapped;      // [sequences] positions that have a block: a token without one is the last
+  const float* temperature;   // [sequences], and so on: what slip_distribution and slip_race take
+  const int32_t* top_k;
+  const float* min_p;
+  const float* top_p;
+  const uint64_t* seeds;
+  const uint64_t* indices;    // of each sequence's first token
+  int32_t depth;              // the largest of `most`
+  int32_t reserved;
+  int32_t* tokens;            // told: [sequences, depth]
+  double* likely;             // told: [sequences, depth] their probabilities, if those before them are right
+  int32_t* counts;            // told: [sequences] how many there are
+};
+
 #define SLIP_API __attribute__((visibility("default")))
 
 // What the structs above take, all in one number: whoever was written for others must not call anything else.
@@ -189,6 +213,9 @@ SLIP_API void slip_distribution(float* logits, int32_t rows, int32_t n, const fl
 // fewer have weight. See kernels/random.py for how noise is made.
 SLIP_API void slip_race(const float* weights, int32_t rows, int32_t n, const uint64_t* seeds, const uint64_t* indices,
                         const int32_t* ids, int32_t count, int32_t* places, float* scores);
+// Makes chains. The batch has a segment per sequence, whose kv_len is where the first token goes; its tokens say nothing. hidden
+// [sequences, hidden] f32 is the output before that, and overwritten; so is logits [sequences, columns].
+SLIP_API void slip_draft(const SlipModel* m, const SlipBatch* b, const SlipChains* c, float* hidden, float* logits, void* workspace);
 // To measure the machine: reads [count] floats once; multiplies and adds numbers of a dtype, or bytes, in registers, and returns how many
 // operations that was. On all threads.
 SLIP_API void slip_read(const float* memory, int64_t count);

@@ -145,10 +145,33 @@ class CAttention(Structure):
     )
 
 
+class CChains(Structure):
+    _fields_ = (
+        ("columns", c_int32),
+        ("runners", c_int32),
+        ("sharpness", c_double),
+        ("stop_below", c_double),
+        ("vocabulary", c_void_p),
+        ("most", c_void_p),
+        ("mapped", c_void_p),
+        ("temperature", c_void_p),
+        ("top_k", c_void_p),
+        ("min_p", c_void_p),
+        ("top_p", c_void_p),
+        ("seeds", c_void_p),
+        ("indices", c_void_p),
+        ("depth", c_int32),
+        ("reserved", c_int32),
+        ("tokens", c_void_p),
+        ("likely", c_void_p),
+        ("counts", c_void_p),
+    )
+
+
 LAYOUT = functools.reduce(
     lambda found, struct: found * 131 + ctypes.sizeof(struct),
-    (CPart, CLinear, CAdapter, CLayer, CModel, CBatch, CAttention),
-    3,
+    (CPart, CLinear, CAdapter, CLayer, CModel, CBatch, CAttention, CChains),
+    4,
 )
 """As slip_layout, which begins with the same number: any other is that of a library that was built of other sources."""
 
@@ -193,6 +216,7 @@ def load() -> ctypes.CDLL | None:
     library.slip_log_probabilities.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32, *[c_void_p] * 4]
     library.slip_distribution.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p]
     library.slip_race.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_void_p]
+    library.slip_draft.argtypes = [c_void_p] * 6
     library.slip_read.argtypes = [c_void_p, c_int64]
     library.slip_multiply.argtypes = [c_int32, c_int64]
     library.slip_multiply.restype = c_double
@@ -212,6 +236,7 @@ def load() -> ctypes.CDLL | None:
         "attention",
         "forward",
         "logits",
+        "draft",
     ):
         getattr(library, f"slip_{name}").restype = None
     if library.slip_init(torch.get_num_threads()) is None:

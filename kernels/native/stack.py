@@ -8,11 +8,12 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.kernels.adapter import Adapter, LayerMatrices
-from slipstream.kernels.batch import Int32, RaggedBatch
+from slipstream.kernels.batch import Int32, RaggedBatch, make_batch
 from slipstream.kernels.compute import (
     PACKED,
     ChainInputs,
@@ -24,6 +25,7 @@ from slipstream.kernels.compute import (
     LayerWeights,
     Stack,
 )
+from slipstream.kernels.host_chains import HostChains, MadeChains
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.native.adapter import NativeAdapter
 from slipstream.kernels.native.kv_cache import NativeKVCache
@@ -32,6 +34,7 @@ from slipstream.kernels.native.library import (
     CACHE_FORMS,
     DTYPE_CODES,
     CAdapter,
+    CChains,
     CLayer,
     CModel,
     address,
@@ -134,20 +137,44 @@ class NativeStack:
     def chains(self, given: ChainInputs, cache: PagedKVCache) -> Chains | None:
         return None
 
+    def draft(self, asked: HostChains, cache: PagedKVCache, hidden: Tensor) -> MadeChains | None:
+        self._bind(cache)
+        count, depth = len(asked.starts), asked.depth
+        ones = np.ones(count, np.int32)
+        batch = make_batch(ones, ones, asked.starts, asked.block_tables, asked.table_row, asked.block_size)
+        tokens, counts = np.zeros((count, depth), np.int32), np.zeros(count, np.int32)
+        made = MadeChains(tokens, np.zeros((count, depth)), counts)
+        out, c = self._room_for_logits(count), c_batch(batch)
+        given = (asked.most, asked.mapped, *asked.filters, asked.seeds, asked.indices)
+        chains = CChains(
+            *(out.shape[1], asked.runners, asked.sharpness, asked.stop_below, address(asked.vocabulary)),
+            *(array.ctypes.data for array in given),
+            *(depth, 0, made.tokens.ctypes.data, made.likely.ctypes.data, made.counts.ctypes.data),
+        )
+        self._c.given_hidden, self._c.features = True, None
+        self._library.slip_draft(
+            *(ctypes.byref(self._c), ctypes.byref(c), ctypes.byref(chains), address(hidden), address(out)),
+            self._memory(count),
+        )
+        return made
+
     def logits(self, hidden: Tensor, rows: Int32 | Tensor | None = None) -> Tensor:
-        count, vocab = len(hidden) if rows is None else len(rows), self._weights[3].n
+        out = self._room_for_logits(len(hidden) if rows is None else len(rows))
+        rows = self._rows if rows is None else rows
+        chosen = rows.data_ptr() if isinstance(rows, Tensor) else rows.ctypes.data
+        self._library.slip_logits(
+            *(ctypes.byref(self._c), address(hidden), chosen, len(out), address(out), out.shape[1]),
+            self._memory(len(out)),
+        )
+        return out
+
+    def _room_for_logits(self, count: int) -> Tensor:
+        vocab = self._weights[3].n
         if self._logits.shape[1] != vocab or count > len(self._logits):
             # Kept, because fresh memory of this size is mapped page by page at every step.
             self._logits = torch.empty(count, vocab)
             self._rows = torch.arange(count, dtype=torch.int32)
-        rows = self._rows if rows is None else rows
-        chosen = rows.data_ptr() if isinstance(rows, Tensor) else rows.ctypes.data
-        out = self._logits[:count]
-        self._library.slip_logits(
-            *(ctypes.byref(self._c), address(hidden), chosen, count, address(out), vocab),
-            self._memory(count),
-        )
-        return out
+        return self._logits[:count]
 
     def _memory(self, tokens: int) -> int:
         """Scratch for a step of this many tokens; grows and stays."""

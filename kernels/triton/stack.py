@@ -13,6 +13,7 @@ from slipstream.kernels import ops
 from slipstream.kernels.adapter import Adapter
 from slipstream.kernels.batch import Int32, RaggedBatch
 from slipstream.kernels.compute import ChainInputs, Chains, Formats, Forward, LayerShape, LayerWeights
+from slipstream.kernels.host_chains import HostChains, MadeChains
 from slipstream.kernels.kv_cache import PagedKVCache
 from slipstream.kernels.torch_stack import embedding_scale
 from slipstream.kernels.triton import activation, experts, norm
@@ -127,6 +128,9 @@ class TritonStack:
         assert isinstance(cache, TritonKVCache)
         # Other attention is planned by the host, which does not know where a chain begins.
         return TritonChains(self, given, cache) if cache.is_recordable else None
+
+    def draft(self, asked: HostChains, cache: PagedKVCache, hidden: Tensor) -> MadeChains | None:
+        return None
 
     def follow(self, cache: TritonKVCache) -> None:
         """Graphs read and write one cache."""
