@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import ErrorDetails, from_json, to_json
 from starlette.requests import Request
 
 from slipstream.server.errors import BodyTooLargeError, InvalidRequestError, TooSlowError, UnsupportedMediaTypeError
@@ -36,6 +36,8 @@ Path = tuple[str | int, ...]
 
 class Body(BaseModel):
     """A JSON request body: no coercion between types, no unknown fields, no NaN. A null field is an absent one.
+
+    A whole number may be written 3.0, as JSON has one type of numbers and some languages one, too.
 
     ``parse`` is what refuses unknown fields; as errors of the validation they would each cost more than the field.
     """
@@ -115,7 +117,7 @@ def parse(model: type[BodyType], body: bytes, unknown_fields: Literal["error", "
         InvalidRequestError: with the path of the first offending field as ``param``.
     """
     try:
-        found = model.model_validate_json(body)
+        found = validated(model, body)
     except ValidationError as error:
         raise invalid(error.errors(include_url=False)[:MAX_DETAILS], body) from None
     if unknown := [path for path, value in take_unknown(found) if value is not None]:
@@ -127,6 +129,36 @@ def parse(model: type[BodyType], body: bytes, unknown_fields: Literal["error", "
         names = ", ".join(shown(dotted(path), quotes=False) for path in unknown[:MAX_DETAILS])
         logger.warning("ignored unknown request field %s%s", names, ", …" if len(unknown) > MAX_DETAILS else "")
     return found
+
+
+def validated(model: type[BodyType], body: bytes) -> BodyType:
+    """Raises ValidationError. Only a body with whole numbers such as 3.0 in places of integers is looked at twice."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        whole = [
+            detail["loc"]
+            for detail in error.errors(include_url=False)
+            if detail["type"] == "int_type" and isinstance(detail["input"], float) and detail["input"].is_integer()
+        ]
+        if not whole:
+            raise
+    data = from_json(body)
+    for path in whole:
+        write_whole(data, path)
+    return model.model_validate_json(to_json(data, inf_nan_mode="constants"))
+
+
+def write_whole(data: Any, path: Path) -> None:
+    """Writes the number at an error's location as an integer; parts that name types are passed over."""
+    for part in path:
+        found = data.get(part) if isinstance(data, dict) else None
+        if isinstance(data, list) and isinstance(part, int) and part < len(data):
+            found = data[part]
+        if isinstance(found, float):
+            data[part] = int(found)
+        elif isinstance(found, dict | list):
+            data = found
 
 
 def take_unknown(model: Body, path: Path = ()) -> Iterator[tuple[Path, Any]]:

@@ -99,3 +99,30 @@ def test_what_is_repeated_of_a_body_is_short(place: str, caplog: pytest.LogCaptu
         [line] = caplog.messages
         assert len(line) < 400
         assert "\n" not in line
+
+
+def test_whole_numbers_may_be_written_as_others_write_them() -> None:
+    """JSON has one type of numbers; programs in R, Lua or with pandas send 3.0."""
+    sent = (
+        b'{"prompt":[1.0,2],"max_tokens":3.0,"seed":7e0,"n":1.0,"temperature":0.5,"stop_token_ids":[4.0],"user":"3.0"}'
+    )
+    found = parse(CompletionBody, sent, "error")
+    assert (found.max_tokens, found.seed, found.n, found.stop_token_ids, found.user) == (3, 7, 1, [4], "3.0")
+    assert found.temperature == 0.5 and repr(found.max_tokens) == "3"
+
+
+@pytest.mark.parametrize(
+    ("rest", "param"),
+    [
+        ('"seed":1.5', "seed"),
+        ('"temperature":1e999', "temperature"),
+        ('"seed":"7.0"', "seed"),
+        ('"n":-2.0', "n"),
+        ('"seed":1e300', "seed"),
+        ('"what":3.0', "what"),
+    ],
+)
+def test_what_is_wrong_beside_them_is_refused_as_ever(rest: str, param: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        parse(CompletionBody, f'{{"prompt":"x","max_tokens":3.0,{rest}}}'.encode(), "error")
+    assert refused.value.param == param
