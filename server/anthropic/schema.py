@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, StringConstraints, Tag
 
 from slipstream.server.batch.lines import MOST_ID_CHARS, MOST_LINES
 from slipstream.server.http.body import Body
-from slipstream.server.openai.fields import unsupported
+from slipstream.server.openai.fields import kind_of_stop, unsupported
 from slipstream.server.openai.schema import (
     MAX_MESSAGES,
     MAX_METADATA,
@@ -16,7 +16,6 @@ from slipstream.server.openai.schema import (
     Label,
     RequestId,
     StopString,
-    kind_of_stop,
 )
 from slipstream.server.openai.structured import Schema
 from slipstream.server.openai.translated import ExtraFields

@@ -22,6 +22,10 @@ def unsupported(*off: Any) -> Any:
     return Annotated[Any, AfterValidator(check)]
 
 
+def kind_of_stop(value: Any) -> str:
+    return "a list" if isinstance(value, list) else "a text"
+
+
 def _as_json(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 

@@ -14,13 +14,13 @@ from pydantic_core import from_json
 
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.http.body import parse
+from slipstream.server.openai.message import Message
 from slipstream.server.openai.schema import (
     MAX_STOP_CHARS,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     EmbeddingsBody,
-    Message,
     Prompt,
     PruneRolloutsBody,
     TemplateBody,

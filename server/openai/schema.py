@@ -18,11 +18,12 @@ from slipstream.engine.validation import BIAS_RANGE, RANGES
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import Body
-from slipstream.server.openai.fields import part_as_text, unsupported
+from slipstream.server.openai.fields import kind_of_stop, unsupported
 from slipstream.server.openai.llama_cpp import LlamaCppFields
+from slipstream.server.openai.message import Content, Label, Message
 from slipstream.server.openai.structured import StructuredFields
 from slipstream.server.openai.thinking import ThinkingFields
-from slipstream.server.openai.tools import CalledFunction, ToolCall, ToolFields
+from slipstream.server.openai.tools import ToolFields
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 512
@@ -33,7 +34,6 @@ MAX_LOGIT_BIAS = 4096
 MAX_ALLOWED_TOKEN_IDS = 2**20
 MAX_MESSAGES = 4096
 MAX_METADATA = 256
-MAX_CALLS = 256
 MAX_DOCUMENTS = 256
 ALL_ROOM = -1
 """As max_tokens, for llama.cpp and programs that are made for it: as many as the context has room for."""
@@ -44,7 +44,6 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 MaxTokens = Annotated[int, Field(ge=ALL_ROOM, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Label = Annotated[str, Field(max_length=512)]
 CacheSalt = Annotated[str, Field(min_length=1, max_length=512)]
 RequestId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
 
@@ -58,10 +57,6 @@ def in_range(field: str) -> Any:
 def truth_of(value: Any) -> Any:
     """0 and 1 for false and true, as vLLM takes them, whose clients send them where completions want a number."""
     return bool(value) if type(value) is int and value in (0, 1) else value
-
-
-def kind_of_stop(value: Any) -> str:
-    return "a list" if isinstance(value, list) else "a text"
 
 
 def kind_of_prompt(value: Any) -> str:
@@ -209,58 +204,6 @@ class GenerationBody(SamplingBody, StructuredFields, LlamaCppFields):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
         return self
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-    cache_control: dict[str, Any] | None = None
-    prompt_cache_breakpoint: dict[str, Any] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_kind(cls, part: Any) -> Any:
-        return part_as_text(part)
-
-
-Content = Annotated[
-    Annotated[str, Tag("a text")] | Annotated[Annotated[list[TextPart], Field(fail_fast=True)], Tag("a list")],
-    Discriminator(kind_of_stop),
-]
-
-
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    type: Literal["text", "message"] | None = None
-    """Accepted: lm-eval says it of messages in texts, others as in items of responses."""
-    content: Content | None = None
-    name: Label | None = None
-    tool_call_id: Label | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    """Another name of the same."""
-    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_CALLS, fail_fast=True)
-    function_call: CalledFunction | None = None
-    audio: unsupported() = None  # type: ignore[valid-type]
-    refusal: str | None = None
-    """What an assistant said instead of an answer."""
-    annotations: list[Any] | None = None
-    parsed: Any = None
-    """What the OpenAI client has made of the content."""
-    cache_control: dict[str, Any] | None = None
-
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or self.refusal or ""
-
-    @property
-    def calls(self) -> list[ToolCall]:
-        """The calls of tools, by whichever name they came."""
-        if self.function_call is not None:
-            return [ToolCall(function=self.function_call)]
-        return self.tool_calls or []
 
 
 class Prediction(Body):

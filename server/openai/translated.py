@@ -9,7 +9,8 @@ from pydantic import Field, ValidationError
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import Body
-from slipstream.server.openai.schema import MAX_CALLS, MAX_MESSAGES, CacheSalt, ChatBody, Seed, Speculation, in_range
+from slipstream.server.openai.message import MAX_CALLS
+from slipstream.server.openai.schema import MAX_MESSAGES, CacheSalt, ChatBody, Seed, Speculation, in_range
 
 
 class ExtraFields(Body):

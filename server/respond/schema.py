@@ -8,8 +8,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import Body
-from slipstream.server.openai.fields import Arguments, refusal_as_text, unsupported
-from slipstream.server.openai.schema import MAX_MESSAGES, MAX_METADATA, Label, RequestId, StreamOptions, kind_of_stop
+from slipstream.server.openai.fields import Arguments, kind_of_stop, refusal_as_text, unsupported
+from slipstream.server.openai.message import Label
+from slipstream.server.openai.schema import MAX_MESSAGES, MAX_METADATA, RequestId, StreamOptions
 from slipstream.server.openai.structured import Schema
 from slipstream.server.openai.translated import ExtraFields
 

@@ -13,11 +13,11 @@ from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import LooseBody
 from slipstream.server.openai.fields import unsupported
+from slipstream.server.openai.message import Message
 from slipstream.server.openai.schema import (
     MAX_MESSAGES,
     CacheSalt,
     ChatBody,
-    Message,
     RequestId,
     SamplingBody,
     StreamOptions,

@@ -281,11 +281,14 @@ def test_reasoning_comes_as_an_item_and_goes_back_as_one(start_local: Callable[.
     assert again["usage"]["input_tokens"] > whole["usage"]["input_tokens"] + 8
 
     thought = [{"role": "assistant", "content": "Yes.", name: "It is."} for name in ("reasoning_content", "reasoning")]
-    first, second, neither = (
+    blocks = [{"type": "thinking", "thinking": "It ", "signature": "x"}, {"type": "thinking", "thinking": "is."}]
+    litellm = {"provider_specific_fields": {"refusal": None}, "thinking_blocks": blocks}
+    thought.append({"role": "assistant", "content": "Yes.", **litellm})
+    first, second, third, neither = (
         server.post("/tokenize", {"messages": [message]})[1]["tokens"]
         for message in (*thought, {"role": "assistant", "content": "Yes."})
     )
-    assert first == second != neither
+    assert first == second == third != neither
 
     messages = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8, "temperature": 0}
     status, found = server.post("/v1/messages", messages | {"thinking": {"type": "enabled", "budget_tokens": 1024}})
