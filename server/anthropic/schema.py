@@ -9,11 +9,11 @@ from pydantic import Discriminator, Field, StringConstraints, Tag
 from slipstream.server.batch.lines import MOST_ID_CHARS, MOST_LINES
 from slipstream.server.http.body import Body
 from slipstream.server.openai.fields import kind_of_stop, unsupported
+from slipstream.server.openai.message import Label
 from slipstream.server.openai.schema import (
     MAX_MESSAGES,
     MAX_METADATA,
     MAX_STOP_STRINGS,
-    Label,
     RequestId,
     StopString,
 )

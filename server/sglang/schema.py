@@ -17,11 +17,11 @@ from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import Body, shown
 from slipstream.server.openai.fields import NoMedia, unsupported
+from slipstream.server.openai.message import Label
 from slipstream.server.openai.schema import (
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
     Count,
-    Label,
     Stop,
     TokenId,
     in_range,
