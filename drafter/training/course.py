@@ -18,7 +18,7 @@ from slipstream.drafter.training.checkpoint import Checkpoint
 from slipstream.drafter.training.control import Mode
 from slipstream.drafter.training.curriculum import LEAST_ANSWER, Curriculum
 from slipstream.drafter.training.device import Place, find_place, training_bytes
-from slipstream.drafter.training.gate import Verdict
+from slipstream.drafter.training.gate import LEAST_TEXTS, Verdict
 from slipstream.drafter.training.losses import LossName, default_loss
 from slipstream.drafter.training.packing import Example
 from slipstream.drafter.training.target import Target, Unusable
@@ -157,7 +157,11 @@ class Course:
         return why is None
 
     def target_changed(self) -> None:
-        """Other weights serve; unless a lineage says that drafters fit them all, what they answer is to be learned."""
+        """Other weights serve; unless a lineage says that drafters fit them all, what they answer is to be learned.
+
+        What the head knows of those before is worth less: it may take large steps again.
+        """
+        self.rate = 1.0
         if self._target.lineage:
             self.curriculum.target_changed()
             return
@@ -257,6 +261,8 @@ class Course:
         Whether it was too large: the head is worse than what is live for sure, and what the round ``learned`` is to be
         learned again, from there and in smaller steps.
         """
+        if verdict.different < LEAST_TEXTS:
+            return False  # so few tell nothing for sure
         if verdict.least_ratio > MUCH:
             self.rate = min(2 * self.rate, 1.0)
         elif verdict.most_ratio < 1 and self.rate > LEAST_RATE:

@@ -168,7 +168,7 @@ class Worker:
         first_step, first_learned = trainer.step, course.learned
         size = min(max(int(FIRST_ROUND * options.round_tokens), course.learned), options.round_tokens)
         looked, busy = time.monotonic(), self._busy
-        rows = self._rows(trainer)
+        rows = self._rows(course, trainer.step)
         groups = fill(course.curriculum.draw(), self._part_rows(rows), options.longest)
         self._control.round_ends = False
         while (done := course.learned - first_learned) < size and not self._ends:
@@ -219,9 +219,9 @@ class Worker:
             size += self._part_rows(rows)
             yield group
 
-    def _rows(self, trainer: Trainer) -> int:
-        """Positions for its next steps of the optimizer."""
-        has_come_far = trainer.step >= LONGER_STEPS_FROM or not trainer.is_cold
+    def _rows(self, course: Course, step: int) -> int:
+        """Positions for this step of the optimizer."""
+        has_come_far = step >= LONGER_STEPS_FROM or course.rate < 1
         return self._options.rows * (LONGER_STEPS if has_come_far else 1)
 
     def _part_rows(self, rows: int) -> int:
@@ -237,7 +237,7 @@ class Worker:
             trainer = self._new_trainer(course)
             if not course.resume(trainer):
                 trainer = self._new_trainer(course)
-                course.rate = 1.0 if trainer.is_cold else LIVE_RATE
+                course.rate = 1.0 if trainer.is_cold or self._target.serving.version else LIVE_RATE
             course.trainer = trainer
         trainer, counts = course.trainer, course.curriculum.counts
         trainer.options = course.options()

@@ -22,12 +22,12 @@ def course(target_folder: Path, tmp_path: Path) -> Iterator[Course]:
     store.close()
 
 
-def verdict(steps: float, noise: int = 0) -> Verdict:
-    """A head takes so many times the verification steps that the live one takes, on 40 texts of 1,000 tokens."""
-    tokens = np.full(40, 1000)
-    live = np.stack([tokens, np.full(40, 500)], 1)
+def verdict(steps: float, noise: int = 0, texts: int = 40) -> Verdict:
+    """A head takes so many times the verification steps that the live one takes, on texts of 1,000 tokens."""
+    tokens = np.full(texts, 1000)
+    live = np.stack([tokens, np.full(texts, 500)], 1)
     found = live.copy()
-    found[:, 1] = found[:, 1] * steps + noise * np.where(np.arange(40) % 2, 1, -1)
+    found[:, 1] = found[:, 1] * steps + noise * np.where(np.arange(texts) % 2, 1, -1)
     return judge(Score(tokens, found), Score(tokens, live))
 
 
@@ -43,6 +43,14 @@ def test_what_may_be_chance_changes_nothing(course: Course) -> None:
     course.rate = LIVE_RATE
     for steps in (0.99, 1.0, 1.01):
         assert not course.steps_back(verdict(steps, noise=100), 1000) and course.rate == LIVE_RATE
+    for steps in (0.5, 2.0):
+        assert not course.steps_back(verdict(steps, texts=4), 1000) and course.rate == LIVE_RATE
+
+
+def test_other_weights_are_learned_in_large_steps_again(course: Course) -> None:
+    course.rate = LIVE_RATE
+    course.target_changed()
+    assert course.rate == 1
 
 
 def test_a_head_that_is_far_from_what_comes_learns_in_larger_steps(course: Course) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from slipstream.drafter.traffic.store import Sample
 from slipstream.drafter.traffic.target_file import EMBEDDING, OUTPUT, UpdatedWeights
 from slipstream.drafter.training.control import Control
 from slipstream.drafter.training.control import Report as Told
-from slipstream.drafter.training.course import Course, WorkerOptions
+from slipstream.drafter.training.course import LIVE_RATE, Course, WorkerOptions
 from slipstream.drafter.training.target import Target
 from slipstream.drafter.training.trainer import Trainer
 from slipstream.drafter.training.worker import Worker
@@ -350,3 +351,14 @@ def test_killed_at_a_hundred_moments(workshop: Any, traffic: MakeSamples) -> Non
             steps.append(workshop.checkpoint()["trainer"]["step"])
     assert steps == sorted(steps) and steps[-1] > 50, "training goes on from its checkpoints"
     assert len(registry.list()) > 5
+
+
+def test_a_head_that_serves_goes_on_in_small_steps(experienced: Any) -> None:
+    """A cold one learned here with all of the rate; without its checkpoint only the live version is left of it."""
+    workshop = experienced
+    assert workshop.checkpoint()["rate"] == 1
+    shutil.rmtree(workshop.registry.folder / "training")
+    worker = workshop.start(round_tokens=10_000_000)
+    worker.wait_for("training")
+    assert workshop.checkpoint()["rate"] == LIVE_RATE
+    worker.kill()
