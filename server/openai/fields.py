@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import ValidationInfo
+from pydantic import Field, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
 
@@ -20,6 +20,20 @@ def unsupported(*off: Any) -> Any:
         raise PydanticCustomError("unsupported", "not supported by this server{hint}", {"hint": hint})
 
     return Annotated[Any, AfterValidator(check)]
+
+
+ALL_THAT_FIT = -1
+"""As truncate_prompt_tokens: as many tokens as leave room for the answer."""
+
+
+def _check_truncation(tokens: int) -> int:
+    if not tokens:
+        raise PydanticCustomError("truncation", "at least one token of the prompt must stay")
+    return tokens
+
+
+Truncation = Annotated[int, Field(ge=ALL_THAT_FIT, lt=2**31), AfterValidator(_check_truncation)]
+"""How many tokens of a prompt are used, the last ones."""
 
 
 def kind_of_stop(value: Any) -> str:

@@ -18,7 +18,7 @@ from slipstream.engine.validation import BIAS_RANGE, RANGES
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import Body
-from slipstream.server.openai.fields import kind_of_stop, unsupported
+from slipstream.server.openai.fields import Truncation, kind_of_stop, unsupported
 from slipstream.server.openai.llama_cpp import LlamaCppFields
 from slipstream.server.openai.message import Content, Label, Message
 from slipstream.server.openai.structured import StructuredFields
@@ -148,12 +148,10 @@ class SamplingBody(Body):
     prompt_logprobs: int | None = Field(None, ge=-1, lt=2**31)
     logprobs_mode: LogprobsMode | None = None
     skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Truncation | None = None
 
     # Accepted: it cannot change the answer.
     spaces_between_special_tokens: bool | None = None
-
-    # Refused unless off.
-    truncate_prompt_tokens: unsupported() = None  # type: ignore[valid-type]
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -325,14 +323,12 @@ class EmbeddingsBody(Body):
     pooling: Literal["mean", "last"] | None = None
     normalize: bool | None = None
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Truncation | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     cache_salt: CacheSalt | None = None
     request_id: RequestId | None = None
     user: Label | None = None
     metadata: dict[str, Any] | None = Field(None, max_length=MAX_METADATA)
-
-    # Refused unless off.
-    truncate_prompt_tokens: unsupported() = None  # type: ignore[valid-type]
 
 
 class DetokenizeBody(Body):

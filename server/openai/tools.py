@@ -24,6 +24,8 @@ from slipstream.server.tools.tagged import kinds_of_arguments
 NAME = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 ALLOWED_TOOLS = "allowed_tools"
+SAME_CHOICES = {"any": "required"}
+"""What Mistral's clients call a choice."""
 FIELDS = {False: ("tools", "tool_choice"), True: ("functions", "function_call")}
 """The names of the fields of tools and of the choice among them, by whether these are called functions."""
 Mode = Literal["none", "auto", "required"]
@@ -99,6 +101,7 @@ def tool_use(body: ToolFields) -> ToolUse:
     tools = [read(tool, f"{field}.{index}") for index, tool in enumerate(body.functions or body.tools or ())]
     parallel = body.parallel_tool_calls is not False and not as_functions
     if isinstance(choice, str):
+        choice = SAME_CHOICES.get(choice, choice)
         if choice not in ("none", "auto", "required"):
             raise wrong(param, f"none, auto, required, or a function, not {choice!r}")
         mode: Mode = choice  # type: ignore[assignment]  # it is one of them

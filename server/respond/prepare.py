@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from slipstream.server.errors import InvalidRequestError
+from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.http.body import Body, parse
 from slipstream.server.openai import prepare as openai
 from slipstream.server.openai.schema import ChatBody
 from slipstream.server.openai.translated import add_message, chat_body, open_assistant
+from slipstream.server.openai.truncated import room_beside
 from slipstream.server.preparing.prepared import Answered, Limits, Prepared
 from slipstream.server.preparing.text_model import TextModel
 from slipstream.server.respond.schema import CountInputTokensBody, Item, ItemPart, PromptFields, RespondBody
 
+INSTRUCTING = ("system", "developer")
 LENGTH_BYTES = 8
 REFERENCE = "item_reference"
 WITHOUT_ESCAPES = "previous_response_id: write the name of this field without escapes"
@@ -95,7 +98,7 @@ def respond(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
         "logprobs": body.wants_logprobs,
         "top_logprobs": body.top_logprobs,
     }
-    prepared = conversation(text, limits, fields)
+    prepared = conversation(text, limits, body, fields, body.max_output_tokens)
     openai.require_fits(limits, len(prepared.prompts[0]), "input")
     done = Responding(asked=body.model_copy(update={"input": ""}), chat=prepared.body, items=kept)
     structure = prepared.structure
@@ -110,18 +113,49 @@ def count_input_tokens(text: TextModel, limits: Limits, raw: bytes) -> Answered:
     body = parse(CountInputTokensBody, raw, limits.unknown_fields)
     if body.previous_response_id is not None and b'"previous_response_id"' not in raw:
         raise InvalidRequestError(WITHOUT_ESCAPES, param="previous_response_id")
-    [prompt] = conversation(text, limits, chat_fields(body, before, items_of(body, referred))).prompts
+    [prompt] = conversation(text, limits, body, chat_fields(body, before, items_of(body, referred)), None).prompts
     return openai.answer(body.model, {"object": "response.input_tokens", "input_tokens": len(prompt)})
 
 
-def conversation(text: TextModel, limits: Limits, fields: dict[str, Any]) -> Prepared[ChatBody]:
+def conversation(
+    text: TextModel, limits: Limits, body: PromptFields, fields: dict[str, Any], answer: int | None
+) -> Prepared[ChatBody]:
     """Raises InvalidRequestError with the names of this dialect."""
     try:
-        return openai.conversation(text, limits, chat_body(fields, "input"))
+        chat = chat_body(fields, "input")
+        if body.truncation == "auto":
+            chat = without_first_turns(text, limits, chat, room_beside(limits, answer))
+        return openai.conversation(text, limits, chat)
     except InvalidRequestError as error:
         name = renamed(error.param)
         message = error.message.replace(error.param, name, 1) if error.param and name else error.message
         raise type(error)(message, param=name, code=error.code) from None
+
+
+def without_first_turns(text: TextModel, limits: Limits, chat: ChatBody, room: int) -> ChatBody:
+    """As few of the first turns left out as can be for a prompt of ``room`` tokens; what the system says stays, and the
+    last turn does. A turn begins with what the user says."""
+    template = openai.template_for(text, limits, chat)
+    told = openai.with_thinking(limits, chat, template)
+    messages = chat.messages
+    head = next((at for at, message in enumerate(messages) if message.role not in INSTRUCTING), len(messages))
+    begins = [at for at in range(head + 1, len(messages)) if messages[at].role == "user"]
+
+    def cut(turns: int) -> dict[str, Any]:
+        return {"messages": messages[:head] + messages[begins[turns - 1] :] if turns else messages}
+
+    def is_too_long(turns: int) -> bool:
+        try:
+            rendered = openai.render(limits, told.model_copy(update=cut(turns)), template)
+            [prompt] = openai.encode(text, limits, [rendered], bool(chat.add_special_tokens), "input")
+        except ContextTooLongError:
+            return True
+        return len(prompt) > room
+
+    if not begins or not is_too_long(0):
+        return chat
+    fits = bisect_left(range(1, len(begins)), True, key=lambda turns: not is_too_long(turns)) + 1
+    return chat.model_copy(update=cut(fits))
 
 
 def items_of(body: PromptFields, referred: Sequence[Item]) -> list[Item]:

@@ -115,9 +115,9 @@ class PromptFields(ExtraFields):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
+    truncation: Literal["auto", "disabled"] | None = None
 
     # Refused unless off.
-    truncation: unsupported("disabled") = None  # type: ignore[valid-type]
     conversation: unsupported() = None  # type: ignore[valid-type]
     context_management: unsupported([]) = None  # type: ignore[valid-type]
     prompt: unsupported() = None  # type: ignore[valid-type]

@@ -231,7 +231,7 @@ def about(asked: RespondBody, response_id: str, model: str) -> dict[str, Any]:
         "tools": asked.tools or [],
         "top_logprobs": asked.top_logprobs or 0,
         "top_p": asked.top_p,
-        "truncation": "disabled",
+        "truncation": asked.truncation or "disabled",
         "usage": None,
         "user": asked.user,
     }

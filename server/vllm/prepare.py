@@ -9,6 +9,7 @@ from typing import Any, Literal
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import parse
 from slipstream.server.openai import prepare as openai
+from slipstream.server.openai import truncated
 from slipstream.server.openai.prepare import (
     STRUCTURED,
     answer,
@@ -19,6 +20,7 @@ from slipstream.server.openai.prepare import (
 )
 from slipstream.server.openai.schema import ChatBody, SamplingBody, TemplateBody
 from slipstream.server.openai.structured import StructuredFields
+from slipstream.server.openai.truncated import most_tokens
 from slipstream.server.preparing.prepared import Answered, Limits, Prepared
 from slipstream.server.preparing.text_model import TextModel
 from slipstream.server.vllm.schema import (
@@ -38,16 +40,20 @@ UNKNOWN: Literal["warn"] = "warn"
 def tokens_in(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TokensInBody]:
     """Raises InvalidRequestError."""
     body = parse(TokensInBody, raw, UNKNOWN)
-    require_fits(limits, len(body.token_ids), "token_ids")
     sampling = body.sampling_params
+    most = most_tokens(limits, sampling.truncate_prompt_tokens, sampling.max_tokens)
+    [prompt] = truncated.of_ids([body.token_ids], most)
+    require_fits(limits, len(prompt), "token_ids")
     done = body.model_copy(update={"token_ids": [], "sampling_params": sampling.model_copy(update=STRUCTURED)})
-    return Prepared(done, [body.token_ids], [], structure=structure(text, limits, sampling))
+    return Prepared(done, [prompt], [], structure=structure(text, limits, sampling))
 
 
 def render(text: TextModel, limits: Limits, raw: bytes) -> Answered:
     """A body for ``/inference/v1/generate``. Raises InvalidRequestError, RunElsewhereError."""
     body = parse(VllmRenderBody, raw, UNKNOWN)
-    prompt = prompt_of(text, limits, openai.with_thinking(limits, body, template_for(text, limits, body)))
+    answer_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    most = most_tokens(limits, body.truncate_prompt_tokens, answer_tokens)
+    prompt = prompt_of(text, limits, openai.with_thinking(limits, body, template_for(text, limits, body)), most)
     return answer(
         body.model,
         {
@@ -72,10 +78,11 @@ def render(text: TextModel, limits: Limits, raw: bytes) -> Answered:
     )
 
 
-def prompt_of(text: TextModel, limits: Limits, body: TemplateBody) -> list[int]:
-    """The token ids of a conversation. Raises InvalidRequestError, RunElsewhereError."""
+def prompt_of(text: TextModel, limits: Limits, body: TemplateBody, most: int | None = None) -> list[int]:
+    """The token ids of a conversation, at most so many. Raises InvalidRequestError, RunElsewhereError."""
     rendered = openai.render(limits, body, template_for(text, limits, body))
-    [prompt] = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
+    prompts = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
+    [prompt] = truncated.of_texts(text, prompts, most)
     require_fits(limits, len(prompt), "messages")
     return prompt
 
@@ -99,9 +106,12 @@ def trl_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[VllmSa
     prompts = [prompt for prompt in body.prompts if isinstance(prompt, list)]
     if texts:
         prompts = encode(text, limits, texts, True, "prompts")
+    wanted = body.resolved
+    most = most_tokens(limits, wanted.truncate_prompt_tokens, wanted.max_tokens)
+    prompts = truncated.of_texts(text, prompts, most) if texts else truncated.of_ids(prompts, most)
     for prompt in prompts:
         require_fits(limits, len(prompt), "prompts")
-    return Prepared(resolved(body), prompts, [], structure=structure(text, limits, body.resolved))
+    return Prepared(resolved(body), prompts, [], structure=structure(text, limits, wanted))
 
 
 def trl_chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[VllmSampling]:
@@ -113,8 +123,11 @@ def trl_chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[VllmSampli
         "tools": body.tools,
         "tool_choice": "none",
     }
-    prompts = [prompt_of(text, limits, TemplateBody(messages=messages, **about)) for messages in body.messages]
-    return Prepared(resolved(body), prompts, [], text.turn_ends, structure(text, limits, body.resolved))
+    wanted = body.resolved
+    most = most_tokens(limits, wanted.truncate_prompt_tokens, wanted.max_tokens)
+    bodies = [TemplateBody(messages=messages, **about) for messages in body.messages]
+    prompts = [prompt_of(text, limits, each, most) for each in bodies]
+    return Prepared(resolved(body), prompts, [], text.turn_ends, structure(text, limits, wanted))
 
 
 def resolved(body: TrlSampling) -> VllmSampling:

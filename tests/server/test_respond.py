@@ -235,7 +235,7 @@ def test_nobody_sees_those_of_another_key(small_server: Any) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": {"verbosity": "high"}}, "text.verbosity"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "first"}, "truncation"),
         ({"include": ["everything"]}, "include"),
         ({"background": True, "store": False}, "store"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),

@@ -38,6 +38,7 @@ def check_calls(calls: list[dict[str, Any]], *names: str) -> None:
     ("choice", "parallel", "names"),
     [
         ("required", True, ("weather",)),
+        ("any", True, ("weather",)),
         ("required", False, ("weather", "also")),
         ({"type": "function", "function": {"name": "weather"}}, None, ("weather",)),
         (
