@@ -94,10 +94,15 @@ class TextOptions(Body):
     verbosity: unsupported("medium") = None  # type: ignore[valid-type]
 
 
+Summary = Literal["auto", "concise", "detailed"]
+
+
 class ReasoningOptions(Body):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    summary: unsupported("auto") = None  # type: ignore[valid-type]
-    generate_summary: unsupported("auto") = None  # type: ignore[valid-type]
+
+    # Accepted: an answer has the reasoning itself, whole.
+    summary: Summary | None = None
+    generate_summary: Summary | None = None
 
 
 class PromptFields(ExtraFields):

@@ -253,6 +253,7 @@ def test_what_is_not_done_is_refused(server: Any, fields: Any, param: str) -> No
 def test_what_asks_for_nothing_is_taken(server: Any) -> None:
     fields = {
         "client_metadata": {"session_id": "1"},
+        "reasoning": {"summary": "detailed"},
         "prompt_cache_key": "k",
         "include": ["reasoning.encrypted_content", "web_search_call.action.sources"],
         "input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "prompt_cache_breakpoint": {}}]}],
