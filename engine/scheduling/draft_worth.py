@@ -21,11 +21,14 @@ RETRY_SHARE = 0.01
 """And so much of it where versions nobody has seen come one after the other, each of which would be tried at once."""
 LONGEST_PAUSE = 512
 """Each probe of costly drafters that disappoints makes their pause twice as long, up to this."""
-SMOOTHING, PROBE_SMOOTHING = 0.03, 0.06
-"""Weight of a step in what is known of this, and of a probe: more, as there are few, but so that luck with some does
-not pass for a change."""
-SMOOTHING_ROWS = 2
-"""Steps of fewer requests weigh so much less: one draft token that is right or wrong says little."""
+SMOOTHING = 0.03
+"""Weight of a step, and of a probe, in what is known of this."""
+SMOOTHING_ROWS = 16
+"""Steps of fewer requests weigh so much less: one draft token that is right or wrong says little, and texts differ.
+With a larger weight, luck stops a drafter that brings a tenth for more than half of the time."""
+HOPE = 4.0
+"""The first steps weigh more than that, as a mean does: as if so many of full weight had been seen, which were as is
+hoped for."""
 PLAIN_SMOOTHING, MOST_ERROR = 0.25, 0.3
 """Weight of a step without draft tokens in what is known of such, and how far it may be from what was expected."""
 MOST_KNOWN = 1.1
@@ -49,6 +52,8 @@ class Worth:
         """The step; only where it is paused."""
         self.has_succeeded = False
         """The last probe, if it is paused: then the next one follows at once, as everything is read by now."""
+        self._seen = 0.0
+        """Steps since the last change, each by its share of a full weight."""
         self._spent = 0.0
         """Seconds of asking in probes since the last one that did not succeed."""
         self._next_retry = 0
@@ -66,7 +71,9 @@ class Worth:
     def observe(self, step: int, plain: float, seconds: float, rows: int) -> None:
         """A step of so many requests took so long with asking, and its tokens would have taken ``plain`` without."""
         was_paused = self.is_paused
-        weight = PROBE_SMOOTHING if was_paused else SMOOTHING * min(rows / SMOOTHING_ROWS, 1.0)
+        share = min(rows / SMOOTHING_ROWS, 1.0)
+        self._seen += share
+        weight = SMOOTHING if was_paused else share * max(SMOOTHING, 1 / (HOPE + self._seen))
         before = self._seconds or seconds
         self._seconds = before + weight * (seconds - before)
         before = self._plain or (self._pause_below + HOPED_FOR) * seconds
@@ -95,7 +102,7 @@ class Worth:
 
     def retry(self) -> None:
         """Something has changed: what disappointed before may pay now."""
-        self._pause, self.next_probe = PROBE_EVERY, self._next_retry
+        self._pause, self.next_probe, self._seen = PROBE_EVERY, self._next_retry, 0.0
 
 
 class WorthByLoad:
