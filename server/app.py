@@ -77,6 +77,7 @@ def build_app(service: Service) -> ASGIApp:
     offered = [path for path in paths([*generating, *batches]) if path.startswith(API) and "{" not in path]
 
     @app.get("/health", response_class=Response, openapi_extra=describe(Health, 503, errors=Health))
+    @app.get("/ping", response_class=Response, openapi_extra=describe(Health, 503, errors=Health))
     async def health() -> Response:
         """200 while the engine makes progress."""
         status, body = service.health()

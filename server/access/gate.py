@@ -32,7 +32,18 @@ from slipstream.server.http.headers import check_repeated, header, is_loopback
 from slipstream.server.telemetry.metrics import Metrics
 
 OPEN_PATHS = frozenset(
-    {"/health", "/health/", "/health_generate", "/liveness", "/ready", "/metrics", "/version", "/", "/dashboard"}
+    {
+        "/health",
+        "/health/",
+        "/health_generate",
+        "/liveness",
+        "/ping",
+        "/ready",
+        "/metrics",
+        "/version",
+        "/",
+        "/dashboard",
+    }
 )
 """The chat and the dashboard are pages without data; what they show they ask the API for."""
 ADMIN_PATH = "/admin/"

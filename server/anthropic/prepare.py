@@ -23,6 +23,7 @@ from slipstream.server.batch.lines import encode as encode_line
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import Body, parse
 from slipstream.server.openai import prepare as openai
+from slipstream.server.openai.billing import without_header
 from slipstream.server.openai.schema import ChatBody
 from slipstream.server.openai.thinking import LEVEL
 from slipstream.server.openai.translated import add_message, chat_body
@@ -180,7 +181,9 @@ def messages_of(body: PromptFields) -> list[dict[str, Any]]:
     """Raises InvalidRequestError."""
     found: list[dict[str, Any]] = []
     if body.system is not None:
-        add_message(found, "system", joined(body.system))
+        system = body.system
+        text = system if isinstance(system, str) else "".join(without_header(block.text) for block in system)
+        add_message(found, "system", text)
     for index, turn in enumerate(body.messages):
         blocks = turn.content
         if isinstance(blocks, str):
@@ -220,6 +223,7 @@ def heard(role: str, blocks: list[ContentBlock], param: str) -> list[dict[str, A
         at = f"{param}.{index}"
         if block.type == "text":
             words = required(block, "text", at)
+            words = without_header(words) if role == "system" else words
             if found and found[-1]["role"] == role:
                 found[-1]["content"] += words
             else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import BaseModel, RootModel
+
 from slipstream.server.http.description import Answer
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -14,11 +16,17 @@ class PromptTokensDetails(Answer):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Answer):
+    reasoning_tokens: int
+
+
 class Usage(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
+    """At the end of an answer of a model that thinks."""
 
 
 class SpeculativeDecoding(Answer):
@@ -89,6 +97,8 @@ class ChatMessage(Answer):
     content: str | None
     refusal: None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """The same."""
     tool_calls: list[ToolCallMade] | None = None
     function_call: FunctionCalled | None = None
 
@@ -114,6 +124,8 @@ class ChatDelta(Answer):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """The same."""
     tool_calls: list[ToolCallMade] | None = None
     function_call: FunctionCalled | None = None
 
@@ -200,14 +212,18 @@ class Models(Answer):
 
 
 class Tokens(Answer):
-    count: int
+    """Lists with an entry for each text, where there are several."""
+
+    count: int | list[int]
     max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None
+    tokens: list[int] | list[list[int]]
+    token_strs: list[str] | list[list[str]] | None
 
 
 class Text(Answer):
-    prompt: str
+    prompt: str | list[str]
+    text: str | list[str]
+    """The same."""
 
 
 class Embedding(Answer):
@@ -228,6 +244,14 @@ class Embeddings(Answer):
     usage: EmbeddingUsage
 
 
+class Invoked(RootModel[ChatAnswer | CompletionAnswer | Embeddings]):
+    """As the route answers that a body is meant for."""
+
+
+class InvokedChunk(RootModel[ChatChunk | CompletionChunk]):
+    pass
+
+
 class TokenizerInfo(Answer):
     tokenizer_class: str
     model_max_length: int
@@ -243,7 +267,7 @@ class PrunedRollouts(Answer):
     """Ids of the samples that were aborted."""
 
 
-ANSWERS: tuple[type[Answer], ...] = (
+ANSWERS: tuple[type[BaseModel], ...] = (
     *(ChatAnswer, ChatChunk, CompletionAnswer, CompletionChunk),
-    *(Models, Model, Tokens, Text, TokenizerInfo, Embeddings, PrunedRollouts),
+    *(Models, Model, Tokens, Text, TokenizerInfo, Embeddings, PrunedRollouts, Invoked, InvokedChunk),
 )

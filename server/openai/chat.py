@@ -22,11 +22,17 @@ from slipstream.server.service import Service
 
 async def chat(service: Service, request: Request) -> GenerationResponse:
     arrival = time.monotonic()
-    prepared: Prepared[ChatBody] = await prepare_generation(service, request, "chat")
+    return answer_chat(service, request, await prepare_generation(service, request, "chat"), arrival)
+
+
+def answer_chat(service: Service, request: Request, prepared: Prepared[ChatBody], arrival: float) -> GenerationResponse:
+    """Raises what begin_chat raises."""
     generation, options = begin_chat(service, request, prepared, prepared.body, "chatcmpl-", arrival)
-    formatter = LogprobFormatter(service.text.tokenizer, bool(prepared.body.return_tokens_as_token_ids))
-    writer = ChatWriter(generation, options, formatter, prepared.speech)
-    return GenerationResponse(service, generation, writer, bool(prepared.body.stream))
+    body = prepared.body
+    as_ids, asked = bool(body.return_tokens_as_token_ids), body.logprob_token_ids or ()
+    formatter = LogprobFormatter(service.text.tokenizer, as_ids, asked)
+    writer = ChatWriter(generation, options, formatter, prepared.speech, body.include_reasoning is not False)
+    return GenerationResponse(service, generation, writer, bool(body.stream))
 
 
 def begin_chat(
@@ -53,6 +59,7 @@ def begin_chat(
     room = fit_context(service, len(prompt), asked, "messages")
     logprobs = logprobs_asked(service, principal, body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
     prompt_logprobs = logprobs_asked(service, principal, body.prompt_logprobs, "prompt_logprobs")
+    logprobs_asked(service, principal, len(body.logprob_token_ids or ()), "logprob_token_ids")
     params = sampling_params(
         service, body, prepared, max_tokens=asked or room, logprobs=logprobs, prompt_logprobs=prompt_logprobs
     )

@@ -23,7 +23,13 @@ DEFAULT_MAX_TOKENS = 16
 
 async def complete(service: Service, request: Request) -> GenerationResponse:
     arrival = time.monotonic()
-    prepared: Prepared[CompletionBody] = await prepare_generation(service, request, "complete")
+    return answer_completions(service, request, await prepare_generation(service, request, "complete"), arrival)
+
+
+def answer_completions(
+    service: Service, request: Request, prepared: Prepared[CompletionBody], arrival: float
+) -> GenerationResponse:
+    """Raises what start_generation raises, and InvalidRequestError for what is too much."""
     body, prompts = prepared.body, prepared.prompts
     principal = principal_of(request.scope)
     model = service.require_model(body.model)
@@ -35,6 +41,7 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
         asked = max(rooms) if body.max_tokens == ALL_ROOM else DEFAULT_MAX_TOKENS
     logprobs = logprobs_asked(service, principal, body.logprobs, "logprobs")
     prompt_logprobs = logprobs_asked(service, principal, body.prompt_logprobs, "prompt_logprobs")
+    logprobs_asked(service, principal, len(body.logprob_token_ids or ()), "logprob_token_ids")
     of_prompt = [value for value in (prompt_logprobs, logprobs if body.echo else None) if value is not None]
     params = sampling_params(
         service,
@@ -61,6 +68,7 @@ async def complete(service: Service, request: Request) -> GenerationResponse:
         shown = prepared.texts or [service.text.tokenizer.decode(prompt, skip) for prompt in prompts]
         echo = [text for text in shown for _ in range(body.n or 1)]
     options = answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)
-    formatter = LogprobFormatter(service.text.tokenizer, bool(body.return_tokens_as_token_ids))
+    as_ids, wanted = bool(body.return_tokens_as_token_ids), body.logprob_token_ids or ()
+    formatter = LogprobFormatter(service.text.tokenizer, as_ids, wanted)
     writer = CompletionWriter(generation, options, formatter, echo)
     return GenerationResponse(service, generation, writer, bool(body.stream))

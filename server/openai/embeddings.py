@@ -35,7 +35,13 @@ encode = msgspec.json.Encoder().encode
 
 async def embed(service: Service, request: Request) -> Response:
     arrival = time.monotonic()
-    prepared: Prepared[EmbeddingsBody] = await prepare_generation(service, request, "embed")
+    return await answer_embeddings(service, request, await prepare_generation(service, request, "embed"), arrival)
+
+
+async def answer_embeddings(
+    service: Service, request: Request, prepared: Prepared[EmbeddingsBody], arrival: float
+) -> Response:
+    """Raises what start_generation raises, and ClientDisconnect."""
     body, prompts = prepared.body, prepared.prompts
     model = service.require_model(body.model)
     require_choices(service, principal_of(request.scope), 1, len(prompts))

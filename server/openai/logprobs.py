@@ -13,21 +13,33 @@ LOWEST = -9999.0
 
 
 class LogprobFormatter:
-    def __init__(self, tokenizer: Tokenizer, as_token_ids: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, as_token_ids: bool, asked: Sequence[int] = ()) -> None:
+        """``asked``: tokens to tell of in place of the likeliest, those of SamplingParams.logprob_token_ids."""
         self._tokenizer = tokenizer
         self._as_token_ids = as_token_ids
+        self._asked = asked
 
     def name(self, token: int) -> str:
         return f"token_id:{token}" if self._as_token_ids else self._tokenizer.token_text(token)
 
+    def count(self, text: str) -> int:
+        """How many tokens a text has."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False)) if text else 0
+
     def prompt_offsets(self, tokens: Sequence[int], text: str) -> list[int]:
         return prompt_offsets(self._tokenizer, tokens, text)
+
+    def candidates(self, entry: TokenLogprobs, top: int) -> list[tuple[int, float]]:
+        """The likeliest tokens of a position; or the one that stands there, and those that were asked for."""
+        if not self._asked:
+            return entry.top[:top]
+        return list(({entry.token: entry.logprob} | dict(zip(self._asked, entry.asked, strict=True))).items())
 
     def chat(self, entries: Sequence[TokenLogprobs], top: int) -> dict[str, Any]:
         return {
             "content": [
                 self._chat_token(entry.token, entry.logprob)
-                | {"top_logprobs": [self._chat_token(token, logprob) for token, logprob in entry.top[:top]]}
+                | {"top_logprobs": [self._chat_token(token, logprob) for token, logprob in self.candidates(entry, top)]}
                 for entry in entries
             ]
         }
@@ -51,11 +63,10 @@ class LogprobFormatter:
         }
 
     def _legacy_top(self, entry: TokenLogprobs, top: int) -> dict[str, float]:
-        """Best first; the sampled token is always a member, even if it is not one of the most likely."""
-        found: dict[str, float] = {}
-        for token, logprob in entry.top[:top]:
+        """The sampled token comes first, as in vLLM, then the others, best first."""
+        found = {self.name(entry.token): max(entry.logprob, LOWEST)}
+        for token, logprob in self.candidates(entry, top):
             found.setdefault(self.name(token), max(logprob, LOWEST))
-        found[self.name(entry.token)] = max(entry.logprob, LOWEST)
         return found
 
     def prompt(self, entries: Sequence[TokenLogprobs | None], top: int) -> list[dict[str, Any] | None]:

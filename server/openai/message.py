@@ -11,6 +11,8 @@ from slipstream.server.openai.fields import kind_of_stop, part_as_text, unsuppor
 from slipstream.server.openai.tools import CalledFunction, ToolCall
 
 MAX_CALLS = 256
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Those of every conversation; a model's template may know more."""
 Label = Annotated[str, Field(max_length=512)]
 
 
@@ -43,7 +45,7 @@ class ThinkingBlock(Body):
 
 
 class Message(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    role: Annotated[str, Field(min_length=1, max_length=64)]
     type: Literal["text", "message"] | None = None
     """Accepted: lm-eval says it of messages in texts, others as in items of responses."""
     content: Content | None = None

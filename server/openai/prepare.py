@@ -6,6 +6,7 @@ loop, in a thread, or in a process of their own. Nothing here imports more than 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,11 @@ import msgspec
 from pydantic_core import from_json
 
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
-from slipstream.server.http.body import parse
+from slipstream.server.http.body import parse, shown
 from slipstream.server.openai import truncated
+from slipstream.server.openai.billing import part_without_header, without_header
 from slipstream.server.openai.fields import ALL_THAT_FIT
-from slipstream.server.openai.message import Message
+from slipstream.server.openai.message import ROLES, Message
 from slipstream.server.openai.schema import (
     MAX_STOP_CHARS,
     ChatBody,
@@ -129,40 +131,59 @@ def embed(text: TextModel, limits: Limits, raw: bytes) -> Prepared[EmbeddingsBod
 def tokenize(text: TextModel, limits: Limits, raw: bytes) -> Answered:
     """Raises InvalidRequestError, RunElsewhereError."""
     body: TokenizeMessagesBody | TokenizeTextBody
-    if has_messages(raw):
+    if "messages" in fields_of(raw):
         body = parse(TokenizeMessagesBody, raw, limits.unknown_fields)
-        rendered = render(limits, body, template_for(text, limits, body))
-        [tokens] = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
+        texts: list[str] | str = render(limits, body, template_for(text, limits, body))
+        special, param = bool(body.add_special_tokens), "messages"
     else:
         body = parse(TokenizeTextBody, raw, limits.unknown_fields)
-        [tokens] = encode(text, limits, [body.prompt], body.add_special_tokens is not False, "prompt")
+        texts, special, param = body.prompt, body.add_special_tokens is not False, "prompt"
+    single = isinstance(texts, str)
+    found = encode(text, limits, [texts] if isinstance(texts, str) else texts, special, param)
+    strs = [list(map(text.tokenizer.token_text, tokens)) for tokens in found] if body.return_token_strs else None
     return answer(
         body.model,
         {
-            "count": len(tokens),
+            "count": len(found[0]) if single else list(map(len, found)),
             "max_model_len": limits.max_model_len,
-            "tokens": tokens,
-            "token_strs": [text.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None,
+            "tokens": found[0] if single else found,
+            "token_strs": strs[0] if strs and single else strs,
         },
     )
 
 
-def has_messages(raw: bytes) -> bool:
+def fields_of(raw: bytes) -> dict[str, Any]:
+    """What a body has; nothing, if it is no JSON object, which whoever parses it says."""
     try:
         data = from_json(raw)
     except ValueError:
-        return False
-    return isinstance(data, dict) and "messages" in data
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def detokenize(text: TextModel, limits: Limits, raw: bytes) -> Answered:
     """Raises InvalidRequestError."""
     body = parse(DetokenizeBody, raw, limits.unknown_fields)
+    lists = [each for each in body.tokens if isinstance(each, list)]
+    single = not lists
+    if single:
+        lists = [[each for each in body.tokens if isinstance(each, int)]]
     # What /tokenize gives can be more than the model has, and ids that the model has can be without text.
     known = max(limits.vocab_size, text.tokenizer.vocab_size)
-    if (largest := max(body.tokens, default=0)) >= known:
+    if (largest := max(map(max, filter(None, lists)), default=0)) >= known:
         raise InvalidRequestError(f"tokens: there are the tokens 0 to {known - 1}, not {largest}", param="tokens")
-    return answer(body.model, {"prompt": text.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+    texts = [text.tokenizer.decode(tokens, bool(body.skip_special_tokens)) for tokens in lists]
+    said = texts[0] if single else texts
+    return answer(body.model, {"prompt": said, "text": said})
+
+
+def invoke(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
+    """What a body asks for that does not say so by its path. Raises InvalidRequestError, RunElsewhereError."""
+    fields = fields_of(raw)
+    for field, job in (("prompt", complete), ("input", embed)):
+        if field in fields and "messages" not in fields:
+            return job(text, limits, raw)
+    return chat(text, limits, raw)
 
 
 def prune_rollouts(text: TextModel, limits: Limits, raw: bytes) -> PruneRolloutsBody:
@@ -171,7 +192,7 @@ def prune_rollouts(text: TextModel, limits: Limits, raw: bytes) -> PruneRollouts
 
 
 JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {
-    job.__name__: job for job in (chat, complete, embed, tokenize, detokenize, prune_rollouts)
+    job.__name__: job for job in (chat, complete, embed, invoke, tokenize, detokenize, prune_rollouts)
 }
 
 
@@ -220,6 +241,7 @@ def render(limits: Limits, body: TemplateBody, template: ChatTemplate) -> str:
     if reserved := RESERVED_VARIABLES & variables.keys():
         name = min(reserved)
         raise InvalidRequestError(f"{name!r} cannot be set here", param=f"chat_template_kwargs.{name}")
+    require_known_roles(body.messages, template)
     if body.documents and "documents" not in template.text:
         raise InvalidRequestError(
             "documents: the chat template of this model knows of none; write them into a message",
@@ -247,6 +269,18 @@ def render(limits: Limits, body: TemplateBody, template: ChatTemplate) -> str:
         )
     except TemplateError as error:
         raise InvalidRequestError(str(error), param="messages") from None
+
+
+def require_known_roles(messages: list[Message], template: ChatTemplate) -> None:
+    """Raises InvalidRequestError."""
+    known = {*ROLES}
+    for index, role in enumerate(message.role for message in messages):
+        if role not in known and not re.search(rf"""(['"]){re.escape(role)}\1""", template.text):
+            raise InvalidRequestError(
+                f"messages.{index}.role: {', '.join(ROLES)}, or one that the chat template names, not {shown(role)}",
+                param=f"messages.{index}.role",
+            )
+        known.add(role)
 
 
 def structure(text: TextModel, limits: Limits, body: StructuredFields) -> Structure | None:
@@ -309,6 +343,12 @@ def as_template_sees_it(message: Message) -> dict[str, Any]:
     fields.setdefault("content", "")
     fields["content"] = fields["content"] or message.refusal or fields["content"]
     fields["role"] = SAME_ROLES.get(message.role, message.role)
+    if fields["role"] == "system":
+        content = fields["content"]
+        if isinstance(content, str):
+            fields["content"] = without_header(content)
+        else:
+            fields["content"] = [part for each in content if (part := part_without_header(each))]
     return fields
 
 

@@ -16,6 +16,7 @@ from slipstream.server.openai import answers
 from slipstream.server.openai.chat import chat
 from slipstream.server.openai.completions import complete
 from slipstream.server.openai.embeddings import embed
+from slipstream.server.openai.invocations import invoke
 from slipstream.server.openai.schema import (
     ChatBody,
     CompletionBody,
@@ -76,14 +77,18 @@ def openai_router(service: Service) -> APIRouter:
         service.require_ready()
         return JSONBody(model_card(service, service.require_model(name)))
 
-    @router.post(
-        "/tokenize", openapi_extra=describe(answers.Tokens, *BUSY, bodies=[TokenizeTextBody, TokenizeMessagesBody])
-    )
+    told = describe(answers.Tokens, *BUSY, bodies=[TokenizeTextBody, TokenizeMessagesBody])
+
+    @router.post("/tokenize", openapi_extra=told)
+    @router.post("/v1/tokenize", openapi_extra=told)
     async def tokens_of(request: Request) -> Response:
-        """The tokens of a text or of a conversation."""
+        """The tokens of texts or of a conversation."""
         return await tokenize(service, request)
 
-    @router.post("/detokenize", openapi_extra=describe(answers.Text, *BUSY, bodies=[DetokenizeBody]))
+    told = describe(answers.Text, *BUSY, bodies=[DetokenizeBody])
+
+    @router.post("/detokenize", openapi_extra=told)
+    @router.post("/v1/detokenize", openapi_extra=told)
     async def text_of(request: Request) -> Response:
         """The text of tokens."""
         return await detokenize(service, request)
@@ -92,6 +97,19 @@ def openai_router(service: Service) -> APIRouter:
     async def embeddings(request: Request) -> Response:
         """What the model makes of texts, as vectors."""
         return await embed(service, request)
+
+    @router.post(
+        "/invocations",
+        openapi_extra=describe(
+            answers.Invoked,
+            *BUSY,
+            bodies=[ChatBody, CompletionBody, EmbeddingsBody],
+            stream=answers.InvokedChunk,
+        ),
+    )
+    async def invocations(request: Request) -> Response:
+        """A chat, a completion or embeddings, as the body says."""
+        return await invoke(service, request)
 
     @router.get("/tokenizer_info", openapi_extra=describe(answers.TokenizerInfo, 503))
     async def tokenizer_info() -> Response:

@@ -70,6 +70,7 @@ def sampling_params(
         stop_token_ids=tuple(stop),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        logprob_token_ids=tuple(body.logprob_token_ids or ()),
         logprobs_mode=body.logprobs_mode or service.config.logprobs_mode,
     )
 

@@ -59,6 +59,11 @@ def truth_of(value: Any) -> Any:
     return bool(value) if type(value) is int and value in (0, 1) else value
 
 
+def number_of(value: Any) -> Any:
+    """The reverse, as vLLM and SGLang take them: true for one alternative; false for no log-probabilities."""
+    return (1 if value else None) if isinstance(value, bool) else value
+
+
 def kind_of_prompt(value: Any) -> str:
     if not isinstance(value, list):
         return "a text"
@@ -66,6 +71,10 @@ def kind_of_prompt(value: Any) -> str:
     if isinstance(first, list):
         return "lists of ids"
     return "some texts" if isinstance(first, str) else "token ids"
+
+
+def kind_of_ids(value: Any) -> str:
+    return "lists of ids" if isinstance(value, list) and value and isinstance(value[0], list) else "token ids"
 
 
 Stop = Annotated[
@@ -82,6 +91,16 @@ Prompt = Annotated[
     Discriminator(kind_of_prompt),
 ]
 
+Texts = Annotated[
+    Annotated[str, Tag("a text")] | Annotated[Annotated[list[str], Field(min_length=1, fail_fast=True)], Tag("a list")],
+    Discriminator(kind_of_stop),
+]
+AnyTokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+IdsOrLists = Annotated[
+    Annotated[AnyTokenIds, Tag("token ids")]
+    | Annotated[Annotated[list[AnyTokenIds], Field(fail_fast=True)], Tag("lists of ids")],
+    Discriminator(kind_of_ids),
+]
 AllowedTokenIds = Annotated[
     list[TokenId],
     Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, fail_fast=True),
@@ -147,6 +166,7 @@ class SamplingBody(Body):
     ignore_eos: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=-1, lt=2**31)
     logprobs_mode: LogprobsMode | None = None
+    logprob_token_ids: list[TokenId] | None = Field(None, fail_fast=True)
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: Truncation | None = None
 
@@ -175,6 +195,12 @@ class GenerationBody(SamplingBody, StructuredFields, LlamaCppFields):
     request_id: RequestId | None = None
     user: Label | None = None
 
+    # What SGLang calls request_id, model and include_stop_str_in_output, and its second salt.
+    rid: RequestId | None = None
+    lora_path: str | None = None
+    no_stop_trim: bool | None = None
+    extra_key: Label | None = None
+
     # Accepted: they cannot change the answer.
     metadata: dict[str, Any] | None = Field(None, max_length=MAX_METADATA)
     store: bool | None = None
@@ -183,6 +209,8 @@ class GenerationBody(SamplingBody, StructuredFields, LlamaCppFields):
     prompt_cache_key: Label | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
+    session_id: str | None = None
+    routed_experts_prompt_start: int | None = None
 
     # Refused unless off.
     use_beam_search: unsupported(False) = None  # type: ignore[valid-type]
@@ -191,7 +219,6 @@ class GenerationBody(SamplingBody, StructuredFields, LlamaCppFields):
     length_penalty: unsupported(1, 1.0) = None  # type: ignore[valid-type]
 
     # What routers add to bodies that they pass on.
-    no_stop_trim: unsupported(False) = None  # type: ignore[valid-type]
     return_hidden_states: unsupported(False) = None  # type: ignore[valid-type]
     separate_reasoning: unsupported(True) = None  # type: ignore[valid-type]
     stream_reasoning: unsupported(True) = None  # type: ignore[valid-type]
@@ -201,6 +228,10 @@ class GenerationBody(SamplingBody, StructuredFields, LlamaCppFields):
     def _check_shared(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
+        self.request_id, self.model = self.request_id or self.rid, self.lora_path or self.model
+        self.include_stop_str_in_output = self.include_stop_str_in_output or self.no_stop_trim
+        if self.extra_key:
+            self.cache_salt = repr((self.cache_salt or "", self.extra_key))
         return self
 
 
@@ -253,6 +284,8 @@ class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
     logprobs: Annotated[bool | None, BeforeValidator(truth_of, bool | Literal[0, 1] | None)] = None
     top_logprobs: int | None = Field(None, ge=-1, lt=2**31)
 
+    include_reasoning: bool | None = None
+
     # Accepted: it cannot change the answer.
     prediction: Prediction | None = None
 
@@ -270,8 +303,9 @@ class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:
-        if self.top_logprobs and not self.logprobs:
-            raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        for name in ("top_logprobs", "logprob_token_ids"):
+            if getattr(self, name) and not self.logprobs:
+                raise InvalidRequestError(f"{name} needs logprobs: true", param=name)
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
             raise InvalidRequestError(
@@ -287,7 +321,9 @@ class CompletionBody(GenerationBody):
     prompt: Prompt
     max_tokens: MaxTokens | None = None
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=-1, lt=2**31)
+    logprobs: Annotated[
+        Annotated[int, Field(ge=-1, lt=2**31)] | None, BeforeValidator(number_of, bool | int | None)
+    ] = None
     add_special_tokens: bool | None = None
     best_of: int | None = Field(None, ge=1, lt=2**31)
     suffix: unsupported("") = None  # type: ignore[valid-type]
@@ -298,6 +334,8 @@ class CompletionBody(GenerationBody):
             raise InvalidRequestError(
                 "best_of other than n is not supported by this server", param="best_of", code="unsupported_parameter"
             )
+        if self.logprob_token_ids and self.logprobs is None:
+            raise InvalidRequestError("logprob_token_ids needs logprobs", param="logprob_token_ids")
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise InvalidRequestError("max_tokens may only be 0 with echo or prompt_logprobs", param="max_tokens")
         return self
@@ -305,7 +343,7 @@ class CompletionBody(GenerationBody):
 
 class TokenizeTextBody(Body):
     model: str | None = None
-    prompt: str
+    prompt: Texts
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -333,4 +371,5 @@ class EmbeddingsBody(Body):
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: IdsOrLists
+    skip_special_tokens: bool | None = None

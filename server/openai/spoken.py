@@ -9,30 +9,40 @@ from slipstream.server.tools.answer import AnswerParser, Speech
 from slipstream.server.tools.parts import CallArguments, CallBegin, Content, Part, Reasoning
 
 
+def thought(text: str) -> dict[str, Any]:
+    """Under both names that clients know: that of DeepSeek, SGLang and llama.cpp, and that of vLLM and Ollama."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
 class SpokenAnswer:
     """One answer, in pieces or as a whole."""
 
-    def __init__(self, speech: Speech) -> None:
-        self._speech = speech
+    def __init__(self, speech: Speech, tells_thoughts: bool = True) -> None:
+        self._speech, self._tells_thoughts = speech, tells_thoughts
         self._parser = AnswerParser(speech)
+        self.thoughts: list[str] = []
+        """What was thought so far, whether it is told or not."""
 
     def deltas(self, text: str, is_last: bool) -> list[dict[str, Any]]:
         """What a piece of text adds."""
+        return [self._delta(part) for part in self._parts(text, is_last)]
+
+    def _parts(self, text: str, is_last: bool) -> list[Part]:
         parts = self._parser.push(text)
-        return [self._delta(part) for part in (parts + self._parser.finish() if is_last else parts)]
+        if is_last:
+            parts += self._parser.finish()
+        self.thoughts += [part.text for part in parts if isinstance(part, Reasoning)]
+        return parts if self._tells_thoughts else [part for part in parts if not isinstance(part, Reasoning)]
 
     def message(self, text: str) -> dict[str, Any]:
         """The fields of a whole answer that depend on its text."""
         content: list[str] = []
-        reasoning: list[str] = []
         calls: list[dict[str, Any]] = []
         arguments: list[list[str]] = []
-        for part in self._parser.push(text) + self._parser.finish():
+        for part in self._parts(text, is_last=True):
             match part:
                 case Content():
                     content.append(part.text)
-                case Reasoning():
-                    reasoning.append(part.text)
                 case CallBegin():
                     calls.append(self._call(part))
                     arguments.append([])
@@ -41,8 +51,8 @@ class SpokenAnswer:
         for call, said in zip(calls, arguments, strict=True):
             call["function"]["arguments"] = "".join(said)
         found: dict[str, Any] = {"content": "".join(content) if content or not calls else None}
-        if reasoning:
-            found["reasoning_content"] = "".join(reasoning)
+        if self.thoughts and self._tells_thoughts:
+            found |= thought("".join(self.thoughts))
         if calls and self._speech.as_functions:
             [call] = calls
             found["function_call"] = call["function"]
@@ -60,7 +70,7 @@ class SpokenAnswer:
             case Content():
                 return {"content": part.text}
             case Reasoning():
-                return {"reasoning_content": part.text}
+                return thought(part.text)
             case CallBegin() if self._speech.as_functions:
                 return {"function_call": self._call(part)["function"]}
             case CallArguments() if self._speech.as_functions:

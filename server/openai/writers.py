@@ -33,8 +33,10 @@ class AnswerOptions:
     continuous_usage: bool = False
 
 
-def usage(generation: Generation) -> dict[str, Any]:
+def usage(generation: Generation, following: int = 0) -> dict[str, Any]:
+    """``following``: generated tokens that do not count yet."""
     prompt, cached, completion = generation.count_tokens()
+    completion -= following
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -63,10 +65,15 @@ class OpenAIWriter:
         )[:-1]
         self._tail = b',"usage":null}\n\n' if options.include_usage else b"}\n\n"
 
-    def event(self, choices: bytes, extra: bytes = b"") -> bytes:
+    def whole_usage(self) -> dict[str, Any]:
+        """What is told at the end."""
+        return usage(self.generation)
+
+    def event(self, choices: bytes, extra: bytes = b"", following: int = 0) -> bytes:
+        """``following``: generated tokens that another chunk is to tell of."""
         tail = self._tail
         if self.options.continuous_usage:
-            tail = b',"usage":' + encode(usage(self.generation)) + b"}\n\n"
+            tail = b',"usage":' + encode(usage(self.generation, following)) + b"}\n\n"
         return b"".join((b"data: ", self._head, b',"choices":[', choices, b"]", extra, tail))
 
     def end(self) -> bytes:
@@ -74,7 +81,7 @@ class OpenAIWriter:
             return DONE
         last = b"null"
         if self.options.include_usage:
-            last = encode(usage(self.generation))
+            last = encode(self.whole_usage())
         if self.options.return_metrics:
             last += b',"metrics":' + encode(self.generation.metrics())
         return b"".join((b"data: ", self._head, b',"choices":[],"usage":', last, b"}\n\n", DONE))
@@ -89,7 +96,7 @@ class OpenAIWriter:
                 "created": self.options.created,
                 "model": self.options.model,
                 "choices": choices,
-                "usage": usage(self.generation),
+                "usage": self.whole_usage(),
                 **extra,
             }
         )
@@ -100,15 +107,31 @@ class ChatWriter(OpenAIWriter):
     chunk_name = "chat.completion.chunk"
 
     def __init__(
-        self, generation: Generation, options: AnswerOptions, formatter: LogprobFormatter, speech: Speech | None = None
+        self,
+        generation: Generation,
+        options: AnswerOptions,
+        formatter: LogprobFormatter,
+        speech: Speech | None = None,
+        tells_thoughts: bool = True,
     ) -> None:
         """``speech`` says what is looked for in the text; None: it is content as a whole."""
         super().__init__(generation, options, formatter)
-        self._spoken = [SpokenAnswer(speech) for _ in generation.sequences] if speech is not None else []
+        self._spoken: list[SpokenAnswer] = []
+        if speech is not None:
+            self._spoken = [SpokenAnswer(speech, tells_thoughts) for _ in generation.sequences]
+        self._thinks = speech is not None and speech.reasoning is not None
+
+    def whole_usage(self) -> dict[str, Any]:
+        found = usage(self.generation)
+        if self._thinks:
+            texts = ["".join(each.thoughts) for each in self._spoken]
+            tokens = sum(map(self.formatter.count, texts))
+            found["completion_tokens_details"] = {"reasoning_tokens": min(tokens, found["completion_tokens"])}
+        return found
 
     def chunk(self, sequence: Sequence, piece: Piece) -> bytes:
         options = self.options
-        told = self._role(sequence) if piece.first else b""
+        told = self._role(sequence, len(piece.tokens)) if piece.first else b""
         if self._spoken:
             return told + self._spoken_chunk(sequence, piece, self._spoken[sequence.index])
         logprobs = b"null"
@@ -160,7 +183,7 @@ class ChatWriter(OpenAIWriter):
 
     def body(self, answers: list[Piece]) -> bytes:
         first = self.generation.sequences[0]
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"prompt_token_ids": None, "prompt_logprobs": None}
         if self.options.return_token_ids:
             extra["prompt_token_ids"] = first.prompt
         if self.options.prompt_logprobs is not None:
@@ -170,7 +193,8 @@ class ChatWriter(OpenAIWriter):
         ]
         return self.envelope(choices, **extra)
 
-    def _role(self, sequence: Sequence) -> bytes:
+    def _role(self, sequence: Sequence, following: int) -> bytes:
+        """What comes before the first tokens, of which the usage tells in the next chunk."""
         extra = b""
         if sequence.index == 0:
             if self.options.return_token_ids:
@@ -178,7 +202,7 @@ class ChatWriter(OpenAIWriter):
             if self.options.prompt_logprobs is not None:
                 extra += b',"prompt_logprobs":' + encode(self._prompt_logprobs(sequence))
         choice = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-        return self.event(choice % sequence.index, extra)
+        return self.event(choice % sequence.index, extra, following)
 
     def _choice(self, sequence: Sequence, answer: Piece) -> dict[str, Any]:
         options = self.options
@@ -187,18 +211,22 @@ class ChatWriter(OpenAIWriter):
         spoken = self._spoken[sequence.index] if self._spoken else None
         if spoken is not None:
             message |= spoken.message(answer.text)
-        choice = {
+        return {
             "index": sequence.index,
             "message": message,
             "logprobs": logprobs,
             "finish_reason": answer.finish_reason if spoken is None else spoken.finish_reason(answer),
             "stop_reason": answer.stop_reason,
+            "token_ids": answer.tokens if options.return_token_ids else None,
         }
-        return choice | {"token_ids": answer.tokens} if options.return_token_ids else choice
 
     def _prompt_logprobs(self, sequence: Sequence) -> list[dict[str, Any] | None]:
         assert self.options.prompt_logprobs is not None
         return self.formatter.prompt(sequence.prompt_logprobs, self.options.prompt_logprobs)
+
+
+NOT_ASKED = dict.fromkeys(("prompt_token_ids", "token_ids", "prompt_logprobs"))
+"""What programs look for in each choice, as in vLLM's, whether they have asked for it or not."""
 
 
 class CompletionWriter(OpenAIWriter):
@@ -251,7 +279,7 @@ class CompletionWriter(OpenAIWriter):
                     "logprobs": self._logprobs(sequence, answer),
                     "finish_reason": answer.finish_reason,
                     "stop_reason": answer.stop_reason,
-                    **self._extras(sequence, answer),
+                    **(NOT_ASKED | self._extras(sequence, answer)),
                 }
                 for sequence, answer in zip(self.generation.sequences, answers, strict=True)
             ]

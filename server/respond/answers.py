@@ -18,14 +18,16 @@ class ResponsePart(Answer):
 
 class ResponseItem(Answer):
     id: str
-    type: Literal["message", "reasoning", "function_call"]
+    type: Literal["message", "reasoning", "function_call", "custom_tool_call"]
     status: Literal["in_progress", "completed", "incomplete"]
     role: Literal["assistant"] | None = None
     content: list[ResponsePart] | None = None
     summary: list[Any] | None = None
     call_id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
+    input: str | None = None
 
 
 class ResponseInputDetails(Answer):
@@ -98,6 +100,7 @@ class ResponseEvent(Answer):
     text: str | None = None
     name: str | None = None
     arguments: str | None = None
+    input: str | None = None
     logprobs: list[Any] | None = None
 
 

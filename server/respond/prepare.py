@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from slipstream.server.openai.truncated import room_beside
 from slipstream.server.preparing.prepared import Answered, Limits, Prepared
 from slipstream.server.preparing.text_model import TextModel
 from slipstream.server.respond.schema import CountInputTokensBody, Item, ItemPart, PromptFields, RespondBody
+from slipstream.server.respond.tools import as_arguments, chosen, flat, offered
 
 INSTRUCTING = ("system", "developer")
 LENGTH_BYTES = 8
@@ -25,6 +27,9 @@ REFERENCE = "item_reference"
 WITHOUT_ESCAPES = "previous_response_id: write the name of this field without escapes"
 MAX_STORED_BYTES = 2**19
 """Most bytes of the input of a response that is kept."""
+
+OF_TOOL = re.compile(r"tools\.(\d+)(.*)")
+"""A field of a tool of chat."""
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -98,12 +103,13 @@ def respond(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Any]:
         "logprobs": body.wants_logprobs,
         "top_logprobs": body.top_logprobs,
     }
-    prepared = conversation(text, limits, body, fields, body.max_output_tokens)
+    prepared = conversation(text, limits, fields, body, body.max_output_tokens)
     openai.require_fits(limits, len(prepared.prompts[0]), "input")
     done = Responding(asked=body.model_copy(update={"input": ""}), chat=prepared.body, items=kept)
     structure = prepared.structure
     if structure is not None:
-        structure = replace(structure, param=renamed(structure.param) or structure.param)
+        name = of_tool(structure.param, body) or renamed(structure.param)
+        structure = replace(structure, param=name or structure.param)
     return Prepared(done, prepared.prompts, [], prepared.ends, structure, prepared.speech)
 
 
@@ -113,12 +119,13 @@ def count_input_tokens(text: TextModel, limits: Limits, raw: bytes) -> Answered:
     body = parse(CountInputTokensBody, raw, limits.unknown_fields)
     if body.previous_response_id is not None and b'"previous_response_id"' not in raw:
         raise InvalidRequestError(WITHOUT_ESCAPES, param="previous_response_id")
-    [prompt] = conversation(text, limits, body, chat_fields(body, before, items_of(body, referred)), None).prompts
+    fields = chat_fields(body, before, items_of(body, referred))
+    [prompt] = conversation(text, limits, fields, body, None).prompts
     return openai.answer(body.model, {"object": "response.input_tokens", "input_tokens": len(prompt)})
 
 
 def conversation(
-    text: TextModel, limits: Limits, body: PromptFields, fields: dict[str, Any], answer: int | None
+    text: TextModel, limits: Limits, fields: dict[str, Any], body: PromptFields, answer: int | None
 ) -> Prepared[ChatBody]:
     """Raises InvalidRequestError with the names of this dialect."""
     try:
@@ -127,7 +134,7 @@ def conversation(
             chat = without_first_turns(text, limits, chat, room_beside(limits, answer))
         return openai.conversation(text, limits, chat)
     except InvalidRequestError as error:
-        name = renamed(error.param)
+        name = of_tool(error.param, body) or renamed(error.param)
         message = error.message.replace(error.param, name, 1) if error.param and name else error.message
         raise type(error)(message, param=name, code=error.code) from None
 
@@ -203,11 +210,12 @@ def chat_fields(body: PromptFields, before: Sequence[Item], given: Sequence[Item
     messages = messages_of(before, "previous_response_id") + messages_of(given, "input")
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
+    tools = offered(body.tools or ())
     fields = body.shared() | {
         "messages": messages,
         "model": body.model,
-        "tools": [nested(tool) for tool in body.tools] if body.tools else None,
-        "tool_choice": body.tool_choice,
+        "tools": [each.tool for each in tools] or None,
+        "tool_choice": chosen(body.tool_choice, tools),
         "parallel_tool_calls": body.parallel_tool_calls,
         "reasoning_effort": None if body.reasoning is None else body.reasoning.effort,
     }
@@ -217,12 +225,6 @@ def chat_fields(body: PromptFields, before: Sequence[Item], given: Sequence[Item
             about = form.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
             fields["response_format"]["json_schema"] = about
     return fields
-
-
-def nested(tool: dict[str, Any]) -> dict[str, Any]:
-    """A function as chat has it: its name and what belongs to it one level deeper."""
-    function = {name: value for name, value in tool.items() if name != "type" and value is not None}
-    return {"type": tool.get("type"), "function": function}
 
 
 def messages_of(items: Iterable[Item], param: str) -> list[dict[str, Any]]:
@@ -240,18 +242,23 @@ def messages_of(items: Iterable[Item], param: str) -> list[dict[str, Any]]:
                 if thought:
                     open_assistant(found, speaks)["reasoning_content"] = thought
                     speaks = True
-            case "function_call":
+            case "function_call" | "custom_tool_call":
+                name = required(item, "name", param, index)
+                if item.type == "custom_tool_call":
+                    arguments = as_arguments(required(item, "input", param, index))
+                else:
+                    arguments = required(item, "arguments", param, index)
                 call = {
                     "id": required(item, "call_id", param, index),
                     "type": "function",
                     "function": {
-                        "name": required(item, "name", param, index),
-                        "arguments": required(item, "arguments", param, index),
+                        "name": flat(item.namespace, name) if item.namespace else name,
+                        "arguments": arguments,
                     },
                 }
                 open_assistant(found, speaks).setdefault("tool_calls", []).append(call)
                 speaks = True
-            case "function_call_output":
+            case "function_call_output" | "custom_tool_call_output":
                 required(item, "output", param, index)
                 call_id = required(item, "call_id", param, index)
                 found.append({"role": "tool", "tool_call_id": call_id, "content": joined(item.output)})
@@ -288,7 +295,15 @@ def renamed(param: str | None) -> str | None:
         return "text.format" + param.removeprefix("response_format").removeprefix(".json_schema")
     if param == "reasoning_effort":
         return "reasoning.effort"
-    return param.replace(".function.", ".", 1) if param.startswith("tools.") else param
+    return param
+
+
+def of_tool(param: str | None, body: PromptFields) -> str | None:
+    """What a field of a tool of chat is called here; None if it is no such field."""
+    place = OF_TOOL.fullmatch(param or "")
+    if place is None:
+        return None
+    return offered(body.tools or ())[int(place[1])].param + place[2].replace(".function.", ".", 1)
 
 
 JOBS: dict[str, Callable[[TextModel, Limits, bytes], Any]] = {

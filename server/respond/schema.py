@@ -57,11 +57,22 @@ Text = Annotated[
 ]
 
 
-class Item(Body):
-    """What the input consists of: a message, a call of a function, what it gave back, reasoning, or one of these that
-    is kept, by its id."""
+ItemType = Literal[
+    "message",
+    "function_call",
+    "function_call_output",
+    "custom_tool_call",
+    "custom_tool_call_output",
+    "reasoning",
+    "item_reference",
+]
 
-    type: Literal["message", "function_call", "function_call_output", "reasoning", "item_reference"] | None = None
+
+class Item(Body):
+    """What the input consists of: a message, a call of a tool, what it gave back, reasoning, or one of these that is
+    kept, by its id."""
+
+    type: ItemType | None = None
     id: Label | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
@@ -69,7 +80,9 @@ class Item(Body):
     content: Text | None = None
     call_id: Label | None = None
     name: Label | None = None
+    namespace: Label | None = None
     arguments: Arguments | None = None
+    input: str | None = None
     parsed_arguments: Any = None
     output: Text | None = None
     summary: list[ItemPart] | None = Field(None, max_length=MAX_MESSAGES, fail_fast=True)
@@ -153,6 +166,7 @@ class RespondBody(PromptFields):
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     client_metadata: dict[str, Any] | None = Field(None, max_length=MAX_METADATA)
+    session_id: str | None = None
 
     # Refused unless off.
     moderation: unsupported() = None  # type: ignore[valid-type]

@@ -15,12 +15,14 @@ from slipstream.server.generation import Generation, Piece, Sequence
 from slipstream.server.openai.logprobs import LogprobFormatter
 from slipstream.server.respond.logprobs import TextLogprobs
 from slipstream.server.respond.schema import RespondBody
+from slipstream.server.respond.tools import Called, as_input, offered
 from slipstream.server.text import Tokenizer
 from slipstream.server.tools.answer import Speech
 from slipstream.server.tools.blocks import Block, BlockEvent, Blocks
 
 encode = msgspec.json.Encoder().encode
 PREFIXES = {"reasoning": "rs_", "text": "msg_", "call": "fc_"}
+CUSTOM_PREFIX = "ctc_"
 
 
 class ResponseWriter:
@@ -39,6 +41,7 @@ class ResponseWriter:
     ) -> None:
         self._generation, self._tokenizer, self._on_end = generation, tokenizer, on_end
         self._blocks = Blocks(speech)
+        self._called = {each.name: each.called for each in offered(asked.tools or ())}
         self._logprobs: TextLogprobs | None = None
         if logprobs is not None:
             self._logprobs = TextLogprobs(LogprobFormatter(tokenizer, as_token_ids=False), logprobs)
@@ -93,8 +96,14 @@ class ResponseWriter:
         else:
             cut, told = self._logprobs.cut(piece), self._logprobs.told
             found = [(event, told(event)) for text, is_last in cut for event in self._blocks.push(text, is_last)]
-        self._ids += [PREFIXES[each.block.kind] + secrets.token_hex(16) for each, _ in found if each.kind == "begin"]
+        self._ids += [self._prefix(each.block) + secrets.token_hex(16) for each, _ in found if each.kind == "begin"]
         return found
+
+    def _called_by(self, block: Block) -> Called:
+        return self._called.get(block.name, Called(block.name))
+
+    def _prefix(self, block: Block) -> str:
+        return CUSTOM_PREFIX if block.kind == "call" and self._called_by(block).is_custom else PREFIXES[block.kind]
 
     def _begin(self) -> bytes:
         self._is_open = True
@@ -144,13 +153,14 @@ class ResponseWriter:
                 content = [{"type": "reasoning_text", "text": block.text}]
                 return found | {"type": "reasoning", "summary": [], "content": content}
             case "call":
+                called = self._called_by(block)
+                found |= {"call_id": block.id, "name": called.name}
+                if called.namespace is not None:
+                    found["namespace"] = called.namespace
+                if called.is_custom:
+                    return found | {"type": "custom_tool_call", "input": as_input(block.text)}
                 arguments = block.text if status != "completed" else block.text or "{}"
-                return found | {
-                    "type": "function_call",
-                    "call_id": block.id,
-                    "name": block.name,
-                    "arguments": arguments,
-                }
+                return found | {"type": "function_call", "arguments": arguments}
 
     def _block_logprobs(self, block: Block) -> list[dict[str, Any]]:
         return [] if self._logprobs is None else self._logprobs.blocks[block.index]
@@ -172,14 +182,20 @@ class ResponseWriter:
                 begun = text_part("", []) if of_text else {"type": "reasoning_text", "text": ""}
                 return told + self._event("response.content_part.added", part=begun, **part)
             case "more":
+                if block.kind == "call" and self._called_by(block).is_custom:
+                    return b""  # what the input is shows at its end
                 if block.kind == "call":
                     return self._event("response.function_call_arguments.delta", delta=event.text, **where)
                 extra: dict[str, Any] = {"logprobs": logprobs} if of_text else {}
                 return self._event(f"{name}.delta", delta=event.text, **extra, **part)
             case "end":
                 item = self._item(block, self._item_status(block))
-                if block.kind == "call":
-                    about = {"arguments": item["arguments"], "name": block.name}
+                if item["type"] == "custom_tool_call":
+                    name, said = "response.custom_tool_call_input", item["input"]
+                    told = self._event(f"{name}.delta", delta=said, **where) if said else b""
+                    told += self._event(f"{name}.done", input=said, **where)
+                elif block.kind == "call":
+                    about = {"arguments": item["arguments"], "name": item["name"]}
                     told = self._event("response.function_call_arguments.done", **about, **where)
                 else:
                     extra = {"logprobs": self._block_logprobs(block)} if of_text else {}

@@ -63,6 +63,7 @@ def sglang_router(service: Service) -> APIRouter:
         router.get(path, openapi_extra=describe(answers.SGLangModelInfo, 503), summary="What it serves")(model_info)
 
     @router.get("/get_weight_version", openapi_extra=describe(answers.SGLangVersion, 503))
+    @router.get("/weight_version", openapi_extra=describe(answers.SGLangVersion, 503))
     async def weight_version() -> Response:
         """What the weights are called that serve."""
         service.require_ready()

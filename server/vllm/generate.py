@@ -40,7 +40,10 @@ async def generate_tokens(service: Service, request: Request) -> GenerationRespo
     model = service.require_model(body.model)
     require_choices(service, principal, wanted.n or 1)
     room = fit_context(service, len(prompt), None, "token_ids")
-    logprobs = logprobs_asked(service, principal, wanted.logprobs, "sampling_params.logprobs")
+    tokens = wanted.logprob_token_ids or ()
+    logprobs_asked(service, principal, len(tokens), "sampling_params.logprob_token_ids")
+    number = 0 if tokens and wanted.logprobs is None else wanted.logprobs
+    logprobs = logprobs_asked(service, principal, number, "sampling_params.logprobs")
     prompt_logprobs = logprobs_asked(service, principal, wanted.prompt_logprobs, "sampling_params.prompt_logprobs")
     params = sampling_params(
         service,
@@ -67,7 +70,7 @@ async def generate_tokens(service: Service, request: Request) -> GenerationRespo
             arrival=arrival,
         ),
     )
-    formatter = LogprobFormatter(service.text.tokenizer, as_token_ids=body.output_mode != "text")
+    formatter = LogprobFormatter(service.text.tokenizer, body.output_mode != "text", tokens)
     writer = TokensOutWriter(generation, body, model, logprobs, prompt_logprobs, formatter)
     return GenerationResponse(service, generation, writer, bool(body.stream))
 
@@ -155,15 +158,18 @@ class TokensOutWriter:
         return choice
 
     def _position(self, entry: TokenLogprobs) -> dict[str, Any]:
-        """The sampled token comes first among the likeliest; there are as many as were asked for, at least it."""
-        ranked = {entry.token: (entry.logprob, entry.rank)}
-        for rank, (token, logprob) in enumerate(entry.top, start=1):
-            ranked.setdefault(token, (logprob, rank))
-        most = max(self._logprobs or 0, 1)
-        top = [self._candidate(token, *found) for token, found in list(ranked.items())[:most]]
+        """The sampled token comes first, then the likeliest, or those that were asked for, whose ranks are unknown."""
+        told: dict[int, tuple[float, int | None]] = {entry.token: (entry.logprob, entry.rank)}
+        asked = self._body.sampling_params.logprob_token_ids
+        likeliest = () if asked else enumerate(entry.top, start=1)
+        for rank, (token, logprob) in likeliest:
+            told.setdefault(token, (logprob, rank))
+        for token, logprob in zip(asked or (), entry.asked, strict=True):
+            told.setdefault(token, (logprob, None))
+        top = [self._candidate(token, *found) for token, found in told.items()]
         return self._candidate(entry.token, entry.logprob, entry.rank) | {"top_logprobs": top}
 
-    def _candidate(self, token: int, logprob: float, rank: int) -> dict[str, Any]:
+    def _candidate(self, token: int, logprob: float, rank: int | None) -> dict[str, Any]:
         """``token`` is what earlier versions of vLLM write, and clients of those read, in place of ``token_id``."""
         return {
             "token_id": token,

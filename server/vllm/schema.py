@@ -51,7 +51,6 @@ class VllmSampling(SamplingBody, StructuredFields):
     routed_experts_prompt_start: int | None = None
 
     # Refused unless off.
-    logprob_token_ids: unsupported([]) = None  # type: ignore[valid-type]
     prompt_logprob_token_ids: unsupported([]) = None  # type: ignore[valid-type]
     prompt_logprob_start: unsupported(0) = None  # type: ignore[valid-type]
     extra_args: unsupported({}) = None  # type: ignore[valid-type]

@@ -55,6 +55,12 @@ async def answer(service: Service, request: Request, job: str, param: str) -> Ge
     asked = DEFAULT_MAX_TOKENS if wanted.max_tokens is None else wanted.max_tokens
     if asked == 0:
         raise InvalidRequestError("at least one token must be asked for", param="max_tokens")
+    if wanted.logprob_token_ids:
+        raise InvalidRequestError(
+            "logprob_token_ids: this route tells of the likeliest tokens only; use /inference/v1/generate",
+            param="logprob_token_ids",
+            code="unsupported_parameter",
+        )
     # TRL starts its server with the log-probabilities of what tokens were sampled from.
     wanted.logprobs_mode = wanted.logprobs_mode or "processed"
     params = sampling_params(

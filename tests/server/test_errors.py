@@ -129,7 +129,7 @@ def test_chat_names_the_field(server: Any, field: str, value: Any, param: str) -
         ("speculation", {"mode": ""}, "speculation.mode"),
         ("best_of", 2, "best_of"),
         ("logprobs", 21, "logprobs"),
-        ("logprobs", True, "logprobs"),
+        ("logprobs", "1", "logprobs"),
         ("max_tokens", 0, "max_tokens"),
     ],
 )

@@ -298,7 +298,7 @@ def test_tokenize_and_back(default_server: Any) -> None:
     assert status == 200
     assert reply["count"] == len(reply["tokens"]) == len(reply["token_strs"])
     assert reply["max_model_len"] == default_server.get("/v1/models")[1]["data"][0]["max_model_len"]
-    assert default_server.post("/detokenize", {"tokens": reply["tokens"]}) == (200, {"prompt": text})
+    assert default_server.post("/detokenize", {"tokens": reply["tokens"]}) == (200, {"prompt": text, "text": text})
     chat = default_server.post("/tokenize", {"messages": [{"role": "user", "content": "Hi"}]})[1]
     assert chat["count"] == default_server.chat("Hi", max_tokens=1)["usage"]["prompt_tokens"]
 

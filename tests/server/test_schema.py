@@ -153,6 +153,13 @@ def test_log_probabilities_of_a_chat_may_be_asked_for_by_number(sent: Any, found
     assert isinstance(body, ChatBody) and body.logprobs is found
 
 
+@pytest.mark.parametrize(("sent", "found"), [(True, 1), (False, None), (None, None), (0, 0), (3, 3), (-1, -1)])
+def test_log_probabilities_of_a_completion_may_be_asked_for_as_in_chats(sent: Any, found: int | None) -> None:
+    """vLLM and SGLang take both, and clients that know chats send them."""
+    body = parse(CompletionBody, json.dumps({"prompt": "x", "logprobs": sent}).encode(), "error")
+    assert body.logprobs == found and type(body.logprobs) is type(found)
+
+
 @pytest.mark.parametrize("sent", [2, -1, 1.0, "true"])
 def test_log_probabilities_of_a_chat_are_asked_for_by_nothing_else(sent: Any) -> None:
     data = {"messages": [{"role": "user", "content": "Hello"}], "logprobs": sent}

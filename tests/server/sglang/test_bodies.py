@@ -142,7 +142,7 @@ OF_SCORING = {"multi_item_delimiter_indices", "token_indices_to_pool"}
 
 
 def test_fields_that_routers_add_to_the_other_dialect(server: Any) -> None:
-    added = {"no_stop_trim": False, "return_hidden_states": False, "separate_reasoning": True, "stream_reasoning": True}
+    added = {"return_hidden_states": False, "separate_reasoning": True, "stream_reasoning": True}
     added["include_reasoning"] = True
     body = {"prompt": TEXT, "max_tokens": 2, "temperature": 0}
     assert server.complete(TEXT, max_tokens=2, **added) | IGNORED == server.complete(TEXT, max_tokens=2) | IGNORED

@@ -135,7 +135,7 @@ def test_an_aborted_answer_has_its_tokens(start_local: Any) -> None:
         ({"sampling_params": None}, "sampling_params"),
         ({"sampling_params": {"max_tokens": -1}}, "sampling_params.max_tokens"),
         ({"sampling_params": {"logprobs": 1000}}, "sampling_params.logprobs"),
-        ({"sampling_params": {"logprob_token_ids": [1]}}, "sampling_params.logprob_token_ids"),
+        ({"sampling_params": {"prompt_logprob_token_ids": [[1]]}}, "sampling_params.prompt_logprob_token_ids"),
         ({"features": {"mm_hashes": {}}}, "features"),
         ({"content_parts": [{"type": "image"}]}, "content_parts"),
         ({"cache_salt": ""}, "cache_salt"),
