@@ -206,6 +206,8 @@ def spoken(blocks: list[ContentBlock], param: str) -> dict[str, Any]:
             case "thinking":
                 if thought := required(block, "thinking", at):  # nothing, where it was omitted
                     message["reasoning_content"] = message.get("reasoning_content", "") + thought
+            case "redacted_thinking":
+                pass
             case "tool_use":
                 arguments = json.dumps(required(block, "input", at), ensure_ascii=False)
                 function = {"name": required(block, "name", at), "arguments": arguments}

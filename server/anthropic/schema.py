@@ -48,10 +48,12 @@ Texts = Annotated[
 class ContentBlock(Body):
     """A block of a message: text, what was thought, the use of a tool, or its result."""
 
-    type: Literal["text", "thinking", "tool_use", "tool_result"]
+    type: Literal["text", "thinking", "redacted_thinking", "tool_use", "tool_result"]
     text: str | None = None
     thinking: str | None = None
     signature: str | None = None
+    data: str | None = None
+    """What was thought, for Anthropic's models alone to read."""
     id: Label | None = None
     name: Label | None = None
     input: dict[str, Any] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, WithJsonSchema, model_validator
 
 from slipstream.server.http.body import Body
 from slipstream.server.openai.fields import kind_of_stop, part_as_text, unsupported
@@ -13,6 +13,11 @@ from slipstream.server.openai.tools import CalledFunction, ToolCall
 MAX_CALLS = 256
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Those of every conversation; a model's template may know more."""
+Role = Annotated[
+    str,
+    Field(min_length=1, max_length=64),
+    WithJsonSchema({"anyOf": [{"enum": list(ROLES)}, {"type": "string", "minLength": 1, "maxLength": 64}]}),
+]
 Label = Annotated[str, Field(max_length=512)]
 
 
@@ -45,7 +50,7 @@ class ThinkingBlock(Body):
 
 
 class Message(Body):
-    role: Annotated[str, Field(min_length=1, max_length=64)]
+    role: Role
     type: Literal["text", "message"] | None = None
     """Accepted: lm-eval says it of messages in texts, others as in items of responses."""
     content: Content | None = None

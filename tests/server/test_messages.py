@@ -185,6 +185,25 @@ def test_what_is_not_done_is_refused_in_the_shape_of_this_dialect(server: Any, f
     )
 
 
+def test_what_other_models_thought_in_secret_is_taken_and_left_out(server: Any) -> None:
+    def counted(*blocks: dict[str, str]) -> int:
+        said = [{"type": "text", "text": "Sunny."}]
+        messages = [*MESSAGES, {"role": "assistant", "content": [*blocks, *said]}, *MESSAGES]
+        status, found = server.post("/v1/messages/count_tokens", {"messages": messages})
+        assert status == 200, found
+        tokens: int = found["input_tokens"]
+        return tokens
+
+    assert (
+        counted({"type": "redacted_thinking", "data": "EmwKAhgB"})
+        == counted({"type": "redacted_thinking"})
+        == counted()
+    )
+    hidden = {"role": "user", "content": [{"type": "redacted_thinking", "data": "x"}]}
+    status, found = server.post("/v1/messages", {"messages": [hidden], "max_tokens": 1})
+    assert status == 400 and "redacted_thinking" in found["error"]["message"]
+
+
 def test_errors_of_the_gate_have_that_shape_too_and_keys_come_in_a_header_of_their_own(small_server: Any) -> None:
     data = json.dumps({"messages": MESSAGES, "max_tokens": 2}).encode()
     headers = {"content-type": "application/json", "x-api-key": "second-key", "authorization": ""}

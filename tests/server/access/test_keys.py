@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 
-OPEN = {"/health", "/health/", "/health_generate", "/liveness", "/ready", "/metrics", "/version", "/", "/dashboard"}
+OPEN = {
+    "/health",
+    "/health/",
+    "/health_generate",
+    "/liveness",
+    "/ping",
+    "/ready",
+    "/metrics",
+    "/version",
+    "/",
+    "/dashboard",
+}
 FOR_USERS = {
     *("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}", "/tokenize", "/detokenize"),
     *("/v1/files", "/v1/files/{name}", "/v1/files/{name}/content"),
@@ -20,7 +31,8 @@ FOR_USERS = {
     *("/v1/rollouts/prune", "/inference/v1/generate", "/v1/chat/completions/render", "/finish_session"),
     *("/generate/", "/chat/", "/get_sequence_logprobs/"),
     *("/generate", "/model_info", "/get_model_info", "/server_info", "/get_server_info"),
-    *("/get_weight_version", "/v1/loads", "/get_load"),
+    *("/get_weight_version", "/weight_version", "/v1/loads", "/get_load"),
+    *("/v1/tokenize", "/v1/detokenize", "/invocations"),
 }
 USER, ADMIN = {"authorization": "Bearer user-key"}, {"authorization": "Bearer admin-key"}
 
