@@ -19,7 +19,7 @@ from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import require_finite
 from slipstream.engine.operations import AdapterOperation, LoadAdapter, LoadSharedAdapter
 from slipstream.engine.plan import PLAIN, LoadedAdapter
-from slipstream.engine.target.lora import Lora, scale_of
+from slipstream.engine.target.lora import Lora, LoraScale, scale_of
 from slipstream.engine.target.shared_handles import open_handles
 from slipstream.engine.target.sources import LORA_TENSORS, Tensors, read_lora, require_lora_scale
 from slipstream.engine.units import human_size
@@ -59,19 +59,19 @@ class Adapters:
         self._use()
         return done(None)
 
-    def _of_folder(self, path: Path) -> tuple[float, Tensors]:
+    def _of_folder(self, path: Path) -> tuple[LoraScale, Tensors]:
         """What its matrices are multiplied with, and these."""
         scale = require_lora_scale(path)
         with suppress(OSError):  # reading it says what is wrong
             self._require_room((path / LORA_TENSORS).stat().st_size)
         return scale, read_lora(path)
 
-    def _of_handles(self, told: str, config: bytes, pickled: bytes) -> tuple[float, Tensors]:
+    def _of_handles(self, told: str, config: bytes, pickled: bytes) -> tuple[LoraScale, Tensors]:
         scale, tensors = scale_of(msgspec.json.decode(config), told), list(open_handles(pickled))
         self._require_room(sum(tensor.nbytes for _, tensor in tensors))
         return scale, tensors
 
-    def _load(self, name: str, told: str, find: Callable[[], tuple[float, Tensors]]) -> Future[None]:
+    def _load(self, name: str, told: str, find: Callable[[], tuple[LoraScale, Tensors]]) -> Future[None]:
         """``told``: where it comes from, for errors; ``find`` its scale and matrices, in the background."""
         model = self._model
         if not name:

@@ -170,9 +170,12 @@ def route_meant(path: str, offered: Iterable[str]) -> str | None:
 def refuse_method(request: Request, where: str) -> Response:
     """Says the methods of all routes with this path. To OPTIONS they are the answer."""
 
+    routes = request.app.routes
+    path = next(each.path for each in routes if each.matches(request.scope)[0] is not Match.NONE)
+
     def is_possible(method: str) -> bool:
         asked = {**request.scope, "method": method}
-        return any(route.matches(asked)[0] is Match.FULL for route in request.app.routes)
+        return any(each.matches(asked)[0] is Match.FULL for each in routes if each.path == path)
 
     methods = [method for method in METHODS if is_possible(method)]
     allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])

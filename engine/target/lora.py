@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,16 @@ def plain_name(name: str) -> str:
     return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
-def scale_of(config: Mapping[str, Any], path: Path | str) -> float:
+@dataclass(frozen=True, slots=True)
+class LoraScale:
+    """What the product of the matrices is multiplied with."""
+
+    factor: float
+    rank: int | None = None
+    """That all matrices have, where it is said."""
+
+
+def scale_of(config: Mapping[str, Any], path: Path | str) -> LoraScale:
     """What the product of the matrices is multiplied with, from PEFT's configuration.
 
     Raises ModelError for what cannot be merged.
@@ -52,7 +62,7 @@ def scale_of(config: Mapping[str, Any], path: Path | str) -> float:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise ModelError(f"{path} has no usable r and lora_alpha")
-    return float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else rank)
+    return LoraScale(float(alpha) / (float(rank) ** 0.5 if config.get("use_rslora") else rank), rank)
 
 
 class Lora:
@@ -60,7 +70,7 @@ class Lora:
 
     def __init__(self) -> None:
         self._matrices: dict[str, dict[str, Tensor]] = {}
-        self.scale: float | None = None
+        self.scale: LoraScale | None = None
         """What their product is multiplied with, once it is known."""
 
     def __bool__(self) -> bool:
@@ -79,10 +89,12 @@ class Lora:
         self._matrices.setdefault(found["module"] + ".weight", {})[found["which"]] = matrix
         return True
 
-    def pairs(self, shapes: Mapping[str, tuple[int, ...]], scale: float) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    def pairs(
+        self, shapes: Mapping[str, tuple[int, ...]], scale: LoraScale
+    ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         """A [rank, k] and B [n, rank], times the scale, by the names of the weights that they change.
 
-        Raises ModelError for a matrix that fits none of these shapes, or has no other half.
+        Raises ModelError for a matrix that fits none of these shapes, has no other half, or another rank than is said.
         """
         for name, pair in self._matrices.items():
             breathe()
@@ -96,14 +108,19 @@ class Lora:
                     f"the LoRA for {name!r} has the shapes {list(up.shape)} times {list(down.shape)}, and that is "
                     f"{'no weight of this model' if shape is None else list(shape)}"
                 )
-            yield place.names[0], (down, scale * up)
+            if scale.rank not in (None, len(down)):
+                raise ModelError(
+                    f"the LoRA for {name!r} has the rank {len(down)}, and its configuration says {scale.rank} (r): it "
+                    "would be multiplied with a wrong number"
+                )
+            yield place.names[0], (down, scale.factor * up)
 
-    def merged(self, base: ReadableWeights, scale: float | None) -> Iterator[tuple[str, Tensor, int]]:
+    def merged(self, base: ReadableWeights, factor: float | None) -> Iterator[tuple[str, Tensor, int]]:
         """Rows of the weights that it changes, with the name of each and its first row.
 
         Raises ModelError as ``pairs`` does.
         """
-        scale = self.scale if scale is None else scale
+        scale = self.scale if factor is None else LoraScale(factor)
         if scale is None:
             raise ModelError("nobody has told what the LoRA is to be multiplied with (lora_scale: lora_alpha / r)")
         for name, (down, up) in self.pairs(base.shapes, scale):

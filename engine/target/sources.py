@@ -20,7 +20,7 @@ from slipstream.engine.checkpoint.safetensors_files import find_tensors, read_he
 from slipstream.engine.errors import ModelError
 from slipstream.engine.models.protocol import CausalModel
 from slipstream.engine.models.weights import Rows
-from slipstream.engine.target.lora import scale_of
+from slipstream.engine.target.lora import LoraScale, scale_of
 
 Tensors = Iterable[tuple[str, Rows]]
 SHARED_MEMORY = Path("/dev/shm")
@@ -41,13 +41,13 @@ def unpack(tensors: bytes) -> Tensors:
         raise ModelError(f"the tensors of an update are no safetensors file: {error}") from error
 
 
-def lora_scale(path: Path) -> float | None:
+def lora_scale(path: Path) -> LoraScale | None:
     """What the LoRA in a folder is scaled with; None where there is none. ModelError for one that cannot be merged."""
     config = path / LORA_CONFIG
     return scale_of(read_json_object(config), config) if _is_file(config) else None
 
 
-def require_lora_scale(path: Path) -> float:
+def require_lora_scale(path: Path) -> LoraScale:
     """The same; raises ModelError where there is no LoRA, too."""
     scale = lora_scale(path)
     if scale is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator
@@ -33,7 +33,9 @@ def _check_truncation(tokens: int) -> int:
 
 
 Truncation = Annotated[int, Field(ge=ALL_THAT_FIT, lt=2**31), AfterValidator(_check_truncation)]
-"""How many tokens of a prompt are used, the last ones."""
+"""How many tokens of a prompt are used, the last ones unless another side is asked for."""
+Side = Literal["left", "right"]
+"""What of a prompt that is too long goes."""
 
 
 def kind_of_stop(value: Any) -> str:

@@ -75,7 +75,9 @@ def conversation(text: TextModel, limits: Limits, body: ChatBody) -> Prepared[Ch
     rendered = render(limits, with_thinking(limits, body, template), template)
     prompts = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
     answer = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    prompts = truncated.of_texts(text, prompts, most_tokens(limits, body.truncate_prompt_tokens, answer))
+    prompts = truncated.of_texts(
+        text, prompts, most_tokens(limits, body.truncate_prompt_tokens, answer), body.truncation_side
+    )
     ends = text.turn_ends if template is text.template else short(text.tokenizer.turn_ends(template))
     asked, use = structure_asked(body), tool_use(body)
     said = body.messages[-1].text if body.continue_final_message else ""
@@ -105,7 +107,8 @@ def complete(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Completion
         prompts = encode(text, limits, texts, body.add_special_tokens is not False, "prompt")
     if (most := most_tokens(limits, body.truncate_prompt_tokens, body.max_tokens)) is not None:
         whole = prompts
-        prompts = truncated.of_texts(text, prompts, most) if texts else truncated.of_ids(prompts, most)
+        side = body.truncation_side
+        prompts = truncated.of_texts(text, prompts, most, side) if texts else truncated.of_ids(prompts, most, side)
         texts = texts if prompts == whole else []
     for prompt in prompts:
         require_fits(limits, len(prompt), "prompt")
@@ -122,7 +125,8 @@ def embed(text: TextModel, limits: Limits, raw: bytes) -> Prepared[EmbeddingsBod
     if texts:
         prompts = encode(text, limits, texts, body.add_special_tokens is not False, "input")
     most = limits.max_model_len if body.truncate_prompt_tokens == ALL_THAT_FIT else body.truncate_prompt_tokens
-    prompts = truncated.of_texts(text, prompts, most) if texts else truncated.of_ids(prompts, most)
+    side = body.truncation_side
+    prompts = truncated.of_texts(text, prompts, most, side) if texts else truncated.of_ids(prompts, most, side)
     for prompt in prompts:
         require_fits(limits, len(prompt), "input")
     return Prepared(body.model_copy(update={"input": ""}), prompts, [])

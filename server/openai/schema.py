@@ -18,7 +18,7 @@ from slipstream.engine.validation import BIAS_RANGE, RANGES
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import Body
-from slipstream.server.openai.fields import Truncation, kind_of_stop, unsupported
+from slipstream.server.openai.fields import Side, Truncation, kind_of_stop, unsupported
 from slipstream.server.openai.llama_cpp import LlamaCppFields
 from slipstream.server.openai.message import Content, Label, Message
 from slipstream.server.openai.structured import StructuredFields
@@ -169,6 +169,7 @@ class SamplingBody(Body):
     logprob_token_ids: list[TokenId] | None = Field(None, fail_fast=True)
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: Truncation | None = None
+    truncation_side: Side | None = None
 
     # Accepted: it cannot change the answer.
     spaces_between_special_tokens: bool | None = None
@@ -362,6 +363,7 @@ class EmbeddingsBody(Body):
     normalize: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Truncation | None = None
+    truncation_side: Side | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     cache_salt: CacheSalt | None = None
     request_id: RequestId | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slipstream.server.openai.fields import ALL_THAT_FIT
+from slipstream.server.openai.fields import ALL_THAT_FIT, Side
 
 if TYPE_CHECKING:
     from slipstream.server.preparing.prepared import Limits
@@ -14,10 +14,11 @@ ANSWER_SHARE = 8
 """The context by the room that a prompt leaves for an answer whose length is not said."""
 
 
-def last_tokens(prompt: list[int], most: int, kept: int = 0) -> list[int]:
-    """At most so many tokens of it: the first ``kept`` ones, and as many of the last as there is room for."""
-    if len(prompt) <= most:
-        return prompt
+def cut(prompt: list[int], most: int, side: Side | None, kept: int = 0) -> list[int]:
+    """At most so many tokens of it: the first ones if what is on the right goes, else the first ``kept`` ones, and as
+    many of the last as there is room for."""
+    if len(prompt) <= most or side == "right":
+        return prompt[:most]
     kept = kept if kept < most else 0
     return prompt[:kept] + prompt[len(prompt) - (most - kept) :]
 
@@ -46,13 +47,13 @@ def begun_with(text: TextModel, prompt: list[int]) -> int:
     return same
 
 
-def of_texts(text: TextModel, prompts: list[list[int]], most: int | None) -> list[list[int]]:
+def of_texts(text: TextModel, prompts: list[list[int]], most: int | None, side: Side | None = None) -> list[list[int]]:
     """Prompts that come from texts, with at most so many tokens; None: all."""
     if most is None:
         return prompts
-    return [last_tokens(prompt, most, begun_with(text, prompt)) for prompt in prompts]
+    return [cut(prompt, most, side, begun_with(text, prompt)) for prompt in prompts]
 
 
-def of_ids(prompts: list[list[int]], most: int | None) -> list[list[int]]:
-    """Prompts that come as token ids: the last of them, whatever the first ones are."""
-    return prompts if most is None else [last_tokens(prompt, most) for prompt in prompts]
+def of_ids(prompts: list[list[int]], most: int | None, side: Side | None = None) -> list[list[int]]:
+    """Prompts that come as token ids: those on one side, whatever the first ones are."""
+    return prompts if most is None else [cut(prompt, most, side) for prompt in prompts]

@@ -10,6 +10,7 @@ from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import parse
 from slipstream.server.openai import prepare as openai
 from slipstream.server.openai import truncated
+from slipstream.server.openai.fields import Side
 from slipstream.server.openai.prepare import (
     STRUCTURED,
     answer,
@@ -42,7 +43,7 @@ def tokens_in(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TokensInB
     body = parse(TokensInBody, raw, UNKNOWN)
     sampling = body.sampling_params
     most = most_tokens(limits, sampling.truncate_prompt_tokens, sampling.max_tokens)
-    [prompt] = truncated.of_ids([body.token_ids], most)
+    [prompt] = truncated.of_ids([body.token_ids], most, sampling.truncation_side)
     require_fits(limits, len(prompt), "token_ids")
     done = body.model_copy(update={"token_ids": [], "sampling_params": sampling.model_copy(update=STRUCTURED)})
     return Prepared(done, [prompt], [], structure=structure(text, limits, sampling))
@@ -53,7 +54,9 @@ def render(text: TextModel, limits: Limits, raw: bytes) -> Answered:
     body = parse(VllmRenderBody, raw, UNKNOWN)
     answer_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     most = most_tokens(limits, body.truncate_prompt_tokens, answer_tokens)
-    prompt = prompt_of(text, limits, openai.with_thinking(limits, body, template_for(text, limits, body)), most)
+    prompt = prompt_of(
+        text, limits, openai.with_thinking(limits, body, template_for(text, limits, body)), most, body.truncation_side
+    )
     return answer(
         body.model,
         {
@@ -78,11 +81,13 @@ def render(text: TextModel, limits: Limits, raw: bytes) -> Answered:
     )
 
 
-def prompt_of(text: TextModel, limits: Limits, body: TemplateBody, most: int | None = None) -> list[int]:
+def prompt_of(
+    text: TextModel, limits: Limits, body: TemplateBody, most: int | None = None, side: Side | None = None
+) -> list[int]:
     """The token ids of a conversation, at most so many. Raises InvalidRequestError, RunElsewhereError."""
     rendered = openai.render(limits, body, template_for(text, limits, body))
     prompts = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
-    [prompt] = truncated.of_texts(text, prompts, most)
+    [prompt] = truncated.of_texts(text, prompts, most, side)
     require_fits(limits, len(prompt), "messages")
     return prompt
 
@@ -108,7 +113,8 @@ def trl_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[VllmSa
         prompts = encode(text, limits, texts, True, "prompts")
     wanted = body.resolved
     most = most_tokens(limits, wanted.truncate_prompt_tokens, wanted.max_tokens)
-    prompts = truncated.of_texts(text, prompts, most) if texts else truncated.of_ids(prompts, most)
+    side = wanted.truncation_side
+    prompts = truncated.of_texts(text, prompts, most, side) if texts else truncated.of_ids(prompts, most, side)
     for prompt in prompts:
         require_fits(limits, len(prompt), "prompts")
     return Prepared(resolved(body), prompts, [], structure=structure(text, limits, wanted))
@@ -126,7 +132,7 @@ def trl_chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[VllmSampli
     wanted = body.resolved
     most = most_tokens(limits, wanted.truncate_prompt_tokens, wanted.max_tokens)
     bodies = [TemplateBody(messages=messages, **about) for messages in body.messages]
-    prompts = [prompt_of(text, limits, each, most) for each in bodies]
+    prompts = [prompt_of(text, limits, each, most, wanted.truncation_side) for each in bodies]
     return Prepared(resolved(body), prompts, [], text.turn_ends, structure(text, limits, wanted))
 
 

@@ -268,8 +268,9 @@ def test_one_for_which_there_is_no_memory_is_refused(
     [
         ({}, {}, "holds no matrices"),
         ({"model.norm.weight": torch.ones(64)}, {}, "is no matrix of a LoRA.*modules_to_save"),
-        (lora(1, 2) | {"model.nose.lora_A.weight": torch.ones(1, 2)}, {}, "only the matrix A"),
+        (lora(1, 2) | {"model.nose.lora_A.weight": torch.ones(2, 2)}, {}, "only the matrix A"),
         ({name: tensor[:1] for name, tensor in lora(1, 2).items()}, {}, "has the shapes"),
+        (lora(1, 2), {"r": 8}, r"has the rank 2, and its configuration says 8 \(r\)"),
         (lora(1, 2), {"use_dora": True}, "use_dora"),
         (lora(1, 2), {"alora_invocation_tokens": [7, 8]}, "alora_invocation_tokens"),
         (lora(1, 2), {"init_lora_weights": "pissa_niter_4"}, "began with pissa_niter_4.*path_initial_model"),

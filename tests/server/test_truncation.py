@@ -35,6 +35,9 @@ def test_the_last_tokens_of_ids_stay(server: Any) -> None:
     assert cut["usage"]["prompt_tokens"] == 9
     assert cut["choices"][0]["token_ids"] == whole["choices"][0]["token_ids"]
     assert complete(server, LONG[:5], truncate_prompt_tokens=9)["usage"]["prompt_tokens"] == 5
+    first = complete(server, LONG, truncate_prompt_tokens=9, truncation_side="right", return_token_ids=True)
+    whole = complete(server, LONG[:9], return_token_ids=True)
+    assert first["choices"][0]["token_ids"] == whole["choices"][0]["token_ids"]
 
 
 def test_all_that_fit_leave_room_for_the_answer(server: Any) -> None:
