@@ -63,6 +63,8 @@ class Generated(Answer):
     id: str
     created: int
     model: str
+    system_fingerprint: str
+    """Another one where the same request may be answered otherwise."""
     metrics: AnswerMetrics | None = None
 
 

@@ -74,4 +74,4 @@ def begin_chat(
         arrival=arrival,
         offsets=offsets,
     )
-    return generation, answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)
+    return generation, answer_options(service, body, model, logprobs, prompt_logprobs)

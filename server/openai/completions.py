@@ -67,7 +67,7 @@ def answer_completions(
         skip = body.skip_special_tokens is not False
         shown = prepared.texts or [service.text.tokenizer.decode(prompt, skip) for prompt in prompts]
         echo = [text for text in shown for _ in range(body.n or 1)]
-    options = answer_options(body, model, int(time.time()), logprobs, prompt_logprobs)
+    options = answer_options(service, body, model, logprobs, prompt_logprobs)
     as_ids, wanted = bool(body.return_tokens_as_token_ids), body.logprob_token_ids or ()
     formatter = LogprobFormatter(service.text.tokenizer, as_ids, wanted)
     writer = CompletionWriter(generation, options, formatter, echo)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import lru_cache
+from hashlib import blake2b
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import Request
@@ -66,13 +70,26 @@ def rollout_of(said: RolloutBody | None) -> Rollout | None:
     return None if said is None else Rollout(said.group or "", said.enough or 0, said.expected_tokens or 0)
 
 
+def system_fingerprint(service: Service) -> str:
+    """Another one where the same request may be answered otherwise: by other code, weights or number formats."""
+    ready = service.engine.ready
+    numbers = (ready.weights, ready.dtype, ready.kv_cache_dtype, ready.kernels, ready.device)
+    return _fingerprint(service.engine_config.model, service.control.weight_version, *numbers)
+
+
+@lru_cache
+def _fingerprint(*told: str) -> str:
+    return f"fp_{blake2b(repr((version('slipstream'), *told)).encode(), digest_size=6).hexdigest()}"
+
+
 def answer_options(
-    body: GenerationBody, model: str, created: int, logprobs: int | None, prompt_logprobs: int | None
+    service: Service, body: GenerationBody, model: str, logprobs: int | None, prompt_logprobs: int | None
 ) -> AnswerOptions:
     stream = body.stream_options
     return AnswerOptions(
         model=model,
-        created=created,
+        created=int(time.time()),
+        system_fingerprint=system_fingerprint(service),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         return_token_ids=bool(body.return_token_ids),

@@ -22,6 +22,7 @@ class AnswerOptions:
 
     model: str
     created: int
+    system_fingerprint: str
     logprobs: int | None = None
     """Alternatives per token; None for no log-probabilities."""
     prompt_logprobs: int | None = None
@@ -61,6 +62,7 @@ class OpenAIWriter:
                 "object": self.chunk_name,
                 "created": options.created,
                 "model": options.model,
+                "system_fingerprint": options.system_fingerprint,
             }
         )[:-1]
         self._tail = b',"usage":null}\n\n' if options.include_usage else b"}\n\n"
@@ -95,6 +97,7 @@ class OpenAIWriter:
                 "object": self.object_name,
                 "created": self.options.created,
                 "model": self.options.model,
+                "system_fingerprint": self.options.system_fingerprint,
                 "choices": choices,
                 "usage": self.whole_usage(),
                 **extra,

@@ -47,6 +47,7 @@ def test_chat_stream_says_what_the_whole_answer_says(client: openai.OpenAI, mode
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage == whole.usage
+    assert whole.system_fingerprint and {chunk.system_fingerprint for chunk in chunks} == {whole.system_fingerprint}
 
 
 def test_stream_helper(client: openai.OpenAI, model: str) -> None:

@@ -187,12 +187,15 @@ def test_a_name_for_weights_that_had_only_a_number_is_that_of_all_their_tokens(
 
 
 def test_versions_are_what_trainers_call_them_and_may_come_again(server: Any, control: Control, policy: Any) -> None:
-    numbers = []
+    numbers, fingerprints = [], []
     for name in ("7", "3", "step-4", "7", None):
         sent = server.run(control.send(sources.from_bytes(save(policy(2))), name))
         assert sent.missing == 0 and sent.finished is not None
         numbers.append(server.service.engine.stats.target_version)
         assert control.weight_version == (name or str(numbers[-1]))
+        answer = server.post("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 1})[1]
+        fingerprints.append(answer["system_fingerprint"])
+    assert fingerprints[0] == fingerprints[3] and len(set(fingerprints)) == 4
     assert numbers == sorted(set(numbers)), "no number stands for two sets of weights"
 
 
