@@ -10,8 +10,7 @@ from fastapi import Request
 from slipstream.server.access.principal import principal_of
 from slipstream.server.generating import fit_context, logprobs_asked, prepare_generation, require_choices
 from slipstream.server.generation import Generation
-from slipstream.server.openai.logprobs import LogprobFormatter
-from slipstream.server.openai.request import answer_options, make_generation
+from slipstream.server.openai.request import answer_options, logprob_formatter, make_generation
 from slipstream.server.openai.sampling import sampling_params
 from slipstream.server.openai.schema import ChatBody
 from slipstream.server.openai.writers import AnswerOptions, ChatWriter
@@ -29,9 +28,8 @@ def answer_chat(service: Service, request: Request, prepared: Prepared[ChatBody]
     """Raises what begin_chat raises."""
     generation, options = begin_chat(service, request, prepared, prepared.body, "chatcmpl-", arrival)
     body = prepared.body
-    as_ids, asked = bool(body.return_tokens_as_token_ids), body.logprob_token_ids or ()
-    formatter = LogprobFormatter(service.text.tokenizer, as_ids, asked)
-    writer = ChatWriter(generation, options, formatter, prepared.speech, body.include_reasoning is not False)
+    formatter, tells_thoughts = logprob_formatter(service, body), body.include_reasoning is not False
+    writer = ChatWriter(generation, options, formatter, prepared.speech, tells_thoughts)
     return GenerationResponse(service, generation, writer, bool(body.stream))
 
 
@@ -55,7 +53,7 @@ def begin_chat(
     model = service.require_model(body.model)
     require_choices(service, principal, body.n or 1)
 
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    asked = body.answer_tokens
     room = fit_context(service, len(prompt), asked, "messages")
     logprobs = logprobs_asked(service, principal, body.top_logprobs or 0, "top_logprobs") if body.logprobs else None
     prompt_logprobs = logprobs_asked(service, principal, body.prompt_logprobs, "prompt_logprobs")

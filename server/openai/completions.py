@@ -9,8 +9,7 @@ from fastapi import Request
 
 from slipstream.server.access.principal import principal_of
 from slipstream.server.generating import fit_context, logprobs_asked, prepare_generation, require_choices
-from slipstream.server.openai.logprobs import LogprobFormatter
-from slipstream.server.openai.request import answer_options, make_generation
+from slipstream.server.openai.request import answer_options, logprob_formatter, make_generation
 from slipstream.server.openai.sampling import sampling_params
 from slipstream.server.openai.schema import ALL_ROOM, CompletionBody
 from slipstream.server.openai.writers import CompletionWriter
@@ -68,7 +67,5 @@ def answer_completions(
         shown = prepared.texts or [service.text.tokenizer.decode(prompt, skip) for prompt in prompts]
         echo = [text for text in shown for _ in range(body.n or 1)]
     options = answer_options(service, body, model, logprobs, prompt_logprobs)
-    as_ids, wanted = bool(body.return_tokens_as_token_ids), body.logprob_token_ids or ()
-    formatter = LogprobFormatter(service.text.tokenizer, as_ids, wanted)
-    writer = CompletionWriter(generation, options, formatter, echo)
+    writer = CompletionWriter(generation, options, logprob_formatter(service, body), echo)
     return GenerationResponse(service, generation, writer, bool(body.stream))

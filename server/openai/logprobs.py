@@ -15,19 +15,15 @@ LOWEST = -9999.0
 class LogprobFormatter:
     def __init__(self, tokenizer: Tokenizer, as_token_ids: bool, asked: Sequence[int] = ()) -> None:
         """``asked``: tokens to tell of in place of the likeliest, those of SamplingParams.logprob_token_ids."""
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._as_token_ids = as_token_ids
         self._asked = asked
 
     def name(self, token: int) -> str:
-        return f"token_id:{token}" if self._as_token_ids else self._tokenizer.token_text(token)
-
-    def count(self, text: str) -> int:
-        """How many tokens a text has."""
-        return len(self._tokenizer.encode(text, add_special_tokens=False)) if text else 0
+        return f"token_id:{token}" if self._as_token_ids else self.tokenizer.token_text(token)
 
     def prompt_offsets(self, tokens: Sequence[int], text: str) -> list[int]:
-        return prompt_offsets(self._tokenizer, tokens, text)
+        return prompt_offsets(self.tokenizer, tokens, text)
 
     def candidates(self, entry: TokenLogprobs, top: int) -> list[tuple[int, float]]:
         """The likeliest tokens of a position; or the one that stands there, and those that were asked for."""
@@ -48,7 +44,7 @@ class LogprobFormatter:
         return {
             "token": self.name(token),
             "logprob": max(logprob, LOWEST),
-            "bytes": list(self._tokenizer.token_bytes(token)),
+            "bytes": list(self.tokenizer.token_bytes(token)),
         }
 
     def legacy(
@@ -79,7 +75,7 @@ class LogprobFormatter:
             str(token): {
                 "logprob": max(logprob, LOWEST),
                 "rank": rank,
-                "decoded_token": self._tokenizer.token_text(token),
+                "decoded_token": self.tokenizer.token_text(token),
             }
             for token, logprob, rank in ranked
         }

@@ -15,9 +15,7 @@ from pydantic_core import from_json
 
 from slipstream.server.errors import ContextTooLongError, InvalidRequestError
 from slipstream.server.http.body import parse, shown
-from slipstream.server.openai import truncated
 from slipstream.server.openai.billing import part_without_header, without_header
-from slipstream.server.openai.fields import ALL_THAT_FIT
 from slipstream.server.openai.message import ROLES, Message
 from slipstream.server.openai.schema import (
     MAX_STOP_CHARS,
@@ -34,7 +32,7 @@ from slipstream.server.openai.schema import (
 from slipstream.server.openai.structured import StructuredFields
 from slipstream.server.openai.thinking import thinking_variables
 from slipstream.server.openai.tools import ToolFields, plan_answer, tool_format, tool_use
-from slipstream.server.openai.truncated import most_tokens
+from slipstream.server.openai.truncated import shortened
 from slipstream.server.preparing.prepared import Answered, Limits, Prepared, RunElsewhereError, Structure
 from slipstream.server.preparing.text_model import TextModel
 from slipstream.server.preparing.vetting import is_known, vet
@@ -74,10 +72,7 @@ def conversation(text: TextModel, limits: Limits, body: ChatBody) -> Prepared[Ch
     template = template_for(text, limits, body)
     rendered = render(limits, with_thinking(limits, body, template), template)
     prompts = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
-    answer = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    prompts = truncated.of_texts(
-        text, prompts, most_tokens(limits, body.truncate_prompt_tokens, answer), body.truncation_side
-    )
+    prompts = shortened(text, limits, prompts, body, body.answer_tokens)
     ends = text.turn_ends if template is text.template else short(text.tokenizer.turn_ends(template))
     asked, use = structure_asked(body), tool_use(body)
     said = body.messages[-1].text if body.continue_final_message else ""
@@ -105,11 +100,8 @@ def complete(text: TextModel, limits: Limits, raw: bytes) -> Prepared[Completion
         )
     if texts:
         prompts = encode(text, limits, texts, body.add_special_tokens is not False, "prompt")
-    if (most := most_tokens(limits, body.truncate_prompt_tokens, body.max_tokens)) is not None:
-        whole = prompts
-        side = body.truncation_side
-        prompts = truncated.of_texts(text, prompts, most, side) if texts else truncated.of_ids(prompts, most, side)
-        texts = texts if prompts == whole else []
+    whole, prompts = prompts, shortened(text, limits, prompts, body, body.max_tokens, from_texts=bool(texts))
+    texts = texts if prompts == whole else []
     for prompt in prompts:
         require_fits(limits, len(prompt), "prompt")
     done = body.model_copy(update={"prompt": ""} | STRUCTURED)
@@ -124,9 +116,7 @@ def embed(text: TextModel, limits: Limits, raw: bytes) -> Prepared[EmbeddingsBod
         raise InvalidRequestError(f"input: at most {limits.max_prompts} (--max-prompts), not {count}", param="input")
     if texts:
         prompts = encode(text, limits, texts, body.add_special_tokens is not False, "input")
-    most = limits.max_model_len if body.truncate_prompt_tokens == ALL_THAT_FIT else body.truncate_prompt_tokens
-    side = body.truncation_side
-    prompts = truncated.of_texts(text, prompts, most, side) if texts else truncated.of_ids(prompts, most, side)
+    prompts = shortened(text, limits, prompts, body, answer=0, from_texts=bool(texts))
     for prompt in prompts:
         require_fits(limits, len(prompt), "input")
     return Prepared(body.model_copy(update={"input": ""}), prompts, [])

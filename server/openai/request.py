@@ -15,6 +15,7 @@ from fastapi import Request
 from slipstream.engine.messages import SamplingParams, SpeculationParams
 from slipstream.server.generating import GenerationRequest, start_generation
 from slipstream.server.generation import Generation
+from slipstream.server.openai.logprobs import LogprobFormatter
 from slipstream.server.openai.sampling import output_options
 from slipstream.server.openai.schema import GenerationBody, RolloutBody, Speculation
 from slipstream.server.openai.writers import AnswerOptions
@@ -80,6 +81,11 @@ def system_fingerprint(service: Service) -> str:
 @lru_cache
 def _fingerprint(*told: str) -> str:
     return f"fp_{blake2b(repr((version('slipstream'), *told)).encode(), digest_size=6).hexdigest()}"
+
+
+def logprob_formatter(service: Service, body: GenerationBody) -> LogprobFormatter:
+    as_ids = bool(body.return_tokens_as_token_ids)
+    return LogprobFormatter(service.text.tokenizer, as_ids, body.logprob_token_ids or ())
 
 
 def answer_options(

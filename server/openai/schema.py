@@ -18,12 +18,13 @@ from slipstream.engine.validation import BIAS_RANGE, RANGES
 from slipstream.server.config import MAX_PRIORITY
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import Body
-from slipstream.server.openai.fields import Side, Truncation, kind_of_stop, unsupported
+from slipstream.server.openai.fields import kind_of_stop, unsupported
 from slipstream.server.openai.llama_cpp import LlamaCppFields
 from slipstream.server.openai.message import Content, Label, Message
 from slipstream.server.openai.structured import StructuredFields
 from slipstream.server.openai.thinking import ThinkingFields
 from slipstream.server.openai.tools import ToolFields
+from slipstream.server.openai.truncated import TruncationFields
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 512
@@ -139,7 +140,7 @@ class Speculation(Body):
     max_draft_tokens: int | None = Field(None, ge=1, lt=2**31)
 
 
-class SamplingBody(Body):
+class SamplingBody(TruncationFields):
     """How tokens are sampled, and how they become text."""
 
     n: int | None = Field(None, ge=1, lt=2**31)
@@ -168,8 +169,6 @@ class SamplingBody(Body):
     logprobs_mode: LogprobsMode | None = None
     logprob_token_ids: list[TokenId] | None = Field(None, fail_fast=True)
     skip_special_tokens: bool | None = None
-    truncate_prompt_tokens: Truncation | None = None
-    truncation_side: Side | None = None
 
     # Accepted: it cannot change the answer.
     spaces_between_special_tokens: bool | None = None
@@ -302,6 +301,11 @@ class ChatBody(GenerationBody, TemplateBody, ThinkingFields):
     best_of: unsupported(1) = None  # type: ignore[valid-type]
     mm_processor_kwargs: unsupported({}) = None  # type: ignore[valid-type]
 
+    @property
+    def answer_tokens(self) -> int | None:
+        """How many tokens an answer may have, by whichever name that came."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:
         for name in ("top_logprobs", "logprob_token_ids"):
@@ -354,7 +358,7 @@ class TokenizeMessagesBody(TemplateBody):
     return_token_strs: bool | None = None
 
 
-class EmbeddingsBody(Body):
+class EmbeddingsBody(TruncationFields):
     model: str | None = None
     input: Prompt
     encoding_format: Literal["float", "base64"] | None = None
@@ -362,8 +366,6 @@ class EmbeddingsBody(Body):
     pooling: Literal["mean", "last"] | None = None
     normalize: bool | None = None
     add_special_tokens: bool | None = None
-    truncate_prompt_tokens: Truncation | None = None
-    truncation_side: Side | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     cache_salt: CacheSalt | None = None
     request_id: RequestId | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slipstream.server.openai.fields import ALL_THAT_FIT, Side
+from slipstream.server.http.body import Body
+from slipstream.server.openai.fields import ALL_THAT_FIT, Side, Truncation
 
 if TYPE_CHECKING:
     from slipstream.server.preparing.prepared import Limits
@@ -14,27 +15,52 @@ ANSWER_SHARE = 8
 """The context by the room that a prompt leaves for an answer whose length is not said."""
 
 
-def cut(prompt: list[int], most: int, side: Side | None, kept: int = 0) -> list[int]:
-    """At most so many tokens of it: the first ones if what is on the right goes, else the first ``kept`` ones, and as
-    many of the last as there is room for."""
-    if len(prompt) <= most or side == "right":
-        return prompt[:most]
-    kept = kept if kept < most else 0
-    return prompt[:kept] + prompt[len(prompt) - (most - kept) :]
+class TruncationFields(Body):
+    truncate_prompt_tokens: Truncation | None = None
+    truncation_side: Side | None = None
 
 
-def most_tokens(limits: Limits, asked: int | None, answer: int | None) -> int | None:
-    """How many tokens of a prompt are used where truncate_prompt_tokens is ``asked``; None: all.
+def shortened(
+    text: TextModel,
+    limits: Limits,
+    prompts: list[list[int]],
+    asked: TruncationFields,
+    answer: int | None,
+    from_texts: bool = True,
+) -> list[list[int]]:
+    """Prompts of at most as many tokens as are asked for; those that are no longer are the same objects.
 
-    ``answer``: how many tokens are to follow, as the request says.
+    ``answer``: how many tokens are to follow, see ``room_beside``. What the tokenizer puts before any text stays,
+    unless the prompts came as token ids.
     """
-    return room_beside(limits, answer) if asked == ALL_THAT_FIT else asked
+    most = asked.truncate_prompt_tokens
+    if most is None:
+        return prompts
+    if most == ALL_THAT_FIT:
+        most = room_beside(limits, answer)
+    return [
+        prompt
+        if len(prompt) <= most
+        else cut(prompt, most, asked.truncation_side, begun_with(text, prompt) if from_texts else 0)
+        for prompt in prompts
+    ]
 
 
 def room_beside(limits: Limits, answer: int | None) -> int:
-    """Tokens of a prompt that leave room for an ``answer`` of so many, or for one of some length if that is open."""
+    """Tokens of a prompt that leave room for an ``answer`` of so many; for one of some length if that is open, which
+    None and negative numbers say."""
     limit = limits.max_model_len
-    return max(1, limit - (answer if answer and answer > 0 else limit // ANSWER_SHARE or 1))
+    is_open = answer is None or answer < 0
+    return max(1, limit - (limit // ANSWER_SHARE or 1 if is_open else answer or 0))
+
+
+def cut(prompt: list[int], most: int, side: Side | None, kept: int) -> list[int]:
+    """So many tokens of a longer one: the first ones if what is on the right goes, else the first ``kept`` ones, and as
+    many of the last as there is room for."""
+    if side == "right":
+        return prompt[:most]
+    kept = kept if kept < most else 0
+    return prompt[:kept] + prompt[len(prompt) - (most - kept) :]
 
 
 def begun_with(text: TextModel, prompt: list[int]) -> int:
@@ -45,15 +71,3 @@ def begun_with(text: TextModel, prompt: list[int]) -> int:
     while same < min(len(around), len(prompt)) and around[same] == prompt[same]:
         same += 1
     return same
-
-
-def of_texts(text: TextModel, prompts: list[list[int]], most: int | None, side: Side | None = None) -> list[list[int]]:
-    """Prompts that come from texts, with at most so many tokens; None: all."""
-    if most is None:
-        return prompts
-    return [cut(prompt, most, side, begun_with(text, prompt)) for prompt in prompts]
-
-
-def of_ids(prompts: list[list[int]], most: int | None, side: Side | None = None) -> list[list[int]]:
-    """Prompts that come as token ids: those on one side, whatever the first ones are."""
-    return prompts if most is None else [cut(prompt, most, side) for prompt in prompts]

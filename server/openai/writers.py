@@ -127,8 +127,7 @@ class ChatWriter(OpenAIWriter):
     def whole_usage(self) -> dict[str, Any]:
         found = usage(self.generation)
         if self._thinks:
-            texts = ["".join(each.thoughts) for each in self._spoken]
-            tokens = sum(map(self.formatter.count, texts))
+            tokens = sum(self.formatter.tokenizer.count("".join(each.thoughts)) for each in self._spoken)
             found["completion_tokens_details"] = {"reasoning_tokens": min(tokens, found["completion_tokens"])}
         return found
 

@@ -126,7 +126,7 @@ class ResponseWriter:
     def _usage(self) -> dict[str, Any]:
         prompt, cached, completion = self._generation.count_tokens()
         thought = "".join(block.text for block in self._blocks.blocks if block.kind == "reasoning")
-        count = len(self._tokenizer.encode(thought, add_special_tokens=False)) if thought else 0
+        count = self._tokenizer.count(thought)
         return {
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},

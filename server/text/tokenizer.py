@@ -94,6 +94,10 @@ class Tokenizer:
         """Special tokens written out in the text are recognised."""
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def count(self, text: str) -> int:
+        """How many tokens a part of an answer has."""
+        return len(self.encode(text, add_special_tokens=False)) if text else 0
+
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in batch]

@@ -9,8 +9,6 @@ from typing import Any, Literal
 from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import parse
 from slipstream.server.openai import prepare as openai
-from slipstream.server.openai import truncated
-from slipstream.server.openai.fields import Side
 from slipstream.server.openai.prepare import (
     STRUCTURED,
     answer,
@@ -21,7 +19,7 @@ from slipstream.server.openai.prepare import (
 )
 from slipstream.server.openai.schema import ChatBody, SamplingBody, TemplateBody
 from slipstream.server.openai.structured import StructuredFields
-from slipstream.server.openai.truncated import most_tokens
+from slipstream.server.openai.truncated import TruncationFields, shortened
 from slipstream.server.preparing.prepared import Answered, Limits, Prepared
 from slipstream.server.preparing.text_model import TextModel
 from slipstream.server.vllm.schema import (
@@ -42,8 +40,7 @@ def tokens_in(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TokensInB
     """Raises InvalidRequestError."""
     body = parse(TokensInBody, raw, UNKNOWN)
     sampling = body.sampling_params
-    most = most_tokens(limits, sampling.truncate_prompt_tokens, sampling.max_tokens)
-    [prompt] = truncated.of_ids([body.token_ids], most, sampling.truncation_side)
+    [prompt] = shortened(text, limits, [body.token_ids], sampling, sampling.max_tokens, from_texts=False)
     require_fits(limits, len(prompt), "token_ids")
     done = body.model_copy(update={"token_ids": [], "sampling_params": sampling.model_copy(update=STRUCTURED)})
     return Prepared(done, [prompt], [], structure=structure(text, limits, sampling))
@@ -52,11 +49,8 @@ def tokens_in(text: TextModel, limits: Limits, raw: bytes) -> Prepared[TokensInB
 def render(text: TextModel, limits: Limits, raw: bytes) -> Answered:
     """A body for ``/inference/v1/generate``. Raises InvalidRequestError, RunElsewhereError."""
     body = parse(VllmRenderBody, raw, UNKNOWN)
-    answer_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    most = most_tokens(limits, body.truncate_prompt_tokens, answer_tokens)
-    prompt = prompt_of(
-        text, limits, openai.with_thinking(limits, body, template_for(text, limits, body)), most, body.truncation_side
-    )
+    told = openai.with_thinking(limits, body, template_for(text, limits, body))
+    prompt = prompt_of(text, limits, told, body, body.answer_tokens)
     return answer(
         body.model,
         {
@@ -82,12 +76,15 @@ def render(text: TextModel, limits: Limits, raw: bytes) -> Answered:
 
 
 def prompt_of(
-    text: TextModel, limits: Limits, body: TemplateBody, most: int | None = None, side: Side | None = None
+    text: TextModel, limits: Limits, body: TemplateBody, asked: TruncationFields, answer: int | None
 ) -> list[int]:
-    """The token ids of a conversation, at most so many. Raises InvalidRequestError, RunElsewhereError."""
+    """The token ids of a conversation; ``asked`` and ``answer`` are those of ``shortened``.
+
+    Raises InvalidRequestError, RunElsewhereError.
+    """
     rendered = openai.render(limits, body, template_for(text, limits, body))
     prompts = encode(text, limits, [rendered], bool(body.add_special_tokens), "messages")
-    [prompt] = truncated.of_texts(text, prompts, most, side)
+    [prompt] = shortened(text, limits, prompts, asked, answer)
     require_fits(limits, len(prompt), "messages")
     return prompt
 
@@ -112,9 +109,7 @@ def trl_generate(text: TextModel, limits: Limits, raw: bytes) -> Prepared[VllmSa
     if texts:
         prompts = encode(text, limits, texts, True, "prompts")
     wanted = body.resolved
-    most = most_tokens(limits, wanted.truncate_prompt_tokens, wanted.max_tokens)
-    side = wanted.truncation_side
-    prompts = truncated.of_texts(text, prompts, most, side) if texts else truncated.of_ids(prompts, most, side)
+    prompts = shortened(text, limits, prompts, wanted, wanted.max_tokens, from_texts=bool(texts))
     for prompt in prompts:
         require_fits(limits, len(prompt), "prompts")
     return Prepared(resolved(body), prompts, [], structure=structure(text, limits, wanted))
@@ -130,9 +125,8 @@ def trl_chat(text: TextModel, limits: Limits, raw: bytes) -> Prepared[VllmSampli
         "tool_choice": "none",
     }
     wanted = body.resolved
-    most = most_tokens(limits, wanted.truncate_prompt_tokens, wanted.max_tokens)
     bodies = [TemplateBody(messages=messages, **about) for messages in body.messages]
-    prompts = [prompt_of(text, limits, each, most, wanted.truncation_side) for each in bodies]
+    prompts = [prompt_of(text, limits, each, wanted, wanted.max_tokens) for each in bodies]
     return Prepared(resolved(body), prompts, [], text.turn_ends, structure(text, limits, wanted))
 
 

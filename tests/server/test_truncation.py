@@ -53,6 +53,11 @@ def test_all_that_fit_leave_room_for_the_answer(server: Any) -> None:
     assert context(server) * 3 // 4 < found["usage"]["prompt_tokens"] < context(server)
 
 
+def test_where_no_answer_follows_all_of_the_context_is_the_prompts(server: Any) -> None:
+    found = complete(server, LONG, truncate_prompt_tokens=-1, max_tokens=0, prompt_logprobs=0)
+    assert found["usage"]["prompt_tokens"] == context(server)
+
+
 def test_an_echo_is_of_what_was_used(server: Any) -> None:
     asked = {"truncate_prompt_tokens": 3, "echo": True, "max_tokens": 1}
     [cut] = complete(server, "one two three four five six", **asked)["choices"]
