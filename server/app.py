@@ -39,6 +39,12 @@ from slipstream.server.vllm import routes as vllm
 
 logger = logging.getLogger(__name__)
 API = "/v1/"
+OTHERS = {
+    **dict.fromkeys([f"/api/{name}" for name in ("chat", "embed", "generate", "ps", "show", "tags")], "Ollama's"),
+    **dict.fromkeys(["/apply-template", "/completion", "/infill", "/props", "/slots"], "llama.cpp's"),
+    "/generate_stream": "TGI's",
+}
+"""Routes of other servers that clients take this one for."""
 METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 """Those that routes may have; HEAD and OPTIONS are answered for all of them."""
 
@@ -114,6 +120,8 @@ def build_app(service: Service) -> ASGIApp:
         if error.status_code == 404:
             meant = route_meant(request.url.path, offered)
             hint = f"; there is {meant}: the base URL may have a part too many or too few" if meant else ""
+            if (whose := OTHERS.get(request.url.path.rstrip("/"))) is not None:
+                hint = f", which is of {whose} own API; OpenAI's is at {API}"
             return error_response(NotFoundError(f"there is no route {where}{hint}"))
         if error.status_code == 405:
             return refuse_method(request, where)

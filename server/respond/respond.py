@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from slipstream.engine.messages import TrafficLevel
 from slipstream.server.access.consent import LEVELS, keeping_at_most
+from slipstream.server.access.deadline import DEADLINE, LIMIT_S, TOO_LONG, shortest
 from slipstream.server.access.principal import owner_of
 from slipstream.server.errors import ApiError, InvalidRequestError, NotFoundError, TimedOutError
 from slipstream.server.generating import answer_without_engine, prepare_generation
@@ -22,6 +24,7 @@ from slipstream.server.http.body import parse, read_body
 from slipstream.server.http.json_response import JSONBody
 from slipstream.server.openai.chat import begin_chat
 from slipstream.server.preparing.prepared import Prepared
+from slipstream.server.respond.following import EventLog, FollowingResponse
 from slipstream.server.respond.prepare import WITHOUT_ESCAPES, Kept, Responding, framed
 from slipstream.server.respond.schema import CancelResponseBody, RespondBody
 from slipstream.server.respond.store import ResponseStore, Stored
@@ -34,6 +37,8 @@ encode = msgspec.json.Encoder().encode
 
 CANCEL_S = 10.0
 """How long the end of a response that was cancelled is waited for."""
+MOST_EVENT_BYTES = 2**22
+"""Events of a response that has ended are kept up to here."""
 
 
 class Responder:
@@ -77,7 +82,8 @@ class Responder:
                 stored.body = encode(response)
                 stored.items = {item["id"]: encode(without_logprobs(item)) for item in response["output"]}
                 stored.turns += tuple(stored.items.values())
-                self._store.put(stored)
+                if stored.events is None:
+                    self._store.put(stored)
 
         tokenizer = service.text.tokenizer
         writer = ResponseWriter(generation, asked, options.model, prepared.speech, tokenizer, on_end, options.logprobs)
@@ -85,10 +91,16 @@ class Responder:
         if asked.store is not False:
             self._store.put(stored)
         if asked.background:
-            task = asyncio.create_task(self._write(generation, writer, stored))
+            if asked.stream:
+                stored.events = EventLog()
+                stored.events.add(writer.begin())
+            if (limit := request.scope.get(DEADLINE)) is not None:
+                limit.reschedule(None)  # it is kept where the response is written
+            limit_s = shortest(request.scope.get(LIMIT_S), generation.timeout_s)
+            task = asyncio.create_task(self._write(generation, writer, stored, limit_s))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            return JSONBody(writer.response)
+            return JSONBody(writer.response) if stored.events is None else FollowingResponse(service, stored.events)
         return KeptResponse(self._store, stored, service, generation, writer, asked)
 
     async def count(self, request: Request) -> Response:
@@ -113,9 +125,21 @@ class Responder:
         )
 
     def retrieve(self, request: Request, name: str) -> Response:
-        if request.query_params.get("stream", "false").lower() not in ("false", "0"):
-            raise InvalidRequestError("stream: a response that is kept comes as a whole", param="stream")
-        return LargeResponse(self._service, self._store.get(owner_of(request.scope), name).body)
+        stored = self._store.get(owner_of(request.scope), name)
+        after = request.query_params.get("starting_after", "-1")
+        if request.query_params.get("stream", "false").lower() in ("false", "0"):
+            return LargeResponse(self._service, stored.body)
+        if not re.fullmatch("-1|[0-9]{1,9}", after):
+            raise InvalidRequestError(
+                f"starting_after: the sequence_number of an event, not {after[:60]!r}", param="starting_after"
+            )
+        if stored.events is None:
+            raise InvalidRequestError(
+                "stream: only what was asked for with background and stream can be followed, and after its end only "
+                f"if its events have at most {MOST_EVENT_BYTES} bytes; ask without stream",
+                param="stream",
+            )
+        return FollowingResponse(self._service, stored.events, int(after))
 
     async def delete(self, request: Request, name: str) -> Response:
         stored = self._store.get(owner_of(request.scope), name)
@@ -159,20 +183,41 @@ class Responder:
             )
         return found
 
-    async def _write(self, generation: Generation, writer: ResponseWriter, stored: Stored) -> None:
-        """A response in the background."""
-        limit = self._service.config.request_timeout_s
+    async def _write(
+        self, generation: Generation, writer: ResponseWriter, stored: Stored, limit_s: float | None
+    ) -> None:
+        """A response in the background, at most so many seconds after it was asked for."""
+        failure: ApiError | None = None
+        events = stored.events
+        ends = None if limit_s is None else generation.arrival + limit_s
         try:
             with self._service.responding(), generation:
-                async with asyncio.timeout(limit or None):
-                    writer.body(await generation.collect())
+                async with asyncio.timeout(None if ends is None else ends - time.monotonic()):
+                    if events is None:
+                        writer.body(await generation.collect())
+                    else:
+                        await _write_events(generation, writer, events)
         except ApiError as error:
-            writer.fail(error)
+            failure = error
         except TimeoutError:
-            writer.fail(TimedOutError("the request took longer than --request-timeout-s allows"))
+            failure = TimedOutError(TOO_LONG)
         except Exception:
             logger.exception("response %s failed", generation.name)
-            writer.fail(ApiError("internal error; see the server's log"))
+            failure = ApiError("internal error; see the server's log")
+        last = b"" if failure is None else writer.failed(failure)
+        if events is not None:
+            events.add(last)
+            events.close()
+            if events.size > MOST_EVENT_BYTES:
+                stored.events = None
+            if stored.is_wanted:
+                self._store.put(stored)
+
+
+async def _write_events(generation: Generation, writer: ResponseWriter, events: EventLog) -> None:
+    while not generation.finished:
+        events.add(b"".join([writer.chunk(*said) for said in await generation.next()]))
+    events.add(writer.end())
 
 
 def without_logprobs(item: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from slipstream.server.http.description import BUSY, describe
+from slipstream.server.http.description import BUSY, describe, parameter
 from slipstream.server.respond import answers
 from slipstream.server.respond.respond import Responder
 from slipstream.server.respond.schema import BODIES, CancelResponseBody, CountInputTokensBody, RespondBody
 from slipstream.server.service import Service
 
+FOLLOWED = (parameter("stream", type="boolean"), parameter("starting_after", type="integer", minimum=-1))
 DESCRIBED = (*BODIES, *answers.ANSWERS)
 
 
@@ -35,9 +36,14 @@ def respond_router(service: Service) -> APIRouter:
         """How many tokens a conversation has."""
         return await responder.count(request)
 
-    @router.get("/v1/responses/{name}", openapi_extra=describe(answers.ResponseObject, 404, 503))
+    @router.get(
+        "/v1/responses/{name}",
+        openapi_extra=describe(
+            answers.ResponseObject, 404, 503, query=FOLLOWED, stream=answers.ResponseEvent, stream_end=""
+        ),
+    )
     async def retrieve(request: Request, name: str) -> Response:
-        """A response that is kept."""
+        """A response that is kept, or the events of one that is written in the background."""
         return responder.retrieve(request, name)
 
     @router.delete("/v1/responses/{name}", openapi_extra=describe(answers.ResponseDeleted, 404, 503))

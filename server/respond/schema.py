@@ -10,7 +10,7 @@ from slipstream.server.errors import InvalidRequestError
 from slipstream.server.http.body import Body
 from slipstream.server.openai.fields import Arguments, kind_of_stop, refusal_as_text, unsupported
 from slipstream.server.openai.message import Label
-from slipstream.server.openai.schema import MAX_MESSAGES, MAX_METADATA, RequestId, StreamOptions
+from slipstream.server.openai.schema import MAX_MESSAGES, MAX_METADATA, ChatMaxTokens, RequestId, StreamOptions
 from slipstream.server.openai.structured import Schema
 from slipstream.server.openai.translated import ExtraFields
 
@@ -146,7 +146,7 @@ class CountInputTokensBody(PromptFields):
 
 
 class RespondBody(PromptFields):
-    max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_output_tokens: ChatMaxTokens | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = None
@@ -181,10 +181,12 @@ class RespondBody(PromptFields):
 
     @model_validator(mode="after")
     def _check(self) -> RespondBody:
+        if self.max_output_tokens == 0:
+            raise InvalidRequestError(
+                "max_output_tokens: at least one token must be asked for", param="max_output_tokens"
+            )
         if self.background and self.store is False:
             raise InvalidRequestError("background needs store: true, or nobody could fetch the answer", param="store")
-        if self.background and self.stream:
-            raise InvalidRequestError("background and stream exclude each other on this server", param="background")
         if unknown := [name for name in self.include or () if name not in INCLUDED]:
             raise InvalidRequestError(
                 f"include: only {', '.join(INCLUDED)} are accepted, not {unknown[0][:60]!r}",

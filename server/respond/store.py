@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from slipstream.engine.messages import TrafficLevel
 from slipstream.server.errors import NotFoundError
+from slipstream.server.respond.following import EventLog
 
 MOST = 1000
 """Responses of one owner."""
@@ -33,10 +34,13 @@ class Stored:
     """Those of them that this response has said, by their ids."""
     level: TrafficLevel | None = None
     """The most that may be kept of the conversation as traffic, where somebody in it has said so."""
+    events: EventLog | None = None
+    """Those of one in the background that can be followed."""
     abort: Callable[[], None] = lambda: None
     """Ends what is being written."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     size: int = 0
+    """What the store counts it for, in bytes."""
 
     @property
     def history(self) -> bytes:
@@ -66,7 +70,8 @@ class ResponseStore:
         """In place of one with its id."""
         self.drop(stored)
         # Turns are shared with the responses before; each counts them as its own, since it may outlive those.
-        stored.size = 0 if stored.is_open else len(stored.body) + sum(map(len, stored.turns))
+        events = 0 if stored.events is None else stored.events.size
+        stored.size = 0 if stored.is_open else len(stored.body) + sum(map(len, stored.turns)) + events
         self._stored[stored.owner, stored.id] = stored
         self._items.update({(stored.owner, name): stored for name in stored.items})
         self._count(stored.owner, 1, stored.size)

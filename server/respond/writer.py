@@ -58,8 +58,14 @@ class ResponseWriter:
         """As far as it is known."""
         return self._response
 
+    def begin(self) -> bytes:
+        """The first events of a stream, of which nobody has to wait for the first piece; ``chunk`` has them else."""
+        self._is_open = True
+        told = self._event("response.created", response=self._response)
+        return told + self._event("response.in_progress", response=self._response)
+
     def chunk(self, sequence: Sequence, piece: Piece) -> bytes:
-        told = b"" if self._is_open else self._begin()
+        told = b"" if self._is_open else self.begin()
         for event, logprobs in self._push(piece):
             told += self._told(event, logprobs)
         return told
@@ -104,11 +110,6 @@ class ResponseWriter:
 
     def _prefix(self, block: Block) -> str:
         return CUSTOM_PREFIX if block.kind == "call" and self._called_by(block).is_custom else PREFIXES[block.kind]
-
-    def _begin(self) -> bytes:
-        self._is_open = True
-        told = self._event("response.created", response=self._response)
-        return told + self._event("response.in_progress", response=self._response)
 
     def _done(self) -> dict[str, Any]:
         status = "completed" if self._finish == "stop" else "cancelled" if self._finish == "abort" else "incomplete"

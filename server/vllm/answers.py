@@ -108,11 +108,15 @@ class SessionFinished(Answer):
     status: Literal["ok"]
 
 
+class ServerLoad(Answer):
+    server_load: int
+
+
 class TrlHealth(Answer):
     status: str
     reason: str | None = None
 
 
 ANSWERS: tuple[type[Answer], ...] = (
-    *(TokensOutAnswer, TokensOutChunk, Rendered, TrlCompletions, TrlScores, SessionFinished, TrlHealth),
+    *(TokensOutAnswer, TokensOutChunk, Rendered, TrlCompletions, TrlScores, SessionFinished, ServerLoad, TrlHealth),
 )

@@ -66,6 +66,12 @@ def vllm_router(service: Service) -> APIRouter:
         await body_of(service, request, NoBody)
         return JSONBody({"status": "ok"})
 
+    @router.get("/load", openapi_extra=describe(answers.ServerLoad, 503))
+    async def load() -> Response:
+        """How many requests are waiting or computed, as routers ask."""
+        service.require_ready()
+        return JSONBody({"server_load": service.engine.num_open})
+
     @router.get("/health/", openapi_extra=describe(answers.TrlHealth, 503, errors=answers.TrlHealth))
     async def health_for_trl() -> Response:
         """200 while the engine makes progress."""

@@ -212,7 +212,6 @@ def test_routes(server: Any) -> None:
         ("/v1/engines/x/completions", COMPLETE),
         ("/V1/Messages", "/v1/messages"),
         ("/models", "/v1/models"),
-        ("/api/generate", None),
         ("/v1/images/generations", None),
     ],
 )
@@ -221,6 +220,14 @@ def test_a_wrong_base_url_is_told_the_right_one(server: Any, path: str, meant: s
     assert (status, error_of(reply)["code"]) == (404, "unknown_route")
     said = error_of(reply)["message"]
     assert said.startswith(f"there is no route POST {path}; there is {meant}: ") if meant else said.endswith(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "whose"), [("/api/chat", "Ollama"), ("/completion", "llama.cpp"), ("/slots/", "llama.cpp")]
+)
+def test_a_route_of_another_server_is_named(server: Any, path: str, whose: str) -> None:
+    status, found = server.post(path, {})
+    assert status == 404 and f"{whose}'s own API" in found["error"]["message"] and "/v1/" in found["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.server.under_way import slow_steps
+
 MESSAGES = [{"role": "user", "content": "What is the weather in Rome?"}]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 THINKS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: <think>"
@@ -72,6 +74,13 @@ def test_one_route_for_everything(server: Any) -> None:
     for wrong, param in ({"text": "Rome"}, "messages"), ({"prompt": 5}, "prompt"), ([], None):
         status, found = server.post("/invocations", wrong)
         assert status == 400 and found["error"]["param"] == param, found
+
+
+def test_the_load_is_what_is_under_way(server: Any) -> None:
+    assert server.get("/load") == (200, {"server_load": 0})
+    with slow_steps(), server.open_stream(n=2, max_tokens=server.long):
+        assert server.wait_until(lambda: server.get("/load")[1]["server_load"] == 2)
+    server.wait_until_idle()
 
 
 def test_routers_name_sessions(server: Any) -> None:

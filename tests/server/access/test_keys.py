@@ -31,7 +31,7 @@ FOR_USERS = {
     *("/v1/rollouts/prune", "/inference/v1/generate", "/v1/chat/completions/render", "/finish_session"),
     *("/generate/", "/chat/", "/get_sequence_logprobs/"),
     *("/generate", "/model_info", "/get_model_info", "/server_info", "/get_server_info"),
-    *("/get_weight_version", "/weight_version", "/v1/loads", "/get_load"),
+    *("/get_weight_version", "/weight_version", "/v1/loads", "/get_load", "/load"),
     *("/v1/tokenize", "/v1/detokenize", "/invocations"),
 }
 USER, ADMIN = {"authorization": "Bearer user-key"}, {"authorization": "Bearer admin-key"}
