@@ -312,6 +312,11 @@ class TellStepCosts(Operation[dict[int, float]], frozen=True, array_like=True, t
     """Answers with the seconds of a step by its tokens, with nothing to attend to."""
 
 
+class TellDraftCosts(Operation[dict[int, list[float]]], frozen=True, array_like=True, tag="draft_costs"):
+    """Answers with the seconds of proposing 1, 2, … draft tokens in a row by networks, for so many requests together;
+    nothing where none has been asked yet."""
+
+
 class Profile(Operation[int], frozen=True, array_like=True, tag="profile"):
     """Writes what the next steps spend their time with to ``path``, as a trace for browsers. Answers how many steps it
     has, after so many or after ``seconds``.
@@ -341,6 +346,8 @@ TargetOperation = (
 )
 MemoryOperation = ReleaseMemory | ResumeMemory
 AdapterOperation = LoadAdapter | LoadSharedAdapter | UnloadAdapter
-SchedulingOperation = Pause | Resume | ResetPrefixCache | UseVocabulary | CheckIntegrity | TellStepCosts | Profile
+SchedulingOperation = (
+    Pause | Resume | ResetPrefixCache | UseVocabulary | CheckIntegrity | TellStepCosts | TellDraftCosts | Profile
+)
 AnyOperation = SwapDrafter | DropDrafter | SchedulingOperation | TargetOperation | MemoryOperation | AdapterOperation
 AnyAnswer = SwapReport | TargetUpdated | TensorRows | Checksums | dict[int, float] | bool | int | None

@@ -39,7 +39,7 @@ from slipstream.engine.messages import (
     StepOutputs,
     TokenDelta,
 )
-from slipstream.engine.models.loader import LoadedModel, file_tensors, load_model
+from slipstream.engine.models.loader import file_tensors, load_model
 from slipstream.engine.models.weights import Weights
 from slipstream.engine.operations import (
     AdapterOperation,
@@ -54,6 +54,7 @@ from slipstream.engine.operations import (
     SwapDrafter,
     SwapReport,
     TargetOperation,
+    TellDraftCosts,
     TellStepCosts,
     UpdateMode,
     UseVocabulary,
@@ -92,8 +93,7 @@ class Engine:
         drafting = DraftNeeds.of(drafters, config.max_draft_tokens)
         loaded = load_model(config, drafting.branches)
         self.listeners = Listeners(listeners)
-        self.loaded: LoadedModel = loaded
-        self.config = config
+        self.loaded, self.config = loaded, config
         grammars = Grammars()
         self.runner = ModelRunner(
             loaded.model,
@@ -194,6 +194,8 @@ class Engine:
                 self.scheduler.check_integrity()
             case TellStepCosts():
                 return done(self.scheduler.cost.table())
+            case TellDraftCosts():
+                return done(self.scheduler.draft_planner.depth.table())
             case Profile():
                 return self._profiler.start(operation)
             case _:

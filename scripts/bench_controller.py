@@ -56,7 +56,7 @@ class Bench:
             self.oracle.answers[tuple(prompt)] = done.tokens
 
     def use(self, policy: Policy) -> None:
-        planner = self.local.engine.scheduler._draft_planner
+        planner = self.local.engine.scheduler.draft_planner
         planner._policy, planner._pauses = policy, isinstance(policy, Throughput)
         planner._cheap = Worth(PROBE_EVERY)
 

@@ -29,7 +29,7 @@ class Machine(msgspec.Struct, frozen=True, tag="machine"):
     """What steps cost where it serves; see gate.Speed."""
 
     step_seconds: dict[int, float]
-    guess_seconds: float
+    draft_seconds: dict[int, list[float]]
     streams: dict[int, float]
 
 

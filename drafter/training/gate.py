@@ -53,8 +53,8 @@ class Speed:
 
     step_seconds: Mapping[int, float]
     """Seconds of a step by positions computed; in between, linear."""
-    draft_seconds: float
-    """Time of one draft token more per stream, for all streams together."""
+    draft_seconds: Mapping[int, Sequence[float]]
+    """Time of proposing chains of 1, 2, … draft tokens, by how many streams they are proposed for; empty: none."""
     streams: Mapping[int, float]
     """Share of the time with so many streams."""
 
@@ -65,9 +65,16 @@ class Speed:
         depths = range(score.steps.shape[1])
         total = 0.0
         for streams, share in self.streams.items():
-            costs = [float(np.interp(streams * (1 + d), sizes, seconds)) + d * self.draft_seconds for d in depths]
+            costs = [float(np.interp(streams * (1 + d), sizes, seconds)) + self._drafting(streams, d) for d in depths]
             total += share * max(streams * score.accept_length(d) / cost for d, cost in zip(depths, costs, strict=True))
         return total / sum(self.streams.values())
+
+    def _drafting(self, streams: int, depth: int) -> float:
+        """Seconds of chains of so many; of the nearest number of streams of which they are known."""
+        if not depth or not self.draft_seconds:
+            return 0.0
+        known = self.draft_seconds[min(self.draft_seconds, key=lambda number: abs(number - streams))]
+        return known[min(depth, len(known)) - 1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,11 @@ class DraftDepth:
         known = self._seconds.get(rows.bit_length())
         return None if known is None else float(_through(known, np.array([depth]))[0])
 
+    def table(self) -> dict[int, list[float]]:
+        """By a number of rows of which it is known: the seconds of proposing 1, 2, … draft tokens for all of them."""
+        depths = np.arange(1, self._most + 1)
+        return {2 ** (order - 1): _through(known, depths).tolist() for order, known in self._seconds.items()}
+
     def _known(self, rows: int) -> dict[int, float]:
         """Seconds by depth; of the number of rows nearest to this one of which it is known."""
         bucket = rows.bit_length()

@@ -67,7 +67,7 @@ class Scheduler:
         self._ended: list[TokenDelta] = []  # terminal deltas that no step will bring
         self._offline = OfflineShare(config, cost, self._awaits_result)
         self._prompt_planner = PromptPlanner(config, cost, self._waiting, self._offline)
-        self._draft_planner = DraftPlanner(config, max_model_len, self._switch_length, self.kv, cost, drafting)
+        self.draft_planner = DraftPlanner(config, max_model_len, self._switch_length, self.kv, cost, drafting)
         self._step = 0
         self._prompt_tokens = self._generation_tokens = 0
         self._queries = self._hits = self._preemptions = 0
@@ -170,7 +170,7 @@ class Scheduler:
             self.kv.publish(request)
         self._step += 1
         ended, self._ended_slots = self._ended_slots, []
-        wants = self._draft_planner.wants(plan, prompts_wait(self._running, plan))
+        wants = self.draft_planner.wants(plan, prompts_wait(self._running, plan))
         step = plan.build(self._step, ended, *wants)
         self._under_way.append((step, plan.requests, plan.decision))
         return step
@@ -179,7 +179,7 @@ class Scheduler:
         """Takes the result of the oldest planned step; returns what its requests have to tell."""
         planned, requests, decision = self._under_way.popleft()
         assert planned is plan, "steps are committed in the order they were planned"
-        self._draft_planner.observe(plan, decision, result)
+        self.draft_planner.observe(plan, decision, result)
         self.cost.observe(plan.work_with(result.drafted), result.seconds)
         deltas = self.take_ended()
         each = result.seconds / max(1, plan.num_tokens) if self._waiting.is_shared else 0.0
@@ -200,7 +200,7 @@ class Scheduler:
                 error, is_refused = result.errors[row], row in result.refused
                 deltas.append(request.delta(self.target_version, [], "error", error=error, is_refused=is_refused))
             elif plan.samples[row]:
-                self._draft_planner.take_back(request, row, plan, result)
+                self.draft_planner.take_back(request, row, plan, result)
                 deltas.append(self._take_tokens(request, row, result))
         return deltas
 
@@ -244,7 +244,7 @@ class Scheduler:
             prefix_cache_queries=self._queries,
             prefix_cache_hits=self._hits,
             preemptions=self._preemptions,
-            speculation_steps=dict(self._draft_planner.reasons),
+            speculation_steps=dict(self.draft_planner.reasons),
             target_version=self.target_version,
             is_paused=self.standstill.pause is not None,
             is_still=self.is_still,
@@ -323,7 +323,7 @@ class Scheduler:
                 plan.map_grown(request, grown)
                 plan.add(request, 1)
         is_asked = any(any(step.wanted) for step, _, _ in self._under_way)
-        self._draft_planner.plan(plan, prompts_wait(self._running, plan), is_asked)
+        self.draft_planner.plan(plan, prompts_wait(self._running, plan), is_asked)
 
     def _awaits_result(self, request: Request) -> bool:
         return request.awaits_result(self._max_model_len, self._switch_length)

@@ -23,7 +23,8 @@ def break_even(machine: Mapping[str, Any] | None) -> float | None:
     seconds = {int(size): float(each) for size, each in machine["step_seconds"].items()}
     sizes = sorted(seconds)
     plain, longer = (float(np.interp(size, sizes, [seconds[each] for each in sizes])) for size in (1, 1 + DEPTH))
-    return (longer + DEPTH * float(machine["guess_seconds"])) / plain
+    drafting = machine["draft_seconds"].get("1", [])
+    return None if len(drafting) < DEPTH else (longer + float(drafting[DEPTH - 1])) / plain
 
 
 def hope(machine: Mapping[str, Any] | None, arithmetic: str) -> str:

@@ -21,7 +21,7 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import EngineDiedError, SlipstreamError
 from slipstream.engine.faults import Faults
 from slipstream.engine.messages import NewRequest
-from slipstream.engine.operations import TellStepCosts
+from slipstream.engine.operations import TellDraftCosts, TellStepCosts
 from slipstream.server.evolution.config import EvolutionConfig
 from slipstream.server.evolution.controller import Controller
 from slipstream.server.evolution.follower import Follower
@@ -250,11 +250,21 @@ class Evolution:
             await self._tell_machine(worker)
 
     async def _tell_machine(self, worker: WorkerProcess) -> None:
-        """What steps cost, for the gate. A draft token reads the head's weights once, as a step reads the target's."""
-        steps = await self._service.engine.call(TellStepCosts())
-        live = self.controller.live.get(SHARED_ROUTE)
-        share = live.manifest.weights_bytes / self._service.engine.ready.weights_bytes if live else 0.0
-        self.machine = {"step_seconds": steps, "guess_seconds": share * steps[min(steps)]}
+        """What steps and draft tokens cost, for the gate.
+
+        Where no head has drafted, a draft token is taken to read its weights once, as a step reads the target's.
+        """
+        engine = self._service.engine
+        steps, drafts = await engine.call(TellStepCosts()), await engine.call(TellDraftCosts())
+        if not drafts and (live := self.controller.live.get(SHARED_ROUTE)) is not None:
+            share = live.manifest.weights_bytes / engine.ready.weights_bytes
+            drafts = {
+                1: [
+                    depth * share * steps[min(steps)]
+                    for depth in range(1, self._service.engine_config.max_draft_tokens + 1)
+                ]
+            }
+        self.machine = {"step_seconds": steps, "draft_seconds": drafts}
         worker.send("machine", **self.machine, streams=self.observer.use)
 
     def _worker_options(self, traffic: TrafficConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from slipstream.engine.checkpoint.checkpoint import open_checkpoint
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.errors import ConfigError
 from slipstream.engine.messages import SamplingParams
+from slipstream.engine.operations import TellDraftCosts
 from slipstream.engine.testing.local import LocalEngine
 from slipstream.server.config import ServerConfig
 from slipstream.server.preparing.text_model import load_text_model
@@ -47,6 +48,16 @@ def test_it_drafts_well_and_changes_nothing() -> None:
     assert [c.tokens for c in done] == [c.tokens for c in plain.generate(prompts, params)]
     [stats] = local.stats.drafters
     assert 1 + stats.accepted_tokens / stats.drafts > 1.4
+    assert plain.operate(TellDraftCosts()) == {}
+
+
+def test_what_its_draft_tokens_take_is_told() -> None:
+    config = EngineConfig(drafter="warm", speculation="head", kv_cache_memory="64MiB")
+    local = LocalEngine(config, make_drafters(config))
+    assert local.operate(TellDraftCosts()) == {}, "nobody has asked it yet"
+    local.generate([[1, 2, 3, 4]], SamplingParams(max_tokens=24, temperature=0.0))
+    [seconds] = local.operate(TellDraftCosts()).values()
+    assert len(seconds) == config.max_draft_tokens and 0 < seconds[0] <= seconds[-1] and seconds == sorted(seconds)
 
 
 def test_another_model_has_none(tmp_path: Path) -> None:

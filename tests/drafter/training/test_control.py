@@ -229,10 +229,10 @@ def test_told_to_finish_nothing_sleeps(connect: Connect) -> None:
 def test_what_steps_cost_is_known_once_it_is_told(connect: Connect) -> None:
     server = connect("idle")
     assert server.control.speed is None
-    server.say("machine", step_seconds={"1": 0.01, "8": 0.02}, guess_seconds=0.001, streams={"1": 1.0})
+    server.say("machine", step_seconds={"1": 0.01, "8": 0.02}, draft_seconds={"1": [0.001, 0.0015]}, streams={"1": 1.0})
     until(lambda: server.control.speed is not None)
     assert server.control.speed is not None and server.control.speed.step_seconds == {1: 0.01, 8: 0.02}
-    server.say("machine", step_seconds={}, guess_seconds=0.001, streams={})
+    server.say("machine", step_seconds={}, draft_seconds={"1": [0.001, 0.0015]}, streams={})
     until(lambda: server.control.speed is None)
 
 

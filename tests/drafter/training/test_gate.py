@@ -52,13 +52,17 @@ def test_any_head_is_better_than_none_if_it_drafts() -> None:
 
 def test_tokens_per_second_are_those_of_the_best_number_of_drafts() -> None:
     found = drafted(0.5, 50, 0)
-    flat = Speed({1: 0.01, 64: 0.01}, 0.0, {1: 1.0})
+    flat = Speed({1: 0.01, 64: 0.01}, {}, {1: 1.0})
     assert flat.tokens_per_second(found) == pytest.approx(found.accept_length(3) / 0.01)
-    steep = Speed({1: 0.01, 64: 0.64}, 0.0, {1: 1.0})
+    steep = Speed({1: 0.01, 64: 0.64}, {}, {1: 1.0})
     assert steep.tokens_per_second(found) == pytest.approx(1 / 0.01)
-    mixed = Speed({1: 0.01, 64: 0.01}, 0.001, {1: 0.5, 8: 0.5})
+    each_as_long = [0.001, 0.002, 0.003]
+    mixed = Speed({1: 0.01, 64: 0.01}, {1: each_as_long}, {1: 0.5, 8: 0.5})
     best = max(found.accept_length(d) / (0.01 + d * 0.001) for d in range(4))
     assert mixed.tokens_per_second(found) == pytest.approx(4.5 * best)
+    dear = [1.0, 1.0, 1.0]
+    known = Speed({1: 0.01, 64: 0.01}, {1: each_as_long, 4: dear}, {8: 1.0})
+    assert known.tokens_per_second(found) == pytest.approx(8 / 0.01), "as long as with four streams: not worth it"
 
 
 def test_a_head_that_would_not_serve_faster_does_not_pass() -> None:
@@ -69,7 +73,7 @@ def test_a_head_that_would_not_serve_faster_does_not_pass() -> None:
     live = Score(tokens, np.stack((tokens, 60 + noise, 60 + noise, 60 + noise), 1))
     candidate = Score(tokens, np.stack((tokens, 65 + noise, 55 + noise, 50 + noise), 1))
     assert judge(candidate, live).passes
-    busy = Speed({1: 0.01, 2: 0.011, 3: 0.05, 64: 1.0}, 0.0, {1: 1.0})
+    busy = Speed({1: 0.01, 2: 0.011, 3: 0.05, 64: 1.0}, {}, {1: 1.0})
     verdict = judge(candidate, live, busy)
     assert not verdict.passes and verdict.speedup < 1
 

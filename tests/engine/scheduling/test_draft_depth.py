@@ -42,6 +42,12 @@ def test_what_is_asked_for_brings_most_tokens_per_second(rate, each, slope, rows
     assert rate_per_second(asked, rate, each, slope, rows, first) == pytest.approx(best, rel=1e-6)
 
 
+def test_what_chains_take_is_told_by_requests():
+    depth, _ = settled(0.9, each=0.01, slope=0.01, rows=3, first=0.5)
+    assert depth.table() == {2: pytest.approx([0.5 + 0.01 * (i + 1) for i in range(MOST)])}
+    assert DraftDepth(MOST).table() == {}
+
+
 def test_a_dear_first_draft_token_makes_the_others_no_dearer():
     assert settled(0.9, each=0.01, slope=0.01, first=0.5)[1] == MOST
 

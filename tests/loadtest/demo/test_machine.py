@@ -6,12 +6,13 @@ from hypothesis import strategies as st
 
 from slipstream.loadtest.demo.machine import break_even, hope, verdict
 
-MACHINE = {"step_seconds": {"1": 0.020, "2": 0.021, "8": 0.033}, "guess_seconds": 0.001}
+MACHINE = {"step_seconds": {"1": 0.020, "2": 0.021, "8": 0.033}, "draft_seconds": {"1": [0.002, 0.0025, 0.003]}}
 
 
 def test_a_chain_pays_where_it_brings_more_tokens_than_its_step_costs_plain_ones():
-    assert break_even(MACHINE) == pytest.approx((0.025 + 3 * 0.001) / 0.020)
-    assert break_even(None) is None and break_even({"step_seconds": {}, "guess_seconds": 0.0}) is None
+    assert break_even(MACHINE) == pytest.approx((0.025 + 0.003) / 0.020)
+    assert break_even(None) is None and break_even({"step_seconds": {}, "draft_seconds": {}}) is None
+    assert break_even(MACHINE | {"draft_seconds": {}}) is None, "no head has drafted yet"
 
 
 def test_what_can_be_hoped_for():

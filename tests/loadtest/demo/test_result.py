@@ -37,7 +37,7 @@ def status(live, state="live", *, route="", swaps=1, worker="training", trial=No
     return {
         "traffic": {"store_tokens": 5},
         "evolution": {
-            "machine": {"step_seconds": {"1": 0.02, "4": 0.03}, "guess_seconds": 0.0},
+            "machine": {"step_seconds": {"1": 0.02, "4": 0.03}, "draft_seconds": {"1": [0.0, 0.0, 0.0]}},
             "worker": {"report": {"state": worker}, "tokens": 7, "rounds": rounds},
             "versions": [version] if live else [],
             "routes": {"": live or 1},

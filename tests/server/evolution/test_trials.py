@@ -229,6 +229,10 @@ def test_a_second_server_on_the_registry_follows_and_takes_over_when_the_first_e
         server.process.kill()
         second.wait_until(lambda: second.metric("drafter_registry_in_control") == 1)
         second.wait_until(lambda: second.metric("evolution_worker_up") == 1)
+        machine = second.wait_until(lambda: second.get("/admin/v1/status")[1]["evolution"]["machine"])
+        assert (
+            machine["draft_seconds"]["1"] == sorted(machine["draft_seconds"]["1"]) and machine["step_seconds"]["1"] > 0
+        )
         registry.unpin(first.version)
         second.wait_until(lambda: second.routes() == {"": first.version, "canary": last.version})
     finally:
