@@ -16,8 +16,8 @@ from slipstream.server.respond.schema import RespondBody
 from slipstream.server.respond.writer import ResponseWriter
 from slipstream.server.text import IncrementalDetokenizer, OffsetDetokenizer, load_tokenizer
 from slipstream.server.tools.answer import Speech
+from tests.server.respond.asked import QUESTION
 
-QUESTION = "What is the weather in Rome?"
 INCLUDE: Any = ["message.output_text.logprobs"]
 TOKENIZER = load_tokenizer("default")
 

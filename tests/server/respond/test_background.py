@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
 
+from tests.server.respond.asked import QUESTION, ask
 from tests.server.under_way import slow_steps
-
-QUESTION = "What is the weather in Rome?"
-
-
-@pytest.fixture(scope="module")
-def client(server: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
-        yield client
-
-
-def ask(server: Any, **fields: Any) -> Any:
-    body = {"input": QUESTION, "temperature": 0, "max_output_tokens": 8, **fields}
-    status, found = server.post("/v1/responses", body)
-    assert status == 200, found
-    return found
 
 
 def test_in_the_background(server: Any) -> None:

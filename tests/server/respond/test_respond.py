@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from slipstream.server.respond.store import ResponseStore, Stored
 from slipstream.server.respond.writer import ResponseWriter
 from slipstream.server.text import load_tokenizer
 from slipstream.server.tools.answer import Speech
+from tests.server.respond.asked import QUESTION, ask
 
 
 class City(BaseModel):
@@ -32,20 +33,6 @@ WEATHER: Any = {
     "parameters": City.model_json_schema() | {"additionalProperties": False},
     "strict": True,
 }
-QUESTION = "What is the weather in Rome?"
-
-
-@pytest.fixture(scope="module")
-def client(server: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
-        yield client
-
-
-def ask(server: Any, **fields: Any) -> Any:
-    body = {"input": QUESTION, "temperature": 0, "max_output_tokens": 8, **fields}
-    status, found = server.post("/v1/responses", body)
-    assert status == 200, found
-    return found
 
 
 def test_an_answer_is_that_of_chat(server: Any) -> None:

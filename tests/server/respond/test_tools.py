@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -17,12 +16,6 @@ LOOK: Any = {"type": "function", "name": "look", "parameters": CITY, "strict": T
 WEATHER: Any = {"type": "namespace", "name": "mcp__weather", "description": "Of cities.", "tools": [LOOK]}
 SHELL: Any = {"type": "custom", "name": "shell", "description": "Runs a line.", "format": {"type": "text"}}
 ASKED: Any = {"model": "tiny-model", "input": "Rome?", "temperature": 0, "max_output_tokens": 60}
-
-
-@pytest.fixture(scope="module")
-def client(server: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
-        yield client
 
 
 def tokens(server: Any, **fields: Any) -> int:
