@@ -312,9 +312,14 @@ class TellStepCosts(Operation[dict[int, float]], frozen=True, array_like=True, t
     """Answers with the seconds of a step by its tokens, with nothing to attend to."""
 
 
-class TellDraftCosts(Operation[dict[int, list[float]]], frozen=True, array_like=True, tag="draft_costs"):
-    """Answers with the seconds of proposing 1, 2, … draft tokens in a row by networks, for so many requests together;
-    nothing where none has been asked yet."""
+class DraftCosts(msgspec.Struct, frozen=True, array_like=True, tag="drafts_cost"):
+    seconds: dict[int, list[float]]
+    """What proposing 1, 2, … draft tokens in a row takes networks, for so many requests together; empty where none has
+    been asked yet."""
+
+
+class TellDraftCosts(Operation[DraftCosts], frozen=True, array_like=True, tag="draft_costs"):
+    """Answers with what was measured."""
 
 
 class Profile(Operation[int], frozen=True, array_like=True, tag="profile"):
@@ -350,4 +355,4 @@ SchedulingOperation = (
     Pause | Resume | ResetPrefixCache | UseVocabulary | CheckIntegrity | TellStepCosts | TellDraftCosts | Profile
 )
 AnyOperation = SwapDrafter | DropDrafter | SchedulingOperation | TargetOperation | MemoryOperation | AdapterOperation
-AnyAnswer = SwapReport | TargetUpdated | TensorRows | Checksums | dict[int, float] | bool | int | None
+AnyAnswer = SwapReport | TargetUpdated | TensorRows | Checksums | DraftCosts | dict[int, float] | bool | int | None

@@ -195,7 +195,7 @@ class Engine:
             case TellStepCosts():
                 return done(self.scheduler.cost.table())
             case TellDraftCosts():
-                return done(self.scheduler.draft_planner.depth.table())
+                return done(self.scheduler.draft_planner.costs())
             case Profile():
                 return self._profiler.start(operation)
             case _:

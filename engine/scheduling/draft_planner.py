@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.operations import DraftCosts
 from slipstream.engine.plan import StepPlan, StepResult, StepWork
 from slipstream.engine.scheduling.controller import Decision, Offer, make_policy
 from slipstream.engine.scheduling.draft_depth import LEAST_S, DraftDepth
@@ -73,7 +74,7 @@ class DraftPlanner:
         self._cost = cost
         self._policy = make_policy(config.speculation_policy, config.max_draft_tokens)
         self._pauses = config.speculation_policy == "throughput"
-        self.depth = DraftDepth(needs.most)
+        self._depth = DraftDepth(needs.most)
         self._cheap, self._costly = Worth(PROBE_EVERY), WorthByLoad()
         """Drafters that look up what was said, and networks: asking these may cost half a step."""
         self._versions: dict[int, WorthByLoad] = {}
@@ -216,7 +217,7 @@ class DraftPlanner:
             return 0
         if not worth.is_paused or self._is_due(worth):
             work = one_each(StepWork(), streams)
-            best = self.depth.best(len(streams), work, work.reads / len(streams), self._cost)
+            best = self._depth.best(len(streams), work, work.reads / len(streams), self._cost)
             return min(best, PROBE_DRAFTS) if worth.is_paused else best
         return int(is_trial)
 
@@ -232,7 +233,7 @@ class DraftPlanner:
         if costly and self._was_asked:
             # Not after a pause: then drafters also look at what came since.
             offers = [offer for offer, most in zip(result.offers, plan.costly, strict=True) if most]
-            self.depth.observe(max(plan.costly), offers, result.draft_seconds)
+            self._depth.observe(max(plan.costly), offers, result.draft_seconds)
         asked, self._asked = None if is_held_up else self._asked, None
         whole = self._worth(len(plan.slots))
         if not whole.is_paused and plan.num_tokens == len(plan.slots) and not is_held_up:
@@ -257,11 +258,11 @@ class DraftPlanner:
     def _now_asked(self, worth: Worth, plan: StepPlan, result: StepResult, unseen: float) -> _Asked:
         """``unseen`` seconds took asking whose draft tokens came too late for the step after it."""
         number, seconds, few = sum(plan.samples), result.draft_seconds, None
-        usual = self.depth.seconds(number, max(plan.costly, default=0)) if self._was_asked else None
+        usual = self._depth.seconds(number, max(plan.costly, default=0)) if self._was_asked else None
         seconds = seconds if usual is None else min(seconds, HELD_UP * usual)
         if worth is not self._cheap and worth.is_paused and sum(map(bool, plan.costly)) < number:
             few = frozenset(slot for slot, most in zip(plan.slots, plan.costly, strict=True) if most)
-            known = self.depth.seconds(number, min(max(map(len, result.offers)), max(plan.costly)))
+            known = self._depth.seconds(number, min(max(map(len, result.offers)), max(plan.costly)))
             seconds = known or seconds * number / len(few)
         return _Asked(worth, seconds + unseen, few)
 
@@ -283,6 +284,10 @@ class DraftPlanner:
         plain = plan.work_with([0] * len(counts))
         seconds = self._cost.predict_more(plain, more, sum(plan.starts) / len(counts))
         return float(sum(some) / len(some) * seconds[0] / seconds[more] * result.seconds)
+
+    def costs(self) -> DraftCosts:
+        """What networks were seen to take."""
+        return DraftCosts(self._depth.table())
 
     def _change_routes(self, routes: Mapping[str, int]) -> None:
         """A version nobody has seen is tried at once; of one that comes back it is known what it brings."""

@@ -255,7 +255,7 @@ class Evolution:
         Where no head has drafted, a draft token is taken to read its weights once, as a step reads the target's.
         """
         engine = self._service.engine
-        steps, drafts = await engine.call(TellStepCosts()), await engine.call(TellDraftCosts())
+        steps, drafts = await engine.call(TellStepCosts()), (await engine.call(TellDraftCosts())).seconds
         if not drafts and (live := self.controller.live.get(SHARED_ROUTE)) is not None:
             share = live.manifest.weights_bytes / engine.ready.weights_bytes
             drafts = {

@@ -3,6 +3,8 @@
 import asyncio
 import socket
 from itertools import pairwise
+from types import UnionType
+from typing import get_args, get_origin
 
 import msgspec
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from slipstream.engine.messages import (
     AbortRequests,
     Call,
+    CallReply,
     EngineStats,
     FromEngine,
     NewRequest,
@@ -20,7 +23,16 @@ from slipstream.engine.messages import (
     ToEngine,
     TokenDelta,
 )
-from slipstream.engine.operations import SwapDrafter, TellStepCosts
+from slipstream.engine.operations import (
+    AnyOperation,
+    Checksums,
+    DraftCosts,
+    SwapDrafter,
+    SwapReport,
+    TargetUpdated,
+    TellStepCosts,
+    TensorRows,
+)
 from slipstream.engine.wire import ClientChannel, EngineChannel, Frames, Undecodable, frame
 
 
@@ -72,6 +84,35 @@ ODD = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.just("é") | st.binary(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from("ab"), inner, max_size=3),
 )
+
+
+ANSWERS = (
+    *(
+        SwapReport(2, "canary", 1.5, 0.1),
+        TargetUpdated(3, 1.5, 0.1),
+        TensorRows((2, 1), b"12345678"),
+        Checksums({"a": "b"}),
+    ),
+    *(DraftCosts({1: [0.001, 0.002]}), {1: 0.5, 8: 1.0}, True, 7, None),
+)
+
+
+async def test_every_answer_of_an_operation_arrives() -> None:
+    operations = [each for kind in get_args(AnyOperation) for each in (get_args(kind) or [kind])]
+    named = [get_args(each.__orig_bases__[0])[0] for each in operations]
+    kinds = {part for each in named for part in (get_args(each) if get_origin(each) is UnionType else [each])}
+    assert {get_origin(each) or each for each in kinds} == {type(answer) for answer in ANSWERS}
+    received: list[FromEngine] = []
+    engine, client = await connect(received)
+    sent = [CallReply(number, answer) for number, answer in enumerate(ANSWERS)]
+    for reply in sent:
+        engine.send(reply)
+    async with asyncio.timeout(300):
+        while len(received) < len(sent):
+            await asyncio.sleep(0.001)
+    assert received == sent
+    client.close()
+    engine.close()
 
 
 @given(st.data())
