@@ -20,7 +20,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -119,19 +119,26 @@ def first_guesses(options: argparse.Namespace, prompts: list[list[int]], tempera
     return result
 
 
-def accept_lengths(options: argparse.Namespace, prompts: list[list[int]], temperature: float) -> list[dict[str, Any]]:
+@contextmanager
+def as_before() -> Iterator[None]:
+    """Sampled answers are drafted for with the most likely tokens; not in the compiled call, which races."""
+
     def most_likely(self: AutoregressiveDrafter, scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return self._most_likely(scores)
 
+    drafter = AutoregressiveDrafter
+    with patch.object(drafter, "_race", most_likely), patch.object(drafter, "_draft_at_once", lambda *_: False):
+        yield
+
+
+def accept_lengths(options: argparse.Namespace, prompts: list[list[int]], temperature: float) -> list[dict[str, Any]]:
     results = []
     for name, (budget, width) in BUDGETS.items():
         row: dict[str, Any] = {"draft": name}
         expected: list[list[int]] | None = None
         for how in ("most likely", "race"):
             local = new_engine(options, budget, width, stop_below=0.0)
-            with patch.object(
-                AutoregressiveDrafter, "_race", most_likely if how == "most likely" else AutoregressiveDrafter._race
-            ):
+            with as_before() if how == "most likely" else nullcontext():
                 answers = run(local, prompts, options.tokens, temperature)
             [stats] = local.stats.drafters
             local.close()
